@@ -24,9 +24,9 @@ from benchmarks.saelens_environment import saelens_python
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.files import read_json, write_json
 from saejax.page import style
 from saejax.parallel.mesh import make_mesh
-from saejax.workspace import read_json, write_json
 
 ROOT = Path(__file__).parent.parent
 SITE, FEATURES, BATCH, EPOCHS = "resid_post.15", 4608, 1024, 4

@@ -27,11 +27,11 @@ from scipy.stats import norm
 
 from benchmarks.saelens_environment import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
+from saejax.files import read_json
 from saejax.ground_truth.rows import HELD_OUT, batch_key
 from saejax.ground_truth.sampling import draw, draw_with_code
 from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World, make_world
-from saejax.workspace import read_json
 
 ROOT = Path(__file__).parent.parent
 BATCH, REPEATS = 1024, 7

@@ -19,8 +19,9 @@ from saejax import command
 from saejax.buckets.bucket import Bucket, is_bucket
 from saejax.buckets.mirror import fetch
 from saejax.errors import UserError
+from saejax.files import write_json, write_text
 from saejax.results import Interval, Summary, load_summary, to_json
-from saejax.workspace import SUMMARY, package_versions, write_json, write_text
+from saejax.workspace import SUMMARY, package_versions
 
 ABOUT = """\
 compare: what differs between two workdirs in settings, figures and verdicts.

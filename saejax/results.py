@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
+from saejax.files import read_json
 from saejax.registry import STAGES
 from saejax.stage import load
-from saejax.workspace import SUMMARY, read_json
+from saejax.workspace import SUMMARY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -13,8 +13,8 @@ from pathlib import Path
 from tiny_models import save_tiny_llama
 
 from saejax.dictionaries.results import TrainedMember
+from saejax.files import write_json
 from saejax.results import to_json
-from saejax.workspace import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,8 @@ from obstore.store import MemoryStore
 
 from saejax import comparison
 from saejax.buckets import bucket
-from saejax.workspace import SUMMARY, Workspace, write_json
+from saejax.files import write_json
+from saejax.workspace import SUMMARY, Workspace
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ ORDER = [
     "config",
     "environment",
     "usage",
+    "files",
     "errors",
 ]
 # The same inside a package.

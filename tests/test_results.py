@@ -12,8 +12,9 @@ import pytest
 import saejax
 from saejax import registry, stage
 from saejax.errors import UserError
+from saejax.files import write_json
 from saejax.results import Interval, from_json, to_json
-from saejax.workspace import SUMMARY, write_json
+from saejax.workspace import SUMMARY
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,42 +1,13 @@
 """Units appear whole, are found again, and never overwrite silently."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from saejax import workspace
 from saejax.errors import UserError
 from saejax.workspace import Workspace
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), workspace.whole_file(path) as beside:
-        beside.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
-    workspace.write_text(path, "new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
-
-
-def test_nan_is_no_json(tmp_path):
-    with pytest.raises(ValueError):
-        workspace.write_json(tmp_path / "a.json", dict(x=float("nan")))
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "\xff"])
-def test_damaged_json_is_named(tmp_path, text):
-    path = tmp_path / "a.json"
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"a\.json is not valid JSON"):
-        workspace.read_json(path)
-    with pytest.raises(UserError, match="does not exist"):
-        workspace.read_json(tmp_path / "b.json")
 
 
 def finish(space: Workspace, mark: str, content: str = "x") -> None:

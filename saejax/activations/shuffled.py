@@ -17,7 +17,7 @@ import numpy as np
 from saejax.activations.cutter import SPLITS, TextPiece
 from saejax.activations.documents import COLUMNS, FILES, ORDER
 from saejax.activations.writer import npy_header
-from saejax.workspace import whole_file
+from saejax.files import whole_file
 
 _BUCKETS = 128  # of each split; of a billion tokens each holds 32 MB
 _IN_MEMORY = 2**22  # tokens that wait to be written to their buckets

@@ -27,8 +27,8 @@ from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
+from saejax.files import file_sha256, read_json
 from saejax.models.source import ModelSource
-from saejax.workspace import file_sha256, read_json
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

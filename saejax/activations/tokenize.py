@@ -11,13 +11,14 @@ from saejax.activations.request import CaptureRequest, longest_input
 from saejax.activations.results import TokenizeResults
 from saejax.activations.shuffled import ShuffledWriter
 from saejax.errors import Interrupted, UserError
+from saejax.files import file_sha256
 from saejax.models import source
 from saejax.results import load_results
 from saejax.settings import CorpusConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.corpora import Document
-from saejax.workspace import Run, file_sha256
+from saejax.workspace import Run
 
 
 def run_tokenize(run: Run) -> TokenizeResults:

@@ -15,7 +15,7 @@ from saejax.activations.documents import Documents
 from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
 from saejax.errors import UserError, out_of_room
-from saejax.workspace import file_sha256, whole_file, write_json
+from saejax.files import file_sha256, whole_file, write_json
 
 
 class FileFacts(TypedDict):

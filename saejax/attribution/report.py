@@ -12,11 +12,11 @@ from saejax.attribution.report_graphs import ReportedGraph, meaning, missed, one
 from saejax.attribution.report_kept import kept_blocks
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
+from saejax.files import write_text
 from saejax.page import style
 from saejax.page.document import Block, Links, Picture, Section, Text
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import number, percent
-from saejax.workspace import write_text
 
 SHOWN = 6  # graphs whose figures are on the page; the others are in the tables and have links
 _ENLARGED = 1.3  # the figures are for print, with text of 6.5 points

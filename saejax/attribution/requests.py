@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.files import file_sha256
 from saejax.models.identity import content
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
-from saejax.workspace import file_sha256, fingerprint
+from saejax.workspace import fingerprint
 
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")

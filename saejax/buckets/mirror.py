@@ -23,6 +23,7 @@ from typing import Any
 from saejax.buckets.bucket import Bucket
 from saejax.buckets.lease import LOCK, Lease, every, held
 from saejax.errors import UserError
+from saejax.files import whole_file, write_json
 
 FILES = ".files.json"  # in the bucket
 MARK, COPIED = ".scratch.json", ".copied.json"  # in the scratch folder
@@ -88,7 +89,7 @@ def _mark(bucket: Bucket, scratch: Path) -> dict[str, str]:
     if not path.exists():
         if any(child.name != LOCK for child in scratch.iterdir()):
             raise UserError(f"{scratch} holds files of something else: name an empty folder by --scratch")
-        _write(path, dict(url=bucket.url, id=uuid.uuid4().hex, serial=""))
+        write_json(path, dict(url=bucket.url, id=uuid.uuid4().hex, serial=""))
     mark = _read(path)
     if mark.get("url") != bucket.url:
         raise UserError(f"{scratch} is the local folder of {mark.get('url')}: name another one by --scratch")
@@ -211,8 +212,8 @@ class Mirror:
 
     def _remember(self, serial: str) -> None:
         self._mark = {**self._mark, "serial": serial}
-        _write(self._scratch / COPIED, self._same)
-        _write(self._scratch / MARK, self._mark)
+        write_json(self._scratch / COPIED, self._same)
+        write_json(self._scratch / MARK, self._mark)
 
     def _here(self) -> Iterator[tuple[str, _Stat]]:
         """The whole files of the folder, but those at its top, or at that of a workdir in it, that begin with a dot."""
@@ -267,12 +268,8 @@ def _listed(bucket: Bucket) -> dict[str, Any] | None:
 
 def _download(bucket: Bucket, name: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
+    with whole_file(path) as beside:
         bucket.download(name, beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _is_large(name: str) -> bool:
@@ -296,9 +293,3 @@ def _parsed(content: bytes, name: str) -> Any:
         return json.loads(content)
     except ValueError:
         raise UserError(f"{name} is not valid JSON: it is damaged") from None
-
-
-def _write(path: Path, data: Any) -> None:
-    beside = path.with_name(f".{path.name}.writing")
-    beside.write_text(json.dumps(data), encoding="utf-8")
-    os.replace(beside, path)

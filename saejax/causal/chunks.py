@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.files import whole_file
 from saejax.parallel.collectives import from_first_process, is_first_process
-from saejax.workspace import whole_file
 
 _EVERY = 5.0  # seconds of work that a kill may cost
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saejax.errors import UserError
-from saejax.workspace import whole_file
+from saejax.files import whole_file
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,13 +16,14 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
+from saejax.files import read_json, write_json
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
-from saejax.workspace import Run, read_json, write_json
+from saejax.workspace import Run
 
 OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds

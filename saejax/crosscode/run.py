@@ -20,13 +20,14 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.evaluate import load_other
 from saejax.evaluation.parts import parts_by_model
+from saejax.files import whole_file
 from saejax.models.language_model import load_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh
 from saejax.stage import folder_name
 from saejax.tasks.gate import read_tested
 from saejax.transfer.compared import Compared, load_compared
-from saejax.workspace import Run, whole_file
+from saejax.workspace import Run
 
 _FLAG = "--crosscode.dictionaries"
 _BLOCKS = 20  # of documents, which the bootstrap draws

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from saejax.dictionaries.stacks import full_name, kind_and_member, members
+from saejax.files import read_json
 from saejax.results import from_json
-from saejax.workspace import SUMMARY, read_json
+from saejax.workspace import SUMMARY
 
 LABELS = "labels.json"
 EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote

@@ -15,9 +15,10 @@ from saejax.dictionaries.formats.place import located
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
+from saejax.files import file_sha256, read_json
 from saejax.results import from_json
 from saejax.stage import is_folder
-from saejax.workspace import SUMMARY, file_sha256, read_json
+from saejax.workspace import SUMMARY
 
 # The first holds checksums of its arrays.
 _HASHED = ("dictionary.json", "cfg.json", "config.yaml", "hyperparams.json", "*.safetensors", "*.npz", "*.sae.pt")

@@ -20,11 +20,12 @@ from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batch
 from saejax.evaluation.replaced import replaced_losses
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
 from saejax.evaluation.rows import blocks
+from saejax.files import write_array, write_json
 from saejax.models.language_model import load_model
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.results import to_json
 from saejax.settings import EvaluateConfig
-from saejax.workspace import Run, write_array, write_json
+from saejax.workspace import Run
 
 
 class LoadedLayers(NamedTuple):

@@ -22,13 +22,14 @@ from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
 from saejax.evaluation.rows import blocks, target_mean
+from saejax.files import read_json, write_array, write_json
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.settings import EvaluateConfig, ModelConfig
-from saejax.workspace import Run, read_json, write_array, write_json
+from saejax.workspace import Run
 
 SCORES = "scores.json"
 _AT_A_TIME = 4  # members of one site that are scored together, and by one process

@@ -24,6 +24,7 @@ from saejax.explain.judged import judged
 from saejax.explain.local import LocalJudge
 from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
 from saejax.explain.stage import FOUND, ExplainConfig
+from saejax.files import read_json, write_json
 from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.interpreter import FEATURES
@@ -33,7 +34,7 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.workspace import Run, read_json, write_json
+from saejax.workspace import Run
 
 DONE = "done.json"
 _BATCH = 4096

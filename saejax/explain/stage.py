@@ -58,7 +58,7 @@ class ExplainConfig(Config):
 
 def _given(configs: Configs) -> str:
     """The content of the file of labels."""
-    from saejax.workspace import file_sha256
+    from saejax.files import file_sha256
 
     path = Path(configs["explain"].given)
     return file_sha256(path) if path.is_file() else ""  # what is missing is said when it runs

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.workspace import whole_file, write_json
+from saejax.files import whole_file, write_json
 
 
 def save_model(

@@ -14,6 +14,7 @@ from scipy.stats import t
 
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.files import write_json
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
 from saejax.ground_truth.rows import SITE, synthetic_source
@@ -24,7 +25,7 @@ from saejax.results import Interval, to_json
 from saejax.settings import TrainConfig
 from saejax.training.members import Member, members
 from saejax.training.train import of_expansion, train_stack
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 
 def run_ground_truth(run: Run) -> TruthResults:

@@ -14,6 +14,7 @@ from typing import Any
 from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
+from saejax.files import read_json, write_json, write_text
 from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.interpreter import FEATURES
@@ -21,7 +22,7 @@ from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
-from saejax.workspace import Run, read_json, write_json, write_text
+from saejax.workspace import Run
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"

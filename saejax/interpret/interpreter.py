@@ -15,6 +15,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.dictionaries.labels import LABELS, Label
 from saejax.evaluation.reconstruction import reconstruct
+from saejax.files import read_json, write_json, write_text
 from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.control import frozen_random, random_directions, spread
@@ -28,7 +29,7 @@ from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.results import to_json
-from saejax.workspace import Run, read_json, write_json, write_text
+from saejax.workspace import Run
 
 FEATURES = "features"
 _REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared

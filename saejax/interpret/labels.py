@@ -9,7 +9,7 @@ import numpy as np
 
 from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
-from saejax.workspace import locked, write_text
+from saejax.files import locked, write_text
 
 _COLUMNS = ("feature", "label", "note", "reviewer")
 _NEAR = 100  # random directions whose firing rates are nearest, which a feature's label has to beat

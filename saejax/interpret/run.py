@@ -13,6 +13,7 @@ from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
+from saejax.files import read_json, write_json
 from saejax.interpret.interpreter import IN_STREAM, Interpreter
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.text import CodedText
@@ -21,7 +22,7 @@ from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.workspace import Run, read_json, write_json
+from saejax.workspace import Run
 
 DONE = "interpreted.json"
 

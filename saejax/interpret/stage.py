@@ -44,7 +44,7 @@ class AtlasConfig(Config):
 
 def _labels(configs: Configs) -> str:
     """The content of the file of labels."""
-    from saejax.workspace import file_sha256
+    from saejax.files import file_sha256
 
     path = configs["atlas"].labels
     return file_sha256(Path(path)) if path and Path(path).is_file() else ""  # what is missing is said when it runs

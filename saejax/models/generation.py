@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.files import read_json
 from saejax.models import decoding
 from saejax.models.decoding import Choice, Edits
 from saejax.models.loaded import LoadedModel
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import fitting_sharding
-from saejax.workspace import read_json
 
 _LOOK_EVERY = 16  # new tokens between two looks for stop strings
 _STEP = 32  # lengths are rounded up to a multiple of this, or to one of four lengths per power of two

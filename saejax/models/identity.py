@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from saejax.files import file_sha256
 from saejax.models.checkpoint import safetensors_files
-from saejax.workspace import file_sha256
 
 MARK = "saejax.json"  # left in a folder that saejax made; not part of the model
 _WHOLE_BELOW, _SAMPLES, _SAMPLE_BYTES = 1 << 24, 256, 4096

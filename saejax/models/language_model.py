@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.files import read_json
 from saejax.models import decoder, generation, lens, source, tokens, weights
 from saejax.models.config import DecoderConfig
 from saejax.models.edits import Edit as Edit
@@ -24,7 +25,6 @@ from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import fitting_sharding, make_mesh, sharding
 from saejax.settings import ModelConfig
-from saejax.workspace import read_json
 
 _LENGTH_STEP = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.files import whole_file
 from saejax.models.lens import JacobianLens
-from saejax.workspace import whole_file
 
 
 def save_lens(path: str | Path, lens: JacobianLens) -> None:

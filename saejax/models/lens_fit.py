@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 
 from saejax.errors import UserError
+from saejax.files import whole_file
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
@@ -31,7 +32,7 @@ from saejax.models.rules import GRADIENT
 from saejax.models.run import run_layers
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row
-from saejax.workspace import fingerprint, whole_file
+from saejax.workspace import fingerprint
 
 _VALUES = {"cpu": 2**24}  # of the widest activations of a block of rows
 _MANY = 2**28  # the same on accelerators

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.files import locked, read_json, write_json
 from saejax.models.identity import MARK, fingerprint
-from saejax.workspace import locked, read_json, write_json
 
 _LOADING = ("local_files_only", "is_local")
 

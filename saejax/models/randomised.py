@@ -8,8 +8,8 @@ import hashlib
 from pathlib import Path
 
 from saejax.errors import UserError
+from saejax.files import file_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
-from saejax.workspace import file_sha256
 
 _SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
 

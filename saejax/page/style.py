@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from saejax.files import whole_file
 from saejax.results import Interval
-from saejax.workspace import whole_file
 
 P = ParamSpec("P")
 

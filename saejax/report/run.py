@@ -18,6 +18,7 @@ from saejax.causal.ablate.results import AblateResults
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
+from saejax.files import write_text
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.page import style
@@ -30,7 +31,7 @@ from saejax.settings import ReportConfig
 from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
-from saejax.workspace import SUMMARY, Run, package_versions, write_text
+from saejax.workspace import SUMMARY, Run, package_versions
 
 
 def run_report(run: Run) -> ReportResults:

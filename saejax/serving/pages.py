@@ -8,13 +8,13 @@ from urllib.parse import urlencode
 from saejax.attribution.forms.difference import GraphDifference
 from saejax.attribution.forms.page import VIEWER
 from saejax.attribution.results import GraphResults
+from saejax.files import read_json
 from saejax.page.document import Section, Terms, Text, to_html
 from saejax.page.scripts import interactive
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.results import from_json
 from saejax.serving.shelf import ShelvedGraph
 from saejax.settings import GraphConfig
-from saejax.workspace import read_json
 
 _OWN = Path(__file__).parent / "viewer"
 _MOST_ROWS = 200  # features of a comparison that are shown

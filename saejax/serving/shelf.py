@@ -16,9 +16,10 @@ from saejax.attribution.forms.graph_folder import INDEX
 from saejax.attribution.forms.page import read_shown
 from saejax.dictionaries.labels import trained_of_folders
 from saejax.errors import UserError
+from saejax.files import locked, read_json, write_json
 from saejax.interpret.labels import read_labels, write_label
 from saejax.stage import folder_name
-from saejax.workspace import SUMMARY, locked, read_json, write_json
+from saejax.workspace import SUMMARY
 
 _SAVED = "serve"  # the folder for what readers save
 _ANY = 1 << 40  # features that a dictionary may have; which there are is not known here

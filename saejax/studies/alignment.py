@@ -24,10 +24,10 @@ from saejax.causal.study.results import ImportantFeature, StudyResults
 from saejax.causal.study.run import ITEMS, RANKING, read_scores
 from saejax.causal.study.scores import CLEAN, nats_per_token, top_condition
 from saejax.dictionaries import stacks
+from saejax.files import read_json
 from saejax.page.findings import Findings
 from saejax.results import from_json
 from saejax.studies.results import AlignmentFigures
-from saejax.workspace import read_json
 
 LEVEL, LEAST = 0.05, 0.3
 RULE = (

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from saejax.files import write_json, write_text
 from saejax.page.document import Links, Section, Terms, Text, to_html, to_markdown
 from saejax.preregistration import said
 from saejax.results import to_json
@@ -16,7 +17,7 @@ from saejax.studies.progress import duration
 from saejax.studies.results import StudyFigures
 from saejax.studies.sheets import SHEETS
 from saejax.studies.units import ROWS
-from saejax.workspace import package_versions, write_json, write_text
+from saejax.workspace import package_versions
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
 _TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
+from saejax.files import read_json
 from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
@@ -20,7 +21,7 @@ from saejax.studies.progress import Key, TimeToGo, duration
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import Share
 from saejax.studies.unit_process import UnitProcess
-from saejax.workspace import SUMMARY, Workspace, read_json
+from saejax.workspace import SUMMARY, Workspace
 
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import Interrupted, UserError
+from saejax.files import read_json, write_json
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel, load_model
@@ -43,7 +44,7 @@ from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
-from saejax.workspace import Run, read_json, write_json
+from saejax.workspace import Run
 
 PARTS = "parts"  # folder of behaviours that are measured, until all are
 BATCH = 32  # prompts per forward pass

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.workspace import write_lines
+from saejax.files import write_lines
 
 SPLITS = ("train", "test")
 

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from saejax.errors import Interrupted
+from saejax.files import read_lines, write_lines
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
@@ -15,7 +16,7 @@ from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmarks import origin, read_items, way
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.scored_items import WAYS
-from saejax.workspace import Run, read_lines, write_lines
+from saejax.workspace import Run
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings

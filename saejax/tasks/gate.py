@@ -13,8 +13,8 @@ from typing import NamedTuple
 from scipy.stats import binomtest
 
 from saejax.errors import UserError, one_of
+from saejax.files import read_json, write_json
 from saejax.tasks.behaviours import Prompt, read_prompts
-from saejax.workspace import read_json, write_json
 
 _FILE = "left_out.json"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.dictionaries.labels import Label
+from saejax.files import write_text
 from saejax.models.lens import LensOutput
 from saejax.page.scripts import elements_script, interactive
 from saejax.results import to_json
@@ -19,7 +20,6 @@ from saejax.track.results import TrackResults
 from saejax.track.stack import Stack
 from saejax.track.steps import StepFeature
 from saejax.track.texts import EncodedText
-from saejax.workspace import write_text
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")

@@ -14,6 +14,7 @@ import numpy as np
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model
 from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
+from saejax.files import read_json, write_json, write_text
 from saejax.models.language_model import LanguageModel
 from saejax.models.lens import JacobianLens, LensOutput
 from saejax.models.lens_files import load_lens
@@ -30,7 +31,7 @@ from saejax.track.stage import TrackConfig
 from saejax.track.steps import StepFeature, only_here, step_features
 from saejax.track.tested import StepTester, tested_steps
 from saejax.track.texts import EncodedText, encode, read_problems
-from saejax.workspace import Run, read_json, write_json, write_text
+from saejax.workspace import Run
 
 
 def run_track(run: Run) -> TrackResults:

@@ -68,7 +68,8 @@ def _files(configs: Configs) -> str:
     """What is in the files that flags name: texts, lens, dictionaries and their labels."""
     from saejax.dictionaries import stacks
     from saejax.dictionaries.labels import LABELS
-    from saejax.workspace import file_sha256, fingerprint
+    from saejax.files import file_sha256
+    from saejax.workspace import fingerprint
 
     config: TrackConfig = configs["track"]
     folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]

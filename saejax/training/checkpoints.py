@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from saejax.errors import UserError, out_of_room
+from saejax.files import read_json, write_json
 from saejax.parallel.collectives import is_first_process
-from saejax.workspace import read_json, write_json
 
 RUN = "run.json"
 _HIGH_IS_GOOD = ("explained_variance",)

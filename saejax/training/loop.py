@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 from saejax.errors import Interrupted, UserError
+from saejax.files import whole_file
 from saejax.parallel.collectives import AgreedStop, is_first_process
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import Input
 from saejax.training.step import TrainState
 from saejax.training.writers import Writer
-from saejax.workspace import whole_file
 
 _HEAD = ("step", "tokens", "seconds", "member")  # of a record, before its metrics
 

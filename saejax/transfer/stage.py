@@ -50,7 +50,8 @@ def _folders(configs: Configs) -> str:
     from pathlib import Path
 
     from saejax.dictionaries import stacks
-    from saejax.workspace import SUMMARY, file_sha256, fingerprint
+    from saejax.files import file_sha256
+    from saejax.workspace import SUMMARY, fingerprint
 
     config = configs["transfer"]
     summaries = [Path(folder) / SUMMARY for folder in config.ablations]

@@ -11,11 +11,11 @@ from saejax.activations import backend, capture, jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
 from saejax.errors import Interrupted, UserError
+from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.workspace import read_json
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from saejax.activations.capture import run_capture
 from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import UserError
+from saejax.files import write_json
 from saejax.registry import GROUPS
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run, write_json
+from saejax.workspace import Run
 
 SITES = ("resid_post.1", "mlp_out.0")
 BUFFER = 100

@@ -3,8 +3,8 @@
 from runs import write_members
 
 from saejax.dictionaries.labels import Label, labels_of_folders
+from saejax.files import write_json
 from saejax.results import to_json
-from saejax.workspace import write_json
 
 
 def test_labels_are_found_by_the_folder_of_a_unit_or_a_member(tmp_path):

@@ -13,8 +13,9 @@ from saejax import command
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
 from saejax.errors import UserError
 from saejax.exporting.run import run_export
+from saejax.files import write_json
 from saejax.settings import ExportConfig
-from saejax.workspace import STARTED, Run, write_json
+from saejax.workspace import STARTED, Run
 
 
 def unit(folder, dictionaries):

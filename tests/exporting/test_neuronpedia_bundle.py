@@ -19,9 +19,10 @@ from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
 from saejax.exporting.run import run_export
+from saejax.files import write_json
 from saejax.results import to_json
 from saejax.settings import ExportConfig
-from saejax.workspace import STARTED, Run, write_json
+from saejax.workspace import STARTED, Run
 
 # Columns of prisma/schema.prisma that a row must give, with their types, and those that it may give.
 NUMBER = (int, float)

@@ -13,10 +13,10 @@ from runs import write_members
 
 from saejax.dictionaries.labels import FOUND, Label, labels_in, labels_of, labels_of_folders
 from saejax.errors import UserError
+from saejax.files import write_json
 from saejax.interpret.atlas import write_atlas
 from saejax.interpret.labels import read_labels
 from saejax.results import to_json
-from saejax.workspace import write_json
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}

@@ -13,6 +13,7 @@ from tiny_models import save_tiny_llama
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
+from saejax.files import read_json
 from saejax.models import decoder
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
@@ -20,7 +21,6 @@ from saejax.models.rules import RunRules
 from saejax.models.run import run_layers
 from saejax.models.sites import KINDS, Site
 from saejax.models.weights import load_params
-from saejax.workspace import read_json
 
 
 def relative_error(ours, theirs) -> float:

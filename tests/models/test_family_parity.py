@@ -12,6 +12,7 @@ from tiny_models import save_tiny
 from torch_sites import run_torch
 from transformers import AutoModelForCausalLM
 
+from saejax.files import read_json
 from saejax.models import decoder
 from saejax.models.cache import empty_cache
 from saejax.models.families import read_config
@@ -19,7 +20,6 @@ from saejax.models.run import run_layers
 from saejax.models.sites import KINDS
 from saejax.models.weights import load_params
 from saejax.parallel.mesh import AXES, fitting_sharding
-from saejax.workspace import read_json
 
 LLAMA3 = dict(
     rope_type="llama3",

@@ -6,9 +6,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import save_tiny
 
 from saejax.errors import UserError
+from saejax.files import read_json
 from saejax.models.families import read_config
 from saejax.models.weights import load_params
-from saejax.workspace import read_json
 
 
 def _bare(tensors):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from tiny_models import save_tiny
 
+from saejax.files import read_json
 from saejax.models.families import read_config
 from saejax.models.run import KEYS, VALUES, run_layers
 from saejax.models.split import SplitPoint
 from saejax.models.weights import load_params
-from saejax.workspace import read_json
 
 LAYERS = 4
 

@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import save_tiny, save_tiny_llama
 
 from saejax.errors import UserError
+from saejax.files import read_json
 from saejax.models.checkpoint import safetensors_files
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
 from saejax.models.weights import load_params
 from saejax.parallel.mesh import AXES
-from saejax.workspace import read_json
 
 
 def config_of(folder):

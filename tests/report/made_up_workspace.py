@@ -10,9 +10,10 @@ from saejax import registry, settings
 from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.results import HalvesAgreement
 from saejax.config import to_json
+from saejax.files import write_json
 from saejax.page.document import Example
 from saejax.results import to_json as results_to_json
-from saejax.workspace import SUMMARY, Run, write_json
+from saejax.workspace import SUMMARY, Run
 
 FEATURES = 512
 NAMES = ("agreement", "capital", "greater_than", "addition")

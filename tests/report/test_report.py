@@ -11,9 +11,10 @@ from report_page import Page
 from saejax import registry
 from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
+from saejax.files import read_json, write_json
 from saejax.report.run import run_report, token_text
 from saejax.results import load_results, to_json
-from saejax.workspace import SUMMARY, read_json, write_json
+from saejax.workspace import SUMMARY
 
 pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
 

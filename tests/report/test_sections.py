@@ -12,12 +12,12 @@ from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.study import report as studies
 from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
+from saejax.files import write_json
 from saejax.page.document import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.tasks import report as tasks
 from saejax.tasks.results import BenchmarkResults
-from saejax.workspace import write_json
 
 some = types.SimpleNamespace
 

@@ -22,7 +22,7 @@ def install(set_attribute=setattr) -> None:
 
 
 def write_states(root: Path, figures: list) -> None:
-    from saejax.workspace import write_json
+    from saejax.files import write_json
 
     *states, mark = figures
     write_json(root / report.FILE, dict(fingerprint=mark, states=states))

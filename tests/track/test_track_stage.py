@@ -12,7 +12,7 @@ sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
 
 from saejax import command, load_results
-from saejax.workspace import write_json
+from saejax.files import write_json
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")

@@ -18,7 +18,7 @@ from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.figure_layout import GAP, GUTTER, SIZE, Box, fitted, text_width
 from saejax.attribution.forms.scores import strongest
 from saejax.errors import UserError
-from saejax.workspace import whole_file
+from saejax.files import whole_file
 
 INK, SOFT, LINE, CARD, PAPER, BLUE, ORANGE = "#1b1f24", "#555e68", "#d4d9df", "#f5f7f9", "#ffffff", "#0072b2", "#d55e00"
 _STYLE = {"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": "saejax", "text.parse_math": False}

@@ -8,7 +8,7 @@ from typing import Any
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.neuronpedia import check_slug
 from saejax.errors import UserError
-from saejax.workspace import locked, write_json, write_text
+from saejax.files import locked, write_json, write_text
 
 INDEX = "graph-metadata.json"  # the list
 _LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")

@@ -15,9 +15,9 @@ from typing import Any
 
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.packed import packed_edges
+from saejax.files import write_text
 from saejax.page.scripts import interactive
 from saejax.page.tables import percent
-from saejax.workspace import write_text
 
 VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = [

@@ -16,7 +16,7 @@ from saejax.attribution.graph.data import GraphData, GraphScores, Pruning
 from saejax.attribution.graph.nodes import DTYPES, FEATURE, KINDS, LOGIT, TOKEN, Nodes
 from saejax.dictionaries.formats import tensors
 from saejax.errors import UserError
-from saejax.workspace import file_sha256, read_json, write_json
+from saejax.files import file_sha256, read_json, write_json
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"

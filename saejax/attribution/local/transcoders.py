@@ -16,7 +16,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, formats
 from saejax.dictionaries.formats import circuit_tracer, cross_layer, gemma_scope, own
 from saejax.dictionaries.formats import circuit_tracer_settings as description
 from saejax.errors import UserError
-from saejax.models import source
+from saejax.models import hub
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -162,12 +162,12 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
         raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
     prefix = f"{subfolder}/" if subfolder else ""
     listed = [f"{prefix}{formats.SET}", *(f"{prefix}{pattern}" for pattern in _FILES)]
-    root = source.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
+    root = hub.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
     if not (root / prefix / formats.SET).exists():
         inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
         chosen = gemma_scope.chosen_layers(inside, choice, name)
         files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
-        root = source.hub_folder(path, root.name, files, what="set of transcoders")
+        root = hub.hub_folder(path, root.name, files, what="set of transcoders")
     return name, root / subfolder, root.name
 
 
@@ -175,7 +175,7 @@ def _files_of(repository: str, revision: str) -> list[str]:
     """The paths of all files of a hub repository."""
     import huggingface_hub
 
-    with source.hub_errors(repository, revision, "set of transcoders", formats.SET, "a set of transcoders"):
+    with hub.hub_errors(repository, revision, "set of transcoders", formats.SET, "a set of transcoders"):
         return huggingface_hub.list_repo_files(repository, revision=revision)
 
 
@@ -213,5 +213,5 @@ def _fetched(address: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     repository, file, revision = found["repository"], found["file"], found["revision"] or "main"
-    with source.hub_errors(repository, revision, "set of transcoders", file, "a transcoder"):
+    with hub.hub_errors(repository, revision, "set of transcoders", file, "a transcoder"):
         return Path(hf_hub_download(repository, file, revision=revision))

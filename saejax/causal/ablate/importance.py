@@ -23,9 +23,9 @@ from saejax.causal.experiment import Experiment
 from saejax.causal.feature_statistics import nearest_others
 from saejax.causal.statistics import correlations, max_t_p, rank_correlations, sign_flip_p
 from saejax.errors import UserError
+from saejax.files import write_array
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import bootstrap_means, separation
-from saejax.workspace import write_array
 
 NEAREST = 100  # features that a control percentile is over
 PERMUTATIONS = 20_000

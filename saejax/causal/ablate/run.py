@@ -26,10 +26,11 @@ from saejax.causal.claims import SetEffects
 from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary, stacks
+from saejax.files import read_lines, write_lines
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig
-from saejax.workspace import Run, read_lines, write_lines
+from saejax.workspace import Run
 
 
 def run_ablate(run: Run) -> AblateResults:

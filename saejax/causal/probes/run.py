@@ -21,11 +21,12 @@ from saejax.causal.probes.linear import Task, paired_difference, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.split import SplitModel
 from saejax.errors import UserError
+from saejax.files import whole_file
 from saejax.results import to_json
 from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
 from saejax.tasks.labels import Labelled, label_prompts
-from saejax.workspace import Run, whole_file
+from saejax.workspace import Run
 
 TABLE = "probes.parquet"
 _INTERVALS = ("accuracy", "auc", "shuffled", "auc_shuffled", "random", "against_dense")

@@ -20,8 +20,9 @@ from saejax.causal.steer.draws import rule
 from saejax.causal.steer.measure import Judged, SteeringTest
 from saejax.causal.steer.results import BehaviourSteering, SteerResults
 from saejax.errors import UserError
+from saejax.files import read_lines, write_lines
 from saejax.settings import SteerConfig
-from saejax.workspace import Run, read_lines, write_lines
+from saejax.workspace import Run
 
 
 def run_steer(run: Run) -> SteerResults:

@@ -31,10 +31,11 @@ from saejax.causal.study.results import (
 from saejax.causal.study.scores import CLEAN, Scored
 from saejax.causal.study.single import line
 from saejax.errors import Interrupted, UserError
+from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
 from saejax.tasks.benchmarks import Item, origin, read_items, way
-from saejax.workspace import Run, read_json, read_lines, write_json, write_lines
+from saejax.workspace import Run
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
 CONDITIONS = "conditions"  # folder of the rows of each, until all are scored

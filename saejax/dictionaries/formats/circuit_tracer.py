@@ -23,9 +23,9 @@ from saejax.dictionaries.formats import origin, tensors
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
+from saejax.files import write_text
 from saejax.models.sites import Site
 from saejax.models.weights import Tensor
-from saejax.workspace import write_text
 
 _TRANSPOSED = ("W_enc_DxF", "W_skip_DxD")
 

@@ -19,8 +19,8 @@ from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.formats.cross_layer import ENCODERS, FACTS, KIND
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
+from saejax.files import write_text
 from saejax.parallel.collectives import is_first_process
-from saejax.workspace import write_text
 
 DECODERS = "W_dec_*.safetensors"
 

@@ -21,7 +21,7 @@ from saejax.dictionaries.formats import hooks, origin, tensors
 from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.workspace import read_json
+from saejax.files import read_json
 
 DESCRIPTION, WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 _NAMES = {"encoder.weight": "W_enc_DxF", "encoder.bias": "b_enc_F", "decoder.weight": "W_dec_FxD"}

@@ -17,8 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from saejax.config import from_json, to_json
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
+from saejax.files import read_json, write_json
 from saejax.parallel.collectives import is_first_process, to_host
-from saejax.workspace import read_json, write_json
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
 # Orbax logs every save, and every failure that it raises as well, with its traceback.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saejax.dictionaries.formats import llama_scope, own, qwen_scope
 from saejax.errors import UserError
-from saejax.models import source
+from saejax.models import hub
 
 _ADDRESS = re.compile(r"hf:/+(?P<repository>[^/@]+/[^/@]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>.+))?")
 _FILES = ("*.json", "*.yaml", "*.safetensors", "*.npz")
@@ -33,7 +33,7 @@ def _fetched(address: str) -> Path:
     if not named:
         raise UserError(f"{address} names no folder on the hub: expected hf://ORG/NAME[/FOLDER][@REVISION]")
     repository, revision = named["repository"], named["revision"] or "main"
-    fetch = functools.partial(source.hub_folder, repository, revision, what="dictionary")
+    fetch = functools.partial(hub.hub_folder, repository, revision, what="dictionary")
     if qwen_scope.is_one(file := Path(named["folder"] or "")):
         return fetch([file.as_posix(), file.with_name(qwen_scope.DESCRIPTION).as_posix()]) / file
     prefix = f"{named['folder']}/" if named["folder"] else ""

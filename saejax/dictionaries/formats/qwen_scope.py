@@ -18,7 +18,7 @@ import numpy as np
 from saejax.dictionaries.formats import origin
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.workspace import read_json
+from saejax.files import read_json
 
 DESCRIPTION = "config.json"
 _FILE = re.compile(r"layer(\d+)\.sae\.pt")

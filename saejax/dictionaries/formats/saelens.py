@@ -21,7 +21,7 @@ from saejax.dictionaries.formats import hooks, origin, saelens_settings, tensors
 from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
-from saejax.workspace import read_json, write_json
+from saejax.files import read_json, write_json
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _FORMAT = "saelens"

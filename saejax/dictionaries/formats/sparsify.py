@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from saejax.dictionaries.formats import hooks, origin, tensors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.workspace import read_json
+from saejax.files import read_json
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae.safetensors"
 _NAMES = {"W_enc_DxF": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from saejax.errors import Interrupted, UserError
+from saejax.files import write_lines, write_text
 from saejax.ground_truth.algorithms import planted, transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
@@ -24,7 +25,7 @@ from saejax.models.language_model import load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run, write_lines, write_text
+from saejax.workspace import Run
 
 _LOOK_EVERY, _SAY_EVERY = 250, 10.0  # steps; seconds
 _LOOK, _FRESH, _TEXTS = (

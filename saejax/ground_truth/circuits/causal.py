@@ -20,6 +20,7 @@ from saejax.causal.probes.run import run_probe
 from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
+from saejax.files import write_text
 from saejax.ground_truth.circuits.catalogue import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.ground_truth.circuits.stage import KnownConfig
@@ -31,7 +32,7 @@ from saejax.tasks.baseline import run_baseline
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run, write_text
+from saejax.workspace import Run
 
 T = TypeVar("T")
 _BOOTSTRAP = 1000

@@ -1,0 +1,93 @@
+"""Files that appear whole or not at all, and JSON in them."""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from saejax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and goes if not."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
+    """Holds a lock file, which is made if it does not exist and is free as soon as the process ends, however it ends.
+
+    Args:
+      path: in a folder that exists.
+      wait: until it is free; otherwise a lock that another process holds is an ``OSError``.
+
+    Returns:
+      The open file, in which the holder can leave word.
+    """
+    with open(path, "a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole text file, or nothing."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a whole JSON file, or nothing. NaN is refused (``ValueError``): JSON has none."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Writes a whole file with a line of JSON for each row, or nothing."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The rows that ``write_lines`` wrote; texts in them may hold what else Unicode has for the end of a line."""
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
+def write_array(path: Path, array: "np.ndarray") -> None:
+    """Writes a whole ``.npy`` file, or nothing."""
+    import numpy as np
+
+    buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
+    np.save(buffer, array)
+    with whole_file(path) as beside:
+        beside.write_bytes(buffer.getbuffer())
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; a missing or damaged file is a ``UserError`` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not valid JSON: it is damaged; delete its folder and run the stage again") from None

@@ -1,0 +1,80 @@
+"""Files of the Hugging Face hub, and what its errors mean."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from saejax.errors import UserError, out_of_room
+from saejax.models.offline import offline_if_unreachable
+
+
+def hub_folder(
+    name: str, revision: str, files: Sequence[str], skipped: Sequence[str] = (), what: str = "model"
+) -> Path:
+    """The folder of a hub repository with the files of some patterns, fetched if need be.
+
+    Args:
+      name, revision: of the repository.
+      files, skipped: patterns of what is wanted, and of what is not all the same.
+      what: the repository holds, in words, for messages.
+
+    Raises:
+      UserError: there is no such repository or revision, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    with hub_errors(name, revision, what, files[0], f"a {what}"):
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(skipped))
+        )
+
+
+@contextlib.contextmanager
+def hub_errors(name: str, revision: str, what: str, file: str, expected: str) -> Iterator[None]:
+    """Turns the errors of the hub into ``UserError``s that say what to do.
+
+    Args:
+      name, revision: the repository.
+      what: is looked for there, such as "model".
+      file: without which there is none.
+      expected: what the file is part of.
+    """
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        with offline_if_unreachable():
+            yield
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{name} is gated: accept its licence at {page}, then set the variable HF_TOKEN to a token of your account"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{name} has no revision {revision!r}: see {page}/tree/main for branches and tags") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"there is no {what} {name!r}, neither a folder here nor at {page}: check the name; if it is private, set "
+            "the variable HF_TOKEN"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _not_fetched(name, error.__cause__) from None
+        raise UserError(
+            f"{name} is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE is set): "
+            "connect, or give a local folder"
+        ) from None
+    except errors.RemoteEntryNotFoundError:
+        raise UserError(f"{page} has no {file} at revision {revision!r}: expected {expected}") from None
+    except errors.HFValidationError:
+        raise UserError(f"there is no folder {name!r}, and it is not a hub id such as org/name") from None
+    except (errors.HTTPError, OSError) as error:  # of the hub, or of a connection that broke
+        raise _not_fetched(name, error) from None
+
+
+def _not_fetched(name: str, error: Exception) -> UserError:
+    remedy = "try again, or give a local folder"
+    if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        remedy = "the hub does not accept the token in the variable HF_TOKEN, or that of `hf auth login`: renew it"
+    if out_of_room(error):
+        remedy = "free space, or set the variable HF_HOME to a folder with room"
+    return UserError(f"{name} could not be fetched ({error}): {remedy}")
