@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.saelens_environment import saelens_python
+from benchmarks.tool_environments import saelens_python
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from scipy.stats import norm
 
-from benchmarks.saelens_environment import saelens_python
+from benchmarks.tool_environments import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
 from saejax.ground_truth.rows import HELD_OUT, batch_key

@@ -26,7 +26,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from benchmarks.bench_input import SITE, random_store  # noqa: E402
-from benchmarks.saelens_environment import saelens_python  # noqa: E402
+from benchmarks.tool_environments import saelens_python  # noqa: E402
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
 from saejax.activations.batches import training_batches  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402

@@ -15,20 +15,20 @@ needs_graphs = pytest.mark.skipif(not FOLDERS, reason=f"no reference graphs in {
 LAYERS = 3
 
 
-def nodes_of(ref) -> Nodes:
-    """The nodes of a reference graph, in its order."""
+def nodes_of(ref, layers: int = LAYERS) -> Nodes:
+    """The nodes of a reference graph of a model with so many layers, in its order."""
     positions = len(ref["ids"])
-    layer_E, position_E = np.divmod(np.arange(LAYERS * positions), positions)
+    layer_E, position_E = np.divmod(np.arange(layers * positions), positions)
     layer_F, position_F, feature_F = ref["active_features"].T
     return Nodes.joined(
         Nodes.of(FEATURE, layer_F, position_F, feature_F, ref["activation_values"]),
         Nodes.of(ERROR, layer_E, position_E),
         Nodes.of(TOKEN, -1, np.arange(positions), ref["ids"]),
-        Nodes.of(LOGIT, LAYERS, positions - 1, ref["logit_ids"], ref["logit_p"]),
+        Nodes.of(LOGIT, layers, positions - 1, ref["logit_ids"], ref["logit_p"]),
     )
 
 
-def adjacency_of(ref) -> np.ndarray:
+def adjacency_of(ref, layers: int = LAYERS) -> np.ndarray:
     """Its weights, targets by sources."""
-    kind_N = nodes_of(ref).kind_N
+    kind_N = nodes_of(ref, layers).kind_N
     return ref["adjacency"][np.isin(kind_N, (FEATURE, LOGIT))][:, kind_N != LOGIT]

@@ -1,0 +1,29 @@
+"""Interpreters of environments that have other tools, which benchmarks and tests compare with."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_TORCH = "torch==2.13.0"  # as constraints.txt pins it: a newer build may need a GPU
+
+
+def saelens_python() -> str:
+    """The path of one that has sae-lens; its environment, build/saelens, is made on first use."""
+    return _python("saelens", "-c", str(_ROOT / "constraints.txt"), "sae-lens", _TORCH)
+
+
+def circuit_tracer_python() -> str:
+    """One that has circuit-tracer, which needs older packages than saejax does; in build/circuit_tracer."""
+    return _python("circuit_tracer", "circuit-tracer==0.5.0", _TORCH)
+
+
+def _python(name: str, *packages: str) -> str:
+    environment = _ROOT / "build" / name
+    python = environment / "bin" / "python"
+    if not (environment / ".installed").exists():
+        print(f"installing {packages[-2]} into {environment}", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
+        (environment / ".installed").touch()
+    return str(python)

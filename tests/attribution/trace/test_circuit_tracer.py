@@ -1,0 +1,56 @@
+"""Graphs of tiny models equal those that circuit-tracer makes of them here, from sets that we write."""
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_graphs import load_tiny, make_cross_layer, make_transcoders
+from reference_graphs import adjacency_of, nodes_of
+
+from benchmarks.tool_environments import circuit_tracer_python
+from saejax import save_transcoders, trace
+from saejax.attribution.graph.nodes import BIAS, FIRST_MLP, TOKEN
+from saejax.dictionaries.formats import cross_layer_files
+
+JUDGE = Path(__file__).parents[1] / "circuit_tracer_judge.py"
+IDS = [0, 17, 230, 5, 42, 99, 7]
+CASES = [
+    ("llama", "standard", False, False),
+    ("qwen3", "jumprelu", True, False),
+    ("qwen2", "standard", True, False),
+    ("gpt2", "standard", True, False),
+    ("llama", "jumprelu", False, True),
+]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
+
+
+def relative(a, b) -> float:
+    return float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("family,kind,skip,cross_layer", CASES)
+def test_a_graph_is_that_of_circuit_tracer(family, kind, skip, cross_layer, tmp_path, one_device):
+    model, folder, out = (tmp_path / name for name in ("model", "set", "judged.npz"))
+    lm = load_tiny(model, family, one_device)
+    if cross_layer:
+        _, made, writes = make_cross_layer(lm.config, kind, skip, "resid_mid")
+        cross_layer_files.save(folder, len(made), lambda layer: (made[layer], writes[layer]))
+    else:
+        save_transcoders(folder, make_transcoders(lm.config, kind, skip))
+    ids = ",".join(map(str, IDS))
+    command = [circuit_tracer_python(), "-W", "ignore", str(JUDGE), str(model), str(folder), str(out), ids]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    judged = np.load(out)
+    graph = trace(lm, folder, IDS, max_logits=3, logit_mass=1.0)
+    ours, wanted = graph.nodes[~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))], nodes_of(judged, lm.config.n_layers)
+    for name in ("kind_N", "layer_N", "position_N", "index_N"):
+        assert np.array_equal(getattr(ours, name), getattr(wanted, name)), name
+    adjacency_RxS = adjacency_of(judged, lm.config.n_layers)
+    if family == "gpt2":  # what it adds for a position is part of the token's node here, and has none there
+        adjacency_RxS = adjacency_RxS[:, : np.flatnonzero(wanted.kind_N == TOKEN)[0]]
+    errors = [relative(graph.adjacency_RxS[:, : adjacency_RxS.shape[1]], adjacency_RxS)]
+    errors += [relative(ours.value_N, wanted.value_N)]
+    print(family, len(judged["active_features"]), "active, adjacency {:.1e}, values {:.1e}".format(*errors))
+    assert max(errors) < 1e-5
