@@ -22,7 +22,7 @@ def _python(name: str, *packages: str) -> str:
     environment = _ROOT / "build" / name
     python = environment / "bin" / "python"
     if not (environment / ".installed").exists():
-        print(f"installing {packages[-2]} into {environment}", file=sys.stderr, flush=True)
+        print(f"installing {name} into {environment}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
         (environment / ".installed").touch()

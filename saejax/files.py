@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and JSON in them."""
+"""Files that appear whole or not at all, JSON in them, hashes of them, and lock files."""
 
 import contextlib
 import fcntl

@@ -70,21 +70,20 @@ def widened(
     )
     if "threshold_F" in new:
         new["threshold_F"] = length * level_C
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in dictionary.arrays.items()}
+    arrays = {name: np.asarray(array, np.float32) for name, array in dictionary.arrays.items()}
     wide = own + max(len(rows_CxD) - len(free), 0)
     for name, values in new.items():
-        axis = 1 if name == "W_enc_DxF" else 0
-        arrays[name] = _with(np.asarray(arrays[name]), wide, places, values, axis)
+        arrays[name] = _with(arrays[name], wide, places, values, axis=1 if name == "W_enc_DxF" else 0)
     config = dataclasses.replace(dictionary.config, n_features=wide, groups=())
-    return Dictionary(config, dictionary.operands, **arrays)
+    return Dictionary(config, dictionary.operands, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def _with(array: np.ndarray, wide: int, places: np.ndarray, values: np.ndarray, axis: int) -> jax.Array:
+def _with(array: np.ndarray, wide: int, places: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:
     """An array made ``wide`` along an axis, with values at places there."""
     pad = [(0, wide - array.shape[at] if at == axis else 0) for at in range(array.ndim)]
     made = np.moveaxis(np.pad(array, pad), axis, 0)
     made[places] = np.moveaxis(values, axis, 0)
-    return jnp.asarray(np.moveaxis(made, 0, axis))
+    return np.moveaxis(made, 0, axis)
 
 
 def missing_features(
