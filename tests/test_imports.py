@@ -53,6 +53,7 @@ INSIDE = {
     "attribution": [
         "stage",
         "run",
+        "programs",
         "cost",
         "report",
         "report_curves",

@@ -34,6 +34,7 @@ ATTRIBUTE = Stage(
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
     cost="saejax.attribution.cost:attribute_cost",
+    programs="saejax.attribution.programs:attribute_programs",
     section="saejax.attribution.report:sections",
     processes="all",
 )

@@ -49,6 +49,7 @@ class PlannedRun:
       mesh: the devices; None where their number alone is considered.
       limit: bytes of memory on each of them.
       own_devices: of each process where there are several; otherwise 0.
+      stands_for: the platform of devices for which those of the mesh stand, such as "gpu"; "": they are what they are.
     """
 
     configs: Mapping[str, Any]
@@ -63,6 +64,7 @@ class PlannedRun:
     mesh: Mesh | None = None
     limit: int = 0
     own_devices: int = 0
+    stands_for: str = ""
 
     def placed(self, stage: Stage) -> "PlannedRun":
         """The same on the devices of a stage's units: those of one process, unless all processes run it together."""
@@ -72,6 +74,11 @@ class PlannedRun:
         axes = dict(member=1, data=self.own_devices // config.model, model=config.model)
         mesh = make_mesh(config, self.mesh.devices.flat[: self.own_devices].tolist()) if self.mesh else None
         return dataclasses.replace(self, axes=axes, mesh=mesh, own_devices=0)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: "cpu", "gpu" or "tpu"."""
+        return self.stands_for or (self.mesh.devices.flat[0].platform if self.mesh else "cpu")
 
     @property
     def dtype(self) -> str:

@@ -5,8 +5,10 @@ One mesh with the axes ``member``, ``data`` and ``model``: a stack of dictionari
 and on many hosts.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -88,6 +90,14 @@ def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) 
     """Number of elements that each device holds of an array placed by ``fitting_sharding``."""
     fits = fitting_spec(axes, shape, *spec)
     return math.prod(size // axes[axis] if axis else size for size, axis in zip(shape, fits, strict=True))
+
+
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """In the block, arrays that are made are in the host's memory, unless JAX was told to do without its CPU."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names accelerators alone
+        return contextlib.nullcontext()
 
 
 def free_bytes(mesh: Mesh) -> int:

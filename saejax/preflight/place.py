@@ -22,6 +22,7 @@ class Place:
       of_node: how many of them share a node.
       own: how many a process has, of which there is one a host; 0: one has all.
       torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
+      stands_for: the platform that the mesh's devices stand for; "": they are what they are.
     """
 
     mesh: Mesh
@@ -30,6 +31,7 @@ class Place:
     of_node: int
     torch_here: bool
     own: int = 0
+    stands_for: str = ""
 
 
 def find_place(configs: Mapping[str, Any]) -> Place:
@@ -40,11 +42,12 @@ def find_place(configs: Mapping[str, Any]) -> Place:
     """
     name = configs["preflight"].topology
     if name:
-        from saejax.preflight.topology import find_slice, of_process
+        from saejax.preflight.topology import GPUS, find_slice, of_process
 
         slice_ = find_slice(name)
         mesh, own = make_mesh(configs["mesh"], slice_.devices), of_process(name, len(slice_.devices))
-        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own)
+        stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
+        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own, stands_for)
     mesh, device = make_mesh(configs["mesh"], jax.devices()), jax.devices()[0]
     own = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory

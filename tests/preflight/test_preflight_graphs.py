@@ -1,19 +1,26 @@
 """Attribution graphs in preflight: what is counted, the limit said first, and what is refused before anything runs."""
 
+import dataclasses
 import json
+import struct
 import types
 
 import jax
+import numpy as np
 import pytest
 import runs
-from preflight_setup import plan_run, shape
+import yaml
+from preflight_setup import on_mesh, plan_run, shape
 
 from saejax import command, save_transcoders
 from saejax.attribution.cost import planned_graphs
+from saejax.attribution.programs import attribute_programs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.families import read_config
-from saejax.preflight import place, sums
+from saejax.parallel.mesh import make_mesh
+from saejax.preflight import place, sums, topology
+from saejax.settings import MeshConfig
 
 RATES = dict(float32=1e11, bfloat16=2e11)
 
@@ -129,3 +136,62 @@ def test_the_stage_says_the_limit_first(tmp_path, inputs, capsys, monkeypatch):
     assert command.run(["preflight"], "", ["preflight", *flags, "--graph.token_ids=1,2,3,4,5"]) == 2
     error = capsys.readouterr().err
     assert "error: no prompt fits into the memory that is free, 0." in error and error.count("\n") == 1
+
+
+def sparse_set(folder, config, features):
+    """A circuit-tracer set in bfloat16 of which the files have their length and no blocks on the disk."""
+    shapes = dict(W_enc=(features, config.d_model), W_dec=(features, config.d_model), b_enc=(features,))
+    shapes |= dict(b_dec=(config.d_model,))
+    ends = np.cumsum([0, *(2 * int(np.prod(size)) for size in shapes.values())]).tolist()
+    header = json.dumps(
+        {
+            name: dict(dtype="BF16", shape=size, data_offsets=[start, stop])
+            for (name, size), start, stop in zip(shapes.items(), ends, ends[1:], strict=False)
+        }
+    ).encode()
+    folder.mkdir()
+    for layer in range(config.n_layers):
+        with (folder / f"layer_{layer}.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + ends[-1])
+    hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="hook_mlp_out")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(model_name="x", model_kind="transcoder_set", **hooks)))
+
+
+def test_a_set_of_60_gb_fits_eight_devices_of_which_each_has_its_part(tmp_path, quick_compiler):
+    """Qwen3-4B's 36 layers of 163,840 features, 8,192 of them kept of a prompt of 2,048 tokens."""
+    config, mesh = shape("qwen3-4b-instruct-2507"), make_mesh(MeshConfig(model=8))
+    sparse_set(tmp_path / "set", config, 163_840)
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps(dict(slug="long", token_ids=list(range(1, 2049)))))
+    asked = dict(graph__prompts=str(file), graph__transcoders=str(tmp_path / "set"), graph__max_features=8192)
+    plan = plan_run(config, "resid_post.17", **asked, model__dtype="bfloat16", preflight__topology="h100:8")
+    plan = dataclasses.replace(on_mesh(plan, mesh), stands_for="gpu")
+    found = {program.name: program for program in attribute_programs(plan, mesh)}
+    assert list(found) == [f"attribute: {name}" for name in (
+        "layer", "transcoder", "rows", "heads, up", "heads, down", "circuits"
+    )]  # fmt: skip
+    directions = 64 * 36 * 2047 + 73 * 2048
+    for name, program in found.items():
+        compiled = topology.compile_for(program, int(0.9 * 80e9), 8)
+        assert compiled.fits, name
+        if name == "attribute: rows":  # in fp32, an eighth of the width; the streams; batches of 64 targets
+            own = 4 * 2560 * (directions / 8 + 2 * 36 * 2048)
+            assert own < compiled.memory < 1.6 * own
+            assert compiled.counted_flops is not None and "1,024 targets" not in program.size
+        largest = max(part.size * part.dtype.itemsize for part in parts_of(program))
+        assert largest <= max(4 * 2560 * directions / 8, 4 * 36 * 2048 * 2560), name
+
+
+def parts_of(program):
+    """What a device has of each array that a program takes."""
+    leaves = jax.tree.leaves((program.arguments, program.kept))
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return [jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in arrays]
+
+
+def test_nothing_is_compiled_for_graphs_that_are_not_asked_for_or_not_known(model):
+    for asked in (dict(), dict(graph__prompt="a", graph__transcoders="org/set")):
+        plan = plan_run(model, **trained() | asked)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        assert attribute_programs(on_mesh(plan, mesh), mesh) == []

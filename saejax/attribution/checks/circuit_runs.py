@@ -61,7 +61,7 @@ def run_circuits(
     states = [jnp.tile(replacement.stream_LxTxD[0][None], (min(size, len(circuits)), 1, 1)) for _ in chunks]
     below = [[Written(replacement.dictionaries, *x.shape[:2]) for _ in range(2)] for x in states]  # kept, and all
     for layer in range(config.n_layers):
-        transcoder = replacement.dictionaries.load(layer)
+        transcoder = replacement.transcoder(layer)
         for number, chunk in enumerate(chunks):
             states[number], *acts = run_layer(
                 replacement.frozen,

@@ -68,7 +68,7 @@ def _next_logits(replacement: Replacement, ids: Sequence[int], edits: dict[int, 
     bounds = np.int32(replacement.first), np.int32(len(replacement.ids_P))
     below = Written(replacement.dictionaries, *x_RxTxD.shape[:2])
     for layer in range(replacement.model.config.n_layers):
-        edited = (replacement.dictionaries.load(layer), edits[layer]) if layer in edits else None
+        edited = (replacement.transcoder(layer), edits[layer]) if layer in edits else None
         given = replacement.skip(layer), edited, bounds, below.at(layer)
         x_RxTxD, _, change_RxM = run_layer(frozen, hold, params, np.int32(layer), x_RxTxD[0], x_RxTxD, *given)
         if edited:

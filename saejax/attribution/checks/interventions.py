@@ -158,7 +158,7 @@ class _ChangedRun:
         same = replacement.frozen, hold, replacement.model.params, np.int32(layer), x_TxD
         places = self._chosen_J[own_J]
         position_J, vector_JxD = replacement.active.position_A[places], replacement.encoder_rows(places)
-        transcoder = replacement.dictionaries.load(layer) if edits else None
+        transcoder = replacement.transcoder(layer) if edits else None
         bounds = np.int32(replacement.first), np.int32(len(x_TxD))
         for place, chunk in enumerate(self._chunks):
             x_RxTxD = self._states[place]

@@ -62,7 +62,8 @@ def changed_logits(run: SaeRun, rows: Sequence[Sequence[Change]]) -> np.ndarray:
         if own:
             row_M, position_M, feature_M = jnp.asarray(np.array([one[:3] for one in own], np.int32).T)
             value_M = jnp.asarray([one[3] for one in own], jnp.float32)
-            edits.append(PlacedEdit(run.dictionaries.load(site.layer), row_M, position_M, feature_M, value_M, site))
+            sae = run.dictionaries.load(site.layer, model.mesh)
+            edits.append(PlacedEdit(sae, row_M, position_M, feature_M, value_M, site))
     tokens = Tokens(np.tile(run.ids_P, (len(rows), 1)), np.full(len(rows), len(run.ids_P), np.int32))
     leaving = Site("resid_post", model.config.n_layers - 1)
     last_RxD = model(tokens, capture=[leaving], edits=edits, logits=False).sites[str(leaving)][:, len(run.ids_P) - 1]

@@ -6,21 +6,26 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
+from saejax.dictionaries.formats import tensors
+from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.parallel.mesh import free_on
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
 KEPT_SHARE = 4  # of what is free, dictionaries that were read may take one part in so many
 
 
 class LayerDictionaries(abc.ABC):
-    """Dictionaries of several layers, one of each, which stay in memory as far as a quarter of what is free goes.
+    """Dictionaries of several layers, one of each, which stay on the devices as far as a quarter of what is free goes.
 
     Args:
       name: where the set comes from, for messages and results.
@@ -45,24 +50,38 @@ class LayerDictionaries(abc.ABC):
         revision: str = "",
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self._load, self._kept = load, dict[int, Dictionary]()
+        self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
         self.sizes: dict[tuple[str, int], int] = {}
         stored = not any(config.centred or config.kind == "gated" for config in configs)
         self._rows = rows if rows and stored else self._rows_of_layer
 
-    def load(self, layer: int) -> Dictionary:
+    def load(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
         """The dictionary of a layer, with features that are relu, threshold or topk of x W_enc + b_enc.
 
-        It is kept for the next time. Everything here goes through the layers in order, again and again, so where not
+        It comes by way of the host, so no device ever holds more of it than its part, and stays on the devices in its
+        file's dtype for the next time. Everything here goes through the layers in order, again and again, so where not
         all fit, the one that was read last makes room: all others are found again.
+
+        Args:
+          layer: its number.
+          mesh: the devices, over whose axis ``model`` features are split; None: the first of this process.
+
+        Returns:
+          The dictionary in fp32, or in fp64 if it is that in its file.
         """
-        if layer not in self._kept:
-            dictionary = _plain(self._load(layer))
-            room = free_on(jax.local_devices()[0]) // KEPT_SHARE // sum(a.nbytes for a in dictionary.arrays.values())
+        mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+        if (layer, mesh) not in self._kept:
+            dictionary = _placed(self._on_host(layer), mesh)
+            room = free_bytes(mesh) // KEPT_SHARE // _part_bytes(dictionary, mesh)
             while len(self._kept) >= max(room, 1):
                 self._kept.popitem()
-            self._kept[layer] = dictionary
-        return self._kept[layer]
+            self._kept[layer, mesh] = dictionary
+        return _widened(self._kept[layer, mesh])
+
+    def _on_host(self, layer: int) -> Dictionary:
+        """The dictionary of a layer, read anew, in the dtype of its file where that loses nothing."""
+        with on_host():
+            return _narrow(_plain(self._load(layer)))
 
     def forget(self) -> None:
         """Gives up what is kept in memory."""
@@ -108,10 +127,11 @@ class LayerDictionaries(abc.ABC):
         """What a graph says of the set."""
 
     def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        arrays = self.load(layer).arrays
+        kept = next((own for (number, _), own in self._kept.items() if number == layer), None)
+        arrays = (kept or self._on_host(layer)).arrays
         if name == "W_dec":
-            return np.asarray(arrays["W_dec_FxD"])[features_U]
-        return np.asarray(arrays["W_enc_DxF"])[:, features_U].T
+            return to_host(arrays["W_dec_FxD"])[features_U]
+        return to_host(arrays["W_enc_DxF"])[:, features_U].T
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
@@ -136,13 +156,41 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
         )
 
 
-def _plain(transcoder: Dictionary) -> Dictionary:
-    """The same function with features that are relu, threshold or topk of x W_enc + b_enc; of no layer.
+def _plain(dictionary: Dictionary) -> Dictionary:
+    """The same function with features that are relu, threshold or topk of x W_enc + b_enc."""
+    if dictionary.config.kind == "gated":
+        dictionary = rescale.as_jumprelu(dictionary)
+    return rescale.uncentred(dictionary)
+
+
+def _narrow(dictionary: Dictionary) -> Dictionary:
+    """The same arrays in the dtype of the file that they came from where that loses nothing; and of no layer.
 
     Programs that run it are compiled once for all layers.
     """
-    if transcoder.config.kind == "gated":
-        transcoder = rescale.as_jumprelu(transcoder)
-    transcoder = rescale.uncentred(transcoder)
-    config = dataclasses.replace(transcoder.config, site="", target="", origin="")
-    return Dictionary(config, transcoder.operands, **transcoder.arrays)
+    arrays = tensors.host_arrays(dictionary)[0] if dictionary.config.origin else dictionary.arrays
+    config = dataclasses.replace(dictionary.config, site="", target="", origin="")
+    return Dictionary(config, dictionary.operands, **arrays)
+
+
+def _widened(dictionary: Dictionary) -> Dictionary:
+    """The same with arrays of 32 bits, or more."""
+    arrays = dictionary.arrays
+    wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in arrays.items()}
+    return Dictionary(dictionary.config, dictionary.operands, **wide)
+
+
+def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
+    """The same on a mesh's devices, features split over ``model``."""
+    table = parameter_table(dictionary.config)
+    arrays = {
+        name: jax.device_put(array, fitting_sharding(mesh, table[name][0], *table[name][1]))
+        for name, array in dictionary.arrays.items()
+    }
+    return Dictionary(dictionary.config, dictionary.operands, **arrays)
+
+
+def _part_bytes(dictionary: Dictionary, mesh: Mesh) -> int:
+    """What each device has of it."""
+    table, arrays = parameter_table(dictionary.config), dictionary.arrays
+    return sum(part_size(mesh.shape, table[name][0], *table[name][1]) * arrays[name].dtype.itemsize for name in arrays)

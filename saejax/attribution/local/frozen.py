@@ -85,8 +85,8 @@ class FrozenModel:
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
             block = tables._replace(mask=tables.mask[queries, keys])
-            weights_NxGxTxS = attention_weights(self.config, RELP, q_TxHxK[queries], k_TxNxK[keys], block)
-            parts.append(_weighted(weights_NxGxTxS, v_TxNxK[keys]))
+            own = q_TxHxK[queries], k_TxNxK[keys]
+            parts.append(_weighted(attention_weights(self.config, RELP, *own, block), v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
     def read(

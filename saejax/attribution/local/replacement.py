@@ -24,14 +24,12 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.local.written import Written
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
-from saejax.parallel.mesh import fitting_sharding
 
 # How chat templates begin whose tokens are all sinks: of Gemma 3 "<bos><start_of_turn>user" and a line end.
 CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
@@ -88,7 +86,7 @@ class Replacement(PromptRun):
         parts: dict[str, list[jax.Array]] = {}
         broken = []
         for layer in range(model.config.n_layers):
-            transcoder = placed(transcoders.load(layer), model)
+            transcoder = transcoders.load(layer, model.mesh)
             entering_TxD = x_TxD
             x_TxD, read_TxD, out_TxD = run_layer(frozen, params, np.int32(layer), x_TxD)
             used_T = (np.arange(len(ids_T)) >= first) & (np.arange(len(ids_T)) < len(ids_P))
@@ -124,6 +122,10 @@ class Replacement(PromptRun):
     def first(self) -> int:
         """The first position at which features are used."""
         return self.first_LxUxD.shape[1]
+
+    def transcoder(self, layer: int) -> Dictionary:
+        """A layer's transcoder, on the model's devices."""
+        return self.dictionaries.load(layer, self.model.mesh)
 
     def skip(self, layer: int) -> jax.Array | None:
         """The skip path of a layer's transcoder [D, D]; None: there is none."""
@@ -174,16 +176,6 @@ def padded(count: int, least: int = 4) -> int:
     """
     step = max(least, (1 << count.bit_length()) >> 3)
     return max(-(-count // step), 1) * step
-
-
-def placed(transcoder: Dictionary, model: LanguageModel) -> Dictionary:
-    """The transcoder on the model's devices, its features split over ``model``."""
-    table = parameter_table(transcoder.config)
-    arrays = {
-        name: jax.device_put(array, fitting_sharding(model.mesh, table[name][0], *table[name][1]))
-        for name, array in transcoder.arrays.items()
-    }
-    return Dictionary(transcoder.config, transcoder.operands, **arrays)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -137,7 +137,8 @@ class _Rows:
         group_A = _slots(run, active.layer_A) * tokens + active.position_A
         self._starts = np.searchsorted(group_A, np.arange(len(layer_S) * tokens + 1))
         self._token_PxD = to_host(run.stream_LxTxD[0, :tokens])
-        self._bias_SxD = np.stack([to_host(run.dictionaries.load(layer).b_dec_D[...]) for layer in layer_S])
+        biases = (run.dictionaries.load(layer, run.model.mesh).b_dec_D[...] for layer in layer_S)
+        self._bias_SxD = np.stack([to_host(b_dec_D) for b_dec_D in biases])
 
     def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
         """Gives what each source contributes to each target.

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.active import AT_ONCE
 from saejax.attribution.local.replacement import padded
+from saejax.attribution.trace.directions import READ_AT_ONCE
 from saejax.attribution.trace.row_store import WHOLE, columns_kept
 from saejax.attribution.trace.rows import batch_tokens
 from saejax.attribution.trace.sources import WIDTH
@@ -29,7 +30,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import parameter_table as model_table
-from saejax.parallel.mesh import free_bytes
+from saejax.parallel.mesh import free_bytes, part_size
 
 GIB = 2**30
 _FP32 = 4
@@ -121,12 +122,22 @@ def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
       tokens: of the prompt, its special first one included.
       mesh: the devices.
     """
-    phases = dict(layers=_layers(size, tokens), rows=_rows(size, tokens, mesh))
+    phases = dict(layers=_layers(size, tokens, mesh), rows=_rows(size, tokens, mesh))
     if size.heads:
         phases["heads"] = _heads(size, tokens, mesh)
     if size.checked:
-        phases["checks"] = _checks(size, tokens)
+        phases["checks"] = _checks(size, tokens, mesh)
     return {name: Bytes(int(_FP32 * on), int(_FP32 * beside) + _PROGRAMS) for name, (on, beside) in phases.items()}
+
+
+def bank_sizes(size: GraphSize, tokens: int) -> tuple[int, int]:
+    """Rows of the table of directions of a graph's sources, and its blocks; see ``sources.SourceBank``."""
+    layers, active = size.model.n_layers, size.active_features(tokens)
+    of_features = min(active, layers * size.transcoder.n_features) * size.writes
+    entries = active * size.writes + layers * (tokens + 2) + tokens
+    # A block holds sources of one layer and position, and the last one of each is half empty.
+    slots = entries + WIDTH // 2 * (layers + 1) * tokens
+    return int(of_features + (2 * layers + 1) * padded(tokens)), int(-(-slots // WIDTH))
 
 
 def heads_block(platform: str, length: int) -> int:
@@ -217,18 +228,21 @@ def _inside(size: GraphSize) -> int:
     return 6 * model.d_model + max(heads, (3 if model.gated else 2) * model.d_mlp)
 
 
-def _transcoders(size: GraphSize) -> int:
-    """Two of them: the one that is left, and the next."""
-    return 2 * sum(prod(shape) for shape, _ in parameter_table(size.transcoder).values())
+def _transcoders(size: GraphSize, mesh: Mesh) -> int:
+    """A device's part of two of them: the one that is left, and the next."""
+    table = parameter_table(size.transcoder).values()
+    return 2 * sum(part_size(mesh.shape, shape, *spec) for shape, spec in table)
 
 
-def _layers(size: GraphSize, tokens: int) -> tuple[float, float]:
+def _layers(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     length, features = padded(tokens), size.transcoder.n_features
     acts = features * max(1, min(length, AT_ONCE // features))
     stacked = size.model.n_layers * length * size.model.d_model  # streams are copied when they are put together
     running = _inside(size) * length + _attention(size, length)
-    device = _transcoders(size) + _COPIES * acts + running + _kept(size, length) + stacked
-    return device, acts + 8 * size.active_features(tokens)
+    device = _transcoders(size, mesh) + _COPIES * acts + running + _kept(size, length) + stacked
+    # The next one, as it is read and as it is placed, whatever the devices' number.
+    read = 2 * sum(prod(shape) for shape, _ in parameter_table(size.transcoder).values())
+    return device, read + acts + 8 * size.active_features(tokens)
 
 
 def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
@@ -236,11 +250,11 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     active, traced = size.active_features(tokens), size.traced(tokens)
     targets = traced + size.logits
     sources = active + model.n_layers * (tokens + 2) + tokens
-    directions = min(active, model.n_layers * size.transcoder.n_features) * size.writes
-    bank = width * (directions + 2 * model.n_layers * length + length)
-    # A block holds sources of one layer and position, and the last one of each is half empty.
+    sources = active + model.n_layers * (tokens + 2) + tokens
     entries = sources + active * (size.writes - 1)
-    slots = entries + WIDTH // 2 * (model.n_layers + 1) * tokens
+    directions, blocks = bank_sizes(size, tokens)
+    bank = part_size(mesh.shape, (width,), "model") * directions
+    slots = WIDTH * blocks
     positions = batch_tokens(mesh.devices.flat[0].platform, length)
     batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
     at_once = 2 if mesh.size == 1 else 1
@@ -249,8 +263,8 @@ def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     adjacency = targets * columns + (WHOLE if columns < sources else 0)
     read = 2 * at_once * positions / length * entries
     encoders = width * (min(traced, _ROUND) if traced < active else traced)
-    device = _kept(size, length) + 2 * bank + at_once * batch
-    return device, adjacency + read + encoders + width * directions
+    device = _kept(size, length) + bank + at_once * batch
+    return device, adjacency + read + encoders + min(READ_AT_ONCE, width * directions)
 
 
 def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
@@ -265,12 +279,12 @@ def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     return _kept(size, length) + positions * values + at_once * running, ends
 
 
-def _checks(size: GraphSize, tokens: int) -> tuple[float, float]:
+def _checks(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
     model, length, features = size.model, padded(tokens), size.transcoder.n_features
     circuits = min(max(AT_ONCE // (length * features), 1), size.together)
     running = _inside(size) * length + _attention(size, length)
     acts = _COPIES * circuits * length * features
-    device = _kept(size, length) + _transcoders(size) + max(acts + circuits * running, _CHANGED * running)
+    device = _kept(size, length) + _transcoders(size, mesh) + max(acts + circuits * running, _CHANGED * running)
     traced = size.traced(tokens)
     graph = (traced + size.logits) * (traced + model.n_layers * (tokens + 2) + tokens)
     # The graph, its part while it is cut, its edges (bits of a byte each) and the part that is left.

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
@@ -17,14 +18,19 @@ from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
-_CHUNKS = 8  # chunks of targets in a batch
+CHUNKS = 8  # chunks of targets in a batch
 _WORTH = 2  # batches that have to be at hand for each length
 TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's targets, together, on each device
 
 
 def batch_tokens(platform: str, length: int) -> int:
     """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
-    return _CHUNKS * max(TOKENS[platform], length)
+    return CHUNKS * max(TOKENS[platform], length)
+
+
+def chunk_size(platform: str, length: int, mesh: Mesh) -> int:
+    """Targets of a chunk on a platform's devices, of prompts of a length."""
+    return max(TOKENS[platform] // length, 1) * mesh.shape["data"]
 
 
 def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
@@ -59,8 +65,7 @@ class RowTracer:
     def __init__(self, replacement: Replacement, sources: Sources, count: int):
         self._replacement, self._sources = replacement, sources
         mesh, length = replacement.model.mesh, replacement.stream_LxTxD.shape[1]
-        self._shards, self._tokens = mesh.shape["data"], TOKENS[mesh.devices.flat[0].platform]
-        batches = count * length // (self._tokens * self._shards * _CHUNKS)
+        batches = count * length // (TOKENS[mesh.devices.flat[0].platform] * mesh.shape["data"] * CHUNKS)
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
         self._streams = [replacement.stream_LxTxD[:, :length] for length in self._lengths]
@@ -113,11 +118,12 @@ class RowTracer:
             chunks = [
                 part[start : start + size] for part in np.split(own, changes) for start in range(0, len(part), size)
             ]
-            for start in range(0, len(chunks), _CHUNKS):
-                yield index, chunks[start : start + _CHUNKS]
+            for start in range(0, len(chunks), CHUNKS):
+                yield index, chunks[start : start + CHUNKS]
 
     def _chunk_size(self, index: int) -> int:
-        return max(self._tokens // int(self._lengths[index]), 1) * self._shards
+        mesh = self._replacement.model.mesh
+        return chunk_size(mesh.devices.flat[0].platform, int(self._lengths[index]), mesh)
 
     def _start(
         self,
@@ -131,8 +137,8 @@ class RowTracer:
         """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
         size = self._chunk_size(index)
         filled = np.stack([np.resize(targets, size) for targets in chunks])
-        filled_NxR = filled[np.minimum(np.arange(_CHUNKS), len(chunks) - 1)]
-        start_N = np.zeros(_CHUNKS, np.int32)
+        filled_NxR = filled[np.minimum(np.arange(CHUNKS), len(chunks) - 1)]
+        start_N = np.zeros(CHUNKS, np.int32)
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, sources = self._replacement.model, self._sources
         arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]

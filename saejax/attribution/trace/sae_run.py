@@ -9,7 +9,7 @@ import numpy as np
 from saejax.attribution.local.active import Active, active_features
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.replacement import embed, padded, placed
+from saejax.attribution.local.replacement import embed, padded
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import Places
@@ -67,7 +67,7 @@ class SaeRun(PromptRun):
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
         found, errors = [], []
         for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
-            sae = placed(saes.load(site.layer), model)
+            sae = saes.load(site.layer, model.mesh)
             own, part = active_features(sae, site.layer, read_TxD, read_TxD, np.arange(length) < len(ids_P))
             found.append(own)
             errors.append(to_host(part["error_LxTxD"]))

@@ -18,11 +18,12 @@ import numpy as np
 
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, TOKEN, Nodes
 from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.trace.directions import CHUNK, fill_table, read_directions
 from saejax.parallel.mesh import sharding
 
 WIDTH = 32  # directions in a block
 STEP = 4  # blocks that are read at once
-_ROWS, _BLOCKS = 512, 64  # least rows of the table, and blocks; see ``Replacement.filled``
+_BLOCKS = 64  # least number of blocks; see ``Replacement.filled``
 _NOWHERE = np.iinfo(np.int32).max  # position of a block that fills up its place
 
 
@@ -70,20 +71,26 @@ class Sources:
         Args:
           bias_nodes: whether there are nodes for biases and for the MLP's output at the first position.
         """
-        parts = [_features(replacement), _errors(replacement), _tokens(replacement)]
-        parts += [_first_mlps(replacement), _biases(replacement)] if bias_nodes else []
-        before = np.cumsum([0, *(len(part.table_UxD) for part in parts)])
-        row_E = np.concatenate([part.row_E + start for part, start in zip(parts, before, strict=False)])
+        of_features, features = _features(replacement)
+        others = [_errors(replacement), _tokens(replacement)]
+        others += [_first_mlps(replacement), _biases(replacement)] if bias_nodes else []
+        first = [part.table_UxD for part in others]  # features come last in the table, and first of the sources
+        parts, ends = [of_features, *others], np.cumsum([0, *map(len, first)])
+        starts = zip(parts, [ends[-1], *ends], strict=False)
+        row_E = np.concatenate([part.row_E + start for part, start in starts])
         place_E = np.concatenate([part.place_E for part in parts])
         position_E = np.concatenate([part.position_E for part in parts])
         factor_E = np.ones(len(place_E), np.float32)
-        factor_E[: len(parts[0].place_E)] = np.repeat(replacement.active.value_A, parts[0].count_S)
+        factor_E[: len(of_features.place_E)] = np.repeat(replacement.active.value_A, of_features.count_S)
         at_E, first_X, row_BxW, position_B = _blocks(replacement, place_E, position_E, row_E)
-        bank = SourceBank(jnp.concatenate([jnp.asarray(part.table_UxD) for part in parts]), row_BxW, position_B)
+        mesh, transcoders = replacement.model.mesh, replacement.dictionaries
+        room = replacement.filled("directions", int(of_features.row_E.max()) + 1, CHUNK)
+        table_UxD = fill_table(mesh, first, read_directions(transcoders, features), room)
+        row_BxW, position_B = jax.device_put((row_BxW, position_B), sharding(mesh))
         count_S = np.concatenate([part.count_S for part in parts])
         return cls(
             Nodes.joined(*(part.nodes for part in parts)),
-            jax.device_put(bank, sharding(replacement.model.mesh)),
+            SourceBank(table_UxD, row_BxW, position_B),
             first_X,
             at_E,
             factor_E,
@@ -114,7 +121,7 @@ class _Part(NamedTuple):
       nodes: S of them.
       count_S: how many entries each has, which come in the order of the sources.
       place_E, position_E, row_E: where each entry is, and its row of the table.
-      table_UxD: directions.
+      table_UxD: directions; of features none, which come out of their transcoders.
     """
 
     nodes: Nodes
@@ -122,30 +129,31 @@ class _Part(NamedTuple):
     place_E: np.ndarray
     position_E: np.ndarray
     row_E: np.ndarray
-    table_UxD: np.ndarray | jax.Array
+    table_UxD: jax.Array
 
 
-def _features(replacement: Replacement) -> _Part:
-    """The active features, each with an entry for each layer that it writes to; the table has each feature once."""
-    active, transcoders, tables = replacement.active, replacement.dictionaries, []
-    row_A, known = np.empty(len(active), np.int64), 0
+def _features(replacement: Replacement) -> tuple[_Part, list[np.ndarray]]:
+    """The active features, each with an entry for each layer that it writes to; the table has each feature once.
+
+    Returns:
+      The part, and the features of each layer in the order of the table.
+    """
+    active, transcoders = replacement.active, replacement.dictionaries
+    row_A, known, features = np.empty(len(active), np.int64), 0, []
     for layer in range(replacement.model.config.n_layers):
         own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        features, index = np.unique(active.feature_A[own], return_inverse=True)
-        if len(features):
-            writes = transcoders.writes(layer, features)
-            row_A[own] = known + index * writes.shape[1]
-            tables.append(writes.reshape(-1, writes.shape[2]))
-            known += len(tables[-1])
-    room = replacement.filled("directions", known, _ROWS) - known
-    table_UxD = np.pad(np.concatenate(tables), ((0, room), (0, 0)))
+        features_U, index = np.unique(active.feature_A[own], return_inverse=True)
+        row_A[own] = known + index * transcoders.written_layers(layer)
+        known += len(features_U) * transcoders.written_layers(layer)
+        features.append(features_U)
     written_L = np.array([transcoders.written_layers(layer) for layer in range(len(transcoders.configs))])
     count_A = written_L[active.layer_A]
     of_E = np.repeat(np.arange(len(active)), count_A)
     above_E = np.arange(len(of_E)) - np.repeat(np.cumsum(count_A) - count_A, count_A)
     place_E = active.layer_A[of_E] + 1 + above_E
     nodes = Nodes.of(FEATURE, active.layer_A, active.position_A, active.feature_A, active.value_A)
-    return _Part(nodes, count_A, place_E, active.position_A[of_E], row_A[of_E] + above_E, table_UxD)
+    none_0xD = replacement.stream_LxTxD[0, :0]
+    return _Part(nodes, count_A, place_E, active.position_A[of_E], row_A[of_E] + above_E, none_0xD), features
 
 
 def _errors(replacement: Replacement) -> _Part:

@@ -1,7 +1,9 @@
 """Sets of transcoders of every format are the same set, read layer by layer; what does not fit is refused."""
 
+import dataclasses
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -12,8 +14,11 @@ from saejax import save_dictionary, save_transcoders, trace
 from saejax.attribution.local import dictionaries
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.prompt import Replacement
+from saejax.dictionaries.formats import origin
 from saejax.dictionaries.formats.gemma_scope import chosen_layers
 from saejax.errors import UserError
+from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig
 
 IDS = [0, 17, 230, 5, 42]
 
@@ -169,10 +174,38 @@ def test_as_many_layers_are_kept_as_fit(room, read_again, tiny, monkeypatch):
     made, loaded = make_transcoders(tiny.config), []
     size = sum(array.nbytes for array in made[0].arrays.values())
     opened = LayerTranscoders("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
-    monkeypatch.setattr(dictionaries, "free_on", lambda device: dictionaries.KEPT_SHARE * room * size)
+    monkeypatch.setattr(dictionaries, "free_bytes", lambda mesh: dictionaries.KEPT_SHARE * room * size)
     for _ in range(2):
         Replacement.of(tiny, opened, IDS)
     assert loaded == [0, 1, *read_again]
+
+
+def test_each_device_has_its_part_in_the_dtype_of_the_file(tiny, tmp_path):
+    """Of 48 features eight devices have six each; in bfloat16, as the file has them, which loses nothing."""
+    made = [narrow(transcoder) for transcoder in make_transcoders(tiny.config, "jumprelu")]
+    save_transcoders(tmp_path / "set", made)
+    opened, mesh = open_transcoders(tmp_path / "set"), make_mesh(MeshConfig(model=8))
+    for layer, transcoder in enumerate(made):
+        loaded = opened.load(layer, mesh)
+        kept = opened._kept[layer, mesh].arrays
+        assert {array.dtype.name for array in kept.values()} == {"bfloat16"}
+        for name, array in transcoder.arrays.items():
+            assert loaded.arrays[name].dtype == np.float32 and np.array_equal(loaded.arrays[name], array), name
+            share = 1 if name == "b_dec_D" else 8
+            for part in (*kept[name].addressable_shards, *loaded.arrays[name].addressable_shards):
+                assert part.data.size == array.size // share, name
+    chosen = np.array([5, 0, 41])
+    opened._rows = opened._rows_of_layer
+    for layer, transcoder in enumerate(made):
+        assert np.array_equal(opened.rows(layer, "W_dec", chosen), np.asarray(transcoder.W_dec_FxD)[chosen])
+        assert np.array_equal(opened.rows(layer, "W_enc", chosen), np.asarray(transcoder.W_enc_DxF)[:, chosen].T)
+
+
+def narrow(transcoder):
+    """One that was read from a file in bfloat16."""
+    arrays = {name: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float32) for name, a in transcoder.arrays.items()}
+    config = dataclasses.replace(transcoder.config, origin=origin.describe("circuit_tracer", jnp.bfloat16, {}))
+    return type(transcoder)(config, **arrays)
 
 
 def altered(transcoder, **changes):

@@ -44,8 +44,8 @@ def test_the_largest_arrays_are_counted(large, one_device):
     columns = row_store._LEAST + 24 * (tokens + 2) + tokens
     rows = (4096 + 10) * columns * 4 + row_store.WHOLE * 4  # the whole ones and what becomes of them
     directions = active * 2048 * 4
-    assert rows + directions < needs["rows"].host < 1.2 * (rows + directions)
-    assert 2 * directions < needs["rows"].device < 3.5 * directions
+    assert rows < needs["rows"].host < 1.2 * rows + 2**30, "of directions the host has some at a time"
+    assert directions < needs["rows"].device < 2.5 * directions
     # A part of the graph runs at all positions at once.
     assert transcoders + 3 * 160_000 * tokens * 4 < needs["checks"].device
 
@@ -80,12 +80,16 @@ def test_heads_of_edges_take_what_one_block_does(large, one_device):
 
 
 def test_memory_grows_with_what_it_is_made_of(large, one_device):
-    def peak(**changes):
-        return max(map(sum, graph_bytes(dataclasses.replace(large, **changes), 512, one_device).values()))
+    def rows(**changes):
+        return sum(graph_bytes(dataclasses.replace(large, **changes), 512, one_device)["rows"])
 
     wider = dataclasses.replace(large.transcoder, n_features=640_000)
     for changes in (dict(active=100), dict(max_features=8192), dict(transcoder=wider, active=100)):
-        assert peak(**changes) > peak(), changes
+        assert rows(**changes) > rows(), changes
+    layers, wide_layers = (
+        graph_bytes(of, 512, one_device)["layers"] for of in (large, dataclasses.replace(large, transcoder=wider))
+    )
+    assert wide_layers.device > 3 * layers.device and wide_layers.host > 3 * layers.host
     assert "checks" not in graph_bytes(large, 512, one_device)
     for less, more in ((64, 512), (512, 4096)):
         one, two = (graph_bytes(large, tokens, one_device) for tokens in (less, more))

@@ -59,7 +59,7 @@ def test_one_device_and_eight_agree(folder, made, graph):
 
 def test_short_batches_and_long_ones_agree(tiny, made, graph, monkeypatch):
     monkeypatch.setattr(rows, "TOKENS", dict(cpu=24))
-    monkeypatch.setattr(rows, "_CHUNKS", 3)
+    monkeypatch.setattr(rows, "CHUNKS", 3)
     assert relative(trace(tiny, made, IDS, max_logits=4).adjacency_RxS, graph.adjacency_RxS) < 1e-6
 
 
