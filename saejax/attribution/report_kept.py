@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+from saejax.attribution.checks.kept import SCORES
 from saejax.attribution.report_graphs import ReportedGraph
 from saejax.attribution.results import KeptResults
 from saejax.page.document import Block, Terms
 from saejax.page.tables import Table, interval, percent
 
-_ORDER = dict(cpr="effect", cmd="size")
+_EARLIER = dict(elimination="effect", mixed="size")  # orders of results of earlier versions
 
 
 def kept_blocks(graphs: Sequence[ReportedGraph]) -> list[Block]:
@@ -22,7 +23,7 @@ def kept_blocks(graphs: Sequence[ReportedGraph]) -> list[Block]:
             interval(score.influence, 3),
             interval(score.difference, 3),
             interval(score.random, 3),
-            *(_at(kept, order, share) for share in (0.02, 0.2) for order in (_ORDER[kind], "influence")),
+            *(_at(kept, order, share) for share in (0.02, 0.2) for order in (SCORES[kind], "influence")),
         )
         for name, kept in measured.items()
         for kind, score in kept.scores.items()
@@ -33,10 +34,10 @@ def kept_blocks(graphs: Sequence[ReportedGraph]) -> list[Block]:
             "Of the features that are active in a prompt the first 0.1 to 100 % of an order are kept, the others set "
             "to 0, and errors stay. Faithfulness f is the share of the answer, above that without any feature, which "
             "the kept ones restore. CPR: the area under it over the share of features; higher is better, more than 1 "
-            "is possible. CMD: the area between it and 1; 0 is best (Mueller et al., 2025). By effect: what a feature "
-            "does to the answer over all paths of the graph, signed for CPR, by size for CMD. By influence: "
-            "circuit-tracer's rule. 95 % intervals resample prompts, of the difference in pairs; random orders: "
-            "mean, least and largest."
+            "is possible. CMD: the area between it and 1; 0 is best (Mueller et al., 2025). By effect: what adds "
+            "least to the answer goes first, a tenth at a time, and effects are taken anew with what is left; for CMD "
+            "by the better of a feature's places in this order and the next. By influence: circuit-tracer's rule. "
+            "95 % intervals resample prompts, of the difference in pairs; random orders: mean, least and largest."
         )
         columns = (
             "Graph", "Prompts", "Score", "By effect", "By influence", "Difference", "Random",
@@ -54,4 +55,5 @@ def kept_blocks(graphs: Sequence[ReportedGraph]) -> list[Block]:
 
 def _at(kept: KeptResults, order: str, share: float) -> str:
     """Faithfulness of a share of the features."""
-    return percent(kept.faithfulness[order][kept.share.index(share)])
+    found = kept.faithfulness.get(order) or kept.faithfulness[_EARLIER[order]]
+    return percent(found[kept.share.index(share)])

@@ -59,7 +59,7 @@ class CurveResults:
 class KeptScore:
     """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.circuits``."""
 
-    effect: Interval  #: of features by their effect on the answer: signed of CPR, its size of CMD
+    effect: Interval  #: of features by what they do to the answer: of CPR by elimination, of CMD that and influence
     influence: Interval  #: of features by influence, as circuit-tracer prunes
     difference: Interval  #: the first less the second, on the same draws of prompts
     random: Interval  #: of random orders: mean, least and largest
@@ -72,7 +72,7 @@ class KeptResults:
     prompts: int  #: how many
     share: tuple[float, ...]  #: of the active features that is kept
     features: tuple[int, ...]  #: that this is, mean over prompts
-    #: by order (effect, size of it, influence, random) that of the mean answer at each share
+    #: by order (elimination, mixed, influence, random) that of the mean answer at each share
     faithfulness: Mapping[str, tuple[float, ...]]
     scores: Mapping[str, KeptScore]  #: cpr and cmd
     model: float  #: the answer's logit difference, mean over prompts

@@ -1,11 +1,12 @@
-"""How much of an answer the first n features of an order keep: an order by effect beside circuit-tracer's.
+"""How much of an answer the first n features of an order keep: ours beside circuit-tracer's.
 
 Of the features that are active in a prompt the first 0.1, 0.2, 0.5, 1, ..., 100 % are kept and all others set to 0;
 errors stay, for both orders alike. So circuits are compared at equal numbers of features. Orders:
 
-    effect      by what a feature does to the answer in all (``graph.effects``); for CMD by its size
-    influence   circuit-tracer's, by which it prunes nodes (``graph.pruning``)
-    random      the control
+    elimination  by how long it stays when what adds least to the answer goes first (``graph.elimination``); for CPR
+    mixed        by the better of its places in the orders above and below; for CMD
+    influence    circuit-tracer's, by which it prunes nodes (``graph.pruning``)
+    random       the control
 
 Features without a node, which no order knows, come last in the first two, the most active first. Faithfulness, CPR and
 CMD are those of ``causal.circuits.sizes``, over prompts of a behaviour.
@@ -18,7 +19,7 @@ import numpy as np
 
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.graph import Graph
-from saejax.attribution.graph.effects import total_effects
+from saejax.attribution.graph.elimination import elimination_order
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.attribution.local.replacement import Replacement
@@ -28,11 +29,11 @@ from saejax.causal.circuits.sizes import SHARES, area, faithfulness
 from saejax.causal.clustered import Resampling
 from saejax.results import Interval
 
-ORDERS = ("effect", "size", "influence")
+ORDERS = ("elimination", "mixed", "influence")
 DRAWS = 5  # random orders of each prompt
 RUNS = 2 + (len(ORDERS) + DRAWS) * (len(SHARES) - 1)
 _RESAMPLES = 2000
-_SCORES = dict(cpr="effect", cmd="size")  # which of our orders each is of
+SCORES = dict(cpr="elimination", cmd="mixed")  # which of our orders each is of
 
 
 class KeptReadouts(NamedTuple):
@@ -76,9 +77,10 @@ def _orders(replacement: Replacement, graph: Graph, rng: np.random.Generator) ->
     rest_A = np.setdiff1d(np.arange(len(active)), place_F)
     rest_A = rest_A[np.argsort(-active.value_A[rest_A], kind="stable")]
     first_K = np.eye(1, len(graph.logit_K))[0]
-    effect_F = total_effects(graph, first_K)[: len(features)]
-    keys = dict(effect=effect_F, size=np.abs(effect_F), influence=source_influence(graph)[: len(features)])
-    known = [np.concatenate([place_F[np.argsort(-keys[name], kind="stable")], rest_A]) for name in ORDERS]
+    by_influence = np.argsort(-source_influence(graph)[: len(features)], kind="stable")
+    by_elimination = elimination_order(graph, first_K)
+    mixed = np.argsort(np.minimum(np.argsort(by_elimination), np.argsort(by_influence)), kind="stable")
+    known = [np.concatenate([place_F[order_F], rest_A]) for order_F in (by_elimination, mixed, by_influence)]
     return [*known, *(rng.permutation(len(active)) for _ in range(DRAWS))]
 
 
@@ -102,14 +104,14 @@ def compare_orders(prompts: Sequence[KeptReadouts], templates: Sequence[str], se
         return KeptResults(len(prompts), SHARES, counts, {}, {}, *ends, reason=why)
     curve_ExS = faithfulness(readout_ExXxP.mean(axis=2))
     named = dict(zip(ORDERS, curve_ExS, strict=False)) | dict(random=curve_ExS[len(ORDERS) :].mean(axis=0))
-    scores = {score: _score(readout_ExXxP, score, over) for score in _SCORES}
+    scores = {score: _score(readout_ExXxP, score, over) for score in SCORES}
     lines = {name: tuple(curve_S.tolist()) for name, curve_S in named.items()}
     return KeptResults(len(prompts), SHARES, counts, lines, scores, *ends, reason=None)
 
 
 def _score(readout_ExXxP: np.ndarray, score: str, over: Resampling) -> KeptScore:
     """A score of two orders with 95 % intervals: prompts are drawn before the ratio is taken."""
-    own, theirs = (readout_ExXxP[ORDERS.index(name)] for name in (_SCORES[score], "influence"))
+    own, theirs = (readout_ExXxP[ORDERS.index(name)] for name in (SCORES[score], "influence"))
     areas_2xR = np.array([_areas(over.share_RxP @ part.T, score) for part in (own, theirs)])
     mean_2 = np.array([_areas(part.mean(axis=1), score) for part in (own, theirs)])
     random_N = _areas(readout_ExXxP[len(ORDERS) :].mean(axis=2), score)
