@@ -103,7 +103,7 @@ def run_attribute(
 
         return measure
 
-    graphs = each_part(run, list(requests), begin, GraphResults)
+    graphs = each_part(run, list(requests), begin, GraphResults, "prompts")
     return AttributeResults(config.transcoders, config.dictionaries, graphs)
 
 

@@ -160,7 +160,8 @@ class Progress:
                 speed = (self._before + done) / (now - self._start)
                 part = self._before - self._of_parts + total
                 seconds = (total - done + left * part) / speed
-                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}, {speed:,.0f}/s, {seconds:.0f} s to go")
+                rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
+                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}, {rate}, {seconds:.0f} s to go")
                 self._said = now
 
         return on_progress
