@@ -178,9 +178,11 @@ def test_a_set_of_60_gb_fits_eight_devices_of_which_each_has_its_part(tmp_path, 
         if name == "attribute: rows":  # in fp32, an eighth of the width; the streams; batches of 64 targets
             own = 4 * 2560 * (directions / 8 + 2 * 36 * 2048)
             assert own < compiled.memory < 1.6 * own
-            assert compiled.counted_flops is not None and "1,024 targets" not in program.size
-        largest = max(part.size * part.dtype.itemsize for part in parts_of(program))
-        assert largest <= max(4 * 2560 * directions / 8, 4 * 36 * 2048 * 2560), name
+            assert program.size.startswith("64 targets, "), "a batch of GPUs, not of the processors that stand for them"
+        if "heads" not in name:  # what sources add to the values of all layers is not split
+            largest = max(part.size * part.dtype.itemsize for part in parts_of(program))
+            streams = 4 * 36 * 2048 * 2560  # a transcoder is larger than these, its eighth is not
+            assert largest <= (4 * 2560 * directions / 8 if name.endswith("rows") else streams), name
 
 
 def parts_of(program):

@@ -1,15 +1,15 @@
 """How much of an answer the first n features of an order keep: ours beside circuit-tracer's.
 
 Of the features that are active in a prompt the first 0.1, 0.2, 0.5, 1, ..., 100 % are kept and all others set to 0;
-errors stay, for both orders alike. So circuits are compared at equal numbers of features. Orders:
+errors stay, for all orders alike. So circuits are compared at equal numbers of features. Orders:
 
     elimination  by how long it stays when what adds least to the answer goes first (``graph.elimination``); for CPR
     mixed        by the better of its places in the orders above and below; for CMD
     influence    circuit-tracer's, by which it prunes nodes (``graph.pruning``)
     random       the control
 
-Features without a node, which no order knows, come last in the first two, the most active first. Faithfulness, CPR and
-CMD are those of ``causal.circuits.sizes``, over prompts of a behaviour.
+Features without a node, which no order knows, come last in the first three, the most active first. Faithfulness, CPR
+and CMD are those of ``causal.circuits.sizes``, over prompts of a behaviour.
 """
 
 from collections.abc import Sequence

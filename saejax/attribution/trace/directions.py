@@ -50,8 +50,10 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
     start, width = sum(map(len, first)), first[0].shape[1]
     where = fitting_sharding(mesh, (start + rows, width), None, "model")
     table_UxD = _begun(where, rows, first)
+    by_width = fitting_sharding(mesh, (CHUNK, width), None, "model")
     for chunk_CxD in _chunks(parts, width):
-        given = jax.device_put(chunk_CxD, fitting_sharding(mesh, chunk_CxD.shape, None, "model"))
+        # ``jax.device_put`` would ask all processes each time whether they have the same.
+        given = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
         table_UxD = _written(where, table_UxD, given, np.int32(start))
         start += CHUNK
     return table_UxD

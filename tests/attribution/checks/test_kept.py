@@ -6,13 +6,16 @@ from made_transcoders import IDS, made_set
 
 from saejax.attribution.checks import kept
 from saejax.attribution.checks.circuit_runs import run_circuits
-from saejax.attribution.checks.kept import DRAWS, ORDERS, KeptReadouts, compare_orders, keep_features
+from saejax.attribution.checks.kept import DRAWS, ORDERS, SCORES, KeptReadouts, compare_orders, keep_features
 from saejax.attribution.graph.elimination import elimination_order
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.graph.pruning import source_influence
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.report_kept import _at
+from saejax.attribution.results import KeptResults
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.causal.circuits.sizes import SHARES
+from saejax.page.tables import percent
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 
@@ -94,3 +97,12 @@ def test_where_there_is_nothing_to_compare():
     assert "one prompt" in compare_orders(made_up(curves, 1), ["a"], 3).reason
     nothing = compare_orders([KeptReadouts(0 * one.readout_ExX, 5) for one in made_up(curves)], ["a"] * 6, 3)
     assert "does not clearly cost" in nothing.reason and not nothing.scores and nothing.model == 0
+
+
+@pytest.mark.parametrize("names", [("elimination", "mixed"), ("effect", "size")])
+def test_the_report_reads_orders_by_their_earlier_names_too(names):
+    curve = tuple(float(share) for share in SHARES)
+    lines = dict.fromkeys(names, curve) | dict(influence=(0.0,) * len(SHARES))
+    found = KeptResults(2, SHARES, (1,) * len(SHARES), lines, {}, 1.0, 0.0, None)
+    assert {_at(found, SCORES[score], 0.2) for score in ("cpr", "cmd")} == {percent(0.2)}
+    assert _at(found, "influence", 0.2) == percent(0.0)
