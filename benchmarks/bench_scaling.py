@@ -4,10 +4,11 @@ Run: python -m benchmarks.bench_scaling [--jobs h100,nodes,v5e,wide] [--tiny]
 h100: one node of eight H100; nodes: four of them, and weak scaling up to 256 devices; v5e: TPU slices up to 8x8 (where
 libtpu is installed); wide: one dictionary of a million features over the model axis. Each job but the last reads all 36
 layers of Qwen3-4B and trains a TopK dictionary for each (F 20,480, k 64, 4,096 tokens of each layer a step on every
-eight devices). For each mesh: memory of a device by the compiler, what it sends in one step, and the tokens per second
-that products (of the dense form, at full bfloat16 rate) and links allow, each by itself: floors, not forecasts. H100s
-are stood in for by devices of the processor and compiled with float32 products: its compiler gathers whole matrices for
-bfloat16 ones, which those of accelerators do not. Last comes one line of JSON.
+eight devices); "zero" stands behind those whose optimizer is split over tokens too. For each mesh: memory of a device
+by the compiler, what it sends in one step, and the tokens per second that products (of the dense form, at full
+bfloat16 rate) and links allow, each by itself: floors, not forecasts. H100s are stood in for by devices of the
+processor and compiled with float32 products: its compiler gathers whole matrices for bfloat16 ones, which those of
+accelerators do not. Last comes one line of JSON.
 """
 
 import argparse
@@ -54,12 +55,14 @@ class Job(NamedTuple):
     batch: int  # tokens of each site a step
     sites: int = LAYERS
     expansion: int = EXPANSION
+    zero: bool = False  # --train.zero_optimizer
 
 
 def jobs(wanted: list[str]) -> Iterator[Job]:
     """What is compiled."""
     if "h100" in wanted:
         yield from (Job("h100:8", MeshConfig(member=m, model=n), 4096) for m, n in ((4, 1), (2, 1), (1, 1), (1, 8)))
+        yield from (Job("h100:8", MeshConfig(member=m), 4096, zero=True) for m in (4, 2, 1))
     if "nodes" in wanted:
         for nodes in (2, 4, 8, 16, 32):
             yield Job(f"h100:{nodes}x8", MeshConfig(member=4), 4096 * nodes)
@@ -67,6 +70,7 @@ def jobs(wanted: list[str]) -> Iterator[Job]:
         for layout, devices in (("2x4", 8), ("4x4", 16), ("4x8", 32), ("8x8", 64)):
             yield Job(f"v5e:{layout}", MeshConfig(member=4, model=2), 512 * devices)
         yield Job("v5e:8x8", MeshConfig(member=4, model=16), 32_768)
+        yield from (Job("v5e:2x4", MeshConfig(member=m, model=n), 4096, zero=True) for m, n in ((4, 1), (2, 2)))
     if "wide" in wanted:
         for layout in ("2x4", "4x4") if importlib.util.find_spec("libtpu") else ():
             yield Job(f"v5e:{layout}", MeshConfig(model=8), 4096, 1, 410)  # 1,049,600 features
@@ -84,7 +88,9 @@ def plan_of(job: Job, tiny: bool) -> Any:
         train=dict(sites=sites, kinds=("topk",), source="model", k=(8 if tiny else K,), expansion=job.expansion),
     )
     changes["train"] |= dict(
-        batch=job.batch // (64 if tiny else 1), matmul="bfloat16" if "v5e" in job.topology else "float32"
+        batch=job.batch // (64 if tiny else 1),
+        matmul="bfloat16" if "v5e" in job.topology else "float32",
+        zero_optimizer=job.zero,
     )
     configs: dict[str, Any] = {group: cls() for group, cls in GROUPS.items()}
     for group, fields in changes.items():
@@ -114,12 +120,13 @@ def measure(job: Job, tiny: bool) -> dict[str, Any]:
     hours = TOKENS / min(rates.values()) / 3600
     axes = " x ".join(str(size) for size in plan.axes.values())
     print(
-        f"{job.topology:10} {axes:>12} {tokens:9,} tokens  {compiled.memory / 2**30:6.2f} GiB "
+        f"{job.topology:10} {axes:>12} {'zero' if job.zero else '':4} {tokens:9,} tokens  "
+        f"{compiled.memory / 2**30:6.2f} GiB "
         f"{'fits' if compiled.fits else 'DOES NOT FIT'}  sends {near / 2**20:8.1f} MiB near {far / 2**20:8.1f} far  "
         f"at most {rates['products']:12,.0f} tokens/s by products, {rates['links']:14,.0f} by links  {hours:6.2f} h",
         flush=True,
     )
-    row = dict(topology=job.topology, axes=axes, sites=job.sites, batch=tokens, memory=compiled.memory)
+    row = dict(topology=job.topology, axes=axes, zero=job.zero, sites=job.sites, batch=tokens, memory=compiled.memory)
     return row | dict(fits=compiled.fits, sends=sends, rates=rates, hours=hours)
 
 

@@ -22,6 +22,7 @@ _LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _AXES = re.compile(r"replica_groups=\w*mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+_SCATTER = "all-reduce-scatter"  # the fusion of a TPU's compiler that keeps a part of what it says to reduce
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -48,9 +49,12 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
             size = len(groups[0])
             if size < 2:
                 continue
+            result = _bytes(shapes, kind)
+            if name.startswith(_SCATTER) and base == "all-reduce":
+                base, result = "reduce-scatter", result // size
             apart = any(len({device // of_node for device in group}) > 1 for group in groups)
             label = base + (" between nodes" if apart else "")
-            found[label] = found.get(label, 0.0) + times * _sent(base, _bytes(shapes, kind), size)
+            found[label] = found.get(label, 0.0) + times * _sent(base, result, size)
     return {label: round(count) for label, count in sorted(found.items())}
 
 

@@ -122,6 +122,19 @@ class TrainConfig(Config):
     b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=1.0, implied=0.9)
     b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=1.0, implied=0.999)
     eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0, implied=1e-8)
+    mu_dtype: str = setting(
+        "float32",
+        "dtype in which Adam's mean of gradients is kept (that of squared gradients needs float32, whose steps of a "
+        "thousandth bfloat16 would round away); bfloat16 spares 2 bytes a parameter",
+        choices=("float32", "bfloat16"),
+        implied="float32",
+    )
+    zero_optimizer: bool = setting(
+        False,
+        "split Adam's two means over --mesh.data too (ZeRO, Rajbhandari et al., 2020): every device updates its part "
+        "of the parameters and is sent the others; results are the same within rounding",
+        changes_results=False,
+    )
     clip: float = setting(
         1.0,
         "largest global norm of a member's gradient. The loss is a sum over dimensions, so 1 is below nearly every "

@@ -73,10 +73,18 @@ def initial_state(
     )
 
 
-def with_shardings(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) -> TrainState:
+def with_shardings(
+    state: TrainState, dictionary: DictionaryConfig, mesh: Mesh, zero_optimizer: bool = False
+) -> TrainState:
     """The shapes of a state with the sharding of each: members over ``member``, features over ``model``.
 
     Arrays that stand alone, as those of a cross-layer transcoder's layers do, have no axis over members.
+
+    Args:
+      state: arrays, or their shapes.
+      dictionary: what the members have in common.
+      mesh: the devices.
+      zero_optimizer: whether the optimizer's matrices are split over ``data`` too, along their other axis.
     """
     specs = {name: spec for name, (_, spec) in parameter_table(dictionary).items()}
 
@@ -84,10 +92,40 @@ def with_shardings(state: TrainState, dictionary: DictionaryConfig, mesh: Mesh) 
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         spec = next((specs[name] for name in names if name in specs), (None,) * max(leaf.ndim - 1, 0))
         spec = ("model",) if names[0] == "silent_MxF" else spec
+        if zero_optimizer and names[0] == "optimizer":
+            spec = _over_data(spec)
         where = fitting_sharding(mesh, leaf.shape, *["member"] * (leaf.ndim - len(spec)), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def placed_update(arrays: Arrays, dictionary: DictionaryConfig, mesh: Mesh, *, over_data: bool) -> Arrays:
+    """One member's gradients or parameters, placed as ``with_shardings`` places an optimizer that is split, or them.
+
+    Said both before and after an update it lets devices sum the part of the gradients that each needs, and send nothing
+    but new parameters.
+
+    Args:
+      arrays: by name, without an axis over members; to be traced.
+      dictionary: what the members have in common.
+      mesh: the devices.
+      over_data: as the optimizer is; else as parameters are.
+    """
+    inside = jax.sharding.get_abstract_mesh()  # of a part of the mesh that another axis has split already
+    mesh, table = (mesh if inside.empty else inside), parameter_table(dictionary)
+
+    def place(name: str, array: jax.Array) -> jax.Array:
+        spec = table[name][1]
+        spec = _over_data(spec) if over_data else spec
+        return lax.with_sharding_constraint(array, fitting_sharding(mesh, array.shape, *spec))
+
+    return {name: place(name, array) for name, array in arrays.items()}
+
+
+def _over_data(spec: Sequence[str | None]) -> tuple[str | None, ...]:
+    """Of matrices of features, split along their other axis too."""
+    return tuple(axis or "data" for axis in spec) if "model" in spec else tuple(spec)
 
 
 def finished(

@@ -22,7 +22,7 @@ from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training import resampling
 from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Objective
-from saejax.training.state import TrainState, finished, initial_state, with_shardings
+from saejax.training.state import TrainState, finished, initial_state, placed_update, with_shardings
 from saejax.training.updates import constrained, learning_rate, make_optimizer
 
 
@@ -65,7 +65,7 @@ class Trainer:
         self._host_hyper = hyper
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
-        self.abstract_state = with_shardings(jax.eval_shape(self._initial), dictionary, mesh)
+        self.abstract_state = with_shardings(jax.eval_shape(self._initial), dictionary, mesh, config.zero_optimizer)
         self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self.compiled = jax.jit(self.pure_step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
 
@@ -141,7 +141,7 @@ class Trainer:
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
     ) -> tuple[TrainState, Arrays]:
         """The step of one member; the state's arrays have no member axis here."""
-        config, params = self.config, state.params
+        config, params = self.config, self._placed(state.params)
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
         grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead)
@@ -161,10 +161,12 @@ class Trainer:
         config, params, dtype = self.config, state.params, smallest.dtype
         dead_F = state.silent_MxF >= config.dead_tokens
         rate = learning_rate * self._rate(state.step_M).astype(dtype)
+        grads, params = (self._placed(self._placed(arrays), over_data=True) for arrays in (grads, params))
         updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
         kind = kinds.by_name(self.dictionary.kind)
         moved = optax.apply_updates(params, updates)
         after = constrained(config, kind, moved, before=params, widths=self.dictionary.widths)
+        after = self._placed(self._placed(after, over_data=True))
         longest = MOST_TOKENS - tokens  # the count stops there
         silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
         mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
@@ -172,6 +174,12 @@ class Trainer:
         norm = optax.tree.get(optimizer, "gradient_norm")
         told = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
         return TrainState(after, optimizer, silent_F, kept, state.step_M + 1), told
+
+    def _placed(self, arrays: Arrays, *, over_data: bool = False) -> Arrays:
+        """With ``zero_optimizer`` a member's arrays split over ``data`` too, or not; else as they are."""
+        if not self.config.zero_optimizer:
+            return arrays
+        return placed_update(arrays, self.dictionary, self.mesh, over_data=over_data)
 
 
 def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) -> Any:

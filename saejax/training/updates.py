@@ -36,7 +36,8 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
     """
     frozen = _FROZEN[config.freeze]
     update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-    update.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    mu_dtype = config.mu_dtype if config.mu_dtype != "float32" else None  # None: that of the parameters
+    update.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype))
     if config.weight_decay:
         decayed = {"W_enc_DxF"} - {*frozen}
         update.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: _named(params, decayed)))

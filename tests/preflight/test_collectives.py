@@ -94,6 +94,21 @@ def test_what_a_ring_sends(line, sent):
     assert sent_bytes(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  ROOT %r = {line}\n}}\n", 8, 4) == sent
 
 
+def test_a_tpu_scatters_what_it_says_it_reduces():
+    """Its compiler writes a fusion of a sum with the choice of a part, of which each device is sent that part alone."""
+    text = """
+%all-reduce-scatter.1 (p: f32[8]) -> f32[2] {
+  %ar = f32[8]{0} all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%ar, %at), dynamic_slice_sizes={2}
+}
+
+ENTRY %main (x: f32[8]) -> f32[2] {
+  ROOT %r = f32[2]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert sent_bytes(text, 8, 4) == {"reduce-scatter": 3 / 4 * 32}
+
+
 def test_nodes_of_gpus_are_stood_in_for():
     found = topology.find_slice("h100:2x4")
     assert (len(found.devices), found.of_node, found.limit) == (8, 4, 72_000_000_000)
@@ -107,10 +122,13 @@ def test_nodes_of_gpus_are_stood_in_for():
 def test_the_benchmark_runs():
     command = [sys.executable, "-m", "benchmarks.bench_scaling", "--jobs=h100", "--tiny"]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    by_mesh = {row["axes"]: row["sends"] for row in rows}
+    by_mesh = {row["axes"]: row["sends"] for row in rows if not row["zero"]}
     assert list(by_mesh) == ["4 x 2 x 1", "2 x 4 x 1", "1 x 8 x 1", "1 x 1 x 8"]
     gradients = 2 * 64 * 512 * 4 * 9  # of the matrices of nine members
     assert by_mesh["4 x 2 x 1"]["all-reduce"] == pytest.approx(gradients, rel=0.05)
+    memory = {row["zero"]: row["memory"] for row in rows if row["axes"] == "1 x 8 x 1"}
+    moments = 2 * 2 * 64 * 512 * 4 * 36  # of which an eighth is left
+    assert memory[False] - memory[True] > 7 / 8 * moments
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed")

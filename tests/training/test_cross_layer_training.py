@@ -165,12 +165,13 @@ def test_features_that_write_across_layers_are_found_again(one_device):
 
 @pytest.mark.parametrize("shape", [pytest.param((1, 1, 8), marks=pytest.mark.slow), (1, 2, 4)])
 @pytest.mark.parametrize("kind", ["jumprelu", pytest.param("batchtopk", marks=pytest.mark.slow)])
-def test_features_over_eight_devices_are_those_of_one(kind, shape, one_device):
+@pytest.mark.parametrize("zero", [False, True])
+def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_device):
     with jax.enable_x64(True):
         x, y, *_ = planted(10, tokens=B)
         wanted, _ = train_on(make(kind, one_device, state_dtype="float64"), x, y)
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
-        trainer = make(kind, mesh, state_dtype="float64")
+        trainer = make(kind, mesh, state_dtype="float64", zero_optimizer=zero)
         found, _ = train_on(trainer, x, y)
         first = found.params[0]["W_dec_FxD"]
         assert first.sharding.shard_shape(first.shape) == (F // shape[2], LAYERS * D)

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 from every_kind import KINDS, MADE_UP
 from small_stacks import STEPS, D, F, batches, make_trainer, run
@@ -27,11 +28,16 @@ def on_one_device(kind, dtype, one_device):
     return run(make_trainer(kind, one_device, state_dtype=dtype, **SWEEP, **EXTRAS), batches())[0]
 
 
-def check(kind, shape, dtype, tolerance, one_device):
+def check(kind, shape, dtype, tolerance, one_device, zero=False):
     with jax.enable_x64(dtype == "float64"):
         expected = on_one_device(kind, dtype, one_device)
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
-        state, _ = run(make_trainer(kind, mesh, state_dtype=dtype, **SWEEP, **EXTRAS), batches())
+        trainer = make_trainer(kind, mesh, state_dtype=dtype, zero_optimizer=zero, **SWEEP, **EXTRAS)
+        state, _ = run(trainer, batches())
+        moments = optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")
+        for moment in moments:
+            part = (4 // shape[0], D // (shape[1] if zero else 1), F // shape[2])
+            assert moment["W_enc_DxF"].sharding.shard_shape((4, D, F)) == part
         shard = state.params["W_enc_DxF"].sharding.shard_shape((4, D, F))
         assert shard == (4 // shape[0], D, F // shape[2])
         for name, value in expected.params.items():
@@ -42,6 +48,11 @@ def check(kind, shape, dtype, tolerance, one_device):
 @pytest.mark.parametrize("kind", FEW_KINDS)
 def test_a_mesh_of_all_axes_agrees_in_fp64(kind, one_device):
     check(kind, (2, 2, 2), "float64", 1e-9, one_device)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_an_optimizer_that_is_split_over_tokens_too_moves_parameters_alike(shape, one_device):
+    check("topk", shape, "float64", 1e-9, one_device, zero=True)
 
 
 @pytest.mark.slow

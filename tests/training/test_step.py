@@ -77,6 +77,15 @@ def test_weight_decay_shrinks_the_encoder_and_nothing_else(one_device):
     np.testing.assert_allclose(one["W_enc_DxF"] - other["W_enc_DxF"], 3e-3 * 0.5 * before, atol=1e-7)
 
 
+def test_means_of_gradients_in_bfloat16_train_as_well(one_device):
+    data = batches()
+    whole, half = (make_trainer(mesh=one_device, mu_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    (_, expected), (state, got) = run(whole, data), run(half, data)
+    assert {array.dtype.name for array in optax.tree.get(state.optimizer, "mu").values()} == {"bfloat16"}
+    assert {array.dtype.name for array in optax.tree.get(state.optimizer, "nu").values()} == {"float32"}
+    np.testing.assert_allclose(got["mse"], expected["mse"], rtol=0.02)
+
+
 @pytest.mark.parametrize(("freeze", "name"), [("decoder", "W_dec_FxD"), ("encoder", "W_enc_DxF")])
 def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_device):
     trainer = make_trainer(mesh=one_device, freeze=freeze, weight_decay=0.1)
