@@ -177,6 +177,9 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
     workdir = copy_of(captured, tmp_path)
     assert "fewer than one batch" in refuse(["train"], workdir=workdir, train__batch=80000)
     assert "is more than the 128 features" in refuse(["train"], workdir=workdir, train__k=129)
+    streamed = dict(train__source="model", train__sites="mlp_in.0", train__form="transcoder")
+    line = refuse(["train"], workdir=workdir, train__alignment=0.3, **streamed)
+    assert "--train.alignment=0.3 draws encoder and decoder together" in line
     assert "not divisible by the 2 devices" in refuse(["train"], workdir=workdir, train__batch=63)
     assert "make the product 2" in refuse(["train"], workdir=workdir, mesh__model=3)
     assert "site in this store" in refuse(["train"], workdir=workdir, train__sites="mlp_out.0")

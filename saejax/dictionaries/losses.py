@@ -77,6 +77,18 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
 
 
+def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
+    """Sum over the features of 1 - cos(encoder column, decoder row); one of length 0 has the cosine 0.
+
+    Of features that overlap, decoder rows take on some of what fires with them and encoder columns what tells them
+    apart: a feature's own direction lies between.
+    """
+    encoder_FxD = W_enc_DxF.T
+    dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
+    squares_F = jnp.sum(jnp.square(encoder_FxD), axis=-1) * jnp.sum(jnp.square(W_dec_FxD), axis=-1)
+    return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
+
+
 def auxk(
     pre_BxF: jax.Array,
     dead_F: jax.Array,

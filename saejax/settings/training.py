@@ -105,6 +105,13 @@ class TrainConfig(Config):
     decorrelation: float = setting(
         0.0, "coefficient of the mean squared covariance between features, on 512 tokens of each batch", low=0.0
     )
+    alignment: float = setting(
+        0.0,
+        "coefficient of the sum over an SAE's features of 1 - the cosine of encoder and decoder, which are brought "
+        "together",
+        low=0.0,
+        implied=0.0,
+    )
     decoder_norm: str = setting(
         "unit",
         "decoder rows are kept at length 1 (unit) or grow freely under the norm-weighted penalty (free)",

@@ -29,7 +29,7 @@ from saejax.training.state import TrainState
 from saejax.training.step import Trainer
 from saejax.training.updates import penalty_share
 
-_UNUSED = dict(auxk=0.0, decorrelation=0.0, whiten_error=0.0, resample_every=0, init_from="")
+_UNUSED = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
 _LAYER = ("W_enc_DxF", "b_enc_F")  # arrays that encode, beside those of a kind
 
 

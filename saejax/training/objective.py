@@ -2,7 +2,7 @@
 
     loss = squared errors of its reconstructions    (whitened if asked for)
          + penalty of its kind, and its further terms
-         + auxk * AuxK + decorrelation * decorrelation
+         + auxk * AuxK + decorrelation * decorrelation + alignment * alignment
 
 The formulas are in ``dictionaries.losses`` and ``dictionaries.kinds``; here they are put together.
 """
@@ -85,6 +85,8 @@ class Objective:
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
+        if config.alignment:
+            parts["alignment"] = config.alignment * losses.alignment(params["W_enc_DxF"], params["W_dec_FxD"])
         loss = sum(parts.values(), jnp.zeros((), y_BxD.dtype))
 
         metrics = parts | dict(

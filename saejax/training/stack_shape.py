@@ -94,6 +94,11 @@ def stack_shape(config: TrainConfig, kind: str, stack: Sequence[Member], widths:
             f"--train.widen={config.widen} looks for what the SAE of --train.init_from={config.init_from} lacks, with "
             f"--train.form={config.form}: name an SAE, or use random"
         )
+    if config.alignment and config.form != "sae":
+        raise UserError(
+            f"--train.alignment={config.alignment} draws encoder and decoder together, which in a {config.form} are of "
+            "different sites: leave it out"
+        )
     return DictionaryConfig(
         kind=kind,
         site=stack[0].site,

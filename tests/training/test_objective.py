@@ -213,6 +213,25 @@ def test_decorrelation_is_the_mean_squared_covariance_of_pairs():
     assert losses.decorrelation(jnp.ones((1, 12))) == 0
 
 
+def test_alignment_is_one_less_the_cosine_of_encoder_and_decoder():
+    rng = np.random.default_rng(7)
+    encoder, decoder = rng.normal(size=(D, F)), rng.normal(size=(F, D))
+    encoder[:, 0] = 0
+    cosines = np.einsum("df,fd->f", encoder, decoder) / np.linalg.norm(decoder, axis=1)
+    cosines[1:] /= np.linalg.norm(encoder, axis=0)[1:]
+    got, gradients = jax.value_and_grad(losses.alignment, argnums=(0, 1))(jnp.asarray(encoder), jnp.asarray(decoder))
+    np.testing.assert_allclose(got, (1 - cosines).sum(), rtol=1e-12)
+    assert all(jnp.all(jnp.isfinite(gradient)) for gradient in gradients)
+
+
+def test_alignment_brings_encoder_and_decoder_together():
+    """In the loss of every kind, and only if asked for; gradients of both are checked with the whole loss above."""
+    trainer, params, x, y, hyper = setting("standard", alignment=0.3)
+    plain = setting("standard")[0]
+    change = loss_of(trainer, x, y, hyper)(params) - loss_of(plain, x, y, hyper)(params)
+    np.testing.assert_allclose(change, 0.3 * losses.alignment(params["W_enc_DxF"], params["W_dec_FxD"]), rtol=1e-9)
+
+
 def test_the_pull_on_dead_features_is_its_formula():
     rng = np.random.default_rng(6)
     pre, theta, W_dec = rng.normal(size=(B, F)), rng.random(F), rng.normal(size=(F, D))
