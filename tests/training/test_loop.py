@@ -4,6 +4,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from every_kind import KINDS
 from small_runs import ORDER, STEPS, Rows, go, make_trainer
@@ -82,15 +83,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, pr
     assert [r["loss"] for r in records[0]] == [r["loss"] for r in records[1]]
 
 
-def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path):
+@pytest.mark.parametrize("zero", [False, True])
+def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero):
     trainer = make_trainer()
     with pytest.raises(Interrupted):
         go(tmp_path, trainer, stop_after=5)
-    other = make_trainer(mesh=make_mesh(MeshConfig(data=2, model=4)))
+    other = make_trainer(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state, same = checkpoints.restore(other.abstract_state), checkpoints.restore(trainer.abstract_state)
     checkpoints.close()
     assert state.params["W_enc_DxF"].sharding.shard_shape((1, D, 64)) == (1, D, 16)
+    moment = optax.tree.get(state.optimizer, "nu")["W_enc_DxF"]
+    assert moment.sharding.shard_shape((1, D, 64)) == (1, D // 2 if zero else D, 16)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     # From there on both see the same batches, and end with the same numbers but for rounding.
