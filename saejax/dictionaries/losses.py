@@ -82,6 +82,9 @@ def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
 
     Of features that overlap, decoder rows take on some of what fires with them and encoder columns what tells them
     apart: a feature's own direction lies between.
+
+    Args:
+      W_enc_DxF, W_dec_FxD: of an SAE, whose encoder and decoder are of one space.
     """
     encoder_FxD = W_enc_DxF.T
     dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
