@@ -70,6 +70,7 @@ def jobs(wanted: list[str]) -> Iterator[Job]:
         for layout, devices in (("2x4", 8), ("4x4", 16), ("4x8", 32), ("8x8", 64)):
             yield Job(f"v5e:{layout}", MeshConfig(member=4, model=2), 512 * devices)
         yield Job("v5e:8x8", MeshConfig(member=4, model=16), 32_768)
+        yield Job("v5e:2x4", MeshConfig(member=4), 4096)
         yield from (Job("v5e:2x4", MeshConfig(member=m, model=n), 4096, zero=True) for m, n in ((4, 1), (2, 2)))
     if "wide" in wanted:
         for layout in ("2x4", "4x4") if importlib.util.find_spec("libtpu") else ():

@@ -7,15 +7,18 @@ reduced for all. A collective in a loop counts as often as the loop runs.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-# One line of the text: the shapes of its results, the operation, and what is said of it.
-_LINE = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?P<shapes>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<rest>.*)$")
+# One line of the text: its name, the shapes of its results, the operation, and what is said of it.
+_LINE = re.compile(r"^\s*(?P<root>ROOT )?%?(?P<name>\S+) = (?P<shapes>\(.*?\)|\S+) (?P<kind>[a-z-]+)\((?P<rest>.*)$")
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|condition|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _BODY = re.compile(r"body=%?([\w.-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_BELOW = re.compile(r"^[^%]*%?[\w.-]+,[^%]*?%?([\w.-]+)\),.*direction=LT")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
 _SHAPE = re.compile(r"([a-z]\w*?)(\d*)\[([\d,]*)\]")
 _LISTED = re.compile(r"replica_groups=\{(\{.*?\})\}")
@@ -24,6 +27,16 @@ _AXES = re.compile(r"replica_groups=\w*mesh\w*\[([^\]]*)\][^{]*\{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
 _SCATTER = "all-reduce-scatter"  # the fusion of a TPU's compiler that keeps a part of what it says to reduce
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Line(NamedTuple):
+    """An operation of a computation: the shapes of its results, what it is, and the rest of its line."""
+
+    name: str
+    shapes: str
+    kind: str
+    rest: str
+    root: bool  #: whether the computation returns it
 
 
 def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
@@ -41,7 +54,7 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
     lines, entry = _computations(text)
     found: dict[str, float] = {}
     for name, times in _runs(lines, entry):
-        for kind, shapes, rest in lines[name]:
+        for _, shapes, kind, rest, _ in lines[name]:
             base = kind.removesuffix("-start")
             if base not in KINDS:
                 continue
@@ -64,9 +77,9 @@ def _sent(kind: str, result: int, size: int) -> float:
     return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share) * result
 
 
-def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """The operations of each computation (kind, shapes, the rest of the line), and the name of the one that is run."""
-    lines: dict[str, list[tuple[str, str, str]]] = {}
+def _computations(text: str) -> tuple[dict[str, list[Line]], str]:
+    """The operations of each computation, and the name of the one that is run."""
+    lines: dict[str, list[Line]] = {}
     entry = here = ""
     for line in text.splitlines():
         if begins := _COMPUTATION.match(line):
@@ -74,14 +87,14 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str
             lines[here] = []
             entry = here if begins["entry"] else entry
         elif here and (found := _LINE.match(line)):
-            lines[here].append((found["kind"], found["shapes"], found["rest"]))
+            lines[here].append(Line(found["name"], found["shapes"], found["kind"], found["rest"], bool(found["root"])))
     return lines, entry
 
 
-def _runs(lines: Mapping[str, list[tuple[str, str, str]]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
+def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
     """Each computation that runs when ``name`` does, and how often; a loop whose length is not known counts once."""
     yield name, times
-    for kind, _, rest in lines[name]:
+    for _, _, kind, rest, _ in lines[name]:
         called = _CALLED.findall(rest)
         for branches in _BRANCHES.findall(rest):
             called += [branch.strip().lstrip("%") for branch in branches.split(",")]
@@ -89,8 +102,24 @@ def _runs(lines: Mapping[str, list[tuple[str, str, str]]], name: str, times: int
             if other in lines and kind not in KINDS:
                 yield from _runs(lines, other, times)
         for body in _BODY.findall(rest):
-            trips = _TRIPS.search(rest)
-            yield from _runs(lines, body, times * (int(trips[1]) if trips else 1))
+            yield from _runs(lines, body, times * _trips(lines, rest))
+
+
+def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
+    """How often a loop runs, of which this is said; 1 if that is not known.
+
+    A TPU's compiler says it by the loop's condition alone: that a count, which begins with 0, is below a constant.
+    """
+    if told := _TRIPS.search(rest):
+        return int(told[1])
+    condition = _CONDITION.search(rest)
+    said = lines.get(condition[1], []) if condition else []
+    constants = {line.name: line.rest for line in said if line.kind == "constant"}
+    for line in said:
+        below = _BELOW.match(line.rest) if line.root and line.kind == "compare" else None
+        if below and (told := re.match(r"(\d+)\)", constants.get(below[1], ""))):
+            return int(told[1])
+    return 1
 
 
 def _bytes(shapes: str, kind: str) -> int:

@@ -142,6 +142,14 @@ class TrainConfig(Config):
         "of the parameters and is sent the others; results are the same within rounding",
         changes_results=False,
     )
+    members_at_once: int = setting(
+        0,
+        "members of a stack that a device computes at once, at most; the others wait for their turn and take no memory "
+        "but their own. 0: one on a CPU, elsewhere as many as hold 64 million values of tokens by features; "
+        "results are the same within rounding",
+        low=0,
+        changes_results=False,
+    )
     clip: float = setting(
         1.0,
         "largest global norm of a member's gradient. The loss is a sum over dimensions, so 1 is below nearly every "

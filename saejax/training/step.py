@@ -1,8 +1,7 @@
 """One training step of a stack as a pure, jit-compiled, sharded function of (state, batch).
 
-The step of one member is written once (``_member_step``); a stack is that function over a leading axis. On a CPU the
-members of a device run one after the other (batched matrix products are slower there than their parts), on
-accelerators they are vectorised; over the mesh's ``member`` axis they are split.
+The step of one member is written once (``_member_step``); a stack is that function over a leading axis
+(``training.each_member``).
 """
 
 import functools
@@ -13,13 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.parallel.mesh import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training import resampling
+from saejax.training.each_member import each_member, members_at_once
 from saejax.training.members import Hyper, Member, SiteScale
 from saejax.training.objective import Objective
 from saejax.training.state import TrainState, finished, initial_state, placed_update, with_shardings
@@ -111,31 +111,36 @@ class Trainer:
         if self.config.resample_every:
             now = resampling.due(self.config, self._steps, after.step_M[0])
             resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
-            after = lax.cond(now, resample, lambda state: state, after)
+            after, _ = lax.cond(now, resample, lambda state: (state, ()), after)
         return after, metrics
 
     def _each_member(
         self, apply: Any, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...], *same: jax.Array
-    ) -> Any:
-        """``apply(state, hyper, inputs, targets, *same)``, both scaled, for each member."""
+    ) -> tuple[TrainState, Any]:
+        """``apply(state, hyper, inputs, targets, *same)``, both scaled, for each member; what comes of it."""
         raw = tuple(values_SxBxD.astype(self.config.state_dtype) for values_SxBxD in raw)
         count = len(same)
 
-        def one(own: Any, *shared: jax.Array) -> Any:
-            (state, hyper, values), same, shared = own, shared[:count], shared[count:]
+        def one(state: TrainState, own: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
+            (hyper, values), same, shared = own, shared[:count], shared[count:]
             if values is None:
                 values = [lax.dynamic_index_in_dim(values_SxBxD, hyper.site, keepdims=False) for values_SxBxD in shared]
             x_BxD = values[0] * hyper.input_scale
             y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
             return apply(state, hyper, x_BxD, y_BxD, *same)
 
+        config = self.config
+        shape = config.batch, self.dictionary.n_features
+        at_once = members_at_once(config.members_at_once, len(self.members), *shape, self.mesh)
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
-            return over_members(one, (state, hyper, raw), same, self.mesh)
-        return over_members(one, (state, hyper, None), (*same, *raw), self.mesh)
+            return each_member(one, state, (hyper, raw), same, self.mesh, at_once)
+        return each_member(one, state, (hyper, None), (*same, *raw), self.mesh, at_once)
 
-    def _resample(self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array) -> TrainState:
+    def _resample(
+        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array
+    ) -> tuple[TrainState, tuple[()]]:
         error_BxD = self._objective.error(state.params, x_BxD, y_BxD, hyper)
-        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD)
+        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD), ()
 
     def _member_step(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
@@ -180,35 +185,3 @@ class Trainer:
         if not self.config.zero_optimizer:
             return arrays
         return placed_update(arrays, self.dictionary, self.mesh, over_data=over_data)
-
-
-def over_members(one: Any, own: Any, shared: Sequence[jax.Array], mesh: Mesh) -> Any:
-    """Applies ``one(own of a member, *shared)`` to every member.
-
-    Args:
-      one: a function of trees whose arrays have no member axis.
-      own: a tree of arrays with a leading axis over members, split over the mesh's ``member`` axis.
-      shared: what all members read, the same for each.
-    """
-    members = jax.tree.leaves(own)[0].shape[0]
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-
-    def local(own: Any, *shared: jax.Array) -> Any:
-        count = jax.tree.leaves(own)[0].shape[0]
-        if count == 1:
-            return jax.tree.map(lambda leaf: leaf[None], one(jax.tree.map(lambda leaf: leaf[0], own), *shared))
-        if on_cpu:
-            return lax.map(lambda member: one(member, *shared), own)
-        return jax.vmap(one, in_axes=(0, *[None] * len(shared)))(own, *shared)
-
-    if mesh.shape["member"] == 1 or members == 1:
-        return local(own, *shared)
-    by_member, everywhere = PartitionSpec("member"), PartitionSpec()
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(by_member, *[everywhere] * len(shared)),
-        out_specs=by_member,
-        axis_names={"member"},
-        check_vma=False,
-    )(own, *shared)

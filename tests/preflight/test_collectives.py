@@ -109,6 +109,27 @@ ENTRY %main (x: f32[8]) -> f32[2] {
     assert sent_bytes(text, 8, 4) == {"reduce-scatter": 3 / 4 * 32}
 
 
+def test_a_tpu_says_how_often_a_loop_runs_by_its_condition():
+    text = """
+%done.1 (p: (s32[], f32[8])) -> pred[] {
+  %seven = s32[]{:T(128)} constant(7), metadata={op_name="jit(step)/while"}
+  %nine = s32[]{:T(128)} constant(9), metadata={op_name="jit(step)/while"}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %nine), direction=LT, metadata={op_name="jit(step)/while/cond/lt"}
+}
+
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %ar = f32[8]{0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  ROOT %r = (s32[], f32[8]{0}) while(%x), condition=%done.1, body=%body.1
+}
+"""
+    assert sent_bytes(text, 8, 4) == {"all-reduce": 9 * 2 * 3 / 4 * 32}
+    assert sent_bytes(text.replace("compare(%i, %nine)", "and(%a, %b)"), 8, 4) == {"all-reduce": 2 * 3 / 4 * 32}
+
+
 def test_nodes_of_gpus_are_stood_in_for():
     found = topology.find_slice("h100:2x4")
     assert (len(found.devices), found.of_node, found.limit) == (8, 4, 72_000_000_000)
