@@ -21,24 +21,30 @@ def matmul(a_xK: jax.Array, b_KxN: jax.Array, operands: str = "float32") -> jax.
       b_KxN: a matrix.
       operands: "float32" (the arrays' own dtype, to its full precision on every device) or "bfloat16".
     """
-    return _product(a_xK, b_KxN, operands)
+    return product(a_xK, b_KxN, operands)
 
 
-def _product(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
+def product(a: jax.Array, b: jax.Array, operands: str) -> jax.Array:
+    """``matmul`` for programs that have gradients of their own.
+
+    Args:
+      a, b: as for ``matmul``.
+      operands: as for ``matmul``.
+    """
     if operands == "bfloat16":
         return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
     return jnp.matmul(a, b, precision="highest")
 
 
 def _forward(a, b, operands):
-    return _product(a, b, operands), (a, b)
+    return product(a, b, operands), (a, b)
 
 
 def _backward(operands, saved, cotangent_xN):
     a_xK, b_KxN = saved
     return (
-        _product(cotangent_xN, _transposed(b_KxN, operands), operands),
-        _over_rows(_rows(a_xK), _rows(cotangent_xN), operands),
+        product(cotangent_xN, transposed(b_KxN, operands), operands),
+        over_rows(_rows(a_xK), _rows(cotangent_xN), operands),
     )
 
 
@@ -52,7 +58,7 @@ def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, opera
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
     """
-    return _product(_centred(x_xK, centre_K), b_KxN, operands)
+    return product(_centred(x_xK, centre_K), b_KxN, operands)
 
 
 def _centred(x_xK, centre_K):
@@ -61,69 +67,42 @@ def _centred(x_xK, centre_K):
 
 def _forward_centred(x_xK, centre_K, b_KxN, operands):
     centred_xK = _centred(x_xK, centre_K)
-    return _product(centred_xK, b_KxN, operands), (centred_xK, b_KxN)
+    return product(centred_xK, b_KxN, operands), (centred_xK, b_KxN)
 
 
 def _backward_centred(operands, saved, cotangent_xN):
     to_x_xK, to_b_KxN = _backward(operands, saved, cotangent_xN)
-    return to_x_xK, -_product(saved[1], _rows(cotangent_xN).sum(0), "float32"), to_b_KxN
+    return to_x_xK, -product(saved[1], _rows(cotangent_xN).sum(0), "float32"), to_b_KxN
 
 
 centred_matmul.defvjp(_forward_centred, _backward_centred)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def group_products(
-    a_BxK: jax.Array, b_KxN: jax.Array, stops: tuple[int, ...], operands: str = "float32"
-) -> list[jax.Array]:
-    """Of each group of columns of ``a`` and rows of ``b`` their product, as ``matmul``.
-
-    In the gradient ``b`` is transposed as a whole: XLA:CPU (jaxlib 0.10) can make programs that crash where slices of
-    it in bfloat16 are transposed and written out in memory.
-
-    Args:
-      a_BxK, b_KxN: matrices.
-      stops: the end of each group, ascending; the last is K.
-      operands: as for ``matmul``.
-    """
-    return [_product(a_BxK[:, group], b_KxN[group], operands) for group in _groups(stops)]
-
-
-def _forward_groups(a_BxK, b_KxN, stops, operands):
-    return group_products(a_BxK, b_KxN, stops, operands), (a_BxK, b_KxN)
-
-
-def _backward_groups(stops, operands, saved, cotangents):
-    a_BxK, b_KxN = saved
-    b_NxK, pairs = _transposed(b_KxN, operands), list(zip(_groups(stops), cotangents, strict=True))
-    to_a = [_product(cotangent_BxN, b_NxK[:, group], operands) for group, cotangent_BxN in pairs]
-    to_b = [_over_rows(a_BxK[:, group], cotangent_BxN, operands) for group, cotangent_BxN in pairs]
-    return jnp.concatenate(to_a, axis=1), jnp.concatenate(to_b)
-
-
-group_products.defvjp(_forward_groups, _backward_groups)
-
-
-def _groups(stops):
-    return [slice(start, stop) for start, stop in zip((0, *stops), stops, strict=False)]
 
 
 def _rows(a_xK: jax.Array) -> jax.Array:
     return a_xK.reshape(-1, a_xK.shape[-1])
 
 
-def _over_rows(a_BxK: jax.Array, g_BxN: jax.Array, operands: str) -> jax.Array:
-    """a.T @ g; for bfloat16 the narrower of the two is transposed, because on a CPU that is written out in memory."""
+def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, operands: str) -> jax.Array:
+    """a.T @ g; for bfloat16 the narrower of the two is transposed, because on a CPU that is written out in memory.
+
+    Args:
+      a_BxK, g_BxN: matrices.
+      operands: as for ``matmul``.
+    """
     if operands != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
-        return _product(_transposed(a_BxK, operands), g_BxN, operands)
-    return _written_transpose(_product(_transposed(g_BxN, operands), a_BxK, operands))
+        return product(transposed(a_BxK, operands), g_BxN, operands)
+    return _written_transpose(product(transposed(g_BxN, operands), a_BxK, operands))
 
 
-def _transposed(a_KxN: jax.Array, operands: str) -> jax.Array:
+def transposed(a_KxN: jax.Array, operands: str) -> jax.Array:
     """The transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
     576 x 4608: 50 ms against 27 ms, of which the copy is 4); GPUs and TPUs read either order.
+
+    Args:
+      a_KxN: a matrix.
+      operands: as for ``matmul``.
     """
     return _written_transpose(a_KxN.astype(jnp.bfloat16)) if operands == "bfloat16" else a_KxN.T
 

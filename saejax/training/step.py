@@ -106,6 +106,10 @@ class Trainer:
 
     def pure_step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
         """``step`` before it is compiled, for programs of many steps."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            return self._step(state, hyper, raw)
+
+    def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
         any_dead = jnp.any(state.silent_MxF >= self.config.dead_tokens)
         after, metrics = self._each_member(self._member_step, state, hyper, raw, any_dead)
         if self.config.resample_every:

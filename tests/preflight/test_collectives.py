@@ -17,6 +17,7 @@ from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.preflight.collectives import sent_bytes
 from saejax.settings import MeshConfig
+from saejax.settings.kinds import JumpReLUConfig
 from saejax.training.cost import train_programs
 
 LOOP = """
@@ -138,6 +139,21 @@ def test_nodes_of_gpus_are_stood_in_for():
             topology.find_slice(name)
     with pytest.raises(UserError, match="JAX has begun with .* run experiments.preflight by itself"):
         topology.find_slice("h100:64x8")
+
+
+@pytest.mark.parametrize("kind", ["matryoshka", "jumprelu"])
+def test_nested_groups_send_one_sum_of_the_width_each(kind):
+    """Features over four devices of which the first has three groups of its own, the others parts of two."""
+    mesh = make_mesh(MeshConfig(data=2, model=4), jax.devices()[:8])
+    own = dict(jumprelu=JumpReLUConfig(nested=(0.0625, 0.125, 0.25, 0.5, 1.0)))
+    changes = dict(train__kinds=(kind,), train__own=own, train__expansion=8, train__batch=1024)
+    plan = plan_run(shape("gpt2-medium"), "resid_post.12", **changes)
+    (program,) = train_programs(on_mesh(plan, mesh), mesh)
+    step = topology.compile_for(program, 2**40, 8)
+    groups = 2 * 3 / 4 * 512 * 1024 * 4 * 5
+    gradients = 2 * 1 / 2 * (2 * 1024 * 8192 / 4) * 4
+    assert set(step.sends) == {"all-reduce"}
+    assert groups + gradients < step.sends["all-reduce"] < 1.05 * (groups + gradients)
 
 
 def test_the_benchmark_runs():

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.dictionaries.group_products import group_products
 from saejax.dictionaries.kinds.base import Coder
-from saejax.dictionaries.matmul import group_products, matmul
+from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
 
