@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.models import attention
+from saejax.models import attention, attention_tiles
 from saejax.models.attention import whole_prompts
 from saejax.models.cache import empty_cache
 from saejax.models.config import DecoderConfig
-from saejax.models.rules import GRADIENT
+from saejax.models.rules import GRADIENT, RunRules
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -98,3 +98,54 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
     monkeypatch.setattr(attention, "_BLOCKS_FROM", 10_000)
     for found, expected in zip(blocks, gradients(), strict=True):
         assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(attention, "TILES_FROM", 8)
+    monkeypatch.setattr(attention_tiles, "_SIDE", 5)
+
+
+@pytest.mark.parametrize("window", [2, 50, None])
+@pytest.mark.parametrize("length", [8, 40, 131])
+def test_long_prompts_in_tiles(small_tiles, window, length):
+    """Also where whole tiles are beyond the window of a query."""
+    config = dataclasses.replace(CONFIG, local=(True,), window=window, score_cap=2.0) if window else CONFIG
+    test_whole_prompts(config, length)
+
+
+@pytest.mark.parametrize(
+    "rules", [GRADIENT, RunRules(backward="relp"), RunRules(first_fixes=True)], ids=["gradient", "relp", "first"]
+)
+def test_values_and_gradients_of_tiles_equal_those_of_blocks(monkeypatch, small_tiles, rules):
+    with jax.enable_x64(True):
+        length, config = 37, dataclasses.replace(CONFIG, local=(True,), window=9, score_cap=2.0)
+        arrays = [jnp.asarray(draw(2, length, heads, 8, seed=heads)) for heads in (6, 2, 2)]
+        weight = draw(2, length, 6, 8, seed=3)
+        tables = whole_prompts(config, length).at(config, 0)
+
+        def found():
+            def loss(*qkv):
+                return jnp.sum(weight * attention.attend(config, rules, *qkv, tables))
+
+            return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+        tiles = found()
+        monkeypatch.setattr(attention, "TILES_FROM", 10_000)
+        for a, b in zip(jax.tree.leaves(tiles), jax.tree.leaves(found()), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_of_long_prompts_grows_with_tokens_and_not_with_their_square(gradient):
+    def temporaries(length):
+        def loss(q, k, v):
+            return jnp.sum(attention.attend(CONFIG, GRADIENT, q, k, v, whole_prompts(CONFIG, length).at(CONFIG, 0)))
+
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)) if gradient else loss)
+        shapes = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (6, 2, 2))
+        return program.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    scores = 6 * 4096**2 * 4
+    assert temporaries(4096) < scores / 8
+    assert temporaries(4095) < scores / 8
