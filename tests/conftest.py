@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 if sys.dont_write_bytecode:
@@ -16,10 +17,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Tests compile thousands of programs that run for moments: with least effort each takes a third of the time. Set
 # SAEJAX_FULL_COMPILER=1 for the programs that users run; the demos and benchmarks run these anyway.
-os.environ["XLA_FLAGS"] += (
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
-) * (not os.environ.get("SAEJAX_FULL_COMPILER"))
+if not os.environ.get("SAEJAX_FULL_COMPILER"):
+    os.environ["XLA_FLAGS"] += (
+        " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+    if version("jaxlib").startswith("0.10."):  # XLA ends the process for a flag that it does not have any more
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Threads of PyTorch wait for each other in loops: on models this small, beside other work, most of their time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
