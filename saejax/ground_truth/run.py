@@ -27,6 +27,9 @@ from saejax.training.members import Member, members
 from saejax.training.train import of_expansion, train_stack
 from saejax.workspace import Run
 
+_OF_SHARES = (0.0, 1.0)  # the least and the most that a share, or a cosine's size, can be
+_ENDS = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}
+
 
 def run_ground_truth(run: Run) -> TruthResults:
     """Trains the members of kind ``run.name``, or the controls, and judges them.
@@ -97,7 +100,8 @@ def _judge(
             found.append(scores(counts, matching, world, truth.frequent))
             write_json(folder / member.name / "scores.json", found[-1])
         seeds = tuple(member.settings["seed"] for member in own)
-        spread = FoundFeatures(**{score: over_seeds([one[score] for one in found]) for score in found[0]})
+        ends = {score: _ENDS.get(score, _OF_SHARES) for score in found[0]}
+        spread = FoundFeatures(**{score: over_seeds([one[score] for one in found], ends[score]) for score in ends})
         judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
     return judged
 
@@ -106,11 +110,16 @@ def _without_seed(member: Member) -> str:
     return "-".join(part for part in member.name.split("-") if not part.startswith("seed"))
 
 
-def over_seeds(values: Sequence[float]) -> Interval:
-    """The mean and its 95 % t interval; one value has an interval of no length."""
+def over_seeds(values: Sequence[float], ends: tuple[float, float] = _OF_SHARES) -> Interval:
+    """The mean and its 95 % t interval, cut off where no mean can be; one value has an interval of no length.
+
+    Args:
+      values: of seeds or prompts.
+      ends: the least and the most that a value can be.
+    """
     mean, count = float(np.mean(values)), len(values)
     half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0
-    return Interval(mean, mean - half, mean + half)
+    return Interval(mean, max(mean - half, ends[0]), min(mean + half, ends[1]))
 
 
 def _facts(world: World, counts: Counts, frequent: float) -> WorldFacts:

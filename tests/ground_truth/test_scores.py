@@ -153,3 +153,9 @@ def test_interval_over_seeds():
     np.testing.assert_allclose([found.mean, found.low, found.high], [np.mean(values), expected.low, expected.high])
     alone = over_seeds([0.3])
     assert alone.low == alone.mean == alone.high == 0.3
+
+
+def test_an_interval_of_shares_ends_where_shares_do():
+    found = over_seeds([0.0, 1.0, 1.0, 1.0])
+    assert (found.mean, found.high) == (0.75, 1.0) and 0 <= found.low < 0.75
+    assert over_seeds([3.0, 9.0], (0.0, np.inf)).high > 9 and over_seeds([3.0, 9.0], (0.0, np.inf)).low == 0
