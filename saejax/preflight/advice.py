@@ -42,7 +42,10 @@ def advice(plan: PlannedRun, limit: int, devices: str, needed: int) -> list[str]
 
 def _changes(plan: PlannedRun) -> dict[str, PlannedRun]:
     """Other ways to run it: the flags, and the plan with them; the plan as it is first."""
-    changes = {"": plan}
+    changes, train = {"": plan}, plan.configs["train"]
+    if plan.axes["data"] > 1 and not train.zero_optimizer:
+        split = dict(train=dataclasses.replace(train, zero_optimizer=True))
+        changes["--train.zero_optimizer"] = dataclasses.replace(plan, configs={**plan.configs, **split})
     if plan.backend == "torch":
         changes["--capture.backend=jax"] = dataclasses.replace(plan, torch_here=False)
     groups = ("model", "capture")

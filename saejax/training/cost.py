@@ -21,6 +21,7 @@ from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel.mesh import part_size
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.training.each_member import members_at_once
 from saejax.training.members import Member, SiteScale, members
 from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites, stack_shape
@@ -100,6 +101,9 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         check_divides(train, width, count, plan.axes)
     here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
     trainer_of(train, kind, stack.members, plan.axes)
+    at_once = here
+    if train.form != "cross_layer_transcoder":
+        at_once = members_at_once(train.members_at_once, count, train.batch, f, plan.axes, plan.platform)
     share = weights_share(train.form, count)
     arrays = round(share * here * dictionary_bytes(dictionary, train.state_dtype, plan.axes))
     batch = part_size(plan.axes, (train.batch, d), "data", None)
@@ -120,8 +124,8 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         DeviceBytes(
             model=read.model,
             dictionary=arrays,
-            optimizer=3 * arrays,
-            activations=here * WIDTH[train.state_dtype] * 4 * batch + read.activations,
+            optimizer=_optimizer_bytes(train, arrays, at_once / here, plan.axes),
+            activations=at_once * WIDTH[train.state_dtype] * 4 * batch + read.activations,
         ),
         flops,
         train.matmul,
@@ -131,6 +135,12 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
             share * count * 7 * 4 * 2 * d * sum(widths)
         ),  # two checkpoints, with the optimizer's moments, and the arrays
     )
+
+
+def _optimizer_bytes(train: TrainConfig, arrays: int, at_once: float, axes: Mapping[str, int]) -> int:
+    """Adam's two means of so many bytes of arrays, and the gradient of the share that is computed at once."""
+    means = 1.5 if train.mu_dtype == "bfloat16" and train.state_dtype == "float32" else 2.0
+    return round(arrays * (means / (axes["data"] if train.zero_optimizer else 1) + at_once))
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:

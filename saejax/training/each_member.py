@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from jax.sharding import Mesh, PartitionSpec
 _VALUES = 2**26  # of tokens by features, of members that are vectorised: 256 MB in float32, and several times that
 
 
-def members_at_once(asked: int, members: int, tokens: int, features: int, mesh: Mesh) -> int:
+def members_at_once(
+    asked: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
+) -> int:
     """How many members a device vectorises; the others wait for their turn.
 
     Those of a CPU go one by one: batched matrix products are slower there than their parts. Accelerators take as many
@@ -24,14 +26,16 @@ def members_at_once(asked: int, members: int, tokens: int, features: int, mesh: 
       asked: at most so many; 0: as is best.
       members: of the stack, which ``member`` of the mesh divides.
       tokens, features: of a step and of a member, over all devices.
+      axes: sizes of the mesh's axes.
+      platform: of its devices, such as "cpu".
 
     Returns:
       A divisor of the members that a device has.
     """
-    own = members // mesh.shape["member"]
+    own = members // axes["member"]
     if not asked:
-        values = math.ceil(tokens / mesh.shape["data"]) * math.ceil(features / mesh.shape["model"])
-        asked = 1 if mesh.devices.flat[0].platform == "cpu" else max(_VALUES // values, 1)
+        values = math.ceil(tokens / axes["data"]) * math.ceil(features / axes["model"])
+        asked = 1 if platform == "cpu" else max(_VALUES // values, 1)
     return max(size for size in range(1, min(asked, own) + 1) if own % size == 0)
 
 

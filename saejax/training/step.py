@@ -133,9 +133,9 @@ class Trainer:
             y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
             return apply(state, hyper, x_BxD, y_BxD, *same)
 
-        config = self.config
-        shape = config.batch, self.dictionary.n_features
-        at_once = members_at_once(config.members_at_once, len(self.members), *shape, self.mesh)
+        asked, shape = self.config.members_at_once, (self.config.batch, self.dictionary.n_features)
+        where = self.mesh.shape, self.mesh.devices.flat[0].platform
+        at_once = members_at_once(asked, len(self.members), *shape, *where)
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
             return each_member(one, state, (hyper, raw), same, self.mesh, at_once)
         return each_member(one, state, (hyper, None), (*same, *raw), self.mesh, at_once)

@@ -18,6 +18,7 @@ from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place
 from saejax.preflight.sums import Needs, replicated, stage_programs
 from saejax.registry import STAGES
+from saejax.training.cost import train_cost
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -48,6 +49,23 @@ def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     assert need.optimizer == pytest.approx(moments + need.dictionary, abs=64)  # and the gradient; counters are left out
     abstract = abstract_dictionary(plan.dictionary("ablate"), plan.configs["train"], mesh)
     assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_members_in_turn_have_one_gradient_and_means_may_be_split(tiny_llama, zero, mu_dtype):
+    """Of four members on a CPU one is computed at a time; accelerators take small ones together."""
+    changes = dict(train__seed=(1, 2, 3, 4), train__zero_optimizer=zero, train__mu_dtype=mu_dtype, train__batch=64)
+    lm = load_model(str(tiny_llama))
+    plan = plan_run(lm.config, "resid_post.1", axes(4, 2), **changes)
+    need = train_cost(plan, "topk").bytes
+    state = make_trainer(plan, make_mesh(4, 2)).initial_state()
+    moments, own = held(state.optimizer), held(state.params)
+    assert need.dictionary == own
+    assert need.optimizer == pytest.approx(moments + own / 4, rel=0.02)  # biases stay whole
+    together = train_cost(dataclasses.replace(plan, stands_for="gpu"), "topk").bytes
+    assert together.optimizer == pytest.approx(moments + own, rel=0.02)
+    assert together.activations == 4 * need.activations
 
 
 def test_what_a_process_does_by_itself_has_to_fit_on_its_own_devices():
@@ -144,6 +162,16 @@ def test_advice():
     assert not any("same" in line for line in advice(dataclasses.replace(plan, axes=axes()), 1024, "GPU", peak))
     odd = plan_run(shape("llama-3-8b"), "", axes(1, 8), train__batch=3, capture__backend="jax")
     assert "--mesh.model=8" in advice(odd, limit, "GPUs", peak)[0]
+
+
+def test_an_optimizer_is_split_where_that_will_do():
+    plan = plan_run(shape("gpt2-medium"), "resid_post.12", axes(8, 1), train__expansion=128, capture__backend="jax")
+    split = dataclasses.replace(plan.configs["train"], zero_optimizer=True)
+    enough = Needs.of(dataclasses.replace(plan, configs={**plan.configs, "train": split})).peak
+    peak = Needs.of(plan).peak
+    assert enough < 0.8 * peak
+    assert "--train.zero_optimizer" in advice(plan, enough, "GPUs", peak)
+    assert "--train.zero_optimizer" not in advice(plan, enough - 1, "GPUs", peak)
 
 
 def test_estimates_against_a_compiler(tiny_llama):

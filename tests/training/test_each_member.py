@@ -1,7 +1,5 @@
 """Members of a stack that are computed together, in turn, or a few at a time."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -57,8 +55,5 @@ def test_those_that_wait_take_no_memory_but_their_own(one_device):
     ],
 )
 def test_how_many_go_at_once(asked, members, tokens, features, shape, platform, expected):
-    device = types.SimpleNamespace(platform=platform)
-    mesh = types.SimpleNamespace(
-        shape=dict(zip(("member", "data", "model"), shape, strict=True)), devices=np.array([device], object)
-    )
-    assert members_at_once(asked, members, tokens, features, mesh) == expected
+    axes = dict(zip(("member", "data", "model"), shape, strict=True))
+    assert members_at_once(asked, members, tokens, features, axes, platform) == expected
