@@ -53,7 +53,7 @@ def _changes(plan: PlannedRun) -> dict[str, PlannedRun]:
     if narrow:
         both = {group: dataclasses.replace(plan.configs[group], dtype="bfloat16") for group in groups}
         for flags, changed in list(changes.items()):
-            narrower = dataclasses.replace(changed, configs={**plan.configs, **both})
+            narrower = dataclasses.replace(changed, configs={**changed.configs, **both})
             changes[" ".join([*narrow, flags]).strip()] = narrower
     return changes
 
