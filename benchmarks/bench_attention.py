@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.models import attention
-from saejax.models.attention import whole_prompts
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.rules import GRADIENT

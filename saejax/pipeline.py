@@ -14,6 +14,7 @@ from typing import Any
 
 from saejax import config as configuration
 from saejax.errors import Interrupted, UserError, one_of
+from saejax.files import read_json
 from saejax.parallel.cluster import check_same, join, joined, label
 from saejax.parallel.peers import Peers
 from saejax.parallel.teams import Left, Team, deal, seen
@@ -21,53 +22,12 @@ from saejax.parallel.watchdog import watched
 from saejax.preregistration import shows_data, write_rules
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
-from saejax.stage import Configs, Stage, load
+from saejax.stage import Configs, load
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
-from saejax.workspace import SUMMARY, Run, Workspace, fingerprint, now, package_versions
+from saejax.workplan import Workplan, changes
+from saejax.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
 
 _OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between the processes of a run
-
-
-class Workplan:
-    """The units of a configuration and their fingerprints."""
-
-    def __init__(self, configs: Configs):
-        self.configs = configs
-        self._marks: dict[str, str] = {}
-        self._sources: dict[Any, str] = {}
-
-    def needs(self, unit: str) -> list[str]:
-        """The units that a unit reads."""
-        stage, _, name = unit.partition("/")
-        needs = list(STAGES[stage].needs(self.configs, name))
-        for need in needs:
-            needed_stage, _, needed_name = need.partition("/")
-            if needed_name:
-                flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
-                one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
-        return needs
-
-    def mark(self, unit: str) -> str:
-        """The unit's fingerprint: a hash of its settings, of the units it reads and of the files from outside."""
-        if unit not in self._marks:
-            stage, _, name = unit.partition("/")
-            settings = {group: configuration.identity(self.configs[group], name) for group in groups_of(STAGES[stage])}
-            needs = {need: self.mark(need) for need in self.needs(unit)}
-            data: dict[str, Any] = dict(
-                unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name)
-            )
-            if STAGES[stage].version > 1:  # the first is not named, so that what was made before there were any stays
-                data["version"] = STAGES[stage].version
-            self._marks[unit] = fingerprint(data)
-        return self._marks[unit]
-
-    def _read(self, stage: Stage, name: str) -> dict[str, str]:
-        """Fingerprints of what a unit reads from outside; what units share is looked at once."""
-        for identity in stage.identity.values():
-            if identity not in self._sources:
-                self._sources[identity] = identity(self.configs)
-        shared = {source: self._sources[identity] for source, identity in stage.identity.items()}
-        return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
 
 
 def run_stages(
@@ -181,10 +141,11 @@ def _run_unit(work: _Work, unit: str, team: Team) -> None:
     if team.leads:
         if shows_data(stage):
             write_rules(workspace.root, work.plan.configs)
-        folder, found = workspace.begin(stage, name, mark)
+        folder, found = workspace.begin(stage, name, mark, _start(work.plan, unit))
         if found and found != "resumed":
             moved = found
-            say(f"{unit}: settings or inputs changed; the old result was moved to {moved}")
+            what = _differs(work.plan, unit, Path(moved)) or "settings or inputs changed"
+            say(f"{unit}: {what}; the old result was moved to {moved}")
         waiting = f" by one of {team.size} processes" if processes == "one" and team.size > 1 else ""
         say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
     team.meet("begun")  # no process may read what the first one moves away
@@ -199,6 +160,18 @@ def _run_unit(work: _Work, unit: str, team: Team) -> None:
         raise
     team.meet("done")
     seen([folder / SUMMARY])
+
+
+def _start(plan: Workplan, unit: str) -> dict[str, Any]:
+    """What ``started.json`` says beside the fingerprint."""
+    stage = unit.partition("/")[0]
+    return dict(start=now(), depends_on=plan.depends_on(unit), config=_config(plan, stage), packages=package_versions())
+
+
+def _differs(plan: Workplan, unit: str, folder: Path) -> str:
+    """In which settings and inputs the unit in the folder was begun otherwise; "" if it does not say."""
+    started = read_json(folder / STARTED) if (folder / STARTED).exists() else {}
+    return changes(started["depends_on"], plan.depends_on(unit)) if "depends_on" in started else ""
 
 
 def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -> None:
@@ -229,14 +202,22 @@ def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -
 
 def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """What a summary says of settings, inputs, versions and devices."""
-    read = (*groups_of(STAGES[stage]), *map(configuration.group_name, STAGES[stage].placement))
     return dict(
-        config={group: configuration.to_json(plan.configs[group]) for group in read},
+        config=_config(plan, stage),
         inputs={need: plan.mark(need) for need in inputs},
         packages=package_versions(),
         devices=_devices(),
-        seeds={group: plan.configs[group].seed for group in read if hasattr(plan.configs[group], "seed")},
+        seeds={group: plan.configs[group].seed for group in _read(stage) if hasattr(plan.configs[group], "seed")},
     )
+
+
+def _read(stage: str) -> tuple[str, ...]:
+    """The groups of settings that a stage reads."""
+    return (*groups_of(STAGES[stage]), *map(configuration.group_name, STAGES[stage].placement))
+
+
+def _config(plan: Workplan, stage: str) -> dict[str, Any]:
+    return {group: configuration.to_json(plan.configs[group]) for group in _read(stage)}
 
 
 def _devices() -> dict[str, Any] | None:
@@ -252,8 +233,10 @@ def _devices() -> dict[str, Any] | None:
 def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) -> Path:
     stage, _, name = need.partition("/")
     if not workspace.finished(stage, name, plan.mark(need)):
-        exists = (workspace.folder(stage, name) / SUMMARY).exists()
-        state = "was made with other settings" if exists else "has not been made"
+        folder, state = workspace.folder(stage, name), "has not been made"
+        if (folder / SUMMARY).exists():
+            what = _differs(plan, need, folder)
+            state = f"was made with other settings{f' ({what})' if what else ''}"
         raise UserError(
             f"{unit} reads {need}, which {state} in {workspace.url}: run experiments.{stage} with the same flags first"
         )

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,8 +135,15 @@ class Workspace:
                 )
         return True
 
-    def begin(self, stage: str, name: str, mark: str) -> tuple[Path, str]:
+    def begin(
+        self, stage: str, name: str, mark: str, about: Mapping[str, Any] = types.MappingProxyType({})
+    ) -> tuple[Path, str]:
         """Prepares the unit's folder for work with this fingerprint.
+
+        Args:
+          stage, name: of the unit.
+          mark: the fingerprint.
+          about: what else its ``started.json`` says, where the work is new.
 
         Returns:
           The folder, and what was found there: "" (nothing), "resumed" (the same work, unfinished), or
@@ -151,7 +159,8 @@ class Workspace:
             raise UserError(f"{folder} holds files that saejax did not write: move them away, or use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SUMMARY).unlink(missing_ok=True)
-        write_json(folder / STARTED, dict(fingerprint=mark))
+        if found != "resumed":
+            write_json(folder / STARTED, dict(fingerprint=mark, **about))
         return folder, found
 
     def put_back(self, stage: str, name: str, moved: Path) -> bool:

@@ -85,3 +85,18 @@ def test_every_setting_is_explained_and_every_default_is_valid():
         cls()
         for name, field in config.flag_fields(group, cls).items():
             assert len(field.metadata["help"]) > 10, name
+
+
+@pytest.mark.parametrize(
+    "accelerated, dtypes", [(False, ("float32", "float32", "torch")), (True, ("bfloat16",) * 2 + ("jax",))]
+)
+def test_gpus_and_tpus_have_defaults_of_their_own(accelerated, dtypes):
+    values = flags.FlagValues()
+    config.define_flags(GROUPS, values, accelerated)
+    values(["program"])
+    found = config.from_flags(GROUPS, values)
+    assert (found["model"].dtype, found["capture"].dtype, found["capture"].backend) == dtypes
+    values(["program", "--model.dtype=float32"])
+    assert config.from_flags(GROUPS, values)["model"].dtype == "float32"
+    alike = [name for name in GROUPS if name not in ("model", "capture")]
+    assert [config.identity(found[name]) for name in alike] == [config.identity(GROUPS[name]()) for name in alike]

@@ -36,6 +36,7 @@ ORDER = [
     "page",
     "results",
     "preregistration",
+    "workplan",
     "workspace",
     "buckets",
     "registry",

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from saejax import pipeline
+from saejax import pipeline, workplan
 from saejax.errors import Interrupted, UserError
 from saejax.registry import GROUPS
 
@@ -36,20 +36,21 @@ def fake_stages(monkeypatch):
         name: dataclasses.replace(stage, run=f"{__name__}:fake_stage", identity={}, unit_identity={})
         for name, stage in pipeline.STAGES.items()
     }
-    monkeypatch.setattr(pipeline, "STAGES", stages)
+    for module in (pipeline, workplan):
+        monkeypatch.setattr(module, "STAGES", stages)
     ran.clear()
     failing.clear()
     refused.clear()
 
 
-def go(workdir, stages=tuple(pipeline.STAGES), **changes) -> list[str]:
+def go(workdir, stages=tuple(pipeline.STAGES), say=lambda line: None, **changes) -> list[str]:
     """Runs stages with settings changed, such as train__k=3; gives the units that ran."""
     ran.clear()
     configs = {group: cls() for group, cls in GROUPS.items()}
     for key, value in changes.items():
         group, field = key.split("__")
         configs[group] = dataclasses.replace(configs[group], **{field: value})
-    pipeline.run_stages(stages, configs, str(workdir), say=lambda line: None)
+    pipeline.run_stages(stages, configs, str(workdir), say=say)
     return list(ran)
 
 
@@ -106,7 +107,9 @@ def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_pat
 
 def test_superseded_results_are_kept(tmp_path):
     go(tmp_path)
-    go(tmp_path, ablate__top=9)
+    lines: list[str] = []
+    go(tmp_path, say=lines.append, ablate__top=9)
+    assert "ablate/topk: --ablate.top was 20, is 9; the old result was moved to" in "\n".join(lines)
     assert len(list((tmp_path / "superseded").glob("ablate-topk-*/out.txt"))) == 1
 
 
@@ -127,6 +130,31 @@ def test_what_is_refused_before_it_writes_anything_leaves_the_old_result_in_its_
     assert [folder.name[:10] for folder in (tmp_path / "superseded").iterdir()] == ["train-topk"]
 
 
+def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
+    failing.add("train/topk")
+    with pytest.raises(Interrupted):
+        go(tmp_path, ["capture", "train"], train__batch=7)
+    started = json.loads((tmp_path / "train/topk/started.json").read_text())
+    assert started["config"]["train"]["batch"] == started["depends_on"]["settings"]["train"]["batch"] == 7
+    assert workplan.fingerprint(started["depends_on"]) == started["fingerprint"] and "jax" in started["packages"]
+    with pytest.raises(Interrupted):
+        go(tmp_path, ["train"], train__batch=7)
+    assert json.loads((tmp_path / "train/topk/started.json").read_text()) == started, "it was begun then"
+
+
+def test_differences_are_named_as_flags():
+    def made(**changes) -> dict:
+        return dict(settings=dict(train=dict(k=[32], form="", l1=0.5)), needs=dict(capture="a"), sources={}) | changes
+
+    other = made(settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c"))
+    said = (
+        "--train.form was empty, is sae, --train.k was 32, is 32,64, --train.l1 was 0.5, capture is another, and 1 more"
+    )
+    assert workplan.changes(made(), other) == said
+    assert workplan.changes(made(), made(version=2)) == "saejax computes it otherwise"
+    assert workplan.changes(made(), made()) == ""
+
+
 def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
     failing.add("train/standard")
     with pytest.raises(Interrupted):
@@ -141,7 +169,7 @@ def test_a_stage_without_its_inputs_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"train/topk reads capture, which has not been made"):
         go(tmp_path, ["train"])
     go(tmp_path, ["capture"])
-    with pytest.raises(UserError, match=r"which was made with other settings"):
+    with pytest.raises(UserError, match=r"which was made with other settings \(--corpus.seed was 789, is 1\)"):
         go(tmp_path, ["train"], corpus__seed=1)
 
 

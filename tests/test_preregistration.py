@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from saejax import pipeline, preregistration
+from saejax import pipeline, preregistration, workplan
 from saejax.causal.ablate.grades import rule as words
 from saejax.parallel.teams import Team
 from saejax.registry import GROUPS, STAGES
@@ -31,8 +31,8 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
     workspace = Workspace(tmp_path)
 
     def run(unit, mark, **changes):
-        plan = pipeline.Workplan(configs(**changes))
-        plan._marks = {unit: mark, **{need: "done" for need in plan.needs(unit)}}
+        plan = workplan.Workplan(configs(**changes))
+        plan._data = {each: dict(settings={}, needs={}, sources=dict(it=mark)) for each in (unit, *plan.needs(unit))}
         monkeypatch.setattr(pipeline, "_input_folder", lambda *args: tmp_path)
         work = pipeline._Work(workspace, plan, lambda line: None, lambda: False, {})
         pipeline._run_unit(work, unit, Team())

@@ -10,10 +10,10 @@ import sys
 import pytest
 import runs
 
-from saejax.pipeline import Workplan
 from saejax.registry import GROUPS, STAGES, ordered
 from saejax.settings import ModelConfig
 from saejax.stage import Stage, load
+from saejax.workplan import Workplan
 
 PAGE = (runs.ROOT / "docs" / "extending.md").read_text()
 FILES = ("saejax/lengths/stage.py", "saejax/lengths/lengths.py", "experiments/lengths.py")

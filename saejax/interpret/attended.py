@@ -21,7 +21,8 @@ from saejax.interpret.describe import priority
 from saejax.interpret.firings import Block
 from saejax.interpret.text import SHAPES, CodedText, shape_of
 from saejax.models import decoder
-from saejax.models.attention import RunAttention, attention_weights, whole_prompts
+from saejax.models.attention import RunAttention, attention_weights
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.rules import GRADIENT

@@ -1,4 +1,4 @@
-"""Causal attention: which tokens attend to which, where they stand, and what comes of it.
+"""Causal attention: how much tokens attend to one another, and what comes of it.
 
 S counts the tokens that are attended to: T where tokens attend to one another, the slots of a cache with one.
 """
@@ -8,29 +8,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from saejax.models.attention_tables import AttentionTables, TablesByLayer, rotate
 from saejax.models.attention_tiles import TILES_FROM, attend_in_tiles, whole_tiles
-from saejax.models.config import DecoderConfig, Rope
-from saejax.models.layers import Weights, einsum, like, norm, project, soft_cap, wide
+from saejax.models.config import DecoderConfig
+from saejax.models.layers import Weights, einsum, like, norm, project, soft_cap
 from saejax.models.rules import RunRules
 
 _BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
-
-
-class AttentionTables(NamedTuple):
-    """What attention in a layer needs beside queries, keys and values.
-
-    Attributes:
-      rope: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
-      mask: True where a query attends to a key, [T, S] or [B, T, S].
-      scale: factor on the scores.
-    """
-
-    rope: tuple[jax.Array, jax.Array] | None
-    mask: jax.Array
-    scale: float | jax.Array
 
 
 # Given the tokens' queries [B, T, H, K], keys and values [B, T, N, K] and the layer's tables, an attention function
@@ -39,25 +25,6 @@ AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, AttentionTables],
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # one with its tables
 Layer: TypeAlias = int | jax.Array  # its number, which may be known only when the program runs
 QKV = tuple[jax.Array, jax.Array, jax.Array]
-
-
-class TablesByLayer(NamedTuple):
-    """The tables of layers whose queries attend to all earlier tokens, and those of local layers."""
-
-    everywhere: AttentionTables
-    nearby: AttentionTables
-
-    def at(self, config: DecoderConfig, layer: int | jax.Array) -> AttentionTables:
-        """The tables of a layer, whose number may be known only when the program runs."""
-        tables = self.everywhere
-        if all(config.local) and config.local:
-            tables = self.nearby
-        elif any(config.local) and isinstance(layer, int):
-            tables = self.nearby if config.local[layer] else self.everywhere
-        elif any(config.local):
-            local = jnp.array(config.local)[layer]
-            tables = jax.tree.map(lambda far, near: jnp.where(local, near, far), self.everywhere, self.nearby)
-        return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
 
 
 class RunAttention(NamedTuple):
@@ -74,49 +41,6 @@ class RunAttention(NamedTuple):
     tables: TablesByLayer
     function: Callable[[Attend, Layer, QKV, Any], tuple[jax.Array, Any]] | None = None
     carried: Any = ()
-
-
-def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
-    """For tokens at positions 0 to ``length - 1`` that attend to one another."""
-    index_T = jnp.arange(length)
-    age_TxS = index_T[:, None] - index_T[None, :]
-    return tables_by_layer(config, index_T, age_TxS, age_TxS >= 0)
-
-
-def tables_by_layer(config: DecoderConfig, positions: jax.Array, age: jax.Array, mask: jax.Array) -> TablesByLayer:
-    """Tables for any tokens.
-
-    Args:
-      positions: of the tokens, [T] or [B, T].
-      age: by how many positions each key is before the query, [T, S] or [B, T, S].
-      mask: where a query attends to a key unless its layer is local, [T, S] or [B, T, S].
-    """
-    everywhere = AttentionTables(_rope_tables(config.rope, positions), mask, config.score_scale)
-    if not any(config.local):
-        return TablesByLayer(everywhere, everywhere)
-    near, rope = like(age < config.window, mask) & mask, _rope_tables(config.local_rope or config.rope, positions)
-    return TablesByLayer(everywhere, AttentionTables(rope, near, everywhere.scale))
-
-
-def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """Cosine and sine of position times frequency, each [..., R], fp32."""
-    if rope is None:
-        return None
-    frequencies_R = np.array(rope.frequencies, np.float32)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies_R.reshape((1,) * positions.ndim + (-1,))
-    return rope.gain * jnp.cos(angles), rope.gain * jnp.sin(angles)
-
-
-def rotate(x_xTxHxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
-    if rope is None:
-        return x_xTxHxK
-    cos, sin = (like(table[..., None, :], x_xTxHxK) for table in rope)
-    pairs = cos.shape[-1]
-    x = x_xTxHxK.astype(wide(x_xTxHxK))
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x_xTxHxK.dtype)
 
 
 def attention(

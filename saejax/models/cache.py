@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from saejax.models.attention import QKV, Attend, Layer, RunAttention, tables_by_layer
+from saejax.models.attention import QKV, Attend, Layer, RunAttention
+from saejax.models.attention_tables import tables_by_layer
 from saejax.models.config import DecoderConfig
 
 Stores = tuple[jax.Array, jax.Array]

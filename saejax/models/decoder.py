@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import AttentionFunction, TablesByLayer, attention
+from saejax.models.attention import AttentionFunction, attention
+from saejax.models.attention_tables import TablesByLayer
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, like, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS

@@ -23,7 +23,7 @@ from jax import lax
 from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.models import decoder
-from saejax.models.attention import whole_prompts
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.lens import JacobianLens
 from saejax.models.lens_files import save_lens

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import AttentionTables, Layer, RunAttention, attend, whole_prompts
+from saejax.models.attention import Layer, RunAttention, attend
+from saejax.models.attention_tables import AttentionTables, whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layer
 from saejax.models.rules import GRADIENT, RunRules

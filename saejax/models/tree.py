@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import QKV, Attend, Layer, RunAttention, TablesByLayer, tables_by_layer
+from saejax.models.attention import QKV, Attend, Layer, RunAttention
+from saejax.models.attention_tables import TablesByLayer, tables_by_layer
 from saejax.models.config import DecoderConfig
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from saejax.attribution.requests import Request, unit_name
 from saejax.attribution.run import run_attribute, trace_request
-from saejax.pipeline import Workplan, run_stages
+from saejax.pipeline import run_stages
 from saejax.serving.bench import Bench
 from saejax.serving.jobs import Job
 from saejax.settings import GraphConfig
+from saejax.workplan import Workplan
 from saejax.workspace import STARTED, SUMMARY, Workspace
 
 _UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=("none",))

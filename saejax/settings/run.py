@@ -23,7 +23,12 @@ class ModelConfig(Config):
         implied="",
     )
     other_revision: str = setting("main", "revision of the second model", implied="main")
-    dtype: str = setting("float32", "dtype of the JAX decoder's weights and products", choices=("float32", "bfloat16"))
+    dtype: str = setting(
+        "float32",
+        "dtype of the JAX decoder's weights and products",
+        choices=("float32", "bfloat16"),
+        accelerated="bfloat16",
+    )
     remat: bool = setting(
         False,
         "where gradients are taken (ablate), compute each layer again instead of keeping its matrix products: less "

@@ -148,12 +148,14 @@ class CaptureConfig(Config):
         "decoder, on the mesh), which make the same rows, with values equal within rounding; 'auto' runs both on a few "
         "batches and takes the faster one",
         choices=("torch", "jax", "auto"),
+        accelerated="jax",
     )
     dtype: str = setting(
         "float32",
         "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
         "stages); 'auto' takes the faster one, bfloat16 where the processor multiplies it in hardware",
         choices=("float32", "bfloat16", "auto"),
+        accelerated="bfloat16",
     )
     store_dtype: str = setting(
         "bfloat16",

@@ -13,7 +13,6 @@ from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_json
-from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
 from saejax.results import load_results
@@ -21,6 +20,7 @@ from saejax.studies.progress import Key, TimeToGo, duration
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import Share
 from saejax.studies.unit_process import UnitProcess
+from saejax.workplan import Workplan
 from saejax.workspace import SUMMARY, Workspace
 
 ROWS, LOGS = "rows", "logs"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.models import attention, attention_tiles
-from saejax.models.attention import whole_prompts
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.cache import empty_cache
 from saejax.models.config import DecoderConfig
 from saejax.models.rules import GRADIENT, RunRules

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from saejax import command, pipeline
+from saejax import command, pipeline, workplan
 from saejax.errors import UserError
 
 PREFLIGHT = dict(
@@ -53,5 +53,5 @@ def meet(folder: Path) -> None:
 
 
 def main() -> None:
-    pipeline.STAGES = fake_stages()
+    pipeline.STAGES = workplan.STAGES = fake_stages()
     command.main(list(pipeline.STAGES), "", sys.argv)

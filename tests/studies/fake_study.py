@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fake_child
 
-from saejax import pipeline
+from saejax import pipeline, workplan
 from saejax.studies import report, run, study, units
 
 HERE = Path(__file__).parent
@@ -15,7 +15,8 @@ def install(set_attribute=setattr) -> None:
     """Puts the stand-ins in place."""
     child = f"import sys; sys.path.insert(0, {str(HERE)!r}); import fake_child; fake_child.main()"
     set_attribute(units, "_CHILD", child)
-    set_attribute(pipeline, "STAGES", fake_child.fake_stages())
+    for module in (pipeline, workplan):
+        set_attribute(module, "STAGES", fake_child.fake_stages())
     set_attribute(units, "load_results", lambda folder: None)
     set_attribute(study, "gather", lambda root, rows, states, mark: [vars(state) for state in states] + [mark])
     set_attribute(report, "write_report", write_states)

@@ -15,7 +15,7 @@ import fake_study
 import pytest
 from obstore.store import MemoryStore
 
-from saejax import pipeline
+from saejax import pipeline, workplan
 from saejax.buckets import bucket
 from saejax.errors import UserError
 from saejax.studies import run, shares
@@ -126,7 +126,8 @@ def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
         raise UserError("there is no model folder here")
 
     capture = dataclasses.replace(pipeline.STAGES["capture"], identity=dict(model=missing))
-    monkeypatch.setattr(pipeline, "STAGES", pipeline.STAGES | dict(capture=capture))
+    for module in (pipeline, workplan):
+        monkeypatch.setattr(module, "STAGES", pipeline.STAGES | dict(capture=capture))
     _, states = fake(a="main")
     assert states["a", "capture"]["reason"] == "there is no model folder here"
     assert states["a", "baseline"]["state"] == "done" and states["a", "train/topk"]["state"] == "not run"

@@ -9,7 +9,7 @@ import pytest
 import runs
 from benchmark_rows import GSM8K, write_all
 
-from saejax import command, load_model, pipeline
+from saejax import command, load_model, pipeline, workplan
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
 from saejax.registry import GROUPS
@@ -255,11 +255,10 @@ def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):
 
 
 def plan(folder, **changes):
-    """The fingerprints of all units, but for the model and the corpus."""
+    """The fingerprints of all units."""
     changes = dict(path=str(folder)) | changes
     configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=TaskConfig(**changes))
-    made = pipeline.Workplan(configs)
-    made._marks |= {"<model>": "m", "<corpus>": "c"}
+    made = workplan.Workplan(configs)
     return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
 

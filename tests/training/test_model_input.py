@@ -14,13 +14,13 @@ from saejax import command
 from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
-from saejax.pipeline import Workplan
 from saejax.preflight.results import PreflightResults
 from saejax.registry import GROUPS
 from saejax.results import load_results
 from saejax.settings import ModelConfig
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
+from saejax.workplan import Workplan
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")

@@ -13,7 +13,8 @@ from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.replacement import padded
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
-from saejax.models.attention import AttentionTables, attend, whole_prompts
+from saejax.models.attention import attend
+from saejax.models.attention_tables import AttentionTables, whole_prompts
 from saejax.models.layers import einsum
 from saejax.models.rules import RunRules
 from saejax.parallel.collectives import to_host

@@ -17,14 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import (
-    AttentionFunction,
-    AttentionTables,
-    TablesByLayer,
-    attend,
-    attention_weights,
-    query_blocks,
-)
+from saejax.models.attention import AttentionFunction, attend, attention_weights, query_blocks
+from saejax.models.attention_tables import AttentionTables, TablesByLayer
 from saejax.models.config import DecoderConfig
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS

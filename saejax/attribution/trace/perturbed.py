@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import whole_prompts
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.rules import RunRules
 from saejax.models.run import run_layers

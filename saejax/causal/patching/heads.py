@@ -26,15 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.attention import (
-    QKV,
-    Attend,
-    AttentionTables,
-    Layer,
-    RunAttention,
-    attend,
-    whole_prompts,
-)
+from saejax.models.attention import QKV, Attend, Layer, RunAttention, attend
+from saejax.models.attention_tables import AttentionTables, whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.rules import GRADIENT
 from saejax.models.run import run_layers

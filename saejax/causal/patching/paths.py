@@ -20,7 +20,8 @@ from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
 from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
 from saejax.models import decoder
-from saejax.models.attention import QKV, Attend, Layer, RunAttention, whole_prompts
+from saejax.models.attention import QKV, Attend, Layer, RunAttention
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.run import run_layers

@@ -11,7 +11,8 @@ from saejax.causal.patching import heads
 from saejax.causal.patching.atp import estimate_nodes
 from saejax.causal.patching.heads import NODES, NodePatch
 from saejax.models import decoder
-from saejax.models.attention import RunAttention, whole_prompts
+from saejax.models.attention import RunAttention
+from saejax.models.attention_tables import whole_prompts
 from saejax.models.run import run_layers
 from saejax.tasks.behaviours import Prompt
 

@@ -1,0 +1,71 @@
+"""What a dictionary for each of Qwen3-4B's layers needs from its text to its report, on large machines not at hand.
+
+Run: python -m benchmarks.bench_jobs [--jobs node,nodes,slice] [--config FILE]
+The file's stages go through `experiments.preflight`, which compiles every program for one node of eight H100, for four
+nodes, and for a v5e slice of 64 chips (needs libtpu), with the mesh that docs/scaling.md advises. The table says of
+each program what a device holds and what it sends in one run. Ends with status 1 if a program does not fit. Last, one
+line of JSON.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from saejax.preflight.results import CompiledProgram, PreflightResults
+from saejax.results import load_results
+
+ROOT = Path(__file__).parents[1]
+JOBS = {
+    "node": ("h100:8", dict(member=4)),
+    "nodes": ("h100:4x8", dict(member=4)),
+    "slice": ("v5e:8x8", dict(member=4, model=2)),
+}
+
+
+def programs(config: Path, job: str) -> PreflightResults:
+    """What preflight says of a job."""
+    topology, axes = JOBS[job]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "experiments.preflight", f"--workdir={folder}", f"--flagfile={config}"]
+        command += [f"--preflight.topology={topology}", *(f"--mesh.{axis}={size}" for axis, size in axes.items())]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{job}: {done.stderr.strip().splitlines()[-1]}")
+        results = load_results(Path(folder) / "preflight")
+    assert isinstance(results, PreflightResults)
+    return results
+
+
+def row(program: CompiledProgram) -> str:
+    """A line of the table."""
+    sends = sum((program.sends or {}).values())
+    return (
+        f"| {program.name} | {program.size} | {program.memory / 2**30:.2f} | "
+        f"{sends / 2**20:,.0f} MiB | {program.flops / 1e12:,.1f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", default=",".join(JOBS), help="with commas between")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/large/qwen3-4b-every-layer.flags")
+    args = parser.parse_args()
+    found = {}
+    for job in args.jobs.split(","):
+        results = programs(args.config, job)
+        (needs,) = results.models
+        axes = " x ".join(f"{size} {axis}" for axis, size in results.mesh.axes.items())
+        limit = results.limit_bytes / 2**30
+        print(f"\n{results.topology}: {axes}; {needs.peak_bytes / 2**30:.1f} of {limit:.1f} GiB\n")
+        print("| program | size | GiB a device | sends | TFLOP |\n|---|---|---|---|---|")
+        print("\n".join(map(row, needs.programs)), flush=True)
+        found[job] = dict(fits=needs.fits, gib=round(needs.peak_bytes / 2**30, 2), programs=len(needs.programs))
+    print(json.dumps(dict(bench="jobs", **found)))
+    sys.exit(0 if all(job["fits"] for job in found.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
