@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax import Device
 from jax.sharding import Mesh
 
 from saejax.dictionaries import DictionaryConfig, stacks
@@ -49,6 +50,7 @@ class PlannedRun:
       mesh: the devices; None where their number alone is considered.
       limit: bytes of memory on each of them.
       own_devices: of each process where there are several; otherwise 0.
+      host: devices that are compiled for in their place, where a slice's compiler takes no part of a slice.
       stands_for: the platform of devices for which those of the mesh stand, such as "gpu"; "": they are what they are.
     """
 
@@ -64,6 +66,7 @@ class PlannedRun:
     mesh: Mesh | None = None
     limit: int = 0
     own_devices: int = 0
+    host: tuple[Device, ...] = ()
     stands_for: str = ""
 
     def placed(self, stage: Stage) -> "PlannedRun":
@@ -72,7 +75,8 @@ class PlannedRun:
             return self
         config = alone_config(self.axes["model"], self.own_devices)
         axes = dict(member=1, data=self.own_devices // config.model, model=config.model)
-        mesh = make_mesh(config, self.mesh.devices.flat[: self.own_devices].tolist()) if self.mesh else None
+        devices = self.host or (self.mesh.devices.flat[: self.own_devices].tolist() if self.mesh else ())
+        mesh = make_mesh(config, devices) if self.mesh else None
         return dataclasses.replace(self, axes=axes, mesh=mesh, own_devices=0)
 
     @property

@@ -65,7 +65,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     corpus, plans = run.configs["corpus"], []
     documents, tokens = rates.used_text(corpus, run.configs["task"]) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
-    here |= dict(own_devices=place.own, stands_for=place.stands_for)
+    here |= dict(own_devices=place.own, host=place.host, stands_for=place.stands_for)
     for shape in shapes:
         try:
             name = Path(shape.path).name

@@ -21,6 +21,7 @@ class Place:
       kind: what they are, for messages.
       of_node: how many of them share a node.
       own: how many a process has, of which there is one a host; 0: one has all.
+      host: the devices of a host by itself, where the compiler of a slice takes no part of a slice.
       torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
       stands_for: the platform that the mesh's devices stand for; "": they are what they are.
     """
@@ -31,6 +32,7 @@ class Place:
     of_node: int
     torch_here: bool
     own: int = 0
+    host: tuple[jax.Device, ...] = ()
     stands_for: str = ""
 
 
@@ -42,12 +44,13 @@ def find_place(configs: Mapping[str, Any]) -> Place:
     """
     name = configs["preflight"].topology
     if name:
-        from saejax.preflight.topology import GPUS, find_slice, of_process
+        from saejax.preflight.topology import GPUS, find_slice, host_alone, of_process
 
         slice_ = find_slice(name)
         mesh, own = make_mesh(configs["mesh"], slice_.devices), of_process(name, len(slice_.devices))
         stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
-        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own, stands_for)
+        host = host_alone(name) if own and not stands_for else ()
+        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own, host, stands_for)
     mesh, device = make_mesh(configs["mesh"], jax.devices()), jax.devices()[0]
     own = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory

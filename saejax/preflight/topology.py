@@ -90,6 +90,12 @@ def of_process(name: str, devices: int) -> int:
     return own if own < devices else 0
 
 
+def host_alone(name: str) -> tuple[jax.Device, ...]:
+    """The four chips of a host of such a slice, as a slice of their own: v5e takes programs for whole slices alone."""
+    kind, _, layout = name.partition(":")
+    return tuple(_devices(f"{kind}:2x2x1" if layout.count("x") == 2 else f"{kind}:2x2"))
+
+
 def _stand_ins(name: str) -> Slice:
     """As many of the host's CPU devices as the nodes have GPUs."""
     found = _NODES.fullmatch(name)

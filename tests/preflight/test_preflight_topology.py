@@ -55,6 +55,16 @@ def test_part_of_a_host():
 
 
 @needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:2x2x4"])
+def test_a_host_of_a_larger_slice(name):
+    """Its programs compile, which those of a part of the slice would not on a v5e."""
+    mesh = make_mesh(MeshConfig(), topology.host_alone(name))
+    assert mesh.size == 4
+    split = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.NamedSharding(mesh, PartitionSpec("data")))
+    assert topology.compile_for(Program("sum", "", jax.jit(jnp.sum), (split,), (), 1.0), GIB, 4).fits
+
+
+@needs_libtpu
 def test_a_program_that_does_not_fit(v5e):
     mesh = make_mesh(MeshConfig(), v5e.devices)
     whole = jax.ShapeDtypeStruct((16, GIB // 4), jnp.float32, sharding=jax.NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,26 @@
+"""A dictionary for each of Qwen3-4B's layers, from its text to its report, compiled for machines that are not here."""
+
+import importlib.util
+
+import pytest
+
+from benchmarks import bench_jobs
+
+CONFIG = bench_jobs.ROOT / "configs/large/qwen3-4b-every-layer.flags"
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (extra 'tpu')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["node", "nodes", pytest.param("slice", marks=libtpu)])
+def test_every_program_of_a_large_job_fits(job):
+    results = bench_jobs.programs(CONFIG, job)
+    (needs,) = results.models
+    assert needs.layers == 36 and needs.fits and needs.peak_bytes < results.limit_bytes
+    assert {program.name.partition(":")[0] for program in needs.programs} == {"capture", "train", "evaluate", "ablate"}
+    for program in needs.programs:
+        assert program.fits and program.sends is not None, program.name
+    (step,) = (program for program in needs.programs if program.name == "train: topk step")
+    gradients = (
+        36 * 2 * 20_480 * 2560 * 4
+    )  # of all dictionaries, whose sums a device sends of its own ones, with the rows
+    assert sum(step.sends.values()) < 2 * 1.25 * gradients / 4
