@@ -126,6 +126,8 @@ class Workspace:
         if summary["fingerprint"] != mark:
             return False
         for file, size in summary["files"].items():
+            if CHECKPOINTS in file.split("/"):  # listed once; whoever needs the room may delete them
+                continue
             path = folder / file
             here = path.stat().st_size if path.exists() else self._mirror and self._mirror.size(self._name(path))
             if here != size:
@@ -194,12 +196,13 @@ class Workspace:
         raise UserError(f"{target.parent} holds a thousand copies of {target.name}: delete some")
 
     def finish(self, stage: str, name: str, mark: str, summary: Mapping[str, Any]) -> None:
-        """Writes the unit's ``summary.json``, last."""
+        """Writes the unit's ``summary.json``, last. Checkpoints, from which it went on, are not among its files."""
         folder = self.folder(stage, name)
+        found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
         files = {
-            str(path.relative_to(folder)): path.stat().st_size
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in (STARTED, SUMMARY)
+            str(file): path.stat().st_size
+            for file, path in found.items()
+            if path.name not in (STARTED, SUMMARY) and CHECKPOINTS not in file.parts
         }
         write_json(
             folder / SUMMARY,

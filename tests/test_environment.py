@@ -1,4 +1,4 @@
-"""Compiled programs are kept where they help, and found at the next start."""
+"""What a process finds when it starts: which devices it may count on, and compiled programs that are kept."""
 
 import os
 import subprocess

@@ -1,6 +1,7 @@
 """Units appear whole, are found again, and never overwrite silently."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,21 @@ def test_other_work_is_moved_aside_and_never_lost(tmp_path):
     kept = sorted(path.read_text() for path in (tmp_path / "superseded").glob("*/result.txt"))
     assert kept == ["first", "other", "second"]
     assert space.finished("train", "topk", "m2")
+
+
+def test_checkpoints_of_a_finished_unit_may_be_deleted(tmp_path):
+    space = Workspace(tmp_path)
+    folder, _ = space.begin("train", "topk", "m")
+    for file in ("dictionary/weights", "checkpoints/5/state", "expansion4/checkpoints/5/state"):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text("abc")
+    space.finish("train", "topk", "m", dict(results={}))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["files"] == {"dictionary/weights": 3}
+    summary["files"]["checkpoints/5/state"] = 3  # as older versions listed them
+    (folder / "summary.json").write_text(json.dumps(summary))
+    shutil.rmtree(folder / "checkpoints")
+    assert space.finished("train", "topk", "m")
 
 
 def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):

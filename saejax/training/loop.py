@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -47,8 +48,13 @@ class Metrics:
 
     def __post_init__(self):
         self._pending: tuple[int, int, dict[str, jax.Array]] | None = None
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records = [record for record in map(json.loads, lines) if record["step"] <= self.first_step]
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+        self.records = [record for record in whole if record["step"] <= self.first_step]
+        if len(self.records) < len(lines) and is_first_process():
+            with whole_file(self.path) as beside:
+                beside.write_text("".join(_line(record) for record in self.records))
+        self._parts = 0, len(self.records)  # where the last two parts begin that are to be or have been written
         self._before = self.seconds
         self._start = self._said = time.monotonic()
         self._read = 0.0  # seconds at which the newest metrics were there
@@ -161,10 +167,21 @@ class Metrics:
         return (step - self._warm[0]) * self.batch / (seconds - self._warm[1])
 
     def write(self) -> None:
-        """Writes all records; the first process does."""
+        """Adds the records since the last time to the file; the first process does. Forgets older ones."""
+        old, new = self._parts
+        if new == len(self.records):
+            return
         if is_first_process():
-            with whole_file(self.path) as beside:
-                beside.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+            with open(self.path, "a") as file:
+                file.write("".join(map(_line, self.records[new:])))
+                file.flush()
+                os.fsync(file.fileno())
+        del self.records[:old]
+        self._parts = new - old, len(self.records)
+
+
+def _line(record: Mapping[str, float | str]) -> str:
+    return json.dumps(record) + "\n"
 
 
 def train(

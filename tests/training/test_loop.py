@@ -144,6 +144,39 @@ def test_nan_names_the_member_and_keeps_the_others_apart(tmp_path):
         go(tmp_path, trainer, every=100)
 
 
+def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
+    """Never written again as a whole but where a run goes on; and what is in memory does not grow with the run."""
+    held, sizes, path = [], [], tmp_path / "metrics.jsonl"
+    write = Metrics.write
+
+    def watched(metrics):
+        before = path.read_bytes() if path.exists() else b""
+        write(metrics)
+        held.append(len(metrics.records))
+        sizes.append(path.stat().st_size)
+        assert path.read_bytes().startswith(before) and before != path.read_bytes()
+
+    monkeypatch.setattr(Metrics, "write", watched)
+    go(tmp_path, make_trainer(), every=2)
+    assert held == [2] + [4] * (STEPS // 2 - 1) and sizes == sorted(set(sizes))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, STEPS + 1))
+
+
+def test_a_record_that_was_cut_off_is_made_again(tmp_path):
+    go(tmp_path / "whole", make_trainer())
+    with pytest.raises(Interrupted):
+        go(tmp_path / "broken", make_trainer(), stop_after=5)
+    path = tmp_path / "broken" / "metrics.jsonl"
+    with path.open("a") as file:  # the disk was full, say, when the next records came
+        file.write(path.read_text().splitlines()[-1].replace('"step": 5', '"step": 6') + '\n{"step": 7, "tok')
+    go(tmp_path / "broken", make_trainer())
+    steps = [
+        [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("whole", "broken")
+    ]
+    assert steps[0] == steps[1]
+
+
 def test_every_member_has_its_own_metrics(tmp_path):
     go(tmp_path, make_trainer(k=(2, 4)), log_every=4)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
