@@ -1,6 +1,5 @@
 """What dictionaries minimise: means over the tokens of a batch, each a scalar."""
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.dictionaries import sparsity
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.matmul import matmul
 
@@ -90,66 +88,6 @@ def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
     dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
     squares_F = jnp.sum(jnp.square(encoder_FxD), axis=-1) * jnp.sum(jnp.square(W_dec_FxD), axis=-1)
     return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
-
-
-def auxk(
-    pre_BxF: jax.Array,
-    dead_F: jax.Array,
-    W_dec_FxD: jax.Array,
-    error_BxD: jax.Array,
-    k: int,
-    operands: str = "float32",
-    metric_DxD: jax.Array | None = None,
-    any_dead: jax.Array | bool = True,
-) -> jax.Array:
-    """How badly the k strongest dead features explain what the living leave over (after Gao et al., 2024).
-
-    The error is a constant here, so that of the features this moves the dead and no others:
-
-        min(dead / k, 1) * mean over tokens of |error - sum_i f_i W_dec_i|^2,   f = top-k of the dead pre-activations
-
-    Args:
-      pre_BxF: pre-activations.
-      dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
-      error_BxD: y - y_hat.
-      k: how many dead features act on each token, at least 1.
-      operands: dtype of the operands of the product.
-      metric_DxD: as for ``squared_error``.
-      any_dead: False if no member of a stack has a dead feature: where members are vectorised, this alone decides
-        whether anything is computed.
-    """
-    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, jnp.asarray(any_dead)
-    return _auxk(pre_BxF, W_dec_FxD, constants, k, operands)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _auxk(pre_BxF, W_dec_FxD, constants, k, operands):
-    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands)[0]
-
-
-def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands):
-    """Both in one branch: automatic differentiation would hand everything it keeps from one branch to another."""
-    dead_F, error_BxD, metric_DxD, any_dead = constants
-    dead = jnp.sum(dead_F)
-
-    def explain(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-        f_BxF = sparsity.topk(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), k)
-        share = jnp.minimum(dead.astype(pre_BxF.dtype) / k, 1.0)
-        return share * squared_error(error_BxD, matmul(f_BxF, W_dec_FxD, operands), metric_DxD, operands)
-
-    def nothing(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return jnp.zeros((), pre_BxF.dtype), tuple(map(jnp.zeros_like, arrays))
-
-    def own(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return lax.cond(dead > 0, jax.value_and_grad(explain, argnums=(0, 1)), nothing, *arrays)
-
-    return lax.cond(any_dead, own, nothing, pre_BxF, W_dec_FxD)
-
-
-_auxk.defvjp(
-    _auxk_and_gradients,
-    lambda k, operands, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None),
-)
 
 
 def dead_pre_activation(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses
+from saejax.dictionaries.auxk import auxk
 from saejax.dictionaries.codes import SparseCode
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.sparse_products import Encoder, Products, explain
@@ -31,12 +32,14 @@ class Objective:
       dictionary: what the members have in common; its ``k`` is the largest of theirs.
       steps: of the whole run.
       form: of the products, one of ``sparse_products``; all but "dense" are for kinds of which each token keeps k.
+      split: whether features are split over devices.
     """
 
     config: TrainConfig
     dictionary: DictionaryConfig
     steps: int
     form: str = "dense"
+    split: bool = False
 
     def __call__(
         self,
@@ -46,7 +49,7 @@ class Objective:
         hyper: Hyper,
         step: jax.Array,
         dead_F: jax.Array,
-        any_dead: jax.Array | bool = True,
+        most_dead: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple[Arrays, jax.Array, jax.Array]]:
         """The loss of one member.
 
@@ -56,14 +59,15 @@ class Objective:
           hyper: its own settings, scalars.
           step: steps done.
           dead_F: True for features that have been silent for too long.
-          any_dead: False if no member of the stack has any.
+          most_dead: the largest number of them that a member of the stack has; None: this one's.
 
         Returns:
           The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).
         """
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
         kind, own = member.kind, config.of_kind(member.kind.name)
-        pre_BxF, f, left, smallest = self._explain(member, x_BxD, y_BxD, hyper, any_dead)
+        most_dead = jnp.sum(dead_F) if most_dead is None else most_dead
+        pre_BxF, f, left, smallest = self._explain(member, x_BxD, y_BxD, hyper, most_dead > 0)
         if isinstance(f, SparseCode):
             f_BxF, firings_F = f.dense(), f.firings()
         else:
@@ -80,8 +84,8 @@ class Objective:
         parts |= kind.losses(batch)
         if config.auxk:
             k = config.auxk_features or max(self.dictionary.d_in // 2, 1)
-            fixed = error_BxD, k, config.matmul, hyper.metric_DxD, any_dead
-            aux = losses.auxk(pre_BxF, dead_F, params["W_dec_FxD"], *fixed)
+            fixed = error_BxD, k, config.matmul, hyper.metric_DxD, most_dead, self.split
+            aux = auxk(pre_BxF, dead_F, params["W_dec_FxD"], *fixed)
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)

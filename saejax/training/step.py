@@ -55,7 +55,7 @@ class Trainer:
         form, shape = "dense", (config.matmul, dictionary.n_features, dictionary.k)
         if kinds.by_name(dictionary.kind).keeps_k:
             form = sparse_products.chosen_form(config.products, mesh, *shape)
-        self._objective = Objective(config, dictionary, steps, form)
+        self._objective = Objective(config, dictionary, steps, form, mesh.shape["model"] > 1)
         self._optimizer, self._rate = make_optimizer(config, dictionary.widths), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
@@ -110,8 +110,8 @@ class Trainer:
             return self._step(state, hyper, raw)
 
     def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        any_dead = jnp.any(state.silent_MxF >= self.config.dead_tokens)
-        after, metrics = self._each_member(self._member_step, state, hyper, raw, any_dead)
+        most_dead = jnp.max(jnp.sum(state.silent_MxF >= self.config.dead_tokens, axis=-1))
+        after, metrics = self._each_member(self._member_step, state, hyper, raw, most_dead)
         if self.config.resample_every:
             now = resampling.due(self.config, self._steps, after.step_M[0])
             resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
@@ -147,13 +147,13 @@ class Trainer:
         return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD), ()
 
     def _member_step(
-        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, any_dead: jax.Array
+        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, most_dead: jax.Array
     ) -> tuple[TrainState, Arrays]:
         """The step of one member; the state's arrays have no member axis here."""
         config, params = self.config, self._placed(state.params)
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)
-        grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, any_dead)
+        grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
         state, told = self._moved(state, grads, fired_F, smallest, hyper.learning_rate, len(x_BxD))
         return state, metrics | told
 

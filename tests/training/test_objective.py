@@ -11,6 +11,7 @@ from every_kind import KINDS
 from small_stacks import B, D, F, batches, make_trainer
 
 from saejax.dictionaries import joined, losses, sparsity, straight_through
+from saejax.dictionaries.auxk import auxk, room_for_few
 from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.errors import UserError
@@ -142,7 +143,7 @@ def test_auxk_reaches_dead_features_and_no_others(k, metric):
     metric_DxD = rng.normal(size=(D, D)) if metric else np.eye(D)
 
     def aux(pre, W_dec, error):
-        return losses.auxk(pre, jnp.asarray(dead), W_dec, error, k, metric_DxD=jnp.asarray(metric_DxD))
+        return auxk(pre, jnp.asarray(dead), W_dec, error, k, metric_DxD=jnp.asarray(metric_DxD))
 
     to_pre, to_W, to_error = jax.grad(aux, argnums=(0, 1, 2))(*map(jnp.asarray, (pre, W_dec, error)))
     assert not np.any(to_error), "the error is a constant"
@@ -158,9 +159,36 @@ def test_auxk_reaches_dead_features_and_no_others(k, metric):
     np.testing.assert_allclose(to_pre, np.where(kept, to_output @ W_dec.T, 0), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("dead", [0, 1, 128, 129, 1024])  # there is room for 128
+@pytest.mark.parametrize("k", [1, 20])
+def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
+    rng, features = np.random.default_rng(dead), 1024
+    assert room_for_few(features, k) == 128
+    arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((B, features), (features, D), (B, D))]
+    dead_F = jnp.asarray(np.isin(np.arange(features), rng.permutation(features)[:dead]))
+
+    def both(pre_BxF, W_dec_FxD, split):
+        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], k, split=split)
+
+    (short, to_short), (whole, to_whole) = (
+        jax.value_and_grad(both, argnums=(0, 1))(*arrays[:2], split) for split in (False, True)
+    )
+    np.testing.assert_allclose(short, whole, rtol=1e-13)
+    assert bool(dead) == bool(whole)
+    for a, b in zip(to_short, to_whole, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-15)
+
+
+def test_there_is_a_short_way_only_where_it_is_shorter():
+    assert [room_for_few(*sizes) for sizes in ((64, 3), (255, 1), (256, 1), (4608, 288), (20_480, 1280))] == [
+        0, 0, 128, 640, 2560
+    ]  # fmt: skip
+    assert room_for_few(4608, 3000) == 0
+
+
 def test_auxk_is_nothing_while_no_feature_is_dead():
     pre, W_dec, error = jnp.ones((B, F)), jnp.ones((F, D)), jnp.ones((B, D))
-    value, gradient = jax.value_and_grad(losses.auxk)(pre, jnp.zeros(F, bool), W_dec, error, 3)
+    value, gradient = jax.value_and_grad(auxk)(pre, jnp.zeros(F, bool), W_dec, error, 3)
     assert value == 0 and not np.any(gradient)
 
 
@@ -178,11 +206,11 @@ def test_vectorised_members_compute_auxk_only_if_one_has_a_dead_feature():
     """A condition on each member's own features would become a choice between two values that are both computed."""
     pre, W_dec, error = jnp.ones((2, B, F)), jnp.ones((2, F, D)), jnp.ones((2, B, D))
 
-    def both(dead, any_dead):
-        one = functools.partial(losses.auxk, k=3)
-        return jax.vmap(lambda *own: one(*own, any_dead=any_dead))(pre, dead, W_dec, error)
+    def both(dead, most_dead):
+        one = functools.partial(auxk, k=3)
+        return jax.vmap(lambda *own: one(*own, most_dead=most_dead))(pre, dead, W_dec, error)
 
-    program = jax.make_jaxpr(both)(jnp.zeros((2, F), bool), jnp.asarray(False)).jaxpr
+    program = jax.make_jaxpr(both)(jnp.zeros((2, F), bool), jnp.asarray(0)).jaxpr
     assert "dot_general" in str(program) and not computed_unconditionally(program)
 
 
