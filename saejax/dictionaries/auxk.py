@@ -28,7 +28,7 @@ def auxk(
     operands: str = "float32",
     metric_DxD: jax.Array | None = None,
     most_dead: jax.Array | int | None = None,
-    split: bool = False,
+    all_columns: bool = False,
 ) -> jax.Array:
     """How badly the k strongest dead features explain what the living leave over.
 
@@ -45,11 +45,11 @@ def auxk(
       metric_DxD: as for ``squared_error``.
       most_dead: the largest number of dead features of any member of a stack, by which it is chosen what is computed:
         where members are vectorised, their own numbers cannot choose. None: that of ``dead_F``.
-      split: whether features are split over devices. Then columns stay where they are, and all are computed with.
+      all_columns: whether it is computed with all of them however few are dead, and none is moved.
     """
     most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
     constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, most
-    return _auxk(pre_BxF, W_dec_FxD, constants, k, operands, split)
+    return _auxk(pre_BxF, W_dec_FxD, constants, k, operands, all_columns)
 
 
 def room_for_few(features: int, k: int) -> int:
@@ -64,11 +64,11 @@ def room_for_few(features: int, k: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _auxk(pre_BxF, W_dec_FxD, constants, k, operands, split):
-    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, split)[0]
+def _auxk(pre_BxF, W_dec_FxD, constants, k, operands, all_columns):
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, all_columns)[0]
 
 
-def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, split):
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, all_columns):
     """Both in one branch: automatic differentiation would hand everything it keeps from one branch to another."""
     dead_F, error_BxD, metric_DxD, most = constants
 
@@ -83,12 +83,12 @@ def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, split):
     def nothing(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> tuple[jax.Array, Gradients]:
         return jnp.zeros((), pre_BxF.dtype), (jnp.zeros_like(pre_BxF), jnp.zeros_like(W_dec_FxD))
 
-    def all_columns(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> tuple[jax.Array, Gradients]:
+    def with_all(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> tuple[jax.Array, Gradients]:
         value, (to_pre_BxF, to_W_FxD) = explained(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), W_dec_FxD)
         return value, (jnp.where(dead_F[None], to_pre_BxF, jnp.zeros_like(to_pre_BxF)), to_W_FxD)
 
-    few = 0 if split else room_for_few(len(dead_F), k)
-    ways: list[Callable] = [nothing, all_columns]
+    few = 0 if all_columns else room_for_few(len(dead_F), k)
+    ways: list[Callable] = [nothing, with_all]
     way = jnp.int32(most > 0)
     if few:
         ways.insert(1, functools.partial(_few_columns, explained, dead_F, few))
@@ -117,5 +117,5 @@ def _few_columns(
 
 _auxk.defvjp(
     _auxk_and_gradients,
-    lambda k, operands, split, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None),
+    lambda k, operands, all_columns, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None),
 )

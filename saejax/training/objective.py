@@ -32,14 +32,14 @@ class Objective:
       dictionary: what the members have in common; its ``k`` is the largest of theirs.
       steps: of the whole run.
       form: of the products, one of ``sparse_products``; all but "dense" are for kinds of which each token keeps k.
-      split: whether features are split over devices.
+      all_columns: of AuxK's products; see ``auxk``.
     """
 
     config: TrainConfig
     dictionary: DictionaryConfig
     steps: int
     form: str = "dense"
-    split: bool = False
+    all_columns: bool = False
 
     def __call__(
         self,
@@ -84,7 +84,7 @@ class Objective:
         parts |= kind.losses(batch)
         if config.auxk:
             k = config.auxk_features or max(self.dictionary.d_in // 2, 1)
-            fixed = error_BxD, k, config.matmul, hyper.metric_DxD, most_dead, self.split
+            fixed = error_BxD, k, config.matmul, hyper.metric_DxD, most_dead, self.all_columns
             aux = auxk(pre_BxF, dead_F, params["W_dec_FxD"], *fixed)
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:

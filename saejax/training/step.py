@@ -55,7 +55,9 @@ class Trainer:
         form, shape = "dense", (config.matmul, dictionary.n_features, dictionary.k)
         if kinds.by_name(dictionary.kind).keeps_k:
             form = sparse_products.chosen_form(config.products, mesh, *shape)
-        self._objective = Objective(config, dictionary, steps, form, mesh.shape["model"] > 1)
+        # Split features stay on their devices, and a TPU's vector units move no single columns.
+        all_columns = mesh.shape["model"] > 1 or mesh.devices.flat[0].platform == "tpu"
+        self._objective = Objective(config, dictionary, steps, form, all_columns)
         self._optimizer, self._rate = make_optimizer(config, dictionary.widths), learning_rate(config, steps)
         self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
         hyper = Hyper.of(members, scales, self.sites, config.state_dtype)

@@ -167,11 +167,11 @@ def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
     arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((B, features), (features, D), (B, D))]
     dead_F = jnp.asarray(np.isin(np.arange(features), rng.permutation(features)[:dead]))
 
-    def both(pre_BxF, W_dec_FxD, split):
-        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], k, split=split)
+    def both(pre_BxF, W_dec_FxD, all_columns):
+        return auxk(pre_BxF, dead_F, W_dec_FxD, arrays[2], k, all_columns=all_columns)
 
     (short, to_short), (whole, to_whole) = (
-        jax.value_and_grad(both, argnums=(0, 1))(*arrays[:2], split) for split in (False, True)
+        jax.value_and_grad(both, argnums=(0, 1))(*arrays[:2], every) for every in (False, True)
     )
     np.testing.assert_allclose(short, whole, rtol=1e-13)
     assert bool(dead) == bool(whole)
