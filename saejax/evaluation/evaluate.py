@@ -160,7 +160,9 @@ def _describe(
         l0=score.l0,
         dead_fraction=score.dead_fraction,
         dense_fraction=score.dense_fraction(config.dense_above),
-        decoder_neighbours=neighbours.summary(neighbours.neighbour_cosines(dictionary.W_dec_FxD[...])),
+        decoder_neighbours=neighbours.summary(
+            neighbours.neighbour_cosines(dictionary.W_dec_FxD[...]), dictionary.config.n_features
+        ),
         ce=_means(loss.ce, loss.tokens),
         kl=_means(loss.kl),
         ce_recovered_mean=recovered(loss.ce, "mean_ablated"),

@@ -10,33 +10,43 @@ from jax import lax
 from saejax.evaluation.results import NeighbourCosines
 
 _BLOCK_VALUES = 2**25  # cosines at once: 128 MiB in fp32
+_MOST_VALUES = 2**34  # in all: those of 131,072 features with one another
 NEAR = 0.9  # a feature with a neighbour above this cosine has nearly a copy
 
 
 def neighbour_cosines(W_dec_FxD: jax.Array) -> np.ndarray:
     """The largest cosine of each row with another row, [F]; a row of zeros has cosine 0 with every other.
 
-    Rows are compared in blocks, so that memory stays bounded however many features there are.
+    Rows are compared in blocks, so that memory stays bounded however many features there are. Of more features than
+    131,072 some are looked at, in blocks from the first to the last, and the result is as long: [N].
     """
     features = W_dec_FxD.shape[0]
     if features < 2:
         return np.zeros(0, np.float32)
     block = max(1, min(_BLOCK_VALUES // features, features))
-    starts_N = np.minimum(np.arange(0, features, block), features - block)  # the last block reaches back
+    starts = np.minimum(np.arange(0, features, block), features - block)  # the last block reaches back
+    blocks = max(1, _MOST_VALUES // (block * features))
+    starts_N = starts[np.linspace(0, len(starts) - 1, min(blocks, len(starts))).astype(int)]
     largest_NxB = np.asarray(_largest(block, W_dec_FxD, starts_N))
-    cosine_F = np.empty(features, np.float32)
+    cosine_F, looked_at_F = np.empty(features, np.float32), np.zeros(features, bool)
     for start, largest_B in zip(starts_N.tolist(), largest_NxB, strict=True):
-        cosine_F[start : start + block] = largest_B
-    return cosine_F
+        cosine_F[start : start + block], looked_at_F[start : start + block] = largest_B, True
+    return cosine_F[looked_at_F]
 
 
-def summary(cosine_F: np.ndarray) -> NeighbourCosines | None:
-    """The distribution of the neighbours' cosines; None for a dictionary of one feature."""
+def summary(cosine_F: np.ndarray, features: int) -> NeighbourCosines | None:
+    """The distribution of the neighbours' cosines; None for a dictionary of one feature.
+
+    Args:
+      cosine_F: of ``neighbour_cosines``.
+      features: of the dictionary.
+    """
     if not len(cosine_F):
         return None
     median, p90, p99 = np.quantile(cosine_F.astype(np.float64), [0.5, 0.9, 0.99]).tolist()
     mean, largest = float(cosine_F.mean(dtype=np.float64)), float(cosine_F.max())
-    return NeighbourCosines(mean, median, p90, p99, largest, near=float(np.mean(cosine_F > NEAR)))
+    near, looked_at = float(np.mean(cosine_F > NEAR)), len(cosine_F) if len(cosine_F) < features else None
+    return NeighbourCosines(mean, median, p90, p99, largest, near, looked_at)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -23,6 +23,7 @@ class NeighbourCosines:
     p99: float  #: of the cosines
     max: float  #: of the cosines
     near: float  #: share of the features whose neighbour is above 0.9
+    looked_at: int | None = None  #: how many features, where it is not all of them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,17 +25,31 @@ def test_blocks_agree_with_brute_force(monkeypatch, values):
     assert cosine_F[3] == cosine_F[30] == pytest.approx(1) and cosine_F[20] == 0
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 5])
+def test_of_very_many_features_some_are_looked_at(monkeypatch, blocks):
+    monkeypatch.setattr(neighbours, "_BLOCK_VALUES", 37 * 5)
+    monkeypatch.setattr(neighbours, "_MOST_VALUES", 37 * 5 * blocks)
+    W_dec_FxD = np.random.default_rng(0).normal(size=(37, 6)).astype(np.float32)
+    cosine_N, whole_F = neighbours.neighbour_cosines(W_dec_FxD), brute_force(W_dec_FxD)
+    assert len(cosine_N) == 5 * blocks
+    for start in range(0, 5 * blocks, 5):
+        places = [at for at in range(33) if np.allclose(whole_F[at : at + 5], cosine_N[start : start + 5], atol=1e-6)]
+        assert places, "each block is one of the whole"
+    told = neighbours.summary(cosine_N, 37)
+    assert told is not None and told.looked_at == 5 * blocks
+
+
 def test_opposite_directions_are_no_neighbours():
     np.testing.assert_allclose(neighbours.neighbour_cosines(np.array([[1.0, 0], [-1, 0]], np.float32)), -1)
 
 
 def test_the_summary():
-    told = neighbours.summary(np.array([0.0] * 50 + [0.5] * 40 + [0.95] * 10, np.float32))
+    told = neighbours.summary(np.array([0.0] * 50 + [0.5] * 40 + [0.95] * 10, np.float32), 100)
     assert vars(told) == dict(
         mean=pytest.approx(0.295), median=0.25, p90=pytest.approx(0.545), p99=pytest.approx(0.95),
-        max=pytest.approx(0.95), near=0.1,
+        max=pytest.approx(0.95), near=0.1, looked_at=None,
     )  # fmt: skip
 
 
 def test_one_feature_has_no_neighbour():
-    assert neighbours.summary(neighbours.neighbour_cosines(np.ones((1, 4), np.float32))) is None
+    assert neighbours.summary(neighbours.neighbour_cosines(np.ones((1, 4), np.float32)), 1) is None
