@@ -136,6 +136,7 @@ bench-quality: $(INSTALLED)
 # sae-lens gets an environment of its own in build/saelens, made at the first run.
 bench-scaling: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_scaling
+	$(BIN)/python -m benchmarks.bench_jobs --jobs node,nodes
 
 # BYTES: sizes of text, with commas between; 100 and 400 MB if it is not given.
 bench-text: $(INSTALLED)
