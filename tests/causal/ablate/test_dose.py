@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from linear_experiment import LinearExperiment
 
-from saejax import pipeline
+from saejax import workplan
 from saejax.causal import ablation
 from saejax.causal.ablate import bases, dose, grades, verdict
 from saejax.causal.ablate.experiment import ModelExperiment
@@ -311,8 +311,7 @@ def test_a_basis_that_changed_is_compared_anew(dictionary, tmp_path):
     configs["ablate"] = AblateConfig(baselines=(str(tmp_path / "other"),))
 
     def mark():
-        plan = pipeline.Workplan(configs)
-        plan._marks |= {"<model>": "m", "<corpus>": "c", "<prompts>": "p"}
+        plan = workplan.Workplan(configs)
         return plan.mark("ablate/topk")
 
     save_dictionary(tmp_path / "other", dictionary)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from runs import write_members
 
-from saejax import pipeline
+from saejax import pipeline, workplan
 from saejax.causal import parts
 from saejax.causal.split import SplitModel
 from saejax.causal.study import run as stage
@@ -283,8 +283,7 @@ def test_what_is_refused(make_run, dictionary):
 def test_the_units(task):
     def plan(**changes):
         configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=task, study=StudyConfig(**changes))
-        made = pipeline.Workplan(configs)
-        made._marks |= {"<model>": "m", "<corpus>": "c"}
+        made = workplan.Workplan(configs)
         return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
     plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
