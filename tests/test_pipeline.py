@@ -137,6 +137,8 @@ def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
     started = json.loads((tmp_path / "train/topk/started.json").read_text())
     assert started["config"]["train"]["batch"] == started["depends_on"]["settings"]["train"]["batch"] == 7
     assert workplan.fingerprint(started["depends_on"]) == started["fingerprint"] and "jax" in started["packages"]
+    started["start"] = "2026-01-01T00:00:00+00:00"
+    (tmp_path / "train/topk/started.json").write_text(json.dumps(started))
     with pytest.raises(Interrupted):
         go(tmp_path, ["train"], train__batch=7)
     assert json.loads((tmp_path / "train/topk/started.json").read_text()) == started, "it was begun then"
