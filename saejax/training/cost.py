@@ -146,13 +146,23 @@ def _optimizer_bytes(train: TrainConfig, arrays: int, at_once: float, axes: Mapp
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The step of every stack and, where the JAX decoder makes activations as they are needed, how a buffer is filled.
 
+    There the model, the buffer and the training state are on the devices all the time.
+
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
     filled = plan.configs["train"].source == "model" and plan.backend == "jax"
-    trained = [stack for kind, stack in plan.stacks.items() if kind != PRETRAINED]
-    programs = [_fill(plan, stack, mesh) for stack in trained if filled and not _joined(stack)]
-    return [*programs, *(_step(plan, stack, mesh) for stack in trained)]
+    programs: list[Program] = []
+    for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
+        step = _step(plan, stack, mesh)
+        if filled and not _joined(stack):
+            fill = _fill(plan, stack, mesh)
+            params, parts, norms, *_ = fill.arguments
+            state, hyper, _ = step.arguments
+            programs.append(dataclasses.replace(fill, kept=(state, hyper)))
+            step = dataclasses.replace(step, kept=(params, parts, norms))
+        programs.append(step)
+    return programs
 
 
 def _joined(stack: PlannedStack) -> bool:
@@ -160,6 +170,7 @@ def _joined(stack: PlannedStack) -> bool:
 
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Its arguments begin with the model's parameters, and the buffer's parts and norms."""
     parts, dtype = batch_parts(stack.members), plan.configs["capture"].read_dtype
     rows = min(plan.configs["train"].buffer_rows, recorded_rows(plan) or plan.configs["train"].buffer_rows)
     (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
@@ -183,6 +194,7 @@ def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
 
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
+    """Its arguments are the state, what is read of the members, and a batch."""
     each, dictionary = plan.configs["train"].each_expansion(), stack.dictionary
     config = max(each, key=lambda config: config.expansion)
     members = stack.members[-(len(stack.members) // len(each)) :]

@@ -198,3 +198,17 @@ def test_flops_against_xla(plan, mesh):
 def test_flops_of_a_step():
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
     assert settings()["preflight"].tolerance == 1e-4
+
+
+def test_training_from_the_model_keeps_all_of_it_on_the_devices(tiny_llama, mesh, lm):
+    """While a buffer is filled there is the state; while a step is taken there are the model and the buffer."""
+    changes = dict(train__source="model", capture__backend="jax", corpus__context=32, capture__batch_tokens=256)
+    plan = on_mesh(plan_run(lm.config, "resid_post.3", train__batch=64, train__buffer_rows=512, **changes), mesh)
+    programs = {program.name: program for program in stage_programs(plan)}
+    trainer = make_trainer(plan, mesh)
+    fill, step = programs["train: topk buffer"], programs["train: topk step"]
+    assert arrays(fill.kept) == arrays((trainer.initial_state(), trainer.hyper))
+    model, parts, norms = step.kept
+    assert sorted(arrays(model)) == sorted(arrays(lm.params))
+    assert [place.shape for place in jax.tree.leaves(parts)] == [(1, 512, 64)]
+    assert [place.shape for place in jax.tree.leaves(norms)] == [(1, 512)]
