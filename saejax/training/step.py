@@ -65,6 +65,14 @@ class Trainer:
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_member(array.shape)), hyper
         )
         self._host_hyper = hyper
+        self._at_once = members_at_once(
+            config.members_at_once,
+            len(members),
+            config.batch,
+            dictionary.n_features,
+            mesh.shape,
+            mesh.devices.flat[0].platform,
+        )
         by_member = "member" if len(self.sites) == len(members) else None
         self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
         self.abstract_state = with_shardings(jax.eval_shape(self._initial), dictionary, mesh, config.zero_optimizer)
@@ -112,8 +120,10 @@ class Trainer:
             return self._step(state, hyper, raw)
 
     def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        most_dead = jnp.max(jnp.sum(state.silent_MxF >= self.config.dead_tokens, axis=-1))
-        after, metrics = self._each_member(self._member_step, state, hyper, raw, most_dead)
+        most_dead = []
+        if self._at_once > 1:  # vectorised ones do the same thing; one in its turn goes by its own dead features
+            most_dead = [jnp.max(jnp.sum(state.silent_MxF >= self.config.dead_tokens, axis=-1))]
+        after, metrics = self._each_member(self._member_step, state, hyper, raw, *most_dead)
         if self.config.resample_every:
             now = resampling.due(self.config, self._steps, after.step_M[0])
             resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
@@ -135,12 +145,9 @@ class Trainer:
             y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
             return apply(state, hyper, x_BxD, y_BxD, *same)
 
-        asked, shape = self.config.members_at_once, (self.config.batch, self.dictionary.n_features)
-        where = self.mesh.shape, self.mesh.devices.flat[0].platform
-        at_once = members_at_once(asked, len(self.members), *shape, *where)
         if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
-            return each_member(one, state, (hyper, raw), same, self.mesh, at_once)
-        return each_member(one, state, (hyper, None), (*same, *raw), self.mesh, at_once)
+            return each_member(one, state, (hyper, raw), same, self.mesh, self._at_once)
+        return each_member(one, state, (hyper, None), (*same, *raw), self.mesh, self._at_once)
 
     def _resample(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array
@@ -149,9 +156,9 @@ class Trainer:
         return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD), ()
 
     def _member_step(
-        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, most_dead: jax.Array
+        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, most_dead: jax.Array | None = None
     ) -> tuple[TrainState, Arrays]:
-        """The step of one member; the state's arrays have no member axis here."""
+        """The step of one member; the state's arrays have no member axis here. ``most_dead``: see ``Objective``."""
         config, params = self.config, self._placed(state.params)
         dead_F = state.silent_MxF >= config.dead_tokens
         gradient = jax.grad(self._objective, has_aux=True)

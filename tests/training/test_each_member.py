@@ -1,5 +1,7 @@
 """Members of a stack that are computed together, in turn, or a few at a time."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +40,22 @@ def test_those_that_wait_take_no_memory_but_their_own(one_device):
     assert temporaries(8, 512, 1024) > 4 * temporaries(1, 512, 1024)
     states = 3 * 2 * 16 * 8192 * 4 * 8  # parameters and two means of each
     assert temporaries(1, 32, 8192) < 0.7 * states, "no second copy (a CPU's compiler makes one of two of six matrices)"
+
+
+def test_one_in_its_turn_goes_by_its_own_dead_features(one_device):
+    """To the bit, for the sums of the short way and of all columns are not in the same order."""
+    pair = dict(seed=(1, 2), auxk=0.03, features=512, dead_tokens=10**6)
+    first = []
+    for dead_of_the_other in (0, 500):
+        trainer = make_trainer("topk", one_device, **pair)
+        state = trainer.initial_state()
+        silent_MxF = np.zeros((2, 512), np.int32)
+        silent_MxF[0, :20], silent_MxF[1, :dead_of_the_other] = 10**6, 10**6
+        state = dataclasses.replace(state, silent_MxF=jax.device_put(silent_MxF, state.silent_MxF.sharding))
+        state, _ = run(trainer, batches(3), state)
+        first.append(jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.params))
+    for name, array in first[0].items():
+        np.testing.assert_array_equal(array, first[1][name], err_msg=name)
 
 
 @pytest.mark.parametrize(
