@@ -76,25 +76,26 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
 
 def _together(argv: Sequence[str]) -> tuple[int, int | None, Path | None]:
-    """How many processes flags ask for and which this is, 0 and None where a cluster tells, and the folder they share.
-
-    Reads nothing else of the flags.
-    """
-    early = flags.FlagValues()
-    flags.DEFINE_integer("mesh.processes", 1, "", flag_values=early)
-    flags.DEFINE_integer("mesh.process_id", 0, "", flag_values=early)
-    flags.DEFINE_string("mesh.distributed", "flags", "", flag_values=early)
-    for name in ("workdir", "scratch"):
-        flags.DEFINE_string(name, "", "", flag_values=early)
+    """How many processes flags ask for and which this is, 0 and None where a cluster tells; the folder they share."""
     try:
-        early(list(argv), known_only=True)
+        early = _early(argv, mesh__processes=1, mesh__process_id=0, mesh__distributed="flags", workdir="", scratch="")
     except flags.Error:  # which is told when all flags are read
         return 1, None, None
-    workdir = early["workdir"].value or ""
-    folder = _folder(workdir, early["scratch"].value or "") if workdir else None
-    if early["mesh.distributed"].value == "auto":
+    folder = _folder(early["workdir"], early["scratch"]) if early["workdir"] else None
+    if early["mesh.distributed"] == "auto":
         return 0, None, folder
-    return early["mesh.processes"].value or 1, early["mesh.process_id"].value or 0, folder
+    return early["mesh.processes"] or 1, early["mesh.process_id"] or 0, folder
+
+
+def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
+    """The values of some flags, group__field, before any others are defined; reads nothing else of the flags."""
+    early = flags.FlagValues()
+    defined: dict[type, Callable[..., Any]] = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
+    names = [name.replace("__", ".") for name in defaults]
+    for name, default in zip(names, defaults.values(), strict=True):
+        defined.get(type(default), flags.DEFINE_multi_string)(name, default, "", flag_values=early)
+    early(list(argv), known_only=True)
+    return {name: early[name].value for name in names}
 
 
 def _folder(workdir: str, scratch: str) -> Path:
@@ -200,11 +201,8 @@ def flag_error(error: flags.Error) -> str:
 
 
 def _plugins(argv: Sequence[str]) -> None:
-    """Runs the files of ``--plugins``, which add flags, before these are defined; reads nothing else of the flags."""
-    early = flags.FlagValues()
-    flags.DEFINE_multi_string("plugins", [], "", flag_values=early)
-    early(list(argv), known_only=True)
-    files = [file for value in early["plugins"].value or [] for file in value.split(",") if file]
+    """Runs the files of ``--plugins``, which add flags, before these are defined."""
+    files = [file for value in _early(argv, plugins=[])["plugins"] or [] for file in value.split(",") if file]
     if files:
         from saejax.dictionaries.kinds import plugins
 
@@ -212,11 +210,8 @@ def _plugins(argv: Sequence[str]) -> None:
 
 
 def _as_if_elsewhere(argv: Sequence[str]) -> bool:
-    """Whether preflight is to judge devices that are not here, with their defaults; reads nothing else of the flags."""
-    early = flags.FlagValues()
-    flags.DEFINE_string("preflight.topology", "", "", flag_values=early)
-    early(list(argv), known_only=True)
-    return bool(early["preflight.topology"].value)
+    """Whether preflight is to judge devices that are not here, with their defaults."""
+    return bool(_early(argv, preflight__topology="")["preflight.topology"])
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
