@@ -9,9 +9,9 @@ the compiler sets aside printed. Last comes one line of JSON.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.by_turns import medians, seconds
 from saejax.models import attention
 from saejax.models.attention_tables import whole_prompts
 from saejax.models.config import DecoderConfig
@@ -58,12 +59,7 @@ def rate() -> float:
     """FLOP/s of one large product here."""
     a_BxK = jnp.ones((2048, 2048))
     product = jax.jit(lambda a_BxK: a_BxK @ a_BxK)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready(product(a_BxK))
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds[1:])
+    return 2 * 2048**3 / min([seconds(product, a_BxK) for _ in range(4)][1:])
 
 
 def timed(tokens: int, rounds: int, gradient: bool) -> dict[str, float]:
@@ -72,15 +68,9 @@ def timed(tokens: int, rounds: int, gradient: bool) -> dict[str, float]:
     heads = config.n_heads, config.n_kv_heads, config.n_kv_heads
     qkv = [jax.random.normal(jax.random.key(i), (1, tokens, n, config.d_head)) for i, n in enumerate(heads)]
     ready = {name: program.lower(*qkv).compile() for name, program in programs(config, tokens, gradient)}
-    seconds: dict[str, list[float]] = {name: [] for name in ready}
-    for turn in range(rounds + 1):
-        for name, program in ready.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program(*qkv))
-            seconds[name] += [time.perf_counter() - start] if turn else []
-    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+    found = medians({name: functools.partial(seconds, way, *qkv) for name, way in ready.items()}, rounds)
     flops = (7 if gradient else 2) * tokens**2 * config.n_heads * config.d_head  # of the half that is attended to
-    return medians | dict(ratio=medians["tiles"] / medians["blocks"], floor=flops / rate() / medians["tiles"])
+    return found | dict(ratio=found["tiles"] / found["blocks"], floor=flops / rate() / found["tiles"])
 
 
 def memory(tokens: int, gradient: bool) -> dict[str, float]:

@@ -7,8 +7,8 @@ over a gigabyte here. Last, one line of JSON.
 """
 
 import argparse
+import functools
 import json
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from benchmarks.by_turns import medians, seconds
 from saejax import load_model
 from saejax.models.language_model import LanguageModel
 from saejax.models.source import load_torch_model
@@ -29,21 +30,12 @@ def bandwidth() -> float:
     """Bytes a second of a sum over a gigabyte."""
     x_N = jnp.ones(2**28)
     total = jax.jit(jnp.sum)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        total(x_N).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return x_N.nbytes / min(seconds[1:])
+    return x_N.nbytes / min([seconds(total, x_N) for _ in range(5)][1:])
 
 
 def of_a_token(run: Callable[[int], None], new: int) -> float:
     """Seconds that each of ``new`` more tokens takes."""
-    ends = [time.perf_counter()]
-    for count in (FIRST, FIRST + new):
-        run(count)
-        ends.append(time.perf_counter())
-    first, all_of_them = np.diff(ends)
+    first, all_of_them = (seconds(run, count) for count in (FIRST, FIRST + new))
     return (all_of_them - first) / new
 
 
@@ -63,15 +55,12 @@ def measure(lm: LanguageModel, torch_model: torch.nn.Module, batch: int, new: in
             out = torch_model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         made["theirs"] = out[:, PROMPT:].tolist()
 
-    ways, seconds = dict(ours=ours, theirs=theirs), dict[str, list[float]](ours=[], theirs=[])
-    for turn in range(rounds + 1):
-        for name, run in ways.items():
-            taken = of_a_token(run, new)
-            seconds[name] += [taken] if turn else []  # the first time programs are compiled
+    ways = {name: functools.partial(of_a_token, run, new) for name, run in dict(ours=ours, theirs=theirs).items()}
+    found = medians(ways, rounds)
     lengths = {len(row) for row in made["ours"]}
     assert lengths == {FIRST + new}, f"texts ended after {lengths} tokens"
     same = np.mean(np.array(made["ours"]) == np.array(made["theirs"]))
-    return {name: float(np.median(each)) for name, each in seconds.items()} | dict(same=float(same))
+    return found | dict(same=float(same))
 
 
 def main() -> None:
