@@ -125,3 +125,10 @@ def test_a_workdir_in_a_bucket_is_worked_on_where_its_flag_says():
     mesh = command.read_configs(read, ["program", *flags])["mesh"]
     assert mesh.together and read["break_lock"].value
     assert command.named_workdir(read) == "s3://runs/a" and read["scratch"].value == "/local/a"
+
+
+@pytest.mark.parametrize("named", ["", "python3.12"])
+def test_the_hosts_python_may_be_named(named, monkeypatch):
+    monkeypatch.setenv("PYTHON", named)
+    installed = dry_run("tpu_vm.sh")[-2][-1]
+    assert installed.startswith(f"cd saejax && {named or 'python3'} -m venv .venv")
