@@ -43,8 +43,8 @@ def auxk(
       k: how many dead features act on each token, at least 1.
       operands: dtype of the operands of the product.
       metric_DxD: as for ``squared_error``.
-      most_dead: the largest number of dead features of members that are vectorised together, by which it is chosen
-        what is computed: their own numbers cannot choose there. None: that of ``dead_F``.
+      most_dead: the largest number of dead features of members that are computed at the same time, by which it is
+        chosen what is computed: their own numbers cannot choose there. None: that of ``dead_F``.
       all_columns: whether it is computed with all of them however few are dead, and none is moved.
     """
     most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)

@@ -59,7 +59,7 @@ class Objective:
           hyper: its own settings, scalars.
           step: steps done.
           dead_F: True for features that have been silent for too long.
-          most_dead: the largest number of them that a member vectorised with this one has; None: this one's.
+          most_dead: the largest number of them that a member computed beside this one has; None: this one's.
 
         Returns:
           The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).

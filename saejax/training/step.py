@@ -120,8 +120,9 @@ class Trainer:
             return self._step(state, hyper, raw)
 
     def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
+        # Members at the same time take one branch, as sums over the mesh's other axes stand in it; else each its own.
         most_dead = []
-        if self._at_once > 1:  # vectorised ones do the same thing; one in its turn goes by its own dead features
+        if self._at_once > 1 or self.mesh.shape["member"] > 1:
             most_dead = [jnp.max(jnp.sum(state.silent_MxF >= self.config.dead_tokens, axis=-1))]
         after, metrics = self._each_member(self._member_step, state, hyper, raw, *most_dead)
         if self.config.resample_every:
