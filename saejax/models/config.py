@@ -32,7 +32,7 @@ class DecoderConfig:
       vocab: rows of the embedding and number of logits (V).
       context: longest prompt in tokens (C).
       tied: whether the unembedding is the embedding.
-      norm: a key of ``layers.NORMS``.
+      norm: "rms", "rms_plus_one" or "layer", as ``layers.norm`` says.
       norm_eps: added to the mean square or the variance inside the norms.
       activation: a key of ``layers.ACTIVATIONS``.
       gated: whether the MLP is down(activation(gate(x)) * up(x)); otherwise down(activation(up(x))).

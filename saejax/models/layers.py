@@ -12,7 +12,6 @@ from saejax.models.rules import RunRules
 
 Weights = Mapping[str, jax.Array]
 
-NORMS = ("rms", "rms_plus_one", "layer")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),

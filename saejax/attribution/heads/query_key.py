@@ -53,11 +53,6 @@ class HeadScore:
     part_N: np.ndarray
     rest: float
 
-    @property
-    def unexplained(self) -> float:
-        """What is missing from the sum of all pairs: rounding alone where sources have bias nodes."""
-        return self.value - float(self.part_N.sum()) - self.rest
-
 
 def check_head(config: DecoderConfig, layer: int, head: int, position: int, tokens: int) -> int:
     """The position from the start, if there is such a head and such a position.
