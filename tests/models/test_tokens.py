@@ -14,6 +14,17 @@ def test_few_lengths_weigh_padding_against_programs():
     assert len(few_lengths(np.zeros(0, int), 1)) == 0
 
 
+@pytest.mark.parametrize("texts", [10, 10_000, 100_000_000])
+def test_lengths_stay_few_whatever_the_number_of_texts(texts):
+    counts = np.full(1025, texts)
+    counts[0], counts[1024] = 0, 10 * texts  # pieces cut at 1,024 tokens, most of them whole
+    lengths = few_lengths(counts, program=4096)
+    assert len(lengths) <= 16 and lengths[-1] == 1024
+    real_N, padded_N = np.arange(1025), lengths[np.searchsorted(lengths, np.arange(1025))]
+    assert counts @ padded_N < 1.08 * counts @ real_N
+    np.testing.assert_array_equal(few_lengths(counts, program=4096, most=1), [1024])
+
+
 @pytest.mark.parametrize("most", [1, 64, 1000])
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_every_text_is_in_one_batch(most, multiple):
