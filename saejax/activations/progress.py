@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-_SAY_EVERY = 5.0  # seconds
+SAY_EVERY = 5.0  # seconds
 
 
 class TextProgress:
@@ -23,7 +23,7 @@ class TextProgress:
         """Counts what was done since the last call."""
         self._done += count
         now = time.monotonic()
-        if now - self._said >= _SAY_EVERY:
+        if now - self._said >= SAY_EVERY:
             self._said, rate, left = now, self.rate, max(self._left - self._done, 0)
             of, to_go = (f" of {self._left:,}", f"  {left / rate:.0f} s to go") if self._left else ("", "")
             self._say(f"{self._done:,}{of} {self._unit}  {rate:,.0f} {self._unit}/s{to_go}")

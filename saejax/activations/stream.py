@@ -8,6 +8,7 @@ by itself, so any of them can be made again, with the same values: a run that go
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from saejax.activations.batches import Parts, sites_of
 from saejax.activations.buffers import HostBuffers
 from saejax.activations.joined import single_sites
 from saejax.activations.plan import Batch, Plan
+from saejax.activations.progress import SAY_EVERY
 from saejax.activations.reader import Reader
 from saejax.activations.request import read_request
 from saejax.activations.store import DTYPES
@@ -78,6 +80,7 @@ class ModelStream:
         self._buffers = _buffers(self._reader, parts, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}
+        self._said = -math.inf
 
     def __len__(self) -> int:
         """Number of buffers."""
@@ -126,9 +129,15 @@ class ModelStream:
         if not self._max_norms:
             factor = self._run.configs["capture"].sink_factor
             self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}
-        rate = self.size(buffer) / (time.monotonic() - start)
-        self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
+        self._say(buffer, start)
         return True
+
+    def _say(self, buffer: int, start: float) -> None:
+        """Says how fast a buffer was made; not of each, as small models make several a second."""
+        now = time.monotonic()
+        if now - self._said >= SAY_EVERY:
+            self._said, rate = now, self.size(buffer) / (now - start)
+            self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Rows of the buffer at hand that are sinks at none of the sites, ascending. All are of the split "train"."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from small_runs import STEPS, go, make_trainer
 from small_stacks import B, D
 
 from saejax import command
+from saejax.activations import stream
 from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
@@ -39,15 +41,18 @@ def train(inputs, tmp_path_factory):
 
 
 def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, capsys):
+    monkeypatch.setattr(stream, "SAY_EVERY", 0.0)
     status, whole = train()
     assert status == 0 and not (whole / "capture").exists()
     output = capsys.readouterr().out
     assert "buffer 1 of " in output and "buffer 3 of " in output
+    monkeypatch.setattr(stream, "SAY_EVERY", math.inf)  # the first is said at once
     for asked_at, told in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
         asked = itertools.count()
         monkeypatch.setattr(command, "stop_asked", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
         status, broken = train()
-        assert status == 143 and told in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert status == 143 and told in said.err and said.out.count("buffer ") == (asked_at > 1)
     monkeypatch.setattr(command, "stop_asked", lambda: lambda: False)
     assert train(broken)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
