@@ -136,13 +136,15 @@ class Progress:
     """Says, now and then, how far a stage is, and raises ``Interrupted`` when it is to stop.
 
     The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,
-    at the speed of all work so far. A part that counts its work from 0 again is known as far as it has begun.
+    at the speed since work was counted first: what comes before is compiled once, or was done by an earlier run. A part
+    that counts its work from 0 again is known as far as it has begun.
     """
 
     def __init__(self, run: Run, unit: str):
         self._run, self._unit, self._stop = run, unit, AgreedStop(run.stopping)
         self._start = self._said = time.monotonic()
         self._before = self._of_parts = self._done = 0  # work of earlier counts, of earlier parts, of this count
+        self._counted: tuple[float, int] | None = None  # when work was counted first, and how much
 
     def of_part(self, label: str, left: int) -> OnProgress:
         """What the next part, called ``label``, calls; after it so many are left."""
@@ -156,8 +158,10 @@ class Progress:
                 self._before += self._done
             self._done = done
             now = time.monotonic()
+            if self._counted is None and done:
+                self._counted = now, self._before + done
             if self._run.team.leads and now - self._said > _SAY_EVERY and 0 < done < total:
-                speed = (self._before + done) / (now - self._start)
+                speed = self._speed(now)
                 part = self._before - self._of_parts + total
                 seconds = (total - done + left * part) / speed
                 rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
@@ -165,3 +169,9 @@ class Progress:
                 self._said = now
 
         return on_progress
+
+    def _speed(self, now: float) -> float:
+        """Work in a second; that of all time before there is a second count."""
+        start, work = self._counted or (self._start, 0)
+        done = self._before + self._done
+        return (done - work) / (now - start) if now > start and done > work else done / (now - self._start)
