@@ -27,7 +27,7 @@ from saejax.dictionaries import Dictionary
 from saejax.ground_truth.circuits.catalogue import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.graphs import judge_edges
-from saejax.ground_truth.circuits.run import little_effort, matched_neurons
+from saejax.ground_truth.circuits.run import matched_neurons
 from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.interpret.detectors import Detector, best_detectors, scores
@@ -187,12 +187,11 @@ def main() -> None:
     sets = args.sets.split(",")
     line: dict[str, dict] = {}
     for name in args.circuits.split(","):
-        with little_effort():
-            case, model, transcoders = made(args.folder.absolute() / name, name, sets)
-            print(f"{name}: by effect, by influence, at random", flush=True)
-            scored = {one: kept(case, model, one, transcoders[one]) for one in sets}
-            print(f"{name}: F1 of labels, by sort of neuron", flush=True)
-            line[name] = dict(kept=scored, labels=named(model, case, transcoders, sets))
+        case, model, transcoders = made(args.folder.absolute() / name, name, sets)
+        print(f"{name}: by effect, by influence, at random", flush=True)
+        scored = {one: kept(case, model, one, transcoders[one]) for one in sets}
+        print(f"{name}: F1 of labels, by sort of neuron", flush=True)
+        line[name] = dict(kept=scored, labels=named(model, case, transcoders, sets))
     print(json.dumps(dict(bench="known", circuits=line)))
 
 

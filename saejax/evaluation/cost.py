@@ -74,7 +74,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
     tokens, variants, point = rows * length, len(VARIANTS), SplitPoint(model, target, site, mesh)
-    params, member = abstract_params(model, mesh, plan.dtype), _abstract_member(plan, used, mesh)
+    params, member = abstract_params(model, mesh, plan.dtype), abstract_member(plan, used, mesh)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     value_BxTxD = by_row(mesh, (rows, length, d), plan.dtype)
     inside_BxT, limit = by_row(mesh, (rows, length), bool), whole(mesh, (), jnp.float32)
@@ -112,8 +112,8 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     ]
 
 
-def _abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> MemberData:
-    """A dictionary as the stage places it."""
+def abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> MemberData:
+    """A dictionary as stages place it that measure members one by one."""
     common = dataclasses.replace(used, site="", target="", max_norm=0.0)
     return MemberData.abstract(common, "float32", plan.configs["train"].state_dtype, mesh)
 

@@ -33,7 +33,7 @@ CLASSES = (
     *("the same token earlier", "the token after an earlier same one", "punctuation or a line break"),
 )
 SHIFTS = 19  # documents by which activations are moved in controls: 1 to SHIFTS
-_LONGEST, _AT_ONCE = 128, 8  # tokens of a document, and documents that are run at a time
+LONGEST, AT_ONCE = 128, 8  # tokens of a document, and documents that are run at a time
 _SEEN = 20  # firings of a feature that is correlated, at least
 _KEPT = 4  # heads and classes listed for a feature, at most
 _MARKS = [SHAPES.index(name) for name in ("punctuation", "line break")]
@@ -83,15 +83,15 @@ class HeadShares:
     def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
         own = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
         lengths = documents.lengths_N[own]
-        length = int(min(_LONGEST, np.median(lengths)))
+        length = int(min(LONGEST, np.median(lengths)))
         own = own[lengths >= length]
         own = own[np.argsort(priority(own))][: -(-tokens // length)]
         place_DxT = documents.offsets[own][:, None] + np.arange(length)
         marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
         rows = []
-        for start in range(0, len(own), _AT_ONCE):
-            ids_BxT = documents.ids_T[place_DxT[start : start + _AT_ONCE]]
-            padded = np.pad(ids_BxT, ((0, _AT_ONCE - len(ids_BxT)), (0, 0)))
+        for start in range(0, len(own), AT_ONCE):
+            ids_BxT = documents.ids_T[place_DxT[start : start + AT_ONCE]]
+            padded = np.pad(ids_BxT, ((0, AT_ONCE - len(ids_BxT)), (0, 0)))
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
         shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
             len(own), length - 1, -1

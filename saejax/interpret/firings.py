@@ -27,15 +27,20 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.member_data import MemberData
-from saejax.parallel.mesh import fitting_sharding
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
-_ROOM = 2**22  # firings packed at a time, at most
+ROOM = 2**22  # firings packed at a time, at most
 _MOST = 2**21  # firings of a block, unless a single feature has more
-_WORD = 32  # rows of a batch in a word of bits
+WORD = 32  # rows of a batch in a word of bits
 
 OnBatch = Callable[[np.ndarray, np.ndarray], None]  # feature and place of the firings of a batch
+
+
+def whole_words(batch: int) -> int:
+    """Rows of a batch of so many tokens, filled up to whole words of bits."""
+    return -(-batch // WORD) * WORD
 
 
 def places_of(store: Store, rows: np.ndarray) -> np.ndarray:
@@ -73,7 +78,7 @@ def record(
       Interrupted: asked to stop.
     """
     (site,) = {dictionary.site for dictionary in dictionaries.values()}
-    rows, batch = store.rows(split, site), -(-batch // _WORD) * _WORD
+    rows, batch = store.rows(split, site), whole_words(batch)
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
@@ -88,7 +93,8 @@ def record(
             rows_N = rows[start : start + batch]
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-            waiting.append((places_of(store, rows_N), [_encode(member, placed_BxD, len(rows_N)) for member in members]))
+            encoded = [encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
+            waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
                 _write(files, *waiting.pop(0), on_batch)
         for place_N, encoded in waiting:
@@ -118,35 +124,51 @@ class _Files:
 def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
     for number, (own, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
         count = int(ends[-1])
-        room = min(_ROOM, 1 << max(count - 1, 1).bit_length())
+        room = min(ROOM, 1 << max(count - 1, 1).bit_length())
         for first in range(0, count, room):
-            taken = jax.device_get(_take(size_BxF, words, ends, first, room))
+            taken = jax.device_get(take_firings(size_BxF, words, ends, first, room))
             feature, row, value = (part[: count - first] for part in taken)
             own.write(feature, place_N[row], value)
             if on_batch and not number:
                 on_batch(feature, place_N[row])
 
 
-@jax.jit
-def _encode(member: MemberData, x_BxD: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def encode_batch(
+    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sizes of activations [B, F]; where features fire, as bits of words [F B / 32]; how many fire up to each word.
 
-    Words go by feature, then by row; rows from ``count`` on fire nowhere.
+    Words go by feature, then by row, whole on each device; rows from ``count`` on fire nowhere.
+
+    Args:
+      mesh: tokens are split over ``data``, features over ``model``.
+      member: the dictionary.
+      x_BxD: what it reads.
+      count: how many rows are of tokens.
     """
     f_BxF = member.encode(x_BxD)
     batch, features = f_BxF.shape
     fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
-    bit = jnp.arange(_WORD, dtype=jnp.uint32)[None, :, None]
-    split = fires_BxF.reshape(batch // _WORD, _WORD, features).astype(jnp.uint32)
+    bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
+    split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
     words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
-    return jnp.abs(f_BxF), words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    words = lax.with_sharding_constraint(words, sharding(mesh))
+    size_BxF = lax.with_sharding_constraint(jnp.abs(f_BxF), fitting_sharding(mesh, f_BxF.shape, "data", "model"))
+    return size_BxF, words, jnp.cumsum(lax.population_count(words).astype(jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _take(
+def take_firings(
     size_BxF: jax.Array, words: jax.Array, ends: jax.Array, first: jax.Array, room: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Feature, row and size of the firings from number ``first`` on, ``room`` of them; beyond the last, anything."""
+    """Feature, row and size of the firings from number ``first`` on, ``room`` of them; beyond the last, anything.
+
+    Args:
+      size_BxF, words, ends: what ``encode_batch`` gives.
+      first: the number of the first.
+      room: how many, at least 1.
+    """
     number = first + jnp.arange(room)
     at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
     word, bit = words[at], jnp.zeros(room, jnp.uint32)
@@ -155,8 +177,8 @@ def _take(
         low = lax.population_count((word >> bit) & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
         up = left >= low
         left, bit = jnp.where(up, left - low, left), jnp.where(up, bit + width, bit)
-    per_feature = size_BxF.shape[0] // _WORD
-    feature, row = at // per_feature, at % per_feature * _WORD + bit.astype(jnp.int32)
+    per_feature = size_BxF.shape[0] // WORD
+    feature, row = at // per_feature, at % per_feature * WORD + bit.astype(jnp.int32)
     return feature, row, size_BxF[row, feature]
 
 

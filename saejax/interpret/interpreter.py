@@ -33,9 +33,15 @@ from saejax.workspace import Run
 
 FEATURES = "features"
 _REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared
-_OUTPUT, _NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
+OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what is added to, or is, the stream
 Found = list[dict[str, tuple[Detector, float]]]  # of every feature: family -> detector and its F1 on the search text
+
+
+def heads_before(site: str) -> int:
+    """How many layers, from the first, have heads before a site."""
+    parsed = Site.parse(site)
+    return parsed.layer + (parsed.kind != "resid_pre")
 
 
 @dataclasses.dataclass
@@ -68,7 +74,7 @@ class Interpreter:
         place = self._record("train", read, together.add)
         bases = {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
         output = self._output(self.dictionary)
-        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], _NEAREST)
+        nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], NEAREST)
         kept = (config.examples, config.draws, output, nearest, together, self._heads())
         describer = Describer(self.store, self.text, place, bases, *kept, self._layers())
         maps = TokenMaps(self.text, place, config.heatmaps)
@@ -173,7 +179,7 @@ class Interpreter:
         target = self.dictionary.config.target or self.dictionary.site
         if Site.parse(target).kind not in IN_STREAM:
             return None
-        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], _OUTPUT)
+        return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], OUTPUT)
 
     def _layers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The feature of each other layer's dictionary with the nearest decoder row, and the cosine, of each own."""
@@ -182,8 +188,7 @@ class Interpreter:
 
     def _heads(self) -> HeadShares | None:
         """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
-        site, tokens = Site.parse(self.dictionary.site), self.run.configs["interpret"].attention_tokens
-        layers = site.layer + (site.kind != "resid_pre")
+        layers, tokens = heads_before(self.dictionary.site), self.run.configs["interpret"].attention_tokens
         return HeadShares(self.lm, self.store.documents, self.text, layers, tokens) if tokens and layers else None
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:

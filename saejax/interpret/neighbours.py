@@ -16,7 +16,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 
 BINS = 50  # of a histogram of logits
-_ROWS = 256  # decoder rows at once
+ROWS = 256  # decoder rows at once
 _TOKENS = 2**18  # tokens at most from which it is counted which features fire together
 
 
@@ -49,17 +49,24 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
       count: of tokens at either end; all where the model knows fewer.
     """
     count = min(count, lm.config.vocab)
-    parts, block = [], min(_ROWS, len(W_dec_FxD))
+    parts, block = [], min(ROWS, len(W_dec_FxD))
     for start in range(0, len(W_dec_FxD), block):
         rows_RxD = jnp.pad(W_dec_FxD[start : start + block], ((0, max(0, start + block - len(W_dec_FxD))), (0, 0)))
-        parts.append(jax.device_get(_lens(lm.config, count, lm.params, rows_RxD)))
+        parts.append(jax.device_get(logit_lens(lm.config, count, lm.params, rows_RxD)))
     return OutputTokens(*(np.concatenate(part)[: len(W_dec_FxD)] for part in zip(*parts, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _lens(
+def logit_lens(
     config: DecoderConfig, count: int, params: dict[str, jax.Array], rows_RxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of decoder rows the tokens at either end, their logits, and counts by logit, as ``OutputTokens`` has them.
+
+    Args:
+      config, params: of the decoder.
+      count: of tokens at either end.
+      rows_RxD: what features add to the residual stream.
+    """
     plain = dataclasses.replace(config, unembed_bias=False, logit_cap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
     logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
@@ -79,16 +86,24 @@ def _lens(
 def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The features whose rows of ``W_dec_FxD`` have the largest cosine with each one's, and these, both [F, count]."""
     features = len(W_dec_FxD)
-    block, count = min(_ROWS, features), min(count, features - 1)
+    block, count = min(ROWS, features), min(count, features - 1)
     starts_N = np.minimum(np.arange(0, features, block), features - block)
     ids, cosines = np.empty((features, count), np.int32), np.empty((features, count), np.float32)
     for start in starts_N.tolist():
-        cosines[start : start + block], ids[start : start + block] = _nearest(block, count, W_dec_FxD, start)
+        cosines[start : start + block], ids[start : start + block] = nearest_block(block, count, W_dec_FxD, start)
     return ids, cosines
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _nearest(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
+def nearest_block(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
+    """Cosines and numbers of the rows nearest to each of ``block`` rows from ``start`` on, [block, count].
+
+    Args:
+      block: rows at once.
+      count: of nearest rows, itself not counted.
+      W_dec_FxD: all rows.
+      start: the first of the block.
+    """
     return lax.top_k(cosines_of_block(block, W_dec_FxD, start), count)
 
 

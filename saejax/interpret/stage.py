@@ -80,6 +80,7 @@ INTERPRET = Stage(
     identity=dict(model=identities.model),
     processes="items",
     cost="saejax.interpret.cost:interpret_cost",
+    programs="saejax.interpret.programs:interpret_programs",
     section="saejax.interpret.report:sections",
 )
 ATLAS = Stage(

@@ -17,8 +17,6 @@ from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.settings import GraphConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
 def flags(tiny_llama, one_device, tmp_path_factory):

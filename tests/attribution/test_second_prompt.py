@@ -4,7 +4,6 @@ import logging
 
 import jax
 import numpy as np
-import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
@@ -13,8 +12,6 @@ from saejax.attribution.checks.validation import double
 from saejax.attribution.heads.attention import attend
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):

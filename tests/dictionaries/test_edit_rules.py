@@ -41,7 +41,7 @@ def test_what_changes_nothing(llama):
         np.testing.assert_allclose(at_site(edit, x_BxTxD, mask_BxT), x_BxTxD, atol=2e-5)
 
 
-def test_a_patched_site_gives_the_other_run_from_there_on(llama, quick_compiler):
+def test_a_patched_site_gives_the_other_run_from_there_on(llama):
     other = pad([ids[::-1] for ids in llama.prompts])
     expected = llama.lm(other, capture=[SITE])
     found = llama.lm(llama.tokens, capture=[SITE], edits=[SiteEdit.patch(SITE, expected.sites[SITE])])
@@ -51,7 +51,7 @@ def test_a_patched_site_gives_the_other_run_from_there_on(llama, quick_compiler)
     assert np.abs(found.logits_BxTxV - llama.clean.logits_BxTxV)[mask_BxT].max() > 0.1
 
 
-def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama, quick_compiler):
+def test_programs_are_compiled_for_kinds_not_for_features_and_values(llama):
     sae, lm, tokens = llama.sae, llama.lm, llama.tokens
     lm(tokens, edits=[sae.ablate([1, 2])]), lm(tokens, edits=[sae.patch([1, 2], np.zeros((3, 13, 2)))])
     before = language_model.forward._cache_size()

@@ -23,7 +23,7 @@ def next_ids(llama, b, edits_of, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", [True, False])
-def test_edits_in_generation_equal_plain_hooks(llama, quick_compiler, cache):
+def test_edits_in_generation_equal_plain_hooks(llama, cache):
     """Every new token is edited, or those at some positions; what was given for prompts is for prompts alone."""
     plain_sae, given, steps = PlainDictionary(llama.sae), 2 * llama.given_BxTxK, (("last", 3.0), ((6, 11), -2.0))
     edits = [llama.sae.steer(FEATURES, amount, positions) for positions, amount in steps]
@@ -48,7 +48,7 @@ def test_edits_in_generation_equal_plain_hooks(llama, quick_compiler, cache):
         assert texts() != texts(**other)
 
 
-def test_edits_in_scoring_equal_plain_hooks(llama, quick_compiler):
+def test_edits_in_scoring_equal_plain_hooks(llama):
     """In several batches, in another order than given."""
     plain_sae = PlainDictionary(llama.sae)
     contexts, continuations = [ids[:-3] for ids in llama.prompts], [ids[-3:] for ids in llama.prompts]
@@ -81,7 +81,7 @@ def test_resampled_activations_are_those_of_other_firing_positions(llama):
 
 
 @pytest.mark.parametrize("new_tokens", [0, pytest.param(8, marks=pytest.mark.slow)])
-def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, quick_compiler, new_tokens):
+def test_redrawn_activations_come_from_pools_in_prompts_and_new_tokens(llama, new_tokens):
     plain_sae, pools = PlainDictionary(llama.sae), [[4.0, -3.0], [], [6.0]]
     edit = llama.sae.redraw(FEATURES, pools, 40, seed=3)
     drawn_TxK = np.asarray(edit.offset.values_BxTxN[0])

@@ -31,7 +31,7 @@ SOME = [
     ("family", "cases"),
     [("llama", SOME), *(pytest.param(name, EVERY, marks=pytest.mark.slow) for name in ("llama", "gpt2", "gemma2"))],
 )
-def test_every_edit_equals_plain_hooks(setups, quick_compiler, family, cases):
+def test_every_edit_equals_plain_hooks(setups, family, cases):
     setup = setups(family)
     plain_sae = PlainDictionary(setup.sae)
     for name, positions, error in cases:
@@ -46,7 +46,7 @@ def test_every_edit_equals_plain_hooks(setups, quick_compiler, family, cases):
         setup.check([getattr(setup.sae, name)(FEATURES, *args, positions=positions, error=error)], plain)
 
 
-def test_site_edits_equal_plain_hooks(llama, quick_compiler):
+def test_site_edits_equal_plain_hooks(llama):
     """One at each of several sites of two layers, at the same kinds of positions."""
     rng = np.random.default_rng(8)
     vector_D, given_BxTxD = rng.normal(size=40), rng.normal(size=(3, 13, 40)).astype(np.float32)
@@ -75,7 +75,7 @@ def test_site_edits_equal_plain_hooks(llama, quick_compiler):
     llama.check(edits, plain)
 
 
-def test_edits_of_the_error_term_equal_plain_hooks(llama, quick_compiler):
+def test_edits_of_the_error_term_equal_plain_hooks(llama):
     """It goes at some positions and becomes another's at others; sinks keep it."""
     given_BxTxD = np.random.default_rng(8).normal(size=(3, 13, 40)).astype(np.float32)
     at_last_BxT = np.arange(13)[None] == llama.tokens.last_B[:, None]
@@ -96,7 +96,7 @@ def test_edits_of_the_error_term_equal_plain_hooks(llama, quick_compiler):
     llama.check([llama.sae.patch_error(given_BxTxD, "last"), llama.sae.ablate_error((1, 4))], plain)
 
 
-def test_edits_of_several_layers_and_of_one_site_act_in_their_order(llama, quick_compiler):
+def test_edits_of_several_layers_and_of_one_site_act_in_their_order(llama):
     """A skip transcoder, two edits at one site, and a transcoder that reads what they left and changes a later site."""
     first = make_dictionary(llama.lm, llama.tokens, "mlp_in.0", "mlp_out.0", skip=True)
     last = make_dictionary(llama.lm, llama.tokens, "mlp_in.2", "mlp_out.2")

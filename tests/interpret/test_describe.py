@@ -192,7 +192,7 @@ def test_a_sample_of_tokens_where_there_are_many(monkeypatch):
 
 
 def test_nearest_rows(made, monkeypatch):
-    monkeypatch.setattr(neighbours, "_ROWS", 7)
+    monkeypatch.setattr(neighbours, "ROWS", 7)
     W = np.asarray(made[1].W_dec_FxD[...], np.float64)
     W /= np.linalg.norm(W, axis=1, keepdims=True)
     cosine = W @ W.T - 3 * np.eye(len(W))

@@ -1,6 +1,7 @@
 """What preflight compiles is what the stages run: the same functions, with arguments of the same shapes and places."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,8 @@ from saejax.costs.passes import pass_flops, step_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
+from saejax.interpret import attended, firings, neighbours
+from saejax.interpret.interpreter import NEAREST, OUTPUT
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
@@ -59,6 +62,9 @@ def plan(tiny_llama, mesh):
         ablate__top=3,
         ablate__matches=9,
         ablate__dictionary="standard",
+        interpret__dictionaries=("standard",),
+        interpret__batch_tokens=64,
+        interpret__attention_tokens=64,
     )
     return on_mesh(plan, mesh)
 
@@ -69,11 +75,15 @@ def programs(plan):
 
 
 def arrays(arguments) -> list[tuple]:
-    """Shape, dtype and, where there is one, placement of every array among the arguments of a call."""
+    """Shape, dtype and, unless JAX is free to choose it, placement of every array among the arguments of a call."""
     leaves = jax.tree.leaves(arguments)
     leaves = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]
     return [
-        (leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype, True), getattr(leaf, "sharding", None))
+        (
+            leaf.shape,
+            jax.dtypes.canonicalize_dtype(leaf.dtype, True),
+            getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None,
+        )
         for leaf in leaves
     ]
 
@@ -152,6 +162,33 @@ def test_evaluation(programs, plan, lm, spy):
         assert_same_call(programs[f"evaluate: {name}"], seen[-1])
 
 
+def test_interpretation(programs, plan, lm, mesh, spy, tmp_path):
+    from saejax.interpret.text import CodedText
+
+    calls = {
+        "encode": spy(firings, "encode_batch"),
+        "firings": spy(firings, "take_firings"),
+        "logit lens": spy(neighbours, "logit_lens"),
+        "neighbours": spy(neighbours, "nearest_block"),
+        "attention": spy(attended, "attended"),
+    }
+    dictionary, documents = make_dictionary(lm, plan), _documents(8, 32)
+    store = SimpleNamespace(
+        folder=tmp_path,
+        documents=documents,
+        rows=lambda split, site: np.arange(256),
+        read=lambda site, rows: np.ones((len(rows), 64), np.float32),
+        tokens=lambda rows: (rows // 32, rows % 32, documents.ids_T[rows]),
+    )
+    firings.record(store, "train", {tmp_path / "own": dictionary}, mesh, 64)
+    neighbours.output_tokens(lm, dictionary.W_dec_FxD[...], OUTPUT)
+    neighbours.nearest_rows(dictionary.W_dec_FxD[...], NEAREST)
+    attended.HeadShares(lm, documents, CodedText(documents, [str(i) for i in range(lm.config.vocab)]), 2, 64)
+    for name, seen in calls.items():
+        assert_same_call(programs[f"interpret: {name}"], seen[-1])
+    assert len(calls) == sum(name.startswith("interpret") for name in programs)
+
+
 def test_capture(programs, lm, mesh, spy, tiny_llama):
     from saejax.activations.plan import Plan
 
@@ -167,7 +204,7 @@ def test_capture(programs, lm, mesh, spy, tiny_llama):
 def _documents(count: int, length: int) -> Documents:
     ids_N = np.arange(count * length, dtype=np.int32) % 384
     offsets_N = np.arange(count + 1, dtype=np.int64) * length
-    return Documents(ids_N, offsets_N, np.zeros((count, 4), np.int32), ["group"])
+    return Documents(ids_N, offsets_N, np.zeros((count, 5), np.int32), ["group"])
 
 
 def test_training(programs, plan, mesh):

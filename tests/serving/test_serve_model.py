@@ -4,7 +4,6 @@ import json
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 from made_transcoders import made_set
@@ -29,10 +28,7 @@ ASKED = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.8, edge
 
 @pytest.fixture(scope="module")
 def lm(tiny_llama, one_device):
-    before = jax.config.values["jax_exec_time_optimization_effort"]
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)
-    yield load_model(str(tiny_llama), mesh=one_device)
-    jax.config.update("jax_exec_time_optimization_effort", before)
+    return load_model(str(tiny_llama), mesh=one_device)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from saejax.models.tokens import Tokens
 from saejax.serving.bench import Bench
 from saejax.serving.shelf import Shelf
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 PROMPT, SITES = "The war near", ("resid_post.0", "mlp_out.2")
 GRAPH = "attribute/the-war-near/graphs/the-war-near"
 

@@ -104,7 +104,7 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
     [pytest.param(path, marks=[] if path.stem == QUICK else pytest.mark.slow) for path in FILES],
     ids=lambda path: path.stem,
 )
-def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, quick_compiler, capsys):
+def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(CONFIGS.parent)  # files name others from there
     values = flags.FlagValues()
     config.define_flags(GROUPS, values)

@@ -11,7 +11,7 @@ from saejax.errors import UserError
 from saejax.settings import TrainConfig
 from saejax.training.report import training_curves
 
-pytestmark = pytest.mark.usefixtures("quick_compiler", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 STAGES = ["baseline", "capture", "train", "evaluate"]
 SEEDS = dict(train__kinds="topk", train__seed="1,2")
 

@@ -3,10 +3,6 @@
 Its folder is in the hub's format, and its transcoders in the project's, so that every other binary takes them, too.
 """
 
-import contextlib
-from collections.abc import Iterator
-
-import jax
 import numpy as np
 
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
@@ -28,8 +24,6 @@ from saejax.parallel.mesh import make_mesh
 from saejax.tasks.behaviours import Prompt
 from saejax.workspace import Run
 
-_EFFORT = "jax_exec_time_optimization_effort"
-
 
 def run_known_circuits(run: Run) -> KnownCircuitResults:
     """Writes the transformer ``run.name`` and its transcoders, and compares what is said of it with what is known.
@@ -37,22 +31,6 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     Raises:
       Interrupted: asked to stop; transcoders and what a stage has finished are kept.
     """
-    with little_effort():
-        return _judge(run)
-
-
-@contextlib.contextmanager
-def little_effort() -> Iterator[None]:
-    """Programs of models this small take longer to compile well than to run."""
-    before = jax.config.values[_EFFORT]
-    jax.config.update(_EFFORT, -1.0)
-    try:
-        yield
-    finally:
-        jax.config.update(_EFFORT, before)
-
-
-def _judge(run: Run) -> KnownCircuitResults:
     config: KnownConfig = run.configs["known"]
     case = make_case(run.name, config.prompts, config.seed)
     save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))

@@ -18,7 +18,6 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction, read_targets
 from saejax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [5, 17, 33, 8, 41, 100]
 OTHER = [5, 90, 17, 61, 8, 2, 77, 100]  # two tokens more
 TARGETS = [7, (9, 11)]
@@ -87,20 +86,15 @@ def keys_of(features: Nodes) -> set[tuple[int, int, int]]:
 
 @pytest.fixture(scope="module")
 def setting(tiny_llama, one_device):
-    import jax
-
     from saejax.models import source
 
-    before = jax.config.values["jax_exec_time_optimization_effort"]
-    jax.config.update("jax_exec_time_optimization_effort", -1.0)  # as ``quick_compiler``, which is of each test
     lm = load_model(str(tiny_llama), mesh=one_device)
     transcoders = made_set(lm, kind="topk")
     opened = LayerTranscoders.of(transcoders)
     graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
     there = Replacement.of(lm, opened, np.array(OTHER))
     torch_model = source.load_torch_model(lm.source, "float32").double()
-    yield Setting(here, there, transcoders, readouts, graph, torch_model)
-    jax.config.update("jax_exec_time_optimization_effort", before)
+    return Setting(here, there, transcoders, readouts, graph, torch_model)
 
 
 def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import numpy as np
-import pytest
 from made_transcoders import IDS, made_set
 
 from saejax import trace
@@ -17,8 +16,6 @@ from saejax.attribution.trace.targets import read_targets
 from saejax.dictionaries import Dictionary
 from saejax.models.tokens import Tokens
 from saejax.results import to_json
-
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def test_everything_kept_is_the_model_and_parts_are_between(traced):

@@ -10,8 +10,6 @@ from saejax.attribution.checks.interventions import intervene
 from saejax.errors import UserError
 from saejax.models.tokens import Tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, lm):
     import torch

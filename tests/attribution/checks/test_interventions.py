@@ -12,8 +12,6 @@ from saejax.attribution.checks.validation import double
 from saejax.attribution.local.replacement import embed
 from saejax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def some_rows(replacement, rng):
     """Rows of one change and of three, of active features and of others."""

@@ -17,8 +17,6 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.causal.circuits.sizes import SHARES
 from saejax.page.tables import percent
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 @pytest.fixture(scope="module")
 def own(lm):

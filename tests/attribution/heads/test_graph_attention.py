@@ -20,7 +20,6 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [5, 17, 33, 8, 41]
 
 

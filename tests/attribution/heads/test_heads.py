@@ -17,7 +17,6 @@ from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Direction
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [5, 17, 33, 8, 41]
 
 

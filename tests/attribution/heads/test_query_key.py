@@ -18,7 +18,6 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [0, 17, 230, 5, 42, 99, 7]
 CASES = [(0, 1, -1), (1, 2, 4), (2, 3, -1), (2, 0, 0)]  # layer, head, position of the query
 
@@ -29,7 +28,7 @@ def kept():
 
 
 @pytest.fixture(params=["llama", "qwen3", "gpt2", "gemma2"])
-def opened(request, kept, tmp_path, one_device, quick_compiler):
+def opened(request, kept, tmp_path, one_device):
     """A model's folder, its transcoders, its replacement model, and the sources; made once for each family."""
     if request.param not in kept:
         lm = load_tiny(tmp_path, request.param, one_device)

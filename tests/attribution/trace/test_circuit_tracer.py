@@ -22,7 +22,7 @@ CASES = [
     ("gpt2", "standard", True, False),
     ("llama", "jumprelu", False, True),
 ]
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.slow
 
 
 def relative(a, b) -> float:

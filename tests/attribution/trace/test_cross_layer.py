@@ -31,7 +31,6 @@ CASES = [
     ("gemma2", "jumprelu", False, "mlp_normed"),
     pytest.param("gpt2", "standard", False, "resid_mid", marks=pytest.mark.slow),
 ]
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 def relative(a, b) -> float:

@@ -31,7 +31,7 @@ def relative(a, b) -> float:
 
 
 @pytest.mark.parametrize("family,kind,skip", CASES)
-def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, one_device, quick_compiler):
+def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, one_device):
     lm, normed = load_tiny(tmp_path, family, one_device), family == "gemma2"
     made = make_transcoders(lm.config, kind, skip)
     transcoders = LayerTranscoders(
@@ -60,7 +60,7 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, tmp_path, on
 
 
 @pytest.mark.parametrize("family,skip", [("llama", True), ("gemma2", False), ("gpt_neox", True)])
-def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device, quick_compiler):
+def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device):
     lm = load_tiny(tmp_path, family, one_device)
     made = make_transcoders(lm.config, "standard", skip)
     transcoders = LayerTranscoders(

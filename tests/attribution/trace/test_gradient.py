@@ -21,7 +21,6 @@ from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.tokens import Tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 IDS = [17, 230, 5, 42]
 CASES = [("llama", "resid_post.0", "mlp_out.2"), ("gpt2", "resid_mid.0", "resid_post.1")]
 

@@ -16,7 +16,7 @@ def relative(a, b) -> float:
 
 @needs_graphs
 @each_graph
-def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device, quick_compiler):
+def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device):
     ref = np.load(folder / "reference.npz")
     graph = trace(
         load_model(str(folder / "hf_model"), mesh=one_device), folder / "transcoders", ref["ids"],
@@ -49,7 +49,7 @@ def test_a_traced_graph_is_that_of_circuit_tracer(folder, one_device, quick_comp
 
 @needs_graphs
 @each_graph
-def test_of_few_features_that_are_kept_most_are_the_truly_most_influential(folder, one_device, quick_compiler):
+def test_of_few_features_that_are_kept_most_are_the_truly_most_influential(folder, one_device):
     """circuit-tracer's own choice of 64 has 56 of them on the Qwen3 graph."""
     ref = np.load(folder / "reference.npz")
     lm, options = load_model(str(folder / "hf_model"), mesh=one_device), dict(max_logits=len(ref["logit_ids"]))

@@ -22,7 +22,6 @@ from saejax.models.language_model import load_model
 from saejax.parallel.mesh import AXES
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
-pytestmark = pytest.mark.usefixtures("quick_compiler")
 
 
 @pytest.fixture(scope="module")

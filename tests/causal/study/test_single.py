@@ -20,7 +20,7 @@ class Stopped(Exception):
     pass
 
 
-def test_one_feature_less_is_an_edit_of_the_whole_model(tiny, make_dictionary, quick_compiler, tmp_path):
+def test_one_feature_less_is_an_edit_of_the_whole_model(tiny, make_dictionary, tmp_path):
     dictionary, rng = make_dictionary(SITE, dead=8), np.random.default_rng(4)
     sizes = [(0, 9, 3), (1, 30, 5), (2, 6, 1), (3, 9, 2)]
     references = [

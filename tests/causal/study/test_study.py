@@ -34,7 +34,7 @@ CONFIG = StudyConfig(
 
 
 @pytest.fixture(autouse=True)
-def small_machine(quick_compiler, one_device, monkeypatch):
+def small_machine(one_device, monkeypatch):
     """Most of the time of these tests is compiling, for eight devices the more so."""
     monkeypatch.setattr(parts, "make_mesh", lambda config: one_device)
 
