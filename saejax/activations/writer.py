@@ -80,9 +80,12 @@ class StoreWriter:
 
         A row is a sink where its norm exceeds ``sink_factor`` times the median norm of all training rows.
         """
-        index_Rx3 = np.concatenate([self._read(shard, "index") for shard in range(shards)])
-        train_R = documents.split_N[index_Rx3[:, 0]] == SPLITS.index("train")
-        beyond_R = index_Rx3[:, 1] > 0
+        train_N, trains, beyonds = documents.split_N == SPLITS.index("train"), [], []
+        for shard in range(shards):  # two bytes of a row are kept, not all of its index: rows may be a billion
+            index_Rx3 = self._read(shard, "index")
+            trains.append(train_N[index_Rx3[:, 0]])
+            beyonds.append(index_Rx3[:, 1] > 0)
+        train_R, beyond_R = np.concatenate(trains), np.concatenate(beyonds)
         statistics = {}
         for site in self.sites:
             norm_R = np.concatenate([self._read(shard, f"{site} norms") for shard in range(shards)])

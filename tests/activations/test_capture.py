@@ -148,7 +148,7 @@ def test_every_piece_begins_with_the_tokenizers_first_token(setup, tmp_path):
 
 
 def test_progress_tells_speed_and_time_to_go(setup, monkeypatch):
-    monkeypatch.setattr(progress, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
     lines = []
     _, results = setup.capture("progress", say=lines.append, sites=("resid_pre.0",))
     assert sum("tokens/s" in line and "s to go" in line for line in lines) > 3
