@@ -154,7 +154,9 @@ class Trainer:
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array
     ) -> tuple[TrainState, tuple[()]]:
         error_BxD = self._objective.error(state.params, x_BxD, y_BxD, hyper)
-        return resampling.resampled(self.config, self.dictionary, state, hyper, x_BxD, y_BxD, error_BxD), ()
+        # Features on any device pick tokens of all: JAX 0.11's compiler crashes where it is to find out how.
+        batch = lax.with_sharding_constraint((x_BxD, y_BxD, error_BxD), sharding(self.mesh))
+        return resampling.resampled(self.config, self.dictionary, state, hyper, *batch), ()
 
     def _member_step(
         self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, most_dead: jax.Array | None = None
