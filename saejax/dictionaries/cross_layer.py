@@ -61,11 +61,10 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, opera
     split = [name for name in ("data", "model") if mesh.shape[name] > 1]
 
     def own(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
-        sum_BxX = jnp.zeros((f_LxBxF.shape[1], layers * width), f_LxBxF.dtype)
-        sum_BxX = lax.pcast(sum_BxX, tuple(split), to="varying") if split else sum_BxX
-        for layer, decoder in enumerate(decoders):
-            if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
-                decoder = lax.pcast(decoder, "data", to="varying")
+        if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
+            decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
+        sum_BxX = matmul(f_LxBxF[0], decoders[0], operands)  # the first layer writes to all
+        for layer, decoder in enumerate(decoders[1:], start=1):
             sum_BxX = sum_BxX.at[:, layer * width :].add(matmul(f_LxBxF[layer], decoder, operands))
         sum_BxX = lax.psum(sum_BxX, "model") if "model" in split else sum_BxX
         return jnp.moveaxis(sum_BxX.reshape(-1, layers, width), 1, 0)
