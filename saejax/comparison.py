@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from absl import flags
 
-from saejax import command
+from saejax import command, command_line
 from saejax.buckets.bucket import Bucket, is_bucket
 from saejax.buckets.mirror import fetch
 from saejax.errors import UserError
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
     own = flags.FlagValues()
     flags.DEFINE_string("out", "", "", flag_values=own)
     flags.DEFINE_integer("lines", 12, "", lower_bound=0, flag_values=own)
-    command.define_common(own)
+    command_line.define_common(own)
 
     def work() -> None:
         _, *folders = own(list(argv))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from saejax import command
+from saejax import command, command_line
 from saejax.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -135,7 +135,7 @@ def test_a_quota_that_ends(error, capsys):
     def work():
         raise error
 
-    flag_values = command.stage_flags()
+    flag_values = command_line.stage_flags()
     flag_values(["program", "--workdir=x"])
     assert command.ended(work, flag_values) == 2
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from saejax import command, environment
+from saejax import command, command_line, environment
 
 _PROGRAM = """
 import sys
@@ -81,7 +81,7 @@ def test_an_accelerator_is_one_that_jax_can_use(monkeypatch, gpu, installed, var
 
 def test_what_is_said_of_a_machine_that_is_not_here_goes_by_its_defaults(capsys):
     def dtypes(*argv: str) -> tuple[str, str, str]:
-        found = command.read_configs(command.stage_flags(), ["program", *argv])
+        found = command_line.read_configs(command_line.stage_flags(), ["program", *argv])
         return found["model"].dtype, found["capture"].dtype, found["capture"].backend
 
     assert dtypes() == ("float32", "float32", "torch")

@@ -18,6 +18,7 @@ ORDER = [
     "comparison",
     "serving",
     "command",
+    "command_line",
     "pipeline",
     "preflight",
     "ground_truth",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from absl import flags
 
-from saejax import command
+from saejax import command, command_line
 from saejax.errors import Interrupted, UserError
 from saejax.stage import load
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
-    own = command.stage_flags()
+    own = command_line.stage_flags()
     flags.DEFINE_string("dir", "", "", flag_values=own)
     flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=own)
     flags.DEFINE_string("labels", "", "", flag_values=own)
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         rest[0] = f"--dir={rest[0]}"
 
     def work() -> None:
-        configs = command.read_configs(own, [program, *rest])
+        configs = command_line.read_configs(own, [program, *rest])
         if own["help"].value:
             return print(ABOUT)
         folder = own["dir"].value or own["workdir"].value

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from saejax.command import flag_error, read_configs, stage_flags
+from saejax.command_line import flag_error, read_configs, stage_flags
 from saejax.errors import UserError
 
 ENDING = ".flags"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from saejax import command
+from saejax import command, command_line
 from saejax.errors import UserError
 from saejax.stage import load
 from saejax.studies.rows import read_rows
@@ -32,16 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
     own = flags.FlagValues()
-    command.define_workdir(own)
+    command_line.define_workdir(own)
     flags.DEFINE_list("rows", [], "", flag_values=own)
     flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=own)
-    command.define_common(own)
+    command_line.define_common(own)
 
     def work() -> None:
         _, *common = own(list(argv), known_only=True)
         if own["help"].value:
             return print(ABOUT)
-        workdir = command.named_workdir(own)
+        workdir = command_line.named_workdir(own)
         if not own["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(own["rows"].value, common)

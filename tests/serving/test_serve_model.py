@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import command, load_model, save_transcoders
+from saejax import command_line, load_model, save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -42,7 +42,7 @@ def place(tiny_llama, transcoders, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     save_transcoders(folder / "set", transcoders)
     flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'set'}"]
-    configs = command.read_configs(command.stage_flags(), ["serve", *flags])
+    configs = command_line.read_configs(command_line.stage_flags(), ["serve", *flags])
     return folder / "run", configs
 
 
@@ -107,7 +107,7 @@ def test_what_a_document_says_is_enough_to_run_it_again(lm, traced, wanted, plac
 def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, forgotten, request):
     root, _ = place
     if forgotten:  # a server that was started anew, and finds model and set in the unit
-        bare = command.read_configs(command.stage_flags(), ["serve"])
+        bare = command_line.read_configs(command_line.stage_flags(), ["serve"])
         asker = request.getfixturevalue("serve")(Shelf(root), Bench(bare, named=False))
     found = asker.work("api/prune", dict(graph=GRAPH, nodes=0.95, edges=0.6))
     assert found[-1]["result"]["address"].endswith("&nodes=0.95&edges=0.6")

@@ -74,9 +74,9 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(place, serve):
     """The bench and the address of a server."""
-    from saejax import command
+    from saejax import command_line
 
-    configs = command.read_configs(command.stage_flags(), ["serve", "--graph.transcoders=a/set"])
+    configs = command_line.read_configs(command_line.stage_flags(), ["serve", "--graph.transcoders=a/set"])
     patch = pytest.MonkeyPatch()
     patch.setattr(app, "effects", fake_effects)
     bench = FakeBench(configs)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saejax import command, load_model, save_dictionary
+from saejax import command_line, load_model, save_dictionary
 from saejax.attribution.trace.prompt import prompt_ids
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
@@ -43,7 +43,7 @@ def asker(tiny_llama, saes, serve, one_device, tmp_path_factory):
         save_dictionary(folder / f"sae{place}", sae)
     (folder / "run").mkdir()
     flags = [f"--model.path={tiny_llama}", f"--graph.dictionaries={folder / 'sae0'},{folder / 'sae1'}"]
-    configs = command.read_configs(command.stage_flags(), ["serve", *flags])
+    configs = command_line.read_configs(command_line.stage_flags(), ["serve", *flags])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saejax.causal.parts.make_mesh", lambda config: one_device)
         asker = serve(Shelf(folder / "run"), Bench(configs, named=True))

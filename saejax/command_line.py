@@ -1,0 +1,159 @@
+"""What binaries read from the command line: flags, the groups of settings that they fill, and the text of --help."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from saejax import config, environment
+from saejax.buckets.bucket import is_bucket
+from saejax.buckets.mirror import scratch_folder
+from saejax.errors import UserError
+from saejax.registry import GROUPS, STAGES, groups_of
+
+
+def stage_flags() -> flags.FlagValues:
+    """The flags of every binary but those of the groups, which ``read_configs`` defines when plugins are loaded."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_multi_string(
+        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
+    )
+    define_workdir(flag_values)
+    flags.DEFINE_string(
+        "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
+    )
+    define_common(flag_values)
+    return flag_values
+
+
+def define_workdir(flag_values: flags.FlagValues) -> None:
+    """Defines the flags that say where a program works."""
+    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_string(
+        "scratch", "", "local folder to work in where the workdir is in a bucket", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "break_lock", False, "go on in a bucket in place of a run that gives no sign of life", flag_values=flag_values
+    )
+
+
+def define_common(flag_values: flags.FlagValues) -> None:
+    """Defines the flags of every program, those without stages included."""
+    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
+
+
+def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+    """Parses a command line of flags alone, and gives every group of configuration; none if help is asked for.
+
+    Args:
+      flag_values: of ``stage_flags``, and perhaps further ones.
+      argv: program name and arguments.
+
+    Raises:
+      UserError: an argument is no flag, a value is out of range, or a plugin cannot be loaded.
+      flags.Error: a flag is unknown or cannot be read.
+    """
+    environment.for_libraries()
+    _plugins(argv)
+    config.define_flags(GROUPS, flag_values, environment.has_accelerators() or _as_if_elsewhere(argv))
+    rest = flag_values(list(argv), known_only=False)
+    if flag_values["help"].value:
+        return {}
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
+    return config.from_flags(GROUPS, flag_values)
+
+
+def named_workdir(flag_values: flags.FlagValues) -> str:
+    """The folder of the run; a ``UserError`` if none is named."""
+    workdir = flag_values["workdir"].value
+    if not workdir:
+        raise UserError("--workdir=DIR is missing: name the folder of this run")
+    return workdir
+
+
+def local_folder(workdir: str, scratch: str) -> Path:
+    """The local folder of a run."""
+    return scratch_folder(workdir, scratch) if is_bucket(workdir) else Path(workdir)
+
+
+def processes_and_folder(argv: Sequence[str]) -> tuple[int, int | None, Path | None]:
+    """How many processes flags ask for and which this is, 0 and None where a cluster tells; the folder they share."""
+    try:
+        early = _early(argv, mesh__processes=1, mesh__process_id=0, mesh__distributed="flags", workdir="", scratch="")
+    except flags.Error:  # which is told when all flags are read
+        return 1, None, None
+    folder = local_folder(early["workdir"], early["scratch"]) if early["workdir"] else None
+    if early["mesh.distributed"] == "auto":
+        return 0, None, folder
+    return early["mesh.processes"] or 1, early["mesh.process_id"] or 0, folder
+
+
+def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
+    """The values of some flags, group__field, before any others are defined; reads nothing else of the flags."""
+    early = flags.FlagValues()
+    defined: dict[type, Callable[..., Any]] = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
+    names = [name.replace("__", ".") for name in defaults]
+    for name, default in zip(names, defaults.values(), strict=True):
+        defined.get(type(default), flags.DEFINE_multi_string)(name, default, "", flag_values=early)
+    early(list(argv), known_only=True)
+    return {name: early[name].value for name in names}
+
+
+def _plugins(argv: Sequence[str]) -> None:
+    """Runs the files of ``--plugins``, which add flags, before these are defined."""
+    files = [file for value in _early(argv, plugins=[])["plugins"] or [] for file in value.split(",") if file]
+    if files:
+        from saejax.dictionaries.kinds import plugins
+
+        plugins.load(files)
+
+
+def _as_if_elsewhere(argv: Sequence[str]) -> bool:
+    """Whether preflight is to judge devices that are not here, with their defaults."""
+    return bool(_early(argv, preflight__topology="")["preflight.topology"])
+
+
+def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
+    """What the binary does, and every flag that its stages read, with its default."""
+    read = {
+        name
+        for stage in map(STAGES.__getitem__, stages)
+        for name in (*groups_of(stage), *map(config.group_name, stage.placement))
+    }
+    lines = [
+        about,
+        "",
+        "  --workdir=DIR  folder of this run (required), also of a bucket: s3://BUCKET/RUN or gs://BUCKET/RUN",
+        "  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)",
+        "  --break_lock  go on in a bucket in place of a run that gives no sign of life",
+        "  --flagfile=FILE  read flags from a file, one a line",
+    ]
+    lines += [
+        "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
+        "  --unit=UNIT  run this unit alone, such as train/topk",
+        "  --debug  show the traceback of bad input too",
+        "  --deterministic  the same bits on a GPU at every run",
+    ]
+    for group in filter(read.__contains__, GROUPS):
+        lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
+        for name, field in config.flag_fields(group, GROUPS[group]).items():
+            flag = flag_values[name]
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            told, there = default if default != "" else "empty", field.metadata["accelerated"]
+            told = told if there is None else f"{told}; on GPUs and TPUs {there}"
+            lines.append(f"  --{flag.name}  {flag.help} (default: {told})")
+    unread = [group for group in GROUPS if group not in read]
+    if unread:
+        lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]
+    return "\n".join(lines)
+
+
+def flag_error(error: flags.Error) -> str:
+    """What absl says is wrong with a flag."""
+    return str(error).removeprefix("ERROR:: ")
