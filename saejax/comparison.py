@@ -17,7 +17,7 @@ from absl import flags
 
 from saejax import command, command_line
 from saejax.buckets.bucket import Bucket, is_bucket
-from saejax.buckets.mirror import fetch
+from saejax.buckets.listing import fetch
 from saejax.errors import UserError
 from saejax.files import write_json, write_text
 from saejax.results import Interval, Summary, load_summary, to_json
@@ -229,7 +229,8 @@ def write(found: Sequence[UnitComparison], folders: Sequence[str], out: Path) ->
       folders: both, for the page.
       out: made if it does not exist.
     """
-    from saejax.page.document import Section, Text, to_html
+    from saejax.page.blocks import Text
+    from saejax.page.document import Section, to_html
     from saejax.page.tables import Table
 
     out.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ INSIDE = {
         "results",
         "graph",
     ],
-    "buckets": ["mirror", "lease", "bucket"],
+    "buckets": ["mirror", "listing", "lease", "bucket"],
     "parallel": ["mesh", "collectives", "teams", "cluster", "watchdog", "parent", "peers"],
 }
 TORCH_MAY_BE_IN = {

@@ -8,35 +8,30 @@ import dataclasses
 import functools
 import hashlib
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saejax.activations.backend import fastest, load_reader, ways
-from saejax.activations.buffers import ShardBuffers
+from saejax.activations.capture_shards import capture_parts, missing_shards
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
-from saejax.activations.plan import Batch, Plan
-from saejax.activations.progress import TextProgress
-from saejax.activations.reader import Reader
+from saejax.activations.plan import Plan
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
 from saejax.activations.store import ON_DISK
 from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
-from saejax.errors import Interrupted, UserError
+from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.sites import AnySite, ModuleSite
 from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
 from saejax.workspace import Run, fingerprint
-
-_LOOK_EVERY = 0.2  # seconds, for the shards of other processes
 
 
 def run_capture(run: Run) -> CaptureResults:
@@ -66,7 +61,7 @@ def run_capture(run: Run) -> CaptureResults:
     writer = StoreWriter(run.folder, names, _work(run, request, documents))
     mesh: MeshConfig = run.configs["mesh"]
     first = mesh.process_id == 0
-    missing = _missing(writer, plan, mesh)
+    missing = missing_shards(writer, plan, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if first:
         writer.begin()
@@ -75,7 +70,7 @@ def run_capture(run: Run) -> CaptureResults:
         f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-    rate = _capture_parts(run, request, plan, writer, widths, missing, reader) if missing else 0.0
+    rate = capture_parts(run, request, plan, writer, widths, missing, reader) if missing else 0.0
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)
@@ -139,84 +134,6 @@ def _check_disk(
             f"the disk is full: the store needs {needed / 2**20:,.0f} MiB more and {free / 2**20:,.0f} are free in "
             f"{folder}: free space, use another --workdir or a smaller --corpus.max_tokens"
         )
-
-
-def _missing(writer: StoreWriter, plan: Plan, mesh: MeshConfig) -> list[int]:
-    """The shards that are not there, whole and of this work: read by the first process, which tells the others."""
-    missing_S = np.zeros(plan.shards, np.int32)
-    if mesh.process_id == 0:
-        missing_S[:] = [not writer.has(shard) for shard in range(plan.shards)]
-    if mesh.processes > 1:
-        from saejax.parallel.collectives import from_first_process
-
-        missing_S = from_first_process(missing_S)
-    return np.flatnonzero(missing_S).tolist()
-
-
-def _capture_parts(
-    run: Run,
-    request: CaptureRequest,
-    plan: Plan,
-    writer: StoreWriter,
-    widths: dict[AnySite, int],
-    missing: Sequence[int],
-    reader: Reader | None,
-) -> float:
-    """Makes the missing shards, each process its part of them; returns the speed in tokens per second."""
-    mesh: MeshConfig = run.configs["mesh"]
-    if mesh.processes == 1:
-        return _capture(run, request, plan, writer, widths, missing, reader)
-    from saejax.parallel.collectives import alone, wait_for_all
-
-    wait_for_all("store begun")  # which takes away what other runs left half-written
-    start = time.monotonic()
-    own = missing[mesh.process_id :: mesh.processes]
-    with alone():
-        rate = _capture(run, request, plan, writer, widths, own, reader) if own else 0.0
-    left = list(missing)
-    while left := [shard for shard in left if not writer.has(shard, read=False)]:
-        time.sleep(_LOOK_EVERY)
-    return sum(map(plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
-
-
-def _capture(
-    run: Run,
-    request: CaptureRequest,
-    plan: Plan,
-    writer: StoreWriter,
-    widths: dict[AnySite, int],
-    shards: Sequence[int],
-    reader: Reader | None,
-) -> float:
-    """Makes the shards; returns the speed in tokens per second."""
-    config: CaptureConfig = run.configs["capture"]
-    reader = reader or load_reader(run, request, plan, config)
-    buffers = ShardBuffers(widths, max(map(plan.size, shards)), config.store_dtype)
-    progress = TextProgress(run.say, sum(map(plan.size, shards)))
-
-    def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
-        bad = buffers.take(site, value_BxTxD, batch)
-        if bad is not None:
-            place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
-            raise UserError(
-                f"activations at {site} are NaN or infinite: {place}, token id {batch.ids_BxT[bad]}: expected "
-                f"finite numbers; check the model's weights, or use --capture.dtype=float32; nothing of this "
-                "shard was stored"
-            )
-
-    def batches(shard: int, done: int) -> Iterator[Batch]:
-        for batch in plan.batches(shard):
-            if run.stopping():
-                kept = f"{plan.shards - len(shards) + done} of {plan.shards} shards"
-                raise Interrupted(f"stopped; {kept} are finished and kept: run the same command to go on")
-            yield batch
-            progress.add(batch.rows)
-
-    for done, shard in enumerate(shards):
-        reader.read(batches(shard, done), take)
-        writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(plan.size(shard))))
-    reader.close()
-    return progress.rate
 
 
 def _check_sinks(statistics: Mapping[str, SiteNorms], config: CaptureConfig) -> None:

@@ -36,7 +36,6 @@ class ShuffledWriter:
     def __init__(self, folder: Path, groups: Sequence[str], seed: int):
         self._folder, self._spill, self._seed = folder, folder / "buckets", seed
         shutil.rmtree(self._spill, ignore_errors=True)
-        self._spill.mkdir(parents=True)
         self._groups = {group: number for number, group in enumerate(groups)}
         self._drawn = np.random.default_rng([seed, ORDER])
         self._waiting: dict[int, tuple[list[np.ndarray], list[tuple[int, ...]]]] = {}
@@ -86,6 +85,7 @@ class ShuffledWriter:
             end += ends_N[-1]
 
     def _flush(self) -> None:
+        self._spill.mkdir(parents=True, exist_ok=True)
         for bucket, (ids, rows) in self._waiting.items():
             for path, array in ((self._ids_of(bucket), np.concatenate(ids)), (self._rows_of(bucket), np.array(rows))):
                 with open(path, "ab") as file:

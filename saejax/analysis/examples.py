@@ -20,7 +20,7 @@ import numpy as np
 from saejax.activations.documents import Documents
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
-from saejax.page.document import Example
+from saejax.page.strips import Example
 
 _SPARE = 4  # candidates kept per example asked for, because contexts that repeat are passed over
 _ROWS_AT_ONCE = 1_000_000  # rows whose documents and positions are looked up at once

@@ -16,17 +16,8 @@ from saejax.attribution.local.dictionaries import KEPT_SHARE
 from saejax.attribution.local.replacement import padded
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
-from saejax.attribution.trace.memory import (
-    GIB,
-    PHASES,
-    Bytes,
-    GraphSize,
-    Room,
-    certain_active,
-    check_room,
-    fitting_tokens,
-    graph_bytes,
-)
+from saejax.attribution.trace.memory import GIB, Bytes, GraphSize, certain_active, graph_bytes
+from saejax.attribution.trace.room import PHASES, Room, check_room, fitting_tokens
 from saejax.attribution.trace.rows import row_flops
 from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes

@@ -14,7 +14,8 @@ from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.page import style
-from saejax.page.document import Block, Links, Picture, Section, Text
+from saejax.page.blocks import Block, Links, Picture, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import number, percent
 

@@ -9,7 +9,7 @@ from matplotlib.ticker import MultipleLocator
 from saejax.attribution.report_graphs import ReportedGraph, known
 from saejax.attribution.results import CurveResults
 from saejax.page import style
-from saejax.page.document import Picture
+from saejax.page.blocks import Picture
 from saejax.page.findings import Draw
 from saejax.page.tables import number, percent
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.attribution.results import CurveResults, GraphResults
-from saejax.page.document import Terms
+from saejax.page.blocks import Terms
 from saejax.page.tables import MISSING, Table, number, significant, visible
 
 

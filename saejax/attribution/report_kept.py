@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from saejax.attribution.checks.kept import SCORES
 from saejax.attribution.report_graphs import ReportedGraph
 from saejax.attribution.results import KeptResults
-from saejax.page.document import Block, Terms
+from saejax.page.blocks import Block, Terms
 from saejax.page.tables import Table, interval, percent
 
 _EARLIER = dict(elimination="effect", mixed="size")  # orders of results of earlier versions

@@ -34,8 +34,9 @@ from saejax.attribution.results import (
     KeptResults,
 )
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
-from saejax.attribution.trace.memory import certain_active, check_room
+from saejax.attribution.trace.memory import certain_active
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
+from saejax.attribution.trace.room import check_room
 from saejax.attribution.trace.targets import token_of
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
 from saejax.errors import UserError

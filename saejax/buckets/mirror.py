@@ -15,20 +15,19 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saejax.buckets.bucket import Bucket
 from saejax.buckets.lease import LOCK, Lease, every, held
+from saejax.buckets.listing import FILES, download, for_each, listed, parsed
 from saejax.errors import UserError
-from saejax.files import whole_file, write_json
+from saejax.files import write_json
 
-FILES = ".files.json"  # in the bucket
 MARK, COPIED = ".scratch.json", ".copied.json"  # in the scratch folder
 _LAST = "summary.json"  # is copied after the other files
-_EVERY, _AT_ONCE = 30.0, 8  # seconds between copies; files
+_EVERY = 30.0  # seconds between copies
 _LARGE = ("capture", "tokenize")  # stages whose files are brought where they are read
 CHECKPOINTS = "checkpoints"  # of a unit, brought where it goes on
 _UNFINISHED = re.compile(r"\.writing-|orbax-checkpoint-tmp")
@@ -119,7 +118,7 @@ class Mirror:
 
     def open(self, whole: bool) -> int:
         """Sees that the folder is not behind the bucket; the number of files that were brought."""
-        found = _listed(self._bucket) or dict(files={}, id="", serial="")
+        found = listed(self._bucket) or dict(files={}, id="", serial="")
         self._sizes = found["files"]
         if self._mark["id"] == found["id"] or (found["serial"] and self._mark["serial"] == found["serial"]):
             copied = _read(self._scratch / COPIED) if (self._scratch / COPIED).exists() else {}
@@ -146,7 +145,7 @@ class Mirror:
             return len(names)
 
     def _bring(self, name: str) -> None:
-        _download(self._bucket, name, self._scratch / name)
+        download(self._bucket, name, self._scratch / name)
         self._same[name] = _stat(self._scratch / name)
 
     def copy(self, done: str | None = None) -> None:
@@ -228,50 +227,6 @@ class Mirror:
                         yield path.relative_to(self._scratch).as_posix(), _stat(path)
 
 
-def fetch(bucket: Bucket, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Copies of a workdir's files, to be read; a run may hold it meanwhile.
-
-    Args:
-      bucket: of the workdir.
-      folder: where they are written, under their names.
-      wanted: which of them.
-
-    Raises:
-      UserError: no workdir is there, or it cannot be read.
-    """
-    found = _listed(bucket)
-    if found is None:
-        raise UserError(f"{bucket.url} is no workdir of saejax: it has no {FILES}")
-    for_each(lambda name: _download(bucket, name, folder / name), filter(wanted, found["files"]))
-
-
-def for_each(work: Callable[[str], object], names: Iterable[str]) -> None:
-    """Does some work for each name, several at once."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        try:
-            for _ in pool.map(work, names):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _listed(bucket: Bucket) -> dict[str, Any] | None:
-    """The list of a workdir's files; None if there is none."""
-    listed = bucket.read(FILES)
-    found = _parsed(listed.content, f"{bucket.url}/{FILES}") if listed else None
-    for name in found["files"] if found else ():
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise UserError(f"{bucket.url}/{FILES} names {name}, which is outside of the workdir")
-    return found
-
-
-def _download(bucket: Bucket, name: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as beside:
-        bucket.download(name, beside)
-
-
 def _is_large(name: str) -> bool:
     parts = PurePosixPath(name).parts
     if parts[-1] in ("started.json", _LAST):
@@ -285,11 +240,4 @@ def _stat(path: Path) -> _Stat:
 
 
 def _read(path: Path) -> Any:
-    return _parsed(path.read_bytes(), str(path))
-
-
-def _parsed(content: bytes, name: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        raise UserError(f"{name} is not valid JSON: it is damaged") from None
+    return parsed(path.read_bytes(), str(path))

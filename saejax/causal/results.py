@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from saejax.results import Interval
+
 
 @dataclasses.dataclass(frozen=True)
 class ControlMatch:
@@ -24,3 +26,36 @@ class RankedFeature:
     #: share of the positions on which it fires, of prompts that judge it and those that lend replacements
     firing_rate: float
     mean_activation: float  #: where it fires there; 0 if it never does
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualDose:
+    """The features and another basis over a range of doses that both reach."""
+
+    reach: float  #: the range's upper end; its lower end is 0
+    features: float  #: mean drop of the logit difference over the range: the area under the curve by its width
+    basis: float  #: likewise
+    difference: Interval  #: features - basis, paired by prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class HalvesAgreement:
+    """How well one half of the prompts ranks the features as the other does; None where it is not defined."""
+
+    rank_correlation: float | None  #: of the drops on two random halves, mean of 100 splits
+    spearman_brown: float | None  #: 2 r / (1 + r): the same between two samples as large as this one
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedDrops:
+    """The drops of matched features of two dictionaries."""
+
+    matched: int  #: pairs
+    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
+    similarity: float | None  #: median over the pairs; None without any
+    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
+    #: the same
+    rank_correlation: Interval | None
+    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
+    #: where each partner is one of the ten features nearest to it in firing rate and activation
+    alike: Interval | None

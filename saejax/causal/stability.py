@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
 from saejax.causal.feature_statistics import coordinates, nearest_others
+from saejax.causal.results import HalvesAgreement, MatchedDrops
 from saejax.causal.statistics import rank_correlations
 from saejax.results import Interval
 from saejax.tasks.scoring import middle

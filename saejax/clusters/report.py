@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from saejax.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup, Grouping, GroupingAgreement
 from saejax.page import style
-from saejax.page.document import Block, Section, Text
+from saejax.page.blocks import Block, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, significant
 from saejax.page.words import behaviour

@@ -4,7 +4,8 @@ from matplotlib.figure import Figure
 
 from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults, PartFeatures
 from saejax.page import style
-from saejax.page.document import Block, Section, Text
+from saejax.page.blocks import Block, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, answer, interval, number, percent, significant
 

@@ -3,7 +3,8 @@
 from saejax.dictionaries import stacks
 from saejax.explain.contexts import FEWEST
 from saejax.explain.results import ExplainedDictionary, ExplainResults, LabelScores
-from saejax.page.document import Section, Text
+from saejax.page.blocks import Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number, percent
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from saejax.ground_truth.results import JudgedDictionary, TruthResults
 from saejax.ground_truth.stage import CONTROLS
-from saejax.page.document import Block, Section, Text
+from saejax.page.blocks import Block, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 

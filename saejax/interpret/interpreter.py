@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ _REBUILT = 4096  # tokens of held-out text at most, on which the control's fit i
 OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what is added to, or is, the stream
 Found = list[dict[str, tuple[Detector, float]]]  # of every feature: family -> detector and its F1 on the search text
+Searched = tuple[Found, np.ndarray]  # and how often each feature fires there, a share
 
 
 def heads_before(site: str) -> int:
@@ -65,15 +66,51 @@ class Interpreter:
 
     def interpret(self) -> InterpretedDictionary:
         """Interprets the dictionary, and writes what there is to say of each feature."""
-        folder, config = self.run.folder / self.name, self.run.configs["interpret"]
-        scratch, features = folder / "firings", self.dictionary.config.n_features
+        folder, seed = self.run.folder / self.name, self.run.configs["interpret"].seed
+        scratch = folder / "firings"
         shutil.rmtree(scratch, ignore_errors=True)
-        frozen = frozen_random(self.store, self.dictionary, config.seed)
+        frozen = frozen_random(self.store, self.dictionary, seed)
+        describer, searched = self._describe(folder, scratch, frozen)
+        rate = searched[0][1]
+        random = random_directions(self.store, self.dictionary, rate, seed)
+        self._record("train", {scratch / "random": random})
+        searched.append(self._search(scratch / "random", random.config.n_features, describer.bases, None))
+        held_out_tokens, (scored, frozen_scores, random_scores) = self._score(
+            scratch, (self.dictionary, frozen, random), searched
+        )
+        shutil.rmtree(scratch)
+        labels = scored.labels(random_scores)
+        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
+        self._finish(folder, scored, labels, describer)
+        live = rate > 0
+        return InterpretedDictionary(
+            name=self.name,
+            site=self.dictionary.site,
+            target=self.dictionary.config.target or self.dictionary.site,
+            features=self.dictionary.config.n_features,
+            search_tokens=len(describer.place),
+            held_out_tokens=held_out_tokens,
+            found=scored.counts(live, labels),
+            random=random_scores.counts(np.ones(random.config.n_features, bool), random_scores.labels(random_scores)),
+            shuffled_f1=scored.mean_shuffled(live),
+            families=scored.families(labels),
+            frozen=self._frozen(frozen, frozen_scores, searched[1][1] > 0, frozen_scores.labels(random_scores)),
+        )
+
+    def _describe(self, folder: Path, scratch: Path, frozen: Dictionary) -> tuple[Describer, list[Searched]]:
+        """Writes the record of each feature, but for labels; what was found for them and for the frozen-random ones.
+
+        Args:
+          folder: of the dictionary.
+          scratch: where firings are kept meanwhile.
+          frozen: the frozen-random dictionary.
+        """
+        config, features = self.run.configs["interpret"], self.dictionary.config.n_features
         together = neighbours.Together(features, max(len(self.store.rows("train", self.dictionary.site)), 1))
-        read = {scratch / "own": self.dictionary, scratch / "frozen": frozen}
-        place = self._record("train", read, together.add)
-        bases = {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
+        place = self._record("train", {scratch / "own": self.dictionary, scratch / "frozen": frozen}, together.add)
+        bases = self._bases(place)
         output = self._output(self.dictionary)
+        W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...])
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], NEAREST)
         kept = (config.examples, config.draws, output, nearest, together, self._heads())
         describer = Describer(self.store, self.text, place, bases, *kept, self._layers())
@@ -89,41 +126,27 @@ class Interpreter:
             self._search(scratch / "own", features, bases, output, write),
             self._search(scratch / "frozen", features, bases, self._output(frozen)),
         ]
-        W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...])
         bar = round(layers_bar(*W_dec_FxD.shape), 3) if self.layers else None
         told = maps.made(np.linalg.norm(W_dec_FxD, axis=1))
         write_text(folder / MAPS, json.dumps(dict(texts=told, layers_bar=bar), ensure_ascii=False))
-        rate = searched[0][1]
-        random = random_directions(self.store, self.dictionary, rate, config.seed)
-        self._record("train", {scratch / "random": random})
-        searched.append(self._search(scratch / "random", random.config.n_features, bases, None))
-        held_out = {
-            scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate((self.dictionary, frozen, random))
-        }
-        held_place = self._record("held_out", held_out)
-        held_bases = {family: CodeCounts(self.text.code(family, held_place)) for family in FAMILIES}
-        scored, frozen_scores, random_scores = (
-            Scored.of(path, found, self.text, held_bases, rates)
-            for path, (found, rates) in zip(held_out, searched, strict=True)
-        )
-        shutil.rmtree(scratch)
-        labels = scored.labels(random_scores)
-        write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
-        self._finish(folder, scored, labels, describer)
-        live = rate > 0
-        return InterpretedDictionary(
-            name=self.name,
-            site=self.dictionary.site,
-            target=self.dictionary.config.target or self.dictionary.site,
-            features=features,
-            search_tokens=len(place),
-            held_out_tokens=len(held_place),
-            found=scored.counts(live, labels),
-            random=random_scores.counts(np.ones(random.config.n_features, bool), random_scores.labels(random_scores)),
-            shuffled_f1=scored.mean_shuffled(live),
-            families=scored.families(labels),
-            frozen=self._frozen(frozen, frozen_scores, searched[1][1] > 0, frozen_scores.labels(random_scores)),
-        )
+        return describer, searched
+
+    def _score(
+        self, scratch: Path, dictionaries: Sequence[Dictionary], searched: Sequence[Searched]
+    ) -> tuple[int, list[Scored]]:
+        """How many tokens of held-out text were read, and what the detectors of each dictionary are worth there."""
+        firings = {scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate(dictionaries)}
+        place = self._record("held_out", firings)
+        bases = self._bases(place)
+        scores = [
+            Scored.of(path, found, self.text, bases, rates)
+            for path, (found, rates) in zip(firings, searched, strict=True)
+        ]
+        return len(place), scores
+
+    def _bases(self, place: np.ndarray) -> dict[str, CodeCounts]:
+        """How often each code of each family stands at these places."""
+        return {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
 
     def _search(
         self,
@@ -132,7 +155,7 @@ class Interpreter:
         bases: Mapping[str, CodeCounts],
         output: neighbours.OutputTokens | None,
         on_block: Callable[[int, Block, PairCounts], None] | None = None,
-    ) -> tuple[Found, np.ndarray]:
+    ) -> Searched:
         """The detectors of all features of a dictionary on the search text, and how often each fires there.
 
         Args:

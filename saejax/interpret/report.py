@@ -2,7 +2,8 @@
 
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
-from saejax.page.document import Links, Section, Text
+from saejax.page.blocks import Links, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 

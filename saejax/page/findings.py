@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 from matplotlib.figure import Figure
 
-from saejax.page.document import Example, Picture
+from saejax.page.blocks import Picture
+from saejax.page.strips import Example
 from saejax.results import Settings, Summary, load_summary
 
 T = TypeVar("T")

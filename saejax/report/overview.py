@@ -9,7 +9,8 @@ from saejax.causal.ablate.results import AblateResults
 from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
-from saejax.page.document import Code, Section, Terms, Text
+from saejax.page.blocks import Code, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.page.words import BEHAVIOURS, behaviour, place

@@ -22,8 +22,10 @@ from saejax.files import write_text
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.page import style
-from saejax.page.document import Example, Picture, Section, to_html, to_markdown
+from saejax.page.blocks import Picture
+from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.findings import Draw, Findings, read_findings
+from saejax.page.strips import Example
 from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults

@@ -9,7 +9,8 @@ from saejax.attribution.forms.difference import GraphDifference
 from saejax.attribution.forms.page import VIEWER
 from saejax.attribution.results import GraphResults
 from saejax.files import read_json
-from saejax.page.document import Section, Terms, Text, to_html
+from saejax.page.blocks import Terms, Text
+from saejax.page.document import Section, to_html
 from saejax.page.scripts import interactive
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.results import from_json

@@ -8,39 +8,28 @@ from pathlib import Path
 import numpy as np
 
 from saejax.activations.results import CaptureResults
-from saejax.causal.ablate.results import AblateResults
 from saejax.causal.study.results import StudyResults
-from saejax.causal.study.scores import settled
-from saejax.dictionaries.stacks import full_name, kind_and_member
+from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
-from saejax.studies import criteria
+from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import alignments
 from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
-    BehaviourFigures,
     DictionaryFigures,
-    EffectFigures,
     FailureFigures,
-    GateFigures,
     ModelFigures,
     ResourceFigures,
-    SingleFigures,
     StudyFigures,
-    TrackingFigures,
-    TransferFigures,
 )
 from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, UnitState
 from saejax.tasks.results import BaselineResults, BenchmarkResults
-from saejax.track.results import TrackResults
 from saejax.training.records import recorded
 from saejax.training.results import TrainResults
-from saejax.transfer.results import TransferResults
 
-_COMPARED = ("matched", "shared")  # of ``MatchScores``
 _MEASURES = {
     "generate": "exact match",
     "choice": "accuracy of the likeliest choice",
@@ -68,13 +57,13 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         baselines=tuple(one for row, own in each for one in _baselines(row.name, own)),
         dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
         activations=tuple(one for row, own in each for one in _activations(row.name, own)),
-        effects=tuple(one for row, own in each for one in _effects(row.name, own)),
-        single=tuple(one for row, own in each for one in _single(row.name, own)),
-        behaviours=tuple(one for row, own in each for one in _behaviours(row.name, own)),
+        effects=tuple(one for row, own in each for one in gather_effects.effects(row.name, own)),
+        single=tuple(one for row, own in each for one in gather_effects.single(row.name, own)),
+        behaviours=tuple(one for row, own in each for one in gather_effects.behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
-        gates=tuple(one for row, own in each for one in _gates(row.name, own)),
-        transfer=tuple(one for row, own in each for one in _transfer(row.name, own)),
-        tracking=tuple(one for row, own in each for one in _tracking(row.name, own)),
+        gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),
+        transfer=tuple(one for row, own in each for one in gather_effects.transfer(row.name, own)),
+        tracking=tuple(one for row, own in each for one in gather_effects.tracking(row.name, own)),
         criteria=(),
         resources=tuple(one for row, own in each for one in _resources(row.name, own)),
         failures=tuple(
@@ -185,104 +174,6 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
             norms = read.median_norm, read.largest_norm, None
             scores = read.l0, read.firing, read.explained_variance
             yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
-
-
-def _effects(row: str, found: Findings) -> Iterator[EffectFigures]:
-    studies = found.each(StudyResults)
-    verdicts = settled({name: results.claims for name, results in studies.items()})
-    for benchmark, results in studies.items():
-        for replacement, nats in results.log_likelihood_per_token.replaced.items():
-            right = results.accuracy.replaced[replacement] if results.accuracy else None
-            yes, p = verdicts[benchmark].get(replacement, (None, None))
-            claim = results.claims.get(replacement)
-            if nats:
-                yield EffectFigures(
-                    row=row,
-                    benchmark=benchmark,
-                    replacement=replacement,
-                    dictionary=results.dictionary,
-                    top=len(results.top),
-                    draws=len(nats.controls),
-                    items=results.items.test,
-                    at_chance=results.at_chance,
-                    accuracy_before=results.accuracy.before if results.accuracy else None,
-                    accuracy_drop=right.drop if right else None,
-                    accuracy_control_drop=right.control_drop if right else None,
-                    nats_drop=nats.drop,
-                    nats_control_drop=nats.control_drop,
-                    nats_p=nats.p_value,
-                    verdict=yes,
-                    verdict_p=p,
-                    placebo_rate=claim.placebo_rate if claim else None,
-                )
-
-
-def _single(row: str, found: Findings) -> Iterator[SingleFigures]:
-    for benchmark, results in found.each(StudyResults).items():
-        if results.single:
-            first = results.single.features[0]
-            yield SingleFigures(
-                row=row,
-                benchmark=benchmark,
-                dictionary=results.dictionary,
-                features=len(results.single.features),
-                discoveries=results.single.discoveries,
-                control_discoveries=float(np.mean(results.single.control_discoveries)),
-                p_value=results.single.p_value,
-                strongest=first.feature,
-                drop=first.drop,
-                q_value=first.q_value,
-                control_percentile=first.control_percentile,
-            )
-
-
-def _behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
-    for results in found.each(AblateResults).values():
-        for name, one in results.behaviours.items():
-            yield BehaviourFigures(
-                row=row,
-                behaviour=name,
-                dictionary=results.dictionary,
-                accuracy=one.joint.clean_accuracy,
-                accuracy_drop=one.joint.accuracy_drop,
-                control_drop=float(np.mean(one.controls.accuracy_drop)),
-                p_holm=one.claim.p_holm if one.claim else None,
-                placebo_rate=one.claim.placebo_rate if one.claim else None,
-                highest=one.grades.highest,
-            )
-
-
-def _gates(row: str, found: Findings) -> Iterator[GateFigures]:
-    for benchmark, results in found.each(StudyResults).items():
-        kind, member = kind_and_member(results.dictionary)
-        scores = found.each(EvaluateResults)
-        known = {one.name: one.ce_recovered_mean for one in scores[kind].members} if kind in scores else {}
-        yield criteria.gate(row, benchmark, results.log_likelihood_per_token, known.get(member), results.disjoint)
-
-
-def _transfer(row: str, found: Findings) -> Iterator[TransferFigures]:
-    for results in found.each(TransferResults).values():
-        for pair in results.pairs:
-            for measure, both in pair.measures.items():
-                matched, shared = ((getattr(own, name) for own in (both.found, both.null)) for name in _COMPARED)
-                yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
-
-
-def _tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
-    for results in found.each(TrackResults).values():
-        for slug, text in results.texts.items():
-            claims = [test.claim for step in text.steps for test in step.tests.values()]
-            yield TrackingFigures(
-                row=row,
-                text=slug,
-                tokens=text.tokens,
-                sites=len(text.sites),
-                links=text.links,
-                random_links=text.random_links,
-                tests=len(claims),
-                hurt=sum(claim.yes for claim in claims),
-                placebo_rate=float(np.mean([claim.placebo_rate for claim in claims])) if claims else None,
-            )
 
 
 def _resources(row: str, found: Findings) -> Iterator[ResourceFigures]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from saejax.files import write_json, write_text
-from saejax.page.document import Links, Section, Terms, Text, to_html, to_markdown
+from saejax.page.blocks import Links, Terms, Text
+from saejax.page.document import Section, to_html, to_markdown
 from saejax.preregistration import said
 from saejax.results import to_json
 from saejax.studies.criteria import RULES

@@ -7,7 +7,7 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks import exemplars
-from saejax.tasks.benchmarks import Item, definition, final_number, way
+from saejax.tasks.benchmark_definitions import Item, definition, final_number, way
 
 _ENDS = "\n\n"  # between worked examples
 

@@ -20,8 +20,8 @@ from saejax.models.tokens import pad
 from saejax.results import Interval
 from saejax.settings import TaskConfig
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
+from saejax.tasks.benchmark_definitions import Item, definition, way
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
-from saejax.tasks.benchmarks import Item, definition, way
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
 from saejax.tasks.scored_items import ChosenItem, GeneratedItem, ReferenceItem, ScoredItem

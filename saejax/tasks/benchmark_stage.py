@@ -13,7 +13,8 @@ from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmarks import origin, read_items, way
+from saejax.tasks.benchmark_definitions import way
+from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.scored_items import WAYS
 from saejax.workspace import Run

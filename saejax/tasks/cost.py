@@ -12,7 +12,7 @@ from saejax.models import decoding
 from saejax.models.generation import make_choice
 from saejax.settings import TaskConfig
 from saejax.tasks.baseline import BATCH
-from saejax.tasks.benchmarks import definition, way
+from saejax.tasks.benchmark_definitions import definition, way
 from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from saejax.page.document import Section, Text
+from saejax.page.blocks import Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, height_of, legend, name_rows, panels, point, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent

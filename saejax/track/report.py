@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from saejax.page.document import Links, Section, Text
+from saejax.page.blocks import Links, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, count, number, percent, significant
 from saejax.track.results import StepTest, TrackResults

@@ -8,7 +8,8 @@ import numpy as np
 from saejax.dictionaries.kinds import KINDS
 from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import CrossLayerScores, DictionaryScores, EvaluateResults
-from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.settings.kinds import PRETRAINED

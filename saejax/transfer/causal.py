@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from saejax.causal.ablate.importance import Importance
-from saejax.causal.ablate.results import AblateResults, MatchedDrops
+from saejax.causal.ablate.results import AblateResults
+from saejax.causal.results import MatchedDrops
 from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
 from saejax.results import load_results

@@ -1,20 +1,19 @@
 """The report on what dictionaries share: matrices of pairs, shares, chains through layers, one in another's place."""
 
 from collections.abc import Callable, Sequence
-from pathlib import PurePath
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from saejax.page import style
-from saejax.page.document import Block, Section, Text
+from saejax.page.blocks import Block, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour
 from saejax.results import Interval
-from saejax.transfer.results import ComparedPair, ReconstructionTransfer, TransferResults
+from saejax.transfer.report_matrices import ROWS, heatmaps, matrix, short
+from saejax.transfer.report_places import places
+from saejax.transfer.results import ComparedPair, TransferResults
 
-_ROWS = 15  # pairs or dictionaries of a table; more are drawn
 _MEASURES = dict(
     decoder="decoder rows", encoder="encoder rows", folded="decoder rows times thresholds", activity="activity"
 )
@@ -26,7 +25,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 
 
 def _section(results: TransferResults, draw: Draw) -> Section:
-    few = len(results.pairs) <= _ROWS
+    few = len(results.pairs) <= ROWS
     intro = (
         f"{len(results.dictionaries)} dictionaries, every two of them compared. {results.rule}. By chance: what is "
         "found in the place of the second dictionary in as many random directions with the mean and covariance of its "
@@ -37,22 +36,17 @@ def _section(results: TransferResults, draw: Draw) -> Section:
         blocks.append(_pairs_table(results.pairs))
     if len(results.dictionaries) > 2:
         blocks += _matrices(results, draw)
-    if len(results.dictionaries) <= _ROWS:
+    if len(results.dictionaries) <= ROWS:
         blocks.append(_shares_table(results))
     blocks += _chains(results)
-    blocks += _places(results, draw, few)
+    blocks += places(results, draw, few)
     if causal := [pair for pair in results.pairs if pair.causal]:
         blocks.append(_causal_table(causal))
     return Section("What dictionaries share", tuple(blocks))
 
 
-def _short(name: str) -> str:
-    """A dictionary's name; of a folder the last parts."""
-    return name if len(name) <= 24 else "/".join(PurePath(name).parts[-2:])
-
-
 def _title(pair: ComparedPair) -> str:
-    return f"{_short(pair.first)} and {_short(pair.second)}"
+    return f"{short(pair.first)} and {short(pair.second)}"
 
 
 def _beside(value: Interval, null: Interval, shown: Callable[[float], str]) -> str:
@@ -121,43 +115,12 @@ def _share_matrix(names: Sequence[str], pairs: Sequence[ComparedPair], measure: 
         value = getattr(pair.measures[measure], side).shared.mean if measure in pair.measures else np.nan
         return value, value
 
-    return _matrix(names, pairs, share)
-
-
-def _matrix(
-    names: Sequence[str], pairs: Sequence[ComparedPair], value: Callable[[ComparedPair], tuple[float, float]]
-) -> np.ndarray:
-    """[N, N]: of the row's dictionary and the column's; NaN on the diagonal."""
-    found = np.full((len(names), len(names)), np.nan)
-    for pair in pairs:
-        first, second = names.index(pair.first), names.index(pair.second)
-        found[first, second], found[second, first] = value(pair)
-    return found
-
-
-@style.styled
-def heatmaps(names: Sequence[str], matrices: dict[str, np.ndarray], most: float, label: str) -> Figure:
-    """Matrices of dictionaries by dictionaries, one below the other on one scale up to ``most``, with a ``label``."""
-    side = 3.3 + 0.25
-    figure, below = style.panels([side] * len(matrices), list(matrices))
-    step = -(-len(names) // 12)
-    ticks = range(0, len(names), step)
-    for axes, values in zip(below, matrices.values(), strict=True):
-        image = axes.imshow(values, cmap="viridis", vmin=0.0, vmax=most, interpolation="nearest")
-        axes.set_xticks(ticks, [_tick(names[i]) for i in ticks], rotation=90, size=7.5)
-        axes.set_yticks(ticks, [_tick(names[i]) for i in ticks], size=7.5)
-    figure.colorbar(image, ax=below, shrink=0.6, aspect=30, label=label)
-    return figure
-
-
-def _tick(name: str) -> str:
-    shown = _short(name).rpartition("/")[2] or name
-    return shown if len(shown) <= 16 else "…" + shown[-15:]
+    return matrix(names, pairs, share)
 
 
 def _shares_table(results: TransferResults) -> Table:
     columns = {
-        "Dictionary": lambda one, about: _short(one.name),
+        "Dictionary": lambda one, about: short(one.name),
         "Features": lambda one, about: f"{about.features:,}",
         "Shared with every other": lambda one, about: f"{_percents(one.everywhere)}; {percent(one.everywhere_null, 1)}",
         "With one at least": lambda one, about: f"{_percents(one.somewhere)}; {percent(one.somewhere_null, 1)}",
@@ -179,96 +142,18 @@ def _chains(results: TransferResults) -> list[Block]:
             (str(length), f"{one.lengths.get(length, 0):,}", f"{one.lengths_null.get(length, 0):,}")
             for length in lengths
         )
-        title = f"Chains of shared features, {_short(one.dictionaries[0])} to {_short(one.dictionaries[-1])}"
+        title = f"Chains of shared features, {short(one.dictionaries[0])} to {short(one.dictionaries[-1])}"
         if not rows:
             blocks.append(Text(f"{title}: there are none."))
             continue
         longest = "; ".join(
-            f"{_short(chain.first)}, features {', '.join(map(str, chain.features))}"
+            f"{short(chain.first)}, features {', '.join(map(str, chain.features))}"
             + (f" (“{chain.label}”)" if chain.label else "")
             + f", weakest link {number(chain.value)}"
             for chain in one.longest[:5]
         )
         blocks.append(Table(title, ("Layers", "Chains", "By chance"), rows, note=f"The longest: {longest}."))
     return blocks
-
-
-def _places(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
-    """One dictionary in the place of another."""
-    moved = [
-        (f"{_short(first)} in the place of {_short(second)}", onto)
-        for pair in results.pairs
-        for first, second, onto in (
-            (pair.first, pair.second, pair.onto_second),
-            (pair.second, pair.first, pair.onto_first),
-        )
-        if onto
-    ]
-    if not moved:
-        return []
-    note = (
-        "Explained variance of the held-out half of the text (and active features per token; cross-entropy recovered "
-        "against the mean, where it was measured). Turned: the same dictionary after a random rotation, which is "
-        "chance. Between maps: an affine map to the dictionary's own site and one back, fitted on the other half."
-    )
-    if few:
-        columns = ("Dictionary", "The one that is there", "As it is", "Turned", "Between maps", "Turned, between maps")
-        rows = tuple((name, *_rebuilt(one)) for name, one in moved)
-        return [Table("In the place of another", columns, rows, note=note), *_tuning_table(moved)]
-    names = [one.name for one in results.dictionaries]
-
-    def value(part: str) -> Callable[[ComparedPair], tuple[float, float]]:
-        def of(pair: ComparedPair) -> tuple[float, float]:
-            both = [getattr(one, part) if one else None for one in (pair.onto_second, pair.onto_first)]
-            first, second = (np.nan if one is None else max(one.explained_variance, 0.0) for one in both)
-            return first, second
-
-        return of
-
-    titles = dict(direct="as it is", direct_null="turned", affine="between maps", affine_null="turned, between maps")
-    matrices = {title: _matrix(names, results.pairs, value(part)) for part, title in titles.items()}
-    caption = f"The row's dictionary in the place of the column's. {note} Below 0 is shown as 0."
-    blocks: list[Block] = [
-        draw("transfer-places", heatmaps(names, matrices, 1.0, "explained variance"), caption, caption)
-    ]
-    return blocks + _tuning_table(sorted(moved, key=_saved, reverse=True)[:_ROWS])
-
-
-def _saved(named: tuple[str, ReconstructionTransfer]) -> float:
-    return named[1].fine_tuning.saved if named[1].fine_tuning else -1.0
-
-
-def _tuning_table(moved: Sequence[tuple[str, ReconstructionTransfer]]) -> list[Block]:
-    """What going on from another place's dictionary saves in training; where there are many, the largest savings."""
-    columns = ("Dictionary", "Tokens", "Random start", "Goes on", "Turned, goes on", "Saves", "Turned, saves")
-    rows = tuple(
-        (
-            name,
-            f"{one.tokens[-1]:,}",
-            *(number(curve[-1]) for curve in (one.scratch, one.tuned, one.turned)),
-            percent(one.saved),
-            percent(one.saved_null),
-        )
-        for name, place in moved
-        if (one := place.fine_tuning)
-    )
-    note = (
-        "Explained variance after training there on these tokens: from a random start, on from where the other place's "
-        "dictionary ended, and on from that after a random rotation. Saves: the share of the random start's tokens "
-        "that are not needed to explain as much as it does in the end; 0: it never does."
-    )
-    return [Table("What training goes on from", columns, rows, note=note)] if rows else []
-
-
-def _rebuilt(one: ReconstructionTransfer) -> tuple[str, ...]:
-    cells = []
-    for part in (one.own, one.direct, one.direct_null, one.affine, one.affine_null):
-        if part is None:
-            cells.append(MISSING)
-            continue
-        ce = "" if part.ce_recovered is None else f"; {number(part.ce_recovered)}"
-        cells.append(f"{number(part.explained_variance)} ({number(part.l0, 0)}{ce})")
-    return tuple(cells)
 
 
 def _causal_table(pairs: Sequence[ComparedPair]) -> Table:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from saejax.causal.ablate.results import MatchedDrops
+from saejax.causal.results import MatchedDrops
 from saejax.results import Interval
 
 

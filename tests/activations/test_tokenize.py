@@ -147,11 +147,12 @@ def test_of_many_documents_a_sample_takes_little_memory():
     assert peak < 12 * len(lengths_N)  # of which blocks take most, and the bincount above
 
 
-def test_what_cannot_be_tokenized(stream):
+def test_what_cannot_be_tokenized(stream, tmp_path):
     with pytest.raises(UserError, match="the held_out split has no text"):
         stream(["only one"])
     with pytest.raises(UserError, match="exceeds the model's context of 256"):
         stream(context=300)
+    assert not list(tmp_path.glob("tokenize/buckets"))
     asked = iter([False] * 20)
     with pytest.raises(Interrupted):
         stream(stopping=lambda: next(asked, True))

@@ -12,7 +12,7 @@ from saejax.attribution import run as stage
 from saejax.attribution.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
-from saejax.attribution.trace import memory
+from saejax.attribution.trace import room
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.settings import GraphConfig
@@ -123,7 +123,7 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
-    monkeypatch.setattr(memory, "free_room", lambda mesh: memory.Room(0, 2**28))
+    monkeypatch.setattr(room, "free_room", lambda mesh: room.Room(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
     assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error

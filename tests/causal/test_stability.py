@@ -9,7 +9,7 @@ from linear_experiment import LinearExperiment
 
 from saejax.causal import stability
 from saejax.causal.ablate.importance import measure_importance
-from saejax.causal.ablate.results import HalvesAgreement, MatchedDrops
+from saejax.causal.results import HalvesAgreement, MatchedDrops
 from saejax.causal.stability import Matches, between_halves, compare, match_by_activity, match_by_direction
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig

@@ -9,7 +9,7 @@ from saejax import command, load_results
 from saejax.clusters.agreement import GroupedFeatures
 from saejax.clusters.report import sections
 from saejax.page import style
-from saejax.page.document import Picture
+from saejax.page.blocks import Picture
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "ablate", "cluster"]

@@ -16,7 +16,7 @@ from saejax.activations.store import Store
 from saejax.crosscode.report import sections
 from saejax.errors import UserError
 from saejax.page import style
-from saejax.page.document import Picture
+from saejax.page.blocks import Picture
 from saejax.registry import STAGES
 from saejax.results import load_results
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from saejax import registry, settings
 from saejax.causal.ablate.importance import Importance
-from saejax.causal.ablate.results import HalvesAgreement
+from saejax.causal.results import HalvesAgreement
 from saejax.config import to_json
 from saejax.files import write_json
-from saejax.page.document import Example
+from saejax.page.strips import Example
 from saejax.results import to_json as results_to_json
 from saejax.workspace import SUMMARY, Run
 

@@ -16,7 +16,7 @@ from saejax.attribution.report_kept import kept_blocks
 from saejax.attribution.results import AttributeResults
 from saejax.errors import UserError
 from saejax.page import style
-from saejax.page.document import Links, Picture
+from saejax.page.blocks import Links, Picture
 from saejax.page.findings import Findings
 from saejax.report import run as report
 from saejax.report.run import run_report

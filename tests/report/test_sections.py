@@ -5,15 +5,16 @@ import types
 from pathlib import Path
 
 from saejax.causal.ablate import report_sets
-from saejax.causal.ablate.results import AblateResults, DoseCurve, EqualDose, UncomparedBasis
+from saejax.causal.ablate.results import AblateResults, DoseCurve, UncomparedBasis
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
+from saejax.causal.results import EqualDose
 from saejax.causal.study import report as studies
 from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
 from saejax.files import write_json
-from saejax.page.document import Picture
+from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
 from saejax.tasks import report as tasks

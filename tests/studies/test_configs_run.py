@@ -12,7 +12,7 @@ from tiny_models import save_tiny
 
 from saejax import command, config
 from saejax.registry import GROUPS, STAGES
-from saejax.tasks.benchmarks import LOGIC_TASKS
+from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 from tokenizer_kinds import tokenizer

@@ -10,7 +10,7 @@ from saejax.causal.claims import LEAST_SETS, Claim
 from saejax.causal.study.results import StudyEffect, StudyEffects
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
-from saejax.studies import criteria, gather
+from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 from saejax.track.results import StepTest, TrackedStep, TrackedText, TrackResults
@@ -125,7 +125,7 @@ def tracked(answers, placebo_rate) -> TrackResults:
 def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, placebo_rate, met):
     units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers, placebo_rate))}
     found = Findings(units, {}, Path(), {})
-    (pair,), (text,) = list(gather._transfer("row", found)), list(gather._tracking("row", found))
+    (pair,), (text,) = list(gather_effects.transfer("row", found)), list(gather_effects.tracking("row", found))
     assert (pair.first, pair.second, pair.measure, pair.shared.mean, pair.shared_null.mean) == (
         "topk", "standard", "decoder", shared, null,
     )  # fmt: skip

@@ -12,8 +12,9 @@ from benchmark_rows import GSM8K, LOGIC, write_all, write_lines
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks import hub as hub_module
+from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_files import Origin, find
-from saejax.tasks.benchmarks import LOGIC_TASKS, identity, origin, read_items
+from saejax.tasks.benchmarks import identity, origin, read_items
 
 ONE = ("",)
 

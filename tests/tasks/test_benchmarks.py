@@ -8,7 +8,8 @@ from benchmark_rows import DATA, GSM8K, LOGIC, MATH, NEEDS_DATA, read, write_all
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
-from saejax.tasks.benchmarks import Item, definition, read_items
+from saejax.tasks.benchmark_definitions import Item, definition
+from saejax.tasks.benchmarks import read_items
 
 
 @pytest.fixture(scope="module")

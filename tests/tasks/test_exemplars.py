@@ -14,7 +14,7 @@ from saejax.models import source
 from saejax.settings import BENCHMARKS, ModelConfig
 from saejax.tasks import exemplars
 from saejax.tasks.answers import last_boxed
-from saejax.tasks.benchmarks import DEFINITIONS, LOGIC_TASKS, Item
+from saejax.tasks.benchmark_definitions import DEFINITIONS, LOGIC_TASKS, Item
 
 
 def test_the_calculations_of_gsm8k_examples_are_right():

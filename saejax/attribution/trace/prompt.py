@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from saejax.attribution.graph import Graph
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.trace.memory import GraphSize, certain_active, check_room, fits
+from saejax.attribution.trace.memory import GraphSize, certain_active
+from saejax.attribution.trace.room import check_room, fits
 from saejax.attribution.trace.rounds import attributed, graph_of
 from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import RowTracer

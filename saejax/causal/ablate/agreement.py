@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from saejax.causal.ablate.importance import Importance, measure_importance
-from saejax.causal.ablate.results import DictionaryAgreement
+from saejax.causal.ablate.importance_results import DictionaryAgreement
 from saejax.causal.experiment import Experiment
 from saejax.causal.split import SplitModel
 from saejax.causal.stability import compare, match_by_activity, match_by_direction

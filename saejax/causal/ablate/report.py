@@ -6,7 +6,8 @@ from saejax.causal.ablate.report_figures import Effect
 from saejax.causal.ablate.report_sets import BASES, YES, named
 from saejax.causal.ablate.results import AblateResults, BehaviourAblation, DoseCurve, Grade
 from saejax.causal.claims import LEVEL
-from saejax.page.document import Block, Picture, Section, Text, VerdictBlock, anchor
+from saejax.page.blocks import Block, Picture, Text, VerdictBlock
+from saejax.page.document import Section, anchor
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import interval, percent
 from saejax.page.words import behaviour, detail_title, sentence, spread

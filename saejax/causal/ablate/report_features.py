@@ -7,12 +7,15 @@ import numpy as np
 
 from saejax.causal.ablate import report_figures
 from saejax.causal.ablate.importance import DISCOVERY, Importance
-from saejax.causal.ablate.results import AblateResults, BehaviourAblation, ImportanceSummary, TopFeature
+from saejax.causal.ablate.importance_results import ImportanceSummary
+from saejax.causal.ablate.results import AblateResults, BehaviourAblation, TopFeature
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import Label, labels_in
 from saejax.errors import UserError
-from saejax.page.document import Block, Picture, Section, Strips, Text
+from saejax.page.blocks import Block, Picture, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
+from saejax.page.strips import Strips
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title
 

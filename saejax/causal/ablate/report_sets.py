@@ -3,18 +3,13 @@
 from collections.abc import Mapping
 
 from saejax.causal.ablate import report_figures
-from saejax.causal.ablate.results import (
-    AblateResults,
-    CumulativeCurve,
-    DoseCurve,
-    EqualDose,
-    GreedySet,
-    UncomparedBasis,
-)
+from saejax.causal.ablate.results import AblateResults, CumulativeCurve, DoseCurve, GreedySet, UncomparedBasis
 from saejax.causal.circuits.report import size_blocks
 from saejax.causal.circuits.results import CircuitResult, CircuitTest
+from saejax.causal.results import EqualDose
 from saejax.causal.stability import DRAWS, LEAST
-from saejax.page.document import Block, Picture, Section, Text
+from saejax.page.blocks import Block, Picture, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour

@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
+from saejax.causal.ablate.importance_results import ImportanceSummary
 from saejax.causal.circuits.results import CircuitResult
 from saejax.causal.claims import Claim
-from saejax.causal.results import ControlMatch, RankedFeature
+from saejax.causal.results import ControlMatch, EqualDose, RankedFeature
 from saejax.results import Interval
 
 
@@ -90,16 +90,6 @@ class GreedySet:
 
 
 @dataclasses.dataclass(frozen=True)
-class EqualDose:
-    """The features and another basis over a range of doses that both reach."""
-
-    reach: float  #: the range's upper end; its lower end is 0
-    features: float  #: mean drop of the logit difference over the range: the area under the curve by its width
-    basis: float  #: likewise
-    difference: Interval  #: features - basis, paired by prompt
-
-
-@dataclasses.dataclass(frozen=True)
 class DoseCurve:
     """What growing sets of a basis's top directions cost, and how much they change."""
 
@@ -171,94 +161,6 @@ class RepeatedTest:
     claim: Claim  #: beside draws of its own, as if the behaviour were alone in its run
     harms: Grade  #: removing them costs the behaviour
     beyond_matched: Grade  #: and more than removing matched random features
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureEffect:
-    """What one feature is worth on the test prompts; a row of `<behaviour>-importance.parquet`."""
-
-    feature: int  #: its number
-    firing_rate: float  #: as of the top features
-    mean_activation: float  #: as of the top features
-    gradient: float  #: estimates of the drop
-    integrated: float  #: estimates of the drop
-    relp: float  #: estimates of the drop
-    drop: float  #: of the logit difference without it, mean and 95 % bootstrap interval
-    drop_low: float  #: of the logit difference without it, mean and 95 % bootstrap interval
-    drop_high: float  #: of the logit difference without it, mean and 95 % bootstrap interval
-    accuracy_drop: float  #: a share
-    effect_size: float  #: mean drop over its standard deviation
-    p_value: float  #: sign-flip permutations over prompts, two-sided
-    #: Benjamini and Hochberg's, over all features of the table: bounds the share of false discoveries if the tests are
-    #: independent or positively dependent
-    q_value: float
-    p_max_t: float  #: adjusted for all of them by step-down maxT (Westfall and Young), however they depend
-    #: share of the 100 features nearest in firing rate, activation and decoder norm with a smaller drop; None for a
-    #: feature alone
-    control_percentile: float | None
-    #: correlation over prompts of its largest activation with the clean logit difference; None where one of them is
-    #: constant
-    pearson: float | None
-    #: correlation over prompts of its largest activation with the clean logit difference; None where one of them is
-    #: constant
-    spearman: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class EstimateFit:
-    """Correlation over the features of an estimate with the drop; None where it is not defined."""
-
-    pearson: float | None  #: of the values
-    spearman: float | None  #: of their ranks
-
-
-@dataclasses.dataclass(frozen=True)
-class HalvesAgreement:
-    """How well one half of the prompts ranks the features as the other does; None where it is not defined."""
-
-    rank_correlation: float | None  #: of the drops on two random halves, mean of 100 splits
-    spearman_brown: float | None  #: 2 r / (1 + r): the same between two samples as large as this one
-
-
-@dataclasses.dataclass(frozen=True)
-class MatchedDrops:
-    """The drops of matched features of two dictionaries."""
-
-    matched: int  #: pairs
-    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
-    similarity: float | None  #: median over the pairs; None without any
-    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
-    #: the same
-    rank_correlation: Interval | None
-    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation
-    alike: Interval | None
-
-
-@dataclasses.dataclass(frozen=True)
-class DictionaryAgreement(MatchedDrops):
-    """Two dictionaries compared (`ablate.compare`)."""
-
-    first: str  #: the dictionaries
-    second: str  #: the dictionaries
-    #: what they were matched by: cosine of decoder rows, or correlation of largest activations over prompts
-    by: Literal["direction", "activity"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ImportanceSummary:
-    """All features that fire, each removed by itself (`ablate.effects=all`)."""
-
-    features: int  #: how many fire
-    discoveries: int  #: effects with q at most 0.05
-    sure: int  #: effects with p_max_t at most 0.05
-    estimates: Mapping[str, EstimateFit]  #: how well each estimate fits
-    #: how well the size of `pearson` and of `spearman` ranks features by their drop
-    correlations: Mapping[str, float | None]
-    leaders: tuple[FeatureEffect, ...]  #: the features of largest drop
-    stability: HalvesAgreement  #: between halves of the prompts
-    least_p: float  #: the smallest p-value that so few prompts allow
-    agreement: tuple[DictionaryAgreement, ...] | None = None  #: for each pair of dictionaries
 
 
 @dataclasses.dataclass(frozen=True)

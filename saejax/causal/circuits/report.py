@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from saejax.causal.circuits.results import CircuitResult
-from saejax.page.document import Block, Terms
+from saejax.page.blocks import Block, Terms
 from saejax.page.tables import MISSING, Table, interval, number, percent
 
 

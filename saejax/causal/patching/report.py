@@ -10,7 +10,8 @@ from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.patching.sites import DIRECTIONS
 from saejax.dictionaries.labels import labels_in
 from saejax.page import style
-from saejax.page.document import Block, Picture, Section, Terms
+from saejax.page.blocks import Block, Picture, Terms
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, interval, number
 from saejax.page.words import behaviour

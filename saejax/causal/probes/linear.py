@@ -26,21 +26,18 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.stats import norm, rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import recall_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from saejax.causal.clustered import Resampling
+from saejax.causal.probes.ranking import f_statistics, mean_differences
 from saejax.causal.probes.results import ProbeFit
+from saejax.causal.probes.scores import balanced_accuracy, permutation_p, roc_auc
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
 from saejax.tasks.scoring import wilson
 
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
-_RESAMPLES = 2_000  # of test prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,16 +108,6 @@ def run_probes(
         yield fit, right_M
 
 
-def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """How much more often one probe is right than the ``other`` on the same prompts, and its 95 % bootstrap interval.
-
-    Args:
-      right_M, other_M: whether each is right, of each prompt.
-      seed: of the bootstrap over prompts.
-    """
-    return Resampling.of(np.zeros(len(right_M)), _RESAMPLES, seed).mean(right_M.astype(float) - other_M)
-
-
 def fitted(task: Task, k: int | None, strength: float) -> ProbeAnswers:
     """What a probe of k inputs, or of all, says of the test prompts; ``strength`` is the penalty's inverse one."""
     train_NxR, test_MxR = _prepared(task, k)
@@ -128,36 +115,6 @@ def fitted(task: Task, k: int | None, strength: float) -> ProbeAnswers:
     return ProbeAnswers(
         model.predict(test_MxR), model.decision_function(test_MxR) if len(model.classes_) == 2 else None
     )
-
-
-def roc_auc(score_M: np.ndarray | None, class_M: np.ndarray) -> Interval | None:
-    """The area under the ROC curve of two classes, and its 95 % score interval, which has a width at 0 and 1, too.
-
-    The area A is the share of pairs of prompts, one of each class, of which the second class has the larger score, ties
-    counting half. The ends are where |A - a| = 1.96 sd(a), sd as Hanley and McNeil (1982) give it for exponential
-    scores, with (m + n) / 2 prompts of either class (method 5 of Newcombe, 2006).
-
-    Args:
-      score_M: larger for the second class; None: there is no such score.
-      class_M: of each prompt.
-
-    Returns:
-      None without scores, or where the prompts are not of two classes.
-    """
-    if score_M is None or len(np.unique(class_M)) != 2:
-        return None
-    second_M = class_M == class_M.max()
-    m, n = int(second_M.sum()), int((~second_M).sum())
-    area = (rankdata(score_M)[second_M].sum() - m * (m + 1) / 2) / (m * n)
-    others = (m + n) / 2 - 1
-
-    def beyond(a: float) -> float:
-        spread = 1 + others * ((1 - a) / (2 - a) + a / (1 + a))
-        return (area - a) ** 2 - norm.isf(0.025) ** 2 * a * (1 - a) * spread / (m * n)
-
-    low = brentq(beyond, 0.0, min(area, 1 - 1e-9)) if area > 0 else 0.0  # at 0 and 1 the spread is none
-    high = brentq(beyond, max(area, 1e-9), 1.0) if area < 1 else 1.0
-    return Interval(float(area), float(low), float(high))
 
 
 def choose_strength(task: Task, k: int | None, config: ProbeConfig, seed: int) -> float:
@@ -189,51 +146,6 @@ def leaders(task: Task, k: int) -> np.ndarray:
     score_KxC = ranked_by(task.train_NxC, task.train_class_N)
     place_KxC = np.argsort(np.argsort(-score_KxC, axis=1, kind="stable"), axis=1)
     return np.lexsort((-score_KxC.max(axis=0), place_KxC.min(axis=0)))[:k]
-
-
-def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """By how much the mean of each input x is larger in each class than in the others, [K, C]; in units of the input.
-
-    Of two classes its size, so that both have the same order. Of more it has its sign: what one class alone raises
-    would otherwise seem to tell each of the others, too.
-    """
-    member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
-    weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
-    others_KxN = ~member_KxN / np.maximum((~member_KxN).sum(axis=1, keepdims=True), 1)
-    difference_KxC = (weight_KxN - others_KxN) @ x_NxC
-    return np.abs(difference_KxC) if len(difference_KxC) == 2 else difference_KxC
-
-
-def f_statistics(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
-    """How well each input x tells each class from the others, [K, C]: its F statistic in an analysis of variance.
-
-    That is the variance between the class and the others over the variance within the two; infinite where nothing
-    varies within them, 0 for an input that varies nowhere.
-    """
-    member_KxN = (class_N[None, :] == np.unique(class_N)[:, None]).astype(float)
-    centred_NxC = x_NxC - x_NxC.mean(axis=0)
-    total_C, count_Kx1 = (centred_NxC**2).sum(axis=0), member_KxN.sum(axis=1, keepdims=True)
-    others_Kx1 = len(class_N) - count_Kx1
-    between_KxC = (member_KxN @ centred_NxC) ** 2 * len(class_N) / (count_Kx1 * others_Kx1)
-    within_KxC = total_C - between_KxC
-    within_KxC[within_KxC < 1e-12 * total_C] = 0.0  # rounding
-    certain_KxC = np.where(between_KxC > 0, np.inf, 0.0)
-    return np.divide(between_KxC * (len(class_N) - 2), within_KxC, out=certain_KxC, where=within_KxC > 0)
-
-
-def balanced_accuracy(answer_M: np.ndarray, class_M: np.ndarray) -> float:
-    """The share of prompts within each class whose answer is that class, mean over the classes that there are."""
-    return float(recall_score(class_M, answer_M, labels=np.unique(class_M), average="macro"))
-
-
-def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
-    """The p-value of the hypothesis that each answer has nothing to do with the prompt's class, one-sided.
-
-    The share of so many ``draws`` of permutations of the classes, the true order among them, with at least as many
-    right answers (Phipson and Smyth, 2010).
-    """
-    right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
-    return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
 
 
 def _prepared(task: Task, k: int | None) -> tuple[np.ndarray, np.ndarray]:

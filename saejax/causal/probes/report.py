@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
-from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
 from saejax.page.tables import MISSING, Table, interval, number, percent

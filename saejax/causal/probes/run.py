@@ -17,8 +17,9 @@ from threadpoolctl import threadpool_limits
 
 from saejax.causal import parts
 from saejax.causal.probes.inputs import pooled_inputs
-from saejax.causal.probes.linear import Task, paired_difference, run_probes
+from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
+from saejax.causal.probes.scores import paired_difference
 from saejax.causal.split import SplitModel
 from saejax.errors import UserError
 from saejax.files import whole_file

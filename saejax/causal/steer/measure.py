@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal.ablate.dose import equal_dose
-from saejax.causal.ablate.results import EqualDose
 from saejax.causal.ablate.text import HeldOutText, TextDiffs
 from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.parts import OnProgress
+from saejax.causal.results import EqualDose
 from saejax.causal.split import CleanRun, SplitModel, in_order
 from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values

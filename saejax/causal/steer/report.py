@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 
 from saejax.causal.steer.results import BehaviourSteering, SteeringPoint, SteerResults
 from saejax.page import style
-from saejax.page.document import Block, Picture, Section, Terms, Text
+from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant, visible
 from saejax.page.words import behaviour, place

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from saejax.causal.ablate.results import EqualDose
 from saejax.causal.claims import Claim
+from saejax.causal.results import EqualDose
 from saejax.results import Interval
 
 

@@ -6,7 +6,7 @@ from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
-from saejax.tasks.benchmarks import definition, way
+from saejax.tasks.benchmark_definitions import definition, way
 from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
 
 _FIRES = 0.6  # share of the texts on which a top or matched feature does, about: it is not removed from others

@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.models.language_model import Edit
 from saejax.settings import StudyConfig
-from saejax.tasks.benchmarks import Item
+from saejax.tasks.benchmark_definitions import Item
 
 _POOL = 256  # activations of a feature from which random replacements are drawn
 _ADVICE = "lower --study.top or --study.matches, raise --study.items"

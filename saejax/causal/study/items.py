@@ -10,8 +10,8 @@ from saejax.causal.study.results import ItemScore
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
+from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmark_prompts import make_prompter
-from saejax.tasks.benchmarks import Item, way
 from saejax.tasks.scored_items import ChosenItem, ReferenceItem, ScoredItem
 
 EditsOf = Callable[[Sequence[int]], Sequence[Edit]]  # of the texts of a batch, given which item each is of

@@ -25,7 +25,7 @@ from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.settings import StudyConfig
-from saejax.tasks.benchmarks import Item
+from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.likelihood import token_scores
 
 _FEATURES = 16  # removed between two looks whether to stop

@@ -6,7 +6,8 @@ from saejax.causal.claims import Rule
 from saejax.causal.study.results import SingleEffects, StudyResults
 from saejax.causal.study.scores import settled
 from saejax.causal.study.single import line
-from saejax.page.document import Block, Section, Terms, Text
+from saejax.page.blocks import Block, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, sentence, spread

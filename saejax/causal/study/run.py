@@ -34,7 +34,8 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
-from saejax.tasks.benchmarks import Item, origin, read_items, way
+from saejax.tasks.benchmark_definitions import Item, way
+from saejax.tasks.benchmarks import origin, read_items
 from saejax.workspace import Run
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from saejax.ground_truth.algorithms.results import AlgorithmResults, EdgeCurves, PlantedScores
-from saejax.page.document import Block, Section, Text
+from saejax.page.blocks import Block, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 

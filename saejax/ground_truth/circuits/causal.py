@@ -21,7 +21,7 @@ from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
-from saejax.ground_truth.circuits.catalogue import Case
+from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.ground_truth.circuits.stage import KnownConfig
 from saejax.library.causal import ablate

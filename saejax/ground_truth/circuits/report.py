@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from saejax.ground_truth.circuits.dictionaries import EXACT, RANDOM, TRAINED, UNTRAINED, WRONG
 from saejax.ground_truth.circuits.results import CausalScores, JudgedSet, KnownCircuitResults
-from saejax.page.document import Block, Section, Terms, Text
+from saejax.page.blocks import Block, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 

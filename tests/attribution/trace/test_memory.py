@@ -10,10 +10,11 @@ from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
 from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace import memory, row_store
+from saejax.attribution.trace import memory, room, row_store
 from saejax.attribution.trace import prompt as attribute
 from saejax.attribution.trace.directions import READ_AT_ONCE
-from saejax.attribution.trace.memory import GraphSize, Room, certain_active, check_room, fitting_tokens, graph_bytes
+from saejax.attribution.trace.memory import GraphSize, certain_active, graph_bytes
+from saejax.attribution.trace.room import Room, check_room, fitting_tokens
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
@@ -66,7 +67,7 @@ def test_heads_of_edges_take_what_one_block_does(large, one_device):
     streams, weights = 2 * 24 * 1024 * 2048 * 4, 2 * 16 * 1024**2 * 4
     assert values + mixed + streams + weights < need.device < 3 * (values + mixed + streams + weights)
     assert "heads" not in graph_bytes(large, 1024, one_device)
-    room = Room(0, need.device // 2)
+    free = Room(0, need.device // 2)
     with pytest.raises(UserError, match="leave the heads out"):
         check_room(
             dataclasses.replace(
@@ -77,7 +78,7 @@ def test_heads_of_edges_take_what_one_block_does(large, one_device):
             ),
             1024,
             one_device,
-            room,
+            free,
         )
 
 
@@ -100,15 +101,15 @@ def test_memory_grows_with_what_it_is_made_of(large, one_device):
 
 def test_as_many_tokens_fit_as_memory_allows(large, one_device):
     need = graph_bytes(large, 700, one_device)
-    room = Room(0, max(map(sum, need.values())))
-    most = fitting_tokens(large, one_device, room)
+    free = Room(0, max(map(sum, need.values())))
+    most = fitting_tokens(large, one_device, free)
     assert 700 <= most < 700 + 64  # up to the length to which 700 tokens are padded, and about that many bytes
-    assert all(room.holds(part, one_device) for part in graph_bytes(large, most, one_device).values())
-    assert not all(room.holds(part, one_device) for part in graph_bytes(large, most + 1, one_device).values())
+    assert all(free.holds(part, one_device) for part in graph_bytes(large, most, one_device).values())
+    assert not all(free.holds(part, one_device) for part in graph_bytes(large, most + 1, one_device).values())
     assert fitting_tokens(large, one_device, Room(0, 2**62)) == large.model.context
-    check_room(large, most, one_device, room)
+    check_room(large, most, one_device, free)
     with pytest.raises(UserError, match=rf"^about {most:,} tokens fit into .* and the prompt has {most + 1:,} tokens"):
-        check_room(large, most + 1, one_device, room)
+        check_room(large, most + 1, one_device, free)
     with pytest.raises(UserError, match="^no prompt fits into the memory that is free, 0.0 GiB"):
         check_room(large, 5, one_device, Room(0, 0))
 
@@ -133,8 +134,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_a_layer_is_run(tiny, one_d
     made = make_transcoders(tiny.config, "topk")
     assert certain_active(made[0].config) == 6 and certain_active(make_transcoders(tiny.config)[0].config) == 0
     size = GraphSize(tiny.config, made[0].config, 6.0)
-    room = Room(0, max(map(sum, graph_bytes(size, 30, one_device).values())))
-    monkeypatch.setattr(memory, "free_room", lambda mesh: room)
+    free = Room(0, max(map(sum, graph_bytes(size, 30, one_device).values())))
+    monkeypatch.setattr(room, "free_room", lambda mesh: free)
     monkeypatch.setattr(attribute.Replacement, "of", lambda *arguments: pytest.fail("a layer was run"))
     with pytest.raises(UserError, match=r"^about 3\d tokens fit into .* has 60 tokens") as error:
         trace(tiny, made, [0] * 60)
@@ -148,7 +149,7 @@ def test_more_active_features_than_fit_are_refused_before_rows(tiny, one_device,
 
     def shrink(*arguments):
         ran.append(of(*arguments))
-        monkeypatch.setattr(memory, "free_room", lambda mesh: Room(0, memory._PROGRAMS + 100_000))
+        monkeypatch.setattr(room, "free_room", lambda mesh: Room(0, memory._PROGRAMS + 100_000))
         return ran[0]
 
     monkeypatch.setattr(attribute.Replacement, "of", shrink)

@@ -11,7 +11,8 @@ from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate import verdict
 from saejax.causal.ablate.importance import Importance
-from saejax.causal.ablate.results import AblateResults, ImportanceSummary
+from saejax.causal.ablate.importance_results import ImportanceSummary
+from saejax.causal.ablate.results import AblateResults
 from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError

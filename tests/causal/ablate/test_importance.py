@@ -10,8 +10,9 @@ from linear_experiment import LinearExperiment
 from scipy import stats
 
 from saejax.causal.ablate.importance import Importance, control_percentiles, measure_importance
-from saejax.causal.ablate.results import HalvesAgreement, ImportanceSummary
+from saejax.causal.ablate.importance_results import ImportanceSummary
 from saejax.causal.feature_statistics import coordinates
+from saejax.causal.results import HalvesAgreement
 from saejax.causal.stability import between_halves
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig

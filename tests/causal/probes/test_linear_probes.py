@@ -11,19 +11,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from saejax.causal.probes.linear import (
-    Task,
-    balanced_accuracy,
-    choose_strength,
-    f_statistics,
-    fitted,
-    leaders,
-    mean_differences,
-    paired_difference,
-    permutation_p,
-    roc_auc,
-    run_probes,
-)
+from saejax.causal.probes.linear import Task, choose_strength, fitted, leaders, run_probes
+from saejax.causal.probes.ranking import f_statistics, mean_differences
+from saejax.causal.probes.scores import balanced_accuracy, paired_difference, permutation_p, roc_auc
 from saejax.results import Interval
 from saejax.settings import ProbeConfig
 

@@ -22,8 +22,9 @@ from saejax.models.tokens import pad
 from saejax.registry import GROUPS
 from saejax.results import Interval, from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
-from saejax.tasks.benchmarks import LOGIC_TASKS, read_items
+from saejax.tasks.benchmarks import read_items
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run
 

@@ -1,0 +1,142 @@
+"""The blocks of a report: each knows its ``kind``, by which ``page.html.jinja`` lays it out, and its own Markdown.
+
+Texts are plain; escaping happens here and in the template.
+"""
+
+import dataclasses
+
+from markupsafe import Markup
+
+from saejax.page.strips import Strips
+from saejax.page.tables import Table, escape_markdown
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A paragraph; ``strong`` sets it off as what a reader should not miss, ``alarm`` in red as what is wrong."""
+
+    text: str
+    strong: bool = False
+    alarm: bool = False
+    kind = "text"
+
+    def markdown(self) -> str:
+        text = escape_markdown(self.text)
+        return f"> **{text}**" if self.alarm else f"> {text}" if self.strong else text
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """A list of (term, what it means or what there is to say about it)."""
+
+    items: tuple[tuple[str, str], ...]
+    kind = "terms"
+
+    def markdown(self) -> str:
+        return "\n".join(f"- **{escape_markdown(term)}**: {escape_markdown(text)}" for term, text in self.items)
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictBlock:
+    """The answer for one behaviour.
+
+    Attributes:
+      name: the behaviour.
+      anchor: of the section that shows the details.
+      yes: whether any answer holds.
+      badge: the highest answer that holds, in a word or two.
+      answer: the same in a sentence.
+      grades: the answers one by one: in words, "yes", "no" or "not known", and the reason.
+      measures: what was measured, on the top features and on the random ones; headings first.
+      sentences: what else there is to say.
+      flag: doubts that go with it, if any.
+    """
+
+    name: str
+    anchor: str
+    yes: bool
+    badge: str
+    answer: str
+    grades: tuple[tuple[str, str, str], ...]
+    measures: tuple[tuple[str, str, str], ...]
+    sentences: tuple[str, ...]
+    flag: str = ""
+    kind = "verdict"
+
+    def markdown(self) -> str:
+        (_, *headings), *rows = self.measures
+        lines = [f"- **{escape_markdown(self.name)}: {escape_markdown(self.badge)}.** {escape_markdown(self.answer)}"]
+        lines += [
+            f"  - {escape_markdown(words)}: **{said}**: {escape_markdown(reason)}"
+            for words, said, reason in self.grades
+        ]
+        for what, *values in rows:
+            shown = "; ".join(f"{heading}: {value}" for heading, value in zip(headings, values, strict=True))
+            lines.append(f"  - {escape_markdown(f'{what}; {shown}')}")
+        lines += [f"  - {escape_markdown(' '.join(self.sentences))}"]
+        if self.flag:
+            lines.append(f"  - **Flagged:** {escape_markdown(self.flag)}")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A saved figure.
+
+    Attributes:
+      name: ``figures/<name>.<ending>``.
+      svg: for use inside the page.
+      caption: what is to be seen, and how to read it.
+      alt: the same for someone who cannot see it, with the figures that matter.
+      ending: of the file that Markdown shows.
+      width: CSS length of a figure that keeps its own size, however wide; "": that of the report's figures.
+    """
+
+    name: str
+    svg: Markup
+    caption: str
+    alt: str
+    ending: str = "png"
+    width: str = ""
+    kind = "picture"
+
+    def markdown(self) -> str:
+        alt = escape_markdown(self.alt)
+        return f"![{alt}](figures/{self.name}.{self.ending})\n\n*{escape_markdown(self.caption)}*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """Text to copy; on the page, folded away unless ``folded`` is False."""
+
+    title: str
+    text: str
+    folded: bool = True
+    kind = "code"
+
+    def markdown(self) -> str:
+        fence = "```"
+        while fence in self.text:
+            fence += "`"
+        return f"{escape_markdown(self.title)}:\n\n{fence}\n{self.text}\n{fence}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """Other files of the workdir.
+
+    Attributes:
+      title: what they are; "": nothing to be said.
+      items: (text, address relative to the report's folder, percent-encoded).
+    """
+
+    title: str
+    items: tuple[tuple[str, str], ...]
+    kind = "links"
+
+    def markdown(self) -> str:
+        links = [f"- [{escape_markdown(text)}]({address})" for text, address in self.items]
+        return "\n".join(([f"{escape_markdown(self.title)}:", ""] if self.title else []) + links)
+
+
+Block = Text | Terms | VerdictBlock | Picture | Strips | Code | Table | Links

@@ -1,0 +1,102 @@
+"""The contexts in which a feature fires, as strips of tokens."""
+
+import dataclasses
+import math
+
+from saejax.page.tables import escape_markdown, number, visible
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One token of a strip.
+
+    Attributes:
+      text: on one line; of nothing but spaces, made visible.
+      share: its activation over the feature's largest one, 0 to 1.
+      peak: whether it is the context's maximum.
+      label: its activation, in words.
+    """
+
+    text: str
+    share: float
+    peak: bool
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One context of a feature in the captured text.
+
+    Attributes:
+      document: index of the document in the store.
+      position: position of the maximum in it, from 0.
+      tokens: the text of each token shown, in order.
+      activations: the feature's activation on each; NaN where the store holds no row (an attention sink, or a
+        position that was not captured).
+      peak: index of the maximum in ``tokens``.
+      place: in words, where the maximum stands in the corpus or among the prompts.
+    """
+
+    document: int
+    position: int
+    tokens: tuple[str, ...]
+    activations: tuple[float, ...]
+    peak: int
+    place: str
+
+    @property
+    def activation(self) -> float:
+        """The activation at the maximum."""
+        return self.activations[self.peak]
+
+
+@dataclasses.dataclass(frozen=True)
+class Strips:
+    """The contexts of one feature.
+
+    Attributes:
+      heading: the feature's number.
+      note: figures about it, or why there are no contexts.
+      examples: the contexts, strongest first.
+    """
+
+    heading: str
+    note: str
+    examples: tuple[Example, ...]
+    kind = "strips"
+
+    def rows(self) -> list[tuple[list[Piece], str]]:
+        """For each context its pieces and where it stands."""
+        largest = max((example.activation for example in self.examples), default=1.0)
+        return [
+            (
+                [
+                    Piece(
+                        text=_token(token),
+                        share=0.0 if math.isnan(value) else min(max(value / largest, 0.0), 1.0),
+                        peak=i == example.peak,
+                        label="not scored" if math.isnan(value) else number(value),
+                    )
+                    for i, (token, value) in enumerate(zip(example.tokens, example.activations, strict=True))
+                ],
+                f"activation {number(example.activation, 1)}, {example.place}",
+            )
+            for example in self.examples
+        ]
+
+    def markdown(self) -> str:
+        lines = []
+        for pieces, where in self.rows():
+            # Bold as HTML: ** next to spaces or punctuation is not always bold.
+            text = "".join(
+                f"<b>{escape_markdown(piece.text)}</b>" if piece.peak else escape_markdown(piece.text)
+                for piece in pieces
+            )
+            lines.append(f"  - “{text}” ({escape_markdown(where)})")
+        return "\n".join([f"- **{escape_markdown(self.heading)}**: {escape_markdown(self.note)}", *lines])
+
+
+def _token(text: str) -> str:
+    """A token's text on one line; one of nothing but spaces is made visible."""
+    text = visible(text)
+    return text if text.strip() else "␣" * max(len(text), 1)

@@ -1,0 +1,184 @@
+"""Which benchmarks there are, how each is asked and scored, and how its rows are read.
+
+- ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021); as
+  multiple choice, for models too weak to answer, ``number_choices`` says among which numbers.
+- ``math``: competition problems whose solutions hold the answer in ``\\boxed{}`` (Hendrycks et al., 2021).
+- ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from saejax.errors import UserError, one_of
+from saejax.settings import BENCHMARKS, TaskConfig
+from saejax.tasks.answers import last_boxed
+from saejax.tasks.benchmark_files import Row
+
+_CHOICES = {"boolean_expressions": ("True", "False"), "web_of_lies": ("Yes", "No")}
+LOGIC_TASKS = (
+    "logical_deduction_three_objects",
+    "logical_deduction_five_objects",
+    "logical_deduction_seven_objects",
+    "boolean_expressions",
+    "web_of_lies",
+    "date_understanding",
+)
+_SUBJECTS = (
+    "algebra",
+    "counting_and_probability",
+    "geometry",
+    "intermediate_algebra",
+    "number_theory",
+    "prealgebra",
+    "precalculus",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+      id: where it stands, such as "test:17": file or hub configuration, and line or row from 1.
+      task: of logic, the task; "" for others.
+      question: the text of the question, its options included.
+      solution: what a perfect model would write: the worked solution, or of multiple choice the right choice.
+      answer: the final answer alone.
+      choices: the answers to choose from; empty where none are given.
+    """
+
+    id: str
+    task: str
+    question: str
+    solution: str
+    answer: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How a benchmark is read and scored.
+
+    Attributes:
+      hub: its data set's id on the hub.
+      configurations: the data set's configurations to read.
+      parts: the tasks it consists of; ("",) if it is one.
+      examples: how many items are asked by default.
+      shots: worked examples before each question by default.
+      scores: ways of scoring it, the default first.
+      question: how a question is asked; "{}" stands for it. The answer follows.
+      instruction: what a chat model is told beforehand.
+      stop: texts that end a generated answer.
+      parse: makes an item of a row.
+      training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
+      brief: the instruction where the final answer alone is asked for; "": it always is, or never.
+    """
+
+    hub: str
+    configurations: tuple[str, ...]
+    parts: tuple[str, ...]
+    examples: int
+    shots: int
+    scores: tuple[str, ...]
+    question: str
+    instruction: str
+    stop: tuple[str, ...]
+    parse: Callable[[Row], Item]
+    training: tuple[str, tuple[str, ...]] = ("", ())
+    brief: str = ""
+
+
+def _gsm8k(row: Row) -> Item:
+    question, solution = (row.text(column, ("question", "answer")) for column in ("question", "answer"))
+    answer = final_number(solution)
+    if not answer:
+        raise UserError(f"{row.where}: 'answer' does not end in '#### ' and a number: fix or remove the row")
+    return Item(row.name, "", question, solution, answer)
+
+
+def final_number(solution: str) -> str:
+    """What a solution of gsm8k ends in; "" if it has no final answer."""
+    _, mark, answer = solution.rpartition("####")
+    return answer.strip() if mark else ""
+
+
+def _math(row: Row) -> Item:
+    columns = ("problem", "solution")
+    question, solution = (row.text(column, columns) for column in columns)
+    answer = row.text("answer", (*columns, "answer")) if "answer" in row.fields else last_boxed(solution)
+    if not answer:
+        raise UserError(
+            f"{row.where}: 'solution' has no \\boxed{{...}} with an answer, and there is no column 'answer': fix or "
+            "remove the row"
+        )
+    return Item(row.name, "", question, solution, answer)
+
+
+def _logic(row: Row) -> Item:
+    question, answer = (row.text(column, ("input", "target")) for column in ("input", "target"))
+    choices = _CHOICES.get(row.part) or tuple(re.findall(r"^\([A-Z]\)", question, re.MULTILINE))
+    if answer not in choices:
+        raise UserError(
+            f"{row.where}: 'target' is {answer!r}, which is not one of {', '.join(choices) or 'its options (none)'}: "
+            "fix or remove the row"
+        )
+    return Item(row.name, row.part, question, answer, answer, choices)
+
+
+DEFINITIONS = {
+    "gsm8k": Benchmark(
+        hub="openai/gsm8k",
+        configurations=("main",),
+        parts=("",),
+        examples=500,
+        shots=5,
+        scores=("generate", "choice", "likelihood"),
+        question="Question: {}\nAnswer:",
+        instruction="Solve the problem step by step. End with a line that holds '#### ' and the answer as a number.",
+        stop=("Question:", "</s>", "<|im_end|>"),
+        parse=_gsm8k,
+        training=("openai/gsm8k", ("main",)),
+        brief="Answer with a number alone.",
+    ),
+    "math": Benchmark(
+        hub="HuggingFaceH4/MATH-500",
+        configurations=("default",),
+        parts=("",),
+        examples=100,
+        shots=4,
+        scores=("generate", "likelihood"),
+        question="Problem:\n{}\n\nSolution:",
+        instruction="Solve the problem step by step and put the final answer into \\boxed{}.",
+        stop=("Problem:",),
+        parse=_math,
+        training=("EleutherAI/hendrycks_math", _SUBJECTS),
+    ),
+    "logic": Benchmark(
+        hub="SaylorTwift/bbh",
+        configurations=LOGIC_TASKS,
+        parts=LOGIC_TASKS,
+        examples=200,
+        shots=3,
+        scores=("choice", "likelihood"),
+        question="Q: {}\nA:",
+        instruction="Answer with the right choice alone.",
+        stop=(),
+        parse=_logic,
+    ),
+}
+
+
+def definition(name: str) -> Benchmark:
+    """A benchmark by its name; a ``UserError`` lists them."""
+    return DEFINITIONS[one_of(name, BENCHMARKS, "benchmark")]
+
+
+def way(name: str, task: TaskConfig) -> str:
+    """How a benchmark is scored: "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be scored so."""
+    ways = definition(name).scores
+    if task.score == "auto":
+        return ways[0]
+    if task.score not in ways:
+        raise UserError(f"--task.score={task.score} does not fit {name}: expected one of {', '.join(('auto', *ways))}")
+    return task.score
