@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.backend import fastest, load_reader, ways
-from saejax.activations.capture_shards import capture_parts, missing_shards
+from saejax.activations.capture_shards import ShardCapture, missing_shards
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
 from saejax.activations.plan import Plan
@@ -70,7 +70,7 @@ def run_capture(run: Run) -> CaptureResults:
         f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "
         f"{plan.shards - len(missing)} of {plan.shards} shards are done"
     )
-    rate = capture_parts(run, request, plan, writer, widths, missing, reader) if missing else 0.0
+    rate = ShardCapture(run, request, plan, writer, widths, reader).make(missing) if missing else 0.0
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)

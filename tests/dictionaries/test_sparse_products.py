@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from saejax.dictionaries import codes, selection, sparse_kernels, sparse_products, sparsity
 from saejax.dictionaries.matmul import matmul
@@ -114,7 +115,9 @@ def test_kernels_of_members_side_by_side_and_for_a_gpu(world):
         for index in range(2):
             alone = jax.jit(gradient)({key: array[index] for key, array in pair.items()})[name]
             np.testing.assert_allclose(found[index], alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max(), err_msg=name)
-    lowered = together.trace(pair).lower(lowering_platforms=("cuda",)).as_text()
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=gpu)):  # JAX 0.11 asks which GPU it is for
+        lowered = together.trace(pair).lower(lowering_platforms=("cuda",)).as_text()
     assert lowered.count("xla.gpu.triton") >= 3  # decoding with error, both weight gradients, the gradient of values
 
 
