@@ -1,7 +1,10 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +27,13 @@ if not os.environ.get("SAEJAX_FULL_COMPILER"):
     )
     if version("jaxlib").startswith("0.10."):  # XLA ends the process for a flag that it does not have any more
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Half of the time goes into compiling, often of what another file, process or worker has compiled before: programs are
+# kept for as long as the tests run, in a folder that all of them share.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="saejax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Threads of PyTorch wait for each other in loops: on models this small, beside other work, most of their time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
