@@ -147,6 +147,20 @@ def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
 
 
+def test_where_random_features_are_too_few_nothing_is_said_of_them(tmp_path):
+    inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=5)
+    summary = read_json(inputs["ablate/topk"] / SUMMARY)
+    unknown = dict(holds=None, reason="the pool of matched features holds 4 sets")
+    result = summary["results"]["behaviours"]["capital"]
+    result["grades"] |= dict(harms=dict(holds=True, reason="much"), beyond_matched=unknown, highest="harms")
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    run = make_run(tmp_path, inputs)
+    run_report(run)
+    text = (run.folder / "report.md").read_text()
+    assert "costs Capital of a country; that it costs more than removing matched random ones is not shown" in text
+    assert "Removing these features costs the behaviour. That it costs more than" in text and "clearly" not in text
+
+
 def test_a_rule_that_says_yes_too_often_stands_first_in_red(tmp_path):
     inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=100)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)

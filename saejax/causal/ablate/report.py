@@ -23,7 +23,8 @@ _BADGES = dict(
 )
 _ANSWERS = dict(
     none="Not shown that removing these features costs the behaviour.",
-    harms="Removing these features costs the behaviour, but not clearly more than removing matched random ones.",
+    harms="Removing these features costs the behaviour. That it costs more than removing matched random ones was not "
+    "shown.",
     beyond_matched="Removing these features costs more than removing matched random ones. That changing the site as "
     "much along another basis costs less was not shown.",
     beyond_bases="Removing these features costs more than removing matched random ones, and more than changing the "
@@ -69,7 +70,7 @@ def _headline(ablate: AblateResults) -> str:
         beyond_bases="The top features cost {} more than other bases at equal dose, but not these alone.",
         beyond_matched="The top features cost {} more than matched random ones; that they do more than a simpler basis "
         "at equal dose is not shown.",
-        harms="Removing the top features costs {}, but not clearly more than removing matched random ones.",
+        harms="Removing the top features costs {}; that it costs more than removing matched random ones is not shown.",
         none="Not shown that removing the top features costs {}.",
     )
     parts = [sentences[grade].format(", ".join(names)) for grade, names in by_grade.items() if names]
