@@ -19,8 +19,9 @@ from saejax.activations.documents import COLUMNS, FILES, ORDER
 from saejax.activations.writer import npy_header
 from saejax.files import whole_file
 
-_BUCKETS = 128  # of each split; of a billion tokens each holds 32 MB
+_BUCKETS = 128  # of each split; of a bucket only its table is in memory, some 50 bytes for a document
 _IN_MEMORY = 2**22  # tokens that wait to be written to their buckets
+_TOKEN_BYTES = np.dtype(np.int32).itemsize
 _GROUPS = 2**31 - 1
 
 
@@ -76,10 +77,13 @@ class ShuffledWriter:
             if not self._rows_of(bucket).exists():
                 continue
             rows_Nx6 = np.fromfile(self._rows_of(bucket), np.int32).reshape(-1, 1 + len(COLUMNS))
-            ids_T = np.fromfile(self._ids_of(bucket), np.int32)
             ends_N = np.cumsum(rows_Nx6[:, 0], dtype=np.int64)
             order_N = np.random.default_rng([self._seed, ORDER, bucket]).permutation(len(rows_Nx6))
-            ids.write(np.concatenate([ids_T[ends_N[i] - rows_Nx6[i, 0] : ends_N[i]] for i in order_N]))
+            starts_N = ends_N - rows_Nx6[:, 0]
+            with open(self._ids_of(bucket), "rb") as file:
+                for document in order_N:
+                    file.seek(starts_N[document] * _TOKEN_BYTES)
+                    ids.write(file.read((ends_N[document] - starts_N[document]) * _TOKEN_BYTES))
             offsets.write(end + np.cumsum(rows_Nx6[order_N, 0], dtype=np.int64))
             table.write(rows_Nx6[order_N, 1:])
             end += ends_N[-1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saejax.activations import shuffled, tokenize
-from saejax.activations.cutter import SPLITS
+from saejax.activations.cutter import SPLITS, TextPiece
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
@@ -78,6 +78,23 @@ def test_the_order_is_random_and_the_same_again(stream):
     assert all(np.array_equal(a, b) for a, b in zip(documents.arrays().values(), again.arrays().values(), strict=True))
     other = stream(name="other", seed=3)[2]
     assert contents(other) == contents(documents) and not np.array_equal(other.ids_T, documents.ids_T)
+
+
+def test_documents_of_any_size_are_shuffled_in_little_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffled, "_BUCKETS", 1)
+    monkeypatch.setattr(shuffled, "_IN_MEMORY", 2**16)
+    writer, lengths_N = shuffled.ShuffledWriter(tmp_path, (), 0), np.random.default_rng(0).integers(1, 16_384, 1_000)
+    tracemalloc.start()
+    for number, length in enumerate(lengths_N):
+        writer.add(TextPiece(np.full(length, number), number % 2, 0, "", number, 0))
+    writer.finish()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    documents = Documents.read(tmp_path, ())
+    assert peak < documents.ids_T.nbytes / 16
+    source_N = documents.column("source")
+    assert sorted(source_N) == list(range(1_000)) and (documents.split_N == source_N % 2).all()
+    assert np.array_equal(documents.ids_T, np.repeat(source_N, lengths_N[source_N]))
 
 
 def test_a_text_stays_on_its_side_whatever_else_there_is(stream):
