@@ -152,7 +152,7 @@ def batches_of(
             own, length = rows[shape_N == shape], int(lengths[shape])
             parts = _parts(own, prompts, length, max(most // shards, 1))
             parts += [own[:0]] * (-len(parts) % shards)
-            size = _few_rows(max(len(part.set_N) for part in parts))
+            size = few_rows(max(len(part.set_N) for part in parts))
             full = full_batch(max(most // shards, 1), length)
             tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)
             for first in range(0, len(parts), shards):
@@ -191,7 +191,7 @@ def _few_tokens(count: int, full: int) -> int:
     return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
 
 
-def _few_rows(count: int) -> int:
+def few_rows(count: int) -> int:
     """So many or up to a third more, likewise: two numbers between each power of two and the next."""
     return _filled(count, max(2 ** max(count.bit_length() - 2, 0), _STEP))
 

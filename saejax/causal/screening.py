@@ -39,6 +39,11 @@ def points(estimate: str) -> int:
     return STEPS if estimate == "integrated" else 1
 
 
+def backward_of(estimate: str) -> str:
+    """What differentiation goes by; see ``RunRules``."""
+    return "relp" if estimate == "relp" else "gradient"
+
+
 def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
@@ -61,8 +66,8 @@ def attribution(
     Raises:
       UserError: it is not finite.
     """
-    backward = "relp" if estimate == "relp" else "gradient"
-    point = dataclasses.replace(split.point, rules=dataclasses.replace(split.point.rules, backward=backward))
+    rules = dataclasses.replace(split.point.rules, backward=backward_of(estimate))
+    point = dataclasses.replace(split.point, rules=rules)
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):

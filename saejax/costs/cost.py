@@ -112,8 +112,9 @@ class PlannedRun:
         kind, member = stacks.kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
         stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
-        site = next(entry.site for entry in stack.members if entry.name == member)
-        return dataclasses.replace(stack.dictionary, site=site)
+        own = next(entry for entry in stack.members if entry.name == member)
+        target = own.target if stack.dictionary.target else ""  # the stack's is that of its first member
+        return dataclasses.replace(stack.dictionary, site=own.site, target=target)
 
     def dictionaries(self, names: Sequence[str]) -> list[DictionaryConfig]:
         """Those that kinds, members and folders name, all members of a stack each.

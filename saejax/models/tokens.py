@@ -148,6 +148,11 @@ def _cheapest_lengths(counts: np.ndarray, program: int) -> np.ndarray:
     return np.array(chosen[::-1], np.int64)
 
 
+def rows_of(most: int, length: int, multiple: int) -> int:
+    """Rows of a full batch of texts of one ``length``; ``most`` and ``multiple`` as for ``even_batches``."""
+    return max(most // (length * multiple) * multiple, multiple)
+
+
 def even_batches(lengths_N: np.ndarray, most: int, multiple: int, program: int) -> list[tuple[np.ndarray, int, int]]:
     """Texts in batches of few shapes and even size, the longest first: what does not fit into memory fails at once.
 
@@ -165,7 +170,7 @@ def even_batches(lengths_N: np.ndarray, most: int, multiple: int, program: int) 
     batches = []
     for shape in range(len(lengths) - 1, -1, -1):
         own, length = np.flatnonzero(shape_N == shape), int(lengths[shape])
-        count = -(-len(own) // max(most // (length * multiple) * multiple, multiple))
+        count = -(-len(own) // rows_of(most, length, multiple))
         size = -(-len(own) // (count * multiple)) * multiple
         batches += [(part, size, length) for part in np.split(own, range(size, len(own), size))]
     return batches

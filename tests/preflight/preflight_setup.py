@@ -5,12 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from saejax.costs.cost import PlannedRun
+from saejax.costs.programs import Program
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
+from saejax.models.language_model import LanguageModel
+from saejax.models.split import SplitPoint
 from saejax.preflight import sums
 from saejax.registry import GROUPS
 from saejax.training.members import SiteScale
@@ -58,3 +63,46 @@ def make_trainer(plan: PlannedRun, mesh: Mesh) -> Trainer:
     stack = next(iter(plan.stacks.values()))
     scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
     return Trainer(plan.configs["train"], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
+
+
+def arrays(arguments: Any) -> list[tuple]:
+    """Shape, dtype and, unless JAX is free to choose it, placement of every array among the arguments of a call."""
+    leaves = jax.tree.leaves(arguments)
+    leaves = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]
+    return [
+        (
+            leaf.shape,
+            jax.dtypes.canonicalize_dtype(leaf.dtype, True),
+            getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None,
+        )
+        for leaf in leaves
+    ]
+
+
+def assert_same_call(program: Program, seen: tuple) -> None:
+    """A program's arguments are those of a call: arrays by shape, dtype and placement; and where and how it runs."""
+    static, given = (
+        [one for one in call if isinstance(one, (str, DecoderConfig, SplitPoint))] for call in (program.arguments, seen)
+    )
+    assert static == given
+    expected, found = arrays(program.arguments), arrays(seen)
+    assert len(expected) == len(found)
+    for (shape, dtype, place), (seen_shape, seen_dtype, seen_place) in zip(expected, found, strict=True):
+        assert (shape, dtype) == (seen_shape, seen_dtype), program.name
+        if place is not None and seen_place is not None:
+            assert place.is_equivalent_to(seen_place, len(shape)), (program.name, shape)
+
+
+def make_dictionary(lm: LanguageModel, plan: PlannedRun, stage: str = "ablate") -> Dictionary:
+    """A dictionary as large as the one that a stage tests."""
+    tested = plan.dictionary(stage)
+    config = DictionaryConfig(
+        kind=tested.kind,
+        k=tested.k,
+        site=tested.site,
+        d_in=tested.d_in,
+        n_features=tested.n_features,
+        model=lm.source.name,
+        fingerprint=lm.source.fingerprint,
+    )
+    return Dictionary.initial(config, jax.random.key(0))

@@ -6,16 +6,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from preflight_setup import make_trainer, on_mesh, plan_run, settings
+from preflight_setup import arrays, assert_same_call, make_dictionary, make_trainer, on_mesh, plan_run, settings
 
-from saejax import load_model
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
 from saejax.causal import ablation, screening, split
 from saejax.causal.cost import kept_prompts, prompt_length
 from saejax.costs.passes import pass_flops, step_flops
-from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
 from saejax.interpret import attended, firings, neighbours
@@ -23,23 +20,11 @@ from saejax.interpret.interpreter import NEAREST, OUTPUT
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
-from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import stage_programs
 from saejax.tasks.behaviours import Prompt
 from saejax.training.step import Trainer
 
 K = 30
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Mesh:
-    devices = np.array(jax.devices()).reshape(1, 2, 4)
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_llama, mesh):
-    return load_model(str(tiny_llama), mesh=mesh)
 
 
 @pytest.fixture(scope="module")
@@ -72,55 +57,6 @@ def plan(tiny_llama, mesh):
 @pytest.fixture(scope="module")
 def programs(plan):
     return {program.name: program for program in stage_programs(plan)}
-
-
-def arrays(arguments) -> list[tuple]:
-    """Shape, dtype and, unless JAX is free to choose it, placement of every array among the arguments of a call."""
-    leaves = jax.tree.leaves(arguments)
-    leaves = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))]
-    return [
-        (
-            leaf.shape,
-            jax.dtypes.canonicalize_dtype(leaf.dtype, True),
-            getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None,
-        )
-        for leaf in leaves
-    ]
-
-
-def assert_same_call(program, seen) -> None:
-    expected, found = arrays(program.arguments), arrays(seen)
-    assert len(expected) == len(found)
-    for (shape, dtype, place), (seen_shape, seen_dtype, seen_place) in zip(expected, found, strict=True):
-        assert (shape, dtype) == (seen_shape, seen_dtype)
-        if place is not None and seen_place is not None:
-            assert place.is_equivalent_to(seen_place, len(shape)), (program.name, shape)
-
-
-@pytest.fixture
-def spy(monkeypatch):
-    """spy(module, name): the arguments of the last call, while the function goes on working."""
-
-    def watch(module, name: str) -> list:
-        calls: list = []
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *arguments: calls.append(arguments) or function(*arguments))
-        return calls
-
-    return watch
-
-
-def make_dictionary(lm, plan) -> Dictionary:
-    tested = plan.dictionary("ablate")
-    config = DictionaryConfig(
-        kind="standard",
-        site=tested.site,
-        d_in=tested.d_in,
-        n_features=tested.n_features,
-        model=lm.source.name,
-        fingerprint=lm.source.fingerprint,
-    )
-    return Dictionary.initial(config, jax.random.key(0))
 
 
 def test_ablation(programs, plan, lm, spy):

@@ -1,28 +1,19 @@
 """What the stage ``ablate`` takes."""
 
-from collections.abc import Callable
-
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.causal import ablation_programs, screening
 from saejax.causal.ablate import dose, nested, text, verdict
 from saejax.causal.ablation import FEATURES
-from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.circuits import measure as circuits
 from saejax.causal.circuits import sizes
-from saejax.causal.cost import FIRING, causal_cost, edited_bytes, kept_prompts, layers_above, prompt_length
-from saejax.causal.rows import filled_features, full_batch
+from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above
+from saejax.causal.programs import SplitShapes
+from saejax.causal.rows import filled_features
 from saejax.causal.screening import points
-from saejax.causal.split import PROMPTS, SiteRows, run_head
+from saejax.causal.split import PROMPTS
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
-from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
-from saejax.models.rules import RunRules
-from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Tree
+from saejax.costs.programs import Program
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
@@ -90,95 +81,10 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, the slopes, the features that are removed, and the tail without them."""
     if not plan.configs["task"].has_behaviours:
         return []
-    shapes = _Shapes(plan, mesh)
-    return [shapes.head(), shapes.slopes(), shapes.features(), shapes.tail()]
-
-
-class _Shapes:
-    """The stage's programs with shapes in place of arrays."""
-
-    def __init__(self, plan: PlannedRun, mesh: Mesh):
-        self._plan, self._mesh, self._ablate = plan, mesh, plan.configs["ablate"]
-        self._model, self._used, self._kept = plan.model, plan.dictionary("ablate"), plan.configs["train"].state_dtype
-        self._length, self._prompts, self._gathered = prompt_length(plan), kept_prompts(plan), _gathered(plan)
-        self._site = Site.parse(self._used.site)
-        rules = RunRules(remat=plan.configs["model"].remat)
-        self._point = SplitPoint(self._model, self._site, self._site, mesh, rules)
-        self._params = abstract_params(self._model, mesh, plan.dtype)
-        self._dictionary = abstract_dictionary(self._used, plan.configs["train"], mesh)
-        self._size = f"{PROMPTS} prompts of {self._length} tokens"
-
-    def _value(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        """The stream, the site's value or what is read, of so many prompts."""
-        return place(self._mesh, (count, self._length, self._used.d_in), self._plan.dtype)
-
-    def _domain(self, place: Callable, count: int) -> jax.ShapeDtypeStruct:
-        return place(self._mesh, (count, self._length), bool)
-
-    def _ends(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Last positions and answers."""
-        return by_row(self._mesh, (PROMPTS,), jnp.int32), by_row(self._mesh, (PROMPTS, 2), jnp.int32)
-
-    def _source(self) -> ActivationSource:
-        kind = self._ablate.replacement
-        return ActivationSource(
-            kind,
-            mean_F=jax.ShapeDtypeStruct((self._used.n_features,), jnp.float32) if kind == "mean" else None,
-            seed=jax.ShapeDtypeStruct((), jnp.uint32) if kind == "random" else None,
-        )
-
-    def _flops(self, prompts: int, layers: int) -> float:
-        return pass_flops(self._model, prompts * self._length, self._length, layers)
-
-    def _encode_flops(self, prompts: int) -> float:
-        return 2.0 * prompts * self._length * self._used.d_in * self._used.n_features
-
-    def head(self) -> Program:
-        ids_BxT = by_row(self._mesh, (PROMPTS, self._length), jnp.int32)
-        rows = ids_BxT, self._ends()[0], self._domain(by_row, PROMPTS)
-        arguments = (self._point, "keep", self._params, self._dictionary, *rows)
-        return Program("ablate: head", self._size, run_head, arguments, (), self._flops(PROMPTS, self._site.layer + 1))
-
-    def slopes(self) -> Program:
-        value, domain = self._value(by_row, PROMPTS), self._domain(by_row, PROMPTS)
-        counts = [whole(self._mesh, (self._used.n_features,), dtype) for dtype in (jnp.int32, self._kept)]
-        lent = dict(counterpart=(value, domain), random=tuple(counts)).get(self._ablate.replacement, ())
-        many = points(self._ablate.estimate)
-        rows = SiteRows(value, value, value, domain, *self._ends())
-        arguments = (self._point, many, self._params, self._dictionary, rows, self._source(), lent)
-        above = layers_above(self._plan, self._used)
-        flops = 3.0 * many * self._flops(PROMPTS, above) + 2.0 * self._encode_flops(PROMPTS)
-        return Program("ablate: attribution", self._size, screening.score_features, arguments, (), flops)
-
-    def features(self) -> Program:
-        prompts, k = self._prompts, self._gathered
-        sides = [self._value(whole, prompts), self._domain(whole, prompts)]
-        sides *= 2 if self._ablate.replacement == "counterpart" else 1
-        features_K = whole(self._mesh, (k,), jnp.int32)
-        return Program(
-            "ablate: features",
-            f"{prompts} prompts, {k} features",
-            ablation_programs.gather,
-            (self._point, self._dictionary, self._source(), sides, features_K, prompts),
-            self._params,
-            len(sides) / 2 * self._encode_flops(prompts),
-        )
-
-    def tail(self) -> Program:
-        prompts, k, length = self._prompts, self._gathered, self._length
-        value, shards = self._value(whole, prompts), self._mesh.shape["data"]
-        past = placed(jax.eval_shape(self._point.record, self._params, value, value)[1], self._mesh)
-        f_BxTxK = whole(self._mesh, (prompts, length, k), self._kept)
-        W_dec_KxD = whole(self._mesh, (k, self._used.d_in), self._kept)
-        clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None)
-        rows = self._ablate.batch_rows
-        own = -(-rows // shards)  # of a shard
-        tokens = full_batch(own * length, length)
-        shapes = ((own,), (own,), (own, length), (tokens,), (tokens,))
-        tree = Tree(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
-        edited = (by_row(self._mesh, (shards, own, k), bool), by_row(self._mesh, (shards, own, 2), jnp.int32))
-        flops = self._flops(rows, layers_above(self._plan, self._used)) + 2.0 * rows * length * k * self._used.d_in
-        arguments = (self._point, self._params, clean, tree, tree.place_SxR, *edited)
-        return Program(
-            "ablate: tail", f"{rows} edited prompts", ablation_programs.run_rows, arguments, self._dictionary, flops
-        )
+    shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs["ablate"], _gathered(plan)
+    return [
+        shapes.head(error=ablate.error),
+        shapes.slopes(ablate.estimate, ablate.replacement),
+        shapes.features(ablate.replacement, gathered),
+        shapes.tail(gathered, ablate.batch_rows),
+    ]

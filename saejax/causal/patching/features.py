@@ -193,13 +193,13 @@ def patch_parts(split: SplitModel, base: Sequence[CleanRun], source: Sequence[Cl
 
     def patched(own: CleanRun, other: CleanRun, some: slice) -> jax.Array:
         sides = split.placed(own.rows(some)), split.placed(other.rows(some))
-        return _run_parts(split.point, parts, split.params, split.dictionary, *sides)
+        return run_parts(split.point, parts, split.params, split.dictionary, *sides)
 
     return patched_differences(split, base, source, patched)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run_parts(
+def run_parts(
     point: SplitPoint,
     parts: str,
     params: decoder.Params,

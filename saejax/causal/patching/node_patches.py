@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, patch_nodes, record_heads
-from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
+from saejax.causal.patching.pairs import Pairs, few_pairs, filled_rows, measure_rows
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
@@ -57,7 +57,7 @@ def patch_exactly(
     """
     batches = [(pairs, *_rows(pairs, nodes.position)) for pairs in few_pairs(model, prompts)]
     total = sum(len(entry_R) for _, entry_R, _ in batches)
-    size = -(-batch_rows // STEP) * STEP
+    size = filled_rows(batch_rows)
 
     def dispatched() -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
         for pairs, entry_R, place_R in batches:

@@ -23,7 +23,7 @@ from saejax.tasks.behaviours import Prompt
 
 GROUP_BYTES = 2**28  # most memory of a recorded run, unless a few prompts need more
 STEP = 8  # batches, and groups of prompts, are filled up to a multiple of this many rows
-_FEW = 8  # pairs of which the vectors of all heads are kept at once
+FEW = 8  # pairs of which the vectors of all heads are kept at once
 
 
 class Pairs(NamedTuple):
@@ -81,6 +81,18 @@ def describe_columns(model: LanguageModel, prompts: Sequence[Prompt]) -> tuple[T
     return tuple(columns)
 
 
+def group_lengths(
+    point: SplitPoint, params: decoder.Params, lengths_P: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """``groups_by_length`` of pairs of so many tokens, whose recorded runs take at most ``GROUP_BYTES`` a group."""
+    return groups_by_length(lengths_P, STEP, GROUP_BYTES // _token_bytes(point, params))
+
+
+def filled_rows(batch_rows: int) -> int:
+    """Rows of a batch of patched nodes or paths, with those that fill it up."""
+    return -(-batch_rows // STEP) * STEP
+
+
 def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Prompt]) -> list[Pairs]:
     """The pairs sorted by length, in groups whose recorded runs take at most ``GROUP_BYTES`` each."""
     sides = [model.tokenize([getattr(prompt, side) for prompt in prompts]) for side in ("text", "counterpart")]
@@ -89,7 +101,7 @@ def group_pairs(model: LanguageModel, point: SplitPoint, prompts: Sequence[Promp
         raise ValueError("a prompt and its counterpart have different numbers of tokens")
     answers_Px2 = first_answer_ids(model.tokenizer, prompts)
     groups = []
-    for index_Q, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // _token_bytes(point, model.params)):
+    for index_Q, rows_B, length in group_lengths(point, model.params, lengths_P):
         ids_2xBxT = np.zeros((2, len(rows_B), length), np.int32)
         for ids_BxT, tokens in zip(ids_2xBxT, sides, strict=True):
             kept = min(length, tokens.ids_BxT.shape[1])
@@ -102,8 +114,8 @@ def few_pairs(model: LanguageModel, prompts: Sequence[Prompt]) -> Iterator[Pairs
     """The pairs sorted by length, a few at a time."""
     site = Site("resid_pre", 0)
     for pairs in group_pairs(model, SplitPoint(model.config, site, site, model.mesh), prompts):
-        for first in range(0, len(pairs.index_P), _FEW):
-            own = slice(first, first + _FEW)
+        for first in range(0, len(pairs.index_P), FEW):
+            own = slice(first, first + FEW)
             yield Pairs(pairs.index_P[own], pairs.ids_2xBxT[:, own], pairs.last_B[own], pairs.answers_Bx2[own])
 
 

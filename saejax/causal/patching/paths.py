@@ -18,7 +18,7 @@ import numpy as np
 
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
-from saejax.causal.patching.pairs import STEP, Pairs, few_pairs, measure_rows
+from saejax.causal.patching.pairs import Pairs, few_pairs, filled_rows, measure_rows
 from saejax.models import decoder
 from saejax.models.attention import QKV, Attend, Layer, RunAttention
 from saejax.models.attention_tables import whole_prompts
@@ -159,7 +159,7 @@ def path_effects(
     Raises:
       UserError: a logit difference is not finite.
     """
-    senders_Nx2, size = senders_of(model.config, receiver), -(-batch_rows // STEP) * STEP
+    senders_Nx2, size = senders_of(model.config, receiver), filled_rows(batch_rows)
     entries_Ex2 = np.concatenate([[[-1, 0]], senders_Nx2])  # the first one sends nothing
     batches = []
     for pairs in few_pairs(model, prompts):

@@ -36,6 +36,7 @@ PATCH = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
     cost="saejax.causal.patching.cost:patch_cost",
+    programs="saejax.causal.patching.stage_programs:patch_programs",
     processes="items",
     section="saejax.causal.patching.report:sections",
     version=2,  # 2: draws of features may hold the tested ones

@@ -24,7 +24,7 @@ from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 
 _RATE = 1e-2  # of Adam, falling to 0
-_OPTIMISER = optax.scale_by_adam()
+OPTIMISER = optax.scale_by_adam()
 
 
 def random_subspace(width: int, dimensions: int, seed: Sequence[int]) -> np.ndarray:
@@ -67,7 +67,7 @@ def learn_subspace(
     size = PROMPTS * max(own.stream_BxTxD.shape[1] for own in base)
     rng, order = np.random.default_rng(seed), list[int]()
     directions_DxK = jnp.asarray(random_subspace(width, dimensions, seed))
-    state, loss = _OPTIMISER.init(directions_DxK), jnp.zeros(())
+    state, loss = OPTIMISER.init(directions_DxK), jnp.zeros(())
     for step in range(steps):
         on_progress(step * size, steps * size)
         order = order or rng.permutation(len(batches)).tolist()
@@ -75,7 +75,7 @@ def learn_subspace(
         rate = _RATE * (1 - step / steps)
         (real_B,) = split.by_row(np.arange(some.start, some.stop) < len(own.index_P))
         given = *_placed(split, own, other, some), real_B
-        directions_DxK, state, loss = _step(split.point, split.params, directions_DxK, state, rate, *given)
+        directions_DxK, state, loss = learn_step(split.point, split.params, directions_DxK, state, rate, *given)
     if not np.isfinite(loss):
         raise UserError(f"the loss of a subspace of {split.point.site} is not finite: try --model.dtype=float32")
     return np.asarray(jnp.linalg.qr(directions_DxK)[0])
@@ -126,7 +126,7 @@ def _patched(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(
+def learn_step(
     point: SplitPoint,
     params: decoder.Params,
     raw_DxK: jax.Array,
@@ -136,12 +136,18 @@ def _step(
     other_BxTxD: jax.Array,
     real_B: jax.Array,
 ) -> tuple[jax.Array, optax.OptState, jax.Array]:
-    """A step of Adam on directions that span the subspace; ``real`` says which pairs are no copies."""
+    """A step of Adam on directions that span the subspace.
+
+    Args:
+      raw_DxK, state, rate: the directions, what Adam keeps, and how far a step goes.
+      rows, other_BxTxD: prompts, and the values of their counterparts.
+      real_B: which pairs are no copies.
+    """
 
     def loss(raw_DxK: jax.Array) -> jax.Array:
         diff_B = _patched(point, params, jnp.linalg.qr(raw_DxK)[0], rows, other_BxTxD)
         return jnp.where(real_B, jax.nn.softplus(diff_B), 0.0).sum() / real_B.sum()
 
     value, gradient_DxK = jax.value_and_grad(loss)(raw_DxK)
-    update_DxK, state = _OPTIMISER.update(gradient_DxK, state)
+    update_DxK, state = OPTIMISER.update(gradient_DxK, state)
     return optax.apply_updates(raw_DxK, jax.tree.map(lambda part: -rate * part, update_DxK)), state, value
