@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from saejax.attribution.graph import Graph, pruning
+from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.trace.ranking import Ranking
 from saejax.attribution.trace.row_store import Put, RowStore
 from saejax.attribution.trace.targets import Readouts
 from saejax.causal.parts import OnProgress, silent
@@ -51,11 +52,12 @@ def attributed(
     scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
     put = _counted(count + len(readouts.labels), on_progress)
     fill(None, put(store.put(None)))
+    ranking = Ranking(run, readouts, store, scored)
     chosen = np.empty(0, np.int64)
     while len(chosen) < count:
         new = np.arange(count)
         if count < len(active):
-            ranked = _most_influential(run, readouts, store, chosen, scored)
+            ranked = ranking(chosen)
             if not store.room(len(chosen)):
                 store.narrow(np.concatenate([chosen, ranked]), len(chosen))
             new = ranked[: min(round_rows, store.room(len(chosen)))]
@@ -82,28 +84,6 @@ def _counted(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
         return write
 
     return counted
-
-
-def _most_influential(
-    run: PromptRun, readouts: Readouts, store: RowStore, chosen_F: np.ndarray, scored: int
-) -> np.ndarray:
-    """The features that may get a row, by their influence through those that have one, the largest first.
-
-    Args:
-      scored: number of sources, the first ones, that take part in influences.
-    """
-    active, logits = run.active, len(readouts.labels)
-    rows = store.row_BxC[:, : np.searchsorted(store.column_C, scored)]
-    layer_R = np.zeros(len(rows), np.int32)
-    column_R, weight_R = np.full(len(rows), -1), np.zeros(len(rows))
-    layer_R[: len(chosen_F)] = active.layer_A[chosen_F]
-    column_R[: len(chosen_F)] = np.searchsorted(store.column_C, chosen_F)
-    layer_R[-logits:], weight_R[-logits:] = run.model.config.n_layers, readouts.weight_K
-    influence_C = pruning.influence(rows, layer_R, column_R, weight_R, store.size_R[: len(rows)])
-    features = np.searchsorted(store.column_C, len(active))
-    influence_C[column_R[: len(chosen_F)]] = -1
-    order = np.argsort(-influence_C[:features], kind="stable")[: features - len(chosen_F)]
-    return store.column_C[order]
 
 
 def graph_of(
