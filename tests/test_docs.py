@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_the_tour_uses_names_that_exist():
 
     for name in re.findall(r"saejax\.(\w+)\(", "\n".join(code_cells())):
         assert name in saejax.__all__, name
+
+
+def test_what_guides_and_launchers_install_is_there():
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    files = [*GUIDES, ROOT / "Makefile", *sorted((ROOT / "launch").iterdir())]
+    asked = {path.name: set(re.findall(r"'\.\[([\w,]+)\]'", path.read_text("utf-8"))) for path in files}
+    named = {extra for texts in asked.values() for text in texts for extra in text.split(",")}
+    assert named <= offered.keys() and {"cuda12", "cuda13", "tpu"} <= named
 
 
 def test_pages_of_the_site(tmp_path):

@@ -111,8 +111,8 @@ def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int]
     used = sum(device.process_index == own and device.platform != "cpu" for device in devices)
     if gpus is not None and used < len(gpus):
         raise UserError(
-            f"this process has {len(gpus)} GPUs, of which JAX uses {used}: install the extra cuda12, see that no other "
-            "program holds them, or set JAX_PLATFORMS=cpu"
+            f"this process has {len(gpus)} GPUs, of which JAX uses {used}: install the extra cuda12 or cuda13, see "
+            "that no other program holds them, or set JAX_PLATFORMS=cpu"
         )
     count = collections.Counter(device.process_index for device in devices)
     if len(set(count.values())) > 1:
