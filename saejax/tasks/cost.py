@@ -1,5 +1,8 @@
 """What the stages ``baseline`` and ``benchmark`` take."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,7 @@ from saejax.costs.cost import START, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import generated_bytes, head_flops, layer_bytes, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models import decoding
+from saejax.models.edits import fit_values
 from saejax.models.generation import make_choice
 from saejax.settings import TaskConfig
 from saejax.tasks.baseline import BATCH
@@ -17,7 +21,7 @@ from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 OVERHEAD = 0.6
-_CHOICES = 4  # of a question of the logic benchmark
+CHOICES = 4  # of a question of the logic benchmark
 _NEW = 4  # a generated token costs about as much as so many that are read
 
 
@@ -50,20 +54,31 @@ def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The pass over the prompts, which holds the largest cache: with and without room for the new tokens."""
     if not generates(plan):
         return []
+    params = abstract_params(plan.model, mesh, plan.dtype)
+    return [prefill_program(plan, mesh, "benchmark: prefill", params)]
+
+
+def prefill_program(
+    plan: PlannedRun, mesh: Mesh, name: str, params: Mapping[str, Any], edits: Sequence[Any] = ()
+) -> Program:
+    """The pass over a batch of prompts of benchmarks.
+
+    Args:
+      params: of the model.
+      edits: for a batch as ``generated_batch`` says.
+    """
     rows, length, new = generated_batch(plan)
     ids_BxT, pad_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     greedy = jax.eval_shape(lambda: make_choice(0.0, 1.0, 0))
-    params = abstract_params(plan.model, mesh, plan.dtype)
-    return [
-        Program(
-            "benchmark: prefill",
-            f"{rows} prompts of {length} tokens, {new} new",
-            decoding.prefill,
-            (plan.model, new, params, ids_BxT, pad_B, np.zeros(1, np.int32), (), greedy),
-            (),
-            pass_flops(plan.model, rows * length, length, plan.model.n_layers) + head_flops(plan.model, rows),
-        )
-    ]
+    fitted = fit_values(edits, (rows, length), length)
+    return Program(
+        name,
+        f"{rows} prompts of {length} tokens, {new} new",
+        decoding.prefill,
+        (plan.model, new, params, ids_BxT, pad_B, np.zeros(1, np.int32), fitted, greedy),
+        (),
+        pass_flops(plan.model, rows * length, length, plan.model.n_layers) + head_flops(plan.model, rows),
+    )
 
 
 def generates(plan: PlannedRun) -> bool:
@@ -86,5 +101,5 @@ def count_all_behaviours(task: TaskConfig) -> int:
 
 def item_tokens(name: str, task: TaskConfig, length: int) -> int:
     """About how many tokens it takes to score an item of a benchmark whose prompts have this length."""
-    each = dict(generate=length + _NEW * task.max_new_tokens, choice=_CHOICES * length, likelihood=length)
+    each = dict(generate=length + _NEW * task.max_new_tokens, choice=CHOICES * length, likelihood=length)
     return each[way(name, task)]

@@ -25,6 +25,7 @@ from saejax.models.language_model import Edit, LanguageModel
 from saejax.models.tokens import Tokens, pad
 from saejax.parallel.mesh import fitting_sharding
 
+BATCH_TOKENS = 4096  # of a forward pass, padding included
 _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a vocabulary of 49,152
 
 
@@ -82,7 +83,7 @@ def loglikelihoods(
     contexts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     edits: Sequence[Edit] = (),
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[Likelihood]:
     """The log-likelihood of each continuation after its context, in the order given.
 
@@ -106,8 +107,8 @@ def loglikelihoods(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
     while order:
-        length = _rounded(sum(map(len, pairs[order[0]])), lm.config.context)
-        count = _rows(batch_tokens // length, len(order), lm.mesh.shape["data"])
+        asked = sum(map(len, pairs[order[0]]))
+        count, length = batch_shape(asked, len(order), lm.config.context, lm.mesh.shape["data"], batch_tokens)
         batch, order = order[:count], order[count:]
         filled = batch + batch[-1:] * (count - len(batch))
         fitted = fit_values(edits, (len(pairs), longest), length, filled)
@@ -135,8 +136,22 @@ def _check(number: int, context: Sequence[int], continuation: Sequence[int], lim
         )
 
 
-def _rounded(length: int, limit: int) -> int:
-    """A length of the program: at most a quarter longer than asked, so that few lengths are compiled."""
+def batch_shape(asked: int, left: int, limit: int, data: int, batch_tokens: int = BATCH_TOKENS) -> tuple[int, int]:
+    """Rows and length of a forward pass.
+
+    Args:
+      asked: tokens of the longest text.
+      left: texts.
+      limit: the model's context.
+      data: parts in which the rows are split.
+      batch_tokens: as for ``loglikelihoods``.
+    """
+    length = rounded(asked, limit)
+    return _rows(batch_tokens // length, left, data), length
+
+
+def rounded(length: int, limit: int) -> int:
+    """A ``length`` of the program, at most a quarter longer than asked and at most ``limit``: few are compiled."""
     step = max(16, 2 ** (length.bit_length() - 3))
     return min(-(-length // step) * step, limit)
 
@@ -174,7 +189,7 @@ def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tok
     # The last token is not read: nothing is predicted from it. It is kept for edits, for which it is a position.
     padded = pad([context + continuation for context, continuation in rows])
     ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
-    widest = _rounded(max(len(continuation) for _, continuation in rows), length)
+    widest = rounded(max(len(continuation) for _, continuation in rows), length)
     positions_BxC = np.zeros((len(rows), widest), np.int32)
     targets_BxC = np.zeros((len(rows), widest), np.int32)
     for row, (context, continuation) in enumerate(rows):

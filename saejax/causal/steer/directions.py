@@ -132,11 +132,13 @@ def last_values(values_BxTxD: jax.Array, run: CleanRun) -> np.ndarray:
 def _slopes(split: SplitModel, run: CleanRun) -> np.ndarray:
     """The slope of each prompt's logit difference in the site's last value, [B, D]."""
     rows = (split.placed(run.rows(own)) for own in slices(run))
-    return np.concatenate([np.asarray(_last_slope(split.point, split.params, some), np.float32) for some in rows])
+    return np.concatenate([np.asarray(last_slope(split.point, split.params, some), np.float32) for some in rows])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _last_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
+def last_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
+    """The program of the slopes of prompts' logit differences: in the ``rows``' last values, [B, D]."""
+
     def difference(value_BxTxD: jax.Array) -> jax.Array:
         x_BxTxD = point.tail(params, rows.stream_BxTxD, value_BxTxD)
         return point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()

@@ -127,7 +127,7 @@ def steer_prompts(
     on_progress(0, total)
     for run in runs:
         set_N, place_N = (index.reshape(-1) for index in np.indices((len(changes), len(run.index_P))))
-        size = min(batch_rows, -(-len(set_N) // _STEP) * _STEP)
+        size = rows_at_once(batch_rows, len(set_N))
         batches = [slice(first, first + size) for first in range(0, len(set_N), size)]
         filled = ((np.resize(set_N[own], size), np.resize(place_N[own], size)) for own in batches)
         started = (_started(split, run, changes, *rows) for rows in filled)
@@ -142,6 +142,11 @@ def steer_prompts(
             done += values_3xC.shape[1]
             on_progress(done, total)
     return Steered(found_3xSxP[0], found_3xSxP[1] > 0, found_3xSxP[2])
+
+
+def rows_at_once(batch_rows: int, count: int) -> int:
+    """Rows of a batch: ``batch_rows``, or all ``count``, filled up, where there are fewer."""
+    return min(batch_rows, -(-count // _STEP) * _STEP)
 
 
 def _started(

@@ -15,7 +15,7 @@ from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.scored_items import ChosenItem, ReferenceItem, ScoredItem
 
 EditsOf = Callable[[Sequence[int]], Sequence[Edit]]  # of the texts of a batch, given which item each is of
-_ITEMS = 16  # scored by log-likelihood between two looks whether to stop
+ITEMS = 16  # scored by log-likelihood between two looks whether to stop
 
 
 class ItemScores:
@@ -87,7 +87,7 @@ class ItemScores:
 
     def _slices(self, items: Sequence[Item], edits: EditsOf, scored: str) -> list[ScoredItem]:
         """``score_items`` in a way, with looks in between whether to stop."""
-        step = self._task.batch if scored == "generate" else _ITEMS
+        step = self._task.batch if scored == "generate" else ITEMS
         rows: list[ScoredItem] = []
         for first in range(0, len(items), step):
             self._check_stop()

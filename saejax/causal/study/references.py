@@ -88,9 +88,7 @@ class References:
     ):
         self._split, self._references = split, references
         self._batch_tokens, self._check_stop = batch_tokens, check_stop
-        # Prompts with worked examples are long: what a gradient keeps of each layer would not fit.
-        rules = dataclasses.replace(split.point.rules, remat=True)
-        self._point = dataclasses.replace(split.point, rules=rules)
+        self._point = of_references(split.point)
 
     def attribution(self) -> np.ndarray:
         """Each feature's attribution, summed over an item's references, mean over items: fp64 [F], in nats.
@@ -181,6 +179,11 @@ class References:
         weight_BxC = np.where(np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1, sign_Bx1, np.float32(0))
         placed = split.by_row(positions_BxC, targets_BxC, weight_BxC * kept_Bx1)
         return ReferenceBatch(*head, *placed)
+
+
+def of_references(point: SplitPoint) -> SplitPoint:
+    """The point whose gradients keep the least: of long prompts, what they keep of each layer would not fit."""
+    return dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -28,7 +28,7 @@ from saejax.settings import StudyConfig
 from saejax.tasks.benchmark_definitions import Item
 from saejax.tasks.likelihood import token_scores
 
-_FEATURES = 16  # removed between two looks whether to stop
+FEATURES = 16  # removed between two looks whether to stop
 _NOT_RUN = 1.0  # where a feature does not fire; no log-likelihood is above 0
 
 
@@ -110,7 +110,7 @@ def log_likelihoods(
       UserError: something is not finite.
     """
     columns = [None, *features]  # None: nothing is removed
-    parts = [columns[first : first + _FEATURES] for first in range(0, len(columns), _FEATURES)]
+    parts = [columns[first : first + FEATURES] for first in range(0, len(columns), FEATURES)]
     planned = references.planned()
     shapes = [(len(part), len(places_N)) for places_N, *_ in planned for part in parts]
     plan = (np.array([*places_N, *rest, *features]) for places_N, *rest in planned)
@@ -139,9 +139,9 @@ def log_likelihoods(
 def _part(split: SplitModel, batch: ReferenceBatch, count: int, part: Sequence[int | None]) -> np.ndarray:
     """Log-likelihoods of a batch's first references without each of some features, fp32 [M, N]; see ``_NOT_RUN``."""
     rows = len(batch.domain_BxT)
-    features_K = np.resize([feature or 0 for feature in part], _FEATURES).astype(np.int32)
-    on_K = np.resize([feature is not None for feature in part], _FEATURES)
-    f_BxTxK = _activations(split.point, split.dictionary, features_K, on_K, batch.read_BxTxD, batch.domain_BxT)
+    features_K = np.resize([feature or 0 for feature in part], FEATURES).astype(np.int32)
+    on_K = np.resize([feature is not None for feature in part], FEATURES)
+    f_BxTxK = activations(split.point, split.dictionary, features_K, on_K, batch.read_BxTxD, batch.domain_BxT)
     fires_MxN = np.asarray((f_BxTxK != 0).any(axis=1)).T[: len(part), :count]
     asked_MxN = fires_MxN | np.array([feature is None for feature in part])[:, None]
     found_MxN = np.full(asked_MxN.shape, _NOT_RUN, np.float32)
@@ -150,13 +150,13 @@ def _part(split: SplitModel, batch: ReferenceBatch, count: int, part: Sequence[i
         own = slice(first, first + rows)
         some_B, which_B = np.resize(row_E[own], rows), np.resize(place_E[own], rows)
         removed = f_BxTxK, features_K, some_B, which_B
-        total_B = _without(split.point, split.params, split.dictionary, batch, *removed)
+        total_B = without(split.point, split.params, split.dictionary, batch, *removed)
         found_MxN[place_E[own], row_E[own]] = np.asarray(total_B)[: len(row_E[own])]
     return found_MxN
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _activations(
+def activations(
     point: SplitPoint,
     dictionary: Basis,
     features_K: jax.Array,
@@ -164,13 +164,13 @@ def _activations(
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
 ) -> jax.Array:
-    """Activations [B, T, K] of some features, those that are on."""
+    """Activations [B, T, K] of some ``features``, those that are ``on``; ``read`` and ``domain`` as in a batch."""
     f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K] * on_K[None, None, :]
     return jax.lax.with_sharding_constraint(f_BxTxK, sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _without(
+def without(
     point: SplitPoint,
     params: decoder.Params,
     dictionary: Basis,
@@ -180,7 +180,13 @@ def _without(
     some_R: jax.Array,
     which_R: jax.Array,
 ) -> jax.Array:
-    """The weighted log-likelihood of rows ``some`` of a batch, each without one of K features, [R]."""
+    """The weighted log-likelihood of rows ``some`` of a batch, each without the one ``which`` of K features, [R].
+
+    Args:
+      f_BxTxK: from ``activations``.
+      features_K: the features.
+      some_R, which_R: the row, and the place of the feature.
+    """
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     removed_RxT = jnp.take_along_axis(f_BxTxK[some_R], which_R[:, None, None], axis=2)[..., 0]
     rows = ReferenceBatch(*(array[some_R] for array in batch))
