@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,16 @@ def config_of(heads: int, kv_heads: int, width: int) -> DecoderConfig:
     return dataclasses.replace(config, n_heads=heads, n_kv_heads=kv_heads, d_head=width)
 
 
-def programs(config: DecoderConfig, tokens: int, gradient: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+def programs(config: DecoderConfig, tokens: int, gradient: bool) -> Iterator[tuple[str, Any]]:
     """Both ways, each to be compiled before the next is asked for."""
     usual = attention.TILES_FROM
     for name, start in WAYS.items():
 
-        def mean(*qkv: jax.Array) -> jax.Array:
+        def mean(q_xTxHxK: jax.Array, k_xTxNxK: jax.Array, v_xTxNxK: jax.Array) -> jax.Array:
             tables = whole_prompts(config, tokens).at(config, 0)
-            return jnp.mean(attention.attend(config, GRADIENT, *qkv, tables).astype(jnp.float32))
+            return jnp.mean(
+                attention.attend(config, GRADIENT, q_xTxHxK, k_xTxNxK, v_xTxNxK, tables).astype(jnp.float32)
+            )
 
         attention.TILES_FROM = start
         yield name, jax.jit(jax.grad(mean, argnums=(0, 1, 2)) if gradient else mean)

@@ -19,14 +19,15 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.bench_stream import LENGTH, VOCABULARY, random_model
+from benchmarks.bench_stream import VOCABULARY, random_model
 from saejax import command
 from saejax.tasks.text_sources import EMBEDDED
 
+CONTEXT = 128  # tokens
 STAGES = ("tokenize", "train", "capture", "evaluate", "interpret")
 FLAGS = {
     "corpus.stream": True,
-    "corpus.context": LENGTH,
+    "corpus.context": CONTEXT,
     "capture.backend": "jax",
     "capture.sites": "resid_post.0",
     "capture.tokens": 50_000,
@@ -58,7 +59,7 @@ def write_model(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    random_model(folder, layers=2, width=32)
+    random_model(folder, layers=2, width=32, length=CONTEXT)
     words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with gzip.open(EMBEDDED, "rt") as file:

@@ -70,14 +70,18 @@ def measure_parts(args: argparse.Namespace) -> dict[str, float]:
     value_BxK, feature_BxK = jax.jit(selection.largest, static_argnums=2)(pre_BxF, args.k, args.k)
     entries = jax.jit(ByFeature.of, static_argnums=1)(feature_BxK, args.features)
     code = SparseCode(value_BxK, feature_BxK, entries)
-    plan = Products(args.k, "bfloat16", "kernels")
+    how = dict(how=Products(args.k, "bfloat16", "kernels"))
     pairs = (value_BxK, x_BxD), (value_BxK, x_BxD)
     work = {
         "selection": (lambda pre: selection.largest(pre, args.k, args.k), (pre_BxF,), 0),
         "order by feature": (lambda feature: ByFeature.of(feature, args.features), (feature_BxK,), 0),
-        "decoding with error": (lambda *arrays: sparse_products.remainder(*arrays, plan), (code, W_FxD, x_BxD), 1),
-        "gradient of values": (lambda *a: sparse_products.row_products(*a, plan), (feature_BxK, W_FxD, x_BxD), 1),
-        "both weight gradients": (lambda *arrays: sparse_products.feature_sums(*arrays, plan), (entries, pairs), 2),
+        "decoding with error": (functools.partial(sparse_products.remainder, **how), (code, W_FxD, x_BxD), 1),
+        "gradient of values": (
+            functools.partial(sparse_products.row_products, **how),
+            (feature_BxK, W_FxD, x_BxD),
+            1,
+        ),
+        "both weight gradients": (functools.partial(sparse_products.feature_sums, **how), (entries, pairs), 2),
     }
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     dense = milliseconds(product, (pre_BxF.astype(jnp.bfloat16), W_FxD), args.steps)

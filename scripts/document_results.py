@@ -30,7 +30,9 @@ def comments(cls: type) -> dict[str, str]:
     """Field -> the comment beside it, or above it, in the class itself and in those it inherits from."""
     found = dict(comments(cls.__base__)) if dataclasses.is_dataclass(cls.__base__) else {}
     lines = textwrap.dedent(inspect.getsource(cls)).splitlines()
-    for node in ast.parse("\n".join(lines)).body[0].body:
+    (definition,) = ast.parse("\n".join(lines)).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
         if isinstance(node, ast.AnnAssign):
             above = [line for line in range(node.lineno - 1) if lines[line].strip().startswith("#:")]
             first = node.lineno - 1
