@@ -33,7 +33,6 @@ def influence(
     layer_R: np.ndarray,
     column_R: np.ndarray,
     weight_R: np.ndarray,
-    elsewhere_R: np.ndarray | None = None,
 ) -> np.ndarray:
     """The influence of every source, float64 [S].
 
@@ -42,16 +41,14 @@ def influence(
       layer_R: of each row; logits stand above all.
       column_R: where each row's node is among the sources; -1 for a logit.
       weight_R: weights of the logits; 0 for the others.
-      elsewhere_R: absolute sum of each row's edges from sources that are not among these; None: there are none.
     """
-    elsewhere_R = np.zeros(len(layer_R)) if elsewhere_R is None else elsewhere_R
     influence_S = np.zeros(adjacency_RxS.shape[1])
     for layer in np.unique(layer_R)[::-1]:
         own = np.flatnonzero(layer_R == layer)
         for rows in _blocks(own, adjacency_RxS.shape[1]):
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
             part_BxS = np.abs(adjacency_RxS[rows])
-            sum_B = part_BxS.sum(axis=1, dtype=np.float64) + elsewhere_R[rows]
+            sum_B = part_BxS.sum(axis=1, dtype=np.float64)
             influence_S += (weight / np.maximum(sum_B, _SMALLEST)) @ part_BxS
     return influence_S
 

@@ -17,7 +17,7 @@ WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row
 _LEAST = 1 << 15  # features with a column, at the least
 _LEAST_ROWS = 256  # that are whole, at the least
-_BLOCK = 1 << 24  # numbers that are copied at once
+_MOVED = -1  # in place of a row that is where it belongs
 
 
 def columns_kept(rows: int, active: int, others: int) -> int:
@@ -95,11 +95,20 @@ class RowStore:
             self._write_narrow(np.array([row]), old[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:
-        """Puts the rows of features in another order, a few columns at a time: there is no room for a second copy."""
-        rows_FxC = self.row_BxC[: self._count]
-        size = max(_BLOCK // max(len(rows_FxC), 1), 1)
-        for start in range(0, rows_FxC.shape[1], size):
-            rows_FxC[:, start : start + size] = rows_FxC[order_F, start : start + size]
+        """Puts the rows of features in another order, each moved once: there is no room for a second copy.
+
+        Args:
+          order_F: which row comes to each place.
+        """
+        rows_FxC, come_from = self.row_BxC[: self._count], order_F.tolist()
+        for start in range(len(come_from)):
+            if come_from[start] in (start, _MOVED):
+                continue
+            first_C, place = rows_FxC[start].copy(), start
+            while (source := come_from[place]) != start:
+                rows_FxC[place], come_from[place] = rows_FxC[source], _MOVED
+                place = source
+            rows_FxC[place], come_from[place] = first_C, _MOVED
         for sum_R in (self.dropped_R, self.size_R):
             sum_R[: self._count] = sum_R[: self._count][order_F]
 

@@ -105,13 +105,17 @@ class Sources:
     def collect(self, read_BxRxW: np.ndarray) -> np.ndarray:
         """What each source contributes to each target, fp32 [R, S], from the products of all blocks."""
         flat = np.moveaxis(read_BxRxW, 1, 0).reshape(read_BxRxW.shape[1], -1)
-        value_RxE = flat[:, self.at_E] * self.factor_E
+        value_RxE = np.take(flat, self.at_E, axis=1)  # in the order of rows, unlike what indices give
+        value_RxE *= self.factor_E
         several = np.flatnonzero(np.diff(self.start_S, append=len(self.at_E)) > 1)
         if not len(several):
             return value_RxE
         single = self.start_S[several[0]]  # those before it have one entry each
-        sums_RxX = np.add.reduceat(value_RxE[:, single:], self.start_S[several[0] :] - single, axis=1)
-        return np.concatenate([value_RxE[:, :single], sums_RxX], axis=1)
+        value_RxS = np.empty((len(value_RxE), len(self.start_S)), np.float32)
+        value_RxS[:, : several[0]] = value_RxE[:, :single]
+        starts = self.start_S[several[0] :] - single
+        np.add.reduceat(value_RxE[:, single:], starts, axis=1, out=value_RxS[:, several[0] :])
+        return value_RxS
 
 
 class _Part(NamedTuple):

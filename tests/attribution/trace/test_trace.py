@@ -70,7 +70,6 @@ def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     monkeypatch.setattr(row_store, "_LEAST_ROWS", 20)
     monkeypatch.setattr(row_store, "_SPARE", 1)
     monkeypatch.setattr(row_store, "WHOLE", 1000)
-    monkeypatch.setattr(row_store, "_BLOCK", 100)
     narrow = row_store.RowStore.narrow
     monkeypatch.setattr(
         row_store.RowStore, "narrow", lambda store, *args: (narrowed.append(len(store.column_C)), narrow(store, *args))
