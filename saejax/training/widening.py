@@ -27,7 +27,7 @@ _ALIKE = 0.6  # cosine above which two directions are one feature
 _LOOKED_FOR = 2  # starts for each feature that is wanted
 _ROUNDS = 4  # each looks for what is left when the features found so far are taken away
 _LEVEL = 16_384  # tokens from which the smallest projection of those that fire is estimated
-_BLOCK = 256  # starts at once
+_BLOCK = 256  # starts at once, at most
 
 
 def widened(
@@ -103,13 +103,15 @@ def missing_features(
     """
     found, known = [], [known_FxD / np.maximum(np.linalg.norm(known_FxD, axis=1, keepdims=True), 1e-30)]
     random, missing = np.random.default_rng(seed), count
+    block = min(1 << max(_LOOKED_FOR * count - 1, 0).bit_length(), _BLOCK)  # of all rounds: few features, little work
     for _ in range(_ROUNDS):
         size_N = np.square(np.einsum("nd,nd->n", errors_NxD, errors_NxD, dtype=np.float64))
         starts = min(_LOOKED_FOR * missing, int(np.count_nonzero(size_N)))
         if not starts:
             break
         starts_CxD = errors_NxD[random.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())]
-        found.append([array[:missing] for array in _found(jnp.asarray(errors_NxD), starts_CxD, np.concatenate(known))])
+        new = _found(jnp.asarray(errors_NxD), starts_CxD, np.concatenate(known), block)
+        found.append([array[:missing] for array in new])
         errors_NxD = np.asarray(_without(jnp.asarray(errors_NxD), *map(jnp.asarray, found[-1])))
         known.append(found[-1][0])
         missing -= len(known[-1])
@@ -118,9 +120,11 @@ def missing_features(
     return rows_CxD, level_C
 
 
-def _found(errors_NxD: jax.Array, starts_CxD: np.ndarray, known_RxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _found(
+    errors_NxD: jax.Array, starts_CxD: np.ndarray, known_RxD: np.ndarray, block: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Where starts lead to, strongest first, without what is alike; and the levels above which they fire."""
-    blocks = [_converged(errors_NxD, starts_CxD[at : at + _BLOCK]) for at in range(0, len(starts_CxD), _BLOCK)]
+    blocks = [_converged(errors_NxD, starts_CxD[at : at + block], block) for at in range(0, len(starts_CxD), block)]
     rows_CxD, level_C, strength_C = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     new_C = (level_C > 0) & (np.abs(rows_CxD @ known_RxD.T).max(axis=1, initial=0.0) <= _ALIKE)
     taken: list[int] = []
@@ -137,9 +141,9 @@ def _without(errors_NxD: jax.Array, rows_CxD: jax.Array, level_C: jax.Array) -> 
     return errors_NxD - jnp.where(z_NxC >= level_C[None], z_NxC, 0.0) @ rows_CxD
 
 
-def _converged(errors_NxD: jax.Array, starts_CxD: np.ndarray) -> tuple[np.ndarray, ...]:
+def _converged(errors_NxD: jax.Array, starts_CxD: np.ndarray, block: int) -> tuple[np.ndarray, ...]:
     """The directions that starts go to, their smallest projections that fire, and mean squares of those that do."""
-    w_XxD = np.zeros((_BLOCK, starts_CxD.shape[1]), np.float32)  # one shape, so that one program serves all
+    w_XxD = np.zeros((block, starts_CxD.shape[1]), np.float32)  # one shape, so that one program serves all
     w_XxD[: len(starts_CxD)] = starts_CxD / np.linalg.norm(starts_CxD, axis=1, keepdims=True)
     return tuple(np.asarray(array)[: len(starts_CxD)] for array in _steps(errors_NxD, jnp.asarray(w_XxD)))
 
