@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-slow test-buckets test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-busy test-slow test-buckets test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -77,8 +77,16 @@ study: $(INSTALLED)
 	$(BIN)/python -m experiments.study_run --workdir=runs/study --rows=configs/study $(if $(BENCHMARKS),--task.path=$(BENCHMARKS))
 	@echo "Open runs/study/index.html"
 
+SUITE := $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(SUITE)
+
+# No test may depend on how busy the machine is: so many times beside a busy loop on every core, half an hour each on two.
+TIMES ?= 5
+test-busy: $(INSTALLED)
+	bash -c 'trap "kill \$$(jobs -p)" EXIT; for core in $$(seq $$(nproc)); do while :; do :; done & done; \
+	    for time in $$(seq $(TIMES)); do $(SUITE) || exit 1; done'
 
 test-slow: $(INSTALLED)
 	SAEJAX_FULL_COMPILER=1 $(BIN)/python -m pytest -m slow
