@@ -1,7 +1,11 @@
 """What the stage ``cluster`` takes."""
 
+from jax.sharding import Mesh
+
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
+from saejax.costs.programs import Program
+from saejax.transfer.stage_programs import encode_program, text_program
 
 _GROUPED = 2.5  # seconds on the host in which 4,608 features are compared in one view and grouped by both methods
 _VIEWS = 3
@@ -25,3 +29,12 @@ def cluster_cost(plan: PlannedRun, name: str) -> Cost:
         host_seconds=START + times * _GROUPED * (looked / 4608) ** 2,
         counts=dict(groupings=2 * times),
     )
+
+
+def cluster_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """The features of text, and the model that reads it where there is no store; groups are made on the host."""
+    sizes = plan.dictionaries(plan.configs["cluster"].dictionaries)
+    if not sizes:
+        return []
+    found = [text_program(plan, mesh, "cluster", sizes)] if plan.configs["train"].source == "model" else []
+    return [*found, encode_program(plan, mesh, "cluster", sizes)]

@@ -58,6 +58,7 @@ CLUSTER = Stage(
     names=lambda configs: ("",) if configs["cluster"].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.clusters.cost:cluster_cost",
+    programs="saejax.clusters.cost:cluster_programs",
     processes="items",
     section="saejax.clusters.report:sections",
 )

@@ -33,6 +33,11 @@ class PlannedStack:
     dictionary: DictionaryConfig
     members: tuple[Any, ...]
 
+    def of(self, member: Any) -> DictionaryConfig:
+        """One of them, at its own sites: what they have in common has those of the first."""
+        target = member.target if self.dictionary.target else ""
+        return dataclasses.replace(self.dictionary, site=member.site, target=target)
+
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
@@ -112,9 +117,7 @@ class PlannedRun:
         kind, member = stacks.kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
         stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
-        own = next(entry for entry in stack.members if entry.name == member)
-        target = own.target if stack.dictionary.target else ""  # the stack's is that of its first member
-        return dataclasses.replace(stack.dictionary, site=own.site, target=target)
+        return stack.of(next(entry for entry in stack.members if entry.name == member))
 
     def dictionaries(self, names: Sequence[str]) -> list[DictionaryConfig]:
         """Those that kinds, members and folders name, all members of a stack each.
@@ -129,7 +132,8 @@ class PlannedRun:
                 continue
             kind, _, member = name.partition("/")
             stack = self.stacks[one_of(kind, self.stacks, "dictionary (--train.kinds)")]
-            found += [stack.dictionary] * (1 if member else len(stack.members))
+            own = [entry for entry in stack.members if entry.name == member] if member else stack.members
+            found += [stack.of(entry) for entry in own] or [stack.dictionary]
         return found
 
 

@@ -85,7 +85,7 @@ class LanguageModel(LoadedModel):
             site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
         length = tokens.ids_BxT.shape[1]
-        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, -length % _LENGTH_STEP)))
+        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded_length(length) - length)))
         on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
         ids_BxT, lengths_B = jax.device_put(
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
@@ -172,6 +172,11 @@ class LanguageModel(LoadedModel):
             return jax.device_put(leaf, sharding(self.mesh)) if elsewhere else leaf
 
         return jax.tree.map(place, edits)
+
+
+def padded_length(length: int) -> int:
+    """Tokens of the program that runs prompts of so many."""
+    return length + -length % _LENGTH_STEP
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="rules")

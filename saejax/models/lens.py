@@ -100,10 +100,10 @@ def read(
     places, parts = x_LxNxD.shape[1], []
     for start in range(0, places, _ROWS):
         chunk_LxNxD = x_LxNxD[:, start : start + _ROWS]
-        missing = min(_ROWS, places) - chunk_LxNxD.shape[1]  # of one shape, so that one program is compiled
+        missing = places_at_once(places) - chunk_LxNxD.shape[1]  # of one shape, so that one program is compiled
         chunk_LxNxD = jnp.pad(chunk_LxNxD, ((0, 0), (0, missing), (0, 0)))
         given = maps_LxDxD, rotation_DxD, np.asarray(answers, np.int32)
-        parts.append(jax.device_get(_read(config, min(top, config.vocab), params, chunk_LxNxD, *given)))
+        parts.append(jax.device_get(read_places(config, min(top, config.vocab), params, chunk_LxNxD, *given)))
     shape = x_LxBxTxD.shape[:3]
 
     def reading(which: int) -> dict[str, np.ndarray]:
@@ -114,8 +114,13 @@ def read(
     return LensOutput(**reading(0), control=LensReading(**reading(1)))
 
 
+def places_at_once(places: int) -> int:
+    """How many of so many ``places`` are read together."""
+    return min(_ROWS, places)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(
+def read_places(
     config: DecoderConfig,
     top: int,
     params: decoder.Params,
@@ -124,7 +129,15 @@ def _read(
     rotation_DxD: jax.Array,
     answers_X: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The arrays of a ``LensReading`` and of its control, for places in one row; layer after layer."""
+    """The arrays of a ``LensReading`` and of its control, for places in one row; layer after layer.
+
+    Args:
+      top: as for ``read``.
+      x_LxNxD: the streams.
+      maps_LxDxD: those of a Jacobian lens; None: the logit lens.
+      rotation_DxD: the control's.
+      answers_X: ids of tokens whose probabilities are wanted.
+    """
     final_NxV = jax.nn.log_softmax(decoder.unembed(config, params, x_LxNxD[-1]))
 
     def said(x_NxD: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,9 +1,12 @@
 """What the stage ``track`` takes."""
 
+from collections.abc import Sequence
+
 from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, head_flops, layer_bytes, logit_bytes, pass_flops, weight_bytes
 from saejax.models.sites import Site
 from saejax.stage import is_folder
+from saejax.track.stage import TrackConfig
 from saejax.track.tested import ROWS, draws_for
 from saejax.track.texts import read_problems, sentences
 
@@ -18,9 +21,9 @@ def track_cost(plan: PlannedRun, name: str) -> Cost:
     The tokens of steps are counted from their characters. A folder is taken for a dictionary of each layer.
     """
     config, model = plan.configs["track"], plan.model
-    texts = [(one.prompt, one.steps or sentences(one.prompt)) for one in read_problems(config)]
-    tokens = [round(sum(map(len, (prompt, *steps))) / CHARACTERS_PER_TOKEN) + 1 for prompt, steps in texts]
-    layers = _layers(plan)
+    texts = planned_texts(config)
+    tokens = [counted(prompt, *steps) for prompt, steps in texts]
+    layers = planned_layers(plan)
     tested = config.test_layers or (layers[len(layers) // 2],)
     lenses = _LENSES * (2 if config.lens else 1)
     flops, tests = 0.0, 0
@@ -49,7 +52,17 @@ def track_cost(plan: PlannedRun, name: str) -> Cost:
     )
 
 
-def _layers(plan: PlannedRun) -> list[int]:
+def planned_texts(config: TrackConfig) -> list[tuple[str, Sequence[str]]]:
+    """Each text's steps, and what stands before them."""
+    return [(one.prompt, one.steps) if one.steps else ("", sentences(one.prompt)) for one in read_problems(config)]
+
+
+def counted(*parts: str) -> int:
+    """About how many tokens a text of these parts has."""
+    return round(sum(map(len, parts)) / CHARACTERS_PER_TOKEN) + 1
+
+
+def planned_layers(plan: PlannedRun) -> list[int]:
     """Layers of the dictionaries."""
     found: set[int] = set()
     for name in plan.configs["track"].dictionaries:

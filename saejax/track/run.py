@@ -33,6 +33,8 @@ from saejax.track.tested import StepTester, tested_steps
 from saejax.track.texts import EncodedText, encode, read_problems
 from saejax.workspace import Run
 
+LENS_TOP = 3  # tokens that a lens gives of each place
+
 
 def run_track(run: Run) -> TrackResults:
     """Follows each text, tests the features of its steps, and writes the page.
@@ -177,7 +179,7 @@ def _read(lm: LanguageModel, text: EncodedText, jacobian: JacobianLens | None, s
         last = lm.lens(tokens, top=1, seed=seed)
         answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
     given = {"logit": None} | ({"jacobian": jacobian} if jacobian is not None else {})
-    return {name: lm.lens(tokens, one, answers=[answer], top=3, seed=seed) for name, one in given.items()}
+    return {name: lm.lens(tokens, one, answers=[answer], top=LENS_TOP, seed=seed) for name, one in given.items()}
 
 
 def _links(

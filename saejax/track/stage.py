@@ -92,6 +92,7 @@ TRACK = Stage(
     names=_names,
     identity=dict(model=identities.model, track=_files),
     cost="saejax.track.cost:track_cost",
+    programs="saejax.track.stage_programs:track_programs",
     processes="items",
     section="saejax.track.report:sections",
 )

@@ -25,7 +25,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.language_model import LanguageModel
+from saejax.models.language_model import LanguageModel, padded_length
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past, Tree
@@ -70,7 +70,7 @@ class StepTester:
         self._dictionary = jax.device_put(dictionary, sharding(lm.mesh))
         self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
         length = len(text.ids_T)
-        padded = -(-length // 16) * 16
+        padded = padded_length(length)
         ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
         last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
         *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xX, last_1, wanted_1xX)
@@ -135,14 +135,13 @@ class StepTester:
     def _scores(self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
         """Of the step's tokens but the first, without each set, log-likelihood and whether it is first, [N, 2, P]."""
         count = step.stop - step.start - 1
-        window, pool = -(-count // _WINDOW) * _WINDOW, -(-len(pool_K) // _POOL) * _POOL
+        window, pool = filled(count, len(pool_K))
         padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
         removed_WxX = np.zeros((window, pool), np.float32)
         removed_WxX[:count] = self._f_TxF[step.start : step.start + count][:, padded_X]
         targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
-        shards = self._lm.mesh.shape["data"]
-        rows = -(-ROWS.get(self._lm.mesh.devices.flat[0].platform, _MANY) // shards) * shards
+        rows = rows_at_once(self._lm.mesh.devices.flat[0].platform, self._lm.mesh.shape["data"])
         found = []
         for first in range(0, len(sets), rows):
             members_RxX = np.zeros((rows, pool), bool)
@@ -150,13 +149,23 @@ class StepTester:
                 row[np.searchsorted(pool_K, np.asarray(features, np.int64))] = True
             given = self._stream, self._value, self._past, removed_WxX, padded_X, members_RxX
             start = np.int32(step.start)
-            scores = _run(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
+            scores = run_rows(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
             found.append(np.stack([np.asarray(part, np.float64)[: len(sets) - first, :count] for part in scores], 1))
         return np.concatenate(found)
 
 
+def filled(tokens: int, features: int) -> tuple[int, int]:
+    """Numbers of ``tokens`` of a step and of ``features``, filled up."""
+    return -(-tokens // _WINDOW) * _WINDOW, -(-features // _POOL) * _POOL
+
+
+def rows_at_once(platform: str, data: int) -> int:
+    """Sets that are removed together on a ``platform``, as many on each of ``data`` parts."""
+    return -(-ROWS.get(platform, _MANY) // data) * data
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _run(
+def run_rows(
     point: SplitPoint,
     params: decoder.Params,
     dictionary: Dictionary,
@@ -169,7 +178,14 @@ def _run(
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W]."""
+    """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W].
+
+    Args:
+      stream_1xTxD, value_1xTxD, past: of the text as it is.
+      removed_WxX, features_K: activations of the features that sets are drawn from.
+      members_RxX: which of them each row is without.
+      targets_W: the next tokens.
+    """
     rows, window = len(members_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
     tree = Tree.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)

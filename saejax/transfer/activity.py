@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,19 +49,24 @@ class Activity:
         return np.where(found_MxK[:, 0] == feature_M, found_MxK[:, -1], found_MxK[:, 0])
 
 
+def padded(length: Any) -> Any:
+    """The tokens of pieces, with those that fill them up."""
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
+
+
 def activations(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_tokens: int) -> Mapping[str, np.ndarray]:
     """The values at some sites at every token of the texts, special ones left out, fp32 [N, D] each."""
     starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])
     found = {site: np.zeros((starts[-1], lm.config.d_model), np.float32) for site in sites}
-    lengths = -(-np.array([len(piece) for piece in read.pieces], np.int64) // _LENGTH_STEP) * _LENGTH_STEP
+    lengths = padded(np.array([len(piece) for piece in read.pieces], np.int64))
     for chosen, rows, length in even_batches(lengths, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
-        padded = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
-        ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
-        output = lm(Tokens(ids_BxT, padded.lengths_B), capture=sites, logits=False)
+        filled = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
+        ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))
+        output = lm(Tokens(ids_BxT, filled.lengths_B), capture=sites, logits=False)
         for site in sites:
             value_BxTxD = np.asarray(output.sites[site], np.float32)
             for row, piece in enumerate(chosen):
-                own = value_BxTxD[row, read.front : padded.lengths_B[row]]
+                own = value_BxTxD[row, read.front : filled.lengths_B[row]]
                 found[site][starts[piece] : starts[piece] + len(own)] = own
     return found
 
@@ -71,13 +77,13 @@ def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Acti
     for start in range(0, len(x_NxD), batch_tokens):
         some_XxD = x_NxD[start : start + batch_tokens]
         filled_BxD = np.pad(some_XxD, ((0, batch_tokens - len(some_XxD)), (0, 0)))
-        f_BxF, real_B = jax.device_get(_encode(dictionary, filled_BxD))
+        f_BxF, real_B = jax.device_get(encode_tokens(dictionary, filled_BxD))
         parts.append(sparse.csr_array(f_BxF[: len(some_XxD)]))
         real.append(real_B[: len(some_XxD)])
     return Activity(sparse.vstack(parts, format="csr"), np.concatenate(real))
 
 
 @jax.jit
-def _encode(dictionary: Dictionary, x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+def encode_tokens(dictionary: Dictionary, x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     f_BxF, real_B = dictionary.encode(x_BxD), dictionary.in_domain(x_BxD)
     return jnp.where(dictionary.fires(f_BxF) & real_B[:, None], f_BxF, 0.0), real_B

@@ -26,7 +26,7 @@ from saejax.parallel.mesh import AXES
 from saejax.transfer.assignment import Auction
 
 _ROWS = 512  # rows whose products are held at once
-_CANDIDATES = 64  # of a row, at a time
+CANDIDATES = 64  # of a row, at a time
 _VMAPPED = 4  # pairs of an accelerator that run side by side
 
 Key = TypeVar("Key")
@@ -68,7 +68,7 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
       A key and what was found, as they are finished, not in their order.
     """
     waiting = iter(problems)
-    block = mesh.devices.size * (1 if jax.default_backend() == "cpu" else _VMAPPED)
+    block = mesh.devices.size * side_by_side(jax.default_backend())
     ready, solving = list[_Problem](), dict[Future, _Problem]()
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         while True:
@@ -88,6 +88,11 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
                     ready.append(problem)
                 else:
                     yield problem.key, problem.result()
+
+
+def side_by_side(platform: str) -> int:
+    """Pairs that a device looks at together, by the ``platform``."""
+    return 1 if platform == "cpu" else _VMAPPED
 
 
 class _Problem:
@@ -158,15 +163,15 @@ def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Pro
     filled = [*problems, *[problems[-1]] * (block - len(problems))]
     parts = [np.stack(part) for part in zip(*((one.rows_NxD, one.many_GxD, one.auction.price_G) for one in filled))]
     placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
-    vmapped = 1 if jax.default_backend() == "cpu" else _VMAPPED
-    found = jax.device_get(_best(mesh, vmapped, _CANDIDATES, problems[0].fresh, *placed))
+    vmapped = side_by_side(jax.default_backend())
+    found = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))
     for number, problem in enumerate(problems):
         problem.look(*(values[number] for values in found))
     return problems
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _best(
+def best_rows(
     mesh: Mesh,
     vmapped: int,
     count: int,
@@ -175,7 +180,13 @@ def _best(
     second_PxGxD: jax.Array,
     price_PxG: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """``_best_of_pair`` of every pair of a block, each on the device that holds it."""
+    """``_best_of_pair`` of every pair of a block, each on the device that holds it.
+
+    Args:
+      vmapped: pairs that a device looks at together.
+      count, both: as for ``_best_of_pair``.
+      first_PxNxD, second_PxGxD, price_PxG: rows of the first and of the second dictionaries, and prices of the latter.
+    """
 
     def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return lax.map(lambda pair: _best_of_pair(count, both, *pair), arrays, batch_size=vmapped)

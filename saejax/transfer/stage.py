@@ -74,6 +74,7 @@ TRANSFER = Stage(
     names=lambda configs: ("",) if configs["transfer"].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",
+    programs="saejax.transfer.stage_programs:transfer_programs",
     processes="items",
     section="saejax.transfer.report:sections",
 )

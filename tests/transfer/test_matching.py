@@ -53,7 +53,7 @@ def test_rows_of_few_directions_and_rows_of_zero():
 @pytest.mark.parametrize("sizes", [(300, 300), (270, 330), (330, 270)])
 def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):
     """A few at a time, and in looks of several sizes; a column that no row has costs nothing."""
-    monkeypatch.setattr(matching, "_CANDIDATES", 3)
+    monkeypatch.setattr(matching, "CANDIDATES", 3)
     monkeypatch.setattr(matching, "_ROWS", 32)
     looks = []
     look = matching._Problem.look

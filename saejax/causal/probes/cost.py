@@ -1,8 +1,13 @@
 """What the stage ``probe`` takes."""
 
+from jax.sharding import Mesh
+
 from saejax.causal.cost import causal_cost, clean_bytes, kept_prompts, prompt_length
+from saejax.causal.probes import inputs
+from saejax.causal.programs import SplitShapes
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
+from saejax.costs.programs import Program, whole
 from saejax.models.sites import Site
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
@@ -22,3 +27,16 @@ def probe_cost(plan: PlannedRun, name: str) -> Cost:
     streams = kept_prompts(plan) * prompt_length(plan) * 4 * 2 * used.d_in
     more = dict(host_seconds=START + _FIT * fits, counts=dict(rows=rows, tokens=rows * PROMPT, fits=fits))
     return causal_cost(plan, flops, streams + clean_bytes(plan, used), used, **more)
+
+
+def probe_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """The head, and what probes see of all prompts; they are fitted on the host."""
+    probe = plan.configs["probe"]
+    if not probe.labels or not plan.configs["task"].has_behaviours:
+        return []
+    shapes = SplitShapes(plan, mesh, "probe")
+    rows = shapes.rows(whole, shapes.prompts)
+    given = (shapes.point, probe.pool, shapes.dictionary, rows.read_BxTxD, rows.domain_BxT, rows.last_B)
+    flops = shapes.encode_flops(shapes.prompts)
+    size = f"{shapes.prompts} prompts of {shapes.length} tokens"
+    return [shapes.head(), shapes.program("inputs", size, inputs.pool_prompts, given, flops)]

@@ -31,7 +31,7 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
     """
     runs = split.run(prompts)
     arrays = ((run.read_BxTxD, run.domain_BxT, run.last_B) for run in runs)
-    parts = [_pool(split.point, pool, split.dictionary, *some) for some in arrays]
+    parts = [pool_prompts(split.point, pool, split.dictionary, *some) for some in arrays]
     features_NxF, raw_NxD, read_N = (in_order(part, runs) for part in zip(*parts, strict=True))
     for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
         raise UserError(
@@ -42,7 +42,7 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _pool(
+def pool_prompts(
     point: SplitPoint,
     pool: str,
     dictionary: Basis,
@@ -53,6 +53,8 @@ def _pool(
     """Features [B, F], raw activations [B, D], and whether the prompt has a position that is seen [B].
 
     Args:
+      pool: as for ``pooled_inputs``.
+      domain_BxT, last_B: as in a ``CleanRun``.
       read_BxTxD: what the dictionary reads: of a transcoder its input, whose features these are, not its target.
     """
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]

@@ -24,6 +24,7 @@ PROBE = Stage(
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
     cost="saejax.causal.probes.cost:probe_cost",
+    programs="saejax.causal.probes.cost:probe_programs",
     processes="items",
     section="saejax.causal.probes.report:sections",
     version=2,  # 2: sparse probes see the inputs whose class means differ most; AUC
