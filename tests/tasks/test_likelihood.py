@@ -134,9 +134,9 @@ def test_nan_is_refused(lm):
 
 def test_lengths_are_padded_by_a_quarter_at_most():
     for length in range(1, 3000):
-        padded = likelihood._rounded(length, 2048)
+        padded = likelihood.rounded(length, 2048)
         assert padded == 2048 if length >= 2048 else length <= padded <= max(length * 1.25, length + 15)
-    assert len({likelihood._rounded(length, 2048) for length in range(1, 2048)}) < 40
+    assert len({likelihood.rounded(length, 2048) for length in range(1, 2048)}) < 40
 
 
 @pytest.fixture(scope="module")
