@@ -8,6 +8,7 @@ them.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from saejax.models import decoder
 from saejax.models.attention_tables import whole_prompts
 from saejax.models.layers import einsum
 from saejax.parallel.mesh import fitting_sharding
+
+_TOGETHER = 2  # chunks whose products with a block are one
 
 Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``jax.vjp`` gives it
 
@@ -113,16 +116,29 @@ def _read_off(
     cotangent_NxRxTxD: jax.Array,
     read_BxNxRxW: jax.Array,
 ) -> jax.Array:
-    """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down."""
+    """With the products of a place's blocks with all cotangents there, 0 of a chunk that starts further down.
+
+    Those that start further down are the last, so they are left out as far as whole groups of chunks do.
+    """
+    together = math.gcd(len(begun_N), _TOGETHER)
+    groups = (jnp.sum(begun_N) + together - 1) // together
 
     def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
         start = first + index * STEP
         position_C = lax.dynamic_slice_in_dim(bank.position_B, start, STEP)
         row_CxW = lax.dynamic_slice_in_dim(bank.row_BxW, start, STEP)
-        at_NxRxCxD = cotangent_NxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
-        at_NxRxCxD = jnp.where(begun_N[:, None, None, None], at_NxRxCxD, 0)
-        products_CxNxRxW = einsum("nrcd,cwd->cnrw", at_NxRxCxD, bank.table_UxD[row_CxW])
-        return lax.dynamic_update_slice_in_dim(read_BxNxRxW, products_CxNxRxW, start, 0)
+        table_CxWxD = bank.table_UxD[row_CxW]
+
+        def group(number: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
+            chunk = number * together
+            own_GxRxTxD = lax.dynamic_slice_in_dim(cotangent_NxRxTxD, chunk, together)
+            begun_G = lax.dynamic_slice_in_dim(begun_N, chunk, together)
+            at_GxRxCxD = own_GxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
+            at_GxRxCxD = jnp.where(begun_G[:, None, None, None], at_GxRxCxD, 0)
+            products_CxGxRxW = einsum("grcd,cwd->cgrw", at_GxRxCxD, table_CxWxD)
+            return lax.dynamic_update_slice(read_BxNxRxW, products_CxGxRxW, (start, chunk, 0, 0))
+
+        return lax.fori_loop(0, groups, group, read_BxNxRxW)
 
     return lax.fori_loop(0, (stop - first + STEP - 1) // STEP, body, read_BxNxRxW)
 
