@@ -18,7 +18,7 @@ from absl import flags
 
 from saejax import command_line, environment
 from saejax.buckets.bucket import is_bucket
-from saejax.errors import NO_ROOM, CheckFailed, Interrupted, UserError, out_of_room
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherEnded, UserError, out_of_room
 from saejax.parallel.cluster import label
 from saejax.parallel.parent import LOST, guarded
 
@@ -83,6 +83,8 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
     except Interrupted as stop:
         print(f"{label()}{stop}", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except OtherEnded:  # the parent says which one, and how
+        return LOST
     except flags.Error as error:
         return _refuse(f"{command_line.flag_error(error)}; --help lists the flags", flag_values)
     except UserError as error:

@@ -25,6 +25,10 @@ class Interrupted(Exception):
     """The process was asked to stop (SIGTERM) and has saved what it had."""
 
 
+class OtherEnded(Exception):
+    """Another process of the run has ended before its work was done, and this one would wait for it."""
+
+
 def out_of_room(error: BaseException) -> str:
     """Which of ``NO_ROOM`` an error says, by its number or, as those of TensorStore, in words; "": none."""
     for number, told in NO_ROOM.items():

@@ -69,6 +69,7 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     mark = peers.tell("mark of the run", mark)
     place = place or parent.joined(workdir, mark, own, count)
     parent.seen([place.folder])
+    peers.ended = place.other_ended
     check_devices(jax.devices(), own, None if jax.config.jax_platforms == "cpu" else ids)
     return dataclasses.replace(config, processes=count, process_id=own)
 

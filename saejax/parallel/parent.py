@@ -44,6 +44,12 @@ class ProcessPlace:
         with contextlib.suppress(OSError):  # the first process may be gone, and the folder with it
             (self.folder / f"{self.own}-{word}").touch()
 
+    def other_ended(self) -> bool:
+        """Whether another process left word of how it ended."""
+        with contextlib.suppress(OSError):  # the first process may be gone, and the folder with it
+            return any(word != _STOP for words in self.others().values() for word in words)
+        return False
+
     def others(self) -> dict[int, set[str]]:
         """The words of other processes."""
         found: dict[int, set[str]] = {}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from saejax.errors import Interrupted
+from saejax.errors import Interrupted, OtherEnded
 
 _LOOK_EVERY, _BEAT_EVERY, _SAY_EVERY = 0.1, 5.0, 300.0  # seconds
 T = TypeVar("T")
@@ -26,6 +26,7 @@ class Peers:
 
     Attributes:
       stopping: whether this process was asked to stop; it then no longer waits.
+      ended: whether another process is known to have ended before its work was done; this one then no longer waits.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Peers:
         self._client, self._patience, self._say = client, patience, say
         self._places: collections.Counter[str] = collections.Counter()
         self.stopping: Callable[[], bool] = lambda: False
+        self.ended: Callable[[], bool] = lambda: False
         self._steps, self._told = 0, -_BEAT_EVERY
 
     def step(self) -> None:
@@ -62,6 +64,7 @@ class Peers:
 
         Raises:
           Interrupted: one of them is stuck, or this one was asked to stop.
+          OtherEnded: a process has ended before its work was done.
         """
         key = self._key("at", place)
         self._client.key_value_set(f"{key}/{self.own}", "")
@@ -78,6 +81,8 @@ class Peers:
             self.step()
             if self.stopping():
                 raise Interrupted(f"stopped where it waited for others ({place}); what is finished is kept")
+            if self.ended():
+                raise OtherEnded(f"another process has ended ({place})")
             now, beats = time.monotonic(), dict(self._client.key_value_dir_get("beat/"))
             for process in late:
                 beat = beats.get(f"beat/{process}", "")

@@ -95,9 +95,11 @@ def test_what_an_earlier_start_left_is_forgotten(tmp_path):
     first = parent.come(tmp_path, 1, 2)
     first.say("137")
     again = parent.come(tmp_path, 0, 2)
-    assert again.others() == {}
+    assert again.others() == {} and not again.other_ended()
+    first.say("stop")
+    assert not again.other_ended()
     first.say("2")
-    assert again.others() == {1: {"2"}}
+    assert again.others() == {1: {"stop", "2"}} and again.other_ended()
 
 
 def test_one_that_is_gone_without_a_word_is_named(ended):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted, OtherEnded, UserError
 from saejax.parallel.cluster import check_same
 from saejax.parallel.peers import Peers
 from saejax.parallel.teams import Left, Team, deal
@@ -98,6 +98,13 @@ def test_one_that_ends_no_step_is_named_and_one_that_works_is_waited_for(monkeyp
         other.step()
         with pytest.raises(Interrupted, match=r"process 1 has ended no step in 10 s, .* \(place\)"):
             waits.meet("place")
+
+
+def test_nobody_waits_for_one_that_has_ended():
+    peers = Peers(Store(), 0, 2)
+    peers.ended = lambda: True
+    with pytest.raises(OtherEnded, match="place"):
+        peers.meet("place")
 
 
 def test_a_flag_that_differs_is_named():

@@ -105,7 +105,7 @@ def test_prompts_are_those_of_the_task(finished):
 
 def test_smollm2_has_the_behaviours(smollm2):
     for name in BEHAVIOURS:
-        prompts, _ = make_prompts(name, 10, 10, 42, smollm2.tokenizer)
+        prompts, _ = make_prompts(name, 8, 8, 42, smollm2.tokenizer)  # with their counterparts one full batch
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)
         assert np.mean([score.logit_diff > 0 for score in scores]) >= 0.8
