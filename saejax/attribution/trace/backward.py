@@ -24,7 +24,7 @@ from saejax.models.attention_tables import whole_prompts
 from saejax.models.layers import einsum
 from saejax.parallel.mesh import fitting_sharding
 
-_TOGETHER = 2  # chunks whose products with a block are one
+_TOGETHER = 32  # targets whose products with a block are one, at the least, as far as there are
 
 Pull = Callable[[tuple[jax.Array, jax.Array]], Any]  # a transposed layer, as ``jax.vjp`` gives it
 
@@ -120,7 +120,8 @@ def _read_off(
 
     Those that start further down are the last, so they are left out as far as whole groups of chunks do.
     """
-    together = math.gcd(len(begun_N), _TOGETHER)
+    targets = cotangent_NxRxTxD.shape[1]
+    together = math.gcd(len(begun_N), 1 << max(_TOGETHER // targets, 2).bit_length() - 1)
     groups = (jnp.sum(begun_N) + together - 1) // together
 
     def body(index: jax.Array, read_BxNxRxW: jax.Array) -> jax.Array:
@@ -138,6 +139,8 @@ def _read_off(
             products_CxGxRxW = einsum("grcd,cwd->cgrw", at_GxRxCxD, table_CxWxD)
             return lax.dynamic_update_slice(read_BxNxRxW, products_CxGxRxW, (start, chunk, 0, 0))
 
+        if together == len(begun_N):  # a loop of one is not free
+            return group(jnp.int32(0), read_BxNxRxW)
         return lax.fori_loop(0, groups, group, read_BxNxRxW)
 
     return lax.fori_loop(0, (stop - first + STEP - 1) // STEP, body, read_BxNxRxW)
