@@ -24,7 +24,6 @@ from saejax.settings import TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS
 
 SETTINGS = dict(plugins=PLUGIN, train__kinds=MADE_UP, ablate__dictionary=MADE_UP, task__behaviours="agreement")
-SETTINGS |= dict(capture__backend="jax")  # torch takes each process seconds to import
 
 
 def test_kinds_are_found_by_name_and_others_refused_with_the_names():

@@ -63,12 +63,12 @@ def test_where_few_are_looked_at_none_is_missing():
     """A world of rare features: rates as meant; and what has no room is drawn as if there were room for all."""
     rare = dataclasses.replace(SMALL, features=2000, dimensions=64, rate_max=0.02, rate_min=0.002, roots=160, depth=1)
     rare = dataclasses.replace(rare, factors=0, exclusive=False)
-    world, x_BxD, code_BxJ = drawn(rare, count=8000)
+    world, x_BxD, code_BxJ = drawn(rare)
     room, whole = world.room, EntryRoom(160, 2000 - 4 * 160)
     assert room.roots < whole.roots and room.free < whole.free
-    close((code_BxJ > 0).mean(0), rates(rare), 8000, deviations=6)
+    close((code_BxJ > 0).mean(0), rates(rare), deviations=6)
     key = jax.random.key(7)
-    np.testing.assert_allclose(draw(world, key, 8000), x_BxD, atol=1e-5)
+    np.testing.assert_allclose(draw(world, key, COUNT), x_BxD, atol=1e-5)
     for few in (EntryRoom(1, whole.free), EntryRoom(whole.roots, 2)):
         drawn_so, drawn_whole = (draw(dataclasses.replace(world, room=one), key, 200) for one in (few, whole))
         np.testing.assert_allclose(drawn_so, drawn_whole, atol=1e-5)
