@@ -18,10 +18,10 @@ import numpy as np
 from saejax.activations import float8
 from saejax.activations.batches import steps_per_epoch, training_batches
 from saejax.activations.documents import COLUMNS, SPLITS, Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
 from saejax.activations.plan import Plan
 from saejax.activations.store import DTYPES, Store, on_disk
 from saejax.activations.writer import StoreWriter
-from saejax.results import to_json
 
 SITE = "resid_post.15"
 PARTS = ((SITE,),)
@@ -45,14 +45,16 @@ def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -
         writer.write_shard(shard, {"index": plan.index(shard), SITE: on_disk_RxD, f"{SITE} norms": norms_R})
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
-        dict(
-            sites={SITE: dict(d=d, **to_json(statistics[SITE]))},
+        Manifest(
+            sites={SITE: StoredSite(**vars(statistics[SITE]), d=d)},
             dtype=dtype,
             rows=plan.rows,
             shards=plan.shards,
             shard_rows=shard_rows,
-            model=dict(name="none", revision="", fingerprint="0" * 16, dtype="float32"),
-            documents=dict(groups=documents.groups),
+            model=CapturedModel("none", "", "0" * 16, "float32"),
+            sink_factor=10.0,
+            documents=StoredDocuments(COLUMNS, documents.groups),
+            files={},
         )
     )
     return Store.open(folder)
@@ -115,7 +117,7 @@ def measure(store: Store, batch: int) -> dict[str, float]:
         return rows_R[i * batch : (i + 1) * batch]
 
     results["gather alone"] = median_ms(lambda i: store.read(SITE, batch_rows(i)), steps)
-    in_memory_RxD = store.read(SITE, np.arange(store.manifest["rows"]))
+    in_memory_RxD = store.read(SITE, np.arange(store.manifest.rows))
     results["gather from an array in memory (floor)"] = median_ms(lambda i: in_memory_RxD[batch_rows(i)], steps)
     return results
 

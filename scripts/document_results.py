@@ -3,7 +3,8 @@
     python scripts/document_results.py
 
 Every stage has a place in the page, between ``<!-- results: STAGE -->`` and ``<!-- end -->``. A class is described
-where it first occurs; the first place, "common", has those of several stages.
+where it first occurs; the first place, "common", has those of several stages, and "manifest" has what a store says of
+itself.
 """
 
 import ast
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saejax import results
+from saejax.activations.manifest import Manifest
 from saejax.registry import STAGES
 
 PAGE = Path(__file__).parent.parent / "WORKSPACE.md"
@@ -84,9 +86,10 @@ def page(text: str) -> str:
     known = set(COMMON)
 
     def fill(place: re.Match) -> str:
-        stage, found = place[2], COMMON
-        if stage != "common":
-            found = [cls for cls in dict.fromkeys(every_class(results.results_class(stage))) if cls not in known]
+        name, found = place[2], COMMON
+        if name != "common":
+            written = Manifest if name == "manifest" else results.results_class(name)
+            found = [cls for cls in dict.fromkeys(every_class(written)) if cls not in known]
             known.update(found)
         return place[1] + "".join(describe(cls) + "\n" for cls in found) + place[3]
 

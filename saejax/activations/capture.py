@@ -10,7 +10,6 @@ import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from saejax.activations.backend import fastest, load_reader, ways
 from saejax.activations.capture_shards import ShardCapture, missing_shards
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
 from saejax.activations.plan import Plan
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
@@ -26,9 +26,7 @@ from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import UserError
-from saejax.models import source
 from saejax.models.sites import AnySite, ModuleSite
-from saejax.results import to_json
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.tasks import corpora
 from saejax.workspace import Run, fingerprint
@@ -47,7 +45,7 @@ def run_capture(run: Run) -> CaptureResults:
     """
     config: CaptureConfig = run.configs["capture"]
     request = read_request(run.configs)
-    model_source, names = request.source, [str(site) for site in request.sites]
+    names = [str(site) for site in request.sites]
     documents = text_documents(run, request)
     if config.tokens:
         documents = documents.sample(config.tokens)
@@ -74,9 +72,9 @@ def run_capture(run: Run) -> CaptureResults:
     statistics = writer.site_statistics(plan.shards, documents, config.sink_factor)
     _check_sinks(statistics, config)
     counts = _counts(documents, plan)
-    described = {str(site): dict(d=width, **to_json(statistics[str(site)])) for site, width in widths.items()}
     if first:
-        writer.finish(_manifest(run, model_source, plan, described, counts, _other(request)))
+        stored = {str(site): StoredSite(**vars(statistics[str(site)]), d=width) for site, width in widths.items()}
+        writer.finish(_manifest(run, request, plan, stored, counts))
     _say_sinks(run, statistics)
     size = ON_DISK[config.store_dtype].itemsize
     return CaptureResults(
@@ -157,40 +155,28 @@ def _say_sinks(run: Run, sites: Mapping[str, SiteNorms]) -> None:
 
 def _manifest(
     run: Run,
-    model_source: source.ModelSource,
+    request: CaptureRequest,
     plan: Plan,
-    sites: dict[str, dict],
-    counts: dict[str, dict],
-    other: dict[str, dict],
-) -> dict[str, Any]:
-    """The manifest but for its files. It holds no times, so that it is the same for every run of the same work."""
+    sites: Mapping[str, StoredSite],
+    counts: Mapping[str, Mapping[str, int]],
+) -> Manifest:
+    """The manifest but for its files."""
     config: CaptureConfig = run.configs["capture"]
-    return dict(
+    return Manifest(
         sites=sites,
         dtype=config.store_dtype,
         rows=plan.rows,
         shards=plan.shards,
         shard_rows=config.shard_rows,
-        model=dict(
-            name=model_source.name,
-            revision=model_source.revision,
-            fingerprint=model_source.fingerprint,
-            dtype=config.dtype,
-        ),
-        **other,
-        corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
+        model=CapturedModel.of(request.source, config.dtype),
         sink_factor=config.sink_factor,
+        documents=StoredDocuments(COLUMNS, plan.documents.groups, **counts["documents"]),
+        files={},
+        corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
         last=config.last,
-        documents=dict(counts["documents"], columns=COLUMNS, groups=plan.documents.groups),
         tokens=counts["tokens"],
+        other=CapturedModel.of(request.other.source) if request.other else None,
     )
-
-
-def _other(request: CaptureRequest) -> dict[str, dict]:
-    """The second model, for the manifest, if there is one."""
-    if request.other is None:
-        return {}
-    return dict(other={name: getattr(request.other.source, name) for name in ("name", "revision", "fingerprint")})
 
 
 def _counts(documents: Documents, plan: Plan) -> dict[str, dict[str, int]]:

@@ -15,9 +15,9 @@ site's training rows; every site has its own, and ``rows`` leaves them out.
 import collections
 import resource
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import ml_dtypes
 import numpy as np
@@ -25,13 +25,12 @@ import numpy as np
 from saejax.activations import float8
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredSite
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
-from saejax.files import file_sha256, read_json
+from saejax.files import file_sha256
 from saejax.models.source import ModelSource
 
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": _BFLOAT16, "float8": _BFLOAT16}  # as read
 ON_DISK: dict[str, np.dtype] = {
@@ -64,10 +63,10 @@ class Store:
 
     Attributes:
       folder: where it is.
-      manifest: its description; every file with its bytes and SHA-256 under "files".
+      manifest: its description.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]):
+    def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
         self._maps: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # least recently used first
         self._most_maps, self._lock, self._checked = _map_limit(), threading.Lock(), set[str]()
@@ -79,49 +78,45 @@ class Store:
         """Opens the store in a folder.
 
         Raises:
-          UserError: there is none, it was not finished, or a file is missing or of the wrong size.
+          UserError: there is none, it was not finished, its manifest is damaged, or a file is missing or of the wrong
+            size.
         """
         folder = Path(folder)
-        if not (folder / MANIFEST).exists():
-            raise UserError(f"{folder} holds no finished activation store ({MANIFEST} is missing): run capture first")
-        manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-            raise UserError(f"{folder / MANIFEST} is not of schema version {SCHEMA_VERSION}: run capture again")
-        store = cls(folder, manifest)
-        for name in manifest["files"]:
+        store = cls(folder, Manifest.read(folder))
+        for name in store.manifest.files:
             store._check_size(name)
         return store
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the sites, such as "resid_post.15"."""
-        return tuple(self.manifest["sites"])
+        return tuple(self.manifest.sites)
 
     @property
-    def model(self) -> dict[str, str]:
-        """The model it was captured from: "name", "revision", "fingerprint", "dtype"."""
-        return dict(self.manifest["model"])
+    def model(self) -> CapturedModel:
+        """The model it was captured from."""
+        return self.manifest.model
 
     @property
     def dtype(self) -> np.dtype:
         """What ``read`` returns: float32 or ml_dtypes.bfloat16."""
-        return DTYPES[self.manifest["dtype"]]
+        return DTYPES[self.manifest.dtype]
 
     def d(self, site: str) -> int:
         """Width of a site's vectors."""
-        return self._site(site)["d"]
+        return self._site(site).d
 
     def median_norm(self, site: str) -> float:
         """Median norm of the site's training rows, sinks included."""
-        return self._site(site)["median_norm"]
+        return self._site(site).median_norm
 
     def max_norm(self, site: str) -> float:
         """The sink rule: rows with a larger norm are attention sinks."""
-        return self._site(site)["max_norm"]
+        return self._site(site).max_norm
 
     def sinks(self, site: str) -> SinkCounts:
         """What the sink rule drops, both splits together."""
-        return SinkCounts(**self._site(site)["sinks"])
+        return self._site(site).sinks
 
     @property
     def documents(self) -> Documents:
@@ -129,7 +124,7 @@ class Store:
         if self._documents is None:
             for name in _DOCUMENTS:
                 self._check_content(f"documents/{name}")
-            self._documents = Documents.read(self.folder / "documents", self.manifest["documents"]["groups"])
+            self._documents = Documents.read(self.folder / "documents", self.manifest.documents.groups)
         return self._documents
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
@@ -143,12 +138,12 @@ class Store:
         key = (split, *map(self._known, sites))
         if key not in self._rows:
             parts = []
-            for shard in range(self.manifest["shards"]):
+            for shard in range(self.manifest.shards):
                 document_R = self._part(shard, "index")[:, 0]
                 wanted_R = self.documents.split_N[document_R] == SPLITS.index(split)
                 for site in sites:
                     wanted_R &= self._part(shard, f"{site} norms") <= np.float32(self.max_norm(site))
-                parts.append(np.flatnonzero(wanted_R) + shard * self.manifest["shard_rows"])
+                parts.append(np.flatnonzero(wanted_R) + shard * self.manifest.shard_rows)
             self._rows[key] = np.concatenate(parts).astype(np.int64)
             self._rows[key].setflags(write=False)
         return self._rows[key]
@@ -159,7 +154,7 @@ class Store:
         Safe to call from several threads. Each shard is checked against its checksum when it is first used.
         """
         found_NxD = self._gather(self._known(site), rows)
-        if self.manifest["dtype"] == "float8":
+        if self.manifest.dtype == "float8":
             return float8.decoded(found_NxD, self.norms(site, rows))
         return found_NxD.view(self.dtype)
 
@@ -174,28 +169,28 @@ class Store:
 
     def check_model(self, source: ModelSource) -> None:
         """A ``UserError`` if the store was captured from another model."""
-        if self.model["fingerprint"] != source.fingerprint:
+        if self.model.fingerprint != source.fingerprint:
             raise UserError(
-                f"{self.folder} was captured from the model {_name(self.model)}, not from {source.name} "
+                f"{self.folder} was captured from the model {self.model}, not from {source.name} "
                 f"({source.fingerprint}): give that model by --model.path, or capture again"
             )
 
     def verify(self) -> None:
         """Checks every file against its checksum; a ``UserError`` names the first that differs."""
-        for name in self.manifest["files"]:
+        for name in self.manifest.files:
             self._check_content(name)
 
-    def _site(self, site: str) -> dict[str, Any]:
-        return self.manifest["sites"][self._known(site)]
+    def _site(self, site: str) -> StoredSite:
+        return self.manifest.sites[self._known(site)]
 
     def _known(self, site: str) -> str:
         return one_of(site, self.sites, "site in this store")
 
     def _gather(self, part: str, rows: np.ndarray) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < self.manifest["rows"]:
-            raise IndexError(f"rows are 0 to {self.manifest['rows'] - 1}; asked for {rows.min()} to {rows.max()}")
-        shard_N, local_N = np.divmod(rows, self.manifest["shard_rows"])
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.manifest.rows:
+            raise IndexError(f"rows are 0 to {self.manifest.rows - 1}; asked for {rows.min()} to {rows.max()}")
+        shard_N, local_N = np.divmod(rows, self.manifest.shard_rows)
         order_N = np.argsort(shard_N, kind="stable")
         shards, starts = np.unique(shard_N[order_N], return_index=True)
         first = self._part(0, part)
@@ -225,15 +220,15 @@ class Store:
         return array
 
     def _expected(self, shard: int, part: str) -> tuple[tuple[int, ...], np.dtype]:
-        rows = min(self.manifest["shard_rows"], self.manifest["rows"] - shard * self.manifest["shard_rows"])
+        rows = min(self.manifest.shard_rows, self.manifest.rows - shard * self.manifest.shard_rows)
         if part == "index":
             return (rows, 3), np.dtype(np.int32)
         if part in self.sites:
-            return (rows, self.d(part)), ON_DISK[self.manifest["dtype"]]
+            return (rows, self.d(part)), ON_DISK[self.manifest.dtype]
         return (rows,), np.dtype(np.float32)
 
     def _check_size(self, name: str) -> None:
-        path, size = self.folder / name, self.manifest["files"][name]["bytes"]
+        path, size = self.folder / name, self.manifest.files[name].bytes
         found = path.stat().st_size if path.exists() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, expected {size}"
@@ -241,7 +236,7 @@ class Store:
 
     def _check_content(self, name: str) -> None:
         self._check_size(name)
-        if file_sha256(self.folder / name) != self.manifest["files"][name]["sha256"]:
+        if file_sha256(self.folder / name) != self.manifest.files[name].sha256:
             raise UserError(
                 f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "
                 "run capture again"
@@ -257,8 +252,3 @@ def _map_limit() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return _MOST_MAPS if hard == resource.RLIM_INFINITY else max(16, min(_MOST_MAPS, hard // 2))
-
-
-def _name(model: Mapping[str, str]) -> str:
-    revision = f" at {model['revision']}" if model["revision"] else ""
-    return f"{model['name']}{revision} ({model['fingerprint']})"

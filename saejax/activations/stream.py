@@ -19,6 +19,7 @@ from saejax.activations.backend import load_reader
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.buffers import HostBuffers
 from saejax.activations.joined import single_sites
+from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.progress import SAY_EVERY
 from saejax.activations.reader import Reader
@@ -91,9 +92,9 @@ class ModelStream:
         return self._plan.size(buffer)
 
     @property
-    def model(self) -> dict[str, str]:
-        """The model: "name", "revision", "fingerprint"."""
-        return {name: getattr(self._source, name) for name in ("name", "revision", "fingerprint")}
+    def model(self) -> CapturedModel:
+        """The model."""
+        return CapturedModel.of(self._source)
 
     @property
     def dtype(self) -> np.dtype:

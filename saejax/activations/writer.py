@@ -1,28 +1,23 @@
 """Writing a store: shards that appear whole, the sink rule, and the manifest that ends the work."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
 
 import numpy as np
 
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
+from saejax.activations.manifest import MANIFEST, FileFacts, Manifest
 from saejax.activations.results import SinkCounts, SiteNorms
-from saejax.activations.store import MANIFEST, SCHEMA_VERSION, shard_files
+from saejax.activations.store import shard_files
 from saejax.errors import UserError, out_of_room
 from saejax.files import file_sha256, whole_file, write_json
-
-
-class FileFacts(TypedDict):
-    """What the manifest says of a file."""
-
-    bytes: int
-    sha256: str
+from saejax.results import to_json
 
 
 class StoreWriter:
@@ -48,8 +43,8 @@ class StoreWriter:
         """Whether the shard is there, whole and of this work; unless all is to be ``read``, its record is trusted."""
         try:
             record = json.loads((self.folder / _record(shard)).read_text(encoding="utf-8"))
-            files = {name: record["files"][name] for name in shard_files(self.sites, shard).values()}
-            whole = not read or all(file_sha256(self.folder / name) == facts["sha256"] for name, facts in files.items())
+            files = {name: FileFacts(**record["files"][name]) for name in shard_files(self.sites, shard).values()}
+            whole = not read or all(file_sha256(self.folder / name) == facts.sha256 for name, facts in files.items())
         except (OSError, ValueError, KeyError, TypeError):
             return False
         if not whole or record["work"] != self.work:
@@ -67,7 +62,7 @@ class StoreWriter:
         record = self.folder / _record(shard)
         files = {name: self._write(name, parts[part]) for part, name in names.items()}
         with _disk_room(record):
-            write_json(record, dict(work=self.work, files=files))
+            write_json(record, to_json(dict(work=self.work, files=files)))
         self._files |= files
 
     def write_documents(self, documents: Documents) -> None:
@@ -100,11 +95,11 @@ class StoreWriter:
             statistics[site] = SiteNorms(float(median), float(norm_R.max()), float(max_norm), sinks)
         return statistics
 
-    def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Writes the manifest, last: now the folder is a store."""
-        files = dict(sorted(self._files.items()))
+    def finish(self, manifest: Manifest) -> None:
+        """Writes the manifest with the files that were written, last: now the folder is a store."""
+        whole = dataclasses.replace(manifest, files=dict(sorted(self._files.items())))
         with _disk_room(self.folder / MANIFEST):
-            write_json(self.folder / MANIFEST, dict(schema_version=SCHEMA_VERSION, **manifest, files=files))
+            write_json(self.folder / MANIFEST, to_json(whole))
 
     def _read(self, shard: int, part: str) -> np.ndarray:
         return np.load(self.folder / shard_files(self.sites, shard)[part], allow_pickle=False)

@@ -23,7 +23,7 @@ class ClusterText:
         self._read = read_sites(run, unstored, make_mesh(run.configs["mesh"]), *about) if unstored else None
 
     def _stored(self, one: Compared) -> bool:
-        own = self._store and self._store.model["fingerprint"] == one.fingerprint
+        own = self._store and self._store.model.fingerprint == one.fingerprint
         return bool(own and self._store and one.dictionary.site in self._store.sites)
 
     def of(self, one: Compared) -> tuple[Activity, np.ndarray]:

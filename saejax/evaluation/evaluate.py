@@ -94,16 +94,16 @@ def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | 
     Raises:
       UserError: ``--model.other`` names none, or another one.
     """
-    captured = store.manifest.get("other")
+    captured = store.manifest.other
     if captured is None:
         return None
     second = other_model(model)
     if second is None:
-        raise UserError(f"{store.folder} was captured from a second model too, {captured['name']}: give --model.other")
+        raise UserError(f"{store.folder} was captured from a second model too, {captured.name}: give --model.other")
     lm = load_model(second.path, second.revision, second.dtype, mesh)
-    if lm.source.fingerprint != captured["fingerprint"]:
+    if lm.source.fingerprint != captured.fingerprint:
         raise UserError(
-            f"{store.folder} was captured from the second model {captured['name']} ({captured['fingerprint']}), not "
+            f"{store.folder} was captured from the second model {captured}, not "
             f"from {lm.source.name} ({lm.source.fingerprint}): give that by --model.other, or capture again"
         )
     return lm

@@ -74,7 +74,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         W_dec_FxD = np.asarray(load_dictionary(unit / member.name).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((run.inputs[f"interpret/{kind}"] / member.name / FEATURES).glob("*.json"))
-        _write_about(run.folder / folder, source, config.creator, int(store.manifest["documents"]["train"]))
+        _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train or 0)
         viewers = run.folder / "features" / source.set
         viewers.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(described):
@@ -86,7 +86,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
 
 
 def _model_id(config: ExportConfig, store: Store) -> str:
-    model = config.model_id or _tame(store.model["name"].rstrip("/").split("/")[-1])
+    model = config.model_id or _tame(store.model.name.rstrip("/").split("/")[-1])
     if not _MODEL_ID.fullmatch(model):
         raise UserError(
             f"--export.model_id is {model!r}: Neuronpedia takes 2 to 32 small letters, digits, single dots and dashes, "

@@ -8,6 +8,7 @@ import functools
 import jax
 import numpy as np
 
+from saejax.activations.manifest import CapturedModel
 from saejax.config import identity
 from saejax.ground_truth.sampling import draw
 from saejax.ground_truth.stage import TruthConfig
@@ -47,7 +48,7 @@ class SyntheticRows:
         self._key = functools.partial(batch_key, config.seed, TRAIN)
         self._count = max(min(config.samples, _SAMPLE) // batch, 1) * batch
         own = {name: value for name, value in identity(config).items() if name not in _NOT_OF_THE_WORLD}
-        self.model = dict(name="synthetic", revision="", fingerprint=fingerprint(own))
+        self.model = CapturedModel("synthetic", "", fingerprint(own))
 
     def d(self, site: str) -> int:
         """Width of a vector."""

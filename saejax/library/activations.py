@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, even_batches
-from saejax.results import to_json
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 
@@ -26,14 +26,14 @@ class Activations:
       index_Nx3: int32 columns: the text (its place in the list), the position in it, the token id.
       texts: token ids of the texts.
       sink_factor: rows with norms above so many times the median of their site are attention sinks.
-      model: the language model: "name", "revision", "fingerprint", "dtype".
+      model: the language model.
     """
 
     values: Mapping[str, np.ndarray]
     index_Nx3: np.ndarray
     texts: Sequence[np.ndarray]
     sink_factor: float
-    model: Mapping[str, str]
+    model: CapturedModel
 
     def max_norm(self, site: str) -> float:
         """Norm above which a row is an attention sink."""
@@ -64,19 +64,9 @@ class Activations:
         norms = {f"{site} norms": np.linalg.norm(value, axis=1) for site, value in self.values.items()}
         writer.write_shard(0, {"index": self.index_Nx3, **self.values, **norms})
         facts = writer.site_statistics(1, documents, self.sink_factor)
-        described = {site: dict(d=value.shape[1], **to_json(facts[site])) for site, value in self.values.items()}
-        writer.finish(
-            dict(
-                sites=described,
-                dtype="float32",
-                rows=rows,
-                shards=1,
-                shard_rows=rows,
-                model=dict(self.model),
-                sink_factor=self.sink_factor,
-                documents=dict(columns=COLUMNS, groups=documents.groups),
-            )
-        )
+        sites = {site: StoredSite(**vars(facts[site]), d=value.shape[1]) for site, value in self.values.items()}
+        counted = StoredDocuments(COLUMNS, documents.groups, train=len(self.texts), held_out=0)
+        writer.finish(Manifest(sites, "float32", rows, 1, rows, self.model, self.sink_factor, counted, {}))
         return Store.open(folder)
 
 
@@ -116,6 +106,5 @@ def capture(
     texts_ids = [row_T[:length] for row_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
     index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
-    model = {name: getattr(lm.source, name) for name in ("name", "revision", "fingerprint")}
-    model["dtype"] = str(lm.params["embed_VxD"].dtype)
+    model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
     return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model)

@@ -1,13 +1,14 @@
 """What the trainer knows of the activations before it starts: their scale, and where the decoder's bias begins."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.joined import JoinedRows
+from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
@@ -25,8 +26,8 @@ class ScaledRows(Protocol):
         ...
 
     @property
-    def model(self) -> Mapping[str, str]:
-        """Whose activations they are: "name", "revision", "fingerprint"."""
+    def model(self) -> CapturedModel:
+        """Whose activations they are."""
         ...
 
     def d(self, site: str) -> int:

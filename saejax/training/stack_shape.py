@@ -54,9 +54,9 @@ def describe_stack(config: TrainConfig, kind: str, store: ScaledRows, stack: Seq
     return dataclasses.replace(
         stack_shape(config, kind, stack, widths),
         max_norm=store.max_norm(stack[0].site),
-        model=store.model["name"],
-        revision=store.model["revision"],
-        fingerprint=store.model["fingerprint"],
+        model=store.model.name,
+        revision=store.model.revision,
+        fingerprint=store.model.fingerprint,
     )
 
 

@@ -66,7 +66,7 @@ def make_setup(model, folder) -> Setup:
 
 def rows_by_place(store):
     """Row id of every (document, position)."""
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     document_N, position_N, _ = store.tokens(rows)
     places = dict(zip(zip(document_N.tolist(), position_N.tolist(), strict=True), rows.tolist(), strict=True))
     assert len(places) == len(rows)  # no token twice

@@ -7,10 +7,10 @@ import numpy as np
 
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
 from saejax.activations.plan import Plan
 from saejax.activations.store import DTYPES, Store
 from saejax.activations.writer import StoreWriter
-from saejax.results import to_json
 
 SITES = {"resid_post.1": 6, "mlp_out.0": 3}
 LENGTHS = (1, 9, 4, 7, 12, 5, 1, 8, 30, 3, 11, 2)
@@ -71,14 +71,16 @@ def write(folder: Path, dtype: str = "bfloat16", shard_rows: int = 16, lengths=L
         writer.write_shard(shard, parts)
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
-        dict(
-            sites={site: dict(d=d, **to_json(statistics[site])) for site, d in SITES.items()},
+        Manifest(
+            sites={site: StoredSite(**vars(statistics[site]), d=d) for site, d in SITES.items()},
             dtype=dtype,
             rows=plan.rows,
             shards=plan.shards,
             shard_rows=shard_rows,
-            model=dict(name="known/model", revision="abc", fingerprint="0123456789abcdef", dtype="float32"),
-            documents=dict(groups=documents.groups),
+            model=CapturedModel("known/model", "abc", "0123456789abcdef", "float32"),
+            sink_factor=10.0,
+            documents=StoredDocuments(COLUMNS, documents.groups),
+            files={},
         )
     )
     return Known(Store.open(folder), documents, vectors, sinks)

@@ -36,7 +36,7 @@ def rows_of(batches):
 
 def row_ids(store, batches):
     """The rows that batches consist of, found by their vectors."""
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     known = {vector.tobytes(): row for row, vector in zip(rows, store.read(SITE, rows), strict=True)}
     return [[known[vector.tobytes()] for vector in batch] for batch in batches]
 

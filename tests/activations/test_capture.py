@@ -16,6 +16,7 @@ from capture_setup import (
 
 from saejax.activations import float8, progress
 from saejax.activations.cutter import KINDS as DOCUMENT_KINDS
+from saejax.activations.manifest import CapturedModel
 from saejax.models import source
 from saejax.settings import ModelConfig
 
@@ -56,11 +57,11 @@ def test_documents_are_the_texts_cut_up_and_the_train_prompts(captured, setup):
 def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
     store, _ = captured
     found = source.resolve(ModelConfig(path=str(setup.model)))
-    assert store.model == dict(name=str(setup.model), revision="", fingerprint=found.fingerprint, dtype="float32")
+    assert store.model == CapturedModel(str(setup.model), "", found.fingerprint, "float32")
     store.check_model(found)
     store.verify()
-    norms = store.norms("mlp_in.2", np.arange(store.manifest["rows"]))
-    vectors = store.read("mlp_in.2", np.arange(store.manifest["rows"])).astype(np.float64)
+    norms = store.norms("mlp_in.2", np.arange(store.manifest.rows))
+    vectors = store.read("mlp_in.2", np.arange(store.manifest.rows)).astype(np.float64)
     np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
 
 
@@ -83,7 +84,7 @@ def test_the_last_positions_of_every_text(setup, torch_model, last):
 def test_batch_size_changes_neither_order_nor_values(setup, captured):
     one, _ = setup.capture("one_by_one", batch_tokens=1, sites=("resid_post.2",))
     store, _ = captured
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     for a, b in zip(one.tokens(rows), store.tokens(rows), strict=True):
         assert np.array_equal(a, b)
     assert relative_error(one.read("resid_post.2", rows), store.read("resid_post.2", rows)) < 1e-5
@@ -91,7 +92,7 @@ def test_batch_size_changes_neither_order_nor_values(setup, captured):
 
 def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
     rounded, _ = setup.capture("rounded", store_dtype="bfloat16", sites=("resid_post.2",))
-    rows = np.arange(captured[0].manifest["rows"])
+    rows = np.arange(captured[0].manifest.rows)
     exact = torch.tensor(captured[0].read("resid_post.2", rows)).to(torch.bfloat16).float().numpy()
     # Batches are the same, so that every bit must be.
     assert np.array_equal(rounded.read("resid_post.2", rows).astype(np.float32), exact)
@@ -99,7 +100,7 @@ def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
 
 def test_float8_on_disk_is_close_in_half_the_room(setup, captured):
     store, results = setup.capture("small", store_dtype="float8", sites=("resid_post.2",))
-    rows = np.arange(captured[0].manifest["rows"])
+    rows = np.arange(captured[0].manifest.rows)
     found_NxD, exact_NxD = (one.read("resid_post.2", rows).astype(np.float64) for one in (store, captured[0]))
     rms_Nx1 = np.sqrt((exact_NxD**2).mean(axis=1, keepdims=True))
     error_NxD = np.abs(found_NxD - exact_NxD) / np.maximum(np.abs(exact_NxD), rms_Nx1 / 64)

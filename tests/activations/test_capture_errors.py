@@ -48,7 +48,7 @@ def test_a_nan_is_located_and_nothing_is_stored(setup, tiny_llama, tmp_path):
 def test_too_many_sinks_are_an_error_that_names_share_and_flag(setup):
     options = dict(sites=("resid_post.1",), sink_factor=1.0)
     store, results = setup.capture("sinks", **options)
-    norms = store.norms("resid_post.1", np.arange(store.manifest["rows"]))
+    norms = store.norms("resid_post.1", np.arange(store.manifest.rows))
     median = np.median(norms[store.documents.split_N[store.tokens(np.arange(len(norms)))[0]] == 0])
     sinks = results.sites["resid_post.1"].sinks
     assert sinks.position_0 + sinks.beyond == (norms > median).sum() > 10

@@ -16,7 +16,7 @@ from saejax.errors import Interrupted
 @pytest.fixture(scope="module")
 def uninterrupted(setup):
     store, _ = setup.capture("uninterrupted", **RESUMED)
-    assert store.manifest["shards"] > 5
+    assert store.manifest.shards > 5
     return files(store.folder)
 
 

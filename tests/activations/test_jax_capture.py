@@ -27,8 +27,8 @@ def on_one_device(monkeypatch, one_device):
 def assert_same_store(found, expected, tolerance=1e-5):
     """Same tokens in the same rows, same documents, values equal within rounding."""
     assert found.sites == expected.sites
-    rows = np.arange(expected.manifest["rows"])
-    assert found.manifest["rows"] == len(rows)
+    rows = np.arange(expected.manifest.rows)
+    assert found.manifest.rows == len(rows)
     for a, b in zip(found.tokens(rows), expected.tokens(rows), strict=True):
         assert np.array_equal(a, b)
     for name, array in expected.documents.arrays().items():

@@ -91,7 +91,7 @@ def test_a_recurrent_model(tmp_path):
     store, _ = make_setup(tmp_path, tmp_path).capture(sites=sites)
     # Padding is on the right and states go from left to right, so that a document alone gives the same.
     alone, _ = make_setup(tmp_path, tmp_path).capture("alone", sites=sites, batch_tokens=1)
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     for site in sites:
         assert relative_error(alone.read(site, rows), store.read(site, rows)) < 1e-5
 
@@ -99,7 +99,7 @@ def test_a_recurrent_model(tmp_path):
 def test_modules_beside_sites_of_the_decoder(setup, captured):
     module = "module:model.layers.2.mlp"
     store, _ = setup.capture("beside", sites=("resid_post.0", module, "module:model.layers.0.mlp.act_fn", "mlp_out.2"))
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     assert np.array_equal(store.read(module, rows), store.read("mlp_out.2", rows))
     assert relative_error(store.read("resid_post.0", rows), captured[0].read("resid_post.0", rows)) < 1e-5
     assert store.d("module:model.layers.0.mlp.act_fn") == 96

@@ -34,7 +34,7 @@ def make_store(tmp_path):
 def test_every_vector_is_read_back_under_its_document_and_position(make_store, dtype, shard_rows):
     known = make_store(dtype, shard_rows)
     store = known.store
-    rows = np.random.default_rng(0).permutation(store.manifest["rows"])
+    rows = np.random.default_rng(0).permutation(store.manifest.rows)
     places = known.places(rows)
     assert sorted(places) == sorted(known.vectors["mlp_out.0"])
     for site in SITES:
@@ -105,6 +105,18 @@ def test_another_schema_version_is_refused(make_store):
     (folder / "manifest.json").write_text(json.dumps(manifest | dict(schema_version=99)))
     with pytest.raises(UserError, match="schema version"):
         Store.open(folder)
+
+
+def test_a_manifest_that_lacks_something_is_refused_in_one_line(make_store):
+    folder = make_store().store.folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sites"]["mlp_out.0"]["max_norm"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError, match=r"manifest.json has no field sites.mlp_out.0.max_norm: it is damaged"
+    ) as raised:
+        Store.open(folder)
+    assert "\n" not in str(raised.value)
 
 
 FILES = ["mlp_out.0/shard-00002.npy", "mlp_out.0/norms-00001.npy", "index/shard-00003.npy", "documents/ids.npy"]
@@ -202,14 +214,14 @@ def test_other_errors_of_the_disk_are_not_taken_for_a_full_one():
 
 def test_a_store_of_more_files_than_a_process_may_open_is_read(make_store):
     known = make_store("float32", shard_rows=1)
-    assert known.store.manifest["shards"] > 64
+    assert known.store.manifest.shards > 64
     script = f"""
 import concurrent.futures, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 import numpy as np
 from saejax.activations.store import Store
 store = Store.open({str(known.store.folder)!r})
-rows = np.random.default_rng(0).permutation(store.manifest["rows"])
+rows = np.random.default_rng(0).permutation(store.manifest.rows)
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     read = list(pool.map(lambda site: store.read(site, rows), {SITES * 4!r}))
     kept = [len(store.rows("train", site)) for site in {SITES!r}]
@@ -217,6 +229,6 @@ print([value.tobytes().hex() for value in read[:2]], kept)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = np.random.default_rng(0).permutation(known.store.manifest["rows"])
+    rows = np.random.default_rng(0).permutation(known.store.manifest.rows)
     expected = [known.store.read(site, rows).tobytes().hex() for site in SITES]
     assert done.stdout.strip() == f"{expected} {[len(known.store.rows('train', site)) for site in SITES]}"

@@ -65,7 +65,7 @@ def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
     write_json(run.folder / "started.json", {})
     run_capture(run)
     store = Store.open(run.folder)
-    index = np.arange(store.manifest["rows"])
+    index = np.arange(store.manifest.rows)
     document_R, _, _ = store.tokens(index)
     expected = store.read(SITES[0], index[store.documents.split_N[document_R] == 0])
     assert len(np.concatenate(vectors)) == len(expected)
@@ -73,7 +73,7 @@ def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
     a, b = (np.sort(values @ direction) for values in (np.concatenate(vectors), expected))
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     assert (stream.d(SITES[0]), stream.dtype) == (64, np.float32)
-    assert stream.model["fingerprint"] == store.model["fingerprint"]
+    assert stream.model.fingerprint == store.model.fingerprint
 
 
 @pytest.mark.parametrize("backend", ["jax"], indirect=True)

@@ -43,7 +43,7 @@ def test_nothing_after_the_last_site_is_run(setup, captured, tiny_llama, tmp_pat
         weights[name] = np.full_like(weights[name], np.nan)
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata=dict(format="pt"))
     store, _ = setup.capture("poisoned", model=tmp_path / "model", sites=(site,))
-    rows = np.arange(store.manifest["rows"])
+    rows = np.arange(store.manifest.rows)
     assert relative_error(store.read(site, rows), captured[0].read(site, rows)) < 1e-5
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from saejax.activations.joined import with_joined
+from saejax.activations.manifest import CapturedModel
 from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
@@ -29,7 +30,7 @@ class PlantedStore:
 
     def __init__(self, seed: int = 0):
         self.sites = ("resid_post.0", "other:resid_post.0")
-        self.model = dict(name="planted", revision="", fingerprint="planted")
+        self.model = CapturedModel("planted", "", "planted")
         rng = np.random.default_rng(seed)
         rows = [rng.normal(size=(len(LABELS), width)) for width in WIDTHS]
         rows = [own / np.linalg.norm(own, axis=1, keepdims=True) for own in rows]

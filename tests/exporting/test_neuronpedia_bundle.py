@@ -13,7 +13,7 @@ sys.path += [str(Path(__file__).parent.parent / name) for name in ("dictionaries
 import known_dictionaries as known
 from made_up_records import BAD, made_up_record
 
-from saejax.activations import store as activation_store
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.attribution.forms.neuronpedia import cantor_unpair
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
@@ -97,8 +97,9 @@ def made(tmp_path, members=("",), **settings):
     sites = [name.split("-")[0] for name in names]
     write_members(tmp_path / "train" / "topk", *zip(members, sites, sites, strict=True))
     (tmp_path / "capture").mkdir()
-    manifest = dict(schema_version=activation_store.SCHEMA_VERSION, files={}, documents=dict(train=5))
-    write_json(tmp_path / "capture" / "manifest.json", manifest | dict(model=dict(name="Some/Model_1.5")))
+    documents, model = StoredDocuments((), (), train=5), CapturedModel("Some/Model_1.5", "", "0" * 16)
+    manifest = Manifest({}, "float32", 0, 0, 1, model, 10.0, documents, {})
+    write_json(tmp_path / "capture" / "manifest.json", to_json(manifest))
     folder = tmp_path / "export" / "neuronpedia-topk"
     folder.mkdir(parents=True)
     write_json(folder / STARTED, {})

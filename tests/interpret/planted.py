@@ -9,6 +9,7 @@ import numpy as np
 
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
 from saejax.activations.plan import Plan
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter
@@ -17,7 +18,6 @@ from saejax.interpret.interpreter import Interpreter
 from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import CodedText
 from saejax.parallel.mesh import make_mesh
-from saejax.results import to_json
 from saejax.settings import MeshConfig
 from saejax.workspace import Run
 
@@ -86,14 +86,16 @@ def _written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
         writer.write_shard(shard, {"index": index, SITE: values, f"{SITE} norms": np.linalg.norm(values, axis=1)})
     statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
     writer.finish(
-        dict(
-            sites={SITE: dict(d=WIDTH, **to_json(statistics[SITE]))},
+        Manifest(
+            sites={SITE: StoredSite(**vars(statistics[SITE]), d=WIDTH)},
             dtype="float32",
             rows=plan.rows,
             shards=plan.shards,
             shard_rows=1000,
-            model=dict(name="planted/model", revision="", fingerprint="0123456789abcdef", dtype="float32"),
-            documents=dict(groups=documents.groups),
+            model=CapturedModel("planted/model", "", "0123456789abcdef", "float32"),
+            sink_factor=10.0,
+            documents=StoredDocuments(COLUMNS, documents.groups),
+            files={},
         )
     )
     return Store.open(folder)

@@ -32,7 +32,7 @@ def test_a_store_of_more_shards_than_files_may_be_open_trains(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", lambda file: None)  # of 25,000 small files
     lengths = known_store.LENGTHS * (2 * SHARDS // sum(known_store.LENGTHS) + 1)
     known = known_store.write(tmp_path / "store", shard_rows=2, lengths=lengths)
-    assert known.store.manifest["shards"] >= SHARDS
+    assert known.store.manifest.shards >= SHARDS
     (tmp_path / "run").mkdir()
     command = [sys.executable, "-c", TRAIN, str(tmp_path / "store"), str(tmp_path / "run")]
     variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1")
