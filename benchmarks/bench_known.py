@@ -38,7 +38,7 @@ from saejax.interpret.neighbours import output_tokens
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.results import Interval
 from saejax.settings import GraphConfig
 from saejax.tasks.scoring import bootstrap_mean
@@ -60,8 +60,7 @@ def made(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel,
     save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(folder / "model"))
     if set(sets) & {TRAINED, UNTRAINED}:
-        configs = {group: settings() for group, settings in GROUPS.items()}
-        run = Run("known_circuits", name, folder, configs, {}, lambda line: None, lambda: False)
+        run = Run("known_circuits", name, folder, default_configs(), {}, lambda line: None, lambda: False)
         return case, model, {one: open_transcoders(path) for one, path in write_sets(run, case, model, 0).items()}
     layers = [untrained_sets(case, model, layer, 0) for layer in range(len(case.model.layers))]
     return case, model, {one: LayerTranscoders.of([layer[one] for layer in layers]) for one in (EXACT, *sets)}

@@ -26,8 +26,8 @@ from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight.sums import plan_run
 from saejax.preflight.topology import compile_for, find_slice
-from saejax.registry import GROUPS
-from saejax.settings import MeshConfig
+from saejax.registry import default_configs
+from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.cost import train_programs
 
 MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-4b.json"
@@ -93,9 +93,9 @@ def plan_of(job: Job, tiny: bool) -> Any:
         matmul="bfloat16" if "v5e" in job.topology else "float32",
         zero_optimizer=job.zero,
     )
-    configs: dict[str, Any] = {group: cls() for group, cls in GROUPS.items()}
+    configs = default_configs()
     for group, fields in changes.items():
-        configs[group] = dataclasses.replace(configs[group], **fields)
+        configs |= dataclasses.replace(configs.named(group), **fields)
     fields = json.loads(MODEL.read_text())
     if tiny:
         fields |= dict(hidden_size=64, intermediate_size=128, vocab_size=512, head_dim=16)
@@ -109,7 +109,7 @@ def measure(job: Job, tiny: bool) -> dict[str, Any]:
     *_, step = train_programs(plan, plan.mesh)
     compiled = compile_for(step, found.limit, found.of_node)
     device = HARDWARE[job.topology.partition(":")[0]]
-    tokens, devices = plan.configs["train"].batch, len(found.devices)
+    tokens, devices = plan.configs[TrainConfig].batch, len(found.devices)
     reading = pass_flops(plan.model, tokens, 256, 1 + max(site.layer for site in plan.sites))
     sends = compiled.sends or {}
     far = sum(count for kind, count in sends.items() if kind.endswith("nodes"))

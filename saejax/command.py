@@ -21,6 +21,7 @@ from saejax.buckets.bucket import is_bucket
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherEnded, UserError, out_of_room
 from saejax.parallel.cluster import label
 from saejax.parallel.parent import LOST, guarded
+from saejax.settings import CaptureConfig, MeshConfig, TrainConfig
 
 _LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
 _DISK = {
@@ -50,12 +51,12 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         if flag_values["help"].value:
             return _show(command_line.help_text(stages, about, flag_values))
         workdir = command_line.named_workdir(flag_values)
-        runs_model = "capture" in stages or ("train" in stages and configs["train"].source == "model")
-        shares_gpu = runs_model and configs["capture"].backend != "jax"
+        runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
+        shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         scratch = flag_values["scratch"].value or ""
-        environment.keep_programs(configs["mesh"].compile_cache, command_line.local_folder(workdir, scratch))
-        if is_bucket(workdir) and configs["mesh"].together and not scratch:
+        environment.keep_programs(configs[MeshConfig].compile_cache, command_line.local_folder(workdir, scratch))
+        if is_bucket(workdir) and configs[MeshConfig].together and not scratch:
             raise UserError(
                 "--scratch is missing: several processes with a workdir in a bucket work in one local folder, that all "
                 "hosts share"

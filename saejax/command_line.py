@@ -47,7 +47,7 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
-def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str, Any]:
+def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.Configs:
     """Parses a command line of flags alone, and gives every group of configuration; none if help is asked for.
 
     Args:
@@ -63,7 +63,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> dict[str
     config.define_flags(GROUPS, flag_values, environment.has_accelerators() or _as_if_elsewhere(argv))
     rest = flag_values(list(argv), known_only=False)
     if flag_values["help"].value:
-        return {}
+        return config.Configs()
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
     return config.from_flags(GROUPS, flag_values)
@@ -122,9 +122,9 @@ def _as_if_elsewhere(argv: Sequence[str]) -> bool:
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """What the binary does, and every flag that its stages read, with its default."""
     read = {
-        name
+        config.group_name(group)
         for stage in map(STAGES.__getitem__, stages)
-        for name in (*groups_of(stage), *map(config.group_name, stage.placement))
+        for group in (*groups_of(stage), *stage.placement)
     }
     lines = [
         about,

@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 
@@ -73,6 +73,38 @@ class Config:
     def also(self, unit: str) -> dict[str, Any]:
         """What else the results of the unit of this name depend on, beside settings; JSON data."""
         return {}
+
+
+C = TypeVar("C", bound=Config)
+
+
+class Configs:
+    """The groups of a run, each found by its class: ``configs[TrainConfig].batch``.
+
+    Args:
+      groups: at most one of each class.
+    """
+
+    def __init__(self, *groups: Config):
+        self._groups = {type(group): group for group in groups}
+
+    def __getitem__(self, group: type[C]) -> C:
+        return typing.cast(C, self._groups[group])
+
+    def get(self, group: type[C]) -> C | None:
+        """The group of a class; None where there is none."""
+        return typing.cast(C | None, self._groups.get(group))
+
+    def __iter__(self) -> Iterator[Config]:
+        return iter(self._groups.values())
+
+    def __or__(self, group: Config) -> "Configs":
+        """The same with this group in place of the one of its class."""
+        return Configs(*{**self._groups, type(group): group}.values())
+
+    def named(self, name: str) -> Any:
+        """The group of a name such as "train"."""
+        return {group_name(cls): group for cls, group in self._groups.items()}[name]
 
 
 def _settings(cls: type) -> dict[str, dataclasses.Field]:
@@ -211,19 +243,19 @@ class _TupleParser(flags.ArgumentParser):
         return f"comma separated list of {self._element.flag_type()}"
 
 
-def from_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> dict[str, Any]:
+def from_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> Configs:
     """Builds every group from parsed flags.
 
     Raises:
       UserError: a value is out of range; the message names the flag.
     """
-    configs = {}
+    made = []
     for group, cls in groups.items():
         inside: dict[str, dict[str, Config]] = {}
         for field, name, own in _nested(cls):
             inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", own, flag_values)
-        configs[group] = _from_flags(group, cls, flag_values, inside)
-    return configs
+        made.append(_from_flags(group, cls, flag_values, inside))
+    return Configs(*made)
 
 
 def _from_flags(group: str, cls: type, flag_values: flags.FlagValues, inside: Mapping[str, Any] | None = None) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax import config as configuration
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.files import read_json
 from saejax.parallel.cluster import check_same, join, joined, label
@@ -22,7 +23,8 @@ from saejax.parallel.watchdog import watched
 from saejax.preregistration import shows_data, write_rules
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
-from saejax.stage import Configs, load
+from saejax.settings import MeshConfig
+from saejax.stage import load
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.workplan import Workplan, changes
 from saejax.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
@@ -61,7 +63,7 @@ def run_stages(
     if only:
         units = [one_of(only, units, "unit (--unit)")]
     with _joined(workspace, configs, say) as (configs, peers):
-        plan, watchdog = Workplan(configs), configs["mesh"].watchdog
+        plan, watchdog = Workplan(configs), configs[MeshConfig].watchdog
         said = (lambda line: say(label() + line)) if peers else say
         if peers:
             peers.stopping = stopping
@@ -85,7 +87,8 @@ def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
     """What all processes of a run must have alike: settings by their flags, units, versions."""
     flags = {
         f"--{group}.{name}": json.dumps(value)
-        for group, config in configs.items()
+        for config in configs
+        for group in (configuration.group_name(type(config)),)
         for name, value in configuration.to_json(config).items()
         if (group, name) not in _OWN
     }
@@ -165,7 +168,9 @@ def _run_unit(work: _Work, unit: str, team: Team) -> None:
 def _start(plan: Workplan, unit: str) -> dict[str, Any]:
     """What ``started.json`` says beside the fingerprint."""
     stage = unit.partition("/")[0]
-    return dict(start=now(), depends_on=plan.depends_on(unit), config=_config(plan, stage), packages=package_versions())
+    return dict(
+        start=now(), depends_on=plan.depends_on(unit), config=_settings(plan, stage), packages=package_versions()
+    )
 
 
 def _differs(plan: Workplan, unit: str, folder: Path) -> str:
@@ -202,22 +207,20 @@ def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -
 
 def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """What a summary says of settings, inputs, versions and devices."""
+    settings = _settings(plan, stage)
     return dict(
-        config=_config(plan, stage),
+        config=settings,
         inputs={need: plan.mark(need) for need in inputs},
         packages=package_versions(),
         devices=_devices(),
-        seeds={group: plan.configs[group].seed for group in _read(stage) if hasattr(plan.configs[group], "seed")},
+        seeds={group: own["seed"] for group, own in settings.items() if "seed" in own},
     )
 
 
-def _read(stage: str) -> tuple[str, ...]:
-    """The groups of settings that a stage reads."""
-    return (*groups_of(STAGES[stage]), *map(configuration.group_name, STAGES[stage].placement))
-
-
-def _config(plan: Workplan, stage: str) -> dict[str, Any]:
-    return {group: configuration.to_json(plan.configs[group]) for group in _read(stage)}
+def _settings(plan: Workplan, stage: str) -> dict[str, dict[str, Any]]:
+    """All settings of the groups that a stage reads, JSON data."""
+    groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
+    return {configuration.group_name(group): configuration.to_json(plan.configs[group]) for group in groups}
 
 
 def _devices() -> dict[str, Any] | None:
@@ -248,11 +251,11 @@ def _joined(
     workspace: Workspace, configs: Configs, say: Callable[[str], None]
 ) -> Iterator[tuple[Configs, Peers | None]]:
     """The processes of a run together, of which the first one holds the workdir; what each of them is to do."""
-    if not configs["mesh"].together:
+    if not configs[MeshConfig].together:
         with workspace.lock(say):
             yield configs, None
         return
-    configs = {**configs, "mesh": join(configs["mesh"], workspace.root, say)}
+    configs |= join(configs[MeshConfig], workspace.root, say)
     peers = joined()
     with workspace.lock(say, whole=True) if peers is None or peers.own == 0 else contextlib.nullcontext():
         if peers:

@@ -8,10 +8,10 @@ changed. A rule was *written before any data were seen* if nothing had been meas
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from saejax.config import Configs
 from saejax.registry import STAGES
 from saejax.stage import load
 from saejax.workspace import STARTED, fingerprint, now
@@ -36,11 +36,11 @@ def shows_data(stage: str) -> bool:
     return stage in DATA or bool(STAGES[stage].rule)
 
 
-def write_rules(root: Path, configs: Mapping[str, Any]) -> None:
+def write_rules(root: Path, configs: Configs) -> None:
     """Writes the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line."""
     for stage in STAGES.values():
         if stage.rule and stage.units(configs):
-            write_rule(root, stage.name, load(stage.rule)(configs[stage.name]), measured(root))
+            write_rule(root, stage.name, load(stage.rule)(configs.named(stage.name)), measured(root))
 
 
 def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from saejax.config import group_name
+from saejax.config import Config, Configs, group_name
 from saejax.stage import Stage
 
 
@@ -66,11 +66,16 @@ def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
 
 
 STAGES = ordered(_found())
-GROUPS: Mapping[str, type] = {
+GROUPS: Mapping[str, type[Config]] = {
     group_name(group): group for stage in STAGES.values() for group in (*stage.groups, *stage.placement)
 }
 
 
-def groups_of(stage: Stage) -> list[str]:
-    """Names of the groups that a stage's result depends on."""
-    return list(GROUPS if stage.reads_all else map(group_name, stage.groups))
+def groups_of(stage: Stage) -> tuple[type[Config], ...]:
+    """The groups that a stage's result depends on."""
+    return tuple(GROUPS.values()) if stage.reads_all else stage.groups
+
+
+def default_configs() -> Configs:
+    """Every group with its defaults."""
+    return Configs(*(group() for group in GROUPS.values()))

@@ -10,13 +10,12 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from saejax.config import Config, Configs
 from saejax.settings.kinds import unit_names
 
 _LONGEST = 100  # characters of the name of a folder's unit
-
-Configs = Mapping[str, Any]  # the groups of configuration by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Stage:
       after: stages that run before it: those whose units it reads, and those that may write what its flags name; "*":
         all others.
       first: whether it runs before all that are not.
+      makes_model: whether what it examines is made in it, and is not the model that the settings name.
       needs: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
@@ -55,11 +55,12 @@ class Stage:
     name: str
     summary: str
     run: str
-    groups: tuple[type, ...]
+    groups: tuple[type[Config], ...]
     reads_all: bool = False
-    placement: tuple[type, ...] = ()
+    placement: tuple[type[Config], ...] = ()
     after: tuple[str, ...] = ()
     first: bool = False
+    makes_model: bool = False
     needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)

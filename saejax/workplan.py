@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from saejax import config as configuration
+from saejax.config import Configs, group_name
 from saejax.errors import one_of
 from saejax.registry import STAGES, groups_of
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 from saejax.workspace import fingerprint
 
 _NAMED = 4  # differences that a line names
@@ -40,7 +41,8 @@ class Workplan:
         """The unit's settings, and fingerprints of the units that it reads and of the files from outside; JSON data."""
         if unit not in self._data:
             stage, _, name = unit.partition("/")
-            settings = {group: configuration.identity(self.configs[group], name) for group in groups_of(STAGES[stage])}
+            read = groups_of(STAGES[stage])
+            settings = {group_name(group): configuration.identity(self.configs[group], name) for group in read}
             needs = {need: self.mark(need) for need in self.needs(unit)}
             data: dict[str, Any] = dict(
                 unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from saejax.buckets.bucket import Bucket, is_bucket
 from saejax.buckets.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
 from saejax.parallel.teams import Team
@@ -248,7 +249,7 @@ class Run:
     stage: str
     name: str
     folder: Path
-    configs: Mapping[str, Any]
+    configs: Configs
     inputs: Mapping[str, Path]
     say: Callable[[str], None] = print
     stopping: Callable[[], bool] = lambda: False

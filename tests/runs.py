@@ -1,5 +1,6 @@
 """Small whole runs for tests: a tiny random model that reads real prompts, flags, and processes."""
 
+import dataclasses
 import functools
 import gzip
 import json
@@ -12,11 +13,28 @@ from pathlib import Path
 
 from tiny_models import save_tiny_llama
 
+from saejax.config import Configs
 from saejax.dictionaries.results import TrainedMember
 from saejax.files import write_json
+from saejax.registry import default_configs
 from saejax.results import to_json
+from saejax.workspace import Run
 
 ROOT = Path(__file__).parent.parent
+
+
+def make_configs(**changes) -> Configs:
+    """Every group with its defaults, but for changes such as train__k=(3,)."""
+    configs = default_configs()
+    for key, value in changes.items():
+        group, field = key.split("__")
+        configs |= dataclasses.replace(configs.named(group), **{field: value})
+    return configs
+
+
+def changed(run: Run, **settings) -> Run:
+    """The run with other settings of its own stage."""
+    return dataclasses.replace(run, configs=run.configs | dataclasses.replace(run.configs.named(run.stage), **settings))
 
 
 def save_model(folder: Path, **changes) -> Path:

@@ -6,9 +6,10 @@ import pytest
 from absl import flags
 
 from saejax import config
-from saejax.config import Config, setting
+from saejax.config import Config, Configs, setting
 from saejax.errors import UserError
 from saejax.registry import GROUPS
+from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
 from saejax.settings.sites import expand_ranges
 
 
@@ -28,7 +29,7 @@ def parse(*arguments: str) -> Example:
     values = flags.FlagValues()
     config.define_flags(dict(ex=Example), values)
     values(["program", *arguments])
-    return config.from_flags(dict(ex=Example), values)["ex"]
+    return config.from_flags(dict(ex=Example), values)[Example]
 
 
 def test_defaults_and_every_type():
@@ -95,8 +96,19 @@ def test_gpus_and_tpus_have_defaults_of_their_own(accelerated, dtypes):
     config.define_flags(GROUPS, values, accelerated)
     values(["program"])
     found = config.from_flags(GROUPS, values)
-    assert (found["model"].dtype, found["capture"].dtype, found["capture"].backend) == dtypes
+    assert (found[ModelConfig].dtype, found[CaptureConfig].dtype, found[CaptureConfig].backend) == dtypes
     values(["program", "--model.dtype=float32"])
-    assert config.from_flags(GROUPS, values)["model"].dtype == "float32"
-    alike = [name for name in GROUPS if name not in ("model", "capture")]
-    assert [config.identity(found[name]) for name in alike] == [config.identity(GROUPS[name]()) for name in alike]
+    assert config.from_flags(GROUPS, values)[ModelConfig].dtype == "float32"
+    alike = [group for group in GROUPS.values() if group not in (ModelConfig, CaptureConfig)]
+    assert [config.identity(found[group]) for group in alike] == [config.identity(group()) for group in alike]
+
+
+def test_groups_are_found_by_their_class():
+    first = Configs(ModelConfig(path="a"), CaptureConfig(last=3))
+    second = first | ModelConfig(path="b")
+    assert (first[ModelConfig].path, second[ModelConfig].path, second[CaptureConfig].last) == ("a", "b", 3)
+    assert second.named("capture") is first[CaptureConfig] and len(list(second)) == 2
+    assert second.get(MeshConfig) is None
+    for missing in (lambda: second[MeshConfig], lambda: second.named("mesh")):
+        with pytest.raises(KeyError):
+            missing()

@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from saejax import command, command_line, environment
+from saejax.settings import CaptureConfig, ModelConfig
 
 _PROGRAM = """
 import sys
@@ -82,7 +83,7 @@ def test_an_accelerator_is_one_that_jax_can_use(monkeypatch, gpu, installed, var
 def test_what_is_said_of_a_machine_that_is_not_here_goes_by_its_defaults(capsys):
     def dtypes(*argv: str) -> tuple[str, str, str]:
         found = command_line.read_configs(command_line.stage_flags(), ["program", *argv])
-        return found["model"].dtype, found["capture"].dtype, found["capture"].backend
+        return found[ModelConfig].dtype, found[CaptureConfig].dtype, found[CaptureConfig].backend
 
     assert dtypes() == ("float32", "float32", "torch")
     assert dtypes("--preflight.topology=h100:8") == ("bfloat16", "bfloat16", "jax")

@@ -4,10 +4,10 @@ import dataclasses
 import json
 
 import pytest
+from runs import make_configs
 
 from saejax import pipeline, workplan
 from saejax.errors import Interrupted, UserError
-from saejax.registry import GROUPS
 
 ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
 ALL += ["ablate/topk", "report"]
@@ -46,11 +46,7 @@ def fake_stages(monkeypatch):
 def go(workdir, stages=tuple(pipeline.STAGES), say=lambda line: None, **changes) -> list[str]:
     """Runs stages with settings changed, such as train__k=3; gives the units that ran."""
     ran.clear()
-    configs = {group: cls() for group, cls in GROUPS.items()}
-    for key, value in changes.items():
-        group, field = key.split("__")
-        configs[group] = dataclasses.replace(configs[group], **{field: value})
-    pipeline.run_stages(stages, configs, str(workdir), say=say)
+    pipeline.run_stages(stages, make_configs(**changes), str(workdir), say=say)
     return list(ran)
 
 

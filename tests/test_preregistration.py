@@ -1,6 +1,5 @@
 """When a rule was written: kept before there are data, never changed, and said by the report only where it is so."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,19 +7,19 @@ import pytest
 from saejax import pipeline, preregistration, workplan
 from saejax.causal.ablate.grades import rule as words
 from saejax.parallel.teams import Team
-from saejax.registry import GROUPS, STAGES
+from saejax.registry import GROUPS, STAGES, default_configs
+from saejax.settings import AblateConfig, StudyConfig
 from saejax.workspace import Workspace
 
 BEFORE = "written before any data were seen"
 
 
 def configs(**changes):
-    made = {group: cls() for group, cls in GROUPS.items()}
-    return made | dict(ablate=dataclasses.replace(made["ablate"], **changes))
+    return default_configs() | AblateConfig(**changes)
 
 
 def said(root, **changes):
-    return preregistration.said(root, "ablate", words(configs(**changes)["ablate"]))
+    return preregistration.said(root, "ablate", words(AblateConfig(**changes)))
 
 
 def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp_path, monkeypatch):
@@ -60,9 +59,7 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):
     shown = {stage for stage in STAGES if preregistration.shows_data(stage)}
     assert shown == {"baseline", "benchmark", "ablate", "study", "crosscode"}
-    preregistration.write_rules(
-        tmp_path, configs() | dict(study=dataclasses.replace(GROUPS["study"](), benchmarks=("logic",)))
-    )
+    preregistration.write_rules(tmp_path, configs() | StudyConfig(benchmarks=("logic",)))
     assert [one.stage for one in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
     whole = (tmp_path / preregistration.FILE).read_text()
     (tmp_path / preregistration.FILE).write_text(whole + whole[:40])

@@ -10,7 +10,7 @@ import sys
 import pytest
 import runs
 
-from saejax.registry import GROUPS, STAGES, ordered
+from saejax.registry import STAGES, default_configs, ordered
 from saejax.settings import ModelConfig
 from saejax.stage import Stage, load
 from saejax.workplan import Workplan
@@ -32,7 +32,7 @@ def test_the_order_follows_from_what_stages_wait_for():
 
 
 def test_every_stage_comes_after_those_whose_units_it_reads():
-    configs = {group: cls() for group, cls in GROUPS.items()}
+    configs = default_configs()
     asked = dict(graph=dict(prompt="a", transcoders="set"), study=dict(benchmarks=("logic",)))
     asked |= dict(
         truth=dict(features=64), patch=dict(kinds=("mlp_out",), dictionary="topk"), probe=dict(labels=("answer",))
@@ -51,7 +51,8 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
         task=dict(benchmarks=("gsm8k",)),
         corpus=dict(stream=True),
     )
-    configs |= {group: dataclasses.replace(configs[group], **changes) for group, changes in asked.items()}
+    for group, changes in asked.items():
+        configs |= dataclasses.replace(configs.named(group), **changes)
     order = list(STAGES)
     for name, declared in STAGES.items():
         names = declared.names(configs)
@@ -109,9 +110,8 @@ def test_the_stage_of_the_page_is_in_the_report(copy):
     code = """
 import types
 from saejax.stage import load
-from saejax.registry import GROUPS, STAGES
-configs = {group: cls() for group, cls in GROUPS.items()}
-assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(configs, "")
+from saejax.registry import STAGES, default_configs
+assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(default_configs(), "")
 (section,) = load(STAGES["lengths"].section)(types.SimpleNamespace(one=lambda cls: cls(3, 7.0)), None)
 print(section.title, section.blocks[0])
 """
@@ -119,7 +119,7 @@ print(section.title, section.blocks[0])
 
 
 def test_a_new_version_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):
-    configs = {group: cls() for group, cls in GROUPS.items()}
+    configs = default_configs()
     units = ("capture", "train/topk", "evaluate/topk")
     before = [Workplan(configs).mark(unit) for unit in units]
     monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], version=7))

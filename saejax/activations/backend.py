@@ -14,7 +14,7 @@ from saejax.activations.request import CaptureRequest
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import AnySite, OtherSite, Site
-from saejax.settings import CaptureConfig
+from saejax.settings import CaptureConfig, MeshConfig
 from saejax.workspace import Run
 
 BACKENDS = ("torch", "jax")
@@ -56,7 +56,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     from saejax.activations.jax_capture import DecoderReader
     from saejax.parallel.mesh import make_mesh
 
-    mesh, decoder = make_mesh(run.configs["mesh"]), cast(DecoderConfig, request.decoder)
+    mesh, decoder = make_mesh(run.configs[MeshConfig]), cast(DecoderConfig, request.decoder)
     sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
     return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.read_dtype)
 

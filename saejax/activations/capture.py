@@ -27,7 +27,7 @@ from saejax.activations.writer import StoreWriter
 from saejax.config import identity
 from saejax.errors import UserError
 from saejax.models.sites import AnySite, ModuleSite
-from saejax.settings import CaptureConfig, MeshConfig
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.workspace import Run, fingerprint
 
@@ -43,21 +43,21 @@ def run_capture(run: Run) -> CaptureResults:
         attention sinks; the disk is full.
       Interrupted: asked to stop; finished shards are kept.
     """
-    config: CaptureConfig = run.configs["capture"]
+    config = run.configs[CaptureConfig]
     request = read_request(run.configs)
     names = [str(site) for site in request.sites]
     documents = text_documents(run, request)
     if config.tokens:
         documents = documents.sample(config.tokens)
-    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
     run = _settled(run, request, plan)
-    config = run.configs["capture"]
+    config = run.configs[CaptureConfig]
     reader, widths = None, request.widths()
     if widths is None:
         reader = load_reader(run, request, plan, config)
         widths = reader.widths
     writer = StoreWriter(run.folder, names, _work(run, request, documents))
-    mesh: MeshConfig = run.configs["mesh"]
+    mesh = run.configs[MeshConfig]
     first = mesh.process_id == 0
     missing = missing_shards(writer, plan, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
@@ -98,11 +98,11 @@ def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:
     Raises:
       UserError: there are several processes, which must all take the same.
     """
-    choices = ways(run.configs["capture"], any(isinstance(site, ModuleSite) for site in request.sites))
-    if len(choices) > 1 and run.configs["mesh"].processes > 1:
+    choices = ways(run.configs[CaptureConfig], any(isinstance(site, ModuleSite) for site in request.sites))
+    if len(choices) > 1 and run.configs[MeshConfig].processes > 1:
         raise UserError("auto is for one process: with several, name --capture.backend and --capture.dtype")
     names = [str(site) for site in request.sites]
-    runs = [dataclasses.replace(run, configs=dict(run.configs) | dict(capture=choice)) for choice in choices]
+    runs = [dataclasses.replace(run, configs=run.configs | choice) for choice in choices]
     if len(runs) == 1:
         return runs[0]
     for settled in runs:
@@ -118,7 +118,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> str:
     """Identifies what the shards depend on."""
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     models = "+".join(each.source.fingerprint for each in (request, request.other) if each is not None)
-    return fingerprint([identity(run.configs["capture"]), models, run.configs["corpus"].seed, hashes])
+    return fingerprint([identity(run.configs[CaptureConfig]), models, run.configs[CorpusConfig].seed, hashes])
 
 
 def _check_disk(
@@ -161,7 +161,7 @@ def _manifest(
     counts: Mapping[str, Mapping[str, int]],
 ) -> Manifest:
     """The manifest but for its files."""
-    config: CaptureConfig = run.configs["capture"]
+    config = run.configs[CaptureConfig]
     return Manifest(
         sites=sites,
         dtype=config.store_dtype,
@@ -172,7 +172,7 @@ def _manifest(
         sink_factor=config.sink_factor,
         documents=StoredDocuments(COLUMNS, plan.documents.groups, **counts["documents"]),
         files={},
-        corpus=corpora.identity(run.configs["corpus"], run.configs["task"]),
+        corpus=corpora.identity(run.configs[CorpusConfig], run.configs[TaskConfig]),
         last=config.last,
         tokens=counts["tokens"],
         other=CapturedModel.of(request.other.source) if request.other else None,

@@ -52,7 +52,7 @@ class ShardCapture:
 
     def make(self, missing: Sequence[int]) -> float:
         """Makes the missing shards, each process its part of them; returns the speed in tokens per second."""
-        mesh: MeshConfig = self.run.configs["mesh"]
+        mesh = self.run.configs[MeshConfig]
         if mesh.processes == 1:
             return self._make(missing)
         from saejax.parallel.collectives import alone, wait_for_all
@@ -69,7 +69,7 @@ class ShardCapture:
 
     def _make(self, shards: Sequence[int]) -> float:
         """Makes shards in this process; returns the speed in tokens per second."""
-        config: CaptureConfig = self.run.configs["capture"]
+        config = self.run.configs[CaptureConfig]
         plan, sizes = self.plan, [self.plan.size(shard) for shard in shards]
         reader = self.reader or load_reader(self.run, self.request, plan, config)
         buffers = ShardBuffers(self.widths, max(sizes), config.store_dtype)

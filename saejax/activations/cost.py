@@ -11,6 +11,7 @@ from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_byte
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
+from saejax.settings import CaptureConfig, CorpusConfig
 
 _OVERHEAD = 0.2
 _TOKENIZED_PER_SECOND = 500_000  # by two cores
@@ -23,7 +24,7 @@ def tokenize_cost(plan: PlannedRun, name: str) -> Cost:
 
 def capture_cost(plan: PlannedRun, name: str) -> Cost:
     """The text, or a sample of it, once."""
-    capture = plan.configs["capture"]
+    capture = plan.configs[CaptureConfig]
     tokens = min(plan.tokens, len(SPLITS) * capture.tokens or plan.tokens)
     kept, flops = reading_cost(plan, plan.sites, tokens)
     width = WIDTH[capture.store_dtype]
@@ -71,12 +72,12 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 def recorded_rows(plan: PlannedRun) -> int:
     """About how many rows all of the text gives: all tokens, or the last ones of every document."""
-    last = plan.configs["capture"].last
+    last = plan.configs[CaptureConfig].last
     pieces = max(plan.documents, -(-plan.tokens // batch_shape(plan)[1]))
     return min(plan.tokens, last * pieces) if last else plan.tokens
 
 
 def batch_shape(plan: PlannedRun) -> tuple[int, int]:
     """Rows and length of a batch of documents."""
-    length = min(plan.configs["corpus"].context, plan.model.context)
-    return max(1, plan.configs["capture"].batch_tokens // length), length
+    length = min(plan.configs[CorpusConfig].context, plan.model.context)
+    return max(1, plan.configs[CaptureConfig].batch_tokens // length), length

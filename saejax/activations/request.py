@@ -1,15 +1,15 @@
 """What a capture is asked for: the model's files, the sites, and what of the model has to be known beforehand."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, read_config
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
-from saejax.settings import CaptureConfig
+from saejax.settings import CaptureConfig, ModelConfig
 
 # How configurations of all kinds of models call the longest input that they can take.
 _CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -46,21 +46,21 @@ class CaptureRequest:
         return {site: of_other.get(site, self.decoder.d_model) for site in self.sites}
 
 
-def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
+def read_request(configs: Configs) -> CaptureRequest:
     """What the settings ask for.
 
     Raises:
       UserError: the model cannot be found or read, or a site does not exist, is named twice or is not for the backend.
     """
-    config: CaptureConfig = configs["capture"]
+    config = configs[CaptureConfig]
     sites = parse_sites(config.sites, config.backend)
-    found = source.resolve(configs["model"])
+    found = source.resolve(configs[ModelConfig])
     of_other = tuple(site for site in sites if isinstance(site, OtherSite))
     if of_other:
         own = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
         if not own.sites:
             raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
-        request, second = read_request(dict(configs) | dict(capture=own)), _other_request(configs, found, of_other)
+        request, second = read_request(configs | own), _other_request(configs, found, of_other)
         contexts = [each for each in (request.context, second.context) if each is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), other=second)
     fields, where = source.read_model_config(found.folder), str(found.folder / "config.json")
@@ -79,17 +79,17 @@ def read_request(configs: Mapping[str, Any]) -> CaptureRequest:
     return CaptureRequest(found, sites, decoder, decoder.context)
 
 
-def _other_request(configs: Mapping[str, Any], first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
+def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
     """What is asked of the second model.
 
     Raises:
       UserError: there is none, it has another tokenizer, or what ``read_request`` refuses.
     """
-    model = source.other_model(configs["model"])
+    model = source.other_model(configs[ModelConfig])
     if model is None:
         raise UserError(f"the site {sites[0]} is of a second model: name that by --model.other")
-    own = dataclasses.replace(configs["capture"], sites=tuple(str(site.site) for site in sites))
-    request = read_request(dict(configs) | dict(model=model, capture=own))
+    own = dataclasses.replace(configs[CaptureConfig], sites=tuple(str(site.site) for site in sites))
+    request = read_request(configs | model | own)
     check_one_tokenizer(first, request.source)
     return request
 

@@ -12,7 +12,7 @@ TOKENIZE = Stage(
     groups=(CorpusConfig,),
     after=("baseline",),
     needs=lambda configs, name: identities.joining_prompts(configs),
-    names=lambda configs: ("",) if configs["corpus"].stream else (),
+    names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:tokenize_cost",
 )

@@ -28,6 +28,7 @@ from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
 from saejax.models.sites import is_joined
+from saejax.settings import CaptureConfig, CorpusConfig
 from saejax.workspace import Run
 
 if TYPE_CHECKING:
@@ -68,12 +69,12 @@ class ModelStream:
 
     def __init__(self, run: Run, parts: Parts, rows: int):
         self.sites = tuple(single_sites(sites_of(parts)))
-        config = dataclasses.replace(run.configs["capture"], sites=self.sites, tokens=0)
-        run = dataclasses.replace(run, configs=dict(run.configs) | dict(capture=config))
+        config = dataclasses.replace(run.configs[CaptureConfig], sites=self.sites, tokens=0)
+        run = dataclasses.replace(run, configs=run.configs | config)
         request = read_request(run.configs)
         self._run, self._source = run, request.source
         documents = text_documents(run, request).training()
-        self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs["corpus"].seed)
+        self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
         if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again
             raise UserError("--train.source=model needs --capture.backend and --capture.dtype by name, not auto")
         self._reader = load_reader(run, request, self._plan, config)
@@ -128,7 +129,7 @@ class ModelStream:
         self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}
         self._check(buffer)
         if not self._max_norms:
-            factor = self._run.configs["capture"].sink_factor
+            factor = self._run.configs[CaptureConfig].sink_factor
             self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}
         self._say(buffer, start)
         return True

@@ -14,7 +14,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import file_sha256
 from saejax.models import source
 from saejax.results import load_results
-from saejax.settings import CorpusConfig
+from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.corpora import Document
@@ -30,16 +30,18 @@ def run_tokenize(run: Run) -> TokenizeResults:
       UserError: the corpus, the tokenizer or a split is not usable.
       Interrupted: asked to stop.
     """
-    config: CorpusConfig = run.configs["corpus"]
-    found = source.resolve(run.configs["model"], decoder=False)
+    config = run.configs[CorpusConfig]
+    found = source.resolve(run.configs[ModelConfig], decoder=False)
     prompts, vocabulary = _train_prompts(run), source.vocabulary(found)
     groups = tuple(sorted({prompt_group(prompt) for prompt in prompts.values()}))
-    cutter = Cutter(config, source.load_tokenizer(found), longest_input(found) or config.context, run.configs["task"])
+    cutter = Cutter(
+        config, source.load_tokenizer(found), longest_input(found) or config.context, run.configs[TaskConfig]
+    )
     writer = ShuffledWriter(run.folder, groups, config.seed)
-    progress = TextProgress(run.say, corpora.characters(config, run.configs["task"]), "characters")
+    progress = TextProgress(run.say, corpora.characters(config, run.configs[TaskConfig]), "characters")
 
     def texts() -> Iterator[Document]:
-        for document in corpora.documents(config, run.configs["task"], cutter.enough):
+        for document in corpora.documents(config, run.configs[TaskConfig], cutter.enough):
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
             yield document
@@ -77,9 +79,9 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
             if file_sha256(folder / name) != sha256:
                 raise UserError(f"{folder / name} is damaged: delete {folder} and run tokenize again")
         return Documents.read(folder, results.groups)
-    config, tokenizer = run.configs["corpus"], source.load_tokenizer(request.source)
+    config, tokenizer = run.configs[CorpusConfig], source.load_tokenizer(request.source)
     documents = make_documents(
-        config, _train_prompts(run), tokenizer, request.context or config.context, run.configs["task"]
+        config, _train_prompts(run), tokenizer, request.context or config.context, run.configs[TaskConfig]
     )
     vocabulary = source.vocabulary(request.source)
     if vocabulary is not None and documents.ids_T.max() >= vocabulary:

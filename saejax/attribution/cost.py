@@ -23,7 +23,7 @@ from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.config import DecoderConfig
-from saejax.settings import GraphConfig
+from saejax.settings import GraphConfig, ModelConfig, PreflightConfig
 from saejax.tasks.cost import PROMPT
 
 _OVERHEAD = 1.4
@@ -67,8 +67,8 @@ def attribute_cost(plan: PlannedRun, name: str) -> Cost:
     """
     planned = planned_graphs(plan)
     if planned is None:
-        missing = f"{plan.configs['graph'].transcoders} is no folder here, so its sizes are not known"
-        why = "the graphs of SAEs follow no formula" if plan.configs["graph"].dictionaries else missing
+        missing = f"{plan.configs[GraphConfig].transcoders} is no folder here, so its sizes are not known"
+        why = "the graphs of SAEs follow no formula" if plan.configs[GraphConfig].dictionaries else missing
         return Cost(lines=[f"attribute/{name} is not counted: {why}"])
     flops = sum(_flops(planned, tokens) for tokens in planned.lengths) + planned.judged * _judged_flops(planned)
     cost = Cost(flops=flops, overhead=_OVERHEAD, host_seconds=2 * START + _read_seconds(planned))
@@ -94,13 +94,13 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
     Raises:
       UserError: prompts or transcoders are not what the stage takes.
     """
-    config: GraphConfig = plan.configs["graph"]
+    config = plan.configs[GraphConfig]
     lengths = [PROMPT] * len(config.behaviours) or [_tokens(request) for request in read_requests(config)]
     found = _transcoder(plan, config) if config.transcoders else None
     if found is None:
         return None
     transcoder, cross_layer = found
-    active = certain_active(transcoder) or plan.configs["preflight"].active_features
+    active = certain_active(transcoder) or plan.configs[PreflightConfig].active_features
     size = graph_size(config, plan.model, transcoder, active, cross_layer)
     return PlannedGraphs(tuple(lengths), size, config.doubled, len(config.behaviours) * config.kept_prompts)
 
@@ -200,6 +200,6 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
     folder = Path(config.transcoders).expanduser() / config.subfolder
     if folder.is_dir():
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
-        return opened.check_shape(plan.model, plan.configs["model"].path).configs[0], opened.cross_layer
+        return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
     trained = (stack.dictionary for stack in plan.stacks.values())
     return next(((own, False) for own in trained if own.target and own.kind == folder.name), None)

@@ -24,6 +24,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.formats import origin
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding
+from saejax.settings import GraphConfig
 
 
 def attribute_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -32,7 +33,7 @@ def attribute_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     Raises:
       UserError: prompts or transcoders are not what the stage takes.
     """
-    planned = planned_graphs(plan) if unit_name(plan.configs["graph"]) else None
+    planned = planned_graphs(plan) if unit_name(plan.configs[GraphConfig]) else None
     if planned is None:
         return []
     shapes = _Shapes(plan, mesh, planned.size, planned.longest)

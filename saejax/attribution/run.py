@@ -51,7 +51,7 @@ _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
     """The model that a run traces, and its transcoders or SAEs; they go together."""
-    dictionaries = open_set(run.configs["graph"])
+    dictionaries = open_set(run.configs[GraphConfig])
     model = load_run_model(run)
     dictionaries.check(model)
     return model, dictionaries
@@ -73,7 +73,7 @@ def run_attribute(
     Raises:
       UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
     """
-    config: GraphConfig = run.configs["graph"]
+    config = run.configs[GraphConfig]
     behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
     groups, labels = read_groups(config, list(requests)), read_labels(config)
@@ -159,7 +159,7 @@ def _measure(
     means: Mapping[int, np.ndarray] | None,
     trace: Callable[..., Traced | TracedSaes] | None = None,
 ) -> Measured:
-    config: GraphConfig = run.configs["graph"]
+    config = run.configs[GraphConfig]
     start = time.monotonic()
     traced = (trace or trace_request)(model, dictionaries, request, config)
     seconds = time.monotonic() - start

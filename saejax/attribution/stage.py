@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from saejax.config import Configs
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 from saejax.tasks import identities
 
 
@@ -11,7 +12,7 @@ def _names(configs: Configs) -> Sequence[str]:
     """The unit of the graphs that are asked for."""
     from saejax.attribution.requests import unit_name
 
-    name = unit_name(configs["graph"])
+    name = unit_name(configs[GraphConfig])
     return (name,) if name else ()
 
 
@@ -19,7 +20,7 @@ def _dictionaries(configs: Configs) -> str:
     """The dictionaries, and the files of prompts and groups."""
     from saejax.attribution import requests
 
-    return requests.identity(configs["graph"])
+    return requests.identity(configs[GraphConfig])
 
 
 ATTRIBUTE = Stage(
@@ -30,7 +31,7 @@ ATTRIBUTE = Stage(
     groups=(ModelConfig, GraphConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),  # --graph.transcoders may name what this run trains
-    needs=lambda configs, name: ("baseline",) if configs["graph"].behaviours else (),
+    needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
     cost="saejax.attribution.cost:attribute_cost",

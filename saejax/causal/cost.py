@@ -7,6 +7,7 @@ from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, feature_bytes, layer_bytes, weight_bytes
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
+from saejax.settings import PreflightConfig, TaskConfig, TrainConfig
 
 _OVERHEAD = 0.3
 FIRING = 0.85  # of rows: a set that changes nothing on a prompt is not run
@@ -14,13 +15,13 @@ FIRING = 0.85  # of rows: a set that changes nothing on a prompt is not run
 
 def prompt_length(plan: PlannedRun) -> int:
     """Tokens of a behaviour's prompt, padded, as memory is counted."""
-    return -(-min(plan.configs["preflight"].prompt_tokens, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
+    return -(-min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
 
 
 def kept_prompts(plan: PlannedRun) -> int:
     """The prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
-    task = plan.configs["task"]
-    length = min(plan.configs["preflight"].prompt_tokens, plan.model.context)
+    task = plan.configs[TaskConfig]
+    length = min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context)
     most = max(GROUP_TOKENS // length // PROMPTS, 1)
     return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
 
@@ -40,7 +41,7 @@ def causal_cost(
       activations: bytes of what comes and goes.
       more: other fields of ``Cost``.
     """
-    arrays = dictionary_bytes(used, plan.configs["train"].state_dtype) if used else 0
+    arrays = dictionary_bytes(used, plan.configs[TrainConfig].state_dtype) if used else 0
     held = DeviceBytes(weight_bytes(plan.model, plan.axes, plan.dtype), arrays, activations=activations)
     return Cost(held, flops, plan.dtype, **dict(overhead=_OVERHEAD, host_seconds=START) | more)
 

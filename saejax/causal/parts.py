@@ -21,6 +21,7 @@ from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
 from saejax.workspace import Run
@@ -45,8 +46,8 @@ def silent(done: int, total: int) -> None:
 
 def load_run_model(run: Run) -> LanguageModel:
     """The model that a stage runs, on the mesh of its configuration."""
-    config = run.configs["model"]
-    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get("mesh")), config.remat)
+    config = run.configs[ModelConfig]
+    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get(MeshConfig)), config.remat)
 
 
 def load_run_dictionary(run: Run) -> Dictionary:
@@ -55,7 +56,7 @@ def load_run_dictionary(run: Run) -> Dictionary:
     Raises:
       UserError: there is none of this name.
     """
-    dictionary = stacks.load_trained(run.configs[run.stage].dictionary, run.inputs, f"--{run.stage}.dictionary")
+    dictionary = stacks.load_trained(run.configs.named(run.stage).dictionary, run.inputs, f"--{run.stage}.dictionary")
     if not dictionary.config.fingerprint:  # another tool's
         known = dictionary.config.model or "no model"
         run.say(f"{run.stage}: the dictionary names {known}, and no state of it: take care that it is this one")

@@ -22,6 +22,7 @@ from saejax.models.rules import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Tree
+from saejax.settings import ModelConfig, TrainConfig
 
 
 class SplitShapes:
@@ -38,13 +39,13 @@ class SplitShapes:
 
     def __init__(self, plan: PlannedRun, mesh: Mesh, stage: str):
         self._plan, self._mesh, self._stage = plan, mesh, stage
-        self.used, self._kept = plan.dictionary(stage), plan.configs["train"].state_dtype
+        self.used, self._kept = plan.dictionary(stage), plan.configs[TrainConfig].state_dtype
         self.length, self.prompts = prompt_length(plan), kept_prompts(plan)
         reads, writes = Site.parse(self.used.site), Site.parse(self.used.target or self.used.site)
-        rules = RunRules(remat=plan.configs["model"].remat)
+        rules = RunRules(remat=plan.configs[ModelConfig].remat)
         self.point = SplitPoint(plan.model, writes, reads, mesh, rules)
         self.params = abstract_params(plan.model, mesh, plan.dtype)
-        self.dictionary = abstract_dictionary(self.used, plan.configs["train"], mesh)
+        self.dictionary = abstract_dictionary(self.used, plan.configs[TrainConfig], mesh)
         self._size = f"{PROMPTS} prompts of {self.length} tokens"
 
     def program(self, name: str, size: str, function: Callable, arguments: tuple, flops: float) -> Program:

@@ -15,6 +15,7 @@ from saejax.clusters.agreement import GroupedFeatures, between_dictionaries, bet
 from saejax.clusters.groups import DISSOLVED, Grouped, find, methods
 from saejax.clusters.primitives import BehaviourEffects
 from saejax.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup, Grouping
+from saejax.clusters.stage import ClusterConfig
 from saejax.clusters.text import ClusterText
 from saejax.clusters.views import View
 from saejax.results import Interval, load_results
@@ -39,7 +40,7 @@ def run_cluster(run: Run) -> ClusterResults:
       UserError: dictionaries, text or effects are missing.
       Interrupted: asked to stop.
     """
-    compared = load_compared(run.configs["cluster"].dictionaries, run.inputs, _FLAG)
+    compared = load_compared(run.configs[ClusterConfig].dictionaries, run.inputs, _FLAG)
     parts = [f"{place:03d}-{folder_name(one.name)}" for place, one in enumerate(compared)]
 
     def begin() -> Measure:
@@ -48,13 +49,13 @@ def run_cluster(run: Run) -> ClusterResults:
 
     found = each_part(run, parts, begin, ClusteredDictionary, "groupings")
     tables = [GroupedFeatures.load(part_file(run, part, "-groups.parquet")) for part in parts]
-    between = between_dictionaries(compared, tables, run.configs["cluster"].seed)
+    between = between_dictionaries(compared, tables, run.configs[ClusterConfig].seed)
     return ClusterResults(_RULE, tuple(found[part] for part in parts), between)
 
 
 def _measure(run: Run, one: Compared, text: ClusterText, part: str, on_progress: OnProgress) -> Measured:
     """Groups the features of a dictionary in every view."""
-    config = run.configs["cluster"]
+    config = run.configs[ClusterConfig]
     behaviours = _effects(run, one)
     found, without, tokens = _views(one, text, behaviours, config.seed, config.most)
     total, done = len(found) * (1 + 3 * config.resamples), 0

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from saejax.config import Config, setting
-from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, folder_name, is_folder, train_units
+from saejax.config import Config, Configs, setting
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.stage import Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
 
 
@@ -32,15 +32,15 @@ def _folders(configs: Configs) -> str:
     from saejax.dictionaries import stacks
     from saejax.workspace import fingerprint
 
-    return fingerprint([stacks.identity(name) for name in configs["cluster"].dictionaries if is_folder(name)])
+    return fingerprint([stacks.identity(name) for name in configs[ClusterConfig].dictionaries if is_folder(name)])
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The dictionaries, the store if they were trained on one, and the effects of all features if they are measured."""
-    asked, tested = configs["cluster"].dictionaries, configs["ablate"].dictionary
+    asked, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
     trained = train_units(*asked)
-    stored = ("capture",) if trained and configs["train"].source == "store" else ()
-    measured = configs["task"].has_behaviours and configs["ablate"].effects == "all"
+    stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
+    measured = configs[TaskConfig].has_behaviours and configs[AblateConfig].effects == "all"
     own = any(tested == one or tested.startswith(f"{one}/") for one in asked)
     return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and own else []))
 
@@ -55,7 +55,7 @@ CLUSTER = Stage(
     placement=(MeshConfig,),
     after=("capture", "train", "ablate", "interpret", "atlas"),
     needs=_needs,
-    names=lambda configs: ("",) if configs["cluster"].dictionaries else (),
+    names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.clusters.cost:cluster_cost",
     programs="saejax.clusters.cost:cluster_programs",

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.activations.store import Store
+from saejax.clusters.stage import ClusterConfig
 from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig
 from saejax.transfer.activity import Activity, encode
 from saejax.transfer.compared import Compared
 from saejax.transfer.reading import SitesOnText, read_sites
@@ -16,11 +18,11 @@ class ClusterText:
     """The text and who reads it."""
 
     def __init__(self, run: Run, compared: Sequence[Compared]):
-        self._config = run.configs["cluster"]
+        self._config = run.configs[ClusterConfig]
         self._store = Store.open(run.inputs["capture"]) if "capture" in run.inputs else None
         unstored = [one for one in compared if not self._stored(one)]
         about = self._config.tokens, self._config.batch_tokens, self._config.seed
-        self._read = read_sites(run, unstored, make_mesh(run.configs["mesh"]), *about) if unstored else None
+        self._read = read_sites(run, unstored, make_mesh(run.configs[MeshConfig]), *about) if unstored else None
 
     def _stored(self, one: Compared) -> bool:
         own = self._store and self._store.model.fingerprint == one.fingerprint

@@ -7,12 +7,14 @@ from typing import Any
 from jax import Device
 from jax.sharding import Mesh
 
+from saejax.config import Configs
 from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.dictionaries.formats import folders_of, read_config
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
+from saejax.settings import CaptureConfig, ModelConfig
 from saejax.stage import Stage, is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
@@ -59,7 +61,7 @@ class PlannedRun:
       stands_for: the platform of devices for which those of the mesh stand, such as "gpu"; "": they are what they are.
     """
 
-    configs: Mapping[str, Any]
+    configs: Configs
     name: str
     model: DecoderConfig
     sites: tuple[Site, ...]
@@ -92,17 +94,17 @@ class PlannedRun:
     @property
     def dtype(self) -> str:
         """Of the model's weights and products in JAX."""
-        return self.configs["model"].dtype
+        return self.configs[ModelConfig].dtype
 
     @property
     def backend(self) -> str:
         """What captures: "torch", "jax", or "auto", which takes what torch takes: the larger of both."""
-        return self.configs["capture"].backend if self.torch_here else "jax"
+        return self.configs[CaptureConfig].backend if self.torch_here else "jax"
 
     @property
     def capture_dtype(self) -> str:
         """In which the model runs while it is captured; of ``auto`` what takes more."""
-        dtype: str = self.configs["capture"].dtype
+        dtype: str = self.configs[CaptureConfig].dtype
         return "float32" if dtype == "auto" else dtype
 
     def dictionary(self, stage: str) -> DictionaryConfig:
@@ -111,7 +113,7 @@ class PlannedRun:
         Raises:
           UserError: none of this name is trained, or the folder holds none.
         """
-        name = self.configs[stage].dictionary
+        name = self.configs.named(stage).dictionary
         if is_folder(name):
             return read_config(name)
         kind, member = stacks.kind_and_member(name)

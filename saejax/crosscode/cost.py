@@ -2,18 +2,20 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes
+from saejax.crosscode.stage import CrosscodeConfig
+from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 
 _PROMPT_TOKENS = 32
 
 
 def crosscode_cost(plan: PlannedRun, name: str) -> Cost:
     """Held-out rows encoded twice; both models, and a pass of one for each drawn set and behaviour."""
-    config, task = plan.configs["crosscode"], plan.configs["task"]
+    config, task = plan.configs[CrosscodeConfig], plan.configs[TaskConfig]
     sizes = plan.dictionaries(config.dictionaries)
     largest = max(sizes, key=lambda size: size.n_features)
-    held_out = round(plan.tokens * plan.configs["corpus"].held_out)
+    held_out = round(plan.tokens * plan.configs[CorpusConfig].held_out)
     tokens = min(config.tokens or held_out, held_out)
-    removed = len(task.behaviours) * task.test_prompts * config.draws if plan.configs["model"].other else 0
+    removed = len(task.behaviours) * task.test_prompts * config.draws if plan.configs[ModelConfig].other else 0
     encode = 2 * 4.0 * len(sizes) * tokens * largest.d_in * largest.n_features
     passes = len(sizes) * pass_flops(plan.model, removed * _PROMPT_TOKENS, _PROMPT_TOKENS, plan.model.n_layers)
     return Cost(

@@ -24,6 +24,7 @@ from saejax.files import whole_file
 from saejax.models.language_model import load_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.stage import folder_name
 from saejax.tasks.gate import read_tested
 from saejax.transfer.compared import Compared, load_compared
@@ -58,7 +59,7 @@ def run_crosscode(run: Run) -> CrosscodeResults:
       UserError: one is no crosscoder, or the store lacks its parts.
       Interrupted: asked to stop.
     """
-    compared = load_compared(run.configs["crosscode"].dictionaries, run.inputs, _FLAG)
+    compared = load_compared(run.configs[CrosscodeConfig].dictionaries, run.inputs, _FLAG)
     for one in compared:
         if not is_joined(one.dictionary.config.site):
             raise UserError(
@@ -71,11 +72,11 @@ def run_crosscode(run: Run) -> CrosscodeResults:
         return _measure(run, compared[parts.index(part)], part)
 
     found = each_part(run, parts, lambda: measure, CrosscodedDictionary, "crosscoders")
-    return CrosscodeResults(rule(run.configs["crosscode"]), tuple(found[part] for part in parts))
+    return CrosscodeResults(rule(run.configs[CrosscodeConfig]), tuple(found[part] for part in parts))
 
 
 def _measure(run: Run, one: Compared, part: str) -> Measured:
-    config: CrosscodeConfig = run.configs["crosscode"]
+    config = run.configs[CrosscodeConfig]
     dictionary, site = one.dictionary, one.dictionary.config.site
     captured = Store.open(run.inputs["capture"])
     missing = [name for name in site_parts(site) if name not in captured.sites]
@@ -127,7 +128,7 @@ def _behaviours(run: Run, dictionary: Dictionary, store: Store, shares: Shares) 
     """The causal test, where there are two models and behaviours."""
     if not tests_behaviours(run.configs):
         return {}, {}
-    mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
+    mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
     lm = load_model(model.path, model.revision, model.dtype, mesh)
     store.check_model(lm.source)
     models = parts_by_model(dictionary.config.site, lm, load_other(model, store, mesh))
@@ -136,7 +137,7 @@ def _behaviours(run: Run, dictionary: Dictionary, store: Store, shares: Shares) 
     tested = read_tested(run.inputs["baseline"])
     order = [next(iter(parts.sites)) for parts in models]
     found, left_out = remove_private(
-        dictionary, models, shares.ordered(order), tested.prompts, run.configs["crosscode"]
+        dictionary, models, shares.ordered(order), tested.prompts, run.configs[CrosscodeConfig]
     )
     return found, dict(tested.left_out) | left_out
 

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from saejax.config import Config, setting
-from saejax.settings import MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, is_folder, train_units
+from saejax.config import Config, Configs, setting
+from saejax.settings import MeshConfig, ModelConfig, TaskConfig
+from saejax.stage import Stage, is_folder, train_units
 from saejax.tasks import identities
 
 
@@ -36,19 +36,21 @@ class CrosscodeConfig(Config):
 
 def tests_behaviours(configs: Configs) -> bool:
     """Whether private features are removed."""
-    return configs["task"].has_behaviours and configs["crosscode"].draws > 0 and bool(configs["model"].other)
+    return (
+        configs[TaskConfig].has_behaviours and configs[CrosscodeConfig].draws > 0 and bool(configs[ModelConfig].other)
+    )
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     prompts = ("baseline",) if tests_behaviours(configs) else ()
-    return ("capture", *prompts, *train_units(*configs["crosscode"].dictionaries))
+    return ("capture", *prompts, *train_units(*configs[CrosscodeConfig].dictionaries))
 
 
 def _folders(configs: Configs) -> str:
     """The dictionaries that are named by their folders."""
     from saejax.dictionaries import stacks
 
-    return " ".join(stacks.identity(name) for name in configs["crosscode"].dictionaries if is_folder(name))
+    return " ".join(stacks.identity(name) for name in configs[CrosscodeConfig].dictionaries if is_folder(name))
 
 
 CROSSCODE = Stage(
@@ -60,7 +62,7 @@ CROSSCODE = Stage(
     placement=(MeshConfig,),
     after=("baseline", "capture", "train", "evaluate"),
     needs=_needs,
-    names=lambda configs: ("",) if configs["crosscode"].dictionaries else (),
+    names=lambda configs: ("",) if configs[CrosscodeConfig].dictionaries else (),
     identity=dict(model=identities.model, folders=_folders),
     rule="saejax.crosscode.run:rule",
     cost="saejax.crosscode.cost:crosscode_cost",

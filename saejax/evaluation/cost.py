@@ -27,6 +27,7 @@ from saejax.evaluation.member_data import MemberData
 from saejax.models.sites import Site, decoder_site, is_joined, site_parts
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import fitting_sharding, part_size
+from saejax.settings import CorpusConfig, EvaluateConfig, TaskConfig, TrainConfig
 
 _OVERHEAD = 1.5
 _STEP = 16  # documents are padded to a multiple of this
@@ -34,14 +35,14 @@ _STEP = 16  # documents are padded to a multiple of this
 
 def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     """Cross-entropy of held-out documents: the clean model and the floors once for each site, and every member."""
-    evaluate, model, dtype = plan.configs["evaluate"], plan.model, plan.dtype
+    evaluate, model, dtype = plan.configs[EvaluateConfig], plan.model, plan.dtype
     stack, (rows, length) = plan.stacks[kind], _batch(plan)
     used, local = stack.dictionary, part_size(plan.axes, (rows,), "data")
     come_and_go = max(
         layer_bytes(plan, rows, length, dtype) + feature_bytes(used.n_features, local, length),
         layer_bytes(plan, rows, length, dtype, kept=4) + logit_bytes(plan, rows, length),
     )
-    held_out = round(plan.documents * plan.configs["corpus"].held_out)
+    held_out = round(plan.documents * plan.configs[CorpusConfig].held_out)
     documents = min(evaluate.ce_documents or held_out, held_out)
     of_document = min(length, -(-plan.tokens // max(plan.documents, 1) // _STEP) * _STEP)
     tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
@@ -49,8 +50,8 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     at = min(decoder_site(part).layer for part in site_parts(used.site))
     layers = len(sites) * at + tails * (model.n_layers - at)
     flops = pass_flops(model, tokens, of_document, layers) + tails * head_flops(model, tokens)
-    whole_arrays = dictionary_bytes(used, plan.configs["train"].state_dtype)
-    if plan.configs["train"].form == FORM:  # all layers at once, and four passes through the model
+    whole_arrays = dictionary_bytes(used, plan.configs[TrainConfig].state_dtype)
+    if plan.configs[TrainConfig].form == FORM:  # all layers at once, and four passes through the model
         count = len(stack.members)
         whole_arrays = round(count * (weights_share(FORM, count) + 0.5) * whole_arrays)
         flops = pass_flops(model, tokens, of_document, 4 * model.n_layers) + 4 * head_flops(model, tokens)
@@ -68,8 +69,8 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The programs that measure cross-entropy, for the dictionary that is tested, or else the first."""
     rows, length = _batch(plan)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
-    used = plan.dictionary("ablate") if plan.configs["task"].has_behaviours else first
-    if is_joined(used.site) or plan.configs["train"].form == FORM:
+    used = plan.dictionary("ablate") if plan.configs[TaskConfig].has_behaviours else first
+    if is_joined(used.site) or plan.configs[TrainConfig].form == FORM:
         return []  # whole passes with edits, or layer by layer: those of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features
     target = Site.parse(used.target or used.site)
@@ -115,11 +116,11 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 def abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> MemberData:
     """A dictionary as stages place it that measure members one by one."""
     common = dataclasses.replace(used, site="", target="", max_norm=0.0)
-    return MemberData.abstract(common, "float32", plan.configs["train"].state_dtype, mesh)
+    return MemberData.abstract(common, "float32", plan.configs[TrainConfig].state_dtype, mesh)
 
 
 def _batch(plan: PlannedRun) -> tuple[int, int]:
     """Rows and length of a batch of documents."""
-    length = min(plan.configs["corpus"].context, plan.model.context)
+    length = min(plan.configs[CorpusConfig].context, plan.model.context)
     length = -(-length // 32) * 32
-    return max(1, plan.configs["evaluate"].batch_tokens // length), length
+    return max(1, plan.configs[EvaluateConfig].batch_tokens // length), length

@@ -24,7 +24,7 @@ from saejax.files import write_array, write_json
 from saejax.models.language_model import load_model
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.results import to_json
-from saejax.settings import EvaluateConfig
+from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 
@@ -62,7 +62,7 @@ def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
     Raises:
       UserError: the store lacks a layer, or is of another model.
     """
-    config, mesh, model = run.configs["evaluate"], make_mesh(run.configs["mesh"]), run.configs["model"]
+    config, mesh, model = run.configs[EvaluateConfig], make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
     loaded = LoadedLayers.of(folder, mesh)
     missing = [site for pair in loaded.sites for site in pair if site not in store.sites]
     if missing:

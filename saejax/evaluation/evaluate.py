@@ -28,7 +28,7 @@ from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.settings import EvaluateConfig, ModelConfig
+from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 SCORES = "scores.json"
@@ -41,7 +41,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     Writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
     ``mean_activation.npy`` [F], fp32, and ``scores.json``, by which a run that was killed goes on with the others.
     """
-    config: EvaluateConfig = run.configs["evaluate"]
+    config = run.configs[EvaluateConfig]
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
     if cross_layer.is_one(trained):
@@ -53,7 +53,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
 
     @functools.cache
     def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
-        mesh, model = make_mesh(run.configs["mesh"]), run.configs["model"]
+        mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
         return mesh, lm, load_other(model, store, mesh)

@@ -1,6 +1,6 @@
 """The stage ``evaluate``."""
 
-from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
+from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig, TrainConfig
 from saejax.stage import Stage
 from saejax.tasks import identities
 
@@ -13,7 +13,7 @@ EVALUATE = Stage(
     placement=(MeshConfig,),
     after=("capture", "train"),
     needs=lambda configs, name: ("capture", f"train/{name}"),
-    names=lambda configs: configs["train"].kinds,
+    names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),
     processes="items",
     cost="saejax.evaluation.cost:evaluate_cost",

@@ -14,6 +14,7 @@ from saejax.causal.parts import Progress
 from saejax.errors import UserError
 from saejax.explain.endpoint import Answer, Keep
 from saejax.explain.questions import EmbeddingRequest, Question
+from saejax.explain.stage import ExplainConfig
 from saejax.workspace import Run, fingerprint
 
 ANSWERS = "answers.jsonl"
@@ -42,7 +43,7 @@ class Answers:
 
     def __init__(self, run: Run, folder: Path, judge: Judge):
         self._run, self._path, self._judge = run, folder / ANSWERS, judge
-        self._limit, self._model = run.configs["explain"].most_tokens, run.configs["explain"].model
+        self._limit, self._model = run.configs[ExplainConfig].most_tokens, run.configs[ExplainConfig].model
         self._known: dict[str, Answer] = {}
         for line in self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else ():
             try:

@@ -34,6 +34,7 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 DONE = "done.json"
@@ -52,7 +53,7 @@ def run_explain(run: Run) -> ExplainResults:
         tokens is reached.
       Interrupted: asked to stop.
     """
-    config: ExplainConfig = run.configs["explain"]
+    config = run.configs[ExplainConfig]
     if not config.model:
         raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
     unit = run.inputs[f"train/{run.name}"]
@@ -94,12 +95,12 @@ def _judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
         raise UserError("--explain.embedding_model is a model of an endpoint: name that by --explain.url")
     if config.url:
         return Endpoint(config.url, config.model, config.concurrent, config.timeout)
-    return LocalJudge(config.model, make_mesh(run.configs["mesh"]), config.concurrent)
+    return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]), config.concurrent)
 
 
 def _given(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
     """The labels of a member that are judged; None: they are written."""
-    config: ExplainConfig = run.configs["explain"]
+    config = run.configs[ExplainConfig]
     if not config.given:
         return None
     found = run.inputs[f"interpret/{run.name}"] / member.name
@@ -121,7 +122,7 @@ class _Text:
 
     @classmethod
     def of(cls, run: Run) -> "_Text":
-        store, model = Store.open(run.inputs["capture"]), run.configs["model"]
+        store, model = Store.open(run.inputs["capture"]), run.configs[ModelConfig]
         source = resolve(model)
         store.check_model(source)
         as_text, documents = token_text(load_tokenizer(source)), store.documents
@@ -145,7 +146,7 @@ class _Explainer:
 
     def explain(self) -> ExplainedDictionary:
         """Labels the features, and writes what came of it."""
-        folder, config = self.run.folder / self.member.name, self.run.configs["explain"]
+        folder, config = self.run.folder / self.member.name, self.run.configs[ExplainConfig]
         folder.mkdir(parents=True, exist_ok=True)
         chosen, skipped, features = self._chosen(folder / "firings")
         answers = Answers(self.run, folder, self.judge)
@@ -177,9 +178,9 @@ class _Explainer:
 
     def _chosen(self, scratch: Path) -> tuple[list[HeldOut], int, int]:
         """The held-out contexts of the features to be judged, how many were left out, and how many there are."""
-        config, store = self.run.configs["explain"], self.text.store
+        config, store = self.run.configs[ExplainConfig], self.text.store
         dictionary = load_dictionary(self.run.inputs[f"train/{self.run.name}"] / self.member.name)
-        features, mesh = dictionary.config.n_features, make_mesh(self.run.configs["mesh"])
+        features, mesh = dictionary.config.n_features, make_mesh(self.run.configs[MeshConfig])
         if unknown := [feature for feature in config.features if feature >= features]:
             raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -212,5 +213,5 @@ class _Explainer:
             shown = {(context["document"], context["position"]): context for context in one["examples"] + one["groups"]}
             asked.append(questions.explain(list(shown.values()), [text for text, _ in one.get("up", ())][:_RAISED]))
         read = map(questions.read_label, answers.all(asked, "labels"))
-        by = self.run.configs["explain"].model
+        by = self.run.configs[ExplainConfig].model
         return {held.feature: Label(label, by) for held, label in zip(chosen, read, strict=True) if label}

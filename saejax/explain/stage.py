@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from saejax.config import Config, setting
+from saejax.config import Config, Configs, setting
 from saejax.settings import MeshConfig, ModelConfig, unit_names
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 
 FOUND = "found"  # in the place of a file of labels: those of ``interpret``
 
@@ -60,7 +60,7 @@ def _given(configs: Configs) -> str:
     """The content of the file of labels."""
     from saejax.files import file_sha256
 
-    path = Path(configs["explain"].given)
+    path = Path(configs[ExplainConfig].given)
     return file_sha256(path) if path.is_file() else ""  # what is missing is said when it runs
 
 
@@ -68,7 +68,7 @@ def _judge(configs: Configs) -> str:
     """The files of the model that runs here."""
     from saejax.models.source import resolve
 
-    config = configs["explain"]
+    config = configs[ExplainConfig]
     return "" if config.url or not config.model else resolve(ModelConfig(path=config.model), decoder=True).fingerprint
 
 
@@ -82,7 +82,7 @@ EXPLAIN = Stage(
     placement=(MeshConfig,),
     after=("interpret",),
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
-    names=lambda configs: configs["explain"].dictionaries,
+    names=lambda configs: configs[ExplainConfig].dictionaries,
     identity=dict(given=_given, judge=_judge),
     section="saejax.explain.report:sections",
 )

@@ -63,7 +63,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
     Raises:
       UserError: a name is none that Neuronpedia takes, or two members would have the same.
     """
-    config: ExportConfig = run.configs["export"]
+    config = run.configs[ExportConfig]
     kind, store = run.name.partition("-")[2], Store.open(run.inputs["capture"])
     model = _model_id(config, store)
     sources = [_source(member, kind, model, config) for member in members]

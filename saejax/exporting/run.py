@@ -36,7 +36,7 @@ def run_export(run: Run) -> ExportResults:
     Raises:
       UserError: the format has nothing like these dictionaries.
     """
-    config: ExportConfig = run.configs["export"]
+    config = run.configs[ExportConfig]
     (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
     members, joined = stacks.members(unit, layers=True), cross_layer.is_one(unit)
     if joined and config.format != "circuit_tracer":

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from saejax.config import Configs
 from saejax.settings import ExportConfig
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
@@ -22,5 +23,5 @@ EXPORT = Stage(
     groups=(ExportConfig,),
     after=("train", "ablate", "atlas"),
     needs=_needs,
-    names=lambda configs: [f"{configs['export'].format}-{kind}" for kind in configs["export"].dictionaries],
+    names=lambda configs: [f"{configs[ExportConfig].format}-{kind}" for kind in configs[ExportConfig].dictionaries],
 )

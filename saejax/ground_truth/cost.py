@@ -3,7 +3,8 @@
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import step_flops
 from saejax.ground_truth.rows import SITE
-from saejax.ground_truth.stage import CONTROLS
+from saejax.ground_truth.stage import CONTROLS, TruthConfig
+from saejax.settings import TrainConfig
 from saejax.training.members import members
 
 _OVERHEAD = 0.45  # as of the stage train
@@ -14,7 +15,7 @@ _DRAW = 550
 
 def truth_cost(plan: PlannedRun, name: str) -> Cost:
     """Training of all members on the samples, which are drawn as they are needed, and a pass over the held-out ones."""
-    truth, train = plan.configs["truth"], plan.configs["train"]
+    truth, train = plan.configs[TruthConfig], plan.configs[TrainConfig]
     d, widths = truth.dimensions, [one.features_of(truth.dimensions) for one in train.each_expansion()]
     f = max(widths)
     count = len(members(train, train.kinds[0] if name == CONTROLS else name, [SITE]))  # of each expansion

@@ -41,7 +41,7 @@ def run_ground_truth(run: Run) -> TruthResults:
       UserError: there is no such world, or the trainer refuses its settings.
       Interrupted: asked to stop; what was done is saved.
     """
-    truth, train = run.configs["truth"], run.configs["train"]
+    truth, train = run.configs[TruthConfig], run.configs[TrainConfig]
     if train.form != "sae":
         raise UserError(f"--train.form={train.form}: a synthetic world has one site, so only --train.form=sae fits")
     world = make_world(truth)
@@ -76,7 +76,7 @@ def _judge(
     run: Run, world: World, kind: str, control: str, train: TrainConfig
 ) -> list[tuple[JudgedDictionary, Dictionary, Counts]]:
     """Trains a stack and judges its members, those together that differ in their seed alone."""
-    truth: TruthConfig = run.configs["truth"]
+    truth = run.configs[TruthConfig]
     folder = run.folder / control
     folder.mkdir(exist_ok=True)
     stack: list[Member] = []

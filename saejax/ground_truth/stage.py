@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from saejax.config import Config, identity, setting
+from saejax.config import Config, Configs, identity, setting
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 from saejax.workspace import fingerprint
 
 CONTROLS = "controls"  # the unit of dictionaries that have learned no directions
@@ -50,20 +50,20 @@ class TruthConfig(Config):
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    return (*configs["train"].kinds, CONTROLS) if configs["truth"].features else ()
+    return (*configs[TrainConfig].kinds, CONTROLS) if configs[TruthConfig].features else ()
 
 
 def _initial(configs: Configs) -> str:
     """The dictionaries that training starts from."""
     from saejax.dictionaries import stacks
 
-    folder = configs["train"].init_from if configs["truth"].features else ""
+    folder = configs[TrainConfig].init_from if configs[TruthConfig].features else ""
     return stacks.identity(folder) if folder else ""
 
 
 def _of_controls(configs: Configs, name: str) -> str:
     """The settings of the kind that the controls are of, which their own name does not tell."""
-    train = configs["train"]
+    train = configs[TrainConfig]
     return fingerprint(identity(train, train.kinds[0]) | dict(kind=train.kinds[0])) if name == CONTROLS else ""
 
 
@@ -74,6 +74,7 @@ GROUND_TRUTH = Stage(
     run="saejax.ground_truth.run:run_ground_truth",
     results="saejax.ground_truth.results:TruthResults",
     groups=(TruthConfig, TrainConfig),
+    makes_model=True,
     placement=(MeshConfig,),
     names=_names,
     identity=dict(initial=_initial),

@@ -20,6 +20,7 @@ from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
+from saejax.interpret.stage import AtlasConfig, InterpretConfig
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.workspace import Run
@@ -36,8 +37,8 @@ def run_atlas(run: Run) -> AtlasResults:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
     """
     interpreted: InterpretResults = load_results(run.inputs[f"interpret/{run.name}"])
-    path, several = run.configs["atlas"].labels, len(interpreted.members) > 1
-    several = several or len(run.configs["interpret"].dictionaries) > 1
+    path, several = run.configs[AtlasConfig].labels, len(interpreted.members) > 1
+    several = several or len(run.configs[InterpretConfig].dictionaries) > 1
     by_hand = {
         member.name: read_labels(Path(path), stacks.full_name(run.name, member.name), member.features, several)
         for member in (interpreted.members if path else ())

@@ -3,6 +3,7 @@
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, weight_bytes
 from saejax.interpret.control import MOST
+from saejax.interpret.stage import InterpretConfig
 from saejax.parallel.mesh import part_size
 
 _FIRING = 3e-6  # seconds on the host for each, measured
@@ -16,7 +17,7 @@ def interpret_cost(plan: PlannedRun, kind: str) -> Cost:
 
     The firings of all of them pass through files.
     """
-    stack, config = plan.stacks[kind], plan.configs["interpret"]
+    stack, config = plan.stacks[kind], plan.configs[InterpretConfig]
     used, members = stack.dictionary, len(stack.members)
     firings = plan.tokens * (used.k or _L0)
     encode = 2.0 * plan.tokens * used.d_in * (2 * used.n_features + min(MOST, used.n_features))

@@ -25,6 +25,7 @@ from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
 from saejax.interpret.results import FrozenControl, InterpretedDictionary
 from saejax.interpret.scored import Scored
+from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -66,7 +67,7 @@ class Interpreter:
 
     def interpret(self) -> InterpretedDictionary:
         """Interprets the dictionary, and writes what there is to say of each feature."""
-        folder, seed = self.run.folder / self.name, self.run.configs["interpret"].seed
+        folder, seed = self.run.folder / self.name, self.run.configs[InterpretConfig].seed
         scratch = folder / "firings"
         shutil.rmtree(scratch, ignore_errors=True)
         frozen = frozen_random(self.store, self.dictionary, seed)
@@ -105,7 +106,7 @@ class Interpreter:
           scratch: where firings are kept meanwhile.
           frozen: the frozen-random dictionary.
         """
-        config, features = self.run.configs["interpret"], self.dictionary.config.n_features
+        config, features = self.run.configs[InterpretConfig], self.dictionary.config.n_features
         together = neighbours.Together(features, max(len(self.store.rows("train", self.dictionary.site)), 1))
         place = self._record("train", {scratch / "own": self.dictionary, scratch / "frozen": frozen}, together.add)
         bases = self._bases(place)
@@ -193,7 +194,7 @@ class Interpreter:
         return FrozenControl(scored.counts(live, labels), scored.mean_shuffled(live), control.l0, own.l0, *variance)
 
     def _record(self, split: str, dictionaries: dict[Path, Dictionary], on_batch: Any = None) -> np.ndarray:
-        config = self.run.configs["interpret"]
+        config = self.run.configs[InterpretConfig]
         options = dict(stopping=self.run.stopping, on_batch=on_batch)
         return record(self.store, split, dictionaries, self.mesh, config.batch_tokens, **options)
 
@@ -211,7 +212,7 @@ class Interpreter:
 
     def _heads(self) -> HeadShares | None:
         """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
-        layers, tokens = heads_before(self.dictionary.site), self.run.configs["interpret"].attention_tokens
+        layers, tokens = heads_before(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
         return HeadShares(self.lm, self.store.documents, self.text, layers, tokens) if tokens and layers else None
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:

@@ -12,15 +12,19 @@ from saejax.evaluation.cost import abstract_member
 from saejax.evaluation.member_data import MemberData
 from saejax.interpret import attended, firings, neighbours
 from saejax.interpret.interpreter import IN_STREAM, NEAREST, OUTPUT, heads_before
+from saejax.interpret.stage import InterpretConfig
 from saejax.models.sites import Site, is_joined
 from saejax.parallel.mesh import fitting_sharding
+from saejax.settings import CaptureConfig, CorpusConfig
 
 Params = dict[str, jax.ShapeDtypeStruct]
 
 
 def interpret_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The programs for the widest of the dictionaries that are interpreted; none where none is."""
-    stacks = [plan.stacks[name].dictionary for name in plan.configs["interpret"].dictionaries if name in plan.stacks]
+    stacks = [
+        plan.stacks[name].dictionary for name in plan.configs[InterpretConfig].dictionaries if name in plan.stacks
+    ]
     stacks = [used for used in stacks if not is_joined(used.site)]
     if not stacks:
         return []
@@ -38,9 +42,9 @@ def _of_firings(
     plan: PlannedRun, used: DictionaryConfig, mesh: Mesh, params: Params, member: MemberData
 ) -> list[Program]:
     """Tokens are encoded, and what fires is packed, beside a frozen-random dictionary as large."""
-    rows, d, f = firings.whole_words(plan.configs["interpret"].batch_tokens), used.d_in, used.n_features
+    rows, d, f = firings.whole_words(plan.configs[InterpretConfig].batch_tokens), used.d_in, used.n_features
     size, packed = f"{rows} tokens x {f} features", rows * f // firings.WORD
-    x_BxD = by_row(mesh, (rows, d), plan.configs["capture"].read_dtype)
+    x_BxD = by_row(mesh, (rows, d), plan.configs[CaptureConfig].read_dtype)
     place = fitting_sharding(mesh, (rows, f), "data", "model")
     size_BxF = jax.ShapeDtypeStruct((rows, f), jnp.float32, sharding=place)
     words, ends = whole(mesh, (packed,), jnp.uint32), whole(mesh, (packed,), jnp.int32)
@@ -71,9 +75,9 @@ def _of_attention(
 ) -> list[Program]:
     """What the heads before the dictionary's site look at."""
     layers = heads_before(used.site)
-    if not plan.configs["interpret"].attention_tokens or not layers:
+    if not plan.configs[InterpretConfig].attention_tokens or not layers:
         return []
-    count, length = attended.AT_ONCE, min(attended.LONGEST, plan.configs["corpus"].context)
+    count, length = attended.AT_ONCE, min(attended.LONGEST, plan.configs[CorpusConfig].context)
     ids_BxT, marks_V = whole(mesh, (count, length), jnp.int32), whole(mesh, (plan.model.vocab,), bool)
     given = (plan.model, layers, params, ids_BxT, marks_V)
     flops = pass_flops(plan.model, count * length, length, layers)

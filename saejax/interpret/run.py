@@ -22,6 +22,7 @@ from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 DONE = "interpreted.json"
@@ -43,7 +44,7 @@ def run_interpret(run: Run) -> InterpretResults:
 
     @functools.cache
     def read() -> tuple[LanguageModel, Mesh, CodedText]:
-        model, mesh = run.configs["model"], make_mesh(run.configs["mesh"])
+        model, mesh = run.configs[ModelConfig], make_mesh(run.configs[MeshConfig])
         lm = load_model(model.path, model.revision, model.dtype, mesh)
         store.check_model(lm.source)
         as_text = token_text(lm.tokenizer)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.config import Config, setting
-from saejax.settings import MeshConfig, ModelConfig, unit_names
-from saejax.stage import Configs, Stage, folder_name
+from saejax.config import Config, Configs, setting
+from saejax.explain.stage import ExplainConfig
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
+from saejax.stage import Stage, folder_name
 from saejax.tasks import identities
 
 
@@ -46,15 +47,15 @@ def _labels(configs: Configs) -> str:
     """The content of the file of labels."""
     from saejax.files import file_sha256
 
-    path = configs["atlas"].labels
+    path = configs[AtlasConfig].labels
     return file_sha256(Path(path)) if path and Path(path).is_file() else ""  # what is missing is said when it runs
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
     """What was interpreted, labels by a language model, and effects of features where they were measured."""
-    tested = configs["ablate"].dictionary
-    measured = configs["task"].has_behaviours and tested.partition("/")[0] == name
-    judged = name in configs["explain"].dictionaries
+    tested = configs[AblateConfig].dictionary
+    measured = configs[TaskConfig].has_behaviours and tested.partition("/")[0] == name
+    judged = name in configs[ExplainConfig].dictionaries
     return (
         f"interpret/{name}",
         *([f"explain/{name}"] if judged else []),
@@ -63,7 +64,7 @@ def _shown(configs: Configs, name: str) -> Sequence[str]:
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    return configs["interpret"].dictionaries
+    return configs[InterpretConfig].dictionaries
 
 
 INTERPRET = Stage(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.store import Store
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
 from saejax.errors import UserError
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
@@ -67,7 +68,7 @@ def train(
             )
         target = Path(folder or Path(beside) / "train")
         target.mkdir(parents=True, exist_ok=True)
-        configs = dict(train=config, mesh=mesh or MeshConfig())
+        configs = Configs(config, mesh or MeshConfig())
         run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
         return load_dictionary(target)
 

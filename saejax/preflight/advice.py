@@ -3,11 +3,13 @@
 import dataclasses
 from math import prod
 
+from saejax.config import group_name
 from saejax.costs.cost import PlannedRun
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import Needs
 from saejax.preflight.topology import of_process
+from saejax.settings import CaptureConfig, ModelConfig, TrainConfig
 
 GIB = 2**30
 # Slices to propose where a model does not fit: devices, and GiB per device as libtpu's compiler states them.
@@ -42,18 +44,20 @@ def advice(plan: PlannedRun, limit: int, devices: str, needed: int) -> list[str]
 
 def _changes(plan: PlannedRun) -> dict[str, PlannedRun]:
     """Other ways to run it: the flags, and the plan with them; the plan as it is first."""
-    changes, train = {"": plan}, plan.configs["train"]
+    changes, train = {"": plan}, plan.configs[TrainConfig]
     if plan.axes["data"] > 1 and not train.zero_optimizer:
-        split = dict(train=dataclasses.replace(train, zero_optimizer=True))
-        changes["--train.zero_optimizer"] = dataclasses.replace(plan, configs={**plan.configs, **split})
+        split = dataclasses.replace(train, zero_optimizer=True)
+        changes["--train.zero_optimizer"] = dataclasses.replace(plan, configs=plan.configs | split)
     if plan.backend == "torch":
         changes["--capture.backend=jax"] = dataclasses.replace(plan, torch_here=False)
-    groups = ("model", "capture")
-    narrow = [f"--{group}.dtype=bfloat16" for group in groups if plan.configs[group].dtype != "bfloat16"]
+    wide = [group for group in (plan.configs[ModelConfig], plan.configs[CaptureConfig]) if group.dtype != "bfloat16"]
+    narrow = [f"--{group_name(type(group))}.dtype=bfloat16" for group in wide]
     if narrow:
-        both = {group: dataclasses.replace(plan.configs[group], dtype="bfloat16") for group in groups}
         for flags, changed in list(changes.items()):
-            narrower = dataclasses.replace(changed, configs={**changed.configs, **both})
+            configs = changed.configs
+            for group in wide:
+                configs |= dataclasses.replace(group, dtype="bfloat16")
+            narrower = dataclasses.replace(changed, configs=configs)
             changes[" ".join([*narrow, flags]).strip()] = narrower
     return changes
 

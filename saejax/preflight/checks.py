@@ -20,6 +20,15 @@ from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
 from saejax.registry import STAGES
 from saejax.results import MeshShape
+from saejax.settings import (
+    CaptureConfig,
+    CorpusConfig,
+    MeshConfig,
+    ModelConfig,
+    PreflightConfig,
+    TaskConfig,
+    TrainConfig,
+)
 from saejax.workspace import Run
 
 
@@ -30,7 +39,7 @@ def run_preflight(run: Run) -> PreflightResults:
       UserError: something is missing or does not fit; the message says what to change.
       CheckFailed: the decoder differs from transformers by more than ``--preflight.tolerance``.
     """
-    configs, config = run.configs, run.configs["preflight"]
+    configs, config = run.configs, run.configs[PreflightConfig]
     shapes = read_shapes(configs)
     if config.parity:
         _check_parity_is_possible(shapes, config.topology)
@@ -62,8 +71,8 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     Raises:
       UserError: a model lacks a site.
     """
-    corpus, plans = run.configs["corpus"], []
-    documents, tokens = rates.used_text(corpus, run.configs["task"]) if runs_here else (0, 0)
+    corpus, plans = run.configs[CorpusConfig], []
+    documents, tokens = rates.used_text(corpus, run.configs[TaskConfig]) if runs_here else (0, 0)
     here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
     here |= dict(own_devices=place.own, host=place.host, stands_for=place.stands_for)
     for shape in shapes:
@@ -71,7 +80,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
             name = Path(shape.path).name
             plans.append(plan_run(name, shape.config, run.configs, place.mesh.shape, **here))
         except UserError as error:
-            if not run.configs["preflight"].parity:
+            if not run.configs[PreflightConfig].parity:
                 raise
             run.say(f"memory is not counted: {error}")
     return plans
@@ -83,7 +92,7 @@ def _compile(run: Run, plan: PlannedRun, place: Place) -> tuple[CompiledProgram,
     Raises:
       Interrupted: asked to stop.
     """
-    topology = run.configs["preflight"].topology
+    topology = run.configs[PreflightConfig].topology
     if not topology:
         return ()
     run.say(tables.programs_header(plan.name, topology))
@@ -140,7 +149,10 @@ def _with_plan(run: Run, results: PreflightResults, plan: PlannedRun, needs: Nee
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
     run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
     if measured["bfloat16"] < measured["float32"]:
-        dtypes = {"--capture.dtype": plan.configs["capture"].dtype, "--train.matmul": plan.configs["train"].matmul}
+        dtypes = {
+            "--capture.dtype": plan.configs[CaptureConfig].dtype,
+            "--train.matmul": plan.configs[TrainConfig].matmul,
+        }
         for flag, dtype in dtypes.items():
             if dtype == "bfloat16":
                 run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
@@ -175,8 +187,8 @@ def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
 
 def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
     """Measures and prints; the largest error of every kind of site, on each kind of tokens."""
-    run.say(f"{shape.path}: decoder against transformers in {run.configs['model'].dtype}; largest relative error")
-    found = parity.measure(run.configs, named(shape.path, run.configs["model"]), make_mesh(run.configs["mesh"]))
+    run.say(f"{shape.path}: decoder against transformers in {run.configs[ModelConfig].dtype}; largest relative error")
+    found = parity.measure(run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig]))
     for name, errors in found.items():
         for error in errors:
             where = f" (layer {error.layer})" if error.layer >= 0 else ""

@@ -5,18 +5,19 @@ The relative error of a site is max |a - b| / max |b| over the real positions of
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.config import Configs
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens, pad
-from saejax.settings import ModelConfig
+from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks.corpora import documents
 
 LOGITS = "logits"
@@ -39,7 +40,7 @@ class Error:
     value: float
 
 
-def measure(configs: Mapping[str, Any], model: ModelConfig, mesh: Mesh) -> dict[str, list[Error]]:
+def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[Error]]:
     """Runs a model both ways, in the dtype of its settings.
 
     Args:
@@ -71,10 +72,10 @@ def _random(lm: LanguageModel) -> Tokens:
     return pad([rng.integers(0, lm.config.vocab, length).tolist() for length in lengths])
 
 
-def _real(lm: LanguageModel, configs: Mapping[str, Any]) -> Tokens:
+def _real(lm: LanguageModel, configs: Configs) -> Tokens:
     """The beginnings of the corpus's first documents."""
     longest = min(_LENGTH, lm.config.context)
-    first = itertools.islice(documents(configs["corpus"], configs["task"]), _PROMPTS)
+    first = itertools.islice(documents(configs[CorpusConfig], configs[TaskConfig]), _PROMPTS)
     texts = [document.text[: 8 * longest] for document in first]
     return pad([lm.tokenizer(text, verbose=False)["input_ids"][:longest] for text in texts])
 

@@ -1,14 +1,14 @@
 """Where the models would run: the devices at hand, or a TPU slice or nodes that exist in name only."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import psutil
 from jax.sharding import Mesh
 
+from saejax.config import Configs
 from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig, PreflightConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +36,22 @@ class Place:
     stands_for: str = ""
 
 
-def find_place(configs: Mapping[str, Any]) -> Place:
+def find_place(configs: Configs) -> Place:
     """The slice of ``--preflight.topology``, or the devices at hand, arranged as a mesh.
 
     Raises:
       UserError: the mesh does not fit the number of devices, there is no such slice, or libtpu is not installed.
     """
-    name = configs["preflight"].topology
+    name = configs[PreflightConfig].topology
     if name:
         from saejax.preflight.topology import GPUS, find_slice, host_alone, of_process
 
         slice_ = find_slice(name)
-        mesh, own = make_mesh(configs["mesh"], slice_.devices), of_process(name, len(slice_.devices))
+        mesh, own = make_mesh(configs[MeshConfig], slice_.devices), of_process(name, len(slice_.devices))
         stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
         host = host_alone(name) if own and not stands_for else ()
         return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own, host, stands_for)
-    mesh, device = make_mesh(configs["mesh"], jax.devices()), jax.devices()[0]
+    mesh, device = make_mesh(configs[MeshConfig], jax.devices()), jax.devices()[0]
     own = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         return Place(

@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
-from saejax.settings import ModelConfig
+from saejax.settings import ModelConfig, PreflightConfig
 from saejax.workspace import fingerprint
 
 
@@ -29,21 +29,23 @@ class Shape:
     has_weights: bool
 
 
-def read_shapes(configs: Mapping[str, Any]) -> list[Shape]:
+def read_shapes(configs: Configs) -> list[Shape]:
     """The models of ``--preflight.models``; where there are none, that of ``--model.path``.
 
     Raises:
       UserError: one cannot be found or read, or is of an unsupported family.
     """
-    return [_read(path, configs["model"]) for path in configs["preflight"].models or (configs["model"].path,)]
+    return [
+        _read(path, configs[ModelConfig]) for path in configs[PreflightConfig].models or (configs[ModelConfig].path,)
+    ]
 
 
-def identity(configs: Mapping[str, Any]) -> str:
+def identity(configs: Configs) -> str:
     """A hash that changes with the shapes, and with the weights where they are looked at."""
     shapes = read_shapes(configs)
     data: list[Any] = [dataclasses.asdict(shape) for shape in shapes]
-    if configs["preflight"].parity:
-        model = configs["model"]
+    if configs[PreflightConfig].parity:
+        model = configs[ModelConfig]
         data += [source.resolve(named(shape.path, model)).fingerprint for shape in shapes if shape.has_weights]
     return fingerprint(data)
 

@@ -1,7 +1,8 @@
 """The stage ``preflight``."""
 
+from saejax.config import Configs
 from saejax.settings import PreflightConfig
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
 

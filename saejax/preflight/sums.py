@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from saejax.config import Configs
 from saejax.costs.cost import Axes, Cost, DeviceBytes, PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
@@ -12,6 +13,7 @@ from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, decoder_site
 from saejax.parallel.mesh import fitting_spec
 from saejax.registry import STAGES
+from saejax.settings import CaptureConfig, TrainConfig
 from saejax.stage import load
 from saejax.training.cost import planned_stacks
 
@@ -23,7 +25,7 @@ _DIMENSIONS = {
 }
 
 
-def plan_run(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: Axes, **more: Any) -> PlannedRun:
+def plan_run(name: str, model: DecoderConfig, configs: Configs, axes: Axes, **more: Any) -> PlannedRun:
     """What stages' costs follow from.
 
     Args:
@@ -34,11 +36,11 @@ def plan_run(name: str, model: DecoderConfig, configs: Mapping[str, Any], axes: 
     Raises:
       UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
     """
-    capture = configs["capture"]
+    capture = configs[CaptureConfig]
     try:
         # Modules of the PyTorch model, which may be captured beside the sites, have sizes that only it knows.
         sites = tuple(decoder_site(site).check(model) for site in capture.sites if not ModuleSite.names(site))
-        stacks = planned_stacks(configs["train"], capture.sites, model)
+        stacks = planned_stacks(configs[TrainConfig], capture.sites, model)
     except UserError as error:
         raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
     return PlannedRun(configs, name, model, sites, stacks, axes, **more)

@@ -29,7 +29,7 @@ from saejax.page.strips import Example
 from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
-from saejax.settings import ReportConfig
+from saejax.settings import AblateConfig, ModelConfig, ReportConfig
 from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
@@ -42,8 +42,8 @@ def run_report(run: Run) -> ReportResults:
     Raises:
       UserError: a file of an input is missing or damaged.
     """
-    config = run.configs["report"]
-    tested = run.configs["ablate"].dictionary
+    config = run.configs[ReportConfig]
+    tested = run.configs[AblateConfig].dictionary
     trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
     found = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
     ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
@@ -139,6 +139,6 @@ def contexts(run: Run, found: Findings, features: Sequence[int], count: int) -> 
     if not features or "capture" not in found.folders:
         return {}
     store = Store.open(found.folders["capture"])
-    dictionary = stacks.load_trained(run.configs["ablate"].dictionary, run.inputs, "--ablate.dictionary")
-    tokenizer = load_tokenizer(resolve(run.configs["model"]))
+    dictionary = stacks.load_trained(run.configs[AblateConfig].dictionary, run.inputs, "--ablate.dictionary")
+    tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
     return top_examples(store, dictionary, features, count, token_text(tokenizer))

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from saejax.settings import ReportConfig
-from saejax.stage import Configs, Stage, is_folder
+from saejax.config import Configs
+from saejax.settings import AblateConfig, ReportConfig, TaskConfig
+from saejax.stage import Stage, is_folder
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
 _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
@@ -16,9 +17,9 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     """
     from saejax.registry import STAGES
 
-    elsewhere = _OF_DICTIONARY if is_folder(configs["ablate"].dictionary) else ()
-    made_here = configs["truth"].features or configs["known"].circuits or configs["algorithm"].names
-    of_model = configs["task"].has_behaviours or not made_here  # not of what is made here alone
+    elsewhere = _OF_DICTIONARY if is_folder(configs[AblateConfig].dictionary) else ()
+    made_here = any(stage.units(configs) for stage in STAGES.values() if stage.makes_model)
+    of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
     always = set(_READ if of_model else ()) - {*elsewhere}
     read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
     return [unit for stage in read for unit in stage.units(configs)]

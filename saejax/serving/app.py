@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from saejax.attribution.forms.difference import compare_graphs
 from saejax.attribution.forms.page import page_html
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.serving import pages
 from saejax.serving.bench import Bench, targets_of
@@ -19,6 +20,7 @@ from saejax.serving.effects import HOLDS, effects
 from saejax.serving.jobs import Job, Jobs
 from saejax.serving.shelf import Shelf, ShelvedGraph
 from saejax.serving.tracing import trace_typed
+from saejax.settings import GraphConfig, ModelConfig
 
 _LARGEST = 1e30  # factor or activation
 
@@ -76,10 +78,12 @@ class GraphServer:
         graphs, why = list(self._shelf.graphs().values()), ""
         try:
             configs = self._configs()
-            config = configs["graph"]
-            note = f"With {configs['model'].path} and {_set_name(config)}. Checks are those of experiments.attribute."
+            config = configs[GraphConfig]
+            note = (
+                f"With {configs[ModelConfig].path} and {_set_name(config)}. Checks are those of experiments.attribute."
+            )
         except UserError as error:
-            config, note, why = self._bench.defaults["graph"], "", _line(error)
+            config, note, why = self._bench.defaults[GraphConfig], "", _line(error)
         return pages.list_page(self._shelf.root, graphs, config, note, why)
 
     def _graph(self, asked: Mapping[str, str]) -> str:
@@ -98,8 +102,8 @@ class GraphServer:
         try:
             configs = self._bench.configs_of(graph)
             labels = self._shelf.labels(graph, _folders(configs))
-            holds = HOLDS[:1] if configs["graph"].dictionaries else HOLDS
-            note += f"With {configs['model'].path} and {_set_name(configs['graph'])}."
+            holds = HOLDS[:1] if configs[GraphConfig].dictionaries else HOLDS
+            note += f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
             note += "" if self._bench.whole(graph) else " To be pruned again the prompt is traced again first."
         except UserError as error:
             why = _line(error)
@@ -154,7 +158,7 @@ class GraphServer:
             raise UserError("groups are lists of a label and ids of nodes")
         return self._shelf.save_groups(self._asked(asked), groups)
 
-    def _configs(self) -> Mapping[str, Any]:
+    def _configs(self) -> Configs:
         """What prompts are traced with: what the command line names, or the newest graph was made with."""
         own = [graph for graph in self._shelf.graphs().values() if graph.unit]
         return self._bench.configs_of(own[0] if own else None)
@@ -213,8 +217,8 @@ def _is_feature(name: str) -> bool:
     return len(parts) == 3 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
 
 
-def _folders(configs: Mapping[str, Any]) -> list[str]:
-    graph = configs["graph"]
+def _folders(configs: Configs) -> list[str]:
+    graph = configs[GraphConfig]
     return [graph.transcoders] if graph.transcoders else list(graph.dictionaries)
 
 

@@ -23,11 +23,12 @@ from saejax.attribution.requests import Request, TargetText, read_labels
 from saejax.attribution.run import open_parts, trace_request
 from saejax.attribution.trace.prompt import Traced
 from saejax.attribution.trace.sae_run import SaeRun
+from saejax.config import Configs, group_name
 from saejax.errors import UserError
 from saejax.results import load_summary
 from saejax.serving.jobs import Job
 from saejax.serving.shelf import ShelvedGraph
-from saejax.settings import GraphConfig, ModelConfig
+from saejax.settings import GraphConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 _KEPT = 2  # prompts, and pruned graphs, that stay in memory
@@ -46,14 +47,14 @@ class Bench:
       defaults: every group of configuration, of the command line.
     """
 
-    def __init__(self, configs: Mapping[str, Any], named: bool):
+    def __init__(self, configs: Configs, named: bool):
         self.defaults, self._named = configs, named
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
         self._runs: OrderedDict[str, Replacement | SaeRun] = OrderedDict()
         self._graphs: OrderedDict[str, Graph] = OrderedDict()  # whole ones
         self._pruned: OrderedDict[tuple[str, float, float], dict[str, Any]] = OrderedDict()
 
-    def configs_of(self, graph: ShelvedGraph | None) -> Mapping[str, Any]:
+    def configs_of(self, graph: ShelvedGraph | None) -> Configs:
         """The configuration that a graph was made with; None: that of the command line.
 
         Raises:
@@ -67,17 +68,14 @@ class Bench:
             )
             raise UserError(f"{told} its model and transcoders: start with --model.path=MODEL --graph.transcoders=SET")
         saved = load_summary(graph.unit).config
-        own = {
-            name: configuration.from_json(of, saved[name])
-            for name, of in dict(model=ModelConfig, graph=GraphConfig).items()
-        }
-        return {**self.defaults, **own}
+        model, graph_config = (configuration.from_json(of, saved[group_name(of)]) for of in (ModelConfig, GraphConfig))
+        return self.defaults | model | graph_config
 
     def opened(self, run: Run, job: Job) -> tuple[Any, Any]:
         """``run.open_parts``, from memory where the last call was for the same."""
-        of: GraphConfig = run.configs["graph"]
+        of = run.configs[GraphConfig]
         names = of.transcoders, of.revision, of.subfolder, of.l0, of.dictionaries
-        key = run.configs["model"], run.configs["mesh"], names
+        key = run.configs[ModelConfig], run.configs[MeshConfig], names
         if self._parts is None or self._parts[0] != key:
             self.forget()
             job.say("Loading the model")
@@ -121,7 +119,7 @@ class Bench:
           UserError: the prompt cannot be traced again, or nothing is left.
         """
         run = self._run_of(graph)
-        config: GraphConfig = run.configs["graph"]
+        config = run.configs[GraphConfig]
         if not self.whole(graph):
             model, dictionaries = self.opened(run, job)
             job.say("Tracing the prompt again")

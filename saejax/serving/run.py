@@ -11,6 +11,7 @@ from absl import flags
 
 from saejax import command, command_line
 from saejax.errors import Interrupted, UserError
+from saejax.settings import GraphConfig
 from saejax.stage import load
 
 ABOUT = """\
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
                 )
         token, listening = secrets.token_urlsafe(24), _listen(int(own["port"].value or 0))
         stopped = command.stop_asked()
-        named = bool(configs["graph"].transcoders or configs["graph"].dictionaries)
+        named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         labels = Path(own["labels"].value) if own["labels"].value else None
         load("saejax.serving.server:serve")(Path(folder), configs, named, labels, token, listening)
         if stopped():

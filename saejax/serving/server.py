@@ -2,12 +2,12 @@
 
 import contextlib
 import socket
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.serving.app import GraphServer
 from saejax.serving.bench import Bench
@@ -35,7 +35,7 @@ class StoppingServer(uvicorn.Server):
 
 
 def serve(
-    folder: Path, configs: Mapping[str, Any], named: bool, labels: Path | None, token: str, listening: socket.socket
+    folder: Path, configs: Configs, named: bool, labels: Path | None, token: str, listening: socket.socket
 ) -> None:
     """Answers until the process is asked to stop.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from saejax.attribution.requests import Request, unit_name
 from saejax.attribution.run import run_attribute, trace_request
+from saejax.config import Configs
 from saejax.pipeline import run_stages
 from saejax.serving.bench import Bench
 from saejax.serving.jobs import Job
@@ -24,7 +25,7 @@ _OTHERWISE: dict[str, Any] = dict(
 )  # the reader's prompt alone
 
 
-def trace_typed(bench: Bench, configs: Mapping[str, Any], root: Path, asked: Mapping[str, Any], job: Job) -> str:
+def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, Any], job: Job) -> str:
     """Traces a prompt into ``root``/attribute/, and keeps it in memory.
 
     Args:
@@ -40,7 +41,7 @@ def trace_typed(bench: Bench, configs: Mapping[str, Any], root: Path, asked: Map
       UserError: the prompt cannot be traced, or another process works in the workdir.
       Interrupted: it was stopped; nothing is left of it.
     """
-    configs = {**configs, "graph": dataclasses.replace(configs["graph"], **_OTHERWISE, **_UNCHECKED, **asked)}
+    configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_UNCHECKED, **asked)
     configs, slug = _with_free_slug(configs, root)
     folder, traced = root / "attribute" / slug, []
 
@@ -64,12 +65,12 @@ def trace_typed(bench: Bench, configs: Mapping[str, Any], root: Path, asked: Map
     return graph
 
 
-def _with_free_slug(configs: Mapping[str, Any], root: Path) -> tuple[dict[str, Any], str]:
+def _with_free_slug(configs: Configs, root: Path) -> tuple[Configs, str]:
     """The first of NAME, NAME-2, ... under which there is nothing, or just what is asked for."""
-    workspace, name, number = Workspace(root), unit_name(configs["graph"]), 1
+    workspace, name, number = Workspace(root), unit_name(configs[GraphConfig]), 1
     while True:
         slug = name if number == 1 else f"{name}-{number}"
-        own = {**configs, "graph": dataclasses.replace(configs["graph"], slug=slug)}
+        own = configs | dataclasses.replace(configs[GraphConfig], slug=slug)
         folder = workspace.folder("attribute", slug)
         if not folder.exists() or workspace.finished("attribute", slug, Workplan(own).mark(f"attribute/{slug}")):
             return own, slug

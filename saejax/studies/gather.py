@@ -13,6 +13,7 @@ from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
+from saejax.settings import ModelConfig, TaskConfig, TrainConfig
 from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import alignments
 from saejax.studies.results import (
@@ -82,7 +83,7 @@ def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
 
 
 def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> ModelFigures:
-    model, task, train = (row.configs[group] for group in ("model", "task", "train"))
+    model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
     needs, own = _needs(found), [state for state in states if state.row == row.name]
     return ModelFigures(
         row=row.name,

@@ -6,13 +6,13 @@ takes them. Flags of the study's own command line come after those of every file
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from saejax.command_line import flag_error, read_configs, stage_flags
+from saejax.config import Configs
 from saejax.errors import UserError
 
 ENDING = ".flags"
@@ -30,7 +30,7 @@ class StudyRow:
 
     name: str
     argv: tuple[str, ...]
-    configs: Mapping[str, Any]
+    configs: Configs
 
 
 def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
@@ -75,7 +75,7 @@ def _read_row(file: Path, common: Sequence[str]) -> StudyRow:
     return StudyRow(file.stem, argv, configs)
 
 
-def _naming(file: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _naming(file: Path, read: Callable[[], Configs]) -> Configs:
     try:
         return read()
     except (flags.Error, UserError) as error:

@@ -35,7 +35,7 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.settings import TaskConfig
+from saejax.settings import MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
 from saejax.tasks.draw import Drawn, TooFewPrompts, make_prompts
@@ -58,8 +58,8 @@ def run_baseline(run: Run) -> BaselineResults:
       UserError: the model cannot be loaded, prompts cannot be made or are too long, or logits are not finite.
       Interrupted: asked to stop; behaviours that were measured are kept.
     """
-    task = run.configs["task"]
-    tokenizer, model = load_tokenizer(resolve(run.configs["model"])), functools.cache(lambda: _load(run))
+    task = run.configs[TaskConfig]
+    tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: _load(run))
     own = read_own_prompts(task, tokenizer)
     names = (*task.behaviours, *own)
 
@@ -111,8 +111,8 @@ class _Measured:
 
 
 def _load(run: Run) -> LanguageModel:
-    config = run.configs["model"]
-    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get("mesh")))
+    config = run.configs[ModelConfig]
+    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get(MeshConfig)))
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:

@@ -12,6 +12,7 @@ from saejax.files import read_lines, write_lines
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.settings import MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.benchmarks import origin, read_items
@@ -31,7 +32,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
         not fit.
       Interrupted: asked to stop; finished items are kept.
     """
-    name, task, model = run.name, run.configs["task"], run.configs["model"]
+    name, task, model = run.name, run.configs[TaskConfig], run.configs[ModelConfig]
     items = read_items(name, task)
     scored = way(name, task)
     step = task.batch if scored == "generate" else _ITEMS
@@ -46,7 +47,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
 
     @functools.cache
     def lm() -> LanguageModel:
-        return load_model(model.path, model.revision, model.dtype, make_mesh(run.configs.get("mesh")))
+        return load_model(model.path, model.revision, model.dtype, make_mesh(run.configs.get(MeshConfig)))
 
     def score(first: int) -> None:
         if run.stopping():

@@ -14,7 +14,7 @@ from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models import decoding
 from saejax.models.edits import fit_values
 from saejax.models.generation import make_choice
-from saejax.settings import TaskConfig
+from saejax.settings import PreflightConfig, StudyConfig, TaskConfig
 from saejax.tasks.baseline import BATCH
 from saejax.tasks.benchmark_definitions import definition, way
 from saejax.tasks.own_prompts import count_behaviours
@@ -27,9 +27,9 @@ _NEW = 4  # a generated token costs about as much as so many that are read
 
 def baseline_cost(plan: PlannedRun, name: str) -> Cost:
     """Every prompt once, with its counterpart."""
-    task, dtype = plan.configs["task"], plan.dtype
+    task, dtype = plan.configs[TaskConfig], plan.dtype
     texts = 2 * count_all_behaviours(task) * (task.train_prompts + task.test_prompts)
-    length = min(plan.configs["preflight"].prompt_tokens, plan.model.context)
+    length = min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context)
     kept = weight_bytes(plan.model, plan.axes, dtype)
     return Cost(
         DeviceBytes(model=kept, activations=layer_bytes(plan, BATCH, length, dtype)),
@@ -42,7 +42,7 @@ def baseline_cost(plan: PlannedRun, name: str) -> Cost:
 
 def benchmark_cost(plan: PlannedRun, name: str) -> Cost:
     """The prompts, once or once a choice; of generated answers every token."""
-    task, length, dtype = plan.configs["task"], plan.configs["preflight"].benchmark_tokens, plan.dtype
+    task, length, dtype = plan.configs[TaskConfig], plan.configs[PreflightConfig].benchmark_tokens, plan.dtype
     tokens = item_tokens(name, task, length) * (task.examples or definition(name).examples)
     flops = pass_flops(plan.model, tokens, length, plan.model.n_layers)
     come_and_go = generated_bytes(plan, *generated_batch(plan)) if way(name, task) == "generate" else 0
@@ -83,15 +83,15 @@ def prefill_program(
 
 def generates(plan: PlannedRun) -> bool:
     """Whether answers are generated, for benchmarks or for studies of them."""
-    task = plan.configs["task"]
-    return any(way(name, task) == "generate" for name in (*task.benchmarks, *plan.configs["study"].benchmarks))
+    task = plan.configs[TaskConfig]
+    return any(way(name, task) == "generate" for name in (*task.benchmarks, *plan.configs[StudyConfig].benchmarks))
 
 
 def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     """Rows, tokens of a prompt and new tokens of a batch of benchmark answers."""
-    task, context = plan.configs["task"], plan.model.context
+    task, context = plan.configs[TaskConfig], plan.model.context
     new = min(task.max_new_tokens, context - 1)
-    return task.batch, min(plan.configs["preflight"].benchmark_tokens, context - new), new
+    return task.batch, min(plan.configs[PreflightConfig].benchmark_tokens, context - new), new
 
 
 def count_all_behaviours(task: TaskConfig) -> int:

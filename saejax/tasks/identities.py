@@ -1,6 +1,8 @@
 """Fingerprints of what stages read from outside the workdir, for their declarations: imports are inside functions."""
 
-from saejax.stage import Configs, is_folder
+from saejax.config import Configs
+from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
+from saejax.stage import is_folder
 
 
 def model(configs: Configs) -> str:
@@ -11,33 +13,35 @@ def model(configs: Configs) -> str:
     from saejax.models.sites import ModuleSite
     from saejax.models.source import other_model, resolve
 
-    decoder = not all(map(ModuleSite.names, configs["capture"].sites))
-    other = other_model(configs["model"])
-    return "+".join(resolve(config, decoder).fingerprint for config in (configs["model"], *([other] if other else [])))
+    decoder = not all(map(ModuleSite.names, configs[CaptureConfig].sites))
+    other = other_model(configs[ModelConfig])
+    return "+".join(
+        resolve(config, decoder).fingerprint for config in (configs[ModelConfig], *([other] if other else []))
+    )
 
 
 def corpus(configs: Configs) -> str:
     """Of the text."""
     from saejax.tasks import corpora
 
-    return corpora.identity(configs["corpus"], configs["task"])
+    return corpora.identity(configs[CorpusConfig], configs[TaskConfig])
 
 
 def joining_prompts(configs: Configs) -> tuple[str, ...]:
     """The unit with the behaviours' prompts, if these are part of the training text."""
-    return ("baseline",) if configs["corpus"].behaviours and configs["task"].has_behaviours else ()
+    return ("baseline",) if configs[CorpusConfig].behaviours and configs[TaskConfig].has_behaviours else ()
 
 
 def training_text(configs: Configs) -> tuple[str, ...]:
     """The units that training text is read from."""
-    return ("tokenize",) if configs["corpus"].stream else joining_prompts(configs)
+    return ("tokenize",) if configs[CorpusConfig].stream else joining_prompts(configs)
 
 
 def dictionary(configs: Configs, stage: str) -> str:
     """Of the folder that ``--<stage>.dictionary`` names; "" where it names a dictionary that is trained here."""
     from saejax.dictionaries import stacks
 
-    name = configs[stage].dictionary
+    name = configs.named(stage).dictionary
     return stacks.identity(name) if is_folder(name) else ""
 
 
@@ -45,11 +49,11 @@ def prompts(configs: Configs) -> str:
     """Of the file of one's own behaviours."""
     from saejax.tasks import own_prompts
 
-    return own_prompts.identity(configs["task"])
+    return own_prompts.identity(configs[TaskConfig])
 
 
 def benchmark(configs: Configs, name: str) -> str:
     """Of the items of the benchmark of this name."""
     from saejax.tasks import benchmarks
 
-    return benchmarks.identity(name, configs["task"])
+    return benchmarks.identity(name, configs[TaskConfig])

@@ -23,7 +23,7 @@ BENCHMARK = Stage(
     results="saejax.tasks.results:BenchmarkResults",
     groups=(ModelConfig, TaskConfig),
     placement=(MeshConfig,),
-    names=lambda configs: configs["task"].benchmarks,
+    names=lambda configs: configs[TaskConfig].benchmarks,
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
     processes="items",

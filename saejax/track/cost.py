@@ -20,7 +20,7 @@ def track_cost(plan: PlannedRun, name: str) -> Cost:
 
     The tokens of steps are counted from their characters. A folder is taken for a dictionary of each layer.
     """
-    config, model = plan.configs["track"], plan.model
+    config, model = plan.configs[TrackConfig], plan.model
     texts = planned_texts(config)
     tokens = [counted(prompt, *steps) for prompt, steps in texts]
     layers = planned_layers(plan)
@@ -65,7 +65,7 @@ def counted(*parts: str) -> int:
 def planned_layers(plan: PlannedRun) -> list[int]:
     """Layers of the dictionaries."""
     found: set[int] = set()
-    for name in plan.configs["track"].dictionaries:
+    for name in plan.configs[TrackConfig].dictionaries:
         kind, _, member = name.partition("/")
         if is_folder(name) or kind not in plan.stacks:
             return list(range(plan.model.n_layers))

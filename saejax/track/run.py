@@ -21,6 +21,7 @@ from saejax.models.lens_files import load_lens
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
+from saejax.settings import ModelConfig
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
 from saejax.track.links import FeatureLinks
@@ -42,9 +43,9 @@ def run_track(run: Run) -> TrackResults:
     Raises:
       UserError: texts, dictionaries, lens and model do not go together.
     """
-    config: TrackConfig = run.configs["track"]
+    config = run.configs[TrackConfig]
     problems = {problem.slug: problem for problem in read_problems(config)}
-    model = run.configs["model"]
+    model = run.configs[ModelConfig]
 
     def begin() -> Measure:
         lm = load_run_model(run)

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.config import Config, setting
+from saejax.config import Config, Configs, setting
+from saejax.interpret.stage import InterpretConfig
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, folder_name, is_folder, train_units
+from saejax.stage import Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
 
 
@@ -47,7 +48,7 @@ def _names(configs: Configs) -> Sequence[str]:
     """The unit of what is to be followed."""
     from saejax.errors import UserError
 
-    config: TrackConfig = configs["track"]
+    config = configs[TrackConfig]
     if config.prompt and config.prompts:
         raise UserError("--track.prompt and --track.prompts: expected one of them")
     if not config.prompt and not config.prompts:
@@ -59,8 +60,8 @@ def _names(configs: Configs) -> Sequence[str]:
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """The dictionaries, and what their features mean where this run says so."""
-    units = train_units(*configs["track"].dictionaries)
-    labelled = [f"interpret/{kind}" for kind in configs["interpret"].dictionaries if f"train/{kind}" in units]
+    units = train_units(*configs[TrackConfig].dictionaries)
+    labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in units]
     return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
 
 
@@ -71,7 +72,7 @@ def _files(configs: Configs) -> str:
     from saejax.files import file_sha256
     from saejax.workspace import fingerprint
 
-    config: TrackConfig = configs["track"]
+    config = configs[TrackConfig]
     folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]
     labels = [path for folder in folders for path in sorted(folder.parent.parent.glob(f"*/{folder.name}/**/{LABELS}"))]
     files = [*(Path(name) for name in (config.prompts, config.lens) if name), *labels]

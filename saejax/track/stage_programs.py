@@ -17,14 +17,16 @@ from saejax.models.lens import places_at_once, read_places
 from saejax.models.rules import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
+from saejax.settings import ModelConfig, TrainConfig
 from saejax.track import tested
 from saejax.track.cost import counted, planned_layers, planned_texts
 from saejax.track.run import LENS_TOP
+from saejax.track.stage import TrackConfig
 
 
 def track_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """For the longest text: the model and the lens at all layers, its features, and steps without some of them."""
-    config = plan.configs["track"]
+    config = plan.configs[TrackConfig]
     if not (config.prompt or config.prompts) or not config.dictionaries:
         return []
     texts, layers = planned_texts(config), planned_layers(plan)
@@ -44,7 +46,7 @@ class _Shapes:
     def __init__(self, plan: PlannedRun, mesh: Mesh, used: DictionaryConfig, length: int):
         self._plan, self._mesh, self._used, self._length = plan, mesh, used, length
         self._params = abstract_params(plan.model, mesh, plan.dtype)
-        self._dictionary = abstract_dictionary(used, plan.configs["train"], mesh)
+        self._dictionary = abstract_dictionary(used, plan.configs[TrainConfig], mesh)
         self._size = f"{length} tokens"
 
     def forward(self, layers: list[int]) -> Program:
@@ -65,7 +67,7 @@ class _Shapes:
 
     def lens(self) -> Program:
         """The lens and its control, of some places."""
-        model, config = self._plan.model, self._plan.configs["track"]
+        model, config = self._plan.model, self._plan.configs[TrackConfig]
         layers, width, places = model.n_layers, model.d_model, places_at_once(self._length)
         x_LxNxD = whole(self._mesh, (layers, places, width), self._plan.dtype)
         maps = jax.ShapeDtypeStruct((layers, width, width), jnp.float32) if config.lens else None
@@ -76,9 +78,9 @@ class _Shapes:
 
     def rows(self, tokens: int) -> Program:
         """The longest step without sets of features, as many as can be drawn beside those that are chosen."""
-        plan, config, used = self._plan, self._plan.configs["track"], self._used
+        plan, config, used = self._plan, self._plan.configs[TrackConfig], self._used
         reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
-        point = SplitPoint(plan.model, writes, reads, self._mesh, RunRules(remat=plan.configs["model"].remat))
+        point = SplitPoint(plan.model, writes, reads, self._mesh, RunRules(remat=plan.configs[ModelConfig].remat))
         value = whole(self._mesh, (1, padded_length(self._length), plan.model.d_model), plan.dtype)
         past = placed(jax.eval_shape(point.record, self._params, value, value)[1], self._mesh)
         drawn = min(config.step_features * (1 + config.matches), used.n_features)

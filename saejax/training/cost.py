@@ -19,7 +19,7 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.parallel.mesh import part_size
-from saejax.settings import TrainConfig
+from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.training.each_member import members_at_once
 from saejax.training.members import Member, SiteScale, members
@@ -90,7 +90,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    train, stack = plan.configs["train"], plan.stacks[kind]
+    train, stack = plan.configs[TrainConfig], plan.stacks[kind]
     dictionary, count = stack.dictionary, len(stack.members)
     if kind == PRETRAINED:
         copied = sum(dictionary_bytes(one.config, "float32") for one in stack.members)
@@ -117,7 +117,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         by_member = "member" if plan.backend == "jax" else None
         buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), by_member, "data", None)
         read = dataclasses.replace(
-            read, activations=read.activations + WIDTH[plan.configs["capture"].read_dtype] * buffer
+            read, activations=read.activations + WIDTH[plan.configs[CaptureConfig].read_dtype] * buffer
         )
         flops += passes * len(widths)
     return Cost(
@@ -151,7 +151,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    filled = plan.configs["train"].source == "model" and plan.backend == "jax"
+    filled = plan.configs[TrainConfig].source == "model" and plan.backend == "jax"
     programs: list[Program] = []
     for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
         step = _step(plan, stack, mesh)
@@ -171,8 +171,8 @@ def _joined(stack: PlannedStack) -> bool:
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Its arguments begin with the model's parameters, and the buffer's parts and norms."""
-    parts, dtype = batch_parts(stack.members), plan.configs["capture"].read_dtype
-    rows = min(plan.configs["train"].buffer_rows, recorded_rows(plan) or plan.configs["train"].buffer_rows)
+    parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].read_dtype
+    rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
     (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
     count += -count % (mesh.shape["member"] * mesh.shape["data"])
 
@@ -195,7 +195,7 @@ def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
 
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Its arguments are the state, what is read of the members, and a batch."""
-    each, dictionary = plan.configs["train"].each_expansion(), stack.dictionary
+    each, dictionary = plan.configs[TrainConfig].each_expansion(), stack.dictionary
     config = max(each, key=lambda config: config.expansion)
     members = stack.members[-(len(stack.members) // len(each)) :]
     d_in = dictionary.d_in
@@ -205,7 +205,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     make = trainer_of(config, dictionary.kind, members, mesh.shape)
     trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, plan.configs["capture"].read_dtype, sharding=trainer.batch_sharding)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].read_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",

@@ -30,7 +30,7 @@ def open_stream(run: Run, parts: Parts) -> ModelStream:
         ``ModelStream`` refuses.
       Interrupted: asked to stop.
     """
-    config: TrainConfig = run.configs["train"]
+    config = run.configs[TrainConfig]
     if config.buffer_rows < config.batch:
         raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
     several = process_count() > 1

@@ -17,7 +17,7 @@ from saejax.models.sites import ModuleSite
 from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.results import MeshShape
-from saejax.settings import TrainConfig
+from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.stage import folder_name
 from saejax.training.results import TrainResults
@@ -59,7 +59,7 @@ def run_pretrained(run: Run) -> TrainResults:
     Raises:
       UserError: see ``find_pretrained``.
     """
-    config: TrainConfig = run.configs["train"]
+    config = run.configs[TrainConfig]
     found = find_pretrained(config.pretrained)
     for one in found:
         folder = run.folder / one.name / "dictionary"
@@ -80,7 +80,7 @@ def run_pretrained(run: Run) -> TrainResults:
         )
         for one in found
     )
-    mesh = MeshShape.of(make_mesh(run.configs["mesh"]), process_count())
+    mesh = MeshShape.of(make_mesh(run.configs[MeshConfig]), process_count())
     return TrainResults(PRETRAINED, 0, 0, 0.0, 0.0, members, mesh)
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-from saejax.config import identity
-from saejax.settings import MeshConfig, TrainConfig
+from saejax.config import Configs, identity
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
-from saejax.stage import Configs, Stage
+from saejax.stage import Stage
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
 
@@ -15,7 +15,7 @@ def _initial(configs: Configs) -> str:
     """The dictionaries that training starts from."""
     from saejax.dictionaries import stacks
 
-    folder = configs["train"].init_from
+    folder = configs[TrainConfig].init_from
     return stacks.identity(folder) if folder else ""
 
 
@@ -23,22 +23,24 @@ def _pretrained(configs: Configs, name: str) -> str:
     """The dictionaries that were there already."""
     from saejax.dictionaries import stacks
 
-    return fingerprint([stacks.identity(one) for one in configs["train"].pretrained]) if name == PRETRAINED else ""
+    return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
 
 
 def _stream(configs: Configs) -> str:
     """Model, text and settings of training straight from the model."""
-    if configs["train"].source != "model":
+    if configs[TrainConfig].source != "model":
         return ""
-    capture = dataclasses.replace(configs["capture"], sites=(), tokens=0)  # training reads its own sites, of all text
-    settings = [identity(config) for config in (configs["model"], configs["corpus"], capture)]
+    capture = dataclasses.replace(
+        configs[CaptureConfig], sites=(), tokens=0
+    )  # training reads its own sites, of all text
+    settings = [identity(config) for config in (configs[ModelConfig], configs[CorpusConfig], capture)]
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     if name == PRETRAINED:
         return ()
-    return ("capture",) if configs["train"].source == "store" else identities.training_text(configs)
+    return ("capture",) if configs[TrainConfig].source == "store" else identities.training_text(configs)
 
 
 TRAIN = Stage(
@@ -50,7 +52,7 @@ TRAIN = Stage(
     placement=(MeshConfig,),
     after=("capture",),
     needs=_needs,
-    names=lambda configs: configs["train"].kinds,
+    names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
     cost="saejax.training.cost:train_cost",

@@ -20,7 +20,7 @@ from saejax.errors import UserError
 from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh, sharding
 from saejax.results import MeshShape
-from saejax.settings import MOST_TOKENS, TrainConfig
+from saejax.settings import MOST_TOKENS, MeshConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.cross_layer import CrossLayerTrainer, check_layers
@@ -48,7 +48,7 @@ def run_train(run: Run) -> TrainResults:
     circuit-tracer's format, in ``run.folder`` itself. An interrupted run goes on at its newest checkpoint and ends with
     the same bits as one that was not.
     """
-    config: TrainConfig = run.configs["train"]
+    config = run.configs[TrainConfig]
     if run.name == PRETRAINED:
         return run_pretrained(run)
     if config.state_dtype == "float64" and not jax.config.jax_enable_x64:
@@ -60,11 +60,11 @@ def run_train(run: Run) -> TrainResults:
 
 def of_expansion(run: Run, config: TrainConfig) -> Run:
     """The part of a run that trains the stack of one of ``each_expansion``."""
-    return dataclasses.replace(run, configs=dict(run.configs) | dict(train=config))
+    return dataclasses.replace(run, configs=run.configs | config)
 
 
 def _run_one(run: Run) -> TrainResults:
-    config: TrainConfig = run.configs["train"]
+    config = run.configs[TrainConfig]
     if config.source == "store":
         store = Store.open(run.inputs["capture"])
         stack = members(config, run.name, chosen_sites(config, store.sites))
@@ -94,14 +94,14 @@ class Source:
 def _stored(run: Run, store: Store, parts: Parts) -> Source:
     return Source(
         store,
-        steps_per_epoch(store, parts, run.configs["train"].batch),
+        steps_per_epoch(store, parts, run.configs[TrainConfig].batch),
         lambda trainer, first_step, before: make_input(trainer, store, parts, first_step, before, run.say),
     )
 
 
 def _streamed(run: Run, parts: Parts) -> Source:
     stream = open_stream(run, parts)
-    per_epoch = buffer_order(run.configs["train"], stream).per_epoch
+    per_epoch = buffer_order(run.configs[TrainConfig], stream).per_epoch
     return Source(
         stream, per_epoch, lambda trainer, first_step, before: FromModel(trainer, stream, parts), stream.close
     )
@@ -114,8 +114,8 @@ def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResul
       UserError: there are fewer rows than a batch has, or settings that do not fit.
       Interrupted: asked to stop; what was done is saved.
     """
-    config: TrainConfig = run.configs["train"]
-    mesh, store = make_mesh(run.configs["mesh"]), source.rows
+    config = run.configs[TrainConfig]
+    mesh, store = make_mesh(run.configs[MeshConfig]), source.rows
     dictionary = describe_stack(config, run.name, store, stack)
     per_epoch = source.per_epoch
     if per_epoch == 0:

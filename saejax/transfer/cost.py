@@ -2,6 +2,7 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
+from saejax.transfer.stage import TransferConfig
 
 _LOOKS = 2.5  # passes over all products that an assignment takes, on the benchmark's dictionaries
 _SOLVE = 0.35  # seconds on the host of an assignment of 4,608 features
@@ -9,7 +10,7 @@ _SOLVE = 0.35  # seconds on the host of an assignment of 4,608 features
 
 def transfer_cost(plan: PlannedRun, name: str) -> Cost:
     """Every two dictionaries by every measure, found and null."""
-    config = plan.configs["transfer"]
+    config = plan.configs[TransferConfig]
     sizes = plan.dictionaries(config.dictionaries)
     pairs, largest = len(sizes) * (len(sizes) - 1) // 2, max(sizes, key=lambda size: size.n_features)
     assignments = 2 * pairs * len(config.measures)

@@ -16,12 +16,13 @@ from saejax.errors import UserError
 from saejax.evaluation.loss_recovered import recovered, stand_in_losses
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.source import resolve
-from saejax.settings import ModelConfig
+from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.transfer.activity import Activity, activations, encode
 from saejax.transfer.compared import Compared
 from saejax.transfer.reconstruction import DictionaryOnText, Losses, at_home, onto
 from saejax.transfer.results import Rebuilt, ReconstructionTransfer
+from saejax.transfer.stage import TransferConfig
 from saejax.transfer.text import ReadText, aligned, first_texts, read_text
 from saejax.transfer.tuning import can_be_tuned, fine_tuned
 from saejax.workspace import Run
@@ -47,7 +48,7 @@ class Reading:
         reads: Mapping[str, ReadText],
         values: Mapping[tuple[str, str], np.ndarray],
     ):
-        self._compared, self._mesh, self._config = compared, mesh, run.configs["transfer"]
+        self._compared, self._mesh, self._config = compared, mesh, run.configs[TransferConfig]
         self._lms, self._reads, self._values = lms, reads, values
         self.activity = functools.cache(self._activity)
         self._tokens = functools.cache(self._shared)
@@ -57,7 +58,7 @@ class Reading:
     @classmethod
     def of(cls, run: Run, compared: Sequence[Compared], mesh: Mesh) -> "Reading":
         """Runs every model on the text; see ``read_sites``."""
-        config = run.configs["transfer"]
+        config = run.configs[TransferConfig]
         return cls(
             run, compared, mesh, *read_sites(run, compared, mesh, config.tokens, config.batch_tokens, config.seed)
         )
@@ -191,11 +192,11 @@ def read_sites(
     Raises:
       UserError: there is no text, a model is not found, or it is not the one that a dictionary belongs to.
     """
-    corpus = run.configs["corpus"]
-    held_out = corpora.held_out_documents(corpus, run.configs["task"])
+    corpus = run.configs[CorpusConfig]
+    held_out = corpora.held_out_documents(corpus, run.configs[TaskConfig])
     order = np.random.default_rng(seed).permutation(len(held_out))
     texts = first_texts([held_out[i].text for i in order], tokens)
-    own = resolve(run.configs["model"], decoder=True).fingerprint
+    own = resolve(run.configs[ModelConfig], decoder=True).fingerprint
     found = SitesOnText({}, {}, {})
     for model in dict.fromkeys(one.fingerprint for one in compared):
         members = [one for one in compared if one.fingerprint == model]
@@ -210,7 +211,7 @@ def read_sites(
 
 def _load(run: Run, own: str, one: Compared, mesh: Mesh) -> LanguageModel:
     """The model that a dictionary belongs to: the run's, if it is that one or the dictionary's files do not say."""
-    config, model = run.configs["model"], one.dictionary.config
+    config, model = run.configs[ModelConfig], one.dictionary.config
     if one.fingerprint not in ("", own):
         if not model.model:
             raise UserError(

@@ -20,6 +20,7 @@ from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_f
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
+from saejax.settings import MeshConfig
 from saejax.stage import folder_name
 from saejax.tasks.scoring import wilson
 from saejax.transfer import spaces
@@ -29,6 +30,7 @@ from saejax.transfer.compared import Compared, chance, load_compared, measures_o
 from saejax.transfer.matching import Matched, match
 from saejax.transfer.reading import Reading
 from saejax.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
+from saejax.transfer.stage import TransferConfig
 from saejax.transfer.summary import FeaturePairs, together
 from saejax.workspace import Run
 
@@ -44,7 +46,7 @@ def run_transfer(run: Run) -> TransferResults:
       UserError: dictionaries or text are missing, or two dictionaries have nothing to be compared by.
       Interrupted: asked to stop.
     """
-    config = run.configs["transfer"]
+    config = run.configs[TransferConfig]
     compared = load_compared(config.dictionaries, run.inputs, _FLAG)
     if len(compared) < 2:
         raise UserError(f"{_FLAG}={','.join(config.dictionaries)} is one dictionary: name two at least")
@@ -73,8 +75,8 @@ class Comparison:
     """
 
     def __init__(self, run: Run, compared: Sequence[Compared], effects: RemovalEffects):
-        self._run, self._config, self._compared, self._effects = run, run.configs["transfer"], compared, effects
-        self._mesh = make_mesh(run.configs["mesh"])
+        self._run, self._config, self._compared, self._effects = run, run.configs[TransferConfig], compared, effects
+        self._mesh = make_mesh(run.configs[MeshConfig])
         self._moves = self._config.reconstruction or self._config.tune_tokens > 0
         wants_text = "activity" in self._config.measures or self._moves
         self._reading = Reading.of(run, compared, self._mesh) if wants_text else None

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.config import Config, Configs, setting
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, is_folder, train_units
+from saejax.stage import Stage, is_folder, train_units
 from saejax.tasks import identities
 
 MEASURES = ("decoder", "encoder", "folded", "activity")
@@ -53,7 +53,7 @@ def _folders(configs: Configs) -> str:
     from saejax.files import file_sha256
     from saejax.workspace import SUMMARY, fingerprint
 
-    config = configs["transfer"]
+    config = configs[TransferConfig]
     summaries = [Path(folder) / SUMMARY for folder in config.ablations]
     return fingerprint(
         [stacks.identity(name) for name in config.dictionaries if is_folder(name)]
@@ -70,8 +70,8 @@ TRANSFER = Stage(
     groups=(ModelConfig, CorpusConfig, TransferConfig),
     placement=(MeshConfig,),
     after=("train", "ablate", "interpret", "atlas"),
-    needs=lambda configs, name: train_units(*configs["transfer"].dictionaries),
-    names=lambda configs: ("",) if configs["transfer"].dictionaries else (),
+    needs=lambda configs, name: train_units(*configs[TransferConfig].dictionaries),
+    names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",
     programs="saejax.transfer.stage_programs:transfer_programs",

@@ -14,12 +14,14 @@ from saejax.models.language_model import forward, padded_length
 from saejax.models.sites import Site
 from saejax.models.tokens import rows_of
 from saejax.parallel.mesh import AXES
+from saejax.settings import CorpusConfig, TrainConfig
 from saejax.transfer import activity, matching
+from saejax.transfer.stage import TransferConfig
 
 
 def transfer_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """All rows of the two largest dictionaries beside each other; and the text that is read for their activity."""
-    config = plan.configs["transfer"]
+    config = plan.configs[TransferConfig]
     sizes = plan.dictionaries(config.dictionaries)
     if len(sizes) < 2:
         return []
@@ -47,8 +49,8 @@ def _matching(plan: PlannedRun, mesh: Mesh, few: int, many: int, wide: int) -> P
 
 def text_program(plan: PlannedRun, mesh: Mesh, stage: str, sizes: Sequence[DictionaryConfig]) -> Program:
     """The model on ``batch_tokens`` of a ``stage``, with the sites of dictionaries of these ``sizes`` captured."""
-    batch, model = plan.configs[stage].batch_tokens, plan.model
-    length = activity.padded(min(plan.configs["corpus"].context, model.context))
+    batch, model = plan.configs.named(stage).batch_tokens, plan.model
+    length = activity.padded(min(plan.configs[CorpusConfig].context, model.context))
     rows = rows_of(batch, length, mesh.shape["data"])
     sites = tuple(dict.fromkeys(Site.parse(one.site) for one in sizes))
     ids_BxT, lengths_B = by_row(mesh, (rows, padded_length(length)), jnp.int32), by_row(mesh, (rows,), jnp.int32)
@@ -59,9 +61,9 @@ def text_program(plan: PlannedRun, mesh: Mesh, stage: str, sizes: Sequence[Dicti
 
 def encode_program(plan: PlannedRun, mesh: Mesh, stage: str, sizes: Sequence[DictionaryConfig]) -> Program:
     """The features of the widest dictionary on ``batch_tokens`` of a ``stage``; every one of its devices has it all."""
-    batch, used = plan.configs[stage].batch_tokens, max(sizes, key=lambda size: size.n_features)
+    batch, used = plan.configs.named(stage).batch_tokens, max(sizes, key=lambda size: size.n_features)
     x_BxD = whole(mesh, (batch, used.d_in), jnp.float32)
-    encode = (abstract_dictionary(used, plan.configs["train"], mesh), x_BxD)
+    encode = (abstract_dictionary(used, plan.configs[TrainConfig], mesh), x_BxD)
     size, flops = f"{batch} tokens x {used.n_features} features", 2.0 * batch * used.d_in * used.n_features
     kept = abstract_params(plan.model, mesh, plan.dtype)
     return Program(f"{stage}: encode", size, activity.encode_tokens, encode, kept, flops)

@@ -13,6 +13,7 @@ from saejax.files import write_text
 from saejax.transfer.chains import Link, shares, through_layers
 from saejax.transfer.compared import Compared, measures_of
 from saejax.transfer.results import Chains, ComparedPair, TransferResults
+from saejax.transfer.stage import TransferConfig
 from saejax.workspace import Run
 
 
@@ -45,7 +46,7 @@ def together(
     run: Run, compared: Sequence[Compared], parts: Sequence[str], pairs: Sequence[ComparedPair]
 ) -> TransferResults:
     """Shares and chains, from the pairs of features that were written."""
-    config = run.configs["transfer"]
+    config = run.configs[TransferConfig]
     links: tuple[dict, dict] = {}, {}
     for place, part in enumerate(parts):
         tables: dict[str, FeaturePairs] = {}

@@ -8,6 +8,7 @@ import torch
 
 from saejax.activations import capture
 from saejax.activations.store import Store
+from saejax.config import Configs
 from saejax.models.sites import KINDS
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
@@ -30,14 +31,12 @@ class Setup:
         self, name="capture", corpus=(), say=lambda line: None, stopping=lambda: False, model=None, mesh=None, **options
     ):
         settings = dict(sites=ALL_SITES, store_dtype="float32", shard_rows=200, batch_tokens=64, max_sink_share=1.0)
-        configs = dict(
-            model=ModelConfig(path=str(model or self.model)),
-            corpus=CorpusConfig(
-                **dict(path=str(self.folder / "corpus.jsonl"), context=32, held_out=0.3) | dict(corpus)
-            ),
-            task=TaskConfig(),
-            capture=CaptureConfig(**settings | options),
-            mesh=mesh or MeshConfig(),
+        configs = Configs(
+            ModelConfig(path=str(model or self.model)),
+            CorpusConfig(**dict(path=str(self.folder / "corpus.jsonl"), context=32, held_out=0.3) | dict(corpus)),
+            TaskConfig(),
+            CaptureConfig(**settings | options),
+            mesh or MeshConfig(),
         )
         (self.folder / name).mkdir(exist_ok=True)
         return Run("capture", "", self.folder / name, configs, dict(baseline=self.folder), say, stopping)

@@ -11,6 +11,7 @@ from capture_setup import (
 from saejax.activations import capture
 from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted
+from saejax.settings import CorpusConfig
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,6 @@ def test_shards_of_another_corpus_are_not_taken_over(setup):
     run = setup.make_run("other_text", **RESUMED)
     capture.run_capture(run)
     said = []
-    corpus = dataclasses.replace(run.configs["corpus"], max_tokens=150)
-    capture.run_capture(dataclasses.replace(run, configs=run.configs | dict(corpus=corpus), say=said.append))
+    corpus = dataclasses.replace(run.configs[CorpusConfig], max_tokens=150)
+    capture.run_capture(dataclasses.replace(run, configs=run.configs | corpus, say=said.append))
     assert "; 0 of " in said[0]

@@ -15,7 +15,7 @@ from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import UserError
 from saejax.files import write_json
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
@@ -34,13 +34,9 @@ def make_run(tiny_llama, tmp_path, backend):
     """A run over 60 short documents."""
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n\n".join(f"The {i % 7} dogs run near {i} rivers, and {i + 3} trees." for i in range(60)))
-    configs = {group: cls() for group, cls in GROUPS.items()} | dict(
-        model=ModelConfig(path=str(tiny_llama)),
-        corpus=CorpusConfig(path=str(corpus), held_out=0.2, context=20),
-        capture=CaptureConfig(
-            sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128, backend=backend
-        ),
-    )
+    configs = default_configs() | ModelConfig(path=str(tiny_llama))
+    configs |= CorpusConfig(path=str(corpus), held_out=0.2, context=20)
+    configs |= CaptureConfig(sites=SITES, store_dtype="float32", max_sink_share=1.0, batch_tokens=128, backend=backend)
 
     def make(stopping=lambda: False):
         return Run("train", "topk", tmp_path, configs, {}, say=lambda line: None, stopping=stopping)
@@ -80,8 +76,8 @@ def test_the_buffers_hold_the_training_rows_of_a_store(make_run, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_on_the_devices_the_rows_are_those_of_the_host(make_run, dtype, monkeypatch):
     run = make_run()
-    run.configs["capture"] = dataclasses.replace(run.configs["capture"], store_dtype=dtype)
-    run.configs["mesh"] = MeshConfig(member=2)
+    capture = dataclasses.replace(run.configs[CaptureConfig], store_dtype=dtype)
+    run = dataclasses.replace(run, configs=run.configs | capture | MeshConfig(member=2))
     parts = [(SITES[1], SITES[0]), (SITES[0], SITES[0].replace("1", "0"))]  # inputs and targets of two members
     there = ModelStream(run, parts, BUFFER)
     monkeypatch.setattr(stream_of, "_buffers", lambda reader, parts, *rest: HostBuffers(reader, *rest))

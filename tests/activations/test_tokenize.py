@@ -14,6 +14,7 @@ from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
 from saejax.activations.tokenize import run_tokenize, text_documents
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
@@ -40,8 +41,8 @@ def stream(model, tmp_path, monkeypatch):
         with gzip.open(path, "wt") as file:
             file.write("\n".join(json.dumps(dict(text=text)) for text in texts))
         corpus = CorpusConfig(**dict(path=str(path), context=16, stream=True) | settings)
-        configs = dict(model=ModelConfig(path=str(model)), corpus=corpus, task=TaskConfig())
-        configs |= dict(capture=CaptureConfig(sites=("resid_post.0",)))
+        capture = CaptureConfig(sites=("resid_post.0",))
+        configs = Configs(ModelConfig(path=str(model)), corpus, TaskConfig(), capture)
         run = Run("tokenize", "", tmp_path / name, configs, {}, lambda line: None, stopping)
         results = run_tokenize(run)
         monkeypatch.setattr(tokenize, "load_results", lambda folder: results)
@@ -56,8 +57,8 @@ def contents(documents):
 
 def test_a_stream_has_the_pieces_that_memory_has(stream):
     run, results, documents = stream()
-    tokenizer = source.load_tokenizer(source.resolve(run.configs["model"]))
-    in_memory = dataclasses.replace(run.configs["corpus"], stream=False)
+    tokenizer = source.load_tokenizer(source.resolve(run.configs[ModelConfig]))
+    in_memory = dataclasses.replace(run.configs[CorpusConfig], stream=False)
     assert contents(documents) == contents(make_documents(in_memory, {}, tokenizer, 256))
     # Every document says what text it is of, and where in it.
     for number in (0, 17, len(documents) - 1):
@@ -180,4 +181,4 @@ def test_a_whole_corpus_beyond_memory_is_refused(stream, monkeypatch):
     run, *_ = stream()
     monkeypatch.setattr(corpora, "_MOST_IN_MEMORY", 1000)
     with pytest.raises(UserError, match="use --corpus.stream=True"):
-        corpora.read_corpus(dataclasses.replace(run.configs["corpus"], stream=False))
+        corpora.read_corpus(dataclasses.replace(run.configs[CorpusConfig], stream=False))

@@ -13,6 +13,7 @@ import runs
 import yaml
 
 from saejax import command_line
+from saejax.settings import MeshConfig
 
 LAUNCH = runs.ROOT / "launch"
 FLAGS = "--flagfile=configs/qwen3-4b-math.flags"
@@ -75,7 +76,7 @@ def test_its_command_has_flags_that_there_are(of_file, monkeypatch):
     read = command_line.stage_flags()
     configs = command_line.read_configs(read, [program, *flags])
     assert command_line.named_workdir(read) == "/shared/run"
-    mesh = configs["mesh"]
+    mesh = configs[MeshConfig]
     if of_file is of_skypilot:
         assert (mesh.processes, mesh.process_id, mesh.coordinator) == (4, 2, "10.0.0.1:8476")
     else:
@@ -122,7 +123,7 @@ def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
 def test_a_workdir_in_a_bucket_is_worked_on_where_its_flag_says():
     _, *flags = of_slurm(workdir="--workdir=s3://runs/a --scratch=/local/a --break_lock")
     read = command_line.stage_flags()
-    mesh = command_line.read_configs(read, ["program", *flags])["mesh"]
+    mesh = command_line.read_configs(read, ["program", *flags])[MeshConfig]
     assert mesh.together and read["break_lock"].value
     assert command_line.named_workdir(read) == "s3://runs/a" and read["scratch"].value == "/local/a"
 

@@ -56,7 +56,7 @@ def parse(*arguments):
     values = flags.FlagValues()
     config.define_flags(GROUPS, values)
     values(["program", *arguments])
-    return config.from_flags(GROUPS, values)["train"]
+    return config.from_flags(GROUPS, values)[TrainConfig]
 
 
 def test_settings_of_a_kind_have_its_name_and_their_old_names_too():

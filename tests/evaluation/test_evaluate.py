@@ -9,6 +9,7 @@ import runs
 
 from saejax import command
 from saejax.activations.store import Store
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted
@@ -54,9 +55,7 @@ def make_run(workdir, inputs):
     """make_run(kind, folder): a run of the stage."""
 
     def make(kind, folder, **changes):
-        configs = dict(
-            model=ModelConfig(path=str(inputs[0])), mesh=MeshConfig(), evaluate=EvaluateConfig(ce_documents=1)
-        )
+        configs = Configs(ModelConfig(path=str(inputs[0])), MeshConfig(), EvaluateConfig(ce_documents=1))
         units = {"capture": workdir / "capture", f"train/{kind}": workdir / "train" / kind}
         return Run("evaluate", kind, folder, configs, units, say=lambda line: None, **changes)
 

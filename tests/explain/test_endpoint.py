@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import protocol
 import pytest
 
+from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
 from saejax.explain.questions import EmbeddingRequest, Question
+from saejax.explain.stage import ExplainConfig
 from saejax.parallel.teams import Team
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
@@ -156,8 +158,8 @@ class Counting:
 
 
 def run_of(limit=10_000, stopping=lambda: False, model="judge"):
-    config = SimpleNamespace(most_tokens=limit, model=model)
-    return SimpleNamespace(configs=dict(explain=config), say=lambda line: None, stopping=stopping, team=Team())
+    config = ExplainConfig(most_tokens=limit, model=model)
+    return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, team=Team())
 
 
 def test_what_was_answered_is_never_asked_again(tmp_path):

@@ -14,6 +14,7 @@ from runs import write_members
 sys.path.append(str(Path(__file__).parent.parent / "interpret"))
 import planted
 
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
 from saejax.errors import UserError
@@ -57,7 +58,7 @@ def go(workdir, folder, url, **settings):
     config = ExplainConfig(url=url, model="judge", dictionaries=("standard",), **settings)
     inputs = {f"{stage}/standard": workdir[0] / stage / "standard" for stage in ("train", "interpret")}
     inputs["capture"] = workdir[0] / "capture"
-    run = Run("explain", "standard", folder, dict(explain=config, mesh=MeshConfig()), inputs, lambda line: None)
+    run = Run("explain", "standard", folder, Configs(config, MeshConfig()), inputs, lambda line: None)
     (member,) = explain.run_explain(run).members
     every = json.loads((folder / "explained.json").read_text())
     return member, {int(i): from_json(ExplainedFeature, one, "explained") for i, one in every.items()}
@@ -270,6 +271,6 @@ def test_what_is_refused(workdir, tmp_path, settings, said):
     settings = dict(model="judge", url="http://127.0.0.1:9/v1") | settings
     config = ExplainConfig(dictionaries=("standard",), **settings)
     inputs = {unit: workdir[0] / unit for unit in ("train/standard", "interpret/standard", "capture")}
-    made = Run("explain", "standard", tmp_path, dict(explain=config, mesh=MeshConfig()), inputs, lambda line: None)
+    made = Run("explain", "standard", tmp_path, Configs(config, MeshConfig()), inputs, lambda line: None)
     with pytest.raises(UserError, match=re.escape(said)):
         explain.run_explain(made)

@@ -10,6 +10,7 @@ sys.path.append(str(Path(__file__).parent.parent / "dictionaries"))
 import known_dictionaries as known
 
 from saejax import command
+from saejax.config import Configs
 from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary
 from saejax.errors import UserError
 from saejax.exporting.run import run_export
@@ -32,7 +33,7 @@ def run(tmp_path, source, format="saelens"):
     folder = tmp_path / "export" / f"{format}-{source.name}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / STARTED, {})
-    configs = dict(export=ExportConfig(format=format, dictionaries=("topk",)))
+    configs = Configs(ExportConfig(format=format, dictionaries=("topk",)))
     made = Run("export", folder.name, folder, configs, {f"train/{source.name}": source}, say=lambda line: None)
     return folder, lambda: run_export(made)
 

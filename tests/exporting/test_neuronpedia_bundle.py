@@ -15,6 +15,7 @@ from made_up_records import BAD, made_up_record
 
 from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.attribution.forms.neuronpedia import cantor_unpair
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
@@ -105,7 +106,7 @@ def made(tmp_path, members=("",), **settings):
     write_json(folder / STARTED, {})
     units = ("train/topk", "interpret/topk", "atlas/topk", "capture")
     inputs = {unit: tmp_path / unit for unit in units}
-    return folder, Run("export", folder.name, folder, dict(export=config), inputs, say=lambda line: None)
+    return folder, Run("export", folder.name, folder, Configs(config), inputs, say=lambda line: None)
 
 
 @pytest.fixture(scope="module")

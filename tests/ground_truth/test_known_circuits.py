@@ -13,6 +13,7 @@ from saejax import command, load_model, load_results
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
+from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.circuits import tracr
 from saejax.ground_truth.circuits.catalogue import CASES, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
@@ -25,7 +26,8 @@ from saejax.ground_truth.circuits.stage import CIRCUITS, KnownConfig
 from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
-from saejax.registry import GROUPS, STAGES
+from saejax.registry import STAGES, default_configs
+from saejax.settings import TaskConfig
 from saejax.workspace import Run
 
 SEED = 3
@@ -173,7 +175,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
     case = make_case("logic", 30, 0)
     save_model(tmp_path / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(tmp_path / "model"), mesh=one_device)
-    configs = {name: cls() for name, cls in GROUPS.items()} | dict(known=KnownConfig(prompts=30))
+    configs = default_configs() | KnownConfig(prompts=30)
     stages = KnownStages(Run("known_circuits", "logic", tmp_path, configs, {}, print, lambda: False), case, model)
     found = []
     for seed in range(10):
@@ -233,12 +235,11 @@ def unit_name(unit):
     return folder_name(str(unit / "transcoders/exact/layer1"))
 
 
-@pytest.mark.parametrize("asked", [dict(known=dict(circuits=("chain",))), dict(algorithm=dict(names=("planted",)))])
+@pytest.mark.parametrize("asked", [KnownConfig(circuits=("chain",)), AlgorithmConfig(names=("planted",))])
 def test_a_report_of_what_is_made_here_asks_for_no_baseline(asked):
-    defaults = {group: cls() for group, cls in GROUPS.items()}
-    configs = {name: dataclasses.replace(config, **asked.get(name, {})) for name, config in defaults.items()}
-    (unit,) = [f"known_circuits/{name}" for name in configs["known"].circuits] or ["algorithm/planted"]
-    without = configs | dict(task=dataclasses.replace(configs["task"], behaviours=()))
+    configs = default_configs() | asked
+    (unit,) = [f"known_circuits/{name}" for name in configs[KnownConfig].circuits] or ["algorithm/planted"]
+    without = configs | dataclasses.replace(configs[TaskConfig], behaviours=())
     assert STAGES["report"].needs(without, "") == [unit]
     assert {"baseline", unit} < set(STAGES["report"].needs(configs, ""))
 

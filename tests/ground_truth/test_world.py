@@ -153,7 +153,7 @@ def test_statistics_of_synthsaebench_16k():
     values = flags.FlagValues()
     config.define_flags(GROUPS, values)
     values(["", f"--flagfile={Path('configs/synthsaebench-16k.flags')}"])
-    settings = dataclasses.replace(config.from_flags(GROUPS, values)["truth"], orthogonalise=0)
+    settings = dataclasses.replace(config.from_flags(GROUPS, values)[TruthConfig], orthogonalise=0)
     own_J = own_rates(settings)
     assert settings.features == 16_384 and rates(settings)[0] == 0.4 and np.isclose(rates(settings)[-1], 5e-4)
     parent_J = parents(settings.features, settings.roots, settings.branching, settings.depth)

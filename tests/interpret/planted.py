@@ -13,6 +13,7 @@ from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.activations.plan import Plan
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret.interpreter import Interpreter
 from saejax.interpret.stage import InterpretConfig
@@ -120,7 +121,7 @@ def dictionary(features: int, seed: int = 0) -> Dictionary:
 def interpreter(folder: Path, store: Store, lm, of: Dictionary, **settings) -> Interpreter:
     """What interprets a dictionary of the store."""
     config = dataclasses.replace(InterpretConfig(), batch_tokens=500, attention_tokens=0, **settings)
-    run = Run("interpret", "standard", folder, dict(interpret=config), {}, say=lambda line: None)
+    run = Run("interpret", "standard", folder, Configs(config), {}, say=lambda line: None)
     return Interpreter(run, store, CodedText(store.documents, TEXTS), lm, make_mesh(MeshConfig()), "", of)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from saejax.config import Configs
 from saejax.errors import Interrupted, OtherEnded, UserError
 from saejax.parallel.cluster import check_same
 from saejax.parallel.peers import Peers
@@ -143,7 +144,7 @@ def test_items_are_made_once_and_the_first_process_goes_on(tmp_path, processes):
             if team.speaks:
                 said.append((peers.own, line))
 
-        run = Run("stage", "", tmp_path, {}, {}, say, team=team)
+        run = Run("stage", "", tmp_path, Configs(), {}, say, team=team)
 
         def make(item):
             made.append((item, peers.own))
@@ -166,6 +167,6 @@ def test_items_are_made_once_and_the_first_process_goes_on(tmp_path, processes):
 
 def test_alone_an_item_that_is_there_is_left_as_it_is(tmp_path):
     (tmp_path / "b").write_text("before")
-    run = Run("stage", "", tmp_path, {}, {})
+    run = Run("stage", "", tmp_path, Configs(), {})
     run.each(["a", "b"], lambda item: tmp_path / item, lambda item: Path(tmp_path / item).write_text("now"))
     assert [(tmp_path / item).read_text() for item in "ab"] == ["now", "before"]

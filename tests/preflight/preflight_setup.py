@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from runs import make_configs
 
 from saejax.costs.cost import PlannedRun
 from saejax.costs.programs import Program
@@ -17,21 +18,12 @@ from saejax.models.families import read_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.preflight import sums
-from saejax.registry import GROUPS
+from saejax.settings import TrainConfig
 from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ONE = dict(member=1, data=1, model=1)
-
-
-def settings(**changes: Any) -> dict[str, Any]:
-    """Every group of configuration, with changes such as train__k=3."""
-    configs: dict[str, Any] = {group: cls() for group, cls in GROUPS.items()}
-    for key, value in changes.items():
-        group, field = key.split("__")
-        configs[group] = dataclasses.replace(configs[group], **{field: value})
-    return configs
 
 
 def shape(name: str) -> DecoderConfig:
@@ -45,7 +37,7 @@ def plan_run(
     """A model's plan with its dictionary at a site; on one device, unless ``axes`` are given."""
     if site:
         changes |= dict(capture__sites=(site,), train__sites=(site,))
-    return sums.plan_run("model", model, settings(**changes), axes, documents=text[0], tokens=text[1])
+    return sums.plan_run("model", model, make_configs(**changes), axes, documents=text[0], tokens=text[1])
 
 
 def make_needs(*arguments: Any, **changes: Any) -> sums.Needs:
@@ -62,7 +54,7 @@ def make_trainer(plan: PlannedRun, mesh: Mesh) -> Trainer:
     """The trainer of the plan's first stack."""
     stack = next(iter(plan.stacks.values()))
     scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
-    return Trainer(plan.configs["train"], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
+    return Trainer(plan.configs[TrainConfig], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
 
 
 def arrays(arguments: Any) -> list[tuple]:

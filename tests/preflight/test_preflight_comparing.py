@@ -20,10 +20,12 @@ from saejax.models.tokens import pad
 from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import stage_programs
 from saejax.preflight.topology import compile_for
+from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.track import firings, tested
 from saejax.track.cost import counted, planned_texts
 from saejax.track.run import LENS_TOP
+from saejax.track.stage import TrackConfig
 from saejax.track.texts import Segment
 from saejax.transfer import activity, matching
 
@@ -82,7 +84,7 @@ def test_tracking(programs, plan, lm, dictionary, spy):
         "lens": spy(lens, "read_places"),
         "rows": spy(tested, "run_rows"),
     }
-    config = plan.configs["track"]
+    config = plan.configs[TrackConfig]
     ((prompt, steps),) = planned_texts(config)
     ids_T = np.arange(counted(prompt, *steps)) % 300
     layers = [SimpleNamespace(reads=Site.parse(site), name=site, load=lambda: dictionary) for site in SITES]
@@ -117,9 +119,9 @@ def test_clusters(programs, plan, lm, dictionary, spy):
 
 def read_and_encode(plan, stage: str, lm, dictionary) -> None:
     """As a stage does it, which reads the text of all dictionaries' sites."""
-    batch = plan.configs[stage].batch_tokens
+    batch = plan.configs.named(stage).batch_tokens
     read = SimpleNamespace(pieces=[np.ones(32, np.int64)] * 16, front=0)
-    sites = list(dict.fromkeys(one.site for one in plan.dictionaries(plan.configs[stage].dictionaries)))
+    sites = list(dict.fromkeys(one.site for one in plan.dictionaries(plan.configs.named(stage).dictionaries)))
     values = activity.activations(lm, read, sites, batch)
     activity.encode(dictionary, values[sites[0]], batch)
 
@@ -127,7 +129,7 @@ def read_and_encode(plan, stage: str, lm, dictionary) -> None:
 def test_probing(programs, plan, lm, dictionary, spy):
     calls = {"head": spy(split, "run_head"), "inputs": spy(inputs, "pool_prompts")}
     prompts = [Prompt("b", "test", "The cat near the dogs far", " runs", " far", "", " run", ("cat",))]
-    inputs.pooled_inputs(split.SplitModel(lm, dictionary), prompts * kept_prompts(plan), plan.configs["probe"].pool)
+    inputs.pooled_inputs(split.SplitModel(lm, dictionary), prompts * kept_prompts(plan), plan.configs[ProbeConfig].pool)
     compare(programs, "probe", calls)
 
 

@@ -14,6 +14,7 @@ from saejax.preflight.advice import GIB, SLICES
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.sums import Needs, plan_run
 from saejax.registry import GROUPS
+from saejax.settings import AblateConfig, CaptureConfig, CorpusConfig, GraphConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.training.stack_shape import named_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
@@ -22,7 +23,7 @@ STUDIES = [path for path in FILES if "--model.path=" in path.read_text() and not
 FITS = re.compile(r"^# Fits a TPU slice: --preflight.topology=(\S+)(?: --mesh.model=(\d+))?", re.M)
 
 
-def read(path) -> dict:
+def read(path) -> config.Configs:
     values = flags.FlagValues()
     config.define_flags(GROUPS, values)
     values(["binary", f"--flagfile={path}"])
@@ -48,41 +49,43 @@ def test_the_studies_models_and_layers():
     }
     for name, layer in layers.items():
         configs = found[name]
-        assert configs["train"].sites == (f"resid_post.{layer}",) == configs["capture"].sites
-        benchmarks = configs["task"].benchmarks
-        assert benchmarks[0] == name.rpartition("-")[2] and configs["task"].score == "auto"
-        study = configs["study"]
+        assert configs[TrainConfig].sites == (f"resid_post.{layer}",) == configs[CaptureConfig].sites
+        benchmarks = configs[TaskConfig].benchmarks
+        assert benchmarks[0] == name.rpartition("-")[2] and configs[TaskConfig].score == "auto"
+        study = configs[StudyConfig]
         assert study.benchmarks == benchmarks and study.draws >= 20 * len(benchmarks) - 1, "no yes would be possible"
-        train = configs["train"]
+        train = configs[TrainConfig]
         assert (train.kinds, train.expansion, train.l1, train.decorrelation) == (("linear",), 8, (1e-4,), 0.01)
         assert (train.batch, train.epochs, train.learning_rate) == (32, 20, (1e-4,))
     circuit = found["qwen3-4b-instruct-2507-behaviours"]
-    assert circuit["capture"].last == 5
-    assert circuit["capture"].sites == tuple(f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25))
+    assert circuit[CaptureConfig].last == 5
+    assert circuit[CaptureConfig].sites == tuple(
+        f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25)
+    )
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
 
 
 def test_every_layer_of_four_models():
     found = [read(path) for path in FILES if path.stem.endswith("-all-layers")]
-    assert sum(len(configs["capture"].sites) for configs in found) == 98
+    assert sum(len(configs[CaptureConfig].sites) for configs in found) == 98
     for configs in found:
-        train = configs["train"]
+        train = configs[TrainConfig]
         assert (train.batch, train.epochs, train.l1_by_depth) == (64, 10, (1.5e-4, 1e-4, 5e-5))
         assert (
-            configs["ablate"].dictionary
-            == configs["study"].dictionary
-            in [f"linear/{site}" for site in configs["capture"].sites]
+            configs[AblateConfig].dictionary
+            == configs[StudyConfig].dictionary
+            in [f"linear/{site}" for site in configs[CaptureConfig].sites]
         )
 
 
 def test_training_from_the_model_needs_no_captured_sites(monkeypatch):
     monkeypatch.chdir(CONFIGS.parent)
     configs = read(CONFIGS / "demo_graphs.flags")
-    configs |= dict(ablate=dataclasses.replace(configs["ablate"], dictionary="topk/mlp_in.0"))
+    configs |= dataclasses.replace(configs[AblateConfig], dictionary="topk/mlp_in.0")
     (shape,) = read_shapes(configs)
     (stack,) = plan_run(shape.path, shape.config, configs, ONE).stacks.values()
     assert [member.site for member in stack.members] == [f"mlp_in.{layer}" for layer in range(30)]
-    configs |= dict(train=dataclasses.replace(configs["train"], source="store"))
+    configs |= dataclasses.replace(configs[TrainConfig], source="store")
     with pytest.raises(UserError, match="--train.sites needs mlp_in.0"):
         plan_run(shape.path, shape.config, configs, ONE)
 
@@ -108,18 +111,18 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     path = CONFIGS / "qwen3-0.6b-transcoders.flags"
     configs = read(path)
     graph = dataclasses.replace(
-        configs["graph"], transcoders="runs/qwen3/train/topk", prompt="The capital of France is", target=" Paris"
+        configs[GraphConfig], transcoders="runs/qwen3/train/topk", prompt="The capital of France is", target=" Paris"
     )
     (shape,) = read_shapes(configs)
-    plan = plan_run(shape.path, shape.config, configs | dict(graph=graph), ONE)
+    plan = plan_run(shape.path, shape.config, configs | graph, ONE)
     (stack,) = plan.stacks.values()
     assert [(member.site, member.target) for member in stack.members] == [
         (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
     ]
-    assert named_sites(configs["train"]) == [member.site for member in stack.members]  # straight from the model
-    steps = configs["corpus"].max_tokens // configs["train"].batch
+    assert named_sites(configs[TrainConfig]) == [member.site for member in stack.members]  # straight from the model
+    steps = configs[CorpusConfig].max_tokens // configs[TrainConfig].batch
     assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
-    buffer = configs["train"].buffer_rows * 2 * 28 * 1024 * 2
+    buffer = configs[TrainConfig].buffer_rows * 2 * 28 * 1024 * 2
     assert Needs.of(plan).units["train/topk"].bytes.total + buffer < 80e9
     devices, gib = SLICES["v6e:2x4"]
     split = Needs.of(dataclasses.replace(plan, axes=dict(member=1, data=1, model=devices))).units["train/topk"]
@@ -142,4 +145,4 @@ def test_each_fits_the_slice_that_it_names(path, monkeypatch):
     needs = Needs.of(plan_run(shape.path, shape.config, configs, axes))
     tested = {unit for unit in needs.units if unit.startswith("ablate/")} or needs.units  # without behaviours: all
     assert all(needs.units[unit].bytes.total < gib * GIB for unit in tested)
-    assert configs["train"].batch % axes["data"] == 0
+    assert configs[TrainConfig].batch % axes["data"] == 0

@@ -18,6 +18,7 @@ from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place
 from saejax.preflight.sums import Needs, replicated, stage_programs
 from saejax.registry import STAGES
+from saejax.settings import TrainConfig
 from saejax.training.cost import train_cost
 
 
@@ -47,7 +48,7 @@ def test_what_stays_is_counted_to_the_byte(tiny_llama, data, model):
     assert need.dictionary == held(state.params)
     moments = held(state.optimizer)
     assert need.optimizer == pytest.approx(moments + need.dictionary, abs=64)  # and the gradient; counters are left out
-    abstract = abstract_dictionary(plan.dictionary("ablate"), plan.configs["train"], mesh)
+    abstract = abstract_dictionary(plan.dictionary("ablate"), plan.configs[TrainConfig], mesh)
     assert units["ablate/topk"].bytes.dictionary == sum(leaf.size * 4 for leaf in jax.tree.leaves(abstract))
 
 
@@ -166,8 +167,8 @@ def test_advice():
 
 def test_an_optimizer_is_split_where_that_will_do():
     plan = plan_run(shape("gpt2-medium"), "resid_post.12", axes(8, 1), train__expansion=128, capture__backend="jax")
-    split = dataclasses.replace(plan.configs["train"], zero_optimizer=True)
-    enough = Needs.of(dataclasses.replace(plan, configs={**plan.configs, "train": split})).peak
+    split = dataclasses.replace(plan.configs[TrainConfig], zero_optimizer=True)
+    enough = Needs.of(dataclasses.replace(plan, configs=plan.configs | split)).peak
     peak = Needs.of(plan).peak
     assert enough < 0.8 * peak
     assert "--train.zero_optimizer" in advice(plan, enough, "GPUs", peak)

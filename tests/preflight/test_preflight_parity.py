@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from preflight_setup import settings
+from runs import make_configs
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 from saejax import command
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.preflight import parity
+from saejax.settings import ModelConfig
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def test_a_difference_is_found_where_it_is(folder, one_device, monkeypatch):
         return lm
 
     monkeypatch.setattr(parity, "load_model", load_changed)
-    model = settings(model__path=str(folder))["model"]
-    found = parity.measure(settings(), model, one_device)
+    model = ModelConfig(path=str(folder))
+    found = parity.measure(make_configs(), model, one_device)
     for errors in found.values():
         values = {error.kind: error for error in errors}
         assert values["mlp_out"].value == pytest.approx(0.01, rel=1e-3) and values["mlp_out"].layer == 1

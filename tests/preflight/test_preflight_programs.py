@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from preflight_setup import arrays, assert_same_call, make_dictionary, make_trainer, on_mesh, plan_run, settings
+from preflight_setup import arrays, assert_same_call, make_dictionary, make_trainer, on_mesh, plan_run
 
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
@@ -21,6 +21,7 @@ from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.preflight.sums import stage_programs
+from saejax.settings import AblateConfig, PreflightConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.training.step import Trainer
 
@@ -74,7 +75,7 @@ def test_ablation(programs, plan, lm, spy):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
-    rows = plan.configs["ablate"].batch_rows
+    rows = plan.configs[AblateConfig].batch_rows
     ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
     for name, seen in calls.items():
         assert_same_call(programs[name], seen[-1])
@@ -170,7 +171,7 @@ def test_flops_against_xla(plan, mesh):
 
 def test_flops_of_a_step():
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
-    assert settings()["preflight"].tolerance == 1e-4
+    assert PreflightConfig().tolerance == 1e-4
 
 
 def test_training_from_the_model_keeps_all_of_it_on_the_devices(tiny_llama, mesh, lm):

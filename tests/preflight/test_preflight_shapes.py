@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from preflight_setup import CONFIGS, settings, shape
+from preflight_setup import CONFIGS, shape
+from runs import make_configs
 
 from saejax.costs.passes import parameters
 from saejax.errors import UserError
@@ -51,12 +52,12 @@ def test_number_of_parameters_in_transformers(name):
 
 
 def test_files_folders_and_the_default(tiny_llama):
-    listed = settings(preflight__models=(str(CONFIGS / "shapes/phi-2.json"), str(tiny_llama)))
+    listed = make_configs(preflight__models=(str(CONFIGS / "shapes/phi-2.json"), str(tiny_llama)))
     file, folder = shapes.read_shapes(listed)
     assert (file.config.family, file.has_weights, folder.has_weights) == ("phi", False, True)
-    (default,) = shapes.read_shapes(settings(model__path=str(tiny_llama)))
+    (default,) = shapes.read_shapes(make_configs(model__path=str(tiny_llama)))
     assert default.config == folder.config
-    assert shapes.identity(listed) != shapes.identity(settings(model__path=str(tiny_llama)))
+    assert shapes.identity(listed) != shapes.identity(make_configs(model__path=str(tiny_llama)))
 
 
 def test_the_identity_follows_the_file_not_its_name(tmp_path):
@@ -64,7 +65,7 @@ def test_the_identity_follows_the_file_not_its_name(tmp_path):
     marks = []
     for layers in (32, 31):
         (tmp_path / "m.json").write_text(json.dumps(fields | dict(num_hidden_layers=layers)))
-        marks.append(shapes.identity(settings(preflight__models=(str(tmp_path / "m.json"),))))
+        marks.append(shapes.identity(make_configs(preflight__models=(str(tmp_path / "m.json"),))))
     assert marks[0] != marks[1]
 
 
@@ -83,11 +84,11 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=message) as error:
-        shapes.read_shapes(settings(preflight__models=(str(path),)))
+        shapes.read_shapes(make_configs(preflight__models=(str(path),)))
     assert "m.json" in str(error.value)
 
 
 def test_a_hub_that_cannot_be_reached_leaves_the_shape():
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(UserError, match=r"someone/nothing .*--preflight\.models=FILE\.json"):
-        shapes.read_shapes(settings(preflight__models=("someone/nothing",)))
+        shapes.read_shapes(make_configs(preflight__models=("someone/nothing",)))

@@ -23,6 +23,7 @@ from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import stage_programs
 from saejax.preflight.topology import compile_for
+from saejax.settings import SteerConfig, StudyConfig
 from saejax.tasks import likelihood
 from saejax.tasks.behaviours import Prompt
 
@@ -122,8 +123,8 @@ def test_steering(programs, plan, lm, prompts, spy):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan, "steer"))
     runs = cut_model.run(prompts)
     directions.AnswerTexts.of(cut_model, prompts[:4])
-    clamped = steering.SteeredTexts.clamping([[1]] * PROMPTS, [np.ones(1)] * PROMPTS, 64, plan.configs["steer"].top)
-    steering.steer_prompts(cut_model, runs, [clamped] * 4, plan.configs["steer"].batch_rows)
+    clamped = steering.SteeredTexts.clamping([[1]] * PROMPTS, [np.ones(1)] * PROMPTS, 64, plan.configs[SteerConfig].top)
+    steering.steer_prompts(cut_model, runs, [clamped] * 4, plan.configs[SteerConfig].batch_rows)
     for name, seen in calls.items():
         assert_same_call(programs[f"steer: {name}"], seen[0])
     assert len(calls) == sum(name.startswith("steer") for name in programs)
@@ -138,7 +139,7 @@ def test_studies(programs, plan, lm, spy, tmp_path):
         "likelihoods": spy(language_model, "forward"),
         "prefill": spy(decoding, "prefill"),
     }
-    study, dictionary = plan.configs["study"], make_dictionary(lm, plan, "study")
+    study, dictionary = plan.configs[StudyConfig], make_dictionary(lm, plan, "study")
     texts = [references.Reference(item, [1] * 24, [2] * 8) for item in range(items.ITEMS)]
     made = references.References(split.SplitModel(lm, dictionary), texts, study.batch_tokens)
     made.attribution()

@@ -368,6 +368,6 @@ def made_up_contexts(features, count: int) -> dict[int, list[Example]]:
 
 def make_run(root: Path, inputs: dict[str, Path], **own) -> Run:
     """A run of the report stage over the inputs, with settings of its own."""
-    configs = {group: cls() for group, cls in registry.GROUPS.items()} | dict(report=settings.ReportConfig(**own))
+    configs = registry.default_configs() | settings.ReportConfig(**own)
     (root / "report").mkdir()
     return Run("report", "", root / "report", configs, inputs, say=lambda line: None)

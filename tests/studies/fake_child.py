@@ -10,6 +10,7 @@ from pathlib import Path
 
 from saejax import command, pipeline, workplan
 from saejax.errors import UserError
+from saejax.settings import ModelConfig
 
 PREFLIGHT = dict(
     mesh=dict(devices=1, kinds=[], axes={}, processes=1), topology="", limit_bytes=1, models=[], seconds=dict(train=3.0)
@@ -27,7 +28,7 @@ def fake_stage(run) -> dict:
     unit = f"{run.stage}/{run.name}".rstrip("/")
     with open(Path(os.environ["FAKE_RUNS"]), "a") as file:
         file.write(json.dumps([str(run.folder), sorted(os.sched_getaffinity(0))]) + "\n")
-    wish, _, where = run.configs["model"].revision.partition("@")
+    wish, _, where = run.configs[ModelConfig].revision.partition("@")
     if unit == where and wish == "refuse":
         raise UserError("there is no such thing")
     if unit == where and wish == "bug":

@@ -17,6 +17,8 @@ from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 from tokenizer_kinds import tokenizer
 
+from saejax.settings import CaptureConfig, StudyConfig, TaskConfig, TrainConfig
+
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 # Stem of a file, up to the benchmark -> family, and format of the tokenizer.
 MODELS = {
@@ -92,9 +94,9 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "study.matches": 4,
         "study.bootstrap": 100,
     }
-    if configs["capture"].last:  # so few positions of a document are no batch
+    if configs[CaptureConfig].last:  # so few positions of a document are no batch
         values["train.batch"] = 32
-    if configs["train"].source == "model":
+    if configs[TrainConfig].source == "model":
         values |= {"train.buffer_rows": 512, "train.batch": 128}
     return [f"--{name}={value}" for name, value in values.items()]
 
@@ -110,15 +112,15 @@ def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
     config.define_flags(GROUPS, values)
     values(["binary", f"--flagfile={path}"])
     configs = config.from_flags(GROUPS, values)
-    layers = 1 + max(int(site.rpartition(".")[2]) for site in configs["capture"].sites)
+    layers = 1 + max(int(site.rpartition(".")[2]) for site in configs[CaptureConfig].sites)
     own = small(configs, model_of(path, tmp_path / "model", layers), tmp_path)
     if path.stem == QUICK:  # what behaviours cost is tested elsewhere
         own.append("--task.behaviours=")
     assert command.run(list(STAGES), "", ["pipeline", f"--flagfile={path}", *own]) == 0, capsys.readouterr().err
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     text = re.sub("<[^>]*>", " ", page)
-    for benchmark in configs["study"].benchmarks:
+    for benchmark in configs[StudyConfig].benchmarks:
         assert f"{benchmark} (" in text and (tmp_path / "run" / "study" / benchmark / "summary.json").exists()
-    for benchmark in configs["task"].benchmarks:
+    for benchmark in configs[TaskConfig].benchmarks:
         assert benchmark in text
     assert "Explained variance" in text and "How to reproduce" in text

@@ -12,7 +12,7 @@ import runs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.results import to_json
 from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
 from saejax.tasks import baseline
@@ -26,7 +26,7 @@ TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300, gate=1.0)
 
 
 def make_run(folder, path, task=TASK, lines=None, stopping=lambda: False):
-    configs = {name: group() for name, group in GROUPS.items()} | dict(model=ModelConfig(path=str(path)), task=task)
+    configs = default_configs() | ModelConfig(path=str(path)) | task
     return Run("baseline", "", folder, configs, {}, [].append if lines is None else lines.append, stopping)
 
 

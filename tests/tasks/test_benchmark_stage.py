@@ -12,7 +12,7 @@ from benchmark_rows import GSM8K, write_all
 from saejax import command, load_model, pipeline, workplan
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores, benchmark_stage
 from saejax.tasks.answers import Verdict
@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused(lm, task):
 
 
 def make_run(folder, name, model, task, lines=None, stopping=lambda: False):
-    configs = {group: cls() for group, cls in GROUPS.items()} | dict(model=ModelConfig(path=str(model)), task=task)
+    configs = default_configs() | ModelConfig(path=str(model)) | task
     return Run("benchmark", name, folder, configs, {}, [].append if lines is None else lines.append, stopping)
 
 
@@ -257,7 +257,7 @@ def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):
 def plan(folder, **changes):
     """The fingerprints of all units."""
     changes = dict(path=str(folder)) | changes
-    configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=TaskConfig(**changes))
+    configs = default_configs() | TaskConfig(**changes)
     made = workplan.Workplan(configs)
     return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 

@@ -16,12 +16,12 @@ TRAIN = f"""
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
-from saejax.registry import GROUPS
-from saejax.settings import TrainConfig
+from saejax.config import Configs
+from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.train import run_train
 from saejax.workspace import Run
 settings = dict(sites=("resid_post.1",), batch=512, epochs=1, k=(2,), max_steps=8, input="streamed")
-configs = dict(mesh=GROUPS["mesh"](), train=TrainConfig(**settings))
+configs = Configs(MeshConfig(), TrainConfig(**settings))
 run = Run("train", "topk", Path(sys.argv[2]), configs, dict(capture=Path(sys.argv[1])))
 print("trained", run_train(run).steps)
 """

@@ -1,6 +1,5 @@
 """Training straight from the model: nothing on disk, and resumed with the same bits in whatever buffer it was."""
 
-import dataclasses
 import itertools
 import math
 
@@ -17,9 +16,7 @@ from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
 from saejax.preflight.results import PreflightResults
-from saejax.registry import GROUPS
 from saejax.results import load_results
-from saejax.settings import ModelConfig
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
 from saejax.workplan import Workplan
@@ -60,12 +57,8 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
 
 def test_what_it_depends_on(inputs):
     def mark(**changes):
-        configs = {group: cls() for group, cls in GROUPS.items()}
-        configs["model"] = ModelConfig(path=str(inputs[0]))
-        for key, value in (dict(train__source="model") | changes).items():
-            group, field = key.split("__")
-            configs[group] = dataclasses.replace(configs[group], **{field: value})
-        return Workplan(configs).mark("train/topk")
+        made = runs.make_configs(**dict(model__path=str(inputs[0]), train__source="model") | changes)
+        return Workplan(made).mark("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
     others = dict(

@@ -56,7 +56,7 @@ def write_outputs(
     pruned.save(folder)
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
-    config: GraphConfig = run.configs["graph"]
+    config = run.configs[GraphConfig]
     names: Any = dict(scan=config.scan, source_set=config.source_set, labels=labels)
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned, **names)
     write_graph(run.folder / "graphs", document, replace=True)

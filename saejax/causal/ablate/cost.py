@@ -14,7 +14,7 @@ from saejax.causal.split import PROMPTS
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program
-from saejax.settings import ESTIMATES, AblateConfig
+from saejax.settings import ESTIMATES, AblateConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own
@@ -22,7 +22,7 @@ _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose pr
 
 def ablate_cost(plan: PlannedRun, name: str) -> Cost:
     """The tail on every test prompt without each of the sets, and its gradient on every train prompt."""
-    task, ablate, used = plan.configs["task"], plan.configs["ablate"], plan.dictionary("ablate")
+    task, ablate, used = plan.configs[TaskConfig], plan.configs[AblateConfig], plan.dictionary("ablate")
     behaviours, prompts = count_all_behaviours(task), (task.train_prompts, task.test_prompts)
     rows = FIRING * expected_rows(ablate, *prompts, behaviours, used.n_features)
     slopes = points(ablate.estimate) * task.train_prompts * (1 + len(ablate.baselines) + len(ablate.repeats))
@@ -70,7 +70,7 @@ def expected_rows(ablate: AblateConfig, train: int, test: int, behaviours: int, 
 
 def _gathered(plan: PlannedRun) -> int:
     """The features whose activations are kept at once, filled up; a circuit kept alone is all others removed."""
-    ablate, features = plan.configs["ablate"], plan.dictionary("ablate").n_features
+    ablate, features = plan.configs[AblateConfig], plan.dictionary("ablate").n_features
     most = ablate.top * (1 + ablate.matches)
     if ablate.circuit_tests or ablate.effects == "all":
         most = max(most, features if ablate.circuit_tests else FEATURES)
@@ -79,9 +79,9 @@ def _gathered(plan: PlannedRun) -> int:
 
 def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, the slopes, the features that are removed, and the tail without them."""
-    if not plan.configs["task"].has_behaviours:
+    if not plan.configs[TaskConfig].has_behaviours:
         return []
-    shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs["ablate"], _gathered(plan)
+    shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs[AblateConfig], _gathered(plan)
     return [
         shapes.head(error=ablate.error),
         shapes.slopes(ablate.estimate, ablate.replacement),

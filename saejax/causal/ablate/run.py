@@ -29,7 +29,7 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.files import read_lines, write_lines
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import is_first_process, wait_for_all
-from saejax.settings import AblateConfig
+from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
 from saejax.workspace import Run
 
 
@@ -40,7 +40,7 @@ def run_ablate(run: Run) -> AblateResults:
     again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
     asked for, the effects of all features in ``<behaviour>-importance.parquet`` and ``<behaviour>-drops.npy``.
     """
-    config: AblateConfig = run.configs["ablate"]
+    config = run.configs[AblateConfig]
     positions.parse(config.positions)
     dose.check(config)
     agreement.check(config)
@@ -51,7 +51,7 @@ def run_ablate(run: Run) -> AblateResults:
     def begin() -> parts.Measure:
         model = parts.load_run_model(run)
         split = SplitModel(model, dictionary, config.positions, config.error)
-        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
+        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], model, config.text_documents)
         # The top features of each behaviour are removed from the prompts of the others, too.
         several = prompts if len(prompts) > 1 else {}
         known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}

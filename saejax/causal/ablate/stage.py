@@ -1,7 +1,8 @@
 """The stage ``ablate``."""
 
-from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig
-from saejax.stage import Configs, Stage, folder_name, is_folder, train_units
+from saejax.config import Configs
+from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.stage import Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
 
@@ -11,21 +12,21 @@ def _bases(configs: Configs) -> str:
     from saejax.dictionaries import stacks
 
     others = [name for name in _dictionaries(configs) if is_folder(name)]
-    bases = [name for name in configs["ablate"].baselines if name not in BASES]
+    bases = [name for name in configs[AblateConfig].baselines if name not in BASES]
     return fingerprint([stacks.identity(name) for name in (*bases, *others)])
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
     """The tested one first."""
-    ablate = configs["ablate"]
+    ablate = configs[AblateConfig]
     return tuple(dict.fromkeys((ablate.dictionary, *ablate.compare, *ablate.repeats)))
 
 
 def _names(configs: Configs) -> tuple[str, ...]:
     """The tested dictionary; none where all that is trained here are crosscoders, which ``crosscode`` tests."""
-    own, sites = configs["ablate"].dictionary, configs["train"].sites
+    own, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
     crosscoders = not is_folder(own) and all("+" in site for site in sites)
-    return (folder_name(own),) if configs["task"].has_behaviours and not crosscoders else ()
+    return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
 ABLATE = Stage(

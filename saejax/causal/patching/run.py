@@ -75,7 +75,7 @@ def run_patch(run: Run) -> PatchResults:
     Raises:
       UserError: none can be patched.
     """
-    config: PatchConfig = run.configs["patch"]
+    config = run.configs[PatchConfig]
     prompts = parts.read_behaviours(run, config.behaviours, "--patch.behaviours")
     heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else parts.load_run_dictionary(run)
 
@@ -130,7 +130,7 @@ def _missing(train: Sequence[Prompt] | None, pairs: Sequence[Prompt], left_out: 
 
 def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches the unit's kind of site at every layer and position, and writes the grid."""
-    config: PatchConfig = run.configs["patch"]
+    config = run.configs[PatchConfig]
 
     def measure(pairs: BehaviourPairs, on_progress: parts.OnProgress) -> parts.Measured:
         patched = patch_sites(model, run.name, pairs.tests, config.batch_rows, on_progress)
@@ -154,7 +154,7 @@ def _of_sites(run: Run, model: LanguageModel) -> MeasurePairs:
 
 def _of_heads(run: Run, model: LanguageModel) -> MeasurePairs:
     """What patches heads, and writes the table of their nodes."""
-    config: PatchConfig = run.configs["patch"]
+    config = run.configs[PatchConfig]
 
     def measure(pairs: BehaviourPairs, on_progress: parts.OnProgress) -> parts.Measured:
         train = pairs.train[: len(pairs.tests)]
@@ -173,7 +173,7 @@ def _of_features(
     run: Run, model: LanguageModel, dictionary: Dictionary, prompts: Mapping[str, Sequence[Prompt]]
 ) -> MeasurePairs:
     """What patches the top features of a dictionary; ``prompts`` are those of all behaviours."""
-    config: PatchConfig = run.configs["patch"]
+    config = run.configs[PatchConfig]
     split = SplitModel(model, dictionary)
 
     @functools.cache

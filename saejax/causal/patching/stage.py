@@ -2,25 +2,26 @@
 
 from collections.abc import Sequence
 
-from saejax.settings import MeshConfig, ModelConfig, PatchConfig
-from saejax.stage import Configs, Stage, folder_name, train_units
+from saejax.config import Configs
+from saejax.settings import MeshConfig, ModelConfig, PatchConfig, TaskConfig
+from saejax.stage import Stage, folder_name, train_units
 from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
     """The kinds of site that are patched, and the dictionary whose features are."""
-    patch = configs["patch"]
+    patch = configs[PatchConfig]
     wanted = (*patch.kinds, *([folder_name(patch.dictionary)] if patch.dictionary else []))
-    return wanted if configs["task"].has_behaviours else ()
+    return wanted if configs[TaskConfig].has_behaviours else ()
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    patch = configs["patch"]
+    patch = configs[PatchConfig]
     return ("baseline",) if name in patch.kinds else ("baseline", *train_units(patch.dictionary))
 
 
 def _dictionary(configs: Configs, name: str) -> str:
-    return "" if name in configs["patch"].kinds else identities.dictionary(configs, "patch")
+    return "" if name in configs[PatchConfig].kinds else identities.dictionary(configs, "patch")
 
 
 PATCH = Stage(

@@ -21,15 +21,15 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import rows_of
 from saejax.parallel.mesh import fitting_sharding
-from saejax.settings import HEADS
+from saejax.settings import HEADS, PatchConfig, TaskConfig
 
 Params = dict[str, jax.ShapeDtypeStruct]
 
 
 def patch_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Those of one kind of site that is patched, beside the stream if there is any, of heads, and of features."""
-    patch = plan.configs["patch"]
-    if not plan.configs["task"].has_behaviours:
+    patch = plan.configs[PatchConfig]
+    if not plan.configs[TaskConfig].has_behaviours:
         return []
     # A kind that is not the stream keeps that, too.
     kinds = sorted((kind for kind in patch.kinds if kind != HEADS), key=lambda kind: kind.startswith("resid_p"))
@@ -42,11 +42,11 @@ def _of_sites(plan: PlannedRun, mesh: Mesh, kind: str) -> list[Program]:
     """A run that is recorded, beside that of the other side, and rows that run from a patched value on."""
     model, length, site = plan.model, prompt_length(plan), Site(kind, 0)
     point, params = SplitPoint(model, site, site, mesh), abstract_params(model, mesh, plan.dtype)
-    lengths_P = np.full(plan.configs["task"].test_prompts, length)
+    lengths_P = np.full(plan.configs[TaskConfig].test_prompts, length)
     pairs = len(next(group_lengths(point, params, lengths_P))[1])
     given = tuple(by_row(mesh, shape, jnp.int32) for shape in ((pairs, length), (pairs,), (pairs, 2)))
     run = placed(jax.eval_shape(functools.partial(programs.record, point), params, *given), mesh)
-    count = rows_of(plan.configs["patch"].batch_rows * length, length, STEP)
+    count = rows_of(plan.configs[PatchConfig].batch_rows * length, length, STEP)
     rows = [by_row(mesh, shape, jnp.int32) for shape in [(count,)] * 5 + [(count, 2)]]
     patched = (point, length, params, run, run.patches, np.int32(0), *rows)
     size, record = f"{pairs} pairs of {length} tokens", (point, params, *given)
@@ -60,7 +60,7 @@ def _of_sites(plan: PlannedRun, mesh: Mesh, kind: str) -> list[Program]:
 
 def _of_heads(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Nodes of all heads recorded, their slopes and effects, and rows with a node or a path patched."""
-    model, length, count = plan.model, prompt_length(plan), filled_rows(plan.configs["patch"].batch_rows)
+    model, length, count = plan.model, prompt_length(plan), filled_rows(plan.configs[PatchConfig].batch_rows)
     params = abstract_params(model, mesh, plan.dtype)
     given = [by_row(mesh, shape, jnp.int32) for shape in ((FEW, length), (FEW,), (FEW, 2))]
     nodes = _by_pair(mesh, jax.eval_shape(functools.partial(heads.record_heads, model), params, given[0]))
@@ -76,7 +76,7 @@ def _of_heads(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         Program("patch: effects", size, heads.effects, (model, *several, nodes), params, 0.0),
         Program("patch: nodes", rows, heads.patch_nodes, (model, params, *row, patch), (), flops(count * length)),
     ]
-    if plan.configs["patch"].paths:
+    if plan.configs[PatchConfig].paths:
         written = _by_pair(mesh, jax.eval_shape(functools.partial(paths.record_written, model), params, given[0]))
         ends = by_row(mesh, (count,), jnp.int32)
         mlp_RxD = by_row(mesh, (count, model.d_model), written.mlp_out.dtype)
@@ -103,7 +103,7 @@ def _by_pair(mesh: Mesh, tree: Any) -> Any:
 
 def _of_features(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """Those of ``ablate`` with all features of the counterparts put in, of parts of a value, of a learned subspace."""
-    patch, shapes = plan.configs["patch"], SplitShapes(plan, mesh, "patch")
+    patch, shapes = plan.configs[PatchConfig], SplitShapes(plan, mesh, "patch")
     gathered, rows = filled_features(shapes.used.n_features), shapes.rows()
     size = f"{PROMPTS} pairs of {shapes.length} tokens"
     parts = (shapes.point, "error", shapes.params, shapes.dictionary, rows, rows)

@@ -9,6 +9,7 @@ from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, whole
 from saejax.models.sites import Site
+from saejax.settings import ProbeConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 _FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one core
@@ -16,7 +17,7 @@ _FIT = 0.02  # seconds of a logistic regression on some hundred prompts, on one 
 
 def probe_cost(plan: PlannedRun, name: str) -> Cost:
     """All prompts up to the site, and for every label probes of features and of raw activations."""
-    task, probe, used = plan.configs["task"], plan.configs["probe"], plan.dictionary("probe")
+    task, probe, used = plan.configs[TaskConfig], plan.configs[ProbeConfig], plan.dictionary("probe")
     behaviours = count_all_behaviours(task)
     rows = behaviours * (task.train_prompts + task.test_prompts)
     labels = sum(1 if label == "behaviour" else behaviours for label in dict.fromkeys(probe.labels))
@@ -31,8 +32,8 @@ def probe_cost(plan: PlannedRun, name: str) -> Cost:
 
 def probe_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, and what probes see of all prompts; they are fitted on the host."""
-    probe = plan.configs["probe"]
-    if not probe.labels or not plan.configs["task"].has_behaviours:
+    probe = plan.configs[ProbeConfig]
+    if not probe.labels or not plan.configs[TaskConfig].has_behaviours:
         return []
     shapes = SplitShapes(plan, mesh, "probe")
     rows = shapes.rows(whole, shapes.prompts)

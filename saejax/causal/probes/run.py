@@ -43,7 +43,7 @@ def run_probe(run: Run) -> ProbeResults:
       UserError: there are no prompts of a split, the dictionary belongs to another model, or something is not finite.
       Interrupted: asked to stop; labels that were finished are kept.
     """
-    config: ProbeConfig = run.configs["probe"]
+    config = run.configs[ProbeConfig]
     if not config.strengths:
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
     path = run.inputs["baseline"] / "prompts.jsonl"

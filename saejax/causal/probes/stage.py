@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from saejax.settings import MeshConfig, ModelConfig, ProbeConfig
-from saejax.stage import Configs, Stage, folder_name, train_units
+from saejax.config import Configs
+from saejax.settings import MeshConfig, ModelConfig, ProbeConfig, TaskConfig
+from saejax.stage import Stage, folder_name, train_units
 from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    asked = configs["probe"].labels and configs["task"].has_behaviours
-    return (folder_name(configs["probe"].dictionary),) if asked else ()
+    asked = configs[ProbeConfig].labels and configs[TaskConfig].has_behaviours
+    return (folder_name(configs[ProbeConfig].dictionary),) if asked else ()
 
 
 PROBE = Stage(
@@ -20,7 +21,7 @@ PROBE = Stage(
     groups=(ModelConfig, ProbeConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),
-    needs=lambda configs, name: ("baseline", *train_units(configs["probe"].dictionary)),
+    needs=lambda configs, name: ("baseline", *train_units(configs[ProbeConfig].dictionary)),
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
     cost="saejax.causal.probes.cost:probe_cost",

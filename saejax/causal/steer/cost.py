@@ -8,12 +8,13 @@ from saejax.causal.steer.methods import FACTORS
 from saejax.causal.steer.prompting import SHOTS
 from saejax.costs.cost import WIDTH, Cost, PlannedRun
 from saejax.costs.passes import layer_bytes, pass_flops
+from saejax.settings import SteerConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 
 
 def steer_cost(plan: PlannedRun, name: str) -> Cost:
     """Prompts at every strength of four methods, draws, examples in front, text and continuations."""
-    task, steer, used = plan.configs["task"], plan.configs["steer"], plan.dictionary("steer")
+    task, steer, used = plan.configs[TaskConfig], plan.configs[SteerConfig], plan.dictionary("steer")
     behaviours, strengths = count_all_behaviours(task), 3 * len(steer.doses) + len(FACTORS)
     drawn = min(steer.draw_prompts or task.test_prompts, task.test_prompts)
     draws = 4 * steer.draws + len(steer.doses) * min(CURVE_DRAWS, steer.draws)

@@ -21,7 +21,7 @@ from saejax.causal.steer.measure import Judged, SteeringTest
 from saejax.causal.steer.results import BehaviourSteering, SteerResults
 from saejax.errors import UserError
 from saejax.files import read_lines, write_lines
-from saejax.settings import SteerConfig
+from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.workspace import Run
 
 
@@ -34,7 +34,7 @@ def run_steer(run: Run) -> SteerResults:
     Raises:
       UserError: the dictionary belongs to another model, there are no doses, or something is not finite.
     """
-    config: SteerConfig = run.configs["steer"]
+    config = run.configs[SteerConfig]
     if not config.doses:
         raise UserError("--steer.doses is empty: name at least one, such as 0.4")
     config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
@@ -43,7 +43,7 @@ def run_steer(run: Run) -> SteerResults:
     def begin() -> parts.Measure:
         model = parts.load_run_model(run)
         split = SplitModel(model, dictionary, config.positions)
-        text = HeldOutText.of(run.configs["corpus"], run.configs["task"], model, config.text_documents)
+        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], model, config.text_documents)
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             judged = SteeringTest(model, split, prompts[name], text, config, on_progress).judge()

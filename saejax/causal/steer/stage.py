@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig
-from saejax.stage import Configs, Stage, folder_name, train_units
+from saejax.config import Configs
+from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
+from saejax.stage import Stage, folder_name, train_units
 from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    dictionary = configs["steer"].dictionary
-    return (folder_name(dictionary),) if dictionary and configs["task"].has_behaviours else ()
+    dictionary = configs[SteerConfig].dictionary
+    return (folder_name(dictionary),) if dictionary and configs[TaskConfig].has_behaviours else ()
 
 
 STEER = Stage(
@@ -20,7 +21,7 @@ STEER = Stage(
     groups=(ModelConfig, CorpusConfig, SteerConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "ablate"),
-    needs=lambda configs, name: ("baseline", *train_units(configs["steer"].dictionary)),
+    needs=lambda configs, name: ("baseline", *train_units(configs[SteerConfig].dictionary)),
     names=_names,
     identity=dict(
         model=identities.model,

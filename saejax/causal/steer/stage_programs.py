@@ -10,12 +10,13 @@ from saejax.causal.steer.methods import FACTORS
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import head_flops
 from saejax.costs.programs import Program, by_row, whole
+from saejax.settings import SteerConfig, TaskConfig
 
 
 def steer_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head, the slopes that directions are made of, and prompts in which features are clamped, which takes most."""
-    steer = plan.configs["steer"]
-    if not steer.dictionary or not plan.configs["task"].has_behaviours:
+    steer = plan.configs[SteerConfig]
+    if not steer.dictionary or not plan.configs[TaskConfig].has_behaviours:
         return []
     shapes = SplitShapes(plan, mesh, "steer")
     slopes = (shapes.point, shapes.params, shapes.rows())

@@ -6,6 +6,7 @@ from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import feature_bytes, generated_bytes, layer_bytes, pass_flops
 from saejax.dictionaries import DictionaryConfig
 from saejax.models.sites import Site
+from saejax.settings import PreflightConfig, StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import definition, way
 from saejax.tasks.cost import OVERHEAD, generated_batch, generates, item_tokens
 
@@ -14,8 +15,8 @@ _FIRES = 0.6  # share of the texts on which a top or matched feature does, about
 
 def study_cost(plan: PlannedRun, name: str) -> Cost:
     """Half of the items under every condition and without each feature, and slopes of the answers of the other half."""
-    task, study, used = plan.configs["task"], plan.configs["study"], plan.dictionary("study")
-    model, length = plan.model, plan.configs["preflight"].benchmark_tokens
+    task, study, used = plan.configs[TaskConfig], plan.configs[StudyConfig], plan.dictionary("study")
+    model, length = plan.model, plan.configs[PreflightConfig].benchmark_tokens
     items = min(study.items, task.examples or definition(name).examples)
     train, each = items // 2, item_tokens(name, task, length)
     likelihood = length if way(name, task) == "generate" else 0  # of the solution, beside the generated answer
@@ -39,8 +40,8 @@ def study_cost(plan: PlannedRun, name: str) -> Cost:
 
 def _slope_bytes(plan: PlannedRun, used: DictionaryConfig) -> int:
     """A layer forwards and backwards, what enters every layer above, all features; or generated answers."""
-    length = min(plan.configs["preflight"].benchmark_tokens, plan.model.context)
-    rows = max(1, plan.configs["study"].batch_tokens // length)
+    length = min(plan.configs[PreflightConfig].benchmark_tokens, plan.model.context)
+    rows = max(1, plan.configs[StudyConfig].batch_tokens // length)
     slopes = 2 * layer_bytes(plan, rows, length, plan.dtype, kept=layers_above(plan, used))
     slopes += feature_bytes(used.n_features, rows, length)
     return max(slopes, generated_bytes(plan, *generated_batch(plan)) if generates(plan) else 0)

@@ -33,7 +33,7 @@ from saejax.causal.study.single import line
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.results import from_json, to_json
-from saejax.settings import StudyConfig
+from saejax.settings import StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.workspace import Run
@@ -56,8 +56,8 @@ def run_study(run: Run) -> StudyResults:
         context, or something is not finite.
       Interrupted: asked to stop; conditions that were finished are kept.
     """
-    config: StudyConfig = run.configs["study"]
-    task = run.configs["task"]
+    config = run.configs[StudyConfig]
+    task = run.configs[TaskConfig]
     score = way(run.name, task)
     train, test = halves(read_items(run.name, task), config, run.name)
     dictionary, lm = load_run_dictionary(run), load_run_model(run)
@@ -121,7 +121,7 @@ def _score_clean(run: Run, conditions: "_Conditions", chance: float, score: str)
     conditions.score([CLEAN], lambda _: unedited, accuracy, last=False)
     if not accuracy or not judgement.at_chance(conditions.rows[CLEAN], chance):
         return accuracy
-    accuracy = run.configs["study"].even_at_chance
+    accuracy = run.configs[StudyConfig].even_at_chance
     further = "" if accuracy else " Only log-likelihoods are compared; --study.even_at_chance measures accuracy, too."
     run.say(judgement.chance_reason(conditions.rows[CLEAN], chance) + further)
     return accuracy
@@ -131,7 +131,7 @@ def _measure_single(
     run: Run, split: SplitModel, items: ItemScores, test: Sequence[Item], chosen: ChosenFeatures, choices: bool
 ) -> SingleEffects | None:
     """What each feature does by itself, if that was asked for, written into the file of all features too."""
-    config: StudyConfig = run.configs["study"]
+    config = run.configs[StudyConfig]
     if not config.single:
         return None
     on_progress = Progress(run, "removals").of_part(f"study: {run.name}, feature by feature", 0)

@@ -16,6 +16,7 @@ from saejax.costs.programs import Program, by_row, whole
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
 from saejax.models.tokens import rows_of
+from saejax.settings import PreflightConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.tasks import likelihood
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.cost import CHOICES, generated_batch, generates, prefill_program
@@ -23,11 +24,11 @@ from saejax.tasks.cost import CHOICES, generated_batch, generates, prefill_progr
 
 def study_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     """The head and the slopes of references, texts without single features, and the model with some redrawn."""
-    study, task = plan.configs["study"], plan.configs["task"]
+    study, task = plan.configs[StudyConfig], plan.configs[TaskConfig]
     if not study.benchmarks:
         return []
     shapes = SplitShapes(plan, mesh, "study")
-    asked = min(plan.configs["preflight"].benchmark_tokens, plan.model.context)
+    asked = min(plan.configs[PreflightConfig].benchmark_tokens, plan.model.context)
     rows = rows_of(study.batch_tokens, asked, mesh.shape["data"])
     found = [shapes.head(rows, asked), *_of_references(plan, mesh, shapes, rows, asked)]
     texts = ITEMS * max(CHOICES if way(name, task) == "choice" else 1 for name in study.benchmarks)
@@ -43,7 +44,7 @@ def study_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 def _of_references(plan: PlannedRun, mesh: Mesh, shapes: SplitShapes, rows: int, length: int) -> list[Program]:
     """So many answers, as long as what may be generated."""
-    columns = likelihood.rounded(min(plan.configs["task"].max_new_tokens, length), length)
+    columns = likelihood.rounded(min(plan.configs[TaskConfig].max_new_tokens, length), length)
     value, domain = shapes.value(whole, rows, length), shapes.domain(whole, rows, length)
     answers = [by_row(mesh, (rows, columns), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     batch = references.ReferenceBatch(value, value, value, domain, *answers)
@@ -53,14 +54,14 @@ def _of_references(plan: PlannedRun, mesh: Mesh, shapes: SplitShapes, rows: int,
     flops = 3.0 * (shapes.tail_flops(rows, length) + logits) + 2.0 * shapes.encode_flops(rows, length)
     size = f"{rows} x {length} tokens"
     found = [shapes.program("attribution", size, references.attribute, slopes, flops)]
-    if plan.configs["study"].single:
+    if plan.configs[StudyConfig].single:
         features_K, on_K, some_R = (
             np.zeros(removal.FEATURES, np.int32),
             np.ones(removal.FEATURES, bool),
             np.zeros(rows, int),
         )
         read = (shapes.point, shapes.dictionary, features_K, on_K, value, domain)
-        f_BxTxK = whole(mesh, (rows, length, removal.FEATURES), plan.configs["train"].state_dtype)
+        f_BxTxK = whole(mesh, (rows, length, removal.FEATURES), plan.configs[TrainConfig].state_dtype)
         given = (shapes.point, shapes.params, shapes.dictionary, batch, f_BxTxK, features_K, some_R, some_R)
         flops = shapes.tail_flops(rows, length) + logits
         found += [
@@ -74,7 +75,7 @@ def _likelihoods(plan: PlannedRun, mesh: Mesh, shapes: SplitShapes, rows: int, l
     """The model with features redrawn, to its last layer."""
     last = Site("resid_post", plan.model.n_layers - 1)
     ids_BxT, lengths_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
-    edits = (_redrawn(shapes, rows, length, plan.configs["study"].top),)
+    edits = (_redrawn(shapes, rows, length, plan.configs[StudyConfig].top),)
     given = (plan.model, (last,), False, shapes.params, ids_BxT, lengths_B, edits)
     flops = pass_flops(plan.model, rows * length, length, plan.model.n_layers) + shapes.encode_flops(rows, length)
     return Program("study: likelihoods", f"{rows} x {length} tokens", forward, given, (), flops)

@@ -1,6 +1,7 @@
 """What the stage ``algorithm`` takes."""
 
 from saejax.costs.cost import START, Cost, PlannedRun
+from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 
 # Of a question, with the usual settings; a planted one goes through five times.
 _TOKENS = {"addition": 13, "paths": 12, "planted": 45}
@@ -9,7 +10,7 @@ _OVERHEAD = 4.0  # its products are small: measured on two cores, in units of th
 
 def algorithm_cost(plan: PlannedRun, name: str) -> Cost:
     """All steps; training ends before them where questions are answered."""
-    config = plan.configs["algorithm"]
+    config = plan.configs[AlgorithmConfig]
     weights = 13 * config.layers * config.width**2
     questions = config.steps * config.batch
     return Cost(

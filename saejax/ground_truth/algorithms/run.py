@@ -23,6 +23,7 @@ from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import load_model
 from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
 from saejax.workspace import Run
@@ -44,7 +45,7 @@ def run_algorithm(run: Run) -> AlgorithmResults:
       UserError: there are no such questions.
       Interrupted: asked to stop; training starts anew.
     """
-    config: AlgorithmConfig = run.configs["algorithm"]
+    config = run.configs[AlgorithmConfig]
     algorithm = _algorithm(run.name, config)
 
     def rng(use: int, *more: int) -> np.random.Generator:
@@ -67,7 +68,7 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     labels = tuple(dict.fromkeys(name for prompt in prompts for name, _ in prompt.labels))
     scores = None
     if isinstance(algorithm, Planted):
-        made = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs["mesh"]))
+        made = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs[MeshConfig]))
         scores = judge(run, made, texts, prompts, config.seed)
     return AlgorithmResults(
         steps, steps * config.batch, round(seconds, 1), _FRESH, found, dict(algorithm.wanted), labels, scores
@@ -95,7 +96,7 @@ def _train(
     run: Run, algorithm: Algorithm, model: DecoderConfig, rng: Callable[..., np.random.Generator]
 ) -> tuple[transformer.Params, int]:
     """The parameters, and after how many steps fresh questions were answered, or all steps were made."""
-    config: AlgorithmConfig = run.configs["algorithm"]
+    config = run.configs[AlgorithmConfig]
     schedule = transformer.Schedule(config.steps, config.learning_rate)
     params = transformer.initial(model, config.seed)
     tests = planted.tests if isinstance(algorithm, Planted) else transformer.plain

@@ -40,8 +40,9 @@ ALGORITHM = Stage(
     run="saejax.ground_truth.algorithms.run:run_algorithm",
     results="saejax.ground_truth.algorithms.results:AlgorithmResults",
     groups=(AlgorithmConfig,),
+    makes_model=True,
     placement=(MeshConfig,),
-    names=lambda configs: configs["algorithm"].names,
+    names=lambda configs: configs[AlgorithmConfig].names,
     cost="saejax.ground_truth.algorithms.cost:algorithm_cost",
     section="saejax.ground_truth.algorithms.report:sections",
 )

@@ -18,6 +18,7 @@ from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
 from saejax.causal.statistics import holm
+from saejax.config import Config
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
@@ -49,12 +50,12 @@ class KnownStages:
 
     def __init__(self, run: Run, case: Case, model: LanguageModel):
         self._run, self._case, self._model = run, case, model
-        self._known: KnownConfig = run.configs["known"]
+        self._known = run.configs[KnownConfig]
         path = run.folder / "prompts.jsonl"
         write_text(path, "".join(map(as_line, case.prompts)))
         task = TaskConfig(behaviours=(), prompts=str(path), bootstrap=_BOOTSTRAP)
-        self._configs = dict(run.configs) | dict(model=ModelConfig(path=str(run.folder / "model")), task=task)
-        self.baseline: BaselineResults = self._stage("baseline", "", run_baseline)
+        self._configs = run.configs | ModelConfig(path=str(run.folder / "model")) | task
+        self.baseline: BaselineResults = self._stage("baseline", "", run_baseline, task)
 
     def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]], das: bool) -> CausalScores:
         """What the stages say with a transcoder's features.
@@ -72,9 +73,9 @@ class KnownStages:
         quick: dict[str, Any] = dict(curve=False, baselines=(), text_documents=0)
         refused: list[str] = []
 
-        def tried(stage: str, run_stage: Callable[[Run], T], config: Any) -> T | None:
+        def tried(stage: str, run_stage: Callable[[Run], T], config: Config) -> T | None:
             try:
-                return self._stage(stage, name, run_stage, **{stage: config})
+                return self._stage(stage, name, run_stage, config)
             except UserError as error:
                 refused.append(f"{stage}: {error}")
                 return None
@@ -110,14 +111,12 @@ class KnownStages:
             das_random=_subspace(patched, "random subspace").mean if patched and das else None,
         )
 
-    def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], **settings: Any) -> T:
-        """Runs a stage in a folder of its own."""
+    def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], config: Config) -> T:
+        """Runs a stage in a folder of its own, with these settings."""
         folder = self._run.folder / stage / name
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(baseline=self._run.folder / "baseline")
-        own: dict[str, Any] = dict(
-            stage=stage, name=name, folder=folder, configs=self._configs | settings, inputs=inputs
-        )
+        own: dict[str, Any] = dict(stage=stage, name=name, folder=folder, configs=self._configs | config, inputs=inputs)
         say = lambda line: self._run.say(f"{name}: {line}" if name else line)  # noqa: E731
         return run_stage(dataclasses.replace(self._run, say=say, **own))
 

@@ -11,7 +11,6 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,8 +129,8 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
         )
         folder = run.folder / "train" / f"layer{layer}"
         folder.mkdir(parents=True, exist_ok=True)
-        own: dict[str, Any] = dict(configs=dict(run.configs) | dict(train=config), inputs=dict(capture=store.folder))
-        run_train(dataclasses.replace(run, name=_KIND, folder=folder, **own))
+        inputs = dict(capture=store.folder)
+        run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=run.configs | config, inputs=inputs))
         for member in members(config, _KIND, config.sites):
             (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
             _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))

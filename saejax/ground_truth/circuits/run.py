@@ -22,6 +22,7 @@ from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.scores import RECOVERED
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.parallel.mesh import make_mesh
+from saejax.settings import MeshConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.workspace import Run
 
@@ -32,10 +33,10 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     Raises:
       Interrupted: asked to stop; transcoders and what a stage has finished are kept.
     """
-    config: KnownConfig = run.configs["known"]
+    config = run.configs[KnownConfig]
     case = make_case(run.name, config.prompts, config.seed)
     save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))
-    model = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs["mesh"]))
+    model = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs[MeshConfig]))
     sets = write_sets(run, case, model, config.seed)
     stages, traced = KnownStages(run, case, model), _traced(case, config.graphs)
     judged = {}

@@ -35,8 +35,9 @@ KNOWN_CIRCUITS = Stage(
     run="saejax.ground_truth.circuits.run:run_known_circuits",
     results="saejax.ground_truth.circuits.results:KnownCircuitResults",
     groups=(KnownConfig,),
+    makes_model=True,
     placement=(MeshConfig,),
-    names=lambda configs: configs["known"].circuits,
+    names=lambda configs: configs[KnownConfig].circuits,
     cost="saejax.ground_truth.circuits.cost:known_cost",
     section="saejax.ground_truth.circuits.report:sections",
 )

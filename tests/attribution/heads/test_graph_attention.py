@@ -17,6 +17,7 @@ from saejax.attribution.heads.attention import OWN, attend
 from saejax.attribution.requests import read_heads
 from saejax.attribution.results import HeadResults
 from saejax.attribution.trace.prompt import trace_prompt
+from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.settings import GraphConfig
 
@@ -115,7 +116,7 @@ def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, tr
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
     attention = attend(traced, pruned, True, None)
     (tmp_path / "heads").mkdir()
-    run = SimpleNamespace(folder=tmp_path, configs=dict(graph=GraphConfig()))
+    run = SimpleNamespace(folder=tmp_path, configs=Configs(GraphConfig()))
     outputs.write_outputs(run, "one", pruned, [], attention, {})
     ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
     score_E = np.array(scores(to_document(pruned, "one")))

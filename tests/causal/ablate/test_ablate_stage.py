@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import write_members
+from runs import changed, write_members
 
 from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
@@ -14,6 +14,7 @@ from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.importance_results import ImportanceSummary
 from saejax.causal.ablate.results import AblateResults
 from saejax.causal.split import SplitModel
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
@@ -36,12 +37,12 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
     def make(name, **changes):
         (tmp_path / name).mkdir(exist_ok=True)
         said = []
-        configs = dict(
-            model=ModelConfig(path=str(tiny_llama)),
-            mesh=MeshConfig(),
-            corpus=CorpusConfig(),
-            task=TaskConfig(),
-            ablate=AblateConfig(
+        configs = Configs(
+            ModelConfig(path=str(tiny_llama)),
+            MeshConfig(),
+            CorpusConfig(),
+            TaskConfig(),
+            AblateConfig(
                 top=4, draws=12, matches=6, bootstrap=500, batch_rows=32, curve=False, baselines=(), text_documents=2
             ),
         )
@@ -65,7 +66,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
         tested = [p for p in read_prompts(whole.inputs["baseline"] / "prompts.jsonl") if p.behaviour == name]
         assert [line["text"] for line in lines] == [p.text for p in tested if p.split == "test"]
         clean_P, joint_P = (np.array([line[key] for line in lines]) for key in ("clean", "joint"))
-        again = verdict.over_prompts(np.array([""] * 8), whole.configs["ablate"])(clean_P - joint_P)
+        again = verdict.over_prompts(np.array([""] * 8), whole.configs[AblateConfig])(clean_P - joint_P)
         assert entry.joint.logit_diff_drop == again
         controls_PxN = np.array([line["controls"] for line in lines])
         (other,) = entry.others  # what this one's top features cost the other behaviour
@@ -97,7 +98,7 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
 @pytest.mark.slow
 def test_sets_on_request(make_run, tiny, make_dictionary):
     run, _ = make_run("sets")
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], curve=True, circuit_tests=True, greedy=2)
+    run = changed(run, curve=True, circuit_tests=True, greedy=2)
     prompts = [p for p in read_prompts(run.inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
     write_prompts(run.inputs["baseline"] / "prompts.jsonl", prompts)
     result = stage.run_ablate(run).behaviours["first"]
@@ -129,7 +130,7 @@ def test_sets_on_request(make_run, tiny, make_dictionary):
 
 def test_every_feature_on_request(make_run, tiny, make_dictionary):
     run, _ = make_run("every")
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all")
+    run = changed(run, effects="all")
     results = stage.run_ablate(run).behaviours
     kept = json.loads((run.folder / "first.json").read_text())["importance"]
     assert from_json(ImportanceSummary, kept, "") == results["first"].importance
@@ -170,9 +171,7 @@ def test_other_dictionaries_on_request(make_run, make_dictionary):
         save_dictionary(train / name / "dictionary", other)
     write_members(train, "seed1", "seed2")
     run.inputs["train/standard"] = train
-    run.configs["ablate"] = dataclasses.replace(
-        run.configs["ablate"], effects="all", compare=("standard/seed1", "standard/seed2")
-    )
+    run = changed(run, effects="all", compare=("standard/seed1", "standard/seed2"))
     results = stage.run_ablate(run).behaviours
     pairs = results["first"].importance.agreement
     assert len(json.dumps(to_json(pairs), allow_nan=False)) > 100
@@ -185,10 +184,10 @@ def test_other_dictionaries_on_request(make_run, make_dictionary):
     assert pairs[0].rank_correlation.mean > 0.99 > 0.5 > pairs[0].shuffled.high
     assert 0 < pairs[1].matched < 160
 
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="top")
+    run = changed(run, effects="top")
     with pytest.raises(UserError, match="give --ablate.effects=all, or leave it out"):
         stage.run_ablate(run)
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], effects="all", compare=("topk",))
+    run = changed(run, effects="all", compare=("topk",))
     with pytest.raises(UserError, match="name each dictionary once, the tested one never"):
         stage.run_ablate(run)
 
@@ -200,9 +199,7 @@ def test_other_trainings_are_tested_as_the_first_is(make_run, make_dictionary):
         save_dictionary(train / name / "dictionary", make_dictionary("resid_post.1", seed=seed))
     write_members(train, "seed1", "seed2")
     run.inputs["train/standard"] = train
-    run.configs["ablate"] = dataclasses.replace(
-        run.configs["ablate"], repeats=("standard/seed1", "standard/seed2"), text_documents=0
-    )
+    run = changed(run, repeats=("standard/seed1", "standard/seed2"), text_documents=0)
     results = stage.run_ablate(run)
     assert from_json(AblateResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     for result in results.behaviours.values():
@@ -220,14 +217,14 @@ def test_a_stack_asks_which_of_its_members(make_run):
     with pytest.raises(UserError, match=r"topk is a stack of 2 .* --ablate.dictionary=topk/k16, of k16, k32"):
         stage.run_ablate(run)
     for name, told in (("topk/k8", "there is no member k8: name one, .* of k16, k32"), ("topk/", "is a stack of 2")):
-        run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary=name)
+        run = changed(run, dictionary=name)
         with pytest.raises(UserError, match=told):
             stage.run_ablate(run)
 
 
 def test_one_dictionary_has_no_members(make_run):
     run, _ = make_run("refused")
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary="topk/k8")
+    run = changed(run, dictionary="topk/k8")
     with pytest.raises(UserError, match="topk is one dictionary and no stack: give --ablate.dictionary=topk"):
         stage.run_ablate(run)
 
@@ -236,7 +233,7 @@ def test_a_member_of_a_stack_is_tested(make_run, make_dictionary):
     run, _ = make_run("member")
     save_dictionary(run.inputs["train/topk"] / "k16" / "dictionary", make_dictionary("resid_post.1"))
     write_members(run.inputs["train/topk"], "k16")
-    run.configs["ablate"] = dataclasses.replace(run.configs["ablate"], dictionary="topk/k16", top=1, draws=2)
+    run = changed(run, dictionary="topk/k16", top=1, draws=2)
     results = stage.run_ablate(run)
     assert (results.dictionary, results.site) == ("topk/k16", "resid_post.1")
 

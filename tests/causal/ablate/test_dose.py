@@ -20,7 +20,7 @@ from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.results import Interval
 from saejax.settings import AblateConfig
 
@@ -307,8 +307,7 @@ def test_bases_are_checked_before_any_work():
 
 
 def test_a_basis_that_changed_is_compared_anew(dictionary, tmp_path):
-    configs = {name: group() for name, group in GROUPS.items()}
-    configs["ablate"] = AblateConfig(baselines=(str(tmp_path / "other"),))
+    configs = default_configs() | AblateConfig(baselines=(str(tmp_path / "other"),))
 
     def mark():
         plan = workplan.Workplan(configs)

@@ -14,6 +14,7 @@ from tiny_models import save_tiny_llama, save_tiny_tokenizer
 from saejax import load_model
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate.report import _as_well
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
@@ -115,8 +116,7 @@ def planted(folder, dense):
     config = AblateConfig(
         top=CARRIERS, draws=99, draw_prompts=0, bootstrap=500, curve=False, baselines=("components",), text_documents=4
     )
-    inputs = dict(corpus=CorpusConfig(), task=TaskConfig())
-    configs = dict(model=ModelConfig(path=str(model)), mesh=MeshConfig(), ablate=config, **inputs)
+    configs = Configs(ModelConfig(path=str(model)), MeshConfig(), config, CorpusConfig(), TaskConfig())
     run = Run("ablate", "topk", unit, configs, {"baseline": baseline, "train/topk": train}, say=lambda line: None)
     tested = [ids[prompt.text[-1]] for prompt in prompts() if prompt.split == "test"]
     return world, tested, stage.run_ablate(run).behaviours["planted"]

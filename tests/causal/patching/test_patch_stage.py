@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from runs import write_members
+from runs import changed, write_members
 
 from saejax.causal.patching import run as stage
 from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.nodes import NodeTable
 from saejax.causal.patching.results import HeadPatchResults, PatchResults
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
@@ -38,10 +39,10 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
 
     def make(unit, folder, **changes):
         (tmp_path / folder).mkdir(exist_ok=True)
-        configs = dict(
-            model=ModelConfig(path=str(tiny_llama)),
-            mesh=MeshConfig(),
-            patch=PatchConfig(dictionary="topk", top=3, draws=3, matches=4, bootstrap=200, batch_rows=16),
+        configs = Configs(
+            ModelConfig(path=str(tiny_llama)),
+            MeshConfig(),
+            PatchConfig(dictionary="topk", top=3, draws=3, matches=4, bootstrap=200, batch_rows=16),
         )
         inputs = {"baseline": baseline, "train/topk": train}
         return Run("patch", unit, tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
@@ -79,7 +80,7 @@ def test_features(make_run):
 
 def test_features_beside_a_learned_subspace(make_run):
     run = make_run("topk", "learned")
-    run.configs["patch"] = dataclasses.replace(run.configs["patch"], das=2, das_steps=3)
+    run = changed(run, das=2, das_steps=3)
     results = stage.run_patch(run)
     assert from_json(PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     for entry in results.behaviours.values():
@@ -110,7 +111,7 @@ def test_a_behaviour_that_cannot_be_patched_is_said_and_the_others_go_on(make_ru
 
 def test_an_unknown_behaviour_is_refused(make_run):
     run = make_run("resid_post", "refused")
-    run.configs["patch"] = dataclasses.replace(run.configs["patch"], behaviours=("third",))
+    run = changed(run, behaviours=("third",))
     with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):
         stage.run_patch(run)
 

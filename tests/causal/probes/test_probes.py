@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from runs import write_members
+from runs import changed, write_members
 
 from saejax.causal.probes import inputs as probe_inputs
 from saejax.causal.probes import run as stage
 from saejax.causal.probes.linear import Task, fitted
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.split import SplitModel
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
@@ -102,7 +103,7 @@ def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
         (tmp_path / name).mkdir(exist_ok=True)
         said = []
         probes = dataclasses.replace(CONFIG, labels=("answer", "correct"), shuffles=2)
-        configs = dict(model=ModelConfig(path=str(tiny_llama)), mesh=MeshConfig(), probe=probes)
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), probes)
         inputs = {"baseline": baseline, "train/topk": train}
         return Run("probe", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
 
@@ -187,11 +188,11 @@ def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
     with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
         probe_inputs.pooled_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts, "max")
     run, _ = make_run("refused")
-    run.configs["probe"] = dataclasses.replace(run.configs["probe"], labels=("verb",))
+    run = changed(run, labels=("verb",))
     with pytest.raises(UserError, match="unknown label 'verb': expected one of behaviour, answer, parity"):
         stage.run_probe(run)
     run, _ = make_run("refused")
-    run.configs["probe"] = dataclasses.replace(run.configs["probe"], strengths=())
+    run = changed(run, strengths=())
     with pytest.raises(UserError, match=r"--probe.strengths is empty"):
         stage.run_probe(run)
     run, _ = make_run("refused")

@@ -12,6 +12,7 @@ from saejax.causal.claims import SetEffects, claims
 from saejax.causal.steer import run as stage
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.results import SteerResults
+from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
@@ -48,8 +49,7 @@ def make_run(tmp_path, tiny_llama, inputs):
     def make(folder, config=CONFIG, **changes):
         (tmp_path / folder).mkdir(exist_ok=True)
         corpus = CorpusConfig(path=str(inputs["corpus"]), held_out=0.3)
-        configs = dict(model=ModelConfig(path=str(tiny_llama)), mesh=MeshConfig(), corpus=corpus, steer=config)
-        configs |= dict(task=TaskConfig())
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), corpus, config, TaskConfig())
         return Run("steer", "topk", tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
 
     return make

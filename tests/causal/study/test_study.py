@@ -16,10 +16,11 @@ from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
 from saejax.causal.study.references import Reference, References
 from saejax.causal.study.results import StudyEffects, StudyItems, StudyResults
+from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.models.tokens import pad
-from saejax.registry import GROUPS
+from saejax.registry import default_configs
 from saejax.results import Interval, from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
@@ -73,11 +74,11 @@ def make_run(tmp_path, tiny_llama, dictionary, task):
             save_dictionary(train, made)
             write_members(train, "")
         (tmp_path / folder).mkdir(exist_ok=True)
-        configs = dict(
-            model=ModelConfig(path=str(tiny_llama)),
-            mesh=MeshConfig(),
-            task=dataclasses.replace(task, score=score),
-            study=dataclasses.replace(CONFIG, **changes),
+        configs = Configs(
+            ModelConfig(path=str(tiny_llama)),
+            MeshConfig(),
+            dataclasses.replace(task, score=score),
+            dataclasses.replace(CONFIG, **changes),
         )
         said = []
         return Run("study", name, tmp_path / folder, configs, {"train/topk": train}, said.append, stopping), said
@@ -283,7 +284,7 @@ def test_what_is_refused(make_run, dictionary):
 
 def test_the_units(task):
     def plan(**changes):
-        configs = {group: cls() for group, cls in GROUPS.items()} | dict(task=task, study=StudyConfig(**changes))
+        configs = default_configs() | task | StudyConfig(**changes)
         made = workplan.Workplan(configs)
         return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
