@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Config, Configs, setting
-from saejax.explain.stage import ExplainConfig
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
 from saejax.stage import Stage, folder_name
 from saejax.tasks import identities
@@ -53,12 +52,13 @@ def _labels(configs: Configs) -> str:
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
     """What was interpreted, labels by a language model, and effects of features where they were measured."""
-    tested = configs[AblateConfig].dictionary
+    from saejax.registry import STAGES
+
+    tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"
     measured = configs[TaskConfig].has_behaviours and tested.partition("/")[0] == name
-    judged = name in configs[ExplainConfig].dictionaries
     return (
         f"interpret/{name}",
-        *([f"explain/{name}"] if judged else []),
+        *([judged] if judged in STAGES["explain"].units(configs) else []),
         *([f"ablate/{folder_name(tested)}"] if measured else []),
     )
 
