@@ -80,4 +80,5 @@ def test_processes_with_different_flags_are_refused(inputs, tmp_path):
         "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all processes alike" in second
     )
     assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
+    assert "was killed" not in first + second  # whoever waits for another hears that it has ended
     assert not (tmp_path / "run" / "capture").exists()

@@ -189,8 +189,11 @@ class _Parent:
                     self._place.say(_STOP)
                 if why != _STOP:
                     until = time.monotonic() + _GRACE
-            if time.monotonic() > until:
+            if self._place and time.monotonic() > until:
+                until = float("inf")
                 os.kill(self._child, signal.SIGKILL)
+                who = label(self._place.own, self._place.count)
+                print(f"{who}did not end within {_GRACE:.0f} s of being asked to, and was killed", file=sys.stderr)
             time.sleep(_LOOK_EVERY)
         return self._status(own, told)
 
