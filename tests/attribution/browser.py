@@ -190,7 +190,7 @@ class Browser:
         with contextlib.suppress(Exception):
             self.send("Browser.close", at_page=False)
         try:
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=600)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

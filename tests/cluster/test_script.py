@@ -54,12 +54,12 @@ def started(tmp_path):
 )
 def test_a_run_that_ends_by_itself_is_not_queued_again(started, ends, status):
     job, queue = started(ends)
-    assert job.wait(30) == status and not queue.exists()
+    assert job.wait(300) == status and not queue.exists()
 
 
 def test_a_run_whose_other_process_is_gone_is_queued_again(started):
     job, queue = started("sys.exit(143)")
-    assert job.wait(30) == 143 and queue.read_text() == "requeue 7\n"
+    assert job.wait(300) == 143 and queue.read_text() == "requeue 7\n"
 
 
 def test_a_run_that_is_told_to_stop_is_queued_again(started):
@@ -69,7 +69,7 @@ def test_a_run_that_is_told_to_stop_is_queued_again(started):
         with contextlib.suppress(ProcessLookupError):
             if process != job.pid and os.getsid(process) == job.pid:
                 os.kill(process, signal.SIGTERM)
-    assert job.wait(30) == 143 and queue.read_text() == "requeue 7\n"
+    assert job.wait(300) == 143 and queue.read_text() == "requeue 7\n"
 
 
 def test_the_script_says_what_it_would_run():

@@ -55,7 +55,8 @@ class Server:
                 if trouble == "closed":
                     return handler.connection.close()
                 if trouble == "slow":
-                    time.sleep(0.6)
+                    handler.connection.recv(1)  # until the other side has gone
+                    return None
                 if isinstance(trouble, int):
                     extra = {"Retry-After": retry_after} if retry_after else {}
                     return self._send(handler, trouble, b'{"error": {"message": "use max_completion_tokens"}}', extra)

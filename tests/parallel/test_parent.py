@@ -56,7 +56,7 @@ def ended(tmp_path):
             toy.stdin.write("\n")
             toy.stdin.flush()
         first(toys)
-        said = [toy.communicate(timeout=60)[1].strip() for toy in toys]
+        said = [toy.communicate(timeout=600)[1].strip() for toy in toys]
         return [toy.returncode for toy in toys], said
 
     children = []

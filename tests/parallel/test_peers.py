@@ -149,7 +149,7 @@ def test_items_are_made_once_and_the_first_process_goes_on(tmp_path, processes):
         def make(item):
             made.append((item, peers.own))
             if item in "ab":  # two processes make them at once
-                both.wait(60)
+                both.wait(600)
             (tmp_path / item).write_text(item)
             run.say(item)
 

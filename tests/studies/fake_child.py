@@ -46,7 +46,7 @@ def fake_stage(run) -> dict:
 def meet(folder: Path) -> None:
     """Waits until the same unit of another row is at work, too."""
     study = next(parent for parent in folder.parents if parent.name == "rows")
-    for _ in range(300):
+    for _ in range(6000):
         if len(list(study.glob(f"*/{folder.relative_to(study).parts[1]}/{folder.name}"))) > 1:
             return
         time.sleep(0.1)
