@@ -8,12 +8,12 @@ import ast
 import dataclasses
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from saejax import config as configuration
+from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.local.prompt_run import PromptRun
@@ -52,7 +52,7 @@ class Bench:
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
         self._runs: OrderedDict[str, Replacement | SaeRun] = OrderedDict()
         self._graphs: OrderedDict[str, Graph] = OrderedDict()  # whole ones
-        self._pruned: OrderedDict[tuple[str, float, float], dict[str, Any]] = OrderedDict()
+        self._pruned: OrderedDict[tuple[str, float, float], GraphDocument] = OrderedDict()
 
     def configs_of(self, graph: ShelvedGraph | None) -> Configs:
         """The configuration that a graph was made with; None: that of the command line.
@@ -88,7 +88,7 @@ class Bench:
         self._runs.clear()
         self._graphs.clear()
 
-    def run(self, graph: ShelvedGraph, document: Mapping[str, Any], job: Job) -> Replacement | SaeRun:
+    def run(self, graph: ShelvedGraph, document: GraphDocument, job: Job) -> Replacement | SaeRun:
         """The model that was run on a graph's prompt, with what its set makes of it.
 
         Raises:
@@ -112,7 +112,7 @@ class Bench:
         _keep(self._runs, graph, traced.replacement if isinstance(traced, Traced) else traced.run)
         _keep(self._graphs, graph, traced.graph)
 
-    def prune(self, graph: ShelvedGraph, document: Mapping[str, Any], nodes: float, edges: float, job: Job) -> None:
+    def prune(self, graph: ShelvedGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
         """Prunes the whole graph, which is traced again if it is not in memory; ``pruned`` has what comes of it.
 
         Raises:
@@ -148,7 +148,7 @@ class Bench:
         pruned = [document for key, document in list(self._pruned.items()) if key[0] == graph.id]
         return any(one["node_id"] == node for document in pruned for one in _features(document))
 
-    def pruned(self, graph: ShelvedGraph, nodes: float, edges: float) -> dict[str, Any] | None:
+    def pruned(self, graph: ShelvedGraph, nodes: float, edges: float) -> GraphDocument | None:
         """What ``prune`` made, if it is still in memory."""
         return self._pruned.get((graph.id, nodes, edges))
 
@@ -156,7 +156,7 @@ class Bench:
         return Run("attribute", "", graph.path.parent, self.configs_of(graph), {})
 
 
-def token_ids(document: Mapping[str, Any]) -> list[int]:
+def token_ids(document: GraphDocument) -> list[int]:
     """The prompt's token ids, which the ids of a graph's tokens hold.
 
     Raises:
@@ -172,7 +172,7 @@ def token_ids(document: Mapping[str, Any]) -> list[int]:
     return [found[position] for position in sorted(found)]
 
 
-def targets_of(document: Mapping[str, Any]) -> list[TargetText]:
+def targets_of(document: GraphDocument) -> list[TargetText]:
     """What a graph explains: ids of tokens, and pairs of texts for differences.
 
     Raises:
@@ -192,7 +192,7 @@ def targets_of(document: Mapping[str, Any]) -> list[TargetText]:
     return found
 
 
-def _request(document: Mapping[str, Any], config: GraphConfig) -> tuple[Request, GraphConfig]:
+def _request(document: GraphDocument, config: GraphConfig) -> tuple[Request, GraphConfig]:
     """What traces a graph's prompt again."""
     metadata = document["metadata"]
     most = (metadata.get("generation_settings") or {}).get("max_feature_nodes") or 0
@@ -200,7 +200,7 @@ def _request(document: Mapping[str, Any], config: GraphConfig) -> tuple[Request,
     return request, dataclasses.replace(config, max_features=int(most))
 
 
-def _check_same(document: Mapping[str, Any], run: PromptRun) -> None:
+def _check_same(document: GraphDocument, run: PromptRun) -> None:
     """Refuses a model or set that is not the graph's."""
     own = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
     again = sum((layer, position, feature) in run.active.place_of for layer, feature, position in own)
@@ -211,11 +211,11 @@ def _check_same(document: Mapping[str, Any], run: PromptRun) -> None:
         )
 
 
-def _features(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _features(document: GraphDocument) -> list[DocumentNode]:
     return [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"]
 
 
-def _feature(node: Mapping[str, Any]) -> tuple[int, int]:
+def _feature(node: DocumentNode) -> tuple[int, int]:
     layer, feature = node["node_id"].split("_")[:2]
     return int(layer), int(feature)
 

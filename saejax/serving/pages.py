@@ -1,11 +1,12 @@
 """The server's pages: the list, a graph with what can be done to it, two graphs side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from saejax.attribution.forms.difference import GraphDifference
+from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.page import VIEWER
 from saejax.attribution.results import GraphResults
 from saejax.files import read_json
@@ -68,7 +69,7 @@ def _about(graph: ShelvedGraph) -> str:
     return ", ".join(parts)
 
 
-def comparison_page(pair: Sequence[tuple[ShelvedGraph, Mapping[str, Any]]], found: GraphDifference) -> str:
+def comparison_page(pair: Sequence[tuple[ShelvedGraph, GraphDocument]], found: GraphDifference) -> str:
     """Two graphs side by side.
 
     Args:

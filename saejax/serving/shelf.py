@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, check_document
 from saejax.attribution.forms.graph_folder import INDEX
 from saejax.attribution.forms.page import read_shown
 from saejax.dictionaries.labels import trained_of_folders
@@ -56,8 +56,8 @@ class Shelf:
 
     def __init__(self, root: Path, labels: Path | None = None):
         self.root, self._labels = root, labels
-        self._read: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._looked: dict[tuple[Path, float], Mapping[str, Any] | None] = {}  # metadata of files without a list
+        self._read: dict[str, tuple[float, GraphDocument]] = {}
+        self._looked: dict[tuple[Path, float], DocumentMetadata | None] = {}  # metadata of files without a list
 
     def graphs(self) -> dict[str, ShelvedGraph]:
         """All graphs by id, those changed last first."""
@@ -76,7 +76,7 @@ class Shelf:
             raise UserError(f"there is no graph {graph!r} in {self.root}")
         return found
 
-    def document(self, graph: ShelvedGraph) -> dict[str, Any]:
+    def document(self, graph: ShelvedGraph) -> GraphDocument:
         """The graph, with the groups that were saved in place of its own.
 
         Raises:
@@ -84,8 +84,7 @@ class Shelf:
         """
         changed = graph.path.stat().st_mtime
         if self._read.get(graph.id, (0.0,))[0] != changed:
-            document = read_json(graph.path)
-            check_document(document)
+            document = check_document(read_json(graph.path))
             self._read = {graph.id: (changed, document)}  # of one: they are large
         document = self._read[graph.id][1]
         saved = self._saved_groups(graph).get(document["metadata"]["slug"])
@@ -168,9 +167,7 @@ class Shelf:
             key = path, path.stat().st_mtime
             if key not in self._looked:
                 try:
-                    document = json.loads(path.read_text(encoding="utf-8"))
-                    check_document(document)
-                    self._looked[key] = document["metadata"]
+                    self._looked[key] = check_document(json.loads(path.read_text(encoding="utf-8")))["metadata"]
                 except (ValueError, UserError):
                     self._looked[key] = None
             entry = self._looked[key]

@@ -5,11 +5,11 @@ number and aligned position are.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.errors import UserError
 
 _FEATURE = "cross layer transcoder"
@@ -58,7 +58,7 @@ class GraphDifference:
     outputs: tuple[tuple[str, float | None, float | None], ...]
 
 
-def compare_graphs(first: Mapping[str, Any], second: Mapping[str, Any]) -> GraphDifference:
+def compare_graphs(first: GraphDocument, second: GraphDocument) -> GraphDifference:
     """Compares two graphs in Neuronpedia's format.
 
     Raises:
@@ -88,9 +88,9 @@ def compare_graphs(first: Mapping[str, Any], second: Mapping[str, Any]) -> Graph
     )
 
 
-def _nodes(document: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
+def _nodes(document: GraphDocument) -> dict[Key, DocumentNode]:
     last = len(document["metadata"]["prompt_tokens"]) - 1
-    found: dict[Key, Mapping[str, Any]] = {}
+    found: dict[Key, DocumentNode] = {}
     for node in document["nodes"]:
         parts = node["node_id"].split("_")
         # A token is the same node at a position whatever it is, and an error is known by its layer.
@@ -99,7 +99,7 @@ def _nodes(document: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
     return found
 
 
-def _pair(own: list[dict[Key, Mapping[str, Any]]], key: Key, name: str) -> Any:
+def _pair(own: list[dict[Key, DocumentNode]], key: Key, name: str) -> Any:
     return tuple(nodes[key].get(name) if key in nodes else None for nodes in own)
 
 
@@ -107,7 +107,7 @@ def _jaccard(first: set[Key], second: set[Key]) -> float | None:
     return len(first & second) / len(first | second) if first | second else None
 
 
-def _weights(first: Mapping[str, Any], second: Mapping[str, Any], keyed: list[dict[Key, Any]]) -> np.ndarray:
+def _weights(first: GraphDocument, second: GraphDocument, keyed: list[dict[Key, Any]]) -> np.ndarray:
     """The weights in both graphs of edges between nodes that both have, [E, 2]; 0: no edge."""
     both, found = keyed[0].keys() & keyed[1].keys(), dict[tuple[Key, Key], list[float]]()
     for place, (document, nodes) in enumerate(zip((first, second), keyed, strict=True)):
@@ -130,7 +130,7 @@ def _difference(feature: ComparedFeature) -> float:
     return abs(first - second)
 
 
-def _outputs(keyed: list[dict[Key, Mapping[str, Any]]]) -> tuple[tuple[str, float | None, float | None], ...]:
+def _outputs(keyed: list[dict[Key, DocumentNode]]) -> tuple[tuple[str, float | None, float | None], ...]:
     own = [{key: node for key, node in nodes.items() if key[0] == "logit"} for nodes in keyed]
     keys = dict.fromkeys([*own[0], *own[1]])
     clerps = {key: (own[0].get(key) or own[1][key])["clerp"] for key in keys}

@@ -9,9 +9,73 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from saejax.errors import UserError
+
+
+class DocumentNode(TypedDict):
+    """A node, under the keys of the format; what other programs leave out is ``NotRequired``."""
+
+    node_id: str
+    feature: int | None  # ``neuronpedia.cantor_pair`` of layer and number
+    layer: str | int  # "E" of tokens
+    ctx_idx: int  # position in the prompt
+    feature_type: str
+    jsNodeId: str
+    clerp: str  # label
+    influence: NotRequired[float | None]  # cumulative share, 0 to 1, small for the most influential
+    activation: NotRequired[float | None]
+    token_prob: NotRequired[float]
+    is_target_logit: NotRequired[bool]
+    run_idx: NotRequired[int]
+    reverse_ctx_idx: NotRequired[int]
+
+
+class DocumentLink(TypedDict):
+    """An edge, between ids of nodes."""
+
+    source: str
+    target: str
+    weight: float
+
+
+class DocumentMetadata(TypedDict):
+    """What was asked of which model."""
+
+    slug: str
+    scan: str
+    prompt_tokens: list[str]
+    prompt: str
+    transcoder_list: NotRequired[list[str]]
+    node_threshold: NotRequired[float]
+    schema_version: NotRequired[int]
+    info: NotRequired[Mapping[str, Any]]
+    generation_settings: NotRequired[Mapping[str, Any] | None]  # each program has its own
+    pruning_settings: NotRequired[Mapping[str, float] | None]
+    replacement_score: NotRequired[float]
+    completeness_score: NotRequired[float]
+    feature_details: NotRequired[Mapping[str, str]]
+
+
+class QParams(TypedDict, total=False):
+    """What a reader has selected and pinned."""
+
+    pinnedIds: list[str]
+    supernodes: list[list[str]]  # of each its label and the ids of its nodes
+    linkType: str
+    clickedId: str
+    sg_pos: str
+
+
+class GraphDocument(TypedDict):
+    """A graph."""
+
+    metadata: DocumentMetadata
+    qParams: QParams
+    nodes: list[DocumentNode]
+    links: list[DocumentLink]
+
 
 _METADATA = {"slug": str, "scan": str, "prompt_tokens": list, "prompt": str}
 _QPARAMS = {"pinnedIds": list, "supernodes": list, "linkType": str, "clickedId": str, "sg_pos": str}
@@ -28,8 +92,8 @@ _NODE_OPTIONAL = {"influence": (Real, type(None)), "activation": (Real, type(Non
 _LINK = {"source": str, "target": str, "weight": Real}
 
 
-def check_document(document: Any) -> None:
-    """Checks a graph document.
+def check_document(document: Any) -> GraphDocument:
+    """Checks a graph document, such as a file's JSON, and returns it.
 
     Raises:
       UserError: names the first thing that is not as it must be.
@@ -57,6 +121,7 @@ def check_document(document: Any) -> None:
         for end in ("source", "target"):
             if link[end] not in counts:
                 raise UserError(f"links[{k}].{end} of the graph is {link[end]!r}, and no node has that id")
+    return document
 
 
 def _check_node(node: Any, where: str, n_tokens: int) -> None:

@@ -5,7 +5,6 @@ Only layers and positions where something stands take room. Sizes are in inches,
 """
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import DocumentLink, DocumentNode, GraphDocument, check_document
 from saejax.attribution.forms.figure_layout import GAP, GUTTER, SIZE, Box, fitted, text_width
 from saejax.attribution.forms.scores import strongest
 from saejax.errors import UserError
@@ -25,7 +24,7 @@ _STYLE = {"font.family": "DejaVu Sans", "svg.fonttype": "path", "svg.hashsalt": 
 
 
 def draw_graph(
-    document: Mapping[str, Any],
+    document: GraphDocument,
     *,
     max_nodes: int = 50,
     max_edges: int = 150,
@@ -78,7 +77,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         beside.write_bytes(made.getvalue())
 
 
-def _chosen(document: Mapping[str, Any], max_nodes: int, max_edges: int) -> tuple[list, list]:
+def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[DocumentNode], list[DocumentLink]]:
     """The nodes and edges that are drawn."""
     fixed = ("embedding", "logit")
     inner = [node for node in document["nodes"] if node["feature_type"] not in fixed]

@@ -12,10 +12,11 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
+
+from saejax.attribution.forms.document import DocumentNode, GraphDocument
 
 SIZE = 6.5  # points, of all text
 GAP, GUTTER = 0.05, 0.32  # between boxes; for the names of layers
@@ -42,9 +43,7 @@ class Box:
     upright: bool = False
 
 
-def fitted(
-    nodes: list[Mapping[str, Any]], document: Mapping[str, Any]
-) -> tuple[dict[str, Box], list[Row], tuple[float, float]]:
+def fitted(nodes: list[DocumentNode], document: GraphDocument) -> tuple[dict[str, Box], list[Row], tuple[float, float]]:
     """The boxes of nodes by their ids, the rows, and the figure's width and height."""
     best: tuple = (float("inf"),)
     for spread, (letters, lines) in itertools.product(_SPREADS, _LABELS):
@@ -64,7 +63,7 @@ def visible_token(text: str) -> str:
     return "".join(signs) or "∅"
 
 
-def _output_text(node: Mapping[str, Any]) -> str:
+def _output_text(node: DocumentNode) -> str:
     """An output's token and its probability, or the two tokens of a difference of logits."""
     quoted = node["clerp"].removeprefix('Output "').rsplit('" (p=', 1)[0]
     if pair := _DIFFERENCE.fullmatch(quoted):
@@ -80,7 +79,7 @@ def text_width(text: str) -> float:
     return TextPath((0, 0), plain, size=SIZE, prop=FontProperties(family="DejaVu Sans")).get_extents().width / 72
 
 
-def _box(node: Mapping[str, Any], document: Mapping[str, Any], letters: int, most: int) -> Box:
+def _box(node: DocumentNode, document: GraphDocument, letters: int, most: int) -> Box:
     kind, parts = _KINDS.get(node["feature_type"], "feature"), node["node_id"].split("_")
     if kind == "token":
         token = visible_token(document["metadata"]["prompt_tokens"][node["ctx_idx"]])

@@ -1,11 +1,10 @@
 """A folder of graphs as circuit-tracer's local server shows them: a file for each, and a list of them."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import GraphDocument, check_document
 from saejax.attribution.forms.neuronpedia import check_slug
 from saejax.errors import UserError
 from saejax.files import locked, write_json, write_text
@@ -14,7 +13,7 @@ INDEX = "graph-metadata.json"  # the list
 _LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_threshold", "schema_version")
 
 
-def write_graph(folder: Path, document: Mapping[str, Any], *, replace: bool = False) -> Path:
+def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False) -> Path:
     """Writes ``folder/<slug>.json`` and enters the graph in ``folder/graph-metadata.json``.
 
     The entries of other graphs stay, also when several processes write at once.
@@ -40,7 +39,7 @@ def write_graph(folder: Path, document: Mapping[str, Any], *, replace: bool = Fa
         slugs = [one.get("slug") if isinstance(one, dict) else None for one in listed["graphs"]]
         if not replace and (slug in slugs or path.exists()):
             raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
-        entry = {name: metadata[name] for name in _LISTED if name in metadata}
+        entry = {name: value for name, value in metadata.items() if name in _LISTED}
         place = slugs.index(slug) if slug in slugs else len(slugs)
         others = [one for one, name in zip(listed["graphs"], slugs) if name != slug]
         # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.

@@ -9,7 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import (
+    DocumentLink,
+    DocumentMetadata,
+    DocumentNode,
+    GraphDocument,
+    check_document,
+)
 from saejax.attribution.forms.packed import shortest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import Pruning
@@ -37,7 +43,7 @@ def to_document(
     supernodes: Sequence[Sequence[str]] = (),
     pinned: Sequence[str] = (),
     info: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> GraphDocument:
     """A pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
 
     Args:
@@ -62,7 +68,7 @@ def to_document(
     ids = graph.ids
     source_E, target_E, weight_E = graph.edges()
     links = [
-        dict(source=ids[source], target=ids[target], weight=weight)
+        DocumentLink(source=ids[source], target=ids[target], weight=weight)
         for source, target, weight in zip(source_E.tolist(), target_E.tolist(), shortest(weight_E).tolist())
     ]
     groups = [list(group) for group in supernodes]
@@ -70,14 +76,13 @@ def to_document(
     unknown = set(pins) - set(ids)
     if unknown:
         raise UserError(f"supernodes name {min(unknown)!r}, and no node of the graph has that id")
-    document = dict(
+    document = GraphDocument(
         metadata=_metadata(graph, slug, scan or _scan(graph, source_set), source_set, info or {}),
         qParams=dict(pinnedIds=pins, supernodes=groups, linkType="both", clickedId="", sg_pos=""),
         nodes=_nodes(graph, ids, labels or {}),
         links=links,
     )
-    check_document(document)
-    return document
+    return check_document(document)
 
 
 def cantor_pair(layer: int, feature: int) -> int:
@@ -92,9 +97,9 @@ def cantor_unpair(number: int) -> tuple[int, int]:
     return total - feature, feature
 
 
-def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[dict[str, Any]]:
+def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[DocumentNode]:
     assert graph.pruning
-    nodes, made = graph.nodes, []
+    nodes, made = graph.nodes, list[DocumentNode]()
     columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
     rows = zip(
@@ -109,7 +114,7 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
             LOGIT: (token, f"L_{token}-{position}", f'Output "{_logit_label(graph, k)}" (p={value:.3f})'),
         }[kind]
         made.append(
-            dict(
+            DocumentNode(
                 node_id=node_id,
                 feature=number,
                 layer={TOKEN: "E", LOGIT: str(graph.n_layers + 1)}.get(kind, str(layer)),
@@ -132,11 +137,11 @@ def _logit_label(graph: Graph, k: int) -> str:
     return graph.labels[k - graph.slice_of(LOGIT).start] if k >= graph.slice_of(LOGIT).start else ""
 
 
-def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping[str, Any]) -> DocumentMetadata:
     assert graph.pruning
     settings = {_SETTINGS.get(name, name): value for name, value in graph.settings.items() if value is not None}
     generator = dict(name="saejax", version=package_versions().get("saejax", ""))
-    return dict(
+    metadata = DocumentMetadata(
         slug=slug,
         scan=scan,
         transcoder_list=[],
@@ -149,8 +154,10 @@ def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping
         pruning_settings=_pruning_settings(graph.pruning),
         replacement_score=graph.pruning.scores.replacement,
         completeness_score=graph.pruning.scores.completeness,
-        **(dict(feature_details=dict(neuronpedia_source_set=source_set)) if source_set else {}),
     )
+    if source_set:
+        metadata["feature_details"] = dict(neuronpedia_source_set=source_set)
+    return metadata
 
 
 def _scan(graph: Graph, source_set: str) -> str:

@@ -5,17 +5,17 @@ nor sorts. Weights are float32 where that loses nothing: where each is the short
 """
 
 import base64
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from saejax.attribution.forms.document import GraphDocument
 from saejax.attribution.forms.scores import link_scores, ranked
 
 _KEYS = {"source", "target", "weight"}
 
 
-def packed_edges(document: Mapping[str, Any]) -> dict[str, Any]:
+def packed_edges(document: GraphDocument) -> dict[str, Any]:
     """The links of a document as ``source``, ``target`` (places of nodes), ``weight`` and ``score``.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.attribution.forms.document import check_document
+from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, check_document
 from saejax.attribution.forms.packed import packed_edges
 from saejax.files import write_text
 from saejax.page.scripts import interactive
@@ -46,13 +46,13 @@ class PageTable:
     note: str = ""
 
 
-def write_page(path: Path, document: Mapping[str, Any], **shown: Any) -> None:
+def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
     """Writes the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
     write_text(Path(path), page_html(document, **shown))
 
 
 def page_html(
-    document: Mapping[str, Any],
+    document: GraphDocument,
     *,
     labels: Mapping[Feature, str] | None = None,
     examples: Mapping[Feature, Sequence[Any]] | None = None,
@@ -114,7 +114,7 @@ def read_shown(path: Path) -> dict[str, Any]:
     return dict(heads=heads, tables=[PageTable(**table) for table in data["tables"]])
 
 
-def _about(metadata: Mapping[str, Any]) -> str:
+def _about(metadata: DocumentMetadata) -> str:
     """One line below the heading: the model, the graph's name, its scores, and what was kept."""
     parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
     for name in ("replacement_score", "completeness_score"):

@@ -5,13 +5,12 @@ The score of an edge is the share that it has of its target's input, by size, ti
 pruned (``graph.pruning``): the influence on the outputs that goes through it.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
+from saejax.attribution.forms.document import GraphDocument
 
-def link_scores(document: Mapping[str, Any]) -> np.ndarray:
+
+def link_scores(document: GraphDocument) -> np.ndarray:
     """The score of each link, float64, in their order; all outputs together have the influence of their probabilities.
 
     Args:
@@ -35,12 +34,12 @@ def link_scores(document: Mapping[str, Any]) -> np.ndarray:
     return score_E
 
 
-def strongest(document: Mapping[str, Any]) -> np.ndarray:
+def strongest(document: GraphDocument) -> np.ndarray:
     """The links from the largest score to the smallest, by their places; of one score the larger weight first."""
     return ranked(document, link_scores(document))
 
 
-def ranked(document: Mapping[str, Any], score_E: np.ndarray) -> np.ndarray:
+def ranked(document: GraphDocument, score_E: np.ndarray) -> np.ndarray:
     """``strongest`` where the scores are known."""
     size_E = np.abs(np.array([link["weight"] for link in document["links"]], np.float64))
     return np.lexsort((-size_E, -score_E))
