@@ -1,8 +1,7 @@
 """What the units of a configuration depend on, and their fingerprints."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from saejax import config as configuration
 from saejax.config import Configs, group_name
@@ -14,12 +13,22 @@ from saejax.workspace import fingerprint
 _NAMED = 4  # differences that a line names
 
 
+class DependsOn(TypedDict):
+    """What a unit depends on: its fingerprint is a hash of this as JSON."""
+
+    unit: str
+    settings: dict[str, dict[str, Any]]  # group -> field -> value, of those that change what it makes
+    needs: dict[str, str]  # fingerprints of the units that it reads
+    sources: dict[str, str]  # fingerprints of what it reads from outside
+    version: NotRequired[int]  # of its stage
+
+
 class Workplan:
     """The units of a configuration and their fingerprints."""
 
     def __init__(self, configs: Configs):
         self.configs = configs
-        self._data: dict[str, dict[str, Any]] = {}
+        self._data: dict[str, DependsOn] = {}
         self._sources: dict[Any, str] = {}
 
     def needs(self, unit: str) -> list[str]:
@@ -37,16 +46,14 @@ class Workplan:
         """The unit's fingerprint: a hash of what it depends on."""
         return fingerprint(self.depends_on(unit))
 
-    def depends_on(self, unit: str) -> dict[str, Any]:
-        """The unit's settings, and fingerprints of the units that it reads and of the files from outside; JSON data."""
+    def depends_on(self, unit: str) -> DependsOn:
+        """What the unit depends on."""
         if unit not in self._data:
             stage, _, name = unit.partition("/")
             read = groups_of(STAGES[stage])
             settings = {group_name(group): configuration.identity(self.configs[group], name) for group in read}
             needs = {need: self.mark(need) for need in self.needs(unit)}
-            data: dict[str, Any] = dict(
-                unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name)
-            )
+            data = DependsOn(unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name))
             if STAGES[stage].version > 1:  # the first is not named, so that what was made before there were any stays
                 data["version"] = STAGES[stage].version
             self._data[unit] = data
@@ -61,7 +68,7 @@ class Workplan:
         return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def changes(old: DependsOn, new: DependsOn) -> str:
     """In which settings and inputs two ``depends_on`` of one unit differ, in words for a line; "" if in none."""
     found = []
     for group in sorted({*old["settings"], *new["settings"]}):

@@ -15,7 +15,7 @@ from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureRecord
+from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
@@ -95,7 +95,7 @@ def write_atlas(
     records: Iterable[FeatureRecord],
     labels: Mapping[int, Label],
     effects: Mapping[int, Mapping[str, float]],
-    maps: Mapping[str, Any] | None = None,
+    maps: FeatureMaps | None = None,
 ) -> None:
     """Writes the atlas of a dictionary; what a run that was killed left there is replaced.
 
@@ -132,7 +132,7 @@ def write_atlas(
     if chunk:
         _script(folder, chunk[-1]["feature"] // CHUNK, chunk)
     number = len(columns["rate"])
-    maps = maps or dict(texts=[], layers_bar=None)
+    maps = maps or FeatureMaps(texts=[], layers_bar=None)
     about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps["texts"]))
     about |= dict(layers_bar=maps["layers_bar"])
     for place, one in enumerate(maps["texts"]):

@@ -18,6 +18,7 @@ from scipy import sparse
 from saejax.activations.cutter import SPLITS
 from saejax.activations.documents import Documents
 from saejax.interpret.describe import priority
+from saejax.interpret.feature_record import HeadLooks
 from saejax.interpret.firings import Block
 from saejax.interpret.text import SHAPES, CodedText, shape_of
 from saejax.models import decoder
@@ -104,11 +105,8 @@ class HeadShares:
         self._row = np.full(len(documents.ids_T), -1)
         self._row[place_DxT[:, 1:].reshape(-1)] = np.arange(len(flat_NxM))
 
-    def of(self, block: Block) -> list[dict[str, Any] | None]:
-        """What each feature of a block goes with, as JSON; None where too little was seen.
-
-        ``heads`` has layer, head, class and correlation of those beyond the ``bar``, the largest by size first.
-        """
+    def of(self, block: Block) -> list[HeadLooks | None]:
+        """What each feature of a block goes with; None where too little was seen."""
         row = self._row[block.place]
         inside = row >= 0
         row, feature, value = row[inside], block.feature[inside], block.value[inside]
@@ -134,10 +132,10 @@ class HeadShares:
         spread = np.sqrt(np.maximum(square - mean**2, 1e-30))
         return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
 
-    def _told(self, own_M: np.ndarray, bar: float) -> dict[str, Any]:
+    def _told(self, own_M: np.ndarray, bar: float) -> HeadLooks:
         best = np.argsort(-np.abs(own_M))[:_KEPT]
-        listed = []
+        listed: list[tuple[int, int, str, float]] = []
         for at in best[np.abs(own_M[best]) > bar].tolist():
             head, which = divmod(at, len(CLASSES))
-            listed.append([*divmod(head, self._heads), CLASSES[which], float(f"{own_M[at]:.3g}")])
-        return dict(heads=listed, bar=float(f"{bar:.3g}"))
+            listed.append((*divmod(head, self._heads), CLASSES[which], float(f"{own_M[at]:.3g}")))
+        return HeadLooks(heads=listed, bar=float(f"{bar:.3g}"))

@@ -1,5 +1,6 @@
 """The record of a feature as types: the JSON that the page reads, whose keys are checked where code reads them."""
 
+from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
 
@@ -36,6 +37,48 @@ class LogitHistogram(TypedDict):
     counts: list[int]
 
 
+class MeanInterval(TypedDict):
+    """``results.Interval`` as JSON, rounded."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class DetectorRecord(TypedDict):
+    """A detector of a feature, with its scores on held-out text (``detectors.DetectorScore``)."""
+
+    family: str
+    says: str  # what it looks at, in words
+    search_f1: float  # on the text that it was found on
+    precision: MeanInterval
+    recall: MeanInterval
+    f1: MeanInterval
+
+
+class HeadLooks(TypedDict):
+    """Attention heads that a feature goes with; see ``attended``."""
+
+    heads: list[tuple[int, int, str, float]]  # layer, head, class of keys, correlation; the largest by size first
+    bar: float  # correlation that the heads go beyond
+
+
+class TokenMap(TypedDict):
+    """A heatmap of a document."""
+
+    document: int
+    tokens: list[str]
+    features: list[int]
+    acts: list[list[float | None]]  # a row for each feature; None where the store has none (sinks, for instance)
+
+
+class FeatureMaps(TypedDict):
+    """The heatmaps of a dictionary."""
+
+    texts: list[TokenMap]
+    layers_bar: float | None  # cosine that those between layers are to go beyond
+
+
 class FeatureRecord(TypedDict):
     """What there is to say of a feature; WORKSPACE.md explains it. Of one that never fires much is left out."""
 
@@ -57,8 +100,8 @@ class FeatureRecord(TypedDict):
     tokens: NotRequired[list[FeatureCode]]
     shapes: NotRequired[list[FeatureCode]]
     together: NotRequired[list[tuple[int, int, float]]]
-    attention: NotRequired[dict[str, Any]]
-    detectors: NotRequired[list[dict[str, Any]]]
+    attention: NotRequired[HeadLooks]
+    detectors: NotRequired[list[DetectorRecord]]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]
-    judged: NotRequired[dict[str, Any]]  # of an atlas: what a language model made of its labels
+    judged: NotRequired[Mapping[str, Any]]  # of an atlas: ``explain.ExplainedFeature`` as JSON

@@ -6,8 +6,6 @@ squared has the distribution Beta(1/2, (d - 1)/2), and the largest of F is below
 probability: ``layers_bar``.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from jax import lax
 from scipy.stats import beta
 
 from saejax.interpret.describe import priority
+from saejax.interpret.feature_record import TokenMap
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodedText
 
@@ -51,18 +50,17 @@ class TokenMaps:
         self._firings.append((block.feature[own] + block.first, block.place[own], block.value[own]))
         self._means.append(np.bincount(block.feature, block.value, block.size) / self._count)
 
-    def made(self, length_F: np.ndarray) -> list[dict[str, Any]]:
-        """The heatmaps as JSON: ``document``, ``tokens``, ``features``, ``acts`` (a row for each feature).
+    def made(self, length_F: np.ndarray) -> list[TokenMap]:
+        """The heatmaps, one a document.
 
         Features are those with the largest sum of activation over the tokens shown, less what the mean over all text
-        would be, times the length of the decoder row; only what is above 0. An activation is null where the store has
-        none (sinks, for instance).
+        would be, times the length of the decoder row; only what is above 0.
 
         Args:
           length_F: of the decoder rows.
         """
         feature, place, value = (np.concatenate(part) for part in zip(*self._firings, strict=True))
-        mean_F, found, first = np.concatenate(self._means), [], 0
+        mean_F, found, first = np.concatenate(self._means), list[TokenMap](), 0
         for document, places in zip(self._documents.tolist(), self._places, strict=True):
             known = self._known[first : first + len(places)]
             first += len(places)
@@ -78,7 +76,7 @@ class TokenMaps:
                 for row in acts_FxT[best].tolist()
             ]
             tokens = [self._text.texts[i] for i in self._text.back(places, 0)]
-            found.append(dict(document=document, tokens=tokens, features=best.tolist(), acts=rows))
+            found.append(TokenMap(document=document, tokens=tokens, features=best.tolist(), acts=rows))
         return found
 
 

@@ -20,6 +20,7 @@ from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.control import frozen_random, random_directions, spread
 from saejax.interpret.detectors import Detector, PairCounts, best_detectors
+from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
@@ -129,7 +130,7 @@ class Interpreter:
         ]
         bar = round(layers_bar(*W_dec_FxD.shape), 3) if self.layers else None
         told = maps.made(np.linalg.norm(W_dec_FxD, axis=1))
-        write_text(folder / MAPS, json.dumps(dict(texts=told, layers_bar=bar), ensure_ascii=False))
+        write_text(folder / MAPS, json.dumps(FeatureMaps(texts=told, layers_bar=bar), ensure_ascii=False))
         return describer, searched
 
     def _score(
@@ -218,10 +219,10 @@ class Interpreter:
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
         """Adds to the records what is known at the end: labels and their scores, and adjusted p-values."""
         for path in sorted((folder / FEATURES).glob("*.json")):
-            records = read_json(path)
+            records: list[FeatureRecord] = read_json(path)
             for one in records:
                 describer.adjust(one)
-                one |= scored.record(one["feature"])
+                scored.describe(one)
                 if one["feature"] in labels:
                     one["label"] = labels[one["feature"]].label
             write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))

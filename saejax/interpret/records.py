@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from saejax.interpret import describe
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
-from saejax.interpret.feature_record import FeatureCode, FeatureContext, FeatureRecord
+from saejax.interpret.feature_record import FeatureCode, FeatureContext, FeatureRecord, LogitHistogram
 from saejax.interpret.firings import Block
 from saejax.interpret.neighbours import OutputTokens, Together
 from saejax.interpret.text import CodeCounts, CodedText
@@ -73,64 +72,60 @@ class Describer:
         }
         self._fires.append(block.counts)
         self._p += [own.p for own in about.values()]
+        looks = self.heads.of(block) if self.heads else [None] * block.size
+        found = [self._of_weights(block, i) for i in range(block.size)]
+        self._describe_firings(found, block, about)
+        for one, look in zip(found, looks, strict=True):
+            if look:
+                one["attention"] = look
+        return found
+
+    def _describe_firings(
+        self, records: Sequence[FeatureRecord], block: Block, about: Mapping[str, Associations]
+    ) -> None:
+        """Enters what is known of the features of a block that fire."""
         total, largest = describe.sums(block)
         bins, position = describe.histogram(block), describe.positions(block, self.text)
         order = describe.weakest_first(block)
         edges, (drawn, group) = describe.tenths(block, order), describe.group_draws(block, order, self.draws)
         partners = self.together.partners(block.first, block.size, _TOGETHER)
-        looks = self.heads.of(block) if self.heads else [None] * block.size
-        found = []
-        for i in range(block.size):
-            feature, fires = block.first + i, int(block.counts[i])
-            one: dict[str, Any] = dict(
-                feature=feature, fires=fires, rate=short(fires / len(self.place)), **self._fixed(feature)
-            )
-            if fires:
-                own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
-                one |= dict(
-                    mean=short(total[i] / fires),
-                    max=short(largest[i]),
-                    tenths=[short(edge) for edge in edges[i]],
-                    histogram=bins[i].tolist(),
-                    positions=position[i].tolist(),
-                    examples=self._contexts(
-                        block, i, describe.strongest(block, self.store, self.text, i, self.examples)
-                    ),
-                    groups=[
-                        dict(group=int(number), **context)
-                        for number, context in zip(
-                            group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True
-                        )
-                    ],
-                    tokens=self._codes(about["token"], i, "token"),
-                    shapes=self._codes(about["shape"], i, "shape"),
-                    together=[
-                        [int(other), int(both), short(share)]
-                        for other, both, share in zip(*(part[i] for part in partners), strict=True)
-                        if both
-                    ],
-                )
-            found.append(cast(FeatureRecord, one | (dict(attention=looks[i]) if looks[i] else {})))
-        return found
+        for i, one in enumerate(records):
+            if not one["fires"]:
+                continue
+            own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
+            strongest = describe.strongest(block, self.store, self.text, i, self.examples)
+            grouped = zip(group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True)
+            one["mean"], one["max"] = short(total[i] / one["fires"]), short(largest[i])
+            one["tenths"] = [short(edge) for edge in edges[i]]
+            one["histogram"], one["positions"] = bins[i].tolist(), position[i].tolist()
+            one["examples"] = self._contexts(block, i, strongest)
+            one["groups"] = [FeatureContext(group=int(number), **context) for number, context in grouped]
+            one["tokens"], one["shapes"] = (self._codes(about[family], i, family) for family in ("token", "shape"))
+            one["together"] = [
+                (int(other), int(both), short(share))
+                for other, both, share in zip(*(part[i] for part in partners), strict=True)
+                if both
+            ]
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
         return describe.contexts(block, self.text, self._known, feature, places)
 
-    def _fixed(self, feature: int) -> dict[str, Any]:
-        """What follows from the weights."""
+    def _of_weights(self, block: Block, number: int) -> FeatureRecord:
+        """The record of a block's feature: how often it fires, and what follows from the weights."""
+        feature, fires = block.first + number, int(block.counts[number])
         near = zip(*(part[feature] for part in self.nearest), strict=True)
-        one: dict[str, Any] = dict(nearest=[[int(other), short(cosine)] for other, cosine in near])
+        nearest = [(int(other), short(cosine)) for other, cosine in near]
+        one = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
         if self.layers:
             across = self.layers.items()
-            one["layers"] = [[name, int(ids[feature]), short(cosines[feature])] for name, (ids, cosines) in across]
+            one["layers"] = [(name, int(ids[feature]), short(cosines[feature])) for name, (ids, cosines) in across]
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]
-            pairs = [[self.text.texts[i], short(logit)] for i, logit in zip(ids, logits, strict=True)]
-            one |= dict(up=pairs[: len(pairs) // 2], down=pairs[: len(pairs) // 2 - 1 : -1])
+            pairs = [(self.text.texts[i], short(logit)) for i, logit in zip(ids, logits, strict=True)]
+            one["up"], one["down"] = pairs[: len(pairs) // 2], pairs[: len(pairs) // 2 - 1 : -1]
             # The first is the largest of all logits, the last the smallest.
-            one |= dict(
-                logits=dict(low=short(logits[-1]), high=short(logits[0]), counts=self.output.counts[feature].tolist())
-            )
+            counts = self.output.counts[feature].tolist()
+            one["logits"] = LogitHistogram(low=short(logits[-1]), high=short(logits[0]), counts=counts)
         return one
 
     def _codes(self, about: Associations, feature: int, family: str) -> list[FeatureCode]:

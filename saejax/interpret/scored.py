@@ -4,17 +4,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.interpret.detectors import Detector, DetectorScore, scores
+from saejax.interpret.feature_record import DetectorRecord, FeatureRecord, MeanInterval
 from saejax.interpret.firings import blocks
 from saejax.interpret.labels import bars, partners
 from saejax.interpret.results import LabelCounts
 from saejax.interpret.text import CodeCounts, CodedText
-from saejax.results import to_json
+from saejax.results import Interval
 from saejax.tasks.scoring import bootstrap_mean, wilson_of
 
 _RESAMPLES, _SEED = 2000, 789
@@ -102,23 +103,23 @@ class Scored:
         """Labels by what they look at."""
         return dict(Counter(self.chosen[i] for i in labels).most_common())
 
-    def record(self, feature: int) -> dict[str, Any]:
-        """What there is to say of a feature's detectors, as JSON: the chosen one first."""
-        own, chosen = self.found[feature], self.chosen[feature]
-        order = sorted(own, key=lambda family: (family != chosen, -own[family][1]))
-        return dict(
-            detectors=[
-                dict(
-                    family=family,
-                    says=own[family][0].says(self.text),
-                    search_f1=round(own[family][1], 4),
-                    **_rounded(to_json(self.score[feature][family])),
-                )
-                for family in order
-            ],
-            shuffled_f1=round(float(self.shuffled[feature]), 4),
-        )
+    def describe(self, record: FeatureRecord) -> None:
+        """Enters what there is to say of a feature's detectors in its record: the chosen one first."""
+        feature = record["feature"]
+        own, chosen, score = self.found[feature], self.chosen[feature], self.score[feature]
+        record["detectors"] = [
+            DetectorRecord(
+                family=family,
+                says=own[family][0].says(self.text),
+                search_f1=round(own[family][1], 4),
+                precision=_rounded(score[family].precision),
+                recall=_rounded(score[family].recall),
+                f1=_rounded(score[family].f1),
+            )
+            for family in sorted(own, key=lambda family: (family != chosen, -own[family][1]))
+        ]
+        record["shuffled_f1"] = round(float(self.shuffled[feature]), 4)
 
 
-def _rounded(data: Any) -> Any:
-    return {key: _rounded(value) for key, value in data.items()} if isinstance(data, dict) else round(data, 4)
+def _rounded(found: Interval) -> MeanInterval:
+    return MeanInterval(mean=round(found.mean, 4), low=round(found.low, 4), high=round(found.high, 4))

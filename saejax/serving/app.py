@@ -14,6 +14,7 @@ from saejax.attribution.forms.difference import compare_graphs
 from saejax.attribution.forms.page import page_html
 from saejax.config import Configs
 from saejax.errors import UserError
+from saejax.results import to_json
 from saejax.serving import pages
 from saejax.serving.bench import Bench, targets_of
 from saejax.serving.effects import HOLDS, effects
@@ -140,7 +141,7 @@ class GraphServer:
             raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
         run = self._bench.run(graph, document, job)
         job.say("Running the model")
-        return effects(run, changes, hold, targets_of(document), job.progress)
+        return to_json(effects(run, changes, hold, targets_of(document), job.progress))
 
     def _label(self, asked: Mapping[str, Any]) -> Any:
         graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()

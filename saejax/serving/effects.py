@@ -1,7 +1,7 @@
 """What the next token becomes when features of a prompt are changed, beside what as many random ones do."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,13 +24,69 @@ DRAWS = 7  # random sets: with the changes themselves as many rows as are run at
 _SHOWN = 8  # most probable tokens, before and after
 
 
+Pair = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedToken:
+    """A token that may come next.
+
+    Attributes:
+      text: of it.
+      logit: before the changes, and after.
+      probability: likewise, 0 to 1.
+      random: the least and the largest probability with random sets changed; None: there are none.
+    """
+
+    text: str
+    logit: Pair
+    probability: Pair
+    random: Pair | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangedDifference:
+    """A difference of two logits.
+
+    Attributes:
+      text: of both tokens.
+      value: before the changes, and after.
+      random: the least and the largest with random sets changed; None: there are none.
+    """
+
+    text: tuple[str, str]
+    value: Pair
+    random: Pair | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangeEffects:
+    """What changes do to the next token.
+
+    Attributes:
+      tokens: the most probable, after the changes first.
+      differences: that the graph explains.
+      kl: divergence of the changed model from the model, nats.
+      random_kl: with each random set changed.
+      draws: random sets.
+      no_draws: why there are none; "": there are.
+    """
+
+    tokens: tuple[ChangedToken, ...]
+    differences: tuple[ChangedDifference, ...]
+    kl: float
+    random_kl: tuple[float, ...]
+    draws: int
+    no_draws: str
+
+
 def effects(
     run: Replacement | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     hold: str,
     targets: Sequence[TargetText] = (),
     on_progress: OnProgress = silent,
-) -> dict[str, Any]:
+) -> ChangeEffects:
     """Runs a prompt with some features changed, and with random sets of as many other active ones changed alike.
 
     Args:
@@ -39,12 +95,6 @@ def effects(
       hold: what stays as it was, with SAEs "nothing"; see ``interventions``.
       targets: what the graph explains, which is shown beside the most probable tokens.
       on_progress: called with the layers done and of all; may raise to stop.
-
-    Returns:
-      JSON data: of each of ``tokens``, the most probable after the changes first, its ``text``, ``logit`` and
-      ``probability`` (before, after; 0 to 1), and ``random`` probabilities, the least and the largest; of each of
-      ``differences`` of two logits its ``text``, ``value`` and ``random`` values; ``kl``, the
-      divergence of the changed model from the model, in nats, and ``random_kl``; ``draws``, and why there are none.
 
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
@@ -66,42 +116,49 @@ def effects(
     assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)
-    return _told(logits_RxV, readouts.pair_Kx2.tolist(), text) | dict(draws=len(sets), no_draws=why)
+    return _told(logits_RxV, readouts.pair_Kx2.tolist(), text, why)
 
 
-def _told(logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str]) -> dict[str, Any]:
+def _told(
+    logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str], no_draws: str
+) -> ChangeEffects:
     """What ``effects`` says of logits: before, after, and with each random set changed.
 
     Args:
       logits_RxV: in this order, fp64.
       pairs: the targets' tokens; the second below 0 where a target is one token.
       text: of a token.
+      no_draws: why no random set was changed.
     """
     log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)
     log_RxV -= np.log(np.exp(log_RxV).sum(axis=1, keepdims=True))
     p_RxV, kl_R = np.exp(log_RxV), (np.exp(log_RxV[0]) * (log_RxV[0] - log_RxV)).sum(axis=1)
     top = [token for row in p_RxV[:2] for token in np.argsort(-row, kind="stable")[:_SHOWN].tolist()]
     shown = sorted(dict.fromkeys([*top, *(a for a, b in pairs if b < 0)]), key=lambda token: -p_RxV[1, token])
-    span = lambda value_R: [float(value_R[2:].min()), float(value_R[2:].max())] if len(value_R) > 2 else None  # noqa: E731
-    difference = lambda a, b: logits_RxV[:, a] - logits_RxV[:, b]  # noqa: E731
-    return dict(
-        tokens=[
-            dict(
-                text=text(token),
-                logit=logits_RxV[:2, token].tolist(),
-                probability=p_RxV[:2, token].tolist(),
-                random=span(p_RxV[:, token]),
-            )
+    differences = [(a, b, logits_RxV[:, a] - logits_RxV[:, b]) for a, b in pairs if b >= 0]
+    return ChangeEffects(
+        tokens=tuple(
+            ChangedToken(text(token), _ends(logits_RxV[:, token]), _ends(p_RxV[:, token]), _span(p_RxV[:, token]))
             for token in shown
-        ],
-        differences=[
-            dict(text=[text(a), text(b)], value=difference(a, b)[:2].tolist(), random=span(difference(a, b)))
-            for a, b in pairs
-            if b >= 0
-        ],
+        ),
+        differences=tuple(
+            ChangedDifference((text(a), text(b)), _ends(value_R), _span(value_R)) for a, b, value_R in differences
+        ),
         kl=float(kl_R[1]),
-        random_kl=kl_R[2:].tolist(),
+        random_kl=tuple(kl_R[2:].tolist()),
+        draws=len(kl_R) - 2,
+        no_draws=no_draws,
     )
+
+
+def _ends(value_R: np.ndarray) -> Pair:
+    """Before the changes, and after."""
+    return float(value_R[0]), float(value_R[1])
+
+
+def _span(value_R: np.ndarray) -> Pair | None:
+    """The least and the largest with random sets changed."""
+    return (float(value_R[2:].min()), float(value_R[2:].max())) if len(value_R) > 2 else None
 
 
 def _changed(

@@ -7,8 +7,7 @@ complete the sums (``unexplained_R``) and take no part in influences, scores and
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -44,6 +43,40 @@ class Pruning:
     top_edges: int = 0
 
 
+class GraphModel(TypedDict, total=False):
+    """The model that was traced; a graph that another program made may say less."""
+
+    name: str
+    revision: str | None
+    fingerprint: str
+    family: str
+
+
+class GraphSet(TypedDict, total=False):
+    """The set of transcoders or SAEs that was traced."""
+
+    name: str
+    revision: str | None
+    kind: str
+    n_features: int
+    layers: int
+    skip: bool
+    model: str  # that it was trained on
+    reads: str  # of transcoders: what their inputs are
+    cross_layer: bool
+    sites: list[str]  # of SAEs
+
+
+class GraphSettings(TypedDict, total=False):
+    """How a graph was made."""
+
+    max_logits: int
+    logit_mass: float
+    max_features: int | None  # None: no limit was given
+    active_features: int  # that the prompt has
+    edges: str  # of SAEs: what an edge estimates
+
+
 @dataclasses.dataclass(frozen=True)
 class GraphData:
     """A graph of one prompt; ``graph.Graph`` is this and what is done with it.
@@ -60,8 +93,8 @@ class GraphData:
       labels: the texts of the logits: a token, or a name of the direction.
       prompt: the text.
       n_layers: of the model.
-      model: name, revision, fingerprint and family of the model.
-      transcoders: name and revision of the set of transcoders or SAEs, their kind and number of features, and more.
+      model: that was traced.
+      transcoders: that were, or SAEs.
       settings: how the graph was made.
       pruning: for a pruned graph, what it was cut from; then ``value_R`` and its parts are those of the whole one.
     """
@@ -77,9 +110,9 @@ class GraphData:
     labels: tuple[str, ...]
     prompt: str
     n_layers: int
-    model: Mapping[str, Any]
-    transcoders: Mapping[str, Any]
-    settings: Mapping[str, Any]
+    model: GraphModel
+    transcoders: GraphSet
+    settings: GraphSettings
     pruning: Pruning | None = None
 
     def count(self, *kinds: int) -> int:

@@ -3,13 +3,13 @@
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.attribution.graph.data import GraphSet
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.modules import parameter_table
@@ -123,7 +123,7 @@ class LayerDictionaries(abc.ABC):
                 )
 
     @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> GraphSet:
         """What a graph says of the set."""
 
     def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:

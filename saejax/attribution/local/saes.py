@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from saejax.attribution.graph.data import GraphSet
 from saejax.attribution.local.dictionaries import LayerDictionaries, check_dictionary
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import load_all
@@ -64,8 +64,10 @@ class LayerSaes(LayerDictionaries):
             check_dictionary(config, model, f"{self.name}: the SAE of {site}")
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> GraphSet:
         """What a graph says of the set."""
         first = self.configs[0]
-        own = dict(name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites))
-        return own | dict(kind=first.kind, n_features=first.n_features, skip=False, model=first.model)
+        return GraphSet(
+            name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),
+            kind=first.kind, n_features=first.n_features, skip=False, model=first.model,
+        )  # fmt: skip

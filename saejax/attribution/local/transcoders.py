@@ -7,10 +7,10 @@ dictionaries that are in memory already. Of a set on disk nothing but descriptio
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from saejax.attribution.graph.data import GraphSet
 from saejax.attribution.local.dictionaries import LayerDictionaries, ReadRows, check_dictionary, check_width
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats
 from saejax.dictionaries.formats import circuit_tracer, cross_layer, gemma_scope, own
@@ -103,12 +103,16 @@ class LayerTranscoders(LayerDictionaries):
                 )
         return self
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> GraphSet:
         """What a graph says of the set."""
         first = self.configs[0]
-        own = dict(name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs))
-        own |= dict(cross_layer=True) if self.cross_layer else {}
-        return own | dict(kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model)
+        own = GraphSet(
+            name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs),
+            kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model,
+        )  # fmt: skip
+        if self.cross_layer:
+            own["cross_layer"] = True
+        return own
 
 
 def open_transcoders(

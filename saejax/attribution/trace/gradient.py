@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
@@ -108,8 +109,8 @@ def trace_saes(
     chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows, on_progress)
     if not np.isfinite(store.row_BxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
-    settings: dict[str, Any] = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
-    settings |= dict(edges=f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates")
+    settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
     return TracedSaes(graph_of(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.trace.memory import GraphSize, certain_active
@@ -101,7 +102,7 @@ def trace_prompt(
             rows(active.layer_A[new_F], active.position_A[new_F], replacement.encoder_rows(new_F), put)
 
     chosen_F, store = attributed(replacement, sources.nodes, readouts, fill, count, round_rows, on_progress)
-    settings = dict(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
+    settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     graph = graph_of(replacement, sources.nodes, readouts, chosen_F, store, prompt, settings)
     return Traced(graph, replacement, readouts)
 

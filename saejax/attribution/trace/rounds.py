@@ -1,12 +1,12 @@
 """Which features get rows, in rounds, and the graph that the rows make."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from saejax.attribution.graph import Graph
+from saejax.attribution.graph.data import GraphModel, GraphSettings
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.trace.ranking import Ranking
@@ -93,7 +93,7 @@ def graph_of(
     chosen_F: np.ndarray,
     store: RowStore,
     prompt: str | Sequence[int],
-    settings: Mapping[str, Any],
+    settings: GraphSettings,
 ) -> Graph:
     """The graph of the rows, with the columns of the features that have one.
 
@@ -123,10 +123,10 @@ def graph_of(
         labels=readouts.labels,
         prompt=prompt if isinstance(prompt, str) else str(model.tokenizer.decode(run.ids_P)),
         n_layers=model.config.n_layers,
-        model=dict(
+        model=GraphModel(
             name=model.source.name, revision=model.source.revision, fingerprint=model.source.fingerprint,
             family=model.config.family,
         ),
         transcoders=run.dictionaries.describe(),
-        settings=dict(settings, active_features=len(active)),
+        settings=GraphSettings(**settings, active_features=len(active)),
     )  # fmt: skip
