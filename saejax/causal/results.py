@@ -57,5 +57,6 @@ class MatchedDrops:
     #: the same
     rank_correlation: Interval | None
     shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation
+    #: where each partner is one of the ten features nearest to it in firing rate and activation; None, too, where the
+    #: drops of these are all the same
     alike: Interval | None

@@ -155,10 +155,10 @@ def compare(
     )
 
 
-def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval:
-    """Mean, unless another is given, and the middle 95 % of those that are defined."""
+def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval | None:
+    """Mean, unless another is given, and the middle 95 % of those that are defined; None: none is."""
     defined = values_R[~np.isnan(values_R)]
-    return middle(defined, mean) if len(defined) else Interval(np.nan if mean is None else mean, np.nan, np.nan)
+    return middle(defined, mean) if len(defined) else None
 
 
 def _centred(values_PxF: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, rescale
 
 _RATE = 0.0015  # share of tokens on which a feature that is looked for fires
 _STEPS = 7
@@ -51,8 +51,10 @@ def widened(
 
     Returns:
       A dictionary of at most ``n_features``: fewer if not as many different ones are found. New encoder columns and
-      decoder rows have the mean length of the others, new thresholds stand where the feature takes its tokens.
+      decoder rows have the mean length of the others, new thresholds stand where the feature takes its tokens. It is
+      centred, whether the other is or not.
     """
+    dictionary = rescale.centred(dictionary)  # features in errors read what is beside the decoder's bias
     own = dictionary.config.n_features
     errors_NxD, fires_F = _left_by(dictionary, acts_NxD)
     free = np.flatnonzero(~fires_F) if replace else np.zeros(0, int)

@@ -53,7 +53,6 @@ class Reading:
         self.activity = functools.cache(self._activity)
         self._tokens = functools.cache(self._shared)
         self._home = functools.cache(self._at_home)
-        self._mean = functools.cache(lambda model, site: values[model, site].mean(0, dtype=np.float64))
 
     @classmethod
     def of(cls, run: Run, compared: Sequence[Compared], mesh: Mesh) -> "Reading":
@@ -79,14 +78,16 @@ class Reading:
         other_N = np.roll(other_N, len(other_N) // 2) if null else other_N
         return self.activity(first).rows(own_N), self.activity(second).rows(other_N)
 
-    def alike(self, first: int, second: int, partner_F: np.ndarray) -> float:
-        """Mean correlation of features with what fires most nearly as often as their partners, where they have any.
+    def alike(self, first: int, second: int, partner_F: np.ndarray) -> float | None:
+        """Mean correlation of features with what fires most nearly as often as their partners; None: they have none.
 
         Args:
           first, second: places of the dictionaries.
           partner_F: the second one's feature that each of the first has; -1: none.
         """
         has = np.flatnonzero(partner_F >= 0)
+        if not len(has):
+            return None
         own_FxN, other_GxN = self.rows(first, second, null=False, judge=True)
         alike_M = self.activity(second).alike(partner_F[has])
         return float(np.einsum("mn,mn->m", own_FxN[has], other_GxN[alike_M]).mean(dtype=np.float64))
@@ -154,7 +155,8 @@ class Reading:
         documents = odd[: self._config.ce_documents]
         if not documents:
             return None
-        mean_D = self._mean(one.fingerprint, one.dictionary.site)
+        # Without attention sinks, which are left alone where the mean stands in, as ``evaluate`` does.
+        mean_D = self._value(place)[self.activity(place).real_N].mean(0, dtype=np.float64)
 
         def measure(dictionaries):
             lm = self._lms[one.fingerprint]

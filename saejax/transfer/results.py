@@ -39,7 +39,8 @@ class ComparedRows:
     #: the same where nothing is shared: random directions with the mean and covariance of the second one's rows; of
     #: activity, the second one's on text shifted by half
     null: MatchScores
-    #: of activity: mean correlation where each partner is replaced by the feature that fires most nearly as often
+    #: of activity: mean correlation where each partner is replaced by the feature that fires most nearly as often;
+    #: None: no feature has a partner
     alike: float | None = None
 
 

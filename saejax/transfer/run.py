@@ -159,7 +159,8 @@ class Comparison:
         about: dict = dict(tokens=self._reading.tokens(place, second)) if self._reading else {}
         if "decoder" in judged and "encoder" in judged:
             one_F, two_F = (judged[name][0].partner_F for name in ("decoder", "encoder"))
-            about["agreeing"] = float((one_F == two_F)[one_F >= 0].mean())
+            if (one_F >= 0).any():
+                about["agreeing"] = float((one_F == two_F)[one_F >= 0].mean())
         main = judged["activity" if "activity" in judged else next(iter(judged))][0]
         link = Link.shared(main.partner_F, main.value_F, least)
         has = np.flatnonzero(link.partner_F >= 0)

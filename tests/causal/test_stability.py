@@ -111,6 +111,19 @@ def test_that_what_fires_often_matters_more_is_no_agreement():
     assert found.alike.low < found.rank_correlation.mean < found.alike.high + 0.02
 
 
+def test_partners_whose_neighbours_cost_nothing_have_no_control():
+    """Drops of the size of rounding are 0: a few features matter, and those that fire alike have one drop."""
+    matter = np.array([5, 25, 45])
+    table = dataclasses.replace(
+        table_of(LinearExperiment(np.ones(60))),
+        firing_rate=np.exp(np.linspace(-5, -1, 60)), mean_activation=np.ones(60),
+        drop=np.where(np.isin(np.arange(60), matter), np.arange(60.0), 0.0),
+    )  # fmt: skip
+    found = compare(table, table, Matches(matter, matter, np.ones(3)))
+    assert found.rank_correlation.mean == pytest.approx(1) and found.alike is None
+    json.dumps(to_json(found), allow_nan=False)
+
+
 def test_matches_are_mutual_and_above_the_threshold(monkeypatch):
     # Feature 2 of the first is nearest to 1 of the second, which is nearer to 0: no pair. 3 is too far from anything.
     first = np.array([[1, 0, 0], [0, 1, 0], [0.8, 0.6, 0], [0, 0.1, 0.2], [0, 0, 0]])

@@ -9,7 +9,7 @@ from every_kind import KINDS
 from small_stacks import make_trainer
 from test_initial import random_dictionary
 
-from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, rescale, save_dictionary
 from saejax.training.initial import state_from_dictionary
 from saejax.training.widening import missing_features, widened
 
@@ -75,6 +75,20 @@ def test_dead_features_give_way():
         np.testing.assert_array_equal(kept, np.delete(arrays["W_dec_FxD"], dead, axis=0))
     plain = widened(dictionary, J // 2 + 6, acts)
     np.testing.assert_array_equal(np.asarray(plain.W_dec_FxD)[dead], arrays["W_dec_FxD"][dead])
+
+
+def test_new_features_read_what_is_beside_the_decoders_bias():
+    """A dictionary that does not subtract it from its input gets the features that one of the same function does."""
+    directions, acts = world(rate=0.003, noise=0.5)
+    rng = np.random.default_rng(5)
+    mean = 3 * rng.normal(size=D)
+    acts = (acts + mean).astype(np.float32)
+    centred = half_of(directions, threshold=1.8)
+    arrays = {**centred.arrays, "b_dec_D": jnp.asarray(mean, jnp.float32)}
+    centred = Dictionary(dataclasses.replace(centred.config, centred=True), **arrays)
+    wide = [widened(one, J, acts) for one in (centred, rescale.uncentred(centred))]
+    before, *after = (np.square(acts - np.asarray(one(jnp.asarray(acts)))).mean() for one in (centred, *wide))
+    assert max(after) < before and after[0] == pytest.approx(after[1], rel=0.01)
 
 
 def test_where_nothing_is_missing_nothing_new_is_found():
