@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from saejax.causal.ablation import LogitDiffs
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.split import SplitModel
 
@@ -15,6 +16,10 @@ class Experiment(Protocol):
 
     name: str
     templates: list[str]  # of the test prompts, in their order
+
+    @property
+    def replacement(self) -> ActivationSource:
+        """What stands in place of removed features."""
 
     def attribution(self) -> np.ndarray:
         """Each feature's attribution, mean over the train prompts, [F]."""

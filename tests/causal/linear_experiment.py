@@ -3,6 +3,7 @@
 import numpy as np
 
 from saejax.causal.ablation import LogitDiffs
+from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.feature_statistics import FeatureStatistics
 
 
@@ -22,6 +23,8 @@ class LinearExperiment:
         self.base_P = np.full(prompts, base, np.float64)
         self.templates = [""] * prompts
         self.attribution_F = rate_F * size_F * gain_F if attribution_F is None else np.asarray(attribution_F)
+
+    replacement = ActivationSource()
 
     def attribution(self):
         return self.attribution_F

@@ -45,9 +45,9 @@ class _Directions(Editing, nnx.Module):
         """What all directions add [B, T, D]; a bias, or a centre, is left out."""
         return matmul(f_BxTxF, self.W_dec_FxD[...])
 
-    def fires(self, f_BxF: jax.Array) -> jax.Array:
+    def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where activations are not 0."""
-        return f_BxF != 0
+        return f_xF != 0
 
 
 class Neurons(_Directions):

@@ -157,7 +157,6 @@ def compare(
     model: LanguageModel,
     dictionary: Dictionary,
     text: HeldOutText | None,
-    source: ActivationSource,
     config: AblateConfig,
 ) -> dict[str, DoseCurve | UncomparedBasis]:
     """The curves of the top features and of each basis in ``config.baselines``.
@@ -167,14 +166,13 @@ def compare(
       top: its top features.
       dictionary: the tested one.
       text: held-out text, if there is any.
-      source: what stands in place of the features.
 
     Raises:
       UserError: a folder holds no dictionary, or one of another model.
     """
     over = over_prompts(np.asarray(experiment.templates), config)
     own_order = {FEATURES: (dictionary.config.n_features, top)}
-    own = measure_curves(experiment, own_order, np.inf, _divergence(text, split, source)).get(FEATURES)
+    own = measure_curves(experiment, own_order, np.inf, _divergence(text, split, experiment.replacement)).get(FEATURES)
     if own is None:
         return {}
     found: dict[str, DoseCurve | UncomparedBasis] = {FEATURES: own.beside(None, over)}
@@ -188,7 +186,9 @@ def compare(
             leaders = screening.leaders(attribution_F[first : first + size], WIDEST * config.top)
             orders[name] = size, [first + direction for direction in leaders]
             first += size
-        curves = measure_curves(on_basis, orders, float(own.norm_S.max()), _divergence(text, other, ActivationSource()))
+        # What is removed must be the same edit where it is measured on prompts and on text.
+        divergence = _divergence(text, other, on_basis.replacement)
+        curves = measure_curves(on_basis, orders, float(own.norm_S.max()), divergence)
         first = 0
         for name, size in joined.items():
             if name in curves:

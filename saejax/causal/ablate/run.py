@@ -115,12 +115,11 @@ def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, 
     model, split, dictionary, text, others, trainings, foreign = beside
     results, measured = verdict.judge(experiment.name, experiment, config, foreign)
     results, scores = _with_sets(results, experiment, measured, config)
-    source = experiment.replacement
     if text and measured.top:
-        effect = text.effects(split, source, [measured.top]).summary(config)
+        effect = text.effects(split, experiment.replacement, [measured.top]).summary(config)
         results = dataclasses.replace(results, text=effect)
     if config.baselines:
-        curves = dose.compare(experiment, measured.top, split, model, dictionary, text, source, config)
+        curves = dose.compare(experiment, measured.top, split, model, dictionary, text, config)
         results = dataclasses.replace(results, doses=curves)
     if trainings:
         results = dataclasses.replace(results, repeats=repeats.measure_repeats(experiment, model, trainings, config))

@@ -110,7 +110,8 @@ class HeldOutText:
         members_SxK = np.pad(members_SxU, ((0, 0), (0, fill)))
 
         def without(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
-            removed = _removed(split.point, split.dictionary, source, read, domain, features_K)
+            real = jnp.int32((number_B < len(self.documents[:documents])).sum())  # the others fill the batch
+            removed = _removed(split.point, split.dictionary, source, read, domain, features_K, real)
             return (_without(split.point, value, *removed, members_K) for members_K in members_SxK)
 
         return self.edited(split, without, documents)
@@ -151,10 +152,11 @@ def _removed(
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     features_K: jax.Array,
+    real: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """By how much K directions' activations fall [B, T, K], and the directions [K, D]."""
+    """By how much K directions' activations fall [B, T, K], and the directions [K, D]; of the rows, ``real`` count."""
     f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
-    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, jnp.int32(len(f_BxTxK)))
+    removed_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, real)
     return jax.lax.with_sharding_constraint(
         (removed_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh)
     )

@@ -10,6 +10,7 @@ from linear_experiment import LinearExperiment
 from saejax import workplan
 from saejax.causal import ablation
 from saejax.causal.ablate import bases, dose, grades, verdict
+from saejax.causal.ablate import text as ablate_text
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.report import _as_well
 from saejax.causal.ablate.results import DoseCurve, UncomparedBasis
@@ -214,7 +215,7 @@ def test_every_basis_goes_through_the_same_experiment(tiny, prompts, dictionary)
     split = SplitModel(tiny, dictionary)
     experiment = ModelExperiment(split, "tiny", prompts, config)
     text = HeldOutText([list(range(3, 20)), list(range(30, 60))])
-    asked = split, tiny, dictionary, text, experiment.replacement
+    asked = split, tiny, dictionary, text
     top = [3, 5, 40]
     found = dose.compare(experiment, top, *asked, config)
     assert list(found) == ["features", "neurons", "components", "random", "difference"]
@@ -257,6 +258,41 @@ def test_text_without_directions_equals_edits_of_the_whole_model(tiny, dictionar
         np.testing.assert_allclose(found.kl_SxN[0, n], (np.exp(logp[0]) * (logp[0] - logp[1])).sum(), atol=2e-3)
 
 
+def test_other_bases_lose_by_the_same_edit_on_text_as_on_prompts(tiny, prompts, dictionary):
+    """With the mean in their place, too."""
+    config = AblateConfig(top=3, draws=4, bootstrap=100, replacement="mean", baselines=("neurons",))
+    split, text = SplitModel(tiny, dictionary), HeldOutText([list(range(3, 20)), list(range(30, 60))])
+    experiment = ModelExperiment(split, "tiny", prompts, config)
+    curve = dose.compare(experiment, [3, 5, 40], split, tiny, dictionary, text, config)["neurons"]
+    on_neurons = SplitModel(tiny, bases.Neurons(tiny, Site.parse(dictionary.site).layer))
+    means = experiment.on(on_neurons, "neurons").replacement
+    assert means.kind == "mean"
+    diffs = text.effects(on_neurons, means, [curve.top[:size] for size in curve.sizes])
+    np.testing.assert_allclose(curve.kl, diffs.kl_SxN.sum(axis=1) / diffs.tokens_N.sum(), rtol=1e-5)
+
+
+def test_what_fills_a_batch_of_text_lends_no_activation(tiny, dictionary, monkeypatch):
+    """Two documents go through a program for four: a random activation in a feature's place is one of theirs."""
+    seen, removed = [], ablate_text._removed
+
+    def spy(point, basis, source, read, domain, features, *rest):
+        found = removed(point, basis, source, read, domain, features, *rest)
+        f = ablate_text.active_features(basis, read, domain)[:, :, features]
+        seen.append((np.asarray(f), np.asarray(f) - np.asarray(found[0])))
+        return found
+
+    monkeypatch.setattr(ablate_text, "_removed", spy)
+    source = ActivationSource("random", seed=np.uint32(3))
+    every = list(range(dictionary.config.n_features))
+    HeldOutText([list(range(3, 20)), list(range(30, 60))]).effects(SplitModel(tiny, dictionary), source, [every])
+    ((f_BxTxK, left_BxTxK),) = seen
+    assert len(f_BxTxK) == 4 and (f_BxTxK[2:] != 0).any()
+    for k in range(f_BxTxK.shape[2]):
+        own = f_BxTxK[:2, :, k]
+        wrong = np.abs(left_BxTxK[:2, :, k][own != 0][:, None] - own[own != 0][None, :]).min(axis=1, initial=np.inf)
+        assert (wrong < 1e-5).all(), k
+
+
 def tokens_of(ids):
     return Tokens(np.array([ids], np.int32), np.array([len(ids)], np.int32))
 
@@ -285,7 +321,7 @@ class Alike(LinearExperiment):
 
 def test_a_basis_that_cannot_be_compared_says_why_and_the_others_go_on(tiny, dictionary):
     config = AblateConfig(top=3, draws=4, matches=4, bootstrap=100)
-    asked = SplitModel(tiny, dictionary), tiny, dictionary, None, ActivationSource()
+    asked = SplitModel(tiny, dictionary), tiny, dictionary, None
     found = dose.compare(Few(np.ones(160)), [1, 2, 3], *asked, config)
     nothing = "no train prompt has a position at which features may change, so there is nothing to decompose"
     assert found["neurons"].reason == "none of its directions has an attribution above zero"
