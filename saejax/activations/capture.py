@@ -46,10 +46,7 @@ def run_capture(run: Run) -> CaptureResults:
     config = run.configs[CaptureConfig]
     request = read_request(run.configs)
     names = [str(site) for site in request.sites]
-    documents = text_documents(run, request)
-    if config.tokens:
-        documents = documents.sample(config.tokens)
-    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
+    documents, plan = _planned(run, request)
     run = _settled(run, request, plan)
     config = run.configs[CaptureConfig]
     reader, widths = None, request.widths()
@@ -90,6 +87,21 @@ def run_capture(run: Run) -> CaptureResults:
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
     )
+
+
+def _planned(run: Run, request: CaptureRequest) -> tuple[Documents, Plan]:
+    """The documents that are captured, and in which order."""
+    config = run.configs[CaptureConfig]
+    whole = text_documents(run, request)
+    documents = whole.sample(config.tokens) if config.tokens else whole
+    seed = run.configs[CorpusConfig].seed
+    plan = Plan(documents, config.shard_rows, config.batch_tokens, config.last, seed, whole)
+    if not plan.rows:
+        raise UserError(
+            f"the documents up to --capture.tokens={config.tokens} hold none of the last {config.last} positions of a "
+            "text: raise --capture.tokens, or capture all positions with --capture.last=0"
+        )
+    return documents, plan
 
 
 def _settled(run: Run, request: CaptureRequest, plan: Plan) -> Run:

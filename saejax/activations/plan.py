@@ -7,6 +7,7 @@ were made in the same process. A document that is cut between two shards is read
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -55,12 +56,21 @@ class Plan:
         own.
       last: record only the last n positions of every text; 0: all.
       seed: of the order of rows within a shard.
+      whole: all documents, where those that are captured are some of them; says where texts end.
     """
 
-    def __init__(self, documents: Documents, shard_rows: int, batch_tokens: int, last: int, seed: int):
+    def __init__(
+        self,
+        documents: Documents,
+        shard_rows: int,
+        batch_tokens: int,
+        last: int,
+        seed: int,
+        whole: Documents | None = None,
+    ):
         self.documents, self.shard_rows, self.batch_tokens, self.seed = documents, shard_rows, batch_tokens, seed
         # Without ``last`` neither takes memory, whatever the number of documents.
-        self._first_N = _first_recorded(documents, last)
+        self._first_N = _first_recorded(documents, last, documents if whole is None else whole)
         self._ends_N = np.cumsum(documents.lengths_N - self._first_N) if last else documents.offsets[1:]
 
     @property
@@ -156,7 +166,7 @@ class Plan:
         return groups
 
 
-def _first_recorded(documents: Documents, last: int) -> np.ndarray:
+def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.ndarray:
     """The first recorded position of each document, its length where none is.
 
     The last positions are counted from the end of the text that a document is a piece of, so that they may lie in
@@ -164,11 +174,14 @@ def _first_recorded(documents: Documents, last: int) -> np.ndarray:
     """
     if not last:
         return np.broadcast_to(np.int64(0), len(documents))
-    lengths_N = documents.lengths_N
     ends: dict[tuple[int, int], int] = {}
-    keys = list(zip(documents.column("kind").tolist(), documents.column("source").tolist(), strict=True))
-    starts = documents.column("start").tolist()
-    for key, start, length in zip(keys, starts, lengths_N.tolist(), strict=True):
-        ends[key] = max(ends.get(key, 0), start + length)
-    from_N = np.array([ends[key] - last - start for key, start in zip(keys, starts, strict=True)])
-    return np.clip(from_N, 0, lengths_N)
+    for kind, source, start, length in _pieces(whole):
+        ends[kind, source] = max(ends.get((kind, source), 0), start + length)
+    from_N = np.array([ends[kind, source] - last - start for kind, source, start, _ in _pieces(documents)])
+    return np.clip(from_N, 0, documents.lengths_N)
+
+
+def _pieces(documents: Documents) -> Iterator[tuple[int, int, int, int]]:
+    """Kind, source, first token in it and length of each document."""
+    columns = [documents.column(name).tolist() for name in ("kind", "source", "start")]
+    return zip(*columns, documents.lengths_N.tolist(), strict=True)

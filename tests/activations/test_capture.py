@@ -16,7 +16,9 @@ from capture_setup import (
 
 from saejax.activations import float8, progress
 from saejax.activations.cutter import KINDS as DOCUMENT_KINDS
+from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
+from saejax.errors import UserError
 from saejax.models import source
 from saejax.settings import ModelConfig
 
@@ -79,6 +81,18 @@ def test_the_last_positions_of_every_text(setup, torch_model, last):
         lengths[kind, text] = max(lengths.get((kind, text), 0), start + len(ids))
     assert max(lengths.values()) > 64  # a text in three pieces
     assert texts == {key: set(range(max(0, length - last), length)) for key, length in lengths.items()}
+
+
+def test_of_a_few_documents_that_hold_no_texts_end_nothing_is_captured(setup, monkeypatch):
+    def first_of_a_long_text(documents, tokens):
+        later = documents.column("source")[documents.column("start") > 0][0]
+        own = (documents.column("source") == later) & (documents.column("start") == 0)
+        return documents._only(np.flatnonzero(own & (documents.column("kind") == DOCUMENT_KINDS.index("corpus")))[:1])
+
+    monkeypatch.setattr(Documents, "sample", first_of_a_long_text)
+    with pytest.raises(UserError, match="raise --capture.tokens"):
+        setup.capture("none_last", last=1, tokens=1, sites=("resid_post.1",))
+    assert not any((setup.folder / "none_last").rglob("*.npy"))
 
 
 def test_batch_size_changes_neither_order_nor_values(setup, captured):

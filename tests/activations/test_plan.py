@@ -47,3 +47,15 @@ def test_every_batch_fits_its_shape(monkeypatch):
             assert documents <= rows and length <= padded and (rows * padded <= 64 or rows == 1)
             shapes.add((rows, padded))
     assert 2 < len(shapes) < 15
+
+
+@pytest.mark.parametrize(("tokens", "recorded"), [(10, []), (20, [28, 29]), (40, [28, 29, 8, 9])])
+def test_of_some_documents_the_last_positions_are_those_of_their_texts(tokens, recorded):
+    """Pieces stand in random order: here the second of a text first, then its last, another text, and its first."""
+    table = np.array([[0, 0, 0, source, start] for source, start in ((0, 10), (0, 20), (1, 0), (0, 0))], np.int32)
+    whole = Documents(np.arange(40, dtype=np.int32), np.arange(0, 41, 10), table, ("g",))
+    some = whole.sample(tokens)
+    plan = Plan(some, 100, 100, last=2, seed=0, whole=whole)
+    index = plan.index(0) if plan.rows else np.zeros((0, 3), int)
+    found = {(some.column("source")[document], some.column("start")[document] + at) for document, at, _ in index}
+    assert found == {(number // 2, position) for number, position in enumerate(recorded)}
