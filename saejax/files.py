@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ from saejax.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+WRITING = "writing-"  # in names of what is being written, before the process's number
 
 
 def file_sha256(path: Path) -> str:
@@ -26,7 +30,7 @@ def file_sha256(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and goes if not."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
     try:
         yield beside
         with open(beside, "rb") as file:
@@ -34,6 +38,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder and below: files, and folders of them."""
+    for path in list(folder.rglob(f".*{WRITING}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from saejax.buckets.bucket import Bucket, is_bucket
 from saejax.buckets.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import locked, read_json, write_json
+from saejax.files import locked, read_json, remove_unfinished, write_json
 from saejax.parallel.teams import Team
 
 T = TypeVar("T")
@@ -158,6 +158,7 @@ class Workspace:
             found = "resumed" if old == mark else str(self._set_aside(folder, stage, name, old))
             if found == "resumed":
                 self.bring(stage, name, whole=True)
+                remove_unfinished(folder)
         elif folder.exists() and any(folder.iterdir()) and not _holds_units(folder):
             raise UserError(f"{folder} holds files that saejax did not write: move them away, or use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)

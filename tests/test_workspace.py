@@ -55,6 +55,21 @@ def test_checkpoints_of_a_finished_unit_may_be_deleted(tmp_path):
     assert space.finished("train", "topk", "m")
 
 
+def test_what_a_killed_process_left_half_written_is_no_part_of_a_unit(tmp_path):
+    """Neither a file nor a folder of files; where the workdir lies in a bucket, they are not there either."""
+    space = Workspace(tmp_path)
+    folder, _ = space.begin("train", "topk", "m")
+    (folder / "member" / ".writing-1").mkdir(parents=True)
+    (folder / "member" / ".writing-1" / "large").write_text("half")
+    (folder / ".scores.json.writing-2").write_text("half")
+    assert space.begin("train", "topk", "m") == (folder, "resumed")
+    (folder / "whole").write_text("whole")
+    space.finish("train", "topk", "m", dict(results={}))
+    assert json.loads((folder / "summary.json").read_text())["files"] == {"whole": 5} and space.finished(
+        "train", "topk", "m"
+    )
+
+
 def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):
     space = Workspace(tmp_path)
     finish(space, "m", "long content")

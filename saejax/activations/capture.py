@@ -59,7 +59,7 @@ def run_capture(run: Run) -> CaptureResults:
     missing = missing_shards(writer, plan, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if first:
-        writer.begin()
+        writer.begin(missing)
         writer.write_documents(documents)
     run.say(
         f"{len(documents):,} documents, {plan.rows:,} tokens at {', '.join(config.sites)}; "

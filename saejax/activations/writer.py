@@ -16,7 +16,7 @@ from saejax.activations.manifest import MANIFEST, FileFacts, Manifest
 from saejax.activations.results import SinkCounts, SiteNorms
 from saejax.activations.store import shard_files
 from saejax.errors import UserError, out_of_room
-from saejax.files import file_sha256, whole_file, write_json
+from saejax.files import file_sha256, remove_unfinished, whole_file, write_json
 from saejax.results import to_json
 
 
@@ -33,11 +33,16 @@ class StoreWriter:
         self.folder, self.sites, self.work = Path(folder), tuple(sites), work
         self._files: dict[str, FileFacts] = {}
 
-    def begin(self) -> None:
-        """Before anything is written: the folder is no store yet, and half-written files go."""
+    def begin(self, missing: Sequence[int] = ()) -> None:
+        """Before anything is written: the folder is no store yet, and half-written files go.
+
+        Args:
+          missing: shards that are to be made; if there are records of damaged ones, no process may trust them.
+        """
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        for leftover in self.folder.rglob(".*.writing-*"):  # of a process that was killed as it wrote
-            leftover.unlink()
+        for shard in missing:
+            (self.folder / _record(shard)).unlink(missing_ok=True)
+        remove_unfinished(self.folder)
 
     def has(self, shard: int, read: bool = True) -> bool:
         """Whether the shard is there, whole and of this work; unless all is to be ``read``, its record is trusted."""

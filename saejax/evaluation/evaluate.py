@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
-from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
+from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.formats import cross_layer, read_config
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
@@ -79,12 +79,14 @@ def run_evaluate(run: Run) -> EvaluateResults:
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
     """The members by what they read, predict and share a program with, a few at a time: the store is read once.
 
+    What comes from other trainings may call other positions sinks.
     Crosscoders of one joined site that were not trained together may put its parts together by scales of their own.
     """
-    alike: dict[tuple[str, str, DictionaryConfig, tuple[float, ...]], list[TrainedMember]] = {}
+    alike: dict[tuple, list[TrainedMember]] = {}
     for member in stack:
         config = read_config(trained / member.name)
-        alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
+        sinks = config.max_norm, config.max_norms
+        alike.setdefault((member.site, member.target, compiled_in(config), config.scales, sinks), []).append(member)
     return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
 
 

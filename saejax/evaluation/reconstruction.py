@@ -52,7 +52,7 @@ class Reconstruction:
 
     def density_histogram(self, bins_per_decade: int = 4) -> DensityHistogram:
         """Counts of features by log10 of the firing rate; features that never fire are counted apart."""
-        lowest = np.floor(np.log10(1 / self.tokens))
+        lowest = min(np.floor(np.log10(1 / self.tokens)), -1.0)  # of one token, too, there is a bin
         edges = np.linspace(lowest, 0, round(-lowest * bins_per_decade) + 1)
         rates = self.firing_rate_F[self.firing_rate_F > 0]
         counts, _ = np.histogram(np.clip(np.log10(rates), edges[0], 0), edges)

@@ -188,6 +188,15 @@ def test_a_finished_shard_is_found_again_only_if_it_is_whole_and_of_the_same_wor
     assert not StoreWriter(folder, SITES, "known").has(2)
 
 
+def test_what_is_to_be_made_anew_is_not_taken_for_made(make_store):
+    """A process that waits for others looks at records alone: that of a damaged shard goes first."""
+    folder = make_store().store.folder
+    writer = StoreWriter(folder, SITES, "known")
+    assert all(writer.has(shard, read=False) for shard in range(6))
+    writer.begin([1, 4])
+    assert [shard for shard in range(6) if writer.has(shard, read=False)] == [0, 2, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("number", "told"), [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "the disk quota is used up")]
 )

@@ -122,13 +122,23 @@ def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
     assert entry.target_sinks.max_norm == Store.open(workdir / "capture").max_norm("mlp_out.1")
 
 
-@pytest.mark.parametrize("other,groups", [(1.0, 1), (0.5, 2)])
-def test_crosscoders_with_scales_of_their_own_are_scored_apart(tmp_path, other, groups):
+@pytest.mark.parametrize("other,sinks,groups", [(1.0, 9.0, 1), (0.5, 9.0, 2), (1.0, 3.4e38, 2)])
+def test_crosscoders_with_scales_or_sinks_of_their_own_are_scored_apart(tmp_path, other, sinks, groups):
     """The store's parts are put together once for those that are scored together."""
     site, told = "resid_post.0+resid_post.1", []
-    for name, scale in (("a", 1.0), ("b", other)):
-        fields = dict(site=site, d_in=8, n_features=4, widths=(4, 4), scales=(1.0, scale), max_norms=(9.0, 9.0))
+    for name, scale, limit in (("a", 1.0, 9.0), ("b", other, sinks)):
+        fields = dict(site=site, d_in=8, n_features=4, widths=(4, 4), scales=(1.0, scale), max_norms=(9.0, limit))
         made = Dictionary.initial(DictionaryConfig(kind="batchtopk", k=2, **fields), jax.random.key(0))
         save_dictionary(tmp_path / name / "dictionary", made)
         told.append(TrainedMember(name, site, site, {}, 1.0, 1.0, None, {}))
     assert len(evaluate._together(tmp_path, told)) == groups
+
+
+def test_dictionaries_that_call_other_positions_sinks_are_scored_apart(tmp_path):
+    """One trained here beside another tool's, which calls none a sink."""
+    told = []
+    for name, limit in (("ours", 120.0), ("theirs", 3.4e38)):
+        config = DictionaryConfig(kind="topk", site="resid_post.0", d_in=8, n_features=4, k=2, max_norm=limit)
+        save_dictionary(tmp_path / name / "dictionary", Dictionary.initial(config, jax.random.key(0)))
+        told.append(TrainedMember(name, config.site, config.site, {}, 1.0, 1.0, None, {}))
+    assert [[one.name for one in own] for own in evaluate._together(tmp_path, told)] == [["ours"], ["theirs"]]

@@ -63,6 +63,12 @@ def check(scores, dictionary: Dictionary, x, y):
     assert sum(histogram.counts) + histogram.never == F
 
 
+def test_of_one_token_the_features_that_fire_are_counted():
+    (scores,) = reconstruct([make("topk")], [[activations()[:1]]], make_mesh(), batch=32)
+    histogram = scores.density_histogram()
+    assert sum(histogram.counts) == np.sum(scores.firing_rate_F > 0) > 0 and histogram.log10_edges[-1] == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(100,), (64, 1, 35)])
 def test_scores_by_formula_whatever_the_blocks(kind, sizes):

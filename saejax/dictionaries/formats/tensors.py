@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from saejax.dictionaries.formats import origin
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
+from saejax.files import WRITING
 from saejax.models.checkpoint import Tensor, read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -115,7 +116,7 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
     present = [path.name for pattern in (description, *others) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
-    beside = folder / f".writing-{os.getpid()}"
+    beside = folder / f".{WRITING}{os.getpid()}"
     try:
         beside.mkdir(parents=True)
         yield beside
