@@ -1,5 +1,7 @@
 """What binaries read from the command line: flags, the groups of settings that they fill, and the text of --help."""
 
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,28 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
     environment.for_libraries()
     _plugins(argv)
     config.define_flags(GROUPS, flag_values, environment.has_accelerators() or _as_if_elsewhere(argv))
-    rest = flag_values(list(argv), known_only=False)
+    try:
+        rest = flag_values(list(argv), known_only=False)
+    except flags.Error as error:
+        named = re.search(r"flag '?-*([\w.]+)", str(error))
+        where = _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
+        raise flags.Error(where + flag_error(error)) from error
     if flag_values["help"].value:
         return config.Configs()
     if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag: flags are --group.field=value; --help lists them")
+        told = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
+        raise UserError(f"{told} is not a flag: flags are --group.field=value; --help lists them")
     return config.from_flags(GROUPS, flag_values)
+
+
+def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
+    """The line of a flag file for which ``found`` holds, as the beginning of an error; "" if there is none."""
+    for name, _, file in (argument.partition("=") for argument in argv):
+        if name.lstrip("-") == "flagfile" and Path(file).is_file():
+            for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
+                if found(line.strip()):
+                    return f"{file}, line {number}: "
+    return ""
 
 
 def named_workdir(flag_values: flags.FlagValues) -> str:
@@ -132,7 +150,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         "  --workdir=DIR  folder of this run (required), also of a bucket: s3://BUCKET/RUN or gs://BUCKET/RUN",
         "  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)",
         "  --break_lock  go on in a bucket in place of a run that gives no sign of life",
-        "  --flagfile=FILE  read flags from a file, one a line",
+        "  --flagfile=FILE  read flags from a file, one a line; of a flag that is named twice the later one counts",
     ]
     lines += [
         "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",

@@ -8,6 +8,7 @@ with ``nested``: groups by name, whose settings become ``--train.<name>.<field>`
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,8 @@ class Config:
     def __post_init__(self):
         for field in _settings(type(self)).values():
             value = getattr(self, field.name)
+            if field.metadata["swept"] and not value:
+                raise UserError(f"{field.name} is empty: name a value, or several")
             for item in value if isinstance(value, tuple) else (value,):
                 _check(field, item)
 
@@ -129,8 +132,8 @@ def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
-    if isinstance(value, float) and value != value:
-        raise UserError(f"{field.name} is NaN: expected a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{field.name} is {'NaN' if math.isnan(value) else value}: expected a finite number")
     if low is not None and value < low:
         raise UserError(f"{field.name} is {value}: expected at least {low}")
     if high is not None and value > high:

@@ -59,7 +59,8 @@ def run_stages(
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
-        raise UserError(f"{', '.join(stages)} has nothing to do with these settings: --help says what to name")
+        more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
+        raise UserError(f"{', '.join(stages)} has nothing to do with these settings; {more}")
     if only:
         units = [one_of(only, units, "unit (--unit)")]
     with _joined(workspace, configs, say) as (configs, peers):

@@ -5,7 +5,7 @@ from typing import Any, NotRequired, TypedDict
 
 from saejax import config as configuration
 from saejax.config import Configs, group_name
-from saejax.errors import one_of
+from saejax.errors import UserError, one_of
 from saejax.registry import STAGES, groups_of
 from saejax.stage import Stage
 from saejax.workspace import fingerprint
@@ -39,6 +39,8 @@ class Workplan:
             needed_stage, _, needed_name = need.partition("/")
             if needed_name:
                 flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
+                if not STAGES[needed_stage].names(self.configs):
+                    raise UserError(f"{unit} reads {need}, which no flag asks for: add --{flag}={needed_name}")
                 one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
         return needs
 

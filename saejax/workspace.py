@@ -155,7 +155,10 @@ class Workspace:
         folder, found = self.folder(stage, name), ""
         if (folder / STARTED).exists():
             old = read_json(folder / STARTED)["fingerprint"]
-            found = "resumed" if old == mark else str(self._set_aside(folder, stage, name, old))
+            if old != mark and [path.name for path in folder.rglob("*")] == [STARTED]:
+                (folder / STARTED).unlink()  # a start that was refused made nothing
+            else:
+                found = "resumed" if old == mark else str(self._set_aside(folder, stage, name, old))
             if found == "resumed":
                 self.bring(stage, name, whole=True)
                 remove_unfinished(folder)

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -74,6 +75,57 @@ def test_a_stack_of_which_no_member_is_named(refuse):
     assert "--ablate.dictionary=topk: topk is a stack of 2" in line and "of k4, k8" in line
     assert "there is no member k9" in refuse(["preflight"], train__k="4,8", ablate__dictionary="topk/k9")
     assert "unknown dictionary" in refuse(["preflight"], ablate__dictionary="gated")
+
+
+def test_settings_that_name_nothing_or_one_thing_twice(refuse):
+    assert "--train.k is empty: name a value, or several" in refuse(["preflight"], train__k="")
+    assert "--train.kinds=topk,topk: name each one once" in refuse(["preflight"], train__kinds="topk,topk")
+    line = refuse(["preflight"], train__expansions="4,8", train__features=16)
+    assert line.startswith("error: --train.expansions and --train.features=16 exclude each other")
+    assert "--train.b1 is 1.0" in refuse(["preflight"], train__b1=1)
+    line = refuse(["explain"], explain__dictionaries="topk")
+    assert "explain/topk reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in line
+    assert "it patches activations" in refuse(["patch"]) and "--patch.dictionary is set" in refuse(["patch"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--mesh.process_id=5"], "--mesh.process_id=5 is none of 2 processes"),
+        (["--mesh.coordinator=foo"], "--mesh.coordinator=foo names no port: expected HOST:PORT"),
+        ([], "process 0 of 2 finds no others by --mesh.coordinator= "),
+    ],
+)
+def test_processes_that_cannot_find_one_another(tmp_path, flags, told):
+    flags = [f"--workdir={tmp_path / 'run'}", "--mesh.processes=2", *flags]
+    made = subprocess.run(
+        [sys.executable, "-m", "experiments.preflight", *flags], cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert made.returncode == 2 and told in made.stderr and made.stderr.startswith("error: ")
+    assert len(made.stderr.splitlines()) == 1
+
+
+def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
+    file = tmp_path / "bad.flags"
+    for line, told in (
+        ("--train.kind=topk", "Unknown command line flag 'train.kind'"),
+        ("train.kinds=topk", "'train.kinds=topk' is not a flag"),
+        ("--train.k=x", "flag --train.k=x"),
+        ('{"prompt": "' + "long " * 100 + '"}', "is not a flag"),
+    ):
+        file.write_text(f"# a comment\n\n{line}\n")
+        found = refuse(["train"], f"--flagfile={file}")
+        assert f"error: {file}, line 3: {told}" in found or (told in found and f"{file}, line 3: " in found)
+        assert len(found) < len(str(file)) + 250
+
+
+def test_a_start_that_was_refused_leaves_no_old_result(inputs, tmp_path, capsys):
+    """Nothing was made: nothing is moved aside when the mistake is mended."""
+    for sites, status in (("resid_post.99", 2), ("resid_post.98", 2), ("resid_post.0", 0)):
+        flags = runs.small_flags(*inputs, tmp_path / "run", capture__sites=sites, task__behaviours="")
+        assert command.run(["capture"], "", ["program", *flags]) == status
+    told = capsys.readouterr()
+    assert "old result" not in told.out + told.err and not (tmp_path / "run" / "superseded").exists()
 
 
 def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):

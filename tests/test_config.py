@@ -46,6 +46,7 @@ def test_defaults_and_every_type():
         ("--ex.number=0", "--ex.number is 0: expected at least 1"),
         ("--ex.number=10", "--ex.number is 10: expected at most 9"),
         ("--ex.share=nan", "--ex.share is NaN"),
+        ("--ex.share=inf", "--ex.share is inf: expected a finite number"),
         ("--ex.kinds=a,d", "--ex.kinds is 'd': expected one of a, b, c"),
         ("--ex.sizes=3,-1", "--ex.sizes is -1: expected at least 0"),
     ],

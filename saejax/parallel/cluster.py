@@ -39,7 +39,7 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
       The settings with the number of processes and which one this is.
 
     Raises:
-      UserError: no cluster can be found, or the processes of a node cannot share its GPUs.
+      UserError: no cluster or no first process can be found, or the processes of a node cannot share its GPUs.
     """
     import jax
     from jax._src.distributed import global_state  # its key-value store has no public name
@@ -50,7 +50,13 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
     common |= dict(shutdown_timeout_seconds=_SHUTDOWN)
     if config.distributed == "flags":
         told = dict(num_processes=config.processes, process_id=config.process_id)
-        jax.distributed.initialize(config.coordinator or None, **told, **common)
+        try:
+            jax.distributed.initialize(config.coordinator or None, **told, **common)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"process {config.process_id} of {config.processes} finds no others by "
+                f"--mesh.coordinator={config.coordinator} ({error}): name HOST:PORT of process 0 in every process"
+            ) from error
         ids = list(range(visible_gpus(os.environ, found)))
     else:
         ids = gpus_of_process(os.environ, found)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def guarded(work: Callable[[], int], workdir: Path, count: int, own: int | None 
         status = 1
         try:
             status = work()
+        except Exception:  # Python would print it only after the end below
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             sys.stderr.flush()

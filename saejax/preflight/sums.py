@@ -42,7 +42,7 @@ def plan_run(name: str, model: DecoderConfig, configs: Configs, axes: Axes, **mo
         sites = tuple(decoder_site(site).check(model) for site in capture.sites if not ModuleSite.names(site))
         stacks = planned_stacks(configs[TrainConfig], capture.sites, model)
     except UserError as error:
-        raise UserError(f"{name}: {error}: choose --capture.sites and --train.sites for this model") from None
+        raise UserError(f"{name}: {error}") from None
     return PlannedRun(configs, name, model, sites, stacks, axes, **more)
 
 

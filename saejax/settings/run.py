@@ -1,8 +1,10 @@
 """What runs, and where: the model, the devices, what is checked before and written after."""
 
 import dataclasses
+import re
 
 from saejax.config import Config, setting
+from saejax.errors import UserError
 from saejax.settings.kinds import unit_names
 
 
@@ -72,6 +74,13 @@ class MeshConfig(Config):
         changes_results=False,
         implied="auto",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.distributed == "flags" and self.process_id >= self.processes:
+            raise UserError(f"process_id={self.process_id} is none of {self.processes} processes: they count from 0")
+        if self.coordinator and not re.fullmatch(r".+:[0-9]+", self.coordinator):
+            raise UserError(f"coordinator={self.coordinator} names no port: expected HOST:PORT of process 0")
 
     @property
     def together(self) -> bool:

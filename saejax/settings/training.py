@@ -126,8 +126,8 @@ class TrainConfig(Config):
         "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
     )
     learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
-    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=1.0, implied=0.9)
-    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=1.0, implied=0.999)
+    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999, implied=0.9)
+    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999, implied=0.999)
     eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0, implied=1e-8)
     mu_dtype: str = setting(
         "float32",
@@ -262,11 +262,12 @@ class TrainConfig(Config):
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))
         super().__post_init__()
-        if len(set(self.expansions)) < len(self.expansions):
-            raise UserError(f"--train.expansions={','.join(map(str, self.expansions))}: name each value once")
+        for name, values in (("kinds", self.kinds), ("expansions", self.expansions)):
+            if len(set(values)) < len(values):
+                raise UserError(f"{name}={','.join(map(str, values))}: name each one once")
         if self.expansions and (self.features or self.form == "cross_layer_transcoder"):
             other = f"features={self.features}" if self.features else f"form={self.form}"
-            raise UserError(f"--train.expansions and --train.{other} exclude each other: use --train.expansion")
+            raise UserError(f"expansions and --train.{other} exclude each other: use --train.expansion")
 
     def features_of(self, width: int) -> int:
         """How many features a dictionary of inputs of this width has."""

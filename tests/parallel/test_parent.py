@@ -28,6 +28,8 @@ def work():
     sys.stdin.readline()  # all are there
     if act.startswith("exit"):
         return int(act[4:])
+    if act == "bug":
+        raise RuntimeError("a bug")
     if act.startswith("kill"):
         os.kill(os.getpid(), int(act[4:]))
     for _ in range(2400):
@@ -92,6 +94,11 @@ def test_when_one_ends_the_others_say_which_and_end(ended, acts, statuses, why):
         if acts[own].endswith("hangs"):
             told.insert(0, f"process {own} of {len(acts)}: did not end within 2 s of being asked to, and was killed")
         assert lines.splitlines() == told
+
+
+def test_a_bug_is_told_with_its_traceback(ended):
+    statuses, said = ended("bug", "waits")
+    assert statuses[0] == 1 and "Traceback" in said[0] and "RuntimeError: a bug" in said[0]
 
 
 def test_what_an_earlier_start_left_is_forgotten(tmp_path):
