@@ -141,7 +141,6 @@ bench-quality: $(INSTALLED)
 	@test -n "$(TEXT)" || { echo 'name texts: make bench-quality TEXT="FILE.jsonl FILE.jsonl.gz"'; exit 2; }
 	$(BIN)/python -m benchmarks.bench_quality $(addprefix --text=,$(TEXT))
 
-# sae-lens gets an environment of its own in build/saelens, made at the first run.
 bench-scaling: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_scaling
 	$(BIN)/python -m benchmarks.bench_jobs --jobs node,nodes

@@ -33,7 +33,7 @@ until [ "$(state)" = ACTIVE ]; do
   sleep 30
 done
 run "${each_host[@]}" "mkdir -p saejax"
-run "${tpus[@]}" tpu-vm scp --recurse --worker=all --zone="$zone" pyproject.toml constraints.txt README.md saejax configs \
+run "${tpus[@]}" tpu-vm scp --recurse --worker=all --zone="$zone" pyproject.toml constraints.txt README.md LICENSE saejax configs \
   "$name":saejax/
 run "${each_host[@]}" "cd saejax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,buckets]'"
 printf -v command '%q ' ".venv/bin/${SAEJAX:-saejax-pipeline}" --mesh.distributed=auto "$@"

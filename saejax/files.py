@@ -100,7 +100,17 @@ def read_json(path: Path) -> Any:
     """Reads JSON; a missing or damaged file is a ``UserError`` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not valid JSON: it is damaged; delete its folder and run the stage again") from None
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object with these keys; what is none is a ``UserError`` that names the file, as with ``read_json``."""
+    found = read_json(path)
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing or not isinstance(found, dict):
+        told = f"has no {missing[0]}" if missing else "is no JSON object"
+        raise UserError(f"{path} {told}: it is damaged; delete its folder and run the stage again")
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 from saejax import config as configuration
 from saejax.config import Configs
 from saejax.errors import Interrupted, UserError, one_of
-from saejax.files import read_json
+from saejax.files import read_object
 from saejax.parallel.cluster import check_same, join, joined, label
 from saejax.parallel.peers import Peers
 from saejax.parallel.teams import Left, Team, deal, seen
@@ -176,7 +176,7 @@ def _start(plan: Workplan, unit: str) -> dict[str, Any]:
 
 def _differs(plan: Workplan, unit: str, folder: Path) -> str:
     """In which settings and inputs the unit in the folder was begun otherwise; "" if it does not say."""
-    started = read_json(folder / STARTED) if (folder / STARTED).exists() else {}
+    started = read_object(folder / STARTED) if (folder / STARTED).exists() else {}
     return changes(started["depends_on"], plan.depends_on(unit)) if "depends_on" in started else ""
 
 

@@ -24,7 +24,7 @@ from saejax.buckets.bucket import Bucket, is_bucket
 from saejax.buckets.mirror import CHECKPOINTS, Mirror, mirrored, scratch_folder
 from saejax.config import Configs
 from saejax.errors import UserError
-from saejax.files import locked, read_json, remove_unfinished, write_json
+from saejax.files import locked, read_object, remove_unfinished, write_json
 from saejax.parallel.teams import Team
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class Workspace:
         folder = self.folder(stage, name)
         if not (folder / SUMMARY).exists():
             return False
-        summary = read_json(folder / SUMMARY)
+        summary = read_object(folder / SUMMARY, "fingerprint", "files")
         if summary["fingerprint"] != mark:
             return False
         for file, size in summary["files"].items():
@@ -154,7 +154,7 @@ class Workspace:
         """
         folder, found = self.folder(stage, name), ""
         if (folder / STARTED).exists():
-            old = read_json(folder / STARTED)["fingerprint"]
+            old = read_object(folder / STARTED, "fingerprint")["fingerprint"]
             if old != mark and [path.name for path in folder.rglob("*")] == [STARTED]:
                 (folder / STARTED).unlink()  # a start that was refused made nothing
             else:

@@ -128,6 +128,19 @@ def test_a_start_that_was_refused_leaves_no_old_result(inputs, tmp_path, capsys)
     assert "old result" not in told.out + told.err and not (tmp_path / "run" / "superseded").exists()
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "1", "{"])
+def test_json_that_is_something_else(refuse, captured, tmp_path, content):
+    workdir = copy_of(captured, tmp_path)
+    (workdir / "capture" / "summary.json").write_text(content)
+    assert "capture/summary.json" in refuse(["train"], workdir=workdir)
+    (workdir / "capture" / "summary.json").unlink()
+    (workdir / "capture" / "started.json").write_text(content)
+    assert "capture/started.json" in refuse(["capture"], workdir=workdir)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "dictionary.json").write_text(content)
+    assert "dictionary.json" in refuse(["preflight"], ablate__dictionary=tmp_path / "made")
+
+
 def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
     workdir = copy_of(captured, tmp_path)
     shard = workdir / "capture" / "resid_post.0" / "shard-00000.npy"

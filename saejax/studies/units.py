@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from saejax.errors import Interrupted, UserError
-from saejax.files import read_json
+from saejax.files import read_object
 from saejax.preflight.results import PreflightResults
 from saejax.registry import STAGES
 from saejax.results import load_results
@@ -182,7 +182,7 @@ class StudyUnits:
             if _is_first(key[1]):
                 results = load_results(folder)
                 self._time.expect(key[0], units, results.seconds or {} if isinstance(results, PreflightResults) else {})
-            self._time.took(*key, read_json(folder / SUMMARY)["seconds"])
+            self._time.took(*key, read_object(folder / SUMMARY, "seconds")["seconds"])
         elif _is_first(key[1]):  # nothing of this row will run
             self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
 

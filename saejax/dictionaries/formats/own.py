@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from saejax.config import from_json, to_json
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
-from saejax.files import read_json, write_json
+from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process, to_host
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
@@ -46,13 +46,13 @@ def save(folder: Path, dictionary: Dictionary) -> None:
 
 def read_config(folder: Path) -> DictionaryConfig:
     """What the dictionary in a folder is, of which no array is read."""
-    return from_json(DictionaryConfig, read_json(Path(folder) / DESCRIPTION)["config"])
+    return from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
 
 
 def load(folder: Path, operands: str = "float32") -> Dictionary:
     """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
     folder = Path(folder).absolute()
-    config, description = read_config(folder), read_json(folder / DESCRIPTION)
+    config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
     dtype = description["arrays"]["W_enc_DxF"]["dtype"]
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise UserError(f"{folder} is in {dtype}, which JAX reads only with JAX_ENABLE_X64=1: set it")
