@@ -56,8 +56,9 @@ class Workplan:
             settings = {group_name(group): configuration.identity(self.configs[group], name) for group in read}
             needs = {need: self.mark(need) for need in self.needs(unit)}
             data = DependsOn(unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name))
-            if STAGES[stage].version > 1:  # the first is not named, so that what was made before there were any stays
-                data["version"] = STAGES[stage].version
+            version = STAGES[stage].version_of(self.configs)
+            if version > 1:  # the first is not named, so that what was made before there were any stays
+                data["version"] = version
             self._data[unit] = data
         return self._data[unit]
 

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from saejax.registry import STAGES, default_configs, ordered
-from saejax.settings import ModelConfig
+from saejax.settings import AblateConfig, ModelConfig
 from saejax.stage import Stage, load
 from saejax.workplan import Workplan
 
@@ -125,3 +125,12 @@ def test_a_new_version_of_a_stage_makes_its_units_and_those_that_read_them_anew(
     monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], version=7))
     after = [Workplan(configs).mark(unit) for unit in units]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
+
+
+def test_a_version_of_some_settings_leaves_units_of_others_as_they_are(monkeypatch):
+    unit, configs = "ablate/topk", default_configs()
+    each = [configs | AblateConfig(replacement=replacement) for replacement in ("zero", "mean")]
+    now = [Workplan(one).mark(unit) for one in each]
+    monkeypatch.setitem(STAGES, "ablate", dataclasses.replace(STAGES["ablate"], version=3))
+    before = [Workplan(one).mark(unit) for one in each]
+    assert before[0] == now[0] and before[1] != now[1]

@@ -21,6 +21,7 @@ from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
 from saejax.activations.plan import Plan
 from saejax.activations.request import CaptureRequest, read_request
 from saejax.activations.results import CapturedSite, CaptureResults, SiteNorms
+from saejax.activations.stage import capture_version
 from saejax.activations.store import ON_DISK
 from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
@@ -130,7 +131,9 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> str:
     """Identifies what the shards depend on."""
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     models = "+".join(each.source.fingerprint for each in (request, request.other) if each is not None)
-    return fingerprint([identity(run.configs[CaptureConfig]), models, run.configs[CorpusConfig].seed, hashes])
+    version = capture_version(run.configs)
+    parts = [identity(run.configs[CaptureConfig]), models, run.configs[CorpusConfig].seed, hashes]
+    return fingerprint(parts + [version] * (version > 1))  # the first is not named, so that shards of before stay
 
 
 def _check_disk(

@@ -1,5 +1,6 @@
 """The stages ``tokenize`` and ``capture``."""
 
+from saejax.config import Configs
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.stage import Stage
 from saejax.tasks import identities
@@ -16,6 +17,14 @@ TOKENIZE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:tokenize_cost",
 )
+
+
+def capture_version(configs: Configs) -> int:
+    """2: the last positions are those of texts, not of the documents that are captured."""
+    capture = configs[CaptureConfig]
+    return 2 if capture.last and capture.tokens else 1
+
+
 CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
@@ -28,5 +37,6 @@ CAPTURE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",
     programs="saejax.activations.cost:capture_programs",
+    version=capture_version,
     processes="all",
 )

@@ -57,5 +57,7 @@ TRAIN = Stage(
     unit_identity=dict(pretrained=_pretrained),
     cost="saejax.training.cost:train_cost",
     programs="saejax.training.cost:train_programs",
+    # 2: what is found in errors reads beside the decoder's bias
+    version=lambda configs: 1 if configs[TrainConfig].widen == "random" else 2,
     processes="all",
 )

@@ -75,6 +75,7 @@ TRANSFER = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",
     programs="saejax.transfer.stage_programs:transfer_programs",
+    version=lambda configs: 1 + configs[TransferConfig].reconstruction,  # 2: the mean has no sinks
     processes="items",
     section="saejax.transfer.report:sections",
 )

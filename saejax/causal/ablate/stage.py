@@ -29,6 +29,14 @@ def _names(configs: Configs) -> tuple[str, ...]:
     return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
+def _version(configs: Configs) -> int:
+    """2: draws may hold the tested features; 3: those of circuits, too.
+
+    4: where other activations stand in, doses of other bases are of one edit, and fillers of text lend none.
+    """
+    return 3 if configs[AblateConfig].replacement == "zero" else 4
+
+
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features against matched random ones and says which features cause the behaviours",
@@ -43,6 +51,6 @@ ABLATE = Stage(
     rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
-    version=3,  # 2: draws may hold the tested features; 3: those of circuits, too
+    version=_version,
     processes="all",
 )
