@@ -61,6 +61,9 @@ def run_stages(
     if not units:
         more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
         raise UserError(f"{', '.join(stages)} has nothing to do with these settings; {more}")
+    for stage in stages:
+        if STAGES[stage].units(configs):
+            STAGES[stage].check(configs)
     if only:
         units = [one_of(only, units, "unit (--unit)")]
     with _joined(workspace, configs, say) as (configs, peers):

@@ -38,6 +38,8 @@ class Stage:
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
       unit_identity: the same of what only the unit of one name reads, given the name, too.
+      check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
+        runs, so that no hours are spent first.
       cost: "module:function" that says what a unit takes: a ``PlannedRun`` and the unit's name in, a ``Cost`` out, both
         of ``costs``; "" where that is little.
       programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
@@ -65,6 +67,7 @@ class Stage:
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
     unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
+    check: Callable[[Configs], None] = lambda configs: None
     cost: str = ""
     programs: str = ""
     section: str = ""

@@ -83,8 +83,15 @@ def test_settings_that_name_nothing_or_one_thing_twice(refuse):
     line = refuse(["preflight"], train__expansions="4,8", train__features=16)
     assert line.startswith("error: --train.expansions and --train.features=16 exclude each other")
     assert "--train.b1 is 1.0" in refuse(["preflight"], train__b1=1)
-    line = refuse(["explain"], explain__dictionaries="topk")
+    line = refuse(["explain"], explain__dictionaries="topk", explain__model="judge")
     assert "explain/topk reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in line
+    for flags, told in (
+        (dict(train__init_from="/none"), "--train.init_from=/none does not exist"),
+        (dict(ablate__baselines="foo"), "unknown basis (--ablate.baselines), and no folder of a dictionary: 'foo'"),
+        (dict(interpret__dictionaries="topk", atlas__labels="/none"), "--atlas.labels=/none is no file"),
+        (dict(interpret__dictionaries="topk", explain__dictionaries="topk"), "--explain.model is missing"),
+    ):
+        assert told in refuse(["preflight"], **flags)
     assert "it patches activations" in refuse(["patch"]) and "--patch.dictionary is set" in refuse(["patch"])
 
 
@@ -253,7 +260,8 @@ def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_
 
 def test_what_training_starts_from(refuse, inputs, captured, tmp_path):
     workdir = copy_of(captured, tmp_path)
-    assert "holds no dictionary" in refuse(["train"], workdir=workdir, train__init_from=tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "holds no dictionary" in refuse(["train"], workdir=workdir, train__init_from=tmp_path / "empty")
     line = refuse(["train"], workdir=workdir, train__resample_every=5, train__freeze="decoder")
     assert "replaces what --train.freeze=decoder keeps" in line
     flags = runs.small_flags(*inputs, workdir, train__kinds="topk", train__epochs=1)

@@ -23,7 +23,7 @@ from saejax.explain.endpoint import Endpoint
 from saejax.explain.judged import judged
 from saejax.explain.local import LocalJudge
 from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
-from saejax.explain.stage import FOUND, ExplainConfig
+from saejax.explain.stage import FOUND, ExplainConfig, check
 from saejax.files import read_json, write_json
 from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.firings import blocks, record
@@ -53,9 +53,8 @@ def run_explain(run: Run) -> ExplainResults:
         tokens is reached.
       Interrupted: asked to stop.
     """
+    check(run.configs)
     config = run.configs[ExplainConfig]
-    if not config.model:
-        raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
     unit = run.inputs[f"train/{run.name}"]
     made = []
     stack = stacks.members(unit)
@@ -91,8 +90,6 @@ def line(found: ExplainedDictionary) -> str:
 
 
 def _judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
-    if config.embedding_model and not config.url:
-        raise UserError("--explain.embedding_model is a model of an endpoint: name that by --explain.url")
     if config.url:
         return Endpoint(config.url, config.model, config.concurrent, config.timeout)
     return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]), config.concurrent)

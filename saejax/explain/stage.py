@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from saejax.config import Config, Configs, setting
+from saejax.errors import UserError
 from saejax.settings import MeshConfig, ModelConfig, unit_names
 from saejax.stage import Stage
 
@@ -72,6 +73,17 @@ def _judge(configs: Configs) -> str:
     return "" if config.url or not config.model else resolve(ModelConfig(path=config.model), decoder=True).fingerprint
 
 
+def check(configs: Configs) -> None:
+    """A ``UserError`` unless a model is named that can judge, and a file of labels that is there."""
+    config = configs[ExplainConfig]
+    if not config.model:
+        raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
+    if config.embedding_model and not config.url:
+        raise UserError("--explain.embedding_model is a model of an endpoint: name that by --explain.url")
+    if config.given not in ("", FOUND) and not Path(config.given).is_file():
+        raise UserError(f"--explain.given={config.given} cannot be read: name a .csv file of labels, or {FOUND}")
+
+
 EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
@@ -84,5 +96,6 @@ EXPLAIN = Stage(
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
     names=lambda configs: configs[ExplainConfig].dictionaries,
     identity=dict(given=_given, judge=_judge),
+    check=check,
     section="saejax.explain.report:sections",
 )

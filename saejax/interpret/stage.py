@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.config import Config, Configs, setting
+from saejax.errors import UserError
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
 from saejax.stage import Stage, folder_name
 from saejax.tasks import identities
@@ -48,6 +49,12 @@ def _labels(configs: Configs) -> str:
 
     path = configs[AtlasConfig].labels
     return file_sha256(Path(path)) if path and Path(path).is_file() else ""  # what is missing is said when it runs
+
+
+def _check(configs: Configs) -> None:
+    path = configs[AtlasConfig].labels
+    if path and not Path(path).is_file():
+        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels, or leave it empty")
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
@@ -94,5 +101,6 @@ ATLAS = Stage(
     needs=_shown,
     names=_names,
     identity=dict(labels=_labels),
+    check=_check,
     section="saejax.interpret.report:links",
 )

@@ -40,6 +40,9 @@ def run_preflight(run: Run) -> PreflightResults:
       CheckFailed: the decoder differs from transformers by more than ``--preflight.tolerance``.
     """
     configs, config = run.configs, run.configs[PreflightConfig]
+    for stage in STAGES.values():
+        if stage.units(configs):
+            stage.check(configs)
     shapes = read_shapes(configs)
     if config.parity:
         _check_parity_is_possible(shapes, config.topology)

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from saejax.config import Configs, identity
+from saejax.errors import UserError
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.stage import Stage
@@ -17,6 +19,12 @@ def _initial(configs: Configs) -> str:
 
     folder = configs[TrainConfig].init_from
     return stacks.identity(folder) if folder else ""
+
+
+def _check(configs: Configs) -> None:
+    folder = configs[TrainConfig].init_from
+    if folder and "://" not in folder and not Path(folder).exists():
+        raise UserError(f"--train.init_from={folder} does not exist: name the folder of a dictionary")
 
 
 def _pretrained(configs: Configs, name: str) -> str:
@@ -55,6 +63,7 @@ TRAIN = Stage(
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
+    check=_check,
     cost="saejax.training.cost:train_cost",
     programs="saejax.training.cost:train_programs",
     # 2: what is found in errors reads beside the decoder's bias

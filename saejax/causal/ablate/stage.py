@@ -1,6 +1,7 @@
 """The stage ``ablate``."""
 
 from saejax.config import Configs
+from saejax.errors import one_of
 from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from saejax.stage import Stage, folder_name, is_folder, train_units
 from saejax.tasks import identities
@@ -14,6 +15,12 @@ def _bases(configs: Configs) -> str:
     others = [name for name in _dictionaries(configs) if is_folder(name)]
     bases = [name for name in configs[AblateConfig].baselines if name not in BASES]
     return fingerprint([stacks.identity(name) for name in (*bases, *others)])
+
+
+def _check(configs: Configs) -> None:
+    for name in configs[AblateConfig].baselines:
+        if not is_folder(name):
+            one_of(name, BASES, "basis (--ablate.baselines), and no folder of a dictionary:")
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
@@ -48,6 +55,7 @@ ABLATE = Stage(
     needs=lambda configs, name: ("baseline", *train_units(*_dictionaries(configs))),
     names=_names,
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
+    check=_check,
     rule="saejax.causal.ablate.grades:rule",
     cost="saejax.causal.ablate.cost:ablate_cost",
     programs="saejax.causal.ablate.cost:ablate_programs",
