@@ -86,12 +86,14 @@ def test_settings_that_name_nothing_or_one_thing_twice(refuse):
     line = refuse(["explain"], explain__dictionaries="topk", explain__model="judge")
     assert "explain/topk reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in line
     for flags, told in (
+        (dict(train__sites="resid_pst.1"), "there is no site 'resid_pst.1'"),
         (dict(train__init_from="/none"), "--train.init_from=/none does not exist"),
         (dict(ablate__baselines="foo"), "unknown basis (--ablate.baselines), and no folder of a dictionary: 'foo'"),
         (dict(interpret__dictionaries="topk", atlas__labels="/none"), "--atlas.labels=/none is no file"),
         (dict(interpret__dictionaries="topk", explain__dictionaries="topk"), "--explain.model is missing"),
     ):
         assert told in refuse(["preflight"], **flags)
+    assert "there is no site 'resid_pst.1'" in refuse(["train"], train__sites="resid_pst.1")
     assert "it patches activations" in refuse(["patch"]) and "--patch.dictionary is set" in refuse(["patch"])
 
 

@@ -22,7 +22,12 @@ def _initial(configs: Configs) -> str:
 
 
 def _check(configs: Configs) -> None:
-    folder = configs[TrainConfig].init_from
+    from saejax.models.sites import parse_site, site_parts
+
+    folder, sites = configs[TrainConfig].init_from, configs[TrainConfig].sites
+    for site in sites if sites != ("all",) else ():
+        for part in site_parts(site):
+            parse_site(part)
     if folder and "://" not in folder and not Path(folder).exists():
         raise UserError(f"--train.init_from={folder} does not exist: name the folder of a dictionary")
 
