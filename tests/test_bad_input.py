@@ -48,6 +48,7 @@ def copy_of(captured, tmp_path):
 
 
 def test_no_such_model_or_folder(refuse, tmp_path):
+    assert "--model.path is empty" in refuse(["preflight"], model="")
     assert "there is no model folder" in refuse(["baseline"], model=tmp_path / "nowhere")
     assert "someone/nothing" in refuse(["preflight"], model="someone/nothing")
 

@@ -14,7 +14,9 @@ from tiny_models import TINY_TEXT
 import saejax
 from saejax import experiments
 from saejax.errors import UserError
+from saejax.library.settings import configured
 from saejax.registry import STAGES
+from saejax.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 SITE = "resid_post.1"
@@ -221,3 +223,32 @@ def test_every_stage_has_a_binary():
 def test_no_module_has_the_name_of_a_function_which_it_would_hide():
     modules = {path.stem for path in Path(saejax.__file__).parent.iterdir()}
     assert not modules & set(saejax.__all__)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (dict(k="x"), "k is 'x': expected a whole number"),
+        (dict(k=2.5), "k is 2.5: expected a whole number"),
+        (dict(k=True), "k is True: expected a whole number"),
+        (dict(batch=None), "batch is None: expected a whole number"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast': expected a number"),
+        (dict(k=()), "k is empty"),
+        (dict(no_such=1), "unknown setting of TrainConfig 'no_such'"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        configured(TrainConfig, "topk", **settings)
+    assert configured(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)
+
+
+def test_one_site_is_a_list_of_one(lm):
+    tokens = lm.tokenize(TEXTS[:2])
+    one, several = (lm(tokens, capture=sites).sites for sites in (SITE, [SITE]))
+    assert list(one) == [SITE] and np.array_equal(one[SITE], several[SITE])
+
+
+def test_an_unknown_format_is_named_with_those_that_there_are(tmp_path):
+    with pytest.raises(UserError, match="unknown format of a dictionary 'foo': expected one of saejax, saelens"):
+        saejax.export(tmp_path, [], "foo")

@@ -73,7 +73,7 @@ class Activations:
 def capture(
     lm: LanguageModel,
     texts: Sequence[str],
-    sites: Sequence[str],
+    sites: Sequence[str] | str,
     *,
     batch_tokens: int = 4096,
     sink_factor: float = 10.0,
@@ -82,7 +82,7 @@ def capture(
 
     Args:
       texts: each at most as long as the model's context.
-      sites: such as ["resid_post.15"].
+      sites: or one, such as "resid_post.15".
       batch_tokens: most tokens of a batch, padding included.
       sink_factor: norms above so many times the median of their site are attention sinks.
 

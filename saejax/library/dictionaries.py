@@ -11,7 +11,7 @@ import numpy as np
 from saejax.activations.store import Store
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.library.activations import Activations, capture
@@ -139,4 +139,5 @@ def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], 
     elif isinstance(dictionaries, Dictionary):
         save_dictionary(folder, dictionaries, format)
     else:
+        one_of(format, ("saejax", "saelens"), "format of a dictionary")
         raise UserError(f"the format {format} has one dictionary in a folder: export them one by one")

@@ -1,13 +1,17 @@
 """Settings as a function's keywords."""
 
 import dataclasses
+import os
 import typing
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from saejax.config import Config
-from saejax.errors import one_of
+from saejax.errors import UserError, one_of
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+_TAKES: dict[Any, Any] = {bool: bool, int: Integral, float: Real, str: str | os.PathLike}
+_WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
@@ -19,7 +23,7 @@ def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
       **settings: the values, by name.
 
     Raises:
-      UserError: a setting is unknown or out of range.
+      UserError: a setting is unknown, of another type, or out of range.
     """
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -32,5 +36,9 @@ def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
         one_of(name, hints, f"setting of {cls.__name__}")
         takes_list = typing.get_origin(hints[name]) is tuple
         listed = value if isinstance(value, tuple | list) else (value,)
+        kind = typing.get_args(hints[name])[0] if takes_list else hints[name]
+        for item in listed if takes_list else (value,):
+            if kind in _TAKES and (not isinstance(item, _TAKES[kind]) or isinstance(item, bool) != (kind is bool)):
+                raise UserError(f"{name} is {item!r}: expected {_WORDS[kind]}")
         values[name] = tuple(listed) if takes_list else value
     return cls(**values)

@@ -66,21 +66,22 @@ class LanguageModel(LoadedModel):
     def __call__(
         self,
         tokens: Tokens,
-        capture: Sequence[str | Site] = (),
+        capture: Sequence[str | Site] | str | Site = (),
         edits: Sequence[Edit] = (),
         logits: bool = True,
     ) -> Output:
         """Runs the model. Compiled once for each combination of sites, kinds of edits and shapes.
 
         Args:
-          capture: sites whose values are given back, such as "resid_post.15".
+          capture: sites whose values are given back, or one, such as "resid_post.15".
           edits: changes, made in the order given where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
 
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
-        sites = tuple(s if isinstance(s, Site) else Site.parse(s) for s in capture)
+        named = [capture] if isinstance(capture, str | Site) else capture
+        sites = tuple(s if isinstance(s, Site) else Site.parse(s) for s in named)
         for site in (*sites, *(edit.site for edit in edits)):
             site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)

@@ -87,6 +87,8 @@ def find_config(config: ModelConfig) -> Path:
 
 def _local(path: str) -> Path | None:
     """The folder of a model that is on this machine, made from a GGUF file if need be; None if only the hub has it."""
+    if not path:
+        raise UserError("--model.path is empty: name a model, such as smollm2, a folder or a hub id")
     local = Path(path).expanduser()
     if path == SMOLLM2:
         folder = dequantised(_smollm2_file())
