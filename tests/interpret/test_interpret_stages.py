@@ -64,7 +64,7 @@ def test_what_was_found_goes_to_neuronpedia(workdir, capsys):
     assert len(list((folder / "export" / "neuronpedia-topk" / "features" / "res-topk-k8").iterdir())) == live
     flags = [flag for flag in flags if not flag.startswith("--interpret.dictionaries")]
     assert command.run(["export"], "", ["test", *flags]) == 2
-    assert "unknown dictionary for export (--interpret.dictionaries) 'topk'" in capsys.readouterr().err
+    assert "reads interpret/topk, which no flag asks for: add --interpret.dictionaries=topk" in capsys.readouterr().err
 
 
 def test_labels_of_ones_own_win_and_only_the_pages_are_written_anew(workdir, tmp_path, capsys):
