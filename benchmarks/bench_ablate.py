@@ -58,7 +58,7 @@ class PlainLoop:
         x_BxTxD = self._run(lambda x_BxTxD: None)[1]
         real_BxT = self._tokens["attention_mask"].bool().numpy()
         f_BxTxF = np.array(dictionary.encode(x_BxTxD.numpy()))
-        f_BxTxF[~(real_BxT & np.asarray(dictionary.in_domain(x_BxTxD.numpy())))] = 0
+        f_BxTxF[~(real_BxT & np.asarray(dictionary.is_not_sink(x_BxTxD.numpy())))] = 0
         self._f_BxTxF, self._W_dec_FxD = torch.from_numpy(f_BxTxF), torch.from_numpy(np.array(dictionary.W_dec_FxD))
         self.clean_B = self._run(lambda x_BxTxD: None)[0]
 

@@ -238,7 +238,7 @@ def run_head(
     """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
-    domain_BxT = real_BxT & dictionary.in_domain(read_BxTxD)
+    domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)

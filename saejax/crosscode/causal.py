@@ -26,7 +26,7 @@ from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares
 from saejax.crosscode.stage import CrosscodeConfig
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.joined import in_domain, join, unjoin
+from saejax.dictionaries.joined import is_not_sink, join, unjoin
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.evaluation.parts import Parts, clean_values
@@ -125,7 +125,7 @@ def _read(dictionary: Dictionary, models: Sequence[Parts], prompts: Sequence[Pro
         tokens.check(each.lm.config.vocab, each.lm.config.context)
     ids_BxT, lengths_B = jnp.asarray(tokens.ids_BxT), jnp.asarray(tokens.lengths_B)
     x_BxTxD = join(dictionary.config, clean_values(models, ids_BxT, lengths_B))
-    counts_BxT = in_domain(dictionary.config, x_BxTxD) & (jnp.arange(ids_BxT.shape[1])[None] < lengths_B[:, None])
+    counts_BxT = is_not_sink(dictionary.config, x_BxTxD) & (jnp.arange(ids_BxT.shape[1])[None] < lengths_B[:, None])
     f_BxTxF = jnp.where(counts_BxT[..., None], dictionary.encode(x_BxTxD), 0.0)
     return _Read(ids_BxT, lengths_B, jnp.asarray(first_answer_ids(lm.tokenizer, prompts)), f_BxTxF)
 

@@ -25,7 +25,7 @@ def auxk(
     W_dec_FxD: jax.Array,
     error_BxD: jax.Array,
     k: int,
-    operands: str = "float32",
+    matmul_dtype: str = "float32",
     metric_DxD: jax.Array | None = None,
     most_dead: jax.Array | int | None = None,
     all_columns: bool = False,
@@ -41,7 +41,7 @@ def auxk(
       dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
       error_BxD: y - y_hat.
       k: how many dead features act on each token, at least 1.
-      operands: dtype of the operands of the product.
+      matmul_dtype: dtype of the operands of the product.
       metric_DxD: as for ``squared_error``.
       most_dead: the largest number of dead features of members that are computed at the same time, by which it is
         chosen what is computed: their own numbers cannot choose there. None: that of ``dead_F``.
@@ -49,7 +49,7 @@ def auxk(
     """
     most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
     constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, most
-    return _auxk(pre_BxF, W_dec_FxD, constants, k, operands, all_columns)
+    return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
 
 
 def room_for_few(features: int, k: int) -> int:
@@ -64,11 +64,11 @@ def room_for_few(features: int, k: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _auxk(pre_BxF, W_dec_FxD, constants, k, operands, all_columns):
-    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, all_columns)[0]
+def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)[0]
 
 
-def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, all_columns):
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
     """Both in one branch: automatic differentiation would hand everything it keeps from one branch to another."""
     dead_F, error_BxD, metric_DxD, most = constants
 
@@ -76,7 +76,7 @@ def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, operands, all_columns)
         """Of columns of which all but dead ones are 0."""
         f_BxC = sparsity.topk(pre_BxC, k)
         share = jnp.minimum(jnp.sum(dead_F).astype(pre_BxC.dtype) / k, 1.0)
-        return share * squared_error(error_BxD, matmul(f_BxC, W_dec_CxD, operands), metric_DxD, operands)
+        return share * squared_error(error_BxD, matmul(f_BxC, W_dec_CxD, matmul_dtype), metric_DxD, matmul_dtype)
 
     explained = jax.value_and_grad(explain, argnums=(0, 1))
 
@@ -117,5 +117,8 @@ def _few_columns(
 
 _auxk.defvjp(
     _auxk_and_gradients,
-    lambda k, operands, all_columns, gradients, cotangent: (*(cotangent * gradient for gradient in gradients), None),
+    lambda k, matmul_dtype, all_columns, gradients, cotangent: (
+        *(cotangent * gradient for gradient in gradients),
+        None,
+    ),
 )

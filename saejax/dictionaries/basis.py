@@ -37,5 +37,5 @@ class Basis(abc.ABC):
         """Where activations count as active; bool, of their shape."""
 
     @abc.abstractmethod
-    def in_domain(self, x_xD: jax.Array) -> jax.Array:
+    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
         """The positions at which the basis means something; bool, the shape of ``x`` without its last axis."""

@@ -31,12 +31,12 @@ class LayerEncoder:
 
     Attributes:
       config: of all layers.
-      operands: of products; see ``matmul``.
+      matmul_dtype: of products; see ``matmul``.
       arrays: the layer's, with the lengths of its features' joined decoders, [F, 1], as "W_dec_FxD".
     """
 
     config: DictionaryConfig
-    operands: str
+    matmul_dtype: str
     arrays: Arrays
 
 
@@ -45,7 +45,7 @@ def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(list(map(row_lengths, decoders)))
 
 
-def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, operands: str = "float32") -> jax.Array:
+def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32") -> jax.Array:
     """What the features of all layers write to each layer, [L, B, D].
 
     On a mesh with a ``model`` axis every device adds up what its own features write to all layers, and the sums meet
@@ -55,7 +55,7 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, opera
       f_LxBxF: activations.
       decoders: of every layer, [F, (L - l) D].
       mesh: features are split over ``model``, tokens over ``data``.
-      operands: dtype of the operands of the products; see ``matmul``.
+      matmul_dtype: dtype of the operands of the products; see ``matmul``.
     """
     layers, width = len(decoders), decoders[-1].shape[1]
     split = [name for name in ("data", "model") if mesh.shape[name] > 1]
@@ -63,9 +63,9 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, opera
     def own(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
         if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
             decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
-        sum_BxX = matmul(f_LxBxF[0], decoders[0], operands)  # the first layer writes to all
+        sum_BxX = matmul(f_LxBxF[0], decoders[0], matmul_dtype)  # the first layer writes to all
         for layer, decoder in enumerate(decoders[1:], start=1):
-            sum_BxX = sum_BxX.at[:, layer * width :].add(matmul(f_LxBxF[layer], decoder, operands))
+            sum_BxX = sum_BxX.at[:, layer * width :].add(matmul(f_LxBxF[layer], decoder, matmul_dtype))
         sum_BxX = lax.psum(sum_BxX, "model") if "model" in split else sum_BxX
         return jnp.moveaxis(sum_BxX.reshape(-1, layers, width), 1, 0)
 

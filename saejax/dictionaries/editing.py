@@ -145,7 +145,7 @@ class Editing(Basis):
         """
         features_K = self._indices(features)
         f_BxTxK = self.encode(jnp.asarray(x_BxTxD))[..., features_K]
-        domain_BxT = np.asarray(mask_BxT) & np.asarray(self.in_domain(jnp.asarray(x_BxTxD)))
+        domain_BxT = np.asarray(mask_BxT) & np.asarray(self.is_not_sink(jnp.asarray(x_BxTxD)))
         fires_BxTxK = np.asarray(self.fires(f_BxTxK)) & domain_BxT[..., None]
         f_BxTxK = np.array(f_BxTxK)
         for k, feature in enumerate(features_K.tolist()):

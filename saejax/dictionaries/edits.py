@@ -49,7 +49,7 @@ class FeatureEdit:
         f_BxTxF = dictionary.encode(x_BxTxD)
         f_BxTxK = f_BxTxF[..., self.features_K]
         offset_xK, known_BxT = self.offset.at(run)
-        where_BxT = self.positions.at(run) & known_BxT & dictionary.in_domain(x_BxTxD)
+        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD)
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)

@@ -22,7 +22,7 @@ Parts: TypeAlias = tuple[tuple[int, int, int], ...]  # of each group that there 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def group_products(
-    a_BxK: jax.Array, b_KxN: jax.Array, stops: tuple[int, ...], operands: str = "float32"
+    a_BxK: jax.Array, b_KxN: jax.Array, stops: tuple[int, ...], matmul_dtype: str = "float32"
 ) -> list[jax.Array]:
     """Of each group of columns of ``a`` and rows of ``b`` their product, as ``matmul``.
 
@@ -35,15 +35,15 @@ def group_products(
     Args:
       a_BxK, b_KxN: matrices.
       stops: the end of each group, ascending; the last is K.
-      operands: as for ``matmul``.
+      matmul_dtype: as for ``matmul``.
     """
     mesh = _split_mesh()
     if mesh is None:
-        return _products(a_BxK, b_KxN, _parts(stops, 0, stops[-1]), len(stops), operands)
+        return _products(a_BxK, b_KxN, _parts(stops, 0, stops[-1]), len(stops), matmul_dtype)
 
     def local(a_BxK: jax.Array, b_KxN: jax.Array) -> jax.Array:
         def branch(parts: Parts) -> Callable[..., jax.Array]:
-            return lambda a_BxK, b_KxN: jnp.stack(_products(a_BxK, b_KxN, parts, len(stops), operands))
+            return lambda a_BxK, b_KxN: jnp.stack(_products(a_BxK, b_KxN, parts, len(stops), matmul_dtype))
 
         return lax.psum(_own_branch(mesh, stops, branch, a_BxK, b_KxN), "model")
 
@@ -52,18 +52,18 @@ def group_products(
     return list(found_SxBxN)
 
 
-def _forward(a_BxK, b_KxN, stops, operands):
-    return group_products(a_BxK, b_KxN, stops, operands), (a_BxK, b_KxN)
+def _forward(a_BxK, b_KxN, stops, matmul_dtype):
+    return group_products(a_BxK, b_KxN, stops, matmul_dtype), (a_BxK, b_KxN)
 
 
-def _backward(stops, operands, saved, cotangents):
+def _backward(stops, matmul_dtype, saved, cotangents):
     mesh, (a_BxK, b_KxN) = _split_mesh(), saved
     if mesh is None:
-        return _gradients(a_BxK, b_KxN, cotangents, _parts(stops, 0, stops[-1]), operands)
+        return _gradients(a_BxK, b_KxN, cotangents, _parts(stops, 0, stops[-1]), matmul_dtype)
 
     def local(a_BxK: jax.Array, b_KxN: jax.Array, *cotangents: jax.Array) -> tuple[jax.Array, jax.Array]:
         def branch(parts: Parts) -> Callable[..., tuple[jax.Array, jax.Array]]:
-            return lambda a_BxK, b_KxN, *cotangents: _gradients(a_BxK, b_KxN, cotangents, parts, operands)
+            return lambda a_BxK, b_KxN, *cotangents: _gradients(a_BxK, b_KxN, cotangents, parts, matmul_dtype)
 
         to_a, to_b = _own_branch(mesh, stops, branch, a_BxK, b_KxN, *cotangents)
         return to_a, lax.psum(to_b, "data")
@@ -76,20 +76,20 @@ def _backward(stops, operands, saved, cotangents):
 group_products.defvjp(_forward, _backward)
 
 
-def _products(a_BxK: jax.Array, b_KxN: jax.Array, parts: Parts, groups: int, operands: str) -> list[jax.Array]:
+def _products(a_BxK: jax.Array, b_KxN: jax.Array, parts: Parts, groups: int, matmul_dtype: str) -> list[jax.Array]:
     """Of each group; zeros where there is none of it."""
-    found = {group: product(a_BxK[:, start:end], b_KxN[start:end], operands) for group, start, end in parts}
+    found = {group: product(a_BxK[:, start:end], b_KxN[start:end], matmul_dtype) for group, start, end in parts}
     none = jnp.zeros_like(next(iter(found.values()))) if len(found) < groups else None
     return [found.get(group, none) for group in range(groups)]
 
 
 def _gradients(
-    a_BxK: jax.Array, b_KxN: jax.Array, cotangents: Sequence[jax.Array], parts: Parts, operands: str
+    a_BxK: jax.Array, b_KxN: jax.Array, cotangents: Sequence[jax.Array], parts: Parts, matmul_dtype: str
 ) -> tuple[jax.Array, jax.Array]:
     """Of ``_products``, with respect to both matrices."""
-    b_NxK = transposed(b_KxN, operands)
-    to_a = [product(cotangents[group], b_NxK[:, start:end], operands) for group, start, end in parts]
-    to_b = [over_rows(a_BxK[:, start:end], cotangents[group], operands) for group, start, end in parts]
+    b_NxK = transposed(b_KxN, matmul_dtype)
+    to_a = [product(cotangents[group], b_NxK[:, start:end], matmul_dtype) for group, start, end in parts]
+    to_b = [over_rows(a_BxK[:, start:end], cotangents[group], matmul_dtype) for group, start, end in parts]
     return jnp.concatenate(to_a, axis=1), jnp.concatenate(to_b)
 
 

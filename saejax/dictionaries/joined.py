@@ -75,7 +75,7 @@ def unjoin(config: DictionaryConfig, x_xD: Any) -> dict[str, Any]:
     return {name: part_xD / scale for name, part_xD, scale in parts}
 
 
-def in_domain(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
+def is_not_sink(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
     """Where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
     limits = [most * scale for most, scale in zip(config.max_norms, config.scales, strict=True)]
     norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]

@@ -12,21 +12,21 @@ from saejax.dictionaries.matmul import matmul
 
 
 def squared_error(
-    y_BxD: jax.Array, y_hat_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32"
+    y_BxD: jax.Array, y_hat_BxD: jax.Array, metric_DxD: jax.Array | None = None, matmul_dtype: str = "float32"
 ) -> jax.Array:
     """Sum over the width of the squared error, mean over tokens (the convention of SAELens).
 
     Args:
       metric_DxD: what errors are multiplied with first, such as ``whitening``.
-      operands: dtype of the operands of that product.
+      matmul_dtype: dtype of the operands of that product.
     """
-    return squared_size(y_BxD - y_hat_BxD, metric_DxD, operands)
+    return squared_size(y_BxD - y_hat_BxD, metric_DxD, matmul_dtype)
 
 
-def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, operands: str = "float32") -> jax.Array:
-    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``operands`` are as there."""
+def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, matmul_dtype: str = "float32") -> jax.Array:
+    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``matmul_dtype`` are as there."""
     if metric_DxD is not None:
-        error_BxD = matmul(error_BxD, metric_DxD, operands)
+        error_BxD = matmul(error_BxD, metric_DxD, matmul_dtype)
     return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
 
 

@@ -44,20 +44,20 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
 class Dictionary(Editing, nnx.Module):
     """A sparse autoencoder of one site, or a transcoder from one site to another; a pytree of its arrays.
 
-    What is static of it, ``config`` and ``operands``, is part of its tree's structure: programs take dictionaries as
-    they are, and those that differ in their arrays alone share what is compiled.
+    ``config`` and ``matmul_dtype`` are static, part of the tree's structure: programs take dictionaries as arguments,
+    and dictionaries that differ only in their arrays share a compiled program.
 
     Edits of its features during a forward pass are made by the methods of ``Editing``: ``lm(tokens,
     edits=[sae.ablate([101, 2048])])``.
 
     Args:
-      operands: dtype of the operands of matrix products (sums are in the arrays' dtype).
+      matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
       arrays: those of ``parameter_table``.
     """
 
-    def __init__(self, config: DictionaryConfig, operands: str = "float32", **arrays: jax.Array):
+    def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
-        self.operands = nnx.static(operands)
+        self.matmul_dtype = nnx.static(matmul_dtype)
         for name, (shape, _) in parameter_table(config).items():
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
@@ -65,7 +65,7 @@ class Dictionary(Editing, nnx.Module):
 
     @classmethod
     def initial(
-        cls, config: DictionaryConfig, key: jax.Array, operands: str = "float32", dtype: str = "float32"
+        cls, config: DictionaryConfig, key: jax.Array, matmul_dtype: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
         """A dictionary of unit directions drawn by ``key``; the encoder is the decoder's transpose, all else is 0."""
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
@@ -76,7 +76,7 @@ class Dictionary(Editing, nnx.Module):
             # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
             length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None]
             first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
-        return cls(config, operands, **arrays | first)
+        return cls(config, matmul_dtype, **arrays | first)
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
@@ -87,8 +87,8 @@ class Dictionary(Editing, nnx.Module):
         """What the encoder gives before its bias, ``[..., F]``."""
         x_xD = x_xD.astype(self.b_dec_D.dtype)
         if self.config.centred:
-            return centred_matmul(x_xD, self.b_dec_D[...], self.W_enc_DxF[...], self.operands)
-        return matmul(x_xD, self.W_enc_DxF[...], self.operands)
+            return centred_matmul(x_xD, self.b_dec_D[...], self.W_enc_DxF[...], self.matmul_dtype)
+        return matmul(x_xD, self.W_enc_DxF[...], self.matmul_dtype)
 
     @property
     def kind(self) -> kinds.Kind:
@@ -118,7 +118,7 @@ class Dictionary(Editing, nnx.Module):
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs.
         """
-        return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.operands), x_xD)
+        return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.matmul_dtype), x_xD)
 
     def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """What is left of targets for features to explain: y less what ``decode`` adds whatever they are."""
@@ -131,7 +131,7 @@ class Dictionary(Editing, nnx.Module):
             return y_xD
         if x_xD is None:
             raise ValueError("a skip transcoder decodes with its input: give x_xD")
-        return y_xD + matmul(x_xD.astype(y_xD.dtype), self.W_skip_DxD[...], self.operands)
+        return y_xD + matmul(x_xD.astype(y_xD.dtype), self.W_skip_DxD[...], self.matmul_dtype)
 
     def __call__(self, x_xD: jax.Array) -> jax.Array:
         """Encodes and decodes."""
@@ -141,8 +141,8 @@ class Dictionary(Editing, nnx.Module):
         """Where features fire: above 0 in most kinds."""
         return self.kind.fires(f_xF, self.numbers)
 
-    def in_domain(self, x_xD: jax.Array) -> jax.Array:
+    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
         """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
         if self.config.widths:
-            return joined.in_domain(self.config, x_xD)
+            return joined.is_not_sink(self.config, x_xD)
         return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1) <= self.config.max_norm

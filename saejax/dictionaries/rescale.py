@@ -19,7 +19,7 @@ from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 
 
-def raw(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
+def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
     """Arrays for raw values of those for scaled ones: activations and outputs become 1 / ``outputs`` times as large.
 
     Args:
@@ -73,7 +73,7 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     """
     arrays = _host(dictionary)
     length_F = decoder_lengths(arrays["W_dec_FxD"], dictionary.config.widths)
-    if dictionary.kind.compares:
+    if dictionary.kind.depends_on_decoder_norms:
         mean = float(length_F.mean())
         if np.abs(length_F - mean).max() > 1e-5 * mean:
             raise UserError(
@@ -112,4 +112,4 @@ def _made(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -
     config = dataclasses.replace(dictionary.config, **changes)
     dtype = dictionary.b_dec_D.dtype
     placed: dict[str, jax.Array] = {name: jnp.asarray(array.astype(dtype)) for name, array in arrays.items()}
-    return Dictionary(config, dictionary.operands, **placed)
+    return Dictionary(config, dictionary.matmul_dtype, **placed)

@@ -30,12 +30,12 @@ _WINS_FROM = dict(float32=24, bfloat16=64)  # features per active one, by the op
 _GATHERED = 16  # tokens whose decoder rows are gathered at once: they fit into a core's cache
 
 
-def chosen_form(asked: str, mesh: Mesh, operands: str, n_features: int, k: int) -> str:
+def chosen_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
     """The form of a training step's products: "dense", "rows" or "kernels".
 
     Args:
       asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
-      operands: of the dense products; see ``matmul``.
+      matmul_dtype: of the dense products; see ``matmul``.
       n_features, k: F, and how many are active at most.
 
     Raises:
@@ -43,7 +43,7 @@ def chosen_form(asked: str, mesh: Mesh, operands: str, n_features: int, k: int) 
     """
     platform = mesh.devices.flat[0].platform
     if asked == "auto":
-        wins = platform == "cpu" and mesh.size == 1 and n_features >= _WINS_FROM[operands] * k
+        wins = platform == "cpu" and mesh.size == 1 and n_features >= _WINS_FROM[matmul_dtype] * k
         return "rows" if wins else "dense"
     if asked != "dense" and (mesh.size > 1 or platform not in dict(rows=("cpu",), kernels=("cpu", "gpu"))[asked]):
         only = dict(rows="one CPU device", kernels="one GPU (or, to check them slowly, one CPU device)")[asked]
@@ -79,13 +79,13 @@ class Products(NamedTuple):
 
     Attributes:
       most: the largest k there can be, at most F.
-      operands: of the encoder's product; see ``matmul``. With the form "kernels" those of all products, with "rows" the
-        others are in the arrays' dtype.
+      matmul_dtype: of the encoder's product; see ``matmul``. With the form "kernels" that of all products, with "rows"
+        the others are in the arrays' dtype.
       form: "rows" or "kernels".
     """
 
     most: int
-    operands: str = "float32"
+    matmul_dtype: str = "float32"
     form: str = "rows"
 
 
@@ -115,7 +115,7 @@ def explain(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how):
     centred_BxD = x_BxD - encoder.centre_D[None]
-    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, how.operands) + encoder.b_enc_F[None]
+    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, how.matmul_dtype) + encoder.b_enc_F[None]
     value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], how.most)
     code = SparseCode(value_BxK, feature_BxK, ByFeature.of(feature_BxK, pre_BxF.shape[1]))
     return Explained(code, pre_BxF, remainder(code, W_dec_FxD, y_BxD, how))
@@ -138,7 +138,7 @@ def _backward(how, saved, to):
         return remainder(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), how), to_W_enc_FxD.T, code.sums(to_value_BxK)
 
     def both() -> tuple[jax.Array, ...]:
-        pulled = jax.vjp(lambda x, W: matmul(x, W, how.operands), x_BxD, W_enc_DxF)[1](to.pre_BxF)
+        pulled = jax.vjp(lambda x, W: matmul(x, W, how.matmul_dtype), x_BxD, W_enc_DxF)[1](to.pre_BxF)
         return jax.tree.map(jnp.add, sparse(), (*pulled, to.pre_BxF.sum(axis=0)))
 
     to_x_BxD, to_W_DxF, to_b_F = lax.cond(dense_gradient, both, sparse)
@@ -177,4 +177,4 @@ def feature_sums(
 
 
 def _rounded(values: jax.Array, how: Products) -> jax.Array:
-    return values.astype(jnp.bfloat16) if how.operands == "bfloat16" else values
+    return values.astype(jnp.bfloat16) if how.matmul_dtype == "bfloat16" else values

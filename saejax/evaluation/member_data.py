@@ -45,7 +45,7 @@ class MemberData:
           ValueError: they differ in kind or shape.
         """
         shared = [compiled_in(dictionary.config) for dictionary in dictionaries]
-        if len({*shared}) > 1 or len({dictionary.operands for dictionary in dictionaries}) > 1:
+        if len({*shared}) > 1 or len({dictionary.matmul_dtype for dictionary in dictionaries}) > 1:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, shared))}")
         largest: dict[str, Any] = {
             name: max(each.numbers[name] for each in dictionaries) for name in dictionaries[0].numbers
@@ -56,7 +56,7 @@ class MemberData:
             cls(
                 Dictionary(
                     common,
-                    each.operands,
+                    each.matmul_dtype,
                     **{name: jax.device_put(array, places[name]) for name, array in each.arrays.items()},
                 ),
                 {name: jax.device_put(_number(value), sharding(mesh)) for name, value in each.numbers.items()},
@@ -65,13 +65,13 @@ class MemberData:
         ]
 
     @classmethod
-    def abstract(cls, config: DictionaryConfig, operands: str, dtype: str, mesh: Mesh) -> Self:
-        """The shapes and shardings of a member with this config; ``operands`` and ``dtype`` as for ``Dictionary``."""
+    def abstract(cls, config: DictionaryConfig, matmul_dtype: str, dtype: str, mesh: Mesh) -> Self:
+        """The shapes and shardings of a member with this config; ``matmul_dtype``, ``dtype`` as for ``Dictionary``."""
         arrays = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
             for name, (shape, axes) in parameter_table(config).items()
         }
-        dictionary = Dictionary(config, operands, **arrays)
+        dictionary = Dictionary(config, matmul_dtype, **arrays)
         numbers = {
             name: jax.ShapeDtypeStruct((), _number(value).dtype, sharding=sharding(mesh))
             for name, value in dictionary.numbers.items()

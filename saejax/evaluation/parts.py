@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.joined import in_domain, join, split, unjoin
+from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
 from saejax.models.edits import Positions, Values
@@ -88,7 +88,7 @@ def part_losses(
     for ids_BxT, lengths_B, predicted in document_batches(models[0].lm, documents, batch_tokens):
         clean = clean_values(models, ids_BxT, lengths_B)
         x_BxTxD = join(config, clean)
-        inside_BxTx1 = in_domain(config, x_BxTxD)[..., None]
+        inside_BxTx1 = is_not_sink(config, x_BxTxD)[..., None]
         stand_ins = [jnp.broadcast_to(mean_D.astype(np.float32), x_BxTxD.shape), jnp.zeros_like(x_BxTxD)]
         stand_ins += [dictionary(x_BxTxD) for dictionary in dictionaries]
         new = [unjoin(config, jnp.where(inside_BxTx1, each_BxTxD, x_BxTxD)) for each_BxTxD in stand_ins]

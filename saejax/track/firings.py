@@ -86,5 +86,5 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
 def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:
     """Activations of a text where features fire, else 0, [T, F]."""
     dictionary = jax.device_put(dictionary, sharding(lm.mesh))
-    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.in_domain(x_1xTxD))
+    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)

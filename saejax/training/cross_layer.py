@@ -182,7 +182,7 @@ class CrossLayerTrainer(Trainer):
         """A layer's arrays for raw activations, rows of the joined decoders of length 1, and what it is: a JumpReLU."""
         kind, own = kinds.by_name(self.dictionary.kind), of_layer(state, layer)
         arrays, scales = kind.finish(own.params, own.kept_M), self.scales
-        arrays = rescale.raw(kind, arrays, scales[layer].input, scales[layer].output)
+        arrays = rescale.fold_input_scaling(kind, arrays, scales[layer].input, scales[layer].output)
         # Each layer's outputs have their own scale, and activations that of the layer that they come from.
         factors = [scales[layer].output / scale.output for scale in scales[layer:]]
         factor_X = np.repeat(np.array(factors, self.config.state_dtype), self.dictionary.d_in)

@@ -97,7 +97,7 @@ def _scaled(trainer: Trainer, index: int, dictionary: Dictionary) -> dict[str, n
     dictionary = rescale.centred(dictionary, trainer.dictionary.centred)
     arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
     scale, kind = trainer.scales[index], dictionary.kind
-    return kind.resume(rescale.raw(kind, arrays, 1 / scale.input, 1 / scale.output))
+    return kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
 
 
 def _lengths(trainer: Trainer, dictionary: Dictionary) -> Dictionary:

@@ -152,4 +152,4 @@ def finished(
         scales=scale.scales,
         max_norms=scale.max_norms,
     )
-    return Dictionary(described, config.matmul, **rescale.raw(kind, arrays, scale.input, scale.output))
+    return Dictionary(described, config.matmul, **rescale.fold_input_scaling(kind, arrays, scale.input, scale.output))

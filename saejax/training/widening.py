@@ -77,7 +77,7 @@ def widened(
     for name, values in new.items():
         arrays[name] = _with(arrays[name], wide, places, values, axis=1 if name == "W_enc_DxF" else 0)
     config = dataclasses.replace(dictionary.config, n_features=wide, groups=())
-    return Dictionary(config, dictionary.operands, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    return Dictionary(config, dictionary.matmul_dtype, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _with(array: np.ndarray, wide: int, places: np.ndarray, values: np.ndarray, axis: int) -> np.ndarray:

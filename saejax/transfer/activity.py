@@ -85,5 +85,5 @@ def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Acti
 
 @jax.jit
 def encode_tokens(dictionary: Dictionary, x_BxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    f_BxF, real_B = dictionary.encode(x_BxD), dictionary.in_domain(x_BxD)
+    f_BxF, real_B = dictionary.encode(x_BxD), dictionary.is_not_sink(x_BxD)
     return jnp.where(dictionary.fires(f_BxF) & real_B[:, None], f_BxF, 0.0), real_B

@@ -150,4 +150,4 @@ def rotated(dictionary: Dictionary, seed: Sequence[int]) -> Dictionary:
     turn_DxD = (q_DxD * np.sign(np.diag(r_DxD))[None]).astype(np.float32)  # uniform over rotations
     arrays = about.arrays
     turned = dict(W_enc_DxF=turn_DxD @ arrays["W_enc_DxF"], W_dec_FxD=arrays["W_dec_FxD"] @ turn_DxD.T)
-    return Dictionary(about.config, about.operands, **arrays | turned)
+    return Dictionary(about.config, about.matmul_dtype, **arrays | turned)

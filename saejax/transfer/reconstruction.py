@@ -69,7 +69,9 @@ def between(dictionary: Dictionary, into: AffineMap, back: AffineMap, there: Dic
     config = dataclasses.replace(
         own.config, d_in=len(back.shift_K), site=there.config.site, target="", max_norm=there.config.max_norm
     )
-    return Dictionary(config, own.operands, **{name: jnp.asarray(array, jnp.float32) for name, array in moved.items()})
+    return Dictionary(
+        config, own.matmul_dtype, **{name: jnp.asarray(array, jnp.float32) for name, array in moved.items()}
+    )
 
 
 def at_home(place: DictionaryOnText, mesh: Mesh, batch: int, losses: Losses | None) -> Rebuilt:
@@ -110,7 +112,7 @@ def onto(
 def moved_to(dictionary: Dictionary, there: Dictionary) -> Dictionary:
     """A dictionary as it is at the site of another, whose rule of sinks it takes over."""
     config = dataclasses.replace(dictionary.config, site=there.config.site, target="", max_norm=there.config.max_norm)
-    return Dictionary(config, dictionary.operands, **dictionary.arrays)
+    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
 def _scores(

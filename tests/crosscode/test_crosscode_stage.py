@@ -186,14 +186,14 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     assert sae.config.site == LAYERS
     with pytest.raises(UserError, match="crosscoder"):
         sae.ablate([1])
-    from saejax.dictionaries.joined import in_domain, join, unjoin
+    from saejax.dictionaries.joined import is_not_sink, join, unjoin
 
     values = {name: np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32) for name in LAYERS.split("+")}
     x = join(sae.config, values)
     for name, value in unjoin(sae.config, x).items():
         np.testing.assert_allclose(value, values[name], rtol=1e-5)
     values[LAYERS.split("+")[1]][1, 2] *= 1e6
-    assert np.asarray(in_domain(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
+    assert np.asarray(is_not_sink(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
     with pytest.raises(UserError, match="needs the values at resid_post.1"):
         join(sae.config, {"resid_post.0": values["resid_post.0"]})
     with pytest.raises(UserError, match="wide"):

@@ -163,8 +163,8 @@ def test_the_largest_of_each_row(choose):
 
 
 def test_the_form_that_is_taken(one_device):
-    def form(asked, mesh, operands="float32", k=32):
-        return sparse_products.chosen_form(asked, mesh, operands, 4608, k)
+    def form(asked, mesh, matmul_dtype="float32", k=32):
+        return sparse_products.chosen_form(asked, mesh, matmul_dtype, 4608, k)
 
     eight = make_mesh()
     assert form("auto", one_device, k=128) == "rows"

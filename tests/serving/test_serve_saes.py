@@ -57,7 +57,7 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
     ids_P = prompt_ids(lm, PROMPT)
     tokens = Tokens(ids_P[None], np.array([len(ids_P)], np.int32))
     read = lm(tokens, capture=SITES).sites
-    inside_P = np.all([np.asarray(sae.in_domain(read[site]))[0] for sae, site in zip(saes, SITES)], axis=0)
+    inside_P = np.all([np.asarray(sae.is_not_sink(read[site]))[0] for sae, site in zip(saes, SITES)], axis=0)
     at = int(np.flatnonzero(inside_P[:-1])[-1])
     features = [np.flatnonzero(np.asarray(sae.encode(read[site]))[0, at]).tolist() for sae, site in zip(saes, SITES)]
     changes = [

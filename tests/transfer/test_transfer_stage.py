@@ -79,7 +79,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         k: np.asarray(v)[..., order] if k in ("W_enc_DxF", "b_enc_F") else np.asarray(v) for k, v in own.arrays.items()
     }
     arrays["W_dec_FxD"] = np.asarray(own.W_dec_FxD[...])[order]
-    copy = Dictionary(own.config, own.operands, **{k: jnp.asarray(v) for k, v in arrays.items()})
+    copy = Dictionary(own.config, own.matmul_dtype, **{k: jnp.asarray(v) for k, v in arrays.items()})
     save_dictionary(tmp_path / "copy", copy)
     flags = [
         *flags,
@@ -156,7 +156,7 @@ def test_bad_input(workdir, tmp_path, capsys):
     short.write_text("One text.\n\nAnother one.\n\nA third.")
     broken = load_dictionary(folder / "train" / first)
     arrays = broken.arrays | dict(W_dec_FxD=broken.W_dec_FxD[...].at[3].set(jnp.nan))
-    save_dictionary(tmp_path / "nan", Dictionary(broken.config, broken.operands, **arrays))
+    save_dictionary(tmp_path / "nan", Dictionary(broken.config, broken.matmul_dtype, **arrays))
     narrow = dataclasses.replace(broken.config, d_in=8, fingerprint="")
     save_dictionary(tmp_path / "narrow", Dictionary.initial(narrow, jax.random.key(0)))
     copies = ",".join(str(folder / "train" / one.name) for one in load_results(folder / "transfer").dictionaries[:2])

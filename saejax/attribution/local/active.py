@@ -101,7 +101,7 @@ def active_features(
 def activations(dictionary: Dictionary, read_xD: jax.Array) -> jax.Array:
     """Activations [..., F]: at attention sinks, where no feature is used, 0."""
     acts_xF = dictionary.encode(read_xD)
-    return jnp.where(dictionary.in_domain(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
+    return jnp.where(dictionary.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 
 @jax.jit

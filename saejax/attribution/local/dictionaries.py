@@ -170,14 +170,14 @@ def _narrow(dictionary: Dictionary) -> Dictionary:
     """
     arrays = tensors.host_arrays(dictionary)[0] if dictionary.config.origin else dictionary.arrays
     config = dataclasses.replace(dictionary.config, site="", target="", origin="")
-    return Dictionary(config, dictionary.operands, **arrays)
+    return Dictionary(config, dictionary.matmul_dtype, **arrays)
 
 
 def _widened(dictionary: Dictionary) -> Dictionary:
     """The same with arrays of 32 bits, or more."""
     arrays = dictionary.arrays
     wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in arrays.items()}
-    return Dictionary(dictionary.config, dictionary.operands, **wide)
+    return Dictionary(dictionary.config, dictionary.matmul_dtype, **wide)
 
 
 def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
@@ -187,7 +187,7 @@ def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
         name: jax.device_put(array, fitting_sharding(mesh, table[name][0], *table[name][1]))
         for name, array in dictionary.arrays.items()
     }
-    return Dictionary(dictionary.config, dictionary.operands, **arrays)
+    return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)
 
 
 def _part_bytes(dictionary: Dictionary, mesh: Mesh) -> int:

@@ -81,7 +81,7 @@ class Neurons(_Directions):
         config: DecoderConfig = self.decoder
         return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
 
-    def in_domain(self, x_BxTxD: jax.Array) -> jax.Array:
+    def is_not_sink(self, x_BxTxD: jax.Array) -> jax.Array:
         """True at every position but the first."""
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
@@ -107,12 +107,12 @@ class Joined(_Directions):
 
     def encode(self, x_xD: jax.Array) -> jax.Array:
         """All activations [..., F], of each member 0 outside its own domain."""
-        parts = [jnp.where(member.in_domain(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
+        parts = [jnp.where(member.is_not_sink(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
         return jnp.concatenate(parts, axis=-1)
 
-    def in_domain(self, x_xD: jax.Array) -> jax.Array:
+    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
         """Where any member's domain is."""
-        return jnp.stack([member.in_domain(x_xD) for member in self._members]).any(axis=0)
+        return jnp.stack([member.is_not_sink(x_xD) for member in self._members]).any(axis=0)
 
 
 def components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:

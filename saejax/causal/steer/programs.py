@@ -85,7 +85,7 @@ class SteeringEdit:
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         read_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
-        where_BxT = self.positions.at(run) & self.basis.in_domain(read_BxTxD)
+        where_BxT = self.positions.at(run) & self.basis.is_not_sink(read_BxTxD)
         return _moved(value_BxTxD, self.change.at(self.basis, read_BxTxD), where_BxT)
 
 

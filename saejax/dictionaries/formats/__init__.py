@@ -30,7 +30,7 @@ FORMATS = {"saejax": own.save, "saelens": saelens.save}
 
 
 def load_dictionary(
-    path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
+    path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
 ) -> Dictionary:
     """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
@@ -38,7 +38,7 @@ def load_dictionary(
 
     Args:
       path: the folder, or hf://ORG/NAME[/FOLDER][@REVISION] of the hub; of Qwen-Scope the file in it.
-      operands: dtype of the operands of its matrix products.
+      matmul_dtype: dtype of the operands of its matrix products.
       site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
         there is none here.
       unit_norm: bring decoder rows to length 1, so that activations become the lengths of what features add, as they
@@ -51,7 +51,7 @@ def load_dictionary(
     load = _reader(folder)
     if load is None:
         raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
-    dictionary = load(operands, site, target)
+    dictionary = load(matmul_dtype, site, target)
     return rescale.unit_decoder(dictionary) if unit_norm else dictionary
 
 
@@ -75,24 +75,24 @@ def folders_of(path: str | os.PathLike) -> list[Path]:
     return found
 
 
-def load_all(path: str | os.PathLike, operands: str = "float32") -> dict[str, Dictionary]:
+def load_all(path: str | os.PathLike, matmul_dtype: str = "float32") -> dict[str, Dictionary]:
     """Loads the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
 
     Raises:
       UserError: no dictionary is there, or one is damaged.
     """
-    return {str(folder): load_dictionary(folder, operands) for folder in folders_of(path)}
+    return {str(folder): load_dictionary(folder, matmul_dtype) for folder in folders_of(path)}
 
 
 def load_transcoders(
-    path: str | os.PathLike, operands: str = "float32", site: str = "", target: str = ""
+    path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = ""
 ) -> list[Dictionary]:
     """Loads the transcoders of several layers, in the order of layers.
 
     Args:
       path: a circuit-tracer set, or a folder of folders that ``load_dictionary`` loads, such as the stack
         ``runs/plt/train/standard``.
-      operands: dtype of the operands of their matrix products.
+      matmul_dtype: dtype of the operands of their matrix products.
       site, target: kinds of site in place of those that a set's description names, such as "mlp_in".
 
     Raises:
@@ -100,9 +100,9 @@ def load_transcoders(
     """
     folder = located(path)
     if (folder / SET).exists():
-        return circuit_tracer.load(folder, operands, site, target)
+        return circuit_tracer.load(folder, matmul_dtype, site, target)
     readers = _readers(folder).values()
-    loaded = [load(operands, "", "") for load in readers]
+    loaded = [load(matmul_dtype, "", "") for load in readers]
     if not loaded:
         raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
     layers = [Site.parse(dictionary.config.target or dictionary.config.site).layer for dictionary in loaded]
@@ -153,19 +153,19 @@ def _readers(folder: Path) -> dict[Path, Callable[[str, str, str], Dictionary]]:
 
 
 def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
-    """What reads the dictionary in a folder, given operands, site and target; None if there is none."""
+    """What reads the dictionary in a folder, given matmul_dtype, site and target; None if there is none."""
     for candidate in (folder, folder / "dictionary"):
         if (candidate / own.DESCRIPTION).exists():
-            return lambda operands, site, target: _replaced(own.load(candidate, operands), site, target)
+            return lambda matmul_dtype, site, target: _replaced(own.load(candidate, matmul_dtype), site, target)
     for format in (saelens, sparsify):
         if (folder / format.WEIGHTS).exists():
-            return lambda operands, site, target: format.load(folder, operands, site, target)
+            return lambda matmul_dtype, site, target: format.load(folder, matmul_dtype, site, target)
     if gemma_scope.find_file(folder):
-        return lambda operands, site, target: gemma_scope.load_folder(folder, operands, site, target)
+        return lambda matmul_dtype, site, target: gemma_scope.load_folder(folder, matmul_dtype, site, target)
     if (folder / llama_scope.DESCRIPTION).exists():
-        return lambda operands, site, target: llama_scope.load(folder, operands, site, target)
+        return lambda matmul_dtype, site, target: llama_scope.load(folder, matmul_dtype, site, target)
     if qwen_scope.is_one(folder):
-        return lambda operands, site, target: qwen_scope.load(folder, operands, site, target)
+        return lambda matmul_dtype, site, target: qwen_scope.load(folder, matmul_dtype, site, target)
     return None
 
 
@@ -174,7 +174,7 @@ def _replaced(dictionary: Dictionary, site: str, target: str) -> Dictionary:
         return dictionary
     config = dictionary.config
     config = dataclasses.replace(config, site=site or config.site, target=target or config.target)
-    return Dictionary(config, dictionary.operands, **dictionary.arrays)
+    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
 def _instead(folder: Path) -> str:

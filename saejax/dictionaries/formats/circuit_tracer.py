@@ -45,12 +45,12 @@ class TranscoderSet:
     def __len__(self) -> int:
         return len(self.configs)
 
-    def load(self, layer: int, operands: str = "float32") -> Dictionary:
-        """Reads the transcoder of a layer; ``operands`` as for ``Dictionary``."""
+    def load(self, layer: int, matmul_dtype: str = "float32") -> Dictionary:
+        """Reads the transcoder of a layer; ``matmul_dtype`` as for ``Dictionary``."""
         config, found = self.configs[layer], self.tensors[layer]
         arrays = {own: tensors.widened(found[name]) for name, own in _names(config).items()}
         turned = {own: jnp.asarray(array.T if own in _TRANSPOSED else array) for own, array in arrays.items()}
-        return Dictionary(config, operands, **turned)
+        return Dictionary(config, matmul_dtype, **turned)
 
 
 def open_set(
@@ -98,10 +98,10 @@ def open_set(
     return TranscoderSet(tuple(configs), opened)
 
 
-def load(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> list[Dictionary]:
+def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> list[Dictionary]:
     """Reads all layers of a set, in order; the arguments are those of ``open_set``."""
     opened = open_set(folder, site, target)
-    return [opened.load(layer, operands) for layer in range(len(opened))]
+    return [opened.load(layer, matmul_dtype) for layer in range(len(opened))]
 
 
 def save(folder: Path, transcoders: Sequence[Dictionary]) -> None:

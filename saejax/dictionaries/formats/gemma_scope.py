@@ -142,12 +142,12 @@ def find_file(folder: Path) -> Path | None:
     return files[0] if len(files) == 1 else None
 
 
-def load_folder(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+def load_folder(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
     """Reads the dictionary in a folder.
 
     Args:
       folder: that ``find_file`` finds one in.
-      operands: dtype of the operands of matrix products.
+      matmul_dtype: dtype of the operands of matrix products.
       site, target: in place of what the folder's path says.
 
     Raises:
@@ -157,7 +157,7 @@ def load_folder(folder: Path, operands: str = "float32", site: str = "", target:
     assert file is not None
     known = ("", "") if site else _sites(file)
     config = read_config(file, site or known[0], target or known[1])
-    return load(file, config, operands)
+    return load(file, config, matmul_dtype)
 
 
 def _sites(file: Path) -> tuple[str, str]:
@@ -183,7 +183,7 @@ def _sites(file: Path) -> tuple[str, str]:
     return f"{kind}.{layer}", ""
 
 
-def load(file: Path, config: DictionaryConfig, operands: str = "float32") -> Dictionary:
+def load(file: Path, config: DictionaryConfig, matmul_dtype: str = "float32") -> Dictionary:
     """Reads the arrays of a file."""
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as arrays:
@@ -193,7 +193,7 @@ def load(file: Path, config: DictionaryConfig, operands: str = "float32") -> Dic
     named = {own: jnp.asarray(found[name]) for name, own in _NAMES.items()}
     if config.skip:
         named["W_skip_DxD"] = jnp.asarray(found[_SKIP])
-    return Dictionary(config, operands, **named)
+    return Dictionary(config, matmul_dtype, **named)
 
 
 def is_one(file: Path) -> bool:

@@ -33,12 +33,12 @@ _FOLLOWED = {
 }
 
 
-def load(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
     """Reads a folder.
 
     Args:
       folder: holds ``hyperparams.json``.
-      operands: dtype of the operands of matrix products.
+      matmul_dtype: dtype of the operands of matrix products.
       site, target: sites in place of those that the description names.
 
     Raises:
@@ -65,7 +65,7 @@ def load(folder: Path, operands: str = "float32", site: str = "", target: str = 
         origin=origin.describe("llama_scope", found["encoder.weight"].dtype, settings),
     )
     arrays = _for_raw_values(arrays, file, settings)
-    return Dictionary(config, operands, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    return Dictionary(config, matmul_dtype, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _for_raw_values(arrays: dict[str, np.ndarray], file: Path, settings: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -79,7 +79,7 @@ def _for_raw_values(arrays: dict[str, np.ndarray], file: Path, settings: Mapping
         inputs, outputs = (math.sqrt(d) / norms[side] for side in ("in", "out"))
     by_length = settings.get("sparsity_include_decoder_norm", True)
     factor_F = rescale.decoder_lengths(arrays["W_dec_FxD"]) if by_length else np.full(f, outputs / inputs)
-    made = rescale.scale_features(kind, rescale.raw(kind, arrays, inputs, outputs), factor_F)
+    made = rescale.scale_features(kind, rescale.fold_input_scaling(kind, arrays, inputs, outputs), factor_F)
     return dict(made, threshold_F=np.full(f, settings["jump_relu_threshold"], np.float32))
 
 

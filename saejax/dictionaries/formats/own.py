@@ -49,7 +49,7 @@ def read_config(folder: Path) -> DictionaryConfig:
     return from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
 
 
-def load(folder: Path, operands: str = "float32") -> Dictionary:
+def load(folder: Path, matmul_dtype: str = "float32") -> Dictionary:
     """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
@@ -76,7 +76,7 @@ def load(folder: Path, operands: str = "float32") -> Dictionary:
         if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    return Dictionary(config, operands, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()})
+    return Dictionary(config, matmul_dtype, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()})
 
 
 def _facts(array: jax.Array) -> dict:

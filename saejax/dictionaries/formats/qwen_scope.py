@@ -36,12 +36,12 @@ def is_one(file: Path) -> bool:
     return bool(_FILE.fullmatch(file.name))
 
 
-def load(file: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+def load(file: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
     """Reads a file.
 
     Args:
       file: such as layer3.sae.pt.
-      operands: dtype of the operands of matrix products.
+      matmul_dtype: dtype of the operands of matrix products.
       site: in place of what the file's name says.
       target: must be "": these predict what they read.
 
@@ -61,7 +61,7 @@ def load(file: Path, operands: str = "float32", site: str = "", target: str = ""
         centred=False,
         origin=origin.describe("qwen_scope", np.dtype(np.float32), {}),
     )
-    return Dictionary(config, operands, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    return Dictionary(config, matmul_dtype, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _layer(file: Path) -> int:

@@ -28,12 +28,12 @@ _FORMAT = "saelens"
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
 
 
-def load(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
     """Reads a folder.
 
     Args:
       folder: holds ``cfg.json`` and ``sae_weights.safetensors``.
-      operands: dtype of the operands of matrix products.
+      matmul_dtype: dtype of the operands of matrix products.
       site, target: sites in place of those that the folder names.
 
     Raises:
@@ -57,7 +57,7 @@ def load(folder: Path, operands: str = "float32", site: str = "", target: str = 
         arrays["threshold_F"] = np.maximum(arrays["threshold_F"], 0)
     described = origin.describe(_FORMAT, found["W_enc"].dtype, settings)
     placed = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return Dictionary(dataclasses.replace(config, origin=described), operands, **placed)
+    return Dictionary(dataclasses.replace(config, origin=described), matmul_dtype, **placed)
 
 
 def save(folder: Path, dictionary: Dictionary) -> None:

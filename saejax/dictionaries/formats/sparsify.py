@@ -20,12 +20,12 @@ _NAMES = {"W_enc_DxF": "encoder.weight", "b_enc_F": "encoder.bias", "W_dec_FxD":
 _INPUTS = {"mlp_out": "mlp_in", "resid_post": "resid_pre"}  # what a module with this output reads
 
 
-def load(folder: Path, operands: str = "float32", site: str = "", target: str = "") -> Dictionary:
+def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
     """Reads a folder.
 
     Args:
       folder: holds ``cfg.json`` and ``sae.safetensors``.
-      operands: dtype of the operands of matrix products.
+      matmul_dtype: dtype of the operands of matrix products.
       site, target: sites in place of those that the folder's name means.
 
     Raises:
@@ -55,7 +55,7 @@ def load(folder: Path, operands: str = "float32", site: str = "", target: str = 
         model=_model(file.parent),
         origin=origin.describe("sparsify", found["W_dec"].dtype, settings),
     )
-    return Dictionary(config, operands, **{name: jnp.asarray(array) for name, array in arrays.items()})
+    return Dictionary(config, matmul_dtype, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _sizes(file: Path, settings: Any) -> tuple[int, int, int]:

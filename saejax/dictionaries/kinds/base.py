@@ -34,7 +34,7 @@ class MemberEncoder(Protocol):
     """
 
     config: DictionaryConfig
-    operands: str
+    matmul_dtype: str
 
     @property
     def arrays(self) -> Arrays:
@@ -87,7 +87,8 @@ class Kind:
       numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
       signed: whether activations may be below 0.
       keeps_k: whether activations are a token's k largest pre-activations above 0, in training and at inference.
-      compares: whether inference compares features with each other, so that it matters how long decoder rows are.
+      depends_on_decoder_norms: whether inference compares features with each other, so that the lengths of decoder rows
+        decide which are active.
       jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
       no_free_decoder: why decoder rows may not grow freely; empty: they may.
     """
@@ -101,7 +102,7 @@ class Kind:
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
     keeps_k: ClassVar[bool] = False
-    compares: ClassVar[bool] = False
+    depends_on_decoder_norms: ClassVar[bool] = False
     jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""
 

@@ -61,8 +61,8 @@ class Gated(Kind):
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""
         fixed = {name: lax.stop_gradient(array) for name, array in batch.member.arrays.items()}
-        operands = batch.member.operands
-        y_hat_BxD = matmul(sparsity.relu(batch.pre_BxF), fixed["W_dec_FxD"], operands) + row(fixed["b_dec_D"], 2)
+        matmul_dtype = batch.member.matmul_dtype
+        y_hat_BxD = matmul(sparsity.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)
         if "W_skip_DxD" in fixed:
-            y_hat_BxD += matmul(batch.x_BxD, fixed["W_skip_DxD"], operands)
-        return dict(gate_error=losses.squared_error(batch.y_BxD, y_hat_BxD, batch.metric_DxD, operands))
+            y_hat_BxD += matmul(batch.x_BxD, fixed["W_skip_DxD"], matmul_dtype)
+        return dict(gate_error=losses.squared_error(batch.y_BxD, y_hat_BxD, batch.metric_DxD, matmul_dtype))

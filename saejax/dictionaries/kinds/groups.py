@@ -15,11 +15,11 @@ from saejax.errors import UserError
 
 def group_reconstructions(member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
     """What each of the member's groups gives, ascending; see ``Kind.reconstructions``."""
-    arrays, operands = member.arrays, member.operands
+    arrays, matmul_dtype = member.arrays, member.matmul_dtype
     nested, partial = [], row(arrays["b_dec_D"], 2)
     if "W_skip_DxD" in arrays:
-        partial += matmul(x_BxD, arrays["W_skip_DxD"], operands)
-    for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, operands):
+        partial += matmul(x_BxD, arrays["W_skip_DxD"], matmul_dtype)
+    for product_BxD in group_products(f_BxF, arrays["W_dec_FxD"], member.config.groups, matmul_dtype):
         partial += product_BxD
         nested.append(partial)
     return nested

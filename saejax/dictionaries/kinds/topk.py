@@ -13,7 +13,7 @@ class TopK(Kind):
     about = "keeps the k largest activations of each token"
     numbers = ("k",)
     keeps_k = True
-    compares = True
+    depends_on_decoder_norms = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 
     def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:

@@ -145,7 +145,7 @@ def test_every_feature_on_request(make_run, tiny, make_dictionary):
     tokens = tiny.tokenize([p.text for p in prompts if p.split == "test"])
     dictionary = make_dictionary("resid_post.1")
     x_BxTxD = tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
-    read_BxT = tokens.mask_BxT & np.asarray(dictionary.in_domain(x_BxTxD))
+    read_BxT = tokens.mask_BxT & np.asarray(dictionary.is_not_sink(x_BxTxD))
     largest_PxF = (np.asarray(dictionary.encode(x_BxTxD)) * read_BxT[:, :, None]).max(axis=1)
     np.testing.assert_allclose(activity.maxima(split, runs), largest_PxF, atol=1e-4)
     top = {item.feature: item.logit_diff_drop.mean for item in results["first"].top}

@@ -102,7 +102,7 @@ def test_bases_that_are_joined_are_themselves(dictionary):
     for member, own in zip(members, (slice(0, 160), slice(160, 320)), strict=True):
         np.testing.assert_array_equal(f_NxF[:3, own], member.encode(x_NxD)[:3])
         np.testing.assert_array_equal(joined.W_dec_FxD[...][own], member.W_dec_FxD[...])
-    assert not f_NxF[3].any() and joined.in_domain(x_NxD).tolist() == [True, True, True, False, True]
+    assert not f_NxF[3].any() and joined.is_not_sink(x_NxD).tolist() == [True, True, True, False, True]
 
 
 def over(values_P):
