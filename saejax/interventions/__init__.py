@@ -1,0 +1,1 @@
+"""Causal interventions: edits of a model's features and sites, their effects, and the verdict drawn from them."""

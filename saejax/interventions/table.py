@@ -1,0 +1,306 @@
+"""The effects table: what a run measured, one row for each edit, prompt and readout.
+
+A run saves it as three files: ``effects.parquet`` with the columns behaviour, edit, prompt, readout and value;
+``edits.json`` with the definition of every edit; ``prompts.json`` with the metadata of every prompt. Everything that
+the verdict says is computed from these (``saejax.interventions.verdict``), so it can be recomputed in a notebook:
+
+    table = saejax.load_effects("runs/demo/ablate/topk")
+    saejax.verdict(table, saejax.VerdictConfig())
+
+Vocabulary:
+
+- An **edit** belongs to the behaviour whose answers chose its features (``behaviour``). It is run on test prompts of
+  that behaviour; the edit of the top features is also run on the prompts of the other behaviours and on held-out text.
+- The **group** of an edit says what it is compared as: see ``GROUPS`` and ``BASIS``.
+- The **fraction** a of an edit is how much of it was applied: each activation f becomes f + a (r - f), where r is the
+  replacement (0 for zero ablation). An edit with several fractions has one definition per fraction.
+- A **readout** is one number per prompt; see ``READOUTS``.
+- The **dose** of an edit by norm is the root mean square over prompts of the readout ``change_norm``; its dose by KL is
+  the mean of the readout ``kl`` over held-out documents.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.files import read_json, whole_file, write_json
+
+#: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
+#: rank). ``growing``: the first 1, 2, 4, ... top features. ``random``: disjoint sets of features of the pool.
+#: ``placebo``: the top features of a placebo target. ``every``: any live feature alone (index is the feature).
+GROUPS = ("clean", "top", "single", "growing", "random", "placebo", "every")
+#: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, untrained, or a folder's.
+BASIS = "basis:"
+#: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the
+#: correct answer's first token, nats. ``top1``: 1 where the correct token is the argmax. ``two_way``: 1 where the logit
+#: difference is positive. ``kl``: KL(clean || edited) of the next-token distribution, nats; on held-out text the mean
+#: over its positions. ``ce``: cross-entropy of the text, nats per token. ``change_norm``: norm of the change at the
+#: site, over all edited positions of the prompt together.
+READOUTS = ("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm")
+#: The behaviour of held-out documents.
+TEXT = "text"
+#: The value of ``EditDefinition.dictionary`` for the tested dictionary and for edits that need none.
+TESTED = ""
+#: The value of ``EditDefinition.dictionary`` for the untrained dictionary.
+UNTRAINED = "untrained"
+
+_FILES = ("effects.parquet", "edits.json", "prompts.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class EditDefinition:
+    """An edit: what was changed, and how far.
+
+    Attributes:
+      behaviour: whose answers chose the features; of a clean run, whose prompts it reads (``TEXT`` for documents).
+      group: see ``GROUPS`` and ``BASIS``.
+      index: of the set within its group.
+      features: the indices of the ablated features, or of the directions of the basis.
+      fraction: how much of the edit is applied, in [0, 1].
+      dictionary: whose features they are: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
+      target: the two placebo tokens (right, wrong), as text; None for other groups.
+    """
+
+    behaviour: str
+    group: str
+    index: int = 0
+    features: tuple[int, ...] = ()
+    fraction: float = 1.0
+    dictionary: str = TESTED
+    target: tuple[str, str] | None = None
+
+    @property
+    def id(self) -> str:
+        """The name of the edit, unique within its behaviour, such as ``random/3@0.5`` or ``untrained:top/0@1``."""
+        owner = f"{self.dictionary}:" if self.dictionary else ""
+        return f"{owner}{self.group}/{self.index}@{self.fraction!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptDefinition:
+    """A prompt, or a held-out document.
+
+    Attributes:
+      id: unique within the run.
+      behaviour: it belongs to; ``TEXT`` for a held-out document.
+      template: the words around the content; "" if unknown.
+      held_out: whether no train prompt has this template.
+      split: "train" or "test".
+      text, correct, wrong: the prompt and its answers; "" for documents.
+    """
+
+    id: str
+    behaviour: str
+    template: str = ""
+    held_out: bool = False
+    split: str = "test"
+    text: str = ""
+    correct: str = ""
+    wrong: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectsTable:
+    """Measured values, with the definitions of their edits and prompts.
+
+    Rows may stand in any order. What was not measured has no row.
+
+    Attributes:
+      edits: of the run; ids are unique within a behaviour.
+      prompts: of the run; ids are unique.
+      edit_N, prompt_N: position of each row's edit in ``edits`` and of its prompt in ``prompts``, int.
+      readout_N: position of each row's readout in ``READOUTS``, int.
+      value_N: the readout's value, float64, finite.
+    """
+
+    edits: tuple[EditDefinition, ...]
+    prompts: tuple[PromptDefinition, ...]
+    edit_N: np.ndarray
+    prompt_N: np.ndarray
+    readout_N: np.ndarray
+    value_N: np.ndarray
+
+    @classmethod
+    def from_blocks(
+        cls,
+        edits: Sequence[EditDefinition],
+        prompts: Sequence[PromptDefinition],
+        blocks: Sequence[tuple[Sequence[EditDefinition], Sequence[PromptDefinition], Sequence[str], np.ndarray]],
+    ) -> "EffectsTable":
+        """Return the table of dense blocks of values.
+
+        Args:
+          edits: every edit of the run.
+          prompts: every prompt of the run.
+          blocks: each its edits, prompts, readouts and values ``[E, P, J]``; NaN marks what was not measured.
+
+        Returns:
+          The table, without the NaN entries.
+        """
+        edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(edits)}
+        prompt_of = {prompt.id: p for p, prompt in enumerate(prompts)}
+        columns: list[tuple[np.ndarray, ...]] = []
+        for block_edits, block_prompts, readouts, values in blocks:
+            value_ExPxJ = np.asarray(values, np.float64)
+            e_K, p_K, j_K = np.nonzero(~np.isnan(value_ExPxJ))
+            edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in block_edits], np.int32)
+            prompt_P = np.array([prompt_of[prompt.id] for prompt in block_prompts], np.int32)
+            readout_J = np.array([READOUTS.index(readout) for readout in readouts], np.int8)
+            columns.append((edit_E[e_K], prompt_P[p_K], readout_J[j_K], value_ExPxJ[e_K, p_K, j_K]))
+        return cls(tuple(edits), tuple(prompts), *(np.concatenate(column) for column in zip(*columns, strict=True)))
+
+    def select_edits(
+        self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
+    ) -> list[EditDefinition]:
+        """Return the edits of a group, ordered by index and fraction."""
+        chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
+        return [edit for edit in chosen if index is None or edit.index == index]
+
+    def select_prompts(self, behaviour: str) -> list[PromptDefinition]:
+        """Return the test prompts of a behaviour (documents for ``TEXT``), ordered by id."""
+        chosen = [prompt for prompt in self.prompts if prompt.behaviour == behaviour and prompt.split == "test"]
+        return sorted(chosen, key=lambda prompt: prompt.id)
+
+    def values(
+        self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], readout: str
+    ) -> np.ndarray:
+        """Return one readout of some edits on some prompts.
+
+        Args:
+          edits: E of the table's edits.
+          prompts: P of the table's prompts.
+          readout: one of ``READOUTS``.
+
+        Returns:
+          Float64 array ``[E, P]``, NaN where nothing was measured.
+        """
+        key_K, order_K = self._sorted_keys
+        edit_E = np.array([self._edit_positions[edit.behaviour, edit.id] for edit in edits], np.int64)
+        prompt_P = np.array([self._prompt_positions[prompt.id] for prompt in prompts], np.int64)
+        wanted_ExP = self._keys(edit_E[:, None], prompt_P[None, :], np.int64(READOUTS.index(readout)))
+        if not len(key_K):
+            return np.full(wanted_ExP.shape, np.nan)
+        place_ExP = np.minimum(np.searchsorted(key_K, wanted_ExP), len(key_K) - 1)
+        return np.where(key_K[place_ExP] == wanted_ExP, self.value_N[order_K[place_ExP]], np.nan)
+
+    def clean_values(self, prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
+        """Return one readout of the unedited model on prompts of one behaviour, ``[P]``; NaN where not measured."""
+        behaviour = prompts[0].behaviour
+        return self.values(self.select_edits(behaviour, "clean")[:1], prompts, readout)[0]
+
+    def without_prompts(self, ids: Sequence[str]) -> "EffectsTable":
+        """Return the table without the rows of some prompts."""
+        gone_P = np.array([prompt.id in ids for prompt in self.prompts])
+        kept_N = ~gone_P[self.prompt_N]
+        new_place_P = np.cumsum(~gone_P) - 1
+        prompts = tuple(prompt for prompt in self.prompts if prompt.id not in ids)
+        rows = (self.edit_N[kept_N], new_place_P[self.prompt_N[kept_N]], self.readout_N[kept_N], self.value_N[kept_N])
+        return EffectsTable(self.edits, prompts, *rows)
+
+    @functools.cached_property
+    def behaviours(self) -> tuple[str, ...]:
+        """The behaviours with tested features, in the order of their edits."""
+        return tuple(dict.fromkeys(edit.behaviour for edit in self.edits if edit.group == "top"))
+
+    @functools.cached_property
+    def dictionaries(self) -> tuple[str, ...]:
+        """The dictionaries with tested features: ``TESTED`` first, in the order of their edits."""
+        return tuple(dict.fromkeys(edit.dictionary for edit in self.edits if edit.group == "top"))
+
+    @functools.cached_property
+    def _edits_by_group(self) -> dict[tuple[str, str, str], list[EditDefinition]]:
+        groups: dict[tuple[str, str, str], list[EditDefinition]] = {}
+        for edit in sorted(self.edits, key=lambda edit: (edit.index, edit.fraction)):
+            groups.setdefault((edit.behaviour, edit.group, edit.dictionary), []).append(edit)
+        return groups
+
+    @functools.cached_property
+    def _edit_positions(self) -> dict[tuple[str, str], int]:
+        return {(edit.behaviour, edit.id): e for e, edit in enumerate(self.edits)}
+
+    @functools.cached_property
+    def _prompt_positions(self) -> dict[str, int]:
+        return {prompt.id: p for p, prompt in enumerate(self.prompts)}
+
+    def _keys(self, edit_N: np.ndarray, prompt_N: np.ndarray, readout_N: np.ndarray) -> np.ndarray:
+        """Return one integer for each row, by which rows are found."""
+        return (edit_N.astype(np.int64) * len(self.prompts) + prompt_N) * len(READOUTS) + readout_N
+
+    @functools.cached_property
+    def _sorted_keys(self) -> tuple[np.ndarray, np.ndarray]:
+        key_N = self._keys(self.edit_N, self.prompt_N, self.readout_N)
+        order_N = np.argsort(key_N, kind="stable")
+        return key_N[order_N], order_N
+
+
+def save_effects(folder: str | Path, table: EffectsTable) -> None:
+    """Write a table into a folder as ``effects.parquet``, ``edits.json`` and ``prompts.json``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    dictionary_columns = dict(
+        behaviour=(table.edit_N, [edit.behaviour for edit in table.edits]),
+        edit=(table.edit_N, [edit.id for edit in table.edits]),
+        prompt=(table.prompt_N, [prompt.id for prompt in table.prompts]),
+        readout=(table.readout_N, list(READOUTS)),
+    )
+    columns: dict[str, Any] = {}
+    for name, (place_N, words) in dictionary_columns.items():
+        distinct = list(dict.fromkeys(words))  # behaviours repeat: Parquet wants each word once
+        code = np.array([distinct.index(word) for word in distinct], np.int32)
+        lookup = dict(zip(distinct, code, strict=True))
+        code_N = np.array([lookup[word] for word in words], np.int32)[place_N] if words else np.zeros(0, np.int32)
+        columns[name] = pa.DictionaryArray.from_arrays(pa.array(code_N), pa.array(distinct, pa.string()))
+    columns["value"] = pa.array(table.value_N)
+    with whole_file(folder / _FILES[0]) as unfinished:
+        pq.write_table(pa.table(columns), unfinished)
+    write_json(folder / _FILES[1], [dict(id=edit.id, **dataclasses.asdict(edit)) for edit in table.edits])
+    write_json(folder / _FILES[2], [dataclasses.asdict(prompt) for prompt in table.prompts])
+
+
+def load_effects(folder: str | Path) -> EffectsTable:
+    """Read the effects table of a finished unit.
+
+    Args:
+      folder: of the unit, such as ``runs/demo/ablate/topk``.
+
+    Returns:
+      The table; its arrays are ``edit_N``, ``prompt_N``, ``readout_N`` and ``value_N``, and ``table.values(edits,
+      prompts, readout)`` gives ``[E, P]``.
+
+    Raises:
+      UserError: a file is missing or damaged, or a row names an edit or prompt without a definition.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    try:
+        edits = tuple(_edit(entry) for entry in read_json(folder / _FILES[1]))
+        prompts = tuple(PromptDefinition(**entry) for entry in read_json(folder / _FILES[2]))
+        rows = pq.read_table(folder / _FILES[0])
+        edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(edits)}
+        names = zip(rows["behaviour"].to_pylist(), rows["edit"].to_pylist(), strict=True)
+        edit_N = np.array([edit_of[name] for name in names], np.int32)
+        prompt_of = {prompt.id: p for p, prompt in enumerate(prompts)}
+        prompt_N = np.array([prompt_of[name] for name in rows["prompt"].to_pylist()], np.int32)
+        readout_N = np.array([READOUTS.index(name) for name in rows["readout"].to_pylist()], np.int8)
+        value_N = rows["value"].to_numpy().astype(np.float64)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the effects table in {folder} is missing or damaged ({error}): expected {', '.join(_FILES)}; delete the "
+            "folder and run its stage again"
+        ) from None
+    return EffectsTable(edits, prompts, edit_N, prompt_N, readout_N, value_N)
+
+
+def _edit(entry: Mapping[str, Any]) -> EditDefinition:
+    fields = {name: value for name, value in entry.items() if name != "id"}
+    target = tuple(fields["target"]) if fields["target"] else None
+    return EditDefinition(**fields | dict(features=tuple(fields["features"]), target=target))

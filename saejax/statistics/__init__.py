@@ -1,0 +1,1 @@
+"""Statistics: resampling, rank tests, corrections, dose-effect curves. Pure functions that import nothing of ours."""
