@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from saejax import load_dictionary, load_model
-from saejax.causal import ablation
-from saejax.causal.split import SplitModel
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.dictionaries import Dictionary
+from saejax.interventions import engine as ablation
+from saejax.interventions.split_model import SplitModel
 from saejax.models import source
 from saejax.models.sites import Site
 from saejax.settings import BEHAVIOURS

@@ -27,6 +27,7 @@ ORDER = [
     "analysis",
     "attribution",
     "causal",
+    "interventions",
     "training",
     "evaluation",
     "activations",
@@ -49,6 +50,7 @@ ORDER = [
     "usage",
     "files",
     "errors",
+    "statistics",
 ]
 # The same inside a package.
 INSIDE = {

@@ -22,9 +22,9 @@ import numpy as np
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.results import ControlMatch
 from saejax.errors import UserError
+from saejax.interventions.feature_statistics import FeatureStatistics
 
 ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
 

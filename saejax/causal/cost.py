@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from saejax.causal.split import GROUP_TOKENS, LENGTH_STEP, PROMPTS
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, feature_bytes, layer_bytes, weight_bytes
 from saejax.dictionaries import DictionaryConfig
+from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS
 from saejax.models.sites import Site
 from saejax.settings import PreflightConfig, TaskConfig, TrainConfig
 

@@ -5,10 +5,10 @@ from typing import Protocol
 
 import numpy as np
 
-from saejax.causal.ablation import LogitDiffs
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.feature_statistics import FeatureStatistics
-from saejax.causal.split import SplitModel
+from saejax.interventions.engine import LogitDiffs
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 
 
 class Experiment(Protocol):

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.causal import ablation_programs, screening
-from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.cost import kept_prompts, layers_above, prompt_length
-from saejax.causal.rows import few_rows, full_batch
-from saejax.causal.split import PROMPTS, SiteRows, run_head
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
+from saejax.interventions import engine_programs as ablation_programs
+from saejax.interventions import slopes as screening
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.rows import few_rows, full_batch
+from saejax.interventions.split_model import PROMPTS, SiteRows, run_head
 from saejax.models.rules import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint

@@ -20,9 +20,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saejax.causal.feature_statistics import coordinates, nearest_others
 from saejax.causal.results import HalvesAgreement, MatchedDrops
 from saejax.causal.statistics import rank_correlations
+from saejax.interventions.feature_statistics import coordinates, nearest_others
 from saejax.results import Interval
 from saejax.tasks.scoring import middle
 

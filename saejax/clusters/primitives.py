@@ -14,8 +14,8 @@ from scipy.stats import false_discovery_control
 from saejax.causal.ablate.importance import Importance, load_drops
 from saejax.causal.claims import randomisation_p
 from saejax.causal.controls import draw_alike, fitting_matches
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.clusters.results import GroupCost
+from saejax.interventions.feature_statistics import FeatureStatistics
 
 _DRAWS, _MATCHES = 2000, 10
 _COUNTED = 10**6  # positions for which firing rates stand

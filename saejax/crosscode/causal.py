@@ -20,7 +20,6 @@ import numpy as np
 from saejax.causal.claims import Rule, SetEffects, claims, run_draws
 from saejax.causal.clustered import Resampling
 from saejax.causal.controls import TooFewControls, disjoint_sets, draw_alike
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.patching.heads import answer_difference
 from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares
@@ -30,6 +29,7 @@ from saejax.dictionaries.joined import is_not_sink, join, unjoin
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.evaluation.parts import Parts, clean_values
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.edits import Positions, Values
 from saejax.models.language_model import forward
 from saejax.models.site_edits import SiteEdit

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.parts import Measured, OnProgress, each_part, part_file
 from saejax.crosscode.causal import remove_private, rule_of
 from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults
@@ -21,6 +20,7 @@ from saejax.errors import UserError
 from saejax.evaluation.evaluate import load_other
 from saejax.evaluation.parts import parts_by_model
 from saejax.files import whole_file
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.language_model import load_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from saejax.causal.controls import nearest_features
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.crosscode.norms import by_norms, relative_norms, shared
 from saejax.crosscode.results import PartFeatures, PrivateFeature
 from saejax.crosscode.scaling import block_sums, block_weights, latent_scaling
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import part_norms
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.sites import OtherSite, parse_site, site_parts
 from saejax.results import Interval
 from saejax.tasks.scoring import middle

@@ -11,9 +11,9 @@ from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.results import BehaviourAblation
 from saejax.causal.patching.pairs import fitting_pairs
 from saejax.causal.patching.sites import Patched, patch_sites
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
+from saejax.interventions.split_model import SplitModel
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from saejax.causal.ablate.report_features import SLOPES, held_out
 from saejax.causal.ablate.results import AblateResults
-from saejax.causal.activation_sources import WORDS
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.replacement import WORDS
 from saejax.page.blocks import Code, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Findings

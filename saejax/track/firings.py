@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from saejax.causal.split import active_features
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions.split_model import active_features
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
 from saejax.parallel.mesh import sharding

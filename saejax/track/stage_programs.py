@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.causal.split import active_features
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.dictionaries import DictionaryConfig
+from saejax.interventions.split_model import active_features
 from saejax.models.language_model import forward, padded_length
 from saejax.models.lens import places_at_once, read_places
 from saejax.models.rules import RunRules

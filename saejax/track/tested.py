@@ -17,13 +17,13 @@ import numpy as np
 
 from saejax.causal.claims import Rule, SetEffects, claims, run_draws
 from saejax.causal.controls import TooFewControls
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.matched_sets import MatchedSets, draw_matched_sets
 from saejax.causal.results import ControlMatch
-from saejax.causal.split import active_features, record, run_head
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.split_model import active_features, record, run_head
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel, padded_length
 from saejax.models.sites import Site

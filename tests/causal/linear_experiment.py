@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from saejax.causal.ablation import LogitDiffs
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.feature_statistics import FeatureStatistics
+from saejax.interventions.engine import LogitDiffs
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.replacement import ActivationSource
 
 
 class LinearExperiment:

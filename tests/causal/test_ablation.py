@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from saejax import load_model
-from saejax.causal import ablation, activity
-from saejax.causal import split as split_module
-from saejax.causal.split import PROMPTS, SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.interventions import activity
+from saejax.interventions import engine as ablation
+from saejax.interventions import split_model as split_module
+from saejax.interventions.split_model import PROMPTS, SplitModel
 
 
 @pytest.fixture(scope="module")

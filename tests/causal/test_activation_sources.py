@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.causal import ablation, activity
-from saejax.causal.activation_sources import WORDS, ActivationSource
-from saejax.causal.split import SplitModel
 from saejax.errors import UserError
+from saejax.interventions import activity
+from saejax.interventions import engine as ablation
+from saejax.interventions.replacement import WORDS, ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.settings import REPLACEMENTS
 
 SETS = [[3], [40], [7, 90, 120], list(range(0, 160, 2))]

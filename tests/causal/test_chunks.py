@@ -6,10 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
-from saejax.causal import ablation, chunks
-from saejax.causal.chunks import Chunks
-from saejax.causal.split import SplitModel
 from saejax.errors import Interrupted
+from saejax.interventions import engine as ablation
+from saejax.interventions import resume as chunks
+from saejax.interventions.resume import Chunks
+from saejax.interventions.split_model import SplitModel
 
 SHAPES = [(2, 3, 1), (1, 8, 4), (2, 1, 1), (1, 2, 1)]
 PLAN = [np.arange(3), np.zeros((2, 2))]

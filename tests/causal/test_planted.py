@@ -7,10 +7,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from saejax import load_model
-from saejax.causal import ablation, screening
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interventions import engine as ablation
+from saejax.interventions import slopes as screening
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.tasks.behaviours import Prompt
 
 PLANTED = [7, 3, 11]  # features that write the answer, strongest first

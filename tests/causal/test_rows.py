@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saejax.causal.rows import Prompts, all_different, batches_of, filled_features, first_changes
-from saejax.causal.split import prefixes
+from saejax.interventions.rows import Prompts, all_different, batches_of, filled_features, first_changes
+from saejax.interventions.split_model import prefixes
 
 FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
 SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.causal import ablation, screening
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions import engine as ablation
+from saejax.interventions import slopes as screening
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.models import language_model
 from saejax.models.rules import RunRules
 

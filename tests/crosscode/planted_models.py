@@ -8,9 +8,9 @@ from jax.sharding import AxisType, Mesh
 
 from saejax.activations.joined import with_joined
 from saejax.activations.manifest import CapturedModel
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.training.members import members

@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import Mesh
 from preflight_setup import assert_same_call, make_dictionary, on_mesh, plan_run
 
-from saejax.causal import split
 from saejax.causal.cost import kept_prompts
 from saejax.causal.probes import inputs
+from saejax.interventions import split_model as split
 from saejax.models import language_model, lens
 from saejax.models.families import read_config
 from saejax.models.sites import Site

@@ -9,7 +9,6 @@ import pytest
 from jax.sharding import Mesh
 from preflight_setup import assert_same_call, make_dictionary, on_mesh, plan_run
 
-from saejax.causal import ablation, screening, split
 from saejax.causal.patching import atp, features, node_patches, paths, sites, subspace
 from saejax.causal.patching.features import COUNTERPART, patch_parts
 from saejax.causal.results import RankedFeature
@@ -17,6 +16,9 @@ from saejax.causal.steer import directions
 from saejax.causal.steer import programs as steering
 from saejax.causal.study import features as choosing
 from saejax.causal.study import items, references, removal
+from saejax.interventions import engine as ablation
+from saejax.interventions import slopes as screening
+from saejax.interventions import split_model as split
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.tokens import Tokens

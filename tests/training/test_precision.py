@@ -9,11 +9,11 @@ from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from small_stacks import B, D, make_trainer
 
-from saejax.causal import screening
-from saejax.causal.split import SiteRows
 from saejax.dictionaries import Dictionary
 from saejax.evaluation import reconstruction
 from saejax.evaluation.member_data import MemberData
+from saejax.interventions import slopes as screening
+from saejax.interventions.split_model import SiteRows
 from saejax.models import decoder
 from saejax.models.run import run_layers
 from saejax.models.sites import Site

@@ -13,10 +13,10 @@ import numpy as np
 from saejax.causal.ablate.importance import Importance, measure_importance
 from saejax.causal.ablate.importance_results import DictionaryAgreement
 from saejax.causal.experiment import Experiment
-from saejax.causal.split import SplitModel
 from saejax.causal.stability import compare, match_by_activity, match_by_direction
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.settings import AblateConfig
 

@@ -3,17 +3,17 @@
 from jax.sharding import Mesh
 
 from saejax.causal.ablate import dose, nested, text, verdict
-from saejax.causal.ablation import FEATURES
 from saejax.causal.circuits import measure as circuits
 from saejax.causal.circuits import sizes
 from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above
 from saejax.causal.programs import SplitShapes
-from saejax.causal.rows import filled_features
-from saejax.causal.screening import points
-from saejax.causal.split import PROMPTS
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program
+from saejax.interventions.engine import FEATURES
+from saejax.interventions.rows import filled_features
+from saejax.interventions.slopes import points
+from saejax.interventions.split_model import PROMPTS
 from saejax.settings import ESTIMATES, AblateConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 

@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal import screening
 from saejax.causal.ablate import bases
 from saejax.causal.ablate.results import DoseCurve, UncomparedBasis
 from saejax.causal.ablate.text import FOR_DOSE, HeldOutText
 from saejax.causal.ablate.verdict import Over, over_prompts
-from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.experiment import Experiment
 from saejax.causal.results import EqualDose
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Basis, Dictionary, load_dictionary
+from saejax.interventions import slopes as screening
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.settings import BASES, AblateConfig

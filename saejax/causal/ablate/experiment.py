@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.causal import ablation, activity, screening
-from saejax.causal.ablation import AblatedRun, LogitDiffs
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.parts import OnProgress, silent
-from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError
+from saejax.interventions import activity
+from saejax.interventions import engine as ablation
+from saejax.interventions import slopes as screening
+from saejax.interventions.engine import AblatedRun, LogitDiffs
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.workspace import fingerprint

@@ -19,9 +19,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from saejax.causal.ablate.results import BehaviourAblation, DoseCurve, Grade, Grades, OtherBehaviour
-from saejax.causal.activation_sources import WORDS
 from saejax.causal.claims import LEAST_SETS, Claim, Rule, SetEffects, claims
 from saejax.causal.clustered import Resampling
+from saejax.interventions.replacement import WORDS
 from saejax.results import Interval
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import middle

@@ -20,11 +20,11 @@ from scipy.stats import false_discovery_control, pearsonr, spearmanr
 from saejax.causal.ablate.importance_results import EstimateFit, FeatureEffect, ImportanceSummary
 from saejax.causal.columns import Columns
 from saejax.causal.experiment import Experiment
-from saejax.causal.feature_statistics import nearest_others
 from saejax.causal.results import HalvesAgreement
 from saejax.causal.statistics import correlations, max_t_p, rank_correlations, sign_flip_p
 from saejax.errors import UserError
 from saejax.files import write_array
+from saejax.interventions.feature_statistics import nearest_others
 from saejax.settings import ESTIMATES, AblateConfig
 from saejax.tasks.scoring import bootstrap_means, separation
 

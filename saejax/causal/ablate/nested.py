@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saejax.causal import screening
 from saejax.causal.ablate.results import CumulativeCurve, CurvePoints, GreedySet
 from saejax.causal.ablate.verdict import JudgedDiffs
 from saejax.causal.experiment import Experiment
+from saejax.interventions import slopes as screening
 from saejax.results import Interval
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean, wilson

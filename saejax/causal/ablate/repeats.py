@@ -15,9 +15,9 @@ from saejax.causal.ablate import verdict
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.results import BehaviourAblation, Grade, RepeatedTest
 from saejax.causal.claims import LEVEL
-from saejax.causal.split import SplitModel
 from saejax.causal.statistics import holm
 from saejax.dictionaries import Dictionary
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.settings import AblateConfig
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal import parts, positions, screening, stability
+from saejax.causal import parts, stability
 from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
 from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
 from saejax.causal.ablate.importance import PERMUTATIONS, measure_importance, save_drops
@@ -23,10 +23,12 @@ from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.circuits.measure import test_circuit
 from saejax.causal.circuits.sizes import measure_sizes
 from saejax.causal.claims import SetEffects
-from saejax.causal.split import SplitModel
 from saejax.causal.statistics import least_p
 from saejax.dictionaries import Dictionary, stacks
 from saejax.files import read_lines, write_lines
+from saejax.interventions import positions
+from saejax.interventions import slopes as screening
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.settings import AblateConfig, CorpusConfig, TaskConfig

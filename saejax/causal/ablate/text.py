@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.ablate.results import TextEffect
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import SplitModel, active_features, run_head
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.evaluation import programs
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad

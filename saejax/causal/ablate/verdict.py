@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal import controls, screening
+from saejax.causal import controls
 from saejax.causal.ablate.grades import UNKNOWN, claim_rule, graded
 from saejax.causal.ablate.results import (
     BehaviourAblation,
@@ -22,7 +22,6 @@ from saejax.causal.ablate.results import (
     ReadoutChange,
     TopFeature,
 )
-from saejax.causal.ablation import LogitDiffs
 from saejax.causal.claims import (
     SetEffects,
     claims,
@@ -30,9 +29,11 @@ from saejax.causal.claims import (
 )
 from saejax.causal.clustered import Resampling
 from saejax.causal.experiment import Experiment
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.matched_sets import SPARE, draw_matched_sets
 from saejax.causal.results import ControlMatch
+from saejax.interventions import slopes as screening
+from saejax.interventions.engine import LogitDiffs
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.results import Interval
 from saejax.settings import AblateConfig
 

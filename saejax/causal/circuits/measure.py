@@ -9,8 +9,8 @@ from saejax.causal.circuits import hypotheses
 from saejax.causal.circuits.results import Answer, CircuitFeature, CircuitResult, CircuitTest
 from saejax.causal.controls import draw_alike, draw_controls, fitting_matches
 from saejax.causal.experiment import Experiment
-from saejax.causal.feature_statistics import FeatureStatistics
 from saejax.causal.statistics import holm
+from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.settings import AblateConfig
 
 DRAWS = 100  # random sets, and features added for each of the set's

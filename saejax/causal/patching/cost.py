@@ -4,9 +4,9 @@ from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above, 
 from saejax.causal.patching.features import steps
 from saejax.causal.patching.nodes import ESTIMATES, RANDOM
 from saejax.causal.patching.pairs import GROUP_BYTES, STEP
-from saejax.causal.screening import points
 from saejax.costs.cost import WIDTH, Cost, PlannedRun
 from saejax.costs.passes import layer_bytes, pass_flops
+from saejax.interventions.slopes import points
 from saejax.settings import HEADS, PatchConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 

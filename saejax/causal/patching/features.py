@@ -15,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal import activity, controls, screening
-from saejax.causal.ablation import ablate_sets
-from saejax.causal.activation_sources import ActivationSource
+from saejax.causal import controls
 from saejax.causal.claims import randomisation_p
 from saejax.causal.clustered import of_prompts
 from saejax.causal.parts import OnProgress, silent
@@ -33,9 +31,13 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.causal.split import CleanRun, SiteRows, SplitModel, active_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
+from saejax.interventions import activity
+from saejax.interventions import slopes as screening
+from saejax.interventions.engine import ablate_sets
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
-from saejax.causal.split import CleanRun, SplitModel, groups_by_length, in_order, slices
 from saejax.errors import UserError
+from saejax.interventions.engine import lagging
+from saejax.interventions.split_model import CleanRun, SplitModel, groups_by_length, in_order, slices
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site

@@ -32,9 +32,9 @@ from saejax.causal.patching.results import (
     WorkShare,
 )
 from saejax.causal.patching.sites import patch_sites
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
 from saejax.settings import HEADS, PatchConfig

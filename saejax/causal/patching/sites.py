@@ -26,11 +26,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_rows
 from saejax.errors import UserError
+from saejax.interventions.engine import lagging
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site

@@ -12,11 +12,11 @@ from saejax.causal.cost import prompt_length
 from saejax.causal.patching import features, heads, paths, programs, subspace
 from saejax.causal.patching.pairs import FEW, STEP, filled_rows, group_lengths
 from saejax.causal.programs import SplitShapes
-from saejax.causal.rows import filled_features
-from saejax.causal.split import PROMPTS
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_params, by_row, placed
+from saejax.interventions.rows import filled_features
+from saejax.interventions.split_model import PROMPTS
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import rows_of

@@ -16,9 +16,9 @@ import optax
 
 from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import patched_differences
-from saejax.causal.split import PROMPTS, CleanRun, SiteRows, SplitModel
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
+from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.split import SplitModel, in_order, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.split_model import SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.tasks.behaviours import Prompt

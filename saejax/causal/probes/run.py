@@ -20,9 +20,9 @@ from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
 from saejax.causal.probes.scores import paired_difference
-from saejax.causal.split import SplitModel
 from saejax.errors import UserError
 from saejax.files import whole_file
+from saejax.interventions.split_model import SplitModel
 from saejax.results import to_json
 from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts

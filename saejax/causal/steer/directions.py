@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.screening import leaders
-from saejax.causal.split import CleanRun, SiteRows, SplitModel, slices
+from saejax.interventions.slopes import leaders
+from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, slices
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding

@@ -7,10 +7,10 @@ import numpy as np
 from saejax.causal.ablate.verdict import spread_over
 from saejax.causal.claims import Rule, SetEffects, run_draws
 from saejax.causal.parts import OnProgress
-from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn
 from saejax.causal.steer.programs import SteeredTexts, steer_prompts
 from saejax.causal.steer.results import RandomDirections
+from saejax.interventions.split_model import SplitModel
 from saejax.settings import SteerConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import middle

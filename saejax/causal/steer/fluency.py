@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from saejax.causal.ablate.text import HeldOutText, TextDiffs
-from saejax.causal.split import SplitModel
 from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steered_value
+from saejax.interventions.split_model import SplitModel
 from saejax.models.edits import Positions
 from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.ablation import lagging
 from saejax.causal.parts import OnProgress, silent
-from saejax.causal.split import CleanRun, SiteRows, SplitModel
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.engine import lagging
+from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel
 from saejax.models import decoder
 from saejax.models.edits import ForwardPass, Positions
 from saejax.models.layers import einsum

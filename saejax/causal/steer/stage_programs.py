@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.causal.programs import SplitShapes
-from saejax.causal.split import PROMPTS
 from saejax.causal.steer import directions, programs
 from saejax.causal.steer.methods import FACTORS
 from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import head_flops
 from saejax.costs.programs import Program, by_row, whole
+from saejax.interventions.split_model import PROMPTS
 from saejax.settings import SteerConfig, TaskConfig
 
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from saejax.causal.controls import disjoint_sets, draw_alike, match_ratios
 from saejax.causal.results import RankedFeature
-from saejax.causal.screening import leaders
-from saejax.causal.split import SplitModel
 from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, References
 from saejax.causal.study.results import BenchmarkActivations, ChosenFeatures, ImportantFeature
 from saejax.dictionaries import Dictionary
 from saejax.evaluation.reconstruction import reconstruct
+from saejax.interventions.slopes import leaders
+from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import Edit
 from saejax.settings import StudyConfig
 from saejax.tasks.benchmark_definitions import Item

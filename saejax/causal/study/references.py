@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.activity import fires_and_sizes, total
-from saejax.causal.feature_statistics import FeatureStatistics
-from saejax.causal.screening import weighted
-from saejax.causal.split import SplitModel, active_features, run_head
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.activity import fires_and_sizes, total
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.slopes import weighted
+from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import even_batches

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.chunks import Chunks
-from saejax.causal.split import SplitModel, active_features
 from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, ReferenceBatch, References
 from saejax.causal.study.results import ChosenFeatures, SingleEffects
 from saejax.causal.study.single import judge_single
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.resume import Chunks
+from saejax.interventions.split_model import SplitModel, active_features
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from saejax.causal.parts import Progress, load_run_dictionary, load_run_model
-from saejax.causal.split import SplitModel
 from saejax.causal.study import scores as judgement
 from saejax.causal.study.features import choose_features, edits_of, measure_activations
 from saejax.causal.study.items import EditsOf, ItemScores, unedited
@@ -32,6 +31,7 @@ from saejax.causal.study.scores import CLEAN, Scored
 from saejax.causal.study.single import line
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, read_lines, write_json, write_lines
+from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import Item, way

@@ -22,13 +22,13 @@ from saejax.attribution.trace.prompt import trace
 from saejax.causal.ablate.bases import Neurons
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Basis, Dictionary, save_dictionary
 from saejax.ground_truth.algorithms.planted import CIRCUIT, LAYERS, Planted
 from saejax.ground_truth.algorithms.results import CarriedOver, PlantedScores
 from saejax.ground_truth.circuits.edges import Edges, possible
 from saejax.ground_truth.edge_circuits import edge_curves
 from saejax.ground_truth.run import over_seeds
+from saejax.interventions.split_model import SplitModel
 from saejax.library.activations import capture
 from saejax.library.dictionaries import train
 from saejax.models.language_model import LanguageModel

@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saejax.causal import activity, screening
 from saejax.causal.ablate import verdict
 from saejax.causal.ablate.experiment import ModelExperiment
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.interventions import activity
+from saejax.interventions import slopes as screening
+from saejax.interventions.split_model import SplitModel
 from saejax.settings import AblateConfig
 
 CONFIG = AblateConfig(top=1, draws=4, matches=3, bootstrap=100)

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 from runs import changed, write_members
 
-from saejax.causal import ablation, activity
 from saejax.causal.ablate import run as stage
 from saejax.causal.ablate import verdict
 from saejax.causal.ablate.importance import Importance
 from saejax.causal.ablate.importance_results import ImportanceSummary
 from saejax.causal.ablate.results import AblateResults
-from saejax.causal.split import SplitModel
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.interventions import activity
+from saejax.interventions import engine as ablation
+from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts

@@ -8,17 +8,17 @@ import pytest
 from linear_experiment import LinearExperiment
 
 from saejax import workplan
-from saejax.causal import ablation
 from saejax.causal.ablate import bases, dose, grades, verdict
 from saejax.causal.ablate import text as ablate_text
 from saejax.causal.ablate.experiment import ModelExperiment
 from saejax.causal.ablate.report import _as_well
 from saejax.causal.ablate.results import DoseCurve, UncomparedBasis
 from saejax.causal.ablate.text import HeldOutText
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
+from saejax.interventions import engine as ablation
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens
 from saejax.registry import default_configs

@@ -11,9 +11,9 @@ from scipy import stats
 
 from saejax.causal.ablate.importance import Importance, control_percentiles, measure_importance
 from saejax.causal.ablate.importance_results import ImportanceSummary
-from saejax.causal.feature_statistics import coordinates
 from saejax.causal.results import HalvesAgreement
 from saejax.causal.stability import between_halves
+from saejax.interventions.feature_statistics import coordinates
 from saejax.results import from_json, to_json
 from saejax.settings import AblateConfig
 from saejax.tasks.scoring import bootstrap_mean

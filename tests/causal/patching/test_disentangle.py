@@ -8,8 +8,8 @@ import pytest
 from saejax.causal.patching.disentangle import PairsJudge, Sides, disentangle
 from saejax.causal.patching.features import patch_parts
 from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
-from saejax.causal.split import SplitModel
 from saejax.errors import UserError
+from saejax.interventions.split_model import SplitModel
 from saejax.settings import PatchConfig
 from saejax.tasks.scoring import wilson_of
 

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.causal.ablation import ablate_sets
-from saejax.causal.activation_sources import ActivationSource
 from saejax.causal.clustered import of_prompts
 from saejax.causal.patching.features import FeaturePatching, patch_parts
 from saejax.causal.patching.run import differences
 from saejax.causal.patching.sites import patch_sites
-from saejax.causal.split import SplitModel
 from saejax.dictionaries import Dictionary
+from saejax.interventions.engine import ablate_sets
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import SplitModel
 from saejax.models.site_edits import SiteEdit
 from saejax.settings import PatchConfig
 

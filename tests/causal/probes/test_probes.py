@@ -13,10 +13,10 @@ from saejax.causal.probes import inputs as probe_inputs
 from saejax.causal.probes import run as stage
 from saejax.causal.probes.linear import Task, fitted
 from saejax.causal.probes.results import ProbeResults
-from saejax.causal.split import SplitModel
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
 from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from saejax.causal.claims import randomisation_p
-from saejax.causal.split import SplitModel
 from saejax.causal.steer.directions import AnswerTexts, Turn, unit
 from saejax.causal.steer.methods import best
 from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes
+from saejax.interventions.split_model import SplitModel
 from saejax.models.edits import Positions
 from saejax.tasks.likelihood import loglikelihoods
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from saejax.causal.split import SplitModel
 from saejax.causal.study.references import Reference, References
 from saejax.causal.study.removal import log_likelihoods
 from saejax.causal.study.results import SingleEffects
 from saejax.causal.study.single import judge_single
+from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
 from saejax.settings import StudyConfig
 from saejax.tasks.likelihood import loglikelihoods

@@ -11,7 +11,6 @@ from runs import write_members
 
 from saejax import pipeline, workplan
 from saejax.causal import parts
-from saejax.causal.split import SplitModel
 from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
 from saejax.causal.study.references import Reference, References
@@ -19,6 +18,7 @@ from saejax.causal.study.results import StudyEffects, StudyItems, StudyResults
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.interventions.split_model import SplitModel
 from saejax.models.tokens import pad
 from saejax.registry import default_configs
 from saejax.results import Interval, from_json, to_json

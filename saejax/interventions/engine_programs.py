@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from saejax.causal.activation_sources import ActivationSource
-from saejax.causal.split import active_features, of_features
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
+from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.models.tree import Past, Tree

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.feature_statistics import FeatureStatistics
-from saejax.causal.split import CleanRun, SplitModel, in_order, of_features
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.split_model import CleanRun, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 

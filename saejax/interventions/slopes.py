@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.activation_sources import ZERO, ActivationSource, removed_on_average
-from saejax.causal.activity import firing_sums
-from saejax.causal.split import CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
+from saejax.interventions.activity import firing_sums
+from saejax.interventions.replacement import ZERO, ActivationSource, removed_on_average
+from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding

@@ -25,12 +25,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.ablation_programs import CleanValues, clean_logp, first_change, gather, run_rows
-from saejax.causal.activation_sources import ZERO, ActivationSource
-from saejax.causal.chunks import Chunks
-from saejax.causal.rows import Prompts, RowBatch, all_different, batches_of, first_changes
-from saejax.causal.split import CleanRun, SplitModel
 from saejax.errors import UserError
+from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
+from saejax.interventions.replacement import ZERO, ActivationSource
+from saejax.interventions.resume import Chunks
+from saejax.interventions.rows import Prompts, RowBatch, all_different, batches_of, first_changes
+from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.models.tree import Tree
 from saejax.settings import READOUTS
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.positions import where
 from saejax.dictionaries import Basis
 from saejax.errors import UserError
+from saejax.interventions.positions import where
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
