@@ -32,6 +32,10 @@ class Basis(abc.ABC):
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """Values [..., D] at the site that is written, of activations f and of x, what was read."""
 
+    def output_scale(self, x_xD: jax.Array) -> jax.Array | None:
+        """What ``W_dec_FxD`` is multiplied with at each token, [..., 1]; None for 1 at all of them."""
+        return None
+
     @abc.abstractmethod
     def fires(self, f_xF: jax.Array) -> jax.Array:
         """Where activations count as active; bool, of their shape."""

@@ -3,8 +3,11 @@
 import dataclasses
 
 from saejax.config import Config, setting
+from saejax.dictionaries.input_norm import NORMS
 from saejax.errors import UserError
 from saejax.settings import kind_names
+
+BOS = ("auto", "always", "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,10 @@ class DictionaryConfig(Config):
       scales: what each part's values are multiplied with before they are put side by side.
       max_norms: of each part, as ``max_norm``, before that.
       model, revision, fingerprint: the language model whose activations it was trained on.
+      signed: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
+      input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
+      bos: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
+      context: tokens of a text of its training; 0: unknown.
       origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
 
@@ -47,6 +54,10 @@ class DictionaryConfig(Config):
     model: str = setting("", "language model")
     revision: str = setting("", "its revision")
     fingerprint: str = setting("", "its fingerprint")
+    signed: bool = setting(False, "keep negative activations of a topk dictionary", implied=False)
+    input_norm: str = setting("", "normalisation of each token that is read", choices=NORMS, implied="")
+    bos: str = setting("auto", "whether texts of its training began with BOS", choices=BOS, implied="auto")
+    context: int = setting(0, "tokens of a text of its training", low=0, implied=0)
     origin: str = setting("", "what the file that it was loaded from says besides")
 
     def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:

@@ -56,7 +56,9 @@ class FeatureEdit:
             change_BxTxK = jnp.where(fires_BxTxK, change_BxTxK, 0.0)
             where_BxT &= fires_BxTxK.any(axis=-1)
         if self.error is None:
-            new_BxTxD = value_BxTxD + matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
+            change_BxTxD = matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
+            scale_BxTx1 = dictionary.output_scale(x_BxTxD)
+            new_BxTxD = value_BxTxD + (change_BxTxD if scale_BxTx1 is None else change_BxTxD * scale_BxTx1)
         else:
             error, known_BxT = self.error.at(run)
             where_BxT &= known_BxT

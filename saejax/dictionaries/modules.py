@@ -21,6 +21,7 @@ from flax import nnx
 from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.editing import Editing
+from saejax.dictionaries.input_norm import normalise
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 
@@ -86,6 +87,8 @@ class Dictionary(Editing, nnx.Module):
     def pre_activations(self, x_xD: jax.Array) -> jax.Array:
         """What the encoder gives before its bias, ``[..., F]``."""
         x_xD = x_xD.astype(self.b_dec_D.dtype)
+        if self.config.input_norm:
+            x_xD = normalise(x_xD, self.config.input_norm).x_xD
         if self.config.centred:
             return centred_matmul(x_xD, self.b_dec_D[...], self.W_enc_DxF[...], self.matmul_dtype)
         return matmul(x_xD, self.W_enc_DxF[...], self.matmul_dtype)
@@ -116,9 +119,21 @@ class Dictionary(Editing, nnx.Module):
 
         Args:
           f_xF: feature activations.
-          x_xD: the input, which a skip transcoder needs.
+          x_xD: the input, which a skip transcoder needs, and a dictionary that normalises each token.
         """
-        return self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.matmul_dtype), x_xD)
+        y_xD = self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.matmul_dtype), x_xD)
+        if not self.config.input_norm:
+            return y_xD
+        if x_xD is None:
+            raise ValueError("a dictionary that normalises each token decodes with its input: give x_xD")
+        normalised = normalise(x_xD.astype(y_xD.dtype), self.config.input_norm)
+        return y_xD * normalised.scale_x1 + normalised.shift_x1
+
+    def output_scale(self, x_xD: jax.Array) -> jax.Array | None:
+        """What decoder rows are multiplied with at each token, [..., 1]; None for 1 at all of them."""
+        if self.config.input_norm in ("", "center"):
+            return None
+        return normalise(x_xD.astype(self.b_dec_D.dtype), self.config.input_norm).scale_x1
 
     def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """What is left of targets for features to explain: y less what ``decode`` adds whatever they are."""

@@ -42,6 +42,22 @@ def topk(pre_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.
     return jnp.where(acts_xF > below_x1, acts_xF, jnp.zeros_like(acts_xF))
 
 
+def signed_topk(pre_xF: jax.Array, k: int | jax.Array, most: int) -> jax.Array:
+    """Keep the k largest pre-activations of each token whatever their sign, as ``torch.topk`` does; the rest are 0.
+
+    For inference alone: XLA sorts for it, and ties with the k-th largest are all kept.
+
+    Args:
+      pre_xF: pre-activations.
+      k: 1 <= k <= F; may be traced.
+      most: the largest k there can be, as a Python number.
+    """
+    largest_xK = lax.top_k(pre_xF, min(most, pre_xF.shape[-1]))[0]
+    index_x1 = jnp.full((*pre_xF.shape[:-1], 1), jnp.minimum(k, largest_xK.shape[-1]) - 1, jnp.int32)
+    kth_x1 = jnp.take_along_axis(largest_xK, index_x1, axis=-1)
+    return jnp.where(pre_xF >= kth_x1, pre_xF, jnp.zeros_like(pre_xF))
+
+
 def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keeps the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens.
 
