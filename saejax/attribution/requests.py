@@ -9,7 +9,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.files import file_sha256
-from saejax.models.identity import content
+from saejax.models.identity import content_sha256
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
@@ -112,7 +112,7 @@ def _marks(folder: Path) -> list[str]:
     """What the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
     kinds = ("*.json", "*.yaml", "*.safetensors", "*.npz")
     found = sorted(path for kind in kinds for path in folder.rglob(kind))
-    return [f"{path.relative_to(folder)} {content(path)}" for path in found]
+    return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in found]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:

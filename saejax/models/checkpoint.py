@@ -1,150 +1,180 @@
-"""The safetensors files of a checkpoint: which tensors there are, and where each lies. No values are read here."""
+"""The weight files of a checkpoint: which of them are read, which tensors they hold, and access to the values.
+
+Files are chosen as transformers chooses them: ``model.safetensors`` before the shards of an index, and safetensors
+before ``pytorch_model.bin``. What else lies in the folder, such as an old index, is without effect.
+"""
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.models.pickled import read_pickled_tensors
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_INDEX = "model.safetensors.index.json"
-_CHUNK = 1 << 20
+# What transformers looks for, in this order.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor in a safetensors file: ``offset`` bytes from its start, row-major."""
+    """A tensor of a checkpoint, whose values are read when they are used.
+
+    Attributes:
+      file: where it lies.
+      name: in that file.
+      shape: of the values, row-major.
+      dtype: of the values; None where it is not a float of 16 to 64 bits, as in masks and quantised weights.
+      file_dtype: as the file calls it, such as "BF16" or "U8".
+    """
 
     file: Path
-    offset: int
-    dtype: np.dtype
+    name: str
     shape: tuple[int, ...]
+    dtype: np.dtype | None
+    file_dtype: str
+    _values: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
+        """Size in bytes; 0 for dtypes that cannot be used."""
+        return self.dtype.itemsize * math.prod(self.shape) if self.dtype else 0
 
     def map(self) -> np.ndarray:
-        """The values, mapped from the file: only what is used is read, and all memory goes with the array."""
-        if 0 in self.shape:
-            return np.zeros(self.shape, self.dtype)
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        """Return the values, mapped from the file: only what is used of them is read from disk.
 
-    def equals(self, other: "Tensor") -> bool:
-        """Whether the other has the same dtype, shape and bits; compared piece by piece."""
-        if (self.dtype, self.shape) != (other.dtype, other.shape):
-            return False
-        with open(self.file, "rb") as a, open(other.file, "rb") as b:
-            a.seek(self.offset)
-            b.seek(other.offset)
-            sizes = (min(_CHUNK, self.nbytes - start) for start in range(0, self.nbytes, _CHUNK))
-            return all(a.read(size) == b.read(size) for size in sizes)
+        Raises:
+          UserError: they are not floats.
+        """
+        if self.dtype is None:
+            raise UserError(f"{self.file}: tensor {self.name} {self.dtype_problem}")
+        return self._values()
+
+    @property
+    def dtype_problem(self) -> str:
+        """A message if the values cannot be used; "" if they can."""
+        if self.dtype is not None:
+            return ""
+        return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use an unquantised model"
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint in a folder, in one file or in several that an index names.
+    """Return every tensor of the checkpoint in a folder, by name; where two shards hold one name, the index decides.
 
     Raises:
-      UserError: a file is missing, truncated or in another format; a tensor is in two files; or the index names a file
-        that does not hold the tensor. All such tensors are listed.
+      UserError: a file is missing, truncated or in another format.
     """
     index = _read_index(folder)
-    headers = {file.name: read_header(file) for file in safetensors_files(folder)}
-    tensors: dict[str, Tensor] = {}
-    problems = []
-    for file, found in headers.items():
-        problems += [f"{name} is both in {tensors[name].file.name} and {file}" for name in found if name in tensors]
-        tensors |= found
-    problems += [
-        f"{name} is not in {file}, where {_INDEX} puts it" for name, file in index.items() if name not in headers[file]
-    ]
-    if problems:
-        raise UserError(f"the checkpoint in {folder} is inconsistent: {'; '.join(problems)}: fetch the model again")
-    return tensors
+    tensors_of = {file.name: read_header(file) for file in weight_files(folder)}
+    tensors = {name: tensor for found in tensors_of.values() for name, tensor in found.items()}
+    return tensors | {name: tensors_of[file][name] for name, file in index.items() if name in tensors_of[file]}
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: 8 bytes of header length, a JSON header, the values, without gaps.
-
-    Raises:
-      UserError: the file is truncated or not in that format.
-    """
-    size = file.stat().st_size
-    try:
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
-        tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in header.items()}
-        end = 8 + length
-        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
-            if tensor.offset != end:
-                raise ValueError(f"tensors overlap or leave a gap at byte {end}")
-            end += tensor.nbytes
-        if end != size:
-            raise ValueError(f"it should have {end} bytes and has {size}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch the model again") from None
-    return tensors
-
-
-def _tensor(file: Path, start: int, name: str, entry: Mapping) -> Tensor:
-    first, last = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] not in _DTYPES:
-        raise UserError(
-            f"{file}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}: "
-            "use an unquantised model"
-        )
-    dtype = np.dtype(_DTYPES[entry["dtype"]])
-    if min(shape, default=0) < 0 or last - first != dtype.itemsize * math.prod(shape):
-        raise ValueError(f"tensor {name} has {last - first} bytes for the shape {list(shape)}")
-    return Tensor(file, start + first, dtype, shape)
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint: those that its index names, or ``model.safetensors``.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a checkpoint that are read, one or the shards that an index names.
 
     Raises:
       UserError: there are none, or one is missing.
     """
-    names = sorted(set(_read_index(folder).values())) or ["model.safetensors"]
+    chosen = _chosen(folder)
+    if chosen is None:
+        raise UserError(
+            f"{folder} has no weights: expected model.safetensors, or its shards with an index, or pytorch_model.bin"
+        )
+    names = list_shards(folder) or [chosen]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise UserError(
-            f"{folder} has no {', '.join(missing)}: expected a folder with config.json and safetensors weights"
-        )
+        raise UserError(f"{folder} has no {', '.join(missing)}, which {chosen} names: fetch the model again")
     return [folder / name for name in names]
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    """The file of every tensor; {} where there is no index."""
-    file = folder / _INDEX
-    if not file.exists():
-        return {}
+def read_header(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, or of one that ``torch.save`` wrote, by name.
+
+    Raises:
+      UserError: the file is truncated or in another format.
+    """
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickled(file)
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)["weight_map"]
+        with safe_open(file, "numpy") as opened:  # it also checks that the values fill the file without gaps
+            facts = {}
+            for name in opened.offset_keys():
+                part = opened.get_slice(name)
+                facts[name] = (part.get_dtype(), tuple(part.get_shape()))
+    except (SafetensorError, OSError, ValueError) as error:
+        if file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
+            raise UserError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there") from None
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch the model again") from None
+    tensors, end = {}, file.stat().st_size
+    for name, (kind, shape) in reversed(facts.items()):
+        bits = 8 if kind == "BOOL" else int(re.findall(r"\d+", kind)[0])
+        end -= -(-bits * math.prod(shape) // 8)
+        dtype = np.dtype(_FLOATS[kind]) if kind in _FLOATS else None
+        tensors[name] = Tensor(file, name, shape, dtype, kind, _mapped(file, dtype, end, shape))
+    return {name: tensors[name] for name in facts}
+
+
+def _mapped(file: Path, dtype: np.dtype | None, offset: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """Return a function that maps a tensor's values. (``safe_open.get_tensor`` would copy all of them.)"""
+
+    def values() -> np.ndarray:
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(file, dtype, "r", offset, shape)
+
+    return values
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    loaded = read_pickled_tensors(file)
+    if not isinstance(loaded, dict):
+        raise UserError(f"{file} holds a {type(loaded).__name__}: expected tensors by name, as a state dict has them")
+    tensors = {}
+    for name, value in loaded.items():
+        kind = str(getattr(value, "dtype", type(value).__name__))
+        usable = isinstance(value, np.ndarray) and value.dtype in [np.dtype(dtype) for dtype in _FLOATS.values()]
+        dtype, shape = (value.dtype, value.shape) if usable else (None, tuple(getattr(value, "shape", ())))
+        tensors[name] = Tensor(file, name, shape, dtype, kind, lambda value=value: value)
+    return tensors
+
+
+def _chosen(folder: Path) -> str | None:
+    """Return the name of the weight file or index that is read; None: there is none."""
+    return next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
+
+
+def list_shards(folder: Path) -> list[str]:
+    """Return the names of the files that the index in use names, whether they are there or not; [] without one."""
+    return sorted(set(_read_index(folder).values()))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return the file of every tensor; {} where all are in one file."""
+    chosen = _chosen(folder)
+    if chosen is None or not chosen.endswith(".index.json"):
+        return {}
+    file = folder / chosen
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
         if not weight_map or any(Path(name).name != name for name in weight_map.values()):
-            raise ValueError("its weight_map has to name files beside it")
+            raise ValueError("its weight_map has to name files of the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged or not an index of safetensors files ({error}): fetch it again") from None
+        raise UserError(f"{file} is damaged or not an index of weight files ({error}): fetch it again") from None
     return weight_map
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose names may not repeat."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name} is listed twice")
-        found[name] = value
-    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
-from saejax.models.identity import content
+from saejax.models.identity import content_sha256
 from saejax.models.model_cache import cached_model, save_pretrained
 
 _CONVERSION = 2  # raise it when the conversion changes, so that old caches are left behind
@@ -26,7 +26,7 @@ def dequantised(gguf: Path) -> Path:
     Raises:
       UserError: transformers cannot read the file, or not all of it; or the cache cannot be written.
     """
-    name = f"{gguf.stem}-{content(gguf)[:16]}-{_CONVERSION}"
+    name = f"{gguf.stem}-{content_sha256(gguf)[:16]}-{_CONVERSION}"
     return cached_model(name, gguf.name, lambda folder: _convert(gguf, folder))
 
 

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, and what its errors mean."""
+"""Download files of the Hugging Face hub, and explain its errors."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,14 @@ from saejax.models.offline import offline_if_unreachable
 def hub_folder(
     name: str, revision: str, files: Sequence[str], skipped: Sequence[str] = (), what: str = "model"
 ) -> Path:
-    """The folder of a hub repository with the files of some patterns, fetched if need be.
+    """Return the folder of a hub repository with the files of some patterns, fetched if need be.
 
     Args:
-      name, revision: of the repository.
-      files, skipped: patterns of what is wanted, and of what is not all the same.
-      what: the repository holds, in words, for messages.
+      name: of the repository.
+      revision: branch, tag or commit.
+      files: patterns of files to fetch, at least one.
+      skipped: patterns of files to leave out of those.
+      what: the kind of content, in words, for messages.
 
     Raises:
       UserError: there is no such repository or revision, or it cannot be reached.
@@ -31,12 +33,13 @@ def hub_folder(
 
 @contextlib.contextmanager
 def hub_errors(name: str, revision: str, what: str, file: str, expected: str) -> Iterator[None]:
-    """Turns the errors of the hub into ``UserError``s that say what to do.
+    """Turn the errors of the hub into ``UserError``s that say what to do.
 
     Args:
-      name, revision: the repository.
-      what: is looked for there, such as "model".
-      file: without which there is none.
+      name: of the repository.
+      revision: branch, tag or commit.
+      what: the kind of content, such as "model".
+      file: the file that has to be there.
       expected: what the file is part of.
     """
     from huggingface_hub import errors
@@ -72,6 +75,7 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
 
 
 def _not_fetched(name: str, error: Exception) -> UserError:
+    """Return the error for a download that failed, with a remedy."""
     remedy = "try again, or give a local folder"
     if getattr(getattr(error, "response", None), "status_code", None) == 401:
         remedy = "the hub does not accept the token in the variable HF_TOKEN, or that of `hf auth login`: renew it"

@@ -1,36 +1,81 @@
-"""Fingerprints of model files."""
+"""Identities of models: hashes of the files that their results depend on, whatever the folder."""
 
 import hashlib
+import logging
+import os
+import re
 from pathlib import Path
 
-from saejax.files import file_sha256
-from saejax.models.checkpoint import safetensors_files
+from saejax.files import file_sha256, write_text
+from saejax.models.checkpoint import weight_files
 
 MARK = "saejax.json"  # left in a folder that saejax made; not part of the model
-_WHOLE_BELOW, _SAMPLES, _SAMPLE_BYTES = 1 << 24, 256, 4096
+SETTINGS = (  # the files of a model, apart from its weights
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
+_HASHED_AT_ONCE = 1 << 20  # bytes up to which a file is hashed each time
+_LFS_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def cache_folder() -> Path:
+    """Return the folder for what saejax derives from models: ``$SAEJAX_CACHE``, by default ``~/.cache/saejax``."""
+    return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash, 16 hexadecimal digits, of what a model's results depend on: configuration, tokenizer and weights."""
-    files = {path for pattern in ("*.json", "*.model", "*.txt", "*.jinja") for path in folder.glob(pattern)}
-    files = {path for path in files if path.name != MARK} | set(safetensors_files(folder))
+    """Return a hash, 16 hexadecimal digits, of a model's configuration, tokenizer and weights."""
+    return _digest([*setting_files(folder), *weight_files(folder)])
+
+
+def settings_fingerprint(folder: Path) -> str:
+    """Return a hash like ``fingerprint`` without the weights."""
+    return _digest(setting_files(folder))
+
+
+def setting_files(folder: Path) -> list[Path]:
+    """Return the files of a model's configuration and tokenizer."""
+    return sorted({path for pattern in SETTINGS for path in folder.glob(pattern)})
+
+
+def _digest(files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(f"{path.name} {path.stat().st_size} {content(path)}\n".encode())
+    for path in files:
+        digest.update(f"{path.name} {content_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def content(path: Path) -> str:
-    """SHA-256 of a file; of one above 16 MiB, of its safetensors header and 256 samples, the last one at its end."""
-    size = path.stat().st_size
-    if size <= _WHOLE_BELOW:
-        return file_sha256(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-        file.seek(0)
-        digest.update(file.read(min(header, size)))
-        for sample in range(_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+def content_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as 64 hexadecimal digits.
+
+    Large files are read once: the hash is kept in the cache folder under path, size, time of change and inode. Large
+    files of the hub are stored under their hash.
+    """
+    real = path.resolve()
+    if real.parent.name == "blobs" and _LFS_BLOB.fullmatch(real.name):
+        return real.name
+    stat = real.stat()
+    if stat.st_size <= _HASHED_AT_ONCE:
+        return file_sha256(real)
+    key = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    kept = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        known = kept.read_text(encoding="ascii").strip()
+        if _LFS_BLOB.fullmatch(known):
+            return known
+    except (OSError, UnicodeDecodeError):
+        pass  # not hashed yet, or damaged
+    content = file_sha256(real)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, content)
+    except OSError as error:
+        logging.getLogger(__name__).warning("the hash of %s cannot be kept (%s): it will be read again", path, error)
+    return content

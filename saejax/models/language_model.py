@@ -243,8 +243,8 @@ def load_model(
     """
     model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype), decoder=True)
     config_file = model_source.folder / "config.json"
-    config = read_config(read_json(config_file), str(config_file))
-    tokenizer = source.load_tokenizer(model_source)
+    config = weights.untie_stored_head(model_source.folder, read_config(read_json(config_file), str(config_file)))
+    tokenizer = source.find_tokenizer(model_source)
     mesh = mesh or make_mesh()
     params = weights.load_params(model_source.folder, config, mesh, dtype)
     return LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))

@@ -1,7 +1,7 @@
 """The cache of models that saejax made of others, in the hub's format.
 
-They are kept in ``$SAEJAX_CACHE`` (by default ``~/.cache/saejax``), each in a folder that appears whole or not at all
-and is used only while its content is what was written.
+They are kept in ``identity.cache_folder()``, each in a folder that appears whole or not at all and is used only while
+its content is what was written.
 """
 
 import json
@@ -13,22 +13,17 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
-from saejax.models.identity import MARK, fingerprint
+from saejax.models.identity import MARK, cache_folder, fingerprint
 
 _LOADING = ("local_files_only", "is_local")
 
 
-def cache_folder() -> Path:
-    """Where they are kept."""
-    return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax").expanduser()
-
-
 def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
-    """A model from the cache, or made now.
+    """Return the folder of a model from the cache, or make it now.
 
     Args:
-      name: of its folder: says all that its content depends on.
-      origin: what it is made of, noted beside it.
+      name: of its folder; names all that its content depends on.
+      origin: what it is made of, noted in the folder.
       make: writes its files into an empty folder; raises ``OSError`` where there is no room.
 
     Raises:
@@ -51,7 +46,7 @@ def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
 
 
 def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Saves a model and its tokenizer of the transformers library in the hub's format.
+    """Save a model and its tokenizer of the transformers library in the hub's format.
 
     Raises:
       OSError: there is no room.
@@ -70,7 +65,7 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the folder holds what was written into it."""
+    """Return whether the folder holds what was written into it."""
     if not folder.is_dir():
         return False
     try:
@@ -80,16 +75,17 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
-    beside = folder.with_name(f".{folder.name}.writing")
-    for leftover in (beside, folder):
+    """Make a model in a temporary folder, which takes its place when it is whole."""
+    writing = folder.with_name(f".{folder.name}.writing")
+    for leftover in (writing, folder):
         shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir()
+    writing.mkdir()
     try:
-        make(beside)
-        write_json(beside / MARK, dict(origin=origin, fingerprint=fingerprint(beside)))
-        for path in (path for path in beside.rglob("*") if path.is_file()):
+        make(writing)
+        write_json(writing / MARK, dict(origin=origin, fingerprint=fingerprint(writing)))
+        for path in (path for path in writing.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        os.rename(beside, folder)
+        os.rename(writing, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(writing, ignore_errors=True)

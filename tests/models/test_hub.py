@@ -110,14 +110,35 @@ def hub(copy, tmp_path, monkeypatch):
 
 
 def test_a_model_from_the_hub(hub):
-    (hub / "consolidated.safetensors").write_bytes(b"the weights again")
-    (hub / "pytorch_model.bin").write_bytes(b"the weights again")
+    wanted = {file.name for file in hub.iterdir()}
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "model.onnx", "m.gguf"):
+        (hub / name).write_bytes(b"the weights again")
     found = resolve("org/model")
     assert (found.name, found.revision) == ("org/model", COMMIT)
-    assert {file.name for file in found.folder.iterdir()} == {
-        file.name for file in hub.iterdir() if file.name not in ("consolidated.safetensors", "pytorch_model.bin")
-    }
+    assert {file.name for file in found.folder.iterdir()} == wanted
     assert found.fingerprint == identity.fingerprint(found.folder)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_from_the_hub(hub, kind):
+    """Those that the index names, and no weights of another format than the first that there is."""
+    import torch
+
+    parts = [f"{kind.partition('.')[0]}-0000{part}-of-00002.{kind.partition('.')[2]}" for part in (1, 2)]
+    for part in parts:
+        torch.save({}, hub / part) if part.endswith("bin") else shutil.copy(hub / "model.safetensors", hub / part)
+    (hub / "model.safetensors").rename(hub / "consolidated.safetensors")
+    (hub / f"{kind}.index.json").write_text(json.dumps(dict(weight_map={"a": parts[0], "b": parts[1]})))
+    (hub / "training_args.bin").write_bytes(b"something else")
+    folder = resolve("org/model").folder
+    weights = {file.name for file in folder.iterdir() if file.suffix in (".bin", ".safetensors")}
+    assert weights == set(parts)
+
+
+def test_a_model_without_weights_on_the_hub(hub):
+    (hub / "model.safetensors").rename(hub / "flax_model.msgpack")
+    with pytest.raises(UserError, match=r"https://huggingface.co/org/model has no weights for transformers: expected"):
+        resolve("org/model")
 
 
 @pytest.mark.parametrize(

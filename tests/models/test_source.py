@@ -61,20 +61,52 @@ def test_the_fingerprint_changes_with_every_file_that_matters(copy, name):
     assert identity.fingerprint(copy) != before
 
 
-def test_the_fingerprint_of_a_large_file_is_sampled_up_to_its_end(tmp_path):
-    file = tmp_path / "model.safetensors"
+def test_one_byte_of_a_large_file_changes_the_fingerprint(copy, monkeypatch):
+    monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 1000)
+    file = copy / "model.safetensors"
+    before, content = identity.fingerprint(copy), bytearray(file.read_bytes())
+    for offset in np.random.default_rng(0).integers(0, len(content), 20):
+        content[offset] ^= 1
+        file.write_bytes(content)
+        assert identity.fingerprint(copy) != before
+        content[offset] ^= 1
+    file.write_bytes(content)
+    assert identity.fingerprint(copy) == before
 
-    def digest(change=None):
-        with open(file, "wb") as stream:
-            stream.write((1000).to_bytes(8, "little") + bytes(1000))
-            stream.truncate(40_000_000)
-            if change is not None:
-                stream.seek(change)
-                stream.write(b"x")
-        return identity.content(file)
 
-    marks = [digest(), digest(900), digest(39_999_999), digest(20_000_000 - 20_000_000 % 156_847)]
-    assert len(set(marks)) == 4
+def test_equal_content_at_another_path_is_the_same_model(tiny_llama, copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')  # not read
+    (copy / "trainer_state.json").write_text("{}")
+    assert identity.fingerprint(copy) == identity.fingerprint(tiny_llama)
+
+
+def test_a_large_file_is_read_once(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 0)
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "cache"))
+    first = identity.fingerprint(copy)
+    read = []
+    monkeypatch.setattr(identity, "file_sha256", lambda path: read.append(path.name) or 64 * "0")
+    assert identity.fingerprint(copy) == first and not read
+    for kept in (tmp_path / "cache" / "hashes").iterdir():
+        kept.write_text("damaged")
+    assert identity.fingerprint(copy) != first and "model.safetensors" in read
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(copy, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(identity, "_HASHED_AT_ONCE", 1000)
+    (tmp_path / "file").write_text("no folder")
+    before = identity.fingerprint(copy)
+    monkeypatch.setenv("SAEJAX_CACHE", str(tmp_path / "file" / "cache"))
+    assert identity.fingerprint(copy) == before
+    assert "cannot be kept" in caplog.text
+
+
+def test_large_files_of_the_hub_are_known_by_their_names(tmp_path):
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    (tmp_path / "model.safetensors").symlink_to(blob)
+    assert identity.content_sha256(tmp_path / "model.safetensors") == "ab" * 32
 
 
 @pytest.mark.parametrize(
@@ -98,8 +130,8 @@ def test_no_such_model(path, message, tmp_path, monkeypatch):
 def test_folders_that_hold_no_model(copy, tmp_path):
     with pytest.raises(UserError, match="has no config.json"):
         resolve(tmp_path)
-    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(UserError, match="has no model.safetensors"):
+    (copy / "model.safetensors").rename(copy / "weights.safetensors")
+    with pytest.raises(UserError, match="has no weights: expected model.safetensors"):
         resolve(copy)
     for text in ("{", "[]", "\xff"):
         (copy / "config.json").write_text(text, encoding="latin-1")
@@ -119,6 +151,10 @@ def test_a_family_that_the_decoder_does_not_know(copy):
 def test_no_tokenizer(copy):
     for file in copy.glob("tokenizer*"):
         file.unlink()
+    assert source.find_tokenizer(resolve(copy)) is None
+    with pytest.raises(UserError, match="copy has no tokenizer: expected tokenizer.json, tokenizer.model or"):
+        source.load_tokenizer(resolve(copy))
+    (copy / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="no usable tokenizer"):
         source.load_tokenizer(resolve(copy))
 

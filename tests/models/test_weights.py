@@ -13,10 +13,10 @@ from tiny_models import save_tiny, save_tiny_llama
 
 from saejax.errors import UserError
 from saejax.files import read_json
-from saejax.models.checkpoint import safetensors_files
+from saejax.models.checkpoint import weight_files
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
-from saejax.models.weights import load_params
+from saejax.models.weights import load_params, untie_stored_head
 from saejax.parallel.mesh import AXES
 
 
@@ -75,14 +75,14 @@ def test_sharded_checkpoint_and_dtypes(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="60KB")
-    assert len(safetensors_files(tmp_path)) > 3
+    assert len(weight_files(tmp_path)) > 3
     config, mesh = config_of(tiny), mesh_of(1, 1, 1)
     whole, parts = (load_params(folder, config, mesh, "float32") for folder in (tiny, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     half = load_params(tmp_path, config, mesh, "bfloat16")
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a).astype(ml_dtypes.bfloat16), b), whole, half)
 
-    safetensors_files(tmp_path)[1].unlink()
+    weight_files(tmp_path)[1].unlink()
     with pytest.raises(UserError, match=r"has no model-00002-of-000\d\d.safetensors"):
         load_params(tmp_path, config, mesh, "float32")
 
@@ -99,15 +99,17 @@ def test_all_mismatches_are_listed_in_one_error(copy):
     def damage(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"]
         tensors["model.norm.weight"] = np.zeros(63, np.float32)
-        tensors["model.layers.4.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)  # harmless
+        tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((96, 64), np.uint8)
+        tensors["model.layers.4.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)  # not used
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.int64)
 
     change(copy, damage)
     with pytest.raises(UserError) as error:
         load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
     assert str(error.value).endswith(
         "do not fit its config.json: model.norm.weight has shape [63], expected [64]; "
-        "model.layers.1.mlp.up_proj.weight is missing; model.layers.4.mlp.up_proj.weight is left over"
+        "model.layers.1.mlp.up_proj.weight is missing; model.layers.2.mlp.up_proj.weight has dtype U8, expected one of "
+        "F64, F32, F16, BF16: use an unquantised model"
     )
 
 
@@ -127,13 +129,31 @@ def test_a_transposed_weight_is_a_mismatch(copy, name, wanted):
     assert f"{name} has shape " in str(error.value) and str(error.value).endswith(f"expected {wanted}")
 
 
-def test_tied_models_may_repeat_the_embedding_but_not_contradict_it(copy):
+def test_a_tied_head_that_is_stored_with_other_values_is_used_as_it_is_stored(copy):
+    from transformers import AutoModelForCausalLM
+
     config = json.loads((copy / "config.json").read_text()) | dict(tie_word_embeddings=True)
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="lm_head.weight differs from model.embed_tokens.weight"):
-        load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(copy)
+    config = untie_stored_head(copy, config_of(copy))
+    params = load_params(copy, config, mesh_of(1, 1, 1), "float32")
+    assert not config.tied
+    np.testing.assert_array_equal(params["unembed_DxV"], theirs.lm_head.weight.detach().T)
     change(copy, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}))
-    assert "unembed_DxV" not in load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
+    assert untie_stored_head(copy, config_of(copy)).tied
+    change(copy, lambda tensors: tensors.pop("lm_head.weight"))
+    assert untie_stored_head(copy, config_of(copy)).tied
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(copy):
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((copy / "config.json").read_text()) | dict(tie_word_embeddings=True)
+    (copy / "config.json").write_text(json.dumps(config))
+    change(copy, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    params = load_params(copy, untie_stored_head(copy, config_of(copy)), mesh_of(1, 1, 1), "float32")
+    theirs = AutoModelForCausalLM.from_pretrained(copy).get_input_embeddings().weight.detach()
+    np.testing.assert_array_equal(params["embed_VxD"], theirs)
 
 
 def test_the_first_layers_alone(tiny):
@@ -178,12 +198,3 @@ def test_every_device_holds_its_shard_only(tiny, shape):
         shards = params[name].addressable_shards
         assert len(shards) == np.prod(shape)
         assert {shard.data.size for shard in shards} == {params[name].size // part}
-
-
-def test_a_tensor_in_two_files_is_refused(tiny, copy):
-    half = load_file(tiny / "model.safetensors")
-    save_file({"model.norm.weight": half["model.norm.weight"]}, copy / "extra.safetensors")
-    index = {name: "model.safetensors" for name in half} | {"model.norm.weight": "extra.safetensors"}
-    (copy / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=index)))
-    with pytest.raises(UserError, match="model.norm.weight is both in extra.safetensors and model.safetensors"):
-        load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")

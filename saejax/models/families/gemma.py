@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import GLOBAL, IGNORED, LOCAL, MODULES, WEIGHTS, read_local, rms_decoder
+from saejax.models.families.llama import GLOBAL, LOCAL, MODULES, WEIGHTS, read_local, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
 from saejax.models.families.table import Family, Modules, Weight
 from saejax.models.fields import Fields
@@ -118,19 +118,13 @@ FAMILIES = {
         WEIGHTS,
         _SHARED | dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=16, max_position_embeddings=8192),
         MODULES,
-        IGNORED,
     ),
-    "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2, _MODULES, IGNORED),
+    "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2, _MODULES),
     "gemma3_text": Family(_read_gemma3_text, _LATER_WEIGHTS, _GEMMA3, _MODULES),
     "gemma3": Family(
         _read_gemma3,
         _LATER_WEIGHTS,
         dict(tie_word_embeddings=True),
         dataclasses.replace(_MODULES, layers="model.language_model.layers"),
-        ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
-        renamed=(
-            (r"^(language_model\.model|model\.language_model)\.", "model."),
-            (r"^language_model\.lm_head", "lm_head"),
-        ),
     ),
 }

@@ -97,6 +97,5 @@ FAMILIES = {
             tie_word_embeddings=True,
         ),
         Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
-        ignored=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
     ),
 }

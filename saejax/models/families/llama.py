@@ -133,7 +133,6 @@ _QWEN = _SHARED | dict(
     use_sliding_window=False,
 )
 MODULES = Modules("model.layers", "self_attn", "mlp", "mlp", "post_attention_layernorm")
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 FAMILIES = {
     "llama": Family(
@@ -141,15 +140,13 @@ FAMILIES = {
         WEIGHTS,
         _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
         MODULES,
-        IGNORED,
     ),
     "mistral": Family(
         _read_mistral,
         WEIGHTS,
         _SHARED | dict(num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
         MODULES,
-        IGNORED,
     ),
-    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, MODULES, IGNORED),
-    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), MODULES, IGNORED),
+    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, MODULES),
+    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), MODULES),
 }

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.llama import IGNORED, MODULES
+from saejax.models.families.llama import MODULES
 from saejax.models.families.rotary import read_rope
 from saejax.models.families.table import Family, Modules, View, Weight, expect, linear, linear_of_heads, vector
 from saejax.models.fields import Fields
@@ -146,14 +146,11 @@ FAMILIES = {
         _NEOX_WEIGHTS,
         _SHARED | dict(hidden_act="gelu", attention_bias=True, use_parallel_residual=True),
         Modules("gpt_neox.layers", "attention", "mlp", "mlp", "post_attention_layernorm"),
-        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
-        renamed=((r"^lm_head\.", "embed_out."),),  # written so by some versions of transformers
     ),
     "phi": Family(
         _read_phi,
         _PHI_WEIGHTS,
         _SHARED | dict(hidden_act="gelu_new", qk_layernorm=False),
         dataclasses.replace(MODULES, mid=None),
-        IGNORED,
     ),
 }

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from saejax.models.config import DecoderConfig
 from saejax.models.fields import Fields
 
-_T = TypeVar("_T")
 View = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
@@ -79,24 +77,9 @@ class Family:
       weights: the place of every parameter of ``parameters.parameter_table``.
       defaults: what transformers takes for fields that are absent.
       modules: where its PyTorch model has the values of sites.
-      ignored: patterns of tensors that some checkpoints carry and a forward pass on text does not need.
-      renamed: patterns of tensors that some checkpoints name otherwise, and what stands in the patterns' place here.
     """
 
     read_config: Callable[[Fields], DecoderConfig]
     weights: Mapping[str, Weight]
     defaults: Mapping[str, Any]
     modules: Modules
-    ignored: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-
-    def needed(self, tensors: Mapping[str, _T]) -> dict[str, _T]:
-        """The tensors of a checkpoint under the names of ``weights``, without those that are ignored."""
-        found = {}
-        for name, tensor in tensors.items():
-            if any(re.fullmatch(pattern, name) for pattern in self.ignored):
-                continue
-            for pattern, replacement in self.renamed:
-                name = re.sub(pattern, replacement, name)
-            found[name] = tensor
-        return found
