@@ -81,6 +81,7 @@ TORCH_MAY_BE_IN = {
     "saejax/dictionaries/formats/qwen_scope.py",
     "saejax/models/lens_files.py",
     "saejax/models/source.py",
+    "saejax/models/pickled.py",
     "saejax/models/randomised.py",
 }
 SOURCES = sorted(p for top in ("saejax", "experiments") for p in (ROOT / top).rglob("*.py"))

@@ -5,6 +5,7 @@ before ``pytorch_model.bin``. What else lies in the folder, such as an old index
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -25,6 +26,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_UNUSABLE = np.dtype(np.void)
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -36,21 +38,21 @@ class Tensor:
       file: where it lies.
       name: in that file.
       shape: of the values, row-major.
-      dtype: of the values; None where it is not a float of 16 to 64 bits, as in masks and quantised weights.
+      dtype: of the values; void where it is not a float of 16 to 64 bits, as in masks and quantised weights.
       file_dtype: as the file calls it, such as "BF16" or "U8".
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype | None
+    dtype: np.dtype
     file_dtype: str
     _values: Callable[[], np.ndarray] = dataclasses.field(repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes; 0 for dtypes that cannot be used."""
-        return self.dtype.itemsize * math.prod(self.shape) if self.dtype else 0
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def map(self) -> np.ndarray:
         """Return the values, mapped from the file: only what is used of them is read from disk.
@@ -58,14 +60,14 @@ class Tensor:
         Raises:
           UserError: they are not floats.
         """
-        if self.dtype is None:
+        if self.dtype_problem:
             raise UserError(f"{self.file}: tensor {self.name} {self.dtype_problem}")
         return self._values()
 
     @property
     def dtype_problem(self) -> str:
         """A message if the values cannot be used; "" if they can."""
-        if self.dtype is not None:
+        if self.dtype != _UNUSABLE:
             return ""
         return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use an unquantised model"
 
@@ -126,20 +128,14 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     for name, (kind, shape) in reversed(facts.items()):
         bits = 8 if kind == "BOOL" else int(re.findall(r"\d+", kind)[0])
         end -= -(-bits * math.prod(shape) // 8)
-        dtype = np.dtype(_FLOATS[kind]) if kind in _FLOATS else None
-        tensors[name] = Tensor(file, name, shape, dtype, kind, _mapped(file, dtype, end, shape))
+        dtype = np.dtype(_FLOATS.get(kind, _UNUSABLE))
+        tensors[name] = Tensor(file, name, shape, dtype, kind, functools.partial(_map_values, file, dtype, end, shape))
     return {name: tensors[name] for name in facts}
 
 
-def _mapped(file: Path, dtype: np.dtype | None, offset: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
-    """Return a function that maps a tensor's values. (``safe_open.get_tensor`` would copy all of them.)"""
-
-    def values() -> np.ndarray:
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        return np.memmap(file, dtype, "r", offset, shape)
-
-    return values
+def _map_values(file: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Map a tensor's values. (``safe_open.get_tensor`` would copy all of them.)"""
+    return np.zeros(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", offset, shape)
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
@@ -150,8 +146,8 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     for name, value in loaded.items():
         kind = str(getattr(value, "dtype", type(value).__name__))
         usable = isinstance(value, np.ndarray) and value.dtype in [np.dtype(dtype) for dtype in _FLOATS.values()]
-        dtype, shape = (value.dtype, value.shape) if usable else (None, tuple(getattr(value, "shape", ())))
-        tensors[name] = Tensor(file, name, shape, dtype, kind, lambda value=value: value)
+        dtype, shape = value.dtype if usable else _UNUSABLE, tuple(getattr(value, "shape", ()))
+        tensors[name] = Tensor(file, name, shape, dtype, kind, functools.partial(np.asarray, value))
     return tensors
 
 

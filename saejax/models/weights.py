@@ -63,7 +63,7 @@ def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
     tensors, untied = read_checkpoint(folder), dataclasses.replace(config, tied=False)
     sources = _find_sources(untied, tensors)
     (_, embed), (_, head) = sources["embed_VxD"][0], sources["unembed_DxV"][0]
-    if head is None or embed is None or head.dtype is None or embed.dtype is None or head is embed:
+    if head is None or embed is None or head.dtype_problem or embed.dtype_problem or head is embed:
         return config
     same = head.shape == embed.shape and all(
         np.array_equal(embed.map()[rows], head.map()[rows])  # some rows at a time, which bounds memory
@@ -130,7 +130,7 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
         for source, tensor in sources[name]:
             if tensor is None:
                 problems.append(f"{source} is missing")
-            elif tensor.dtype is None:
+            elif tensor.dtype_problem:
                 problems.append(f"{source} {tensor.dtype_problem}")
             else:
                 try:
