@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.models.tokens import bos_tokens
 from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.corpora import Document
@@ -52,7 +53,7 @@ class Cutter:
                 f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it"
             )
         self._config, self._tokenizer, self._context = config, tokenizer, context
-        self._front = front_tokens(tokenizer)
+        self._front = bos_tokens(tokenizer)
         if len(self._front) >= config.context:
             raise UserError(
                 f"--corpus.context={config.context} leaves no room after {len(self._front)} special tokens: raise it"
@@ -146,9 +147,3 @@ def _tokenized(tokenizer: Any, texts: Iterable[Document]) -> Iterator[tuple[Docu
 def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     # verbose=False: long texts are cut below, so the tokenizer need not warn of them.
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def front_tokens(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text."""
-    marked, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return next(marked[:i] for i in range(len(marked) - len(plain), -1, -1) if marked[i : i + len(plain)] == plain)

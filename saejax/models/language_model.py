@@ -55,7 +55,7 @@ class Output:
         if self.logits_BxTxV is None:
             raise ValueError("this pass was run with logits=False")
         if isinstance(answer, str):
-            answer = tokens.first_token(self._tokenizer, answer if answer[:1].isspace() else " " + answer)
+            answer = tokens.continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
         return last_B if len(last_B) > 1 else last_B[0]
 

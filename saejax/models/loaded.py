@@ -36,10 +36,18 @@ class LoadedModel:
         self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
         self.rules = rules
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Token ids of the texts; a ``UserError`` if one is empty or longer than the context."""
-        return tokens.tokenize(self.tokenizer, texts, self.config.context)
+    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
+        """Return the token ids of texts.
+
+        Args:
+          texts: at least one.
+          bos: "auto" (what the tokenizer puts in front, once), "always" or "never".
+
+        Raises:
+          UserError: a text is empty or longer than the context, or the model has no tokenizer.
+        """
+        return tokens.tokenize(self.tokenizer, texts, self.config.context, bos)
 
     def token_id(self, text: str) -> int:
-        """Id of the first token of an answer, taken as it is written: " Paris" and "Paris" differ."""
-        return tokens.first_token(self.tokenizer, text)
+        """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ."""
+        return tokens.continuation_ids(self.tokenizer, text)[0]

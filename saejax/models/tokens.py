@@ -1,4 +1,4 @@
-"""Prompts as token ids."""
+"""Prompts as token ids: special tokens, answers that continue a text, batches of few shapes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Tokens:
 
 
 def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
-    """Puts token id sequences of any length above 0 into one batch."""
+    """Pad token id sequences of any length above 0 into one batch."""
     lengths_B = np.array([len(sequence) for sequence in sequences], np.int32)
     ids_BxT = np.full((len(sequences), int(lengths_B.max())), fill, np.int32)
     for row, sequence in zip(ids_BxT, sequences, strict=True):
@@ -56,22 +56,23 @@ def pad(sequences: Sequence[Sequence[int]], fill: int = 0) -> Tokens:
     return Tokens(ids_BxT, lengths_B)
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
-    """Tokenises texts as the model expects them, special tokens included.
+def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "auto") -> Tokens:
+    """Tokenise texts as the model expects them, special tokens included.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: of the model; None: it has none.
       texts: at least one.
       context: longest prompt in tokens.
+      bos: see ``encode``.
 
     Raises:
-      UserError: a text is empty or longer than the context; the message says which.
+      UserError: there is no tokenizer, or a text is empty or longer than the context; the message says which.
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string: expected a list of them")
     if not texts:
         raise UserError("there are no texts to tokenize: expected at least one")
-    sequences = [_ids(tokenizer, text) for text in texts]
+    sequences = [encode(tokenizer, text, bos) for text in texts]
     for number, (text, sequence) in enumerate(zip(texts, sequences, strict=True)):
         start = text if len(text) <= 40 else text[:40] + "..."
         if not text or not sequence:
@@ -84,16 +85,74 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int) -> Tokens:
     return pad(sequences)
 
 
-def first_token(tokenizer: Any, text: str) -> int:
-    """Id of the first token that a tokenizer makes of an answer, a text taken as it is, leading space and all."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise UserError(f"the answer {text!r} has no tokens: expected at least one")
-    return ids[0]
+def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
+    """Return the token ids of a text that a model continues.
+
+    Special tokens that the tokenizer puts after a text are left out: a context that ends in one has ended.
+
+    Args:
+      tokenizer: of the model; None: it has none.
+      text: may begin with the text of the BOS token, as chat templates and Neuronpedia's prompts do; it then gets no
+        second one.
+      bos: "auto", the tokenizer's own special tokens in front; "always", the BOS token; "never", neither.
+
+    Raises:
+      UserError: there is no tokenizer, or no BOS token though one is asked for.
+    """
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer: give token ids, with saejax.models.tokens.pad")
+    # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    front = [] if bos == "never" else bos_tokens(tokenizer)
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
+        front = [tokenizer.bos_token_id]
+    return ids if ids[: len(front)] == front else front + ids
+
+
+def bos_tokens(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer puts in front of a text."""
+    whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = range(len(whole) - len(plain), -1, -1)
+    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+
+
+# What an answer is appended to where no context is given: the first of these with which it does not merge.
+_NEUTRAL_CONTEXTS = ("a", "\n", "(", "=")
+
+
+def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) -> list[int]:
+    """Return the token ids with which a text goes on when an answer is appended to it.
+
+    An answer that is tokenised alone may begin otherwise: SentencePiece tokenizers put a marker of a word's beginning
+    before it, and others merge its digits or letters with those of the context.
+
+    Args:
+      tokenizer: of the model.
+      answer: taken as it is written: " Paris" and "Paris" differ.
+      context: the text before it; None: any.
+
+    Returns:
+      The ids after those of the context; [] if the context's last tokens are other ones when the answer follows.
+
+    Raises:
+      UserError: the answer is empty, or there is no tokenizer.
+    """
+    if not answer:
+        raise UserError("the answer '' has no tokens: expected at least one")
+    contexts = [context]
+    if context is None:
+        contexts = list(_NEUTRAL_CONTEXTS if answer[0].isspace() else _NEUTRAL_CONTEXTS[1:])
+    for before in contexts:
+        ids, whole = encode(tokenizer, before or ""), encode(tokenizer, (before or "") + answer)
+        if whole[: len(ids)] == ids and len(whole) > len(ids):
+            return whole[len(ids) :]
+    return [] if context is not None else encode(tokenizer, answer, bos="never")
 
 
 def token_text(tokenizer: Any) -> Callable[[int], str]:
-    """A function from a token id to the token's text, the leading space included."""
+    """Return a function from a token id to the token's text, the leading space included."""
 
     def text(token: int) -> str:
         piece = tokenizer.convert_ids_to_tokens(token)
@@ -103,11 +162,6 @@ def token_text(tokenizer: Any) -> Callable[[int], str]:
         return f" {decoded}" if dropped else decoded
 
     return text
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
-    return tokenizer(text, verbose=False)["input_ids"]
 
 
 def few_lengths(counts: np.ndarray, program: int, most: int = 16) -> np.ndarray:

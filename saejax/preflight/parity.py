@@ -16,7 +16,7 @@ from saejax.config import Configs
 from saejax.models import source
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import KINDS, Site
-from saejax.models.tokens import Tokens, pad
+from saejax.models.tokens import Tokens, encode, pad
 from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks.corpora import documents
 
@@ -77,7 +77,7 @@ def _real(lm: LanguageModel, configs: Configs) -> Tokens:
     longest = min(_LENGTH, lm.config.context)
     first = itertools.islice(documents(configs[CorpusConfig], configs[TaskConfig]), _PROMPTS)
     texts = [document.text[: 8 * longest] for document in first]
-    return pad([lm.tokenizer(text, verbose=False)["input_ids"][:longest] for text in texts])
+    return pad([encode(lm.tokenizer, text)[:longest] for text in texts])
 
 
 def _decoder(lm: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, dict[Site, np.ndarray]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.models.tokens import continuation_ids
 from saejax.tasks.behaviours import Prompt
 
 MERGED = "an answer is joined with the end of the text"
@@ -24,7 +25,7 @@ def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
     Raises:
       UserError: the text's own tokens are other ones when the answer follows, so that no token begins the answer.
     """
-    found = _added(tokenizer, text, answer)
+    found = continuation_ids(tokenizer, answer, text)
     if not found:
         raise UserError(
             f"the answer {answer!r} has no token of its own after {text!r}: {MERGED}; write it so that the answer "
@@ -42,15 +43,10 @@ def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
 def fault(tokenizer: Any, prompt: Prompt) -> str:
     """Why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
     texts = [prompt.text, *([prompt.counterpart] if prompt.counterpart else [])]
-    found = [[_added(tokenizer, text, answer)[:1] for answer in (prompt.correct, prompt.wrong)] for text in texts]
+    answers = (prompt.correct, prompt.wrong)
+    found = [[continuation_ids(tokenizer, answer, text)[:1] for answer in answers] for text in texts]
     if not all(map(all, found)):
         return MERGED
     if found[0][0] == found[0][1]:
         return ALIKE
     return "" if found[0] == found[-1] else OTHER
-
-
-def _added(tokenizer: Any, text: str, answer: str) -> list[int]:
-    """What an answer adds to a text's tokens; none if these do not stay as they are."""
-    before, whole = (tokenizer(part, verbose=False)["input_ids"] for part in (text, text + answer))
-    return whole[len(before) :] if whole[: len(before)] == before else []

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.models.tokens import encode
 from saejax.settings import TaskConfig
 from saejax.tasks import exemplars
 from saejax.tasks.benchmark_definitions import Item, definition, final_number, way
@@ -55,7 +56,7 @@ class Prompter:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt; of a chat template, which writes the special tokens itself, without further ones."""
-        return self.tokenizer(text, add_special_tokens=not self.chat, verbose=False)["input_ids"]
+        return encode(self.tokenizer, text, bos="never" if self.chat else "auto")
 
 
 def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:

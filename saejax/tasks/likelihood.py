@@ -22,7 +22,7 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.edits import fit_values
 from saejax.models.language_model import Edit, LanguageModel
-from saejax.models.tokens import Tokens, pad
+from saejax.models.tokens import Tokens, encode, pad
 from saejax.parallel.mesh import fitting_sharding
 
 BATCH_TOKENS = 4096  # of a forward pass, padding included
@@ -72,8 +72,7 @@ def encode_pair(
     kept = context.rstrip()
     context, continuation = kept, context[len(kept) :] + continuation
     context_ids, whole_ids = (
-        tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-        for text in (context, context + continuation)
+        encode(tokenizer, text, bos="auto" if special_tokens else "never") for text in (context, context + continuation)
     )
     return context_ids, whole_ids[len(context_ids) :]
 

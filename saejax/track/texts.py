@@ -9,6 +9,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
 from saejax.stage import folder_name
 from saejax.tasks.answer_tokens import answer_ids
@@ -171,9 +172,8 @@ def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
     """Where each token's characters end; 0 of special tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the model's tokenizer does not say which characters a token stands for: no steps can be told")
-    found = tokenizer(text, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    assert len(found) == count
-    return np.array([end for _, end in found], np.int64)
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return np.array([0] * (count - len(read)) + [end for _, end in read], np.int64)
 
 
 def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> tuple[int | None, int]:
@@ -182,7 +182,7 @@ def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> 
     answer = problem.answer
     if not answer:
         return None, last
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = encode_text(tokenizer, text)
     place = text.rfind(answer) if problem.steps else -1
     if place >= 0:
         begins = place + len(answer) - len(answer.lstrip())

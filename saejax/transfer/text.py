@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from saejax.activations.cutter import front_tokens
 from saejax.errors import UserError
-from saejax.models.tokens import token_text
+from saejax.models.tokens import bos_tokens, token_text
 
 _CHARACTERS = 5  # of text for each token that is asked for
 
@@ -56,7 +55,7 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
         raise UserError(
             "this model's tokenizer does not say where tokens stand in a text: its features are not compared"
         )
-    front = front_tokens(tokenizer)
+    front = bos_tokens(tokenizer)
     as_text, size = token_text(tokenizer), max(context - len(front), 1)
     pieces, numbers, places = [], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for number, text in enumerate(texts):

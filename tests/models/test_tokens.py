@@ -1,9 +1,82 @@
-"""Batches of few shapes."""
+"""Special tokens, answers that continue a text, and batches of few shapes."""
 
 import numpy as np
 import pytest
 
-from saejax.models.tokens import even_batches, few_lengths
+from saejax.errors import UserError
+from saejax.models.tokens import bos_tokens, continuation_ids, encode, even_batches, few_lengths, tokenize
+
+WORDS = ["the", "city", "of", "Paris", "is", "large", "river"]
+
+
+def word_tokenizer(template="<s> $A", bos="<s>", marker=False):
+    """Words and marked words ("▁Paris"); special tokens as the template says. The BOS token has the id 0."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<unk>"]
+    vocab = {word: index for index, word in enumerate([*special, "▁", *WORDS, "▁a", "a", "\n", "▁\n"])}
+    vocab |= {f"▁{word}": len(vocab) + index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "<unk>"))
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if marker else spaces
+    # A piece is a marker with the letters after it, letters alone, or a line's end.
+    from tokenizers import Regex
+
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("▁?[A-Za-z]+|▁?\\n|▁"), "isolated")
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    tokenizer.add_special_tokens(special)
+    ids = [(token, tokenizer.token_to_id(token)) for token in special if token in template]
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("marker", [False, True])
+def test_a_text_that_begins_with_bos_gets_no_second_one(marker):
+    tokenizer = word_tokenizer(marker=marker)
+    assert tokenizer("<s>the city")["input_ids"][:2] == [0, 0]  # what happens without care
+    for bos, count in (("auto", 1), ("always", 1), ("never", 0)):
+        assert encode(tokenizer, "the city", bos).count(0) == count
+        assert encode(tokenizer, "<s>the city", bos).count(0) == 1
+    assert encode(tokenizer, "the city")[0] == 0 and bos_tokens(tokenizer) == [0]
+
+
+def test_bos_of_tokenizers_that_add_none():
+    tokenizer = word_tokenizer(template="$A")
+    assert bos_tokens(tokenizer) == [] and 0 not in encode(tokenizer, "the city")
+    assert encode(tokenizer, "the city", "always") == [0, *encode(tokenizer, "the city")]
+    with pytest.raises(UserError, match="has no BOS token: expected bos='auto' or 'never'"):
+        encode(word_tokenizer(template="$A", bos=None), "the city", "always")
+
+
+def test_a_context_does_not_end_in_an_appended_eos():
+    tokenizer = word_tokenizer(template="<s> $A </s>")
+    assert tokenizer("the city")["input_ids"][-1] == 1
+    tokens = tokenize(tokenizer, ["the city of", "the"], 10)
+    assert tokens.lengths_B.tolist() == [4, 2] and 1 not in tokens.ids_BxT[tokens.mask_BxT]
+    assert encode(tokenizer, "the city</s>")[-1] == 1  # the text's own
+
+
+@pytest.mark.parametrize("marker", [False, True])
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "$A </s>"])
+def test_an_answer_is_the_token_that_the_text_goes_on_with(marker, template):
+    tokenizer = word_tokenizer(template, marker=marker)
+    whole = tokenizer("the city of Paris", add_special_tokens=False)["input_ids"]
+    before = tokenizer("the city of", add_special_tokens=False)["input_ids"]
+    wanted = whole[len(before) :]
+    assert tokenizer.convert_ids_to_tokens(wanted) == ["▁Paris"]
+    assert continuation_ids(tokenizer, " Paris", "the city of") == continuation_ids(tokenizer, " Paris") == wanted
+    assert tokenizer.convert_ids_to_tokens(continuation_ids(tokenizer, "Paris")) == ["Paris"]
+    assert continuation_ids(tokenizer, " Paris is", "the city of")[0] == wanted[0]
+    with pytest.raises(UserError, match="the answer '' has no tokens"):
+        continuation_ids(tokenizer, "", "the city of")
+
+
+def test_a_model_without_a_tokenizer():
+    with pytest.raises(UserError, match="this model has no tokenizer: give token ids"):
+        tokenize(None, ["the city"], 10)
+    with pytest.raises(UserError, match="this model has no tokenizer"):
+        continuation_ids(None, " Paris")
 
 
 def test_few_lengths_weigh_padding_against_programs():

@@ -63,7 +63,7 @@ def test_what_is_wrong_with_a_prompt(kind, prompt, why):
 
 
 def test_a_counterpart_must_leave_the_answers_as_they_are():
-    def letters(text, verbose):  # "x" takes what follows into its token, but for the last letter
+    def letters(text, **options):  # "x" takes what follows into its token, but for the last letter
         return dict(input_ids=[ord(letter) + 1000 * (i > 0 and text[i - 1] == "y") for i, letter in enumerate(text)])
 
     assert fault(letters, ask("a", "b", "c", "a")) == ""

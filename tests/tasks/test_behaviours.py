@@ -20,7 +20,7 @@ SINGULAR_OF = {
 CAPITAL_OF = dict(recipes()["capital"].pools["places"])
 
 
-def letters(text, verbose=False):
+def letters(text, **options):
     """A tokenizer of words' first letters with the space before them, and of all other letters."""
     return dict(input_ids=[hash(piece) for piece in re.findall(r" \w|.", text, re.DOTALL)])
 
@@ -147,7 +147,7 @@ def test_addition_answers():
 @pytest.mark.parametrize("behaviour", BEHAVIOURS)
 def test_the_choice_depends_on_its_seed_alone(behaviour):
     prompts = make(behaviour)
-    assert prompts == make_prompts(behaviour, 80, 20, 42, lambda text, verbose: letters("x" + text)).prompts
+    assert prompts == make_prompts(behaviour, 80, 20, 42, lambda text, **options: letters("x" + text)).prompts
     assert prompts != make(behaviour, seed=43)
 
 
@@ -181,7 +181,7 @@ def test_bad_requests():
 
 
 def test_what_a_tokenizer_cannot_be_asked_is_counted_and_replaced():
-    def no_letter_b(text, verbose):  # capitals with B begin with the token of those with C
+    def no_letter_b(text, **options):  # capitals with B begin with the token of those with C
         return letters(text.replace(" B", " C"))
 
     prompts, replaced = make_prompts("capital", 80, 100, 42, no_letter_b)
@@ -191,7 +191,7 @@ def test_what_a_tokenizer_cannot_be_asked_is_counted_and_replaced():
 
 
 def test_a_template_without_prompts_is_named():
-    def merging(text, verbose):  # a comma takes what follows into its token
+    def merging(text, **options):  # a comma takes what follows into its token
         return letters(re.sub(",.*", "", text))
 
     with pytest.raises(TooFewPrompts, match=r"1 of 5 train prompts .* 'The government of {place} .*joined .* drafts"):

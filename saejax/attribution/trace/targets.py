@@ -22,7 +22,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
 from saejax.models.rules import RunRules
-from saejax.models.tokens import token_text
+from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
 
 
@@ -166,13 +166,13 @@ def _direction(run: PromptRun, target: Direction) -> Readouts:
 
 
 def token_of(model: LanguageModel, target: str | int) -> int:
-    """The id of a token; a text is taken as it is written.
+    """Return the id of a token; of a text, the one with which it continues another, taken as it is written.
 
     Raises:
       UserError: the text is not one token, or there is no such token.
     """
     if isinstance(target, str):
-        ids = model.tokenizer(target, add_special_tokens=False)["input_ids"]
+        ids = continuation_ids(model.tokenizer, target)
         if len(ids) != 1:
             raise UserError(f"the target {target!r} is {len(ids)} tokens: expected a text of one, such as ' Paris'")
         target = int(ids[0])

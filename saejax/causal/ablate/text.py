@@ -21,7 +21,7 @@ from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import pad
+from saejax.models.tokens import encode, pad
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
@@ -87,7 +87,7 @@ class HeldOutText:
         held_out = corpora.held_out_documents(corpus, task)
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(LENGTH, model.config.context)
-        ids = [model.tokenizer(document.text[: 16 * LENGTH])["input_ids"][:length] for document in chosen]
+        ids = [encode(model.tokenizer, document.text[: 16 * LENGTH])[:length] for document in chosen]
         read = [one for one in ids if len(one) > 1]
         return cls(read) if read else None
 

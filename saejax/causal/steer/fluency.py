@@ -10,6 +10,7 @@ from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steered_val
 from saejax.interventions.split_model import SplitModel
 from saejax.models.edits import Positions
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import encode
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import loglikelihoods
 
@@ -63,4 +64,4 @@ def continued(
 
 def ids_of(model: LanguageModel, text: str) -> list[int]:
     """The token ids of a text as a prompt."""
-    return list(model.tokenizer(text)["input_ids"])
+    return encode(model.tokenizer, text)

@@ -11,6 +11,7 @@ import numpy as np
 
 from saejax.causal.ablate.text import HeldOutText
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import encode
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.likelihood import loglikelihoods
 
@@ -41,7 +42,7 @@ def prefixed(
     if not all(target in examples for target in targets):
         return None
     found = [dataclasses.replace(p, text=examples[t] + p.text) for p, t in zip(prompts, targets, strict=True)]
-    longest = max(len(model.tokenizer(prompt.text, verbose=False)["input_ids"]) for prompt in found)
+    longest = max(len(encode(model.tokenizer, prompt.text)) for prompt in found)
     return found if longest <= model.config.context else None
 
 
@@ -57,7 +58,7 @@ def text_rise(model: LanguageModel, text: HeldOutText, examples: Sequence[str]) 
     special = set(model.tokenizer.all_special_ids)
     alone, behind, rests = [], [], []
     for document, example in zip(text.documents, examples, strict=True):
-        before = model.tokenizer(example, verbose=False)["input_ids"]
+        before = encode(model.tokenizer, example)
         behind.append([*before, *document[: int(not before or document[0] not in special)]])
         alone.append(document[:1])
         rests.append(document[1 : 1 + max(model.config.context - len(behind[-1]), 1)])
