@@ -23,10 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.by_turns import medians, seconds
 from saejax.models import attention
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.families import read_config
-from saejax.models.rules import GRADIENT
 from saejax.preflight.topology import find_slice
 
 SHAPES = Path(__file__).parents[1] / "configs/shapes"

@@ -64,7 +64,7 @@ class SiteReader:
         """Gives the model's memory back; the reader cannot be used afterwards."""
         del self._model, self._places
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # torch would keep it for itself, and JAX could not have it
+            torch.cuda.init_cache()  # torch would keep it for itself, and JAX could not have it
 
     def _read(self, batch: Batch, take: Take) -> None:
         last = self._sites[-1]

@@ -19,10 +19,9 @@ from saejax.interventions import slopes as screening
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.rows import few_rows, full_batch
 from saejax.interventions.split_model import PROMPTS, SiteRows, run_head
-from saejax.models.rules import RunRules
+from saejax.models.config import RunRules
 from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Tree
+from saejax.models.split import SharedPrefixBatch, SplitPoint
 from saejax.settings import ModelConfig, TrainConfig
 
 
@@ -111,20 +110,20 @@ class SplitShapes:
         """The layers above, of so many rows from which some of the features that were gathered are removed."""
         length, shards = self.length, self._mesh.shape["data"]
         value = self.value(whole, self.prompts)
-        past = placed(jax.eval_shape(self.point.record, self.params, value, value)[1], self._mesh)
+        past = placed(jax.eval_shape(self.point.run_suffix_with_kv, self.params, value, value)[1], self._mesh)
         f_BxTxK = whole(self._mesh, (self.prompts, length, gathered), self._kept)
         W_dec_KxD = whole(self._mesh, (gathered, self.used.d_in), self._kept)
         clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None)
         of_shard = -(-rows // shards)
         own, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
         shapes = ((own,), (own,), (own, length), (tokens,), (tokens,))
-        tree = Tree(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
+        tree = SharedPrefixBatch(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
         edited = (
             by_row(self._mesh, (shards, own, gathered), bool),
             by_row(self._mesh, (shards, own, 2), jnp.int32),
         )
         flops = self.tail_flops(rows) + 2.0 * rows * length * gathered * self.used.d_in
-        arguments = (self.point, self.params, clean, tree, tree.place_SxR, *edited)
+        arguments = (self.point, self.params, clean, tree, tree.prompt_SxR, *edited)
         return self.program("tail", f"{rows} edited prompts", ablation_programs.run_rows, arguments, flops)
 
     def _source(self, replacement: str) -> ActivationSource:

@@ -30,9 +30,8 @@ from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.evaluation.parts import Parts, clean_values
 from saejax.interventions.feature_statistics import FeatureStatistics
-from saejax.models.edits import Positions, Values
+from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import forward
-from saejax.models.site_edits import SiteEdit
 from saejax.models.sites import Site
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -195,7 +194,7 @@ def _without(dictionary: Dictionary, parts: Parts, read: _Read, features: Sequen
     mask_F[list(features)] = 1.0
     change_BxTxD = _change(dictionary, read.f_BxTxF, mask_F)
     delta_BxTxD = unjoin(dictionary.config, change_BxTxD)[name]
-    edit = SiteEdit(jnp.float32(1), Values(-delta_BxTxD, True), Positions.of("all"), site)
+    edit = SiteEdit(jnp.float32(1), Values(-delta_BxTxD, True), Positions.parse("all"), site)
     lm = parts.lm
     last = (Site("resid_post", lm.config.n_layers - 1),)
     _, (stream_BxTxD,) = forward(lm.config, last, False, lm.params, read.ids_BxT, read.lengths_B, (edit,))

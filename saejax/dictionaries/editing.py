@@ -66,7 +66,7 @@ class Editing(Basis):
         Args:
           f_BxTxK: T is the prompts' length with padding; what stands at padding is without effect.
         """
-        given = Values.of_prompts(f_BxTxK, len(features), "what is patched in")
+        given = Values.for_prompts(f_BxTxK, len(features), "what is patched in")
         return self._edit(features, 0.0, given, positions, error)
 
     def steer(
@@ -114,12 +114,12 @@ class Editing(Basis):
                     own = [seed, feature] if texts is None else [seed, feature, number]
                     drawn_TxK[:, k] = np.random.default_rng(own).choice(pool, length)
                 factor_K[k] = 0.0
-        where = Positions.of("fires", ("fires",))
-        return self._made(features_K, factor_K, Values.along_texts(drawn_NxTxK[row_B]), where, None)
+        where = Positions.parse("fires", ("fires",))
+        return self._made(features_K, factor_K, Values.for_positions(drawn_NxTxK[row_B]), where, None)
 
     def ablate_error(self, positions: str | Span = "all") -> FeatureEdit:
         """x' = decode(f): the dictionary's error term goes and all features stay."""
-        return self._error_edit(Values.everywhere(0.0, self.config.d_in, "the error term"), positions)
+        return self._error_edit(Values.constant(0.0, self.config.d_in, "the error term"), positions)
 
     def patch_error(self, error_BxTxD: Any, positions: str | Span = "all") -> FeatureEdit:
         """x' = decode(f) + an error term given for every position of the prompts.
@@ -127,7 +127,7 @@ class Editing(Basis):
         Args:
           error_BxTxD: such as ``x - sae(x)`` of counterpart prompts; see ``patch``.
         """
-        return self._error_edit(Values.of_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
+        return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
 
     def resample(self, features: Sequence[int], x_BxTxD: Any, mask_BxT: Any, seed: int = 789) -> np.ndarray:
         """Activations to ``patch`` in: where a feature fires, its activation at another position at which it does.
@@ -160,12 +160,12 @@ class Editing(Basis):
         self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:
         one_of(error, ("keep", "drop"), "error")
-        dropped = Values.everywhere(0.0, self.config.d_in, "the error term") if error == "drop" else None
-        where = Positions.of(positions, ("all", "last", "fires"))
+        dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
+        where = Positions.parse(positions, ("all", "last", "fires"))
         return self._made(self._indices(features), factor, offset, where, dropped)
 
     def _error_edit(self, error: Values, positions: str | Span) -> FeatureEdit:
-        return self._made(np.zeros(0, np.int32), 1.0, 0.0, Positions.of(positions), error)
+        return self._made(np.zeros(0, np.int32), 1.0, 0.0, Positions.parse(positions), error)
 
     def _made(
         self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
@@ -175,8 +175,8 @@ class Editing(Basis):
         if reads.layer != site.layer or KINDS.index(reads.kind) > KINDS.index(site.kind):
             raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")
         count = len(features_K)
-        factors = Values.everywhere(factor, count, "the factor").values_BxTxN
-        offsets = offset if isinstance(offset, Values) else Values.everywhere(offset, count, "the activation")
+        factors = Values.constant(factor, count, "the factor").values_BxTxN
+        offsets = offset if isinstance(offset, Values) else Values.constant(offset, count, "the activation")
         return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
 
     def _indices(self, features: Sequence[int]) -> np.ndarray:

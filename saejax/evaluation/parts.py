@@ -16,9 +16,8 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, split, unjoin
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS, Losses, document_batches
-from saejax.models.edits import Positions, Values
+from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import LanguageModel, forward
-from saejax.models.site_edits import SiteEdit
 from saejax.models.sites import OtherSite, Site, decoder_site, site_parts
 
 
@@ -60,7 +59,7 @@ def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Arr
 
 def replaced(sites: Mapping[str, Site], new: Mapping[str, jax.Array]) -> tuple[SiteEdit, ...]:
     """Edits that put values [B, T, width] by part in the place of a model's own."""
-    everywhere = Positions.of("all")
+    everywhere = Positions.parse("all")
     return tuple(SiteEdit(jnp.float32(0), Values(new[name], True), everywhere, site) for name, site in sites.items())
 
 

@@ -34,7 +34,7 @@ def head(
       The stream entering the tail, the value that the dictionary reads, the target's value, each [B, T, D], and bool
       [B, T]: where neither value is a sink.
     """
-    stream_BxTxD, y_BxTxD, x_BxTxD = point.head(params, ids_BxT)
+    stream_BxTxD, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
     return stream_BxTxD, x_BxTxD, y_BxTxD, (_norm(x_BxTxD) <= site_limit) & (_norm(y_BxTxD) <= target_limit)
 
 
@@ -54,7 +54,7 @@ def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_
 @functools.partial(jax.jit, static_argnums=0)
 def tail(point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
     """``SplitPoint.tail``: the stream [B, T, D] leaving the last layer, with another value of the target."""
-    return point.tail(params, stream_BxTxD, value_BxTxD)
+    return point.run_suffix(params, stream_BxTxD, value_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,10 +13,9 @@ from saejax.evaluation.loss_recovered import Losses, document_batches
 from saejax.evaluation.member_data import MemberData
 from saejax.evaluation.rows import target_mean
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import GRADIENT
 from saejax.settings import EvaluateConfig
 
 

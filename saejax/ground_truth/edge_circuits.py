@@ -25,9 +25,8 @@ from saejax.ground_truth.circuits.edges import Edges, possible
 from saejax.models import decoder
 from saejax.models.attention import Layer
 from saejax.models.config import DecoderConfig
-from saejax.models.decoder import Params
+from saejax.models.decoder import Params, run_layers
 from saejax.models.language_model import LanguageModel
-from saejax.models.run import run_layers
 from saejax.results import Interval
 from saejax.tasks.behaviours import Prompt
 

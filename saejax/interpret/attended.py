@@ -22,12 +22,10 @@ from saejax.interpret.feature_record import HeadLooks
 from saejax.interpret.firings import Block
 from saejax.interpret.text import SHAPES, CodedText, shape_of
 from saejax.models import decoder
-from saejax.models.attention import RunAttention, attention_weights
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import AttentionSpec, attention_weights, whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig
+from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import GRADIENT
-from saejax.models.run import run_layers
 
 CLASSES = (
     *("itself", "the token before", "2 to 7 before", "8 or more before", "the first token"),
@@ -67,7 +65,7 @@ def attended(
         return plain(*qkv), found.at[:, :, layer].set(jnp.stack(shares, axis=-1))
 
     start = jnp.zeros((count, length, layers, config.n_heads, len(CLASSES)), jnp.float32)
-    attention = RunAttention(tables, look, start)
+    attention = AttentionSpec(tables, look, start)
     return run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, layers, attention=attention).carried
 
 

@@ -67,7 +67,7 @@ def logit_lens(
       count: of tokens at either end.
       rows_RxD: what features add to the residual stream.
     """
-    plain = dataclasses.replace(config, unembed_bias=False, logit_cap=None)
+    plain = dataclasses.replace(config, unembed_bias=False, final_logit_softcap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
     logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
     logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)

@@ -31,7 +31,7 @@ from saejax.interventions.replacement import ZERO, ActivationSource
 from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.interventions.split_model import CleanRun, SplitModel
-from saejax.models.tree import Tree
+from saejax.models.split import SharedPrefixBatch
 from saejax.settings import READOUTS
 
 _IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
@@ -249,8 +249,8 @@ def _dispatched(
                 )
                 clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
             tree, rows = batch.filled(prompts, sets)
-            placed = Tree(*split.by_row(*tree))
-            others = split.by_row(*rows, run.answers_Bx2[tree.place_SxR])
+            placed = SharedPrefixBatch(*split.by_row(*tree))
+            others = split.by_row(*rows, run.answers_Bx2[tree.prompt_SxR])
             yield run_rows(split.point, split.params, clean, placed, *others)
 
 

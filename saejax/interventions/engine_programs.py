@@ -15,8 +15,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Past, Tree
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 
@@ -27,7 +26,7 @@ class CleanValues(NamedTuple):
     value_BxTxD: jax.Array
     removed_BxTxK: jax.Array
     W_dec_KxD: jax.Array
-    past: Past
+    past: PrefixKV
     logp_BxV: jax.Array | None
 
 
@@ -90,7 +89,7 @@ def run_rows(
     point: SplitPoint,
     params: decoder.Params,
     clean: CleanValues,
-    tree: Tree,
+    tree: SharedPrefixBatch,
     end_SxR: jax.Array,
     members_SxRxK: jax.Array,
     answers_SxRx2: jax.Array,
@@ -102,14 +101,14 @@ def run_rows(
       members_SxRxK: the features that each row removes.
       answers_SxRx2: token ids of the correct and the wrong answer.
     """
-    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.place_SxN, tree.position_SxN] for array in clean[:3])
-    removed_SxNxK = jnp.where(tree.of_tokens(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
+    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
+    removed_SxNxK = jnp.where(tree.per_token(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
     removed_SxNxD = matmul(removed_SxNxK, clean.W_dec_KxD)
     edited_SxNxD = (value_SxNxD.astype(removed_SxNxD.dtype) - removed_SxNxD).astype(value_SxNxD.dtype)
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
-    x_SxNxD = point.tail_of_tree(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
+    x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
     x_XxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
-    logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.place_SxR.reshape(-1)]
+    logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
     values_XxM = point.readouts(params, x_XxD, answers_SxRx2.reshape(-1, 2), logp_XxV)
     return jax.lax.with_sharding_constraint(values_XxM.reshape(*end_SxR.shape, -1), sharding(point.mesh))

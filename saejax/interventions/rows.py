@@ -2,7 +2,7 @@
 
 A *row* is one such pair: the prompt's tokens from the first that the set changes to the last. What stands at a token
 depends on the tokens before it and on what was changed there, so rows of one set whose prompts begin alike share their
-first tokens; each is run once (``tree.Tree``).
+first tokens; each is run once (``tree.SharedPrefixBatch``).
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from saejax.models.split import SharedPrefixBatch
 from saejax.models.tokens import few_lengths
-from saejax.models.tree import Tree
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
@@ -54,20 +54,22 @@ class RowBatch:
     tokens: int
     features_K: np.ndarray
 
-    def filled(self, prompts: "Prompts", sets: Sequence[np.ndarray]) -> tuple[Tree, tuple[np.ndarray, np.ndarray]]:
+    def filled(
+        self, prompts: "Prompts", sets: Sequence[np.ndarray]
+    ) -> tuple[SharedPrefixBatch, tuple[np.ndarray, np.ndarray]]:
         """The tree of the rows, which of its tokens is each row's last [S, R], and which features it removes [S, R, K].
 
         What only fills up removes nothing and stands at a real place.
         """
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
-        tree = Tree(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
+        tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
         end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.features_K)), bool)
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
             own, count = slice(len(rows.set_N)), len(at_U)
-            tree.place_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
-            token_ExT = tree.token_SxRxT[shard, own]
+            tree.prompt_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
+            token_ExT = tree.token_index_SxRxT[shard, own]
             token_ExT[real_ExT] = token_M
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]

@@ -123,8 +123,8 @@ def score_features(
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
         # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        x_BxTxD = point.tail(params, rows.stream_BxTxD, value_BxTxD)
-        return point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
     slope = jax.grad(difference)
 

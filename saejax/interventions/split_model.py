@@ -15,8 +15,7 @@ from saejax.interventions.positions import where
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Past
+from saejax.models.split import PrefixKV, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
@@ -143,7 +142,7 @@ class SplitModel:
             )
         return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
 
-    def past(self, run: CleanRun) -> tuple[jax.Array, Past]:
+    def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
         """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
         placed = (self.placed(run.rows(own)) for own in slices(run))
         parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
@@ -236,7 +235,7 @@ def run_head(
       ids_BxT, last_B: token ids, and the index of each prompt's last token.
       wanted_BxT: where features may change.
     """
-    stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
+    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
     domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
@@ -250,9 +249,9 @@ def run_head(
 @functools.partial(jax.jit, static_argnums=0)
 def record(
     point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
-) -> tuple[jax.Array, Past]:
+) -> tuple[jax.Array, PrefixKV]:
     """The program of ``SplitModel.past``, of arrays as ``CleanRun`` has them."""
-    x_BxTxD, past = point.record(params, stream_BxTxD, value_BxTxD)
+    x_BxTxD, past = point.run_suffix_with_kv(params, stream_BxTxD, value_BxTxD)
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 

@@ -166,9 +166,7 @@ class EffectsTable:
         chosen = [prompt for prompt in self.prompts if prompt.behaviour == behaviour and prompt.split == "test"]
         return sorted(chosen, key=lambda prompt: prompt.id)
 
-    def values(
-        self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], readout: str
-    ) -> np.ndarray:
+    def values(self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
         """Return one readout of some edits on some prompts.
 
         Args:

@@ -8,13 +8,94 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from saejax.models.attention_tables import AttentionTables, TablesByLayer, rotate
 from saejax.models.attention_tiles import TILES_FROM, attend_in_tiles, whole_tiles
-from saejax.models.config import DecoderConfig
-from saejax.models.layers import Weights, einsum, like, norm, project, soft_cap
-from saejax.models.rules import RunRules
+from saejax.models.config import DecoderConfig, Rope, RunRules
+from saejax.models.layers import Weights, align_rank, at_least_float32, einsum, norm, project, soft_cap
+
+
+class AttentionTables(NamedTuple):
+    """What attention in a layer needs beside queries, keys and values.
+
+    Attributes:
+      rope: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
+      mask: True where a query attends to a key, [T, S] or [B, T, S].
+      scale: factor on the scores.
+    """
+
+    rope: tuple[jax.Array, jax.Array] | None
+    mask: jax.Array
+    scale: float | jax.Array
+
+
+class TablesByLayer(NamedTuple):
+    """The tables of layers whose queries attend to all earlier tokens, and those of local layers."""
+
+    full: AttentionTables
+    sliding: AttentionTables
+
+    def at(self, config: DecoderConfig, layer: int | jax.Array) -> AttentionTables:
+        """The tables of a layer, whose number may be known only when the program runs."""
+        tables = self.full
+        if all(config.sliding_layers) and config.sliding_layers:
+            tables = self.sliding
+        elif any(config.sliding_layers) and isinstance(layer, int):
+            tables = self.sliding if config.sliding_layers[layer] else self.full
+        elif any(config.sliding_layers):
+            local = jnp.array(config.sliding_layers)[layer]
+            tables = jax.tree.map(lambda far, near: jnp.where(local, near, far), self.full, self.sliding)
+        return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
+
+
+def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
+    """For tokens at positions 0 to ``length - 1`` that attend to one another."""
+    index_T = jnp.arange(length)
+    relative_position_TxS = index_T[:, None] - index_T[None, :]
+    return tables_by_layer(config, index_T, relative_position_TxS, relative_position_TxS >= 0)
+
+
+def tables_by_layer(
+    config: DecoderConfig, positions: jax.Array, relative_position: jax.Array, mask: jax.Array
+) -> TablesByLayer:
+    """Tables for any tokens.
+
+    Args:
+      positions: of the tokens, [T] or [B, T].
+      relative_position: by how many positions each key is before the query, [T, S] or [B, T, S].
+      mask: where a query attends to a key unless its layer is local, [T, S] or [B, T, S].
+    """
+    full = AttentionTables(_rope_tables(config.rope, positions), mask, config.score_scale)
+    if not any(config.sliding_layers):
+        return TablesByLayer(full, full)
+    near, rope = (
+        align_rank(relative_position < config.sliding_window, mask) & mask,
+        _rope_tables(config.sliding_rope or config.rope, positions),
+    )
+    return TablesByLayer(full, AttentionTables(rope, near, full.scale))
+
+
+def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+    """Cosine and sine of position times frequency, each [..., R], fp32."""
+    if rope is None:
+        return None
+    frequencies_R = np.array(rope.frequencies, np.float32)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies_R.reshape((1,) * positions.ndim + (-1,))
+    return rope.attention_scaling * jnp.cos(angles), rope.attention_scaling * jnp.sin(angles)
+
+
+def rotate(x_xTxHxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
+    if rope is None:
+        return x_xTxHxK
+    cos, sin = (align_rank(table[..., None, :], x_xTxHxK) for table in rope)
+    pairs = cos.shape[-1]
+    x = x_xTxHxK.astype(at_least_float32(x_xTxHxK))
+    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return turned.astype(x_xTxHxK.dtype)
+
 
 _BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
 
@@ -27,7 +108,7 @@ Layer: TypeAlias = int | jax.Array  # its number, which may be known only when t
 QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
-class RunAttention(NamedTuple):
+class AttentionSpec(NamedTuple):
     """How the tokens of a run attend, in all of its layers.
 
     Attributes:
@@ -183,6 +264,6 @@ def _scores(
     shape = q_xNxGxTxK.shape
     q_xNxRxK = q_xNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
     scores_xNxRxS = einsum("...rk,...sk->...rs", q_xNxRxK, k_xNxSxK) * tables.scale
-    scores = soft_cap(scores_xNxRxS, config.score_cap).reshape(*shape[:-1], -1)
-    mask = like(tables.mask[..., None, None, :, :], scores)
+    scores = soft_cap(scores_xNxRxS, config.attn_logit_softcap).reshape(*shape[:-1], -1)
+    mask = align_rank(tables.mask[..., None, None, :, :], scores)
     return rules.factor(jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.layers import einsum, wide
+from saejax.models.layers import at_least_float32, einsum
 
 TILES_FROM = 2048  # tokens of a prompt
 _SIDE = 512  # tokens of a tile: as many queries, and as many keys
@@ -76,7 +76,7 @@ def attend_in_tiles(scores: Scores, q_xNxGxTxK: jax.Array, k_xNxSxK: jax.Array, 
             seen = functools.partial(tile, rows, q)
             return lax.cond(place <= rows, seen, lambda softmax, _: softmax, softmax, place), None
 
-        zeros = jnp.zeros_like(q, dtype=wide(q))
+        zeros = jnp.zeros_like(q, dtype=at_least_float32(q))
         start = Softmax(jnp.full_like(zeros[..., :1], -jnp.inf), zeros[..., :1], zeros)
         softmax, _ = lax.scan(next_tile, start, jnp.arange(tiles))
         return None, softmax.sums / jnp.where(softmax.total > 0, softmax.total, 1.0)

@@ -1,6 +1,11 @@
 """What the decoder has to know of a model: sizes, and the choices that change its formulas. ``rules`` has the rest."""
 
 import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,11 +15,11 @@ class Rope:
     Attributes:
       frequencies: angle per position of every pair, in radians. The first ``2 * len(frequencies)`` dimensions of a
         head turn, dimension i with dimension ``i + len(frequencies)``; the rest stay.
-      gain: factor on cosine and sine.
+      attention_scaling: factor on cosine and sine.
     """
 
     frequencies: tuple[float, ...]
-    gain: float = 1.0
+    attention_scaling: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +48,14 @@ class DecoderConfig:
       qkv_bias, o_bias, mlp_bias, unembed_bias: whether those projections have biases.
       learned_positions: whether a learned vector is added to the embedding of every position.
       rope: rotary embedding; None: none.
-      local_rope: that of local layers; None: the same.
+      sliding_rope: that of local layers; None: the same.
       local: for each layer, whether it is local: whether its queries attend to the last ``window`` tokens only, their
         own included. Empty: no layer is.
       window: see ``local``.
       score_scale: factor on the products of queries and keys.
       scale_by_layer: whether that factor is divided by the layer's number, counted from 1.
-      score_cap: attention scores s become ``cap * tanh(s / cap)``; None: they stay.
-      logit_cap: the same for the logits.
+      attn_logit_softcap: attention scores s become ``cap * tanh(s / cap)``; None: they stay.
+      final_logit_softcap: the same for the logits.
       embed_scale: factor on the embedding where the stream begins, not where it ends.
     """
 
@@ -79,10 +84,56 @@ class DecoderConfig:
     unembed_bias: bool = False
     learned_positions: bool = False
     rope: Rope | None = None
-    local_rope: Rope | None = None
-    local: tuple[bool, ...] = ()
-    window: int | None = None
+    sliding_rope: Rope | None = None
+    sliding_layers: tuple[bool, ...] = ()
+    sliding_window: int | None = None
     scale_by_layer: bool = False
-    score_cap: float | None = None
-    logit_cap: float | None = None
+    attn_logit_softcap: float | None = None
+    final_logit_softcap: float | None = None
     embed_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRules:
+    """Rules of a run. None changes a value of the model itself. Hashable, so that it can be static under ``jax.jit``.
+
+    Attributes:
+      backward: what differentiation goes by: "gradient", the function itself; "relp", the rules of relevance patching
+        (Jafari et al., 2025, arXiv 2508.21258): the factors of norms and the attention weights are constants, an
+        activation is a constant ratio of its input, and a gated product passes half to each side. Values stay.
+      first_fixes: whether all prompts of a batch take the factors of norms and the attention weights of the first one.
+      remat: whether a gradient computes each layer again from the stream that enters it, which takes the least
+        memory; otherwise the results of matrix products are kept from the forward pass.
+    """
+
+    backward: str = "gradient"
+    first_fixes: bool = False
+    remat: bool = False
+
+    def factor(self, value: jax.Array) -> jax.Array:
+        """A factor of a norm, or scores of attention: the first prompt's, or constant, where the rules say so."""
+        if self.first_fixes:
+            value = jnp.broadcast_to(value[:1], value.shape)
+        return lax.stop_gradient(value) if self.backward == "relp" else value
+
+    def activation(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """What an activation function gives, y, for its input x."""
+        if self.backward == "gradient":
+            return y
+        share = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
+        return lax.stop_gradient(y - share) + share
+
+    def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        """a * b, as in a gated MLP."""
+        if self.backward == "gradient":
+            return a * b
+        return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
+
+    @property
+    def kept(self) -> Callable[..., bool]:
+        """What of a layer a gradient keeps from the forward pass."""
+        policies = jax.checkpoint_policies
+        return policies.nothing_saveable if self.remat else policies.dots_saveable
+
+
+GRADIENT = RunRules()

@@ -7,19 +7,27 @@ real position; with a cache they are padded on the left (see ``cache``). Everyth
 fp32.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.attention import AttentionFunction, attention
-from saejax.models.attention_tables import TablesByLayer
-from saejax.models.config import DecoderConfig
-from saejax.models.layers import einsum, like, mlp, norm, soft_cap
+from saejax.models.attention import (
+    AttentionFunction,
+    AttentionSpec,
+    AttentionTables,
+    Layer,
+    TablesByLayer,
+    attend,
+    attention,
+    whole_prompts,
+)
+from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.layers import align_rank, einsum, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
-from saejax.models.rules import GRADIENT, RunRules
 
 Params = Mapping[str, Any]
 LayerHook = Callable[[str, jax.Array], jax.Array]  # of a kind of site and its value there: what the layer goes on with
@@ -38,7 +46,7 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
         x_xTxD = x_xTxD * jnp.asarray(config.embed_scale, x_xTxD.dtype)
     if config.learned_positions:
         positions = jnp.arange(ids_xT.shape[-1]) if positions_xT is None else positions_xT
-        x_xTxD = x_xTxD + like(params["position_CxD"][positions], x_xTxD)
+        x_xTxD = x_xTxD + align_rank(params["position_CxD"][positions], x_xTxD)
     return x_xTxD
 
 
@@ -48,11 +56,11 @@ def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRu
     name, pattern = ("embed_VxD", "...d,vd->...v") if config.tied else ("unembed_DxV", "...d,dv->...v")
     logits_xV = einsum(pattern, x_xD, params[name])
     if config.unembed_bias:
-        logits_xV = logits_xV + like(params["unembed_bias_V"], logits_xV)
-    return soft_cap(logits_xV, config.logit_cap)
+        logits_xV = logits_xV + align_rank(params["unembed_bias_V"], logits_xV)
+    return soft_cap(logits_xV, config.final_logit_softcap)
 
 
-def head_of(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
+def restrict_unembedding(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
     """Parameters with which ``unembed`` gives the logits of these ids only, [B, T, N]."""
     name, axis = ("embed_VxD", 0) if config.tied else ("unembed_DxV", 1)
     part = {name: jnp.take(params[name], ids_N, axis=axis)}
@@ -115,3 +123,111 @@ def _layer_of(stacked: jax.Array, layer: int | jax.Array) -> jax.Array:
     if stacked.dtype == jnp.bfloat16 and not isinstance(layer, int):
         stacked, layer = lax.optimization_barrier((stacked, layer))
     return lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+Hook = Callable[[str, Layer, jax.Array], jax.Array]
+KEYS, VALUES = "keys", "values"  # what can be collected beside the kinds of site
+
+
+class LayersOutput(NamedTuple):
+    """What a run of layers gave.
+
+    Attributes:
+      x: the stream leaving the last of them, [B, T, D].
+      collected: for each kind that was asked for its values in all layers of the run, [L, B, T, D]; of keys (after the
+        rotary embedding) and values [L, B, T, N, K].
+      carried: what the attention carried on.
+    """
+
+    x: jax.Array
+    collected: dict[str, jax.Array]
+    carried: Any
+
+
+def run_layers(
+    config: DecoderConfig,
+    params: Params,
+    x_xTxD: jax.Array,
+    start: int | jax.Array,
+    stop: int,
+    hook: Hook | None = None,
+    hook_layers: Collection[int] | None = (),
+    *,
+    rules: RunRules = GRADIENT,
+    attention: AttentionSpec | None = None,
+    collect: Collection[str] = (),
+    before_hook: bool = False,
+) -> LayersOutput:
+    """Runs layers ``start`` to ``stop - 1`` on the residual stream that enters layer ``start``.
+
+    So ``run_layers(config, params, x, L + 1, config.n_layers)`` is the rest of the model after ``resid_post.L``. Layers
+    run in one loop that indexes the stacked parameters, so that the time to compile does not grow with their number.
+
+    Args:
+      x_xTxD: the stream entering layer ``start``.
+      start: if it is an array (int32 []), one program runs from any layer; then nothing is collected, and the run
+        cannot be differentiated backwards.
+      hook: called while tracing, at every site of the layers in ``hook_layers``, with its kind, its layer's number and
+        its value [B, T, D]; the model goes on with what it returns.
+      hook_layers: these layers are unrolled, so that the hook knows their numbers. None: the hook is called in every
+        layer, in the loop, where the layer's number is an array.
+      rules: what differentiation goes by.
+      attention: how tokens attend; None: to one another, at positions 0 to T - 1.
+      collect: kinds of site, ``KEYS`` and ``VALUES``.
+      before_hook: collect the values of sites as they were before the hook changed them.
+    """
+    attention = attention or AttentionSpec(whole_prompts(config, x_xTxD.shape[-2]))
+    step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook)
+    body = functools.partial(step, hook_layers is None)
+    carry = x_xTxD, attention.carried
+    if not isinstance(start, int):
+        x, carried = lax.fori_loop(start, stop, lambda layer, carry: body(carry, layer)[0], carry)
+        return LayersOutput(x, {}, carried)
+    # For a gradient, matrix products are kept from the forward pass and the rest is computed again (all of it with
+    # remat); otherwise a copy of every layer's parameters would be kept too.
+    loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
+    parts: list[dict[str, jax.Array]] = []
+    for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
+        if start < layer or (collect and not parts and layer == stop):  # of no layers, arrays of none are collected
+            carry, found = lax.scan(loop, carry, jnp.arange(start, layer))
+            parts.append(found)
+        if layer < stop:
+            carry, found = step(True, carry, layer)
+            parts.append({name: value[None] for name, value in found.items()})
+        start = layer + 1
+    collected = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else dict(*parts)
+    return LayersOutput(carry[0], collected, carry[1])
+
+
+def _step(
+    config: DecoderConfig,
+    rules: RunRules,
+    params: Params,
+    attention: AttentionSpec,
+    hook: Hook | None,
+    collect: Collection[str],
+    before_hook: bool,
+    hooked: bool,
+    carry: tuple[jax.Array, Any],
+    layer: Layer,
+) -> tuple[tuple[jax.Array, Any], dict[str, jax.Array]]:
+    """One layer: the stream leaving it and what the attention carries on, and what is collected there."""
+    (x, carried), found = carry, {}
+
+    def at_site(kind: str, value: jax.Array) -> jax.Array:
+        new = hook(kind, layer, value) if hook and hooked else value
+        if kind in collect:
+            found[kind] = value if before_hook else new
+        return new
+
+    def attended(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        nonlocal carried
+        found.update({name: part for name, part in ((KEYS, k), (VALUES, v)) if name in collect})
+        plain = functools.partial(attend, config, rules, tables=tables)
+        if attention.function is None:
+            return plain(q, k, v)
+        out, carried = attention.function(plain, layer, (q, k, v), carried)
+        return out
+
+    x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attended)
+    return (x, carried), found

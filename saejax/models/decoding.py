@@ -6,24 +6,101 @@ batch goes to the next one.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from saejax.models import decoder
-from saejax.models.cache import Cache, empty_cache
+from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, tables_by_layer
 from saejax.models.config import DecoderConfig
-from saejax.models.decoder import Params
-from saejax.models.edits import Edit, ForwardPass, layers_of
-from saejax.models.run import run_layers
+from saejax.models.decoder import Params, run_layers
+from saejax.models.edits import Edit, ForwardPass, edited_layers
+
+Stores = tuple[jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens that went before, in every layer.
+
+    Attributes:
+      k_LxBxSxNxK: keys, after the rotary embedding.
+      v_LxBxSxNxK: values.
+      pad_B: int32 number of slots, from the left, that hold padding.
+      length: int32 number of slots that are written, the same for all prompts.
+    """
+
+    k_LxBxSxNxK: jax.Array
+    v_LxBxSxNxK: jax.Array
+    pad_B: jax.Array
+    length: jax.Array
+
+    def positions_BxT(self, new: int) -> jax.Array:
+        """Positions of the next ``new`` tokens, [B, T] int32; padding is at 0."""
+        slots_T = self.length + jnp.arange(new)
+        return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
+
+    def attention(self, config: DecoderConfig, new: int) -> AttentionSpec:
+        """How ``new`` tokens attend to themselves and to those in the cache.
+
+        T is the length of the (left padded) prompts at first and 1 while decoding. The caller sees to it that there is
+        room for them. What stands at padding means nothing.
+
+        Args:
+          new: how many tokens there are (T).
+
+        Returns:
+          The attention of a run of all layers, which carries the keys and values on; see ``grown``.
+        """
+        slots_S = jnp.arange(self.k_LxBxSxNxK.shape[2])
+        relative_position_TxS = (self.length + jnp.arange(new))[:, None] - slots_S[None, :]
+        real_Bx1xS = (slots_S[None, :] >= self.pad_B[:, None])[:, None]
+        # Padding attends to itself, so that it stays finite: a value that is no number would reach all through 0 * NaN.
+        mask_BxTxS = (relative_position_TxS >= 0)[None] & real_Bx1xS | (relative_position_TxS == 0)[None]
+
+        def function(attend: Attend, layer: Layer, qkv: QKV, stores: Stores) -> tuple[jax.Array, Stores]:
+            start = (layer, 0, self.length, 0, 0)
+            k_store, v_store = (
+                lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
+                for store, value in zip(stores, qkv[1:], strict=True)
+            )
+            k, v = (lax.dynamic_index_in_dim(store, layer, keepdims=False) for store in (k_store, v_store))
+            return attend(qkv[0], k, v), (k_store, v_store)
+
+        tables = tables_by_layer(config, self.positions_BxT(new), relative_position_TxS, mask_BxTxS)
+        return AttentionSpec(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
+
+    def grown(self, stores: Any, new: int) -> "KVCache":
+        """The cache with ``new`` tokens in it, from the stores of keys and values that their run carried on."""
+        k_LxBxSxNxK, v_LxBxSxNxK = stores
+        return KVCache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
+
+
+def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, pad_B: jax.Array) -> KVCache:
+    """A cache with nothing in it.
+
+    Args:
+      batch: number of prompts (B).
+      slots: tokens that it can take, padding and new ones together (S).
+      dtype: that of the parameters.
+      pad_B: number of padding tokens to the left of each prompt.
+    """
+    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
+    return KVCache(
+        jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.asarray(pad_B, jnp.int32), jnp.zeros((), jnp.int32)
+    )
+
 
 Edits = tuple[Edit, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SamplingParams:
     """How the next token is chosen. Static: ``sampled``, ``nucleus``.
 
     Attributes:
@@ -74,15 +151,15 @@ class State:
       finite_B: whether all logits so far were finite.
     """
 
-    cache: Cache
+    cache: KVCache
     new_BxN: jax.Array
     count: jax.Array
     done_B: jax.Array
     finite_B: jax.Array
 
-    def add(self, cache: Cache, logits_BxV: jax.Array, choice: Choice, end_ids_E: jax.Array) -> "State":
+    def add(self, cache: KVCache, logits_BxV: jax.Array, sampling: SamplingParams, end_ids_E: jax.Array) -> "State":
         """The state after the next token was chosen by the logits; ``end_ids_E`` are the ids that end a text."""
-        next_B = choice(logits_BxV, self.count)
+        next_B = sampling(logits_BxV, self.count)
         return State(
             cache,
             lax.dynamic_update_slice(self.new_BxN, next_B[:, None], (0, self.count)),
@@ -101,7 +178,7 @@ def prefill(
     pad_B: jax.Array,
     end_ids_E: jax.Array,
     edits: Edits,
-    choice: Choice,
+    sampling: SamplingParams,
 ) -> State:
     """Reads the prompts and chooses the first new token of each.
 
@@ -112,14 +189,14 @@ def prefill(
       end_ids_E: ids that end a text.
     """
     batch, length = ids_BxT.shape
-    cache = empty_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
+    cache = init_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
     position_BxT = jnp.maximum(jnp.arange(length)[None, :] - pad_B[:, None], -1)
     logits_BxV, cache = _run(config, params, ids_BxT, ForwardPass(position_BxT, length - pad_B), cache, edits)
     more = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
     stores = {name: jnp.pad(getattr(cache, name), more) for name in ("k_LxBxSxNxK", "v_LxBxSxNxK")}
     none_B = jnp.zeros(batch, bool)
     state = State(cache, jnp.zeros((batch, room), jnp.int32), jnp.zeros((), jnp.int32), none_B, ~none_B)
-    return state.add(dataclasses.replace(cache, **stores), logits_BxV, choice, end_ids_E)
+    return state.add(dataclasses.replace(cache, **stores), logits_BxV, sampling, end_ids_E)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -130,7 +207,7 @@ def decode(
     limit: jax.Array,
     end_ids_E: jax.Array,
     edits: Edits,
-    choice: Choice,
+    sampling: SamplingParams,
 ) -> State:
     """Makes new tokens until there are ``limit`` of them or all texts have ended with one of ``end_ids_E``.
 
@@ -143,18 +220,18 @@ def decode(
         position_Bx1 = state.cache.positions_BxT(1)
         run = ForwardPass(position_Bx1, position_Bx1[:, 0] - (state.count - 1))
         logits_BxV, cache = _run(config, params, newest_Bx1, run, state.cache, edits)
-        return state.add(cache, logits_BxV, choice, end_ids_E)
+        return state.add(cache, logits_BxV, sampling, end_ids_E)
 
     return lax.while_loop(lambda state: (state.count < limit) & ~state.done_B.all(), step, state)
 
 
 def _run(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, run: ForwardPass, cache: Cache, edits: Edits
-) -> tuple[jax.Array, Cache]:
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, run: ForwardPass, cache: KVCache, edits: Edits
+) -> tuple[jax.Array, KVCache]:
     """Runs new tokens; gives the logits [B, V] after the last of them."""
     new = ids_BxT.shape[1]
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
-    hooks, attention = (run.hook(edits), layers_of(edits)), cache.attention(config, new)
+    hooks, attention = (run.hook(edits), edited_layers(edits)), cache.attention(config, new)
     ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention)
     return decoder.unembed(config, params, ran.x[:, -1:])[:, 0], cache.grown(ran.carried, new)
 
@@ -167,7 +244,7 @@ def recompute(
     lengths_B: jax.Array,
     number: jax.Array,
     edits: Edits,
-    choice: Choice,
+    sampling: SamplingParams,
 ) -> tuple[jax.Array, jax.Array]:
     """The next token by a whole forward pass, without a cache.
 
@@ -181,8 +258,8 @@ def recompute(
     """
     mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
     x_BxTxD = decoder.embed(config, params, ids_BxT)
-    run = dataclasses.replace(ForwardPass.over(mask_BxT), prompt_B=lengths_B - number)
-    x_BxTxD = run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), layers_of(edits)).x
+    run = dataclasses.replace(ForwardPass.over(mask_BxT), prompt_lengths_B=lengths_B - number)
+    x_BxTxD = run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), edited_layers(edits)).x
     last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
     logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
-    return choice(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))
+    return sampling(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))

@@ -20,13 +20,13 @@ class ForwardPass:
 
     Attributes:
       position_BxT: int32 place of each token in its text, from 0; -1 at padding.
-      prompt_B: int32 number of tokens of each prompt; those from there on are new ones, made by ``generate``.
+      prompt_lengths_B: int32 number of tokens of each prompt; those from there on are new ones, made by ``generate``.
       values: while tracing, what the sites passed so far in this layer and in others with edits hold, [B, T, D], after
         the edits there.
     """
 
     position_BxT: jax.Array
-    prompt_B: jax.Array
+    prompt_lengths_B: jax.Array
     values: dict[Site, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -80,7 +80,7 @@ class Positions:
     only: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def of(cls, wanted: str | Span, known: Sequence[str] = ("all", "last")) -> Self:
+    def parse(cls, wanted: str | Span, known: Sequence[str] = ("all", "last")) -> Self:
         """Those that a user names: one of ``known``, or (start, stop), where a stop of None is the end of the text."""
         first, end = 0, np.iinfo(np.int32).max
         if isinstance(wanted, str) and wanted in known:
@@ -97,7 +97,7 @@ class Positions:
         """True there, [B, T]; never at padding. "fires" is left to the edit."""
         position_BxT = run.position_BxT
         where_BxT = run.mask_BxT & (position_BxT >= self.start) & (position_BxT < self.stop)
-        return where_BxT & (position_BxT >= run.prompt_B[:, None] - 1) if self.only == "last" else where_BxT
+        return where_BxT & (position_BxT >= run.prompt_lengths_B[:, None] - 1) if self.only == "last" else where_BxT
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +115,7 @@ class Values:
     by_position: bool = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def everywhere(cls, values: Any, n: int, what: str) -> Self:
+    def constant(cls, values: Any, n: int, what: str) -> Self:
         """``n`` finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
         found = np.asarray(values, np.float32)
         if found.shape not in ((), (n,)):
@@ -125,7 +125,7 @@ class Values:
         return cls(jnp.asarray(np.broadcast_to(found, (1, 1, n))), False)
 
     @classmethod
-    def of_prompts(cls, values: Any, n: int | None, what: str) -> Self:
+    def for_prompts(cls, values: Any, n: int | None, what: str) -> Self:
         """Numbers for every position; a ``UserError`` about ``what`` unless they are [B, T, n] (None: any n)."""
         found = jnp.asarray(values)
         if found.ndim != 3 or n not in (None, found.shape[-1]):
@@ -133,7 +133,7 @@ class Values:
         return cls(found, True)
 
     @classmethod
-    def along_texts(cls, values_BxTxN: np.ndarray) -> Self:
+    def for_positions(cls, values_BxTxN: np.ndarray) -> Self:
         """Numbers for the places 0 to T-1 of B texts, or with a B of 1 of any, new tokens included.
 
         Places beyond take the last ones.
@@ -150,7 +150,7 @@ class Values:
             return self.values_BxTxN[0][place_BxT], run.mask_BxT
         known_BxT = run.mask_BxT
         if self.by_position:
-            known_BxT &= run.position_BxT < run.prompt_B[:, None]
+            known_BxT &= run.position_BxT < run.prompt_lengths_B[:, None]
         return jnp.take_along_axis(self.values_BxTxN, place_BxT[..., None], axis=1), known_BxT
 
 
@@ -188,7 +188,7 @@ def fit_values(
     return tuple(jax.tree.map(fit, tuple(edits), is_leaf=lambda leaf: isinstance(leaf, Values)))
 
 
-def layers_of(edits: Sequence[Edit]) -> set[int]:
+def edited_layers(edits: Sequence[Edit]) -> set[int]:
     """The layers in which edits act."""
     return {edit.site.layer for edit in edits}
 
@@ -197,3 +197,66 @@ def check_width(site: Site, width: int, what: str, found: int) -> None:
     """A ``UserError`` unless what acts at a site, which is ``found`` wide, has the site's width."""
     if found != width:
         raise UserError(f"{what} has the width {found}, but {site} is {width} wide: take one made for this model")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SiteEdit:
+    """Changes all of a site: x' = factor x + offset.
+
+    Attention sinks are positions like others here: a site has no rule for them, as a dictionary has. Padding passes
+    untouched. ``positions`` are "all", "last" (each prompt's last token and, in generation, every new one) or
+    (start, stop), counted from 0 in each text; a stop of None is the end. Sites are named as in "resid_post.15".
+    All methods raise a ``UserError`` for a site, positions or shapes that cannot be; a width that is not the site's is
+    found when a model runs.
+
+    Attributes:
+      factor: scalar, 0 where x is replaced.
+      offset: what is added, N is D.
+      positions: where it acts.
+      site: static.
+    """
+
+    factor: jax.Array
+    offset: Values
+    positions: Positions
+    site: Site = dataclasses.field(metadata=dict(static=True))
+
+    @classmethod
+    def ablate(cls, site: str | Site, positions: str | Span = "all") -> Self:
+        """x' = 0."""
+        return cls._of(site, 0.0, Values(jnp.zeros((1, 1, 1)), False), positions)
+
+    @classmethod
+    def set(cls, site: str | Site, vector: Any, positions: str | Span = "all") -> Self:
+        """x' = vector, [D], such as the site's mean over some text."""
+        return cls._of(site, 0.0, _vector(vector, "the vector"), positions)
+
+    @classmethod
+    def patch(cls, site: str | Site, values_BxTxD: Any, positions: str | Span = "all") -> Self:
+        """x' = values, such as those that another run captured there; new tokens have none and pass unchanged."""
+        return cls._of(site, 0.0, Values.for_prompts(values_BxTxD, None, "what is patched in"), positions)
+
+    @classmethod
+    def steer(cls, site: str | Site, direction: Any, amount: float = 1.0, positions: str | Span = "all") -> Self:
+        """x' = x + amount x direction, [D]. The direction is taken as long as it is."""
+        return cls._of(site, 1.0, _vector(np.float32(amount) * np.asarray(direction), "the direction"), positions)
+
+    @classmethod
+    def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
+        site = site if isinstance(site, Site) else Site.parse(site)
+        return cls(jnp.float32(factor), offset, Positions.parse(positions), site)
+
+    def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
+        """The edited site."""
+        offset, known_BxT = self.offset.at(run)
+        if offset.shape[-1] > 1:
+            check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
+        new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
+        return jnp.where((self.positions.at(run) & known_BxT)[..., None], new_BxTxD, value_BxTxD)
+
+
+def _vector(vector: Any, what: str) -> Values:
+    if np.ndim(vector) != 1 or np.size(vector) < 2:
+        raise UserError(f"{what} has the shape {np.shape(vector)}: expected one number for each dimension of the site")
+    return Values.constant(vector, np.size(vector), what)

@@ -12,8 +12,7 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.models import decoding
-from saejax.models.decoding import Choice, Edits
-from saejax.models.loaded import LoadedModel
+from saejax.models.decoding import Edits, SamplingParams
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import fitting_sharding
 
@@ -38,10 +37,10 @@ class Generated:
 
 
 def generate(
-    lm: LoadedModel,
+    lm: Any,
     tokens: Tokens,
     max_new_tokens: int,
-    choice: Choice,
+    sampling: SamplingParams,
     stop: Sequence[str],
     edits: Edits,
     cache: bool,
@@ -57,7 +56,7 @@ def generate(
     run = _cached if cache else _recomputed
     rows: list[list[int]] = [[] for _ in tokens.lengths_B]
     found: list[Generated | None] = [None] * len(rows)
-    for chunk_BxN in run(lm, tokens, max_new_tokens, choice, ends, edits):
+    for chunk_BxN in run(lm, tokens, max_new_tokens, sampling, ends, edits):
         for b, row in enumerate(rows):
             if found[b] is None:
                 row.extend(chunk_BxN[b].tolist())
@@ -67,14 +66,16 @@ def generate(
     return [done or Generated(tuple(row), ends.text(row), "length") for row, done in zip(rows, found, strict=True)]
 
 
-def make_choice(temperature: float, top_p: float, seed: int) -> Choice:
+def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingParams:
     """How tokens are chosen, as ``LanguageModel.generate`` says; a ``UserError`` for what is out of range."""
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}: expected a number of at least 0")
     if not 0 < top_p <= 1:
         raise UserError(f"top_p is {top_p}: expected a number above 0 and at most 1")
     sampled = temperature > 0
-    return Choice(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), sampled, sampled and top_p < 1)
+    return SamplingParams(
+        jnp.float32(temperature), jnp.float32(top_p), jax.random.key(seed), sampled, sampled and top_p < 1
+    )
 
 
 def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -121,7 +122,7 @@ class _Ends:
 
 
 def _cached(
-    lm: LoadedModel, tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
+    lm: Any, tokens: Tokens, new: int, sampling: SamplingParams, ends: _Ends, edits: Edits
 ) -> Iterator[np.ndarray]:
     """Yields the new ids, some [B, n] at a time. After a prompt's end they mean nothing."""
     width = rounded(int(tokens.lengths_B.max()))
@@ -132,11 +133,11 @@ def _cached(
     end_ids_E = np.array(ends.ids or [-1], np.int32)
     step = _LOOK_EVERY if ends.strings else new
     state = decoding.prefill(
-        lm.config, rounded(new), lm.params, _placed(lm, ids_BxT), _placed(lm, pad_B), end_ids_E, edits, choice
+        lm.config, rounded(new), lm.params, _placed(lm, ids_BxT), _placed(lm, pad_B), end_ids_E, edits, sampling
     )
     for start in range(0, new, step):
         stop = min(start + step, new)
-        state = decoding.decode(lm.config, lm.params, state, np.int32(stop), end_ids_E, edits, choice)
+        state = decoding.decode(lm.config, lm.params, state, np.int32(stop), end_ids_E, edits, sampling)
         # A copy: the next call takes over the state's memory.
         new_BxN, finite_B = np.array(state.new_BxN)[:, start:stop], np.array(state.finite_B)
         _check_finite(finite_B)
@@ -144,7 +145,7 @@ def _cached(
 
 
 def _recomputed(
-    lm: LoadedModel, tokens: Tokens, new: int, choice: Choice, ends: _Ends, edits: Edits
+    lm: Any, tokens: Tokens, new: int, sampling: SamplingParams, ends: _Ends, edits: Edits
 ) -> Iterator[np.ndarray]:
     """Like ``_cached``, but every token by a forward pass over all that went before."""
     longest, batch = int(tokens.lengths_B.max()), np.arange(len(tokens.lengths_B))
@@ -154,7 +155,7 @@ def _recomputed(
     for number in range(new):
         now_BxT = ids_BxT[:, : rounded(longest + number)]
         next_B, finite_B = decoding.recompute(
-            lm.config, lm.params, _placed(lm, now_BxT), _placed(lm, lengths_B), np.int32(number), edits, choice
+            lm.config, lm.params, _placed(lm, now_BxT), _placed(lm, lengths_B), np.int32(number), edits, sampling
         )
         _check_finite(np.asarray(finite_B))
         ids_BxT[batch, lengths_B] = np.asarray(next_B)
@@ -162,7 +163,7 @@ def _recomputed(
         yield np.asarray(next_B)[:, None]
 
 
-def _placed(lm: LoadedModel, array: np.ndarray) -> jax.Array:
+def _placed(lm: Any, array: np.ndarray) -> jax.Array:
     """The array on the model's devices, prompts split over ``data``."""
     return jax.device_put(array, fitting_sharding(lm.mesh, array.shape, *("data", None)[: array.ndim]))
 

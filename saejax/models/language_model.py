@@ -11,18 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.files import read_json
-from saejax.models import decoder, generation, lens, source, tokens, weights
-from saejax.models.config import DecoderConfig
+from saejax.models import decoder, generation, lens, source, weights
+from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.decoder import run_layers
 from saejax.models.edits import Edit as Edit
-from saejax.models.edits import ForwardPass, fit_values, layers_of
+from saejax.models.edits import ForwardPass, edited_layers, fit_values
 from saejax.models.families import read_config
 from saejax.models.generation import Generated
 from saejax.models.lens import JacobianLens, LensOutput
-from saejax.models.loaded import LoadedModel
-from saejax.models.rules import GRADIENT, RunRules
-from saejax.models.run import run_layers
 from saejax.models.sites import Site
-from saejax.models.tokens import Tokens
+from saejax.models.source import ModelSource
+from saejax.models.tokens import Tokens, continuation_ids, tokenize
 from saejax.parallel.mesh import fitting_sharding, make_mesh, sharding
 from saejax.settings import ModelConfig
 
@@ -55,13 +54,50 @@ class Output:
         if self.logits_BxTxV is None:
             raise ValueError("this pass was run with logits=False")
         if isinstance(answer, str):
-            answer = tokens.continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
+            answer = continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
         return last_B if len(last_B) > 1 else last_B[0]
 
 
-class LanguageModel(LoadedModel):
-    """A decoder with its weights and tokenizer, which runs with sites captured and edits on, and goes on with text."""
+class LanguageModel:
+    """A decoder with its weights and tokenizer, which runs with sites captured and edits on, and generates text.
+
+    Attributes:
+      config: sizes and choices of the decoder.
+      params: its parameters, for the functions of ``saejax.models.decoder``.
+      tokenizer: the model's own.
+      source: where it came from.
+      mesh: the devices it is on.
+      rules: how its gradients are taken.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        params: dict[str, jax.Array],
+        tokenizer: Any,
+        source: ModelSource,
+        mesh: Mesh,
+        rules: RunRules = GRADIENT,
+    ):
+        self.config, self.params, self.tokenizer, self.source, self.mesh = config, params, tokenizer, source, mesh
+        self.rules = rules
+
+    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
+        """Return the token ids of texts.
+
+        Args:
+          texts: at least one.
+          bos: "auto" (what the tokenizer puts in front, once), "always" or "never".
+
+        Raises:
+          UserError: a text is empty or longer than the context, or the model has no tokenizer.
+        """
+        return tokenize(self.tokenizer, texts, self.config.context, bos)
+
+    def token_id(self, text: str) -> int:
+        """Return the id of the token with which an answer continues a text: " Paris" and "Paris" differ."""
+        return continuation_ids(self.tokenizer, text)[0]
 
     def __call__(
         self,
@@ -131,10 +167,10 @@ class LanguageModel(LoadedModel):
         for edit in edits:
             edit.site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
-        choice = generation.make_choice(temperature, top_p, seed)
+        sampling = generation.sampling_params(temperature, top_p, seed)
         shape = tokens.ids_BxT.shape
         placed = self._placed(fit_values(edits, shape, generation.rounded(shape[1])))
-        return generation.generate(self, tokens, max_new_tokens, choice, stop, placed, cache)
+        return generation.generate(self, tokens, max_new_tokens, sampling, stop, placed, cache)
 
     def lens(
         self,
@@ -214,7 +250,7 @@ def forward(
         x_BxTxD, stacked, _ = run_layers(config, params, x_BxTxD, 0, stop, rules=rules, collect=kinds)
         values = {site: stacked[site.kind][site.layer] for site in capture}
     else:
-        hook_layers = {site.layer for site in capture} | layers_of(edits)
+        hook_layers = {site.layer for site in capture} | edited_layers(edits)
         x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, run.hook(edits), hook_layers, rules=rules).x
         values = run.values
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None

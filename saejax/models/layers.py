@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax.models.config import DecoderConfig
-from saejax.models.rules import RunRules
+from saejax.models.config import DecoderConfig, RunRules
 
 Weights = Mapping[str, jax.Array]
 
@@ -32,16 +31,16 @@ def norm(
     Args:
       letter: of that dimension, as in the parameters' names.
     """
-    y, scale = x.astype(wide(x)), weights[f"{name}_{letter}"]
+    y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]
     if config.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * rules.factor(lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps))
     if config.norm == "rms":
         y = y.astype(x.dtype)
-        return y * like(scale, y)
-    y = y * like((1 if config.norm == "rms_plus_one" else 0) + scale.astype(y.dtype), y)
+        return y * align_rank(scale, y)
+    y = y * align_rank((1 if config.norm == "rms_plus_one" else 0) + scale.astype(y.dtype), y)
     if config.norm == "layer":
-        y = y + like(weights[f"{name}_bias_{letter}"], y)
+        y = y + align_rank(weights[f"{name}_bias_{letter}"], y)
     return y.astype(x.dtype)
 
 
@@ -71,13 +70,13 @@ def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | Non
 def _wide_project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
     """The same in the wide dtype. On a CPU, XLA multiplies bfloat16 at twice the speed if the sums come out in fp32."""
     y = einsum(pattern, x, weight)
-    return y if bias is None else y + like(bias, y)
+    return y if bias is None else y + align_rank(bias, y)
 
 
 def einsum(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The product of a and b by a pattern, in the wide dtype; of fp32 to all digits, which GPUs and TPUs cut off."""
     precision = None if a.dtype == jnp.bfloat16 else "highest"
-    return jnp.einsum(pattern, a, b, preferred_element_type=wide(a), precision=precision)
+    return jnp.einsum(pattern, a, b, preferred_element_type=at_least_float32(a), precision=precision)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
@@ -85,11 +84,11 @@ def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def like(parameter: jax.Array, value: jax.Array) -> jax.Array:
+def align_rank(parameter: jax.Array, value: jax.Array) -> jax.Array:
     """The parameter with leading dimensions of size 1 up to the value's number of dimensions."""
     return parameter.reshape((1,) * (value.ndim - parameter.ndim) + parameter.shape)
 
 
-def wide(x: jax.Array) -> jnp.dtype:
+def at_least_float32(x: jax.Array) -> jnp.dtype:
     """The dtype of norms, rotary embedding, softmax and logits: fp32, or fp64 where the parameters are."""
     return jnp.promote_types(x.dtype, jnp.float32)

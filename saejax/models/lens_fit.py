@@ -23,13 +23,12 @@ from jax import lax
 from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig
+from saejax.models.decoder import run_layers
+from saejax.models.language_model import LanguageModel
 from saejax.models.lens import JacobianLens
 from saejax.models.lens_files import save_lens
-from saejax.models.loaded import LoadedModel
-from saejax.models.rules import GRADIENT
-from saejax.models.run import run_layers
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import by_row
 from saejax.workspace import fingerprint
@@ -41,7 +40,7 @@ _STEP = 16  # prompts are padded to a multiple of this
 
 
 def fit_lens(
-    lm: LoadedModel,
+    lm: LanguageModel,
     tokens: Tokens,
     path: str | Path,
     *,
@@ -97,7 +96,7 @@ def fit_lens(
     return lens
 
 
-def _of_prompts(lm: LoadedModel, tokens: Tokens, chosen: np.ndarray, skip: int) -> np.ndarray:
+def _of_prompts(lm: LanguageModel, tokens: Tokens, chosen: np.ndarray, skip: int) -> np.ndarray:
     """The sum over some prompts, at most as many as the mesh's data axis has, of their Jacobians, [L - 1, D, D]."""
     rows_B = np.resize(chosen, lm.mesh.shape["data"])
     length = -(-int(tokens.lengths_B[rows_B].max()) // _STEP) * _STEP

@@ -12,9 +12,9 @@ from saejax.costs.passes import head_flops, pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.dictionaries import DictionaryConfig
 from saejax.interventions.split_model import active_features
+from saejax.models.config import RunRules
 from saejax.models.language_model import forward, padded_length
 from saejax.models.lens import places_at_once, read_places
-from saejax.models.rules import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.settings import ModelConfig, TrainConfig
@@ -82,7 +82,7 @@ class _Shapes:
         reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
         point = SplitPoint(plan.model, writes, reads, self._mesh, RunRules(remat=plan.configs[ModelConfig].remat))
         value = whole(self._mesh, (1, padded_length(self._length), plan.model.d_model), plan.dtype)
-        past = placed(jax.eval_shape(point.record, self._params, value, value)[1], self._mesh)
+        past = placed(jax.eval_shape(point.run_suffix_with_kv, self._params, value, value)[1], self._mesh)
         drawn = min(config.step_features * (1 + config.matches), used.n_features)
         window, pool = tested.filled(max(tokens - 1, 1), drawn)
         rows = tested.rows_at_once(plan.platform, self._mesh.shape["data"])

@@ -27,8 +27,7 @@ from saejax.interventions.split_model import active_features, record, run_head
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel, padded_length
 from saejax.models.sites import Site
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Past, Tree
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 from saejax.tasks.likelihood import token_scores
@@ -171,7 +170,7 @@ def run_rows(
     dictionary: Dictionary,
     stream_1xTxD: jax.Array,
     value_1xTxD: jax.Array,
-    past: Past,
+    past: PrefixKV,
     removed_WxX: jax.Array,
     features_K: jax.Array,
     members_RxX: jax.Array,
@@ -188,7 +187,7 @@ def run_rows(
     """
     rows, window = len(members_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
-    tree = Tree.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
+    tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     removed_RxWxK = removed_WxX[None] * members_RxX[:, None, :]
@@ -197,7 +196,7 @@ def run_rows(
     edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
     stream_RxWxD = jnp.broadcast_to(stream_1xTxD[:, at_W], edited_RxWxD.shape)
     flat = (array.reshape(shards, -1, array.shape[-1]) for array in (stream_RxWxD, edited_RxWxD))
-    x = point.tail_of_tree(params, past, tree, *flat).reshape(edited_RxWxD.shape)
+    x = point.run_shared_suffix(params, past, tree, *flat).reshape(edited_RxWxD.shape)
     positions_RxW, targets_RxW = (jnp.tile(each[None], (rows, 1)) for each in (jnp.arange(window), targets_W))
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 

@@ -131,8 +131,8 @@ def test_removing_all_features_leaves_the_error_and_the_bias(split, runs, dictio
         x_BxTxD = run.value_BxTxD
         without_bias_BxTxD = dictionary.decode(dictionary.encode(x_BxTxD)) - dictionary.b_dec_D[...][None, None, :]
         left_BxTxD = jnp.where(run.domain_BxT[:, :, None], x_BxTxD - without_bias_BxTxD, x_BxTxD)
-        end_BxTxD = split.point.tail(split.params, run.stream_BxTxD, left_BxTxD)
-        wanted_B = split.point.difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
+        end_BxTxD = split.point.run_suffix(split.params, run.stream_BxTxD, left_BxTxD)
+        wanted_B = split.point.logit_difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
         count = len(run.index_P)
         np.testing.assert_allclose(diffs.ablated_SxP[0, run.index_P], np.asarray(wanted_B)[:count], atol=1e-4)
 

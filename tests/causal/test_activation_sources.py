@@ -58,8 +58,8 @@ def plain_effects(split, run, W_dec_FxD, changed_BxTxF, sets):
         removed = np.zeros_like(changed_BxTxF)
         removed[:, :, chosen] = changed_BxTxF[:, :, chosen]
         value = jnp.asarray(np.asarray(run.value_BxTxD, np.float64) - removed @ W_dec_FxD, jnp.float32)
-        end_BxTxD = split.point.tail(split.params, run.stream_BxTxD, value)
-        diff_B = split.point.difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
+        end_BxTxD = split.point.run_suffix(split.params, run.stream_BxTxD, value)
+        diff_B = split.point.logit_difference(split.params, end_BxTxD, run.last_B, run.answers_Bx2)
         found.append(np.asarray(diff_B)[: len(run.index_P)])
     return np.array(found)
 

@@ -54,7 +54,7 @@ def test_every_token_of_every_row_is_run(many, most, features, shards):
         assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
         tree, (end_SxR, members_SxRxK) = batch.filled(prompts, sets)
         for shard, own in enumerate(batch.shards):
-            place_N = tree.place_SxR[shard][tree.row_SxN[shard]]
+            place_N = tree.prompt_SxR[shard][tree.row_SxN[shard]]
             position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
             set_R = np.concatenate([own.set_N, np.full(batch.size - len(own.set_N), -1)])
             assert not members_SxRxK[shard, len(own.set_N) :].any()
@@ -63,7 +63,7 @@ def test_every_token_of_every_row_is_run(many, most, features, shards):
                 np.testing.assert_array_equal(batch.features_K[members_SxRxK[shard, r]], np.unique(sets[s]))
                 length = prompts.last_P[p] + 1 - first
                 assert first == first_SxP[s, p] and 0 < length <= batch.length
-                token_T = tree.token_SxRxT[shard, r, :length]
+                token_T = tree.token_index_SxRxT[shard, r, :length]
                 assert end_SxR[shard, r] == token_T[-1]
                 for t, token in enumerate(token_T):
                     assert position_N[token] == first + t and set_R[tree.row_SxN[shard, token]] == s

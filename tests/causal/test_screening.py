@@ -13,7 +13,7 @@ from saejax.interventions import slopes as screening
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import SplitModel
 from saejax.models import language_model
-from saejax.models.rules import RunRules
+from saejax.models.config import RunRules
 
 
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_in.1"])

@@ -11,7 +11,7 @@ from saejax.ground_truth.algorithms.planted import Planted
 from saejax.ground_truth.circuits.edges import Edges, possible
 from saejax.ground_truth.edge_circuits import EdgeCircuits, edge_curves
 from saejax.ground_truth.hub_folder import save_model
-from saejax.models.site_edits import SiteEdit
+from saejax.models.edits import SiteEdit
 
 LAST, LAYERS = 8, 2
 

@@ -11,7 +11,7 @@ from saejax.ground_truth.algorithms import planted, transformer
 from saejax.ground_truth.algorithms.plant_judge import place_edges
 from saejax.ground_truth.algorithms.planted import CIRCUIT, Planted
 from saejax.ground_truth.hub_folder import save_model
-from saejax.models.site_edits import SiteEdit
+from saejax.models.edits import SiteEdit
 
 
 def bits_of(words):

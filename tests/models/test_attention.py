@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from saejax.models import attention, attention_tiles
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.cache import empty_cache
-from saejax.models.config import DecoderConfig
-from saejax.models.rules import GRADIENT, RunRules
+from saejax.models.attention import whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.decoding import init_cache
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -30,7 +29,7 @@ CONFIG = DecoderConfig(
     gated=True,
     score_scale=0.3,
 )
-CAPPED_LOCAL = dataclasses.replace(CONFIG, local=(True,), window=50, score_cap=2.0)
+CAPPED_LOCAL = dataclasses.replace(CONFIG, sliding_layers=(True,), sliding_window=50, attn_logit_softcap=2.0)
 
 
 def draw(*shape, seed=0):
@@ -43,8 +42,8 @@ def formula(config, q_BxTxHxK, k_BxSxNxK, v_BxSxNxK, seen_BxTxS):
     for b, t, h in np.ndindex(q_BxTxHxK.shape[:3]):
         n = h // (config.n_heads // config.n_kv_heads)
         scores_S = k_BxSxNxK[b, :, n] @ q_BxTxHxK[b, t, h] * config.score_scale
-        if config.score_cap:
-            scores_S = config.score_cap * np.tanh(scores_S / config.score_cap)
+        if config.attn_logit_softcap:
+            scores_S = config.attn_logit_softcap * np.tanh(scores_S / config.attn_logit_softcap)
         shares_S = np.where(seen_BxTxS[b, t], np.exp(scores_S), 0)
         mixed[b, t, h] = shares_S / shares_S.sum() @ v_BxSxNxK[b, :, n]
     return mixed
@@ -61,7 +60,7 @@ def attended(config, tables, q, k, v):
 def test_whole_prompts(config, length):
     q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
     age_TxT = np.arange(length)[:, None] - np.arange(length)
-    seen_TxT = (age_TxT >= 0) & (age_TxT < (config.window or length))
+    seen_TxT = (age_TxT >= 0) & (age_TxT < (config.sliding_window or length))
     found = attended(config, whole_prompts(config, length), q, k, v)
     expected = formula(config, q, k, v, np.broadcast_to(seen_TxT, (2, length, length)))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
@@ -71,7 +70,7 @@ def test_whole_prompts(config, length):
 def test_left_padded_prompts_with_a_cache(new, slots):
     """At first the cache is as long as the prompts; afterwards the new token meets all that went before."""
     pad_B = np.array([0, 13])
-    cache = empty_cache(CONFIG, 2, slots, jnp.float32, pad_B)
+    cache = init_cache(CONFIG, 2, slots, jnp.float32, pad_B)
     cache = dataclasses.replace(cache, length=jnp.int32(slots - new))
     q, k, v = draw(2, new, 6, 8), draw(2, slots, 2, 8, seed=1), draw(2, slots, 2, 8, seed=2)
     found = attended(CONFIG, cache.attention(CONFIG, new).tables, q, k, v)
@@ -110,7 +109,11 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("length", [8, 40, 131])
 def test_long_prompts_in_tiles(small_tiles, window, length):
     """Also where whole tiles are beyond the window of a query."""
-    config = dataclasses.replace(CONFIG, local=(True,), window=window, score_cap=2.0) if window else CONFIG
+    config = (
+        dataclasses.replace(CONFIG, sliding_layers=(True,), sliding_window=window, attn_logit_softcap=2.0)
+        if window
+        else CONFIG
+    )
     test_whole_prompts(config, length)
 
 
@@ -119,7 +122,10 @@ def test_long_prompts_in_tiles(small_tiles, window, length):
 )
 def test_values_and_gradients_of_tiles_equal_those_of_blocks(monkeypatch, small_tiles, rules):
     with jax.enable_x64(True):
-        length, config = 37, dataclasses.replace(CONFIG, local=(True,), window=9, score_cap=2.0)
+        length, config = (
+            37,
+            dataclasses.replace(CONFIG, sliding_layers=(True,), sliding_window=9, attn_logit_softcap=2.0),
+        )
         arrays = [jnp.asarray(draw(2, length, heads, 8, seed=heads)) for heads in (6, 2, 2)]
         weight = draw(2, length, 6, 8, seed=3)
         tables = whole_prompts(config, length).at(config, 0)

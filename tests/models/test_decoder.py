@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from saejax.files import read_json
 from saejax.models import decoder
-from saejax.models.cache import empty_cache
+from saejax.models.config import RunRules
+from saejax.models.decoder import run_layers
+from saejax.models.decoding import init_cache
 from saejax.models.families import read_config
-from saejax.models.rules import RunRules
-from saejax.models.run import run_layers
 from saejax.models.sites import KINDS, Site
 from saejax.models.weights import load_params
 
@@ -250,10 +250,10 @@ def test_remat_takes_less_memory_for_the_same_gradient(tiny):
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_of_some_ids_gives_their_logits(tiny, tied):
     config, params, x_BxTxD = tiny
-    config = dataclasses.replace(config, tied=tied, unembed_bias=True, logit_cap=5.0)
+    config = dataclasses.replace(config, tied=tied, unembed_bias=True, final_logit_softcap=5.0)
     params = params | dict(unembed_bias_V=jnp.linspace(-1.0, 1.0, config.vocab))
     ids_N = jnp.array([7, 300, 7])
-    few = decoder.unembed(config, decoder.head_of(config, params, ids_N), x_BxTxD)
+    few = decoder.unembed(config, decoder.restrict_unembedding(config, params, ids_N), x_BxTxD)
     np.testing.assert_allclose(few, decoder.unembed(config, params, x_BxTxD)[..., ids_N], atol=1e-5)
 
 
@@ -271,7 +271,7 @@ def test_a_cached_run_equals_a_whole_one(tiny):
         ran = run_layers(config, params, x_BxTxD, 0, 4, attention=cache.attention(config, new))
         return ran.x, cache.grown(ran.carried, new)
 
-    cache = empty_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
+    cache = init_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
     np.testing.assert_array_equal(cache.positions_BxT(3), [[0, 1, 2], [0, 0, 0], [0, 0, 0]])
     parts = []
     for part_BxT in (ids_BxT[:, :prompt], *np.split(ids_BxT[:, prompt:], new, axis=1)):

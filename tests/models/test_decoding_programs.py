@@ -12,7 +12,7 @@ import runs
 from saejax.costs.programs import abstract_params
 from saejax.files import read_json
 from saejax.models import decoding
-from saejax.models.cache import Cache
+from saejax.models.decoding import KVCache
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
@@ -45,13 +45,13 @@ def test_a_layers_weights_are_read_where_they_are(prompts):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=here)
 
     kept = array(jnp.bfloat16, config.n_layers, prompts, room, config.n_kv_heads, config.d_head)
-    cache = Cache(kept, kept, array(jnp.int32, prompts), array(jnp.int32))
+    cache = KVCache(kept, kept, array(jnp.int32, prompts), array(jnp.int32))
     flags = array(bool, prompts), array(bool, prompts)
     state = decoding.State(cache, array(jnp.int32, prompts, 64), array(jnp.int32), *flags)
     key = array(jax.random.key(0).dtype)
-    choice = decoding.Choice(array(jnp.float32), array(jnp.float32), key, sampled=False, nucleus=False)
+    sampling = decoding.SamplingParams(array(jnp.float32), array(jnp.float32), key, sampled=False, nucleus=False)
     params = abstract_params(config, mesh, "bfloat16", config.n_layers)
-    lowered = decoding.decode.lower(config, params, state, array(jnp.int32), array(jnp.int32, 1), (), choice)
+    lowered = decoding.decode.lower(config, params, state, array(jnp.int32), array(jnp.int32, 1), (), sampling)
     written = sizes_made(lowered.compile().as_text())
     layers = [leaf for name, leaf in params.items() if name.startswith("layers.") and leaf.ndim > 2]
     weights = {leaf.size // config.n_layers for leaf in layers}

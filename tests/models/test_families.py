@@ -85,9 +85,9 @@ def test_a_model_that_also_reads_images_is_read_as_its_text_part():
     data = dict(model_type="gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=256)
     config = read_config(data, "config.json")
     assert (config.n_heads, config.n_kv_heads, config.d_head, config.context) == (8, 4, 256, 131_072)
-    assert (config.window, config.local[:7]) == (1024, (True,) * 5 + (False, True))
+    assert (config.sliding_window, config.sliding_layers[:7]) == (1024, (True,) * 5 + (False, True))
     np.testing.assert_allclose(config.rope.frequencies, np.array(plain_frequencies(1e6, 256)) / 8)
-    np.testing.assert_allclose(config.local_rope.frequencies, plain_frequencies(1e4, 256))
+    np.testing.assert_allclose(config.sliding_rope.frequencies, plain_frequencies(1e4, 256))
     with pytest.raises(UserError, match=r"could change the result: text_config\.altup"):
         read_config(data | dict(text_config=text | dict(altup=4)), "config.json")
     with pytest.raises(UserError, match="'text_config.tie_word_embeddings' contradict"):
@@ -133,32 +133,32 @@ def test_yarn_and_llama3_leave_fast_pairs_and_slow_down_slow_ones():
         np.testing.assert_allclose(rope.frequencies[0], plain[0])
         np.testing.assert_allclose(rope.frequencies[-1], plain[-1] / 4)
         assert np.all(np.diff(rope.frequencies) < 0)
-    assert yarn.gain == pytest.approx(0.1 * math.log(4) + 1) and llama3.gain == 1
-    assert read(rope_parameters=common | dict(rope_type="yarn", attention_factor=0.7)).rope.gain == 0.7
+    assert yarn.attention_scaling == pytest.approx(0.1 * math.log(4) + 1) and llama3.attention_scaling == 1
+    assert read(rope_parameters=common | dict(rope_type="yarn", attention_factor=0.7)).rope.attention_scaling == 0.7
     scaled = dict(rope_type="yarn", mscale=1.0, mscale_all_dim=0.5)
-    gain = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
-    assert read(rope_parameters=common | scaled).rope.gain == pytest.approx(gain)
+    attention_scaling = (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)
+    assert read(rope_parameters=common | scaled).rope.attention_scaling == pytest.approx(attention_scaling)
 
 
 def test_windows():
-    assert read_family("mistral").window == 4096
-    assert read_family("mistral", sliding_window=None).window is None
+    assert read_family("mistral").sliding_window == 4096
+    assert read_family("mistral", sliding_window=None).sliding_window is None
     assert read_family("gemma2").local == (True, False, True, False)
     assert read_family("gemma3_text", sliding_window_pattern=2).local == (True, False, True, False)
     assert read_family("gemma3_text", layer_types=[GLOBAL] * 4).local == ()
     windows = dict(use_sliding_window=True, sliding_window=8)
     for family in ("qwen2", "qwen3"):
-        assert read_family(family, sliding_window=8).window is None
+        assert read_family(family, sliding_window=8).sliding_window is None
         assert read_family(family, max_window_layers=1, **windows).local == (False, True, True, True)
-        assert read_family(family, **windows).window is None  # only from layer 28 on
+        assert read_family(family, **windows).sliding_window is None  # only from layer 28 on
         types = [LOCAL, GLOBAL, GLOBAL, LOCAL]
         assert read_family(family, layer_types=types, **windows).local == (True, False, False, True)
 
 
 def test_caps_that_are_null_are_off_and_absent_ones_are_the_defaults():
-    assert (read_family("gemma2").score_cap, read_family("gemma2").logit_cap) == (50.0, 30.0)
+    assert (read_family("gemma2").attn_logit_softcap, read_family("gemma2").final_logit_softcap) == (50.0, 30.0)
     config = read_family("gemma2", attn_logit_softcapping=None, final_logit_softcapping=20)
-    assert (config.score_cap, config.logit_cap) == (None, 20.0)
+    assert (config.attn_logit_softcap, config.final_logit_softcap) == (None, 20.0)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from saejax.files import read_json
 from saejax.models import decoder
-from saejax.models.cache import empty_cache
+from saejax.models.decoder import run_layers
+from saejax.models.decoding import init_cache
 from saejax.models.families import read_config
-from saejax.models.run import run_layers
 from saejax.models.sites import KINDS
 from saejax.models.weights import load_params
 from saejax.parallel.mesh import AXES, fitting_sharding
@@ -219,7 +219,7 @@ def check_cached(config, params, model, ids_BxT) -> float:
     positions_BxT = np.maximum(np.arange(LENGTH) - pad_B[:, None], 0)
     inputs = dict(attention_mask=torch.tensor(mask_BxT.astype(int)), position_ids=torch.tensor(positions_BxT))
     theirs, their_sites = run_torch(model, ids_BxT, **inputs)
-    cache = empty_cache(config, len(ids_BxT), LENGTH + 5, jnp.float32, pad_B)
+    cache = init_cache(config, len(ids_BxT), LENGTH + 5, jnp.float32, pad_B)
     logits, first = [], []
     padded = np.pad(ids_BxT, ((0, 0), (0, -LENGTH % 4)))
     for chunk in np.split(padded, padded.shape[1] // 4, axis=1):

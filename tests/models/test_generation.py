@@ -12,7 +12,7 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 from saejax import load_model
 from saejax.errors import UserError
 from saejax.models import decoding, generation, source
-from saejax.models.generation import Generated, eos_ids, make_choice
+from saejax.models.generation import Generated, eos_ids, sampling_params
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens, pad
 from saejax.parallel.mesh import make_mesh
@@ -176,8 +176,8 @@ def test_draws_have_the_probabilities_they_should(temperature, top_p):
         total += shares_V[index]
     expected_V = np.where(kept, shares_V, 0) / shares_V[kept].sum()
     draws = 40_000
-    choice = make_choice(temperature, top_p, seed=3)
-    ids = np.asarray(choice(jnp.broadcast_to(jnp.float32(logits_V), (draws, 12)), jnp.int32(5)))
+    sampling = sampling_params(temperature, top_p, seed=3)
+    ids = np.asarray(sampling(jnp.broadcast_to(jnp.float32(logits_V), (draws, 12)), jnp.int32(5)))
     found_V = np.bincount(ids, minlength=12) / draws
     assert not found_V[~kept].any()
     assert np.abs(found_V - expected_V).max() < 4 * 0.5 / draws**0.5

@@ -8,10 +8,10 @@ import pytest
 from saejax import fit_lens, load_lens, load_model
 from saejax.errors import UserError
 from saejax.models import decoder
+from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
 from saejax.models.lens import JacobianLens
 from saejax.models.lens_files import save_lens
-from saejax.models.run import run_layers
 from saejax.models.tokens import pad
 
 SKIP = 2

@@ -9,8 +9,8 @@ import pytest
 from tiny_models import save_tiny
 
 from saejax.files import read_json
+from saejax.models.decoder import KEYS, VALUES, run_layers
 from saejax.models.families import read_config
-from saejax.models.run import KEYS, VALUES, run_layers
 from saejax.models.split import SplitPoint
 from saejax.models.weights import load_params
 
@@ -72,12 +72,12 @@ def test_the_two_halves_of_a_split_decoder_are_the_whole(model, one_device, site
     config, params, _ = model
     ids_BxT = np.random.default_rng(0).integers(0, config.vocab, (2, 9))
     point = SplitPoint(config, Site.parse(site), Site.parse(reads), one_device)
-    stream_BxTxD, value_BxTxD, read_BxTxD = point.head(params, ids_BxT)
+    stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     whole = run_layers(
         config, params, decoder.embed(config, params, ids_BxT), 0, LAYERS, collect=(point.site.kind, point.reads.kind)
     )
     np.testing.assert_allclose(value_BxTxD, whole.collected[point.site.kind][point.site.layer], atol=1e-4)
     np.testing.assert_allclose(read_BxTxD, whole.collected[point.reads.kind][point.reads.layer], atol=1e-4)
-    np.testing.assert_allclose(point.tail(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)
-    changed_BxTxD = point.tail(params, stream_BxTxD, value_BxTxD + 1)
+    np.testing.assert_allclose(point.run_suffix(params, stream_BxTxD, value_BxTxD), whole.x, atol=1e-4)
+    changed_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD + 1)
     assert np.abs(changed_BxTxD - whole.x).max() > 0.1

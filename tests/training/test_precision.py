@@ -15,7 +15,7 @@ from saejax.evaluation.member_data import MemberData
 from saejax.interventions import slopes as screening
 from saejax.interventions.split_model import SiteRows
 from saejax.models import decoder
-from saejax.models.run import run_layers
+from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.results import load_results

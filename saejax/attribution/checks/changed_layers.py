@@ -13,10 +13,9 @@ from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.replacement import padded
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
-from saejax.models.attention import attend
-from saejax.models.attention_tables import AttentionTables, whole_prompts
+from saejax.models.attention import AttentionTables, attend, whole_prompts
+from saejax.models.config import RunRules
 from saejax.models.layers import einsum
-from saejax.models.rules import RunRules
 from saejax.parallel.collectives import to_host
 
 _STEP = 16  # least size to which directions that are read at the end are filled up

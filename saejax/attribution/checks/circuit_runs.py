@@ -17,7 +17,7 @@ from saejax.attribution.trace.targets import Readouts
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
+from saejax.models.attention import whole_prompts
 from saejax.parallel.collectives import to_host
 
 _STEP = 64  # least size to which the features of a layer are filled up

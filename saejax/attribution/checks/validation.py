@@ -28,8 +28,7 @@ from saejax.attribution.trace.perturbed import Places
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Readouts, logit_directions
 from saejax.models import decoder
-from saejax.models.config import DecoderConfig
-from saejax.models.rules import RunRules
+from saejax.models.config import DecoderConfig, RunRules
 from saejax.parallel.collectives import to_host
 
 _RUNS = 8  # changes that are made in one call

@@ -9,8 +9,7 @@ from jax import lax
 
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.models import decoder
-from saejax.models.attention import attention_weights
-from saejax.models.attention_tables import AttentionTables, whole_prompts
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
 from saejax.models.parameters import LAYERS
 
 

@@ -17,12 +17,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import AttentionFunction, attend, attention_weights, query_blocks
-from saejax.models.attention_tables import AttentionTables, TablesByLayer
-from saejax.models.config import DecoderConfig
+from saejax.models.attention import (
+    AttentionFunction,
+    AttentionTables,
+    TablesByLayer,
+    attend,
+    attention_weights,
+    query_blocks,
+)
+from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.layers import einsum, norm
 from saejax.models.parameters import LAYERS
-from saejax.models.rules import RunRules
 
 RELP = RunRules(backward="relp")  # attention weights and factors of norms are constant to differentiation
 

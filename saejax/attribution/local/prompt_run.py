@@ -7,8 +7,8 @@ import numpy as np
 
 from saejax.attribution.local.active import Active
 from saejax.attribution.local.dictionaries import LayerDictionaries
+from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import RunRules
 
 
 @dataclasses.dataclass(frozen=True)

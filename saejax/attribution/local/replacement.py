@@ -26,7 +26,7 @@ from saejax.attribution.local.written import Written
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
+from saejax.models.attention import whole_prompts
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host

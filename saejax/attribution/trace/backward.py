@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
+from saejax.models.attention import whole_prompts
 from saejax.models.layers import einsum
 from saejax.parallel.mesh import fitting_sharding
 

@@ -15,10 +15,9 @@ import numpy as np
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention_tables import whole_prompts
-from saejax.models.config import DecoderConfig
-from saejax.models.rules import RunRules
-from saejax.models.run import run_layers
+from saejax.models.attention import whole_prompts
+from saejax.models.config import DecoderConfig, RunRules
+from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
 
 IN_STREAM = -1  # in place of a kind: the stream that enters a layer is read

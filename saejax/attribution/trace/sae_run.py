@@ -15,8 +15,8 @@ from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import Places
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
+from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
-from saejax.models.rules import RunRules
 from saejax.parallel.collectives import to_host
 from saejax.settings import GRAPH_ESTIMATES
 

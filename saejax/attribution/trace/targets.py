@@ -18,10 +18,9 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.replacement import padded
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.config import DecoderConfig
+from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import einsum, norm
-from saejax.models.rules import RunRules
 from saejax.models.tokens import continuation_ids, token_text
 from saejax.parallel.collectives import to_host
 

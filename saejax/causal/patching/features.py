@@ -219,6 +219,6 @@ def run_parts(
             featured_BxTxD = matmul(other_BxTxF - f_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
             change_BxTxD = featured_BxTxD if parts == "features" else change_BxTxD - featured_BxTxD
         patched_BxTxD = value_BxTxD + jnp.where(own.domain_BxT[..., None], change_BxTxD, jnp.zeros_like(change_BxTxD))
-    x_BxTxD = point.tail(params, own.stream_BxTxD, patched_BxTxD)
-    diff_B = point.difference(params, x_BxTxD, own.last_B, own.answers_Bx2)
+    x_BxTxD = point.run_suffix(params, own.stream_BxTxD, patched_BxTxD)
+    diff_B = point.logit_difference(params, x_BxTxD, own.last_B, own.answers_Bx2)
     return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))

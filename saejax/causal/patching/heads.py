@@ -26,11 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.attention import QKV, Attend, Layer, RunAttention, attend
-from saejax.models.attention_tables import AttentionTables, whole_prompts
-from saejax.models.config import DecoderConfig
-from saejax.models.rules import GRADIENT
-from saejax.models.run import run_layers
+from saejax.models.attention import QKV, Attend, AttentionSpec, AttentionTables, Layer, attend, whole_prompts
+from saejax.models.config import GRADIENT, DecoderConfig
+from saejax.models.decoder import run_layers
 
 NODES = ("query", "key", "value", "output")
 _NOTHING = -1  # the layer through which nothing flows back
@@ -84,7 +82,7 @@ def record_heads(config: DecoderConfig, params: decoder.Params, ids_BxT: jax.Arr
 
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     kept = Heads.zeros(config, ids_BxT.shape, x_BxTxD.dtype)
-    attention = RunAttention(whole_prompts(config, ids_BxT.shape[1]), keep, kept)
+    attention = AttentionSpec(whole_prompts(config, ids_BxT.shape[1]), keep, kept)
     return run_layers(config, params, x_BxTxD, 0, config.n_layers, attention=attention).carried
 
 
@@ -103,7 +101,7 @@ def patch_nodes(
         changed = [patch.put(node, layer, own) for node, own in zip(NODES, qkv, strict=False)]
         return patch.put("output", layer, plain(*changed)), carried
 
-    attention = RunAttention(whole_prompts(config, ids_RxT.shape[1]), patched)
+    attention = AttentionSpec(whole_prompts(config, ids_RxT.shape[1]), patched)
     return _difference(config, params, ids_RxT, last_R, answers_Rx2, attention, _NOTHING)
 
 
@@ -113,7 +111,7 @@ def _difference(
     ids_BxT: jax.Array,
     last_B: jax.Array,
     answers_Bx2: jax.Array,
-    attention: RunAttention,
+    attention: AttentionSpec,
     dropped: int | jax.Array,
 ) -> jax.Array:
     """The logit difference [B]; no gradient flows back through what the dropped layer adds to the stream."""
@@ -158,7 +156,7 @@ def slopes(
             own = [value + every[layer] for value, every in zip(qkv, added, strict=False)]
             return plain(*own) + added.output[layer], carried
 
-        attention = RunAttention(whole_prompts(config, ids_BxT.shape[1]), shifted)
+        attention = AttentionSpec(whole_prompts(config, ids_BxT.shape[1]), shifted)
         return _difference(config, params, ids_BxT, last_B, answers_Bx2, attention, dropped).sum()
 
     return jax.grad(difference)(Heads.zeros(config, ids_BxT.shape, params["embed_VxD"].dtype))

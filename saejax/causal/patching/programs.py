@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.run import KEYS, VALUES, run_layers
-from saejax.models.split import SplitPoint
-from saejax.models.tree import Past, Tree
+from saejax.models.decoder import KEYS, VALUES, run_layers
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 
@@ -25,7 +24,7 @@ class Recorded(NamedTuple):
 
     stream_KxBxTxD: jax.Array
     value_LxBxTxD: jax.Array | None
-    past: Past
+    past: PrefixKV
     diff_B: jax.Array
 
     @property
@@ -44,8 +43,8 @@ def record(
     x_BxTxD, seen, _ = run_layers(point.config, params, x_BxTxD, 0, point.config.n_layers, collect=collect)
     stream_KxBxTxD = jnp.concatenate([seen["resid_pre"], x_BxTxD[None]])
     value_LxBxTxD = None if point.in_stream else seen[point.site.kind]
-    past = Past(seen[KEYS], seen[VALUES])
-    run = Recorded(stream_KxBxTxD, value_LxBxTxD, past, point.difference(params, x_BxTxD, last_B, answers_Bx2))
+    past = PrefixKV(seen[KEYS], seen[VALUES])
+    run = Recorded(stream_KxBxTxD, value_LxBxTxD, past, point.logit_difference(params, x_BxTxD, last_B, answers_Bx2))
     return jax.lax.with_sharding_constraint(run, sharding(point.mesh))  # patched rows pick theirs from all of these
 
 
@@ -96,12 +95,12 @@ def run_rows(
 
     data = point.mesh.shape["data"]
     shards = 1 if len(place_R) % data else data
-    tree = Tree.unshared(place_R, first_R, length, shards)
+    tree = SharedPrefixBatch.unshared(place_R, first_R, length, shards)
     x_SxNxD = x_RxCxD.reshape(shards, -1, x_RxCxD.shape[-1])
     attention = tree.attention(point.config, base.past, 0)
     layers = point.config.n_layers
     x_SxNxD = run_layers(point.config, params, x_SxNxD, start, layers, hook, None, attention=attention).x
     patched_RxCxD = put(layers, x_SxNxD).reshape(x_RxCxD.shape)
     return jax.lax.with_sharding_constraint(
-        point.difference(params, patched_RxCxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
+        point.logit_difference(params, patched_RxCxD, last_R - first_R, answers_Rx2), sharding(point.mesh)
     )

@@ -120,8 +120,8 @@ def _patched(
     moved_BxTxD = matmul(matmul(change_BxTxD, directions_DxK), directions_DxK.T)
     moved_BxTxD = jnp.where(rows.domain_BxT[..., None], moved_BxTxD, jnp.zeros_like(moved_BxTxD))
     patched_BxTxD = rows.value_BxTxD + moved_BxTxD.astype(rows.value_BxTxD.dtype)
-    x_BxTxD = point.tail(params, rows.stream_BxTxD, patched_BxTxD)
-    diff_B = point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2)
+    x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, patched_BxTxD)
+    diff_B = point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2)
     return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))
 
 

@@ -140,8 +140,8 @@ def last_slope(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax
     """The program of the slopes of prompts' logit differences: in the ``rows``' last values, [B, D]."""
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.tail(params, rows.stream_BxTxD, value_BxTxD)
-        return point.difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
     slope_BxTxD = jax.grad(difference)(rows.value_BxTxD)
     last_BxD = jnp.take_along_axis(slope_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]

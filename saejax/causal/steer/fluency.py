@@ -52,7 +52,7 @@ def continued(
     if length < 1:
         return None, ""
     point, placed = split.point, jax.tree.map(jax.numpy.asarray, change)
-    edit = SteeringEdit(split.dictionary, placed, Positions.of(positions), point.reads, point.site)
+    edit = SteeringEdit(split.dictionary, placed, Positions.parse(positions), point.reads, point.site)
     tokens = model.tokenize([prompt.text for prompt in prompts])
     found = model.generate(tokens, length, temperature=1.0, seed=seed, edits=[edit])
     went_on = [(ids_of(model, p.text), list(g.ids)) for p, g in zip(prompts, found, strict=True) if g.ids]

@@ -176,7 +176,7 @@ def steer_rows(
     rows = (jnp.asarray(array)[place_R] for array in clean)
     stream_RxTxD, value_RxTxD, read_RxTxD, domain_RxT, last_R, answers_Rx2 = rows
     change_RxTxD = change.at(basis, read_RxTxD)
-    x_RxTxD = point.tail(params, stream_RxTxD, _moved(value_RxTxD, change_RxTxD, domain_RxT))
+    x_RxTxD = point.run_suffix(params, stream_RxTxD, _moved(value_RxTxD, change_RxTxD, domain_RxT))
     last_RxD = jnp.take_along_axis(x_RxTxD, last_R[:, None, None], axis=1)[:, 0]
     logits_RxV = decoder.unembed(point.config, params, last_RxD, point.rules)
     own_R, target_R = jnp.take_along_axis(logits_RxV, answers_Rx2, axis=1).T

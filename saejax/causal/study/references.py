@@ -197,7 +197,7 @@ def attribute(point: SplitPoint, params: decoder.Params, dictionary: Basis, batc
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
-        x_BxTxD = point.tail(params, batch.stream_BxTxD, value_BxTxD)
+        x_BxTxD = point.run_suffix(params, batch.stream_BxTxD, value_BxTxD)
         logp_BxC, _ = token_scores(point.config, params, x_BxTxD, batch.positions_BxC, batch.targets_BxC)
         return (batch.weight_BxC * logp_BxC).sum()
 

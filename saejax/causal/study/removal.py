@@ -193,7 +193,7 @@ def without(
     changed_RxTxD = removed_RxT[..., None] * W_dec_KxD[which_R][:, None, :]
     value_RxTxD = rows.value_BxTxD
     edited_RxTxD = (value_RxTxD.astype(changed_RxTxD.dtype) - changed_RxTxD).astype(value_RxTxD.dtype)
-    x_RxTxD = point.tail(params, rows.stream_BxTxD, edited_RxTxD)
+    x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)
     logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
     total_R = (rows.weight_BxC * logp_RxC).sum(axis=1)
     return jax.lax.with_sharding_constraint(total_R, sharding(point.mesh))

@@ -22,7 +22,7 @@ from saejax.ground_truth.algorithms.transformer import PLAIN, Answers, Params, a
 from saejax.models import decoder
 from saejax.models.attention import Layer
 from saejax.models.config import DecoderConfig
-from saejax.models.run import run_layers
+from saejax.models.decoder import run_layers
 from saejax.tasks.behaviours import Prompt
 
 _LETTERS = "abcdefghijklmnop"

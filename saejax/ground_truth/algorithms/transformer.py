@@ -13,10 +13,10 @@ from saejax.errors import UserError
 from saejax.ground_truth.algorithms.questions import Questions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
+from saejax.models.decoder import Hook, run_layers
 from saejax.models.families import FAMILIES, read_config
 from saejax.models.families.table import linear, linear_of_heads
 from saejax.models.parameters import LAYERS, parameter_table
-from saejax.models.run import Hook, run_layers
 
 HEADS, PLAIN = 4, "answers"
 Params = dict[str, jax.Array]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import GLOBAL, LOCAL, MODULES, WEIGHTS, read_local, rms_decoder
+from saejax.models.families.llama import FULL, MODULES, SLIDING, WEIGHTS, read_sliding, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
 from saejax.models.families.table import Family, Modules, Weight
 from saejax.models.fields import Fields
@@ -41,39 +41,39 @@ def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfi
         activation=fields.activation("hidden_activation"),
         post_norms=True,
         score_scale=fields.number("query_pre_attn_scalar") ** -0.5,
-        logit_cap=fields.number_or_null("final_logit_softcapping"),
+        final_logit_softcap=fields.number_or_null("final_logit_softcapping"),
         **differences,
     )
 
 
 def _read_gemma2(fields: Fields) -> DecoderConfig:
-    local = read_local(fields, fields.size_or_null("sliding_window"), lambda layer: GLOBAL if layer % 2 else LOCAL)
-    return _read_later(fields, "gemma2", score_cap=fields.number_or_null("attn_logit_softcapping"), **local)
+    sliding = read_sliding(fields, fields.size_or_null("sliding_window"), lambda layer: FULL if layer % 2 else SLIDING)
+    return _read_later(fields, "gemma2", attn_logit_softcap=fields.number_or_null("attn_logit_softcapping"), **sliding)
 
 
 def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderConfig:
     fields.expect("attn_logit_softcapping", None)  # transformers reads it and then leaves it out of the scores
     fields.ignore("_sliding_window_pattern")  # transformers 5 writes it and does not read it
     period = fields.size("sliding_window_pattern")
-    local = read_local(
-        fields, fields.size_or_null("sliding_window"), lambda layer: LOCAL if (layer + 1) % period else GLOBAL
+    sliding = read_sliding(
+        fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % period else FULL
     )
-    rope, local_rope = _read_ropes(fields)
-    return _read_later(fields, family, qk_norm=True, rope=rope, local_rope=local_rope, **local)
+    rope, sliding_rope = _read_ropes(fields)
+    return _read_later(fields, family, qk_norm=True, rope=rope, sliding_rope=sliding_rope, **sliding)
 
 
 def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """The rotary embeddings of global and of local layers, which transformers 4 writes into different fields."""
     d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
     rope = rope_object(fields)
-    if GLOBAL in rope or LOCAL in rope:
-        far, near = rope.part(GLOBAL), rope.part(LOCAL)
+    if FULL in rope or SLIDING in rope:
+        far, near = rope.part(FULL), rope.part(SLIDING)
         rope.done()
     else:
         far, near = rope, Fields({}, fields.where)
     theta = far.agreeing([(fields, "rope_theta")], "rope_theta", 1_000_000.0)
-    local_theta = near.agreeing([(fields, "rope_local_base_freq")], "rope_theta", 10_000.0)
-    return make_rope(far, theta, 1.0, d_head, context), make_rope(near, local_theta, 1.0, d_head, context)
+    sliding_theta = near.agreeing([(fields, "rope_local_base_freq")], "rope_theta", 10_000.0)
+    return make_rope(far, theta, 1.0, d_head, context), make_rope(near, sliding_theta, 1.0, d_head, context)
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:

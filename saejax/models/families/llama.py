@@ -8,7 +8,7 @@ from saejax.models.families.rotary import read_rope
 from saejax.models.families.table import Family, Modules, Weight, linear, linear_of_heads, vector
 from saejax.models.fields import Fields
 
-LOCAL, GLOBAL = "sliding_attention", "full_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
@@ -42,14 +42,14 @@ def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfi
     return DecoderConfig(family=family, **shared | differences)
 
 
-class LocalLayers(TypedDict, total=False):
+class SlidingLayers(TypedDict, total=False):
     """Fields of ``DecoderConfig``; none where no layer is local."""
 
-    local: tuple[bool, ...]
-    window: int
+    sliding_layers: tuple[bool, ...]
+    sliding_window: int
 
 
-def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> LocalLayers:
+def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> SlidingLayers:
     """Which layers are local, and how far they see.
 
     Args:
@@ -59,15 +59,15 @@ def read_local(fields: Fields, window: int | None, kind_of: Callable[[int], str]
     n_layers = fields.size("num_hidden_layers")
     kinds = fields.take("layer_types", list, [kind_of(layer) for layer in range(n_layers)])
     for kind in kinds:
-        if kind not in (LOCAL, GLOBAL):
-            raise fields.refuse("layer_types", kind, f"'{GLOBAL}' or '{LOCAL}'")
+        if kind not in (SLIDING, FULL):
+            raise fields.refuse("layer_types", kind, f"'{FULL}' or '{SLIDING}'")
     if len(kinds) != n_layers:
         raise fields.contradiction(f"'layer_types' ({len(kinds)} of them)", f"'num_hidden_layers' ({n_layers})")
-    if LOCAL not in kinds:
-        return LocalLayers()
+    if SLIDING not in kinds:
+        return SlidingLayers()
     if window is None:
-        raise fields.contradiction(f"'layer_types' (with '{LOCAL}')", "'sliding_window' (null or switched off)")
-    return LocalLayers(local=tuple(kind == LOCAL for kind in kinds), window=window)
+        raise fields.contradiction(f"'layer_types' (with '{SLIDING}')", "'sliding_window' (null or switched off)")
+    return SlidingLayers(sliding_layers=tuple(kind == SLIDING for kind in kinds), sliding_window=window)
 
 
 def _read_llama(fields: Fields) -> DecoderConfig:
@@ -79,25 +79,25 @@ def _read_llama(fields: Fields) -> DecoderConfig:
 
 def _read_mistral(fields: Fields) -> DecoderConfig:
     window = fields.size_or_null("sliding_window")
-    local = () if window is None else (True,) * fields.size("num_hidden_layers")
-    return rms_decoder(fields, "mistral", local=local, window=window)
+    sliding = () if window is None else (True,) * fields.size("num_hidden_layers")
+    return rms_decoder(fields, "mistral", sliding_layers=sliding, sliding_window=window)
 
 
 def _read_qwen2(fields: Fields) -> DecoderConfig:
-    return rms_decoder(fields, "qwen2", qkv_bias=True, **_read_qwen_local(fields))
+    return rms_decoder(fields, "qwen2", qkv_bias=True, **_read_qwen_sliding(fields))
 
 
 def _read_qwen3(fields: Fields) -> DecoderConfig:
     bias = fields.take("attention_bias", bool)
-    return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_local(fields))
+    return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_sliding(fields))
 
 
-def _read_qwen_local(fields: Fields) -> LocalLayers:
+def _read_qwen_sliding(fields: Fields) -> SlidingLayers:
     fields.expect("use_mrope", False)
     window, first = fields.size_or_null("sliding_window"), fields.take("max_window_layers", int)
     if not fields.take("use_sliding_window", bool):
         window = None
-    return read_local(fields, window, lambda layer: GLOBAL if window is None or layer < first else LOCAL)
+    return read_sliding(fields, window, lambda layer: FULL if window is None or layer < first else SLIDING)
 
 
 WEIGHTS = {

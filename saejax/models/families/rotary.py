@@ -75,9 +75,9 @@ def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: in
             f"{rope.where}: heads are {d_head} wide and {turning}, but a rotary embedding needs an even width of at "
             "least 2: use another model"
         )
-    frequencies, gain = _KINDS[kind](rope, theta, width, context)
+    frequencies, attention_scaling = _KINDS[kind](rope, theta, width, context)
     rope.done()
-    return Rope(tuple(frequencies.tolist()), gain)
+    return Rope(tuple(frequencies.tolist()), attention_scaling)
 
 
 _Kind = Callable[[Fields, float, int, int], tuple[np.ndarray, float]]
@@ -89,8 +89,8 @@ def _plain(rope: Fields, theta: float, width: int, context: int) -> tuple[np.nda
 
 def _linear(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
     """Positions are divided by a factor (Chen et al., 2023)."""
-    frequencies, gain = _plain(rope, theta, width, context)
-    return frequencies / rope.number("factor"), gain
+    frequencies, attention_scaling = _plain(rope, theta, width, context)
+    return frequencies / rope.number("factor"), attention_scaling
 
 
 def _dynamic(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
@@ -102,18 +102,18 @@ def _dynamic(rope: Fields, theta: float, width: int, context: int) -> tuple[np.n
 def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
     """Pairs that turn less than ``low`` times over the original context are slowed down by a factor, those that turn
     more than ``high`` times stay, and in between one goes over into the other (Llama 3.1)."""
-    frequencies, gain = _plain(rope, theta, width, context)
+    frequencies, attention_scaling = _plain(rope, theta, width, context)
     factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise rope.contradiction(f"'low_freq_factor' ({low:g})", f"'high_freq_factor' ({high:g})")
     turns = rope.size("original_max_position_embeddings", context) * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return frequencies * (kept + (1 - kept) / factor), gain
+    return frequencies * (kept + (1 - kept) / factor), attention_scaling
 
 
 def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al., 2023): pairs that turn often stay, those that turn rarely are slowed down by a factor, with a
-    ramp over the pairs between; and attention is made sharper by a gain."""
+    ramp over the pairs between; and attention is sharpened by an attention scaling."""
     original = rope.size("original_max_position_embeddings", context)
     factor = rope.number("factor", context / original)
 
@@ -127,17 +127,17 @@ def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndar
     first, last = max(first, 0), min(last, width - 1)
     ramp = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
     frequencies, _ = _plain(rope, theta, width, context)
-    return frequencies * (1 - ramp + ramp / factor), _yarn_gain(rope, factor)
+    return frequencies * (1 - ramp + ramp / factor), _yarn_scaling(rope, factor)
 
 
-def _yarn_gain(rope: Fields, factor: float) -> float:
-    def gain(strength: float) -> float:
+def _yarn_scaling(rope: Fields, factor: float) -> float:
+    def mscale(strength: float) -> float:
         return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
     given, one, other = (rope.number_or_null(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
     if given is not None:
         return given
-    return gain(one) / gain(other) if one and other else gain(1.0)
+    return mscale(one) / mscale(other) if one and other else mscale(1.0)
 
 
 _KINDS: dict[str, _Kind] = {

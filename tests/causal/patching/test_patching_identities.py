@@ -14,7 +14,7 @@ from saejax.dictionaries import Dictionary
 from saejax.interventions.engine import ablate_sets
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import SplitModel
-from saejax.models.site_edits import SiteEdit
+from saejax.models.edits import SiteEdit
 from saejax.settings import PatchConfig
 
 CONFIG = PatchConfig(dictionary="topk", top=2, draws=2, matches=3, bootstrap=100, batch_rows=16)

@@ -11,7 +11,7 @@ from saejax import load_model
 from saejax.causal.clustered import Resampling
 from saejax.causal.patching.grid import PatchingGrid, make_grid
 from saejax.causal.patching.sites import Patched, patch_sites
-from saejax.models.site_edits import SiteEdit
+from saejax.models.edits import SiteEdit
 from saejax.models.sites import KINDS
 from saejax.settings import PATCHABLE
 

@@ -86,7 +86,7 @@ def test_the_edit_for_generation_makes_the_same_change(split, prompts, tiny):
         edit = SteeringEdit(
             split.dictionary,
             jax.tree.map(jax.numpy.asarray, changes[0]),
-            Positions.of("all"),
+            Positions.parse("all"),
             split.point.reads,
             split.point.site,
         )
