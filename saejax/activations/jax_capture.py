@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from saejax.activations.plan import Batch
 from saejax.activations.reader import Take
 from saejax.models.config import DecoderConfig
-from saejax.models.language_model import forward
+from saejax.models.language_model import forward, load_model
+from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource
 from saejax.models.weights import load_params
@@ -50,6 +51,8 @@ class DecoderReader:
         self.config, self._sites, self._padded_shape = config, tuple(sites), padded_shape
         self.mesh, self._hand_over = mesh, hand_over
         self.widths: dict[AnySite, int] = {site: site.width(config) for site in sites}
+        if needs_check(source, dtype):
+            load_model(source.name, source.revision or "main", dtype, mesh)  # which compares it with transformers
         self.params = load_params(source.folder, config, mesh, dtype, layers=1 + max(site.layer for site in sites))
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:

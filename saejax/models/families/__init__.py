@@ -1,7 +1,7 @@
 """The families of models the decoder can run: how each writes its configuration and names its weights.
 
 A family is one entry of ``FAMILIES``, under the ``model_type`` of its ``config.json``. Its reader takes every field
-that changes the result and refuses what it does not know; its weight table says where every parameter is found.
+that changes the result; its weight table names the tensor of every parameter.
 """
 
 from collections.abc import Mapping
@@ -13,42 +13,67 @@ from saejax.models.families import gemma, gpt2, llama, neox
 from saejax.models.families.table import Family, Modules, Weight
 from saejax.models.fields import Fields
 
-__all__ = ["FAMILIES", "Family", "Modules", "Weight", "check_family", "read_config"]
+__all__ = ["FAMILIES", "Family", "Modules", "Weight", "check_family", "has_family", "read_config", "unread_fields"]
 
 FAMILIES: dict[str, Family] = llama.FAMILIES | gemma.FAMILIES | gpt2.FAMILIES | neox.FAMILIES
 
 
+def has_family(data: Mapping[str, Any]) -> bool:
+    """Return whether the decoder runs models with this ``config.json``."""
+    return data.get("model_type") in FAMILIES
+
+
 def check_family(data: Mapping[str, Any], where: str) -> str:
-    """The family of a parsed ``config.json``; a ``UserError`` if the decoder does not run it."""
+    """Return the family of a parsed ``config.json``; a ``UserError`` if the decoder does not run it."""
     family = data.get("model_type")
-    if family not in FAMILIES:
+    if not has_family(data):
         raise UserError(
             f"{where}: models of the family {family!r} are not supported, expected one of {', '.join(FAMILIES)}: "
             "use another model"
         )
-    return family
+    return str(family)
 
 
 def read_config(data: Mapping[str, Any], where: str) -> DecoderConfig:
-    """The decoder's configuration from a parsed ``config.json``.
+    """Return the decoder's configuration from a parsed ``config.json``.
 
     Args:
       data: the parsed file.
       where: its name, for messages.
 
     Raises:
-      UserError: the family is not supported, or a field is unknown, missing, contradictory or of an unsupported value.
+      UserError: the family is not supported, or a field is missing, contradictory or of an unsupported value.
     """
+    return _read(data, where)[0]
+
+
+def unread_fields(data: Mapping[str, Any], where: str) -> list[str]:
+    """Return the names of fields of a ``config.json`` that nothing reads and that are not known to be without effect.
+
+    Args:
+      data: the parsed file, of a supported family.
+      where: its name, for messages.
+    """
+    return _read(data, where)[1].unread()
+
+
+def _read(data: Mapping[str, Any], where: str) -> tuple[DecoderConfig, Fields]:
+    """Return the configuration, and the fields with a record of what was read."""
     family = FAMILIES[check_family(data, where)]
     if data.get("quantization_config"):
         raise UserError(f"{where}: the weights are quantised ('quantization_config'): use the unquantised model")
     fields = Fields({**family.defaults, **data}, where)
-    for name in ("add_cross_attention", "is_encoder_decoder"):
-        fields.expect(name, False)
+    for name, value in _UNSUPPORTED.items():
+        fields.expect(name, value)
     config = family.read_config(fields)
-    fields.done()
     if config.n_heads % config.n_kv_heads:
         raise UserError(
             f"{where}: {config.n_heads} attention heads are not a multiple of {config.n_kv_heads} key-value heads"
         )
-    return config
+    return config, fields
+
+
+# Fields of every family, with the one value that the decoder supports.
+_UNSUPPORTED: dict[str, Any] = dict(
+    add_cross_attention=False, is_encoder_decoder=False, pruned_heads={}, per_layer_config={}, transformers_weights=""
+)

@@ -52,8 +52,7 @@ def _read_gemma2(fields: Fields) -> DecoderConfig:
 
 
 def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderConfig:
-    fields.expect("attn_logit_softcapping", None)  # transformers reads it and then leaves it out of the scores
-    fields.ignore("_sliding_window_pattern")  # transformers 5 writes it and does not read it
+    fields.ignore("attn_logit_softcapping")  # transformers does not apply it
     period = fields.size("sliding_window_pattern")
     sliding = read_sliding(
         fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % period else FULL
@@ -66,25 +65,19 @@ def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """The rotary embeddings of global and of local layers, which transformers 4 writes into different fields."""
     d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
     rope = rope_object(fields)
-    if FULL in rope or SLIDING in rope:
-        far, near = rope.part(FULL), rope.part(SLIDING)
-        rope.done()
-    else:
-        far, near = rope, Fields({}, fields.where)
-    theta = far.agreeing([(fields, "rope_theta")], "rope_theta", 1_000_000.0)
-    sliding_theta = near.agreeing([(fields, "rope_local_base_freq")], "rope_theta", 10_000.0)
+    far, near = (rope.part(FULL), rope.part(SLIDING)) if FULL in rope or SLIDING in rope else (rope, Fields({}, ""))
+    theta = far.first_number("rope_theta", 1_000_000.0, [(fields, "rope_theta")])
+    sliding_theta = near.first_number("rope_theta", 10_000.0, [(fields, "rope_local_base_freq")])
     return make_rope(far, theta, 1.0, d_head, context), make_rope(near, sliding_theta, 1.0, d_head, context)
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:
     """The text part of a model that also reads images."""
     text = fields.part("text_config", _GEMMA3)
-    fields.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
-    if fields.take("tie_word_embeddings", bool) != text.take("tie_word_embeddings", bool):
-        raise fields.contradiction("'tie_word_embeddings'", "'text_config.tie_word_embeddings'")
-    config = _read_gemma3_text(text, "gemma3")
-    text.done()
-    return config
+    fields.ignore("vision_config", "mm_tokens_per_image")
+    tied = fields.take("tie_word_embeddings", bool)
+    text.ignore("tie_word_embeddings")
+    return dataclasses.replace(_read_gemma3_text(text, "gemma3"), tied=tied)
 
 
 _LATER_WEIGHTS = WEIGHTS | {

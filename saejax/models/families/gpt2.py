@@ -9,8 +9,6 @@ from saejax.models.fields import Fields
 
 def _read_gpt2(fields: Fields) -> DecoderConfig:
     context, d_head = fields.size("n_positions"), fields.quotient("n_embd", "n_head")
-    if fields.size("n_ctx", context) != context:
-        raise fields.contradiction("'n_ctx'", "'n_positions'")
     fields.ignore("reorder_and_upcast_attn")  # scores in fp32, which they are here in any case
     return DecoderConfig(
         family="gpt2",

@@ -21,36 +21,33 @@ def read_rope(
     theta_names: Sequence[str] = ("rope_theta",),
     share_names: Sequence[str] = (),
     default_share: float = 1.0,
+    default_theta: float = 10_000.0,
 ) -> Rope:
-    """The rotary embedding that all layers share.
+    """Read the rotary embedding that all layers share.
 
-    transformers 5 writes all of it into "rope_parameters"; transformers 4 writes the base beside it and calls it
-    "rope_scaling".
+    transformers 5 writes all of it into "rope_parameters"; transformers 4 writes the base next to "rope_scaling". Where
+    both are there, the value in the object counts.
 
     Args:
       fields: of the config.
       d_head: width of a head.
       context: longest prompt in tokens.
-      theta_names: fields beside "rope_parameters" that may hold the base.
-      share_names: those that may hold the share of a head that turns; none where the family turns all of it.
-      default_share: what that share is where nothing tells.
+      theta_names: fields outside of that object that may hold the base.
+      share_names: those that may hold the share of a head that is rotated; none where the family rotates all of it.
+      default_share: that share where no field has it.
+      default_theta: the base where no field has it.
     """
     rope = rope_object(fields)
-    theta = rope.agreeing([(fields, name) for name in theta_names], "rope_theta", 10_000.0)
+    theta = rope.first_number("rope_theta", default_theta, [(fields, name) for name in theta_names])
+    share = 1.0
     if share_names:
-        share = rope.agreeing([(fields, name) for name in share_names], "partial_rotary_factor", default_share)
-    else:
-        rope.expect("partial_rotary_factor", 1.0)
-        share = 1.0
+        share = rope.first_number("partial_rotary_factor", default_share, [(fields, name) for name in share_names])
     return make_rope(rope, theta, share, d_head, context)
 
 
 def rope_object(fields: Fields) -> Fields:
-    """The fields of "rope_parameters" or "rope_scaling"; a ``UserError`` if there are both and they differ."""
-    old, new = (fields.take(name, dict, {}) for name in ("rope_scaling", "rope_parameters"))
-    if old and new and old != new:
-        raise fields.contradiction("'rope_scaling'", "'rope_parameters'")
-    return Fields(new or old, fields.where, "rope_parameters." if new else "rope_scaling.")
+    """Return the fields of "rope_scaling", else of "rope_parameters"."""
+    return fields.part("rope_scaling" if fields.take("rope_scaling", dict, {}) else "rope_parameters")
 
 
 def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: int) -> Rope:
@@ -63,8 +60,6 @@ def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: in
       context: the longest prompt in tokens.
     """
     old, kind = (rope.take(name, str, "") for name in ("type", "rope_type"))
-    if old and kind and old != kind:
-        raise rope.contradiction(f"'type' ({old})", f"'rope_type' ({kind})")
     kind = kind or old or "default"
     if kind not in _KINDS:
         raise rope.refuse("rope_type", kind, f"one of {', '.join(_KINDS)}")
@@ -76,7 +71,6 @@ def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: in
             "least 2: use another model"
         )
     frequencies, attention_scaling = _KINDS[kind](rope, theta, width, context)
-    rope.done()
     return Rope(tuple(frequencies.tolist()), attention_scaling)
 
 
