@@ -57,6 +57,13 @@ TINY_FIELDS = {
     "mistral": _TINY_ROTARY | dict(sliding_window=6),
     "qwen2": _TINY_ROTARY,
     "qwen3": _TINY_ROTARY | dict(head_dim=12),
+    "olmo2": _TINY_ROTARY,
+    "phi3": _TINY_ROTARY | dict(original_max_position_embeddings=64),
+    "smollm3": _TINY_ROTARY | dict(num_hidden_layers=4, no_rope_layer_interval=2),
+    "gpt_neo": _TINY
+    | dict(hidden_size=40, num_heads=4, num_layers=3, window_size=5, max_position_embeddings=64)
+    | dict(attention_types=[[["global", "local"], 1], [["local"], 1]]),
+    "qwen3_moe": _TINY_ROTARY | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=12),
 }
 
 
@@ -75,7 +82,9 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **changes) -> None:
     else:
         config = AutoConfig.for_model(family, **TINY_FIELDS[family] | changes)
     model = AutoModelForCausalLM.from_config(config)
-    _randomise(model, seed, plus_one=family.startswith("gemma"), post_norms=family.startswith(("gemma2", "gemma3")))
+    _randomise(
+        model, seed, plus_one=family.startswith("gemma"), post_norms=family.startswith(("gemma2", "gemma3", "olmo2"))
+    )
     model.save_pretrained(folder)
 
 

@@ -41,6 +41,11 @@ MODULES = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "olmo2": Modules("model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "mlp"),
+    "phi3": LLAMA,
+    "smollm3": LLAMA,
+    "gpt_neo": Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
+    "qwen3_moe": LLAMA,
 }
 
 

@@ -145,10 +145,19 @@ def attention(
     k = project("...td,dnk->...tnk", x_xTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
     v = project("...td,dnk->...tnk", x_xTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
     if config.qk_norm:
-        q, k = norm(config, rules, weights, "q_norm", q, "K"), norm(config, rules, weights, "k_norm", k, "K")
+        q, k = _norm_heads(config, rules, weights, "q_norm", q), _norm_heads(config, rules, weights, "k_norm", k)
     q, k = rotate(q, tables.rope), rotate(k, tables.rope)
     attended = attend(config, rules, q, k, v, tables) if function is None else function(q, k, v, tables)
     return project("...thk,hkd->...td", attended, weights["o_HxKxD"], weights.get("o_bias_D"))
+
+
+def _norm_heads(config: DecoderConfig, rules: RunRules, weights: Weights, name: str, x_xTxHxK: jax.Array) -> jax.Array:
+    """Norm queries or keys, head by head or over all heads together."""
+    if not config.qk_norm_joint:
+        return norm(config, rules, weights, name, x_xTxHxK, "K")
+    letters = "HxK" if name == "q_norm" else "NxK"
+    joint = {f"{name}_K": weights[f"{name}_{letters}"].reshape(-1)}
+    return norm(config, rules, joint, name, x_xTxHxK.reshape(*x_xTxHxK.shape[:-2], -1), "K").reshape(x_xTxHxK.shape)
 
 
 def attend(

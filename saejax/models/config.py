@@ -33,7 +33,10 @@ class DecoderConfig:
       n_heads: query heads (H).
       n_kv_heads: key and value heads (N); each serves ``n_heads / n_kv_heads`` query heads (G).
       d_head: width of a head (K); need not be ``d_model / n_heads``.
-      d_mlp: hidden width of the MLP (F).
+      d_mlp: hidden width of the MLP, or of each expert (F).
+      n_experts: experts of each MLP (E), of which a router chooses some for each token; 0: a plain MLP.
+      experts_per_token: experts that are chosen.
+      normalize_experts: whether the chosen experts' weights sum to 1; otherwise they are probabilities among all.
       vocab: rows of the embedding and number of logits (V).
       context: longest prompt in tokens (C).
       tied: whether the unembedding is the embedding.
@@ -44,7 +47,9 @@ class DecoderConfig:
       parallel: whether the MLP reads the stream that enters the layer, as attention does, not the one it leaves.
       shared_norm: whether the MLP reads what attention reads, without a norm of its own.
       post_norms: whether what attention and the MLP give is normed before it is added to the stream.
+      pre_norms: whether attention and the MLP read the stream after a norm, rather than the stream itself.
       qk_norm: whether queries and keys are normed, head by head, before they are rotated.
+      qk_norm_joint: whether that norm is over the values of all heads together.
       qkv_bias, o_bias, mlp_bias, unembed_bias: whether those projections have biases.
       learned_positions: whether a learned vector is added to the embedding of every position.
       rope: rotary embedding; None: none.
@@ -77,7 +82,12 @@ class DecoderConfig:
     parallel: bool = False
     shared_norm: bool = False
     post_norms: bool = False
+    pre_norms: bool = True
     qk_norm: bool = False
+    qk_norm_joint: bool = False
+    n_experts: int = 0
+    experts_per_token: int = 0
+    normalize_experts: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

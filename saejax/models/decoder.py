@@ -94,12 +94,14 @@ def run_layer(
     """
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
-    normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD)
+    normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
     out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function)
     if config.post_norms:
         out_xTxD = norm(config, rules, weights, "attn_post_norm", out_xTxD)
     x_xTxD = hook("resid_mid", before_xTxD + hook("attn_out", out_xTxD))
-    if not config.shared_norm:
+    if not config.pre_norms:
+        normed_xTxD = x_xTxD
+    elif not config.shared_norm:
         normed_xTxD = norm(config, rules, weights, "mlp_norm", before_xTxD if config.parallel else x_xTxD)
     out_xTxD = mlp(config, rules, weights, hook("mlp_in", normed_xTxD))
     if config.post_norms:

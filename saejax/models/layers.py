@@ -1,5 +1,6 @@
 """The parts of a decoder layer that act on each position alone: norms, projections, the MLP."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -57,9 +58,34 @@ def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD
 
 
 def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """down(``mlp_neurons``(x)), [B, T, D]."""
+    """down(``mlp_neurons``(x)), or a mixture of experts; [B, T, D]."""
+    if config.n_experts:
+        return _mix_experts(config, rules, weights, x_xTxD)
     hidden = mlp_neurons(config, rules, weights, x_xTxD)
     return project("...tf,fd->...td", hidden, weights["down_FxD"], weights.get("down_bias_D"))
+
+
+def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
+    """Return the mean of some experts' outputs, weighted by a router (Shazeer et al., 2017); [B, T, D].
+
+    Every expert runs on every token, one after the other: simple, the same for any batch, and in memory for one expert
+    at a time, but ``n_experts / experts_per_token`` times the products that are needed.
+    """
+    logits_xTxE = _wide_project("...td,de->...te", x_xTxD, weights["router_DxE"], None)
+    top, chosen = lax.top_k(jax.nn.softmax(logits_xTxE, axis=-1), config.experts_per_token)
+    if config.normalize_experts:
+        top = top / jnp.sum(top, axis=-1, keepdims=True)
+    share_xTxE = jnp.sum(jax.nn.one_hot(chosen, config.n_experts, dtype=top.dtype) * top[..., None], axis=-2)
+    share_xTxE = rules.factor(share_xTxE.astype(x_xTxD.dtype))
+    dense = dataclasses.replace(config, n_experts=0)
+
+    def add_expert(total_xTxD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        share_xT, *matrices = expert
+        out_xTxD = mlp(dense, rules, dict(zip(("gate_DxF", "up_DxF", "down_FxD"), matrices, strict=True)), x_xTxD)
+        return total_xTxD + share_xT[..., None] * out_xTxD, None
+
+    experts = (weights["gate_ExDxF"], weights["up_ExDxF"], weights["down_ExFxD"])
+    return lax.scan(add_expert, jnp.zeros_like(x_xTxD), (jnp.moveaxis(share_xTxE, -1, 0), *experts))[0]
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -32,13 +32,18 @@ def _norm(config: DecoderConfig, name: str, width: int, letter: str) -> Table:
 
 
 def _norms(config: DecoderConfig) -> Table:
-    table = _norm(config, "attn_norm", config.d_model, "D")
-    if not config.shared_norm:
+    table: Table = {}
+    if config.pre_norms:
+        table |= _norm(config, "attn_norm", config.d_model, "D")
+    if config.pre_norms and not config.shared_norm:
         table |= _norm(config, "mlp_norm", config.d_model, "D")
     if config.post_norms:
         table |= _norm(config, "attn_post_norm", config.d_model, "D")
         table |= _norm(config, "mlp_post_norm", config.d_model, "D")
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_joint:
+        table["q_norm_HxK"] = ((config.n_heads, config.d_head), (None, None))
+        table["k_norm_NxK"] = ((config.n_kv_heads, config.d_head), (None, None))
+    elif config.qk_norm:
         table |= _norm(config, "q_norm", config.d_head, "K") | _norm(config, "k_norm", config.d_head, "K")
     return table
 
@@ -61,7 +66,14 @@ def _attention(config: DecoderConfig) -> Table:
 
 
 def _mlp(config: DecoderConfig) -> Table:
-    d, f = config.d_model, config.d_mlp
+    d, f, e = config.d_model, config.d_mlp, config.n_experts
+    if e:
+        return {
+            "router_DxE": ((d, e), (None, None)),
+            "gate_ExDxF": ((e, d, f), (None, None, "model")),
+            "up_ExDxF": ((e, d, f), (None, None, "model")),
+            "down_ExFxD": ((e, f, d), (None, "model", None)),
+        }
     table: Table = {}
     for name in ("gate", "up") if config.gated else ("up",):
         table[f"{name}_DxF"] = ((d, f), (None, "model"))

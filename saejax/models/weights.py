@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding
+
+_LISTED = 30  # problems of a checkpoint that a message lists
 
 
 def load_params(
@@ -40,15 +43,16 @@ def load_params(
     sources = _find_sources(config, read_checkpoint(folder))
     problems = _mismatches(config, sources)
     if problems:
-        raise UserError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        listed = "; ".join(problems[:_LISTED]) + more
+        raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
     weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
     tensors = {name: [tensor for _, tensor in found if tensor is not None] for name, found in sources.items()}
     for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
         if name.startswith(LAYERS):
-            tensors[name] = tensors[name][:layers]
-            shape = (len(tensors[name]), *shape[1:])
-        params[name] = _place(_reader(weights[name], name, shape, tensors[name]), shape, dtype, mesh, spec)
+            shape = (min(layers or shape[0], shape[0]), *shape[1:])
+        params[name] = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
     return {name: params[name] for name in table}
 
 
@@ -72,18 +76,18 @@ def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
     return config if same else untied
 
 
-Sources = dict[str, list[tuple[str, Tensor | None]]]  # of each parameter: the family's names, and what was found
+# Of each parameter: the family's names of its tensors, and what was found. There is one for each index of the leading
+# dimensions for which the name has a "{}": layers, and experts.
+Sources = dict[str, list[tuple[str, Tensor | None]]]
 
 
 def _find_sources(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> Sources:
-    """Return the tensors of each parameter: one, or one for each layer."""
+    """Return the tensors of each parameter."""
     weights = FAMILIES[config.family].weights
     find = functools.partial(_find, tensors, *_prefixes(tensors, weights))
     sources: Sources = {}
-    for name in parameter_table(config):
-        names = [weights[name].name]
-        if name.startswith(LAYERS):
-            names = [names[0].format(layer) for layer in range(config.n_layers)]
+    for name, (shape, _) in parameter_table(config).items():
+        names = [weights[name].name.format(*index) for index in np.ndindex(*shape[: weights[name].stacked])]
         sources[name] = [(one, find(one)) for one in names]
         if name == "embed_VxD" and config.tied and sources[name][0][1] is None:
             head = find(weights["unembed_DxV"].name)  # tied the other way round
@@ -126,7 +130,7 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
     """Return a message for each tensor that is missing or cannot be used."""
     problems = []
     for name, (shape, _) in parameter_table(config).items():
-        wanted = shape[1:] if name.startswith(LAYERS) else shape
+        weight = FAMILIES[config.family].weights[name]
         for source, tensor in sources[name]:
             if tensor is None:
                 problems.append(f"{source} is missing")
@@ -134,23 +138,23 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
                 problems.append(f"{source} {tensor.dtype_problem}")
             else:
                 try:
-                    FAMILIES[config.family].weights[name].view(tensor.map(), wanted)
+                    weight.view(tensor.map(), shape[weight.stacked :])
                 except ValueError as error:
                     problems.append(f"{source} {error}")
     return list(dict.fromkeys(problems))  # several parameters may be parts of one tensor
 
 
 def _reader(
-    weight: Weight, name: str, shape: tuple[int, ...], sources: list[Tensor]
+    weight: Weight, shape: tuple[int, ...], sources: list[Tensor]
 ) -> Callable[[tuple[slice, ...], np.ndarray], None]:
     """Return a function that fills a buffer with the part of the parameter at an index."""
+    lead = weight.stacked
 
     def fill(index: tuple[slice, ...], buffer: np.ndarray) -> None:
-        if not name.startswith(LAYERS):
-            buffer[...] = weight.view(sources[0].map(), shape)[index]
-            return
-        for row, source in enumerate(sources[index[0]]):
-            buffer[row] = weight.view(source.map(), shape[1:])[index[1:]]
+        ranges = [range(size)[part] for size, part in zip(shape[:lead], index[:lead], strict=True)]
+        for place, at in zip(np.ndindex(*map(len, ranges)), itertools.product(*ranges), strict=True):
+            source = sources[int(np.ravel_multi_index(at, shape[:lead])) if lead else 0]
+            buffer[place] = weight.view(source.map(), shape[lead:])[index[lead:]]
 
     return fill
 

@@ -22,6 +22,8 @@ LLAMA = dict(
     hidden_act="silu",
 )
 GPT2 = dict(model_type="gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=384)
+GPT_NEO = dict(model_type="gpt_neo", hidden_size=64, num_layers=2, num_heads=4, vocab_size=384)
+GPT_NEO |= dict(attention_types=[[["global", "local"], 1]])
 ROTARY = {name: value for name, value in LLAMA.items() if name != "hidden_act"} | dict(num_key_value_heads=2)
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -32,7 +34,7 @@ def read(**changes):
 
 def read_family(family, **changes):
     """With the smallest config that the family can do with."""
-    smallest = GPT2 if family == "gpt2" else ROTARY | dict(model_type=family)
+    smallest = {"gpt2": GPT2, "gpt_neo": GPT_NEO}.get(family, ROTARY | dict(model_type=family))
     if family == "gpt_neox":
         smallest = {name: value for name, value in smallest.items() if name != "num_key_value_heads"}
     return read_config(smallest | changes, "config.json")
@@ -155,6 +157,20 @@ def test_windows():
         assert read_family(family, layer_types=types, **windows).sliding_layers == (True, False, False, True)
 
 
+def test_layers_without_a_rotary_embedding():
+    config = read_family("smollm3")
+    assert config.sliding_layers == (False, False, False, True) and config.sliding_window == config.context
+    assert set(config.sliding_rope.frequencies) == {0.0} and 0.0 not in config.rope.frequencies
+
+
+def test_longrope_is_read_up_to_the_original_context():
+    scaling = dict(type="longrope", short_factor=[1.0, 2.0] * 4, long_factor=[9.0] * 8)
+    config = read_family("phi3", max_position_embeddings=131_072, rope_scaling=scaling)
+    assert config.context == 4096
+    np.testing.assert_allclose(config.rope.frequencies, np.array(plain_frequencies(1e4, 16)) / ([1.0, 2.0] * 4))
+    assert config.rope.attention_scaling == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
 def test_caps_that_are_null_are_off_and_absent_ones_are_the_defaults():
     assert (read_family("gemma2").attn_logit_softcap, read_family("gemma2").final_logit_softcap) == (50.0, 30.0)
     config = read_family("gemma2", attn_logit_softcapping=None, final_logit_softcapping=20)
@@ -223,6 +239,19 @@ def test_refused(fields, message):
             dict(rope_parameters={FULL: dict(rope_type="longrope")}),
             "rope_parameters.full_attention.rope_type 'longrope' is not supported",
         ),
+        ("gpt_neo", dict(attention_types=[[["global"], 3]]), "'attention_types' .for 3 layers. and 'num_layers' .2."),
+        ("gpt_neo", dict(attention_types=[[["global", "dilated"], 1]]), "attention_types 'dilated' is not supported"),
+        ("phi3", dict(rope_scaling=dict(type="yarn", factor=2.0)), "rope_scaling.rope_type 'yarn' is not supported"),
+        ("phi3", dict(rope_scaling=dict(type="longrope", short_factor=[1.0])), "short_factor 'with 1 numbers' is not"),
+        ("smollm3", dict(no_rope_layers=[1]), "'no_rope_layers' .1 of them. and 'num_hidden_layers' .4. contradict"),
+        (
+            "smollm3",
+            dict(use_sliding_window=True, sliding_window=4, layer_types=[SLIDING] * 4),
+            "layer_types 'with other sliding layers' is not supported, expected those without a rotary embedding",
+        ),
+        ("qwen3_moe", dict(mlp_only_layers=[0]), "mlp_only_layers .0. is not supported"),
+        ("qwen3_moe", dict(decoder_sparse_step=2), "decoder_sparse_step 2 is not supported"),
+        ("qwen3_moe", dict(num_experts=4), "'num_experts_per_tok' .8. and 'num_experts' .4. contradict"),
         ("mistral", dict(sliding_window=0), "'sliding_window' is 0, expected at least 1"),
         ("qwen2", dict(use_mrope=True), "use_mrope True is not supported"),
         ("qwen2", dict(layer_types=[SLIDING] * 4), "'layer_types' .with 'sliding_attention'. and 'sliding_window'"),

@@ -77,10 +77,16 @@ def _read_llama(fields: Fields) -> DecoderConfig:
     return rms_decoder(fields, "llama", qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
 
 
-def _read_mistral(fields: Fields) -> DecoderConfig:
+def read_sliding_everywhere(fields: Fields) -> SlidingLayers:
+    """Read a sliding window that all layers have, or none."""
     window = fields.size_or_null("sliding_window")
-    sliding = () if window is None else (True,) * fields.size("num_hidden_layers")
-    return rms_decoder(fields, "mistral", sliding_layers=sliding, sliding_window=window)
+    if window is None:
+        return SlidingLayers()
+    return SlidingLayers(sliding_layers=(True,) * fields.size("num_hidden_layers"), sliding_window=window)
+
+
+def _read_mistral(fields: Fields) -> DecoderConfig:
+    return rms_decoder(fields, "mistral", **read_sliding_everywhere(fields))
 
 
 def _read_qwen2(fields: Fields) -> DecoderConfig:

@@ -40,13 +40,19 @@ class Weight:
     """Where a parameter, or its slice of one layer, is found in a checkpoint.
 
     Attributes:
-      name: the tensor's name; "{}" stands for the layer. Several parameters may be parts of one tensor.
+      name: the tensor's name; "{}" stands for the layer, a second one for the expert. Several parameters may be parts
+        of one tensor.
       view: gives that tensor, or its part, the parameter's shape without copying; a ``ValueError`` if the tensor has
         another shape than it should.
     """
 
     name: str
     view: View = expect
+
+    @property
+    def stacked(self) -> int:
+        """Number of the parameter's leading dimensions that count tensors."""
+        return self.name.count("{}")
 
 
 @dataclasses.dataclass(frozen=True)

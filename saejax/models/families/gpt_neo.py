@@ -1,0 +1,80 @@
+"""GPT-Neo (TinyStories): GPT-2's layers with local attention in some, and scores that are not scaled."""
+
+from saejax.models.config import DecoderConfig
+from saejax.models.families.table import Family, Modules, Weight, linear, linear_of_heads
+from saejax.models.fields import Fields
+
+
+def _read_gpt_neo(fields: Fields) -> DecoderConfig:
+    n_layers, n_heads, d_model = (fields.size(name) for name in ("num_layers", "num_heads", "hidden_size"))
+    kinds = [kind for pattern, times in fields.take("attention_types", list) for kind in list(pattern) * times]
+    fields.ignore("attention_layers")  # the same, written out; transformers reads "attention_types"
+    if len(kinds) != n_layers:
+        raise fields.contradiction(f"'attention_types' (for {len(kinds)} layers)", f"'num_layers' ({n_layers})")
+    for kind in kinds:
+        if kind not in ("global", "local"):
+            raise fields.refuse("attention_types", kind, "'global' or 'local'")
+    local = tuple(kind == "local" for kind in kinds)
+    return DecoderConfig(
+        family="gpt_neo",
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        d_head=fields.quotient("hidden_size", "num_heads"),
+        d_mlp=fields.size("intermediate_size", 4 * d_model),
+        vocab=fields.size("vocab_size"),
+        context=fields.size("max_position_embeddings"),
+        tied=fields.take("tie_word_embeddings", bool),
+        norm="layer",
+        norm_eps=fields.number("layer_norm_epsilon"),
+        activation=fields.activation("activation_function"),
+        gated=False,
+        score_scale=1.0,
+        sliding_layers=local if any(local) else (),
+        sliding_window=fields.size("window_size") if any(local) else None,
+        o_bias=True,
+        mlp_bias=True,
+        learned_positions=True,
+    )
+
+
+_LAYER = "transformer.h.{}."
+_GPT_NEO_WEIGHTS = {
+    "embed_VxD": Weight("transformer.wte.weight"),
+    "position_CxD": Weight("transformer.wpe.weight"),
+    "final_norm_D": Weight("transformer.ln_f.weight"),
+    "final_norm_bias_D": Weight("transformer.ln_f.bias"),
+    "unembed_DxV": Weight("lm_head.weight", linear),
+    "layers.attn_norm_D": Weight(_LAYER + "ln_1.weight"),
+    "layers.attn_norm_bias_D": Weight(_LAYER + "ln_1.bias"),
+    "layers.q_DxHxK": Weight(_LAYER + "attn.attention.q_proj.weight", linear),
+    "layers.k_DxNxK": Weight(_LAYER + "attn.attention.k_proj.weight", linear),
+    "layers.v_DxNxK": Weight(_LAYER + "attn.attention.v_proj.weight", linear),
+    "layers.o_HxKxD": Weight(_LAYER + "attn.attention.out_proj.weight", linear_of_heads),
+    "layers.o_bias_D": Weight(_LAYER + "attn.attention.out_proj.bias"),
+    "layers.mlp_norm_D": Weight(_LAYER + "ln_2.weight"),
+    "layers.mlp_norm_bias_D": Weight(_LAYER + "ln_2.bias"),
+    "layers.up_DxF": Weight(_LAYER + "mlp.c_fc.weight", linear),
+    "layers.up_bias_F": Weight(_LAYER + "mlp.c_fc.bias"),
+    "layers.down_FxD": Weight(_LAYER + "mlp.c_proj.weight", linear),
+    "layers.down_bias_D": Weight(_LAYER + "mlp.c_proj.bias"),
+}
+
+FAMILIES = {
+    "gpt_neo": Family(
+        _read_gpt_neo,
+        _GPT_NEO_WEIGHTS,
+        dict(
+            num_layers=24,
+            num_heads=16,
+            attention_types=[[["global", "local"], 12]],
+            window_size=256,
+            max_position_embeddings=2048,
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            tie_word_embeddings=True,
+        ),
+        Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
+    ),
+}
