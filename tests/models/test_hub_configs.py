@@ -215,5 +215,5 @@ def test_what_the_hub_s_configs_say():
     assert (gemma.activation, gemma.n_kv_heads, gemma.embed_scale, gemma.tied) == ("gelu_tanh", 1, 2048**0.5, True)
     assert (len(phi.rope.frequencies), phi.shared_norm, phi.unembed_bias) == (16, True, True)
     np.testing.assert_allclose(llama.rope.frequencies, 5e5 ** -(np.arange(0, 128, 2) / 128))
-    assert (mistral.window, mistral.local) == (4096, (True,) * 32)
-    assert (qwen.qk_norm, qwen.local, qwen.d_head) == (True, (), 128)
+    assert (mistral.sliding_window, mistral.sliding_layers) == (4096, (True,) * 32)
+    assert (qwen.qk_norm, qwen.sliding_layers, qwen.d_head) == (True, (), 128)
