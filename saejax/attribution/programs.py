@@ -21,7 +21,6 @@ from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.dictionaries.formats import origin
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import GraphConfig
@@ -53,7 +52,6 @@ class _Shapes:
         self._stream_LxTxD = self._whole(layers, self._length, width)
         self._skip_LxDxD = self._whole(layers, width, width) if size.transcoder.skip else None
         self._x_TxD, self._layer = self._whole(self._length, width), np.int32(0)
-        self._file_dtype = origin.dtype_of(size.transcoder) or "float32"  # in which it stays on the devices
         self._prompt = f"a prompt of {tokens:,} tokens"
         self._kept = (self._stream_LxTxD, self._stream_LxTxD, self._skip_LxDxD)  # the streams, and the errors
 
@@ -67,7 +65,7 @@ class _Shapes:
     def layer(self) -> Program:
         """A layer of the model."""
         arguments = (self._frozen, self._params, self._layer, self._x_TxD)
-        kept = (self._kept, self._dictionary(self._file_dtype))
+        kept = (self._kept, self._dictionary("float32"))
         flops = self._run_flops(self._length)
         return Program("attribute: layer", self._prompt, replacement.run_layer, arguments, kept, flops)
 
@@ -77,7 +75,7 @@ class _Shapes:
         count = max(1, min(self._length, active.AT_ONCE // features))
         x_TxD = self._whole(count, width)
         arguments = (self._dictionary("float32"), x_TxD, x_TxD, self._whole(count, dtype=bool))
-        kept = (self._params, self._kept, self._dictionary(self._file_dtype))
+        kept = (self._params, self._kept, self._dictionary("float32"))
         flops = 4.0 * count * features * width
         return Program("attribute: transcoder", f"{count:,} tokens", active.explain, arguments, kept, flops)
 
@@ -154,7 +152,7 @@ class _Shapes:
             f"{count} parts of a graph",
             circuit_runs.run_layer,
             arguments,
-            (self._kept, self._dictionary(self._file_dtype)),
+            (self._kept, self._dictionary("float32")),
             count * (self._run_flops(length) + 6.0 * length * features * width),
         )
 

@@ -34,7 +34,6 @@ class DictionaryConfig(Config):
       input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
       bos: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
       context: tokens of a text of its training; 0: unknown.
-      origin: what a file in another tool's format that it was loaded from says besides (JSON), to be written back.
     """
 
     kind: str = setting("topk", "kind", choices=kind_names)
@@ -58,7 +57,6 @@ class DictionaryConfig(Config):
     input_norm: str = setting("", "normalisation of each token that is read", choices=NORMS, implied="")
     bos: str = setting("auto", "whether texts of its training began with BOS", choices=BOS, implied="auto")
     context: int = setting(0, "tokens of a text of its training", low=0, implied=0)
-    origin: str = setting("", "what the file that it was loaded from says besides")
 
     def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:
         """A ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.

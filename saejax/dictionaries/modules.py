@@ -90,8 +90,12 @@ class Dictionary(Editing, nnx.Module):
         if self.config.input_norm:
             x_xD = normalise(x_xD, self.config.input_norm).x_xD
         if self.config.centred:
-            return centred_matmul(x_xD, self.b_dec_D[...], self.W_enc_DxF[...], self.matmul_dtype)
-        return matmul(x_xD, self.W_enc_DxF[...], self.matmul_dtype)
+            return centred_matmul(x_xD, self.b_dec_D[...], self._matrix(self.W_enc_DxF), self.matmul_dtype)
+        return matmul(x_xD, self._matrix(self.W_enc_DxF), self.matmul_dtype)
+
+    def _matrix(self, parameter: nnx.Param) -> jax.Array:
+        """A matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
+        return parameter[...].astype(self.b_dec_D.dtype)
 
     @property
     def kind(self) -> kinds.Kind:
@@ -121,7 +125,7 @@ class Dictionary(Editing, nnx.Module):
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs, and a dictionary that normalises each token.
         """
-        y_xD = self._with_bias(matmul(f_xF, self.W_dec_FxD[...], self.matmul_dtype), x_xD)
+        y_xD = self._with_bias(matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype), x_xD)
         if not self.config.input_norm:
             return y_xD
         if x_xD is None:
@@ -146,7 +150,7 @@ class Dictionary(Editing, nnx.Module):
             return y_xD
         if x_xD is None:
             raise ValueError("a skip transcoder decodes with its input: give x_xD")
-        return y_xD + matmul(x_xD.astype(y_xD.dtype), self.W_skip_DxD[...], self.matmul_dtype)
+        return y_xD + matmul(x_xD.astype(y_xD.dtype), self._matrix(self.W_skip_DxD), self.matmul_dtype)
 
     def __call__(self, x_xD: jax.Array) -> jax.Array:
         """Encodes and decodes."""

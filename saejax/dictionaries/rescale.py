@@ -104,6 +104,18 @@ def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     return _made(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
 
 
+def without_mean(dictionary: Dictionary) -> Dictionary:
+    """The same features without ``input_norm="center"``: (x - mean) W_enc is x times W_enc less its columns' means.
+
+    Its outputs lack the mean of x, which features have no part in.
+    """
+    if dictionary.config.input_norm != "center":
+        return dictionary
+    arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
+    arrays["W_enc_DxF"] = arrays["W_enc_DxF"] - arrays["W_enc_DxF"].mean(axis=0, keepdims=True)
+    return _made(dictionary, arrays, input_norm="")
+
+
 def _host(dictionary: Dictionary) -> Arrays:
     return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
 

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from saejax.dictionaries.formats import cross_layer, load_dictionary, qwen_scope
-from saejax.dictionaries.formats.place import located
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary
+from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
@@ -21,7 +21,10 @@ from saejax.stage import is_folder
 from saejax.workspace import SUMMARY
 
 # The first holds checksums of its arrays.
-_HASHED = ("dictionary.json", "cfg.json", "config.yaml", "hyperparams.json", "*.safetensors", "*.npz", "*.sae.pt")
+_HASHED = (
+    *("dictionary.json", "cfg.json", "config.json", "config.yaml", "hyperparams.json"),
+    *("*.safetensors", "*.npz", "*.pt", "*.pth"),
+)
 
 
 def kind_and_member(name: str) -> tuple[str, str]:
@@ -45,7 +48,7 @@ def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
     Raises:
       UserError: they are, and may not be.
     """
-    if not layers and cross_layer.is_one(Path(unit)):
+    if not layers and circuit_tracer.is_cross_layer(Path(unit)):
         raise UserError(
             f"{unit} is a cross-layer transcoder, not dictionaries to take one by one: it can be evaluated, exported, "
             f"and traced with --graph.transcoders={unit}"
@@ -90,11 +93,12 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
 def identity(folder: str) -> str:
     """A hash, 16 hexadecimal digits, of the dictionaries in a folder, or of one file's, which may be on the hub."""
-    digest, place = hashlib.sha256(), located(folder)
+    digest, place = hashlib.sha256(), resolve_path(folder)
     files = [place] if place.is_file() else sorted(path for pattern in _HASHED for path in place.rglob(pattern))
-    # Qwen-Scope says what k is in another file, beside those of the layers.
-    beside = {path.with_name(qwen_scope.DESCRIPTION) for path in files if qwen_scope.is_one(path)}
-    for path in [*files, *sorted(path for path in beside if path.is_file())]:
+    # Where a file is named, its settings are in another one beside it.
+    settings = [place.with_name(name) for name in ("config.json", "cfg.json")] if place.is_file() else []
+    digest.update(repr(sorted(registry_overrides(folder).items())).encode())
+    for path in [*files, *filter(Path.is_file, settings)]:
         digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]
 

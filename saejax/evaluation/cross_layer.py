@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from saejax.activations.store import Store
 from saejax.dictionaries.cross_layer import written
-from saejax.dictionaries.formats import cross_layer
+from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 from saejax.evaluation.loss_recovered import Losses, recovered
 from saejax.evaluation.member_data import MemberData
@@ -44,7 +44,7 @@ class LoadedLayers(NamedTuple):
     @classmethod
     def of(cls, folder: Path, mesh: Mesh) -> "LoadedLayers":
         """The one of a folder that ``cross_layer`` opens."""
-        opened, _ = cross_layer.open_set(folder)
+        opened = circuit_tracer.open_set(folder)
         every = np.arange(opened.configs[0].n_features)
         decoders = []
         for layer in range(len(opened.configs)):

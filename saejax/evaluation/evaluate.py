@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
-from saejax.dictionaries.formats import cross_layer, read_config
+from saejax.dictionaries.formats import circuit_tracer, read_config
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation import neighbours
@@ -44,7 +44,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     config = run.configs[EvaluateConfig]
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
-    if cross_layer.is_one(trained):
+    if circuit_tracer.is_cross_layer(trained):
         run.team.join([])  # it is one item, which the first process makes
         return evaluate_layers(run, store, trained)
     stack = stacks.members(trained)

@@ -12,15 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saejax.dictionaries import stacks
-from saejax.dictionaries.formats import (
-    circuit_tracer,
-    circuit_tracer_settings,
-    cross_layer,
-    cross_layer_files,
-    load_dictionary,
-    own,
-    saelens,
-)
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own, saelens
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
@@ -38,7 +30,7 @@ def run_export(run: Run) -> ExportResults:
     """
     config = run.configs[ExportConfig]
     (unit,) = (folder for name, folder in run.inputs.items() if name.startswith("train/"))
-    members, joined = stacks.members(unit, layers=True), cross_layer.is_one(unit)
+    members, joined = stacks.members(unit, layers=True), circuit_tracer.is_cross_layer(unit)
     if joined and config.format != "circuit_tracer":
         raise UserError(
             f"--export.format={config.format} has no cross-layer transcoders, and {unit} is one: use circuit_tracer"
@@ -47,7 +39,7 @@ def run_export(run: Run) -> ExportResults:
     _clear(run.folder)  # what a killed run left
     try:
         if joined:
-            cross_layer_files.copy(unit, run.folder)
+            circuit_tracer.copy_cross_layer(unit, run.folder)
             folders = ["."] * len(members)
         elif config.format == "neuronpedia":
             folders = write_bundle(run, unit, members)
@@ -79,7 +71,7 @@ def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs
     settings = [setting_of(member) for member in members]
     sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
     for indices in sets.values():
-        circuit_tracer_settings.check([configs[i] for i in indices])
+        circuit_tracer.check([configs[i] for i in indices])
     for setting, indices in sets.items():
         names = [members[i].name for i in indices]
         load = functools.partial(_load_nth, unit, names)

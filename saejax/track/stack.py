@@ -8,7 +8,7 @@ from saejax.attribution.local.dictionaries import check_dictionary
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.description import DictionaryConfig
-from saejax.dictionaries.formats import SET, folders_of, read_config
+from saejax.dictionaries.formats import circuit_tracer, folders_of, read_config
 from saejax.dictionaries.labels import Label, labels_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -94,7 +94,7 @@ def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
     flag = "--track.dictionaries"
     if is_folder(name):
         folder, kind, member = Path(name), Path(name).name, ""
-        if (folder / SET).exists():
+        if circuit_tracer.is_set(folder):
             return _of_set(folder)
     else:
         kind, member = stacks.kind_and_member(name)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
-from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, load_dictionary, own
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
 from saejax.training.members import Member
@@ -75,12 +75,12 @@ def state_of(trainer: Trainer, dictionaries: Sequence[Dictionary | None]) -> Tra
 def _load(folder: Path, member: Member) -> Dictionary:
     """The dictionary from which a member starts."""
     target = "" if member.target == member.site else member.target
-    if (folder / circuit_tracer_settings.DESCRIPTION).exists():
+    if (folder / circuit_tracer.DESCRIPTION).exists():
         kinds = [site.partition(".")[0] for site in (member.site, target)]
         layers, layer = circuit_tracer.open_set(folder, *kinds), int(member.site.rpartition(".")[2])
-        if layer >= len(layers):
+        if layer >= len(layers.layers):
             raise UserError(
-                f"--train.init_from={folder} has layers 0 to {len(layers) - 1}, not the {layer} of {member.site}"
+                f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"
             )
         return layers.load(layer)
     if member.name and (folder / member.name).is_dir():

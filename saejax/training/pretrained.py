@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
-from saejax.dictionaries.formats import circuit_tracer, circuit_tracer_settings, folders_of, hooks, read_config
-from saejax.dictionaries.formats.place import located
+from saejax.dictionaries.formats import circuit_tracer, folders_of, hooks, read_config
+from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.models.sites import ModuleSite
@@ -125,11 +125,14 @@ def _names(found: Sequence[tuple[str, str]]) -> list[str]:
 def _in(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
     """Place, description and reader of each dictionary at an address."""
     try:
-        folder = located(address)
-        if (folder / circuit_tracer_settings.DESCRIPTION).exists():
+        folder = resolve_path(address)
+        if folder.is_dir() and circuit_tracer.is_set(folder):
             layers = circuit_tracer.open_set(folder)
             for i, config in enumerate(layers.configs):
                 yield f"{address}/layer_{i}", config, lambda i=i: layers.load(i)  # type: ignore[misc]
+            return
+        if registry_overrides(address):  # which belong to this address, not to the folder
+            yield address, read_config(address), lambda: load_dictionary(address)
             return
         for place in folders_of(folder):
             below = place.relative_to(folder).as_posix()

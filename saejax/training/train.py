@@ -14,7 +14,7 @@ from saejax.activations.store import Store
 from saejax.config import identity
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.cross_layer import FORM
-from saejax.dictionaries.formats import cross_layer_files, own
+from saejax.dictionaries.formats import circuit_tracer, own
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.parallel.collectives import is_first_process, process_count
@@ -149,8 +149,8 @@ def _save(run: Run, trainer: Trainer, state: TrainState) -> None:
     """Writes the dictionaries, in place of those of a run that was killed between here and its summary."""
     if isinstance(trainer, CrossLayerTrainer):
         if is_first_process():
-            cross_layer_files.clear(run.folder)
-        return cross_layer_files.save(
+            circuit_tracer.clear_cross_layer(run.folder)
+        return circuit_tracer.save_cross_layer(
             run.folder, len(trainer.members), functools.partial(trainer.finished_layer, state)
         )
     for index, member in enumerate(trainer.members):

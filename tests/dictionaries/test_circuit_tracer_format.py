@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import known_dictionaries as known
-import ml_dtypes
 import numpy as np
 import pytest
 import yaml
@@ -72,8 +71,8 @@ def test_the_layout_is_that_of_circuit_tracer(tmp_path):
 def test_layers_are_in_the_order_of_their_numbers_and_read_one_by_one(tmp_path):
     save_transcoders(tmp_path, make_set(layers=12))
     opened = circuit_tracer.open_set(tmp_path)
-    assert len(opened) == 12 and opened.configs[10].site == "mlp_in.10"
-    rows = opened.tensors[10]["W_dec"].map()[[3, 5]]
+    assert len(opened.layers) == 12 and opened.configs[10].site == "mlp_in.10"
+    rows = opened.rows(10, "W_dec", np.array([3, 5]))
     np.testing.assert_array_equal(rows, opened.load(10).W_dec_FxD[...][np.array([3, 5])])
 
 
@@ -83,18 +82,6 @@ def test_a_model_with_norms_after_the_mlp_has_another_output_hook(tmp_path):
     change(tmp_path, feature_output_hook="mlp.hook_out")
     with pytest.raises(UserError, match="the hook blocks.0.mlp.hook_out is none of the sites"):
         load_transcoders(tmp_path)
-
-
-def test_a_set_in_bfloat16_keeps_its_dtype_hooks_and_other_facts(tmp_path):
-    save_transcoders(tmp_path / "a", make_set())
-    for file in (tmp_path / "a").glob("layer_*"):
-        known.change_tensors(file, **{k: v.astype(ml_dtypes.bfloat16) for k, v in load_file(file).items()})
-    change(tmp_path / "a", feature_input_hook="hook_resid_mid", scan="a name", activation="relu")
-    loaded = load_transcoders(tmp_path / "a")
-    assert loaded[1].site == "resid_mid.1" and loaded[1].b_dec_D.dtype == np.float32
-    save_transcoders(tmp_path / "b", loaded)
-    for name in ("config.yaml", "layer_0.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_files_can_be_listed(tmp_path):
@@ -109,8 +96,8 @@ def test_files_can_be_listed(tmp_path):
 
 def test_hooks_can_be_replaced_by_sites(tmp_path):
     save_transcoders(tmp_path, make_set(layers=2))
-    change(tmp_path, feature_input_hook="ln2.hook_normalized")
-    with pytest.raises(UserError, match=r"the hook blocks.0.ln2.hook_normalized is none of the sites"):
+    change(tmp_path, feature_input_hook="hook_mlp_in")
+    with pytest.raises(UserError, match=r"the hook blocks.0.hook_mlp_in is none of the sites"):
         load_transcoders(tmp_path)
     assert [transcoder.site for transcoder in load_transcoders(tmp_path, site="mlp_in")] == ["mlp_in.0", "mlp_in.1"]
 
@@ -118,16 +105,13 @@ def test_hooks_can_be_replaced_by_sites(tmp_path):
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (
-            dict(model_kind="cross_layer_transcoder"),
-            "model_kind is 'cross_layer_transcoder', expected 'transcoder_set'",
-        ),
+        (dict(model_kind="odd"), "model_kind is 'odd', expected 'transcoder_set' or 'cross_layer_transcoder'"),
         (dict(feature_input_hook=...), "lacks feature_input_hook or feature_output_hook"),
         (dict(activation="gelu"), "activation is 'gelu': expected one of relu"),
         (dict(activation="jumprelu"), "layer 0 has no activation_function.threshold"),
         (dict(activation="topk"), "activation is topk, but k is None"),
-        (dict(activation="topk", k=F + 1), "k is 41, more than the 40 features"),
-        (dict(transcoders=["hf://a/b/c.safetensors"]), r"files on the hub \(hf://a/b/c.safetensors"),
+        (dict(activation="topk", k=F + 1), "k is 41: expected a number up to 40"),
+        (dict(transcoders=["hf://a/b"]), "hf://a/b is no file on the hub"),
         (dict(transcoders="layer_0.safetensors"), "expected a list of files"),
     ],
     ids=str,
@@ -142,11 +126,10 @@ def test_descriptions_that_cannot_be_followed_are_refused(changes, message, tmp_
 @pytest.mark.parametrize(
     "changes,message",
     [
-        (dict(b_enc=...), "layer_1.safetensors does not fit its description: b_enc is missing"),
-        (dict(log_thresholds=np.ones(F, np.float32)), "log_thresholds is not known"),
+        (dict(b_enc=...), "layer_1.safetensors lacks b_enc"),
         (dict(b_dec=np.zeros(F, np.float32)), r"b_dec has the shape \(40,\), expected \(12,\)"),
-        (dict(W_dec=np.zeros((F, D + 1), np.float32)), "reads width 12 and predicts 13"),
-        (dict(W_enc=...), "lacks matrices W_enc and W_dec"),
+        (dict(W_dec=np.zeros((F, D + 1), np.float32)), "reads width 12 and writes width 13"),
+        (dict(W_enc=...), "lacks W_enc: it has W_dec"),
         (dict.fromkeys(("W_enc", "W_dec"), np.zeros((F + 1, D), np.float32)) | dict(b_enc=np.zeros(F + 1, np.float32)),
          r"layers of different sizes \(12 to 40, 12 to 41\)"),
     ],
@@ -171,8 +154,11 @@ def test_missing_layers_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         load_transcoders(tmp_path)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(UserError, match="holds no transcoders"):
+    with pytest.raises(UserError, match="lacks layer_1.safetensors"):
         load_transcoders(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no transcoders"):
+        load_transcoders(tmp_path / "empty")
 
 
 @pytest.mark.parametrize(
@@ -233,7 +219,7 @@ def test_a_set_is_no_dictionary(tmp_path):
 
 @needs_reference
 @pytest.mark.parametrize("graph", SETS, ids=lambda path: path.name)
-def test_published_sets_come_back_byte_for_byte(graph, tmp_path):
+def test_published_sets_compute_what_their_formula_says(graph):
     loaded, x = (
         load_transcoders(graph / "transcoders"),
         np.random.default_rng(0).normal(size=(20, 32)).astype(np.float32),
@@ -241,9 +227,6 @@ def test_published_sets_come_back_byte_for_byte(graph, tmp_path):
     for layer, transcoder in enumerate(loaded):
         f, y = known.circuit_tracer_by_formula(graph / "transcoders", layer, x)
         assert known.relative(transcoder.encode(x), f) < 1e-5 and known.relative(transcoder(x), y) < 1e-5
-    save_transcoders(tmp_path / "a", loaded)
-    for file in (graph / "transcoders").iterdir():
-        assert file.read_bytes() == (tmp_path / "a" / file.name).read_bytes(), file.name
 
 
 @needs_reference

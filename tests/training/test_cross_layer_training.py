@@ -11,7 +11,7 @@ from small_runs import make_trainer as make_small_run
 from small_stacks import B, D, F, make_trainer
 
 from saejax.attribution.local.transcoders import open_transcoders
-from saejax.dictionaries.formats import cross_layer_files
+from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
@@ -208,7 +208,7 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
     x, y, *_ = planted(8, tokens=B)
     state, _ = train_on(trainer, x, y)
     load = lambda layer: trainer.finished_layer(state, layer)  # noqa: E731
-    cross_layer_files.save(tmp_path / "set", LAYERS, load)
+    circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     opened = open_transcoders(tmp_path / "set")
     assert opened.cross_layer and [config.max_norm for config in opened.configs] == [9.0, 10.0, 11.0]
     every = np.arange(F)
@@ -228,7 +228,7 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
             scaled_BxD = scaled_BxD + acts_BxF @ W_dec
         np.testing.assert_allclose(raw_BxD * trainer.scales[m].output, scaled_BxD, atol=2e-5)
     with pytest.raises(UserError, match="already holds"):
-        cross_layer_files.save(tmp_path / "set", LAYERS, load)
+        circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     described = tmp_path / "set" / "config.yaml"
     described.write_text(described.read_text().replace("  - 11.0\n", ""))
     with pytest.raises(UserError, match=r"has no norm for each of the 3 layers \(max_norms\)"):

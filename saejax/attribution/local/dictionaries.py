@@ -11,12 +11,11 @@ from jax.sharding import Mesh
 
 from saejax.attribution.graph.data import GraphSet
 from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
-from saejax.dictionaries.formats import tensors
+from saejax.dictionaries.formats import hooks
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
@@ -79,9 +78,9 @@ class LayerDictionaries(abc.ABC):
         return _widened(self._kept[layer, mesh])
 
     def _on_host(self, layer: int) -> Dictionary:
-        """The dictionary of a layer, read anew, in the dtype of its file where that loses nothing."""
+        """The dictionary of a layer, read anew, in the dtype of its file unless it had to be folded."""
         with on_host():
-            return _narrow(_plain(self._load(layer)))
+            return _of_any_layer(_plain(self._load(layer)))
 
     def forget(self) -> None:
         """Gives up what is kept in memory."""
@@ -114,7 +113,7 @@ class LayerDictionaries(abc.ABC):
           labels: what is labelled.
           origin: of the labels, for the message.
         """
-        features = {Site.parse(one.target or one.site).layer: one.n_features for one in self.configs}
+        features = {hooks.layer_of(one.target or one.site): one.n_features for one in self.configs}
         for layer, feature in labels:
             if feature >= features.get(layer, 0):
                 raise UserError(
@@ -138,6 +137,11 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
     """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
     check_width(config, model.config, model.source.name, what)
     config.check_model(model.source.name, model.source.fingerprint, what)
+    if config.input_norm not in ("", "center"):
+        raise UserError(
+            f"{what} normalises each token ({config.input_norm}), so that what its features add is not linear in them: "
+            "use one that does not"
+        )
     if config.kind == "linear":
         raise UserError(f"{what} is a linear dictionary, which has no active features to trace")
 
@@ -157,20 +161,25 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
 
 
 def _plain(dictionary: Dictionary) -> Dictionary:
-    """The same function with features that are relu, threshold or topk of x W_enc + b_enc."""
+    """The same function with features that are relu, threshold or topk of x W_enc + b_enc, and above 0.
+
+    What negative activations of a signed topk dictionary add becomes part of its error.
+    """
+    if dictionary.config.signed:
+        config = dataclasses.replace(dictionary.config, signed=False)
+        dictionary = Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
     if dictionary.config.kind == "gated":
         dictionary = rescale.as_jumprelu(dictionary)
-    return rescale.uncentred(dictionary)
+    return rescale.without_mean(rescale.uncentred(dictionary))
 
 
-def _narrow(dictionary: Dictionary) -> Dictionary:
-    """The same arrays in the dtype of the file that they came from where that loses nothing; and of no layer.
+def _of_any_layer(dictionary: Dictionary) -> Dictionary:
+    """The same arrays, of no layer.
 
     Programs that run it are compiled once for all layers.
     """
-    arrays = tensors.host_arrays(dictionary)[0] if dictionary.config.origin else dictionary.arrays
-    config = dataclasses.replace(dictionary.config, site="", target="", origin="")
-    return Dictionary(config, dictionary.matmul_dtype, **arrays)
+    config = dataclasses.replace(dictionary.config, site="", target="")
+    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
 def _widened(dictionary: Dictionary) -> Dictionary:

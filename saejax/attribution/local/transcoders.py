@@ -4,7 +4,6 @@ Where they come from makes no difference here: a circuit-tracer set, Gemma Scope
 dictionaries that are in memory already. Of a set on disk nothing but descriptions is kept, and the layer read last.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,17 +12,14 @@ import numpy as np
 from saejax.attribution.graph.data import GraphSet
 from saejax.attribution.local.dictionaries import LayerDictionaries, ReadRows, check_dictionary, check_width
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats
-from saejax.dictionaries.formats import circuit_tracer, cross_layer, gemma_scope, own
-from saejax.dictionaries.formats import circuit_tracer_settings as description
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, place
 from saejax.errors import UserError
 from saejax.models import hub
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import Site
 
+_READS = ("mlp_in", "resid_mid", hooks.NORMED)  # kinds of site that transcoders of a graph may read
 _FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "params_layer_*.safetensors")
-_ADDRESS = re.compile(r"hf://(?P<repository>[^/]+/[^/]+)/(?P<file>[^?]+)(\?revision=(?P<revision>.+))?")
-
 
 ReadWrites = Callable[[int, np.ndarray], np.ndarray]
 
@@ -69,7 +65,9 @@ class LayerTranscoders(LayerDictionaries):
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
         """The set of some transcoders that are in memory, in the order of layers."""
-        return cls(name, [dictionary.config for dictionary in dictionaries], dictionaries.__getitem__)
+        configs = [dictionary.config for dictionary in dictionaries]
+        reads = configs[0].site.partition(".")[0] if configs else "mlp_in"
+        return cls(name, configs, dictionaries.__getitem__, reads=reads)
 
     def check(self, model: LanguageModel) -> "LayerTranscoders":
         """The set, if it belongs to a model.
@@ -88,15 +86,17 @@ class LayerTranscoders(LayerDictionaries):
         Raises:
           UserError: it lacks a layer, has another width, or reads and predicts other sites.
         """
-        layers = [Site.parse(config.target).layer if config.target else -1 for config in self.configs]
+        layers = [hooks.layer_of(config.target) if config.target else -1 for config in self.configs]
         missing = sorted(set(range(model.n_layers)) - set(layers))
         if missing or layers != list(range(model.n_layers)):
             told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
             raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
         for layer, config in enumerate(self.configs):
             check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
-            read = "resid_mid" if self.reads == "resid_mid" else "mlp_in"
-            if (config.site, config.target) != (f"{read}.{layer}", f"mlp_out.{layer}"):
+            if self.reads not in _READS or (config.site, config.target) != (
+                f"{self.reads}.{layer}",
+                f"mlp_out.{layer}",
+            ):
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
                     f"expected mlp_in.{layer} and mlp_out.{layer}"
@@ -118,7 +118,7 @@ class LayerTranscoders(LayerDictionaries):
 def open_transcoders(
     path: str | Path, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
 ) -> LayerTranscoders:
-    """Opens a set of transcoders, of which no array is read yet.
+    """Open a set of transcoders, of which no array is read yet.
 
     Args:
       path: a circuit-tracer set or Gemma Scope's files, of each layer or cross-layer; a folder of folders with our own
@@ -126,38 +126,41 @@ def open_transcoders(
       revision: branch, tag or commit of a hub repository.
       subfolder: where in it the set is.
       choice: which of several transcoders of a layer are meant, by words of their names such as "16k" and "small"; see
-        ``gemma_scope.chosen_layers``.
+        ``gemma_scope.choose_layers``.
 
     Raises:
       UserError: there is none, it lacks a layer, or it is damaged.
     """
     name, folder, commit = find_folder(str(path), revision, subfolder, choice)
-    if cross_layer.is_one(folder):
-        opened, reads = cross_layer.open_set(folder, _fetched)
-        return LayerTranscoders(name, opened.configs, opened.load, opened.rows, reads, commit, opened.writes)
-    if (folder / formats.SET).exists():
-        return _listed(name, folder, commit)
+    if circuit_tracer.is_set(folder):
+        return _opened(name, circuit_tracer.open_set(folder), commit)
     if files := gemma_scope.find_layers(folder, choice):
-        return _gemma_scope(name, files, gemma_scope.before_gain(files), commit, "")
-    inside = sorted(child for child in folder.iterdir() if child.is_dir())
-    places = [place for child in inside for place in (child, child / "dictionary")]
-    places = [place for place in places if (place / own.DESCRIPTION).exists()]
-    if not places:
-        return LayerTranscoders.of(formats.load_transcoders(folder), name)
-    configs = [own.read_config(place) for place in places]
-    layers = [Site.parse(config.target or config.site).layer for config in configs]
-    order = sorted(range(len(layers)), key=layers.__getitem__)
-    return LayerTranscoders(name, [configs[i] for i in order], lambda layer: own.load(places[order[layer]]))
+        return _opened(name, circuit_tracer.of_files(files), commit)
+    located = formats.locate_transcoders(folder)
+    return LayerTranscoders(
+        name, [each.config for each in located], lambda layer: located[layer].load("float32", "auto")
+    )
+
+
+def _opened(name: str, opened: circuit_tracer.TranscoderSet, commit: str) -> LayerTranscoders:
+    """Return the layers of an open set; they stay in their files' dtype on the devices."""
+
+    def load(layer: int) -> Dictionary:
+        return opened.load(layer, dtype="auto")
+
+    writes = opened.writes if opened.decoders else None
+    return LayerTranscoders(name, opened.configs, load, opened.rows, opened.reads, commit, writes)
 
 
 def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] = ()) -> tuple[str, Path, str]:
-    """The name of a set, its folder, which is fetched from the hub if need be, and the commit there.
+    """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
 
     Args:
-      path, revision, subfolder, choice: see ``open_transcoders``.
+      path, revision, subfolder, choice: see ``open_transcoders``; hf://ORG/NAME is the same as ORG/NAME.
     """
+    path, revision, subfolder = place.split_address(path, revision, subfolder)
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()
     if local.is_dir():
@@ -165,57 +168,19 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     if local.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
     prefix = f"{subfolder}/" if subfolder else ""
-    listed = [f"{prefix}{formats.SET}", *(f"{prefix}{pattern}" for pattern in _FILES)]
+    listed = [f"{prefix}{circuit_tracer.DESCRIPTION}", *(f"{prefix}{pattern}" for pattern in _FILES)]
     root = hub.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
-    if not (root / prefix / formats.SET).exists():
+    if not circuit_tracer.is_set(root / subfolder):
         inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]
-        chosen = gemma_scope.chosen_layers(inside, choice, name)
+        chosen = gemma_scope.choose_layers(inside, choice, name)
         files = [f"{prefix}{file}" for file in chosen] or [f"{prefix}*"]
         root = hub.hub_folder(path, root.name, files, what="set of transcoders")
     return name, root / subfolder, root.name
 
 
 def _files_of(repository: str, revision: str) -> list[str]:
-    """The paths of all files of a hub repository."""
+    """Return the paths of all files of a hub repository."""
     import huggingface_hub
 
-    with hub.hub_errors(repository, revision, "set of transcoders", formats.SET, "a set of transcoders"):
+    with hub.hub_errors(repository, revision, "set of transcoders", circuit_tracer.DESCRIPTION, "a set of transcoders"):
         return huggingface_hub.list_repo_files(repository, revision=revision)
-
-
-def _listed(name: str, folder: Path, commit: str) -> LayerTranscoders:
-    """A set with a description of circuit-tracer's; its files may be elsewhere on the hub."""
-    settings = description.read(folder / formats.SET)
-    before_gain = description.reads_before_gain(settings)
-    files = description.layer_files(folder, settings, _fetched)
-    if files and gemma_scope.is_one(files[0]):
-        return _gemma_scope(name, files, before_gain, commit, str(settings.get("model_name") or ""))
-    opened = circuit_tracer.open_set(folder, "mlp_in" if before_gain else "", fetch=_fetched)
-
-    def rows(layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        return opened.tensors[layer][name].map()[features_U]
-
-    reads = "mlp_normed" if before_gain else Site.parse(opened.configs[0].site).kind
-    return LayerTranscoders(name, opened.configs, opened.load, rows, reads, commit)
-
-
-def _gemma_scope(name: str, files: Sequence[Path], before_gain: bool, commit: str, model: str) -> LayerTranscoders:
-    configs = [
-        gemma_scope.read_config(file, f"mlp_in.{layer}", f"mlp_out.{layer}", model) for layer, file in enumerate(files)
-    ]
-    reads = "mlp_normed" if before_gain else "mlp_in"
-    return LayerTranscoders(
-        name, configs, lambda layer: gemma_scope.load(files[layer], configs[layer]), None, reads, commit
-    )
-
-
-def _fetched(address: str) -> Path:
-    """The file of an address such as "hf://org/name/layer_0.safetensors?revision=main"."""
-    found = _ADDRESS.fullmatch(address)
-    if not found:
-        raise UserError(f"{address} is no file on the hub: expected hf://org/name/file")
-    from huggingface_hub import hf_hub_download
-
-    repository, file, revision = found["repository"], found["file"], found["revision"] or "main"
-    with hub.hub_errors(repository, revision, "set of transcoders", file, "a transcoder"):
-        return Path(hf_hub_download(repository, file, revision=revision))

@@ -1,82 +1,144 @@
-"""File formats of dictionaries, told apart by their files.
+"""File formats of dictionaries: one table of how each is recognised and read.
 
-dictionary.json, arrays/                      our own (``own``)
-cfg.json, sae_weights.safetensors             SAELens, version 6 (``saelens``)
-cfg.json, sae.safetensors                     sparsify (``sparsify``), read only
-params.npz, params.safetensors                Gemma Scope 1 and 2 (``gemma_scope``), read only
-hyperparams.json, checkpoints/                Llama Scope (``llama_scope``), read only
-layer0.sae.pt, ...                            Qwen-Scope (``qwen_scope``), a file for each, read only
-config.yaml, layer_0.safetensors, ...         circuit-tracer (``circuit_tracer``): a set of transcoders
+dictionary.json, arrays/                       our own (``own``)
+cfg.json, sae_weights.safetensors              SAELens, all versions (``saelens``)
+cfg.json, sae.safetensors                      sparsify (``published``)
+ae.pt, config.json                             dictionary_learning (``published``)
+params.npz, params.safetensors                 Gemma Scope 1 and 2 (``gemma_scope``)
+params_layer_{i}.safetensors in layer_7_13_... Gemma Scope 2's crosscoders (``gemma_scope``)
+hyperparams.json, config.json with sae_type    Llama Scope, Llama-Scope-R1, Llama-Scope-2 (``published``)
+model.safetensors, config.json with num_layers crosscoders of science-of-finetuning (``published``)
+layer3.sae.pt, NAME.pth, NAME.pt               Qwen-Scope, Goodfire, DeepSeek-R1 by qresearch (``published``)
+config.yaml, layer_0.safetensors, ...          sets of transcoders of all layers (``circuit_tracer``)
 
-Each is in a folder here, or in one on the hub, hf://ORG/NAME[/FOLDER][@REVISION] (``place``).
-
-Nothing but tensors is unpickled, and that of Qwen-Scope alone.
+Each is in a folder here, on the hub, hf://ORG/NAME[/FOLDER][@REVISION], or named as in SAELens' registry,
+saelens:RELEASE/SAE_ID (``place``). Every format is folded at load time into the one affine form of ``modules``, with
+the conventions of its training in ``DictionaryConfig``. Written are our own format, SAELens' and circuit-tracer's.
 """
 
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer, gemma_scope, llama_scope, own, qwen_scope, saelens, sparsify
-from saejax.dictionaries.formats.circuit_tracer_settings import DESCRIPTION as SET
-from saejax.dictionaries.formats.place import located
+from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
+from saejax.dictionaries.formats.place import registry_overrides, resolve_path
+from saejax.dictionaries.formats.tensors import Published
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError, one_of
-from saejax.models.sites import Site
 
-FORMATS = {"saejax": own.save, "saelens": saelens.save}
+WRITERS = {"saejax": own.save, "saelens": saelens.save}
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A published format of single dictionaries.
+
+    Attributes:
+      name: of the tool or release.
+      matches: whether a folder, or a file, holds a dictionary of it; looks at names, and at settings where it must.
+      parse: describes the dictionary without reading its arrays, given the path, and sites in place of those that its
+        files name ("": as they say).
+    """
+
+    name: str
+    matches: Callable[[Path], Any]
+    parse: Callable[[Path, str, str], Published]
+
+
+# The first that matches is taken: those that are told by one name come before those that need a look at settings.
+FORMATS = (
+    Format("SAELens", lambda path: (path / saelens.WEIGHTS).is_file() and _has_cfg(path), saelens.parse),
+    Format("sparsify", lambda path: (path / "sae.safetensors").is_file(), published.parse_sparsify),
+    Format("dictionary_learning", lambda path: (path / "ae.pt").is_file(), published.parse_dictionary_learning),
+    Format("Gemma Scope", gemma_scope.find_file, gemma_scope.parse),
+    Format("Gemma Scope 2 crosscoders", gemma_scope.is_crosscoder, gemma_scope.parse_crosscoder),
+    Format("Llama Scope", published.find_llama_scope, published.parse_llama_scope),
+    Format("science-of-finetuning", published.is_crosscoder, published.parse_crosscoder),
+    Format("Qwen-Scope, Goodfire, qresearch", published.find_pickled, published.parse_pickled),
+)
+
+
+def _has_cfg(folder: Path) -> bool:
+    return (folder / saelens.DESCRIPTION).is_file() or not (folder / "config.json").is_file()
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A dictionary that was found at a path.
+
+    Attributes:
+      config: what it is.
+      format: the name of its format.
+      load: reads it, given ``matmul_dtype`` and ``dtype``.
+    """
+
+    config: DictionaryConfig
+    format: str
+    load: Callable[[str, str], Dictionary]
 
 
 def load_dictionary(
-    path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = "", unit_norm: bool = False
+    path: str | os.PathLike,
+    matmul_dtype: str = "float32",
+    site: str = "",
+    target: str = "",
+    unit_norm: bool = False,
+    dtype: str = "float32",
+    lm: Any = None,
 ) -> Dictionary:
-    """Loads a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
+    """Load a dictionary from its folder, such as ``runs/demo/train/topk``, or one of another tool.
 
     Features, their activations and the lengths of decoder rows are those of the file.
 
     Args:
-      path: the folder, or hf://ORG/NAME[/FOLDER][@REVISION] of the hub; of Qwen-Scope the file in it.
+      path: the folder; hf://ORG/NAME[/FOLDER][@REVISION] on the hub; or saelens:RELEASE/SAE_ID. Of formats that have a
+        file for each layer the file.
       matmul_dtype: dtype of the operands of its matrix products.
       site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
         there is none here.
       unit_norm: bring decoder rows to length 1, so that activations become the lengths of what features add, as they
         are for dictionaries trained here. Not possible for topk where the lengths differ.
+      dtype: of its matrices on the device: "float32", "bfloat16", or "auto", that of the file. Products are summed in
+        float32 whatever it is, and biases and thresholds are float32.
+      lm: a language model; the dictionary is then measured on a sample of text, see ``dictionaries.check``.
 
     Raises:
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
-    folder = located(path)
-    load = _reader(folder)
-    if load is None:
-        raise UserError(f"{folder} holds no dictionary {_instead(folder)}")
-    dictionary = load(matmul_dtype, site, target)
-    return rescale.unit_decoder(dictionary) if unit_norm else dictionary
+    dictionary = _locate(path, site, target).load(matmul_dtype, dtype)
+    if unit_norm:
+        dictionary = rescale.unit_decoder(dictionary)
+    if lm is not None:
+        lm.check_dictionary(dictionary)
+    return dictionary
 
 
-def read_config(path: str | os.PathLike) -> DictionaryConfig:
-    """What the dictionary in a folder is; of one in our own format no array is read. Raises as ``load_dictionary``."""
-    for folder in (located(path), located(path) / "dictionary"):
-        if (folder / own.DESCRIPTION).exists():
-            return own.read_config(folder)
-    return load_dictionary(path).config
+def read_config(path: str | os.PathLike, site: str = "", target: str = "") -> DictionaryConfig:
+    """Return what the dictionary at a path is, of which no array is read.
+
+    Args:
+      path, site, target: as for ``load_dictionary``.
+    """
+    return _locate(path, site, target).config
 
 
 def folders_of(path: str | os.PathLike) -> list[Path]:
-    """The folder itself if it holds a dictionary, or those in it that do, such as the members of ``train/topk``.
+    """Return the folder itself if it holds a dictionary, or those in it that do, such as the members of ``train/topk``.
 
     Raises:
       UserError: no dictionary is there.
     """
-    found = list(_readers(located(path)))
-    if not found:
-        load_dictionary(path)  # says what is there instead
-    return found
+    paths = _find_all(resolve_path(path))
+    if not paths:
+        _locate(path)  # raises, and says what is there instead
+    return paths
 
 
 def load_all(path: str | os.PathLike, matmul_dtype: str = "float32") -> dict[str, Dictionary]:
-    """Loads the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
+    """Load the dictionary of a folder, or all members of a stack such as ``runs/demo/train/topk``, by their folders.
 
     Raises:
       UserError: no dictionary is there, or one is damaged.
@@ -85,40 +147,53 @@ def load_all(path: str | os.PathLike, matmul_dtype: str = "float32") -> dict[str
 
 
 def load_transcoders(
-    path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = ""
+    path: str | os.PathLike, matmul_dtype: str = "float32", site: str = "", target: str = "", dtype: str = "float32"
 ) -> list[Dictionary]:
-    """Loads the transcoders of several layers, in the order of layers.
+    """Load the transcoders of several layers, in the order of layers.
 
     Args:
       path: a circuit-tracer set, or a folder of folders that ``load_dictionary`` loads, such as the stack
         ``runs/plt/train/standard``.
-      matmul_dtype: dtype of the operands of their matrix products.
+      matmul_dtype, dtype: as for ``load_dictionary``.
       site, target: kinds of site in place of those that a set's description names, such as "mlp_in".
 
     Raises:
       UserError: no transcoders are there, or two of one layer, or they are damaged.
     """
-    folder = located(path)
-    if (folder / SET).exists():
-        return circuit_tracer.load(folder, matmul_dtype, site, target)
-    readers = _readers(folder).values()
-    loaded = [load(matmul_dtype, "", "") for load in readers]
-    if not loaded:
+    folder = resolve_path(path)
+    if circuit_tracer.is_set(folder):
+        opened = circuit_tracer.open_set(folder, site, target)
+        if opened.decoders:
+            raise UserError(f"{folder} is a cross-layer transcoder: trace it with --graph.transcoders={path}")
+        return [opened.load(layer, matmul_dtype, dtype) for layer in range(len(opened.layers))]
+    return [each.load(matmul_dtype, dtype) for each in locate_transcoders(folder)]
+
+
+def locate_transcoders(folder: Path) -> list[Located]:
+    """Return the transcoders in the folders of a folder, in the order of layers, of which no array is read yet.
+
+    Raises:
+      UserError: there are none, two are of one layer, or one is an SAE.
+    """
+    located = [_locate(child) for child in _find_all(folder)]
+    if not located:
         raise UserError(f"{folder} holds no transcoders: name a circuit-tracer set or a stack that was trained")
-    layers = [Site.parse(dictionary.config.target or dictionary.config.site).layer for dictionary in loaded]
-    for dictionary, layer in zip(loaded, layers, strict=True):
-        if not dictionary.config.target:
-            raise UserError(f"{folder} holds an SAE of {dictionary.site}: expected transcoders only")
+    for each in located:
+        if not each.config.target:
+            raise UserError(f"{folder} holds an SAE of {each.config.site}: expected transcoders only")
+    layers = [hooks.layer_of(each.config.target) for each in located]
+    for layer in layers:
         if layers.count(layer) > 1:
             raise UserError(f"{folder} holds several transcoders of layer {layer}: name a folder with one for each")
-    return [dictionary for _, dictionary in sorted(zip(layers, loaded, strict=True), key=lambda pair: pair[0])]
+    return [each for _, each in sorted(zip(layers, located, strict=True), key=lambda pair: pair[0])]
 
 
 def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: str = "saejax") -> None:
-    """Writes a dictionary; it appears whole or not at all, and nothing is replaced.
+    """Write a dictionary; it appears whole or not at all, and nothing is replaced.
 
     Args:
       folder: where to; made if missing.
+      dictionary: what to write.
       format: "saejax" (every process of a run must call it) or "saelens".
 
     Raises:
@@ -126,11 +201,11 @@ def save_dictionary(folder: str | os.PathLike, dictionary: Dictionary, format: s
     """
     if format == "circuit_tracer":
         raise UserError("circuit_tracer is a format of sets with one transcoder for every layer: use save_transcoders")
-    FORMATS[one_of(format, FORMATS, "format")](Path(folder), dictionary)
+    WRITERS[one_of(format, WRITERS, "format")](Path(folder), dictionary)
 
 
 def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary]) -> None:
-    """Writes a circuit-tracer set; it appears whole or not at all, and nothing is replaced.
+    """Write a circuit-tracer set; it appears whole or not at all, and nothing is replaced.
 
     Args:
       folder: where to; made if missing.
@@ -142,48 +217,82 @@ def save_transcoders(folder: str | os.PathLike, transcoders: Sequence[Dictionary
     circuit_tracer.save(Path(folder), transcoders)
 
 
-def _readers(folder: Path) -> dict[Path, Callable[[str, str, str], Dictionary]]:
-    """What reads the dictionary in a folder, or if there is none those in the folders in it."""
-    inside = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
-    inside += qwen_scope.find_layers(folder)
-    for folders in ([folder], inside):
-        if found := {each: load for each in folders if (load := _reader(each))}:
-            return found
-    return {}
+def describe(config: DictionaryConfig, format: str) -> str:
+    """Return one line about a dictionary: what it is, where it reads, and how it was trained."""
+    predicts = f" predicting {config.target}" if config.target else ""
+    notes = [f"each token normalised ({config.input_norm})"] if config.input_norm else []
+    notes += ["skip path"] if config.skip else []
+    notes += ["keeps negative activations"] if config.signed else []
+    notes += [f"texts {config.bos} began with BOS"] if config.bos != "auto" else []
+    tail = f"; {', '.join(notes)}" if notes else ""
+    size = f"width {config.d_in:,}, {config.n_features:,} features"
+    return f"{format}: {config.kind} of {config.site}{predicts}, {size}{tail}"
 
 
-def _reader(folder: Path) -> Callable[[str, str, str], Dictionary] | None:
-    """What reads the dictionary in a folder, given matmul_dtype, site and target; None if there is none."""
-    for candidate in (folder, folder / "dictionary"):
-        if (candidate / own.DESCRIPTION).exists():
-            return lambda matmul_dtype, site, target: _replaced(own.load(candidate, matmul_dtype), site, target)
-    for format in (saelens, sparsify):
-        if (folder / format.WEIGHTS).exists():
-            return lambda matmul_dtype, site, target: format.load(folder, matmul_dtype, site, target)
-    if gemma_scope.find_file(folder):
-        return lambda matmul_dtype, site, target: gemma_scope.load_folder(folder, matmul_dtype, site, target)
-    if (folder / llama_scope.DESCRIPTION).exists():
-        return lambda matmul_dtype, site, target: llama_scope.load(folder, matmul_dtype, site, target)
-    if qwen_scope.is_one(folder):
-        return lambda matmul_dtype, site, target: qwen_scope.load(folder, matmul_dtype, site, target)
-    return None
+def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Located:
+    """Find the dictionary at a path or address.
+
+    Raises:
+      UserError: there is none, or its description is damaged.
+    """
+    folder = resolve_path(path)
+    if ours := _own_folder(folder):
+        config = _with_sites(own.read_config(ours), site, target)
+        return Located(config, "saejax", lambda matmul, dtype: _replaced(own.load(ours, matmul, dtype), config))
+    format = next((format for format in FORMATS if format.matches(folder)), None)
+    if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
+        raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
+    overrides = registry_overrides(path)
+    if format.parse is saelens.parse:
+        parsed = saelens.parse(folder, site, target, overrides)
+    else:
+        parsed = format.parse(folder, site, target)
+    parsed = dataclasses.replace(parsed, config=_with_sites(parsed.config, site, target))
+    return Located(parsed.config, format.name, parsed.load)
 
 
-def _replaced(dictionary: Dictionary, site: str, target: str) -> Dictionary:
-    if not site and not target:
+def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
+    return dataclasses.replace(config, site=site or config.site, target=target or config.target)
+
+
+def _replaced(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
+    if dictionary.config == config:
         return dictionary
-    config = dictionary.config
-    config = dataclasses.replace(config, site=site or config.site, target=target or config.target)
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without a dictionary holds, and what to name instead."""
-    if (folder / SET).exists():
+def _own_folder(folder: Path) -> Path | None:
+    """Return where in a folder our own format is; None: nowhere."""
+    return next((path for path in (folder, folder / "dictionary") if (path / own.DESCRIPTION).is_file()), None)
+
+
+def _holds_dictionary(path: Path) -> bool:
+    if _own_folder(path):
+        return True
+    return any(format.matches(path) for format in FORMATS)
+
+
+def _find_all(folder: Path) -> list[Path]:
+    """Return the folder if it holds a dictionary, else the folders in it, and files of one layer each, that do."""
+    if not folder.is_dir():
+        return [folder] if _holds_dictionary(folder) else []
+    layer_files = published.find_layer_files(folder)
+    if not layer_files and _holds_dictionary(folder):
+        return [folder]
+    inside = sorted(child for child in folder.iterdir() if child.is_dir())
+    return [child for child in inside if _holds_dictionary(child)] + layer_files
+
+
+def _hint(folder: Path) -> str:
+    """Return what a folder without a dictionary holds, and what to name instead."""
+    if not folder.exists():
+        return "because it does not exist: name a folder that the train stage finished, or a published dictionary"
+    if folder.is_dir() and circuit_tracer.is_set(folder):
         return "but a set of transcoders: use load_transcoders"
-    if (folder / saelens.DESCRIPTION).exists():
-        return f"but its description alone: {saelens.WEIGHTS} or {sparsify.WEIGHTS} is missing"
-    if inside := sorted(child.name for child in _readers(folder) if child != folder):
+    if (folder / saelens.DESCRIPTION).is_file():
+        return f"but its description alone: {saelens.WEIGHTS} or sae.safetensors is missing"
+    inside = [child.name for child in _find_all(folder) if child != folder]
+    if inside:
         return f"but folders of such: name one, such as {folder / inside[0]}, of {', '.join(inside)}"
-    others = "one of SAELens, sparsify, Gemma Scope or Llama Scope, or a file of Qwen-Scope"
-    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, {others}"
+    known = ", ".join(format.name for format in FORMATS)
+    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, or one of {known}"

@@ -1,111 +1,410 @@
-"""Transcoder sets of circuit-tracer: a transcoder for every layer of a model, from layer 0.
+"""Transcoders of all layers of a model: circuit-tracer's sets, Gemma Scope's files, and cross-layer transcoders.
 
-config.yaml               model_name, model_kind (transcoder_set), feature_input_hook, feature_output_hook; for TopK
-                          activation (topk) and k. Written last.
+A set is a folder with one or two files for each layer from 0, in one of four layouts:
+
 layer_{i}.safetensors     W_enc [F, d], W_dec [F, d], b_enc [F], b_dec [d]; with a JumpReLU
                           activation_function.threshold [F]; with a skip path W_skip [d, d], applied as x @ W_skip.T
+params.npz, w_enc ...     Gemma Scope's, see ``gemma_scope``, where the description lists such files
+W_enc_{i}.safetensors     a cross-layer transcoder (Ameisen et al., 2025): W_enc_{i} [F, d], b_enc_{i}, b_dec_{i} and,
+W_dec_{i}.safetensors     with a JumpReLU, threshold_{i}; W_dec_{i} [F, L - i, d], where j writes to layer i + j
+params_layer_{i}.safetensors   Gemma Scope 2's cross-layer transcoders: w_enc [d, F], w_dec [F, L, d], where j writes to
+                          layer j and nothing is written below i, and maybe affine_skip_connection [d, d]
 
-A layer with thresholds is a JumpReLU, one without a ReLU, unless the description says TopK. Other things that it says
-do not change what a set computes and are ignored, as circuit-tracer does; they come back when the set is written.
-Opening a set reads no values; each layer is read when it is asked for.
+``config.yaml`` describes it: model_name, model_kind, feature_input_hook, feature_output_hook; for TopK activation and
+k; ``transcoders`` lists files that are elsewhere, also on the hub. Some sets have none: then transcoders go from
+what the MLP reads to what it adds. A layer with thresholds is a JumpReLU, one without a ReLU, unless the description
+says TopK, which keeps the k largest whatever their sign. Other things that it says do not change what a set computes.
+
+Opening a set reads no values (but a few rows of the last layer of Gemma Scope 2's); a layer is read when asked for.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import hashlib
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 import yaml
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import circuit_tracer_settings as description
-from saejax.dictionaries.formats import origin, tensors
+from saejax.dictionaries.formats import gemma_scope, hooks, place, tensors
 from saejax.dictionaries.kinds import by_name
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.models.sites import Site
-from saejax.models.weights import Tensor
+from saejax.parallel.collectives import is_first_process
 
-_TRANSPOSED = ("W_enc_DxF", "W_skip_DxD")
+DESCRIPTION = "config.yaml"
+LAYERS, ENCODERS, DECODERS = "layer_{}.safetensors", "W_enc_{}.safetensors", "W_dec_{}.safetensors"
+PER_LAYER, CROSS_LAYER = "transcoder_set", "cross_layer_transcoder"  # values of model_kind
+FACTS = "saejax"  # key of the description under which our own folders say more
+_THRESHOLD = "activation_function.threshold"
+_HOOKS = ("feature_input_hook", "feature_output_hook")
+_ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
+# circuit-tracer's code states k of this set, whose description does not.
+_KNOWN_K = {"crv-8b-instruct-transcoders": 128}
+_SAMPLE = 64  # rows that are looked at
 
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderSet:
-    """An open set, of which nothing but the files' headers is read.
+    """An open set.
 
     Attributes:
-      configs: what each layer's transcoder is.
-      tensors: each layer's tensors by their names in the file; ``tensors[3]["W_dec"].map()[rows]`` reads these rows.
+      layers: each layer's transcoder, described; of a cross-layer one its encoder and its write to its own layer.
+      decoders: of a cross-layer transcoder what each layer's features write, [F, X, D], of which the last
+        L - layer rows of the middle axis are to this and later layers; (): it is none.
     """
 
-    configs: tuple[DictionaryConfig, ...]
-    tensors: tuple[dict[str, Tensor], ...]
+    layers: tuple[tensors.Published, ...]
+    decoders: tuple[tensors.StoredTensor, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.configs)
+    @property
+    def configs(self) -> tuple[DictionaryConfig, ...]:
+        """What each layer's transcoder is."""
+        return tuple(layer.config for layer in self.layers)
 
-    def load(self, layer: int, matmul_dtype: str = "float32") -> Dictionary:
-        """Reads the transcoder of a layer; ``matmul_dtype`` as for ``Dictionary``."""
-        config, found = self.configs[layer], self.tensors[layer]
-        arrays = {own: tensors.widened(found[name]) for name, own in _names(config).items()}
-        turned = {own: jnp.asarray(array.T if own in _TRANSPOSED else array) for own, array in arrays.items()}
-        return Dictionary(config, matmul_dtype, **turned)
+    @property
+    def reads(self) -> str:
+        """The kind of site that features read, such as "mlp_in"; "mlp_normed" is that before the gain of its norm."""
+        return self.configs[0].site.partition(".")[0]
+
+    def load(self, layer: int, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+        """Read the transcoder of a layer; see ``Published.load``."""
+        return self.layers[layer].load(matmul_dtype, dtype)
+
+    def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
+        """Return the directions of features.
+
+        Args:
+          layer: theirs.
+          name: "W_enc", what they read, or "W_dec", what they write to their own layer.
+          feature_U: which.
+
+        Returns:
+          [U, D].
+        """
+        if name == "W_dec" and self.decoders:
+            return self.writes(layer, feature_U)[:, 0]
+        return self.layers[layer].directions(name, feature_U)
+
+    def writes(self, layer: int, feature_U: np.ndarray) -> np.ndarray:
+        """Return what features of a cross-layer transcoder write to their own and each later layer.
+
+        Args:
+          layer, feature_U: which features.
+
+        Returns:
+          [U, L - layer, D].
+        """
+        rows = self.decoders[layer].rows(feature_U)
+        return rows[:, rows.shape[1] - (len(self.layers) - layer) :]
 
 
-def open_set(
-    folder: Path, site: str = "", target: str = "", *, fetch: Callable[[str], Path] | None = None
-) -> TranscoderSet:
-    """Opens a folder.
+def is_set(folder: Path) -> bool:
+    """Return whether a folder holds a set, or a description of one."""
+    return (folder / DESCRIPTION).is_file() or bool(_numbered(folder, LAYERS)) or is_cross_layer(folder)
+
+
+def is_cross_layer(folder: Path) -> bool:
+    """Return whether a folder holds a cross-layer transcoder, by its description or the names of its files."""
+    if (folder / DESCRIPTION).is_file():
+        return read_settings(folder).get("model_kind") == CROSS_LAYER
+    if gemma_scope.is_crosscoder(folder):
+        return False
+    return any((folder / pattern.format(0)).is_file() for pattern in (ENCODERS, gemma_scope.PARAMS))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the description of a set; the hooks that sets without one have.
+
+    Raises:
+      UserError: it is damaged, or describes something else.
+    """
+    file = folder / DESCRIPTION
+    if not file.is_file():
+        return dict(
+            model_kind=PER_LAYER, model_name="", feature_input_hook="mlp.hook_in", feature_output_hook="hook_mlp_out"
+        )
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{file} is not the description of a transcoder set: it is damaged; fetch it again") from None
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(key), str) for key in _HOOKS):
+        raise UserError(f"{file} lacks {' or '.join(_HOOKS)}: name the folder of a transcoder set")
+    if settings.get("model_kind") not in (PER_LAYER, CROSS_LAYER):
+        kind = settings.get("model_kind")
+        raise UserError(f"{file}: model_kind is {kind!r}, expected {PER_LAYER!r} or {CROSS_LAYER!r}")
+    return settings
+
+
+def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
+    """Open a folder of any of the layouts.
 
     Args:
-      folder: holds ``config.yaml`` and the layers.
+      folder: see the top of this module.
       site, target: kinds of site, such as "mlp_in", in place of the hooks that the folder names.
-      fetch: gives the files of addresses on the hub that the folder names.
 
     Raises:
       UserError: it is damaged, lacks a layer, or is of a kind that is not known here.
     """
     folder = Path(folder)
-    file = folder / description.DESCRIPTION
-    settings = description.read(file, description.KINDS[:1])
-    files = description.layer_files(folder, settings, fetch)
-    opened = tuple(tensors.find(file) for file in files)
-    configs = []
-    for layer, found in enumerate(opened):
-        kind = description.kind_of(file, settings, layer, description.THRESHOLD in found)
-        read, predicted = description.sites_of(settings, layer, site, target)
-        features, width = _sizes(files[layer], found)
-        config = DictionaryConfig(
-            kind=kind,
-            site=read,
-            target=predicted,
-            d_in=width,
-            n_features=features,
-            k=settings["k"] if "k" in by_name(kind).numbers else 0,
-            skip="W_skip" in found,
-            centred=False,
-            model=str(settings.get("model_name") or ""),
-            origin=origin.describe(description.FORMAT, found["W_enc"].dtype, settings),
+    if is_cross_layer(folder):
+        return _open_cross_layer(folder, site)
+    settings = read_settings(folder)
+    files = _listed(folder, settings) or _numbered(folder, LAYERS)
+    if not files:
+        raise UserError(f"{folder} holds no layers of a transcoder set: expected {LAYERS.format(0)} and so on")
+    layers = [_parse_layer(folder, settings, layer, file, site, target) for layer, file in enumerate(files)]
+    return TranscoderSet(_check_same(folder, layers))
+
+
+def of_files(files: Sequence[Path]) -> TranscoderSet:
+    """Return the set of Gemma Scope's files, one of each layer."""
+    read = hooks.NORMED if files[0].suffix == ".npz" else "mlp_in"
+    parsed = [gemma_scope.parse_file(file, f"{read}.{i}", f"mlp_out.{i}") for i, file in enumerate(files)]
+    return TranscoderSet(tuple(parsed))
+
+
+def _parse_layer(
+    folder: Path, settings: Mapping[str, Any], layer: int, file: Path, site: str, target: str
+) -> tensors.Published:
+    """Describe the transcoder of a layer of a set that is not cross-layer."""
+    model = str(settings.get("model_name") or "")
+    site, target = _sites(settings, layer, site, target)
+    if gemma_scope.is_file_of_set(file):
+        return gemma_scope.parse_file(file, site, target, model)
+    found = tensors.open_tensors(file)
+    layout = dict(W_enc_DxF="W_enc.T", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec")
+    layout |= {"threshold_F": _THRESHOLD} if _THRESHOLD in found else {}
+    layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in found else {}
+    width, features = tensors.sizes(file, found, layout)
+    kind = _kind(folder, settings, layer, _THRESHOLD in found)
+    facts = settings.get(FACTS) if isinstance(settings.get(FACTS), dict) else {}
+    config = DictionaryConfig(
+        kind=kind,
+        site=site,
+        target=target,
+        d_in=width,
+        n_features=features,
+        k=_k(folder, settings, features) if kind == "topk" else 0,
+        signed=kind == "topk" and bool((facts or {}).get("signed", True)),
+        skip="W_skip_DxD" in layout,
+        centred=False,
+        model=model,
+    )
+    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
+
+
+def _listed(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+    """Return the files that a description lists, fetched if they are on the hub; some list the last one twice."""
+    listed = settings.get("transcoders")
+    if not listed:
+        return []
+    if not isinstance(listed, list):
+        raise UserError(f"{folder / DESCRIPTION}: transcoders is {listed!r}: expected a list of files")
+    return [place.fetch_file(str(file)) if "://" in str(file) else folder / str(file) for file in dict.fromkeys(listed)]
+
+
+def _numbered(folder: Path, pattern: str) -> list[Path]:
+    """Return the files of all layers, in order."""
+    by_layer = {
+        int(file.stem.rpartition("_")[2]): file for file in folder.glob(pattern.format("*")) if file.stem[-1].isdigit()
+    }
+    missing = sorted(set(range(max(by_layer, default=-1) + 1)) - set(by_layer))
+    if missing:
+        raise UserError(f"{folder} lacks {pattern.format(missing[0])}: a set has every layer from 0")
+    return [by_layer[layer] for layer in sorted(by_layer)]
+
+
+def _kind(folder: Path, settings: Mapping[str, Any], layer: int, has_threshold: bool) -> str:
+    """Return the kind of a layer's transcoder; refuse an activation that does not go with its tensors."""
+    stored = "jumprelu" if has_threshold else "standard"
+    named = settings.get("activation")
+    if named is None:
+        return stored
+    kind = _ACTIVATIONS.get(str(named).lower())
+    if kind is None:
+        raise UserError(f"{folder / DESCRIPTION}: activation is {named!r}: expected one of {', '.join(_ACTIVATIONS)}")
+    if ("threshold_F" in by_name(kind).vectors) != has_threshold:
+        has = "has" if has_threshold else "has no"
+        raise UserError(f"{folder / DESCRIPTION}: activation is {named!r}, but layer {layer} {has} {_THRESHOLD}")
+    return kind
+
+
+def _k(folder: Path, settings: Mapping[str, Any], features: int) -> int:
+    k = settings.get("k")
+    if k is None:
+        k = next((known for name, known in _KNOWN_K.items() if name in folder.absolute().as_posix()), None)
+    if not isinstance(k, int) or isinstance(k, bool) or not 0 < k <= features:
+        raise UserError(
+            f"{folder / DESCRIPTION}: activation is topk, but k is {k!r}: expected a number up to {features}"
         )
-        tensors.check(files[layer], found, _shapes(config))
-        if config.k > features:
-            raise UserError(f"{file}: k is {config.k}, more than the {features} features")
-        configs.append(config)
-    if len({(config.d_in, config.n_features) for config in configs}) > 1:
-        sizes = ", ".join(f"{config.d_in} to {config.n_features}" for config in configs)
-        raise UserError(f"{folder} has layers of different sizes ({sizes}): a set has one")
-    return TranscoderSet(tuple(configs), opened)
+    return k
 
 
-def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> list[Dictionary]:
-    """Reads all layers of a set, in order; the arguments are those of ``open_set``."""
-    opened = open_set(folder, site, target)
-    return [opened.load(layer, matmul_dtype) for layer in range(len(opened))]
+def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
+    """Return what a layer's transcoder reads and predicts; ``site`` and ``target`` are kinds in place of the hooks."""
+    model = str(settings.get("model_name") or "")
+
+    def named(hook: str, given: str) -> str:
+        return str(Site.parse(f"{given}.{layer}")) if given else hooks.to_site(f"blocks.{layer}.{hook}", model)
+
+    return named(settings[_HOOKS[0]], site), named(settings[_HOOKS[1]], target)
+
+
+def _check_same(folder: Path, layers: Sequence[tensors.Published]) -> tuple[tensors.Published, ...]:
+    """Return the layers of a set if they are of one size."""
+    sizes = [(layer.config.d_in, layer.config.n_features) for layer in layers]
+    if len(set(sizes)) > 1:
+        told = ", ".join(f"{width} to {features}" for width, features in sizes)
+        raise UserError(f"{folder} has layers of different sizes ({told}): a set has one")
+    return tuple(layers)
+
+
+# --- Cross-layer transcoders
+
+
+def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
+    settings = read_settings(folder)
+    second = gemma_scope.PARAMS.format("*")
+    files = _listed(folder, settings) or _numbered(folder, gemma_scope.PARAMS)
+    if files:
+        opened = [(file, tensors.open_tensors(file)) for file in files]
+    else:
+        files = _numbered(folder, ENCODERS)
+        decoders = [file.with_name(DECODERS.format(layer)) for layer, file in enumerate(files)]
+        opened = [
+            (file, tensors.open_tensors(file) | tensors.open_tensors(d))
+            for file, d in zip(files, decoders, strict=True)
+        ]
+        _check_stamps(folder, settings, [*files, *decoders])
+    if not opened:
+        raise UserError(
+            f"{folder} holds no layer of a cross-layer transcoder: expected {ENCODERS.format('*')} or {second}"
+        )
+    all_layers = "w_enc" in opened[0][1]  # whether decoders have a row for layers below their own, too
+    facts = _facts(folder, settings, len(opened))
+    layers, written = [], []
+    for layer, (file, found) in enumerate(opened):
+        names = {re.sub(r"_\d+$", "", name): name for name in found}
+        if all_layers:
+            layout = gemma_scope.layout_of(found)
+        else:
+            layout = {"W_enc_DxF": f"{names.get('W_enc', 'W_enc')}.T", "b_enc_F": names.get("b_enc", "b_enc")}
+            layout |= {"b_dec_D": names.get("b_dec", "b_dec"), "W_dec_FxD": names.get("W_dec", "W_dec")}
+            layout |= {"threshold_F": names["threshold"]} if "threshold" in names else {}
+        layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in found}
+        decoder = tensors.arrange(file, found, {"W_dec_FxD": layout.pop("W_dec_FxD")})[0]["W_dec_FxD"]
+        config = _cross_layer_config(file, found, layout, decoder, (layer, len(opened)), all_layers)
+        config = dataclasses.replace(
+            config,
+            site=_sites(settings, layer, site, "")[0],
+            model=str(settings.get("model_name") or ""),
+            **facts[layer],
+        )
+        arranged, transposed = tensors.arrange(file, found, layout, config)
+        layers.append(_own_layer(config, arranged, transposed, decoder, layer, len(opened)))
+        written.append(decoder)
+    if len({(c.kind, c.d_in, c.n_features, c.skip) for c in (layer.config for layer in layers)}) > 1:
+        raise UserError(f"{folder} has layers of different sizes or kinds: a set has one")
+    if all_layers and len(layers) > 1:
+        _check_order(opened[-1][0], written[-1])
+    return TranscoderSet(tuple(layers), tuple(written))
+
+
+def _own_layer(
+    config: DictionaryConfig,
+    arranged: dict[str, tensors.StoredTensor],
+    transposed: frozenset[str],
+    decoder: tensors.StoredTensor,
+    layer: int,
+    count: int,
+) -> tensors.Published:
+    """Describe a layer with what its features write to the layer itself as its decoder."""
+    first = decoder.shape[1] - (count - layer)
+
+    def load(rows: slice | None) -> np.ndarray:
+        return decoder.load(rows)[:, first]
+
+    shape = (decoder.shape[0], decoder.shape[2])
+    return tensors.Published(
+        config, arranged | dict(W_dec_FxD=dataclasses.replace(decoder, shape=shape, load=load)), transposed
+    )
+
+
+def _cross_layer_config(
+    file: Path,
+    found: Mapping[str, tensors.StoredTensor],
+    layout: tensors.Layout,
+    decoder: tensors.StoredTensor,
+    number: tuple[int, int],
+    all_layers: bool,
+) -> DictionaryConfig:
+    """Return what a layer is; ``number`` is its own, and how many layers there are."""
+    layer, count = number
+    encoder, transposed = tensors.arrange(file, found, {"W_enc_DxF": layout["W_enc_DxF"]})
+    shape = encoder["W_enc_DxF"].shape
+    if len(shape) != 2 or len(decoder.shape) != 3:
+        raise UserError(f"{file} is no layer of a cross-layer transcoder: W_enc is {shape}, W_dec {decoder.shape}")
+    width, features = shape[::-1] if transposed else shape
+    wanted = (features, count if all_layers else count - layer, width)
+    if decoder.shape != wanted:
+        raise UserError(f"{file} does not fit its description: W_dec has the shape {decoder.shape}, expected {wanted}")
+    return DictionaryConfig(
+        kind="jumprelu" if "threshold_F" in layout else "standard",
+        target=f"mlp_out.{layer}",
+        d_in=width,
+        n_features=features,
+        skip="W_skip_DxD" in layout,
+        centred=False,
+    )
+
+
+def _check_stamps(folder: Path, settings: Mapping[str, Any], files: Sequence[Path]) -> None:
+    """Refuse files of ours that were not written together: layers of other models or trainings fit by their shapes."""
+    facts = settings.get(FACTS)
+    stamp = facts.get("stamp") if isinstance(facts, dict) else None
+    for file in files if stamp else ():
+        if tensors.stamp_of(file) != stamp:
+            raise UserError(
+                f"{file} is not of the set that {folder / DESCRIPTION} describes: copy all files of one set"
+            )
+
+
+def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
+    """Return fields of each layer's ``DictionaryConfig`` that the description of a folder of ours says."""
+    if FACTS not in settings:
+        return [{}] * layers
+    facts = settings[FACTS]
+    limits = facts.get("max_norms") if isinstance(facts, dict) else None
+    if not isinstance(limits, list) or len(limits) != layers or not all(isinstance(limit, float) for limit in limits):
+        raise UserError(
+            f"{folder / DESCRIPTION}: {FACTS} has no norm for each of the {layers} layers (max_norms): damaged"
+        )
+    shared = {name: str(facts.get(name) or "") for name in ("revision", "fingerprint")}
+    return [shared | dict(max_norm=limit) for limit in limits]
+
+
+def _check_order(file: Path, decoder: tensors.StoredTensor) -> None:
+    """Refuse decoders of all layers in which features of the last layer do not write to the last layer alone."""
+    rows = decoder.rows(np.arange(min(_SAMPLE, decoder.shape[0])))
+    size_X = np.linalg.norm(np.asarray(rows, np.float32), axis=(0, 2))
+    if size_X[:-1].max() > 0.01 * size_X[-1]:
+        raise UserError(
+            f"{file}: features of the last layer write to layer {int(size_X.argmax())}: expected the last alone"
+        )
+
+
+# --- Writing
 
 
 def save(folder: Path, transcoders: Sequence[Dictionary]) -> None:
-    """Writes a set.
+    """Write a set.
 
     Args:
       folder: made if missing; ``config.yaml`` is written last.
@@ -118,45 +417,152 @@ def save(folder: Path, transcoders: Sequence[Dictionary]) -> None:
 
 
 def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[[int], Dictionary]) -> None:
-    """Writes a set like ``save``, with one transcoder in memory at a time: ``load(i)`` gives that of ``configs[i]``."""
-    description.check(configs)
-    by_layer = sorted(range(len(configs)), key=lambda index: Site.parse(configs[index].target).layer)
-    with tensors.whole_folder(folder, description.DESCRIPTION, description.LAYERS) as beside:
+    """Write a set like ``save``, with one transcoder in memory at a time: ``load(i)`` gives that of ``configs[i]``."""
+    check(configs)
+    by_layer = sorted(range(len(configs)), key=lambda index: hooks.layer_of(configs[index].target))
+    with tensors.whole_folder(folder, DESCRIPTION, LAYERS.format("*")) as unfinished:
         for layer, index in enumerate(by_layer):
             transcoder = load(index)
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
-            transcoder = rescale.uncentred(transcoder)
-            arrays, _ = tensors.host_arrays(transcoder)
-            turned = {own: array.T if own in _TRANSPOSED else array for own, array in arrays.items()}
-            named = {name: turned[own] for name, own in _names(transcoder.config).items()}
-            tensors.write(beside / f"layer_{layer}.safetensors", named)
-        settings = description.describe(configs[by_layer[0]])
-        write_text(beside / description.DESCRIPTION, yaml.safe_dump(settings, allow_unicode=True))
+            named = _named(rescale.uncentred(transcoder))
+            tensors.write(unfinished / LAYERS.format(layer), named)
+        write_text(unfinished / DESCRIPTION, yaml.safe_dump(_describe(configs[by_layer[0]]), allow_unicode=True))
 
 
-def _names(config: DictionaryConfig) -> dict[str, str]:
-    """Our names of arrays by those of the file."""
-    names = tensors.plain_names(config)
-    return {description.THRESHOLD if name == "threshold" else name: own for name, own in names.items()}
+def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dictionary, np.ndarray]]) -> None:
+    """Write a cross-layer transcoder, a layer at a time; all processes of a run must call it.
+
+    ``config.yaml`` also has a key ``saejax``, which circuit-tracer does not read: the model's revision and fingerprint,
+    of each layer the norm above which what it reads is an attention sink, and a stamp that all files of the set have.
+
+    Args:
+      folder: made if missing; ``config.yaml`` is written last.
+      layers: how many, from 0.
+      load: gives a layer, "standard" or "jumprelu", without a skip path; and what its features write to each layer from
+        their own on, [F, layers - layer, D].
+
+    Raises:
+      UserError: the folder holds a set already, or circuit-tracer has no such transcoders.
+    """
+    loaded = (load(layer) for layer in range(layers))
+    if not is_first_process():
+        for _ in loaded:  # its arrays are on the devices of all
+            pass
+        return
+    configs: list[DictionaryConfig] = []
+    stamp = ""
+    with tensors.whole_folder(folder, DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")) as unfinished:
+        for layer, (dictionary, writes_FxXxD) in enumerate(loaded):
+            config = dictionary.config
+            if config.kind not in ("standard", "jumprelu") or config.skip:
+                raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
+            arrays = tensors.host_arrays(rescale.uncentred(dictionary))
+            named = {name: arrays[ours] for name, ours in tensors.plain_names(config).items() if name != "W_dec"}
+            named["W_enc"] = named["W_enc"].T
+            stamp = stamp or _stamp(config, named)
+            encoder = {f"{name}_{layer}": array for name, array in named.items()}
+            tensors.write(unfinished / ENCODERS.format(layer), encoder, stamp)
+            decoder = {f"W_dec_{layer}": writes_FxXxD.astype(named["W_enc"].dtype)}
+            tensors.write(unfinished / DECODERS.format(layer), decoder, stamp)
+            configs.append(config)
+        check([dataclasses.replace(config, max_norm=0.0) for config in configs])
+        facts = dict(revision=configs[0].revision, fingerprint=configs[0].fingerprint)
+        settings = _describe(configs[0]) | dict(model_kind=CROSS_LAYER)
+        settings |= {FACTS: facts | dict(stamp=stamp, max_norms=[config.max_norm for config in configs])}
+        write_text(unfinished / DESCRIPTION, yaml.safe_dump(settings, allow_unicode=True))
 
 
-def _shapes(config: DictionaryConfig) -> dict[str, tuple[int, ...]]:
-    d, f = config.d_in, config.n_features
-    shapes: dict[str, tuple[int, ...]] = {"W_enc": (f, d), "W_dec": (f, d), "b_enc": (f,), "b_dec": (d,)}
-    if "threshold_F" in parameter_table(config):
-        shapes[description.THRESHOLD] = (f,)
-    return shapes | ({"W_skip": (d, d)} if config.skip else {})
+def clear_cross_layer(folder: Path) -> None:
+    """Remove a cross-layer transcoder, its description first."""
+    for pattern in (DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
-def _sizes(file: Path, found: dict[str, Tensor]) -> tuple[int, int]:
-    """Features and width."""
-    shapes = {name: found[name].shape for name in ("W_enc", "W_dec") if name in found}
-    if len(shapes) < 2 or any(len(shape) != 2 for shape in shapes.values()):
-        raise UserError(f"{file} lacks matrices W_enc and W_dec: it has {', '.join(sorted(found)) or 'nothing'}")
-    (features, width), (_, out) = shapes["W_enc"], shapes["W_dec"]
-    if out != width:
-        raise UserError(
-            f"{file} reads width {width} and predicts {out}: here a transcoder's output is as wide as its input"
-        )
-    return features, width
+def copy_cross_layer(folder: Path, to: Path) -> None:
+    """Copy a cross-layer transcoder; it appears whole or not at all.
+
+    Raises:
+      UserError: one is there already.
+    """
+    with tensors.whole_folder(to, DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")) as unfinished:
+        for pattern in (ENCODERS.format("*"), DECODERS.format("*"), DESCRIPTION):
+            for path in folder.glob(pattern):
+                shutil.copyfile(path, unfinished / path.name)
+
+
+def has(kind: str) -> bool:
+    """Return whether a set can hold transcoders of a kind."""
+    return kind in _ACTIVATIONS.values() or by_name(kind).jumprelu
+
+
+def check(configs: Sequence[DictionaryConfig]) -> None:
+    """Refuse transcoders that do not make a set, with a ``UserError``."""
+    if not configs:
+        raise UserError("a transcoder set has one transcoder for every layer from 0, but none was given")
+    for config in configs:
+        if not config.target:
+            raise UserError(f"a transcoder set holds no SAEs, but one of {config.site} was given: write saelens")
+        if not has(config.kind) or config.input_norm:
+            what = f"{config.kind} transcoders" + (f" with {config.input_norm}" if config.input_norm else "")
+            raise UserError(f"circuit-tracer has no {what}: keep them in the format saejax")
+        if hooks.layer_of(config.site) != hooks.layer_of(config.target):
+            raise UserError(
+                f"a transcoder of a set stays in its layer, but one predicts {config.target} of {config.site}"
+            )
+    layers = sorted(hooks.layer_of(config.target) for config in configs)
+    if layers != list(range(len(layers))):
+        missing = sorted(set(range(layers[-1] + 1)) - set(layers))
+        told = f"layers {missing} are missing" if missing else f"the layers are {layers}"
+        raise UserError(f"a transcoder set has one transcoder for every layer from 0, but {told}")
+    same: dict[str, set] = {
+        "model": {config.model for config in configs},
+        "width": {config.d_in for config in configs},
+        "number of features": {config.n_features for config in configs},
+        "skip path": {config.skip for config in configs},
+        "hooks": {tuple(_hooks(config).values()) for config in configs},
+        "sparsity": {tuple(_sparsity(config).items()) for config in configs},
+    }
+    differ = [what for what, values in same.items() if len(values) > 1]
+    if differ:
+        raise UserError(f"the transcoders of a set must be of one {' and '.join(differ)}, and these are not")
+
+
+def _named(transcoder: Dictionary) -> dict[str, np.ndarray]:
+    """Return a transcoder's arrays as a layer's file has them."""
+    names = tensors.plain_names(transcoder.config)
+    arrays = tensors.host_arrays(transcoder)
+    turned = {ours: array.T if ours in ("W_enc_DxF", "W_skip_DxD") else array for ours, array in arrays.items()}
+    return {_THRESHOLD if name == "threshold" else name: turned[ours] for name, ours in names.items()}
+
+
+def _stamp(config: DictionaryConfig, first: Mapping[str, np.ndarray]) -> str:
+    """Return a stamp of a set, from its model and the biases of its first layer: no two trainings share them."""
+    digest = hashlib.sha256(config.fingerprint.encode())
+    for name in sorted(first):
+        digest.update(first[name].tobytes() if first[name].ndim == 1 else b"")
+    return digest.hexdigest()[:16]
+
+
+def _describe(config: DictionaryConfig) -> dict[str, Any]:
+    """Return the content of ``config.yaml`` for a set of such transcoders."""
+    settings = dict(model_name=config.model, model_kind=PER_LAYER) | _hooks(config) | _sparsity(config)
+    # circuit-tracer's TopK keeps negative activations, too; ours are read again as they are.
+    return settings | ({FACTS: dict(signed=False)} if config.kind == "topk" and not config.signed else {})
+
+
+def _sparsity(config: DictionaryConfig) -> dict[str, Any]:
+    """Return what a set says of kinds with a k at inference; those of others are told by their arrays."""
+    return dict(activation=config.kind, k=config.k) if "k" in by_name(config.kind).numbers else {}
+
+
+def _hooks(config: DictionaryConfig) -> dict[str, str]:
+    """Return the hooks without the layer; published sets have ``mlp.hook_out`` where no norm follows the MLP."""
+    named = {}
+    for key, site in zip(_HOOKS, (config.site, config.target), strict=True):
+        hook = str(hooks.to_hook(site)).removeprefix(f"blocks.{hooks.layer_of(site)}.")
+        if hook == "hook_mlp_out" and not hooks.has_post_norms(config.model):
+            hook = "mlp.hook_out"
+        named[key] = hook
+    return named

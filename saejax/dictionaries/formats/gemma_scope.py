@@ -1,10 +1,13 @@
-"""Gemma Scope's SAEs and transcoders, a file for each; read only. Nothing is unpickled.
+"""Gemma Scope's SAEs, transcoders and crosscoders; read only.
 
-params.npz           Gemma Scope (Lieberum et al., 2024): W_enc [d, F], W_dec [F, d], b_enc, b_dec, threshold.
-                     Transcoders read the norm before the MLP before its gain.
-params.safetensors   Gemma Scope 2: the same in small letters, w_enc and w_dec; affine ones have
-                     affine_skip_connection [d, d], applied as x @ affine_skip_connection. Transcoders read what the MLP
-                     reads.
+params.npz                   Gemma Scope (Lieberum et al., 2024): W_enc [d, F], W_dec [F, d], b_enc, b_dec, threshold.
+                             Transcoders read the norm before the MLP before its gain.
+params.safetensors           Gemma Scope 2: the same in small letters, w_enc and w_dec; affine ones have
+                             affine_skip_connection [d, d], applied as x @ affine_skip_connection. Transcoders read what
+                             the MLP reads.
+params_layer_{i}.safetensors a crosscoder of layers that the folder's name lists: features that read layer i, w_enc
+                             [d, F], and write to all of them, w_dec [F, P, d]. (Without such a name the files are a
+                             cross-layer transcoder's, see ``circuit_tracer``.)
 
 Transcoders predict what the MLP adds to the stream, after the norm that follows it. Where an SAE reads is in the path,
 in the name of its repository ("gemma-scope-2b-pt-res") or a folder ("resid_post"), and so is the layer: "layer_3/..."
@@ -13,51 +16,173 @@ features active; words of their names choose.
 """
 
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries.formats import hooks, origin, tensors
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.dictionaries.formats import hooks, tensors
+from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.modules import DictionaryConfig
 from saejax.errors import UserError
 
+FILES = ("params.npz", "params.safetensors")
+PARAMS = "params_layer_{}.safetensors"
+SKIP = "affine_skip_connection"
 _LAYER = re.compile(r"layer_(\d+)")
-_FILES = ("params.npz", "params.safetensors")
-_SKIP = "affine_skip_connection"
+_CROSSCODER = re.compile(r"layer_(\d+(?:_\d+)+)_width")
 # Words of a path, and the kind of site that they mean.
-_PLACES = {
+_SITES = {
     "resid_post": r"gemma-scope-[^/]*-res(-[^/]*)?/|/resid_post(_all)?/",
     "mlp_out": r"gemma-scope-[^/]*-mlp(-[^/]*)?/|/mlp_out(_all)?/",
     "heads": r"gemma-scope-[^/]*-att(-[^/]*)?/|/attn_out(_all)?/",
     "transcoder": r"gemma-scope-[^/]*-transcoders/|/transcoder(_all)?/",
 }
-_NAMES = {
-    "w_enc": "W_enc_DxF",
-    "w_dec": "W_dec_FxD",
-    "b_enc": "b_enc_F",
-    "b_dec": "b_dec_D",
-    "threshold": "threshold_F",
-}
+_REPOSITORY = re.compile(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)")
+_VERSION_1 = {"W_enc_DxF": "W_enc", "W_dec_FxD": "W_dec"}
+_VERSION_2 = {"W_enc_DxF": "w_enc", "W_dec_FxD": "w_dec"}
+_VECTORS = {"b_enc_F": "b_enc", "b_dec_D": "b_dec", "threshold_F": "threshold"}
+
+
+def layout_of(found: Iterable[str]) -> dict[str, str]:
+    """Return the layout of a file with tensors of these names."""
+    names = set(found)
+    skip = {"W_skip_DxD": SKIP} if SKIP in names else {}
+    return (_VERSION_2 if "w_enc" in names else _VERSION_1) | _VECTORS | skip
+
+
+def find_file(folder: Path) -> Path | None:
+    """Return the file of the one dictionary in a folder; None if there is none."""
+    if folder.name in FILES:
+        return folder
+    files = [folder / name for name in FILES if (folder / name).is_file()]
+    return files[0] if len(files) == 1 else None
+
+
+def is_file_of_set(file: Path) -> bool:
+    """Return whether a file that a transcoder set lists is of this format, by its name or its tensors' names."""
+    return file.suffix == ".npz" or "w_enc" in tensors.open_tensors(file)
+
+
+def parse(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe the dictionary in a folder that ``find_file`` finds one in.
+
+    Args:
+      folder: or the file itself.
+      site, target: what it reads and predicts, in place of what the path says.
+
+    Raises:
+      UserError: it is damaged, or reads what is no site here.
+    """
+    file = find_file(folder)
+    assert file is not None
+    named = (site, target) if site else _sites(file)
+    return parse_file(file, *named, _model(file))
+
+
+def parse_file(file: Path, site: str, target: str = "", model: str = "") -> tensors.Published:
+    """Describe the dictionary of a file.
+
+    Args:
+      file: of its arrays.
+      site, target: what it reads and, if it is a transcoder, predicts.
+      model: name of the language model.
+    """
+    found = tensors.open_tensors(file)
+    layout = layout_of(found)
+    width, features = tensors.sizes(file, found, layout)
+    config = DictionaryConfig(
+        kind="jumprelu",
+        site=site,
+        target=target,
+        d_in=width,
+        n_features=features,
+        skip="W_skip_DxD" in layout,
+        centred=False,
+        bos="always",
+        model=model,
+    )
+    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
+
+
+def is_crosscoder(folder: Path) -> bool:
+    """Return whether a folder holds a crosscoder: by its name, which lists layers, and a file for each."""
+    return bool(_CROSSCODER.search(folder.name)) and (folder / PARAMS.format(0)).is_file()
+
+
+def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a crosscoder as one dictionary of a joined site.
+
+    The features of each file read one part of it, so the joint encoder is block-diagonal.
+
+    Args:
+      folder: named after its layers.
+      site, target: a joined site in place of the one that the name says; no target.
+
+    Raises:
+      UserError: a file is missing, or the files do not make one crosscoder.
+    """
+    named = _CROSSCODER.search(folder.absolute().name)
+    assert named is not None
+    layers = named[1].split("_")
+    files = [folder / PARAMS.format(index) for index in range(len(layers))]
+    opened = [tensors.open_tensors(file) for file in files]
+    parts = [tensors.arrange(file, found, layout_of(found))[0] for file, found in zip(files, opened, strict=True)]
+    width, features = parts[0]["W_enc_DxF"].shape[0], parts[0]["W_enc_DxF"].shape[-1]
+    wanted = dict(W_enc_DxF=(width, features), W_dec_FxD=(features, len(layers), width))
+    wanted |= dict(b_enc_F=(features,), b_dec_D=(width,), threshold_F=(features,))
+    for file, part in zip(files, parts, strict=True):
+        for name, shape in wanted.items():
+            if part[name].shape != shape:
+                raise UserError(
+                    f"{file} is no part of a crosscoder: {name[:5]} is {part[name].shape}, expected {shape}"
+                )
+        if "W_skip_DxD" in part:
+            raise UserError(f"{file} has {SKIP}, which crosscoders here do not have")
+    count = len(layers)
+    config = DictionaryConfig(
+        kind="jumprelu",
+        site=site or "+".join(f"resid_post.{layer}" for layer in layers),
+        d_in=count * width,
+        n_features=count * features,
+        centred=False,
+        bos="always",
+        widths=(width,) * count,
+        scales=(1.0,) * count,
+        max_norms=(DictionaryConfig.max_norm,) * count,
+        model=_model(folder / "file"),
+    )
+    # The first part's tensors stand for all: the others are read when these are folded.
+    return tensors.Published(config, parts[0], fold=lambda first: _join(parts, width, features))
+
+
+def _join(parts: Sequence[dict[str, tensors.StoredTensor]], width: int, features: int) -> Arrays:
+    read = [{name: part[name].read() for name in part} for part in parts]
+    count = len(parts)
+    W_enc_DxF = np.zeros((count * width, count * features), np.float32)
+    for index, part in enumerate(read):
+        rows, columns = slice(index * width, (index + 1) * width), slice(index * features, (index + 1) * features)
+        W_enc_DxF[rows, columns] = part["W_enc_DxF"]
+    joined = {name: np.concatenate([part[name] for part in read]) for name in ("b_enc_F", "b_dec_D", "threshold_F")}
+    W_dec_FxD = np.concatenate([part["W_dec_FxD"].reshape(features, count * width) for part in read])
+    return joined | dict(W_enc_DxF=W_enc_DxF, W_dec_FxD=W_dec_FxD)
 
 
 def find_layers(folder: Path, choice: Sequence[str] = ()) -> list[Path]:
-    """The files of the layers in a folder, in order; none if there are none.
+    """Return the files of a folder's transcoders, one of each layer, in order; none if there are none.
 
     Args:
-      choice: see ``chosen_layers``.
+      choice: see ``choose_layers``.
 
     Raises:
       UserError: of a layer there is none, or several of which ``choice`` leaves not one.
     """
     files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*")) if file.is_file()]
-    return [folder / file for file in chosen_layers(files, choice, str(folder))]
+    return [folder / file for file in choose_layers(files, choice, str(folder))]
 
 
-def chosen_layers(files: Iterable[str], choice: Sequence[str], where: str) -> list[str]:
-    """Of the paths of a folder's files those of its transcoders, one for each layer, in order; none if there are none.
+def choose_layers(files: Iterable[str], choice: Sequence[str], where: str) -> list[str]:
+    """Return those of a folder's paths that are its transcoders, one for each layer, in order; none if there are none.
 
     Args:
       files: paths within the folder; those that are no transcoders' are left out.
@@ -77,152 +202,54 @@ def chosen_layers(files: Iterable[str], choice: Sequence[str], where: str) -> li
     missing = sorted(set(range(max(by_layer, default=-1) + 1)) - set(by_layer))
     if missing:
         raise UserError(f"{where} holds no transcoder of layer {missing[0]}: a set has every layer from 0")
-    found = []
+    chosen = []
     for layer, names in sorted(by_layer.items()):
-        kept = _meant(list(names), choice) if len(names) > 1 else list(names)
+        kept = _match_words(list(names), choice) if len(names) > 1 else list(names)
         if len(kept) != 1:
             has = f"{len(names)} transcoders of layer {layer} ({', '.join(sorted(names))})"
             told = f"none of them is {' '.join(choice)}" if not kept else "words of their names tell which"
             example = ",".join(re.split("[_/]", min(names))[1::2])
             raise UserError(f"{where} holds {has}: {told}, such as --graph.l0={example}")
-        found.append(names[kept[0]])
-    return found
+        chosen.append(names[kept[0]])
+    return chosen
 
 
-def _meant(names: list[str], choice: Sequence[str]) -> list[str]:
-    """Which of several names of a layer's transcoders have all words of a choice."""
+def _match_words(names: list[str], choice: Sequence[str]) -> list[str]:
+    """Return which of several names of a layer's transcoders have all words of a choice."""
     for word in choice:
-        own = [name for name in names if word in re.split("[_/]", name)]
+        with_word = [name for name in names if word in re.split("[_/]", name)]
         numbers = {name: int(number[1]) for name in names if (number := re.search(r"l0_(\d+)", name))}
         widths = {re.sub(r"l0_\d+", "", name) for name in numbers}
-        if not own and word.isdigit() and len(widths) == 1:
-            own = [min(numbers, key=lambda name: abs(numbers[name] - int(word)))]
-        names = own or (names if word.isdigit() and numbers else [])
+        if not with_word and word.isdigit() and len(widths) == 1:
+            with_word = [min(numbers, key=lambda name: abs(numbers[name] - int(word)))]
+        names = with_word or (names if word.isdigit() and numbers else [])
     exact = [name for name in names if re.split("[_/]", name)[-1] in choice]  # "small" is not "small_affine"
     return exact if len(exact) == 1 else names
 
 
-def read_config(file: Path, site: str, target: str = "", model: str = "") -> DictionaryConfig:
-    """What the dictionary in a file is; no array is read.
-
-    Args:
-      file: of its arrays.
-      site, target: what it reads and, if it is a transcoder, predicts.
-      model: name of the language model.
-
-    Raises:
-      UserError: the file is missing, damaged or of another format.
-    """
-    shapes = _shapes(file)
-    lower = {name.lower(): shape for name, shape in shapes.items()}
-    if any(len(lower.get(name, ())) != 2 for name in ("w_enc", "w_dec")):
-        raise UserError(f"{file} lacks matrices W_enc and W_dec: it has {', '.join(sorted(shapes)) or 'nothing'}")
-    width, features = lower["w_enc"]
-    wanted = dict(w_enc=(width, features), w_dec=(features, width), b_enc=(features,), b_dec=(width,))
-    wanted |= dict(threshold=(features,)) | ({_SKIP: (width, width)} if _SKIP in lower else {})
-    wrong = [f"{name} has the shape {lower.get(name)}" for name, shape in wanted.items() if lower.get(name) != shape]
-    if wrong:
-        raise UserError(f"{file} is no dictionary of Gemma Scope ({'; '.join(wrong)}): expected {wanted}")
-    return DictionaryConfig(
-        kind="jumprelu",
-        site=site,
-        target=target,
-        d_in=width,
-        n_features=features,
-        skip=_SKIP in lower,
-        centred=False,
-        model=model,
-        origin=origin.describe("gemma_scope", np.dtype(np.float32), {}),
-    )
-
-
-def find_file(folder: Path) -> Path | None:
-    """The file of the dictionary in a folder; None if there is none."""
-    files = [folder / name for name in _FILES if (folder / name).is_file()]
-    return files[0] if len(files) == 1 else None
-
-
-def load_folder(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
-    """Reads the dictionary in a folder.
-
-    Args:
-      folder: that ``find_file`` finds one in.
-      matmul_dtype: dtype of the operands of matrix products.
-      site, target: in place of what the folder's path says.
-
-    Raises:
-      UserError: it is damaged, or reads what is no site here and none is given in its place.
-    """
-    file = find_file(folder)
-    assert file is not None
-    known = ("", "") if site else _sites(file)
-    config = read_config(file, site or known[0], target or known[1])
-    return load(file, config, matmul_dtype)
-
-
 def _sites(file: Path) -> tuple[str, str]:
-    """What the dictionary of a file reads and predicts, as its path says."""
+    """Return what the dictionary of a file reads and predicts, as its path says."""
     path = file.absolute().as_posix()
     layers = _LAYER.findall(path)
-    found = [place for place, words in _PLACES.items() if re.search(words, path)]
-    if not layers or len(found) != 1:
+    matched = [kind for kind, words in _SITES.items() if re.search(words, path)]
+    if not layers or len(matched) != 1:
         return hooks.UNKNOWN, ""
-    kind, layer = found[0], layers[-1]
-    if kind == "transcoder":
-        if before_gain([file]):
-            raise UserError(
-                f"{file} reads the norm before the MLP before its gain, which is no site here: name it in a set of all "
-                "layers, by --graph.transcoders, or the site that stands for it (site= and target= of load_dictionary)"
-            )
-        return f"mlp_in.{layer}", f"mlp_out.{layer}"
+    kind, layer = matched[0], layers[-1]
     if kind == "heads":
         raise UserError(
             f"{file} reads what the heads give before they are projected, which is no site here: name an SAE of the "
             "residual stream or of MLP outputs"
         )
+    if kind == "transcoder":
+        # Those of Gemma Scope 1 read the norm before its gain, those of 2 what the MLP reads.
+        return f"{hooks.NORMED if file.suffix == '.npz' else 'mlp_in'}.{layer}", f"mlp_out.{layer}"
     return f"{kind}.{layer}", ""
 
 
-def load(file: Path, config: DictionaryConfig, matmul_dtype: str = "float32") -> Dictionary:
-    """Reads the arrays of a file."""
-    if file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as arrays:
-            found = {name.lower(): np.asarray(arrays[name], np.float32) for name in arrays.files}
-    else:
-        found = {name: tensors.widened(tensor) for name, tensor in tensors.find(file).items()}
-    named = {own: jnp.asarray(found[name]) for name, own in _NAMES.items()}
-    if config.skip:
-        named["W_skip_DxD"] = jnp.asarray(found[_SKIP])
-    return Dictionary(config, matmul_dtype, **named)
-
-
-def is_one(file: Path) -> bool:
-    """Whether a file that a set lists is of this format: by its name, or by the names of its tensors."""
-    return file.suffix == ".npz" or (file.is_file() and "w_enc" in tensors.find(file))
-
-
-def before_gain(files: Sequence[Path]) -> bool:
-    """Whether the transcoders of these files read before the norm's gain."""
-    return files[0].suffix == ".npz"
-
-
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    if not file.is_file():
-        raise UserError(f"{file} is missing: fetch the transcoders again")
-    if file.suffix != ".npz":
-        return {name: tensor.shape for name, tensor in tensors.find(file).items()}
-    shapes = {}
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as stream:
-                    version = np.lib.format.read_magic(stream)
-                    read = (
-                        np.lib.format.read_array_header_1_0
-                        if version == (1, 0)
-                        else np.lib.format.read_array_header_2_0
-                    )
-                    shapes[name.removesuffix(".npy")] = read(stream)[0]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise UserError(f"{file} is damaged ({error}): fetch the transcoders again") from None
-    return shapes
+def _model(file: Path) -> str:
+    """Return the model that the name of the repository names; "" for none."""
+    named = _REPOSITORY.search(file.absolute().as_posix())
+    if not named:
+        return ""
+    second, size, training = named.groups()
+    return f"google/gemma-{'3' if second else '2'}-{size}" + ("" if training == "pt" and not second else f"-{training}")

@@ -2,12 +2,12 @@
 
 TransformerLens, which SAELens and circuit-tracer build on, names hooks: ``blocks.15.hook_resid_post``. With a model of
 the transformers library SAELens names modules, whose output is meant: ``model.layers.15``; sparsify names them without
-the model's prefix: ``layers.15``.
+the model's prefix: ``layers.15``. dictionary_learning names what it trained on: ``resid_post_layer_15``.
 
 Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are what the MLP gives, which is what it adds
-to the stream (``mlp_out.L``) only in models that do not normalise it first. And ``blocks.L.ln2.hook_normalized`` is the
-norm's output before its gain, ``blocks.L.hook_mlp_in`` the stream before the norm: neither is ``mlp_in.L``, which is
-``blocks.L.mlp.hook_in``.
+to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream
+before the norm, not ``mlp_in.L``, which is ``blocks.L.mlp.hook_in``. And ``blocks.L.ln2.hook_normalized`` is the norm
+before the MLP before its gain: it is called ``mlp_normed.L``, which attribution graphs can read, and nothing else.
 """
 
 import re
@@ -17,6 +17,7 @@ from saejax.models.sites import KINDS, Site
 
 UNKNOWN = "unknown"  # in place of a site that a file does not name
 MODULE = "module:"  # before the path of a module that is no site of the decoder
+NORMED = "mlp_normed"  # kind of the site before the gain of the norm before the MLP
 
 _WRITTEN = {
     "resid_pre": "hook_resid_pre",
@@ -25,25 +26,79 @@ _WRITTEN = {
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
+    NORMED: "ln2.hook_normalized",
 }
 _READ = {hook: kind for kind, hook in _WRITTEN.items()} | {"mlp.hook_out": "mlp_out"}
 _MODULES = {None: "resid_post", "mlp": "mlp_out", "self_attn": "attn_out", "attn": "attn_out", "attention": "attn_out"}
 _HOOK = re.compile(r"blocks\.(\d+)\.(.+)")
-_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention))?")
+_MODULE = re.compile(r"(?:\w+\.)*(?:layers|h)\.(\d+)(?:\.(mlp|self_attn|attn|attention)|\.output)?")
+_SUBMODULE = re.compile(
+    r"(resid_pre|resid_mid|resid_post|resid_out|resid|attn_out|attn|attention_out|mlp_out|mlp_in|mlp)"
+    r"(?:_layer)?_?(\d+)"
+)
+_SHORT = {
+    "resid": "resid_post",
+    "resid_out": "resid_post",
+    "attn": "attn_out",
+    "attention_out": "attn_out",
+    "mlp": "mlp_out",
+}
 # Parts of the names of models that normalise what attention and the MLP give before it is added to the stream.
 _POST_NORMS = ("gemma-2", "gemma2", "gemma-3", "gemma3", "olmo-2", "olmo2")
+# Parts of the names of models by their norms, which decide what TransformerLens' centring of weights does.
+_LAYER_NORMS = (
+    "gpt2",
+    "gpt-2",
+    "pythia",
+    "gpt-neo",
+    "gptneo",
+    "gpt-j",
+    "phi-1",
+    "phi-2",
+    "opt-",
+    "bloom",
+    "tinystories",
+    "tiny-stories",
+    "stablelm",
+    "gelu-",
+    "solu-",
+    "attn-only",
+    "redwood",
+)
+_RMS_NORMS = (
+    "gemma",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen",
+    "smollm",
+    "olmo-2",
+    "olmo2",
+    "phi-3",
+    "phi-4",
+    "yi-",
+    "deepseek",
+)
 
 
 def has_post_norms(model: str) -> bool:
-    """Whether a model of this name normalises what attention and the MLP give before it is added."""
+    """Return whether a model of this name normalises what attention and the MLP give before it is added."""
     return any(part in model.lower() for part in _POST_NORMS)
 
 
+def has_layer_norms(model: str) -> bool | None:
+    """Return whether a model of this name has LayerNorms, not RMSNorms; None: the name does not tell."""
+    named = model.lower()
+    if any(part in named for part in _RMS_NORMS):
+        return False
+    return True if any(part in named for part in _LAYER_NORMS) else None
+
+
 def to_site(hook: str | None, model: str = "") -> str:
-    """The site that a hook or a module means, "module:<path>" for a module that is no site, "unknown" for no name.
+    """Return the site that a name means, "module:<path>" for a module that is no site, "unknown" for no name.
 
     Args:
-      hook: such as "blocks.3.hook_mlp_out" or "model.layers.3.mlp".
+      hook: such as "blocks.3.hook_mlp_out", "model.layers.3.mlp" or "mlp_out_layer_3".
       model: name of the model, which decides what the output of its MLPs is.
 
     Raises:
@@ -51,12 +106,15 @@ def to_site(hook: str | None, model: str = "") -> str:
     """
     if not hook:
         return UNKNOWN
-    if found := _HOOK.fullmatch(hook):
-        layer, place = found.groups()
-        if place in _READ and not (place == "mlp.hook_out" and has_post_norms(model)):
-            return f"{_READ[place]}.{layer}"
-    elif found := _MODULE.fullmatch(hook):
-        layer, part = found.groups()
+    if match := _SUBMODULE.fullmatch(hook):
+        kind, layer = match.groups()
+        return f"{_SHORT.get(kind, kind)}.{layer}"
+    if match := _HOOK.fullmatch(hook):
+        layer, name = match.groups()
+        if name in _READ and not (name == "mlp.hook_out" and has_post_norms(model)):
+            return f"{_READ[name]}.{layer}"
+    elif match := _MODULE.fullmatch(hook):
+        layer, part = match.groups()
         if part is None or not has_post_norms(model):
             return f"{_MODULES[part]}.{layer}"
     if "hook_" in hook:
@@ -68,7 +126,7 @@ def to_site(hook: str | None, model: str = "") -> str:
 
 
 def to_hook(site: str) -> str | None:
-    """The TransformerLens name of a site, or the path of a module; None for "unknown".
+    """Return the TransformerLens name of a site, or the path of a module; None for "unknown".
 
     Raises:
       UserError: the other tools have no name for it.
@@ -77,15 +135,17 @@ def to_hook(site: str) -> str | None:
         return None
     if site.startswith(MODULE):
         return site.removeprefix(MODULE)
-    if ":" in site:
+    if ":" in site or "+" in site:
         raise UserError(f"SAELens and circuit-tracer have no name for the site {site}: export sites such as mlp_in.3")
-    parsed = Site.parse(site)
-    return f"blocks.{parsed.layer}.{_WRITTEN[parsed.kind]}"
+    kind, _, layer = site.partition(".")
+    if kind != NORMED:
+        Site.parse(site)
+    if kind not in _WRITTEN:
+        raise UserError(f"SAELens and circuit-tracer have no name for the site {site}: export sites such as mlp_in.3")
+    return f"blocks.{layer}.{_WRITTEN[kind]}"
 
 
-def kept(name: str | None, site: str, model: str = "") -> bool:
-    """Whether a name that a file had still means this site of a language model."""
-    try:
-        return to_site(name, model) == site
-    except UserError:
-        return False
+def layer_of(site: str) -> int:
+    """Return the layer of a site, also of one that attribution graphs alone can read."""
+    kind, _, layer = site.partition(".")
+    return int(layer) if kind == NORMED and layer.isdigit() else Site.parse(site).layer

@@ -4,9 +4,11 @@ arrays/             Orbax checkpoint of the arrays of ``modules.parameter_table`
 dictionary.json     the DictionaryConfig; shape, dtype and SHA-256 of every array. Written last.
 """
 
+import contextlib
 import hashlib
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -15,18 +17,29 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from saejax.config import from_json, to_json
+from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError
 from saejax.files import read_object, write_json
 from saejax.parallel.collectives import is_first_process, to_host
 
 DESCRIPTION, ARRAYS = "dictionary.json", "arrays"
-# Orbax logs every save, and every failure that it raises as well, with its traceback.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _quiet_absl() -> Iterator[None]:
+    """Silence absl for a moment: Orbax logs every save, and every failure that it raises, with its traceback."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def save(folder: Path, dictionary: Dictionary) -> None:
-    """Writes a dictionary; every process of a run must call it.
+    """Write a dictionary; every process of a run must call it.
 
     Args:
       folder: where to; made if missing. A dictionary that is already described there is a ``UserError``.
@@ -38,47 +51,58 @@ def save(folder: Path, dictionary: Dictionary) -> None:
         shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
         folder.mkdir(parents=True, exist_ok=True)
     arrays = dictionary.arrays
-    ocp.save(folder / ARRAYS, arrays)
-    facts = {name: _facts(array) for name, array in arrays.items()}  # all processes have parts of an array
+    with _quiet_absl():
+        ocp.save(folder / ARRAYS, arrays)
+    facts = {name: _describe_array(array) for name, array in arrays.items()}  # all processes have parts of an array
     if is_first_process():
         write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
 
 
 def read_config(folder: Path) -> DictionaryConfig:
-    """What the dictionary in a folder is, of which no array is read."""
+    """Return what the dictionary in a folder is; no array is read."""
     return from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
 
 
-def load(folder: Path, matmul_dtype: str = "float32") -> Dictionary:
-    """Reads what ``save`` wrote, and checks shape, dtype and checksum of every array."""
+def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+    """Read what ``save`` wrote, and check shape, dtype and checksum of every array.
+
+    Args:
+      folder: holds ``dictionary.json``.
+      matmul_dtype: dtype of the operands of matrix products.
+      dtype: of its matrices on the device, see ``tensors.Published.load``.
+    """
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")
-    dtype = description["arrays"]["W_enc_DxF"]["dtype"]
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise UserError(f"{folder} is in {dtype}, which JAX reads only with JAX_ENABLE_X64=1: set it")
+    stored = description["arrays"]["W_enc_DxF"]["dtype"]
+    if jax.dtypes.canonicalize_dtype(stored) != stored:
+        raise UserError(f"{folder} is in {stored}, which JAX reads only with JAX_ENABLE_X64=1: set it")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
         name: jax.ShapeDtypeStruct(facts["shape"], facts["dtype"], sharding=device)
         for name, facts in description["arrays"].items()
     }
-    here = jax.process_index()
+    process = jax.process_index()
     # Each process reads for itself. Orbax would have all wait for one another, and numbers such meetings by how often
     # each process has read and written: they would never meet again once one of them has read something alone.
-    itself = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader{here}"
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"reader{process}"
     )
     try:
-        with ocp.Context(multiprocessing_options=itself):
+        with _quiet_absl(), ocp.Context(multiprocessing_options=alone):
             arrays = ocp.load(folder / ARRAYS, target)
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged or missing checkpoint
         raise UserError(f"{folder / ARRAYS} cannot be restored ({type(error).__name__}): damaged or missing") from error
     for name in parameter_table(config):
-        if name not in arrays or _facts(arrays[name]) != description["arrays"][name]:
+        if name not in arrays or _describe_array(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    return Dictionary(config, matmul_dtype, **{name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()})
+    placed = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    for name in tensors.MATRICES if dtype != "auto" else ():
+        if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
+            placed[name] = placed[name].astype(dtype)
+    return Dictionary(config, matmul_dtype, **placed)
 
 
-def _facts(array: jax.Array) -> dict:
+def _describe_array(array: jax.Array) -> dict:
     host = np.ascontiguousarray(to_host(array))
     return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())

@@ -1,45 +1,144 @@
-"""Where a dictionary is: a folder here, or one of a repository of the hub, fetched when it is first asked for."""
+"""Where a dictionary is: a folder here, one on the hub, or one of SAELens' registry; fetched when first asked for."""
 
 import functools
+import importlib.util
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from saejax.dictionaries.formats import llama_scope, own, qwen_scope
+import yaml
+
 from saejax.errors import UserError
 from saejax.models import hub
 
-_ADDRESS = re.compile(r"hf:/+(?P<repository>[^/@]+/[^/@]+)(?:/(?P<folder>[^@]+?))?/?(?:@(?P<revision>.+))?")
+_ADDRESS = re.compile(
+    r"hf:/+(?P<repository>[^/@?]+/[^/@?]+)(?:/(?P<folder>[^@?]+?))?/?(?:(?:@|\?revision=)(?P<revision>.+))?"
+)
+REGISTRY = "saelens:"
 _FILES = ("*.json", "*.yaml", "*.safetensors", "*.npz")
+_PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repository may hold one for every layer
+_SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
 
 
-def located(path: str | os.PathLike) -> Path:
-    """The folder that a name means.
+def is_address(path: str | os.PathLike) -> bool:
+    """Return whether a path is an address on the hub or in SAELens' registry."""
+    return os.fspath(path).startswith(("hf:/", REGISTRY))
+
+
+def resolve_path(path: str | os.PathLike) -> Path:
+    """Return the folder or file that a path or an address means, fetched if need be.
 
     Args:
-      path: a folder, or hf://ORG/NAME[/FOLDER][@REVISION], such as hf://google/gemma-scope-2b-pt-res/layer_12/
-        width_16k/average_l0_82. Of a repository only that folder's own files are fetched, and what is in it only where
-        it is of our own format or Llama Scope's. Of Qwen-Scope a file is named: hf://ORG/NAME/layer3.sae.pt.
+      path: a folder or file; hf://ORG/NAME[/FOLDER][@REVISION], such as hf://google/gemma-scope-2b-pt-res/layer_12/
+        width_16k/average_l0_82; or saelens:RELEASE/SAE_ID. Of a repository only that folder's files are fetched. Of
+        repositories with a pickled file for each layer, such as Qwen-Scope, the address names a file.
 
     Raises:
       UserError: the address is none, or the hub has no such repository or revision, or cannot be reached.
     """
-    return _fetched(os.fspath(path)) if os.fspath(path).startswith("hf:/") else Path(path)
+    address = os.fspath(path)
+    if address.startswith(REGISTRY):
+        address = find_release(address)[0]
+    return _fetch(address) if address.startswith("hf:/") else Path(path)
+
+
+def registry_overrides(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the settings that SAELens' registry has in place of a dictionary's own; none for other addresses."""
+    address = os.fspath(path)
+    return find_release(address)[1] if address.startswith(REGISTRY) else {}
+
+
+def split_address(path: str, revision: str, folder: str) -> tuple[str, str, str]:
+    """Return repository, revision and folder of an address on the hub; other paths as they are.
+
+    Args:
+      path: hf://ORG/NAME[/FOLDER][@REVISION], or a path or hub id.
+      revision, folder: where the address names none; the folder is inside the address's.
+    """
+    named = _ADDRESS.fullmatch(path)
+    if not named:
+        return path, revision, folder
+    return named["repository"], named["revision"] or revision, "/".join(filter(None, (named["folder"], folder)))
+
+
+def fetch_file(address: str) -> Path:
+    """Return the file of an address such as hf://ORG/NAME/layer_0.safetensors@REVISION.
+
+    Raises:
+      UserError: it names no file, or cannot be fetched.
+    """
+    named = _ADDRESS.fullmatch(address)
+    if not named or not named["folder"]:
+        raise UserError(f"{address} is no file on the hub: expected hf://ORG/NAME/FILE")
+    from huggingface_hub import hf_hub_download
+
+    repository, file, revision = named["repository"], named["folder"], named["revision"] or "main"
+    with hub.hub_errors(repository, revision, "dictionary", file, "a dictionary"):
+        return Path(hf_hub_download(repository, file, revision=revision))
 
 
 @functools.lru_cache
-def _fetched(address: str) -> Path:
+def _fetch(address: str) -> Path:
     named = _ADDRESS.fullmatch(address)
     if not named:
         raise UserError(f"{address} names no folder on the hub: expected hf://ORG/NAME[/FOLDER][@REVISION]")
     repository, revision = named["repository"], named["revision"] or "main"
+    folder = PurePosixPath(named["folder"] or ".")
     fetch = functools.partial(hub.hub_folder, repository, revision, what="dictionary")
-    if qwen_scope.is_one(file := Path(named["folder"] or "")):
-        return fetch([file.as_posix(), file.with_name(qwen_scope.DESCRIPTION).as_posix()]) / file
-    prefix = f"{named['folder']}/" if named["folder"] else ""
-    root = fetch([prefix + file for file in _FILES], [f"{prefix}*/*"])
-    if (root / prefix / own.DESCRIPTION).exists():
+    if folder.suffix in _SUFFIXES:
+        beside = [(folder.parent / name).as_posix() for name in (folder.name, "config.json", "cfg.json")]
+        return fetch(beside) / folder
+    prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
+    below = [f"{prefix}*/*"]  # in patterns a star stands for slashes, too
+    run = (folder.parent / "config.json").as_posix()  # sparsify says there which model it was
+    root = fetch([*(prefix + name for name in _FILES), run], below)
+    if (root / prefix / "dictionary.json").exists():
         root = fetch([f"{prefix}*"])
-    elif (root / prefix / llama_scope.DESCRIPTION).exists():
-        root = fetch([prefix + llama_scope.WEIGHTS])
+    elif (root / prefix / "hyperparams.json").exists():
+        root = fetch([f"{prefix}checkpoints/final.safetensors"])
+    elif not any(file.suffix in _SUFFIXES for file in (root / prefix).glob("*")):
+        root = fetch([prefix + name for name in _PICKLED], [*below, f"{prefix}layer*.sae.pt"])
     return root / prefix
+
+
+def find_release(address: str) -> tuple[str, dict[str, Any]]:
+    """Return the hub address of a dictionary of SAELens' registry, and the settings that the registry overrides.
+
+    Args:
+      address: saelens:RELEASE/SAE_ID.
+
+    Raises:
+      UserError: SAELens is not installed, or its registry has no such release or dictionary.
+    """
+    release, _, sae_id = address.removeprefix("saelens:").partition("/")
+    spec = importlib.util.find_spec("sae_lens")  # finds the package without importing it, and torch with it
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    registry = next((file for folder in folders if (file := Path(folder) / "pretrained_saes.yaml").is_file()), None)
+    if registry is None:
+        raise UserError(
+            f"{address} names a release of SAELens' registry, and SAELens is not installed: install it "
+            "(pip install sae-lens), or give the address on the hub, hf://ORG/NAME/FOLDER"
+        )
+    entry = _registry_entry(registry, release)
+    listed = entry.get("saes") or []
+    chosen = next((sae for sae in listed if sae["id"] == sae_id), None)
+    if chosen is None:
+        known = ", ".join(sae["id"] for sae in listed[:5]) or "none"
+        raise UserError(f"{address}: the release {release} has no dictionary {sae_id!r}: expected one such as {known}")
+    overrides = dict(entry.get("config_overrides") or {}) | dict(chosen.get("config_overrides") or {})
+    if "norm_scaling_factor" in chosen:
+        overrides["norm_scaling_factor"] = chosen["norm_scaling_factor"]
+    return f"hf://{entry['repo_id']}/{chosen.get('path', sae_id)}", overrides
+
+
+def _registry_entry(registry: Path, release: str) -> dict[str, Any]:
+    """Return a release's entry. The file has 40,000 lines, which PyYAML reads in a minute: only these are parsed."""
+    lines = registry.read_text(encoding="utf-8").splitlines()
+    heads = [index for index, line in enumerate(lines) if line[:1].isalnum()]
+    for start, end in zip(heads, [*heads[1:], len(lines)], strict=True):
+        if lines[start].rstrip(": ") == release:
+            return yaml.safe_load("\n".join(lines[start:end]))[release]
+    names = [lines[index].rstrip(": ") for index in heads]
+    near = [name for name in names if release.partition("-")[0] in name][:5] or names[:5]
+    raise UserError(f"SAELens' registry has no release {release!r}: expected one such as {', '.join(near)}")

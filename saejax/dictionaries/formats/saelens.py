@@ -1,67 +1,154 @@
-"""SAELens folders, version 6: ``cfg.json`` and ``sae_weights.safetensors``.
+"""SAELens folders: ``cfg.json`` and ``sae_weights.safetensors``.
 
-Read are the architectures standard, topk, jumprelu, gated, transcoder, jumprelu_transcoder, skip_transcoder and
-jumprelu_skip_transcoder. Every setting is honoured, or folded into the arrays, or refused by name. Folded: decoder
-norms by which a topk scales its pre-activations (``rescale_acts_by_decoder_norm``), and thresholds below 0, which act
-like 0.
+Two layouts of ``cfg.json`` are read. Version 6 keeps what was said of the language model under ``metadata``; earlier
+versions are flat, with older names for some keys. All settings that change what a dictionary computes are honoured,
+folded into the arrays, or refused by name; other keys are ignored:
+
+- decoder norms by which a topk scales its pre-activations (``rescale_acts_by_decoder_norm``): folded;
+- ``scaling_factor`` of each feature, in front of the decoder: folded;
+- ``normalize_activations``: a constant factor is folded, ``layer_norm`` and ``constant_norm_rescale`` become
+  ``DictionaryConfig.input_norm``;
+- ``center_writing_weights``: the residual stream of the model as published is centred (``input_norm="center"``), which
+  is exact for models with LayerNorms; RMSNorm models have nothing to centre;
+- thresholds below 0 act like 0, because SAELens applies a ReLU first.
 
 Written are all kinds but linear. batchtopk and matryoshka become jumprelu, as SAELens itself saves them, and
 ``metadata`` says what they were trained as. Gated transcoders, of which SAELens has none, become the equal
-jumprelu_transcoder. A folder that came from SAELens is written with all it said.
+jumprelu_transcoder.
 """
 
-import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import rescale
-from saejax.dictionaries.formats import hooks, origin, saelens_settings, tensors
+from saejax.dictionaries.formats import circuit_tracer, hooks, tensors
 from saejax.dictionaries.kinds import by_name
-from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
-from saejax.errors import UserError
+from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.modules import Dictionary, DictionaryConfig
+from saejax.errors import UserError, one_of
 from saejax.files import read_json, write_json
 
 DESCRIPTION, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-_FORMAT = "saelens"
+# architecture: (kind, is a transcoder, has a skip path)
+ARCHITECTURES = {
+    "standard": ("standard", False, False),
+    "topk": ("topk", False, False),
+    "jumprelu": ("jumprelu", False, False),
+    "gated": ("gated", False, False),
+    "transcoder": ("standard", True, False),
+    "jumprelu_transcoder": ("jumprelu", True, False),
+    "skip_transcoder": ("standard", True, True),
+    "jumprelu_skip_transcoder": ("jumprelu", True, True),
+}
+# The kinds that it trains as another architecture than it saves them.
+_TRAINED_AS = {"batchtopk": "batchtopk", "matryoshka": "matryoshka_batchtopk"}
+_VERSION = "6.0.0"  # the first with the layout that is written
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_INPUT_NORMS = {"layer_norm": "layer_norm", "constant_norm_rescale": "token_norm"}
+# SAELens folds the factor of the second into the arrays when it saves a finished dictionary, and only warns otherwise.
+_NO_NORM = ("none", None, False, "expected_average_only_in", True)
+_FACTORS = ("activation_normalization_factor", "norm_scaling_factor")  # of constant_scalar_rescale
 _UNIT = 1e-6  # how far from 1 a length is by rounding alone
+# What TransformerLens changes of the model's weights besides centring, and the sites whose values it changes.
+_PROCESSING = {"fold_ln": ("mlp_in",), "fold_value_biases": ("attn_z",)}
 
 
-def load(folder: Path, matmul_dtype: str = "float32", site: str = "", target: str = "") -> Dictionary:
-    """Reads a folder.
+def parse(
+    folder: Path, site: str = "", target: str = "", overrides: Mapping[str, Any] | None = None
+) -> tensors.Published:
+    """Describe the dictionary of a folder.
 
     Args:
       folder: holds ``cfg.json`` and ``sae_weights.safetensors``.
-      matmul_dtype: dtype of the operands of matrix products.
       site, target: sites in place of those that the folder names.
+      overrides: settings in place of the folder's, as SAELens' registry has them for some releases.
 
     Raises:
-      UserError: it is damaged, from before version 6, or of an architecture or with a setting that is not known here.
+      UserError: it is damaged, or has an architecture or a setting that no dictionary here can follow.
     """
     file = Path(folder) / DESCRIPTION
+    settings = read_settings(file, overrides or {})
+    found = tensors.open_tensors(file.with_name(WEIGHTS))
+    sizes = tensors.sizes(file.with_name(WEIGHTS), found, _layout("standard", False))
+    config = parse_config(file, settings, sizes, site, target)
+    layout = _layout(config.kind, config.skip)
+    layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in found}
+    if "log_threshold" in found and "threshold" not in found:  # a checkpoint of training
+        layout["threshold_F"] = "log_threshold"
+    arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), found, layout, config)
+    log_threshold = layout.get("threshold_F") == "log_threshold"
+    return tensors.Published(config, arranged, transposed, lambda arrays: _fold(file, settings, arrays, log_threshold))
+
+
+def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a ``cfg.json`` of any version in one flat mapping, under the names of version 6."""
     settings = read_json(file)
-    config = saelens_settings.understand(file, settings, site, target)
-    names = _names(config)
-    found = tensors.find(file.with_name(WEIGHTS))
-    table = parameter_table(config)
-    tensors.check(file.with_name(WEIGHTS), found, {name: table[own][0] for name, own in names.items()})
-    arrays = {own: tensors.widened(found[name]) for name, own in names.items()}
-    if config.skip:
-        arrays["W_skip_DxD"] = arrays["W_skip_DxD"].T
-    if settings.get("rescale_acts_by_decoder_norm"):
-        length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
-        if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
-            arrays = rescale.scale_features(by_name(config.kind), arrays, length_F)
-    if "threshold_F" in table:  # SAELens multiplies max(pre, 0) by the gate
-        arrays["threshold_F"] = np.maximum(arrays["threshold_F"], 0)
-    described = origin.describe(_FORMAT, found["W_enc"].dtype, settings)
-    placed = {name: jnp.asarray(array) for name, array in arrays.items()}
-    return Dictionary(dataclasses.replace(config, origin=described), matmul_dtype, **placed)
+    if not isinstance(settings, dict) or not isinstance(settings.get("metadata", {}), dict):
+        raise UserError(f"{file} is not the description of a dictionary: expected an object with 'architecture'")
+    if "metadata" not in settings:
+        settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
+    metadata = settings.pop("metadata", {})
+    return {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
+
+
+def parse_config(
+    file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str = "", target: str = ""
+) -> DictionaryConfig:
+    """Return what a dictionary with these settings is.
+
+    Args:
+      file: where they are from, for messages.
+      settings: see ``read_settings``.
+      sizes: width and features of its encoder.
+      site, target: sites in place of those that the settings name.
+
+    Raises:
+      UserError: a setting contradicts the arrays, or asks for what no dictionary here does.
+    """
+    kind, transcoder, skip = ARCHITECTURES[_architecture(file, settings)]
+    width, features = sizes
+    for key, size in (("d_in", width), ("d_sae", features), ("d_out", width)):
+        if settings.get(key, size) != size:
+            raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {WEIGHTS} have {size}")
+    _check(file, settings, transcoder)
+    model = str(settings.get("model_name") or "")
+    site = site or hooks.to_site(settings.get("hook_name") or settings.get("hf_hook_name"), model)
+    if transcoder and not target:
+        target = hooks.to_site(settings.get("hook_name_out") or settings.get("hf_hook_name_out"), model)
+    try:
+        facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
+        ours = settings.get("saejax") or {}
+        facts |= dict(max_norm=float(ours.get("max_norm", DictionaryConfig.max_norm)))
+        facts |= {key: str(ours.get(key, "")) for key in ("revision", "fingerprint")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
+    if kind == "topk":
+        facts |= dict(k=_k(file, settings, features))
+    context = settings.get("context_size")
+    return DictionaryConfig(
+        **facts,
+        site=site,
+        target=target if transcoder else "",
+        d_in=width,
+        n_features=features,
+        skip=skip,
+        centred=not transcoder and bool(settings.get("apply_b_dec_to_input", True)),
+        input_norm=_input_norm(file, settings, model, site, transcoder),
+        bos={True: "always", False: "never"}.get(settings.get("prepend_bos"), "auto"),  # type: ignore[arg-type]
+        context=context if isinstance(context, int) and context > 0 else 0,
+        model=model,
+    )
 
 
 def save(folder: Path, dictionary: Dictionary) -> None:
-    """Writes a folder that SAELens loads with ``SAE.load_from_disk``.
+    """Write a folder that SAELens loads with ``SAE.load_from_disk``.
 
     Args:
       folder: made if missing; ``cfg.json`` is written last.
@@ -69,38 +156,200 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     Raises:
       UserError: SAELens has nothing like this dictionary, or the folder holds one already.
     """
-    trained_as, dictionary = dictionary.config.kind, _expressible(dictionary)
+    trained_as, dictionary = dictionary.config, _expressible(dictionary)
     config = dictionary.config
-    arrays, dtype = tensors.host_arrays(dictionary)
-    if config.skip:
-        arrays["W_skip_DxD"] = arrays["W_skip_DxD"].T
+    arrays = tensors.host_arrays(dictionary)
     if "threshold_F" in arrays and arrays["threshold_F"].min(initial=0) < 0:
         raise UserError("this dictionary has thresholds below 0, under which SAELens would not let anything pass")
-    with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as beside:
-        tensors.write(beside / WEIGHTS, {name: arrays[own] for name, own in _names(config).items()})
-        before = origin.settings_of(config, _FORMAT)
-        described = dataclasses.replace(config, kind=trained_as)
-        write_json(beside / DESCRIPTION, saelens_settings.describe(described, dtype, before))
+    with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as unfinished:
+        named = {
+            name.removesuffix(".T"): arrays[ours].T if name.endswith(".T") else arrays[ours]
+            for ours, name in _layout(config.kind, config.skip).items()
+        }
+        tensors.write(unfinished / WEIGHTS, named)
+        write_json(unfinished / DESCRIPTION, _describe(trained_as, config.centred, arrays["W_enc_DxF"].dtype.name))
 
 
 def check(config: DictionaryConfig) -> None:
-    """Raises a ``UserError`` if SAELens has nothing like such a dictionary."""
-    saelens_settings.architecture(config)
+    """Refuse a dictionary of which SAELens has nothing like, with a ``UserError``."""
+    architecture(config)
+    if config.signed or config.widths:
+        told = "TopK that keeps negative activations" if config.signed else "crosscoders"
+        raise UserError(f"SAELens has no {told}: keep the dictionary in the format saejax")
     hooks.to_hook(config.site), hooks.to_hook(config.target)
 
 
+def architecture(config: DictionaryConfig) -> str:
+    """Return what a dictionary is called in SAELens.
+
+    Raises:
+      UserError: it has nothing like it.
+    """
+    transcoder, also = bool(config.target), ("jumprelu",) if by_name(config.kind).jumprelu else ()
+    names = {described: name for name, described in ARCHITECTURES.items()}
+    for kind in (config.kind, *also):
+        if (kind, transcoder, config.skip) in names:
+            return names[kind, transcoder, config.skip]
+    form = ("transcoder" if transcoder else "SAE") + (" with a skip path" if config.skip else "")
+    raise UserError(
+        f"SAELens has no architecture for a {config.kind} {form}: keep it in the format saejax"
+        + (", or write circuit_tracer" if transcoder and circuit_tracer.has(config.kind) else "")
+    )
+
+
+def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
+    """Return the architecture, which folders from before version 4 do not name."""
+    name = settings.get("architecture") or "standard"
+    if name in _TRAINED_AS.values():
+        raise UserError(f"{file} is a checkpoint of training ({name}): save it with sae.save_inference_model(folder)")
+    one_of(str(name), ARCHITECTURES, f"architecture in {file}")
+    activation = settings.get("activation_fn") or "relu"
+    if activation == "topk" and name == "standard":
+        return "topk"
+    if activation != "relu" and not (activation == name == "topk"):
+        raise UserError(f"{file}: activation_fn is {activation!r}, which no dictionary here has: expected 'relu'")
+    return name
+
+
+def _check(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
+    """Refuse settings that would change what is computed and that no dictionary here has."""
+    wrong = []
+    hook = str(settings.get("hook_name") or "")
+    if settings.get("reshape_activations", "none") not in ("none", None) or hook.endswith("hook_z"):
+        wrong.append(f"it reads the heads side by side ({hook or 'hook_z'}), which is no site here")
+    if transcoder and settings.get("apply_b_dec_to_input", True):
+        wrong.append("apply_b_dec_to_input is True, expected False for a transcoder")
+    heads = {key: settings.get(key) for key in ("hook_head_index", "hook_head_index_out")}
+    wrong += [
+        f"{key} is {head!r}, expected null: a site here has all heads"
+        for key, head in heads.items()
+        if head is not None
+    ]
+    if wrong:
+        raise UserError(f"{file} has settings that a dictionary here cannot follow: {'; '.join(wrong)}")
+
+
+def _input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, transcoder: bool) -> str:
+    """Return the normalisation of tokens that settings ask for, of which the weights' processing is a part."""
+    norm = settings.get("normalize_activations", "none")
+    if norm not in (*_NO_NORM, *_INPUT_NORMS, "constant_scalar_rescale"):
+        raise UserError(f"{file}: normalize_activations is {norm!r}: expected one of none, {', '.join(_INPUT_NORMS)}")
+    if norm in _INPUT_NORMS and transcoder:
+        raise UserError(f"{file}: normalize_activations is {norm!r}, which transcoders here do not have")
+    ours = _INPUT_NORMS.get(norm, "")
+    processing = settings.get("model_from_pretrained_kwargs") or {}
+    for key, kinds in _PROCESSING.items():
+        if processing.get(key) and site.partition(".")[0] in kinds:
+            raise UserError(f"{file}: {key} changes the values at {site}, which are those of the published model here")
+    if not processing.get("center_writing_weights") or ours == "layer_norm":  # which subtracts the mean itself
+        return ours
+    layer_norms = hooks.has_layer_norms(model)
+    if layer_norms is None or ours or (transcoder and layer_norms):
+        reason = "of which it is not known whether it has LayerNorms" if layer_norms is None else "in this combination"
+        raise UserError(
+            f"{file}: its model's weights were centred (center_writing_weights), which saejax cannot undo for "
+            f"{model or 'an unnamed model'}, {reason}: use a dictionary of the model as published"
+        )
+    # What an MLP reads is centred by its norm already.
+    return "center" if layer_norms and site.partition(".")[0] not in ("mlp_in", hooks.NORMED) else ""
+
+
+def _k(file: Path, settings: Mapping[str, Any], features: int) -> int:
+    k = settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k")
+    if not isinstance(k, int) or isinstance(k, bool) or not 0 < k <= features:
+        raise UserError(f"{file}: k is {k!r}: expected a whole number from 1 to the {features} features")
+    return k
+
+
+def _training_facts(settings: Mapping[str, Any], features: int) -> dict[str, Any]:
+    """Return kind, k and groups of what is saved as jumprelu."""
+    trained_as = settings.get("training_architecture")
+    kind = next((kind for kind, name in _TRAINED_AS.items() if name == trained_as), "jumprelu")
+    if kind == "jumprelu":
+        return dict(kind=kind)
+    details = settings.get("training_architecture_details") or {}
+    widths = details.get("matryoshka_widths") or () if kind == "matryoshka" else ()
+    return dict(kind=kind, k=round(details.get("k") or 0), groups=tuple(sorted({*widths, features})) if widths else ())
+
+
+def _layout(kind: str, skip: bool) -> dict[str, str]:
+    """Return SAELens' names of arrays."""
+    names = ["W_enc_DxF", "b_enc_F", "W_dec_FxD", "b_dec_D", *by_name(kind).vectors]
+    layout = {ours: ours.rpartition("_")[0] for ours in names}
+    layout |= {"W_skip_DxD": "W_skip.T"} if skip else {}
+    return layout | ({"b_enc_F": "b_gate"} if kind == "gated" else {})
+
+
+def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold: bool) -> Arrays:
+    """Fold settings into the arrays; see the top of this module."""
+    scale = next((arrays.pop(name) for name in ("finetuning_scaling_factor", "scaling_factor") if name in arrays), None)
+    arrays.pop("scaling_factor", None)
+    if scale is not None and not np.allclose(scale, 1):
+        if not settings.get("finetuning_scaling_factor"):
+            raise UserError(
+                f"{file}: there is a scaling_factor, but finetuning_scaling_factor is not set: it is damaged"
+            )
+        arrays["W_dec_FxD"] = arrays["W_dec_FxD"] * np.reshape(scale, (-1, 1))
+    kind = by_name(ARCHITECTURES[_architecture(file, settings)][0])
+    if "threshold_F" in arrays:
+        threshold_F = np.exp(arrays["threshold_F"]) if log_threshold else arrays["threshold_F"]
+        arrays["threshold_F"] = np.maximum(threshold_F, 0)  # SAELens multiplies max(pre, 0) by the gate
+    if settings.get("rescale_acts_by_decoder_norm") and kind.name == "topk":
+        length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
+        if np.abs(length_F - 1).max() > _UNIT:  # SAELens trains with the setting, and saves rows of length 1
+            arrays = rescale.scale_features(kind, arrays, length_F)
+    norm = settings.get("normalize_activations", "none")
+    factor = next((settings[key] for key in _FACTORS if settings.get(key)), None)
+    if norm == "constant_scalar_rescale" and factor is None:
+        raise UserError(f"{file}: normalize_activations is {norm}, but {_FACTORS[0]} is missing: it cannot be folded")
+    if factor is not None and norm in ("constant_scalar_rescale", "expected_average_only_in", True):
+        # Features keep the units in which they were trained; inputs and outputs get those of the model.
+        arrays["W_enc_DxF"] = arrays["W_enc_DxF"] * factor
+        arrays |= {name: arrays[name] / factor for name in ("W_dec_FxD", "b_dec_D")}
+    return arrays
+
+
 def _expressible(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary in a form that SAELens has."""
+    """Return the same dictionary in a form that SAELens has."""
     check(dictionary.config)
-    kind, transcoder, _ = saelens_settings.ARCHITECTURES[saelens_settings.architecture(dictionary.config)]
+    kind, transcoder, _ = ARCHITECTURES[architecture(dictionary.config)]
     if kind != dictionary.config.kind:
         dictionary = rescale.as_jumprelu(dictionary)
     return rescale.uncentred(dictionary) if transcoder else dictionary  # its transcoders do not centre
 
 
-def _names(config: DictionaryConfig) -> dict[str, str]:
-    """Our names of arrays by those of the file."""
-    names = tensors.plain_names(config)
-    if config.kind == "gated":
-        names["b_gate"] = names.pop("b_enc")
-    return names
+def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, Any]:
+    """Return the content of ``cfg.json`` of a dictionary."""
+    norm = next((name for name, ours in _INPUT_NORMS.items() if ours == config.input_norm), "none")
+    settings: dict[str, Any] = dict(d_in=config.d_in, d_sae=config.n_features, dtype=dtype, device="cpu")
+    settings |= dict(apply_b_dec_to_input=centred, normalize_activations=norm, reshape_activations="none")
+    settings["metadata"] = _metadata(config)
+    if "k" in by_name(config.kind).numbers:
+        settings |= dict(k=config.k, rescale_acts_by_decoder_norm=False)
+    if config.target:
+        settings["d_out"] = config.d_in
+    return settings | dict(architecture=architecture(config))
+
+
+def _metadata(config: DictionaryConfig) -> dict[str, Any]:
+    of_modules = config.site.startswith(hooks.MODULE)
+    metadata: dict[str, Any] = dict(sae_lens_version=_VERSION, sae_lens_training_version=None, model_name=config.model)
+    metadata["model_class_name"] = "AutoModelForCausalLM" if of_modules else "HookedTransformer"
+    # Our activations are those of the model as it is; TransformerLens would rewrite its weights.
+    kept = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    processing: dict[str, bool] = {} if of_modules else dict.fromkeys(kept, False)
+    if config.input_norm == "center":
+        processing["center_writing_weights"] = True
+    metadata |= dict(model_from_pretrained_kwargs=processing, hook_head_index=None)
+    metadata |= dict(hook_name=hooks.to_hook(config.site)) if config.site else {}
+    metadata |= dict(hook_name_out=hooks.to_hook(config.target)) if config.target else {}
+    metadata |= dict(prepend_bos=config.bos == "always") if config.bos != "auto" else {}
+    metadata |= dict(context_size=config.context) if config.context else {}
+    if config.kind in _TRAINED_AS:
+        details: dict[str, Any] = dict(k=config.k)
+        if config.groups:
+            details["matryoshka_widths"] = list(config.groups)
+        metadata |= dict(training_architecture=_TRAINED_AS[config.kind], training_architecture_details=details)
+    fields = ("max_norm", "revision", "fingerprint")
+    ours = {key: getattr(config, key) for key in fields if getattr(config, key) != getattr(DictionaryConfig, key)}
+    return metadata | (dict(saejax=ours) if ours else {})

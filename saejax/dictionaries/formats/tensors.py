@@ -1,87 +1,273 @@
-"""Safetensors files of dictionaries: checked by name and shape, read into what a ``Dictionary`` takes, written whole.
+"""Tensors of published dictionaries: opened without reading values, checked against a layout, and written whole.
 
-Arrays of 16 bits are widened to float32, which loses nothing; float32 and float64 are kept. Written is the dtype of the
-file that a dictionary came from where that loses nothing, else the arrays' own.
+A *layout* maps names of arrays here to names of tensors in a file; ``.T`` at the end of a name says that the file
+stores the transpose:
+
+    {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", ...}
+
+Tensors that no layout names are never a reason to refuse a file.
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from saejax.dictionaries.formats import origin
+from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.files import WRITING
-from saejax.models.checkpoint import Tensor, read_header
+from saejax.models.pickled import read_pickled_tensors
 
-Shapes = Mapping[str, tuple[int, ...]]
+DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
+MATRICES = ("W_enc_DxF", "W_dec_FxD", "W_skip_DxD")
+PICKLED = (".pt", ".pth", ".bin")
+_FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 _STAMP = "saejax_stamp"  # key of a file's metadata
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32, "float64": np.float64}
+_ROW_SHARE = 8  # above one row in so many, a tensor is read whole
+
+Layout = Mapping[str, str]
+Fold = Callable[[Arrays], Arrays]
 
 
-def plain_names(config: DictionaryConfig) -> dict[str, str]:
-    """A dictionary's names of arrays by the names that other tools give them: "W_enc" for "W_enc_DxF"."""
-    return {name.rpartition("_")[0]: name for name in parameter_table(config)}
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file, of which no value is read before it is asked for.
+
+    Attributes:
+      file: where it is.
+      shape: its shape.
+      dtype: as the file names it, such as "BF16" or "float32".
+      load: gives the values, or those of a slice of the first axis.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[slice | None], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """Return all values, in float32 or in float64 if the file has that.
+
+        Raises:
+          UserError: they are in float64, which JAX is not set to keep, or are no floats.
+        """
+        values = _checked(self, None)
+        if values.dtype != np.float64 or not values.ndim:  # single numbers lose nothing that counts
+            return values.astype(np.float32)
+        if not jax.config.jax_enable_x64:
+            raise UserError(f"{self.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
+        return values
+
+    def rows(self, index_U: np.ndarray) -> np.ndarray:
+        """Return some rows of the first axis, in the file's dtype; only these are read where they are few."""
+        if len(index_U) * _ROW_SHARE > self.shape[0]:
+            return _checked(self, None)[index_U]
+        rows = [_checked(self, slice(int(index), int(index) + 1)) for index in index_U]
+        return np.concatenate(rows) if rows else np.zeros((0, *self.shape[1:]), np.float32)
 
 
-def find(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, of which nothing is read yet.
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A dictionary in another tool's files: what it is, where its tensors are, and what folds them into our form.
+
+    Attributes:
+      config: what it is.
+      tensors: those of ``modules.parameter_table``, by our names; without a bias it has none, and it is 0.
+      transposed: our names of those that are stored transposed.
+      fold: makes our arrays of those in the files (which may have further names); None: they are the same.
+    """
+
+    config: DictionaryConfig
+    tensors: Mapping[str, StoredTensor]
+    transposed: frozenset[str] = frozenset()
+    fold: Fold | None = None
+
+    def load(self, matmul_dtype: str = "float32", dtype: str = "float32") -> Dictionary:
+        """Read the dictionary.
+
+        Args:
+          matmul_dtype: dtype of the operands of matrix products.
+          dtype: of its matrices on the device: one of ``DTYPES``; "auto" is bfloat16 where the files are, else float32.
+            Biases and thresholds are float32.
+        """
+        one_of(dtype, DTYPES, "dtype")
+        arrays = {name: self._read(name) for name in self.tensors}
+        if self.fold:
+            arrays = self.fold(arrays)
+        narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype in ("BF16", "bfloat16"))
+        placed = {}
+        for name, (shape, _) in parameter_table(self.config).items():
+            array = arrays.get(name)
+            if array is None:
+                array = np.zeros(shape, np.float32)
+            array = np.broadcast_to(array, shape)
+            placed[name] = jnp.asarray(array, jnp.bfloat16 if narrow and name in MATRICES else None)
+        return Dictionary(self.config, matmul_dtype, **placed)
+
+    def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
+        """Return rows of "W_dec" or columns of "W_enc", [U, D], of a dictionary that is not folded."""
+        name = {"W_enc": "W_enc_DxF", "W_dec": "W_dec_FxD"}[name]
+        tensor = self.tensors[name]
+        # What a feature reads is a column of W_enc; files that store the transpose have it as a row.
+        if (name == "W_dec_FxD") != (name in self.transposed):
+            return tensor.rows(feature_U)
+        return tensor.read()[:, feature_U].T
+
+    def _read(self, name: str) -> np.ndarray:
+        values = self.tensors[name].read()
+        return values.T if name in self.transposed else values
+
+
+def open_tensors(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name: safetensors, npz, or one of ``torch.save``.
 
     Raises:
-      UserError: it is missing, truncated, or holds tensors of another dtype than floats of 16 to 64 bits.
+      UserError: it is missing, truncated, or not of the format that its name says.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch the dictionary again")
-    return read_header(file)
+    if file.suffix in PICKLED:
+        return _open_pickled(file)
+    try:
+        return _open_npz(file) if file.suffix == ".npz" else _open_safetensors(file)
+    except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(
+            f"{file} is truncated or not a {file.suffix[1:]} file ({error}): fetch the dictionary again"
+        ) from None
 
 
-def check(file: Path, found: Mapping[str, Tensor], shapes: Shapes) -> None:
-    """Refuses a file whose tensors are not these, naming all that are missing, unknown or of another shape."""
-    problems = [f"{name} is missing" for name in shapes if name not in found]
-    problems += [f"{name} is not known" for name in found if name not in shapes]
-    problems += [
-        f"{name} has the shape {found[name].shape}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in found and found[name].shape != shape
-    ]
-    if problems:
-        raise UserError(f"{file} does not fit its description: {'; '.join(problems)}")
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    def load(name: str, part: slice | None) -> np.ndarray:
+        with safe_open(file, "numpy") as opened:
+            return opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
+
+    with safe_open(file, "numpy") as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        return {
+            name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype(), functools.partial(load, name))
+            for name, part in slices.items()
+        }
 
 
-def widened(tensor: Tensor) -> np.ndarray:
-    """The values in float32, or float64 if they are that in the file.
+def _open_npz(file: Path) -> dict[str, StoredTensor]:
+    def load(name: str, part: slice | None) -> np.ndarray:
+        with np.load(file, allow_pickle=False) as opened:  # a zip file: no part of an array can be read alone
+            return opened[name] if part is None else opened[name][part]
+
+    tensors = {}
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.namelist():
+            with archive.open(member) as stream:
+                version, name = np.lib.format.read_magic(stream), member.removesuffix(".npy")
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = header(stream)
+                tensors[name] = StoredTensor(file, shape, dtype.name, functools.partial(load, name))
+    return tensors
+
+
+def _open_pickled(file: Path) -> dict[str, StoredTensor]:
+    nest = read_pickled_tensors(file)
+    if not isinstance(nest, Mapping):
+        raise UserError(f"{file} holds no tensors by name: expected a state dict")
+    arrays = {str(name): np.asarray(value) for name, value in nest.items() if np.isscalar(value) or _is_array(value)}
+
+    def tensor(array: np.ndarray) -> StoredTensor:
+        return StoredTensor(file, array.shape, array.dtype.name, lambda rows: array if rows is None else array[rows])
+
+    return {name: tensor(array) for name, array in arrays.items() if array.dtype.kind not in "US"}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def _checked(tensor: StoredTensor, part: slice | None) -> np.ndarray:
+    """Return values of a tensor, or a ``UserError`` where they cannot be read or are no numbers."""
+    if tensor.dtype.isupper() and tensor.dtype not in _FLOATS:
+        raise UserError(f"{tensor.file} has {tensor.dtype} numbers, expected one of {', '.join(_FLOATS)}")
+    try:
+        return tensor.load(part)
+    except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{tensor.file} is damaged ({error}): fetch the dictionary again") from None
+
+
+def arrange(
+    file: Path, found: Mapping[str, StoredTensor], layout: Layout, config: DictionaryConfig | None = None
+) -> tuple[dict[str, StoredTensor], frozenset[str]]:
+    """Return the tensors that a layout names, by our names, and which of these are stored transposed.
+
+    Args:
+      file: for messages.
+      found: the tensors of the file.
+      layout: our names and the file's; shapes of names beyond ``parameter_table`` are not looked at.
+      config: gives the shapes that are expected; None: shapes are not looked at.
 
     Raises:
-      UserError: they are in float64, which JAX is not set to keep.
+      UserError: tensors are missing or of other shapes; all are listed.
     """
-    dtype = np.float64 if tensor.dtype == np.float64 else np.float32
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise UserError(f"{tensor.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
-    return np.array(tensor.map(), dtype)
+    plain = {ours: name.removesuffix(".T") for ours, name in layout.items()}
+    transposed = frozenset(ours for ours, name in layout.items() if name.endswith(".T"))
+    missing = sorted(name for name in plain.values() if name not in found)
+    if missing:
+        has = ", ".join(sorted(found)) or "nothing"
+        raise UserError(f"{file} lacks {', '.join(missing)}: it has {has}; fetch the dictionary again")
+    wrong = []
+    for ours, (shape, _) in parameter_table(config).items() if config else ():
+        stored = shape[::-1] if ours in transposed else shape
+        accepted = (stored, ()) if ours == "threshold_F" else (stored,)  # some have one threshold for all features
+        if ours in plain and found[plain[ours]].shape not in accepted:
+            wrong.append(f"{plain[ours]} has the shape {found[plain[ours]].shape}, expected {stored}")
+    if wrong:
+        raise UserError(f"{file} does not fit its description: {'; '.join(wrong)}")
+    return {ours: found[name] for ours, name in plain.items()}, transposed
 
 
-def host_arrays(dictionary: Dictionary) -> tuple[dict[str, np.ndarray], str]:
-    """A dictionary's arrays on the host in the dtype in which to write them, and its name."""
-    arrays = {name: np.asarray(array) for name, array in dictionary.arrays.items()}
-    dtype = arrays["W_enc_DxF"].dtype
-    from_file = origin.dtype_of(dictionary.config)
-    if from_file in _DTYPES:
-        narrow = {name: array.astype(_DTYPES[from_file]) for name, array in arrays.items()}
-        if all(np.array_equal(narrow[name].astype(dtype), array) for name, array in arrays.items()):
-            return narrow, from_file
-    return arrays, dtype.name
+def sizes(file: Path, found: Mapping[str, StoredTensor], layout: Layout) -> tuple[int, int]:
+    """Return width D and number of features F, from the shape of the encoder.
+
+    Raises:
+      UserError: there is no encoder, or the decoder is of another width.
+    """
+    tensors, transposed = arrange(file, found, {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")})
+    shapes = {name: tensor.shape[::-1] if name in transposed else tensor.shape for name, tensor in tensors.items()}
+    if any(len(shape) != 2 for shape in shapes.values()):
+        told = ", ".join(f"{layout[name].removesuffix('.T')} {tensors[name].shape}" for name in tensors)
+        raise UserError(f"{file} has no encoder and decoder matrix: its shapes are {told}")
+    (width, features), (_, written) = shapes["W_enc_DxF"], shapes["W_dec_FxD"]
+    if written != width:
+        raise UserError(
+            f"{file} reads width {width} and writes width {written}: here a transcoder's output is as wide as its input"
+        )
+    return width, features
+
+
+def plain_names(config: DictionaryConfig) -> dict[str, str]:
+    """Return a dictionary's array names by the names that other tools give them: "W_enc" for "W_enc_DxF"."""
+    return {name.rpartition("_")[0]: name for name in parameter_table(config)}
+
+
+def host_arrays(dictionary: Dictionary) -> dict[str, np.ndarray]:
+    """Return a dictionary's arrays on the host."""
+    return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
 
 
 def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None:
-    """Writes tensors; what lies in another order in memory is written row by row.
+    """Write tensors; what lies in another order in memory is written row by row.
 
     Args:
       file: where to.
@@ -93,14 +279,14 @@ def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None
 
 
 def stamp_of(file: Path) -> str:
-    """The stamp of a file that ``find`` has looked at; "": it has none."""
+    """Return the stamp of a file that ``open_tensors`` has looked at; "": it has none."""
     with safe_open(file, "numpy") as opened:
         return (opened.metadata() or {}).get(_STAMP, "")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]:
-    """Yields a folder to write to; its files appear in ``folder`` if the block succeeds, the description last.
+    """Yield a folder to write to; its files appear in ``folder`` if the block succeeds, the description last.
 
     Args:
       folder: made if missing.
@@ -116,13 +302,13 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
     present = [path.name for pattern in (description, *others) for path in sorted(folder.glob(pattern))]
     if present:
         raise UserError(f"{folder} already holds {present[0]}: delete it or name another folder")
-    beside = folder / f".{WRITING}{os.getpid()}"
+    unfinished = folder / f".{WRITING}{os.getpid()}"
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        for path in sorted(beside.iterdir(), key=lambda path: (path.name == description, path.name)):
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == description, path.name)):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, folder / path.name)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)

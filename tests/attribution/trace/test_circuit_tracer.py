@@ -11,7 +11,7 @@ from reference_graphs import adjacency_of, nodes_of
 from benchmarks.tool_environments import circuit_tracer_python
 from saejax import save_transcoders, trace
 from saejax.attribution.graph.nodes import BIAS, FIRST_MLP, TOKEN
-from saejax.dictionaries.formats import cross_layer_files
+from saejax.dictionaries.formats import circuit_tracer
 
 JUDGE = Path(__file__).parents[1] / "circuit_tracer_judge.py"
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -35,7 +35,7 @@ def test_a_graph_is_that_of_circuit_tracer(family, kind, skip, cross_layer, tmp_
     lm = load_tiny(model, family, one_device)
     if cross_layer:
         _, made, writes = make_cross_layer(lm.config, kind, skip, "resid_mid")
-        cross_layer_files.save(folder, len(made), lambda layer: (made[layer], writes[layer]))
+        circuit_tracer.save_cross_layer(folder, len(made), lambda layer: (made[layer], writes[layer]))
     else:
         save_transcoders(folder, make_transcoders(lm.config, kind, skip))
     ids = ",".join(map(str, IDS))

@@ -21,7 +21,7 @@ from saejax.attribution.heads import edges as heads
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.formats import cross_layer_files
+from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -240,7 +240,7 @@ def test_what_does_not_belong_together_is_one_line(tiny, tmp_path, capsys):
         ]
         if name == "again":  # of the same model, trained otherwise
             told[0] = Dictionary(told[0].config, **told[0].arrays | dict(b_enc_F=told[0].arrays["b_enc_F"] + 1))
-        cross_layer_files.save(tmp_path / name, len(told), lambda layer: (told[layer], writes[layer]))  # noqa: B023
+        circuit_tracer.save_cross_layer(tmp_path / name, len(told), lambda layer: (told[layer], writes[layer]))  # noqa: B023
 
     def refused(name):
         flags = [f"--model.path={tiny.source.folder}", f"--graph.transcoders={tmp_path / name}", "--mesh.data=8"]

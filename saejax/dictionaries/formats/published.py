@@ -1,0 +1,468 @@
+"""Dictionaries of other publishers, one folder or file each; read only.
+
+Each function describes the dictionary of one publisher's layout: its tensor names, the settings that change what it
+computes, and what is folded into the arrays. ``formats`` has the table of all of them.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.dictionaries import rescale
+from saejax.dictionaries.formats import hooks, tensors
+from saejax.dictionaries.kinds import by_name
+from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.modules import DictionaryConfig
+from saejax.errors import UserError
+from saejax.files import read_json
+
+_LINEAR = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "decoder.weight.T"}
+_PLAIN = {"W_enc_DxF": "W_enc", "b_enc_F": "b_enc", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
+_L0 = re.compile(r"-L0_(\d+)")
+_QWEN = re.compile(r"layer(\d+)\.sae\.pt")
+_LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings of a JSON file that holds an object."""
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is not the description of a dictionary: expected an object")
+    return settings
+
+
+def _positive(file: Path, settings: Mapping[str, Any], key: str, most: int | None = None) -> int:
+    """Return a whole number above 0 of the settings."""
+    value = settings.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most and value > most):
+        raise UserError(f"{file}: {key} is {value!r}: expected a whole number from 1" + (f" to {most}" if most else ""))
+    return value
+
+
+# --- sparsify (EleutherAI)
+
+_SPARSIFY = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
+_MODULE_INPUTS = {"mlp_out": "mlp_in", "resid_post": "resid_pre"}  # what a module with this output reads
+
+
+def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a folder with ``cfg.json`` and ``sae.safetensors``, named after the module that it reads.
+
+    A transcoder predicts that module's output from its input.
+
+    Args:
+      folder: of the dictionary.
+      site, target: sites in place of those that the files name.
+    """
+    folder = folder.absolute()
+    file, weights = folder / "cfg.json", folder / "sae.safetensors"
+    settings, found = read_settings(file), tensors.open_tensors(weights)
+    if (activation := settings.get("activation", "topk")) != "topk":
+        raise UserError(f"{file}: activation is {activation!r}, which no dictionary here has: expected 'topk'")
+    skip, transcoder = (bool(settings.get(key, False)) for key in ("skip_connection", "transcode"))
+    layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if skip else {})
+    width, features = tensors.sizes(weights, found, layout)
+    for key, size in (("d_in", width), ("num_latents", features)):
+        if settings.get(key) and settings[key] != size:
+            raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {weights.name} have {size}")
+    run = folder.parent / "config.json"  # of the run that trained all folders beside this one
+    model = str(read_settings(run).get("model") or "") if run.is_file() else ""
+    output = hooks.to_site(folder.name, model) if "." in folder.name and not site else hooks.UNKNOWN
+    kind, _, layer = output.partition(".")
+    read = f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN
+    config = DictionaryConfig(
+        kind="topk",
+        site=read if transcoder else output,
+        target=output if transcoder else "",
+        d_in=width,
+        n_features=features,
+        k=_positive(file, settings, "k", features),
+        signed=bool(settings.get("signed", False)),
+        skip=skip,
+        centred=not transcoder,
+        model=model,
+    )
+    return tensors.Published(config, *tensors.arrange(weights, found, layout, config))
+
+
+# --- dictionary_learning (Marks, Karvonen, Mueller)
+
+# dict_class: (kind, layout, whether the decoder's bias is subtracted from the input)
+_CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
+    "AutoEncoder": ("standard", _LINEAR | {"b_dec_D": "bias"}, True),
+    "AutoEncoderNew": ("standard", _LINEAR | {"b_dec_D": "decoder.bias"}, False),
+    "AutoEncoderTopK": ("topk", _LINEAR | {"b_dec_D": "b_dec"}, True),
+    "BatchTopKSAE": ("batchtopk", _LINEAR | {"b_dec_D": "b_dec", "threshold_F": "threshold"}, True),
+    "MatryoshkaBatchTopKSAE": ("matryoshka", _PLAIN | {"threshold_F": "threshold"}, True),
+    "JumpReluAutoEncoder": ("jumprelu", _PLAIN | {"threshold_F": "threshold"}, False),
+    "GatedAutoEncoder": (
+        "gated",
+        {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "gate_bias", "W_dec_FxD": "decoder.weight.T"}
+        | {"b_dec_D": "decoder_bias", "r_mag_F": "r_mag", "b_mag_F": "mag_bias"},
+        True,
+    ),
+}
+_CLASSES["MatroyshkaBatchTopKSAE"] = _CLASSES["MatryoshkaBatchTopKSAE"]  # as it was spelled at first
+# These multiply activations by the lengths of decoder rows, and divide by them again when they decode.
+_LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
+
+
+def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is.
+
+    Args:
+      folder: of the dictionary.
+      site, target: sites in place of those that the files name.
+    """
+    file, weights = folder / "config.json", folder / "ae.pt"
+    trainer = read_settings(file).get("trainer") if file.is_file() else {}
+    if not isinstance(trainer, dict):
+        raise UserError(f"{file} has no trainer: it is not the description of a dictionary_learning folder")
+    found = tensors.open_tensors(weights)
+    name = str(trainer.get("dict_class") or _class_of(found))
+    if name.endswith("CrossCoder"):
+        return _parse_crosscoder(weights, found, trainer, site)
+    if name not in _CLASSES:
+        raise UserError(f"{file}: dict_class is {name!r}, which cannot be read: expected one of {', '.join(_CLASSES)}")
+    kind, layout, centred = _CLASSES[name]
+    if name == "AutoEncoder" and "bias" not in found and "b_dec" in found:
+        layout = layout | {"b_dec_D": "b_dec"}
+    width, features = tensors.sizes(weights, found, layout)
+    model = str(trainer.get("lm_name") or "")
+    if not site:
+        site, target = _dictionary_learning_sites(folder, read_settings(file) if file.is_file() else {}, model)
+    sizes = _group_sizes(trainer, found) if kind == "matryoshka" else ()
+    config = DictionaryConfig(
+        kind=kind,
+        site=site,
+        target=target,
+        d_in=width,
+        n_features=features,
+        k=_k(weights, trainer, found, features) if kind in ("topk", "batchtopk", "matryoshka") else 0,
+        groups=tuple(int(end) for end in np.cumsum(sizes)),
+        centred=centred,
+        model=model,
+    )
+
+    def fold(arrays: Arrays) -> Arrays:
+        if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
+            arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], (features,)), 0)
+        if name not in _LENGTHS:
+            return arrays
+        return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+
+    return tensors.Published(config, *tensors.arrange(weights, found, layout, config), fold)
+
+
+def _class_of(found: Mapping[str, Any]) -> str:
+    """Return the class of a folder without a description, by its tensors' names, where they tell."""
+    for name, (_, layout, _) in _CLASSES.items():
+        if {tensor.removesuffix(".T") for tensor in layout.values()} == set(found) - {"k", "group_sizes"}:
+            return name
+    return "missing"
+
+
+def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model: str) -> tuple[str, str]:
+    """Return what a dictionary reads and predicts, by its settings, or by the names of its folders."""
+    trainer, buffer = (settings.get(key) or {} for key in ("trainer", "buffer"))
+    if trainer.get("submodule_name"):
+        site = hooks.to_site(str(trainer["submodule_name"]), model)
+    else:
+        sites = [hooks.to_site(part, model) for part in reversed(folder.absolute().parts) if "hook_" not in part]
+        site = next((site for site in sites if not site.startswith(hooks.MODULE)), hooks.UNKNOWN)
+    if buffer.get("io") != "in_and_out":
+        return site, ""
+    kind, _, layer = site.partition(".")
+    return (f"mlp_in.{layer}", f"mlp_out.{layer}") if kind in ("mlp_in", "mlp_out") else (hooks.UNKNOWN, hooks.UNKNOWN)
+
+
+def _k(file: Path, settings: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor], features: int) -> int:
+    k = settings.get("k")
+    if k is None and "k" in found:
+        k = int(found["k"].load(None))
+    return _positive(file, dict(k=k), "k", features)
+
+
+def _group_sizes(trainer: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor]) -> list[int]:
+    if "group_sizes" in found:
+        return [int(size) for size in found["group_sizes"].load(None)]
+    return [int(size) for size in trainer.get("group_sizes") or ()]
+
+
+# --- crosscoders of science-of-finetuning, and of dictionary_learning
+
+_CROSSCODER = {
+    "W_enc_DxF": "encoder.weight",
+    "b_enc_F": "encoder.bias",
+    "W_dec_FxD": "decoder.weight",
+    "b_dec_D": "decoder.bias",
+}
+
+
+def is_crosscoder(folder: Path) -> bool:
+    """Return whether a folder holds a crosscoder: by ``num_layers`` in its description."""
+    return (folder / "model.safetensors").is_file() and "num_layers" in read_settings(folder / "config.json")
+
+
+def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a folder with ``model.safetensors`` and ``config.json`` (activation_dim, dict_size, num_layers).
+
+    Args:
+      folder: of the dictionary.
+      site, target: sites in place of those that the files name.
+    """
+    weights = folder / "model.safetensors"
+    return _parse_crosscoder(weights, tensors.open_tensors(weights), read_settings(folder / "config.json"), site)
+
+
+def _parse_crosscoder(
+    weights: Path, found: dict[str, tensors.StoredTensor], settings: Mapping[str, Any], site: str
+) -> tensors.Published:
+    """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
+
+    Its parts are a base model and one that was tuned from it, at the layer that the repository's name gives as "L13".
+    """
+    batch_topk = "threshold" in found
+    arranged, _ = tensors.arrange(weights, found, _CROSSCODER | ({"threshold_F": "threshold"} if batch_topk else {}))
+    shape = arranged["W_enc_DxF"].shape
+    if len(shape) != 3:
+        raise UserError(f"{weights} is no crosscoder: encoder.weight has the shape {shape}, expected 3 axes")
+    count, width, features = shape
+    wanted = dict(W_dec_FxD=(count, features, width), b_enc_F=(features,), b_dec_D=(count, width))
+    wrong = [
+        f"{_CROSSCODER[name]} is {arranged[name].shape}, expected {shape}"
+        for name, shape in wanted.items()
+        if arranged[name].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"{weights} is no crosscoder: {'; '.join(wrong)}")
+    normalised = str(settings.get("code_normalization") or "CROSSCODER").rpartition(".")[2].upper()
+    if batch_topk and normalised not in ("CROSSCODER", "NONE"):
+        raise UserError(f"{weights}: code_normalization is {normalised}, which cannot be followed: expected CROSSCODER")
+    layer = re.findall(r"-L(\d+)(?:-|/)", f"{weights.absolute().as_posix()}")
+    if not site:
+        named = count == 2 and bool(layer)
+        site = f"resid_post.{layer[-1]}+other:resid_post.{layer[-1]}" if named else hooks.UNKNOWN
+    config = DictionaryConfig(
+        kind="batchtopk" if batch_topk else "standard",
+        site=site,
+        d_in=count * width,
+        n_features=features,
+        k=_k(weights, settings, found, features) if batch_topk else 0,
+        centred=False,
+        widths=(width,) * count,
+        scales=(1.0,) * count,
+        max_norms=(DictionaryConfig.max_norm,) * count,
+    )
+
+    def fold(arrays: Arrays) -> Arrays:
+        W_dec_FxD = np.moveaxis(arrays["W_dec_FxD"], 0, 1).reshape(features, count * width)
+        folded = dict(W_enc_DxF=arrays["W_enc_DxF"].reshape(count * width, features), W_dec_FxD=W_dec_FxD)
+        folded |= dict(b_enc_F=arrays["b_enc_F"], b_dec_D=arrays["b_dec_D"].reshape(-1))
+        if batch_topk:  # it compares activations times the sum of the norms of the decoder's parts
+            length_F = rescale.decoder_lengths(W_dec_FxD, config.widths) if normalised == "CROSSCODER" else 1.0
+            folded["threshold_F"] = np.broadcast_to(np.maximum(arrays["threshold_F"], 0) / length_F, (features,))
+        return folded
+
+    return tensors.Published(config, arranged, fold=fold)
+
+
+# --- OpenMOSS: Llama Scope (He et al., 2024), Llama-Scope-R1, Llama-Scope-2
+
+_LLAMA_SCOPE = {"hyperparams.json": "checkpoints/final.safetensors", "config.json": "sae_weights.safetensors"}
+_NEW_NAMES = {"W_enc_DxF": "W_E", "b_enc_F": "b_E", "W_dec_FxD": "W_D", "b_dec_D": "b_D"}
+_NORM = "dataset_average_activation_norm"
+
+
+def find_llama_scope(folder: Path) -> str:
+    """Return the name of the settings file of a Llama Scope folder; "" if it is none."""
+    if (folder / "hyperparams.json").is_file():
+        return "hyperparams.json"
+    file = folder / "config.json"
+    return file.name if file.is_file() and "sae_type" in read_settings(file) else ""
+
+
+def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a folder of any of the three releases.
+
+    The arrays are those of training, for inputs and outputs that were scaled to a mean norm of sqrt(d). They become
+    those for raw values, with decoder rows of length 1 (unless sparsity_include_decoder_norm is false). The first
+    release states one threshold, of activations *then*; Llama-Scope-R1 has thresholds of the scaled activations.
+    (SAELens 6 leaves the rows of the first release as they are, hence has other features active.)
+
+    Args:
+      folder: of the dictionary.
+      site, target: sites in place of those that the files name.
+    """
+    name = find_llama_scope(folder)
+    file, weights = folder / name, folder / _LLAMA_SCOPE[name]
+    settings, found = read_settings(file), tensors.open_tensors(weights)
+    first_release = name == "hyperparams.json"
+    followed: dict[str, tuple[Any, ...]] = {
+        "use_glu_encoder": (False, None),
+        "norm_activation": ("dataset-wise", "inference"),
+        "sae_type": ("sae", None),
+    }
+    followed["act_fn"] = ("jumprelu", "topk") if first_release else ("jumprelu", "topk", "relu")
+    for key, values in followed.items():
+        if (value := settings.get(key, values[0])) not in values:
+            raise UserError(f"{file}: {key} is {value!r}, which no dictionary here has: expected {values[0]!r}")
+    kind = "jumprelu" if first_release else {"relu": "standard"}.get(settings["act_fn"], settings["act_fn"])
+    layout = dict(_NEW_NAMES if "W_E" in found else _LINEAR | {"b_dec_D": "decoder.bias"})
+    if not settings.get("use_decoder_bias", True):
+        layout.pop("b_dec_D")
+    if kind == "jumprelu" and not first_release:
+        layout["threshold_F"] = next(
+            (name for name in found if name.endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
+        )
+    width, features = tensors.sizes(weights, found, layout)
+    read, written = (settings.get(f"hook_point_{side}") for side in ("in", "out"))
+    if not site:
+        site, target = hooks.to_site(read), "" if written in (read, None) else hooks.to_site(written)
+    config = DictionaryConfig(
+        kind=kind,
+        site=site,
+        target=target,
+        d_in=width,
+        n_features=features,
+        k=_positive(file, settings, "top_k", features) if kind == "topk" else 0,
+        centred=bool(settings.get("apply_decoder_bias_to_pre_encoder", False)),
+        bos="always" if first_release else "auto",
+    )
+    arranged, transposed = tensors.arrange(weights, found, layout, config)
+    inputs, outputs = _average_norms(file, settings, found, read, written)
+    threshold = settings.get("jump_relu_threshold")
+    if first_release and not (isinstance(threshold, int | float) and threshold > 0):
+        raise UserError(f"{file}: jump_relu_threshold is {threshold!r}: expected a number above 0")
+
+    def fold(arrays: Arrays) -> Arrays:
+        arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
+        arrays.setdefault("b_dec_D", np.zeros(width))
+        length_F = rescale.decoder_lengths(arrays["W_dec_FxD"])
+        scale_F = length_F if settings.get("sparsity_include_decoder_norm", True) else np.ones(features)
+        if kind == "jumprelu":  # thresholds of activations times length, in the units of training
+            given_F = (
+                np.full(features, float(threshold or 0) * outputs) if first_release else np.exp(arrays["threshold_F"])
+            )
+            arrays["threshold_F"] = given_F / scale_F
+        arrays = rescale.scale_features(by_name(kind), arrays, scale_F)
+        folded = rescale.fold_input_scaling(by_name(kind), arrays, inputs, outputs)
+        if first_release and not settings.get("sparsity_include_decoder_norm", True):
+            # Then its one threshold is of activations that its inputs' scale alone was folded into.
+            folded = rescale.scale_features(by_name(kind), folded, np.full(features, outputs / inputs))
+            folded["threshold_F"] = np.full(features, threshold)
+        return {name: np.asarray(array, np.float32) for name, array in folded.items()}
+
+    return tensors.Published(config, arranged, transposed, fold)
+
+
+def _average_norms(
+    file: Path, settings: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor], read: Any, written: Any
+) -> tuple[float, float]:
+    """Return the factors that bring inputs and outputs to a mean norm of sqrt(d)."""
+    if settings.get("norm_activation", "dataset-wise") == "inference":
+        return 1.0, 1.0
+    norms = (
+        settings.get(_NORM)
+        if _NORM in settings
+        else {
+            side: float(found[f"{_NORM}.{hook}"].read().mean())
+            for side, hook in (("in", read), ("out", written or read))
+            if f"{_NORM}.{hook}" in found
+        }
+    )
+    if not isinstance(norms, dict) or not all(norms.get(side, 0) > 0 for side in ("in", "out")):
+        raise UserError(f"{file}: {_NORM} is {norms!r}: expected norms above 0, in and out")
+    d = settings.get("d_model")
+    if not isinstance(d, int) or d < 1:
+        raise UserError(f"{file}: d_model is {d!r}: expected a whole number above 0")
+    return math.sqrt(d) / norms["in"], math.sqrt(d) / norms["out"]
+
+
+# --- single files of torch.save
+
+
+def find_layer_files(folder: Path) -> list[Path]:
+    """Return the files of Qwen-Scope's dictionaries in a folder, one for each layer, in order."""
+    named = {file: match for file in folder.glob("*.pt") if (match := _QWEN.fullmatch(file.name))}
+    return sorted(named, key=lambda file: int(named[file][1]))
+
+
+def find_pickled(path: Path) -> Path | None:
+    """Return the file of ``torch.save`` that a path means: itself, or the only one in the folder."""
+    if path.suffix in tensors.PICKLED:
+        return path
+    files = [file for suffix in (".pt", ".pth") for file in path.glob(f"*{suffix}")]
+    return files[0] if len(files) == 1 else None
+
+
+def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe a dictionary that is one file: of Qwen-Scope, Goodfire, or DeepSeek-R1 by qresearch.
+
+    layer3.sae.pt            Qwen-Scope: W_enc [F, d], W_dec [d, F], b_enc, b_dec: the k largest of x @ W_enc.T + b_enc,
+                             whatever their sign, of the residual stream after layer 3. k is in config.json beside it,
+                             or in the repository's name, "...-L0_50".
+    NAME-SAE-l19.pth         Goodfire: encoder_linear.weight [F, d], decoder_linear.weight [d, F] and biases; a ReLU
+    NAME-SAE-l19.pt          DeepSeek-R1 by qresearch: encoder.weight, decoder.weight and biases; a ReLU
+    NAME.pt, NAME_cfg.json   the SAEs of Kissane et al., of hook_z, which is no site here
+
+    Args:
+      path: the file, or the folder that holds it alone.
+      site, target: sites in place of those that the files name.
+    """
+    file = find_pickled(path)
+    assert file is not None
+    found = tensors.open_tensors(file)
+    description = file.with_name(f"{file.stem}_cfg.json")
+    if description.is_file():
+        hook = read_settings(description).get("act_name")
+        named, layout, centred = site or hooks.to_site(str(hook) if hook else None), dict(_PLAIN), True
+    elif "encoder_linear.weight" in found:
+        layout = {
+            name: tensor.replace("coder.", "coder_linear.")
+            for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()
+        }
+        named, centred = _site_of_suffix(file), False
+    elif {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= set(found):
+        named, layout, centred = _site_of_suffix(file), _LINEAR | {"b_dec_D": "decoder.bias"}, False
+    elif match := _QWEN.fullmatch(file.name):
+        named, layout, centred = (
+            f"resid_post.{match[1]}",
+            _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"},
+            False,
+        )
+    else:
+        has = ", ".join(sorted(found)) or "no tensors"
+        raise UserError(
+            f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "
+            "Goodfire or qresearch, or a folder of dictionary_learning or SAELens"
+        )
+    topk = bool(_QWEN.fullmatch(file.name))
+    width, features = tensors.sizes(file, found, layout)
+    config = DictionaryConfig(
+        kind="topk" if topk else "standard",
+        site=site or named,
+        d_in=width,
+        n_features=features,
+        k=_k_beside(file, features) if topk else 0,
+        signed=topk,
+        centred=centred,
+    )
+    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
+
+
+def _site_of_suffix(file: Path) -> str:
+    layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
+    return f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN
+
+
+def _k_beside(file: Path, features: int) -> int:
+    description = file.with_name("config.json")
+    settings = read_settings(description) if description.is_file() else {}
+    named = _L0.findall(file.absolute().as_posix())
+    k = settings.get("k", int(named[-1]) if named else None)
+    return _positive(file.with_name("config.json") if "k" in settings else file, dict(k=k), "k", features)

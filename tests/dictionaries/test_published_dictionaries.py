@@ -1,0 +1,657 @@
+"""Published layouts of dictionaries, as data: each is built with random arrays and compared with its formula.
+
+A layout is a function of a folder that writes the files, and returns what ``load_dictionary`` is given and the function
+that its publisher's code computes, in float64 from the arrays as the files hold them.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import save_file
+
+from saejax.dictionaries import load_dictionary, load_transcoders, stacks
+from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
+from saejax.errors import UserError
+
+D, F, K = 12, 40, 5
+NAME = "Llama-3.1-8B-Instruct-SAE-l19"  # of a file of Goodfire
+X = (np.random.default_rng(7).standard_normal((40, D)) * 2 + 0.5).astype(np.float32)
+LAYOUTS: dict[str, Callable] = {}
+
+
+def layout(function):
+    LAYOUTS[function.__name__] = function
+    return function
+
+
+def arrays(seed=0, unit=False, **vectors) -> dict[str, np.ndarray]:
+    """Random W_enc [D, F], W_dec [F, D], biases, and further vectors [F], given the range they are drawn from."""
+    rng = np.random.default_rng(seed)
+    drawn = dict(W_enc=(D, F), W_dec=(F, D), b_enc=(F,), b_dec=(D,))
+    made = {name: rng.standard_normal(shape) for name, shape in drawn.items()}
+    if unit:
+        made["W_dec"] /= np.linalg.norm(made["W_dec"], axis=1, keepdims=True)
+    made |= {name: rng.uniform(*limits, F) for name, limits in vectors.items()}
+    return {name: array.astype(np.float32) for name, array in made.items()}
+
+
+def relu(pre):
+    return np.maximum(pre, 0)
+
+
+def topk(pre, k=K):
+    """The k largest, whatever their sign."""
+    return np.where(pre >= np.sort(pre, axis=-1)[:, [-k]], pre, 0)
+
+
+def jump(threshold):
+    return lambda pre: np.where(pre > threshold, relu(pre), 0)
+
+
+def function(w, act=relu, centred=True, inputs=1.0, outputs=1.0):
+    """f = act(s_in x W_enc + b_enc), y = (f W_dec + b_dec) / s_out, with x less b_dec where it is centred."""
+
+    def compute(x):
+        w64 = {name: array.astype(np.float64) for name, array in w.items()}
+        x = inputs * x.astype(np.float64)
+        f = act((x - w64["b_dec"] if centred else x) @ w64["W_enc"] + w64["b_enc"])
+        y = (f @ w64["W_dec"] + w64["b_dec"]) / outputs
+        return f, y + x @ w64["W_skip"] if "W_skip" in w64 else y
+
+    return compute
+
+
+def normalised(compute, norm):
+    """A function of normalised tokens, with its output mapped back."""
+
+    def normed(x):
+        x = x.astype(np.float64)
+        mean = x.mean(-1, keepdims=True) if norm != "token_norm" else 0
+        std = (x - mean).std(-1, keepdims=True, ddof=1)
+        if norm == "token_norm":
+            std = np.linalg.norm(x, axis=-1, keepdims=True) / np.sqrt(D)
+        scale = dict(layer_norm=std, token_norm=std, center=np.ones_like(std))[norm]
+        f, y = compute((x - mean) / (scale + (1e-5 if norm == "layer_norm" else 0)))
+        return f, y * scale + mean
+
+    return normed
+
+
+def write_json(file: Path, value) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+def write_tensors(file: Path, dtype=np.float32, **tensors) -> dict[str, np.ndarray]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    stored = {name.replace("__", "."): np.ascontiguousarray(array).astype(dtype) for name, array in tensors.items()}
+    save_file(stored, file)
+    return stored
+
+
+def write_pickled(file: Path, **tensors) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name.replace("__", "."): torch.tensor(np.array(value)) for name, value in tensors.items()}, file)
+
+
+def linears(w, **names) -> dict[str, np.ndarray]:
+    """The state of two torch ``Linear`` modules, with the decoder's bias under another name."""
+    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], decoder__weight=w["W_dec"].T)
+    return state | {names.get("bias", "decoder__bias"): w["b_dec"]}
+
+
+# --- SAELens
+
+SAELENS = dict(dtype="torch.float32", device="mps", apply_b_dec_to_input=True, d_in=D, d_sae=F, prepend_bos=True)
+OLD = SAELENS | dict(
+    hook_point="blocks.8.hook_resid_pre", hook_point_layer=8, model_name="gpt2-small", context_size=128
+)
+NEW = dict(SAELENS, architecture="standard", lora_rank=3)
+META = dict(hook_name="blocks.8.hook_resid_post", model_name="gpt2", prepend_bos=False, sae_lens_version="6.5.0")
+
+
+def saelens(folder, w, **cfg):
+    write_json(folder / "cfg.json", cfg)
+    write_tensors(folder / "sae_weights.safetensors", **w)
+    return folder
+
+
+@layout
+def saelens_before_version_3(folder):
+    w = arrays()
+    write_tensors(folder / "sparsity.safetensors", sparsity=np.zeros(F))
+    path = saelens(folder, w | dict(scaling_factor=np.ones(F, np.float32)), **OLD)
+    return path, function(w), dict(site="resid_pre.8", bos="always", context=128)
+
+
+@layout
+def saelens_4_with_k_among_the_activations_arguments(folder):
+    w = arrays()
+    cfg = OLD | dict(
+        architecture="standard", activation_fn_str="topk", activation_fn_kwargs=dict(k=K), prepend_bos=False
+    )
+    path = saelens(folder, w, **cfg)
+    return path, function(w, lambda pre: relu(topk(pre))), dict(kind="topk", k=K, bos="never")
+
+
+@layout
+def saelens_4_jumprelu_with_a_scaling_factor(folder):
+    w = arrays(threshold=(-1, 1), scaling_factor=(0.5, 2))
+    path = saelens(folder, w, **OLD | dict(architecture="jumprelu", finetuning_scaling_factor=True))
+    scaled = w | dict(W_dec=w["W_dec"] * w["scaling_factor"][:, None])
+    return path, function(scaled, jump(w["threshold"])), dict(kind="jumprelu")
+
+
+@layout
+def saelens_6_with_unknown_settings(folder):
+    w = arrays()
+    return saelens(folder, w, **NEW, metadata=META), function(w), dict(site="resid_post.8", bos="always")
+
+
+@layout
+def saelens_6_topk_with_layer_norm(folder):
+    w = arrays()
+    cfg = NEW | dict(architecture="topk", k=K, normalize_activations="layer_norm", rescale_acts_by_decoder_norm=False)
+    compute = normalised(function(w, lambda pre: relu(topk(pre))), "layer_norm")
+    return saelens(folder, w, **cfg, metadata=META), compute, dict(input_norm="layer_norm")
+
+
+@layout
+def saelens_6_with_constant_norm(folder):
+    w = arrays()
+    path = saelens(folder, w, **NEW | dict(normalize_activations="constant_norm_rescale"), metadata=META)
+    return path, normalised(function(w), "token_norm"), dict(input_norm="token_norm")
+
+
+@layout
+def saelens_6_with_a_constant_factor(folder):
+    w = arrays()
+    cfg = NEW | dict(normalize_activations="constant_scalar_rescale", activation_normalization_factor=0.25)
+    return saelens(folder, w, **cfg, metadata=META), function(w, inputs=0.25, outputs=0.25), {}
+
+
+@layout
+def saelens_6_of_centred_weights(folder):
+    w = arrays()
+    kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True, fold_ln=True))
+    return (
+        saelens(folder, w, **NEW, metadata=META | kwargs),
+        normalised(function(w), "center"),
+        dict(input_norm="center"),
+    )
+
+
+@layout
+def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder):
+    w = arrays()
+    kwargs = dict(model_from_pretrained_kwargs=dict(center_writing_weights=True), model_name="google/gemma-2-2b")
+    return saelens(folder, w, **NEW, metadata=META | kwargs), function(w), dict(input_norm="")
+
+
+# --- dictionary_learning
+
+
+def learned(folder, name, state, **trainer):
+    write_pickled(folder / "ae.pt", **state)
+    trainer = dict(dict_class=name, activation_dim=D, dict_size=F, submodule_name="resid_post_layer_12") | trainer
+    write_json(folder / "config.json", dict(trainer=trainer | dict(lm_name="google/gemma-2-2b"), buffer=dict(io="out")))
+    return folder
+
+
+@layout
+def dictionary_learning_standard(folder):
+    w = arrays()
+    return learned(folder, "AutoEncoder", linears(w, bias="bias")), function(w), dict(site="resid_post.12")
+
+
+@layout
+def dictionary_learning_standard_of_april(folder):
+    w = arrays()
+    return learned(folder, "AutoEncoderNew", linears(w)), function(w, centred=False), dict(model="google/gemma-2-2b")
+
+
+@layout
+def dictionary_learning_topk(folder):
+    w = arrays()
+    path = learned(folder, "AutoEncoderTopK", linears(w, bias="b_dec") | dict(k=K, threshold=0.4))
+    return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
+
+
+@layout
+def dictionary_learning_batch_topk(folder):
+    w = arrays()
+    path = learned(folder, "BatchTopKSAE", linears(w, bias="b_dec") | dict(k=K, threshold=1.25))
+    return path, function(w, jump(1.25)), dict(kind="batchtopk", k=K)
+
+
+@layout
+def dictionary_learning_matryoshka(folder):
+    w = arrays()
+    path = learned(folder, "MatryoshkaBatchTopKSAE", w | dict(k=K, threshold=1.25, group_sizes=[10, 30]))
+    return path, function(w, jump(1.25)), dict(kind="matryoshka", groups=(10, F))
+
+
+@layout
+def dictionary_learning_jumprelu(folder):
+    """Thresholds are of pre-activations; activations are multiplied by the lengths of decoder rows."""
+    w = arrays(threshold=(0, 1))
+    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+    compute = function(
+        w | dict(W_dec=w["W_dec"] / length[:, None]), lambda pre: jump(w["threshold"])(pre) * length, False
+    )
+    return learned(folder, "JumpReluAutoEncoder", w), compute, dict(kind="jumprelu")
+
+
+@layout
+def dictionary_learning_gated(folder):
+    w = arrays(r_mag=(-0.5, 0.5), mag_bias=(-0.5, 0.5))
+    state = linears(w, bias="decoder_bias") | dict(gate_bias=w["b_enc"], r_mag=w["r_mag"], mag_bias=w["mag_bias"])
+    del state["encoder__bias"]
+    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+
+    def act(gate):
+        magnitude = (gate - w["b_enc"]) * np.exp(w["r_mag"].astype(np.float64)) + w["mag_bias"]
+        return (gate > 0) * relu(magnitude) * length
+
+    return learned(folder, "GatedAutoEncoder", state), function(w | dict(W_dec=w["W_dec"] / length[:, None]), act), {}
+
+
+# --- Gemma Scope
+
+
+@layout
+def gemma_scope_1(folder):
+    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    path.mkdir(parents=True)
+    np.savez(path / "params.npz", **w)
+    expected = dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
+    return path, function(w, jump(w["threshold"]), False), expected
+
+
+@layout
+def gemma_scope_1_transcoder(folder):
+    """It reads the norm before the MLP before its gain, which graphs can."""
+    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k"
+    path.mkdir(parents=True)
+    np.savez(path / "params.npz", **w)
+    return path, function(w, jump(w["threshold"]), False), dict(site="mlp_normed.3", target="mlp_out.3")
+
+
+@layout
+def gemma_scope_2_affine_transcoder(folder):
+    w = arrays(threshold=(0, 2)) | dict(W_skip=arrays(1)["W_enc"][:, :D])
+    path = folder / "gemma-scope-2-1b-it" / "transcoder_all" / "layer_5_width_16k_l0_small_affine"
+    names = dict(W_enc="w_enc", W_dec="w_dec", W_skip="affine_skip_connection")
+    write_tensors(path / "params.safetensors", **{names.get(name, name): array for name, array in w.items()})
+    expected = dict(site="mlp_in.5", target="mlp_out.5", skip=True, model="google/gemma-3-1b-it")
+    return path, function(w, jump(w["threshold"]), False), expected
+
+
+# --- OpenMOSS
+
+NORMS = {"in": 6.3125, "out": 3.390625}
+S_IN, S_OUT = (np.sqrt(D) / NORMS[side] for side in ("in", "out"))
+
+
+@layout
+def llama_scope_1(folder):
+    w = arrays()
+    stored = write_tensors(folder / "checkpoints" / "final.safetensors", ml_dtypes.bfloat16, **linears(w))
+    settings = dict(d_model=D, d_sae=F, act_fn="jumprelu", jump_relu_threshold=0.25, norm_activation="dataset-wise")
+    settings |= dict(hook_point_in="blocks.8.hook_resid_post", hook_point_out="blocks.8.hook_mlp_out")
+    write_json(folder / "hyperparams.json", settings | dict(dataset_average_activation_norm=NORMS))
+    w = dict(W_enc=stored["encoder.weight"].T, W_dec=stored["decoder.weight"].T)
+    w |= dict(b_enc=stored["encoder.bias"], b_dec=stored["decoder.bias"])
+    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+
+    def compute(x):
+        """Activations times the lengths of decoder rows, in units of the output; the threshold is of these."""
+        act = jump(0.25 * S_OUT / length)
+        f, y = function(w, act, False, inputs=S_IN, outputs=S_OUT)(x)
+        return f * length / S_OUT, y
+
+    return folder, compute, dict(site="resid_post.8", target="mlp_out.8")
+
+
+@layout
+def llama_scope_r1(folder):
+    w = arrays(unit=True, threshold=(0.5, 2))
+    state = linears(w) | dict(log_jumprelu_threshold=np.log(w["threshold"]))
+    hook = "blocks.15.hook_resid_post"
+    state[f"dataset_average_activation_norm.{hook}"] = np.float32(9.5)
+    write_tensors(folder / "sae_weights.safetensors", **state)
+    settings = dict(sae_type="sae", d_model=D, act_fn="jumprelu", top_k=50, hook_point_in=hook, hook_point_out=hook)
+    write_json(folder / "config.json", settings | dict(norm_activation="dataset-wise"))
+    s = np.sqrt(D) / 9.5
+
+    def compute(x):
+        f, y = function(w, jump(w["threshold"]), False, inputs=s, outputs=s)(x)
+        return f / s, y
+
+    return folder, compute, dict(site="resid_post.15")
+
+
+@layout
+def llama_scope_2(folder):
+    w, into, out = arrays(), "blocks.12.mlp.hook_in", "blocks.12.hook_mlp_out"
+    state = dict(W_E=w["W_enc"], b_E=w["b_enc"], W_D=w["W_dec"], b_D=w["b_dec"])
+    state |= {
+        f"dataset_average_activation_norm.{hook}": np.float32(NORMS[side])
+        for side, hook in (("in", into), ("out", out))
+    }
+    write_tensors(folder / "sae_weights.safetensors", **state)
+    settings = dict(sae_type="sae", d_model=D, act_fn="topk", top_k=K, hook_point_in=into, hook_point_out=out)
+    write_json(folder / "config.json", settings | dict(norm_activation="dataset-wise"))
+    length = np.linalg.norm(w["W_dec"].astype(np.float64), axis=1)
+
+    def compute(x):
+        act = lambda pre: relu(topk(pre * length)) / length  # noqa: E731
+        f, y = function(w, act, False, inputs=S_IN, outputs=S_OUT)(x)
+        return f * length / S_OUT, y
+
+    return folder, compute, dict(site="mlp_in.12", target="mlp_out.12", k=K)
+
+
+# --- others
+
+
+@layout
+def sparsify_with_negative_activations(folder):
+    w = arrays(3)
+    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
+    write_tensors(folder / "layers.10" / "sae.safetensors", **state)
+    write_json(folder / "layers.10" / "cfg.json", dict(num_latents=F, k=30, signed=True, d_in=D))
+    write_json(folder / "config.json", dict(model="EleutherAI/pythia-70m"))
+    expected = dict(site="resid_post.10", signed=True, model="EleutherAI/pythia-70m")
+    return folder / "layers.10", function(w, lambda pre: topk(pre, 30)), expected
+
+
+@layout
+def sparsify_skip_transcoder(folder):
+    w = arrays() | dict(W_skip=arrays(1)["W_enc"][:, :D])
+    state = dict(encoder__weight=w["W_enc"].T, encoder__bias=w["b_enc"], W_dec=w["W_dec"], b_dec=w["b_dec"])
+    write_tensors(folder / "layers.3.mlp" / "sae.safetensors", **state, W_skip=w["W_skip"].T)
+    cfg = dict(activation="topk", num_latents=F, k=K, d_in=D, transcode=True, skip_connection=True)
+    write_json(folder / "layers.3.mlp" / "cfg.json", cfg)
+    return (
+        folder / "layers.3.mlp",
+        function(w, lambda pre: topk(relu(pre)), False),
+        dict(site="mlp_in.3", target="mlp_out.3"),
+    )
+
+
+@layout
+def qwen_scope(folder):
+    w, file = arrays(), folder / "SAE-Res-Qwen3-1.7B-Base-W32K-L0_30" / "layer4.sae.pt"
+    write_pickled(file, **{name: array.T for name, array in w.items()})
+    return file, function(w, lambda pre: topk(pre, 30), False), dict(site="resid_post.4", k=30, signed=True)
+
+
+@layout
+def goodfire(folder):
+    w = arrays()
+    state = {name.replace("coder__", "coder_linear__"): array for name, array in linears(w).items()}
+    write_pickled(folder / f"{NAME}.pth", **state)
+    return folder, function(w, centred=False), dict(site="resid_post.19")
+
+
+@layout
+def qresearch(folder):
+    w = arrays()
+    write_pickled(folder / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", **linears(w))
+    return folder, function(w, centred=False), dict(site="resid_post.19")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_published_layout_computes_what_its_publisher_says(name, tmp_path):
+    path, compute, expected = LAYOUTS[name](tmp_path)
+    dictionary = load_dictionary(path)
+    f, y = compute(X)
+    ours_f, ours_y = np.asarray(dictionary.encode(jnp.asarray(X))), np.asarray(dictionary(jnp.asarray(X)))
+    assert ((ours_f != 0) == (f != 0)).mean() > 0.999 and 0 < (f != 0).mean() < 1
+    np.testing.assert_allclose(ours_f, f, atol=1e-5 * np.abs(f).max())
+    np.testing.assert_allclose(ours_y, y, atol=1e-5 * np.abs(y).max())
+    assert {key: getattr(dictionary.config, key) for key in expected} == expected
+    assert read_config(path) == dictionary.config
+
+
+def test_a_crosscoder_of_gemma_scope_2_has_features_that_read_one_layer_and_write_to_all(tmp_path):
+    folder, layers = tmp_path / "crosscoder" / "layer_7_13_17_width_65k_l0_medium", (7, 13, 17)
+    rng, made = np.random.default_rng(0), []
+    for index in range(3):
+        w = arrays(index, threshold=(0, 2)) | dict(W_dec=rng.standard_normal((F, 3, D)).astype(np.float32))
+        names = dict(W_enc="w_enc", W_dec="w_dec")
+        write_tensors(folder / f"params_layer_{index}.safetensors", **{names.get(n, n): a for n, a in w.items()})
+        made.append({name: array.astype(np.float64) for name, array in w.items()})
+    dictionary = load_dictionary(folder)
+    assert dictionary.config.site == "+".join(f"resid_post.{layer}" for layer in layers)
+    x = np.random.default_rng(1).standard_normal((20, 3, D)).astype(np.float32)
+    f = [jump(w["threshold"])(x[:, index] @ w["W_enc"] + w["b_enc"]) for index, w in enumerate(made)]
+    y = sum(np.einsum("bf,fpd->bpd", f[index], w["W_dec"]) for index, w in enumerate(made))
+    y = (y + np.stack([w["b_dec"] for w in made])).reshape(20, -1)
+    joined = jnp.asarray(x.reshape(20, -1))
+    np.testing.assert_allclose(dictionary.encode(joined), np.concatenate(f, 1), atol=1e-4)
+    np.testing.assert_allclose(dictionary(joined), y, atol=1e-3)
+    (folder / "params_layer_1.safetensors").unlink()
+    with pytest.raises(UserError, match="params_layer_1.safetensors is missing"):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize("batch_topk", [False, True])
+def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
+    folder, rng = tmp_path / "gemma-2-2b-L13-k100-lr1e-04", np.random.default_rng(0)
+    w = dict(encoder__weight=rng.standard_normal((2, D, F)), decoder__weight=rng.standard_normal((2, F, D)))
+    w |= dict(encoder__bias=rng.standard_normal(F), decoder__bias=rng.standard_normal((2, D)))
+    more = dict(threshold=np.asarray(3.0), k=np.asarray(7.0)) if batch_topk else {}
+    stored = write_tensors(folder / "model.safetensors", **w, **more)
+    write_json(
+        folder / "config.json", dict(activation_dim=D, dict_size=F, num_layers=2) | (dict(k=7) if batch_topk else {})
+    )
+    dictionary, x = load_dictionary(folder), rng.standard_normal((20, 2, D)).astype(np.float32)
+    assert dictionary.config.site == "resid_post.13+other:resid_post.13" and dictionary.config.widths == (D, D)
+    pre = relu(np.einsum("bpd,pdf->bf", x.astype(np.float64), stored["encoder.weight"]) + stored["encoder.bias"])
+    weight = np.linalg.norm(stored["decoder.weight"].astype(np.float64), axis=2).sum(0)
+    f = pre * (pre * weight > 3.0) if batch_topk else pre
+    y = np.einsum("bf,pfd->bpd", f, stored["decoder.weight"]) + stored["decoder.bias"]
+    np.testing.assert_allclose(dictionary.encode(jnp.asarray(x.reshape(20, -1))), f, atol=1e-4)
+    np.testing.assert_allclose(dictionary(jnp.asarray(x.reshape(20, -1))), y.reshape(20, -1), atol=1e-3)
+
+
+# --- sets
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp_path):
+    folder, made = tmp_path / "crv-8b-instruct-transcoders", [arrays(layer) for layer in range(2)]
+    for layer, w in enumerate(made):
+        write_tensors(folder / f"layer_{layer}.safetensors", **w | dict(W_enc=w["W_enc"].T))
+    settings = dict(model_kind="transcoder_set", model_name="m", activation="topk")
+    settings |= dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
+    if described:
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(UserError, match="activation is topk, but k is 128: expected a number up to 40"):
+            load_transcoders(folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=30)))
+    for layer, (transcoder, w) in enumerate(zip(load_transcoders(folder), made, strict=True)):
+        f, y = function(w, (lambda pre: topk(pre, 30)) if described else relu, centred=False)(X)
+        np.testing.assert_allclose(transcoder.encode(jnp.asarray(X)), f, atol=1e-4)
+        np.testing.assert_allclose(transcoder(jnp.asarray(X)), y, atol=1e-3)
+        assert (transcoder.config.site, transcoder.config.target) == (f"mlp_in.{layer}", f"mlp_out.{layer}")
+
+
+def test_a_set_lists_files_on_the_hub_of_a_revision(tmp_path, monkeypatch):
+    made, asked = [arrays(layer, threshold=(0, 2)) for layer in range(2)], []
+    for layer, w in enumerate(made):
+        np.savez(tmp_path / f"{layer}.npz", **w)
+
+    def download(repository, file, revision):
+        asked.append((repository, file, revision))
+        return tmp_path / Path(file).name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    settings = dict(
+        model_kind="transcoder_set", model_name="google/gemma-2-2b", feature_input_hook="ln2.hook_normalized"
+    )
+    settings |= dict(feature_output_hook="hook_mlp_out", transcoders=["hf://org/s/a/0.npz@v2", "hf://org/s/a/1.npz"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    loaded = load_transcoders(tmp_path)
+    assert asked == [("org/s", "a/0.npz", "v2"), ("org/s", "a/1.npz", "main")]
+    assert [each.config.site for each in loaded] == ["mlp_normed.0", "mlp_normed.1"]
+    f, _ = function(made[1], jump(made[1]["threshold"]), False)(X)
+    np.testing.assert_allclose(loaded[1].encode(jnp.asarray(X)), f, atol=1e-4)
+    opened = circuit_tracer.open_set(tmp_path)
+    np.testing.assert_array_equal(opened.rows(1, "W_enc", np.array([3, 0])), made[1]["W_enc"][:, [3, 0]].T)
+
+
+# --- addresses
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """SAELens' registry as its package has it, and its repository on the hub."""
+    package = tmp_path / "site" / "sae_lens"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
+    release = dict(repo_id="jbloom/GPT2", model="gpt2-small", saes=[dict(id="blocks.8.hook_resid_pre", path="a/b")])
+    centred = json.loads(json.dumps(release)) | dict(
+        config_overrides=dict(model_from_pretrained_kwargs=dict(center_writing_weights=True))
+    )
+    (package / "pretrained_saes.yaml").write_text(yaml.safe_dump({"gpt2-small-res-jb": centred, "plain": release}))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **wanted: str(tmp_path / name))
+    place._fetch.cache_clear()
+    yield saelens(tmp_path / "jbloom" / "GPT2" / "a" / "b", arrays(), **OLD)
+    place._fetch.cache_clear()
+
+
+def test_a_release_of_saelens_registry_brings_the_settings_that_its_folder_lacks(registry):
+    """The weights of this release's model were centred, which the folder itself does not say."""
+    centred, plain = (
+        load_dictionary(f"saelens:{name}/blocks.8.hook_resid_pre") for name in ("gpt2-small-res-jb", "plain")
+    )
+    assert (centred.config.input_norm, plain.config.input_norm) == ("center", "")
+    f, y = normalised(function(arrays()), "center")(X)
+    np.testing.assert_allclose(centred.encode(jnp.asarray(X)), f, atol=1e-4)
+    np.testing.assert_allclose(centred(jnp.asarray(X)), y, atol=1e-3)
+    assert stacks.identity("saelens:plain/blocks.8.hook_resid_pre") == stacks.identity(str(registry))
+    assert stacks.identity("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre") != stacks.identity(str(registry))
+    with pytest.raises(UserError, match="no dictionary 'x': expected one such as blocks.8.hook_resid_pre"):
+        load_dictionary("saelens:plain/x")
+    with pytest.raises(UserError, match="no release 'gpt2-medium': expected one such as gpt2-small-res-jb"):
+        load_dictionary("saelens:gpt2-medium/x")
+
+
+def test_without_saelens_a_release_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="SAELens is not installed: install it .*, or give the address on the hub"):
+        load_dictionary("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
+
+
+def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision, allow_patterns, ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    place._fetch.cache_clear()
+    path, _, _ = gemma_scope_1(tmp_path)
+    below = path.relative_to(tmp_path).as_posix()
+    assert load_dictionary(f"hf://google/scope/{below}@v1").site == "resid_post.12"
+    ((name, revision, wanted, skipped),) = asked
+    assert (name, revision, skipped) == ("google/scope", "v1", [f"{below}/*/*"]) and f"{below}/*.npz" in wanted
+    file, _, _ = qwen_scope(tmp_path)
+    named = file.relative_to(tmp_path)
+    assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
+    assert asked[-1][2] == [named.as_posix(), *(named.with_name(n).as_posix() for n in ("config.json", "cfg.json"))]
+    for address in ("hf://alone", "hf://", "hf://a/b@"):
+        with pytest.raises(UserError, match="expected hf://ORG/NAME"):
+            load_dictionary(address)
+    place._fetch.cache_clear()
+
+
+def test_files_of_one_layer_each_are_a_folders_dictionaries(tmp_path):
+    file, _, _ = qwen_scope(tmp_path)
+    for layer in (0, 10):
+        write_pickled(file.with_name(f"layer{layer}.sae.pt"), **{name: array.T for name, array in arrays().items()})
+    assert [sae.site for sae in load_all(file.parent).values()] == ["resid_post.0", "resid_post.4", "resid_post.10"]
+    before = stacks.identity(str(file))
+    write_json(file.with_name("config.json"), dict(k=3))
+    assert stacks.identity(str(file)) != before and load_dictionary(file).config.k == 3
+
+
+# --- what is refused, in one line
+
+
+def settings(file, **changes):
+    def change(path):
+        values = json.loads((path / file).read_text())
+        for key, value in changes.items():
+            at = values.get("trainer", values)
+            at.pop(key, None) if value is ... else at.update({key: value})
+        write_json(path / file, values)
+
+    return change
+
+
+def cut(file):
+    return lambda path: (path / file).write_bytes((path / file).read_bytes()[:200])
+
+
+@pytest.mark.parametrize(
+    "name,change,message",
+    [
+        ("saelens_before_version_3", cut("sae_weights.safetensors"), "sae_weights.safetensors is truncated"),
+        ("saelens_before_version_3", settings("cfg.json", d_sae=7), "d_sae is 7, but the arrays .* have 40"),
+        ("saelens_before_version_3", settings("cfg.json", activation_fn_str="tanh-relu"), "activation_fn is 'tanh"),
+        ("saelens_before_version_3", settings("cfg.json", hook_point="blocks.0.attn.hook_z"), "heads side by side"),
+        ("saelens_6_with_a_constant_factor", settings("cfg.json", activation_normalization_factor=...), "is missing"),
+        ("saelens_6_with_unknown_settings", settings("cfg.json", architecture="temporal"), "unknown architecture"),
+        ("saelens_6_with_unknown_settings", settings("cfg.json", normalize_activations="odd"), "is 'odd': expected"),
+        ("saelens_6_of_centred_weights", settings("cfg.json", model_name="odd"), "cannot undo for odd"),
+        ("gemma_scope_1", cut("params.npz"), "params.npz is truncated or not a npz file"),
+        ("goodfire", cut(f"{NAME}.pth"), "SAE-l19.pth is truncated"),
+        (
+            "goodfire",
+            lambda path: write_pickled(path / f"{NAME}.pth", pre_bias=1.0),
+            "holds pre_bias, which no dictionary",
+        ),
+        ("dictionary_learning_topk", cut("ae.pt"), "ae.pt is truncated"),
+        ("dictionary_learning_topk", settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
+        ("dictionary_learning_topk", lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
+        ("llama_scope_1", settings("hyperparams.json", act_fn="relu"), "act_fn is 'relu', which no dictionary here"),
+        ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
+        ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),
+        ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
+        ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
+        ("sparsify_skip_transcoder", settings("cfg.json", k=F + 1), "k is 41: expected a whole number from 1 to 40"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_followed_or_read_is_refused_in_one_line(name, change, message, tmp_path):
+    path, _, _ = LAYOUTS[name](tmp_path)
+    change(path)
+    with pytest.raises(UserError, match=message) as error:
+        load_dictionary(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype,stored", [("float32", "float32"), ("auto", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored, tmp_path):
+    w = arrays()
+    write_json(tmp_path / "cfg.json", NEW | dict(metadata=META))
+    write_tensors(tmp_path / "sae_weights.safetensors", ml_dtypes.bfloat16, **w)
+    dictionary, wide = load_dictionary(tmp_path, dtype=dtype), load_dictionary(tmp_path)
+    assert dictionary.W_enc_DxF.dtype == dictionary.W_dec_FxD.dtype == stored
+    assert dictionary.b_enc_F.dtype == dictionary.b_dec_D.dtype == "float32"
+    np.testing.assert_array_equal(dictionary(jnp.asarray(X)), wide(jnp.asarray(X)))
+    with pytest.raises(UserError, match="unknown dtype 'float8'"):
+        load_dictionary(tmp_path, dtype="float8")
