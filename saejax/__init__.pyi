@@ -4,6 +4,7 @@ from saejax.attribution.graph.graph import Graph as Graph
 from saejax.attribution.trace.gradient import trace_gradient as trace_gradient
 from saejax.attribution.trace.prompt import trace as trace
 from saejax.dictionaries import Dictionary as Dictionary
+from saejax.dictionaries import check_dictionary as check_dictionary
 from saejax.dictionaries import load_dictionary as load_dictionary
 from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary

@@ -1,6 +1,7 @@
 """Sparse dictionaries: modules, sparsity functions, losses, edits of features, file formats."""
 
 from saejax.dictionaries.basis import Basis
+from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import load_dictionary, load_transcoders, save_dictionary, save_transcoders
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 
@@ -8,6 +9,7 @@ __all__ = [
     "Basis",
     "Dictionary",
     "DictionaryConfig",
+    "check_dictionary",
     "load_dictionary",
     "load_transcoders",
     "save_dictionary",

@@ -22,7 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from saejax.dictionaries import rescale
+from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, own, published, saelens
 from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.formats.tensors import Published
@@ -103,16 +106,18 @@ def load_dictionary(
         are for dictionaries trained here. Not possible for topk where the lengths differ.
       dtype: of its matrices on the device: "float32", "bfloat16", or "auto", that of the file. Products are summed in
         float32 whatever it is, and biases and thresholds are float32.
-      lm: a language model; the dictionary is then measured on a sample of text, see ``dictionaries.check``.
+      lm: a language model; the dictionary is then measured on a sample of text, see ``check_dictionary``.
 
     Raises:
       UserError: no dictionary is there, its files are damaged, or they ask for what no dictionary here does.
     """
-    dictionary = _locate(path, site, target).load(matmul_dtype, dtype)
+    located = _locate(path, site, target)
+    logging.info("%s", describe(located.config, located.format))
+    dictionary = located.load(matmul_dtype, dtype)
     if unit_norm:
         dictionary = rescale.unit_decoder(dictionary)
     if lm is not None:
-        lm.check_dictionary(dictionary)
+        check_dictionary(lm, dictionary)
     return dictionary
 
 

@@ -1,0 +1,99 @@
+"""A measurement that a dictionary was read correctly: L0 and explained variance on 64 tokens of text."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from saejax.dictionaries import joined
+from saejax.dictionaries.modules import Dictionary
+from saejax.errors import UserError
+from saejax.models.sites import OtherSite, Site, is_joined, parse_site, site_parts
+from saejax.models.tokens import Tokens
+
+TOKENS = 64
+SINK_FACTOR = 10.0  # times the median norm, above which a token is left out as an attention sink
+_TEXT = (
+    "The harbour was quiet when the first boats came back in the morning. Two of the crew had stayed on the pier to "
+    "mend the nets, and the others carried the boxes of fish up the steps to the market, where people were already "
+    "waiting. In 1987 the town had about four thousand inhabitants, most of whom worked in the cannery or on the ferry "
+    "to the island; today many of them rent rooms to visitors, and the old school has become a small museum."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryCheck:
+    """What a dictionary does with a sample of text.
+
+    Attributes:
+      l0: mean number of active features of a token.
+      explained_variance: 1 - squared error / variance of what it reconstructs, summed over tokens and dimensions.
+      tokens: how many were measured; attention sinks are left out.
+    """
+
+    l0: float
+    explained_variance: float
+    tokens: int
+
+
+def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
+    """Measure a dictionary on a sample of text, and log one line; below 0 explained variance it is a warning.
+
+    A dictionary that explains less than nothing reads another site or model than it was trained on, or its settings
+    were not followed: nothing that is found with it means anything. The text begins with BOS as those of the
+    training did.
+
+    Args:
+      lm: the language model.
+      dictionary: of a site of this model.
+
+    Raises:
+      UserError: it reads what this model has not, or is of another width.
+    """
+    config = dictionary.config
+    if not _is_measurable(config.site, config.target):
+        raise UserError(f"a dictionary of {config.site} cannot be measured: this model has no such site")
+    read, written = site_parts(config.site), site_parts(config.target or config.site)
+    bos = config.bos if getattr(lm.tokenizer, "bos_token_id", None) is not None else "auto"
+    tokens = lm.tokenize([_TEXT], bos)
+    length = min(TOKENS, lm.config.context, int(tokens.lengths_B[0]))
+    tokens = Tokens(tokens.ids_BxT[:, :length], np.array([length], np.int32))
+    sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
+    x_TxD, y_TxD = (
+        joined.join(config, sites)[0] if is_joined(site) else jnp.asarray(sites[site][0], jnp.float32)
+        for site in (config.site, config.target or config.site)
+    )
+    if x_TxD.shape[-1] != config.d_in:
+        raise UserError(f"the dictionary reads {config.d_in} dimensions, but {config.site} has {x_TxD.shape[-1]}")
+    f_TxF = dictionary.encode(x_TxD)
+    error_TxD = np.asarray(y_TxD - dictionary.decode(f_TxF, x_TxD), np.float64)
+    norm_T = np.linalg.norm(np.asarray(x_TxD, np.float64), axis=1)
+    kept_T = np.asarray(dictionary.is_not_sink(x_TxD)) & (norm_T <= SINK_FACTOR * np.median(norm_T))
+    kept_T[0] &= length == 1  # the first token of a text is a sink in most models
+    target_TxD = np.asarray(y_TxD, np.float64)[kept_T]
+    variance = np.square(target_TxD - target_TxD.mean(0)).sum() if kept_T.any() else 0.0
+    explained = 1 - np.square(error_TxD[kept_T]).sum() / variance if variance > 0 else float("nan")
+    active_TxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
+    check = DictionaryCheck(
+        float(active_TxF.sum(1).mean()) if kept_T.any() else 0.0, float(explained), int(kept_T.sum())
+    )
+    line = (
+        f"{config.kind} dictionary of {config.site}: L0 {check.l0:.1f}, explained variance "
+        f"{check.explained_variance:.3f} on {check.tokens} tokens"
+    )
+    if check.explained_variance < 0:
+        logging.warning("%s: it was trained on another site or model, or with other settings than were read", line)
+    else:
+        logging.info("%s", line)
+    return check
+
+
+def _is_measurable(site: str, target: str) -> bool:
+    """Return whether all parts are sites of the decoder of one model."""
+    try:
+        parsed = [parse_site(part) for name in (site, target or site) for part in site_parts(name)]
+    except UserError:
+        return False
+    return all(isinstance(part, Site) and not isinstance(part, OtherSite) for part in parsed)

@@ -1,0 +1,81 @@
+"""The measurement of a dictionary on a sample of text, and what loading one does to logging."""
+
+import logging
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from known_dictionaries import make
+
+from saejax import load_dictionary, load_model, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, check_dictionary
+from saejax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama):
+    return load_model(str(tiny_llama))
+
+
+def identity(d: int, **changes) -> Dictionary:
+    """A dictionary that reconstructs everything: a linear basis of positive and negative directions."""
+    rows = np.concatenate([np.eye(d), -np.eye(d)]).astype(np.float32)
+    config = dict(kind="standard", site="resid_post.0", d_in=d, n_features=2 * d, centred=False) | changes
+    arrays = dict(W_enc_DxF=rows.T, b_enc_F=np.zeros(2 * d), W_dec_FxD=rows, b_dec_D=np.zeros(d))
+    return Dictionary(DictionaryConfig(**config), **{name: jnp.asarray(a, jnp.float32) for name, a in arrays.items()})
+
+
+def test_a_dictionary_that_reconstructs_everything_explains_all(lm, caplog):
+    d = lm.config.d_model
+    with caplog.at_level(logging.INFO, "absl"):
+        check = check_dictionary(lm, identity(d))
+    assert check.explained_variance == pytest.approx(1) and check.l0 == pytest.approx(d, abs=0.5)
+    assert 30 < check.tokens < 64 and [record.levelname for record in caplog.records] == ["INFO"]
+    assert "standard dictionary of resid_post.0: L0 " in caplog.text
+
+
+def test_a_dictionary_of_something_else_is_warned_of(lm, caplog):
+    wrong = identity(lm.config.d_model)
+    wrong.W_dec_FxD[...] = -wrong.W_dec_FxD[...]
+    with caplog.at_level(logging.INFO, "absl"):
+        assert check_dictionary(lm, wrong).explained_variance < 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "trained on another site or model" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "site", ["unknown", "mlp_normed.0", "module:model.layers.0", "resid_post.0+other:resid_post.0"]
+)
+def test_what_the_model_has_no_site_for_cannot_be_measured(lm, site):
+    with pytest.raises(UserError, match="cannot be measured"):
+        check_dictionary(lm, identity(lm.config.d_model, site=site))
+
+
+def test_loading_logs_what_a_dictionary_is_and_measures_it(lm, tmp_path, caplog):
+    save_dictionary(tmp_path, identity(lm.config.d_model, bos="always"), "saelens")
+    with caplog.at_level(logging.INFO, "absl"):
+        load_dictionary(tmp_path, lm=lm)
+    d = lm.config.d_model
+    first, second = (record.getMessage() for record in caplog.records)
+    told = f"SAELens: standard of resid_post.0, width {d}, {2 * d} features; texts always began with BOS"
+    assert first == told and "explained variance 1.000" in second
+
+
+def test_the_users_own_logging_by_absl_is_left_alone(tmp_path):
+    """In a process of its own: saving and loading through Orbax must not silence absl for good."""
+    save_dictionary(tmp_path / "a", make())
+    code = f"""
+import logging
+from absl import logging as absl_logging
+absl_logging.set_verbosity(absl_logging.INFO)
+import saejax
+dictionary = saejax.load_dictionary({str(tmp_path / "a")!r})
+saejax.save_dictionary({str(tmp_path / "b")!r}, dictionary)
+absl_logging.info("an information of the user's")
+absl_logging.error("an error of the user's")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "an information of the user's" in done.stderr and "an error of the user's" in done.stderr
