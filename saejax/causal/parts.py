@@ -18,6 +18,8 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.files import read_json, write_json
 from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import bos_tokens
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
@@ -60,6 +62,11 @@ def load_run_dictionary(run: Run) -> Dictionary:
     if not dictionary.config.fingerprint:  # another tool's
         known = dictionary.config.model or "no model"
         run.say(f"{run.stage}: the dictionary names {known}, and no state of it: take care that it is this one")
+    if dictionary.config.bos != "auto":
+        tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
+        begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
+        if conflict := dictionary.config.bos_conflict(begins):
+            run.say(f"{run.stage}: {conflict}")
     return dictionary
 
 

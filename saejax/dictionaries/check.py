@@ -11,7 +11,7 @@ from saejax.dictionaries import joined
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
 from saejax.models.sites import OtherSite, Site, is_joined, parse_site, site_parts
-from saejax.models.tokens import Tokens
+from saejax.models.tokens import encode, pad
 
 TOKENS = 64
 SINK_FACTOR = 10.0  # times the median norm, above which a token is left out as an attention sink
@@ -57,9 +57,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
         raise UserError(f"a dictionary of {config.site} cannot be measured: this model has no such site")
     read, written = site_parts(config.site), site_parts(config.target or config.site)
     bos = config.bos if getattr(lm.tokenizer, "bos_token_id", None) is not None else "auto"
-    tokens = lm.tokenize([_TEXT], bos)
-    length = min(TOKENS, lm.config.context, int(tokens.lengths_B[0]))
-    tokens = Tokens(tokens.ids_BxT[:, :length], np.array([length], np.int32))
+    tokens = pad([encode(lm.tokenizer, _TEXT, bos)[: min(TOKENS, lm.config.context)]])
     sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
     x_TxD, y_TxD = (
         joined.join(config, sites)[0] if is_joined(site) else jnp.asarray(sites[site][0], jnp.float32)
@@ -71,13 +69,13 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     error_TxD = np.asarray(y_TxD - dictionary.decode(f_TxF, x_TxD), np.float64)
     norm_T = np.linalg.norm(np.asarray(x_TxD, np.float64), axis=1)
     kept_T = np.asarray(dictionary.is_not_sink(x_TxD)) & (norm_T <= SINK_FACTOR * np.median(norm_T))
-    kept_T[0] &= length == 1  # the first token of a text is a sink in most models
-    target_TxD = np.asarray(y_TxD, np.float64)[kept_T]
-    variance = np.square(target_TxD - target_TxD.mean(0)).sum() if kept_T.any() else 0.0
+    kept_T[0] &= len(kept_T) == 1  # the first token of a text is a sink in most models
+    target_NxD = np.asarray(y_TxD, np.float64)[kept_T]
+    variance = np.square(target_NxD - target_NxD.mean(0)).sum() if kept_T.any() else 0.0
     explained = 1 - np.square(error_TxD[kept_T]).sum() / variance if variance > 0 else float("nan")
-    active_TxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
+    active_NxF = np.asarray(dictionary.fires(f_TxF))[kept_T]
     check = DictionaryCheck(
-        float(active_TxF.sum(1).mean()) if kept_T.any() else 0.0, float(explained), int(kept_T.sum())
+        float(active_NxF.sum(1).mean()) if kept_T.any() else 0.0, float(explained), int(kept_T.sum())
     )
     line = (
         f"{config.kind} dictionary of {config.site}: L0 {check.l0:.1f}, explained variance "

@@ -32,6 +32,8 @@ class DictionaryConfig(Config):
       model, revision, fingerprint: the language model whose activations it was trained on.
       signed: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
       input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
+      output_units: whether activations are multiplied by the scale of the token's normalisation, so that what a feature
+        adds is its activation times its decoder row, as without a normalisation; stages take dictionaries so.
       bos: whether texts of its training began with the BOS token: "always", "never", or "auto" (as the tokenizer does).
       context: tokens of a text of its training; 0: unknown.
     """
@@ -55,8 +57,23 @@ class DictionaryConfig(Config):
     fingerprint: str = setting("", "its fingerprint")
     signed: bool = setting(False, "keep negative activations of a topk dictionary", implied=False)
     input_norm: str = setting("", "normalisation of each token that is read", choices=NORMS, implied="")
+    output_units: bool = setting(False, "activations in units of the output of a normalised token", implied=False)
     bos: str = setting("auto", "whether texts of its training began with BOS", choices=BOS, implied="auto")
     context: int = setting(0, "tokens of a text of its training", low=0, implied=0)
+
+    def bos_conflict(self, begins_with_bos: bool) -> str:
+        """Return in words how texts differ from those of the training; "": they do not, or it is not known.
+
+        Args:
+          begins_with_bos: whether the texts at hand begin with the BOS token.
+        """
+        if self.bos == "auto" or (self.bos == "always") == begins_with_bos:
+            return ""
+        trained, here = ("with", "without") if self.bos == "always" else ("without", "with")
+        return (
+            f"the dictionary was trained on texts {trained} a BOS token in front, and these are {here}: its features "
+            f"mean little at the first positions (--capture.bos={self.bos} makes texts like its own)"
+        )
 
     def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:
         """A ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.

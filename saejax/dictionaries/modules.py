@@ -116,7 +116,10 @@ class Dictionary(Editing, nnx.Module):
         """
         projected_xF = self.pre_activations(x_xD)
         pre_xF = projected_xF + row(self.b_enc_F[...], x_xD.ndim)
-        return self.kind.encode(self, pre_xF, projected_xF, self.numbers if numbers is None else numbers)
+        f_xF = self.kind.encode(self, pre_xF, projected_xF, self.numbers if numbers is None else numbers)
+        if self.config.output_units:
+            f_xF = f_xF * normalise(x_xD.astype(f_xF.dtype), self.config.input_norm).scale_x1
+        return f_xF
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """The reconstruction, or the prediction of the target, from feature activations.
@@ -125,17 +128,20 @@ class Dictionary(Editing, nnx.Module):
           f_xF: feature activations.
           x_xD: the input, which a skip transcoder needs, and a dictionary that normalises each token.
         """
-        y_xD = self._with_bias(matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype), x_xD)
+        written_xD = matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype)
         if not self.config.input_norm:
-            return y_xD
+            return self._with_bias(written_xD, x_xD)
         if x_xD is None:
             raise ValueError("a dictionary that normalises each token decodes with its input: give x_xD")
-        normalised = normalise(x_xD.astype(y_xD.dtype), self.config.input_norm)
-        return y_xD * normalised.scale_x1 + normalised.shift_x1
+        normalised = normalise(x_xD.astype(written_xD.dtype), self.config.input_norm)
+        if self.config.output_units:  # features have the scale already
+            bias_xD = self._with_bias(jnp.zeros_like(written_xD), normalised.x_xD)
+            return written_xD + bias_xD * normalised.scale_x1 + normalised.shift_x1
+        return self._with_bias(written_xD, normalised.x_xD) * normalised.scale_x1 + normalised.shift_x1
 
     def output_scale(self, x_xD: jax.Array) -> jax.Array | None:
         """What decoder rows are multiplied with at each token, [..., 1]; None for 1 at all of them."""
-        if self.config.input_norm in ("", "center"):
+        if self.config.input_norm in ("", "center") or self.config.output_units:
             return None
         return normalise(x_xD.astype(self.b_dec_D.dtype), self.config.input_norm).scale_x1
 

@@ -104,6 +104,17 @@ def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     return _made(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
 
 
+def in_output_units(dictionary: Dictionary) -> Dictionary:
+    """The same dictionary with activations times the scale of each token, if it normalises tokens; else itself.
+
+    What a feature adds is then its activation times its decoder row, which effects of features are computed from.
+    """
+    if dictionary.config.input_norm in ("", "center"):
+        return dictionary
+    config = dataclasses.replace(dictionary.config, output_units=True)
+    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+
+
 def without_mean(dictionary: Dictionary) -> Dictionary:
     """The same features without ``input_norm="center"``: (x - mean) W_enc is x times W_enc less its columns' means.
 

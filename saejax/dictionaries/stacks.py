@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary
 from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.modules import Dictionary
@@ -86,7 +87,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
     if not is_folder(name):
         return load_member(units[f"train/{kind_and_member(name)[0]}"], name, flag)
     try:
-        return load_dictionary(name)
+        return rescale.in_output_units(load_dictionary(name))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, rescale, save_dictionary
 from saejax.dictionaries.formats import circuit_tracer, folders_of, hooks, read_config
 from saejax.dictionaries.formats.place import registry_overrides, resolve_path
 from saejax.dictionaries.results import TrainedMember
@@ -65,7 +65,7 @@ def run_pretrained(run: Run) -> TrainResults:
         folder = run.folder / one.name / "dictionary"
         if is_first_process():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
-        save_dictionary(folder, one.load())
+        save_dictionary(folder, rescale.in_output_units(one.load()))
         run.say(f"{one.place}: {one.config.kind} of {one.config.n_features:,} features, {one.site}")
     members = tuple(
         TrainedMember(

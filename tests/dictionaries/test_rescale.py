@@ -1,5 +1,6 @@
 """The same function in other parameters."""
 
+import jax.numpy as jnp
 import known_dictionaries as known
 import numpy as np
 import pytest
@@ -50,3 +51,18 @@ def test_a_topk_with_rows_of_one_length():
         known.relative(unit.encode(x), 3 * dictionary.encode(x)) < 1e-5
         and known.relative(unit(x), dictionary(x)) < 1e-5
     )
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
+def test_in_output_units_what_a_feature_adds_is_its_activation_times_its_row(norm):
+    dictionary, x = known.make("topk", input_norm=norm, signed=True), jnp.asarray(known.activations())
+    scaled = rescale.in_output_units(dictionary)
+    scale = np.asarray(dictionary.output_scale(x))
+    np.testing.assert_allclose(scaled.encode(x), np.asarray(dictionary.encode(x)) * scale, rtol=1e-5)
+    np.testing.assert_allclose(scaled(x), dictionary(x), rtol=1e-4, atol=1e-4)
+    f = scaled.encode(x)
+    without = scaled.decode(f.at[:, 3].set(0.0), x)
+    np.testing.assert_allclose(
+        scaled(x) - without, np.asarray(f)[:, 3, None] * np.asarray(scaled.W_dec_FxD[3]), atol=1e-4
+    )
+    assert scaled.output_scale(x) is None and rescale.in_output_units(known.make()).config == known.make().config

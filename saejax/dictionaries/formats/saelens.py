@@ -17,6 +17,7 @@ Written are all kinds but linear. batchtopk and matryoshka become jumprelu, as S
 jumprelu_transcoder.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,9 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
 
 
 def _expressible(dictionary: Dictionary) -> Dictionary:
-    """Return the same dictionary in a form that SAELens has."""
+    """Return the same dictionary in a form that SAELens has, with activations as it has them."""
+    config = dataclasses.replace(dictionary.config, output_units=False)
+    dictionary = Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
     check(dictionary.config)
     kind, transcoder, _ = ARCHITECTURES[architecture(dictionary.config)]
     if kind != dictionary.config.kind:
