@@ -20,6 +20,7 @@ _WITHOUT_EFFECT = tuple(
     use_bfloat16 tokenizer_class task_specific_params problem_type finetuning_task prefix language* license unsloth_*
     chunk_size_feed_forward keys_to_ignore_at_inference is_decoder is_llama_config tie_encoder_decoder
     tie_last_hidden_states gradient_checkpointing pretraining_tp n_special predict_special_tokens n_ctx
+    max_sequence_length custom_pipelines
     """.split()  # noqa: SIM905
 )
 _HF_ACTIVATIONS = {

@@ -47,6 +47,7 @@ def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfi
 
 
 def _read_gemma2(fields: Fields) -> DecoderConfig:
+    fields.ignore("sliding_window_size")  # gemma-2-9b-it repeats the window under this name
     sliding = read_sliding(fields, fields.size_or_null("sliding_window"), lambda layer: FULL if layer % 2 else SLIDING)
     return _read_later(fields, "gemma2", attn_logit_softcap=fields.number_or_null("attn_logit_softcapping"), **sliding)
 

@@ -14,6 +14,8 @@ from saejax.models.fields import Fields
 def _read_phi3(fields: Fields) -> DecoderConfig:
     """Read a config; with LongRoPE, the context is the original one, for which the short factors are."""
     context, original = fields.size("max_position_embeddings"), fields.size("original_max_position_embeddings")
+    for name in ("attention_bias", "mlp_bias", "lm_head_bias"):
+        fields.expect(name, False)
     d_head = fields.size("head_dim", fields.quotient("hidden_size", "num_attention_heads"))
     rope = rope_object(fields)
     theta = rope.first_number("rope_theta", 10_000.0, [(fields, "rope_theta")])

@@ -24,7 +24,7 @@ def _read_smollm3(fields: Fields) -> DecoderConfig:
     kinds = [SLIDING if window and each else FULL for each in plain]
     if window and fields.take("layer_types", list, kinds) != kinds:
         raise fields.refuse("layer_types", "with other sliding layers", "those without a rotary embedding")
-    fields.ignore("layer_types")  # of which nothing is read where no window is used
+    fields.ignore("layer_types", "max_window_layers")  # without effect where no window is used, and never
     d_head = fields.size("head_dim", fields.quotient("hidden_size", "num_attention_heads"))
     rope = read_rope(fields, d_head, context, default_theta=2_000_000.0)
     bias = fields.take("attention_bias", bool)
