@@ -3,9 +3,8 @@
 Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--batches 4] [--pairs 5]
 Both backends' readers, the ones that `experiments.capture` uses, take three sites (resid_post, mlp_in, mlp_out) of one
 layer into the buffers of a shard, and stop after the last site. They read the same batches, evenly chosen from those of
-the first shard of the embedded corpus. What `--capture.backend=auto` takes, of each dtype and of all, is told beside
-the fastest. The sides take turns in one process, so that their threads never run at once; ratios are medians over pairs
-of neighbouring runs, because the speed of a shared machine drifts. Compiling is not
+the first shard of the embedded corpus. The sides take turns in one process, so that their threads never run at once;
+ratios are medians over pairs of neighbouring runs, because the speed of a shared machine drifts. Compiling is not
 counted. Prints a table and, last, one line of JSON.
 """
 
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax import load_model
-from saejax.activations.backend import fastest, ways
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import make_documents
 from saejax.activations.jax_capture import DecoderReader
@@ -65,16 +63,6 @@ def flops_per_token(config: DecoderConfig, layers: int) -> float:
     return 2.0 * layers * float(sum(matrices))
 
 
-class Kept:
-    """A reader that stays open."""
-
-    def __init__(self, reader: Reader):
-        self.read, self.widths = reader.read, reader.widths
-
-    def close(self) -> None:
-        """Keeps it."""
-
-
 class Capture:
     """The work of both backends.
 
@@ -103,10 +91,6 @@ class Capture:
                 found, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
             )
 
-    def kept(self, way: CaptureConfig) -> Reader:
-        """The reader of a way, which is read again after a trial has closed it."""
-        return Kept(self.readers[way.backend, way.dtype])
-
     def run(self, side: Side) -> float:
         """Tokens per second of one run over all batches."""
         start = time.perf_counter()
@@ -127,23 +111,6 @@ def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray
                 speeds[backend, dtype].append(capture.run((backend, dtype)))
             rates[dtype].append(matmul_rate(dtype))
     return {side: np.array(values) for side, values in speeds.items()}, {k: np.array(v) for k, v in rates.items()}
-
-
-def auto_ratios(capture: Capture, speeds: dict[Side, np.ndarray], trials: int) -> dict[str, list[float]]:
-    """Speed of what ``auto`` takes over that of the fastest side, trial by trial, of each dtype and of all; printed."""
-    found: dict[str, list[float]] = {}
-    for dtype in (*DTYPES, "auto"):
-        choices = ways(CaptureConfig(backend="auto", dtype=dtype), modules=False)
-        medians = {(one.backend, one.dtype): float(np.median(speeds[one.backend, one.dtype])) for one in choices}
-        for trial in range(trials):
-            batch = capture.batches[trial % len(capture.batches)]
-            taken = fastest(
-                lambda one: Kept(capture.readers[one.backend, one.dtype]), choices, batch, lambda line: None
-            )
-            found.setdefault(dtype, []).append(medians[taken.backend, taken.dtype] / max(medians.values()))
-        shown = ", ".join(f"{value:.2f}" for value in found[dtype])
-        print(f"auto, --capture.dtype={dtype}: {shown} of the fastest in {trials} trials")
-    return found
 
 
 def cache_ratio(model: str, pairs: int) -> tuple[float, float, float]:
@@ -188,14 +155,12 @@ def main() -> None:
     for dtype in DTYPES:
         print(f"matrix products, {dtype}: {np.median(rates[dtype]) / 1e9:,.0f} GFLOP/s")
     print(f"JAX to torch: {ratio['fp32']:.2f} in fp32; {ratio['best']:.2f} for {best['jax']} to {best['torch']}")
-    auto = auto_ratios(capture, speeds, args.pairs)
     cached, plain, cache = cache_ratio(args.model, max(2, args.pairs // 2))
     print(
         f"Greedy decoding of {NEW_TOKENS} tokens: {cached:.1f} tokens/s with the cache, {plain:.1f} without, "
         f"{cache:.1f} times as fast"
     )
     rounded = {name: round(float(value), 2) for name, value in ratio.items()}
-    rounded["auto"] = round(min(min(ratios) for ratios in auto.values()), 2)
     print(json.dumps(dict(bench="capture", ratio=rounded, cache_ratio=round(cache, 2))))
 
 

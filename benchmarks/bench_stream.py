@@ -61,8 +61,8 @@ def random_model(folder: Path, layers: int, width: int, length: int) -> None:
 def random_documents(rows: int, length: int) -> Documents:
     """Random tokens, in documents of one length."""
     ids_T = np.random.default_rng(0).integers(1, VOCABULARY, rows).astype(np.int32)
-    offsets_N = np.append(np.arange(0, rows, length), rows).astype(np.int64)
-    return Documents(ids_T, offsets_N, np.zeros((len(offsets_N) - 1, len(COLUMNS)), np.int32), ("random",))
+    lengths_N = np.diff(np.append(np.arange(0, rows, length), rows))
+    return Documents.contiguous(ids_T, lengths_N, np.zeros((len(lengths_N), len(COLUMNS)), np.int32), ("random",))
 
 
 def main() -> None:

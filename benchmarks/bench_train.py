@@ -25,10 +25,10 @@ keep_freed_memory()  # as every binary does, before JAX starts
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from benchmarks.bench_input import SITE, random_store  # noqa: E402
+from benchmarks.bench_input import PARTS, SITE, WINDOW_ROWS, random_store  # noqa: E402
 from benchmarks.tool_environments import saelens_python  # noqa: E402
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
-from saejax.activations.batches import training_batches  # noqa: E402
+from saejax.activations.batches import READ_OPTIONS  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
@@ -151,7 +151,8 @@ def measure_input(args: argparse.Namespace, training: float) -> float:
         rates = []
         for epoch in range(3):  # the first one maps the files
             start = time.perf_counter()
-            rows = sum(batch[0].shape[1] for batch in training_batches(store, ((SITE,),), args.batch, epoch, epochs=1))
+            batches = store.batches(PARTS, args.batch, epoch, 1, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
+            rows = sum(batch[0].shape[1] for batch in batches)
             rates.append(rows / (time.perf_counter() - start))
     rate = float(np.median(rates[1:]))
     print(f"input pipeline alone: {rate:,.0f} tokens/s, {rate / training:.1f} times the fastest training")
@@ -163,7 +164,8 @@ def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namesp
     store = Store.open(Path(store_folder))
     trainer = make_trainer("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
     state, times, metrics = trainer.initial_state(), [], None
-    for (batch,) in training_batches(store, ((SITE,),), args.batch, 0, epochs=args.epochs):
+    batches = store.batches(PARTS, args.batch, 0, args.epochs, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
+    for (batch,) in batches:
         placed = (jax.make_array_from_process_local_data(trainer.batch_sharding, batch),)
         jax.block_until_ready(metrics)  # one step ahead of the device, as the training loop
         times.append(time.perf_counter())

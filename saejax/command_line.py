@@ -62,7 +62,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
     """
     environment.for_libraries()
     _plugins(argv)
-    config.define_flags(GROUPS, flag_values, environment.has_accelerators() or _as_if_elsewhere(argv))
+    config.define_flags(GROUPS, flag_values)
     try:
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
@@ -132,11 +132,6 @@ def _plugins(argv: Sequence[str]) -> None:
         plugins.load(files)
 
 
-def _as_if_elsewhere(argv: Sequence[str]) -> bool:
-    """Whether preflight is to judge devices that are not here, with their defaults."""
-    return bool(_early(argv, preflight__topology="")["preflight.topology"])
-
-
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
     """What the binary does, and every flag that its stages read, with its default."""
     read = {
@@ -163,9 +158,7 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         for name, field in config.flag_fields(group, GROUPS[group]).items():
             flag = flag_values[name]
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-            told, there = default if default != "" else "empty", field.metadata["accelerated"]
-            told = told if there is None else f"{told}; on GPUs and TPUs {there}"
-            lines.append(f"  --{flag.name}  {flag.help} (default: {told})")
+            lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
     unread = [group for group in GROUPS if group not in read]
     if unread:
         lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]

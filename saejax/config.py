@@ -30,7 +30,6 @@ def setting(
     only: tuple[str, ...] | Callable[[str], bool] = (),
     swept: bool = False,
     implied: Any = None,
-    accelerated: Any = None,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -45,10 +44,9 @@ def setting(
       only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
       swept: whether several values make as many members of a stack.
       implied: the value of runs before there was this setting; with it their results are not made again.
-      accelerated: the flag's default on GPUs and TPUs, where it is another.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
-    metadata |= dict(swept=swept, implied=implied, accelerated=accelerated)
+    metadata |= dict(swept=swept, implied=implied)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -186,30 +184,25 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
 
 
-def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues, accelerated: bool = False) -> None:
+def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> None:
     """Defines ``--group.field`` for every field of every group, on ``flag_values``.
 
     ``--group.name.field`` of a group inside it can also be written ``--group.field`` where that is no other flag.
-
-    Args:
-      accelerated: whether defaults are those of GPUs and TPUs.
     """
     for group, cls in groups.items():
-        _define_all(group, cls, flag_values, accelerated)
+        _define_all(group, cls, flag_values)
         for _, name, own in _nested(cls):
-            _define_all(f"{group}.{name}", own, flag_values, accelerated)
+            _define_all(f"{group}.{name}", own, flag_values)
         for _, name, own in _nested(cls):
             for key in _settings(own):
                 if f"{group}.{key}" not in flag_values:
                     flags.DEFINE_alias(f"{group}.{key}", f"{group}.{name}.{key}", flag_values=flag_values)
 
 
-def _define_all(group: str, cls: type, flag_values: flags.FlagValues, accelerated: bool) -> None:
+def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
     hints = typing.get_type_hints(cls)
     for name, field in _settings(cls).items():
-        there = field.metadata["accelerated"] if accelerated else None
-        default = typing.cast(Any, field.default) if there is None else there
-        _define(f"{group}.{name}", hints[name], default, field.metadata["help"], flag_values)
+        _define(f"{group}.{name}", hints[name], typing.cast(Any, field.default), field.metadata["help"], flag_values)
 
 
 def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import glob
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -67,20 +66,6 @@ def keep_freed_memory() -> None:
 def may_have_accelerators() -> bool:
     """Whether JAX may run on anything but processors."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
-
-
-def has_accelerators() -> bool:
-    """Whether JAX will run on a GPU or a TPU: there is one, and what JAX needs for it is installed.
-
-    JAX itself is not asked, because processes of a run have to find one another before it looks for devices.
-    """
-    if os.environ.get("JAX_PLATFORMS", "").partition(",")[0] == "cpu" or not may_have_accelerators():
-        return False
-    gpus = glob.glob("/dev/nvidia[0-9]*") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1", "NoDevFiles")
-    needed = [f"jax_cuda{version}_plugin" for version in (12, 13)] if gpus else []
-    if _may_have_tpu():
-        needed.append("libtpu")
-    return any(importlib.util.find_spec(name) for name in needed)
 
 
 def _may_have_tpu() -> bool:

@@ -89,21 +89,6 @@ def test_every_setting_is_explained_and_every_default_is_valid():
             assert len(field.metadata["help"]) > 10, name
 
 
-@pytest.mark.parametrize(
-    "accelerated, dtypes", [(False, ("float32", "float32", "torch")), (True, ("bfloat16",) * 2 + ("jax",))]
-)
-def test_gpus_and_tpus_have_defaults_of_their_own(accelerated, dtypes):
-    values = flags.FlagValues()
-    config.define_flags(GROUPS, values, accelerated)
-    values(["program"])
-    found = config.from_flags(GROUPS, values)
-    assert (found[ModelConfig].dtype, found[CaptureConfig].dtype, found[CaptureConfig].backend) == dtypes
-    values(["program", "--model.dtype=float32"])
-    assert config.from_flags(GROUPS, values)[ModelConfig].dtype == "float32"
-    alike = [group for group in GROUPS.values() if group not in (ModelConfig, CaptureConfig)]
-    assert [config.identity(found[group]) for group in alike] == [config.identity(group()) for group in alike]
-
-
 def test_groups_are_found_by_their_class():
     first = Configs(ModelConfig(path="a"), CaptureConfig(last=3))
     second = first | ModelConfig(path="b")

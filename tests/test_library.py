@@ -106,7 +106,7 @@ def test_saved_activations_are_a_store(acts, tmp_path):
 def test_sinks_are_left_out(acts):
     values = {site: value_NxD.copy() for site, value_NxD in acts.values.items()}
     values[SITE][5] *= 1000.0
-    spoiled = saejax.Activations(values, acts.index_Nx3, acts.texts, acts.sink_factor, acts.model)
+    spoiled = saejax.Activations(values, acts.index_Nx3, acts.texts, acts.sink_factor, acts.model, acts.bos)
     assert 5 not in spoiled.rows(SITE) and 5 in spoiled.rows("mlp_in.1") and 5 not in spoiled.rows()
 
 

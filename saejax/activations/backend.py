@@ -1,9 +1,7 @@
-"""What runs the model while it is captured, and what ``auto`` takes for it and for its dtype."""
+"""The backends of capture: hooks in the transformers model, or our decoder on the mesh."""
 
 import dataclasses
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import numpy as np
@@ -17,38 +15,20 @@ from saejax.models.sites import AnySite, OtherSite, Site
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.workspace import Run
 
-BACKENDS = ("torch", "jax")
-DTYPES = ("float32", "bfloat16")  # of the model's weights and products
-_TIMED = 3  # batches that each is timed on, after one that is not: programs are compiled and memory is touched there
-
-
-def ways(config: CaptureConfig, modules: bool) -> list[CaptureConfig]:
-    """The settings with every choice in place of ``auto``, the first one best where nothing is measured.
-
-    Args:
-      config: as asked for.
-      modules: whether modules of the PyTorch model are among the sites, which torch alone can read.
-    """
-    backends = ("torch",) if modules else BACKENDS
-    backends = backends if config.backend == "auto" else (config.backend,)
-    dtypes = DTYPES if config.dtype == "auto" else (config.dtype,)
-    return [
-        dataclasses.replace(config, backend=backend, dtype=dtype)
-        for backend, dtype in itertools.product(backends, dtypes)
-    ]
-
 
 def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureConfig) -> Reader:
-    """The backend, which alone is imported: torch takes seconds to import, and JAX takes the devices.
+    """Load the backend, and import no other: torch takes seconds to import, and JAX takes the devices.
 
     Args:
-      config: settings of which backend and dtype count, neither of them ``auto``.
+      run: for its mesh.
+      request: the models and sites.
+      plan: whose batches are read.
+      config: the backend and its dtype.
     """
     if request.other is not None:
-        own = dataclasses.replace(
-            request, sites=tuple(site for site in request.sites if not isinstance(site, OtherSite)), other=None
-        )
-        return PairReader(*(load_reader(run, each, plan, config) for each in (own, request.other)))
+        first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
+        first = dataclasses.replace(request, sites=first_sites, other=None)
+        return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.other)))
     if config.backend == "torch":
         from saejax.activations.torch_capture import SiteReader
 
@@ -57,8 +37,8 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     from saejax.parallel.mesh import make_mesh
 
     mesh, decoder = make_mesh(run.configs[MeshConfig]), cast(DecoderConfig, request.decoder)
-    sites = [site for site in request.sites if isinstance(site, Site)]  # which all are: modules were refused
-    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.read_dtype)
+    sites = [site for site in request.sites if isinstance(site, Site)]  # all of them: modules were refused
+    return DecoderReader(request.source, decoder, sites, plan.padded_shape, mesh, config.dtype, config.store_dtype)
 
 
 class PairReader:
@@ -70,19 +50,22 @@ class PairReader:
 
     def __init__(self, first: Reader, second: Reader):
         self._first, self._second = first, second
-        self.widths: dict[AnySite, int] = first.widths | {_of_other(site): d for site, d in second.widths.items()}
+        self.widths: dict[AnySite, int] = first.widths | {_other_site(site): d for site, d in second.widths.items()}
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
         """See ``reader.Reader``."""
-        held: list[Batch] = []
+        kept: list[Batch] = []
 
-        def noted() -> Iterator[Batch]:
+        def keep() -> Iterator[Batch]:
             for batch in batches:
-                held.append(batch)
+                kept.append(batch)
                 yield batch
 
-        self._first.read(noted(), take)
-        self._second.read(held, lambda batch, site, value_BxTxD: take(batch, _of_other(site), value_BxTxD))
+        def take_other(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+            take(batch, _other_site(site), value_BxTxD)
+
+        self._first.read(keep(), take)
+        self._second.read(kept, take_other)
 
     def close(self) -> None:
         """See ``reader.Reader``."""
@@ -90,39 +73,5 @@ class PairReader:
         self._second.close()
 
 
-def _of_other(site: AnySite) -> OtherSite:
+def _other_site(site: AnySite) -> OtherSite:
     return OtherSite(cast(Site, site))  # modules of a second model were refused
-
-
-def fastest(
-    load: Callable[[CaptureConfig], Reader], choices: Sequence[CaptureConfig], batch: Batch, say: Callable[[str], None]
-) -> CaptureConfig:
-    """The way that runs a batch in the least time, the best of ``_TIMED``; one is loaded at a time.
-
-    Args:
-      load: gives the reader of a way, which is closed here.
-      choices: of ``ways``.
-      batch: of the text that is to be captured.
-      say: told all speeds.
-    """
-    rates = []
-    for choice in choices:
-        reader, ends = load(choice), [time.perf_counter()]
-
-        def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
-            """Copies the value, as the store does."""
-            value_BxTxD.copy()
-
-        for _ in range(1 + _TIMED):
-            reader.read([batch], take)
-            ends.append(time.perf_counter())
-        reader.close()
-        rates.append(batch.rows / float(np.diff(ends)[1:].min()))
-    best = choices[int(np.argmax(rates))]
-    speeds = ", ".join(f"{_name(choice)} {rate:,.0f}" for choice, rate in zip(choices, rates, strict=True))
-    say(f"capture: auto takes {_name(best)}; tokens/s on batches of {batch.rows:,}: {speeds}")
-    return best
-
-
-def _name(choice: CaptureConfig) -> str:
-    return f"{choice.backend} in {choice.dtype}"

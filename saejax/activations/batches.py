@@ -1,110 +1,196 @@
-"""Training batches from a store, through Grain.
+"""Training batches from a store: which rows make a batch is a pure function of the seed, the epoch and a window.
 
-One element of the Grain dataset is one batch, and its index is the step's number. So the position in the data is
-the step, and a run that resumes at step n asks for element n: no state of an iterator has to be saved.
+1. Epoch e takes the shards in a random order, ``default_rng([seed, e])``.
+2. Shards that follow one another make a *window*, about ``window_rows`` rows. The rows of window w are permuted by
+   ``default_rng([seed, e, 1 + w])``. (Rows of a shard are already in random order, and of documents in random order.)
+3. The windows' rows, one after the other, are cut into batches. Rows that do not fill the epoch's last batch are left
+   out. Within a batch rows ascend, so that they are read in the order in which they lie on disk.
 
-Epoch e visits the training rows in the order ``numpy.random.default_rng([seed, e]).permutation(rows)``, of which two
-epochs are kept at most. The order does not depend on the number of processes, nor on whether the rows are read from
-disk or stand on the devices: batch i is a stretch of it. What does not fill a batch at the end of an epoch is left out.
+So batch n can be computed from its number, a run that resumes at step n needs no other state, and the first batch reads
+one window only. The order depends neither on the number of processes nor on where the rows are read from.
 """
 
+import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import grain
 import numpy as np
 
-from saejax.activations.store import Store
-
 Parts = Sequence[Sequence[str]]
-# Two threads keep two gathers going, which hides the disk; more would take the processor from the training step.
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+# Two threads keep two reads going, which hides the disk; more would take the processor from the training step.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowRange:
+    """The rows of a split that are usable: a range but for some exceptions.
+
+    Attributes:
+      first, stop: rows first to stop - 1.
+      excluded: int64, ascending, the rows among these that are left out.
+      shard_rows: rows of a shard; row r is in shard r // shard_rows.
+    """
+
+    first: int
+    stop: int
+    excluded: np.ndarray
+    shard_rows: int
+
+    def __len__(self) -> int:
+        return self.stop - self.first - len(self.excluded)
+
+    @property
+    def shards(self) -> range:
+        """Shards that hold the rows."""
+        return range(self.first // self.shard_rows, -(-self.stop // self.shard_rows))
+
+    def rows(self) -> np.ndarray:
+        """Return all usable rows, int64, ascending; 8 bytes a row."""
+        return self._between(self.first, self.stop)
+
+    def of_shard(self, shard: int) -> np.ndarray:
+        """Return the usable rows of a shard, int64, ascending."""
+        start = shard * self.shard_rows
+        return self._between(max(self.first, start), min(self.stop, start + self.shard_rows))
+
+    def shard_counts(self) -> np.ndarray:
+        """Return the number of usable rows in each of ``shards``."""
+        ends = np.clip(np.array([*self.shards, self.shards.stop]) * self.shard_rows, self.first, self.stop)
+        return np.diff(ends) - np.diff(np.searchsorted(self.excluded, ends))
+
+    def rank(self, rows_N: np.ndarray) -> np.ndarray:
+        """Return the indices of rows among all usable ones."""
+        return rows_N - self.first - np.searchsorted(self.excluded, rows_N)
+
+    def _between(self, first: int, stop: int) -> np.ndarray:
+        excluded = self.excluded[slice(*np.searchsorted(self.excluded, [first, stop]))]
+        return np.delete(np.arange(first, stop, dtype=np.int64), excluded - first)
 
 
 class BatchOrder:
-    """Which training rows make each batch.
+    """The rows of each batch, as the module says.
 
     Args:
-      rows: number of training rows.
-      batch: rows per batch.
+      usable: the rows of an epoch.
+      batch: rows of a batch.
       seed: of the order.
-      epochs: passes over the rows, each in another order; every row comes once in each.
+      epochs: passes over the rows, each in another order.
+      window_rows: rows that are shuffled together; at least one shard is.
     """
 
-    def __init__(self, rows: int, batch: int, seed: int, epochs: int):
-        self._rows, self._batch, self._seed = rows, batch, seed
-        self._per_epoch = rows // batch
-        self._length = self._per_epoch * epochs
-        self._orders: dict[int, np.ndarray] = {}
+    def __init__(self, usable: RowRange, batch: int, seed: int, epochs: int, window_rows: int):
+        self._usable, self._batch, self._seed = usable, batch, seed
+        self._window_shards = max(1, window_rows // usable.shard_rows)
+        self._counts = usable.shard_counts()
+        self.per_epoch = len(usable) // batch
+        self._length = self.per_epoch * epochs
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Number of batches of all epochs."""
         return self._length
 
-    def places(self, step: int) -> np.ndarray:
-        """Places [batch] among the training rows, from 0, of batch ``step``, from 0."""
-        epoch, index = divmod(step, self._per_epoch)
-        return self._order(epoch)[index * self._batch : (index + 1) * self._batch]
+    def rows(self, step: int) -> np.ndarray:
+        """Return the rows [batch], ascending, of batch ``step``, from 0."""
+        epoch, index = divmod(step, self.per_epoch)
+        start, stop = index * self._batch, (index + 1) * self._batch
+        with self._lock:  # threads that read ahead would each permute the next window
+            _, ends = self._epoch(epoch)
+            parts = []
+            for window in range(int(np.searchsorted(ends, start, side="right")), len(ends)):
+                begin = ends[window - 1] if window else 0
+                parts.append(self._window(epoch, window)[max(start - begin, 0) : stop - begin])
+                if stop <= ends[window]:
+                    break
+        return np.sort(np.concatenate(parts))
 
-    def _order(self, epoch: int) -> np.ndarray:
-        with self._lock:  # threads that read ahead into the next epoch would each draw its order
-            if epoch not in self._orders:
-                self._orders = {e: order for e, order in self._orders.items() if e == epoch - 1}
-                self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._rows)
-            return self._orders[epoch]
+    def ranks(self, step: int) -> np.ndarray:
+        """Return the same rows as indices among all usable ones."""
+        return self._usable.rank(self.rows(step))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the order of shards, as indices in ``usable.shards``, and the last row, exclusive, of each window."""
+        if epoch not in self._epochs:
+            order_S = np.random.default_rng([self._seed, epoch]).permutation(len(self._counts))
+            ends = np.cumsum(self._counts[order_S])
+            last = np.arange(self._window_shards, len(ends) + self._window_shards, self._window_shards) - 1
+            self._epochs = {e: value for e, value in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = order_S, ends[np.minimum(last, len(ends) - 1)]
+        return self._epochs[epoch]
+
+    def _window(self, epoch: int, window: int) -> np.ndarray:
+        """Return the rows of a window in their order; the two that were used last are kept."""
+        key = epoch, window
+        if key not in self._windows:
+            order_S, _ = self._epoch(epoch)
+            first = window * self._window_shards
+            shards = np.sort(order_S[first : first + self._window_shards]) + self._usable.shards.start
+            rows_R = np.concatenate([self._usable.of_shard(int(shard)) for shard in shards])
+            if len(self._windows) > 1:
+                del self._windows[next(iter(self._windows))]
+            self._windows[key] = np.random.default_rng([self._seed, epoch, 1 + window]).permutation(rows_R)
+        return self._windows[key]
+
+
+class ReadableRows(Protocol):
+    """A ``Store``, or a ``JoinedRows`` on one."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the values."""
+        ...
+
+    def d(self, site: str) -> int:
+        """Width of a site."""
+        ...
+
+    def usable(self, split: str, *sites: str) -> RowRange:
+        """Rows of a split that are sinks at none of the sites."""
+        ...
+
+    def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Vectors [n, d] of rows at a site, written to ``out`` if there is one."""
+        ...
 
 
 class _Batches:
     """Random access to the batches of all epochs; a Grain data source."""
 
-    def __init__(self, store: Store, parts: Parts, batch: int, seed: int, epochs: int, own: slice):
-        self._store, self._parts = store, parts
-        self._rows_R = store.rows("train", *sites_of(parts))
-        self._order = BatchOrder(len(self._rows_R), batch, seed, epochs)
-        self._own = own
+    def __init__(self, rows: ReadableRows, parts: Parts, order: BatchOrder, slice_of_batch: slice):
+        self._rows, self._parts, self._order, self._slice = rows, parts, order, slice_of_batch
 
     def __len__(self) -> int:
         return len(self._order)
 
     def __getitem__(self, step: int) -> tuple[np.ndarray, ...]:
-        rows_B = self._rows_R[self._order.places(int(step))[self._own]]
-        return tuple(np.stack([self._store.read(site, rows_B) for site in part]) for part in self._parts)
+        rows_B = self._order.rows(int(step))[self._slice]
+        batch = []
+        for part in self._parts:
+            values_SxBxD = np.empty((len(part), len(rows_B), self._rows.d(part[0])), self._rows.dtype)
+            for site, values_BxD in zip(part, values_SxBxD, strict=True):
+                self._rows.read(site, rows_B, values_BxD)
+            batch.append(values_SxBxD)
+        return tuple(batch)
 
 
-def sites_of(parts: Parts) -> list[str]:
-    """The sites that are read, each once."""
-    return list(dict.fromkeys(site for part in parts for site in part))
-
-
-def steps_per_epoch(store: Store, parts: Parts, batch: int) -> int:
-    """Number of whole batches in the training rows, those that are sinks at any of the sites left out."""
-    return len(store.rows("train", *sites_of(parts))) // batch
-
-
-def training_batches(
-    store: Store,
+def make_batches(
+    rows: ReadableRows,
     parts: Parts,
     batch: int,
     seed: int,
     epochs: int,
-    first_step: int = 0,
-    own: slice = slice(None),
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """The batches of all epochs from a step on, read ahead in threads.
+    window_rows: int,
+    slice_of_batch: slice = slice(None),
+) -> grain.MapDataset:
+    """Return the training batches as a data set whose element n is batch n, see ``Store.batches``."""
+    order = BatchOrder(rows.usable("train", *sites_of(parts)), batch, seed, epochs, window_rows)
+    return grain.MapDataset.source(_Batches(rows, parts, order, slice_of_batch))
 
-    Args:
-      store: the store.
-      parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
-      batch: rows per step.
-      seed: of the order of rows.
-      epochs: passes over the training rows, each in another order; every row comes once in each.
-      first_step: number of the first batch wanted, from 0.
-      own: which of the rows of each batch are read.
 
-    Returns:
-      An iterator over batches: for every part an array [sites, rows, d], of the store's dtype. All sites give the same
-      rows.
-    """
-    source = _Batches(store, parts, batch, seed, epochs, own)
-    return iter(grain.MapDataset.source(source)[first_step:].to_iter_dataset(_READ_OPTIONS))
+def sites_of(parts: Parts) -> list[str]:
+    """Return the distinct sites of a batch's parts."""
+    return list(dict.fromkeys(site for part in parts for site in part))

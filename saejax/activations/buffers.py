@@ -9,7 +9,8 @@ import numpy as np
 
 from saejax.activations.plan import Batch
 from saejax.activations.reader import Reader
-from saejax.activations.store import DTYPES, on_disk
+from saejax.activations.store import DTYPES, ON_DISK
+from saejax.activations.writer import SiteShard
 from saejax.models.sites import AnySite
 
 if TYPE_CHECKING:  # capture by torch does without JAX
@@ -22,41 +23,54 @@ class ShardBuffers:
     Args:
       widths: width of every site.
       rows: rows of the largest shard.
-      dtype: "float32", "bfloat16" or "float8", as stored.
+      dtype: "float32" or "bfloat16", as stored.
     """
 
     def __init__(self, widths: Mapping[AnySite, int], rows: int, dtype: str):
-        self._dtype, self._store_dtype = DTYPES[dtype], dtype
+        self._dtype, self._disk_dtype, self._train_rows = DTYPES[dtype], ON_DISK[dtype], 0
         self._vectors = {site: np.empty((rows, width), self._dtype) for site, width in widths.items()}
         self._norms = {site: np.empty(rows, np.float32) for site in widths}
+        self._sums = {site: np.zeros(width) for site, width in widths.items()}
+
+    def begin(self, train_rows: int) -> None:
+        """Start the next shard, of whose rows the first ``train_rows`` are of the train split."""
+        self._train_rows = train_rows
+        for total_D in self._sums.values():
+            total_D[:] = 0
 
     def take(self, site: AnySite, value_BxTxD: np.ndarray, batch: Batch) -> tuple[int, int] | None:
-        """Takes the recorded positions of a batch; padding is not among them.
+        """Take the recorded positions of a batch, padding left out.
 
         Returns:
           Index in the batch and position of the first vector that is not finite, or None.
         """
         for i, (first, stop, rows) in enumerate(zip(batch.first_B, batch.stop_B, batch.rows_B, strict=True)):
             # The one copy between the model and the store: from the backend's memory to the row's random place in the
-            # buffer, whose memory the file is written from. JAX reads that file through a memory map.
+            # buffer, whose memory the file is written from.
             stored_NxD = value_BxTxD[i, first:stop].astype(self._dtype, copy=False)
-            # In fp64 a finite vector has a finite norm, so that the norm tells whether the vector is.
+            # In fp64 a finite vector has a finite norm, so the norm tells whether the vector is finite.
             wide_NxD = stored_NxD.astype(np.float64)
             norm_N = np.sqrt(np.einsum("nd,nd->n", wide_NxD, wide_NxD))
             self._vectors[site][rows] = stored_NxD
             self._norms[site][rows] = norm_N
+            if rows[0] < self._train_rows:  # a document is wholly in one split
+                self._sums[site] += wide_NxD.sum(0)
             if not np.isfinite(norm_N).all():
                 return i, int(first) + int(np.argmin(np.isfinite(norm_N)))
         return None
 
-    def parts(self, rows: int) -> dict[str, np.ndarray]:
-        """The first rows, for ``StoreWriter.write_shard``: views, but of float8."""
-        parts = {}
-        for site in self._vectors:
-            vectors, norms = self._vectors[site][:rows], self._norms[site][:rows]
-            parts[str(site)] = on_disk(vectors, norms, self._store_dtype)
-            parts[f"{site} norms"] = norms
-        return parts
+    def shard(self, site: AnySite, rows: int) -> SiteShard:
+        """Return the first ``rows`` rows of a site, as views."""
+        vectors_RxD = self._vectors[site][:rows].view(self._disk_dtype)
+        return SiteShard(vectors_RxD, self._norms[site][:rows], self._sums[site])
+
+    def read(self, site: AnySite, rows: np.ndarray) -> np.ndarray:
+        """Return a copy of the vectors [n, d] of ``rows`` at a site."""
+        return self._vectors[site][rows]
+
+    def norms(self, site: AnySite) -> np.ndarray:
+        """Return the norm of every row at a site, float32; NaN or infinite if a value is."""
+        return self._norms[site]
 
 
 class HostBuffers:
@@ -64,19 +78,18 @@ class HostBuffers:
 
     Args:
       reader: the model.
-      rows: of the largest buffer.
+      rows: rows of the largest buffer.
       dtype: "float32" or "bfloat16", of the values.
     """
 
     parts: tuple[jax.Array, ...] | None = None  # on the devices
 
     def __init__(self, reader: Reader, rows: int, dtype: str):
-        self._reader, self._dtype = reader, DTYPES[dtype]
-        self._rows = ShardBuffers(reader.widths, rows, dtype)
-        self._held = self._rows.parts(rows)
+        self._reader, self._rows = reader, ShardBuffers(reader.widths, rows, dtype)
+        self._sites = {str(site): site for site in reader.widths}
 
     def fill(self, batches: Iterable[Batch]) -> None:
-        """Runs the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
+        """Run the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
 
         def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
             self._rows.take(site, value_BxTxD, batch)  # norms tell whether values are finite
@@ -84,9 +97,9 @@ class HostBuffers:
         self._reader.read(batches, take)
 
     def norms(self) -> dict[str, np.ndarray]:
-        """The norm of every row at every site, float32; NaN or infinite if a value is."""
-        return {str(site): self._held[f"{site} norms"] for site in self._reader.widths}
+        """Return the norm of every row at every site, float32; NaN or infinite if a value is."""
+        return {name: self._rows.norms(site) for name, site in self._sites.items()}
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of ``rows`` at a ``site``."""
-        return self._held[site][rows].view(self._dtype)
+        """Return the vectors [n, d] of ``rows`` at a ``site``."""
+        return self._rows.read(self._sites[site], rows)

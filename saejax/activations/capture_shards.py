@@ -1,8 +1,8 @@
-"""The shards of a store: the model is run over their batches, and what is read is written, each process its part."""
+"""The shards of a store: the model is run over their batches and its values are written, each process its share."""
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -12,33 +12,44 @@ from saejax.activations.plan import Batch, Plan
 from saejax.activations.progress import TextProgress
 from saejax.activations.reader import Reader
 from saejax.activations.request import CaptureRequest
+from saejax.activations.store import INDEX
 from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.models.sites import AnySite
 from saejax.settings import CaptureConfig, MeshConfig
 from saejax.workspace import Run
 
-_LOOK_EVERY = 0.2  # seconds, for the shards of other processes
+_POLL_SECONDS = 0.2  # between looks for the shards of other processes
+
+Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shard lacks
 
 
-def missing_shards(writer: StoreWriter, plan: Plan, mesh: MeshConfig) -> list[int]:
-    """The shards that are not there, whole and of this work: read by the first process, which tells the others."""
-    missing_S = np.zeros(plan.shards, np.int32)
+def missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
+    """Return what is not there, whole and of this work: read by the first process, which tells the others."""
+    shards, parts = range(writer.plan.shards), writer.parts
+    missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
     if mesh.process_id == 0:
-        missing_S[:] = [not writer.has(shard) for shard in range(plan.shards)]
+        missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
     if mesh.processes > 1:
         from saejax.parallel.collectives import from_first_process
 
-        missing_S = from_first_process(missing_S)
-    return np.flatnonzero(missing_S).tolist()
+        missing_SxP = from_first_process(missing_SxP)
+    return {
+        shard: tuple(part for part, is_missing in zip(parts, row_P, strict=True) if is_missing)
+        for shard, row_P in zip(shards, missing_SxP, strict=True)
+        if row_P.any()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardCapture:
-    """Runs a model over the batches of shards, and writes what is read.
+    """Runs a model over the batches of shards and writes its values.
 
     Attributes:
-      run: of the stage; ``request``: what is captured; ``plan``: in which batches; ``writer``: of the store.
+      run: of the stage.
+      request: what is captured.
+      plan: in which batches.
+      writer: of the store.
       widths: of each site.
       reader: that runs the model; None: it is loaded when it is needed.
     """
@@ -50,30 +61,29 @@ class ShardCapture:
     widths: Mapping[AnySite, int]
     reader: Reader | None
 
-    def make(self, missing: Sequence[int]) -> float:
-        """Makes the missing shards, each process its part of them; returns the speed in tokens per second."""
+    def make(self, missing: Missing) -> float:
+        """Make the missing shards, each process its share of them; return the speed in tokens per second."""
         mesh = self.run.configs[MeshConfig]
         if mesh.processes == 1:
             return self._make(missing)
         from saejax.parallel.collectives import alone, wait_for_all
 
-        wait_for_all("store begun")  # which takes away what other runs left half-written
+        wait_for_all("store begun")  # which removes what other runs left half-written
         start = time.monotonic()
-        own = missing[mesh.process_id :: mesh.processes]
+        share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
         with alone():
-            rate = self._make(own) if own else 0.0
-        left = list(missing)
-        while left := [shard for shard in left if not self.writer.has(shard, read=False)]:
-            time.sleep(_LOOK_EVERY)
+            rate = self._make(share) if share else 0.0
+        left = [(part, shard) for shard, parts in missing.items() for part in parts]
+        while left := [(part, shard) for part, shard in left if not self.writer.has(part, shard, read=False)]:
+            time.sleep(_POLL_SECONDS)
         return sum(map(self.plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
-    def _make(self, shards: Sequence[int]) -> float:
-        """Makes shards in this process; returns the speed in tokens per second."""
-        config = self.run.configs[CaptureConfig]
-        plan, sizes = self.plan, [self.plan.size(shard) for shard in shards]
+    def _make(self, missing: Missing) -> float:
+        """Make shards in this process; return the speed in tokens per second."""
+        config, plan = self.run.configs[CaptureConfig], self.plan
         reader = self.reader or load_reader(self.run, self.request, plan, config)
-        buffers = ShardBuffers(self.widths, max(sizes), config.store_dtype)
-        progress = TextProgress(self.run.say, sum(sizes))
+        buffers = ShardBuffers(self.widths, max(map(plan.size, missing)), config.store_dtype)
+        progress = TextProgress(self.run.say, sum(map(plan.size, missing)))
 
         def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
             bad = buffers.take(site, value_BxTxD, batch)
@@ -88,13 +98,18 @@ class ShardCapture:
         def batches(shard: int, done: int) -> Iterator[Batch]:
             for batch in plan.batches(shard):
                 if self.run.stopping():
-                    kept = f"{plan.shards - len(shards) + done} of {plan.shards} shards"
+                    kept = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
                     raise Interrupted(f"stopped; {kept} are finished and kept: run the same command to go on")
                 yield batch
                 progress.add(batch.rows)
 
-        for done, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
-            reader.read(batches(shard, done), take)
-            self.writer.write_shard(shard, dict(index=plan.index(shard), **buffers.parts(size)))
+        for done, (shard, parts) in enumerate(missing.items()):
+            buffers.begin(plan.train_size(shard))
+            if parts != (INDEX,):
+                reader.read(batches(shard, done), take)
+            self.writer.write_index(shard)
+            for site in self.widths:
+                if str(site) in parts:  # the other sites' files stay as they are
+                    self.writer.write_site(str(site), shard, buffers.shard(site, plan.size(shard)))
         reader.close()
         return progress.rate

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.activations.cutter import SPLITS
+from saejax.activations.chunker import SPLITS
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import layer_bytes, parameters, pass_flops, weight_bytes
 from saejax.costs.programs import Program, abstract_params, by_row

@@ -1,13 +1,17 @@
 """Rows of joined sites, which crosscoders are trained and scored on, from those of their parts."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
+from saejax.activations.batches import RowRange, make_batches
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError
 from saejax.models.sites import is_joined, site_parts
+
+if TYPE_CHECKING:
+    import grain
 
 _SAMPLE = 65_536  # rows from which scales are estimated
 _Rows = TypeVar("_Rows")  # a ``Store`` or a ``ModelStream``
@@ -71,23 +75,37 @@ class JoinedRows:
         """What the sink rule drops; of a joined site, at the part that has the most."""
         return max(map(self._rows.sinks, site_parts(site)), key=lambda counts: counts.position_0 + counts.beyond)
 
+    def usable(self, split: str, *sites: str) -> RowRange:
+        """Return the rows of a split that are sinks at none of the sites and parts."""
+        return self._rows.usable(split, *single_sites(sites))
+
     def rows(self, split: str, *sites: str) -> np.ndarray:
-        """Rows of a split that are sinks at none of the sites and parts."""
+        """Return the same rows as an array."""
         return self._rows.rows(split, *single_sites(sites))
 
-    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows, fp32, of a joined site its parts scaled and side by side."""
-        factors = self.scales.get(site, (1.0,))
-        parts = zip(site_parts(site), factors, strict=True)
-        return np.concatenate(
-            [self._rows.read(part, rows).astype(np.float32) * np.float32(factor) for part, factor in parts], axis=1
-        )
+    def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the vectors [n, d] of rows, fp32, of a joined site its parts scaled and side by side."""
+        values = [self._rows.read(part, rows).astype(np.float32) * factor for part, factor in self._parts(site)]
+        return np.concatenate(values, axis=1, out=out)
+
+    def mean(self, site: str, *sites: str) -> np.ndarray:
+        """Return the mean of such vectors, float64 [d], see ``Store.mean``."""
+        others = single_sites([site, *sites])
+        return np.concatenate([self._rows.mean(part, *others) * factor for part, factor in self._parts(site)])
+
+    def batches(self, *args: Any, **options: Any) -> "grain.MapDataset":
+        """Return training batches, see ``Store.batches``."""
+        return make_batches(self, *args, **options)
 
     def part_facts(self, site: str) -> dict[str, tuple[float, ...]]:
         """Scales and sink rules of a joined site's parts, as fields of ``SiteScale``; nothing of another."""
         if not is_joined(site):
             return {}
         return dict(scales=self.scales[site], max_norms=tuple(map(self._rows.max_norm, site_parts(site))))
+
+    def _parts(self, site: str) -> Iterator[tuple[str, np.float32]]:
+        """Return the parts of a site with their factors."""
+        return zip(site_parts(site), map(np.float32, self.scales.get(site, (1.0,))), strict=True)
 
     def _estimated(self, names: Sequence[str]) -> dict[str, list[float]]:
         parts = single_sites(names)

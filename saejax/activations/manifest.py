@@ -1,4 +1,4 @@
-"""What ``manifest.json`` says of an activation store: frozen dataclasses, written last and read when it is opened."""
+"""``manifest.json`` of an activation store: frozen dataclasses, written last and read when the store is opened."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from saejax.files import read_json
 from saejax.models.source import ModelSource
 from saejax.results import from_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileFacts:
-    """What identifies a file's content."""
+    """A file's size and hash."""
 
     bytes: int  #: its size
     sha256: str  #: hexadecimal
@@ -41,7 +41,7 @@ class CapturedModel:
 
     @classmethod
     def of(cls, source: ModelSource, dtype: str | None = None) -> Self:
-        """What a store says of a model that ran in this dtype."""
+        """Return the description of a model that ran in this dtype."""
         return cls(source.name, source.revision, source.fingerprint, dtype)
 
     def __str__(self) -> str:
@@ -54,8 +54,8 @@ class StoredDocuments:
 
     columns: tuple[str, ...]  #: of their table
     groups: tuple[str, ...]  #: names of the groups that the table counts
-    train: int | None = None  #: how many there are in this split; None if it was not written down
-    held_out: int | None = None  #: likewise
+    train: int  #: number of documents in this split, which are the first ones
+    held_out: int  #: number of documents in this split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,23 +63,36 @@ class Manifest:
     """A store. It holds no times, so that it is the same for every run of the same work."""
 
     sites: Mapping[str, StoredSite]  #: by name
-    dtype: str  #: of the vectors on disk: float32, bfloat16 or float8
-    rows: int  #: tokens
-    shards: int  #: how many
-    shard_rows: int  #: rows of each, but for the last
-    model: CapturedModel  #: what it was captured from
+    dtype: str  #: of the vectors on disk: float32 or bfloat16
+    tokens: Mapping[str, int]  #: rows of each split: those of train are the first ones
+    shard_rows: int  #: rows of each shard, but for the last
+    model: CapturedModel  #: the model
+    bos: bool  #: whether every document begins with a BOS token
     sink_factor: float  #: rows with norms above so many times the median of their site are attention sinks
-    documents: StoredDocuments  #: how many, and what their table means
-    files: Mapping[str, FileFacts]  #: every other file, by its path in the folder
+    documents: StoredDocuments  #: their number, and the meaning of their table
+    files: Mapping[str, FileFacts]  #: those that are not of a shard, by their paths in the folder
     corpus: str | None = None  #: a hash of the text; None if it was in memory
-    last: int | None = None  #: last positions of a document that were recorded, 0 for all; None likewise
-    tokens: Mapping[str, int] | None = None  #: recorded ones, by split; None likewise
+    last: int = 0  #: last positions of a document that were recorded, 0 for all
     other: CapturedModel | None = None  #: the second model, if there is one
     schema_version: int = SCHEMA_VERSION  #: of the file
 
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(self.tokens.values())
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    def shard_size(self, shard: int) -> int:
+        """Return the number of rows of a shard."""
+        return min(self.shard_rows, self.rows - shard * self.shard_rows)
+
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The manifest of the store in a folder.
+        """Return the manifest of the store in a folder.
 
         Raises:
           UserError: there is no store, it is not finished, or the manifest is damaged or of another version.

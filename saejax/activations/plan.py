@@ -1,8 +1,8 @@
-"""Which rows go into which shard, and in which batches a shard's documents go through the model.
+"""The plan of a capture: the rows of each shard, and the batches in which its documents go through the model.
 
-Rows follow the documents' random order and are cut into shards of ``shard_rows``. A shard is worked on by
-itself: its batches hold only its own rows, so that it comes out the same whether or not the shards before it
-were made in the same process. A document that is cut between two shards is read for both.
+Rows follow the documents' random order, train before held-out, and are cut into shards of ``shard_rows``. A shard's
+batches hold only its own rows, so that it comes out the same whether or not the shards before it were made in the same
+process. A document that is cut between two shards is read for both.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Batch:
 
 
 class Plan:
-    """The work of a capture.
+    """The shards and batches of a capture.
 
     Args:
       documents: in the order in which they are captured.
@@ -56,7 +56,10 @@ class Plan:
         own.
       last: record only the last n positions of every text; 0: all.
       seed: of the order of rows within a shard.
-      whole: all documents, where those that are captured are some of them; says where texts end.
+      whole: all documents, where only some of them are captured; says where texts end.
+
+    Raises:
+      ValueError: a document of the train split follows one that is held out.
     """
 
     def __init__(
@@ -69,40 +72,47 @@ class Plan:
         whole: Documents | None = None,
     ):
         self.documents, self.shard_rows, self.batch_tokens, self.seed = documents, shard_rows, batch_tokens, seed
-        # Without ``last`` neither takes memory, whatever the number of documents.
+        if (np.diff(documents.split_N) < 0).any():
+            raise ValueError("documents of the train split come first")
         self._first_N = _first_recorded(documents, last, documents if whole is None else whole)
-        self._ends_N = np.cumsum(documents.lengths_N - self._first_N) if last else documents.offsets[1:]
+        self._ends_N = np.cumsum(documents.lengths_N - self._first_N, dtype=np.int64)
 
     @property
     def rows(self) -> int:
-        """Rows of the store."""
+        """Number of rows of the store."""
         return int(self._ends_N[-1])
+
+    @property
+    def train_rows(self) -> int:
+        """Number of rows of the train split, which are the first ones."""
+        count = self.documents.train_count
+        return int(self._ends_N[count - 1]) if count else 0
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Number of rows of each split."""
+        return dict(train=self.train_rows, held_out=self.rows - self.train_rows)
 
     @property
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
-    @property
-    def recorded_N(self) -> np.ndarray:
-        """Number of recorded tokens of each document."""
-        return self._recorded(np.arange(len(self.documents)))
-
-    def _recorded(self, documents_N: np.ndarray) -> np.ndarray:
-        offsets = self.documents.offsets
-        return offsets[documents_N + 1] - offsets[documents_N] - self._first_N[documents_N]
-
     def padded_shape(self, length: int) -> tuple[int, int]:
-        """[B, T] of a program with fixed shapes for batches whose longest document has this length; there are few."""
+        """Return [B, T] of the program for batches whose longest document has this length; there are few of them."""
         padded = int(self._lengths[np.searchsorted(self._lengths, length)])
         return max(1, self.batch_tokens // padded), padded
 
     def size(self, shard: int) -> int:
-        """Rows of a shard."""
+        """Return the number of rows of a shard."""
         return min(self.shard_rows, self.rows - shard * self.shard_rows)
 
+    def train_size(self, shard: int) -> int:
+        """Return the number of rows of a shard that are of the train split: its first ones."""
+        return int(np.clip(self.train_rows - shard * self.shard_rows, 0, self.size(shard)))
+
     def index(self, shard: int) -> np.ndarray:
-        """Document, position and token id of every row of a shard; int32 [rows, 3]."""
+        """Return document, position and token id of every row of a shard; int32 [rows, 3]."""
         index_Rx3 = np.empty((self.size(shard), 3), np.int32)
         spans = self._spans(shard)
         for document, first, stop, rows in zip(*spans, self._rows(shard, spans), strict=True):
@@ -112,7 +122,7 @@ class Plan:
         return index_Rx3
 
     def batches(self, shard: int) -> list[Batch]:
-        """The batches of a shard, longest documents first: what does not fit into memory fails at once."""
+        """Return the batches of a shard, longest documents first: what does not fit into memory fails at once."""
         documents_S, first_S, stop_S = spans = self._spans(shard)
         rows = self._rows(shard, spans)
         batches = []
@@ -136,27 +146,29 @@ class Plan:
 
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
-        """The lengths of ``padded_shape``, rising, the last that of the longest document."""
+        """The lengths of ``padded_shape``, rising; the last is that of the longest document."""
         return few_lengths(self.documents.length_counts(), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What a shard records: documents, in order, with the first and one past the last position of each."""
+        """Return a shard's documents, in order, with the first and one past the last recorded position of each."""
         start, stop = shard * self.shard_rows, shard * self.shard_rows + self.size(shard)
         from_document, to_document = np.searchsorted(self._ends_N, [start, stop - 1], side="right")
         within = np.arange(from_document, to_document + 1)
-        documents_S = within[self._recorded(within) > 0]
-        begin_S = self._ends_N[documents_S] - self._recorded(documents_S)  # each document's first row in the store
+        recorded = self.documents.lengths_N[within] - self._first_N[within]
+        documents_S, recorded_S = within[recorded > 0], recorded[recorded > 0]
+        begin_S = self._ends_N[documents_S] - recorded_S  # each document's first row in the store
         first_S, stop_S = np.maximum(begin_S, start), np.minimum(self._ends_N[documents_S], stop)
         shift_S = self._first_N[documents_S] - begin_S
         return documents_S, first_S + shift_S, stop_S + shift_S
 
     def _rows(self, shard: int, spans: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[np.ndarray]:
-        """The rows of the shard that each span becomes: a random permutation, cut up."""
-        order_R = np.random.default_rng([self.seed, _PERMUTATION, shard]).permutation(self.size(shard))
+        """Return the rows of the shard that each span becomes: a random permutation of each split, cut up."""
+        rng, train = np.random.default_rng([self.seed, _PERMUTATION, shard]), self.train_size(shard)
+        order_R = np.concatenate([rng.permutation(train), train + rng.permutation(self.size(shard) - train)])
         return np.split(order_R, np.cumsum(spans[2] - spans[1])[:-1])
 
     def _groups(self, stop_S: np.ndarray) -> list[np.ndarray]:
-        """Spans of like length that go through the model together, the longest first."""
+        """Return the spans of similar length that go through the model together, the longest first."""
         order_S = np.argsort(-stop_S, kind="stable")
         groups, begin = [], 0
         while begin < len(order_S):
@@ -167,7 +179,7 @@ class Plan:
 
 
 def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.ndarray:
-    """The first recorded position of each document, its length where none is.
+    """Return the first recorded position of each document, its length where none is.
 
     The last positions are counted from the end of the text that a document is a piece of, so that they may lie in
     its last pieces only.
@@ -182,6 +194,6 @@ def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.nda
 
 
 def _pieces(documents: Documents) -> Iterator[tuple[int, int, int, int]]:
-    """Kind, source, first token in it and length of each document."""
+    """Yield kind, source, first token in it and length of each document."""
     columns = [documents.column(name).tolist() for name in ("kind", "source", "start")]
     return zip(*columns, documents.lengths_N.tolist(), strict=True)

@@ -9,6 +9,7 @@ from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, read_config
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
+from saejax.models.tokens import bos_tokens
 from saejax.settings import CaptureConfig, ModelConfig
 
 # How configurations of all kinds of models call the longest input that they can take.
@@ -116,6 +117,12 @@ def longest_input(found: source.ModelSource) -> int | None:
     return next((text[name] for name in _CONTEXT if text.get(name)), None)
 
 
+def begins_with_bos(request: CaptureRequest, bos: str) -> bool:
+    """Return whether every document begins with the tokenizer's BOS token, with ``--capture.bos=...``."""
+    tokenizer = source.load_tokenizer(request.source)
+    return tokenizer.bos_token_id is not None and bos_tokens(tokenizer, bos)[:1] == [tokenizer.bos_token_id]
+
+
 def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
     """The sites that ``--capture.sites`` names.
 
@@ -130,7 +137,7 @@ def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
             raise UserError(f"--capture.sites names {site} twice: name each site once")
         if isinstance(site, ModuleSite) and backend == "jax":
             raise UserError(
-                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch or auto, "
-                "or a site of the decoder, such as resid_post.15"
+                f"--capture.sites names {site}, a module of the PyTorch model: use --capture.backend=torch, or "
+                "a site of the decoder, such as resid_post.15"
             )
     return sites

@@ -1,6 +1,5 @@
 """The stages ``tokenize`` and ``capture``."""
 
-from saejax.config import Configs
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.stage import Stage
 from saejax.tasks import identities
@@ -14,16 +13,10 @@ TOKENIZE = Stage(
     after=("baseline",),
     needs=lambda configs, name: identities.joining_prompts(configs),
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
-    identity=dict(model=identities.model, corpus=identities.corpus),
+    identity=dict(model=identities.model, corpus=identities.corpus, bos=lambda configs: configs[CaptureConfig].bos),
     cost="saejax.activations.cost:tokenize_cost",
+    version=2,
 )
-
-
-def capture_version(configs: Configs) -> int:
-    """2: the last positions are those of texts, not of the documents that are captured."""
-    capture = configs[CaptureConfig]
-    return 2 if capture.last and capture.tokens else 1
-
 
 CAPTURE = Stage(
     name="capture",
@@ -37,6 +30,6 @@ CAPTURE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",
     programs="saejax.activations.cost:capture_programs",
-    version=capture_version,
+    version=3,
     processes="all",
 )

@@ -1,81 +1,95 @@
-"""The activation store: vectors of several sites, row by row, and what each row is.
+"""The activation store: vectors of several sites, row by row, and the token of each row.
 
     manifest.json               written last: a folder without it is not a store
-    <site>/shard-00000.npy      [rows, d] float32, bfloat16 kept as uint16 (npy has no bfloat16), or float8 as uint8
+    <site>/shard-00000.npy      [rows, d] float32, or bfloat16 kept as uint16 (npy has no bfloat16)
     <site>/norms-00000.npy      [rows] float32, Euclidean norms of those vectors
-    index/shard-00000.npy       [rows, 3] int32: document, position in it, token id
-    index/record-00000.json     checksums of the shard's files, written after them: the shard is done
+    <site>/record-00000.json    checksums of the blocks of both, written after them: the shard is done
+    <site>/sinks.npy            int64 rows, ascending, that are attention sinks
+    <site>/train_sum.npy        [d] float64, sum of the training rows that are no sinks
+    index/shard-00000.npy       [rows, 3] int32: document, position in it, token id; with a record, too
     documents/                  the token ids of every document and where it comes from
 
-A *row* is one token: row r of every site is the same token, in shard ``r // shard_rows``. Rows stand in random
-order within a shard. Attention *sinks* are rows whose norm exceeds ``sink_factor`` times the median norm of the
-site's training rows; every site has its own, and ``rows`` leaves them out.
+A *row* is one token: row r of every site is the same token, in shard ``r // shard_rows``. Rows of the train split come
+first. Rows stand in random order within a shard. Attention *sinks* are rows whose norm exceeds ``sink_factor`` times
+the median norm of the site's training rows; every site has its own, and ``rows`` leaves them out. A site's files depend
+on no other site.
 """
 
 import collections
 import resource
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ml_dtypes
 import numpy as np
 
-from saejax.activations import float8
-from saejax.activations.cutter import SPLITS
-from saejax.activations.documents import Documents
+from saejax.activations.batches import Parts, RowRange, make_batches
+from saejax.activations.checksums import CheckedArray, check_size
+from saejax.activations.chunker import SPLITS
+from saejax.activations.documents import FILES, Documents
 from saejax.activations.manifest import CapturedModel, Manifest, StoredSite
 from saejax.activations.results import SinkCounts
 from saejax.errors import UserError, one_of
-from saejax.files import file_sha256
+from saejax.files import file_sha256, read_object
 from saejax.models.source import ModelSource
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": _BFLOAT16, "float8": _BFLOAT16}  # as read
-ON_DISK: dict[str, np.dtype] = {
-    name: np.dtype(kept) for name, kept in (("float32", np.float32), ("bfloat16", np.uint16), ("float8", np.uint8))
-}
-_DOCUMENTS = ("ids.npy", "offsets.npy", "table.npy")
-_MOST_MAPS = 4096  # maps held open at once; each takes a file descriptor
+if TYPE_CHECKING:
+    import grain
+
+DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+ON_DISK: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+INDEX = "index"  # the folder of documents, positions and token ids, beside those of sites
+_MAX_MAPS = 4096  # open at once; each takes a file descriptor
+_SUMMED_ROWS = 8192  # that are read together
 
 
-def shard_files(sites: Sequence[str], shard: int) -> dict[str, str]:
-    """Files of a shard by their part: "index", and "SITE" and "SITE norms" of every site."""
-    vectors = {site: f"{site}/shard-{shard:05d}.npy" for site in sites}
-    norms = {f"{site} norms": f"{site}/norms-{shard:05d}.npy" for site in sites}
-    return dict(index=f"index/shard-{shard:05d}.npy", **vectors, **norms)
-
-
-def on_disk(values_NxD: np.ndarray, norms_N: np.ndarray, dtype: str) -> np.ndarray:
-    """Vectors as a shard keeps them; a view, but of float8.
+def shard_file(part: str, kind: str, shard: int) -> str:
+    """Return the path in a store of a shard's file.
 
     Args:
-      values_NxD: of ``DTYPES[dtype]``.
-      norms_N: their norms, float32.
-      dtype: "float32", "bfloat16" or "float8".
+      part: a site, or ``INDEX``.
+      kind: "shard", "norms" or "record".
+      shard: its number.
     """
-    return float8.encoded(values_NxD, norms_N) if dtype == "float8" else values_NxD.view(ON_DISK[dtype])
+    return f"{part}/{kind}-{shard:05d}.{'json' if kind == 'record' else 'npy'}"
+
+
+def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Return shape and dtype on disk of a shard's arrays, by the kind of file.
+
+    Args:
+      part: a site, or ``INDEX``.
+      rows: of the shard.
+      d: width of the site.
+      dtype: of the store.
+    """
+    if part == INDEX:
+        return dict(shard=((rows, 3), np.dtype(np.int32)))
+    return dict(shard=((rows, d), ON_DISK[dtype]), norms=((rows,), np.dtype(np.float32)))
 
 
 class Store:
     """A finished store, read through memory maps. Made by ``Store.open``.
 
+    Blocks are checked against their checksums when they are first read. Reading is safe from several threads.
+
     Attributes:
-      folder: where it is.
+      folder: of the store.
       manifest: its description.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
-        self._maps: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # least recently used first
-        self._most_maps, self._lock, self._checked = _map_limit(), threading.Lock(), set[str]()
-        self._rows: dict[tuple[str, ...], np.ndarray] = {}
+        self._maps: collections.OrderedDict[str, CheckedArray] = collections.OrderedDict()  # least recently used first
+        self._verified: dict[str, np.ndarray] = {}
+        self._max_maps, self._lock = _map_limit(), threading.Lock()
+        self._sinks: dict[str, np.ndarray] = {}
         self._documents: Documents | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Opens the store in a folder.
+        """Open the store in a folder.
 
         Raises:
           UserError: there is none, it was not finished, its manifest is damaged, or a file is missing or of the wrong
@@ -83,8 +97,15 @@ class Store:
         """
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
-        for name in store.manifest.files:
-            store._check_size(name)
+        for part in (INDEX, *store.sites):
+            for shard in range(store.manifest.shards):
+                for kind, (shape, dtype) in store._arrays(part, shard).items():
+                    check_size(folder / shard_file(part, kind, shard), shape, dtype)
+        for name, facts in store.manifest.files.items():
+            path = folder / name
+            if not path.exists() or path.stat().st_size != facts.bytes:
+                state = f"has {path.stat().st_size} bytes, expected {facts.bytes}" if path.exists() else "is missing"
+                raise UserError(f"{path} {state}: delete {folder} and run capture again")
         return store
 
     @property
@@ -99,76 +120,118 @@ class Store:
 
     @property
     def dtype(self) -> np.dtype:
-        """What ``read`` returns: float32 or ml_dtypes.bfloat16."""
+        """The dtype of ``read``: float32 or ml_dtypes.bfloat16."""
         return DTYPES[self.manifest.dtype]
 
     def d(self, site: str) -> int:
-        """Width of a site's vectors."""
+        """Return the width of a site's vectors."""
         return self._site(site).d
 
     def median_norm(self, site: str) -> float:
-        """Median norm of the site's training rows, sinks included."""
+        """Return the median norm of the site's training rows, sinks included."""
         return self._site(site).median_norm
 
     def max_norm(self, site: str) -> float:
-        """The sink rule: rows with a larger norm are attention sinks."""
+        """Return the largest norm of a row that is no attention sink."""
         return self._site(site).max_norm
 
     def sinks(self, site: str) -> SinkCounts:
-        """What the sink rule drops, both splits together."""
+        """Return the number of rows that the sink rule drops, both splits together."""
         return self._site(site).sinks
 
     @property
     def documents(self) -> Documents:
         """The documents: ``documents[i]`` is the token ids of document i, ``documents.of(split)`` those of a split."""
         if self._documents is None:
-            for name in _DOCUMENTS:
+            for name in FILES:
                 self._check_content(f"documents/{name}")
             self._documents = Documents.read(self.folder / "documents", self.manifest.documents.groups)
         return self._documents
 
-    def rows(self, split: str, *sites: str) -> np.ndarray:
-        """Ids, int64, ascending, of a split's rows that are sinks at none of the sites. Takes 8 bytes a row.
+    def usable(self, split: str, *sites: str) -> RowRange:
+        """Return a split's rows that are sinks at none of the sites.
 
         Args:
           split: "train" or "held_out".
-          sites: at least one of ``sites``.
+          sites: of this store.
         """
         one_of(split, SPLITS, "split")
-        key = (split, *map(self._known, sites))
-        if key not in self._rows:
-            parts = []
-            for shard in range(self.manifest.shards):
-                document_R = self._part(shard, "index")[:, 0]
-                wanted_R = self.documents.split_N[document_R] == SPLITS.index(split)
-                for site in sites:
-                    wanted_R &= self._part(shard, f"{site} norms") <= np.float32(self.max_norm(site))
-                parts.append(np.flatnonzero(wanted_R) + shard * self.manifest.shard_rows)
-            self._rows[key] = np.concatenate(parts).astype(np.int64)
-            self._rows[key].setflags(write=False)
-        return self._rows[key]
+        train_rows = self.manifest.tokens["train"]
+        first, stop = (0, train_rows) if split == "train" else (train_rows, self.manifest.rows)
+        sink_rows = np.unique(np.concatenate([np.zeros(0, np.int64), *map(self._sink_rows, sites)]))
+        excluded = sink_rows[slice(*np.searchsorted(sink_rows, [first, stop]))]
+        return RowRange(first, stop, excluded, self.manifest.shard_rows)
 
-    def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows at a site, in the order asked for, in ``dtype``.
+    def rows(self, split: str, *sites: str) -> np.ndarray:
+        """Return the rows of ``usable`` as an array, int64, ascending; 8 bytes a row."""
+        return self.usable(split, *sites).rows()
 
-        Safe to call from several threads. Each shard is checked against its checksum when it is first used.
+    def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return the vectors [n, d] of rows at a site, in the order of ``rows``, in ``dtype``.
+
+        Args:
+          site: of this store.
+          rows: int [n], fastest if they ascend.
+          out: an array to write them to; None: a new one.
+
+        Raises:
+          UserError: the store is damaged where it was read; the line names shard and block.
         """
-        found_NxD = self._gather(self._known(site), rows)
-        if self.manifest.dtype == "float8":
-            return float8.decoded(found_NxD, self.norms(site, rows))
-        return found_NxD.view(self.dtype)
+        if out is not None:
+            out = out.view(ON_DISK[self.manifest.dtype])
+        return self._gather(self._known(site), "shard", rows, out).view(self.dtype)
 
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, position in it and token id of rows; int32 each."""
-        index_Nx3 = self._gather("index", rows)
+        """Return document, position in it and token id of rows; int32 each."""
+        index_Nx3 = self._gather(INDEX, "shard", rows)
         return index_Nx3[:, 0], index_Nx3[:, 1], index_Nx3[:, 2]
 
     def norms(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """Euclidean norms of the vectors of rows at a site, float32."""
-        return self._gather(f"{self._known(site)} norms", rows)
+        """Return the Euclidean norms of the vectors of rows at a site, float32."""
+        return self._gather(self._known(site), "norms", rows)
+
+    def mean(self, site: str, *sites: str) -> np.ndarray:
+        """Return the mean vector at a site, float64 [d], of training rows that are sinks at none of the sites.
+
+        The sum was taken when the store was made: only rows that are sinks elsewhere, and not at ``site``, are read.
+        """
+        self._check_content(f"{self._known(site)}/train_sum.npy")
+        total_D = np.load(self.folder / site / "train_sum.npy", allow_pickle=False)
+        usable = self.usable("train", site, *sites)
+        sinks_elsewhere = np.setdiff1d(usable.excluded, self._sink_rows(site), assume_unique=True)
+        for start in range(0, len(sinks_elsewhere), _SUMMED_ROWS):
+            values_NxD = self.read(site, sinks_elsewhere[start : start + _SUMMED_ROWS])
+            total_D = total_D - values_NxD.astype(np.float64).sum(0)
+        return total_D / max(len(usable), 1)
+
+    def batches(
+        self,
+        parts: Parts,
+        batch: int,
+        seed: int,
+        epochs: int,
+        window_rows: int,
+        slice_of_batch: slice = slice(None),
+    ) -> "grain.MapDataset":
+        """Return the training batches of all epochs as a ``grain.MapDataset`` whose element n is batch n.
+
+        Which rows make a batch is a function of the other arguments alone, see the module ``batches``.
+
+        Args:
+          parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
+          batch: rows of a batch.
+          seed: of the order of rows.
+          epochs: passes over the training rows, each in another order; every row comes once in each.
+          window_rows: rows that are shuffled together.
+          slice_of_batch: the rows of each batch that are read, such as those of one process.
+
+        Returns:
+          Batches; each has for every part an array [sites, rows, d] of ``dtype``. All sites give the same rows.
+        """
+        return make_batches(self, parts, batch, seed, epochs, window_rows, slice_of_batch)
 
     def check_model(self, source: ModelSource) -> None:
-        """A ``UserError`` if the store was captured from another model."""
+        """Raise a ``UserError`` if the store was captured from another model."""
         if self.model.fingerprint != source.fingerprint:
             raise UserError(
                 f"{self.folder} was captured from the model {self.model}, not from {source.name} "
@@ -176,9 +239,13 @@ class Store:
             )
 
     def verify(self) -> None:
-        """Checks every file against its checksum; a ``UserError`` names the first that differs."""
+        """Check every file; a ``UserError`` names the first that is damaged."""
         for name in self.manifest.files:
             self._check_content(name)
+        for part in (INDEX, *self.sites):
+            for shard in range(self.manifest.shards):
+                for kind in self._arrays(part, shard):
+                    self._map(part, kind, shard).verify()
 
     def _site(self, site: str) -> StoredSite:
         return self.manifest.sites[self._known(site)]
@@ -186,56 +253,51 @@ class Store:
     def _known(self, site: str) -> str:
         return one_of(site, self.sites, "site in this store")
 
-    def _gather(self, part: str, rows: np.ndarray) -> np.ndarray:
+    def _sink_rows(self, site: str) -> np.ndarray:
+        if self._known(site) not in self._sinks:
+            self._check_content(f"{site}/sinks.npy")
+            self._sinks[site] = np.load(self.folder / site / "sinks.npy", allow_pickle=False)
+        return self._sinks[site]
+
+    def _arrays(self, part: str, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        d = 0 if part == INDEX else self.d(part)
+        return shard_arrays(part, self.manifest.shard_size(shard), d, self.manifest.dtype)
+
+    def _gather(self, part: str, kind: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.manifest.rows:
             raise IndexError(f"rows are 0 to {self.manifest.rows - 1}; asked for {rows.min()} to {rows.max()}")
+        if out is None:
+            (_, *width), dtype = self._arrays(part, 0)[kind]
+            out = np.empty((len(rows), *width), dtype)
+        if (np.diff(rows) < 0).any():
+            order_N = np.argsort(rows, kind="stable")
+            out[order_N] = self._gather(part, kind, rows[order_N])
+            return out
         shard_N, local_N = np.divmod(rows, self.manifest.shard_rows)
-        order_N = np.argsort(shard_N, kind="stable")
-        shards, starts = np.unique(shard_N[order_N], return_index=True)
-        first = self._part(0, part)
-        out = np.empty((len(rows), *first.shape[1:]), first.dtype)
+        shards, starts = np.unique(shard_N, return_index=True)
         for shard, start, stop in zip(shards.tolist(), starts, [*starts[1:], len(rows)], strict=False):
-            wanted = order_N[start:stop]
-            out[wanted] = self._part(shard, part)[local_N[wanted]]
+            self._map(part, kind, shard).take(local_N[start:stop], out[start:stop])
         return out
 
-    def _part(self, shard: int, part: str) -> np.ndarray:
-        name = shard_files(self.sites, shard)[part]
+    def _map(self, part: str, kind: str, shard: int) -> CheckedArray:
+        name = shard_file(part, kind, shard)
         with self._lock:
             if name in self._maps:
                 self._maps.move_to_end(name)
                 return self._maps[name]
-        if name not in self._checked:
-            self._check_content(name)
-            self._checked.add(name)
-        array = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        shape, dtype = self._expected(shard, part)
-        if (array.shape, array.dtype) != (shape, dtype):
-            raise UserError(f"{self.folder / name} is {array.dtype} {array.shape}, expected {dtype} {shape}")
+        record = self.folder / shard_file(part, "record", shard)
+        checksums = read_object(record, "checksums")["checksums"].get(kind, [])
+        shape, dtype = self._arrays(part, shard)[kind]
         with self._lock:
-            self._maps[name] = array
-            while len(self._maps) > self._most_maps:  # who still reads an older map keeps it alive
+            is_verified = self._verified.setdefault(name, np.zeros(len(checksums), bool))
+            mapped = CheckedArray(self.folder / name, shape, dtype, checksums, is_verified)
+            self._maps[name] = mapped
+            while len(self._maps) > self._max_maps:  # a thread that still reads an older map keeps it alive
                 self._maps.popitem(last=False)
-        return array
-
-    def _expected(self, shard: int, part: str) -> tuple[tuple[int, ...], np.dtype]:
-        rows = min(self.manifest.shard_rows, self.manifest.rows - shard * self.manifest.shard_rows)
-        if part == "index":
-            return (rows, 3), np.dtype(np.int32)
-        if part in self.sites:
-            return (rows, self.d(part)), ON_DISK[self.manifest.dtype]
-        return (rows,), np.dtype(np.float32)
-
-    def _check_size(self, name: str) -> None:
-        path, size = self.folder / name, self.manifest.files[name].bytes
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, expected {size}"
-            raise UserError(f"{path} {state}: delete {self.folder} and run capture again")
+        return mapped
 
     def _check_content(self, name: str) -> None:
-        self._check_size(name)
         if file_sha256(self.folder / name) != self.manifest.files[name].sha256:
             raise UserError(
                 f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "
@@ -244,11 +306,11 @@ class Store:
 
 
 def _map_limit() -> int:
-    """How many shards may be mapped at once, once the process has as many file descriptors as it is allowed.
+    """Return the number of shards to map at once, after raising the limit of open files as far as is allowed.
 
     A map keeps its file open. Many systems give a process 1,024 descriptors unless it asks for more.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return _MOST_MAPS if hard == resource.RLIM_INFINITY else max(16, min(_MOST_MAPS, hard // 2))
+    return _MAX_MAPS if hard == resource.RLIM_INFINITY else max(16, min(_MAX_MAPS, hard // 2))

@@ -59,7 +59,7 @@ class ModelStream:
 
     Args:
       run: its settings of model, corpus and capture say what goes through which model; the backend is
-        ``capture.backend``, the values are of ``capture.read_dtype``.
+        ``capture.backend``, the values are of ``capture.store_dtype``.
       parts: the sites of every part of a batch.
       rows: of a buffer.
 
@@ -78,7 +78,7 @@ class ModelStream:
         if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again
             raise UserError("--train.source=model needs --capture.backend and --capture.dtype by name, not auto")
         self._reader = load_reader(run, request, self._plan, config)
-        self._dtype, largest = config.read_dtype, max(map(self.size, range(len(self))))
+        self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._buffers = _buffers(self._reader, parts, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}

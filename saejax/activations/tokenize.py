@@ -1,28 +1,40 @@
-"""The documents of a run: made in memory, or on disk by the stage ``tokenize``, which never has all text in memory."""
+"""The documents of a run: made in memory, or on disk by the stage ``tokenize``, which never has all text in memory.
+
+Streamed text is written as it comes. What is shuffled are the documents' starts, lengths and table rows, so that the
+token ids themselves are written once.
+"""
 
 import contextlib
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
 
-from saejax.activations.cutter import SPLITS, Cutter, TextPiece, prompt_group
-from saejax.activations.documents import Documents, make_documents
+import numpy as np
+
+from saejax.activations.checksums import npy_header
+from saejax.activations.chunker import SPLITS, Chunker, TextPiece, prompt_group
+from saejax.activations.documents import COLUMNS, FILES, Documents, make_documents, shuffled_order
 from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest, longest_input
 from saejax.activations.results import TokenizeResults
-from saejax.activations.shuffled import ShuffledWriter
 from saejax.errors import Interrupted, UserError
-from saejax.files import file_sha256
+from saejax.files import WRITING, file_sha256, whole_file
 from saejax.models import source
 from saejax.results import load_results
-from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
+from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.corpora import Document
 from saejax.workspace import Run
 
+_BLOCK = 2**16  # documents whose rows are permuted together
+_MAX_GROUPS = 2**31 - 1
+
 
 def run_tokenize(run: Run) -> TokenizeResults:
-    """Turns the corpus into documents in ``run.folder``, reading it once from its front.
+    """Turn the corpus into documents in ``run.folder``, reading it once from its front.
 
     A run that was stopped begins anew.
 
@@ -31,46 +43,48 @@ def run_tokenize(run: Run) -> TokenizeResults:
       Interrupted: asked to stop.
     """
     config = run.configs[CorpusConfig]
-    found = source.resolve(run.configs[ModelConfig], decoder=False)
-    prompts, vocabulary = _train_prompts(run), source.vocabulary(found)
+    model = source.resolve(run.configs[ModelConfig], decoder=False)
+    prompts, vocabulary = _train_prompts(run), source.vocabulary(model)
     groups = tuple(sorted({prompt_group(prompt) for prompt in prompts.values()}))
-    cutter = Cutter(
-        config, source.load_tokenizer(found), longest_input(found) or config.context, run.configs[TaskConfig]
+    chunker = Chunker(
+        config,
+        source.load_tokenizer(model),
+        longest_input(model) or config.context,
+        run.configs[TaskConfig],
+        run.configs[CaptureConfig].bos,
     )
-    writer = ShuffledWriter(run.folder, groups, config.seed)
     progress = TextProgress(run.say, corpora.characters(config, run.configs[TaskConfig]), "characters")
 
     def texts() -> Iterator[Document]:
-        for document in corpora.documents(config, run.configs[TaskConfig], cutter.enough):
+        for document in corpora.documents(config, run.configs[TaskConfig], chunker.enough):
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
             yield document
             progress.add(len(document.text))
 
-    def take(piece: TextPiece) -> None:
-        if vocabulary is not None and piece.ids_T.max() >= vocabulary:
-            raise _no_embedding(found, int(piece.ids_T.max()))
-        writer.add(piece)
-
-    with _all_cores():
-        for piece in cutter.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
-            take(piece)
-    cutter.check([split for split, count in enumerate(writer.documents) if count])
-    for piece in cutter.prompts(prompts):
-        take(piece)
+    with _DocumentsWriter(run.folder, groups) as writer:
+        with _all_cores():
+            for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
+                _check_vocabulary(model, vocabulary, piece.ids_T)
+                writer.add(piece)
+        chunker.check([split for split, count in enumerate(writer.documents) if count])
+        for piece in chunker.prompts(prompts):
+            _check_vocabulary(model, vocabulary, piece.ids_T)
+            writer.add(piece)
+        writer.finish(config.seed)
     return TokenizeResults(
         documents=dict(zip(SPLITS, writer.documents, strict=True)),
         tokens=dict(zip(SPLITS, writer.tokens, strict=True)),
         groups=groups,
-        sha256=writer.finish(),
+        sha256={name: file_sha256(run.folder / name) for name in FILES},
     )
 
 
 def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """The documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts.
+    """Return the documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts.
 
     Raises:
-      UserError: what ``make_documents`` says, or tokenized text is damaged.
+      UserError: see ``make_documents``; tokenized text is damaged.
     """
     if "tokenize" in run.inputs:
         folder = run.inputs["tokenize"]
@@ -81,30 +95,105 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
         return Documents.read(folder, results.groups)
     config, tokenizer = run.configs[CorpusConfig], source.load_tokenizer(request.source)
     documents = make_documents(
-        config, _train_prompts(run), tokenizer, request.context or config.context, run.configs[TaskConfig]
+        config,
+        _train_prompts(run),
+        tokenizer,
+        request.context or config.context,
+        run.configs[TaskConfig],
+        run.configs[CaptureConfig].bos,
     )
-    vocabulary = source.vocabulary(request.source)
-    if vocabulary is not None and documents.ids_T.max() >= vocabulary:
-        raise _no_embedding(request.source, int(documents.ids_T.max()))
+    _check_vocabulary(request.source, source.vocabulary(request.source), documents.ids_T)
     return documents
 
 
+class _DocumentsWriter:
+    """Writes the files of ``Documents``; a context manager that removes what it has not finished.
+
+    Args:
+      folder: where.
+      groups: names of the groups of prompts; other groups are numbered by a hash of their names.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[str]):
+        self._folder, self._groups = folder, {group: number for number, group in enumerate(groups)}
+        self.documents, self.tokens = [0] * len(SPLITS), [0] * len(SPLITS)
+
+    def __enter__(self) -> "_DocumentsWriter":
+        with contextlib.ExitStack() as stack:
+            self._ids = self._open(stack, self._folder / FILES[0])
+            # Rows in the order of the text: [length, *COLUMNS], int32.
+            self._rows = self._folder / f".rows.{WRITING}{os.getpid()}"
+            stack.callback(self._rows.unlink, missing_ok=True)
+            self._table = stack.enter_context(open(self._rows, "wb"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def add(self, piece: TextPiece) -> None:
+        """Write a document."""
+        group = self._group_number(piece.group)
+        self._ids.write(piece.ids_T.tobytes())
+        row = np.array([len(piece.ids_T), piece.split, piece.kind, group, piece.source, piece.start], np.int32)
+        self._table.write(row.tobytes())
+        self.documents[piece.split] += 1
+        self.tokens[piece.split] += len(piece.ids_T)
+
+    def finish(self, seed: int) -> None:
+        """Write the arrays of documents in a seeded random order, train before held-out."""
+        self._ids.seek(0)
+        self._ids.write(npy_header((sum(self.tokens),), np.dtype(np.int32)))
+        self._table.flush()
+        rows_Nx6 = np.memmap(self._rows, np.int32, "r").reshape(-1, 1 + len(COLUMNS))
+        starts_N = np.cumsum(rows_Nx6[:, 0], dtype=np.int64) - rows_Nx6[:, 0]
+        order_N = shuffled_order(rows_Nx6[:, 1 + COLUMNS.index("split")], seed)
+        with contextlib.ExitStack() as stack:
+            shapes = ((len(order_N),), (len(order_N),), (len(order_N), len(COLUMNS)))
+            files = [self._open(stack, self._folder / name) for name in FILES[1:]]
+            for file, shape, dtype in zip(files, shapes, (np.int64, np.int32, np.int32), strict=True):
+                file.seek(0)
+                file.write(npy_header(shape, np.dtype(dtype)))
+            for first in range(0, len(order_N), _BLOCK):
+                chosen = order_N[first : first + _BLOCK]
+                rows = rows_Nx6[chosen]
+                for file, array in zip(files, (starts_N[chosen], rows[:, 0], rows[:, 1:]), strict=True):
+                    file.write(array.tobytes())
+
+    def _open(self, stack: contextlib.ExitStack, path: Path) -> IO[bytes]:
+        """Open a file that appears whole or not at all, with room for the header of an array of any length."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = stack.enter_context(whole_file(path))
+        file = stack.enter_context(open(unfinished, "wb"))  # noqa: SIM115, as the stack closes it
+        file.write(npy_header((0,), np.dtype(np.int32)))
+        return file
+
+    def _group_number(self, group: str) -> int:
+        if group in self._groups:
+            return self._groups[group]
+        # Groups are only compared with one another: two that share a number count as one, which does no harm.
+        return len(self._groups) + zlib.crc32(group.encode()) % (_MAX_GROUPS - len(self._groups))
+
+
 def _train_prompts(run: Run) -> dict[int, Prompt]:
-    """The prompts that join the text, by their index in their file."""
+    """Return the prompts that join the text, by their index in their file."""
     prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
     return {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
 
 
-def _no_embedding(found: source.ModelSource, token: int) -> UserError:
-    return UserError(
-        f"the text holds {source.load_tokenizer(found).decode([token])!r}, a special token for which the model has no "
-        "embedding: remove it from the text"
-    )
+def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: np.ndarray) -> None:
+    """Raise a ``UserError`` if a token id has no embedding."""
+    largest = int(ids_T.max())
+    if vocabulary is not None and largest >= vocabulary:
+        raise UserError(
+            f"the text holds {source.load_tokenizer(model).decode([largest])!r}, a special token for which the model "
+            "has no embedding: remove it from the text"
+        )
 
 
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
-    """Has tokenizers use every core; elsewhere they use one, because processes are forked beside them."""
+    """Let tokenizers use every core; elsewhere they use one, because processes are forked beside them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:

@@ -3,147 +3,299 @@
 import contextlib
 import dataclasses
 import hashlib
-import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from saejax.activations.cutter import SPLITS
-from saejax.activations.documents import Documents
-from saejax.activations.manifest import MANIFEST, FileFacts, Manifest
+from saejax.activations.checksums import block_checksums, npy_header
+from saejax.activations.documents import COLUMNS, Documents
+from saejax.activations.manifest import MANIFEST, CapturedModel, FileFacts, Manifest, StoredDocuments, StoredSite
+from saejax.activations.plan import Plan
 from saejax.activations.results import SinkCounts, SiteNorms
-from saejax.activations.store import shard_files
+from saejax.activations.store import DTYPES, INDEX, ON_DISK, shard_arrays, shard_file
 from saejax.errors import UserError, out_of_room
-from saejax.files import file_sha256, remove_unfinished, whole_file, write_json
+from saejax.files import remove_unfinished, whole_file, write_json
 from saejax.results import to_json
+
+_BLOCK = 4096  # documents, or rows, that are copied together
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteShard:
+    """The rows of a shard at a site.
+
+    Attributes:
+      vectors_RxD: of ``ON_DISK[dtype]``.
+      norms_R: float32 Euclidean norms.
+      train_sum_D: float64 sum of the rows of the train split, sinks included.
+    """
+
+    vectors_RxD: np.ndarray
+    norms_R: np.ndarray
+    train_sum_D: np.ndarray
+
+    @classmethod
+    def of(cls, values_RxD: np.ndarray, train_rows: int, dtype: str) -> "SiteShard":
+        """Return the shard of values of ``DTYPES[dtype]`` whose first ``train_rows`` rows are of the train split."""
+        wide_RxD = values_RxD.astype(np.float64)
+        norms_R = np.linalg.norm(wide_RxD, axis=1).astype(np.float32)
+        return cls(values_RxD.view(ON_DISK[dtype]), norms_R, wide_RxD[:train_rows].sum(0))
 
 
 class StoreWriter:
-    """Writes a store, shard by shard; finished shards of the same work are found again.
+    """Writes a store, shard by shard; finished shards of the same work are kept.
+
+    A site's shards are finished one by one and independently of other sites.
 
     Args:
-      folder: where.
-      sites: names of the sites.
-      work: identifies the work: shards that were written for other work are not taken for finished.
+      folder: of the store.
+      plan: which rows go into which shard.
+      widths: width of every site.
+      dtype: "float32" or "bfloat16", on disk.
+      work: identifies what the shards of every site, and of ``INDEX``, depend on: shards that were written for other
+        work do not count as finished.
     """
 
-    def __init__(self, folder: Path, sites: Sequence[str], work: str):
-        self.folder, self.sites, self.work = Path(folder), tuple(sites), work
+    def __init__(self, folder: Path, plan: Plan, widths: Mapping[str, int], dtype: str, work: Mapping[str, str]):
+        self.folder, self.plan, self.widths, self.dtype, self.work = Path(folder), plan, dict(widths), dtype, work
         self._files: dict[str, FileFacts] = {}
+        self._sinks: dict[str, np.ndarray] = {}
 
-    def begin(self, missing: Sequence[int] = ()) -> None:
-        """Before anything is written: the folder is no store yet, and half-written files go.
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """``INDEX`` and the sites."""
+        return (INDEX, *self.widths)
+
+    def begin(self, missing: Iterable[tuple[str, int]] = ()) -> None:
+        """Prepare the folder: it is no store until ``finish``, and half-written files are removed.
 
         Args:
-          missing: shards that are to be made; if there are records of damaged ones, no process may trust them.
+          missing: parts and shards that are to be made; records of damaged ones go, so that no process trusts them.
         """
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        for shard in missing:
-            (self.folder / _record(shard)).unlink(missing_ok=True)
+        for part, shard in missing:
+            (self.folder / shard_file(part, "record", shard)).unlink(missing_ok=True)
         remove_unfinished(self.folder)
 
-    def has(self, shard: int, read: bool = True) -> bool:
-        """Whether the shard is there, whole and of this work; unless all is to be ``read``, its record is trusted."""
+    def has(self, part: str, shard: int, read: bool = True) -> bool:
+        """Return whether a part's shard is there and of this work.
+
+        Args:
+          part: a site, or ``INDEX``.
+          shard: its number.
+          read: whether to read its files and compare checksums; otherwise its record is trusted.
+        """
         try:
-            record = json.loads((self.folder / _record(shard)).read_text(encoding="utf-8"))
-            files = {name: FileFacts(**record["files"][name]) for name in shard_files(self.sites, shard).values()}
-            whole = not read or all(file_sha256(self.folder / name) == facts.sha256 for name, facts in files.items())
+            record = json.loads((self.folder / shard_file(part, "record", shard)).read_text(encoding="utf-8"))
+            if record["work"] != self.work[part]:
+                return False
+            return not read or all(
+                self._checksums(part, kind, shard) == record["checksums"][kind] for kind in self._arrays(part, shard)
+            )
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        if not whole or record["work"] != self.work:
-            return False
-        self._files |= files
-        return True
 
-    def write_shard(self, shard: int, parts: Mapping[str, np.ndarray]) -> None:
-        """Writes the parts of a shard (keys as in ``shard_files``), then its record.
+    def write_index(self, shard: int) -> None:
+        """Write which token each row of a shard is, if it is not there.
 
         Raises:
-          UserError: the disk is full; what was finished is kept.
+          UserError: the disk is full; finished shards are kept.
         """
-        names = shard_files(self.sites, shard)
-        record = self.folder / _record(shard)
-        files = {name: self._write(name, parts[part]) for part, name in names.items()}
-        with _disk_room(record):
-            write_json(record, to_json(dict(work=self.work, files=files)))
-        self._files |= files
+        if not self.has(INDEX, shard, read=False):
+            self._write_shard(INDEX, shard, dict(shard=self.plan.index(shard)), {})
 
-    def write_documents(self, documents: Documents) -> None:
-        """Writes the documents. See ``write_shard`` for errors."""
-        for name, array in documents.arrays().items():
-            self._files[f"documents/{name}"] = self._write(f"documents/{name}", array)
+    def write_site(self, site: str, shard: int, rows: SiteShard) -> None:
+        """Write a shard of a site, then its record. See ``write_index`` for errors."""
+        arrays = dict(shard=rows.vectors_RxD, norms=rows.norms_R)
+        self._write_shard(site, shard, arrays, dict(train_sum=rows.train_sum_D.tolist()))
 
-    def site_statistics(self, shards: int, documents: Documents, sink_factor: float) -> dict[str, SiteNorms]:
-        """The norms of every site and what the sink rule drops there.
+    def write_documents(self) -> None:
+        """Write the documents, one after the other. See ``write_index`` for errors."""
+        documents = self.plan.documents
+        lengths_N = np.asarray(documents.lengths_N)
+        blocks = (
+            np.concatenate([documents[i] for i in range(first, min(first + _BLOCK, len(documents)))])
+            for first in range(0, len(documents), _BLOCK)
+        )
+        self._write("documents/ids.npy", (int(lengths_N.sum(dtype=np.int64)),), np.dtype(np.int32), blocks)
+        arrays = Documents.contiguous(documents.ids_T, lengths_N, documents.table_Nx5, documents.groups).arrays()
+        for name in ("starts.npy", "lengths.npy", "table.npy"):
+            self._write_array(f"documents/{name}", arrays[name])
+
+    def site_norms(self, sink_factor: float) -> dict[str, SiteNorms]:
+        """Return the norms of all sites, whose shards are there, and what the sink rule drops.
 
         A row is a sink where its norm exceeds ``sink_factor`` times the median norm of all training rows.
         """
-        train_N, trains, beyonds = documents.split_N == SPLITS.index("train"), [], []
-        for shard in range(shards):  # two bytes of a row are kept, not all of its index: rows may be a billion
-            index_Rx3 = self._read(shard, "index")
-            trains.append(train_N[index_Rx3[:, 0]])
-            beyonds.append(index_Rx3[:, 1] > 0)
-        train_R, beyond_R = np.concatenate(trains), np.concatenate(beyonds)
-        statistics = {}
-        for site in self.sites:
-            norm_R = np.concatenate([self._read(shard, f"{site} norms") for shard in range(shards)])
-            median = np.median(norm_R[train_R])
-            max_norm = np.float32(sink_factor * float(median))
-            sink_R = norm_R > max_norm
-            sinks = SinkCounts(
-                position_0=int((sink_R & ~beyond_R).sum()),
-                beyond=int((sink_R & beyond_R).sum()),
-                share_beyond=float((sink_R & beyond_R).sum() / max(beyond_R.sum(), 1)),
-            )
-            statistics[site] = SiteNorms(float(median), float(norm_R.max()), float(max_norm), sinks)
-        return statistics
+        plan = self.plan
+        is_beyond_R = np.concatenate([self._load(INDEX, "shard", s)[:, 1] > 0 for s in range(plan.shards)])
+        norms = {}
+        for site in self.widths:
+            norms_R = np.concatenate([self._load(site, "norms", shard) for shard in range(plan.shards)])
+            median = float(np.median(norms_R[: plan.train_rows]))
+            max_norm = np.float32(sink_factor * median)
+            sink_rows = self._sinks[site] = np.flatnonzero(norms_R > max_norm).astype(np.int64)
+            beyond = int(is_beyond_R[sink_rows].sum())
+            counts = SinkCounts(len(sink_rows) - beyond, beyond, float(beyond / max(is_beyond_R.sum(), 1)))
+            norms[site] = SiteNorms(median, float(norms_R.max()), float(max_norm), counts)
+        return norms
 
-    def finish(self, manifest: Manifest) -> None:
-        """Writes the manifest with the files that were written, last: now the folder is a store."""
-        whole = dataclasses.replace(manifest, files=dict(sorted(self._files.items())))
+    def finish(
+        self,
+        norms: Mapping[str, SiteNorms],
+        sink_factor: float,
+        model: CapturedModel,
+        bos: bool,
+        corpus: str | None = None,
+        last: int = 0,
+        other: CapturedModel | None = None,
+    ) -> None:
+        """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
+
+        Args:
+          norms: of ``site_norms``, which has to be called before.
+          sink_factor, model, bos, corpus, last, other: fields of ``Manifest``.
+        """
+        documents, plan = self.plan.documents, self.plan
+        train = documents.train_count
+        for site, sink_rows in self._sinks.items():
+            self._write_array(f"{site}/sinks.npy", sink_rows)
+            self._write_array(f"{site}/train_sum.npy", self._train_sum(site, sink_rows[sink_rows < plan.train_rows]))
+        manifest = Manifest(
+            sites={site: StoredSite(**vars(norms[site]), d=width) for site, width in self.widths.items()},
+            dtype=self.dtype,
+            tokens=plan.tokens,
+            shard_rows=plan.shard_rows,
+            model=model,
+            bos=bos,
+            sink_factor=sink_factor,
+            documents=StoredDocuments(COLUMNS, documents.groups, train, len(documents) - train),
+            files=dict(sorted(self._files.items())),
+            corpus=corpus,
+            last=last,
+            other=other,
+        )
         with _disk_room(self.folder / MANIFEST):
-            write_json(self.folder / MANIFEST, to_json(whole))
+            write_json(self.folder / MANIFEST, to_json(manifest))
 
-    def _read(self, shard: int, part: str) -> np.ndarray:
-        return np.load(self.folder / shard_files(self.sites, shard)[part], allow_pickle=False)
+    def _train_sum(self, site: str, sink_rows: np.ndarray) -> np.ndarray:
+        """Return the float64 sum over the train rows of a site that are no sinks."""
+        total_D = np.zeros(self.widths[site])
+        for shard in range(self.plan.shards):
+            record = json.loads((self.folder / shard_file(site, "record", shard)).read_text(encoding="utf-8"))
+            total_D += np.array(record["train_sum"])
+            first = shard * self.plan.shard_rows
+            local_sinks = sink_rows[slice(*np.searchsorted(sink_rows, [first, first + self.plan.shard_rows]))] - first
+            if len(local_sinks):
+                vectors_RxD = self._load(site, "shard", shard, "r")
+                for start in range(0, len(local_sinks), _BLOCK):
+                    values_NxD = vectors_RxD[local_sinks[start : start + _BLOCK]].view(DTYPES[self.dtype])
+                    total_D -= values_NxD.astype(np.float64).sum(0)
+        return total_D
 
-    def _write(self, name: str, data: np.ndarray) -> FileFacts:
-        path = self.folder / name
+    def _arrays(self, part: str, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return shard_arrays(part, self.plan.size(shard), self.widths.get(part, 0), self.dtype)
+
+    def _load(self, part: str, kind: str, shard: int, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+        return np.load(self.folder / shard_file(part, kind, shard), mmap_mode=mmap_mode, allow_pickle=False)
+
+    def _checksums(self, part: str, kind: str, shard: int) -> list[int]:
+        """Return the checksums of a file's blocks as they are on disk; a ``ValueError`` if it is another array."""
+        array = self._load(part, kind, shard)
+        if (array.shape, array.dtype) != self._arrays(part, shard)[kind]:
+            raise ValueError(f"{array.dtype} {array.shape}")
+        return block_checksums(array.data.cast("B"))
+
+    def _write_shard(self, part: str, shard: int, arrays: Mapping[str, np.ndarray], record: Mapping) -> None:
+        checksums = {}
+        for kind, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            checksums[kind] = block_checksums(array.data.cast("B"))
+            self._write_file(shard_file(part, kind, shard), (npy_header(array.shape, array.dtype), array.data))
+        path = self.folder / shard_file(part, "record", shard)
+        with _disk_room(path):
+            write_json(path, dict(work=self.work[part], checksums=checksums, **record))
+
+    def _write_array(self, name: str, array: np.ndarray) -> None:
+        self._write(name, array.shape, array.dtype, [array])
+
+    def _write(self, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
+        """Write an array that comes in blocks and note its hash for the manifest."""
+        digest, size = hashlib.sha256(), 0
+
+        def hashed() -> Iterator[Any]:
+            nonlocal size
+            contents: Iterator[Any] = (np.ascontiguousarray(block).data.cast("B") for block in blocks)
+            for content in itertools.chain((npy_header(shape, dtype),), contents):
+                digest.update(content)
+                size += len(content)
+                yield content
+
+        self._write_file(name, hashed())
+        self._files[name] = FileFacts(size, digest.hexdigest())
+
+    def _write_file(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
-        chunks = (npy_header(data.shape, data.dtype), np.ascontiguousarray(data).data.cast("B"))
-        digest = hashlib.sha256()
+        path = self.folder / name
         with _disk_room(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as beside, open(beside, "wb") as file:
+            with whole_file(path) as unfinished, open(unfinished, "wb") as file:
                 for chunk in chunks:
                     file.write(chunk)
-                    digest.update(chunk)
-        return FileFacts(bytes=sum(map(len, chunks)), sha256=digest.hexdigest())
+
+
+def write_store(
+    folder: Path,
+    documents: Documents,
+    values: Mapping[str, np.ndarray],
+    model: CapturedModel,
+    *,
+    bos: bool = False,
+    dtype: str = "float32",
+    shard_rows: int = 65_536,
+    sink_factor: float = 10.0,
+    seed: int = 0,
+) -> None:
+    """Write a store of values in memory, in place of a store that is there.
+
+    Args:
+      folder: made if missing.
+      documents: contiguous.
+      values: of every site, [T, D] of ``DTYPES[dtype]``; row t is the token ``documents.ids_T[t]``.
+      model: the values' model.
+      bos: whether every document begins with a BOS token.
+      dtype: "float32" or "bfloat16".
+      shard_rows: rows of a shard.
+      sink_factor: rows with norms above so many times the median of their site are attention sinks.
+      seed: of the order of rows within a shard.
+    """
+    plan = Plan(documents, shard_rows, batch_tokens=1, last=0, seed=seed)
+    widths = {site: value_TxD.shape[1] for site, value_TxD in values.items()}
+    writer = StoreWriter(folder, plan, widths, dtype, dict.fromkeys((INDEX, *values), "memory"))
+    writer.begin((part, shard) for part in writer.parts for shard in range(plan.shards))
+    writer.write_documents()
+    for shard in range(plan.shards):
+        document_R, position_R, _ = plan.index(shard).T
+        writer.write_index(shard)
+        for site, value_TxD in values.items():
+            values_RxD = np.ascontiguousarray(value_TxD[documents.starts_N[document_R] + position_R])
+            writer.write_site(site, shard, SiteShard.of(values_RxD, plan.train_size(shard), dtype))
+    writer.finish(writer.site_norms(sink_factor), sink_factor, model, bos)
 
 
 @contextlib.contextmanager
 def _disk_room(path: Path) -> Iterator[None]:
-    """Turns a full disk into a ``UserError`` that names the file."""
+    """Turn a full disk into a ``UserError`` that names the file."""
     try:
         yield
     except OSError as error:
-        if not (told := out_of_room(error)):
+        if not (reason := out_of_room(error)):
             raise
         raise UserError(
-            f"{told}: {path} could not be written; finished shards are kept: free space, then run the same "
+            f"{reason}: {path} could not be written; finished shards are kept: free space, then run the same "
             "command to go on"
         ) from None
-
-
-def _record(shard: int) -> str:
-    return f"index/record-{shard:05d}.json"
-
-
-def npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """What stands in front of an array's content in a ``.npy`` file."""
-    header = io.BytesIO()
-    described = dict(descr=np.lib.format.dtype_to_descr(dtype), fortran_order=False, shape=shape)
-    np.lib.format.write_array_header_1_0(header, described)
-    return header.getvalue()

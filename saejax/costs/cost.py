@@ -18,7 +18,7 @@ from saejax.settings import CaptureConfig, ModelConfig
 from saejax.stage import Stage, is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
-WIDTH = {"float8": 1, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
 START = 4.0  # seconds on the host in which a unit loads the model and compiles its first programs
 CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
 
@@ -98,14 +98,13 @@ class PlannedRun:
 
     @property
     def backend(self) -> str:
-        """What captures: "torch", "jax", or "auto", which takes what torch takes: the larger of both."""
+        """The backend of capture: "torch" or "jax"."""
         return self.configs[CaptureConfig].backend if self.torch_here else "jax"
 
     @property
     def capture_dtype(self) -> str:
-        """In which the model runs while it is captured; of ``auto`` what takes more."""
-        dtype: str = self.configs[CaptureConfig].dtype
-        return "float32" if dtype == "auto" else dtype
+        """The dtype in which the model runs while it is captured."""
+        return self.configs[CaptureConfig].dtype
 
     def dictionary(self, stage: str) -> DictionaryConfig:
         """The dictionary that ``--<stage>.dictionary`` names.

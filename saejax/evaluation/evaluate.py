@@ -21,7 +21,7 @@ from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
-from saejax.evaluation.rows import blocks, target_mean
+from saejax.evaluation.rows import blocks
 from saejax.files import read_json, write_array, write_json
 from saejax.models.language_model import LanguageModel, load_model
 from saejax.models.sites import decoder_site, is_joined, site_parts
@@ -127,7 +127,7 @@ def _score_site(
     scores = reconstruct(dictionaries, blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens)
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
-    mean_D = target_mean(store, sites, config.batch_tokens)
+    mean_D = store.mean(target, site)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)

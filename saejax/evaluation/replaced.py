@@ -11,7 +11,6 @@ from saejax.activations.store import Store
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import Losses, document_batches
 from saejax.evaluation.member_data import MemberData
-from saejax.evaluation.rows import target_mean
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.config import GRADIENT, DecoderConfig
@@ -36,7 +35,7 @@ def replaced_losses(
       layers, decoders, sites: of a cross-layer transcoder, as ``cross_layer.LoadedLayers`` has them.
     """
     limits = [tuple(np.float32(store.max_norm(site)) for site in pair) for pair in sites]
-    means = [target_mean(store, pair, config.batch_tokens).astype(np.float32) for pair in sites]
+    means = [store.mean(target, site).astype(np.float32) for site, target in sites]
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
     ce_E, kl_E, tokens = np.zeros(4), np.zeros(4), 0

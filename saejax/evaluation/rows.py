@@ -18,12 +18,3 @@ def blocks(store: Store, split: str, sites: Sequence[str], size: int) -> Iterato
     rows = store.rows(split, *sites)
     for start in range(0, len(rows), size):
         yield [store.read(site, rows[start : start + size]) for site in sites]
-
-
-def target_mean(store: Store, sites: Sequence[str], size: int) -> np.ndarray:
-    """Mean of the target over training tokens, fp64 [d]."""
-    total_D, count = np.zeros(store.d(sites[-1])), 0
-    for *_, y_NxD in blocks(store, "train", sites, size):
-        total_D += y_NxD.astype(np.float64).sum(0)
-        count += len(y_NxD)
-    return total_D / max(count, 1)

@@ -74,7 +74,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         W_dec_FxD = np.asarray(load_dictionary(unit / member.name).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((run.inputs[f"interpret/{kind}"] / member.name / FEATURES).glob("*.json"))
-        _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train or 0)
+        _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train)
         viewers = run.folder / "features" / source.set
         viewers.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(described):

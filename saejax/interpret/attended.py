@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import sparse
 
-from saejax.activations.cutter import SPLITS
+from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import Documents
 from saejax.interpret.describe import priority
 from saejax.interpret.feature_record import HeadLooks
@@ -85,7 +85,7 @@ class HeadShares:
         length = int(min(LONGEST, np.median(lengths)))
         own = own[lengths >= length]
         own = own[np.argsort(priority(own))][: -(-tokens // length)]
-        place_DxT = documents.offsets[own][:, None] + np.arange(length)
+        place_DxT = documents.starts_N[own][:, None] + np.arange(length)
         marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
         rows = []
         for start in range(0, len(own), AT_ONCE):

@@ -135,7 +135,7 @@ def strongest(block: Block, store: Store, text: CodedText, feature: int, count: 
     best.add(block.value[own], block.place[own], document, store.documents.column("group")[document])
     document = text.document(best.row_N)
     windows = choose(store.documents, best, document, text.position(best.row_N), count, BEFORE, AFTER)
-    return [int(store.documents.offsets[window.document] + window.position) for window in windows]
+    return [int(store.documents.starts_N[window.document] + window.position) for window in windows]
 
 
 def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,7 +46,7 @@ def whole_words(batch: int) -> int:
 def places_of(store: Store, rows: np.ndarray) -> np.ndarray:
     """The places of rows of a store, int64."""
     document, position, _ = store.tokens(rows)
-    return store.documents.offsets[document] + position
+    return store.documents.starts_N[document] + position
 
 
 def record(

@@ -44,7 +44,7 @@ def _of_firings(
     """Tokens are encoded, and what fires is packed, beside a frozen-random dictionary as large."""
     rows, d, f = firings.whole_words(plan.configs[InterpretConfig].batch_tokens), used.d_in, used.n_features
     size, packed = f"{rows} tokens x {f} features", rows * f // firings.WORD
-    x_BxD = by_row(mesh, (rows, d), plan.configs[CaptureConfig].read_dtype)
+    x_BxD = by_row(mesh, (rows, d), plan.configs[CaptureConfig].store_dtype)
     place = fitting_sharding(mesh, (rows, f), "data", "model")
     size_BxF = jax.ShapeDtypeStruct((rows, f), jnp.float32, sharding=place)
     words, ends = whole(mesh, (packed,), jnp.uint32), whole(mesh, (packed,), jnp.int32)

@@ -57,9 +57,9 @@ class CodedText:
         assert len(texts) <= _SIZE
         self.texts, self._vocabulary = texts, len(texts)
         self._ids = documents.ids_T
-        self._starts = documents.offsets
+        self._starts = documents.starts_N  # contiguous in a store
         lengths = documents.lengths_N
-        self._position = (np.arange(len(self._ids)) - np.repeat(documents.offsets[:-1], lengths)).astype(np.int32)
+        self._position = (np.arange(len(self._ids)) - np.repeat(documents.starts_N, lengths)).astype(np.int32)
         self._last = np.repeat(lengths, lengths).astype(np.int32) - 1 - self._position  # tokens still to come
 
     @functools.cached_property

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from saejax.activations.documents import COLUMNS, Documents
-from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
+from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
-from saejax.activations.writer import StoreWriter
+from saejax.activations.writer import write_store
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens, even_batches
@@ -27,6 +27,7 @@ class Activations:
       texts: token ids of the texts.
       sink_factor: rows with norms above so many times the median of their site are attention sinks.
       model: the language model.
+      bos: whether every text begins with a BOS token.
     """
 
     values: Mapping[str, np.ndarray]
@@ -34,6 +35,7 @@ class Activations:
     texts: Sequence[np.ndarray]
     sink_factor: float
     model: CapturedModel
+    bos: bool
 
     def max_norm(self, site: str) -> float:
         """Norm above which a row is an attention sink."""
@@ -46,27 +48,18 @@ class Activations:
         return np.flatnonzero(np.all(norms, axis=0))
 
     def save(self, folder: str | Path) -> Store:
-        """Writes them as a store of one shard, all of the train split, as the stage ``capture`` does; opens it.
+        """Write them as a store, all of the train split, as the stage ``capture`` does, and open it.
 
         Args:
           folder: made if missing; a store that is there is replaced.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        offsets = np.concatenate([[0], np.cumsum([len(text) for text in self.texts])]).astype(np.int64)
         table_Nx5 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
         table_Nx5[:, COLUMNS.index("source")] = np.arange(len(self.texts))
-        documents = Documents(np.concatenate(self.texts), offsets, table_Nx5, ("text",))
-        rows = len(self.index_Nx3)
-        writer = StoreWriter(folder, list(self.values), "library")
-        writer.begin()
-        writer.write_documents(documents)
-        norms = {f"{site} norms": np.linalg.norm(value, axis=1) for site, value in self.values.items()}
-        writer.write_shard(0, {"index": self.index_Nx3, **self.values, **norms})
-        facts = writer.site_statistics(1, documents, self.sink_factor)
-        sites = {site: StoredSite(**vars(facts[site]), d=value.shape[1]) for site, value in self.values.items()}
-        counted = StoredDocuments(COLUMNS, documents.groups, train=len(self.texts), held_out=0)
-        writer.finish(Manifest(sites, "float32", rows, 1, rows, self.model, self.sink_factor, counted, {}))
+        lengths_N = np.array([len(text) for text in self.texts])
+        documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx5, ("text",))
+        write_store(folder, documents, self.values, self.model, bos=self.bos, sink_factor=self.sink_factor)
         return Store.open(folder)
 
 
@@ -107,4 +100,6 @@ def capture(
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
     index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
-    return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model)
+    first_token = lm.tokenizer.bos_token_id
+    bos = first_token is not None and all(ids[0] == first_token for ids in texts_ids)
+    return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos)

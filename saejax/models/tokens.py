@@ -103,16 +103,26 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
         raise UserError("this model has no tokenizer: give token ids, with saejax.models.tokens.pad")
     # verbose=False: the tokenizer's own warning about long texts goes to the log; ours is an error.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    front = [] if bos == "never" else bos_tokens(tokenizer)
-    if bos == "always":
-        if tokenizer.bos_token_id is None:
-            raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
-        front = [tokenizer.bos_token_id]
+    front = bos_tokens(tokenizer, bos)
     return ids if ids[: len(front)] == front else front + ids
 
 
-def bos_tokens(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer puts in front of a text."""
+def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
+    """Return the special tokens with which every text begins.
+
+    Args:
+      tokenizer: of the model.
+      bos: "auto", those that the tokenizer puts in front; "always", the BOS token; "never", none.
+
+    Raises:
+      UserError: there is no BOS token though one is asked for.
+    """
+    if bos == "never":
+        return []
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
+        return [tokenizer.bos_token_id]
     whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     starts = range(len(whole) - len(plain), -1, -1)
     return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])

@@ -29,7 +29,6 @@ class ModelConfig(Config):
         "float32",
         "dtype of the JAX decoder's weights and products",
         choices=("float32", "bfloat16"),
-        accelerated="bfloat16",
     )
     remat: bool = setting(
         False,

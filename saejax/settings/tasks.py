@@ -131,8 +131,8 @@ class CaptureConfig(Config):
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),
         "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
-        "mlp_in.0-29; with the torch backend also modules of any transformers model: module:transformer.h.3.mlp (its "
-        "output), module_in:transformer.h.3.mlp (its input)",
+        "mlp_in.0-29; with --capture.backend=torch also modules of any transformers model: module:transformer.h.3.mlp "
+        "(its output), module_in:transformer.h.3.mlp (its input)",
     )
     last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
     tokens: int = setting(
@@ -143,26 +143,23 @@ class CaptureConfig(Config):
         implied=0,
     )
     backend: str = setting(
-        "torch",
-        "what runs the model: 'torch' (hooks in the transformers model, on a GPU if torch has one) or 'jax' (our "
-        "decoder, on the mesh), which make the same rows, with values equal within rounding; 'auto' runs both on a few "
-        "batches and takes the faster one",
-        choices=("torch", "jax", "auto"),
-        accelerated="jax",
+        "jax",
+        "what runs the model: 'jax' (our decoder, on the mesh) or 'torch' (hooks in the transformers model, on a GPU "
+        "if torch has one), which make the same rows, with values equal within rounding",
+        choices=("torch", "jax"),
     )
     dtype: str = setting(
         "float32",
         "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
-        "stages); 'auto' takes the faster one, bfloat16 where the processor multiplies it in hardware",
-        choices=("float32", "bfloat16", "auto"),
-        accelerated="bfloat16",
+        "stages)",
+        choices=("float32", "bfloat16"),
     )
-    store_dtype: str = setting(
-        "bfloat16",
-        "dtype on disk; float8 (E4M3, scaled by each vector's norm) takes half the room, rounds numbers by up to a "
-        "16th of themselves, and is read as bfloat16",
-        choices=("float32", "bfloat16", "float8"),
+    bos: str = setting(
+        "auto",
+        "whether every document begins with a BOS token: 'auto' (as the tokenizer itself does), 'always' or 'never'",
+        choices=("auto", "always", "never"),
     )
+    store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
     batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
     shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
     sink_factor: float = setting(
@@ -176,11 +173,6 @@ class CaptureConfig(Config):
         low=0.0,
         high=1.0,
     )
-
-    @property
-    def read_dtype(self) -> str:
-        """In which activations are read: of a store, or straight from the model."""
-        return "bfloat16" if self.store_dtype == "float8" else self.store_dtype
 
     def __post_init__(self):
         object.__setattr__(self, "sites", expand_ranges(self.sites))

@@ -216,7 +216,10 @@ class TrainConfig(Config):
         choices=("store", "model"),
     )
     buffer_rows: int = setting(
-        262_144, "with --train.source=model, tokens that are shuffled together, and trained on, at a time", low=1
+        262_144,
+        "tokens that are shuffled together: of a store, whole shards of them; with --train.source=model, the tokens "
+        "that go through the model at a time",
+        low=1,
     )
     input: str = setting(
         "auto",

@@ -117,7 +117,7 @@ def train_cost(plan: PlannedRun, kind: str) -> Cost:
         by_member = "member" if plan.backend == "jax" else None
         buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), by_member, "data", None)
         read = dataclasses.replace(
-            read, activations=read.activations + WIDTH[plan.configs[CaptureConfig].read_dtype] * buffer
+            read, activations=read.activations + WIDTH[plan.configs[CaptureConfig].store_dtype] * buffer
         )
         flops += passes * len(widths)
     return Cost(
@@ -171,7 +171,7 @@ def _joined(stack: PlannedStack) -> bool:
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     """Its arguments begin with the model's parameters, and the buffer's parts and norms."""
-    parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].read_dtype
+    parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].store_dtype
     rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
     (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
     count += -count % (mesh.shape["member"] * mesh.shape["data"])
@@ -205,7 +205,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     make = trainer_of(config, dictionary.kind, members, mesh.shape)
     trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
     shape = (len(trainer.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].read_dtype, sharding=trainer.batch_sharding)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].store_dtype, sharding=trainer.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.activations.batches import BatchOrder, Parts, sites_of, training_batches
+from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, sites_of
 from saejax.activations.store import Store
 from saejax.errors import UserError
 from saejax.parallel.collectives import from_first_process
@@ -165,8 +165,8 @@ def make_input(
       UserError: the activations are to be resident and are more than what is free.
     """
     config = trainer.config
-    rows_R = store.rows("train", *sites_of(parts))
-    needed, free = resident_bytes(trainer, store, parts, len(rows_R)), free_bytes(trainer.mesh)
+    usable = store.usable("train", *sites_of(parts))
+    needed, free = resident_bytes(trainer, store, parts, len(usable)), free_bytes(trainer.mesh)
     mode = config.input
     if mode == "auto":
         fits = needed <= _SHARE * free and not _on_cpu(trainer.mesh)
@@ -177,11 +177,13 @@ def make_input(
             f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
         )
     if mode == "streamed":
-        order = (config.seed[0], config.epochs, first_step, own_rows(trainer))
-        return Streamed(trainer, training_batches(store, parts, config.batch, *order))
+        arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
+        batches = store.batches(parts, *arguments, own_rows(trainer))
+        return Streamed(trainer, iter(batches[first_step:].to_iter_dataset(READ_OPTIONS)))
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
-    held = tuple(placed(trainer, store, part, rows_R) for part in parts)
-    return Resident(trainer, held, BatchOrder(len(rows_R), config.batch, config.seed[0], config.epochs).places)
+    held = tuple(placed(trainer, store, part, usable.rows()) for part in parts)
+    order = BatchOrder(usable, config.batch, config.seed[0], config.epochs, config.buffer_rows)
+    return Resident(trainer, held, order.ranks)
 
 
 def _on_cpu(mesh: Mesh) -> bool:

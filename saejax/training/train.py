@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.batches import Parts, sites_of, steps_per_epoch
+from saejax.activations.batches import Parts, sites_of
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
 from saejax.config import identity
@@ -94,7 +94,7 @@ class Source:
 def _stored(run: Run, store: Store, parts: Parts) -> Source:
     return Source(
         store,
-        steps_per_epoch(store, parts, run.configs[TrainConfig].batch),
+        len(store.usable("train", *sites_of(parts))) // run.configs[TrainConfig].batch,
         lambda trainer, first_step, before: make_input(trainer, store, parts, first_step, before, run.say),
     )
 

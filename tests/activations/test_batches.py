@@ -1,16 +1,18 @@
 """Training batches: every row once an epoch, the same for any number of processes, and from any step on."""
 
 import functools
-import itertools
 
 import known_store
 import numpy as np
 import pytest
 
-from saejax.activations.batches import steps_per_epoch, training_batches
+from saejax.activations.batches import BatchOrder, RowRange
+from saejax.activations.store import Store
+from saejax.errors import UserError
 
 SITE, BATCH = "resid_post.1", 10
 PARTS = ((SITE,),)
+WINDOW = 32  # rows, two shards
 TRAIN_ROWS = 93 - 16 - 9  # without held-out documents and the first position of every training document
 
 
@@ -25,13 +27,9 @@ def store(make_store):
     return make_store("float32").store
 
 
-def read(store, seed=3, epochs=3, **options):
-    return rows_of(training_batches(store, PARTS, BATCH, seed, epochs, **options))
-
-
-def rows_of(batches):
-    """The vectors [batch, d] of batches of one part and one site."""
-    return [part[0] for (part,) in batches]
+def read(store, seed=3, epochs=3, batch=BATCH, **options):
+    """The vectors [batch, d] of every batch of one part and one site."""
+    return [part[0] for (part,) in store.batches(PARTS, batch, seed, epochs, WINDOW, **options)]
 
 
 def row_ids(store, batches):
@@ -41,23 +39,84 @@ def row_ids(store, batches):
     return [[known[vector.tobytes()] for vector in batch] for batch in batches]
 
 
-def test_every_row_comes_once_in_each_epoch(store):
-    steps = steps_per_epoch(store, PARTS, BATCH)
-    assert steps == TRAIN_ROWS // BATCH
-    batches = row_ids(store, read(store))
-    assert len(batches) == 3 * steps and all(len(batch) == BATCH for batch in batches)
-    allowed = set(store.rows("train", SITE).tolist())
-    epochs = [list(itertools.chain(*batches[e * steps : (e + 1) * steps])) for e in range(3)]
+def expected_order(store, seed, epoch, window_shards):
+    """The rows of an epoch in their order, written after the module's text with plain lists."""
+    usable = store.rows("train", SITE).tolist()
+    shard_rows = store.manifest.shard_rows
+    shards = np.random.default_rng([seed, epoch]).permutation(usable[-1] // shard_rows + 1).tolist()
+    rows = []
+    for window in range(-(-len(shards) // window_shards)):
+        chosen = sorted(shards[window * window_shards : (window + 1) * window_shards])
+        inside = [row for shard in chosen for row in usable if row // shard_rows == shard]
+        rows += np.random.default_rng([seed, epoch, 1 + window]).permutation(inside).tolist()
+    return rows
+
+
+def test_batches_are_the_order_of_the_text_cut_up(store):
+    for epoch in range(3):
+        order = expected_order(store, 3, epoch, window_shards=2)
+        steps = len(order) // BATCH
+        batches = row_ids(store, read(store)[epoch * steps : (epoch + 1) * steps])
+        assert batches == [sorted(order[i * BATCH : (i + 1) * BATCH]) for i in range(steps)]
+
+
+@pytest.mark.parametrize("batch", [10, 17, 1, 68])
+@pytest.mark.parametrize("window", [1, 32, 10_000])
+def test_every_row_comes_once_in_each_epoch(store, batch, window):
+    usable = store.usable("train", SITE)
+    order = BatchOrder(usable, batch, seed=3, epochs=2, window_rows=window)
+    assert len(usable) == TRAIN_ROWS and order.per_epoch == TRAIN_ROWS // batch and len(order) == 2 * order.per_epoch
+    epochs = [[order.rows(e * order.per_epoch + i) for i in range(order.per_epoch)] for e in range(2)]
     for epoch in epochs:
-        assert len(set(epoch)) == len(epoch) == steps * BATCH  # all but the remainder, none twice
-        assert set(epoch) <= allowed
-    assert epochs[0] != epochs[1] != epochs[2]
+        rows = np.concatenate(epoch)
+        assert len(set(rows)) == len(rows) == order.per_epoch * batch  # all but the remainder, none twice
+        assert set(rows) <= set(usable.rows())
+        np.testing.assert_array_equal(usable.rows()[order.ranks(0)], order.rows(0))
+    assert batch == TRAIN_ROWS or not np.array_equal(*epochs)
 
 
-def test_a_batch_that_divides_the_rows_leaves_none_out(store):
-    batches = row_ids(store, rows_of(training_batches(store, PARTS, 17, 3, 2)))
-    for epoch in (batches[:4], batches[4:]):
-        assert sorted(itertools.chain(*epoch)) == store.rows("train", SITE).tolist()
+def test_rows_of_a_window_stay_in_it(store):
+    """The first batch reads only what its window has, whatever the size of the store."""
+    order = BatchOrder(store.usable("train", SITE), 5, seed=0, epochs=1, window_rows=16)
+    shards = [set((order.rows(step) // 16).tolist()) for step in range(len(order))]
+    assert len(shards[0]) == 1 and max(map(len, shards)) <= 2
+    assert len(set.union(*shards)) == 5
+
+
+def test_an_element_does_not_depend_on_those_before_it(store):
+    batches = store.batches(PARTS, BATCH, 3, 3, WINDOW)
+    in_order = [batches[n][0] for n in range(len(batches))]
+    for n in np.random.default_rng(0).permutation(len(batches)).tolist():
+        np.testing.assert_array_equal(store.batches(PARTS, BATCH, 3, 3, WINDOW)[n][0], in_order[n])
+
+
+def test_the_first_batch_reads_and_checks_only_its_window(make_store):
+    """Damage in a shard of another window is not noticed before that window, and then in one line."""
+    store = make_store("float32").store
+    order = BatchOrder(store.usable("train", SITE), 5, seed=0, epochs=1, window_rows=16)
+    damaged = int(order.rows(len(order) - 1)[0] // 16)
+    path = store.folder / SITE / f"shard-{damaged:05d}.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    batches = Store.open(store.folder).batches(PARTS, 5, 0, 1, 16)
+    batches[0]
+    with pytest.raises(UserError, match=rf"shard-{damaged:05d}.npy is damaged: block 0 \(rows 0 to 15") as raised:
+        batches[len(batches) - 1]
+    assert "\n" not in str(raised.value)
+
+
+def test_ranges_of_rows_with_exceptions():
+    usable = RowRange(5, 23, np.array([5, 9, 10, 22]), 8)
+    kept = [row for row in range(5, 23) if row not in (5, 9, 10, 22)]
+    assert usable.rows().tolist() == kept and len(usable) == len(kept)
+    assert [usable.of_shard(shard).tolist() for shard in usable.shards] == [
+        [row for row in kept if row // 8 == shard] for shard in range(3)
+    ]
+    assert usable.shard_counts().tolist() == [2, 6, 6]
+    assert usable.rank(usable.rows()).tolist() == list(range(len(kept)))
+    empty = RowRange(0, 0, np.zeros(0, np.int64), 8)
+    assert len(empty) == 0 == len(BatchOrder(empty, 1, 0, 3, 8))
 
 
 def test_the_order_is_a_function_of_the_seed(store):
@@ -69,27 +128,18 @@ def test_the_order_is_a_function_of_the_seed(store):
 @pytest.mark.parametrize("processes", [2, 5])
 def test_processes_share_the_batches_of_one(store, processes):
     share = BATCH // processes
-    shares = [read(store, own=slice(share * process, share * (process + 1))) for process in range(processes)]
+    shares = [read(store, slice_of_batch=slice(share * process, share * (process + 1))) for process in range(processes)]
     joined = [np.concatenate(parts) for parts in zip(*shares, strict=True)]
     assert np.array_equal(joined, read(store))
 
 
-def test_reading_goes_on_at_any_step(store):
-    whole = read(store)
-    for step in range(len(whole) + 1):
-        rest = read(store, first_step=step)
-        assert len(rest) == len(whole) - step
-        assert all(np.array_equal(a, b) for a, b in zip(rest, whole[step:], strict=True))
-
-
 def test_bfloat16_stays_bfloat16(make_store):
     store = make_store("bfloat16").store
-    assert next(training_batches(store, PARTS, BATCH, 0, 1))[0].dtype == store.dtype == "bfloat16"
+    assert store.batches(PARTS, BATCH, 0, 1, WINDOW)[0][0].dtype == store.dtype == "bfloat16"
 
 
 def test_fewer_rows_than_a_batch_give_no_step(store):
-    assert steps_per_epoch(store, PARTS, 1000) == 0
-    assert list(training_batches(store, PARTS, 1000, 0, 3)) == []
+    assert len(store.batches(PARTS, 1000, 0, 3, WINDOW)) == 0
 
 
 def test_consecutive_tokens_are_not_consecutive_in_training(store):
@@ -104,7 +154,7 @@ def test_all_sites_of_a_batch_give_the_same_rows(make_store):
     other = next(site for site in store.sites if site != SITE)
     both = store.rows("train", SITE, other)
     assert set(both) == set(store.rows("train", SITE)) & set(store.rows("train", other))
-    inputs, targets = next(training_batches(store, ((SITE, SITE), (other,)), BATCH, 3, 1))
+    inputs, targets = store.batches(((SITE, SITE), (other,)), BATCH, 3, 1, WINDOW)[0]
     assert inputs.shape == (2, BATCH, store.d(SITE)) and targets.shape == (1, BATCH, store.d(other))
     (rows,) = row_ids(store, [inputs[1]])
     np.testing.assert_array_equal(targets[0], store.read(other, np.array(rows)))

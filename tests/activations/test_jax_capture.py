@@ -1,16 +1,14 @@
 """The JAX backend makes the store that the torch backend makes, on any mesh, however often it is interrupted."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
 from capture_setup import RESUMED, files, relative_error
 
-from saejax.activations import backend, capture, jax_capture
+from saejax.activations import capture, jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
-from saejax.errors import Interrupted, UserError
+from saejax.errors import Interrupted
 from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
@@ -98,44 +96,6 @@ def test_shards_of_one_backend_are_not_taken_over_by_the_other(setup, on_one_dev
     said = []
     setup.capture("both", backend="jax", say=said.append, **RESUMED)
     assert "; 0 of " in said[0]
-
-
-@pytest.mark.parametrize("name", ["torch", "jax"])
-def test_auto_takes_the_fastest_and_stays_with_it(setup, on_one_device, monkeypatch, name):
-    asked = 0
-
-    def stopping():
-        nonlocal asked
-        asked += 1
-        return asked == 5
-
-    def take(load, choices, batch, say):
-        (choice,) = [choice for choice in choices if (choice.backend, choice.dtype) == (name, "bfloat16")]
-        return choice
-
-    monkeypatch.setattr(capture, "fastest", take)
-    run = setup.make_run(f"auto_{name}", stopping=stopping, backend="auto", dtype="auto", **RESUMED)
-    with pytest.raises(Interrupted):
-        capture.run_capture(run)
-    monkeypatch.setattr(capture, "fastest", None)  # what was begun is not measured again
-    results = capture.run_capture(run)
-    assert (results.backend, results.dtype) == (name, "bfloat16")
-    named = setup.capture(f"named_{name}", backend=name, dtype="bfloat16", **RESUMED)
-    assert files(run.folder) == files(named[0].folder)
-
-
-def test_auto_measures_every_choice(setup, on_one_device, monkeypatch):
-    now, said = iter(range(10**6)), []
-    clock = types.SimpleNamespace(perf_counter=lambda: next(now) ** 2)  # what comes later takes longer
-    monkeypatch.setattr(backend, "time", clock)
-    run = setup.make_run("measured", backend="auto", dtype="auto", say=said.append, **RESUMED)
-    assert capture.run_capture(run).backend == "torch"
-    (line,) = [line for line in said if "auto takes torch in float32" in line]
-    assert all(f"{name} in {dtype}" in line for name in ("torch", "jax") for dtype in ("float32", "bfloat16"))
-    with pytest.raises(UserError, match="for one process"):
-        capture.run_capture(setup.make_run("several", backend="auto", mesh=MeshConfig(processes=2)))
-    with pytest.raises(UserError, match="for one process"):
-        capture.run_capture(setup.make_run("several", dtype="auto", mesh=MeshConfig(processes=2)))
 
 
 @pytest.fixture

@@ -149,12 +149,6 @@ def test_the_jax_backend_refuses_modules_by_name(setup):
         setup.capture("refused", sites=("module:model.layers.0",), backend="jax")
 
 
-def test_auto_takes_torch_for_modules(bloom_setup):
-    assert bloom_setup.capture("auto", sites=(SITES[0],), backend="auto")[1].backend == "torch"
-    with pytest.raises(UserError, match="family 'bloom' have no site such as resid_post.0 here: name modules"):
-        bloom_setup.capture("refused", sites=("resid_post.0",), backend="auto")
-
-
 def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path):
     flags = small_flags(
         bloom_setup.model,
@@ -162,6 +156,7 @@ def test_from_capture_to_training_and_no_further(bloom_setup, tmp_path):
         tmp_path / "run",
         task__behaviours="",
         capture__sites=SITES[0],
+        capture__backend="torch",
         train__sites=SITES[0],
         train__kinds="topk",
     )

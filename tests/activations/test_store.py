@@ -14,7 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from saejax.activations import checksums
 from saejax.activations import writer as writer_module
+from saejax.activations.plan import Plan
 from saejax.activations.store import Store
 from saejax.activations.writer import StoreWriter
 from saejax.errors import UserError
@@ -85,7 +87,7 @@ def test_documents_are_read_back(make_store):
     assert len(known.store.documents) == 12
     for found, written in zip(known.store.documents, known.documents, strict=True):
         assert found.tolist() == written.tolist()
-    assert [len(ids) for ids in known.store.documents.of("held_out")] == [4, 1, 11]
+    assert [len(ids) for ids in known.store.documents.of("held_out")] == [3, 11, 2]
     with pytest.raises(IndexError):
         known.store.documents[12]
 
@@ -119,7 +121,14 @@ def test_a_manifest_that_lacks_something_is_refused_in_one_line(make_store):
     assert "\n" not in str(raised.value)
 
 
-FILES = ["mlp_out.0/shard-00002.npy", "mlp_out.0/norms-00001.npy", "index/shard-00003.npy", "documents/ids.npy"]
+FILES = [
+    "mlp_out.0/shard-00002.npy",
+    "mlp_out.0/norms-00001.npy",
+    "mlp_out.0/sinks.npy",
+    "mlp_out.0/train_sum.npy",
+    "index/shard-00003.npy",
+    "documents/ids.npy",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -143,8 +152,55 @@ def test_a_flipped_bit_is_found_before_the_file_is_used(make_store, name):
     with pytest.raises(UserError, match=f"{name} is damaged"):
         Store.open(folder).verify()
     store = Store.open(folder)
-    with pytest.raises(UserError, match=f"{name} is damaged"):
+    rows = np.arange(store.manifest.rows)
+    with pytest.raises(UserError, match=f"{name} is damaged") as raised:
         store.read("mlp_out.0", store.rows("train", "mlp_out.0"))
+        store.norms("mlp_out.0", rows)
+        store.mean("mlp_out.0")
+        store.tokens(rows)
+        len(store.documents)
+    assert "\n" not in str(raised.value)
+
+
+def test_only_blocks_that_are_read_are_checked(make_store, monkeypatch):
+    monkeypatch.setattr(checksums, "BLOCK_BYTES", 64)
+    folder = make_store("float32", 1000).store.folder  # 24 bytes a row: some lie in two blocks
+    path = folder / "resid_post.1" / "shard-00000.npy"
+    content = bytearray(path.read_bytes())
+    content[128 + 64 * 3 + 5] ^= 1  # in block 3, of which rows 8 to 10 have a part
+    path.write_bytes(content)
+    store = Store.open(folder)
+    store.read("resid_post.1", np.arange(8))
+    store.read("resid_post.1", np.arange(11, 93))
+    for row in (8, 9, 10):
+        with pytest.raises(UserError, match=r"shard-00000.npy is damaged: block 3 \(rows 8 to 10 of the shard\)"):
+            store.read("resid_post.1", [row])
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"checksums": {}}', '{"checksums": {"shard": []}}'])
+def test_a_damaged_record_is_said_in_one_line(make_store, content):
+    store = make_store().store
+    path = store.folder / "mlp_out.0" / "record-00001.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="damaged|lacks checksums") as raised:
+        store.read("mlp_out.0", np.arange(store.manifest.rows))
+    assert "\n" not in str(raised.value) and "00001" in str(raised.value)
+
+
+def test_another_array_of_the_same_size_is_refused(make_store):
+    store = make_store("float32").store
+    path = store.folder / "resid_post.1" / "shard-00001.npy"
+    np.save(path, np.load(path).reshape(6, 16))
+    with pytest.raises(UserError, match=r"shard-00001.npy does not hold float32 \[16, 6\]"):
+        Store.open(store.folder).read("resid_post.1", [20])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_mean_is_that_of_training_rows_without_sinks(make_store, dtype):
+    store = make_store(dtype).store
+    for site, others in (("resid_post.1", ()), ("mlp_out.0", ()), ("mlp_out.0", ("resid_post.1",))):
+        values_NxD = store.read(site, store.rows("train", site, *others)).astype(np.float64)
+        np.testing.assert_allclose(store.mean(site, *others), values_NxD.mean(0), rtol=0, atol=1e-12)
 
 
 def test_an_intact_store_passes_verification(make_store):
@@ -175,26 +231,36 @@ def test_unknown_sites_splits_and_rows_are_refused(make_store):
     assert store.read("mlp_out.0", []).shape == (0, 3)
 
 
-def test_a_finished_shard_is_found_again_only_if_it_is_whole_and_of_the_same_work(make_store):
+def make_writer(folder, sites=known_store.SITES, work="memory"):
+    plan = Plan(known_store.make_documents(), 16, 1, last=0, seed=5)
+    return StoreWriter(folder, plan, sites, "bfloat16", dict.fromkeys(("index", *sites), work))
+
+
+def test_a_finished_shard_is_kept_only_if_it_is_whole_and_of_the_same_work(make_store):
     folder = make_store().store.folder
-    assert all(StoreWriter(folder, SITES, "known").has(shard) for shard in range(6))
-    assert not StoreWriter(folder, SITES, "known").has(6)
-    assert not StoreWriter(folder, SITES, "other").has(0)
-    assert not StoreWriter(folder, (*SITES, "resid_pre.0"), "known").has(0)
+    writer = make_writer(folder)
+    assert all(writer.has(part, shard) for part in writer.parts for shard in range(6))
+    assert not make_writer(folder, work="other").has("mlp_out.0", 0)
     shard = folder / "mlp_out.0" / "shard-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
-    assert not StoreWriter(folder, SITES, "known").has(1)
+    assert not writer.has("mlp_out.0", 1) and writer.has("resid_post.1", 1)
     (folder / "index" / "record-00002.json").write_text("{")
-    assert not StoreWriter(folder, SITES, "known").has(2)
+    assert not writer.has("index", 2)
+
+
+def test_one_more_site_leaves_the_shards_of_the_others_valid(make_store):
+    """A site's files say nothing of other sites."""
+    writer = make_writer(make_store().store.folder, known_store.SITES | {"resid_pre.0": 4})
+    missing = {part for part in writer.parts if not all(writer.has(part, shard) for shard in range(6))}
+    assert missing == {"resid_pre.0"}
 
 
 def test_what_is_to_be_made_anew_is_not_taken_for_made(make_store):
     """A process that waits for others looks at records alone: that of a damaged shard goes first."""
-    folder = make_store().store.folder
-    writer = StoreWriter(folder, SITES, "known")
-    assert all(writer.has(shard, read=False) for shard in range(6))
-    writer.begin([1, 4])
-    assert [shard for shard in range(6) if writer.has(shard, read=False)] == [0, 2, 3, 5]
+    writer = make_writer(make_store().store.folder)
+    writer.begin([("mlp_out.0", 1), ("mlp_out.0", 4)])
+    assert [shard for shard in range(6) if writer.has("mlp_out.0", shard, read=False)] == [0, 2, 3, 5]
+    assert all(writer.has("resid_post.1", shard, read=False) for shard in range(6))
 
 
 @pytest.mark.parametrize(
@@ -208,10 +274,10 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatc
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("os.fsync", full)
-    writer = StoreWriter(folder, SITES, "known")
-    parts = {part: np.ones(3, np.float32) for part in ("index", *SITES, *(f"{site} norms" for site in SITES))}
-    with pytest.raises(UserError, match=f"{told}: .*index/shard-00009.npy"):
-        writer.write_shard(9, parts)
+    writer = make_writer(folder)
+    writer.begin([("index", 3)])
+    with pytest.raises(UserError, match=f"{told}: .*index/shard-00003.npy"):
+        writer.write_index(3)
     assert {path: path.read_bytes() for path in folder.rglob("*.npy")} == before
     assert not list(folder.rglob("*.writing*"))
 

@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from saejax.activations import shuffled, tokenize
-from saejax.activations.cutter import SPLITS, TextPiece
+from saejax.activations import tokenize
+from saejax.activations.chunker import SPLITS, TextPiece
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
@@ -33,8 +33,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def stream(model, tmp_path, monkeypatch):
-    """Tokenizes texts as a stream, with little memory; gives the run, its results and the documents."""
-    monkeypatch.setattr(shuffled, "_IN_MEMORY", 500)
+    """Tokenizes texts as a stream; gives the run, its results and the documents."""
+    monkeypatch.setattr(tokenize, "_BLOCK", 100)
 
     def run(texts=TEXTS, name="tokenize", stopping=lambda: False, **settings):
         path = tmp_path / "text.jsonl.gz"
@@ -65,7 +65,7 @@ def test_a_stream_has_the_pieces_that_memory_has(stream):
         _, _, _, text, start = documents.table_Nx5[number].tolist()
         ids = tokenizer(TEXTS[text], add_special_tokens=False)["input_ids"]
         assert documents[number].tolist() == ids[start : start + 16]
-    assert sum(results.tokens.values()) == documents.offsets[-1] == len(documents.ids_T)
+    assert sum(results.tokens.values()) == documents.lengths_N.sum() == len(documents.ids_T)
     assert results.documents == {name: int((documents.split_N == i).sum()) for i, name in enumerate(SPLITS)}
 
 
@@ -78,24 +78,25 @@ def test_the_order_is_random_and_the_same_again(stream):
     again = stream(name="again")[2]
     assert all(np.array_equal(a, b) for a, b in zip(documents.arrays().values(), again.arrays().values(), strict=True))
     other = stream(name="other", seed=3)[2]
-    assert contents(other) == contents(documents) and not np.array_equal(other.ids_T, documents.ids_T)
+    assert contents(other) == contents(documents) and not np.array_equal(other.starts_N, documents.starts_N)
 
 
-def test_documents_of_any_size_are_shuffled_in_little_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffled, "_BUCKETS", 1)
-    monkeypatch.setattr(shuffled, "_IN_MEMORY", 2**16)
-    writer, lengths_N = shuffled.ShuffledWriter(tmp_path, (), 0), np.random.default_rng(0).integers(1, 16_384, 1_000)
+def test_documents_are_shuffled_without_their_token_ids_in_memory(tmp_path):
+    lengths_N = np.random.default_rng(0).integers(1, 16_384, 1_000)
     tracemalloc.start()
-    for number, length in enumerate(lengths_N):
-        writer.add(TextPiece(np.full(length, number), number % 2, 0, "", number, 0))
-    writer.finish()
+    with tokenize._DocumentsWriter(tmp_path, ()) as writer:
+        for number, length in enumerate(lengths_N):
+            writer.add(TextPiece(np.full(length, number, np.int32), number % 2, 0, "", number, 0))
+        writer.finish(seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     documents = Documents.read(tmp_path, ())
     assert peak < documents.ids_T.nbytes / 16
     source_N = documents.column("source")
     assert sorted(source_N) == list(range(1_000)) and (documents.split_N == source_N % 2).all()
-    assert np.array_equal(documents.ids_T, np.repeat(source_N, lengths_N[source_N]))
+    assert (np.diff(documents.split_N) >= 0).all()
+    for ids, number in zip(documents, source_N, strict=True):
+        assert len(ids) == lengths_N[number] and (ids == number).all()
 
 
 def test_a_text_stays_on_its_side_whatever_else_there_is(stream):
@@ -149,8 +150,7 @@ def test_of_many_documents_a_sample_takes_little_memory():
     split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)
     table_Nx5 = np.zeros((len(lengths_N), len(COLUMNS)), np.int32)
     table_Nx5[:, 0], table_Nx5[:, 3] = split_N, np.arange(len(lengths_N))
-    offsets = np.concatenate([[0], np.cumsum(lengths_N)])
-    documents = Documents(np.zeros(offsets[-1], np.int32), offsets, table_Nx5, ())
+    documents = Documents.contiguous(np.zeros(lengths_N.sum(), np.int32), lengths_N, table_Nx5, ())
     for tokens in (1, 6, 7, 240_000):
         sample = documents.sample(tokens)
         for split in range(2):
@@ -170,7 +170,7 @@ def test_what_cannot_be_tokenized(stream, tmp_path):
         stream(["only one"])
     with pytest.raises(UserError, match="exceeds the model's context of 256"):
         stream(context=300)
-    assert not list(tmp_path.glob("tokenize/buckets"))
+    assert not list(tmp_path.glob("tokenize/*"))
     asked = iter([False] * 20)
     with pytest.raises(Interrupted):
         stream(stopping=lambda: next(asked, True))

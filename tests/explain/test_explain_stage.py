@@ -76,9 +76,7 @@ class Place:
             f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows))), 0)
             for d, p, f in zip(document.tolist(), position.tolist(), f_BxF, strict=True):
                 self.f[d, p], self.split[d] = f, split
-        self.documents = [
-            "".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents.offsets) - 1)
-        ]
+        self.documents = ["".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents))]
         self.starts = [
             np.cumsum([0] + [len(TOKENS[i]) for i in store.documents[d]]) for d in range(len(self.documents))
         ]

@@ -98,8 +98,8 @@ def made(tmp_path, members=("",), **settings):
     sites = [name.split("-")[0] for name in names]
     write_members(tmp_path / "train" / "topk", *zip(members, sites, sites, strict=True))
     (tmp_path / "capture").mkdir()
-    documents, model = StoredDocuments((), (), train=5), CapturedModel("Some/Model_1.5", "", "0" * 16)
-    manifest = Manifest({}, "float32", 0, 0, 1, model, 10.0, documents, {})
+    documents, model = StoredDocuments((), (), train=5, held_out=0), CapturedModel("Some/Model_1.5", "", "0" * 16)
+    manifest = Manifest({}, "float32", dict(train=0, held_out=0), 1, model, False, 10.0, documents, {})
     write_json(tmp_path / "capture" / "manifest.json", to_json(manifest))
     folder = tmp_path / "export" / "neuronpedia-topk"
     folder.mkdir(parents=True)

@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.cutter import SPLITS
+from saejax.activations.chunker import SPLITS
 from saejax.activations.documents import COLUMNS, Documents
-from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments, StoredSite
-from saejax.activations.plan import Plan
+from saejax.activations.manifest import CapturedModel
 from saejax.activations.store import Store
-from saejax.activations.writer import StoreWriter
+from saejax.activations.writer import write_store
 from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interpret.interpreter import Interpreter
@@ -51,7 +50,7 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
 
     Args:
       folder: where to.
-      documents, length: of the text; every fourth document is held out.
+      documents, length: of the text; the last fourth of the documents is held out.
       held_out_seed: 0: held-out vectors are planted like the others; else they are random.
     """
     rng = np.random.default_rng(5)
@@ -61,11 +60,9 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
         for row, start in zip(rng.integers(0, documents, 400), rng.integers(0, length - 3, 400), strict=True):
             ids[row, start : start + len(phrase)] = phrase
     table = np.zeros((documents, len(COLUMNS)), np.int32)
-    table[3::4, COLUMNS.index("split")] = SPLITS.index("held_out")
+    table[documents - documents // 4 :, COLUMNS.index("split")] = SPLITS.index("held_out")
     table[:, COLUMNS.index("group")] = np.arange(documents)
-    made = Documents(
-        ids.reshape(-1), np.arange(documents + 1, dtype=np.int64) * length, table, tuple(map(str, range(documents)))
-    )
+    made = Documents.contiguous(ids.reshape(-1), np.full(documents, length), table, tuple(map(str, range(documents))))
     vectors = rng.normal(0, 0.1, (documents, length, WIDTH)).astype(np.float32)
     vectors[:, :, len(CONCEPTS) + 1 :] *= 10
     for i in range(documents):
@@ -78,27 +75,8 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
 
 
 def _written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
-    plan = Plan(documents, 1000, batch_tokens=512, last=0, seed=5)
-    writer = StoreWriter(folder, (SITE,), "planted")
-    writer.write_documents(documents)
-    for shard in range(plan.shards):
-        index = plan.index(shard)
-        values = vectors[index[:, 0], index[:, 1]]
-        writer.write_shard(shard, {"index": index, SITE: values, f"{SITE} norms": np.linalg.norm(values, axis=1)})
-    statistics = writer.site_statistics(plan.shards, documents, sink_factor=10.0)
-    writer.finish(
-        Manifest(
-            sites={SITE: StoredSite(**vars(statistics[SITE]), d=WIDTH)},
-            dtype="float32",
-            rows=plan.rows,
-            shards=plan.shards,
-            shard_rows=1000,
-            model=CapturedModel("planted/model", "", "0123456789abcdef", "float32"),
-            sink_factor=10.0,
-            documents=StoredDocuments(COLUMNS, documents.groups),
-            files={},
-        )
-    )
+    model = CapturedModel("planted/model", "", "0123456789abcdef", "float32")
+    write_store(folder, documents, {SITE: vectors.reshape(-1, WIDTH)}, model, shard_rows=1000, seed=5)
     return Store.open(folder)
 
 

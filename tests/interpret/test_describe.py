@@ -26,7 +26,7 @@ class Dense:
     def __init__(self, store, dictionary):
         rows = store.rows("train", planted.SITE)
         document, position, token = store.tokens(rows)
-        place = store.documents.offsets[document] + position
+        place = store.documents.starts_N[document] + position
         order = np.argsort(place)
         f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows)), np.float64), 0)
         self.f, self.place, self.token = f_BxF[order], place[order], token[order]

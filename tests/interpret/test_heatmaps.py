@@ -41,7 +41,7 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
     assert [one["document"] for one in made] == wanted
     for one in made:
         assert one["tokens"] == [planted.TEXTS[i] for i in store.documents[one["document"]][:24]]
-        start = store.documents.offsets[one["document"]]
+        start = store.documents.starts_N[one["document"]]
         known = np.isin(start + np.arange(24), place)
         acts = np.zeros((FEATURES, 24))
         for d, p, values in zip(document, position, f, strict=True):

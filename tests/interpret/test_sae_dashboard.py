@@ -31,7 +31,7 @@ def records(tmp_path_factory):
     table = np.zeros((count, len(COLUMNS)), np.int32)
     table[:, COLUMNS.index("group")] = np.arange(count)
     names = tuple(map(str, range(count)))
-    documents = Documents(ids_NxT.reshape(-1), np.arange(count + 1, dtype=np.int64) * length, table, names)
+    documents = Documents.contiguous(ids_NxT.reshape(-1), np.full(count, length), table, names)
     store = planted._written(folder / "store", documents, padded)
     W_enc_DxF = np.array(MADE["W_enc"])
     W_enc_DxF = np.pad(W_enc_DxF, ((0, planted.WIDTH - len(W_enc_DxF)), (0, 0)))

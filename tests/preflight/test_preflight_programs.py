@@ -142,8 +142,7 @@ def test_capture(programs, lm, mesh, spy, tiny_llama):
 
 def _documents(count: int, length: int) -> Documents:
     ids_N = np.arange(count * length, dtype=np.int32) % 384
-    offsets_N = np.arange(count + 1, dtype=np.int64) * length
-    return Documents(ids_N, offsets_N, np.zeros((count, 5), np.int32), ["group"])
+    return Documents.contiguous(ids_N, np.full(count, length), np.zeros((count, 5), np.int32), ["group"])
 
 
 def test_training(programs, plan, mesh):

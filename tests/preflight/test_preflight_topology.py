@@ -21,7 +21,7 @@ GIB = 2**30
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the package libtpu is not installed (extra 'tpu')"
 )
-STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith("demo"))
+STUDIES = sorted(path for path in CONFIGS.glob("*.flags") if not path.name.startswith(("accelerator", "demo")))
 
 
 @pytest.fixture(scope="module")

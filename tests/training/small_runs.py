@@ -4,14 +4,15 @@ import numpy as np
 from small_stacks import B, D
 from small_stacks import make_trainer as make_small
 
-from saejax.activations.batches import BatchOrder
+from saejax.activations.batches import BatchOrder, RowRange
+from saejax.activations.store import Store
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.inputs import Resident, Streamed
 from saejax.training.loop import Metrics, train
 from saejax.training.placement import placed
 
 STEPS, ROWS, SEED = 12, 5 * B + 7, 3  # three epochs of five batches, of which the last is not begun
-ORDER = BatchOrder(ROWS, B, SEED, epochs=3)
+ORDER = BatchOrder(RowRange(0, ROWS, np.zeros(0, np.int64), ROWS), B, SEED, epochs=3, window_rows=ROWS)
 
 
 class Rows:
@@ -24,12 +25,20 @@ class Rows:
     def rows(self, split, *sites):
         return np.arange(len(self.values))
 
+    def usable(self, split, *sites):
+        return RowRange(0, len(self.values), np.zeros(0, np.int64), len(self.values))
+
     def d(self, site):
         return D
 
-    def read(self, site, rows):
+    batches = Store.batches
+
+    def read(self, site, rows, out=None):
         values = self.values[rows] * (1 + int(site.rpartition(".")[2]))
-        return values[:, ::-1] if site.startswith("mlp_out") else values
+        values = values[:, ::-1] if site.startswith("mlp_out") else values
+        if out is not None:
+            out[:] = values
+        return values
 
 
 def make_trainer(kind="topk", mesh=None, **changes):
@@ -43,7 +52,7 @@ def site_parts(trainer):
 
 def streamed(trainer, store, first=0):
     batches = (
-        tuple(np.stack([store.read(site, ORDER.places(step)) for site in part]) for part in site_parts(trainer))
+        tuple(np.stack([store.read(site, ORDER.rows(step)) for site in part]) for part in site_parts(trainer))
         for step in range(first, STEPS)
     )
     return Streamed(trainer, batches)
@@ -51,7 +60,7 @@ def streamed(trainer, store, first=0):
 
 def resident(trainer, store, first=0):
     rows = store.rows("train")
-    return Resident(trainer, tuple(placed(trainer, store, part, rows) for part in site_parts(trainer)), ORDER.places)
+    return Resident(trainer, tuple(placed(trainer, store, part, rows) for part in site_parts(trainer)), ORDER.ranks)
 
 
 def go(folder, trainer, make_source=streamed, store=None, stop_after=None, every=100, log_every=1, writers=()):

@@ -74,7 +74,7 @@ def test_one_compilation_whatever_the_number_of_steps(tmp_path):
 @pytest.mark.parametrize("step", [1, 5])
 def test_nan_stops_at_its_step(tmp_path, step):
     store = Rows()
-    store.values[ORDER.places(step - 1)[0]] = np.nan
+    store.values[ORDER.rows(step - 1)[0]] = np.nan
     with pytest.raises(UserError, match=f"at step {step}:"):
         go(tmp_path, make_trainer(), resident, store=store, every=3, log_every=1000)
     saved = Checkpoints(tmp_path / "checkpoints").latest_step

@@ -20,7 +20,7 @@ from saejax.training.loop import Metrics
 def rows_with_nan(step):
     """Rows of which one in the batch of this step, from 1, is not finite."""
     rows = Rows()
-    rows.values[ORDER.places(step - 1)[0], 2] = np.nan
+    rows.values[ORDER.rows(step - 1)[0], 2] = np.nan
     return rows
 
 
@@ -113,7 +113,7 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero)
 def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
     """The loss of step 4 is finite, but what it makes of the parameters would not be."""
     rows = Rows()
-    rows.values[ORDER.places(3)] *= 2e17
+    rows.values[ORDER.rows(3)] *= 2e17
     with pytest.raises(UserError, match="gradient_norm is .* at step 4: .* the last checkpoint is kept"):
         go(tmp_path, make_trainer(), store=rows, every=every, log_every=1000)
     latest = Checkpoints(tmp_path / "checkpoints").latest_step
