@@ -100,6 +100,6 @@ def capture(
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
     index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
-    first_token = lm.tokenizer.bos_token_id
-    bos = first_token is not None and all(ids[0] == first_token for ids in texts_ids)
+    bos_id = getattr(lm.tokenizer, "bos_token_id", None)
+    bos = bos_id is not None and all(ids[0] == bos_id for ids in texts_ids)
     return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos)
