@@ -13,7 +13,7 @@ from saejax.activations.writer import write_store
 
 SITES = {"resid_post.1": 6, "mlp_out.0": 3}
 LENGTHS = (1, 9, 4, 7, 12, 5, 1, 8, 30, 3, 11, 2)
-HELD_OUT = 9  # the first of the documents that are held out
+HELD_OUT = 3  # documents, the last ones
 
 
 @dataclasses.dataclass
@@ -35,7 +35,7 @@ def make_documents(lengths=LENGTHS) -> Documents:
     """Documents of so many tokens."""
     rng = np.random.default_rng(1)
     table_Nx5 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
-    table_Nx5[HELD_OUT:, COLUMNS.index("split")] = SPLITS.index("held_out")
+    table_Nx5[-HELD_OUT:, COLUMNS.index("split")] = SPLITS.index("held_out")
     table_Nx5[:, COLUMNS.index("source")] = np.arange(len(lengths))
     return Documents.contiguous(rng.integers(0, 1000, sum(lengths)).astype(np.int32), lengths, table_Nx5, ("only",))
 

@@ -62,7 +62,6 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
     table = np.zeros((documents, len(COLUMNS)), np.int32)
     table[documents - documents // 4 :, COLUMNS.index("split")] = SPLITS.index("held_out")
     table[:, COLUMNS.index("group")] = np.arange(documents)
-    made = Documents.contiguous(ids.reshape(-1), np.full(documents, length), table, tuple(map(str, range(documents))))
     vectors = rng.normal(0, 0.1, (documents, length, WIDTH)).astype(np.float32)
     vectors[:, :, len(CONCEPTS) + 1 :] *= 10
     for i in range(documents):
@@ -70,8 +69,11 @@ def make_store(folder: Path, documents: int = 240, length: int = 40, held_out_se
         vectors[i, :, : len(CONCEPTS)] += holds * rng.uniform(1, 2, holds.shape)
     if held_out_seed:
         other = np.random.default_rng(held_out_seed).normal(0, 1, vectors.shape).astype(np.float32)
-        vectors = np.where((table[:, 0] == 1)[:, None, None], other, vectors)
-    return _written(folder, made, vectors)
+        vectors[3::4] = other[3::4]
+    order = np.argsort(np.arange(documents) % 4 == 3, kind="stable")  # every fourth is held out and comes last
+    names = tuple(map(str, range(documents)))
+    made = Documents.contiguous(ids[order].reshape(-1), np.full(documents, length), table, names)
+    return _written(folder, made, vectors[order])
 
 
 def _written(folder: Path, documents: Documents, vectors: np.ndarray) -> Store:
