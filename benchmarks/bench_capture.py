@@ -1,4 +1,4 @@
-"""How fast activations are captured, JAX decoder against hooks in PyTorch, and what the cache is worth in generation.
+"""How fast activations are captured, JAX decoder against hooks in PyTorch.
 
 Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--batches 4] [--pairs 5]
 Both backends' readers, the ones that `experiments.capture` uses, take three sites (resid_post, mlp_in, mlp_out) of one
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import load_model
 from saejax.activations.buffers import ShardBuffers
 from saejax.activations.documents import make_documents
 from saejax.activations.jax_capture import DecoderReader
@@ -33,7 +32,6 @@ from saejax.parallel.mesh import make_mesh
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig
 
 DTYPES = ("float32", "bfloat16")
-NEW_TOKENS = 128
 Side = tuple[str, str]  # backend and dtype
 
 
@@ -113,24 +111,6 @@ def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray
     return {side: np.array(values) for side, values in speeds.items()}, {k: np.array(v) for k, v in rates.items()}
 
 
-def cache_ratio(model: str, pairs: int) -> tuple[float, float, float]:
-    """Tokens per second of generation with the cache and without, and the median ratio."""
-    lm = load_model(model)
-    prompt = lm.tokenize(["One, two, three, four, five, six, seven, eight, nine, ten,"])
-
-    def run(cache: bool) -> float:
-        start = time.perf_counter()
-        (done,) = lm.generate(prompt, NEW_TOKENS, cache=cache)
-        if len(done.ids) < NEW_TOKENS:
-            raise RuntimeError(f"the model ended after {len(done.ids)} tokens: this benchmark needs another prompt")
-        return NEW_TOKENS / (time.perf_counter() - start)
-
-    for cache in (True, False):
-        run(cache)  # compiles
-    speeds = np.array([[run(True), run(False)] for _ in range(pairs)])
-    return *np.median(speeds, axis=0), float(np.median(speeds[:, 0] / speeds[:, 1]))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
@@ -155,13 +135,8 @@ def main() -> None:
     for dtype in DTYPES:
         print(f"matrix products, {dtype}: {np.median(rates[dtype]) / 1e9:,.0f} GFLOP/s")
     print(f"JAX to torch: {ratio['fp32']:.2f} in fp32; {ratio['best']:.2f} for {best['jax']} to {best['torch']}")
-    cached, plain, cache = cache_ratio(args.model, max(2, args.pairs // 2))
-    print(
-        f"Greedy decoding of {NEW_TOKENS} tokens: {cached:.1f} tokens/s with the cache, {plain:.1f} without, "
-        f"{cache:.1f} times as fast"
-    )
     rounded = {name: round(float(value), 2) for name, value in ratio.items()}
-    print(json.dumps(dict(bench="capture", ratio=rounded, cache_ratio=round(cache, 2))))
+    print(json.dumps(dict(bench="capture", ratio=rounded)))
 
 
 if __name__ == "__main__":

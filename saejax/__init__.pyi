@@ -22,8 +22,5 @@ from saejax.library.dictionaries import train as train
 from saejax.models.edits import SiteEdit as SiteEdit
 from saejax.models.language_model import LanguageModel as LanguageModel
 from saejax.models.language_model import load_model as load_model
-from saejax.models.lens import JacobianLens as JacobianLens
-from saejax.models.lens_files import load_lens as load_lens
-from saejax.models.lens_fit import fit_lens as fit_lens
 from saejax.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt

@@ -78,7 +78,6 @@ INSIDE = {
 }
 TORCH_MAY_BE_IN = {
     "saejax/activations/torch_capture.py",
-    "saejax/models/lens_files.py",
     "saejax/models/source.py",
     "saejax/models/pickled.py",
     "saejax/models/randomised.py",

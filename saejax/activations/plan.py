@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from saejax.activations.documents import Documents
-from saejax.models.tokens import few_lengths
+from saejax.models.lengths import bucket_lengths
 
 _PERMUTATION = 3  # stream of random numbers, apart from those of the documents
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
@@ -147,7 +147,7 @@ class Plan:
     @functools.cached_property
     def _lengths(self) -> np.ndarray:
         """The lengths of ``padded_shape``, rising; the last is that of the longest document."""
-        return few_lengths(self.documents.length_counts(), _PROGRAM)
+        return bucket_lengths(self.documents.length_counts(), _PROGRAM)
 
     def _spans(self, shard: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return a shard's documents, in order, with the first and one past the last recorded position of each."""

@@ -23,9 +23,10 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
 from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import even_batches
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import even_batches, pad
+from saejax.models.tokens import pad
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")

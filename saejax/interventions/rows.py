@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from saejax.models.lengths import bucket_lengths
 from saejax.models.split import SharedPrefixBatch
-from saejax.models.tokens import few_lengths
 
 _STEP = 8  # rows and tokens are filled up to a multiple of this
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
@@ -148,7 +148,7 @@ def batches_of(
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
         length_N = prompts.last_P[place_N] + 1 - rows.first_N
-        lengths = few_lengths(np.bincount(length_N), _PROGRAM)
+        lengths = bucket_lengths(np.bincount(length_N), _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
             own, length = rows[shape_N == shape], int(lengths[shape])

@@ -12,7 +12,8 @@ from saejax.activations.store import Store
 from saejax.activations.writer import write_store
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import Tokens, even_batches
+from saejax.models.lengths import even_batches
+from saejax.models.tokens import Tokens
 
 _PROGRAM = 4096  # tokens that run in the time in which a program of another shape is compiled, roughly
 

@@ -1,31 +1,43 @@
-"""The programs that make new tokens: one reads the prompts, one decodes with a cache, one computes all anew.
+"""Decoding with a key-value cache, as jitted programs.
 
-Prompts with a cache are padded on the left, so that all of them end at the same slot and every new token of the
-batch goes to the next one.
+1. ``prefill`` runs the prompts, fills the cache and chooses the first new token of each.
+2. ``decode`` runs the newest token of every prompt against the cache, one step after another.
+3. ``decode_in_chunks`` drives the two from the host and yields new ids, so that stop strings can be looked for.
+
+A cache has S slots per prompt. Prompts are padded on the left, so that all of them end at the same slot and every new
+token of the batch goes to the next one: slot s of prompt b holds the token at position ``s - pad_B[b]``, and the first
+``pad_B[b]`` slots hold padding, which no token attends to.
 """
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, tables_by_layer
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import Params, run_layers
 from saejax.models.edits import Edit, ForwardPass, edited_layers
+from saejax.models.lengths import round_length
+from saejax.models.tokens import Tokens
+from saejax.parallel.mesh import fitting_sharding
 
-Stores = tuple[jax.Array, jax.Array]
+Edits = tuple[Edit, ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens that went before, in every layer.
+    """Keys and values of the tokens so far, in every layer.
 
     Attributes:
       k_LxBxSxNxK: keys, after the rotary embedding.
@@ -40,29 +52,30 @@ class KVCache:
     length: jax.Array
 
     def positions_BxT(self, new: int) -> jax.Array:
-        """Positions of the next ``new`` tokens, [B, T] int32; padding is at 0."""
+        """Return the positions of the next ``new`` tokens, int32 [B, T]; padding is at position 0."""
         slots_T = self.length + jnp.arange(new)
         return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
 
     def attention(self, config: DecoderConfig, new: int) -> AttentionSpec:
-        """How ``new`` tokens attend to themselves and to those in the cache.
-
-        T is the length of the (left padded) prompts at first and 1 while decoding. The caller sees to it that there is
-        room for them. What stands at padding means nothing.
+        """Return how the next ``new`` tokens attend to themselves and to the cached ones.
 
         Args:
-          new: how many tokens there are (T).
+          config: the decoder.
+          new: number of tokens T: the length of the padded prompts at first, 1 while decoding. The caller makes sure
+            that the cache has free slots for them. Values at padding are meaningless.
 
         Returns:
-          The attention of a run of all layers, which carries the keys and values on; see ``grown``.
+          The attention of a run of all layers, whose carry is the extended keys and values; see ``extend``.
         """
         slots_S = jnp.arange(self.k_LxBxSxNxK.shape[2])
         relative_position_TxS = (self.length + jnp.arange(new))[:, None] - slots_S[None, :]
         real_Bx1xS = (slots_S[None, :] >= self.pad_B[:, None])[:, None]
-        # Padding attends to itself, so that it stays finite: a value that is no number would reach all through 0 * NaN.
+        # Padding attends to itself and so stays finite: NaN there would reach real tokens through 0 * NaN.
         mask_BxTxS = (relative_position_TxS >= 0)[None] & real_Bx1xS | (relative_position_TxS == 0)[None]
 
-        def function(attend: Attend, layer: Layer, qkv: QKV, stores: Stores) -> tuple[jax.Array, Stores]:
+        def function(
+            attend: Attend, layer: Layer, qkv: QKV, stores: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             start = (layer, 0, self.length, 0, 0)
             k_store, v_store = (
                 lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
@@ -74,19 +87,20 @@ class KVCache:
         tables = tables_by_layer(config, self.positions_BxT(new), relative_position_TxS, mask_BxTxS)
         return AttentionSpec(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
 
-    def grown(self, stores: Any, new: int) -> "KVCache":
-        """The cache with ``new`` tokens in it, from the stores of keys and values that their run carried on."""
+    def extend(self, stores: Any, new: int) -> "KVCache":
+        """Return the cache with ``new`` more tokens, given the keys and values that their run carried."""
         k_LxBxSxNxK, v_LxBxSxNxK = stores
         return KVCache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
 
 
 def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, pad_B: jax.Array) -> KVCache:
-    """A cache with nothing in it.
+    """Return an empty cache.
 
     Args:
-      batch: number of prompts (B).
-      slots: tokens that it can take, padding and new ones together (S).
-      dtype: that of the parameters.
+      config: the decoder.
+      batch: number of prompts B.
+      slots: number of tokens S that fit, padding included.
+      dtype: of the parameters.
       pad_B: number of padding tokens to the left of each prompt.
     """
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
@@ -95,19 +109,16 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, 
     )
 
 
-Edits = tuple[Edit, ...]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. Static: ``sampled``, ``nucleus``.
 
     Attributes:
-      temperature: fp32 scalar, by which the logits are divided.
-      top_p: fp32 scalar; only the most probable tokens are drawn from, as few as have this probability together.
-      key: of the draws; token n of prompt b has its own.
-      sampled: whether tokens are drawn; otherwise the largest logit is taken.
+      temperature: fp32 scalar by which the logits are divided.
+      top_p: fp32 scalar: sampling is from the smallest set of most probable tokens with this total probability.
+      key: random key; token n of prompt b has its own, folded in.
+      sampled: whether tokens are sampled; otherwise the largest logit is taken.
       nucleus: whether ``top_p`` is below 1.
     """
 
@@ -117,37 +128,52 @@ class SamplingParams:
     sampled: bool = dataclasses.field(metadata=dict(static=True))
     nucleus: bool = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, logits_BxV: jax.Array, number: jax.Array) -> jax.Array:
-        """The ids of the new tokens of this number, int32 [B]."""
+    def __call__(self, logits_BxV: jax.Array, step: jax.Array) -> jax.Array:
+        """Return the ids of new token number ``step`` of every prompt, int32 [B]."""
         if not self.sampled:
             return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
         logits_BxV = logits_BxV / self.temperature
         if self.nucleus:
             logits_BxV = jnp.where(_nucleus(logits_BxV, self.top_p), logits_BxV, -jnp.inf)
         rows_B = jnp.arange(logits_BxV.shape[0])
-        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), number))(rows_B)
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), step))(rows_B)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
 
 
+def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingParams:
+    """Return validated sampling parameters; a temperature of 0 is greedy decoding.
+
+    Raises:
+      UserError: the temperature is below 0 or not finite, or ``top_p`` is not in (0, 1].
+    """
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: expected a number of at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}: expected a number above 0 and at most 1")
+    sampled = temperature > 0
+    key = jax.random.key(seed)
+    return SamplingParams(jnp.float32(temperature), jnp.float32(top_p), key, sampled, sampled and top_p < 1)
+
+
 def _nucleus(logits_BxV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """True at the most probable tokens, as few as reach ``top_p`` together, at least one (Holtzman et al., 2020)."""
+    """Return True at the fewest most probable tokens that reach ``top_p``, at least one (Holtzman et al., 2020)."""
     order_BxV = jnp.argsort(-logits_BxV, axis=-1)
-    shares_BxV = jnp.take_along_axis(jax.nn.softmax(logits_BxV, axis=-1), order_BxV, axis=-1)
-    more_probable_BxV = jnp.cumsum(shares_BxV, axis=-1) - shares_BxV
+    probs_BxV = jnp.take_along_axis(jax.nn.softmax(logits_BxV, axis=-1), order_BxV, axis=-1)
+    more_probable_BxV = jnp.cumsum(probs_BxV, axis=-1) - probs_BxV
     kept_BxV = (more_probable_BxV < top_p).at[:, 0].set(True)
     return jnp.put_along_axis(jnp.zeros_like(kept_BxV), order_BxV, kept_BxV, axis=-1, inplace=False)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class State:
-    """A batch that is being continued.
+class DecodeState:
+    """A batch during decoding.
 
     Attributes:
       cache: keys and values of all tokens but the newest.
-      new_BxN: int32 new ids; those from ``count`` on are not made yet.
-      count: int32, how many there are.
-      done_B: whether the prompt's text has ended.
+      new_BxN: int32 new ids; columns from ``count`` on are not made yet.
+      count: int32 number of new tokens so far.
+      done_B: whether each prompt's text has ended.
       finite_B: whether all logits so far were finite.
     """
 
@@ -157,10 +183,12 @@ class State:
     done_B: jax.Array
     finite_B: jax.Array
 
-    def add(self, cache: KVCache, logits_BxV: jax.Array, sampling: SamplingParams, end_ids_E: jax.Array) -> "State":
-        """The state after the next token was chosen by the logits; ``end_ids_E`` are the ids that end a text."""
+    def add(
+        self, cache: KVCache, logits_BxV: jax.Array, sampling: SamplingParams, end_ids_E: jax.Array
+    ) -> "DecodeState":
+        """Return the state after choosing the next tokens; ``end_ids_E`` are the ids that end a text."""
         next_B = sampling(logits_BxV, self.count)
-        return State(
+        return DecodeState(
             cache,
             lax.dynamic_update_slice(self.new_BxN, next_B[:, None], (0, self.count)),
             self.count + 1,
@@ -172,30 +200,35 @@ class State:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def prefill(
     config: DecoderConfig,
-    room: int,
+    max_new: int,
     params: Params,
     ids_BxT: jax.Array,
     pad_B: jax.Array,
     end_ids_E: jax.Array,
     edits: Edits,
     sampling: SamplingParams,
-) -> State:
-    """Reads the prompts and chooses the first new token of each.
+) -> DecodeState:
+    """Run the prompts and choose the first new token of each.
 
     Args:
-      room: most new tokens (static).
+      config: the decoder (static).
+      max_new: number of new tokens for which the state has slots (static).
+      params: of ``parameters.parameter_table``.
       ids_BxT: int32 prompts, padded on the left.
       pad_B: int32 number of padding tokens of each.
       end_ids_E: ids that end a text.
+      edits: made at the prompts' positions.
+      sampling: how tokens are chosen.
     """
     batch, length = ids_BxT.shape
     cache = init_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
     position_BxT = jnp.maximum(jnp.arange(length)[None, :] - pad_B[:, None], -1)
-    logits_BxV, cache = _run(config, params, ids_BxT, ForwardPass(position_BxT, length - pad_B), cache, edits)
-    more = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    stores = {name: jnp.pad(getattr(cache, name), more) for name in ("k_LxBxSxNxK", "v_LxBxSxNxK")}
+    logits_BxV, cache = _next_logits(config, params, ids_BxT, ForwardPass(position_BxT, length - pad_B), cache, edits)
+    # Slots for new tokens are added only now, so that attention over the prompts does not read empty ones.
+    padding = [(0, 0), (0, 0), (0, max_new), (0, 0), (0, 0)]
+    stores = {name: jnp.pad(getattr(cache, name), padding) for name in ("k_LxBxSxNxK", "v_LxBxSxNxK")}
     none_B = jnp.zeros(batch, bool)
-    state = State(cache, jnp.zeros((batch, room), jnp.int32), jnp.zeros((), jnp.int32), none_B, ~none_B)
+    state = DecodeState(cache, jnp.zeros((batch, max_new), jnp.int32), jnp.zeros((), jnp.int32), none_B, ~none_B)
     return state.add(dataclasses.replace(cache, **stores), logits_BxV, sampling, end_ids_E)
 
 
@@ -203,63 +236,88 @@ def prefill(
 def decode(
     config: DecoderConfig,
     params: Params,
-    state: State,
+    state: DecodeState,
     limit: jax.Array,
     end_ids_E: jax.Array,
     edits: Edits,
     sampling: SamplingParams,
-) -> State:
-    """Makes new tokens until there are ``limit`` of them or all texts have ended with one of ``end_ids_E``.
-
-    The state that goes in is used up.
-    """
+) -> DecodeState:
+    """Make new tokens until there are ``limit`` of them or every text has ended. The given state is donated."""
     batch = state.done_B.shape[0]
 
-    def step(state: State) -> State:
+    def step(state: DecodeState) -> DecodeState:
         newest_Bx1 = lax.dynamic_slice(state.new_BxN, (0, state.count - 1), (batch, 1))
         position_Bx1 = state.cache.positions_BxT(1)
         run = ForwardPass(position_Bx1, position_Bx1[:, 0] - (state.count - 1))
-        logits_BxV, cache = _run(config, params, newest_Bx1, run, state.cache, edits)
+        logits_BxV, cache = _next_logits(config, params, newest_Bx1, run, state.cache, edits)
         return state.add(cache, logits_BxV, sampling, end_ids_E)
 
     return lax.while_loop(lambda state: (state.count < limit) & ~state.done_B.all(), step, state)
 
 
-def _run(
+def _next_logits(
     config: DecoderConfig, params: Params, ids_BxT: jax.Array, run: ForwardPass, cache: KVCache, edits: Edits
 ) -> tuple[jax.Array, KVCache]:
-    """Runs new tokens; gives the logits [B, V] after the last of them."""
+    """Run new tokens; return the logits [B, V] after the last of them and the extended cache."""
     new = ids_BxT.shape[1]
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
     hooks, attention = (run.hook(edits), edited_layers(edits)), cache.attention(config, new)
-    ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention)
-    return decoder.unembed(config, params, ran.x[:, -1:])[:, 0], cache.grown(ran.carried, new)
+    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention)
+    return decoder.unembed(config, params, output.x[:, -1:])[:, 0], cache.extend(output.carried, new)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def recompute(
+def decoding_length(length: int) -> int:
+    """Return the number of slots for prompts, or for new tokens, of this length: coarse, as decoding compiles long."""
+    return round_length(length, multiple=32)
+
+
+def decode_in_chunks(
     config: DecoderConfig,
     params: Params,
-    ids_BxT: jax.Array,
-    lengths_B: jax.Array,
-    number: jax.Array,
-    edits: Edits,
+    mesh: Mesh,
+    tokens: Tokens,
+    max_new_tokens: int,
     sampling: SamplingParams,
-) -> tuple[jax.Array, jax.Array]:
-    """The next token by a whole forward pass, without a cache.
+    end_ids: Sequence[int],
+    edits: Edits,
+    chunk: int,
+) -> Iterator[np.ndarray]:
+    """Yield the new ids of all prompts, int32 [B, n], ``chunk`` tokens at a time.
+
+    Ids after the end of a prompt's text are meaningless.
 
     Args:
-      ids_BxT: int32 prompts with all tokens so far, padded on the right.
-      lengths_B: int32 number of those tokens.
-      number: int32 number of the new token, from 0.
+      config, params, mesh: the model and its devices; prompts are split over the mesh's ``data`` axis.
+      tokens: the prompts, padded on the right.
+      max_new_tokens: number of new tokens.
+      sampling: how tokens are chosen.
+      end_ids: ids that end a text.
+      edits: with values by position for ``decoding_length(T)`` tokens.
+      chunk: number of tokens between two looks of the host.
 
-    Returns:
-      New ids int32 [B], and whether the logits were finite [B].
+    Raises:
+      UserError: logits are not finite.
     """
-    mask_BxT = jnp.arange(ids_BxT.shape[1])[None, :] < lengths_B[:, None]
-    x_BxTxD = decoder.embed(config, params, ids_BxT)
-    run = dataclasses.replace(ForwardPass.over(mask_BxT), prompt_lengths_B=lengths_B - number)
-    x_BxTxD = run_layers(config, params, x_BxTxD, 0, config.n_layers, run.hook(edits), edited_layers(edits)).x
-    last_Bx1xD = jnp.take_along_axis(x_BxTxD, (lengths_B - 1)[:, None, None], axis=1)
-    logits_BxV = decoder.unembed(config, params, last_Bx1xD)[:, 0]
-    return sampling(logits_BxV, number), jnp.isfinite(logits_BxV.max(axis=-1))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, fitting_sharding(mesh, array.shape, *("data", None)[: array.ndim]))
+
+    width = decoding_length(int(tokens.lengths_B.max()))
+    ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
+    for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
+        row[width - length :] = ids[:length]
+    pad_B = (width - tokens.lengths_B).astype(np.int32)
+    end_ids_E = np.array(end_ids or [-1], np.int32)  # programs take no empty arrays; no token has the id -1
+    max_new = decoding_length(max_new_tokens)
+    state = prefill(config, max_new, params, place(ids_BxT), place(pad_B), end_ids_E, edits, sampling)
+    for start in range(0, max_new_tokens, chunk):
+        stop = min(start + chunk, max_new_tokens)
+        state = decode(config, params, state, np.int32(stop), end_ids_E, edits, sampling)
+        # A copy: the next call takes over the state's memory.
+        new_BxN, finite_B = np.array(state.new_BxN)[:, start:stop], np.array(state.finite_B)
+        if not finite_B.all():
+            raise UserError(
+                f"the logits after prompt {int(np.argmin(finite_B))} of {len(finite_B)} are NaN or infinite: expected "
+                "finite numbers; check the model's weights and the edits, or use --model.dtype=float32"
+            )
+        yield new_BxN

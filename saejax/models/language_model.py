@@ -1,9 +1,13 @@
-"""A language model that runs with sites captured and edits on."""
+"""A language model that runs with sites captured and edits applied.
+
+``Model`` is the interface that stages use; ``LanguageModel`` implements it with the JAX decoder. An implementation for
+another backend returns the same ``Output`` and ``Generated`` and applies the same edits.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +15,32 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.files import read_json
-from saejax.models import decoder, generation, lens, parity, source, weights
+from saejax.models import decoder, decoding, generation, lens, parity, source, weights
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, edited_layers, fit_values
 from saejax.models.families import read_config
 from saejax.models.generation import Generated
-from saejax.models.lens import JacobianLens, LensOutput
+from saejax.models.lengths import round_length
+from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, continuation_ids, tokenize
 from saejax.parallel.mesh import fitting_sharding, make_mesh, sharding
 from saejax.settings import ModelConfig
 
-_LENGTH_STEP = 16  # prompts are padded to a multiple of this, so that few lengths are compiled
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a forward pass gave.
+    """Result of a forward pass.
 
     Attributes:
-      logits_BxTxV: fp32 logits at every position, or None if they were not wanted.
-      sites: value [B, T, D] of every captured site, by its name, after the edits there.
-      tokens: the prompts; values beyond a prompt's end mean nothing.
+      logits_BxTxV: fp32 logits at every position; None if they were not asked for.
+      sites: value [B, T, D] of every captured site by its name, after the edits there.
+      tokens: the prompts; values beyond a prompt's end are meaningless.
     """
 
     logits_BxTxV: jax.Array | None
@@ -45,11 +49,11 @@ class Output:
     _tokenizer: Any = dataclasses.field(repr=False)
 
     def logit(self, answer: str | int) -> np.ndarray:
-        """The logit of an answer's first token at the last real position of each prompt, fp32 [B]; a float if B is 1.
+        """Return the logit of an answer's first token at each prompt's last position, fp32 [B]; a float if B is 1.
 
         Args:
-          answer: a word, which is read as the text going on: with a space before it ("Paris" is " Paris"). For an
-            answer without a space give the token's id, ``lm.token_id("8")``.
+          answer: a word that continues the text, with a space before it ("Paris" is read as " Paris"). For an answer
+            without a space give the token's id, ``lm.token_id("8")``.
         """
         if self.logits_BxTxV is None:
             raise ValueError("this pass was run with logits=False")
@@ -59,13 +63,50 @@ class Output:
         return last_B if len(last_B) > 1 else last_B[0]
 
 
+class Model(Protocol):
+    """What stages need of a language model, whichever library computes it.
+
+    Attributes:
+      config: sizes, and for a JAX family all choices of the decoder.
+      tokenizer: the model's own; None if it has none.
+      source: where it came from, with its fingerprint.
+      mesh: the devices on which arrays are placed.
+    """
+
+    config: DecoderConfig
+    tokenizer: Any
+    source: ModelSource
+    mesh: Mesh
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        capture: Sequence[str | Site] | str | Site = (),
+        edits: Sequence[Edit] = (),
+        logits: bool = True,
+    ) -> Output:
+        """Run the prompts; see ``LanguageModel``."""
+
+    def generate(self, tokens: Tokens, max_new_tokens: int, **options: Any) -> list[Generated]:
+        """Continue the prompts; see ``LanguageModel.generate`` for the options."""
+
+    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
+        """Return the token ids of texts."""
+
+    def token_id(self, text: str) -> int:
+        """Return the id of the token with which an answer continues a text."""
+
+    def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Return the logits [B, T, V] of a stream leaving the last layer."""
+
+
 class LanguageModel:
-    """A decoder with its weights and tokenizer, which runs with sites captured and edits on, and generates text.
+    """A JAX decoder with its weights and tokenizer.
 
     Attributes:
       config: sizes and choices of the decoder.
       params: its parameters, for the functions of ``saejax.models.decoder``.
-      tokenizer: the model's own.
+      tokenizer: the model's own; None if it has none.
       source: where it came from.
       mesh: the devices it is on.
       rules: how its gradients are taken.
@@ -106,33 +147,34 @@ class LanguageModel:
         edits: Sequence[Edit] = (),
         logits: bool = True,
     ) -> Output:
-        """Runs the model. Compiled once for each combination of sites, kinds of edits and shapes.
+        """Run the model. Compiled once for each combination of sites, kinds of edits and padded shape.
 
         Args:
-          capture: sites whose values are given back, or one, such as "resid_post.15".
-          edits: changes, made in the order given where several act at one site; see ``Dictionary`` and ``SiteEdit``.
+          tokens: the prompts, padded on the right.
+          capture: sites whose values are returned, or a single one, such as "resid_post.15".
+          edits: applied in the given order where several act at one site; see ``Dictionary`` and ``SiteEdit``.
           logits: False stops after the last captured site.
 
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
-        named = [capture] if isinstance(capture, str | Site) else capture
-        sites = tuple(s if isinstance(s, Site) else Site.parse(s) for s in named)
+        wanted = [capture] if isinstance(capture, str | Site) else capture
+        sites = tuple(site if isinstance(site, Site) else Site.parse(site) for site in wanted)
         for site in (*sites, *(edit.site for edit in edits)):
             site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
         length = tokens.ids_BxT.shape[1]
-        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded_length(length) - length)))
+        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, round_length(length) - length)))
         on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
         ids_BxT, lengths_B = jax.device_put(
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
         )
         edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, ids_BxT.shape[1]))
-        given = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
+        output = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
         if ids_BxT.shape[1] > length:
-            given = jax.tree.map(lambda value: value[:, :length], given)
-        of_tokens, values = given
-        return Output(of_tokens, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+            output = jax.tree.map(lambda value: value[:, :length], output)
+        logits_BxTxV, values = output
+        return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
 
     def generate(
         self,
@@ -144,21 +186,19 @@ class LanguageModel:
         seed: int = 789,
         stop: Sequence[str] = (),
         edits: Sequence[Edit] = (),
-        cache: bool = True,
     ) -> list[Generated]:
-        """Continues the prompts, each until the model or a stop string ends it.
+        """Continue the prompts, each until the model or a stop string ends it.
 
         Args:
           tokens: the prompts, padded on the right.
-          max_new_tokens: most new tokens of each.
-          temperature: tokens are drawn from the softmax of logits / temperature; 0: the most probable one is taken.
-          top_p: draws are from the most probable tokens only, as few as have this probability together.
-          seed: of the draws; each prompt of a batch has draws of its own.
-          stop: strings that end the text where they first stand, wherever tokens begin; they are not part of it.
-          edits: changes that act on the prompt's positions and on those of new tokens as they are read. To an edit of
-            the last position, every new token is the last one when it is read. Values that were given for each
-            position of the prompts leave new tokens as they are.
-          cache: False computes all positions anew for each token: slow, for checks.
+          max_new_tokens: largest number of new tokens of each, at least 1.
+          temperature: divides the logits before sampling; 0: the most probable token is taken.
+          top_p: in (0, 1]: sampling is from the smallest set of most probable tokens with this total probability.
+          seed: of the sampling; each prompt of a batch is sampled independently.
+          stop: strings that end the text where they first occur, wherever tokens begin; they are not part of it.
+          edits: act on the prompt's positions and on new tokens as they are read. To an edit of the last position,
+            every new token is the last one when it is read. Values given for each position of the prompts leave new
+            tokens unchanged.
 
         Raises:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
@@ -167,53 +207,55 @@ class LanguageModel:
         for edit in edits:
             edit.site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
-        sampling = generation.sampling_params(temperature, top_p, seed)
+        generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
+        sampling = decoding.sampling_params(temperature, top_p, seed)
+        eos = generation.eos_ids(self.source.folder, self.tokenizer)
+        condition = generation.StopCondition(self.tokenizer, eos, stop)
         shape = tokens.ids_BxT.shape
-        placed = self._placed(fit_values(edits, shape, generation.rounded(shape[1])))
-        return generation.generate(self, tokens, max_new_tokens, sampling, stop, placed, cache)
+        placed = self._placed(fit_values(edits, shape, decoding.decoding_length(shape[1])))
+        chunk = generation.CHUNK if condition.strings else max_new_tokens
+        model = self.config, self.params, self.mesh
+        chunks = decoding.decode_in_chunks(*model, tokens, max_new_tokens, sampling, condition.ids, placed, chunk)
+        return generation.collect(chunks, shape[0], condition)
 
-    def lens(
-        self,
-        tokens: Tokens,
-        jacobian: JacobianLens | None = None,
-        *,
-        answers: Sequence[int] = (),
-        top: int = 5,
-        seed: int = 456,
-    ) -> LensOutput:
-        """What the stream leaving each layer says of the next token: the logit lens, or a Jacobian lens.
+    def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Return the fp32 logits [B, T, V] of a stream leaving the last layer, such as ``resid_post`` of that layer."""
+        return _unembed(self.config, self.params, x_BxTxD)
+
+    def lens(self, tokens: Tokens, *, answers: Sequence[int] = (), top: int = 5, seed: int = 456) -> LensOutput:
+        """Read the stream leaving each layer through the final norm and unembedding: the logit lens.
 
         Args:
-          jacobian: from ``fit_lens`` or ``load_lens``; None: the logit lens.
-          answers: ids of tokens whose probability and rank are wanted at every place.
-          top: of the likeliest tokens, so many are given, at least 1.
+          tokens: the prompts, padded on the right.
+          answers: ids of tokens whose log-probability and rank are returned at every position.
+          top: number of most probable tokens returned, at least 1.
           seed: of the control's rotation.
 
         Returns:
           The reading at all layers, positions and prompts, and that of its control; see ``lens``.
 
         Raises:
-          UserError: the prompts or the lens do not fit the model.
+          UserError: the prompts do not fit the model.
         """
         layers = range(self.config.n_layers)
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
         x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
-        return lens.read(self.config, self.params, x_LxBxTxD, jacobian, tuple(answers), top, seed)
+        return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(answers), top, seed)
 
     def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
-        """The edits with their arrays on this model's devices."""
-        here = set(self.mesh.devices.flat)
+        """Return the edits with their arrays on this model's devices."""
+        devices = set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> Any:
-            elsewhere = isinstance(leaf, jax.Array) and leaf.sharding.device_set != here
-            return jax.device_put(leaf, sharding(self.mesh)) if elsewhere else leaf
+            must_move = isinstance(leaf, jax.Array) and leaf.sharding.device_set != devices
+            return jax.device_put(leaf, sharding(self.mesh)) if must_move else leaf
 
         return jax.tree.map(place, edits)
 
 
-def padded_length(length: int) -> int:
-    """Tokens of the program that runs prompts of so many."""
-    return length + -length % _LENGTH_STEP
+@functools.partial(jax.jit, static_argnums=0)
+def _unembed(config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array) -> jax.Array:
+    return decoder.unembed(config, params, x_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), static_argnames="rules")

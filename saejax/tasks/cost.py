@@ -13,7 +13,6 @@ from saejax.costs.passes import generated_bytes, head_flops, layer_bytes, pass_f
 from saejax.costs.programs import Program, abstract_params, by_row
 from saejax.models import decoding
 from saejax.models.edits import fit_values
-from saejax.models.generation import sampling_params
 from saejax.settings import PreflightConfig, StudyConfig, TaskConfig
 from saejax.tasks.baseline import BATCH
 from saejax.tasks.benchmark_definitions import definition, way
@@ -69,7 +68,7 @@ def prefill_program(
     """
     rows, length, new = generated_batch(plan)
     ids_BxT, pad_B = by_row(mesh, (rows, length), jnp.int32), by_row(mesh, (rows,), jnp.int32)
-    greedy = jax.eval_shape(lambda: sampling_params(0.0, 1.0, 0))
+    greedy = jax.eval_shape(lambda: decoding.sampling_params(0.0, 1.0, 0))
     fitted = fit_values(edits, (rows, length), length)
     return Program(
         name,

@@ -10,7 +10,7 @@ from saejax.track.stage import TrackConfig
 from saejax.track.tested import ROWS, draws_for
 from saejax.track.texts import read_problems, sentences
 
-_LENSES = 2  # the lens and its control; a Jacobian lens as much again
+_LENSES = 2  # the lens and its control
 _LAYER = 1.0  # seconds on the host for each layer: its dictionary read, its features compared with the next one's
 _TEST = 2.0  # seconds on the host for each step that is tested: matched sets, and a program for each length
 
@@ -25,10 +25,9 @@ def track_cost(plan: PlannedRun, name: str) -> Cost:
     tokens = [counted(prompt, *steps) for prompt, steps in texts]
     layers = planned_layers(plan)
     tested = config.test_layers or (layers[len(layers) // 2],)
-    lenses = _LENSES * (2 if config.lens else 1)
     flops, tests = 0.0, 0
     for (_, steps), length in zip(texts, tokens, strict=True):
-        flops += pass_flops(model, length, length, model.n_layers) + lenses * len(layers) * head_flops(model, length)
+        flops += pass_flops(model, length, length, model.n_layers) + _LENSES * len(layers) * head_flops(model, length)
         draws = draws_for(config, len(steps) * len(tested))
         run = draws * sum(len(step) for step in steps) / CHARACTERS_PER_TOKEN
         for layer in tested:

@@ -56,7 +56,7 @@ class TrackedText:
     position: int  #: where it is the next token
     sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
     steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
-    lenses: Mapping[str, LensLayers]  #: logit, and jacobian if one was given
+    lenses: Mapping[str, LensLayers]  #: by lens: logit
     link_kind: str  #: attribution, or geometry: by directions alone
     links: int  #: between shown features
     random_links: int | None  #: by the same rule, of random directions; None for attribution

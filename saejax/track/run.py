@@ -16,8 +16,7 @@ from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.models.language_model import LanguageModel
-from saejax.models.lens import JacobianLens, LensOutput
-from saejax.models.lens_files import load_lens
+from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
@@ -41,7 +40,7 @@ def run_track(run: Run) -> TrackResults:
     """Follows each text, tests the features of its steps, and writes the page.
 
     Raises:
-      UserError: texts, dictionaries, lens and model do not go together.
+      UserError: texts, dictionaries and model do not go together.
     """
     config = run.configs[TrackConfig]
     problems = {problem.slug: problem for problem in read_problems(config)}
@@ -50,12 +49,11 @@ def run_track(run: Run) -> TrackResults:
     def begin() -> Measure:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, lm)
-        lens = load_lens(config.lens).check(lm.config) if config.lens else None
         tested = tested_places(stack, config)
         texts = {slug: encode(lm, problem) for slug, problem in problems.items()}  # all, before the first is followed
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
-            found, cells = follow_text(lm, stack, lens, texts[slug], tested, config, on_progress)
+            found, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
             write_json(_cells(run, slug), to_json(cells))
             return Measured(found, terminal.line(found))
 
@@ -92,7 +90,6 @@ def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
 def follow_text(
     lm: LanguageModel,
     stack: Stack,
-    lens: JacobianLens | None,
     text: EncodedText,
     tested: Sequence[int],
     config: TrackConfig,
@@ -101,7 +98,7 @@ def follow_text(
     """Follows one text.
 
     Args:
-      lm, stack, lens: with what; ``lens``: None for the logit lens alone.
+      lm, stack: the model and its dictionaries.
       tested: places in the stack of the dictionaries whose features are removed.
       on_progress: called with the tests of steps done and of all; may raise to stop.
 
@@ -111,7 +108,7 @@ def follow_text(
     start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
     shown = [one.strongest(config.top) for one in firings]
-    readings = _read(lm, text, lens, config.seed)
+    readings = {"logit": _read_lens(lm, text, config.seed)}
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
     found = _links(lm, stack, text, answer, shown, config)
     chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
@@ -172,15 +169,14 @@ def _tester(
     return lambda: StepTester(lm, each.load(), each.reads, writes, text, config)
 
 
-def _read(lm: LanguageModel, text: EncodedText, jacobian: JacobianLens | None, seed: int) -> dict[str, LensOutput]:
-    """What the lenses read; of the answer, or where none was given of the model's own."""
+def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
+    """Read the logit lens for the answer, or for the model's own answer where none was given."""
     tokens = pad([text.ids_T.tolist()])
     answer = text.answer
     if answer is None:
         last = lm.lens(tokens, top=1, seed=seed)
         answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
-    given = {"logit": None} | ({"jacobian": jacobian} if jacobian is not None else {})
-    return {name: lm.lens(tokens, one, answers=[answer], top=LENS_TOP, seed=seed) for name, one in given.items()}
+    return lm.lens(tokens, answers=[answer], top=LENS_TOP, seed=seed)
 
 
 def _links(

@@ -31,7 +31,6 @@ class TrackConfig(Config):
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
         "most one of each layer. Transcoders of all layers give links by attribution, others by geometry",
     )
-    lens: str = setting("", "a Jacobian lens beside the logit lens: a .pt file that saejax.fit_lens wrote")
     top: int = setting(12, "features that are kept of each layer and position", low=1)
     step_features: int = setting(6, "features of a step, in each layer, and those that are removed together", low=1)
     test_layers: tuple[int, ...] = setting(
@@ -66,7 +65,7 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
 
 
 def _files(configs: Configs) -> str:
-    """What is in the files that flags name: texts, lens, dictionaries and their labels."""
+    """What is in the files that flags name: texts, dictionaries and their labels."""
     from saejax.dictionaries import stacks
     from saejax.dictionaries.labels import LABELS
     from saejax.files import file_sha256
@@ -75,7 +74,7 @@ def _files(configs: Configs) -> str:
     config = configs[TrackConfig]
     folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]
     labels = [path for folder in folders for path in sorted(folder.parent.parent.glob(f"*/{folder.name}/**/{LABELS}"))]
-    files = [*(Path(name) for name in (config.prompts, config.lens) if name), *labels]
+    files = [*(Path(name) for name in (config.prompts,) if name), *labels]
     marks = [file_sha256(path) for path in files if path.is_file()]  # what is missing is said when it runs
     return fingerprint([*marks, *(stacks.identity(str(folder)) for folder in folders)])
 

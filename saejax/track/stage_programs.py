@@ -13,8 +13,9 @@ from saejax.costs.programs import Program, abstract_dictionary, abstract_params,
 from saejax.dictionaries import DictionaryConfig
 from saejax.interventions.split_model import active_features
 from saejax.models.config import RunRules
-from saejax.models.language_model import forward, padded_length
-from saejax.models.lens import places_at_once, read_places
+from saejax.models.language_model import forward
+from saejax.models.lengths import round_length
+from saejax.models.lens import chunk_size, read_positions
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.settings import ModelConfig, TrainConfig
@@ -51,7 +52,7 @@ class _Shapes:
 
     def forward(self, layers: list[int]) -> Program:
         """The sites of all dictionaries together."""
-        model, tokens = self._plan.model, padded_length(self._length)
+        model, tokens = self._plan.model, round_length(self._length)
         sites = tuple(Site(Site.parse(self._used.site).kind, layer) for layer in layers)
         ids, lengths = by_row(self._mesh, (1, tokens), jnp.int32), by_row(self._mesh, (1,), jnp.int32)
         given = (model, sites, False, self._params, ids, lengths, ())
@@ -66,22 +67,21 @@ class _Shapes:
         return Program("track: encode", self._size, active_features, given, self._params, flops)
 
     def lens(self) -> Program:
-        """The lens and its control, of some places."""
-        model, config = self._plan.model, self._plan.configs[TrackConfig]
-        layers, width, places = model.n_layers, model.d_model, places_at_once(self._length)
-        x_LxNxD = whole(self._mesh, (layers, places, width), self._plan.dtype)
-        maps = jax.ShapeDtypeStruct((layers, width, width), jnp.float32) if config.lens else None
+        """The lens and its control, of some positions."""
+        model = self._plan.model
+        layers, width, positions = model.n_layers, model.d_model, chunk_size(self._length)
+        x_LxNxD = whole(self._mesh, (layers, positions, width), self._plan.dtype)
         rotation, answers = jax.ShapeDtypeStruct((width, width), jnp.float32), np.zeros(1, np.int32)
-        given = (model, min(LENS_TOP, model.vocab), self._params, x_LxNxD, maps, rotation, answers)
-        flops = (2 * layers + 1) * head_flops(model, places)
-        return Program("track: lens", f"{layers} layers x {places} places", read_places, given, (), flops)
+        given = (model, min(LENS_TOP, model.vocab), self._params, x_LxNxD, rotation, answers)
+        flops = (2 * layers + 1) * head_flops(model, positions)
+        return Program("track: lens", f"{layers} layers x {positions} positions", read_positions, given, (), flops)
 
     def rows(self, tokens: int) -> Program:
         """The longest step without sets of features, as many as can be drawn beside those that are chosen."""
         plan, config, used = self._plan, self._plan.configs[TrackConfig], self._used
         reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
         point = SplitPoint(plan.model, writes, reads, self._mesh, RunRules(remat=plan.configs[ModelConfig].remat))
-        value = whole(self._mesh, (1, padded_length(self._length), plan.model.d_model), plan.dtype)
+        value = whole(self._mesh, (1, round_length(self._length), plan.model.d_model), plan.dtype)
         past = placed(jax.eval_shape(point.run_suffix_with_kv, self._params, value, value)[1], self._mesh)
         drawn = min(config.step_features * (1 + config.matches), used.n_features)
         window, pool = tested.filled(max(tokens - 1, 1), drawn)

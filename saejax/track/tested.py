@@ -25,7 +25,8 @@ from saejax.errors import UserError
 from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.split_model import active_features, record, run_head
 from saejax.models import decoder
-from saejax.models.language_model import LanguageModel, padded_length
+from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import round_length
 from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
@@ -69,7 +70,7 @@ class StepTester:
         self._dictionary = jax.device_put(dictionary, sharding(lm.mesh))
         self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
         length = len(text.ids_T)
-        padded = padded_length(length)
+        padded = round_length(length)
         ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
         last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
         *head, finite_1 = run_head(self._point, "keep", lm.params, self._dictionary, ids_1xX, last_1, wanted_1xX)

@@ -13,7 +13,8 @@ from scipy.spatial import cKDTree
 from saejax.causal.stability import unit
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import Tokens, even_batches, pad
+from saejax.models.lengths import even_batches
+from saejax.models.tokens import Tokens, pad
 from saejax.transfer.text import ReadText
 
 _LENGTH_STEP = 16  # pieces are padded to a multiple of this

@@ -10,9 +10,9 @@ from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, whole
 from saejax.dictionaries import DictionaryConfig
-from saejax.models.language_model import forward, padded_length
+from saejax.models.language_model import forward
+from saejax.models.lengths import round_length, rows_per_batch
 from saejax.models.sites import Site
-from saejax.models.tokens import rows_of
 from saejax.parallel.mesh import AXES
 from saejax.settings import CorpusConfig, TrainConfig
 from saejax.transfer import activity, matching
@@ -51,9 +51,9 @@ def text_program(plan: PlannedRun, mesh: Mesh, stage: str, sizes: Sequence[Dicti
     """The model on ``batch_tokens`` of a ``stage``, with the sites of dictionaries of these ``sizes`` captured."""
     batch, model = plan.configs.named(stage).batch_tokens, plan.model
     length = activity.padded(min(plan.configs[CorpusConfig].context, model.context))
-    rows = rows_of(batch, length, mesh.shape["data"])
+    rows = rows_per_batch(batch, length, mesh.shape["data"])
     sites = tuple(dict.fromkeys(Site.parse(one.site) for one in sizes))
-    ids_BxT, lengths_B = by_row(mesh, (rows, padded_length(length)), jnp.int32), by_row(mesh, (rows,), jnp.int32)
+    ids_BxT, lengths_B = by_row(mesh, (rows, round_length(length)), jnp.int32), by_row(mesh, (rows,), jnp.int32)
     given = (model, sites, False, abstract_params(model, mesh, plan.dtype), ids_BxT, lengths_B, ())
     flops = pass_flops(model, rows * length, length, max(site.layer for site in sites) + 1)
     return Program(f"{stage}: text", f"{rows} x {length} tokens", forward, given, (), flops)

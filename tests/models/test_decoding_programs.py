@@ -47,7 +47,7 @@ def test_a_layers_weights_are_read_where_they_are(prompts):
     kept = array(jnp.bfloat16, config.n_layers, prompts, room, config.n_kv_heads, config.d_head)
     cache = KVCache(kept, kept, array(jnp.int32, prompts), array(jnp.int32))
     flags = array(bool, prompts), array(bool, prompts)
-    state = decoding.State(cache, array(jnp.int32, prompts, 64), array(jnp.int32), *flags)
+    state = decoding.DecodeState(cache, array(jnp.int32, prompts, 64), array(jnp.int32), *flags)
     key = array(jax.random.key(0).dtype)
     sampling = decoding.SamplingParams(array(jnp.float32), array(jnp.float32), key, sampled=False, nucleus=False)
     params = abstract_params(config, mesh, "bfloat16", config.n_layers)

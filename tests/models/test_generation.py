@@ -12,7 +12,8 @@ from tiny_models import save_tiny, save_tiny_tokenizer
 from saejax import load_model
 from saejax.errors import UserError
 from saejax.models import decoding, generation, source
-from saejax.models.generation import Generated, eos_ids, sampling_params
+from saejax.models.decoding import sampling_params
+from saejax.models.generation import Generated, eos_ids
 from saejax.models.sites import Site
 from saejax.models.tokens import Tokens, pad
 from saejax.parallel.mesh import make_mesh
@@ -121,8 +122,23 @@ def test_64_tokens_on_20_prompts_equal_transformers(smollm2, smollm2_torch, batc
     assert_equals_transformers(smollm2, smollm2_torch, rows(smollm2.tokenize(PROMPTS)), 64, batched)
 
 
+def continue_without_cache(lm, tokens, new, edits=()) -> list[list[int]]:
+    """The argmax of a whole forward pass for every new token."""
+    sequences = rows(tokens)
+    for _ in range(new):
+        logits = lm(pad(sequences), edits=edits).logits_BxTxV
+        for b, ids in enumerate(sequences):
+            ids.append(int(np.argmax(logits[b, len(ids) - 1])))
+    return [ids[len(prompt) :] for prompt, ids in zip(rows(tokens), sequences, strict=True)]
+
+
+def until_end(ids: list[int]) -> list[int]:
+    return ids[: ids.index(0)] if 0 in ids else ids
+
+
 def test_without_a_cache_it_is_the_same(lm, tokens, greedy):
-    assert lm.generate(tokens, 20, cache=False) == greedy
+    whole = continue_without_cache(lm, tokens, 20)
+    assert [list(done.ids) for done in greedy] == [until_end(ids) for ids in whole]
     assert len({done.ids for done in greedy}) == 3 and len({id for done in greedy for id in done.ids}) > 5
 
 
@@ -139,23 +155,15 @@ def test_edits_act_on_the_prompt_and_on_every_new_token(lm, tokens, greedy):
     matrix_DxD = jax.random.normal(jax.random.key(0), (64, 64)) / 16
     edits = [Push(matrix_DxD, Site("resid_post", 1)), Push(-matrix_DxD, Site("attn_out", 3))]
     found = lm.generate(tokens, 12, edits=edits)
-    sequences = rows(tokens)
-    for _ in range(12):
-        logits = lm(pad(sequences), edits=edits).logits_BxTxV
-        for b, ids in enumerate(sequences):
-            ids.append(int(np.argmax(logits[b, len(ids) - 1])))
-    for done, prompt, ids in zip(found, rows(tokens), sequences, strict=True):
-        expected = ids[len(prompt) :]
-        assert list(done.ids) == (expected[: expected.index(0)] if 0 in expected else expected)
+    whole = continue_without_cache(lm, tokens, 12, edits)
+    assert [list(done.ids) for done in found] == [until_end(ids) for ids in whole]
     assert [done.ids for done in found] != [done.ids[:12] for done in greedy]
-    assert lm.generate(tokens, 12, edits=edits, cache=False) == found
 
 
 def test_samples_repeat_by_seed_and_become_greedy(lm, tokens, greedy):
     options = dict(temperature=1.5, top_p=0.9)
     first = lm.generate(tokens, 20, seed=1, **options)
     assert lm.generate(tokens, 20, seed=1, **options) == first
-    assert lm.generate(tokens, 20, seed=1, cache=False, **options) == first
     assert lm.generate(tokens, 20, seed=2, **options) != first
     same = lm.generate(pad(rows(tokens)[:1] * 3), 20, seed=1, **options)
     assert len({done.ids for done in same}) == 3  # prompts of a batch have draws of their own
@@ -187,7 +195,6 @@ def test_a_prompt_that_ends_early_leaves_the_others_alone(lm, tokens, greedy, mo
     end = greedy[1].ids[4]
     monkeypatch.setattr(generation, "eos_ids", lambda folder, tokenizer: (0, 9999, end))
     found = lm.generate(tokens, 20)
-    assert [lm.generate(tokens, 20, cache=False), len(found)] == [found, 3]
     for done, whole in zip(found, greedy, strict=True):
         if end in whole.ids:  # otherwise it ends as before
             assert done.ids == whole.ids[: whole.ids.index(end)] and done.finished == "eos"
@@ -249,7 +256,7 @@ def test_prompts_of_like_length_and_any_limit_share_a_program(lm):
 def test_the_context_can_be_filled_but_not_exceeded(lm):
     ids = np.random.default_rng(0).integers(1, 384, 120).tolist()
     full = lm.generate(pad([ids, [3]]), 8)
-    assert lm.generate(pad([ids]), 8, cache=False)[0] == full[0]
+    assert list(full[0].ids) == until_end(continue_without_cache(lm, pad([ids]), 8)[0])
     with pytest.raises(UserError, match="9 new tokens after a prompt of 120: .* context of 128"):
         lm.generate(pad([ids]), 9)
 
@@ -271,8 +278,7 @@ def test_bad_settings_are_refused(lm, tokens, options, message):
         lm.generate(tokens, **dict(max_new_tokens=4) | options)
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_logits_that_are_not_finite_are_an_error(lm, tokens, cache):
+def test_logits_that_are_not_finite_are_an_error(lm, tokens):
     edits = [Push(jnp.full((64, 64), jnp.nan), Site("mlp_out", 2))]
     with pytest.raises(UserError, match="the logits after prompt 0 of 3 are NaN"):
-        lm.generate(tokens, 4, edits=edits, cache=cache)
+        lm.generate(tokens, 4, edits=edits)

@@ -81,7 +81,7 @@ def test_tracking(programs, plan, lm, dictionary, spy):
     calls = {
         "model": spy(language_model, "forward"),
         "encode": spy(firings, "active_features"),
-        "lens": spy(lens, "read_places"),
+        "lens": spy(lens, "read_positions"),
         "rows": spy(tested, "run_rows"),
     }
     config = plan.configs[TrackConfig]

@@ -1,4 +1,4 @@
-"""What preflight says of the stage ``track``: it grows with texts, lenses and draws."""
+"""What preflight says of the stage ``track``: it grows with texts and draws."""
 
 import sys
 from pathlib import Path
@@ -25,4 +25,3 @@ def test_track_says_what_it_takes():
     assert cost(track__draws=2000).flops > 3 * plain.flops
     both = cost(track__test_layers=(0, 5))
     assert both.counts["tests"] == 6 and both.flops > 1.5 * plain.flops
-    assert cost(track__lens="lens.pt").flops > plain.flops

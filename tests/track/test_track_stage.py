@@ -71,7 +71,6 @@ def test_texts_are_followed_and_kept(tracked, capsys):
         (dict(track__dictionaries="topk/resid_post.0,topk/resid_post.0"), "are both of layer 0"),
         (dict(track__dictionaries="topk/resid_post.7"), "resid_post.7"),
         (dict(track__test_layers="5"), "that layer has no dictionary: expected one of [0, 1]"),
-        (dict(track__lens="/nowhere.pt"), "does not exist"),
         (dict(track__prompt="both"), "expected one of them"),
     ],
 )

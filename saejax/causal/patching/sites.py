@@ -33,9 +33,9 @@ from saejax.errors import UserError
 from saejax.interventions.engine import lagging
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import even_batches
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import even_batches
 from saejax.parallel.mesh import by_row
 from saejax.tasks.behaviours import Prompt
 

@@ -17,9 +17,9 @@ from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_params, by_row, placed
 from saejax.interventions.rows import filled_features
 from saejax.interventions.split_model import PROMPTS
+from saejax.models.lengths import rows_per_batch
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import rows_of
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import HEADS, PatchConfig, TaskConfig
 
@@ -46,7 +46,7 @@ def _of_sites(plan: PlannedRun, mesh: Mesh, kind: str) -> list[Program]:
     pairs = len(next(group_lengths(point, params, lengths_P))[1])
     given = tuple(by_row(mesh, shape, jnp.int32) for shape in ((pairs, length), (pairs,), (pairs, 2)))
     run = placed(jax.eval_shape(functools.partial(programs.record, point), params, *given), mesh)
-    count = rows_of(plan.configs[PatchConfig].batch_rows * length, length, STEP)
+    count = rows_per_batch(plan.configs[PatchConfig].batch_rows * length, length, STEP)
     rows = [by_row(mesh, shape, jnp.int32) for shape in [(count,)] * 5 + [(count, 2)]]
     patched = (point, length, params, run, run.patches, np.int32(0), *rows)
     size, record = f"{pairs} pairs of {length} tokens", (point, params, *given)

@@ -25,8 +25,8 @@ from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models import decoder
+from saejax.models.lengths import even_batches
 from saejax.models.split import SplitPoint
-from saejax.models.tokens import even_batches
 from saejax.parallel.mesh import sharding
 from saejax.tasks.likelihood import align, token_scores
 

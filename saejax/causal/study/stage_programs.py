@@ -14,8 +14,8 @@ from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.costs.programs import Program, by_row, whole
 from saejax.models.language_model import forward
+from saejax.models.lengths import rows_per_batch
 from saejax.models.sites import Site
-from saejax.models.tokens import rows_of
 from saejax.settings import PreflightConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.tasks import likelihood
 from saejax.tasks.benchmark_definitions import way
@@ -29,7 +29,7 @@ def study_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         return []
     shapes = SplitShapes(plan, mesh, "study")
     asked = min(plan.configs[PreflightConfig].benchmark_tokens, plan.model.context)
-    rows = rows_of(study.batch_tokens, asked, mesh.shape["data"])
+    rows = rows_per_batch(study.batch_tokens, asked, mesh.shape["data"])
     found = [shapes.head(rows, asked), *_of_references(plan, mesh, shapes, rows, asked)]
     texts = ITEMS * max(CHOICES if way(name, task) == "choice" else 1 for name in study.benchmarks)
     found.append(

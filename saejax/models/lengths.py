@@ -1,0 +1,90 @@
+"""Lengths to which texts are padded, so that a run compiles few programs.
+
+Two cases:
+
+- The length of one call is known and later ones are not: ``round_length`` rounds it up to a fixed grid.
+- The lengths of all texts are known: ``bucket_lengths`` chooses the lengths at which padding and compiling together
+  cost least, and ``even_batches`` forms batches of them.
+"""
+
+import numpy as np
+
+
+def round_length(length: int, multiple: int = 16) -> int:
+    """Round a length up to a multiple of ``multiple``, or beyond 16 times that to an eighth of a power of two.
+
+    With the default: 16, 32, ..., 256, 288, 320, ..., 512, 576, ...: at most an eighth longer, 8 lengths per octave.
+    """
+    step = max(multiple, 2 ** (length - 1).bit_length() // 16)
+    return -(-length // step) * step
+
+
+def bucket_lengths(counts: np.ndarray, compile_cost: int, max_buckets: int = 16) -> np.ndarray:
+    """Return the padded lengths at which padding and compiling together take the least time.
+
+    Without the limit, many texts would get a program for each of their lengths. Compiled programs stay in memory, and
+    padding to 16 lengths that suit the texts adds 3 to 6 %.
+
+    Args:
+      counts: number of texts of each length in tokens, from 0.
+      compile_cost: number of tokens that run in the time that compiling one more program takes.
+      max_buckets: largest number of lengths, at least 1.
+
+    Returns:
+      Rising lengths; a text is padded to the first that is not shorter. The last is that of the longest text.
+    """
+    lengths = _cheapest_lengths(counts, compile_cost)
+    while len(lengths) > max_buckets:
+        compile_cost *= 2
+        lengths = _cheapest_lengths(counts, compile_cost)
+    return lengths
+
+
+def _cheapest_lengths(counts: np.ndarray, compile_cost: int) -> np.ndarray:
+    """Return the lengths of least total cost, by dynamic programming over the distinct lengths."""
+    length_U = np.flatnonzero(counts)
+    count_U = counts[length_U]
+    shorter = np.concatenate([[0], np.cumsum(count_U)])  # number of shorter texts
+    cost, previous_U = np.zeros(len(length_U) + 1), np.zeros(len(length_U), np.int64)
+    for i, length in enumerate(length_U):
+        # Least cost of all texts up to this length, if the next shorter bucket ends at each earlier length.
+        costs = cost[: i + 1] + (shorter[i + 1] - shorter[: i + 1]) * length + compile_cost
+        previous_U[i] = np.argmin(costs)
+        cost[i + 1] = costs[previous_U[i]]
+    chosen, i = [], len(length_U)
+    while i:
+        chosen.append(length_U[i - 1])
+        i = int(previous_U[i - 1])
+    return np.array(chosen[::-1], np.int64)
+
+
+def rows_per_batch(batch_tokens: int, length: int, row_multiple: int) -> int:
+    """Return the rows of a full batch of texts of one padded length; arguments as for ``even_batches``."""
+    return max(batch_tokens // (length * row_multiple) * row_multiple, row_multiple)
+
+
+def even_batches(
+    lengths_N: np.ndarray, batch_tokens: int, row_multiple: int, compile_cost: int
+) -> list[tuple[np.ndarray, int, int]]:
+    """Divide texts into batches of few shapes and even size.
+
+    The longest texts come first: what does not fit into memory fails at once.
+
+    Args:
+      lengths_N: lengths of the texts in tokens, at least 1.
+      batch_tokens: most tokens of a batch, padding included, unless ``row_multiple`` texts have more.
+      row_multiple: the rows of a batch, filled up, are a multiple of this.
+      compile_cost: as for ``bucket_lengths``.
+
+    Returns:
+      For each batch the indices of its texts, its rows (at least as many) and its length.
+    """
+    lengths = bucket_lengths(np.bincount(lengths_N), compile_cost)
+    bucket_N = np.searchsorted(lengths, lengths_N)
+    batches = []
+    for bucket in range(len(lengths) - 1, -1, -1):
+        texts, length = np.flatnonzero(bucket_N == bucket), int(lengths[bucket])
+        count = -(-len(texts) // rows_per_batch(batch_tokens, length, row_multiple))
+        rows = -(-len(texts) // (count * row_multiple)) * row_multiple
+        batches += [(part, rows, length) for part in np.split(texts, range(rows, len(texts), rows))]
+    return batches
