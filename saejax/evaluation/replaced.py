@@ -15,6 +15,7 @@ from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.layers import SiteHook
 from saejax.settings import EvaluateConfig
 
 
@@ -58,7 +59,7 @@ def replaced_losses(
 
 
 def _layer(
-    config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, hook: decoder.LayerHook
+    config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, hook: SiteHook
 ) -> jax.Array:
     tables = whole_prompts(config, x_BxTxD.shape[1])
     return decoder.run_layer(config, GRADIENT, params, layer, x_BxTxD, tables, hook)

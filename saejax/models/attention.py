@@ -1,6 +1,11 @@
-"""Causal attention: how much tokens attend to one another, and what comes of it.
+"""Causal grouped-query attention (Ainslie et al., 2023).
 
-S counts the tokens that are attended to: T where tokens attend to one another, the slots of a cache with one.
+S counts keys: T where tokens attend to one another, the slots of a key-value cache otherwise.
+
+1. ``whole_prompts`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
+2. ``attention`` projects to queries, keys and values, normalises and rotates them, and projects the attended values.
+3. ``attend`` computes the attended values. Queries go in blocks, each with the keys up to its end; in long prompts a
+   block goes through ``lax.map``, so that the scores of a whole prompt are never in memory.
 """
 
 from collections.abc import Callable
@@ -11,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.models.attention_tiles import TILES_FROM, attend_in_tiles, whole_tiles
 from saejax.models.config import DecoderConfig, Rope, RunRules
-from saejax.models.layers import Weights, align_rank, at_least_float32, einsum, norm, project, soft_cap
+from saejax.models.layers import SiteHook, Weights, align_rank, at_least_float32, einsum, norm, project, soft_cap
+
+_BLOCKS, _BLOCKS_FROM = 4, 128  # blocks of queries, in prompts of at least so many tokens
+_LONG = 2048  # tokens of a prompt from which a block is mapped over rows of queries
+_ROW_SCORES, _MIN_ROWS = 2**18, 64  # scores of a head that exist at one time there, unless the rows would be fewer
 
 
 class AttentionTables(NamedTuple):
-    """What attention in a layer needs beside queries, keys and values.
+    """What attention in a layer needs besides queries, keys and values.
 
     Attributes:
       rope: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
@@ -31,26 +39,26 @@ class AttentionTables(NamedTuple):
 
 
 class TablesByLayer(NamedTuple):
-    """The tables of layers whose queries attend to all earlier tokens, and those of local layers."""
+    """Tables of layers with full attention and of layers with sliding windows."""
 
     full: AttentionTables
     sliding: AttentionTables
 
     def at(self, config: DecoderConfig, layer: int | jax.Array) -> AttentionTables:
-        """The tables of a layer, whose number may be known only when the program runs."""
+        """Return the tables of a layer, whose number may be an array."""
         tables = self.full
         if all(config.sliding_layers) and config.sliding_layers:
             tables = self.sliding
         elif any(config.sliding_layers) and isinstance(layer, int):
             tables = self.sliding if config.sliding_layers[layer] else self.full
         elif any(config.sliding_layers):
-            local = jnp.array(config.sliding_layers)[layer]
-            tables = jax.tree.map(lambda far, near: jnp.where(local, near, far), self.full, self.sliding)
+            slides = jnp.array(config.sliding_layers)[layer]
+            tables = jax.tree.map(lambda full, sliding: jnp.where(slides, sliding, full), self.full, self.sliding)
         return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
 
 
 def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
-    """For tokens at positions 0 to ``length - 1`` that attend to one another."""
+    """Return the tables of tokens at positions 0 to ``length - 1`` that attend to one another."""
     index_T = jnp.arange(length)
     relative_position_TxS = index_T[:, None] - index_T[None, :]
     return tables_by_layer(config, index_T, relative_position_TxS, relative_position_TxS >= 0)
@@ -59,25 +67,24 @@ def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
 def tables_by_layer(
     config: DecoderConfig, positions: jax.Array, relative_position: jax.Array, mask: jax.Array
 ) -> TablesByLayer:
-    """Tables for any tokens.
+    """Return the tables of any tokens.
 
     Args:
+      config: the decoder.
       positions: of the tokens, [T] or [B, T].
-      relative_position: by how many positions each key is before the query, [T, S] or [B, T, S].
-      mask: where a query attends to a key unless its layer is local, [T, S] or [B, T, S].
+      relative_position: position of each query minus that of each key, [T, S] or [B, T, S].
+      mask: where a query attends to a key in layers with full attention, [T, S] or [B, T, S].
     """
     full = AttentionTables(_rope_tables(config.rope, positions), mask, config.score_scale)
     if not any(config.sliding_layers):
         return TablesByLayer(full, full)
-    near, rope = (
-        align_rank(relative_position < config.sliding_window, mask) & mask,
-        _rope_tables(config.sliding_rope or config.rope, positions),
-    )
-    return TablesByLayer(full, AttentionTables(rope, near, full.scale))
+    in_window = align_rank(relative_position < config.sliding_window, mask) & mask
+    sliding_rope = _rope_tables(config.sliding_rope or config.rope, positions)
+    return TablesByLayer(full, AttentionTables(sliding_rope, in_window, full.scale))
 
 
 def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """Cosine and sine of position times frequency, each [..., R], fp32."""
+    """Return cosine and sine of position times frequency, each [..., R], fp32."""
     if rope is None:
         return None
     frequencies_R = np.array(rope.frequencies, np.float32)
@@ -86,25 +93,22 @@ def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, ja
 
 
 def rotate(x_xTxHxK: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-    """Rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
+    """Apply the rotary embedding (Su et al., 2021) in the half-split layout: of 2R dimensions, i turns with i + R."""
     if rope is None:
         return x_xTxHxK
     cos, sin = (align_rank(table[..., None, :], x_xTxHxK) for table in rope)
     pairs = cos.shape[-1]
     x = x_xTxHxK.astype(at_least_float32(x_xTxHxK))
     first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x_xTxHxK.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    return rotated.astype(x_xTxHxK.dtype)
 
 
-_BLOCKS, _BLOCKS_FROM = 4, 128  # prompts of at least so many tokens go through attention in so many blocks of queries
-
-
-# Given the tokens' queries [B, T, H, K], keys and values [B, T, N, K] and the layer's tables, an attention function
-# returns for each query the mean of the values that it attends to, [B, T, H, K]; ``attend`` is the plain one.
+# An attention function maps queries [B, T, H, K], keys and values [B, T, N, K] of the tokens and the layer's tables to
+# the mean of the values that each query attends to, [B, T, H, K]; ``attend`` is the plain one.
 AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array, AttentionTables], jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # one with its tables
-Layer: TypeAlias = int | jax.Array  # its number, which may be known only when the program runs
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # an attention function with its tables bound
+Layer: TypeAlias = int | jax.Array  # a layer's number, which may be an array
 QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -113,10 +117,10 @@ class AttentionSpec(NamedTuple):
 
     Attributes:
       tables: masks and rotary tables.
-      function: None: tokens attend to one another. Otherwise it is given the plain attention function, the layer's
-        number, queries, keys and values, and what the layer before it carried on; it returns the attended values, and
-        what it carries on.
-      carried: a pytree, as the first layer is given it.
+      function: None: tokens attend to one another. Otherwise called with the plain attention function, the layer's
+        number, queries, keys and values, and what the previous layer carried; returns the attended values and what it
+        carries to the next layer.
+      carried: a pytree, the first layer's input.
     """
 
     tables: TablesByLayer
@@ -131,28 +135,39 @@ def attention(
     x_xTxD: jax.Array,
     tables: AttentionTables,
     function: AttentionFunction | None = None,
+    hook: SiteHook | None = None,
 ) -> jax.Array:
-    """Grouped-query attention (Ainslie et al., 2023), without the residual connection.
+    """Compute a layer's attention, without the residual connection.
 
     Args:
-      x_xTxD: after the norm.
+      config: the decoder.
+      rules: of differentiation.
+      weights: of the layer.
+      x_xTxD: the normalised stream.
+      tables: of the layer.
       function: the attention function; None: ``attend``.
+      hook: called at the sites ``attn_q``, ``attn_k``, ``attn_v`` and ``attn_z``; None: none.
 
     Returns:
       What attention gives at each position, [B, T, D].
     """
-    q = project("...td,dhk->...thk", x_xTxD, weights["q_DxHxK"], weights.get("q_bias_HxK"))
-    k = project("...td,dnk->...tnk", x_xTxD, weights["k_DxNxK"], weights.get("k_bias_NxK"))
-    v = project("...td,dnk->...tnk", x_xTxD, weights["v_DxNxK"], weights.get("v_bias_NxK"))
+
+    def at_heads(kind: str, value: jax.Array) -> jax.Array:
+        """Call the hook with the heads side by side, [B, T, H * K], as sites have one width."""
+        return value if hook is None else hook(kind, value.reshape(*value.shape[:-2], -1)).reshape(value.shape)
+
+    q = at_heads("attn_q", project("...td,dhk->...thk", x_xTxD, weights["q_DxHxK"], weights.get("q_bias_HxK")))
+    k = at_heads("attn_k", project("...td,dnk->...tnk", x_xTxD, weights["k_DxNxK"], weights.get("k_bias_NxK")))
+    v = at_heads("attn_v", project("...td,dnk->...tnk", x_xTxD, weights["v_DxNxK"], weights.get("v_bias_NxK")))
     if config.qk_norm:
         q, k = _norm_heads(config, rules, weights, "q_norm", q), _norm_heads(config, rules, weights, "k_norm", k)
     q, k = rotate(q, tables.rope), rotate(k, tables.rope)
-    attended = attend(config, rules, q, k, v, tables) if function is None else function(q, k, v, tables)
-    return project("...thk,hkd->...td", attended, weights["o_HxKxD"], weights.get("o_bias_D"))
+    z = attend(config, rules, q, k, v, tables) if function is None else function(q, k, v, tables)
+    return project("...thk,hkd->...td", at_heads("attn_z", z), weights["o_HxKxD"], weights.get("o_bias_D"))
 
 
 def _norm_heads(config: DecoderConfig, rules: RunRules, weights: Weights, name: str, x_xTxHxK: jax.Array) -> jax.Array:
-    """Norm queries or keys, head by head or over all heads together."""
+    """Normalise queries or keys, head by head or over all heads together."""
     if not config.qk_norm_joint:
         return norm(config, rules, weights, name, x_xTxHxK, "K")
     letters = "HxK" if name == "q_norm" else "NxK"
@@ -168,36 +183,34 @@ def attend(
     v_xSxNxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
-    """The mean of the values at the tokens that each query attends to, weighted by softmax; [..., T, H, K].
+    """Return the mean of the values that each query attends to, weighted by softmax, [..., T, H, K].
 
-    Heads come first, so that both products are plain batches of matrices and nothing as large as the scores is ever
-    transposed. Where the keys are those of the queries' own tokens, the queries go in blocks, each of which meets only
-    the keys up to its end. Measured on a CPU, on 10 prompts of 192 tokens: 12 ms; without either, 46. Long prompts go
-    in tiles (``attention_tiles``).
+    Heads come first, so that both products are plain batches of matrices and nothing as large as the scores is
+    transposed; with blocks of queries, 10 prompts of 192 tokens take 12 ms on a CPU, without either 46.
 
     Args:
+      config: the decoder.
+      rules: of differentiation.
       q_xTxHxK: queries, after the rotary embedding.
       k_xSxNxK, v_xSxNxK: keys, after it, and values.
+      tables: of the layer.
     """
     q_xNxGxTxK = _by_group(config, q_xTxHxK)
     k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)
     length, slots = q_xTxHxK.shape[-3], k_xSxNxK.shape[-3]
-    if length == slots and length >= TILES_FROM:
-        attended_xNxGxTxK = _attend_long(config, rules, q_xNxGxTxK, k_xNxSxK, v_xNxSxK, tables)
-    else:
-        parts = []
-        for queries, keys in query_blocks(length, slots):
-            block = q_xNxGxTxK[..., queries, :], k_xNxSxK[..., keys, :], v_xNxSxK[..., keys, :]
-            parts.append(_attend_block(config, rules, *block, tables._replace(mask=tables.mask[..., queries, keys])))
-        attended_xNxGxTxK = jnp.concatenate(parts, axis=-2)
-    attended_xTxNxGxK = jnp.moveaxis(attended_xNxGxTxK, -2, -4)
+    attend_block = _map_block if length == slots and length >= _LONG else _attend_block
+    parts = []
+    for queries, keys in query_blocks(length, slots):
+        block = q_xNxGxTxK[..., queries, :], k_xNxSxK[..., keys, :], v_xNxSxK[..., keys, :]
+        parts.append(attend_block(config, rules, *block, tables._replace(mask=tables.mask[..., queries, keys])))
+    attended_xTxNxGxK = jnp.moveaxis(jnp.concatenate(parts, axis=-2), -2, -4)
     return attended_xTxNxGxK.reshape(q_xTxHxK.shape).astype(v_xSxNxK.dtype)
 
 
 def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
-    """Blocks of ``length`` queries, each with those of the ``slots`` keys that it may meet.
+    """Return blocks of ``length`` queries, each with the range of the ``slots`` keys that it may attend to.
 
-    Where there are as many keys they are the queries' own tokens, and none after a block's end is met.
+    Where there are as many keys as queries, they are the queries' own tokens, and no block needs keys after its end.
     """
     if length != slots or length < _BLOCKS_FROM:
         return [(slice(0, length), slice(0, slots))]
@@ -209,13 +222,13 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 def attention_weights(
     config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """How much each query q attends to each key k, [..., N, G, T, S]; the sum over keys is 1. See ``attend``."""
-    shares = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
-    return shares / jnp.sum(shares, axis=-1, keepdims=True)
+    """Return the attention of each query to each key, [..., N, G, T, S], which sums to 1 over keys. See ``attend``."""
+    weights = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
 
 def _by_group(config: DecoderConfig, q_xTxHxK: jax.Array) -> jax.Array:
-    """Queries by key-value head and by query head of its group, [B, N, G, T, K]."""
+    """Return queries by key-value head and by query head of its group, [B, N, G, T, K]."""
     groups = config.n_heads // config.n_kv_heads
     return jnp.moveaxis(q_xTxHxK.reshape(*q_xTxHxK.shape[:-2], config.n_kv_heads, groups, config.d_head), -4, -2)
 
@@ -228,15 +241,15 @@ def _attend_block(
     v_xNxSxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
-    """``attend`` with heads first, in the wide dtype."""
-    shares = _exponentials(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
+    """Compute ``attend`` with heads first, in at least float32."""
+    weights = _exponentials(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
     # The softmax's division comes after the product with the values, which are fewer than the scores.
-    shares_xNxRxS = shares.astype(v_xNxSxK.dtype).reshape(*shares.shape[:-3], -1, shares.shape[-1])  # R = G x T rows
-    attended = einsum("...rs,...sk->...rk", shares_xNxRxS, v_xNxSxK)
-    return attended.reshape(q_xNxGxTxK.shape) / jnp.sum(shares, axis=-1, keepdims=True)
+    weights_xNxRxS = weights.astype(v_xNxSxK.dtype).reshape(*weights.shape[:-3], -1, weights.shape[-1])  # R = G x T
+    attended = einsum("...rs,...sk->...rk", weights_xNxRxS, v_xNxSxK)
+    return attended.reshape(q_xNxGxTxK.shape) / jnp.sum(weights, axis=-1, keepdims=True)
 
 
-def _attend_long(
+def _map_block(
     config: DecoderConfig,
     rules: RunRules,
     q_xNxGxTxK: jax.Array,
@@ -244,24 +257,30 @@ def _attend_long(
     v_xNxSxK: jax.Array,
     tables: AttentionTables,
 ) -> jax.Array:
-    """``attend`` with heads first, in the wide dtype, in tiles; the prompts are padded to whole ones."""
-    length = q_xNxGxTxK.shape[-2]
-    more = whole_tiles(length) - length
-    longer = lambda array: jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, more), (0, 0)])  # noqa: E731
-    mask = jnp.pad(tables.mask, [(0, 0)] * (tables.mask.ndim - 2) + [(0, more), (0, more)])
+    """Compute ``_attend_block`` some rows of queries at a time; a gradient computes their scores again."""
+    length, slots = tables.mask.shape[-2:]
+    size = min(max(_ROW_SCORES // slots, _MIN_ROWS), length)
+    count = -(-length // size)
+    extra = count * size - length
+    q = jnp.pad(q_xNxGxTxK, [(0, 0)] * (q_xNxGxTxK.ndim - 2) + [(0, extra), (0, 0)])
+    # Padded queries attend to all keys: a softmax over none would be NaN, also in gradients.
+    padding = [(0, 0)] * (tables.mask.ndim - 2) + [(0, extra), (0, 0)]
+    mask = jnp.pad(tables.mask, padding, constant_values=True)
 
-    def scores(q: jax.Array, k: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(mask, query, q.shape[-2], axis=-2)
-        of_tile = tables._replace(mask=lax.dynamic_slice_in_dim(rows, key, k.shape[-2], axis=-1))
-        return _scores(config, rules, q, k, of_tile)
+    @jax.checkpoint
+    def attend_rows(start: jax.Array) -> jax.Array:
+        rows = lax.dynamic_slice_in_dim(q, start, size, axis=-2)
+        mask_rows = lax.dynamic_slice_in_dim(mask, start, size, axis=-2)
+        return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, tables._replace(mask=mask_rows))
 
-    return attend_in_tiles(scores, longer(q_xNxGxTxK), longer(k_xNxSxK), longer(v_xNxSxK))[..., :length, :]
+    attended = jnp.moveaxis(lax.map(attend_rows, jnp.arange(count) * size), 0, -3)
+    return attended.reshape(q.shape)[..., :length, :]
 
 
 def _exponentials(
     config: DecoderConfig, rules: RunRules, q_xNxGxTxK: jax.Array, k_xNxSxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """The softmax's numerators [B, N, G, T, S], the largest of each query 1."""
+    """Return the softmax's numerators [B, N, G, T, S], scaled so that the largest of each query is 1."""
     scores = _scores(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
     return jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
 
@@ -269,7 +288,7 @@ def _exponentials(
 def _scores(
     config: DecoderConfig, rules: RunRules, q_xNxGxTxK: jax.Array, k_xNxSxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """How well each query meets each key [B, N, G, T, S]; -inf where it does not attend to it."""
+    """Return the attention logits [B, N, G, T, S], -inf where masked."""
     shape = q_xNxGxTxK.shape
     q_xNxRxK = q_xNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
     scores_xNxRxS = einsum("...rk,...sk->...rs", q_xNxRxK, k_xNxSxK) * tables.scale

@@ -1,4 +1,4 @@
-"""What the decoder has to know of a model: sizes, and the choices that change its formulas. ``rules`` has the rest."""
+"""Configuration of a decoder: its sizes, the choices that change its formulas, and how it is differentiated."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from jax import lax
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """A rotary embedding (Su et al., 2021): how fast each pair of a head's dimensions turns with the position.
+    """A rotary embedding (Su et al., 2021): the rotation per position of each pair of a head's dimensions.
 
     Attributes:
       frequencies: angle per position of every pair, in radians. The first ``2 * len(frequencies)`` dimensions of a
-        head turn, dimension i with dimension ``i + len(frequencies)``; the rest stay.
+        head rotate, dimension i with dimension ``i + len(frequencies)``; the rest do not.
       attention_scaling: factor on cosine and sine.
     """
 
@@ -44,24 +44,23 @@ class DecoderConfig:
       norm_eps: added to the mean square or the variance inside the norms.
       activation: a key of ``layers.ACTIVATIONS``.
       gated: whether the MLP is down(activation(gate(x)) * up(x)); otherwise down(activation(up(x))).
-      parallel: whether the MLP reads the stream that enters the layer, as attention does, not the one it leaves.
-      shared_norm: whether the MLP reads what attention reads, without a norm of its own.
-      post_norms: whether what attention and the MLP give is normed before it is added to the stream.
+      parallel: whether the MLP reads the stream entering the layer, in parallel with attention, not the one after it.
+      shared_norm: whether attention and the MLP share one norm.
+      post_norms: whether the outputs of attention and MLP are normalised before they are added to the stream.
       pre_norms: whether attention and the MLP read the stream after a norm, rather than the stream itself.
-      qk_norm: whether queries and keys are normed, head by head, before they are rotated.
+      qk_norm: whether queries and keys are normalised, head by head, before they are rotated.
       qk_norm_joint: whether that norm is over the values of all heads together.
       qkv_bias, o_bias, mlp_bias, unembed_bias: whether those projections have biases.
       learned_positions: whether a learned vector is added to the embedding of every position.
       rope: rotary embedding; None: none.
-      sliding_rope: that of local layers; None: the same.
-      local: for each layer, whether it is local: whether its queries attend to the last ``window`` tokens only, their
-        own included. Empty: no layer is.
-      window: see ``local``.
+      sliding_rope: rotary embedding of layers with sliding windows; None: ``rope``.
+      sliding_layers: for each layer, whether queries attend to the last ``sliding_window`` tokens only. Empty: none.
+      sliding_window: number of those tokens, the query's own included.
       score_scale: factor on the products of queries and keys.
       scale_by_layer: whether that factor is divided by the layer's number, counted from 1.
-      attn_logit_softcap: attention scores s become ``cap * tanh(s / cap)``; None: they stay.
+      attn_logit_softcap: attention scores s become ``cap * tanh(s / cap)``; None: no cap.
       final_logit_softcap: the same for the logits.
-      embed_scale: factor on the embedding where the stream begins, not where it ends.
+      embed_scale: factor on the embeddings that enter the first layer, not on the unembedding.
     """
 
     family: str
@@ -105,15 +104,16 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunRules:
-    """Rules of a run. None changes a value of the model itself. Hashable, so that it can be static under ``jax.jit``.
+    """Rules of differentiation, hashable so that they can be static under ``jax.jit``.
 
     Attributes:
-      backward: what differentiation goes by: "gradient", the function itself; "relp", the rules of relevance patching
-        (Jafari et al., 2025, arXiv 2508.21258): the factors of norms and the attention weights are constants, an
-        activation is a constant ratio of its input, and a gated product passes half to each side. Values stay.
-      first_fixes: whether all prompts of a batch take the factors of norms and the attention weights of the first one.
+      backward: "gradient", of the function itself; "relp", by the rules of relevance patching (Jafari et al., 2025,
+        arXiv 2508.21258): norm factors and attention weights are constants, an activation function is a constant
+        multiple of its input, and a gated product passes half of the gradient to each factor.
+      first_fixes: whether all prompts of a batch use the norm factors and attention weights of the first one. The one
+        rule that changes outputs, those of the other prompts.
       remat: whether a gradient computes each layer again from the stream that enters it, which takes the least
-        memory; otherwise the results of matrix products are kept from the forward pass.
+        memory; otherwise it keeps the matrix products of the forward pass.
     """
 
     backward: str = "gradient"
@@ -121,27 +121,27 @@ class RunRules:
     remat: bool = False
 
     def factor(self, value: jax.Array) -> jax.Array:
-        """A factor of a norm, or scores of attention: the first prompt's, or constant, where the rules say so."""
+        """Return a norm factor or attention scores: the first prompt's, or a constant, where the rules say so."""
         if self.first_fixes:
             value = jnp.broadcast_to(value[:1], value.shape)
         return lax.stop_gradient(value) if self.backward == "relp" else value
 
     def activation(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """What an activation function gives, y, for its input x."""
+        """Return y, the output of an activation function for its input x, with the gradient of the rules."""
         if self.backward == "gradient":
             return y
-        share = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
-        return lax.stop_gradient(y - share) + share
+        linear = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
+        return lax.stop_gradient(y - linear) + linear
 
     def product(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """a * b, as in a gated MLP."""
+        """Return a * b, as in a gated MLP, with the gradient of the rules."""
         if self.backward == "gradient":
             return a * b
         return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
 
     @property
     def kept(self) -> Callable[..., bool]:
-        """What of a layer a gradient keeps from the forward pass."""
+        """Return the policy for what a gradient keeps of a layer's forward pass."""
         policies = jax.checkpoint_policies
         return policies.nothing_saveable if self.remat else policies.dots_saveable
 

@@ -88,7 +88,12 @@ class KVCache:
         return AttentionSpec(tables, function, (self.k_LxBxSxNxK, self.v_LxBxSxNxK))
 
     def extend(self, stores: Any, new: int) -> "KVCache":
-        """Return the cache with ``new`` more tokens, given the keys and values that their run carried."""
+        """Return the cache with more tokens.
+
+        Args:
+          stores: the keys and values that the tokens' run carried out of the last layer.
+          new: number of tokens.
+        """
         k_LxBxSxNxK, v_LxBxSxNxK = stores
         return KVCache(k_LxBxSxNxK, v_LxBxSxNxK, self.pad_B, self.length + new)
 
@@ -141,7 +146,12 @@ class SamplingParams:
 
 
 def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingParams:
-    """Return validated sampling parameters; a temperature of 0 is greedy decoding.
+    """Return validated sampling parameters.
+
+    Args:
+      temperature: at least 0, which is greedy decoding.
+      top_p: in (0, 1].
+      seed: of the random key.
 
     Raises:
       UserError: the temperature is below 0 or not finite, or ``top_p`` is not in (0, 1].
@@ -242,7 +252,17 @@ def decode(
     edits: Edits,
     sampling: SamplingParams,
 ) -> DecodeState:
-    """Make new tokens until there are ``limit`` of them or every text has ended. The given state is donated."""
+    """Make new tokens until there are ``limit`` of them or every text has ended.
+
+    Args:
+      config: the decoder (static).
+      params: of ``parameters.parameter_table``.
+      state: from ``prefill`` or an earlier call; donated.
+      limit: int32 number of new tokens.
+      end_ids_E: ids that end a text.
+      edits: made at the positions of new tokens as they are read.
+      sampling: how tokens are chosen.
+    """
     batch = state.done_B.shape[0]
 
     def step(state: DecodeState) -> DecodeState:

@@ -1,4 +1,8 @@
-"""Edits: changes to the values at sites during a forward pass, and what they are made of."""
+"""Edits: changes to the values at sites during a forward pass.
+
+``Positions`` say where an edit acts and ``Values`` what it puts there; ``SiteEdit`` changes a whole site. Edits of a
+dictionary's features are in ``saejax.dictionaries``.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,13 +20,12 @@ Span = tuple[int, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class ForwardPass:
-    """What edits know of the forward pass in which they act.
+    """The forward pass in which edits act.
 
     Attributes:
-      position_BxT: int32 place of each token in its text, from 0; -1 at padding.
-      prompt_lengths_B: int32 number of tokens of each prompt; those from there on are new ones, made by ``generate``.
-      values: while tracing, what the sites passed so far in this layer and in others with edits hold, [B, T, D], after
-        the edits there.
+      position_BxT: int32 position of each token in its text, from 0; -1 at padding.
+      prompt_lengths_B: int32 number of tokens of each prompt; tokens after them were made by ``generate``.
+      values: while tracing, values [B, T, D] at the sites passed so far in layers with hooks, after the edits there.
     """
 
     position_BxT: jax.Array
@@ -31,16 +34,16 @@ class ForwardPass:
 
     @classmethod
     def over(cls, mask_BxT: jax.Array) -> Self:
-        """A pass over whole prompts, which are padded on the right; the mask is True at real positions."""
+        """Return the pass over whole prompts padded on the right; the mask is True at real positions."""
         return cls(jnp.where(mask_BxT, jnp.cumsum(mask_BxT, axis=1) - 1, -1), mask_BxT.sum(axis=1))
 
     @property
     def mask_BxT(self) -> jax.Array:
-        """True at real positions."""
+        """Return True at real positions."""
         return self.position_BxT >= 0
 
     def hook(self, edits: Sequence["Edit"]) -> Callable[[str, Any, jax.Array], jax.Array]:
-        """The hook, for ``run.run_layers``, that makes the edits, in their order where several act at one site."""
+        """Return the hook for ``decoder.run_layers`` that makes the edits, in order where several act at a site."""
 
         def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
             site = Site(kind, layer)
@@ -58,16 +61,16 @@ class Edit(Protocol):
 
     @property
     def site(self) -> Site:
-        """Where it acts."""
+        """Return where it acts."""
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
-        """The new value. In generation a pass is over the prompts (T tokens) or over new tokens (T is 1)."""
+        """Return the new value. In generation a pass is over the prompts (T tokens) or over new tokens (T is 1)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """At which positions of a text an edit acts.
+    """Positions of a text at which an edit acts.
 
     Attributes:
       start, stop: int32, the first and the one after the last.
@@ -80,21 +83,29 @@ class Positions:
     only: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def parse(cls, wanted: str | Span, known: Sequence[str] = ("all", "last")) -> Self:
-        """Those that a user names: one of ``known``, or (start, stop), where a stop of None is the end of the text."""
+    def parse(cls, positions: str | Span, names: Sequence[str] = ("all", "last")) -> Self:
+        """Return the positions that a user names.
+
+        Args:
+          positions: one of ``names``, or (start, stop) counted from 0; a stop of None is the end of the text.
+          names: those that the edit knows.
+
+        Raises:
+          UserError: anything else.
+        """
         first, end = 0, np.iinfo(np.int32).max
-        if isinstance(wanted, str) and wanted in known:
-            return cls(jnp.int32(first), jnp.int32(end), "" if wanted == "all" else wanted)
-        match wanted:
+        if isinstance(positions, str) and positions in names:
+            return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
+        match positions:
             case (int(start), int() | None as stop) if 0 <= start < (end if stop is None else stop):
                 return cls(jnp.int32(start), jnp.int32(end if stop is None else stop), "")
         raise UserError(
-            f"unknown positions {wanted!r}: expected {', '.join(known)}, or (start, stop) with 0 <= start < stop, "
+            f"unknown positions {positions!r}: expected {', '.join(names)}, or (start, stop) with 0 <= start < stop, "
             "where a stop of None is the end"
         )
 
     def at(self, run: ForwardPass) -> jax.Array:
-        """True there, [B, T]; never at padding. "fires" is left to the edit."""
+        """Return True there, [B, T]; never at padding. "fires" is left to the edit."""
         position_BxT = run.position_BxT
         where_BxT = run.mask_BxT & (position_BxT >= self.start) & (position_BxT < self.stop)
         return where_BxT & (position_BxT >= run.prompt_lengths_B[:, None] - 1) if self.only == "last" else where_BxT
@@ -103,12 +114,12 @@ class Positions:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Values:
-    """N numbers for every position of some prompts, or of any text, or the same N everywhere.
+    """N numbers for every position of given prompts, or of any text, or the same N everywhere.
 
     Attributes:
-      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the places of any text,
+      values_BxTxN: [1, 1, N] if they are the same everywhere, [1, T, N] if they are for the positions of any text,
         [B, T, N] if each of B texts has its own.
-      by_position: whether they are for prompts of their own (static). New tokens have none then.
+      by_position: whether they belong to given prompts (static); new tokens then have none.
     """
 
     values_BxTxN: jax.Array
@@ -116,52 +127,60 @@ class Values:
 
     @classmethod
     def constant(cls, values: Any, n: int, what: str) -> Self:
-        """``n`` finite numbers, or one for all of them; a ``UserError`` that names ``what`` for anything else."""
-        found = np.asarray(values, np.float32)
-        if found.shape not in ((), (n,)):
-            raise UserError(f"{what} has the shape {found.shape}: expected a number or the shape ({n},)")
-        if not np.isfinite(found).all():
+        """Return the same ``n`` finite numbers everywhere, or one number; a ``UserError`` about ``what`` otherwise."""
+        array = np.asarray(values, np.float32)
+        if array.shape not in ((), (n,)):
+            raise UserError(f"{what} has the shape {array.shape}: expected a number or the shape ({n},)")
+        if not np.isfinite(array).all():
             raise UserError(f"{what} holds NaN or infinity: expected finite numbers")
-        return cls(jnp.asarray(np.broadcast_to(found, (1, 1, n))), False)
+        return cls(jnp.asarray(np.broadcast_to(array, (1, 1, n))), False)
 
     @classmethod
     def for_prompts(cls, values: Any, n: int | None, what: str) -> Self:
-        """Numbers for every position; a ``UserError`` about ``what`` unless they are [B, T, n] (None: any n)."""
-        found = jnp.asarray(values)
-        if found.ndim != 3 or n not in (None, found.shape[-1]):
-            raise UserError(f"{what} has the shape {found.shape}: expected [prompts, tokens, {n or 'width'}]")
-        return cls(found, True)
+        """Return numbers for every position of given prompts; a ``UserError`` about ``what`` unless [B, T, n].
+
+        Args:
+          values: [B, T, n].
+          n: None: any.
+          what: the values' name in messages.
+        """
+        array = jnp.asarray(values)
+        if array.ndim != 3 or n not in (None, array.shape[-1]):
+            raise UserError(f"{what} has the shape {array.shape}: expected [prompts, tokens, {n or 'width'}]")
+        return cls(array, True)
 
     @classmethod
     def for_positions(cls, values_BxTxN: np.ndarray) -> Self:
-        """Numbers for the places 0 to T-1 of B texts, or with a B of 1 of any, new tokens included.
+        """Return numbers for positions 0 to T-1 of B texts, or with a B of 1 of any text, new tokens included.
 
-        Places beyond take the last ones.
+        Positions beyond take the last ones.
         """
         return cls(jnp.asarray(values_BxTxN, jnp.float32), False)
 
     def at(self, run: ForwardPass) -> tuple[jax.Array, jax.Array]:
-        """The numbers, [B, T, N] or broadcast to that, and where there are some, [B, T]."""
-        texts, places = self.values_BxTxN.shape[:2]
-        if not self.by_position and places == 1:
+        """Return the numbers, [B, T, N] or broadcastable to that, and where there are any, [B, T]."""
+        texts, positions = self.values_BxTxN.shape[:2]
+        if not self.by_position and positions == 1:
             return self.values_BxTxN, run.mask_BxT
-        place_BxT = jnp.clip(run.position_BxT, 0, places - 1)
+        index_BxT = jnp.clip(run.position_BxT, 0, positions - 1)
         if not self.by_position and texts == 1:
-            return self.values_BxTxN[0][place_BxT], run.mask_BxT
-        known_BxT = run.mask_BxT
+            return self.values_BxTxN[0][index_BxT], run.mask_BxT
+        given_BxT = run.mask_BxT
         if self.by_position:
-            known_BxT &= run.position_BxT < run.prompt_lengths_B[:, None]
-        return jnp.take_along_axis(self.values_BxTxN, place_BxT[..., None], axis=1), known_BxT
+            given_BxT &= run.position_BxT < run.prompt_lengths_B[:, None]
+        return jnp.take_along_axis(self.values_BxTxN, index_BxT[..., None], axis=1), given_BxT
 
 
 def fit_values(
     edits: Sequence[Edit], shape: tuple[int, int], length: int, rows: Sequence[int] | None = None
 ) -> tuple[Edit, ...]:
-    """The edits with their values by position cut or filled up to ``length``, for some of the prompts.
+    """Return the edits with their values by position cut or padded to ``length``, for some of the prompts.
 
     Args:
-      shape: number of prompts, and of tokens with padding, that values are expected for.
-      rows: which prompts; None: all of them.
+      edits: any pytrees, of which ``Values`` are changed.
+      shape: number of prompts and of tokens, padding included, that values must be for.
+      length: number of tokens afterwards.
+      rows: indices of prompts; None: all of them.
 
     Raises:
       UserError: values are for prompts of another shape.
@@ -170,49 +189,49 @@ def fit_values(
     def fit(leaf: Any) -> Any:
         if not isinstance(leaf, Values) or (not leaf.by_position and len(leaf.values_BxTxN) == 1):
             return leaf
-        found = leaf.values_BxTxN
+        values = leaf.values_BxTxN
         if not leaf.by_position:
-            if len(found) != shape[0]:
-                raise UserError(f"an edit is for {len(found)} texts, but it is used on {shape[0]}: give one for each")
-            return leaf if rows is None else Values(found[np.asarray(rows)], False)
-        if found.shape[:2] != shape:
+            if len(values) != shape[0]:
+                raise UserError(f"an edit is for {len(values)} texts, but it is used on {shape[0]}: give one for each")
+            return leaf if rows is None else Values(values[np.asarray(rows)], False)
+        if values.shape[:2] != shape:
             raise UserError(
-                f"an edit has values for {found.shape[0]} prompts of {found.shape[1]} tokens, but it is used on "
+                f"an edit has values for {values.shape[0]} prompts of {values.shape[1]} tokens, but it is used on "
                 f"{shape[0]} prompts of {shape[1]}, padding included: give one for each position"
             )
-        if rows is None and found.shape[1] == length:
+        if rows is None and values.shape[1] == length:
             return leaf
-        found = found[:, :length] if rows is None else found[np.asarray(rows), :length]
-        return Values(jnp.pad(found, ((0, 0), (0, length - found.shape[1]), (0, 0))), True)
+        values = values[:, :length] if rows is None else values[np.asarray(rows), :length]
+        return Values(jnp.pad(values, ((0, 0), (0, length - values.shape[1]), (0, 0))), True)
 
     return tuple(jax.tree.map(fit, tuple(edits), is_leaf=lambda leaf: isinstance(leaf, Values)))
 
 
 def edited_layers(edits: Sequence[Edit]) -> set[int]:
-    """The layers in which edits act."""
+    """Return the layers in which edits act."""
     return {edit.site.layer for edit in edits}
 
 
-def check_width(site: Site, width: int, what: str, found: int) -> None:
-    """A ``UserError`` unless what acts at a site, which is ``found`` wide, has the site's width."""
-    if found != width:
-        raise UserError(f"{what} has the width {found}, but {site} is {width} wide: take one made for this model")
+def check_width(site: Site, width: int, what: str, actual: int) -> None:
+    """Raise a ``UserError`` unless the ``actual`` width of what acts at a site is the site's."""
+    if actual != width:
+        raise UserError(f"{what} has the width {actual}, but {site} is {width} wide: take one made for this model")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SiteEdit:
-    """Changes all of a site: x' = factor x + offset.
+    """A change to a whole site: x' = factor x + offset.
 
-    Attention sinks are positions like others here: a site has no rule for them, as a dictionary has. Padding passes
-    untouched. ``positions`` are "all", "last" (each prompt's last token and, in generation, every new one) or
+    Attention sinks are changed like other positions: a site has no rule for them, as a dictionary has. Padding is
+    never changed. ``positions`` are "all", "last" (each prompt's last token and, in generation, every new one) or
     (start, stop), counted from 0 in each text; a stop of None is the end. Sites are named as in "resid_post.15".
-    All methods raise a ``UserError`` for a site, positions or shapes that cannot be; a width that is not the site's is
-    found when a model runs.
+    All methods raise a ``UserError`` for impossible sites, positions and shapes; the width is checked when a model
+    runs.
 
     Attributes:
       factor: scalar, 0 where x is replaced.
-      offset: what is added, N is D.
+      offset: what is added, with N = D.
       positions: where it acts.
       site: static.
     """
@@ -224,22 +243,22 @@ class SiteEdit:
 
     @classmethod
     def ablate(cls, site: str | Site, positions: str | Span = "all") -> Self:
-        """x' = 0."""
+        """Return the edit x' = 0."""
         return cls._of(site, 0.0, Values(jnp.zeros((1, 1, 1)), False), positions)
 
     @classmethod
     def set(cls, site: str | Site, vector: Any, positions: str | Span = "all") -> Self:
-        """x' = vector, [D], such as the site's mean over some text."""
+        """Return the edit x' = vector, [D], such as the site's mean over some text."""
         return cls._of(site, 0.0, _vector(vector, "the vector"), positions)
 
     @classmethod
     def patch(cls, site: str | Site, values_BxTxD: Any, positions: str | Span = "all") -> Self:
-        """x' = values, such as those that another run captured there; new tokens have none and pass unchanged."""
+        """Return the edit x' = values, such as those captured in another run; new tokens stay unchanged."""
         return cls._of(site, 0.0, Values.for_prompts(values_BxTxD, None, "what is patched in"), positions)
 
     @classmethod
     def steer(cls, site: str | Site, direction: Any, amount: float = 1.0, positions: str | Span = "all") -> Self:
-        """x' = x + amount x direction, [D]. The direction is taken as long as it is."""
+        """Return the edit x' = x + amount x direction, [D]; the direction is not normalised."""
         return cls._of(site, 1.0, _vector(np.float32(amount) * np.asarray(direction), "the direction"), positions)
 
     @classmethod
@@ -248,12 +267,12 @@ class SiteEdit:
         return cls(jnp.float32(factor), offset, Positions.parse(positions), site)
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
-        """The edited site."""
-        offset, known_BxT = self.offset.at(run)
+        """Return the edited site."""
+        offset, given_BxT = self.offset.at(run)
         if offset.shape[-1] > 1:
             check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
         new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
-        return jnp.where((self.positions.at(run) & known_BxT)[..., None], new_BxTxD, value_BxTxD)
+        return jnp.where((self.positions.at(run) & given_BxT)[..., None], new_BxTxD, value_BxTxD)
 
 
 def _vector(vector: Any, what: str) -> Values:

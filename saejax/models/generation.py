@@ -38,7 +38,13 @@ def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> None:
-    """Raise a ``UserError`` unless prompts and new tokens fit into the context together."""
+    """Raise a ``UserError`` unless prompts and new tokens fit into the context together.
+
+    Args:
+      lengths_B: of the prompts.
+      max_new_tokens: of each, at least 1.
+      context: of the model, in tokens.
+    """
     longest = int(lengths_B.max())
     if max_new_tokens < 1 or longest + max_new_tokens > context:
         raise UserError(

@@ -173,8 +173,8 @@ class LanguageModel:
         output = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
         if ids_BxT.shape[1] > length:
             output = jax.tree.map(lambda value: value[:, :length], output)
-        logits_BxTxV, values = output
-        return Output(logits_BxTxV, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
+        all_logits, values = output
+        return Output(all_logits, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
 
     def generate(
         self,

@@ -11,6 +11,7 @@ from jax import lax
 from saejax.models.config import DecoderConfig, RunRules
 
 Weights = Mapping[str, jax.Array]
+SiteHook = Callable[[str, jax.Array], jax.Array]  # maps a kind of site and its value to the value that replaces it
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -23,13 +24,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def norm(
     config: DecoderConfig, rules: RunRules, weights: Weights, name: str, x: jax.Array, letter: str = "D"
 ) -> jax.Array:
-    """Normalises the last dimension of x with the parameters ``name``, as ``config.norm`` says.
+    """Normalise the last dimension of x with the parameters ``name``, as ``config.norm`` says.
 
     - "rms": ``x / sqrt(mean(x^2) + eps) * scale`` (Zhang and Sennrich, 2019);
     - "rms_plus_one": the same with ``1 + scale``;
     - "layer": ``(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`` (Ba et al., 2016).
 
     Args:
+      config: the decoder.
+      rules: of differentiation.
+      weights: of the layer.
+      name: of the norm's parameters.
+      x: [..., letter].
       letter: of that dimension, as in the parameters' names.
     """
     y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]
@@ -37,6 +43,7 @@ def norm(
         y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * rules.factor(lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_eps))
     if config.norm == "rms":
+        # Llama rounds to the stream's dtype before it scales, the other norms after; in bfloat16 the two differ.
         y = y.astype(x.dtype)
         return y * align_rank(scale, y)
     y = y * align_rank((1 if config.norm == "rms_plus_one" else 0) + scale.astype(y.dtype), y)
@@ -46,11 +53,11 @@ def norm(
 
 
 def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """activation(up(x)), or where it is gated (Shazeer, 2020) activation(gate(x)) * up(x); [B, T, F]."""
+    """Return activation(up(x)), or activation(gate(x)) * up(x) if gated (Shazeer, 2020); [B, T, F]."""
     activation = ACTIVATIONS[config.activation]
-    hidden = _wide_project("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
+    hidden = _project_float32("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
-        gate = _wide_project("...td,df->...tf", x_xTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
+        gate = _project_float32("...td,df->...tf", x_xTxD, weights["gate_DxF"], weights.get("gate_bias_F"))
         hidden = rules.product(rules.activation(gate, activation(gate)), hidden)
     else:
         hidden = rules.activation(hidden, activation(hidden))
@@ -58,7 +65,7 @@ def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD
 
 
 def mlp(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """down(``mlp_neurons``(x)), or a mixture of experts; [B, T, D]."""
+    """Return down(``mlp_neurons``(x)), or the output of a mixture of experts; [B, T, D]."""
     if config.n_experts:
         return _mix_experts(config, rules, weights, x_xTxD)
     hidden = mlp_neurons(config, rules, weights, x_xTxD)
@@ -71,7 +78,7 @@ def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTx
     Every expert runs on every token, one after the other: simple, the same for any batch, and in memory for one expert
     at a time, but ``n_experts / experts_per_token`` times the products that are needed.
     """
-    logits_xTxE = _wide_project("...td,de->...te", x_xTxD, weights["router_DxE"], None)
+    logits_xTxE = _project_float32("...td,de->...te", x_xTxD, weights["router_DxE"], None)
     top, chosen = lax.top_k(jax.nn.softmax(logits_xTxE, axis=-1), config.experts_per_token)
     if config.normalize_experts:
         top = top / jnp.sum(top, axis=-1, keepdims=True)
@@ -89,32 +96,32 @@ def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTx
 
 
 def project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The ``einsum`` of x and weight by a pattern, plus the bias if there is one, in the dtype of x."""
-    return _wide_project(pattern, x, weight, bias).astype(x.dtype)
+    """Return the ``einsum`` of x and weight by a pattern, plus the bias if there is one, in the dtype of x."""
+    return _project_float32(pattern, x, weight, bias).astype(x.dtype)
 
 
-def _wide_project(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """The same in the wide dtype. On a CPU, XLA multiplies bfloat16 at twice the speed if the sums come out in fp32."""
+def _project_float32(pattern: str, x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Return the projection in at least float32: XLA:CPU multiplies bfloat16 at twice the speed into fp32 sums."""
     y = einsum(pattern, x, weight)
     return y if bias is None else y + align_rank(bias, y)
 
 
 def einsum(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product of a and b by a pattern, in the wide dtype; of fp32 to all digits, which GPUs and TPUs cut off."""
+    """Return the product of a and b by a pattern in at least float32; of fp32 without the TF32 of GPUs and TPUs."""
     precision = None if a.dtype == jnp.bfloat16 else "highest"
     return jnp.einsum(pattern, a, b, preferred_element_type=at_least_float32(a), precision=precision)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
-    """``cap * tanh(x / cap)``; x where there is no cap."""
+    """Return ``cap * tanh(x / cap)``; x where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def align_rank(parameter: jax.Array, value: jax.Array) -> jax.Array:
-    """The parameter with leading dimensions of size 1 up to the value's number of dimensions."""
+    """Return the parameter with leading dimensions of size 1, up to the value's number of dimensions."""
     return parameter.reshape((1,) * (value.ndim - parameter.ndim) + parameter.shape)
 
 
 def at_least_float32(x: jax.Array) -> jnp.dtype:
-    """The dtype of norms, rotary embedding, softmax and logits: fp32, or fp64 where the parameters are."""
+    """Return the dtype of norms, rotary embedding, softmax and logits: fp32, or fp64 where the parameters are."""
     return jnp.promote_types(x.dtype, jnp.float32)

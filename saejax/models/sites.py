@@ -1,13 +1,19 @@
 """Sites: the named places of a decoder where values are captured and edited.
 
-In the order in which layer L computes them, all of width ``d_model``:
+In the order in which layer L computes them:
 
 - ``resid_pre.L``: the residual stream entering the layer;
-- ``attn_out.L``: what attention adds to it, after the norm that follows attention in some families (Gemma 2 and 3);
+- ``attn_q.L``, ``attn_k.L``, ``attn_v.L``: queries, keys and values, as their projections give them, before the norms
+  of heads and the rotary embedding;
+- ``attn_z.L``: the attended values that the output projection reads;
+- ``attn_out.L``: what attention adds to the stream, after the norm that follows it in some families (Gemma 2 and 3);
 - ``resid_mid.L``: the stream after that, ``resid_pre.L + attn_out.L``;
 - ``mlp_in.L``: what the MLP reads, after its norm;
 - ``mlp_out.L``: what the MLP adds, after the norm that follows it in those families;
 - ``resid_post.L``: the stream leaving the layer, ``resid_mid.L + mlp_out.L``, equal to ``resid_pre.(L+1)``.
+
+All have the width ``d_model`` but the four of heads, whose width is that of all heads side by side, [H x K] for
+``attn_q`` and ``attn_z``, [N x K] for ``attn_k`` and ``attn_v``.
 
 In families whose layers are parallel (GPT-NeoX, Phi), the MLP reads ``resid_pre.L`` too: ``mlp_in.L`` is a norm of
 that, and an edit of ``attn_out.L`` or ``resid_mid.L`` reaches ``resid_post.L`` without going through the MLP. No
@@ -25,18 +31,19 @@ from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 
 KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
+HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One place: a kind, which is one of ``KINDS``, and a layer, counted from 0."""
+    """A kind, one of ``KINDS`` or ``HEAD_KINDS``, and a layer, counted from 0."""
 
     kind: str
     layer: int
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The site that a text such as "resid_post.15" names.
+        """Return the site that a text such as "resid_post.15" names.
 
         Raises:
           UserError: the text names none.
@@ -52,9 +59,10 @@ class Site:
                 "and train can use: expected a site of the decoder, such as resid_post.15"
             )
         kind, _, layer = text.partition(".")
-        if kind not in KINDS or not (layer.isascii() and layer.isdigit()):
+        if kind not in (*KINDS, *HEAD_KINDS) or not (layer.isascii() and layer.isdigit()):
             raise UserError(
-                f"there is no site {text!r}: expected one of {', '.join(KINDS)}, a dot and a layer, as in resid_post.15"
+                f"there is no site {text!r}: expected one of {', '.join((*KINDS, *HEAD_KINDS))}, a dot and a layer, as "
+                "in resid_post.15"
             )
         return cls(kind, int(layer))
 
@@ -62,7 +70,7 @@ class Site:
         return f"{self.kind}.{self.layer}"
 
     def check(self, config: DecoderConfig) -> Self:
-        """Returns the site; a ``UserError`` if the model has no such layer."""
+        """Return the site; raise a ``UserError`` if the model has no such layer."""
         if not 0 <= self.layer < config.n_layers:
             raise UserError(
                 f"there is no site {self}: the model has {config.n_layers} layers, 0 to {config.n_layers - 1}"
@@ -70,13 +78,15 @@ class Site:
         return self
 
     def width(self, config: DecoderConfig) -> int:
-        """Size of the last dimension of the values at this site."""
+        """Return the size of the last dimension of the values at this site."""
+        if self.kind in HEAD_KINDS:
+            return config.d_head * (config.n_heads if self.kind in ("attn_q", "attn_z") else config.n_kv_heads)
         return config.d_model
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSite:
-    """A module of a PyTorch model of any architecture, for capture by hooks.
+    """A module of a PyTorch model of any architecture, captured by a hook.
 
     Attributes:
       path: the module's name in ``model.named_modules()``, such as "transformer.h.3.mlp.act".
@@ -88,7 +98,7 @@ class ModuleSite:
 
     @staticmethod
     def names(text: str) -> bool:
-        """Whether a text is of the kind "module:transformer.h.3.mlp.act" or "module_in:..."."""
+        """Return whether a text is like "module:transformer.h.3.mlp.act" or "module_in:..."."""
         return text.partition(":")[0] in ("module", "module_in")
 
     def __str__(self) -> str:
@@ -103,7 +113,7 @@ class OtherSite:
 
     @staticmethod
     def names(text: str) -> bool:
-        """Whether a text is of this kind."""
+        """Return whether a text names such a site."""
         return text.startswith(_OTHER)
 
     def __str__(self) -> str:
@@ -115,18 +125,18 @@ _OTHER = "other:"
 
 
 def decoder_site(text: str) -> Site:
-    """The site of a decoder that a text names, of the second model, too."""
+    """Return the decoder's site that a text names, also if it is the second model's."""
     site = parse_site(text)
     return site.site if isinstance(site, OtherSite) else Site.parse(text)
 
 
 def is_joined(text: str) -> bool:
-    """Whether a text names a joined site."""
+    """Return whether a text names a joined site."""
     return "+" in text and not ModuleSite.names(text)
 
 
 def site_parts(text: str) -> tuple[str, ...]:
-    """The names of the parts of a joined site, or of one site that is none.
+    """Return the names of a joined site's parts; the name itself of a site that is not joined.
 
     Raises:
       UserError: a part is empty, or named twice.
@@ -141,7 +151,7 @@ def site_parts(text: str) -> tuple[str, ...]:
 
 
 def parse_site(text: str) -> AnySite:
-    """The site that a text names: "resid_post.15", "module:transformer.h.3.mlp.act", "module_in:...", "other:...".
+    """Return the site that a text names: "resid_post.15", "module:transformer.h.3.mlp", "module_in:...", "other:...".
 
     Raises:
       UserError: the text names none.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.models import attention, attention_tiles
+from saejax.models import attention
 from saejax.models.attention import whole_prompts
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoding import init_cache
@@ -100,15 +100,17 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
 
 
 @pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(attention, "TILES_FROM", 8)
-    monkeypatch.setattr(attention_tiles, "_SIDE", 5)
+def few_rows(monkeypatch):
+    """Every prompt is long, and five rows of queries are computed at a time."""
+    monkeypatch.setattr(attention, "_LONG", 8)
+    monkeypatch.setattr(attention, "_ROW_SCORES", 1)
+    monkeypatch.setattr(attention, "_MIN_ROWS", 5)
 
 
 @pytest.mark.parametrize("window", [2, 50, None])
 @pytest.mark.parametrize("length", [8, 40, 131])
-def test_long_prompts_in_tiles(small_tiles, window, length):
-    """Also where whole tiles are beyond the window of a query."""
+def test_long_prompts_row_by_row(few_rows, window, length):
+    """Also where a window ends within the rows."""
     config = (
         dataclasses.replace(CONFIG, sliding_layers=(True,), sliding_window=window, attn_logit_softcap=2.0)
         if window
@@ -120,7 +122,7 @@ def test_long_prompts_in_tiles(small_tiles, window, length):
 @pytest.mark.parametrize(
     "rules", [GRADIENT, RunRules(backward="relp"), RunRules(first_fixes=True)], ids=["gradient", "relp", "first"]
 )
-def test_values_and_gradients_of_tiles_equal_those_of_blocks(monkeypatch, small_tiles, rules):
+def test_values_and_gradients_row_by_row_equal_those_of_blocks(monkeypatch, few_rows, rules):
     with jax.enable_x64(True):
         length, config = (
             37,
@@ -136,9 +138,9 @@ def test_values_and_gradients_of_tiles_equal_those_of_blocks(monkeypatch, small_
 
             return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
 
-        tiles = found()
-        monkeypatch.setattr(attention, "TILES_FROM", 10_000)
-        for a, b in zip(jax.tree.leaves(tiles), jax.tree.leaves(found()), strict=True):
+        rows = found()
+        monkeypatch.setattr(attention, "_LONG", 10_000)
+        for a, b in zip(jax.tree.leaves(rows), jax.tree.leaves(found()), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 

@@ -5,13 +5,13 @@ from test_families import LLAMA
 
 from saejax.errors import UserError
 from saejax.models.families import read_config
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import HEAD_KINDS, KINDS, Site
 
 CONFIG = read_config(LLAMA, "config.json")
 
 
 def test_names_go_there_and_back():
-    for kind in KINDS:
+    for kind in (*KINDS, *HEAD_KINDS):
         site = Site.parse(f"{kind}.15")
         assert (site.kind, site.layer, str(site)) == (kind, 15, f"{kind}.15")
     assert {Site.parse("mlp_in.3"): 1}[Site("mlp_in", 3)] == 1
@@ -25,7 +25,12 @@ def test_no_such_name(text):
         Site.parse(text)
 
 
+def test_widths():
+    assert Site("attn_out", 3).width(CONFIG) == CONFIG.d_model
+    assert Site("attn_z", 3).width(CONFIG) == Site("attn_q", 3).width(CONFIG) == CONFIG.n_heads * CONFIG.d_head
+    assert Site("attn_k", 3).width(CONFIG) == Site("attn_v", 3).width(CONFIG) == CONFIG.n_kv_heads * CONFIG.d_head
+
+
 def test_layers_end():
-    assert Site("attn_out", 3).check(CONFIG).width(CONFIG) == 64
     with pytest.raises(UserError, match="attn_out.4: the model has 4 layers, 0 to 3"):
         Site("attn_out", 4).check(CONFIG)

@@ -1,0 +1,52 @@
+"""Values and edits at the sites of attention heads, compared with hooks on the projections of transformers' modules."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import save_tiny
+
+from saejax import SiteEdit, load_model
+from saejax.models import source
+from saejax.models.sites import HEAD_KINDS
+from saejax.models.tokens import pad
+
+LAYER = 1
+
+
+def projections(model, family):
+    """The layer's modules that project to queries, keys and values (GPT-2 has one), and the output projection."""
+    if family == "gpt2":
+        attention = model.transformer.h[LAYER].attn
+        return [attention.c_attn], attention.c_proj
+    attention = model.model.layers[LAYER].self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj], attention.o_proj
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3"])
+def test_head_sites_equal_those_of_transformers(family, one_device, tmp_path):
+    save_tiny(tmp_path, family)
+    lm = load_model(str(tmp_path), mesh=one_device)
+    model = source.load_torch_model(lm.source, "float32")
+    ids_BxT = np.random.default_rng(0).integers(1, 131, (2, 16))
+    inputs, output = projections(model, family)
+    seen = []
+    handles = [module.register_forward_hook(lambda _, args, value: seen.append(value)) for module in inputs]
+    handles.append(output.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+    with torch.no_grad():
+        model(torch.tensor(ids_BxT))
+    for handle in handles:
+        handle.remove()
+    if family == "gpt2":
+        seen = [*torch.split(seen[0], seen[0].shape[-1] // 3, dim=-1), seen[1]]
+    sites = lm(pad(ids_BxT.tolist()), capture=[f"{kind}.{LAYER}" for kind in HEAD_KINDS]).sites
+    for value, (name, found) in zip(seen, sites.items(), strict=True):
+        assert value.shape == found.shape, name
+        np.testing.assert_allclose(found, value, atol=2e-5 * float(value.abs().max()), err_msg=name)
+
+    patched = np.random.default_rng(1).standard_normal(seen[3].shape).astype(np.float32)
+    handle = output.register_forward_pre_hook(lambda _, args: (torch.tensor(patched), *args[1:]))
+    with torch.no_grad():
+        expected = model(torch.tensor(ids_BxT)).logits.numpy()
+    handle.remove()
+    logits = lm(pad(ids_BxT.tolist()), edits=[SiteEdit.patch(f"attn_z.{LAYER}", patched)]).logits_BxTxV
+    np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
