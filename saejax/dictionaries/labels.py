@@ -1,5 +1,4 @@
-"""What features are called: the one place that pages ask. The stages ``interpret``, ``explain`` and ``atlas``
-write it."""
+"""Labels of features, as the stages ``interpret``, ``explain`` and ``atlas`` write them and all pages read them."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ FOUND = "detector"  # who gave a label that was found
 
 @dataclasses.dataclass(frozen=True)
 class Label:
-    """What a feature is called."""
+    """The label of a feature."""
 
     label: str  #: in words
     by: str  #: who says so: "detector", a language model's name, or a reviewer's
@@ -26,7 +25,7 @@ class Label:
 
 
 def load_labels(path: Path) -> dict[int, Label]:
-    """The labels in a file that a stage wrote, by feature.
+    """Read the labels in a file that a stage wrote, by feature.
 
     Raises:
       UserError: it is missing or damaged.
@@ -35,7 +34,7 @@ def load_labels(path: Path) -> dict[int, Label]:
 
 
 def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], str]:
-    """What features of dictionaries are called, by layer and number.
+    """Return the labels of features of dictionaries, by layer and number.
 
     Args:
       folders: train units of workdirs, such as DIR/train/topk, or members of them; others have no labels.
@@ -43,14 +42,14 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
     Raises:
       UserError: a file of labels, or a unit's summary, is damaged.
     """
-    found: dict[tuple[int, int], str] = {}
+    labels: dict[tuple[int, int], str] = {}
     for layer, (workdir, name) in trained_of_folders(folders).items():
-        found |= {(layer, feature): label.label for feature, label in labels_of(workdir, name).items()}
-    return found
+        labels |= {(layer, feature): label.label for feature, label in labels_of(workdir, name).items()}
+    return labels
 
 
 def trained_of_folders(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
-    """The dictionaries of train units, or of members of them, by layer: their workdir, and names as "topk/mlp_in.3".
+    """Return the dictionaries of train units, or of their members, by layer: workdir and name, as "topk/mlp_in.3".
 
     Args:
       folders: such as DIR/train/topk; those that are no such have none.
@@ -58,27 +57,27 @@ def trained_of_folders(folders: Iterable[str | Path]) -> dict[int, tuple[Path, s
     Raises:
       UserError: a unit's summary is damaged.
     """
-    found: dict[int, tuple[Path, str]] = {}
+    trained: dict[int, tuple[Path, str]] = {}
     for folder in map(Path, folders):
-        unit = next((one for one in (folder, folder.parent) if one.parent.name == "train"), None)
+        unit = next((path for path in (folder, folder.parent) if path.parent.name == "train"), None)
         if not unit or not (unit / SUMMARY).exists():
             continue
         for member in members(unit, layers=True):
             layer = member.site.rpartition(".")[2]
             if layer.isdigit() and folder in (unit, unit / member.name):
-                found[int(layer)] = unit.parent.parent, full_name(unit.name, member.name)
-    return found
+                trained[int(layer)] = unit.parent.parent, full_name(unit.name, member.name)
+    return trained
 
 
 def labels_in(folders: Mapping[str, Path], dictionary: str) -> Mapping[int, Label]:
-    """What features are called, as ``labels_of``, if they were interpreted in a run that has these units' folders."""
+    """Return the labels of features, as ``labels_of``, if a run with these units' folders interpreted them."""
     kind, _ = kind_and_member(dictionary)
     unit = folders.get(f"interpret/{kind}")
     return labels_of(unit.parent.parent, dictionary) if unit else {}
 
 
 def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
-    """What the features of a dictionary are called: those labelled by hand, then those whose label was found.
+    """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
 
     Args:
       workdir: of the run.

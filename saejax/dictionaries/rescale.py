@@ -1,4 +1,4 @@
-"""The same function in other parameters: scales, lengths, biases and gates moved from one array to another.
+"""Rewrite a dictionary in other parameters that compute the same: scales, lengths, biases and gates are moved.
 
 All kinds are homogeneous: inputs, biases and thresholds times s give activations times s. So scales and lengths of
 decoder rows can be folded in and out. Functions of arrays take those of JAX, or of numpy on the host; functions of
@@ -20,7 +20,7 @@ from saejax.errors import UserError
 
 
 def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float) -> Arrays:
-    """Arrays for raw values of those for scaled ones: activations and outputs become 1 / ``outputs`` times as large.
+    """Return arrays for raw values from those for scaled ones: activations and outputs become 1 / ``outputs`` as large.
 
     Args:
       arrays: of ``modules.parameter_table``, for inputs and outputs times these factors; the inverse takes 1 / factor.
@@ -32,7 +32,7 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
 
 
 def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
-    """Arrays whose feature activations are ``factor_F`` times as large, and which reconstruct the same.
+    """Return arrays whose feature activations are ``factor_F`` times as large, and which reconstruct the same.
 
     Exact for every kind whose choice of active features does not compare features with each other: for topk only
     where all factors are equal, or where the choice was already made between scaled activations.
@@ -48,7 +48,7 @@ def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
 
 
 def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
-    """The same with decoder rows of length 1: activations take over the length. Of arrays of JAX.
+    """Return JAX arrays with decoder rows of length 1: activations take over the length.
 
     Args:
       widths: of the parts of a joined site, over which a row's length is the sum; (): one site.
@@ -59,14 +59,14 @@ def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
 
 
 def decoder_lengths(W_dec_FxD: np.ndarray, widths: Sequence[int] = ()) -> np.ndarray:
-    """Length of every decoder row in float64; 1 where a row is zero, so that one can divide by it."""
+    """Return the length of every decoder row in float64; 1 where a row is zero, so that one can divide by it."""
     parts = split(W_dec_FxD, widths)
     length_F = np.sum([np.sqrt(np.einsum("fd,fd->f", part, part, dtype=np.float64)) for part in parts], axis=0)
     return np.where(length_F > 0, length_F, 1.0)
 
 
 def unit_decoder(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary with decoder rows of length 1: activations become the lengths of what features add.
+    """Return the dictionary with decoder rows of length 1: activations become the lengths of what features add.
 
     Raises:
       UserError: a topk dictionary with rows of different lengths, whose k largest would become others.
@@ -85,18 +85,18 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
-    """The JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
+    """Return the JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
     arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
     return _made(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
 def uncentred(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary without subtracting the decoder's bias from the input: the encoder's bias does it."""
+    """Return the dictionary without the decoder's bias subtracted from the input: the encoder's bias does it."""
     return centred(dictionary, False)
 
 
 def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
-    """The same dictionary, which subtracts the decoder's bias from the input or not: the encoder's bias makes up."""
+    """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary
     arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
@@ -105,7 +105,7 @@ def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
 
 
 def in_output_units(dictionary: Dictionary) -> Dictionary:
-    """The same dictionary with activations times the scale of each token, if it normalises tokens; else itself.
+    """Return the dictionary with activations times the scale of each token, if it normalises tokens; else itself.
 
     What a feature adds is then its activation times its decoder row, which effects of features are computed from.
     """
@@ -116,7 +116,7 @@ def in_output_units(dictionary: Dictionary) -> Dictionary:
 
 
 def without_mean(dictionary: Dictionary) -> Dictionary:
-    """The same features without ``input_norm="center"``: (x - mean) W_enc is x times W_enc less its columns' means.
+    """Return the features without ``input_norm="center"``: (x - mean) W_enc is x times W_enc less its columns' means.
 
     Its outputs lack the mean of x, which features have no part in.
     """

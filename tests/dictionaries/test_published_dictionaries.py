@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from saejax.dictionaries import load_dictionary, load_transcoders, stacks
 from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
+from saejax.dictionaries.input_norm import normalise
 from saejax.errors import UserError
 
 D, F, K = 12, 40, 5
@@ -462,6 +464,27 @@ def test_a_crosscoder_of_two_models(batch_topk, tmp_path):
     y = np.einsum("bf,pfd->bpd", f, stored["decoder.weight"]) + stored["decoder.bias"]
     np.testing.assert_allclose(dictionary.encode(jnp.asarray(x.reshape(20, -1))), f, atol=1e-4)
     np.testing.assert_allclose(dictionary(jnp.asarray(x.reshape(20, -1))), y.reshape(20, -1), atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_stream_of_a_model_with_centred_writing_weights_is_the_published_one_less_its_mean():
+    """As TransformerLens centres them: everything that is added to the stream loses its mean over the width."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=32, vocab_size=50)).eval()
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.3 + 0.1)  # a mean that is not 0, and gains that are not 1
+    ids = torch.arange(20)[None]
+    published = model(ids, output_hidden_states=True).hidden_states
+    written = [model.transformer.wte.weight, model.transformer.wpe.weight]
+    for block in model.transformer.h:
+        written += [block.attn.c_proj.weight, block.attn.c_proj.bias, block.mlp.c_proj.weight, block.mlp.c_proj.bias]
+    for parameter in written:
+        parameter -= parameter.mean(-1, keepdim=True)
+    centred = model(ids, output_hidden_states=True).hidden_states
+    for before, after in zip(published[:-1], centred[:-1], strict=True):  # the last ones are after the final norm
+        assert before.mean(-1).abs().min() > 1e-3
+        normed = normalise(jnp.asarray(before.numpy()), "center").x_xD
+        np.testing.assert_allclose(normed, after.numpy(), atol=1e-4 * float(after.abs().max()))
 
 
 # --- sets
