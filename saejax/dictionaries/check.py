@@ -81,7 +81,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
         f"{config.kind} dictionary of {config.site}: L0 {check.l0:.1f}, explained variance "
         f"{check.explained_variance:.3f} on {check.tokens} tokens"
     )
-    if check.explained_variance < 0:
+    if not check.explained_variance >= 0:  # or not a number
         logging.warning("%s: it was trained on another site or model, or with other settings than were read", line)
     else:
         logging.info("%s", line)
