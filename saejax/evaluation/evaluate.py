@@ -149,6 +149,8 @@ def _score_site(
         described = _describe(config, dictionary, score, loss, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(described))
+        if conflict := dictionary.config.bos_conflict(store.manifest.bos):
+            run.say(f"{name or run.name}: {conflict}")
 
 
 def _describe(

@@ -1,6 +1,7 @@
 """The measurement of a dictionary on a sample of text, and what loading one does to logging."""
 
 import logging
+import re
 import subprocess
 import sys
 
@@ -68,6 +69,7 @@ def test_the_users_own_logging_by_absl_is_left_alone(tmp_path):
     save_dictionary(tmp_path / "a", make())
     code = f"""
 import logging
+import re
 from absl import logging as absl_logging
 absl_logging.set_verbosity(absl_logging.INFO)
 import saejax
@@ -79,3 +81,18 @@ absl_logging.error("an error of the user's")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "an information of the user's" in done.stderr and "an error of the user's" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "trained,begins,told",
+    [
+        ("auto", False, ""),
+        ("always", True, ""),
+        ("never", False, ""),
+        ("always", False, "trained on texts with a BOS token in front, and these are without"),
+        ("never", True, "trained on texts without a BOS token in front, and these are with: .*--capture.bos=never"),
+    ],
+)
+def test_texts_that_begin_otherwise_than_those_of_the_training_are_told(trained, begins, told):
+    conflict = DictionaryConfig(bos=trained).bos_conflict(begins)
+    assert re.search(told, conflict) and bool(conflict) == bool(told)

@@ -93,10 +93,10 @@ class LayerTranscoders(LayerDictionaries):
             raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
         for layer, config in enumerate(self.configs):
             check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
-            if self.reads not in _READS or (config.site, config.target) != (
-                f"{self.reads}.{layer}",
-                f"mlp_out.{layer}",
-            ):
+            sites = [f"{self.reads}.{layer}"] if self.reads in _READS else []
+            if self.reads == hooks.NORMED:  # those in memory may be called after the site behind the gain
+                sites.append(f"mlp_in.{layer}")
+            if config.site not in sites or config.target != f"mlp_out.{layer}":
                 raise UserError(
                     f"{self.name}, layer {layer}: the transcoder reads {config.site} and predicts {config.target}: "
                     f"expected mlp_in.{layer} and mlp_out.{layer}"
