@@ -31,6 +31,7 @@ def test_every_site_has_a_hook_that_means_it(kind):
         ("attn_out_layer3", "attn_out.3"),
         ("mlp_3", "mlp_out.3"),
         ("blocks.3.ln2.hook_normalized", "mlp_normed.3"),
+        ("blocks.3.attn.hook_z", "attn_z.3"),
         (None, "unknown"),
     ],
 )
@@ -39,7 +40,7 @@ def test_hooks_and_modules_mean_sites(hook, site):
 
 
 @pytest.mark.parametrize(
-    "hook", ["blocks.3.ln1.hook_normalized", "blocks.3.hook_mlp_in", "blocks.0.attn.hook_z", "hook_embed"]
+    "hook", ["blocks.3.ln1.hook_normalized", "blocks.3.hook_mlp_in", "blocks.0.attn.hook_q", "hook_embed"]
 )
 def test_hooks_that_are_no_site_are_refused_by_name(hook):
     with pytest.raises(UserError, match=f"the hook {hook} is none of the sites"):

@@ -197,6 +197,14 @@ def saelens_6_of_centred_weights_of_a_model_without_layer_norms(folder):
     return saelens(folder, w, **NEW, metadata=META | kwargs), function(w), dict(input_norm="")
 
 
+@layout
+def saelens_6_of_heads_side_by_side(folder):
+    w = arrays()
+    meta = META | dict(hook_name="blocks.8.attn.hook_z", model_from_pretrained_kwargs=dict(center_writing_weights=True))
+    path = saelens(folder, w, **NEW | dict(reshape_activations="hook_z"), metadata=meta)
+    return path, function(w), dict(site="attn_z.8", input_norm="")
+
+
 # --- dictionary_learning
 
 
@@ -275,6 +283,14 @@ def gemma_scope_1(folder):
     np.savez(path / "params.npz", **w)
     expected = dict(site="resid_post.12", model="google/gemma-2-2b", bos="always")
     return path, function(w, jump(w["threshold"]), False), expected
+
+
+@layout
+def gemma_scope_1_attention(folder):
+    w, path = arrays(threshold=(0, 2)), folder / "gemma-scope-2b-pt-att" / "layer_3" / "width_16k" / "average_l0_9"
+    path.mkdir(parents=True)
+    np.savez(path / "params.npz", **w)
+    return path, function(w, jump(w["threshold"]), False), dict(site="attn_z.3")
 
 
 @layout
@@ -635,7 +651,11 @@ def cut(file):
         ("saelens_before_version_3", cut("sae_weights.safetensors"), "sae_weights.safetensors is truncated"),
         ("saelens_before_version_3", settings("cfg.json", d_sae=7), "d_sae is 7, but the arrays .* have 40"),
         ("saelens_before_version_3", settings("cfg.json", activation_fn_str="tanh-relu"), "activation_fn is 'tanh"),
-        ("saelens_before_version_3", settings("cfg.json", hook_point="blocks.0.attn.hook_z"), "heads side by side"),
+        (
+            "saelens_before_version_3",
+            settings("cfg.json", hook_point_head_index=3),
+            "hook_head_index is 3, expected null",
+        ),
         ("saelens_6_with_a_constant_factor", settings("cfg.json", activation_normalization_factor=...), "is missing"),
         ("saelens_6_with_unknown_settings", settings("cfg.json", architecture="temporal"), "unknown architecture"),
         ("saelens_6_with_unknown_settings", settings("cfg.json", normalize_activations="odd"), "is 'odd': expected"),

@@ -145,7 +145,7 @@ def test_what_was_trained_as_something_else_says_so(tmp_path):
     "architecture,changes,message",
     [
         ("transcoder", dict(normalize_activations="layer_norm"), "'layer_norm', which transcoders here do not have"),
-        ("standard", dict(reshape_activations="hook_z"), "reads the heads side by side"),
+        ("standard", dict(reshape_activations="odd"), "reshape_activations is 'odd', expected 'none' or 'hook_z'"),
         ("standard", dict(metadata__hook_head_index=2), "hook_head_index is 2, expected null"),
         ("transcoder", dict(apply_b_dec_to_input=True), "apply_b_dec_to_input is True, expected False"),
         ("transcoder", dict(d_out=D + 4), r"d_out is 16, but the arrays"),

@@ -35,7 +35,7 @@ _CROSSCODER = re.compile(r"layer_(\d+(?:_\d+)+)_width")
 _SITES = {
     "resid_post": r"gemma-scope-[^/]*-res(-[^/]*)?/|/resid_post(_all)?/",
     "mlp_out": r"gemma-scope-[^/]*-mlp(-[^/]*)?/|/mlp_out(_all)?/",
-    "heads": r"gemma-scope-[^/]*-att(-[^/]*)?/|/attn_out(_all)?/",
+    "attn_z": r"gemma-scope-[^/]*-att(-[^/]*)?/|/attn_out(_all)?/",
     "transcoder": r"gemma-scope-[^/]*-transcoders/|/transcoder(_all)?/",
 }
 _REPOSITORY = re.compile(r"gemma-scope-(2-)?(\d+[bm])-(pt|it)")
@@ -235,11 +235,6 @@ def _sites(file: Path) -> tuple[str, str]:
     if not layers or len(matched) != 1:
         return hooks.UNKNOWN, ""
     kind, layer = matched[0], layers[-1]
-    if kind == "heads":
-        raise UserError(
-            f"{file} reads what the heads give before they are projected, which is no site here: name an SAE of the "
-            "residual stream or of MLP outputs"
-        )
     if kind == "transcoder":
         # Those of Gemma Scope 1 read the norm before its gain, those of 2 what the MLP reads.
         return f"{hooks.NORMED if file.suffix == '.npz' else 'mlp_in'}.{layer}", f"mlp_out.{layer}"

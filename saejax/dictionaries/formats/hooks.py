@@ -8,6 +8,7 @@ Some names need care. ``blocks.L.mlp.hook_out`` and a module ``...L.mlp`` are wh
 to the stream (``mlp_out.L``) only in models that do not normalise it first. ``blocks.L.hook_mlp_in`` is the stream
 before the norm, not ``mlp_in.L``, which is ``blocks.L.mlp.hook_in``. And ``blocks.L.ln2.hook_normalized`` is the norm
 before the MLP before its gain: it is called ``mlp_normed.L``, which attribution graphs can read, and nothing else.
+``attn.hook_z`` has an axis for heads, which are side by side in ``attn_z.L``.
 """
 
 import re
@@ -21,6 +22,7 @@ NORMED = "mlp_normed"  # kind of the site before the gain of the norm before the
 
 _WRITTEN = {
     "resid_pre": "hook_resid_pre",
+    "attn_z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
     "mlp_in": "mlp.hook_in",

@@ -408,7 +408,6 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
                              or in the repository's name, "...-L0_50".
     NAME-SAE-l19.pth         Goodfire: encoder_linear.weight [F, d], decoder_linear.weight [d, F] and biases; a ReLU
     NAME-SAE-l19.pt          DeepSeek-R1 by qresearch: encoder.weight, decoder.weight and biases; a ReLU
-    NAME.pt, NAME_cfg.json   the SAEs of Kissane et al., of hook_z, which is no site here
 
     Args:
       path: the file, or the folder that holds it alone.
@@ -417,11 +416,12 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
     file = find_pickled(path)
     assert file is not None
     found = tensors.open_tensors(file)
-    description = file.with_name(f"{file.stem}_cfg.json")
-    if description.is_file():
-        hook = read_settings(description).get("act_name")
-        named, layout, centred = site or hooks.to_site(str(hook) if hook else None), dict(_PLAIN), True
-    elif "encoder_linear.weight" in found:
+    if file.with_name(f"{file.stem}_cfg.json").is_file():
+        raise UserError(
+            f"{file} is of Kissane et al., whose SAEs SAELens has in its own format: load those, such as "
+            "saelens:gpt2-small-hook-z-kk/blocks.0.hook_z"
+        )
+    if "encoder_linear.weight" in found:
         layout = {
             name: tensor.replace("coder.", "coder_linear.")
             for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()

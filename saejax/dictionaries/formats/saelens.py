@@ -215,9 +215,9 @@ def _architecture(file: Path, settings: Mapping[str, Any]) -> str:
 def _check(file: Path, settings: Mapping[str, Any], transcoder: bool) -> None:
     """Refuse settings that would change what is computed and that no dictionary here has."""
     wrong = []
-    hook = str(settings.get("hook_name") or "")
-    if settings.get("reshape_activations", "none") not in ("none", None) or hook.endswith("hook_z"):
-        wrong.append(f"it reads the heads side by side ({hook or 'hook_z'}), which is no site here")
+    # Heads side by side are how ``attn_z`` has them.
+    if (reshaped := settings.get("reshape_activations", "none")) not in ("none", "hook_z", None):
+        wrong.append(f"reshape_activations is {reshaped!r}, expected 'none' or 'hook_z'")
     if transcoder and settings.get("apply_b_dec_to_input", True):
         wrong.append("apply_b_dec_to_input is True, expected False for a transcoder")
     heads = {key: settings.get(key) for key in ("hook_head_index", "hook_head_index_out")}
@@ -251,8 +251,8 @@ def _input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, 
             f"{file}: its model's weights were centred (center_writing_weights), which saejax cannot undo for "
             f"{model or 'an unnamed model'}, {reason}: use a dictionary of the model as published"
         )
-    # What an MLP reads is centred by its norm already.
-    return "center" if layer_norms and site.partition(".")[0] not in ("mlp_in", hooks.NORMED) else ""
+    # What the heads and an MLP read is centred by their norms already.
+    return "center" if layer_norms and site.partition(".")[0] not in ("attn_z", "mlp_in", hooks.NORMED) else ""
 
 
 def _k(file: Path, settings: Mapping[str, Any], features: int) -> int:
@@ -325,7 +325,8 @@ def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, 
     """Return the content of ``cfg.json`` of a dictionary."""
     norm = next((name for name, ours in _INPUT_NORMS.items() if ours == config.input_norm), "none")
     settings: dict[str, Any] = dict(d_in=config.d_in, d_sae=config.n_features, dtype=dtype, device="cpu")
-    settings |= dict(apply_b_dec_to_input=centred, normalize_activations=norm, reshape_activations="none")
+    reshaped = "hook_z" if config.site.startswith("attn_z.") else "none"
+    settings |= dict(apply_b_dec_to_input=centred, normalize_activations=norm, reshape_activations=reshaped)
     settings["metadata"] = _metadata(config)
     if "k" in by_name(config.kind).numbers:
         settings |= dict(k=config.k, rescale_acts_by_decoder_norm=False)
