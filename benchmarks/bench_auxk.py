@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.by_turns import medians, seconds
 from benchmarks.train_setup import matmul_rate
-from saejax.dictionaries.auxk import auxk, room_for_few
+from saejax.dictionaries.losses import auxk, dead_columns
 
 OPERANDS = "bfloat16"
 
@@ -38,7 +38,7 @@ def main() -> None:
         dead_F = jnp.zeros(features, bool)
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(pre_BxF, W_dec_FxD, error_BxD, dead_F).compile()
 
-    ways, few, rows = dict(few=program(False), all=program(True)), room_for_few(features, k), []
+    ways, few, rows = dict(few=program(False), all=program(True)), dead_columns(features, k), []
     for share in (0.0, 0.01, 0.1, 0.5):
         dead_F = jnp.asarray(rng.random(features) < share)
         count = int(dead_F.sum())

@@ -3,19 +3,14 @@
 Run: python -m benchmarks.bench_train_gpu [--parts dense,topk,study] [--tiny]
 dense: one dictionary d 2304, F 32,768, batch 8,192, bf16 products: the share of the rate of a matrix product of the
 same operands that 12 d F operations a token come to. topk: the same shape with k 64 and AuxK idle, against the tokens/s
-that the dense floor would allow: with dense products, and with kernels that multiply active features only
-(--train.products=kernels), whose own operations are fewer: the share of the rate that these come to stands beside; and
-the parts of that step one by one. study: the four dictionaries of the reasoning study's Phase 4 (linear, 20 epochs,
+that the dense floor would allow. study: the four dictionaries of the reasoning study's Phase 4 (linear, 20 epochs,
 which took it 372 s together), whole epochs in one program, and the held-out explained variance of batch 1,024 beside
 batch 32. Compiling is counted in none but printed. Last comes one line of JSON. --tiny runs it all in small shapes.
 """
 
 import argparse
-import functools
 import json
 import time
-from collections.abc import Callable
-from typing import Any
 
 from saejax.environment import keep_freed_memory
 
@@ -27,9 +22,6 @@ import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
 from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
-from saejax.dictionaries import selection, sparse_products  # noqa: E402
-from saejax.dictionaries.codes import ByFeature, SparseCode  # noqa: E402
-from saejax.dictionaries.sparse_products import Products  # noqa: E402
 
 DENSE = ("standard", "jumprelu", "linear")
 STUDY = ((1024, 8192, 50_000), (2048, 16_384, 50_000), (2048, 16_384, 10_000), (2560, 20_480, 20_000))
@@ -42,7 +34,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     batches, shape = sparse_sums(2, args.batch, args.d), (args.batch, args.d, args.features)
     wanted = {kind: (kind, "auto") for kind in DENSE if "dense" in args.parts}
     if "topk" in args.parts:
-        wanted |= dict(topk=("topk", "dense"), topk_kernels=("topk", "kernels"))
+        wanted |= dict(topk=("topk", "dense"))
     found = {}
     for name, (kind, products) in wanted.items():
         shape_of = kind, args.d, args.features, args.batch, args.k, "bfloat16"
@@ -52,56 +44,13 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
         speeds = [args.steps * args.batch / stepper.run(args.steps) for _ in range(3)]
         floor = rate / (12 * args.d * args.features)
         found[name] = float(np.median(speeds)) / floor
-        own = (2 * args.features + 8 * args.k) * args.d if products == "kernels" else 12 * args.d * args.features
+        own = 12 * args.d * args.features
         print(
             f"{name:12} {np.median(speeds):12,.0f} tokens/s, {found[name]:.2f} of the dense floor of {floor:,.0f}, "
             f"{np.median(speeds) * own / rate:.2f} of {rate / 1e12:.1f} TFLOP/s",
             flush=True,
         )
     return found
-
-
-def measure_parts(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of the parts of a step with kernels, and of the dense product that each of the products replaces."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    W_FxD = jax.random.normal(keys[0], (args.features, args.d), jnp.bfloat16)
-    x_BxD = jax.random.normal(keys[1], (args.batch, args.d))
-    pre_BxF = jax.random.normal(keys[2], (args.batch, args.features))
-    value_BxK, feature_BxK = jax.jit(selection.largest, static_argnums=2)(pre_BxF, args.k, args.k)
-    entries = jax.jit(ByFeature.of, static_argnums=1)(feature_BxK, args.features)
-    code = SparseCode(value_BxK, feature_BxK, entries)
-    how = dict(how=Products(args.k, "bfloat16", "kernels"))
-    pairs = (value_BxK, x_BxD), (value_BxK, x_BxD)
-    work = {
-        "selection": (lambda pre: selection.largest(pre, args.k, args.k), (pre_BxF,), 0),
-        "order by feature": (lambda feature: ByFeature.of(feature, args.features), (feature_BxK,), 0),
-        "decoding with error": (functools.partial(sparse_products.remainder, **how), (code, W_FxD, x_BxD), 1),
-        "gradient of values": (
-            functools.partial(sparse_products.row_products, **how),
-            (feature_BxK, W_FxD, x_BxD),
-            1,
-        ),
-        "both weight gradients": (functools.partial(sparse_products.feature_sums, **how), (entries, pairs), 2),
-    }
-    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-    dense = milliseconds(product, (pre_BxF.astype(jnp.bfloat16), W_FxD), args.steps)
-    found = {}
-    for name, (part, arrays, products) in work.items():
-        found[name] = milliseconds(part, arrays, args.steps)
-        beside = f", {products} dense: {dense * products:.2f}" if products else ""
-        print(f"  {name:24} {found[name]:9.2f} ms{beside}", flush=True)
-    return found
-
-
-def milliseconds(work: Callable, arrays: tuple[Any, ...], repeats: int) -> float:
-    """Of one run of a function of arrays once it is compiled, mean over some."""
-    program = jax.jit(work)
-    jax.block_until_ready(program(*arrays))
-    start = time.perf_counter()
-    for _ in range(repeats):
-        done = program(*arrays)
-    jax.block_until_ready(done)
-    return (time.perf_counter() - start) / repeats * 1e3
 
 
 def train_epochs(
@@ -174,8 +123,6 @@ def main() -> None:
     steps = measure_steps(args)
     line = dict(bench="train_gpu", floor={kind: round(share, 3) for kind, share in steps.items() if kind in DENSE})
     line |= {f"{name}_to_dense_floor": round(share, 2) for name, share in steps.items() if name not in DENSE}
-    if "topk" in args.parts:
-        line["parts_ms"] = {name: round(value, 3) for name, value in measure_parts(args).items()}
     if "study" in args.parts:
         line |= measure_study(args)
     print(json.dumps(line))

@@ -129,6 +129,8 @@ def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
+    if value is None:  # an optional field
+        return
     low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{field.name} is {'NaN' if math.isnan(value) else value}: expected a finite number")

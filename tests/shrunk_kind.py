@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, setting
-from saejax.dictionaries.joined import row_lengths
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.kinds import Kind, register
-from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Shrunk(Kind):
     Settings = ShrunkConfig
     vectors = ("margin_F",)
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        margin_F = member.arrays["margin_F"]
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        margin_F = dictionary.arrays["margin_F"]
         shape = (1,) * (pre_xF.ndim - 1) + margin_F.shape
         return jax.nn.relu(pre_xF - margin_F.reshape(shape))
 
     def penalty(self, batch: EncodedBatch) -> jax.Array:
-        sizes_BxF = jnp.log1p(batch.f_BxF * row_lengths(batch.member.arrays["W_dec_FxD"])[None])
+        sizes_BxF = jnp.log1p(batch.f_BxF * batch.dictionary.decoder_norms_F[None])
         return batch.values["strength"] * jnp.mean(jnp.sum(sizes_BxF, axis=-1))
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
-        return dict(margins=batch.own.width * jnp.mean(jnp.square(batch.member.arrays["margin_F"])))
+        return dict(margins=batch.settings.width * jnp.mean(jnp.square(batch.dictionary.arrays["margin_F"])))
 
-    def start(self, own: ShrunkConfig) -> dict[str, float]:
-        return dict(margin_F=own.margin)
+    def start(self, settings: ShrunkConfig) -> dict[str, float]:
+        return dict(margin_F=settings.margin)
 
     def constrain(self, params: Arrays) -> Arrays:
         return params | dict(margin_F=jnp.maximum(params["margin_F"], 0.0))

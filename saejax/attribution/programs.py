@@ -171,7 +171,8 @@ class _Shapes:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(self._mesh, shape, *spec))
             for name, (shape, spec) in parameter_table(plain).items()
         }
-        return Dictionary(plain, **arrays)
+        max_norm = jax.ShapeDtypeStruct((), "float32", sharding=fitting_sharding(self._mesh, ()))
+        return Dictionary(plain, **arrays, max_norm=max_norm)
 
     def _over(self, shape: tuple[int, ...], dimension: int) -> jax.sharding.NamedSharding:
         """One dimension split over ``model``."""

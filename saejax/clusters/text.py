@@ -34,8 +34,10 @@ class ClusterText:
         if not self._stored(one):
             assert isinstance(self._read, SitesOnText)
             read = self._read.reads[one.fingerprint]
+            dictionary = dictionary.with_sink_norms(self._read.lms[one.fingerprint].sink_norm)
             return encode(dictionary, self._read.values[one.fingerprint, dictionary.site], batch), read.text_N
         assert self._store
+        dictionary = dictionary.with_sink_norms(self._store.max_norm)
         rows = self._store.rows("train", dictionary.site)
         document_N = self._store.tokens(rows)[0]
         known, place_N, count = np.unique(document_N, return_inverse=True, return_counts=True)

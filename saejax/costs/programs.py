@@ -55,7 +55,8 @@ def abstract_params(
 
 
 def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> Dictionary:
-    """A dictionary, whole on every device."""
+    """A dictionary, whole on every device; its sink rule is a placeholder."""
+    config = config.with_sink_norms(lambda site: 1.0)
     module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
     return placed(module, mesh)
 

@@ -82,6 +82,7 @@ def _measure(run: Run, one: Compared, part: str) -> Measured:
     missing = [name for name in site_parts(site) if name not in captured.sites]
     if missing:
         raise UserError(f"{_FLAG}: {one.name} reads {', '.join(missing)}, which the store lacks: capture them too")
+    dictionary = dictionary.with_sink_norms(captured.max_norm)
     store = with_joined(captured, [site], {site: dictionary.config.scales})
     rows_R = store.rows("held_out", site)
     rows_R = rows_R[: config.tokens or None]

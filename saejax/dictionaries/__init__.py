@@ -1,12 +1,10 @@
 """Sparse dictionaries: modules, sparsity functions, losses, edits of features, file formats."""
 
-from saejax.dictionaries.basis import Basis
 from saejax.dictionaries.check import check_dictionary
 from saejax.dictionaries.formats import load_dictionary, load_transcoders, save_dictionary, save_transcoders
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig
 
 __all__ = [
-    "Basis",
     "Dictionary",
     "DictionaryConfig",
     "check_dictionary",

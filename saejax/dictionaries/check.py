@@ -14,7 +14,6 @@ from saejax.models.sites import OtherSite, Site, is_joined, parse_site, site_par
 from saejax.models.tokens import encode, pad
 
 TOKENS = 64
-SINK_FACTOR = 10.0  # times the median norm, above which a token is left out as an attention sink
 _TEXT = (
     "The harbour was quiet when the first boats came back in the morning. Two of the crew had stayed on the pier to "
     "mend the nets, and the others carried the boxes of fish up the steps to the market, where people were already "
@@ -65,11 +64,10 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     )
     if x_TxD.shape[-1] != config.d_in:
         raise UserError(f"the dictionary reads {config.d_in} dimensions, but {config.site} has {x_TxD.shape[-1]}")
+    dictionary = dictionary.with_sink_norms(lm.sink_norm)
     f_TxF = dictionary.encode(x_TxD)
     error_TxD = np.asarray(y_TxD - dictionary.decode(f_TxF, x_TxD), np.float64)
-    norm_T = np.linalg.norm(np.asarray(x_TxD, np.float64), axis=1)
-    kept_T = np.asarray(dictionary.is_not_sink(x_TxD)) & (norm_T <= SINK_FACTOR * np.median(norm_T))
-    kept_T[0] &= len(kept_T) == 1  # the first token of a text is a sink in most models
+    kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxD))
     target_NxD = np.asarray(y_TxD, np.float64)[kept_T]
     variance = np.square(target_NxD - target_NxD.mean(0)).sum() if kept_T.any() else 0.0
     explained = 1 - np.square(error_TxD[kept_T]).sum() / variance if variance > 0 else float("nan")

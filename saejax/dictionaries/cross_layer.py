@@ -8,11 +8,11 @@ l on: nothing stands for layers that are not written to, and a row's norm is tha
 which penalties weigh its activation.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -20,33 +20,40 @@ from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries.modules import Dictionary
 
 FORM = "cross_layer_transcoder"  # of ``--train.form``
 KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folders can hold the result
 
 
-@dataclasses.dataclass
-class LayerEncoder:
-    """A layer as its kind sees it, a ``kinds.base.MemberEncoder``; what it writes comes from several: see ``written``.
+class LayerEncoder(Dictionary):
+    """The encoder of one layer, which has no decoder of its own: its features write to several layers; see ``written``.
 
-    Attributes:
-      config: of all layers.
-      matmul_dtype: of products; see ``matmul``.
-      arrays: the layer's, with the lengths of its features' joined decoders, [F, 1], as "W_dec_FxD".
+    Args:
+      config: what all layers have in common.
+      arrays: the layer's "W_enc_DxF", "b_enc_F", and those of its kind.
+      decoder_norms_F: the lengths of its features' joined decoders.
     """
 
-    config: DictionaryConfig
-    matmul_dtype: str
-    arrays: Arrays
+    def __init__(self, config: DictionaryConfig, matmul_dtype: str, arrays: Arrays, decoder_norms_F: jax.Array):
+        self.config, self.matmul_dtype = nnx.static(config), nnx.static(matmul_dtype)
+        for name, array in arrays.items():
+            setattr(self, name, nnx.Param(array))
+        self.lengths_F = nnx.Param(decoder_norms_F)
+
+    @property
+    def decoder_norms_F(self) -> jax.Array:
+        """The lengths of the features' joined decoders, [F]."""
+        return self.lengths_F[...]
 
 
 def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
-    """The norm of each feature's joined decoder, [L, F], of every layer's [F, X D]; its gradient is 0 where it is 0."""
+    """Return the norm of each feature's joined decoder, [L, F], of every layer's [F, X D]; 0 has gradient 0."""
     return jnp.stack(list(map(row_lengths, decoders)))
 
 
 def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32") -> jax.Array:
-    """What the features of all layers write to each layer, [L, B, D].
+    """Return what the features of all layers write to each layer, [L, B, D].
 
     On a mesh with a ``model`` axis every device adds up what its own features write to all layers, and the sums meet
     once: L B D numbers, where products that XLA splits by itself would send half of L^2 B D.
@@ -60,7 +67,7 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmu
     layers, width = len(decoders), decoders[-1].shape[1]
     split = [name for name in ("data", "model") if mesh.shape[name] > 1]
 
-    def own(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
+    def write_all(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
         if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
             decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
         sum_BxX = matmul(f_LxBxF[0], decoders[0], matmul_dtype)  # the first layer writes to all
@@ -70,10 +77,10 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmu
         return jnp.moveaxis(sum_BxX.reshape(-1, layers, width), 1, 0)
 
     if not split:
-        return own(f_LxBxF, *decoders)
+        return write_all(f_LxBxF, *decoders)
     data, model = (name if name in split else None for name in ("data", "model"))
     return jax.shard_map(
-        own,
+        write_all,
         mesh=mesh,
         in_specs=(PartitionSpec(None, data, model), *[PartitionSpec(model)] * layers),
         out_specs=PartitionSpec(None, data),

@@ -1,10 +1,13 @@
-"""What a dictionary is, apart from its arrays."""
+"""The configuration of a dictionary: all of it but the arrays."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from saejax.config import Config, setting
 from saejax.dictionaries.input_norm import NORMS
 from saejax.errors import UserError
+from saejax.models.sites import site_parts
 from saejax.settings import kind_names
 
 BOS = ("auto", "always", "never")
@@ -12,7 +15,7 @@ BOS = ("auto", "always", "never")
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryConfig(Config):
-    """What a dictionary is, apart from its arrays.
+    """Kind, sites, sizes and conventions of a dictionary.
 
     Attributes:
       kind: its sparsity, one of ``kinds.KINDS``.
@@ -25,10 +28,11 @@ class DictionaryConfig(Config):
       skip: whether a linear map of the input is added to what it predicts (skip transcoder).
       centred: whether the decoder's bias is subtracted from the input, as in an SAE.
       fires_above: |f| above which a feature of a linear dictionary counts as firing.
-      max_norm: norm of ``x`` above which a position is an attention sink.
+      max_norm: norm at the site above which a position is an attention sink; None: not known yet.
+      target_max_norm: the same at a transcoder's target.
       widths: of the parts of a joined site, which add up to ``d_in``; (): it is one site. See ``dictionaries.joined``.
       scales: what each part's values are multiplied with before they are put side by side.
-      max_norms: of each part, as ``max_norm``, before that.
+      max_norms: of each part, as ``max_norm``, before that; (): not known yet.
       model, revision, fingerprint: the language model whose activations it was trained on.
       signed: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
       input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
@@ -48,7 +52,8 @@ class DictionaryConfig(Config):
     skip: bool = setting(False, "linear path from input to output")
     centred: bool = setting(True, "subtract the decoder's bias from the input")
     fires_above: float = setting(0.0, "firing threshold of a linear dictionary", low=0.0)
-    max_norm: float = setting(3.4e38, "largest norm of a position that is not a sink", low=0.0)
+    max_norm: float | None = setting(None, "largest norm of a position that is not a sink", low=0.0)
+    target_max_norm: float | None = setting(None, "the same at the site that it predicts", low=0.0)
     widths: tuple[int, ...] = setting((), "widths of the parts of a joined site", low=1, implied=())
     scales: tuple[float, ...] = setting((), "factors of those parts", low=0.0, implied=())
     max_norms: tuple[float, ...] = setting((), "largest norms of those parts", low=0.0, implied=())
@@ -75,8 +80,36 @@ class DictionaryConfig(Config):
             f"mean little at the first positions (--capture.bos={self.bos} makes texts like its own)"
         )
 
+    @property
+    def knows_sinks(self) -> bool:
+        """Whether the attention-sink rule is known at every site that is read or written."""
+        if self.widths:
+            return len(self.max_norms) == len(self.widths)
+        return self.max_norm is not None and (not self.target or self.target_max_norm is not None)
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "DictionaryConfig":
+        """Return the config with the attention-sink rule of its sites; see ``Dictionary.with_sink_norms``."""
+        if self.knows_sinks and not replace:
+            return self
+        if self.widths:
+            return dataclasses.replace(self, max_norms=tuple(float(sink_norm(part)) for part in site_parts(self.site)))
+        changes: dict[str, Any] = {}
+        if replace or self.max_norm is None:
+            changes["max_norm"] = float(sink_norm(self.site))
+        if self.target and (replace or self.target_max_norm is None):
+            changes["target_max_norm"] = float(sink_norm(self.target))
+        return dataclasses.replace(self, **changes)
+
+    def require_sink_norms(self) -> None:
+        """Raise a ``UserError`` unless the attention-sink rule is known."""
+        if not self.knows_sinks:
+            raise UserError(
+                f"the dictionary of {self.site} does not know yet which positions are attention sinks: take "
+                "dictionary.with_sink_norms(lm.sink_norm) of its model"
+            )
+
     def check_model(self, name: str, fingerprint: str, what: str = "the dictionary") -> None:
-        """A ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.
+        """Raise a ``UserError`` that begins with ``what`` if the dictionary was trained on another model than this.
 
         Files of other tools say nothing of a model's state: theirs fit any.
         """

@@ -1,11 +1,12 @@
 """Edits of features inside a forward pass of the language model."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries.basis import Basis
+from saejax.dictionaries.kinds.base import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.models.edits import ForwardPass, Positions, Values, check_width
 from saejax.models.sites import Site
@@ -14,7 +15,7 @@ from saejax.models.sites import Site
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FeatureEdit:
-    """Changes K features where a dictionary writes. Made by the methods of ``Dictionary``; see ``Editing``.
+    """A change of K features where a dictionary writes; made by the methods of ``Dictionary``.
 
         g_i = factor_i f_i(x) + offset_i
         y' = y + sum_i (g_i - f_i(x)) W_dec_i           the dictionary's error term stays
@@ -23,7 +24,7 @@ class FeatureEdit:
     For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
 
     Attributes:
-      dictionary: the dictionary, or another basis.
+      dictionary: whose features are changed.
       features_K: the feature indices.
       factor_1x1xK, offset: as above; the offset's N is K.
       error: e, its N is D; None: the error term stays.
@@ -32,7 +33,7 @@ class FeatureEdit:
       site: the site of y (static).
     """
 
-    dictionary: Basis
+    dictionary: Dictionary
     features_K: jax.Array
     factor_1x1xK: jax.Array
     offset: Values
@@ -41,15 +42,18 @@ class FeatureEdit:
     reads: Site = dataclasses.field(metadata=dict(static=True))
     site: Site = dataclasses.field(metadata=dict(static=True))
 
+    def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "FeatureEdit":
+        """Return the edit with the sink rule of its dictionary's sites; see ``Dictionary.with_sink_norms``."""
+        return dataclasses.replace(self, dictionary=self.dictionary.with_sink_norms(sink_norm))
+
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
-        """The edited value of ``site``."""
+        """Return the edited value of ``site``."""
         dictionary = self.dictionary
         check_width(self.site, value_BxTxD.shape[-1], "a dictionary", dictionary.config.d_in)
         x_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
-        f_BxTxF = dictionary.encode(x_BxTxD)
-        f_BxTxK = f_BxTxF[..., self.features_K]
+        f_BxTxK = dictionary.encode_features(x_BxTxD, self.features_K)
         offset_xK, known_BxT = self.offset.at(run)
-        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD)
+        where_BxT = self.positions.at(run) & known_BxT & dictionary.is_not_sink(x_BxTxD, value_BxTxD)
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)
@@ -62,5 +66,6 @@ class FeatureEdit:
         else:
             error, known_BxT = self.error.at(run)
             where_BxT &= known_BxT
+            f_BxTxF = dictionary.encode(x_BxTxD)
             new_BxTxD = dictionary.decode(f_BxTxF.at[..., self.features_K].add(change_BxTxK), x_BxTxD) + error
         return jnp.where(where_BxT[..., None], new_BxTxD.astype(value_BxTxD.dtype), value_BxTxD)

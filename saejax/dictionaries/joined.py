@@ -23,13 +23,13 @@ from saejax.models.sites import site_parts
 
 
 def split(x_xD: Any, widths: Sequence[int]) -> list[Any]:
-    """The parts of joined values, each [..., its width]; values of one site (widths ()) are one part."""
+    """Split joined values into parts, each [..., its width]; values of one site (widths ()) are one part."""
     ends = np.cumsum(widths).tolist() or [x_xD.shape[-1]]
     return [x_xD[..., start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def row_lengths(W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
-    """Length of every feature's direction, [F], the sum of its parts' norms; where a norm is 0 so is its gradient."""
+    """Return the length of every feature's direction, [F], the sum of its parts' norms; a norm of 0 has gradient 0."""
     return sum((_norms(part_FxD) for part_FxD in split(W_dec_FxD, widths)), jnp.zeros((), W_dec_FxD.dtype))
 
 
@@ -39,18 +39,18 @@ def _norms(W_dec_FxD: jax.Array) -> jax.Array:
 
 
 def part_norms(W_dec_FxD: Any, widths: Sequence[int]) -> np.ndarray:
-    """The norms of the decoder rows' parts, fp64 [P, F]."""
+    """Return the norms of the decoder rows' parts, fp64 [P, F]."""
     return np.stack([np.linalg.norm(part, axis=-1) for part in split(np.asarray(W_dec_FxD, np.float64), widths)])
 
 
 def row_normals(W_dec_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
-    """The gradient of ``row_lengths`` in the rows: each part's direction; 0 where it has none."""
+    """Return the gradient of ``row_lengths`` in the rows: each part's direction; 0 where it has none."""
     parts = [part_FxD / jnp.maximum(_norms(part_FxD), 1e-30)[:, None] for part_FxD in split(W_dec_FxD, widths)]
     return jnp.concatenate(parts, axis=-1)
 
 
 def join(config: DictionaryConfig, values: Mapping[str, Any]) -> jax.Array:
-    """What a crosscoder reads, [..., D], of the values [..., width] at its parts, by name.
+    """Return what a crosscoder reads, [..., D], from the values [..., width] at its parts, by name.
 
     Raises:
       UserError: a part is missing or of another width.
@@ -70,13 +70,14 @@ def join(config: DictionaryConfig, values: Mapping[str, Any]) -> jax.Array:
 
 
 def unjoin(config: DictionaryConfig, x_xD: Any) -> dict[str, Any]:
-    """The values at the parts, by name, that joined values [..., D] are made of; the inverse of ``join``."""
+    """Return the values at the parts, by name, of joined values [..., D]; the inverse of ``join``."""
     parts = zip(site_parts(config.site), split(x_xD, config.widths), config.scales, strict=True)
     return {name: part_xD / scale for name, part_xD, scale in parts}
 
 
 def is_not_sink(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
-    """Where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
+    """Return True where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
+    config.require_sink_norms()
     limits = [most * scale for most, scale in zip(config.max_norms, config.scales, strict=True)]
     norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]
     return jnp.stack([norm_x <= limit for norm_x, limit in zip(norms, limits, strict=True)]).all(0)

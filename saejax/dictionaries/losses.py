@@ -1,37 +1,43 @@
-"""What dictionaries minimise: means over the tokens of a batch, each a scalar."""
+"""Losses that dictionaries minimise: means over the tokens of a batch, each a scalar."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.dictionaries.joined import row_lengths
+from saejax.dictionaries import sparsity
 from saejax.dictionaries.matmul import matmul
+
+Gradients = tuple[jax.Array, jax.Array]
+_DEAD_SHARE, _LANES = 8, 128  # AuxK gathers at most an eighth of the features, in whole lanes of a vector unit
 
 
 def squared_error(
     y_BxD: jax.Array, y_hat_BxD: jax.Array, metric_DxD: jax.Array | None = None, matmul_dtype: str = "float32"
 ) -> jax.Array:
-    """Sum over the width of the squared error, mean over tokens (the convention of SAELens).
+    """Return the squared error, summed over the width and averaged over tokens (the convention of SAELens).
 
     Args:
-      metric_DxD: what errors are multiplied with first, such as ``whitening``.
+      y_BxD: targets.
+      y_hat_BxD: reconstructions.
+      metric_DxD: matrix that errors are multiplied with first, such as ``whitening``.
       matmul_dtype: dtype of the operands of that product.
     """
     return squared_size(y_BxD - y_hat_BxD, metric_DxD, matmul_dtype)
 
 
 def squared_size(error_BxD: jax.Array, metric_DxD: jax.Array | None = None, matmul_dtype: str = "float32") -> jax.Array:
-    """``squared_error`` of ``error_BxD``; ``metric_DxD`` and ``matmul_dtype`` are as there."""
+    """Return ``squared_error`` of errors ``error_BxD``; ``metric_DxD`` and ``matmul_dtype`` are as there."""
     if metric_DxD is not None:
         error_BxD = matmul(error_BxD, metric_DxD, matmul_dtype)
     return jnp.mean(jnp.sum(jnp.square(error_BxD), axis=-1))
 
 
 def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
-    """The matrix C^(-power/2) of the covariance C of activations ``acts``, [D, D] fp64, times a factor.
+    """Return C^(-power/2) of the covariance C of activations ``acts``, [D, D] fp64, times a factor.
 
     The squared error of ``error @ whitening`` weighs directions of small variance up: of C's eigenvalues v it makes
     v^(1 - power), the same for all at power 1. The factor keeps the total variance as it was. Eigenvalues
@@ -44,24 +50,29 @@ def whitening(acts_NxD: np.ndarray, power: float) -> np.ndarray:
     return matrix_DxD * np.sqrt(np.trace(covariance_DxD) / np.trace(matrix_DxD @ covariance_DxD @ matrix_DxD))
 
 
-def l1_norm_weighted(f_BxF: jax.Array, W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
-    """Mean over tokens of sum_i |f_i| |W_dec_i|, so that shrinking f and growing the decoder gains nothing.
+def l1_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
+    """Return the mean over tokens of sum_i |f_i| |W_dec_i|: shrinking f and growing the decoder gains nothing.
 
     Args:
-      widths: of the parts of a joined site, over which |W_dec_i| is the sum of the parts' lengths; (): one site.
+      f_BxF: activations.
+      norms_F: |W_dec_i|, ``Dictionary.decoder_norms_F``.
     """
-    return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * row_lengths(W_dec_FxD, widths))
+    return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms_F)
 
 
-def tanh_norm_weighted(
-    f_BxF: jax.Array, W_dec_FxD: jax.Array, slope: float = 4.0, widths: Sequence[int] = ()
-) -> jax.Array:
-    """Mean over tokens of sum_i tanh(slope f_i |W_dec_i|), a smooth stand-in for L0 (Conerly et al., 2025)."""
-    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * row_lengths(W_dec_FxD, widths)[None]), axis=-1))
+def tanh_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array, slope: float = 4.0) -> jax.Array:
+    """Return the mean over tokens of sum_i tanh(slope f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025).
+
+    Args:
+      f_BxF: activations.
+      norms_F: |W_dec_i|.
+      slope: how steeply it rises from 0 to 1.
+    """
+    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * norms_F[None]), axis=-1))
 
 
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
-    """Mean over pairs i != j of the squared covariance of the activations f_i and f_j.
+    """Return the mean over pairs i != j of the squared covariance of the activations f_i and f_j.
 
     Taken over at most ``tokens`` tokens, evenly spaced in the batch, and through the Gram matrix: with Z the centred
     activations of n tokens, |Z' Z|^2 = |Z Z'|^2, which costs n^2 F instead of n F^2.
@@ -76,13 +87,14 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
 
 
 def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Sum over the features of 1 - cos(encoder column, decoder row); one of length 0 has the cosine 0.
+    """Return the sum over features of 1 - cos(encoder column, decoder row); a vector of length 0 has cosine 0.
 
     Of features that overlap, decoder rows take on some of what fires with them and encoder columns what tells them
     apart: a feature's own direction lies between.
 
     Args:
-      W_enc_DxF, W_dec_FxD: of an SAE, whose encoder and decoder are of one space.
+      W_enc_DxF: encoder of an SAE, whose encoder and decoder are of one space.
+      W_dec_FxD: its decoder.
     """
     encoder_FxD = W_enc_DxF.T
     dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
@@ -90,20 +102,132 @@ def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
     return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
 
 
-def dead_pre_activation(
-    pre_BxF: jax.Array,
-    threshold_F: jax.Array,
-    dead_F: jax.Array,
-    W_dec_FxD: jax.Array,
-    widths: Sequence[int] = (),
-) -> jax.Array:
-    """Mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|: pulls dead ones back to firing."""
-    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * row_lengths(W_dec_FxD, widths)[None]
+def dead_pre_activation(pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, norms_F: jax.Array) -> jax.Array:
+    """Return the mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|.
+
+    It pulls dead features back to firing.
+
+    Args:
+      pre_BxF: pre-activations.
+      threshold_F: above which features fire.
+      dead_F: True for dead features.
+      norms_F: |W_dec|.
+    """
+    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * norms_F[None]
     return jnp.mean(jnp.sum(jnp.where(dead_F[None], short_BxF, jnp.zeros_like(short_BxF)), axis=-1))
 
 
 def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:
-    """1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
+    """Return 1 - sum |error|^2 / sum |y - mean of the batch|^2; 0 where all rows are the same."""
     deviations_BxD = y_BxD - jnp.mean(y_BxD, axis=0, keepdims=True)
     error, total = jnp.sum(jnp.square(error_BxD)), jnp.sum(jnp.square(deviations_BxD))
     return jnp.where(total > 0, 1 - error / jnp.where(total > 0, total, 1.0), 0.0)
+
+
+def auxk(
+    pre_BxF: jax.Array,
+    dead_F: jax.Array,
+    W_dec_FxD: jax.Array,
+    error_BxD: jax.Array,
+    k: int,
+    matmul_dtype: str = "float32",
+    metric_DxD: jax.Array | None = None,
+    most_dead: jax.Array | int | None = None,
+    all_columns: bool = False,
+) -> jax.Array:
+    """Return the AuxK loss: dead features reconstruct the residual of the living ones (after Gao et al., 2024).
+
+    The residual is a constant here, so that only dead features get a gradient:
+
+        min(dead / k, 1) * mean over tokens of |error - sum_i f_i W_dec_i|^2,   f = top-k of the dead pre-activations
+
+    Usually few features are dead. Then only their columns, C of them, are computed, at an eighth of the cost of a
+    product with all features.
+
+    Args:
+      pre_BxF: pre-activations.
+      dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
+      W_dec_FxD: decoder.
+      error_BxD: residual, y - y_hat.
+      k: how many dead features act on each token, at least 1.
+      matmul_dtype: dtype of the operands of the product.
+      metric_DxD: as for ``squared_error``.
+      most_dead: the largest number of dead features among the members that are computed at the same time, which chooses
+        the branch: under vmap a member's own number cannot. None: that of ``dead_F``.
+      all_columns: compute with all columns however few are dead, and gather none.
+    """
+    most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
+    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, most
+    return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
+
+
+def dead_columns(features: int, k: int) -> int:
+    """Return how many dead features' columns are gathered at most; 0 where that would save nothing.
+
+    Args:
+      features: of the dictionary.
+      k: how many dead ones act on each token.
+    """
+    room = -(-max(features // _DEAD_SHARE, k) // _LANES) * _LANES
+    return room if 2 * room <= features else 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+    return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)[0]
+
+
+def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+    """Compute both in one branch: autodiff would carry all residuals of every branch from one switch to another."""
+    dead_F, error_BxD, metric_DxD, most = constants
+
+    def explain(pre_BxC: jax.Array, W_dec_CxD: jax.Array) -> jax.Array:
+        """Return the loss of some columns, of which all but dead ones are 0."""
+        f_BxC = sparsity.topk(pre_BxC, k)
+        share = jnp.minimum(jnp.sum(dead_F).astype(pre_BxC.dtype) / k, 1.0)
+        return share * squared_error(error_BxD, matmul(f_BxC, W_dec_CxD, matmul_dtype), metric_DxD, matmul_dtype)
+
+    explained = jax.value_and_grad(explain, argnums=(0, 1))
+
+    def nothing(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> tuple[jax.Array, Gradients]:
+        return jnp.zeros((), pre_BxF.dtype), (jnp.zeros_like(pre_BxF), jnp.zeros_like(W_dec_FxD))
+
+    def with_all(pre_BxF: jax.Array, W_dec_FxD: jax.Array) -> tuple[jax.Array, Gradients]:
+        value, (to_pre_BxF, to_W_FxD) = explained(jnp.where(dead_F[None], pre_BxF, jnp.zeros_like(pre_BxF)), W_dec_FxD)
+        return value, (jnp.where(dead_F[None], to_pre_BxF, jnp.zeros_like(to_pre_BxF)), to_W_FxD)
+
+    few = 0 if all_columns else dead_columns(len(dead_F), k)
+    branches: list[Callable] = [nothing, with_all]
+    branch = jnp.int32(most > 0)
+    if few:
+        branches.insert(1, functools.partial(_few_columns, explained, dead_F, few))
+        branch += jnp.int32(most > few)
+    return lax.switch(branch, branches, pre_BxF, W_dec_FxD)
+
+
+def _few_columns(
+    explained: Callable[[jax.Array, jax.Array], tuple[jax.Array, Gradients]],
+    dead_F: jax.Array,
+    room: int,
+    pre_BxF: jax.Array,
+    W_dec_FxD: jax.Array,
+) -> tuple[jax.Array, Gradients]:
+    """Evaluate ``explained`` on the dead features' columns alone, at most ``room`` of them."""
+    features = len(dead_F)
+    (at_C,) = jnp.nonzero(dead_F, size=room, fill_value=features)
+    at_C = jnp.where(at_C < features, at_C, features + jnp.arange(room))  # distinct indices out of range
+    pre_BxC = pre_BxF.at[:, at_C].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+    W_dec_CxD = W_dec_FxD.at[at_C].get(mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True)
+    value, (to_pre_BxC, to_W_CxD) = explained(pre_BxC, W_dec_CxD)
+    placed = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
+    to_pre_BxF = jnp.zeros_like(pre_BxF).at[:, at_C].set(to_pre_BxC, **placed)
+    return value, (to_pre_BxF, jnp.zeros_like(W_dec_FxD).at[at_C].set(to_W_CxD, **placed))
+
+
+_auxk.defvjp(
+    _auxk_and_gradients,
+    lambda k, matmul_dtype, all_columns, gradients, cotangent: (
+        *(cotangent * gradient for gradient in gradients),
+        None,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Matrix products with operands in a chosen dtype and sums in the arrays' own."""
+"""Matrix products with operands in a chosen dtype and sums in the arrays' dtype."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(a_xK: jax.Array, b_KxN: jax.Array, matmul_dtype: str = "float32") -> jax.Array:
-    """a @ b.
+    """Return a @ b.
 
     With ``matmul_dtype="bfloat16"`` both operands are rounded to bfloat16 and the products summed in
     float32, in the forward pass and in both products of the backward pass. (Plain automatic differentiation
@@ -25,10 +25,11 @@ def matmul(a_xK: jax.Array, b_KxN: jax.Array, matmul_dtype: str = "float32") -> 
 
 
 def product(a: jax.Array, b: jax.Array, matmul_dtype: str) -> jax.Array:
-    """``matmul`` for programs that have gradients of their own.
+    """Return a @ b, for code that defines its own gradients; see ``matmul``.
 
     Args:
-      a, b: as for ``matmul``.
+      a: any leading dimensions.
+      b: a matrix.
       matmul_dtype: as for ``matmul``.
     """
     if matmul_dtype == "bfloat16":
@@ -53,7 +54,7 @@ matmul.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, matmul_dtype: str = "float32") -> jax.Array:
-    """(x - centre) @ b, as ``matmul``.
+    """Return (x - centre) @ b, as ``matmul``.
 
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
@@ -83,10 +84,11 @@ def _rows(a_xK: jax.Array) -> jax.Array:
 
 
 def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
-    """a.T @ g; for bfloat16 the narrower of the two is transposed, because on a CPU that is written out in memory.
+    """Return a.T @ g; for bfloat16 the narrower is transposed, because on a CPU the transpose is written to memory.
 
     Args:
-      a_BxK, g_BxN: matrices.
+      a_BxK: a matrix.
+      g_BxN: a matrix.
       matmul_dtype: as for ``matmul``.
     """
     if matmul_dtype != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
@@ -95,7 +97,7 @@ def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Arra
 
 
 def transposed(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
-    """The transpose, on a CPU written out in memory for bfloat16.
+    """Return the transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
     576 x 4608: 50 ms against 27 ms, of which the copy is 4); GPUs and TPUs read either order.

@@ -1,33 +1,44 @@
-"""A sparse dictionary as a Flax module: encoder, sparsity function, decoder.
+"""A dictionary of features as a Flax module: encoder, sparsity function, decoder, and edits of its features.
 
     f = sparsity((x - b_dec) W_enc + b_enc)        features, F of them, mostly 0
-    y_hat = f W_dec + b_dec                        reconstruction of x, or a transcoder's prediction of another site
+    y_hat = f W_dec + b_dec [+ x W_skip]           reconstruction of x, or a transcoder's prediction of another site
 
-Rows of ``W_dec`` are the features' directions. Those of dictionaries trained here have unit norm, so ``f_i`` is the
-length of what feature i adds; a dictionary loaded from another tool's file keeps the lengths that it has. Positions
-whose norm exceeds ``max_norm`` are attention sinks: the dictionary was not trained on them, is not scored on them, and
-its edits leave them as they are.
+Everything that has features with directions at a site is a ``Dictionary``: an SAE, a transcoder, one layer of a
+cross-layer transcoder, principal components, an MLP's neurons. Which features are active is decided by its kind, one of
+``dictionaries.kinds``.
 
-Which features are active is the matter of its kind, of ``dictionaries.kinds``.
+Rows of ``W_dec`` are the features' directions. Those of dictionaries trained here have unit norm, so that ``f_i`` is
+the length of what feature i adds; a dictionary loaded from another tool's file keeps the lengths of the file.
+
+Positions with an extreme norm are attention sinks: features mean nothing there, and edits leave them as they are. The
+rule belongs to the model and the site; see ``models.sinks``. A dictionary whose ``max_norm`` is None does not know it
+yet and refuses to be edited or masked until ``with_sink_norms`` has been called, which ``lm(..., edits=[...])`` and
+every stage do.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from saejax.dictionaries import joined, kinds
 from saejax.dictionaries.description import DictionaryConfig
-from saejax.dictionaries.editing import Editing
+from saejax.dictionaries.edits import FeatureEdit
 from saejax.dictionaries.input_norm import normalise
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
+from saejax.errors import UserError, one_of
+from saejax.models.edits import Positions, Span, Values
+from saejax.models.sites import KINDS, Site
 
 
 def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Every array of a dictionary: its shape, and the mesh axis over which each dimension is split."""
+    """Return each array's shape, and the mesh axis over which each of its dimensions is split."""
     d, f = config.d_in, config.n_features
     by_feature: tuple[tuple[int, ...], tuple[str | None, ...]] = ((f,), ("model",))
     table: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
@@ -42,18 +53,38 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
     return table
 
 
-class Dictionary(Editing, nnx.Module):
-    """A sparse autoencoder of one site, or a transcoder from one site to another; a pytree of its arrays.
+class Dictionary(nnx.Module):
+    """A sparse autoencoder of one site, a transcoder from one site to another, or another basis; a pytree of arrays.
 
     ``config`` and ``matmul_dtype`` are static, part of the tree's structure: programs take dictionaries as arguments,
     and dictionaries that differ only in their arrays share a compiled program.
 
-    Edits of its features during a forward pass are made by the methods of ``Editing``: ``lm(tokens,
-    edits=[sae.ablate([101, 2048])])``.
+    **Edits.** ``ablate``, ``set``, ``scale``, ``patch``, ``steer``, ``redraw``, ``ablate_error`` and ``patch_error``
+    give edits for ``lm(tokens, edits=[sae.ablate([101, 2048])])``. Features are distinct indices, 0 <= i < n_features.
+    The new activation g_i of each replaces its activation f_i; a transcoder's features are read at its site and changed
+    at its target. Programs are compiled once for each number of features, whatever features and values.
+
+    ``positions``:
+
+    - "all";
+    - "last": each prompt's last token, and in generation every new token as it is read;
+    - (start, stop): counted from 0 in each text, new tokens included; a stop of None is the end;
+    - "fires": of each feature, those at which it is active.
+
+    Padding and attention sinks pass untouched, by all edits.
+
+    ``error``:
+
+    - "keep": y' = y + sum_i (g_i - f_i) W_dec_i, so that what the dictionary does not explain stays;
+    - "drop": y' = decode(f with g in it); where positions are "fires", at those at which any of the features does.
+
+    All edit methods raise a ``UserError`` for features, positions and shapes that cannot be. A width that differs from
+    the site's is an error when the model runs.
 
     Args:
       matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
-      arrays: those of ``parameter_table``.
+      arrays: those of ``parameter_table``; and "max_norm", a scalar, in place of that of ``config`` where dictionaries
+        of several layers should share compiled programs.
     """
 
     def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
@@ -63,29 +94,58 @@ class Dictionary(Editing, nnx.Module):
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
             setattr(self, name, nnx.Param(arrays[name]))
+        if "max_norm" in arrays:
+            self.max_norm = nnx.Param(arrays["max_norm"])
 
     @classmethod
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, matmul_dtype: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """A dictionary of unit directions drawn by ``key``; the encoder is the decoder's transpose, all else is 0."""
+        """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
         first = dict(W_enc_DxF=directions_FxD.T, W_dec_FxD=directions_FxD)
         if config.widths:
-            # Rows of norm 1 / length: so the encoder is as much longer, and decode(encode(row)) gives the row again.
+            # Rows of norm 1 / length: the encoder is longer by as much, so that decode(encode(row)) gives the row.
             length_Fx1 = joined.row_lengths(directions_FxD, config.widths)[:, None]
             first = dict(W_enc_DxF=(directions_FxD * length_Fx1).T, W_dec_FxD=directions_FxD / length_Fx1)
-        return cls(config, matmul_dtype, **arrays | first)
+        return Dictionary(config, matmul_dtype, **arrays | first)
+
+    @property
+    def site(self) -> str:
+        """The site that is read."""
+        return self.config.site
+
+    @property
+    def kind(self) -> kinds.Kind:
+        """The object that decides which features are active."""
+        return kinds.by_name(self.config.kind)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The fields of ``config`` that the kind reads as numbers."""
+        return {name: getattr(self.config, name) for name in self.kind.numbers}
 
     @property
     def arrays(self) -> dict[str, jax.Array]:
-        """Its arrays by name."""
-        return {name: getattr(self, name)[...] for name in parameter_table(self.config)}
+        """The arrays by name."""
+        names = (*parameter_table(self.config), "max_norm")
+        return {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
+
+    @property
+    def decoder_norms_F(self) -> jax.Array:
+        """Length of each feature's direction, [F], by which penalties weigh activations; see ``joined.row_lengths``."""
+        return joined.row_lengths(self.W_dec_FxD[...], self.config.widths)
+
+    def with_config(self, config: DictionaryConfig) -> Self:
+        """Return a dictionary of the same arrays with another config, which must give them the same shapes."""
+        copied = nnx.merge(*nnx.split(self))
+        copied.config = nnx.static(config)
+        return copied
 
     def pre_activations(self, x_xD: jax.Array) -> jax.Array:
-        """What the encoder gives before its bias, ``[..., F]``."""
+        """Return the encoder's output before its bias, [..., F]."""
         x_xD = x_xD.astype(self.b_dec_D.dtype)
         if self.config.input_norm:
             x_xD = normalise(x_xD, self.config.input_norm).x_xD
@@ -97,21 +157,11 @@ class Dictionary(Editing, nnx.Module):
         """A matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
         return parameter[...].astype(self.b_dec_D.dtype)
 
-    @property
-    def kind(self) -> kinds.Kind:
-        """What decides which of its features are active."""
-        return kinds.by_name(self.config.kind)
-
-    @property
-    def numbers(self) -> dict[str, float]:
-        """What its kind reads of ``config`` as numbers."""
-        return {name: getattr(self.config, name) for name in self.kind.numbers}
-
     def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
-        """Feature activations ``f_xF`` of ``x_xD`` (any leading dimensions); 0 or above unless its kind is signed.
+        """Return feature activations [..., F]; 0 or above unless the kind is signed.
 
         Args:
-          x_xD: values of the site.
+          x_xD: values of the site, any leading dimensions.
           numbers: in place of those of ``config``, such as traced ones.
         """
         projected_xF = self.pre_activations(x_xD)
@@ -121,8 +171,26 @@ class Dictionary(Editing, nnx.Module):
             f_xF = f_xF * normalise(x_xD.astype(f_xF.dtype), self.config.input_norm).scale_x1
         return f_xF
 
+    def encode_features(self, x_xD: jax.Array, features_K: jax.Array) -> jax.Array:
+        """Return the activations [..., K] of some features, ``encode(x)[..., features_K]``.
+
+        Where a feature's activation depends on its own column only (``Kind.elementwise``), K columns of the encoder are
+        computed instead of F.
+        """
+        if type(self).encode is not Dictionary.encode or not self.kind.is_elementwise() or not len(features_K):
+            return self.encode(x_xD)[..., features_K]
+        axes = {name: axes for name, (_, axes) in parameter_table(self.config).items()}
+        arrays = {
+            name: jnp.take(array, features_K, axis=axes[name].index("model"))
+            if "model" in axes.get(name, ())
+            else array
+            for name, array in self.arrays.items()
+        }
+        config = dataclasses.replace(self.config, n_features=len(features_K), groups=())
+        return Dictionary(config, self.matmul_dtype, **arrays).encode(x_xD)
+
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """The reconstruction, or the prediction of the target, from feature activations.
+        """Return the reconstruction, or the prediction of the target, [..., D].
 
         Args:
           f_xF: feature activations.
@@ -130,27 +198,26 @@ class Dictionary(Editing, nnx.Module):
         """
         written_xD = matmul(f_xF, self._matrix(self.W_dec_FxD), self.matmul_dtype)
         if not self.config.input_norm:
-            return self._with_bias(written_xD, x_xD)
+            return self._add_bias(written_xD, x_xD)
         if x_xD is None:
             raise ValueError("a dictionary that normalises each token decodes with its input: give x_xD")
         normalised = normalise(x_xD.astype(written_xD.dtype), self.config.input_norm)
         if self.config.output_units:  # features have the scale already
-            bias_xD = self._with_bias(jnp.zeros_like(written_xD), normalised.x_xD)
+            bias_xD = self._add_bias(jnp.zeros_like(written_xD), normalised.x_xD)
             return written_xD + bias_xD * normalised.scale_x1 + normalised.shift_x1
-        return self._with_bias(written_xD, normalised.x_xD) * normalised.scale_x1 + normalised.shift_x1
+        return self._add_bias(written_xD, normalised.x_xD) * normalised.scale_x1 + normalised.shift_x1
 
     def output_scale(self, x_xD: jax.Array) -> jax.Array | None:
-        """What decoder rows are multiplied with at each token, [..., 1]; None for 1 at all of them."""
+        """Return the factor of decoder rows at each token, [..., 1]; None for 1 at all of them."""
         if self.config.input_norm in ("", "center") or self.config.output_units:
             return None
         return normalise(x_xD.astype(self.b_dec_D.dtype), self.config.input_norm).scale_x1
 
     def without_bias(self, y_xD: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """What is left of targets for features to explain: y less what ``decode`` adds whatever they are."""
-        return y_xD - self._with_bias(jnp.zeros_like(y_xD), x_xD)
+        """Return what is left of targets for features to explain: y minus what ``decode`` adds to f W_dec."""
+        return y_xD - self._add_bias(jnp.zeros_like(y_xD), x_xD)
 
-    def _with_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
-        """What features add, and what is added whatever they are."""
+    def _add_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
         y_xD = y_xD + row(self.b_dec_D[...], y_xD.ndim)
         if not self.config.skip:
             return y_xD
@@ -159,15 +226,205 @@ class Dictionary(Editing, nnx.Module):
         return y_xD + matmul(x_xD.astype(y_xD.dtype), self._matrix(self.W_skip_DxD), self.matmul_dtype)
 
     def __call__(self, x_xD: jax.Array) -> jax.Array:
-        """Encodes and decodes."""
+        """Encode and decode."""
         return self.decode(self.encode(x_xD), x_xD)
 
     def fires(self, f_xF: jax.Array) -> jax.Array:
-        """Where features fire: above 0 in most kinds."""
+        """Return where activations count as active; above 0 in most kinds."""
         return self.kind.fires(f_xF, self.numbers)
 
-    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
-        """True where ``x`` is not an attention sink; the shape of ``x`` without its last axis."""
+    # The attention-sink rule.
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> Self:
+        """Return the dictionary with the sink rule of its sites.
+
+        Args:
+          sink_norm: gives the norm above which a position of a site is an attention sink: ``lm.sink_norm`` of the
+            model, or ``store.max_norm`` of a store of its activations.
+          replace: also take the place of thresholds that the dictionary already has.
+        """
+        config = self.config.with_sink_norms(sink_norm, replace)
+        return self if config == self.config else self.with_config(config)
+
+    def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+        """Return True where a position is no attention sink; the shape of ``x`` without its last axis.
+
+        Args:
+          x_xD: values at the site that is read.
+          y_xD: values at a transcoder's target; a position is a sink if it is one at either site.
+
+        Raises:
+          UserError: the sink rule is not known yet.
+        """
+        if hasattr(self, "max_norm"):
+            return _norms(x_xD) <= self.max_norm[...]
+        self.config.require_sink_norms()
         if self.config.widths:
             return joined.is_not_sink(self.config, x_xD)
-        return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1) <= self.config.max_norm
+        is_not_sink_x = _norms(x_xD) <= self.config.max_norm
+        if self.config.target and y_xD is not None:
+            is_not_sink_x &= _norms(y_xD) <= self.config.target_max_norm
+        return is_not_sink_x
+
+    # Edits of features.
+
+    def ablate(self, features: Sequence[int], positions: str | Span = "all", error: str = "keep") -> FeatureEdit:
+        """Return the edit g = 0."""
+        return self._edit(features, 0.0, 0.0, positions, error)
+
+    def set(
+        self, features: Sequence[int], activations: Any, positions: str | Span = "all", error: str = "keep"
+    ) -> FeatureEdit:
+        """Return the edit g = activations: a number, or one for each feature, [K], such as means over some text."""
+        return self._edit(features, 0.0, activations, positions, error)
+
+    def scale(
+        self, features: Sequence[int], factor: Any, positions: str | Span = "all", error: str = "keep"
+    ) -> FeatureEdit:
+        """Return the edit g = factor x f; the factor is a number, or one for each feature, [K]."""
+        return self._edit(features, factor, 0.0, positions, error)
+
+    def patch(
+        self, features: Sequence[int], f_BxTxK: Any, positions: str | Span = "all", error: str = "keep"
+    ) -> FeatureEdit:
+        """Return the edit g = activations given for every position of the prompts, such as those of counterparts.
+
+        New tokens, in generation, have none and pass unchanged.
+
+        Args:
+          features: distinct indices, K of them.
+          f_BxTxK: T is the prompts' length with padding; values at padding have no effect.
+          positions: see the class.
+          error: see the class.
+        """
+        values = Values.for_prompts(f_BxTxK, len(features), "what is patched in")
+        return self._edit(features, 0.0, values, positions, error)
+
+    def steer(
+        self, features: Sequence[int], amount: Any, positions: str | Span = "all", error: str = "keep"
+    ) -> FeatureEdit:
+        """Return the edit g = f + amount: amount x W_dec_i is added, whether the feature fires there or not.
+
+        Args:
+          features: distinct indices, K of them.
+          amount: in units of activations, a number or one for each feature, [K]. Where decoder rows have unit norm it
+            is the length of what is added.
+          positions: see the class.
+          error: see the class.
+        """
+        return self._edit(features, 1.0, amount, positions, error)
+
+    def redraw(
+        self,
+        features: Sequence[int],
+        pools: Sequence[Any],
+        length: int,
+        seed: int = 789,
+        texts: Sequence[int] | None = None,
+    ) -> FeatureEdit:
+        """Return the edit g = a random draw from the feature's pool where it fires, at new tokens, too.
+
+        The draw depends on seed, feature, text and position in the text alone, so that it is the same in every batch
+        and with every method of generation.
+
+        Args:
+          features: distinct indices.
+          pools: for each feature the activations, [N], that are drawn from, such as those where it fires on some text;
+            a feature whose pool is empty stays as it is.
+          length: positions of a text with independent draws, such as the model's context; later ones share one draw.
+          seed: of the draws.
+          texts: a number for each text that the edit is used on; equal numbers get equal draws. None: all texts get the
+            same draws, however many there are.
+        """
+        features_K = self._indices(features)
+        numbers, row_B = np.unique(np.zeros(1, int) if texts is None else texts, return_inverse=True)
+        draw_NxTxK = np.zeros((len(numbers), length, len(features_K)), np.float32)
+        factor_K = np.ones(len(features_K), np.float32)
+        for k, (feature, pool) in enumerate(zip(features_K.tolist(), pools, strict=True)):
+            pool = np.asarray(pool, np.float32)
+            if not np.isfinite(pool).all():
+                raise UserError(f"the pool of feature {feature} holds NaN or infinity: expected finite activations")
+            if len(pool):
+                for draw_TxK, number in zip(draw_NxTxK, numbers.tolist(), strict=True):
+                    key = [seed, feature] if texts is None else [seed, feature, number]
+                    draw_TxK[:, k] = np.random.default_rng(key).choice(pool, length)
+                factor_K[k] = 0.0
+        where = Positions.parse("fires", ("fires",))
+        return self._make_edit(features_K, factor_K, Values.for_positions(draw_NxTxK[row_B]), where, None)
+
+    def ablate_error(self, positions: str | Span = "all") -> FeatureEdit:
+        """Return the edit y' = decode(f): the dictionary's error term goes and all features stay."""
+        return self._error_edit(Values.constant(0.0, self.config.d_in, "the error term"), positions)
+
+    def patch_error(self, error_BxTxD: Any, positions: str | Span = "all") -> FeatureEdit:
+        """Return the edit y' = decode(f) + an error term given for every position of the prompts.
+
+        Args:
+          error_BxTxD: such as ``x - sae(x)`` of counterpart prompts; see ``patch``.
+          positions: see the class.
+        """
+        return self._error_edit(Values.for_prompts(error_BxTxD, self.config.d_in, "the error term"), positions)
+
+    def resample(self, features: Sequence[int], x_BxTxD: Any, mask_BxT: Any, seed: int = 789) -> np.ndarray:
+        """Return activations to ``patch`` in: where a feature fires, its activation at another position where it does.
+
+        The position is drawn at random from all prompts; a feature that fires at one position only keeps its
+        activation. Draws of a feature do not depend on the others that are named.
+
+        Args:
+          features: distinct indices, K of them.
+          x_BxTxD: the values at the site that the dictionary reads.
+          mask_BxT: True at real positions.
+          seed: of the draws.
+
+        Returns:
+          [B, T, K] fp32.
+        """
+        features_K = self._indices(features)
+        f_BxTxK = self.encode_features(jnp.asarray(x_BxTxD), jnp.asarray(features_K))
+        editable_BxT = np.asarray(mask_BxT) & np.asarray(self.is_not_sink(jnp.asarray(x_BxTxD)))
+        fires_BxTxK = np.asarray(self.fires(f_BxTxK)) & editable_BxT[..., None]
+        f_BxTxK = np.array(f_BxTxK)
+        for k, feature in enumerate(features_K.tolist()):
+            f_N = f_BxTxK[..., k][fires_BxTxK[..., k]]
+            if len(f_N) > 1:
+                drawn_N = np.random.default_rng([seed, feature]).integers(len(f_N) - 1, size=len(f_N))
+                drawn_N += drawn_N >= np.arange(len(f_N))  # any position but the same
+                f_BxTxK[..., k][fires_BxTxK[..., k]] = f_N[drawn_N]
+        return f_BxTxK
+
+    def _edit(
+        self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
+    ) -> FeatureEdit:
+        one_of(error, ("keep", "drop"), "error")
+        dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
+        where = Positions.parse(positions, ("all", "last", "fires"))
+        return self._make_edit(self._indices(features), factor, offset, where, dropped)
+
+    def _error_edit(self, error: Values, positions: str | Span) -> FeatureEdit:
+        return self._make_edit(np.zeros(0, np.int32), 1.0, 0.0, Positions.parse(positions), error)
+
+    def _make_edit(
+        self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
+    ) -> FeatureEdit:
+        reads = Site.parse(self.config.site)
+        site = Site.parse(self.config.target) if self.config.target else reads
+        if reads.layer != site.layer or KINDS.index(reads.kind) > KINDS.index(site.kind):
+            raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")
+        count = len(features_K)
+        factors = Values.constant(factor, count, "the factor").values_BxTxN
+        offsets = offset if isinstance(offset, Values) else Values.constant(offset, count, "the activation")
+        return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
+
+    def _indices(self, features: Sequence[int]) -> np.ndarray:
+        indices, n = list(map(operator.index, features)), self.config.n_features
+        wrong = [i for i in indices if not 0 <= i < n]
+        if wrong:
+            raise UserError(f"features {wrong[:5]} do not exist: there are 0 to {n - 1}")
+        if not indices or len({*indices}) < len(indices):
+            raise UserError(f"features are {indices[:8]}: expected at least one, and none twice")
+        return np.asarray(indices, np.int32)
+
+
+def _norms(x_xD: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)

@@ -1,4 +1,4 @@
-"""The largest of many values: thresholds that keep them, and where they are.
+"""Selection of the largest of many values: thresholds that keep them, and their positions.
 
 XLA sorts to find them, which takes as long as the products of a training step, so thresholds are searched instead.
 """
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_SAMPLED = 16  # one of so many tokens is looked at first
+_SAMPLED = 16  # one token in this many is looked at first
 _BLOCK = 16  # features, of which the maximum is taken before the k largest are chosen
 
 
 def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
-    """A threshold, [1, 1], such that ``values > threshold`` keeps the B k largest of all (all positive ones if fewer).
+    """Return a threshold, [1, 1], above which the B k largest of all values lie (all positive ones if fewer).
 
     Args:
       values_BxF: not negative.
@@ -32,7 +32,7 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
 def _bracket(
     values_BxF: jax.Array, keep: jax.Array, low_1x1: jax.Array, high_1x1: jax.Array, above_high_1x1: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Closer bounds of the threshold, and the number of values above the upper one, from some of the tokens.
+    """Return closer bounds of the threshold, and the number of values above the upper one, from some of the tokens.
 
     The share of values above a threshold differs little between samples of tokens, so the thresholds of a little more
     and of a little less of it in a sample nearly always enclose that of all; where they do not, a bound stays.
@@ -49,7 +49,7 @@ def _bracket(
 
 
 def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
-    """A threshold just below the k-th largest activation of each token.
+    """Return a threshold just below the k-th largest activation of each token.
 
     XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
     slow for k > 16. Instead a threshold is searched above which k values lie. The k-th largest of the maxima of
@@ -79,8 +79,8 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
 
     def best_blocks(acts_xF: jax.Array) -> jax.Array:
         blocks_xNx16 = _blocks(acts_xF)
-        largest_xK, place_xK = lax.top_k(blocks_xNx16.max(-1), most)
-        chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, place_xK[..., None], axis=-2, mode="promise_in_bounds")
+        largest_xK, block_xK = lax.top_k(blocks_xNx16.max(-1), most)
+        chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, block_xK[..., None], axis=-2, mode="promise_in_bounds")
         chosen = chosen_xKx16.reshape(*acts_xF.shape[:-1], -1)
         # Not by slices, which would keep XLA from taking its own top-k for the sort.
         low_x1, high_x1 = largest_xK.min(-1, keepdims=True), largest_xK.max(-1, keepdims=True)
@@ -90,59 +90,26 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
 
 
 def largest(pre_BxF: jax.Array, k: int | jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest positive values of each row and where they are, int32; both [B, most]. Of equals, the first ones.
+    """Return the k largest positive values of each row, falling, and their positions, int32; both [B, most].
 
-    Values are 0, at any place, where there are no more. All lie in the k blocks of the largest maxima.
+    Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more. XLA:CPU
+    sorts the values of a few blocks faster than whole rows, and all lie in the blocks of the k largest maxima.
 
     Args:
       pre_BxF: pre-activations.
       k: 1 <= k <= most; may be traced.
       most: the largest k there can be, at most F.
     """
-    cpu, default = (functools.partial(choose, most=most) for choose in (_largest_by_sorting, _largest_by_searching))
-    return lax.platform_dependent(pre_BxF, jnp.asarray(k, jnp.int32), cpu=cpu, default=default)
-
-
-def _largest_by_sorting(pre_BxF: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """``largest``, falling. XLA:CPU sorts a block's values faster than whole rows."""
     count, features = pre_BxF.shape
     if features % _BLOCK or most >= features // _BLOCK:
-        value_BxK, place_BxK = lax.top_k(pre_BxF, most)
+        value_BxK, position_BxK = lax.top_k(pre_BxF, most)
     else:
         blocks_BxNx16 = _blocks(pre_BxF)
         block_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), most)[1], axis=1)  # so that the first of equals is
         chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
         value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), most)
-        place_BxK = jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
-    return jnp.where((jnp.arange(most)[None] < k) & (value_BxK > 0), value_BxK, 0.0), place_BxK
-
-
-def _largest_by_searching(pre_BxF: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """``largest``, in order of their places, without a sort, which is slow on a GPU."""
-    acts_BxF, features = jax.nn.relu(pre_BxF), pre_BxF.shape[1]
-    if features % _BLOCK or most >= features // _BLOCK:
-        return _first_kept(acts_BxF, k, most)
-    blocks_BxNx16 = _blocks(acts_BxF)
-    maximum_BxK, block_BxK = _first_kept(blocks_BxNx16.max(-1), k, most)
-    chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
-    chosen_BxKx16 = jnp.where(maximum_BxK[..., None] > 0, chosen_BxKx16, 0.0)  # no block twice
-    value_BxK, at_BxK = _first_kept(chosen_BxKx16.reshape(len(pre_BxF), -1), k, most)
-    return value_BxK, jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
-
-
-def _first_kept(acts_BxC: jax.Array, k: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """``largest`` of values that are not negative, in order of their places."""
-    highest_Bx1 = acts_BxC.max(-1, keepdims=True)
-    kept_BxC = acts_BxC > _search(acts_BxC, k, jnp.zeros_like(highest_Bx1), highest_Bx1, _count_each)
-    smallest_Bx1 = jnp.min(jnp.where(kept_BxC, acts_BxC, jnp.inf), axis=-1, keepdims=True)
-    above_BxC, ties_BxC = kept_BxC & (acts_BxC > smallest_Bx1), kept_BxC & (acts_BxC == smallest_Bx1)
-    room_Bx1 = k - jnp.sum(above_BxC, axis=-1, keepdims=True, dtype=jnp.int32)
-    ties_BxC &= jnp.cumsum(ties_BxC, axis=-1, dtype=jnp.int32) <= room_Bx1
-    count_BxC = jnp.cumsum(above_BxC | ties_BxC, axis=-1, dtype=jnp.int32)
-    wanted_K = jnp.arange(1, most + 1, dtype=jnp.int32)
-    place_BxK = jax.vmap(lambda count_C: jnp.searchsorted(count_C, wanted_K))(count_BxC).astype(jnp.int32)
-    there_BxK, place_BxK = place_BxK < acts_BxC.shape[1], jnp.minimum(place_BxK, acts_BxC.shape[1] - 1)
-    return jnp.where(there_BxK, jnp.take_along_axis(acts_BxC, place_BxK, axis=1), 0.0), place_BxK
+        position_BxK = jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
+    return jnp.where((jnp.arange(most)[None] < k) & (value_BxK > 0), value_BxK, 0.0), position_BxK
 
 
 def _blocks(acts_xF: jax.Array) -> jax.Array:
@@ -157,7 +124,7 @@ def _search(
     count: Callable,
     above_high: jax.Array | None = None,
 ) -> jax.Array:
-    """The largest threshold found above which ``keep`` values lie, or more where they tie.
+    """Search the largest threshold above which ``keep`` values lie, or more where they tie.
 
     The logarithm of the count falls about linearly with the threshold, so the next one to try is interpolated; the
     end that stays where it is loses half its weight each time (the Illinois rule), and every third interval is halved.
@@ -167,7 +134,8 @@ def _search(
     Args:
       acts: not negative.
       keep: how many are to lie above.
-      low, high: that many lie at or above ``low``, fewer above ``high``.
+      low: a threshold at or above which that many lie.
+      high: a threshold above which fewer lie.
       count: (acts, threshold) to the number above, of the threshold's shape, int32.
       above_high: how many lie above ``high``; None: none.
     """
@@ -179,7 +147,7 @@ def _search(
     def excess(above: jax.Array) -> jax.Array:  # 0 where it is ``keep``; the half is for counts of 0
         return jnp.log((above.astype(jnp.float32) + 0.5) / (keep.astype(jnp.float32) + 0.5))
 
-    def unsettled(carry):
+    def is_open(carry):
         low, high, above_low, *_ = carry
         return jnp.any((above_low > keep) & (high - low > 1))
 
@@ -190,8 +158,8 @@ def _search(
         step = (share * (high - low).astype(jnp.float32)).astype(integer)
         middle = low + jnp.clip(step, 1, jnp.maximum(high - low - 1, 1))
         above = count(acts, to_float(middle))
-        settled = (above_low <= keep) | (high - low <= 1)  # leave that threshold where it is
-        raise_low, lower_high = ~settled & (above >= keep), ~settled & (above < keep)
+        is_done = (above_low <= keep) | (high - low <= 1)  # leave that threshold where it is
+        raise_low, lower_high = ~is_done & (above >= keep), ~is_done & (above < keep)
         return (
             jnp.where(raise_low, middle, low),
             jnp.where(lower_high, middle, high),
@@ -203,11 +171,11 @@ def _search(
 
     above_low = count(acts, to_float(low_bits))
     ends = excess(above_low), excess(jnp.zeros_like(above_low) if above_high is None else above_high)
-    return to_float(lax.while_loop(unsettled, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
+    return to_float(lax.while_loop(is_open, narrow, (low_bits, to_bits(high), above_low, *ends, jnp.int32(0)))[0])
 
 
 def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
-    """Values above a threshold of each token's own, or of all tokens; [..., 1]."""
+    """Count the values above a threshold, one of each token or one of all; [..., 1]."""
     # Floats, because XLA:CPU vectorises neither comparisons nor sums of integers; exact up to 2^24 features.
     above_x1 = jnp.sum((acts_xF > threshold).astype(jnp.float32), axis=-1, keepdims=True)
     return above_x1.astype(jnp.int32)

@@ -1,59 +1,128 @@
-"""TopK codes without the products of features that are not active.
+"""TopK training from sparse codes: products with the active features only.
 
 Of a token's F features k are active, so decoding and every product of its gradient take k / F of the dense form's
-multiplications. The encoder's product stays. There are two forms:
+multiplications. The encoder's product stays. It is for one CPU device: ``jax.experimental.sparse`` multiplies matrices
+in compressed rows by a kernel of jaxlib, while XLA's gathers and scatters are as slow as dense products. Processor time
+in ms of 1,024 tokens, F 4,608, width 576 and k 32, dense in fp32, dense in bfloat16 and sparse: decoding 52, 21, 4; the
+gradient of activations 49, 13, 9; that of a weight matrix 48, 55, 8.
 
-- ``rows``, for one CPU device: ``jax.experimental.sparse`` multiplies matrices in compressed rows by a kernel of
-  jaxlib; gathers and scatters by XLA are as slow as the dense products. Processor time in ms of 1,024 tokens, F 4,608,
-  width 576 and k 32, dense in fp32, dense in bfloat16 and sparse: decoding 52, 21, 4; the gradient of activations 49,
-  13, 9; that of a weight matrix 48, 55, 8.
-- ``kernels``, for one GPU: those of ``sparse_kernels``. Nobody has timed them yet, so nobody gets them unasked.
-
-The dense form (``sparsity.topk``, ``matmul``) is what these are tested against, and what all else uses.
+The dense form (``sparsity.topk``, ``matmul``) is what this is tested against, and what all else uses. Values and
+gradients of both are those of the same function, up to rounding and up to ties with a token's k-th largest value.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.sparse import BCSR
 from jax.sharding import Mesh
 
-from saejax.dictionaries import selection, sparse_kernels
-from saejax.dictionaries.codes import ByFeature, SparseCode
+from saejax.dictionaries import selection
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 
-_WINS_FROM = dict(float32=24, bfloat16=64)  # features per active one, by the operands of dense products
+_WINS_FROM = dict(float32=24, bfloat16=64)  # features per active one, by the dtype of dense products
 _GATHERED = 16  # tokens whose decoder rows are gathered at once: they fit into a core's cache
+_PACKED = 2**32  # numbers that 32 bits hold
 
 
-def chosen_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
-    """The form of a training step's products: "dense", "rows" or "kernels".
+def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
+    """Return the form of a training step's products: "dense" or "rows" (sparse).
 
     Args:
       asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
+      mesh: the devices.
       matmul_dtype: of the dense products; see ``matmul``.
-      n_features, k: F, and how many are active at most.
+      n_features: F.
+      k: how many are active at most.
 
     Raises:
-      UserError: what is asked for is not for these devices.
+      UserError: "rows" is asked for on other devices than one CPU.
     """
     platform = mesh.devices.flat[0].platform
+    one_cpu = platform == "cpu" and mesh.size == 1
     if asked == "auto":
-        wins = platform == "cpu" and mesh.size == 1 and n_features >= _WINS_FROM[matmul_dtype] * k
-        return "rows" if wins else "dense"
-    if asked != "dense" and (mesh.size > 1 or platform not in dict(rows=("cpu",), kernels=("cpu", "gpu"))[asked]):
-        only = dict(rows="one CPU device", kernels="one GPU (or, to check them slowly, one CPU device)")[asked]
-        have = f"{mesh.size} of platform {platform}"
-        raise UserError(f"--train.products={asked} is for {only}, and there are {have}: use dense or auto")
+        return "rows" if one_cpu and n_features >= _WINS_FROM[matmul_dtype] * k else "dense"
+    if asked == "rows" and not one_cpu:
+        devices = f"{mesh.size} of platform {platform}"
+        raise UserError(f"--train.products=rows is for one CPU device, and there are {devices}: use dense or auto")
     return asked
 
 
+class FeatureOrder(NamedTuple):
+    """The entries of a code sorted by feature: N = B k of them.
+
+    Attributes:
+      order_N: their positions in the code, in order of its tokens.
+      starts_X: where each feature's entries begin, and the end of the last; F + 1 numbers.
+    """
+
+    order_N: jax.Array
+    starts_X: jax.Array
+
+    @classmethod
+    def of(cls, feature_BxK: jax.Array, n_features: int) -> "FeatureOrder":
+        """Sort the features of each token, [B, K], out of ``n_features``."""
+        feature_N = feature_BxK.reshape(-1)
+        count = len(feature_N)
+        if count * n_features < _PACKED:  # one number for both: XLA:CPU sorts single ones four times as fast
+            position_N = jnp.arange(count, dtype=jnp.uint32)
+            sorted_N = lax.sort(feature_N.astype(jnp.uint32) * jnp.uint32(count) + position_N, is_stable=False)
+            order_N = sorted_N % jnp.uint32(count)
+        else:
+            order_N = jnp.argsort(feature_N)
+        every_X = jnp.arange(n_features + 1, dtype=feature_N.dtype)
+        starts_X = jnp.searchsorted(feature_N[order_N], every_X)
+        return cls(order_N.astype(jnp.int32), starts_X.astype(jnp.int32))
+
+    def transposed_product(self, value_BxK: jax.Array, x_BxD: jax.Array) -> jax.Array:
+        """Return f.T @ x, [F, D], of the code f that has ``value_BxK`` in place of its values."""
+        token_N, value_N = self.order_N // value_BxK.shape[1], value_BxK.reshape(-1)[self.order_N]
+        return BCSR((value_N, token_N, self.starts_X), shape=(len(self.starts_X) - 1, len(x_BxD))) @ x_BxD
+
+
+class SparseCode(NamedTuple):
+    """The active features of B tokens, at most k of each.
+
+    Attributes:
+      value_BxK: their activations; 0 where there are no more.
+      feature_BxK: which features they are, int32; arbitrary where the activation is 0.
+      by_feature: the same sorted by feature.
+    """
+
+    value_BxK: jax.Array
+    feature_BxK: jax.Array
+    by_feature: FeatureOrder
+
+    def dense(self) -> jax.Array:
+        """Return the activations of all features, [B, F]."""
+        count, features = len(self.value_BxK), len(self.by_feature.starts_X) - 1
+        row_Bx1 = jnp.arange(count, dtype=jnp.int32)[:, None]
+        zeros_BxF = jnp.zeros((count, features), self.value_BxK.dtype)
+        return zeros_BxF.at[row_Bx1, self.feature_BxK].add(self.value_BxK)
+
+    def sums(self, value_BxK: jax.Array) -> jax.Array:
+        """Return the sum of each feature's values, [F]."""
+        zeros_F = jnp.zeros(len(self.by_feature.starts_X) - 1, value_BxK.dtype)
+        return zeros_F.at[self.feature_BxK.reshape(-1)].add(value_BxK.reshape(-1))
+
+    def firings(self) -> jax.Array:
+        """Return on how many tokens each feature is active, fp32 [F]."""
+        return self.sums((self.value_BxK > 0).astype(jnp.float32))
+
+    def product(self, W_FxD: jax.Array) -> jax.Array:
+        """Return f @ W, [B, D]."""
+        count, most = self.value_BxK.shape
+        starts_X = jnp.arange(0, count * most + 1, most, dtype=jnp.int32)
+        entries = self.value_BxK.reshape(-1), self.feature_BxK.reshape(-1), starts_X
+        return BCSR(entries, shape=(count, len(W_FxD))) @ W_FxD
+
+
 class Encoder(NamedTuple):
-    """What makes codes of inputs: ``sparsity.topk((x - centre) @ W_enc + b_enc, k)``."""
+    """The arrays that make codes of inputs: ``sparsity.topk((x - centre) @ W_enc + b_enc, k)``."""
 
     centre_D: jax.Array
     W_enc_DxF: jax.Array
@@ -61,32 +130,19 @@ class Encoder(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """A batch, as far as a dictionary explains it.
+    """A batch encoded by a dictionary.
 
     Attributes:
       code: the active features.
-      pre_BxF: pre-activations of all.
-      error_BxD: what is left of the targets.
+      pre_BxF: pre-activations of all features.
+      pre_for_auxk_BxF: the same, for AuxK, whose gradient is 0 while no feature is dead.
+      residual_BxD: targets minus f @ W_dec.
     """
 
     code: SparseCode
     pre_BxF: jax.Array
-    error_BxD: jax.Array
-
-
-class Products(NamedTuple):
-    """What is static of ``explain``.
-
-    Attributes:
-      most: the largest k there can be, at most F.
-      matmul_dtype: of the encoder's product; see ``matmul``. With the form "kernels" that of all products, with "rows"
-        the others are in the arrays' dtype.
-      form: "rows" or "kernels".
-    """
-
-    most: int
-    matmul_dtype: str = "float32"
-    form: str = "rows"
+    pre_for_auxk_BxF: jax.Array
+    residual_BxD: jax.Array
 
 
 def explain(
@@ -95,86 +151,80 @@ def explain(
     encoder: Encoder,
     W_dec_FxD: jax.Array,
     k: int | jax.Array,
-    how: Products,
-    dense_gradient: bool | jax.Array = True,
+    most: int,
+    matmul_dtype: str = "float32",
+    any_dead: bool | jax.Array = True,
 ) -> Explained:
-    """The codes f of x, and the errors y - f @ W_dec.
+    """Return the codes f of x, and the residuals y - f @ W_dec.
 
     Args:
-      x_BxD, y_BxD: inputs, and targets without what is added to f @ W_dec.
-      encoder, W_dec_FxD: the dictionary.
-      k: 1 <= k <= ``how.most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
-      how: what is static of it.
-      dense_gradient: False if nothing but the code and the error depends on what this returns: then the gradient of the
-        pre-activations is taken for 0.
+      x_BxD: inputs.
+      y_BxD: targets without what is added to f @ W_dec.
+      encoder: what makes the codes.
+      W_dec_FxD: the decoder.
+      k: 1 <= k <= ``most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
+      most: the largest k there can be, at most F; static.
+      matmul_dtype: of the encoder's product; the others are in the arrays' dtype.
+      any_dead: False promises that the gradient of ``pre_for_auxk_BxF`` is 0. That of ``pre_BxF`` is always exact.
     """
-    flags = jnp.asarray(k), jnp.asarray(dense_gradient)
-    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how)
+    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), most, matmul_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, most, matmul_dtype):
     centred_BxD = x_BxD - encoder.centre_D[None]
-    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, how.matmul_dtype) + encoder.b_enc_F[None]
-    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], how.most)
-    code = SparseCode(value_BxK, feature_BxK, ByFeature.of(feature_BxK, pre_BxF.shape[1]))
-    return Explained(code, pre_BxF, remainder(code, W_dec_FxD, y_BxD, how))
+    pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, matmul_dtype) + encoder.b_enc_F[None]
+    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], most)
+    code = SparseCode(value_BxK, feature_BxK, FeatureOrder.of(feature_BxK, pre_BxF.shape[1]))
+    return Explained(code, pre_BxF, pre_BxF, y_BxD - code.product(W_dec_FxD))
 
 
-def _forward(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how):
-    found = _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, how)
-    return found, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxD, found.code, flags[1])
+def _forward(*arguments):
+    *primals, most, matmul_dtype = arguments  # with symbolic zeros, arrays come with whether they are perturbed
+    values = jax.tree.map(lambda primal: primal.value, tuple(primals), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    x_BxD, _, encoder, W_dec_FxD, (_, any_dead) = values
+    explained = _explain(*values, most, matmul_dtype)
+    return explained, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxD, explained.code, any_dead)
 
 
-def _backward(how, saved, to):
-    x_BxD, W_enc_DxF, W_dec_FxD, code, dense_gradient = saved
-    to_value_BxK = to.code.value_BxK - row_products(code.feature_BxK, W_dec_FxD, to.error_BxD, how)
+def _backward(most, matmul_dtype, saved, to):
+    x_BxD, W_enc_DxF, W_dec_FxD, code, any_dead = saved
+    to_residual_BxD = _instantiated(to.residual_BxD)
+    to_value_BxK = _instantiated(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
-    pairs = (to_value_BxK, x_BxD), (-code.value_BxK, to.error_BxD)
-    to_W_enc_FxD, to_W_dec_FxD = feature_sums(code.by_feature, pairs, how)
+    to_W_enc_FxD = code.by_feature.transposed_product(to_value_BxK, x_BxD)
+    to_W_dec_FxD = code.by_feature.transposed_product(-code.value_BxK, to_residual_BxD)
 
-    def sparse() -> tuple[jax.Array, ...]:
-        moved = code._replace(value_BxK=-to_value_BxK)
-        return remainder(moved, W_enc_DxF.T, jnp.zeros_like(x_BxD), how), to_W_enc_FxD.T, code.sums(to_value_BxK)
+    def from_code() -> tuple[jax.Array, ...]:
+        moved = code._replace(value_BxK=to_value_BxK)
+        return moved.product(W_enc_DxF.T), to_W_enc_FxD.T, code.sums(to_value_BxK)
 
-    def both() -> tuple[jax.Array, ...]:
-        pulled = jax.vjp(lambda x, W: matmul(x, W, how.matmul_dtype), x_BxD, W_enc_DxF)[1](to.pre_BxF)
-        return jax.tree.map(jnp.add, sparse(), (*pulled, to.pre_BxF.sum(axis=0)))
+    def from_all(*to_pre: jax.Array) -> tuple[jax.Array, ...]:
+        to_pre_BxF = sum(to_pre[1:], to_pre[0])
+        pulled = jax.vjp(lambda x, W: matmul(x, W, matmul_dtype), x_BxD, W_enc_DxF)[1](to_pre_BxF)
+        return jax.tree.map(jnp.add, from_code(), (*pulled, to_pre_BxF.sum(axis=0)))
 
-    to_x_BxD, to_W_DxF, to_b_F = lax.cond(dense_gradient, both, sparse)
+    # Dense products only where something depends on pre-activations: statically for the kind's losses, and for AuxK,
+    # which is always in the program, while there are dead features.
+    to_pre = [part for part in (to.pre_BxF, to.pre_for_auxk_BxF) if not isinstance(part, SymbolicZero)]
+    if not to_pre:
+        gradients = from_code()
+    elif isinstance(to.pre_BxF, SymbolicZero):
+        gradients = lax.cond(any_dead, lambda: from_all(*to_pre), from_code)
+    else:
+        gradients = from_all(*to_pre)
+    to_x_BxD, to_W_DxF, to_b_F = gradients
     to_centre_D = -(matmul(W_enc_DxF, to_b_F[:, None])[:, 0])
-    return to_x_BxD, to.error_BxD, Encoder(to_centre_D, to_W_DxF, to_b_F), to_W_dec_FxD, None
+    return to_x_BxD, to_residual_BxD, Encoder(to_centre_D, to_W_DxF, to_b_F), to_W_dec_FxD, None
 
 
-_explain.defvjp(_forward, _backward)
+_explain.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def remainder(code: SparseCode, W_FxD: jax.Array, y_BxD: jax.Array, how: Products) -> jax.Array:
-    """y - f @ W of the activations f of a code."""
-    count, most = code.value_BxK.shape
-    starts_X, feature_N = jnp.arange(0, count * most + 1, most, dtype=jnp.int32), code.feature_BxK.reshape(-1)
-    if how.form == "rows":
-        return y_BxD - BCSR((code.value_BxK.reshape(-1), feature_N, starts_X), shape=(count, len(W_FxD))) @ W_FxD
-    term = -code.value_BxK.reshape(-1), _rounded(W_FxD, how)
-    return sparse_kernels.segment_sums(starts_X, feature_N, [term], y_BxD)[0]
+def _instantiated(cotangent: Any) -> jax.Array:
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 
-def row_products(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array, how: Products) -> jax.Array:
-    """The entries of y @ W.T at each token's features, ``feature_BxK``; [B, K]."""
-    if how.form == "rows":
-        return lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], (feature_BxK, y_BxD), batch_size=_GATHERED)
-    return sparse_kernels.row_products(feature_BxK, _rounded(W_FxD, how), y_BxD)
-
-
-def feature_sums(
-    entries: ByFeature, pairs: tuple[tuple[jax.Array, jax.Array], ...], how: Products
-) -> tuple[jax.Array, ...] | list[jax.Array]:
-    """``ByFeature.product`` of each pair of values and x, [F, D]."""
-    if how.form == "rows":
-        return tuple(entries.product(value_BxK, x_BxD) for value_BxK, x_BxD in pairs)
-    terms = [(entries.entries(value_BxK)[1], _rounded(x_BxD, how)) for value_BxK, x_BxD in pairs]
-    return sparse_kernels.segment_sums(entries.starts_X, entries.entries(pairs[0][0])[0], terms)
-
-
-def _rounded(values: jax.Array, how: Products) -> jax.Array:
-    return values.astype(jnp.bfloat16) if how.matmul_dtype == "bfloat16" else values
+def _products_at(feature_BxK: jax.Array, W_FxD: jax.Array, y_BxD: jax.Array) -> jax.Array:
+    """Return the entries of y @ W.T at each token's features; [B, K]."""
+    return lax.map(lambda pair: W_FxD[pair[0]] @ pair[1], (feature_BxK, y_BxD), batch_size=_GATHERED)

@@ -1,7 +1,6 @@
-"""From pre-activations to sparse feature activations.
+"""Sparsity functions: from pre-activations ``pre_xF`` to activations of the same shape; leading dimensions are free."""
 
-Every function takes ``pre_xF`` and returns ``acts_xF`` of the same shape; leading dimensions are free.
-"""
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +9,18 @@ from jax import lax
 from saejax.dictionaries import selection
 
 
-def relu(pre_xF: jax.Array) -> jax.Array:
-    """max(pre, 0)."""
-    return jax.nn.relu(pre_xF)
-
-
 def gated(gate_xF: jax.Array, magnitude_xF: jax.Array) -> jax.Array:
-    """max(magnitude, 0) where the gate is above 0, else 0 (Gated SAE; Rajamanoharan et al., 2024)."""
+    """Return max(magnitude, 0) where the gate is above 0, else 0 (Gated SAE; Rajamanoharan et al., 2024)."""
     return jnp.where(gate_xF > 0, jax.nn.relu(magnitude_xF), jnp.zeros_like(magnitude_xF))
 
 
 def threshold(pre_xF: jax.Array, threshold_F: jax.Array) -> jax.Array:
-    """pre where it exceeds the feature's threshold, else 0 (JumpReLU; Rajamanoharan et al., 2024)."""
+    """Return pre where it exceeds the feature's threshold, else 0 (JumpReLU; Rajamanoharan et al., 2024)."""
     return jnp.where(pre_xF > row(threshold_F, pre_xF.ndim), pre_xF, jnp.zeros_like(pre_xF))
 
 
 def topk(pre_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
-    """Keeps the k largest positive pre-activations of each token; the rest are 0.
+    """Keep the k largest positive pre-activations of each token; the rest are 0.
 
     A token with fewer than k positive pre-activations keeps those. Values that tie with the k-th largest
     to the last bit are all kept. The gradient passes through the kept ones unchanged. Exact also where
@@ -59,7 +53,7 @@ def signed_topk(pre_xF: jax.Array, k: int | jax.Array, most: int) -> jax.Array:
 
 
 def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keeps the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens.
+    """Keep the B k largest positive pre-activations of a whole batch (Bussmann et al., 2024), of any tokens.
 
     Returns:
       The activations, and the smallest that was kept (0 if none is positive): what an inference threshold averages.
@@ -72,5 +66,65 @@ def batch_topk(pre_BxF: jax.Array, k: int | jax.Array) -> tuple[jax.Array, jax.A
 
 
 def row(vector_N: jax.Array, ndim: int) -> jax.Array:
-    """A vector as an array of ``ndim`` dimensions, so that adding it promotes no rank silently."""
+    """Return a vector as an array of ``ndim`` dimensions, so that adding it promotes no rank silently."""
     return vector_N.reshape((1,) * (ndim - 1) + vector_N.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def jumprelu(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    """Return ``threshold``, with straight-through gradients to the threshold (Rajamanoharan et al., 2024).
+
+    A step has no useful derivative in its threshold, so the derivative of its expectation is estimated with a
+    rectangular kernel of width ``bandwidth``: only pre-activations within half of it of the threshold count. Thresholds
+    stay in float32: in bfloat16 their small steps would round away.
+
+    Gradients: to ``pre`` where it exceeds the threshold; to the threshold
+    -(threshold / bandwidth) sum over tokens of g 1[|pre - threshold| < bandwidth / 2].
+    """
+    return threshold(pre_BxF, threshold_F)
+
+
+def _jumprelu_backward(bandwidth, saved, cotangent_BxF):
+    pre_BxF, threshold_F = saved
+    near_BxF = _near(pre_BxF, threshold_F, bandwidth)
+    to_pre_BxF = jnp.where(pre_BxF > row(threshold_F, pre_BxF.ndim), cotangent_BxF, 0.0)
+    return to_pre_BxF, -(threshold_F / bandwidth) * _over_tokens(near_BxF * cotangent_BxF)
+
+
+jumprelu.defvjp(
+    lambda pre_BxF, threshold_F, bandwidth: (threshold(pre_BxF, threshold_F), (pre_BxF, threshold_F)),
+    _jumprelu_backward,
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def step(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    """Return 1 where ``pre`` exceeds the threshold, else 0: the sum is L0.
+
+    Gradients: none to ``pre``; to the threshold -(1 / bandwidth) sum over tokens of
+    g 1[|pre - threshold| < bandwidth / 2].
+    """
+    return (pre_BxF > row(threshold_F, pre_BxF.ndim)).astype(pre_BxF.dtype)
+
+
+def _step_backward(bandwidth, saved, cotangent_BxF):
+    pre_BxF, threshold_F = saved
+    near_BxF = _near(pre_BxF, threshold_F, bandwidth)
+    return jnp.zeros_like(pre_BxF), -_over_tokens(near_BxF * cotangent_BxF) / bandwidth
+
+
+step.defvjp(
+    lambda pre_BxF, threshold_F, bandwidth: (
+        (pre_BxF > row(threshold_F, pre_BxF.ndim)).astype(pre_BxF.dtype),
+        (pre_BxF, threshold_F),
+    ),
+    _step_backward,
+)
+
+
+def _near(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    return (jnp.abs(pre_BxF - row(threshold_F, pre_BxF.ndim)) < bandwidth / 2).astype(pre_BxF.dtype)
+
+
+def _over_tokens(values_BxF: jax.Array) -> jax.Array:
+    return values_BxF.sum(tuple(range(values_BxF.ndim - 1)))

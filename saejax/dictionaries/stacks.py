@@ -1,7 +1,7 @@
-"""The dictionaries of a train unit: one alone, or the members of a stack, and how a flag names one of them.
+"""The dictionaries of a train unit: a single one, or the members of a stack, and how a flag names one of them.
 
-A unit such as ``train/topk`` lists its members in ``summary.json``. One that is alone has the empty name and stands in
-the unit's folder; those of a stack stand in folders of their names, such as ``train/topk/k16``. On the command line a
+A unit such as ``train/topk`` lists its members in ``summary.json``. A single dictionary has the empty name and lies in
+the unit's folder; members of a stack lie in folders of their names, such as ``train/topk/k16``. On the command line a
 dictionary is "topk", or "topk/k16".
 """
 
@@ -29,25 +29,25 @@ _HASHED = (
 
 
 def kind_and_member(name: str) -> tuple[str, str]:
-    """The parts of a dictionary's name: ("topk", "k16") of "topk/k16", ("topk", "") of "topk"."""
+    """Split a dictionary's name: ("topk", "k16") of "topk/k16", ("topk", "") of "topk"."""
     kind, _, member = name.partition("/")
     return kind, member
 
 
 def full_name(kind: str, member: str) -> str:
-    """The name of a dictionary by its kind and member: "topk/k16", or "topk" for one that is alone."""
+    """Join a dictionary's name from kind and member: "topk/k16", or "topk" for a single dictionary."""
     return f"{kind}/{member}" if member else kind
 
 
 def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
-    """What the train stage said of each member, in its order.
+    """Read the train stage's summary of each member, in its order.
 
     Args:
       unit: folder of the train unit.
-      layers: whether they may be those of a cross-layer transcoder, which are no dictionaries by themselves.
+      layers: accept layers of a cross-layer transcoder, which are no dictionaries by themselves.
 
     Raises:
-      UserError: they are, and may not be.
+      UserError: the unit is a cross-layer transcoder, and that is not accepted.
     """
     if not layers and circuit_tracer.is_cross_layer(Path(unit)):
         raise UserError(
@@ -59,7 +59,7 @@ def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
 
 
 def load_member(unit: Path, name: str, flag: str) -> Dictionary:
-    """Loads the dictionary that a flag names.
+    """Load the dictionary that a flag names.
 
     Args:
       unit: folder of its train unit.
@@ -74,7 +74,7 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
 
 
 def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
-    """Loads the dictionary that a flag names, of this workdir or by its folder.
+    """Load the dictionary that a flag names, of this workdir or by its folder.
 
     Args:
       name: such as "topk" or "topk/k16", or a folder that ``load_dictionary`` reads.
@@ -93,7 +93,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
 
 def identity(folder: str) -> str:
-    """A hash, 16 hexadecimal digits, of the dictionaries in a folder, or of one file's, which may be on the hub."""
+    """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
     digest, place = hashlib.sha256(), resolve_path(folder)
     files = [place] if place.is_file() else sorted(path for pattern in _HASHED for path in place.rglob(pattern))
     # Where a file is named, its settings are in another one beside it.
@@ -105,11 +105,11 @@ def identity(folder: str) -> str:
 
 
 def check_member(name: str, known: list[str], flag: str) -> None:
-    """A ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's members, ``known``."""
+    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is among a unit's members, ``known``."""
     kind, member = kind_and_member(name)
     if member in known:
         return
     if known == [""]:
         raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
-    told = f"there is no member {member}" if member else f"{kind} is a stack of {len(known)} dictionaries"
-    raise UserError(f"{flag}={name}: {told}: name one, such as {flag}={kind}/{known[0]}, of {', '.join(known)}")
+    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(known)} dictionaries"
+    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{known[0]}, of {', '.join(known)}")

@@ -79,14 +79,12 @@ def run_evaluate(run: Run) -> EvaluateResults:
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
     """The members by what they read, predict and share a program with, a few at a time: the store is read once.
 
-    What comes from other trainings may call other positions sinks.
     Crosscoders of one joined site that were not trained together may put its parts together by scales of their own.
     """
     alike: dict[tuple, list[TrainedMember]] = {}
     for member in stack:
         config = read_config(trained / member.name)
-        sinks = config.max_norm, config.max_norms
-        alike.setdefault((member.site, member.target, compiled_in(config), config.scales, sinks), []).append(member)
+        alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
     return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
 
 
@@ -122,7 +120,8 @@ def _score_site(
 ) -> None:
     """Scores the members that read one site and predict one target, and writes what there is to say of each."""
     site, target = sites
-    dictionaries = [load_dictionary(folder) for folder in folders.values()]
+    # The rule of the store, whoever trained the dictionaries.
+    dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
     scores = reconstruct(dictionaries, blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens)
     documents = store.documents.of("held_out")
@@ -136,8 +135,7 @@ def _score_site(
         losses = [found["+".join(of_models[0].sites)] for found in all_losses]
         parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, strict=True)]
     else:
-        limit = store.max_norm(target)
-        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens, limit)
+        losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
     sinks = _left_out(store, site)
     target_sinks = _left_out(store, target) if target != site else None
     for name, dictionary, score, loss, of_parts in zip(folders, dictionaries, scores, losses, parts, strict=True):

@@ -69,26 +69,26 @@ def stand_in_losses(
     documents: Sequence[np.ndarray],
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
-    target_max_norm: float = 3.4e38,
 ) -> list[Losses]:
     """The losses of dictionaries that read one site and have one target.
 
     The layers below, the clean model and the floors run once for all of them.
 
     Args:
-      dictionaries: of one kind and shape, with the same site, target and sink rule.
+      dictionaries: of one kind and shape, with the same site, target and sink rule; without one they get the model's.
       documents: token ids; those of one token predict nothing.
       mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
-      target_max_norm: norm above which a position is a sink at a transcoder's target, beside those at its site.
     """
+    dictionaries = [dictionary.with_sink_norms(lm.sink_norm) for dictionary in dictionaries]
     members = MemberData.of(dictionaries, lm.mesh)
     config = _same_rule(dictionaries)
     site = Site.parse(config.site).check(lm.config)
     target = Site.parse(config.target or config.site).check(lm.config)
     point = SplitPoint(lm.config, target, site, lm.mesh)
+    target_limit = config.target_max_norm if config.target else config.max_norm
     site_limit, target_limit, floor_D, zero_D = jax.device_put(
-        tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_max_norm, mean_D, np.zeros_like(mean_D))),
+        tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_limit, mean_D, np.zeros_like(mean_D))),
         sharding(lm.mesh),
     )
     ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
@@ -108,7 +108,7 @@ def stand_in_losses(
 
 def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
     """The configuration of the first, after a check that all have its site, target and sink rule."""
-    if len({(d.config.site, d.config.target, d.config.max_norm) for d in dictionaries}) > 1:
+    if len({(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}) > 1:
         raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
     return dictionaries[0].config
 

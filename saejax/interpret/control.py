@@ -15,6 +15,7 @@ from scipy import sparse
 
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries.kinds.topk import is_plain_topk
 
 MOST = 1024  # directions
 _ROWS = 32_768  # of the store, from which thresholds are taken
@@ -71,7 +72,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
     )
     b_enc_F = -mean_D @ W_enc_DxF
     arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=y_NxD.mean(axis=0))
-    if dictionary.kind.keeps_k:
+    if is_plain_topk(dictionary.kind):
         config = DictionaryConfig(kind="topk", k=own.k, **shape)
     else:
         counted = slice(None, None, -(-len(rows) // _COUNTED))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.split_model import CleanRun, SplitModel, in_order, of_features
@@ -54,7 +54,7 @@ def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sum(
-    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (f_PxTxF != 0).sum(axis=1), f_PxTxF.sum(axis=1)
@@ -72,7 +72,7 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _maxima(point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     max_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
 
@@ -87,13 +87,13 @@ def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _norms(point: SplitPoint, dictionary: Basis) -> jax.Array:
+def _norms(point: SplitPoint, dictionary: Dictionary) -> jax.Array:
     """Lengths of the features' directions, [F]."""
     W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
     return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
 
 
-def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fires_and_sizes(dictionary: Dictionary, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where activations [..., F] fire, and their sizes there; 0 elsewhere, but NaN where they are NaN."""
     fires = dictionary.fires(f)
     return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
@@ -102,7 +102,7 @@ def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Arr
 @functools.partial(jax.jit, static_argnums=0)
 def _count(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     kept_B: jax.Array,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import active_features, of_features
@@ -32,7 +32,7 @@ class CleanValues(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def first_change(
-    point: SplitPoint, dictionary: Basis, source: ActivationSource, arrays: Sequence[jax.Array]
+    point: SplitPoint, dictionary: Dictionary, source: ActivationSource, arrays: Sequence[jax.Array]
 ) -> jax.Array:
     """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
 
@@ -54,7 +54,7 @@ def first_change(
 @functools.partial(jax.jit, static_argnums=0)
 def gather(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     source: ActivationSource,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,

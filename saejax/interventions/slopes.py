@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.interventions.activity import firing_sums
@@ -99,7 +99,7 @@ def score_features(
     point: SplitPoint,
     points: int,
     params: decoder.Params,
-    dictionary: Basis,
+    dictionary: Dictionary,
     rows: SiteRows,
     source: ActivationSource = ZERO,
     lent: tuple[jax.Array, ...] = (),

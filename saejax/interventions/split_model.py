@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.positions import where
 from saejax.models import decoder
@@ -81,7 +81,7 @@ class SplitModel:
       UserError: the dictionary belongs to another model, or its sites do not exist there.
     """
 
-    def __init__(self, model: LanguageModel, dictionary: Basis, positions: str = "all", error: str = "keep"):
+    def __init__(self, model: LanguageModel, dictionary: Dictionary, positions: str = "all", error: str = "keep"):
         reads = Site.parse(dictionary.site).check(model.config)
         writes = Site.parse(dictionary.config.target or dictionary.site).check(model.config)
         if writes != reads and (writes.layer != reads.layer or writes.kind in ("resid_pre", "resid_post")):
@@ -93,6 +93,7 @@ class SplitModel:
         if dictionary.config.d_in != width:
             raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {reads} has {width}")
         dictionary.config.check_model(model.source.name, model.source.fingerprint)
+        dictionary = dictionary.with_sink_norms(model.sink_norm)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
         # By way of the host: the mesh may reach over processes that each loaded the dictionary, or hold parts of it.
@@ -223,7 +224,7 @@ def run_head(
     point: SplitPoint,
     error: str,
     params: decoder.Params,
-    dictionary: Basis,
+    dictionary: Dictionary,
     ids_BxT: jax.Array,
     last_B: jax.Array,
     wanted_BxT: jax.Array,
@@ -237,7 +238,7 @@ def run_head(
     """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
-    domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD)
+    domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
@@ -256,7 +257,7 @@ def record(
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 
 
-def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -> Any:
+def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
 
     Args:
@@ -269,7 +270,7 @@ def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -
 
 
 @jax.jit
-def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     """Feature activations [B, T, F] of what is read; 0 outside the domain."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

@@ -114,12 +114,15 @@ def evaluate(
     """
     site, target = dictionary.site, dictionary.config.target or dictionary.site
     acts = capture(lm, texts, list(dict.fromkeys((site, target))))
-    limits = {target: acts.max_norm(target)} | {site: dictionary.config.max_norm}
+    dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
+    limits = {site: dictionary.config.max_norm} | (
+        {target: dictionary.config.target_max_norm} if target != site else {}
+    )
     inside_N = np.all([np.linalg.norm(acts.values[name], axis=1) <= limit for name, limit in limits.items()], axis=0)
     parts = [value_NxD[inside_N] for value_NxD in acts.values.values()]
     mean_D = parts[-1].astype(np.float64).mean(axis=0) if mean_D is None else mean_D
     (score,) = reconstruct([dictionary], [parts], lm.mesh)
-    (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D, target_max_norm=limits[target])
+    (losses,) = stand_in_losses(lm, [dictionary], acts.texts, mean_D)
     return Evaluation(score, losses)
 
 

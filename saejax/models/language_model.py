@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.files import read_json
-from saejax.models import decoder, decoding, generation, lens, parity, source, weights
+from saejax.models import decoder, decoding, generation, lens, parity, sinks, source, weights
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.edits import Edit as Edit
@@ -99,6 +99,9 @@ class Model(Protocol):
     def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
         """Return the logits [B, T, V] of a stream leaving the last layer."""
 
+    def sink_norm(self, site: str, factor: float = sinks.SINK_FACTOR) -> float:
+        """Return the norm at a site above which a position is an attention sink; see ``models.sinks``."""
+
 
 class LanguageModel:
     """A JAX decoder with its weights and tokenizer.
@@ -163,6 +166,7 @@ class LanguageModel:
         for site in (*sites, *(edit.site for edit in edits)):
             site.check(self.config)
         tokens.check(self.config.vocab, self.config.context)
+        edits = sinks.resolve_sinks(self, edits)
         length = tokens.ids_BxT.shape[1]
         ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, round_length(length) - length)))
         on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
@@ -212,11 +216,16 @@ class LanguageModel:
         eos = generation.eos_ids(self.source.folder, self.tokenizer)
         condition = generation.StopCondition(self.tokenizer, eos, stop)
         shape = tokens.ids_BxT.shape
+        edits = sinks.resolve_sinks(self, edits)
         placed = self._placed(fit_values(edits, shape, decoding.decoding_length(shape[1])))
         chunk = generation.CHUNK if condition.strings else max_new_tokens
         model = self.config, self.params, self.mesh
         chunks = decoding.decode_in_chunks(*model, tokens, max_new_tokens, sampling, condition.ids, placed, chunk)
         return generation.collect(chunks, shape[0], condition)
+
+    def sink_norm(self, site: str, factor: float = sinks.SINK_FACTOR) -> float:
+        """Return the norm at a site above which a position is an attention sink; see ``models.sinks``."""
+        return sinks.sink_norm(self, site, factor)
 
     def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
         """Return the fp32 logits [B, T, V] of a stream leaving the last layer, such as ``resid_post`` of that layer."""

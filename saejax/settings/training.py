@@ -202,7 +202,7 @@ class TrainConfig(Config):
         "products of topk, of all features (dense) or of those that are active: by compressed rows on one CPU device "
         "(rows) or by Pallas kernels on one GPU (kernels), which nobody has timed yet: benchmarks/bench_train_gpu.py "
         "does. auto: rows where they were measured to be faster, else dense. Equal within rounding",
-        choices=("auto", "dense", "rows", "kernels"),
+        choices=("auto", "dense", "rows"),
         only=("topk",),
         implied="auto",
     )

@@ -76,7 +76,7 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
     values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
     found = []
     for each in stack.layers:
-        f_TxF = activations(lm, each.load(), values[str(each.reads)])
+        f_TxF = activations(lm, each.load().with_sink_norms(lm.sink_norm), values[str(each.reads)])
         if not np.isfinite(f_TxF).all():
             raise UserError(f"features of {each.name} are not finite on this text: try --model.dtype=float32")
         found.append(LayerFirings.of(f_TxF))

@@ -166,7 +166,7 @@ def _tester(
 ) -> Callable[[], StepTester]:
     each = stack.layers[place]
     writes = Site.parse(each.config.target or each.config.site)
-    return lambda: StepTester(lm, each.load(), each.reads, writes, text, config)
+    return lambda: StepTester(lm, each.load().with_sink_norms(lm.sink_norm), each.reads, writes, text, config)
 
 
 def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:

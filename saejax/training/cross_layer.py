@@ -88,25 +88,26 @@ class CrossLayerObjective:
           The loss, and (metrics [L], whether each feature fired on any token, the smallest activation each layer kept).
         """
         config, kind = self.config, kinds.by_name(self.dictionary.kind)
-        own, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
+        settings, decoders = config.of_kind(kind.name), [arrays["W_dec_FxD"] for arrays in layers]
 
-        def encode(one: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
-            arrays, x_BxD, values, dead_F = one
-            encoder = LayerEncoder(self.dictionary, config.matmul, arrays)
+        def encode(layer: Any) -> tuple[jax.Array, jax.Array, Arrays, jax.Array]:
+            arrays, norms_F, x_BxD, values, dead_F = layer
+            encoder = LayerEncoder(self.dictionary, config.matmul, arrays, norms_F)
             projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], config.matmul)
             pre_BxF = projected_BxF + row(arrays["b_enc_F"], 2)
-            f_BxF, smallest = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, own)
-            batch = EncodedBatch(encoder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, own)
+            f_BxF, smallest = kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)
+            batch = EncodedBatch(encoder, x_BxD, x_BxD, pre_BxF, f_BxF, dead_F, None, values, settings)
             penalty, parts = kind.penalty(batch), kind.losses(batch)
             parts |= {} if penalty is None else dict(sparsity=penalty * penalty_share(config, self.steps)(step))
             return f_BxF, smallest, parts, jnp.sum((f_BxF > 0).astype(jnp.float32), axis=0)
 
         names = (*_LAYER, *kind.vectors)
         stacked = {name: jnp.stack([arrays[name] for arrays in layers]) for name in names}
-        stacked["W_dec_FxD"] = joined_lengths(decoders)[..., None]
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         each = (lambda args: lax.map(encode, args)) if on_cpu else jax.vmap(encode)
-        f_LxBxF, smallest_L, parts, firings_LxF = each((stacked, x_LxBxD, hyper.own, dead_LxF))
+        f_LxBxF, smallest_L, parts, firings_LxF = each(
+            (stacked, joined_lengths(decoders), x_LxBxD, hyper.own, dead_LxF)
+        )
 
         bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
         error_LxBxD = y_LxBxD - written(f_LxBxF, decoders, self.mesh, config.matmul) - bias_LxD[:, None]
@@ -190,7 +191,12 @@ class CrossLayerTrainer(Trainer):
         arrays = rescale.unit_rows(kind, arrays | dict(W_dec_FxD=W_dec_FxX))
         member = self.members[layer]
         described = dataclasses.replace(
-            self.dictionary, site=member.site, target=member.target, max_norm=scales[layer].max_norm, k=0
+            self.dictionary,
+            site=member.site,
+            target=member.target,
+            max_norm=scales[layer].max_norm,
+            target_max_norm=scales[layer].target_max_norm,
+            k=0,
         )
         if kind.jumprelu:
             described, arrays = dataclasses.replace(described, kind="jumprelu"), kind.as_jumprelu(arrays)

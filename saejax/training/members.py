@@ -41,7 +41,7 @@ class SiteScale:
     Attributes:
       input: factor that brings inputs to a mean norm of sqrt(d); ``output``: the same for targets.
       bias_D: where the decoder's bias starts, in raw units.
-      max_norm: norm of an input above which it is an attention sink, in raw units.
+      max_norm, target_max_norm: norms of an input and a target above which it is an attention sink, in raw units.
       metric_DxD: what errors are multiplied with before they are squared; None: they are taken as they are.
       scales, max_norms: of the parts of a joined site, as in ``DictionaryConfig``; (): it is one site.
     """
@@ -49,7 +49,8 @@ class SiteScale:
     input: float
     output: float
     bias_D: np.ndarray
-    max_norm: float = 3.4e38
+    max_norm: float | None = None
+    target_max_norm: float | None = None
     metric_DxD: np.ndarray | None = None
     scales: tuple[float, ...] = ()
     max_norms: tuple[float, ...] = ()

@@ -13,10 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses
-from saejax.dictionaries.auxk import auxk
-from saejax.dictionaries.codes import SparseCode
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
-from saejax.dictionaries.sparse_products import Encoder, Products, explain
+from saejax.dictionaries.sparse_products import Encoder, SparseCode, explain
 from saejax.dictionaries.sparsity import row
 from saejax.settings import TrainConfig
 from saejax.training.members import Hyper
@@ -31,8 +29,8 @@ class Objective:
       config: how to train.
       dictionary: what the members have in common; its ``k`` is the largest of theirs.
       steps: of the whole run.
-      form: of the products, one of ``sparse_products``; all but "dense" are for kinds of which each token keeps k.
-      all_columns: of AuxK's products; see ``auxk``.
+      form: of the products, "dense", or "rows" for a plain TopK; see ``sparse_products``.
+      all_columns: of AuxK's products; see ``losses.auxk``.
     """
 
     config: TrainConfig
@@ -65,18 +63,18 @@ class Objective:
           The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).
         """
         config, member = self.config, Dictionary(self.dictionary, self.config.matmul, **params)
-        kind, own = member.kind, config.of_kind(member.kind.name)
+        kind, settings = member.kind, config.of_kind(member.kind.name)
         most_dead = jnp.sum(dead_F) if most_dead is None else most_dead
-        pre_BxF, f, left, smallest = self._explain(member, x_BxD, y_BxD, hyper, most_dead > 0)
+        pre_BxF, pre_for_auxk_BxF, f, residuals, smallest = self._explain(member, x_BxD, y_BxD, hyper, most_dead > 0)
         if isinstance(f, SparseCode):
             f_BxF, firings_F = f.dense(), f.firings()
         else:
             # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
             f_BxF, firings_F = f, jnp.sum(member.fires(f).astype(jnp.float32), axis=0)
-        errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in left]
-        error_BxD = left[-1]
+        errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in residuals]
+        error_BxD = residuals[-1]
 
-        batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, own)
+        batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.own, settings)
         parts = dict(error=sum(errors[1:], errors[0]))
         penalty = kind.penalty(batch)
         if penalty is not None:
@@ -85,7 +83,7 @@ class Objective:
         if config.auxk:
             k = config.auxk_features or max(self.dictionary.d_in // 2, 1)
             fixed = error_BxD, k, config.matmul, hyper.metric_DxD, most_dead, self.all_columns
-            aux = auxk(pre_BxF, dead_F, params["W_dec_FxD"], *fixed)
+            aux = losses.auxk(pre_for_auxk_BxF, dead_F, params["W_dec_FxD"], *fixed)
             parts["auxk"] = config.auxk * aux
         if config.decorrelation:
             parts["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
@@ -104,7 +102,7 @@ class Objective:
     def error(self, params: Arrays, x_BxD: jax.Array, y_BxD: jax.Array, hyper: Hyper) -> jax.Array:
         """What one member leaves of targets ``y_BxD`` given inputs ``x_BxD``, features chosen as in training."""
         member = Dictionary(self.dictionary, self.config.matmul, **params)
-        return self._explain(member, x_BxD, y_BxD, hyper)[2][-1]
+        return self._explain(member, x_BxD, y_BxD, hyper)[3][-1]
 
     def _explain(
         self,
@@ -113,18 +111,23 @@ class Objective:
         y_BxD: jax.Array,
         hyper: Hyper,
         any_dead: jax.Array | bool = True,
-    ) -> tuple[jax.Array, jax.Array | SparseCode, list[jax.Array], jax.Array]:
-        """Pre-activations, activations as in training, errors of each reconstruction, the smallest that was kept."""
+    ) -> tuple[jax.Array, jax.Array, jax.Array | SparseCode, list[jax.Array], jax.Array]:
+        """Encode and reconstruct as in training.
+
+        Returns:
+          Pre-activations, for the kind's losses and for AuxK; activations; the residual of each reconstruction; the
+          smallest activation that was kept.
+        """
         arrays, kind = member.arrays, member.kind
         if self.form != "dense":
             centre_D = arrays["b_dec_D"] if self.dictionary.centred else jnp.zeros_like(arrays["b_dec_D"])
             encoder = Encoder(centre_D, arrays["W_enc_DxF"], arrays["b_enc_F"])
-            products = Products(self.dictionary.k, self.config.matmul, self.form)
-            how = hyper.own["k"], products, any_dead if self.config.auxk else False
-            found = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *how)
-            return found.pre_BxF, found.code, [found.error_BxD], jnp.zeros((), found.pre_BxF.dtype)
+            rest = hyper.own["k"], self.dictionary.k, self.config.matmul, any_dead
+            explained = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *rest)
+            smallest = jnp.zeros((), x_BxD.dtype)
+            return explained.pre_BxF, explained.pre_for_auxk_BxF, explained.code, [explained.residual_BxD], smallest
         projected_BxF = member.pre_activations(x_BxD)
-        pre_BxF, own = projected_BxF + row(member.b_enc_F[...], 2), self.config.of_kind(self.dictionary.kind)
-        f_BxF, smallest = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, own)
-        left = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
-        return pre_BxF, f_BxF, left, smallest
+        pre_BxF, settings = projected_BxF + row(member.b_enc_F[...], 2), self.config.of_kind(self.dictionary.kind)
+        f_BxF, smallest = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.own, settings)
+        residuals = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
+        return pre_BxF, pre_BxF, f_BxF, residuals, smallest

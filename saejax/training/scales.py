@@ -82,7 +82,8 @@ def site_scales(store: ScaledRows, config: TrainConfig, stack: Sequence[Member],
             factor[m.target],
             bias[m.target],
             store.max_norm(m.site),
-            metric.get(m.target),
+            metric_DxD=metric.get(m.target),
+            target_max_norm=store.max_norm(m.target),
             **(store.part_facts(m.site) if isinstance(store, JoinedRows) else {}),
         )
         for m in stack

@@ -149,6 +149,7 @@ def finished(
         k=member.settings.get("k", 0),
         fires_above=dictionary.fires_above / scale.output,
         max_norm=scale.max_norm,
+        target_max_norm=None if member.target == member.site else scale.target_max_norm,
         scales=scale.scales,
         max_norms=scale.max_norms,
     )

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
 from saejax.dictionaries.kinds.base import Arrays
+from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.parallel.mesh import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
 from saejax.training import resampling
@@ -53,8 +54,8 @@ class Trainer:
         self.scales = list(scales)
         self._steps = steps
         form, shape = "dense", (config.matmul, dictionary.n_features, dictionary.k)
-        if kinds.by_name(dictionary.kind).keeps_k:
-            form = sparse_products.chosen_form(config.products, mesh, *shape)
+        if is_plain_topk(kinds.by_name(dictionary.kind)):
+            form = sparse_products.choose_form(config.products, mesh, *shape)
         # Split features stay on their devices, and a TPU's vector units move no single columns.
         all_columns = mesh.shape["model"] > 1 or mesh.devices.flat[0].platform == "tpu"
         self._objective = Objective(config, dictionary, steps, form, all_columns)

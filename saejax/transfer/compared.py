@@ -1,7 +1,7 @@
 """The dictionaries that are compared, and their rows: what features are matched by that needs no text."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,10 @@ class Compared:
         root = Path(*places[: places.index("train")]) if own else workdir
         name = "/".join(places[places.index("train") + 1 :]) if own else self.name
         return {feature: label.label for feature, label in labels_of(root, name).items()}
+
+    def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "Compared":
+        """Return the same with the sink rule of its sites; see ``Dictionary.with_sink_norms``."""
+        return dataclasses.replace(self, dictionary=self.dictionary.with_sink_norms(sink_norm))
 
     def described(self) -> ComparedDictionary:
         """What the results say of it."""

@@ -48,7 +48,8 @@ class Reading:
         reads: Mapping[str, ReadText],
         values: Mapping[tuple[str, str], np.ndarray],
     ):
-        self._compared, self._mesh, self._config = compared, mesh, run.configs[TransferConfig]
+        self._compared = [one.with_sink_norms(lms[one.fingerprint].sink_norm) for one in compared]
+        self._mesh, self._config = mesh, run.configs[TransferConfig]
         self._lms, self._reads, self._values = lms, reads, values
         self.activity = functools.cache(self._activity)
         self._tokens = functools.cache(self._shared)

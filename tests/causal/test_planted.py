@@ -48,7 +48,7 @@ def planted(readout):
     W_dec_FxD /= np.linalg.norm(W_dec_FxD, axis=1, keepdims=True)
     config = DictionaryConfig(
         kind="standard", site="resid_post.1", d_in=64, n_features=64, model=readout.source.name,
-        fingerprint=readout.source.fingerprint,
+        fingerprint=readout.source.fingerprint, max_norm=1e9,
     )  # fmt: skip
     W_enc_DxF = rng.normal(size=(64, 64)) / 8
     b_enc_F = np.where(np.isin(np.arange(64), PLANTED), 2.0, 0.0)  # the planted ones fire everywhere

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, formats, load_dictionary, losses, save_dictionary
+from saejax.dictionaries import Dictionary, DictionaryConfig, formats, kinds, load_dictionary, losses, save_dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
 from saejax.models.edits import ForwardPass
@@ -43,6 +43,32 @@ def test_encode_and_decode_by_formula(kind):
     np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [*kinds.KINDS])
+def test_some_features_are_encoded_as_all_are(kind):
+    dictionary, x = make(kind, n_features=640), activations(30, 12)
+    features = np.array([3, 0, 639, 77])
+    few = dictionary.encode_features(x, features)
+    np.testing.assert_allclose(few, dictionary.encode(x)[:, features], rtol=1e-5, atol=1e-5)
+    assert dictionary.encode_features(x, features[:0]).shape == (30, 0)
+
+
+@pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated", "linear", "batchtopk", "matryoshka"])
+def test_an_edit_of_few_features_encodes_no_others(kind):
+    """By the operations of its compiled program."""
+    dictionary, x = make(kind, n_features=4096), activations(1, 30, 12)
+    edit, run = dictionary.ablate([3, 77]), ForwardPass.over(np.ones((1, 30), bool))
+    operations = jax.jit(lambda x: edit(x, run)).lower(x).compile().cost_analysis()["flops"]
+    assert operations < 0.1 * 2 * 30 * 12 * 4096
+
+
+def test_a_kind_that_overrides_encode_must_say_again_that_it_is_elementwise():
+    class Sharpened(kinds.JumpReLU):
+        def encode(self, dictionary, pre_xF, projected_xF, numbers):
+            return jax.nn.softmax(pre_xF)
+
+    assert kinds.JumpReLU.is_elementwise() and not Sharpened.is_elementwise() and not kinds.TopK.is_elementwise()
+
+
 @pytest.mark.parametrize("shape", [(12,), (1, 12), (2, 3, 12), (0, 12)])
 def test_any_leading_dimensions(shape):
     dictionary = make()
@@ -60,7 +86,7 @@ def test_gradients_against_finite_differences(kind):
             dictionary = nnx.merge(graph, params)
             f = dictionary.encode(x)
             error = losses.squared_error(x, dictionary.decode(f))
-            return error + 0.3 * losses.l1_norm_weighted(f, dictionary.W_dec_FxD[...])
+            return error + 0.3 * losses.l1_norm_weighted(f, dictionary.decoder_norms_F)
 
         grads = jax.grad(loss)(params)
         for leaf, name in enumerate(jax.tree_util.tree_flatten_with_path(params)[0]):

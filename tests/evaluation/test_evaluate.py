@@ -20,20 +20,30 @@ from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 from saejax.workspace import Run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
+CAPTURE = dict(
+    capture__sites="resid_post.0,resid_post.1,resid_mid.1,mlp_in.1,mlp_out.1",
+    capture__sink_factor=1.2,
+    capture__max_sink_share=1.0,
+)
 NAMES = ["resid_post.0-k4", "resid_post.0-k8", "resid_post.1-k4", "resid_post.1-k8"]
 
 
 @pytest.fixture(scope="module")
 def workdir(inputs, tmp_path_factory):
-    """A store of a small model, and train units of random dictionaries: a stack, a linear one, a skip transcoder."""
+    """A store of a small model with many sinks, and train units of random dictionaries.
+
+    A stack, a linear one, a skip transcoder, and one dictionary twice: as trained here, and without its sink rule.
+    """
     folder = tmp_path_factory.mktemp("evaluate") / "run"
-    flags = runs.small_flags(*inputs, folder, capture__sites="resid_post.0,resid_post.1,mlp_in.1,mlp_out.1")
+    flags = runs.small_flags(*inputs, folder, **CAPTURE)
     assert command.run(["baseline", "capture"], "", ["program", *flags]) == 0
     for name in NAMES:
         save(folder, "topk", name, site=name.partition("-")[0], k=int(name[-1]))
     save(folder, "linear", "", site="resid_post.0", fires_above=0.3)
     save(folder, "jumprelu", "", site="mlp_in.1", target="mlp_out.1", skip=True, centred=False)
-    for kind, names in dict(topk=NAMES, linear=[""], jumprelu=[""]).items():
+    save(folder, "gated", "ours", site="resid_mid.1", target="mlp_out.1", centred=False)
+    save(folder, "gated", "plain", site="resid_mid.1", target="mlp_out.1", centred=False, max_norm=None)
+    for kind, names in dict(topk=NAMES, linear=[""], jumprelu=[""], gated=["ours", "plain"]).items():
         configs = [load_dictionary(folder / "train" / kind / name).config for name in names]
         told = [(n, c.site, c.target or c.site) for n, c in zip(names, configs, strict=True)]
         runs.write_members(folder / "train" / kind, *told)
@@ -42,9 +52,9 @@ def workdir(inputs, tmp_path_factory):
 
 def save(workdir, kind, name, **fields):
     store = Store.open(workdir / "capture")
-    limit = store.max_norm(fields["site"])
-    config = DictionaryConfig(kind=kind, d_in=store.d(fields["site"]), n_features=64, max_norm=limit, **fields)
-    arrays = Dictionary.initial(config, jax.random.key(len(name))).arrays
+    fields = dict(max_norm=store.max_norm(fields["site"])) | fields
+    config = DictionaryConfig(kind=kind, d_in=store.d(fields["site"]), n_features=64, **fields)
+    arrays = Dictionary.initial(config, jax.random.key(len(name) if kind == "topk" else 1)).arrays
     noise = {n: 0.1 * jax.random.normal(jax.random.key(7), a.shape) for n, a in arrays.items()}
     dictionary = Dictionary(config, **{n: a + noise[n] for n, a in arrays.items()})
     save_dictionary(workdir / "train" / kind / name / "dictionary", dictionary)
@@ -122,8 +132,8 @@ def test_a_transcoder_is_scored_against_its_target(workdir, make_run, tmp_path):
     assert entry.target_sinks.max_norm == Store.open(workdir / "capture").max_norm("mlp_out.1")
 
 
-@pytest.mark.parametrize("other,sinks,groups", [(1.0, 9.0, 1), (0.5, 9.0, 2), (1.0, 3.4e38, 2)])
-def test_crosscoders_with_scales_or_sinks_of_their_own_are_scored_apart(tmp_path, other, sinks, groups):
+@pytest.mark.parametrize("other,sinks,groups", [(1.0, 9.0, 1), (0.5, 9.0, 2), (1.0, 3.0, 1)])
+def test_crosscoders_with_other_scales_are_scored_apart(tmp_path, other, sinks, groups):
     """The store's parts are put together once for those that are scored together."""
     site, told = "resid_post.0+resid_post.1", []
     for name, scale, limit in (("a", 1.0, 9.0), ("b", other, sinks)):
@@ -134,11 +144,9 @@ def test_crosscoders_with_scales_or_sinks_of_their_own_are_scored_apart(tmp_path
     assert len(evaluate._together(tmp_path, told)) == groups
 
 
-def test_dictionaries_that_call_other_positions_sinks_are_scored_apart(tmp_path):
-    """One trained here beside another tool's, which calls none a sink."""
-    told = []
-    for name, limit in (("ours", 120.0), ("theirs", 3.4e38)):
-        config = DictionaryConfig(kind="topk", site="resid_post.0", d_in=8, n_features=4, k=2, max_norm=limit)
-        save_dictionary(tmp_path / name / "dictionary", Dictionary.initial(config, jax.random.key(0)))
-        told.append(TrainedMember(name, config.site, config.site, {}, 1.0, 1.0, None, {}))
-    assert [[one.name for one in own] for own in evaluate._together(tmp_path, told)] == [["ours"], ["theirs"]]
+def test_the_stores_sink_rule_is_used_whoever_trained_a_dictionary(workdir, make_run, tmp_path):
+    ours, plain = evaluate.run_evaluate(make_run("gated", tmp_path)).members
+    first, second = (dict(to_json(entry), name="") for entry in (ours, plain))
+    assert first == second
+    store = Store.open(workdir / "capture")
+    assert min(store.sinks(site).beyond for site in ("resid_mid.1", "mlp_out.1")) > 0

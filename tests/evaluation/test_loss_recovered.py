@@ -156,7 +156,6 @@ def test_sinks_keep_their_value(lm, model):
 
 
 def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
-    transcoder = random_dictionary(lm, site="mlp_in.1", target="mlp_out.1", centred=False)
     mlp, norms = model.model.layers[1].mlp, []
     log_probabilities(model, [(mlp, lambda module, inputs, output: norms.append(output.norm(dim=-1).flatten()))])
     limit = float(torch.cat(norms).quantile(0.7))
@@ -164,7 +163,9 @@ def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
     def hook(module, inputs, output):
         return torch.where(output.norm(dim=-1, keepdim=True) <= limit, torch.zeros_like(output), output)
 
-    (losses,) = stand_in_losses(lm, [transcoder], documents(), np.zeros(64), target_max_norm=limit)
+    sites = dict(site="mlp_in.1", target="mlp_out.1", target_max_norm=limit)
+    transcoder = random_dictionary(lm, centred=False, **sites)
+    (losses,) = stand_in_losses(lm, [transcoder], documents(), np.zeros(64))
     ce, _ = ce_and_kl(log_probabilities(model), log_probabilities(model, [(mlp, hook)]))
     np.testing.assert_allclose(losses.ce["zero_ablated"], ce, rtol=1e-5)
 

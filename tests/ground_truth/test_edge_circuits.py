@@ -37,7 +37,9 @@ def nodes():
 @pytest.fixture(scope="module")
 def transcoders():
     """Random ones."""
-    config = DictionaryConfig(kind="topk", d_in=16, n_features=32, k=4, site="mlp_in.0", target="mlp_out.0")
+    config = DictionaryConfig(
+        kind="topk", d_in=16, n_features=32, k=4, site="mlp_in.0", target="mlp_out.0", max_norm=1e9, target_max_norm=1e9
+    )
     return [Dictionary.initial(config, jax.random.key(layer)) for layer in range(LAYERS)]
 
 

@@ -58,7 +58,7 @@ def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):
     kind = "topk" if k else "standard"
     config = DictionaryConfig(
         kind=kind, site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k, centred=False,
-        model=lm.source.name, fingerprint=lm.source.fingerprint,
+        model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
     )  # fmt: skip
     arrays = dict(W_enc_DxF=W_dec_FxD.T, b_enc_F=np.full(len(W_dec_FxD), -threshold), W_dec_FxD=W_dec_FxD)
     return Dictionary(config, **{n: np.asarray(a, np.float32) for n, a in (arrays | dict(b_dec_D=np.zeros(D))).items()})

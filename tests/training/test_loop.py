@@ -65,7 +65,7 @@ def test_one_compilation(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "stop_after", "products"),
-    [*((kind, 7, "auto") for kind in KINDS), ("topk", 1, "rows"), ("topk", 7, "rows"), ("topk", 11, "kernels")],
+    [*((kind, 7, "auto") for kind in KINDS), ("topk", 1, "rows"), ("topk", 7, "rows")],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, products):
     trainer = make_trainer(kind, products=products, resample_every=5)

@@ -10,9 +10,9 @@ import pytest
 from every_kind import KINDS
 from small_stacks import B, D, F, batches, make_trainer
 
-from saejax.dictionaries import joined, losses, sparsity, straight_through
-from saejax.dictionaries.auxk import auxk, room_for_few
+from saejax.dictionaries import joined, losses, sparsity
 from saejax.dictionaries.kinds.base import EncodedBatch
+from saejax.dictionaries.losses import auxk, dead_columns
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.errors import UserError
 from saejax.training.updates import penalty_share
@@ -105,11 +105,11 @@ def test_jumprelu_gradients_are_the_written_formula():
     pre, theta = rng.normal(size=(B, F)), np.abs(rng.normal(size=F)) * 0.5
     g, width = rng.normal(size=(B, F)), 0.3
     near = np.abs(pre - theta) < width / 2
-    _, back = jax.vjp(lambda p, t: straight_through.jumprelu(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
+    _, back = jax.vjp(lambda p, t: sparsity.jumprelu(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
     to_pre, to_theta = back(jnp.asarray(g))
     np.testing.assert_allclose(to_pre, np.where(pre > theta, g, 0))
     np.testing.assert_allclose(to_theta, -(theta / width) * (near * g).sum(0), rtol=1e-12)
-    _, back = jax.vjp(lambda p, t: straight_through.step(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
+    _, back = jax.vjp(lambda p, t: sparsity.step(p, t, width), jnp.asarray(pre), jnp.asarray(theta))
     to_pre, to_theta = back(jnp.asarray(g))
     assert not np.any(to_pre)
     np.testing.assert_allclose(to_theta, -(near * g).sum(0) / width, rtol=1e-12)
@@ -163,7 +163,7 @@ def test_auxk_reaches_dead_features_and_no_others(k, metric):
 @pytest.mark.parametrize("k", [1, 20])
 def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
     rng, features = np.random.default_rng(dead), 1024
-    assert room_for_few(features, k) == 128
+    assert dead_columns(features, k) == 128
     arrays = [jnp.asarray(rng.normal(size=shape)) for shape in ((B, features), (features, D), (B, D))]
     dead_F = jnp.asarray(np.isin(np.arange(features), rng.permutation(features)[:dead]))
 
@@ -180,10 +180,10 @@ def test_auxk_of_few_dead_features_is_that_of_all_columns(dead, k):
 
 
 def test_there_is_a_short_way_only_where_it_is_shorter():
-    assert [room_for_few(*sizes) for sizes in ((64, 3), (255, 1), (256, 1), (4608, 288), (20_480, 1280))] == [
+    assert [dead_columns(*sizes) for sizes in ((64, 3), (255, 1), (256, 1), (4608, 288), (20_480, 1280))] == [
         0, 0, 128, 640, 2560
     ]  # fmt: skip
-    assert room_for_few(4608, 3000) == 0
+    assert dead_columns(4608, 3000) == 0
 
 
 def test_auxk_is_nothing_while_no_feature_is_dead():
@@ -262,10 +262,10 @@ def test_alignment_brings_encoder_and_decoder_together():
 
 def test_the_pull_on_dead_features_is_its_formula():
     rng = np.random.default_rng(6)
-    pre, theta, W_dec = rng.normal(size=(B, F)), rng.random(F), rng.normal(size=(F, D))
+    pre, theta, norms = rng.normal(size=(B, F)), rng.random(F), rng.random(F)
     dead = rng.random(F) < 0.3
-    expected = (np.maximum(theta - pre, 0) * np.linalg.norm(W_dec, axis=1) * dead).sum(1).mean()
-    got = losses.dead_pre_activation(*map(jnp.asarray, (pre, theta, dead, W_dec)))
+    expected = (np.maximum(theta - pre, 0) * norms * dead).sum(1).mean()
+    got = losses.dead_pre_activation(*map(jnp.asarray, (pre, theta, dead, norms)))
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 

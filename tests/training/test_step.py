@@ -10,8 +10,10 @@ import pytest
 from every_kind import KINDS
 from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
 
-from saejax.dictionaries import Dictionary
+from saejax.dictionaries import Dictionary, kinds
+from saejax.dictionaries.kinds.topk import TopK
 from saejax.parallel.mesh import make_mesh
+from saejax.settings.kinds import KIND_SETTINGS, KindSettings
 from saejax.training import updates
 
 FORMS = ("sae", "transcoder", "skip_transcoder")
@@ -94,13 +96,12 @@ def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_devi
         assert np.array_equal(value, before[key]) == (key == name), key
 
 
-@pytest.mark.parametrize("products", ["rows", "kernels"])
 @pytest.mark.parametrize("form", FORMS)
-def test_codes_of_the_active_features_train_what_all_features_train(form, products, one_device):
+def test_codes_of_the_active_features_train_what_all_features_train(form, one_device):
     changes = dict(form=form, k=(2, 5), auxk=0.1, dead_tokens=2 * B, decorrelation=0.01, resample_every=6)
     if form != "sae":
         changes |= dict(sites=("mlp_in.1",))
-    forms = (dict(products=asked) for asked in ("dense", products))
+    forms = (dict(products=asked) for asked in ("dense", "rows"))
     (dense, wanted), (state, metrics) = (
         run(make_trainer("topk", one_device, **changes | f), batches(12)) for f in forms
     )
@@ -112,17 +113,50 @@ def test_codes_of_the_active_features_train_what_all_features_train(form, produc
     np.testing.assert_array_equal(state.silent_MxF, dense.silent_MxF)
 
 
-@pytest.mark.parametrize("products", ["rows", "kernels"])
-def test_losses_of_a_run_are_those_of_dense_products(products, one_device):
-    mesh = make_mesh() if products == "rows" else one_device  # eight devices, which take the dense products unasked
-    trainers = dict(dense=make_trainer("topk", mesh)) | {products: make_trainer("topk", one_device, products=products)}
+def test_losses_of_a_run_are_those_of_dense_products(one_device):
+    # Eight devices take the dense products unasked.
+    trainers = dict(dense=make_trainer("topk", make_mesh()), rows=make_trainer("topk", one_device, products="rows"))
     states, losses = {form: trainer.initial_state() for form, trainer in trainers.items()}, {}
     for x in batches(20):
         for form, trainer in trainers.items():
             states[form], metrics = run(trainer, x[None], states[form])
             losses.setdefault(form, []).append(float(metrics["loss"][0]))
-    np.testing.assert_allclose(losses[products], losses["dense"], rtol=1e-5)
+    np.testing.assert_allclose(losses["rows"], losses["dense"], rtol=1e-5)
     assert losses["dense"][-1] < 0.7 * losses["dense"][0]
+
+
+class PulledTopK(TopK):
+    """TopK with a loss on all pre-activations."""
+
+    name = "pulled"
+
+    def losses(self, batch):
+        return dict(pull=jnp.mean(jnp.square(batch.pre_BxF)))
+
+
+class HalvedTopK(TopK):
+    """TopK whose activations in training are half as large."""
+
+    name = "halved"
+
+    def encode_in_training(self, dictionary, pre_BxF, projected_BxF, values, settings):
+        return self.encode(dictionary, pre_BxF, projected_BxF, values) / 2, jnp.zeros((), pre_BxF.dtype)
+
+
+@pytest.mark.parametrize("kind", [PulledTopK, HalvedTopK])
+def test_a_kind_has_the_same_gradients_by_every_form_of_products(kind, one_device, monkeypatch):
+    monkeypatch.setitem(kinds.KINDS, kind.name, kind())
+    monkeypatch.setitem(KIND_SETTINGS, kind.name, KindSettings(reads=("k",)))
+    gradients, x = {}, jnp.asarray(batches(1)[0])
+    for products in ("dense", "rows"):
+        trainer = make_trainer(kind.name, one_device, products=products)
+        params, hyper = jax.tree.map(lambda array: array[0], (trainer.initial_state().params, trainer.hyper))
+        dead_F, step = jnp.zeros(F, bool), jnp.int32(1000)
+        gradient = jax.grad(trainer._objective, has_aux=True)
+        gradients[products], _ = gradient(params, x, x, hyper, step, dead_F)
+    for name, gradient in gradients["dense"].items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(gradients["rows"][name], gradient, atol=1e-5 * scale, err_msg=name)
 
 
 def test_silent_features_are_counted_in_tokens(one_device):

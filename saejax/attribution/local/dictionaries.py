@@ -50,6 +50,7 @@ class LayerDictionaries(abc.ABC):
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
         self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
+        self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
         stored = not any(config.centred or config.kind == "gated" for config in configs)
         self._rows = rows if rows and stored else self._rows_of_layer
@@ -80,7 +81,18 @@ class LayerDictionaries(abc.ABC):
     def _on_host(self, layer: int) -> Dictionary:
         """The dictionary of a layer, read anew, in the dtype of its file unless it had to be folded."""
         with on_host():
-            return _of_any_layer(_plain(self._load(layer)))
+            dictionary = self._load(layer)
+            if self._sink_norm:
+                dictionary = dictionary.with_sink_norms(self._sink_norm)
+            return _of_any_layer(_plain(dictionary))
+
+    def resolve_sinks(self, model: LanguageModel) -> None:
+        """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded."""
+        if self._sink_norm is None:
+            self._kept.clear()
+        self._sink_norm = model.sink_norm
+        for config in self.configs:
+            config.with_sink_norms(model.sink_norm)  # runs the model now, not while a dictionary is read on the host
 
     def forget(self) -> None:
         """Gives up what is kept in memory."""
@@ -176,10 +188,13 @@ def _plain(dictionary: Dictionary) -> Dictionary:
 def _of_any_layer(dictionary: Dictionary) -> Dictionary:
     """The same arrays, of no layer.
 
-    Programs that run it are compiled once for all layers.
+    Programs that run it are compiled once for all layers: its sink rule is an array.
     """
-    config = dataclasses.replace(dictionary.config, site="", target="")
-    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+    config, arrays = dictionary.config, dictionary.arrays
+    if config.max_norm is not None:
+        arrays |= dict(max_norm=np.float32(config.max_norm))
+    plain = dataclasses.replace(config, site="", target="", max_norm=None, target_max_norm=None)
+    return Dictionary(plain, dictionary.matmul_dtype, **arrays)
 
 
 def _widened(dictionary: Dictionary) -> Dictionary:
@@ -193,7 +208,7 @@ def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
     """The same on a mesh's devices, features split over ``model``."""
     table = parameter_table(dictionary.config)
     arrays = {
-        name: jax.device_put(array, fitting_sharding(mesh, table[name][0], *table[name][1]))
+        name: jax.device_put(array, fitting_sharding(mesh, array.shape, *table[name][1] if name in table else ()))
         for name, array in dictionary.arrays.items()
     }
     return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)

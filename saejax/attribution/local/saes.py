@@ -62,6 +62,7 @@ class LayerSaes(LayerDictionaries):
         for site, config in zip(self.sites, self.configs, strict=True):
             site.check(model.config)
             check_dictionary(config, model, f"{self.name}: the SAE of {site}")
+        self.resolve_sinks(model)
         return self
 
     def describe(self) -> GraphSet:

@@ -78,6 +78,7 @@ class LayerTranscoders(LayerDictionaries):
         self.check_shape(model.config, model.source.name)
         for layer, config in enumerate(self.configs):
             check_dictionary(config, model, f"{self.name}, layer {layer}: the transcoder")
+        self.resolve_sinks(model)
         return self
 
     def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":

@@ -16,7 +16,7 @@ features do no more than these has not earned its place.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,9 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
-from saejax.dictionaries.editing import Editing
-from saejax.dictionaries.matmul import matmul
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -35,22 +33,8 @@ from saejax.models.layers import mlp_neurons
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
 
 
-class _Directions(Editing, nnx.Module):
-    """A basis whose activations are any numbers, each of which adds its direction; what is left is the error term."""
-
-    W_dec_FxD: nnx.Param
-
-    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
-        """What all directions add [B, T, D]; a bias, or a centre, is left out."""
-        return matmul(f_BxTxF, self.W_dec_FxD[...])
-
-    def fires(self, f_xF: jax.Array) -> jax.Array:
-        """Where activations are not 0."""
-        return f_xF != 0
-
-
-class Neurons(_Directions):
-    """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
+class Neurons(Dictionary):
+    """The neurons of an MLP: a dictionary that reads ``mlp_in`` by the model's weights and writes ``mlp_out``.
 
     Args:
       layer: of the MLP.
@@ -63,6 +47,8 @@ class Neurons(_Directions):
         for name in self.names:
             setattr(self, name, nnx.Param(weights[name]))
         self.W_dec_FxD = nnx.Param(weights["down_FxD"])
+        self.b_dec_D = nnx.Param(jnp.zeros_like(weights["down_FxD"][0]))
+        self.matmul_dtype = nnx.static("float32")
         self.config = nnx.static(
             DictionaryConfig(
                 kind="linear",
@@ -75,42 +61,54 @@ class Neurons(_Directions):
             )
         )
 
-    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
-        """The neurons' activations [B, T, F]."""
+    def encode(self, x_BxTxD: jax.Array, numbers: Any = None) -> jax.Array:
+        """Return the neurons' activations [B, T, F]."""
         config: DecoderConfig = self.decoder
         return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
 
-    def is_not_sink(self, x_BxTxD: jax.Array) -> jax.Array:
-        """True at every position but the first."""
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "Neurons":
+        """Return the neurons themselves: first tokens are left alone, whatever the norms."""
+        return self
+
+    def is_not_sink(self, x_BxTxD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+        """Return True at every position but the first."""
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
 
-class Joined(_Directions):
-    """Several bases of one site as one, so that programs are compiled and prompts are run for all of them together.
+class Joined(Dictionary):
+    """Several dictionaries of one site as one, so that prompts are run, and programs compiled, for all together.
 
     Args:
       members: dictionaries that read and write the same site; their directions follow one another.
     """
 
-    def __init__(self, members: Sequence[Basis]):
+    def __init__(self, members: Sequence[Dictionary]):
         self.count = nnx.static(len(members))
         for number, member in enumerate(members):
             setattr(self, f"member{number}", member)
         self.W_dec_FxD = nnx.Param(jnp.concatenate([member.W_dec_FxD[...] for member in members]))
+        self.b_dec_D = nnx.Param(jnp.zeros_like(self.W_dec_FxD[...][0]))  # biases are left out
+        self.matmul_dtype = nnx.static("float32")
         size = sum(member.config.n_features for member in members)
-        self.config = nnx.static(dataclasses.replace(members[0].config, kind="linear", k=0, n_features=size))
+        self.config = nnx.static(
+            dataclasses.replace(members[0].config, kind="linear", k=0, fires_above=0.0, skip=False, n_features=size)
+        )
 
     @property
-    def _members(self) -> list[Basis]:
+    def _members(self) -> list[Dictionary]:
         return [getattr(self, f"member{number}") for number in range(self.count)]
 
-    def encode(self, x_xD: jax.Array) -> jax.Array:
-        """All activations [..., F], of each member 0 outside its own domain."""
+    def encode(self, x_xD: jax.Array, numbers: Any = None) -> jax.Array:
+        """Return all activations [..., F], 0 at each member's attention sinks."""
         parts = [jnp.where(member.is_not_sink(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
         return jnp.concatenate(parts, axis=-1)
 
-    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
-        """Where any member's domain is."""
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "Joined":
+        """Return the same with the sink rule of each member's sites."""
+        return Joined([member.with_sink_norms(sink_norm, replace) for member in self._members])
+
+    def is_not_sink(self, x_xD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
+        """Return True where a position is no sink to some member."""
         return jnp.stack([member.is_not_sink(x_xD) for member in self._members]).any(axis=0)
 
 
@@ -168,6 +166,6 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     """The configuration of an SAE at the site that the dictionary writes to."""
     config = dictionary.config
     if config.target:
-        changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
-    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, origin="")
+        changes |= dict(site=config.target, target="", max_norm=config.target_max_norm, target_max_norm=None)
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False, input_norm="")
     return dataclasses.replace(config, **plain | changes)

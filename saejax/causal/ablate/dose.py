@@ -19,7 +19,7 @@ from saejax.causal.ablate.text import FOR_DOSE, HeldOutText
 from saejax.causal.ablate.verdict import Over, over_prompts
 from saejax.causal.experiment import Experiment
 from saejax.causal.results import EqualDose
-from saejax.dictionaries import Basis, Dictionary, load_dictionary
+from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.interventions import slopes as screening
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import SplitModel
@@ -213,13 +213,13 @@ def _divergence(text: HeldOutText | None, split: SplitModel, source: ActivationS
 
 def _bases(
     experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> tuple[list[tuple[dict[str, Basis], Basis]], dict[str, UncomparedBasis]]:
+) -> tuple[list[tuple[dict[str, Dictionary], Dictionary]], dict[str, UncomparedBasis]]:
     """What is run: of each basis, or of several as one, its members by name; and why others are not."""
     if config.error == "drop":
         reason = "with --ablate.error=drop the features' error term goes, which other bases do not have"
         return [], dict.fromkeys(config.baselines, UncomparedBasis(reason))
-    at_site: dict[str, Basis] = {}
-    made: list[tuple[dict[str, Basis], Basis]] = []
+    at_site: dict[str, Dictionary] = {}
+    made: list[tuple[dict[str, Dictionary], Dictionary]] = []
     missing: dict[str, UncomparedBasis] = {}
     for wanted in config.baselines:
         basis = _basis(wanted, experiment, model, dictionary, config)
@@ -236,7 +236,7 @@ def _bases(
 
 def _basis(
     wanted: str, experiment: Experiment, model: LanguageModel, dictionary: Dictionary, config: AblateConfig
-) -> Basis | str:
+) -> Dictionary | str:
     """A basis, or why there is none."""
     if wanted == "neurons":
         site = Site.parse(dictionary.config.target or dictionary.site)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.ablate.results import TextEffect
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.evaluation import programs
 from saejax.interventions.replacement import ActivationSource
@@ -147,7 +147,7 @@ class HeldOutText:
 @functools.partial(jax.jit, static_argnums=0)
 def _removed(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     source: ActivationSource,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,

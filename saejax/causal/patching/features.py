@@ -31,7 +31,7 @@ from saejax.causal.patching.results import (
     PatchedSet,
     PatchEffect,
 )
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions import activity
 from saejax.interventions import slopes as screening
@@ -205,7 +205,7 @@ def run_parts(
     point: SplitPoint,
     parts: str,
     params: decoder.Params,
-    dictionary: Basis,
+    dictionary: Dictionary,
     own: SiteRows,
     other: SiteRows,
 ) -> jax.Array:

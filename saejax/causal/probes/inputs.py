@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.split_model import SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
@@ -45,7 +45,7 @@ def pooled_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tu
 def pool_prompts(
     point: SplitPoint,
     pool: str,
-    dictionary: Basis,
+    dictionary: Dictionary,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     last_B: jax.Array,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.causal.parts import OnProgress, silent
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.engine import lagging
 from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel
@@ -61,7 +61,7 @@ class SteeredTexts:
     def __getitem__(self, rows: np.ndarray | Sequence[int]) -> "SteeredTexts":
         return jax.tree.map(lambda array: array[np.asarray(rows)], self)
 
-    def at(self, basis: Basis, read_RxTxD: jax.Array) -> jax.Array:
+    def at(self, basis: Dictionary, read_RxTxD: jax.Array) -> jax.Array:
         """By how much the value changes at every position, [R, T, D]."""
         W_dec_FxD = basis.W_dec_FxD[...]
         change_RxTxD = jnp.broadcast_to(self.added_RxD[:, None, :], read_RxTxD.shape).astype(W_dec_FxD.dtype)
@@ -77,15 +77,19 @@ class SteeredTexts:
 class SteeringEdit:
     """A change as an edit for ``LanguageModel.generate``; attention sinks are left alone."""
 
-    basis: Basis
+    basis: Dictionary
     change: SteeredTexts
     positions: Positions
     reads: Site = dataclasses.field(metadata=dict(static=True))
     site: Site = dataclasses.field(metadata=dict(static=True))
 
+    def with_sink_norms(self, sink_norm: Callable[[str], float]) -> "SteeringEdit":
+        """Return the edit with the sink rule of its dictionary's sites."""
+        return dataclasses.replace(self, basis=self.basis.with_sink_norms(sink_norm))
+
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         read_BxTxD = value_BxTxD if self.reads == self.site else run.values[self.reads]
-        where_BxT = self.positions.at(run) & self.basis.is_not_sink(read_BxTxD)
+        where_BxT = self.positions.at(run) & self.basis.is_not_sink(read_BxTxD, value_BxTxD)
         return _moved(value_BxTxD, self.change.at(self.basis, read_BxTxD), where_BxT)
 
 
@@ -162,7 +166,7 @@ def _started(
 def steer_rows(
     point: SplitPoint,
     params: decoder.Params,
-    basis: Basis,
+    basis: Dictionary,
     clean: SiteRows,
     place_R: jax.Array,
     change: SteeredTexts,
@@ -190,7 +194,7 @@ def steer_rows(
 @functools.partial(jax.jit, static_argnums=0)
 def steered_value(
     point: SplitPoint,
-    basis: Basis,
+    basis: Dictionary,
     value_BxTxD: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import fires_and_sizes, total
 from saejax.interventions.feature_statistics import FeatureStatistics
@@ -187,7 +187,7 @@ def of_references(point: SplitPoint) -> SplitPoint:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attribute(point: SplitPoint, params: decoder.Params, dictionary: Basis, batch: ReferenceBatch) -> jax.Array:
+def attribute(point: SplitPoint, params: decoder.Params, dictionary: Dictionary, batch: ReferenceBatch) -> jax.Array:
     """The program behind ``References.attribution``: of each row activation x gradient of its weighted answer, [B, F].
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
@@ -207,7 +207,7 @@ def attribute(point: SplitPoint, params: decoder.Params, dictionary: Basis, batc
 
 @functools.partial(jax.jit, static_argnums=0)
 def _count(
-    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Positions, and of each feature: at how many it fires, and the sum of its sizes there."""
     f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
@@ -218,7 +218,7 @@ def _count(
 @functools.partial(jax.jit, static_argnums=0)
 def _firing(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     features_K: jax.Array,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,

@@ -17,7 +17,7 @@ from saejax.causal.study.items import ItemScores
 from saejax.causal.study.references import Reference, ReferenceBatch, References
 from saejax.causal.study.results import ChosenFeatures, SingleEffects
 from saejax.causal.study.single import judge_single
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.resume import Chunks
 from saejax.interventions.split_model import SplitModel, active_features
@@ -158,7 +158,7 @@ def _part(split: SplitModel, batch: ReferenceBatch, count: int, part: Sequence[i
 @functools.partial(jax.jit, static_argnums=0)
 def activations(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     features_K: jax.Array,
     on_K: jax.Array,
     read_BxTxD: jax.Array,
@@ -173,7 +173,7 @@ def activations(
 def without(
     point: SplitPoint,
     params: decoder.Params,
-    dictionary: Basis,
+    dictionary: Dictionary,
     batch: ReferenceBatch,
     f_BxTxK: jax.Array,
     features_K: jax.Array,

@@ -382,7 +382,11 @@ def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[
         return [{}] * layers
     facts = settings[FACTS]
     limits = facts.get("max_norms") if isinstance(facts, dict) else None
-    if not isinstance(limits, list) or len(limits) != layers or not all(isinstance(limit, float) for limit in limits):
+    if (
+        not isinstance(limits, list)
+        or len(limits) != layers
+        or not all(isinstance(limit, float | None) for limit in limits)
+    ):
         raise UserError(
             f"{folder / DESCRIPTION}: {FACTS} has no norm for each of the {layers} layers (max_norms): damaged"
         )
@@ -466,7 +470,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             decoder = {f"W_dec_{layer}": writes_FxXxD.astype(named["W_enc"].dtype)}
             tensors.write(unfinished / DECODERS.format(layer), decoder, stamp)
             configs.append(config)
-        check([dataclasses.replace(config, max_norm=0.0) for config in configs])
+        check([dataclasses.replace(config, max_norm=None, target_max_norm=None) for config in configs])
         facts = dict(revision=configs[0].revision, fingerprint=configs[0].fingerprint)
         settings = _describe(configs[0]) | dict(model_kind=CROSS_LAYER)
         settings |= {FACTS: facts | dict(stamp=stamp, max_norms=[config.max_norm for config in configs])}

@@ -149,7 +149,6 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
         bos="always",
         widths=(width,) * count,
         scales=(1.0,) * count,
-        max_norms=(DictionaryConfig.max_norm,) * count,
         model=_model(folder / "file"),
     )
     # The first part's tensors stand for all: the others are read when these are folded.

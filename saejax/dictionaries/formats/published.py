@@ -256,7 +256,6 @@ def _parse_crosscoder(
         centred=False,
         widths=(width,) * count,
         scales=(1.0,) * count,
-        max_norms=(DictionaryConfig.max_norm,) * count,
     )
 
     def fold(arrays: Arrays) -> Arrays:

@@ -126,7 +126,8 @@ def parse_config(
     try:
         facts = _training_facts(settings, features) if kind == "jumprelu" else dict(kind=kind)
         ours = settings.get("saejax") or {}
-        facts |= dict(max_norm=float(ours.get("max_norm", DictionaryConfig.max_norm)))
+        norms = {name: ours.get(name) for name in ("max_norm", "target_max_norm")}
+        facts |= {name: None if norm is None else float(norm) for name, norm in norms.items()}
         facts |= {key: str(ours.get(key, "")) for key in ("revision", "fingerprint")}
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
@@ -354,6 +355,6 @@ def _metadata(config: DictionaryConfig) -> dict[str, Any]:
         if config.groups:
             details["matryoshka_widths"] = list(config.groups)
         metadata |= dict(training_architecture=_TRAINED_AS[config.kind], training_architecture_details=details)
-    fields = ("max_norm", "revision", "fingerprint")
+    fields = ("max_norm", "target_max_norm", "revision", "fingerprint")
     ours = {key: getattr(config, key) for key in fields if getattr(config, key) != getattr(DictionaryConfig, key)}
     return metadata | (dict(saejax=ours) if ours else {})

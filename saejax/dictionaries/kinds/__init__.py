@@ -1,4 +1,4 @@
-"""The kinds of dictionary, a file each, and the registry of all; ``docs/extending.md`` says how to add one."""
+"""The kinds of dictionary, a file each, and their registry; ``docs/extending.md`` says how to add one."""
 
 from typing import TypeVar
 
@@ -14,17 +14,17 @@ from saejax.errors import one_of
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, KindSettings
 
 _Class = TypeVar("_Class", bound=type[Kind])
-_OWN = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
-KINDS: dict[str, Kind] = {kind.name: kind() for kind in _OWN}
+_PACKAGE = (Standard, Linear, Gated, JumpReLU, TopK, BatchTopK, Matryoshka)
+KINDS: dict[str, Kind] = {kind.name: kind() for kind in _PACKAGE}
 
 
 def register(kind: _Class) -> _Class:
-    """Adds a kind, or replaces one of a plugin, and its settings to those that there are; a decorator of its class.
+    """Register a kind and its settings, or replace one of a plugin; a decorator of its class.
 
     Raises:
-      ValueError: its name is one of this package's, or no word.
+      ValueError: the name belongs to a kind of this package, or is no word.
     """
-    if kind.name in {PRETRAINED, *(own.name for own in _OWN)} or not kind.name.replace("_", "").isalnum():
+    if kind.name in {PRETRAINED, *(known.name for known in _PACKAGE)} or not kind.name.replace("_", "").isalnum():
         raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
     KIND_SETTINGS[kind.name] = KindSettings(kind.Settings, tuple(kind.reads))
     KINDS[kind.name] = kind()
@@ -32,7 +32,7 @@ def register(kind: _Class) -> _Class:
 
 
 def by_name(name: str) -> Kind:
-    """The kind of a name.
+    """Return the kind of a name.
 
     Raises:
       UserError: there is none; the message lists all.

@@ -1,19 +1,22 @@
-"""What a kind of dictionary is: everything in which dictionaries of one kind differ from those of others.
+"""The interface of a kind of dictionary: everything in which dictionaries of one kind differ from those of others.
 
 A kind is a subclass of ``Kind`` that is registered (``@register``). Its methods are pure functions of arrays that are
 traced, compiled and differentiated; a new kind overrides those in which it differs from a ReLU without a penalty.
+Training may compute a kind's activations by another route (``sparse_products``), but only where all methods that define
+them are the package's own, so that a kind has the same mathematics on every device.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypedDict
+from typing import Any, ClassVar, TypeAlias, TypedDict
 
 import jax
 import jax.numpy as jnp
 
 from saejax.config import Config
-from saejax.dictionaries.description import DictionaryConfig
 
+# ``saejax.dictionaries.Dictionary``, whose file imports the kinds: types in this package cannot name it.
+Dictionary: TypeAlias = Any
 Arrays = dict[str, Any]  # of jax, or of numpy where they are on the host
 Numbers = Mapping[str, Any]  # settings by name: Python's, or scalars of jax
 
@@ -26,44 +29,23 @@ class Facts(TypedDict, total=False):
     fires_above: float
 
 
-class MemberEncoder(Protocol):
-    """What a kind sees of a ``Dictionary`` whose activations it makes and weighs.
-
-    It is a whole one, or a layer of a cross-layer transcoder, whose decoder is not its own: there W_dec_FxD holds the
-    lengths of the joined decoders' rows, [F, 1], which are all that penalties read of a decoder.
-    """
-
-    config: DictionaryConfig
-    matmul_dtype: str
-
-    @property
-    def arrays(self) -> Arrays:
-        """W_enc_DxF, b_enc_F, W_dec_FxD, b_dec_D, those of ``Kind.vectors``, and W_skip_DxD of a skip transcoder."""
-
-
-class Coder(MemberEncoder, Protocol):
-    """A whole dictionary, which also rebuilds its target."""
-
-    def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
-        """f W_dec + b_dec, and x W_skip of a skip transcoder."""
-
-
 @dataclasses.dataclass(frozen=True)
 class EncodedBatch:
-    """One member of a stack on one batch of training, of which its losses are made.
+    """A dictionary on one batch of training, from which its losses are computed.
 
     Attributes:
-      member: the dictionary that is trained.
+      dictionary: the dictionary that is trained. A layer of a cross-layer transcoder has no decoder of its own, only
+        its length, ``decoder_norms_F``.
       x_BxD, y_BxD: inputs and targets, scaled to a mean norm of sqrt(d).
-      pre_BxF: what the encoder gives, with its bias.
+      pre_BxF: pre-activations, with the encoder's bias.
       f_BxF: activations as in training.
       dead_F: True for features that have been silent for too long.
-      metric_DxD: what errors are multiplied with before they are squared; None: nothing.
-      values: the member's own of the settings that can be swept, scalars by name.
-      own: the other settings of the kind.
+      metric_DxD: matrix that errors are multiplied with before they are squared; None: the identity.
+      values: this dictionary's values of the settings that can be swept, scalars by name.
+      settings: the other settings of the kind.
     """
 
-    member: MemberEncoder
+    dictionary: Dictionary
     x_BxD: jax.Array
     y_BxD: jax.Array
     pre_BxF: jax.Array
@@ -71,7 +53,7 @@ class EncodedBatch:
     dead_F: jax.Array
     metric_DxD: jax.Array | None
     values: Numbers
-    own: Any
+    settings: Any
 
 
 class Kind:
@@ -80,13 +62,15 @@ class Kind:
     Attributes:
       name: as in ``--train.kinds`` and ``DictionaryConfig.kind``.
       about: a line for the report that goes on after "which".
-      Settings, reads: of a kind that is registered, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for
-        the package's own kinds both stand there.
+      Settings, reads: of a registered kind, ``own`` and ``reads`` of its ``settings.kinds.KindSettings``; for the
+        package's kinds both are given there.
       vectors: names of its arrays beyond the common ones, each [F], 0 at the start.
       unscaled: those of them that are not in units of activations.
-      numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and a stack's members differ in.
+      numbers: fields of ``DictionaryConfig``, besides shapes, that its inference reads and that members of a stack
+        differ in.
       signed: whether activations may be below 0.
-      keeps_k: whether activations are a token's k largest pre-activations above 0, in training and at inference.
+      elementwise: whether, at inference, a feature's activation depends on its own column, bias and vectors only, so
+        that some features can be encoded without the others.
       depends_on_decoder_norms: whether inference compares features with each other, so that the lengths of decoder rows
         decide which are active.
       jumprelu: whether at inference it is a JumpReLU dictionary, that of ``as_jumprelu``: so other tools can have it.
@@ -101,79 +85,101 @@ class Kind:
     unscaled: ClassVar[Sequence[str]] = ()
     numbers: ClassVar[Sequence[str]] = ()
     signed: ClassVar[bool] = False
-    keeps_k: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     depends_on_decoder_norms: ClassVar[bool] = False
     jumprelu: ClassVar[bool] = False
     no_free_decoder: ClassVar[str] = ""
 
-    # What it computes.
+    @classmethod
+    def is_elementwise(cls) -> bool:
+        """Return ``elementwise`` as far as it was said of the ``encode`` that this class has.
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Activations at inference [..., F].
+        A subclass that overrides ``encode`` must say so again.
+        """
+        for parent in cls.__mro__:
+            if "elementwise" in vars(parent) or "encode" in vars(parent):
+                return bool(vars(parent).get("elementwise", False))
+        return False
+
+    # Inference.
+
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return activations at inference, [..., F].
 
         Args:
-          pre_xF: what its encoder gives, with its bias; ``projected_xF``: before its bias.
+          dictionary: whose arrays are read.
+          pre_xF: pre-activations, with the encoder's bias.
+          projected_xF: the same without the bias.
           numbers: the fields of ``Kind.numbers``, which may be traced.
         """
         return jax.nn.relu(pre_xF)
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Where activations count as active."""
+        """Return where activations count as active."""
         return f_xF > 0
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
-        """W_enc and b_enc of pre-activations which activations never exceed, in size where they are signed."""
+        """Return W_enc and b_enc of pre-activations that activations never exceed (in size where they are signed)."""
         return arrays["W_enc_DxF"], arrays["b_enc_F"]
 
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
-        """The same dictionary for an encoder that gives ``shift_F`` less before its bias."""
+        """Return the same dictionary for an encoder whose output before the bias is ``shift_F`` lower."""
         return arrays | dict(b_enc_F=arrays["b_enc_F"] + shift_F)
 
     def as_jumprelu(self, arrays: Arrays) -> Arrays:
-        """The arrays, with "threshold_F", of the JumpReLU dictionary that it is; called if ``jumprelu`` says so."""
+        """Return the arrays, with "threshold_F", of the equal JumpReLU dictionary; called if ``jumprelu`` is True."""
         return arrays
 
-    # How it is trained.
+    # Training.
 
     def encode_in_training(
-        self, member: MemberEncoder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+        self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
+        """Return activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
 
         Args:
-          member, pre_BxF, projected_BxF: as for ``encode``, of one batch.
-          values: the member's own of the settings that can be swept, scalars that may be traced.
-          own: the other settings of the kind.
+          dictionary: whose arrays are read.
+          pre_BxF: pre-activations of one batch, with the encoder's bias.
+          projected_BxF: the same without the bias.
+          values: this dictionary's values of the settings that can be swept, scalars that may be traced.
+          settings: the other settings of the kind.
         """
-        return self.encode(member, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
+        return self.encode(dictionary, pre_BxF, projected_BxF, values), jnp.zeros((), pre_BxF.dtype)
 
-    def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """What must be like the targets, each [B, D], made of f and x; the last is the whole dictionary's."""
-        return [member.decode(f_BxF, x_BxD)]
+    def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """Return what is compared with the targets, each [B, D]; the last is the whole dictionary's.
+
+        Args:
+          dictionary: that decodes.
+          f_BxF: activations.
+          x_BxD: inputs, which a skip transcoder needs.
+        """
+        return [dictionary.decode(f_BxF, x_BxD)]
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
-        """The penalty on activations, a mean over tokens; it rises over the warm-up."""
+        """Return the penalty on activations, a mean over tokens; its weight rises over the warm-up."""
         return None
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
-        """Further terms of the loss by the names of their metrics."""
+        """Return further terms of the loss by the names of their metrics."""
         return {}
 
-    def start(self, own: Any) -> dict[str, float]:
-        """Values at which ``vectors`` start where that is not 0."""
+    def start(self, settings: Any) -> dict[str, float]:
+        """Return initial values of those ``vectors`` that do not start at 0."""
         return {}
 
     def constrain(self, params: Arrays) -> Arrays:
-        """What must hold of its arrays after every step."""
+        """Project the arrays to what they must satisfy after every step."""
         return params
 
-    # What becomes of it.
+    # Configuration, and the finished dictionary.
 
-    def facts(self, values: Numbers, own: Any, n_features: int) -> Facts:
-        """Fields of ``DictionaryConfig`` of a member with these settings.
+    def facts(self, values: Numbers, settings: Any, n_features: int) -> Facts:
+        """Return fields of ``DictionaryConfig`` of a dictionary with these settings.
 
         Args:
-          values, own: as for ``encode_in_training``, Python's numbers.
+          values: as for ``encode_in_training``, Python's numbers.
+          settings: the other settings of the kind.
           n_features: number of features F.
 
         Raises:
@@ -182,9 +188,9 @@ class Kind:
         return Facts(k=values["k"]) if "k" in values else Facts()
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
-        """The arrays at the end; ``kept`` is the running mean of the smallest activations that were kept."""
+        """Return the finished arrays; ``kept`` is the running mean of the smallest activations that were kept."""
         return arrays
 
     def resume(self, arrays: Arrays) -> Arrays:
-        """The arrays of a finished dictionary as training takes them up again."""
+        """Return the arrays of a finished dictionary as training takes them up again."""
         return arrays

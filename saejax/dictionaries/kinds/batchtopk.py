@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Arrays, Kind, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, Kind, Numbers
 
 
 class BatchTopK(Kind):
@@ -15,23 +15,24 @@ class BatchTopK(Kind):
     name = "batchtopk"
     about = "keeps the largest activations of a batch, k of them per token on average"
     vectors = ("threshold_F",)
+    elementwise = True
     jumprelu = True
     no_free_decoder = "has no penalty to hold it in a batchtopk dictionary"
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """By the threshold, so that a token's features do not depend on others."""
-        return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return pre-activations above the threshold, so that a token's features do not depend on other tokens."""
+        return sparsity.threshold(pre_xF, dictionary.arrays["threshold_F"])
 
     def encode_in_training(
-        self, member: MemberEncoder, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, own: Any
+        self, dictionary: Dictionary, pre_BxF: jax.Array, projected_BxF: jax.Array, values: Numbers, settings: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """The largest of the batch, and the smallest of these."""
+        """Return the largest activations of the batch, and the smallest of these."""
         return sparsity.batch_topk(pre_BxF, values["k"])
 
     def finish(self, arrays: Arrays, kept: jax.Array) -> Arrays:
-        """All features have the threshold that the batches had on average."""
+        """Give all features the average threshold of the batches."""
         return arrays | dict(threshold_F=jnp.full_like(arrays["threshold_F"], kept))
 
     def resume(self, arrays: Arrays) -> Arrays:
-        """No threshold: the state keeps its running mean instead."""
+        """Reset the threshold: the training state keeps a running mean instead."""
         return arrays | dict(threshold_F=jnp.zeros_like(arrays["threshold_F"]))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import losses, sparsity
-from saejax.dictionaries.kinds.base import Arrays, EncodedBatch, Kind, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, Kind, Numbers
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 
@@ -25,25 +25,26 @@ class Gated(Kind):
     about = "has a gate that decides which features are active and a magnitude of its own for each"
     vectors = ("r_mag_F", "b_mag_F")
     unscaled = ("r_mag_F",)
+    elementwise = True
     jumprelu = True
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Magnitudes where the gate is open."""
-        scale_F, bias_F = jnp.exp(member.arrays["r_mag_F"]), member.arrays["b_mag_F"]
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return magnitudes where the gate is open."""
+        scale_F, bias_F = jnp.exp(dictionary.arrays["r_mag_F"]), dictionary.arrays["b_mag_F"]
         magnitude_xF = projected_xF * row(scale_F, projected_xF.ndim) + row(bias_F, projected_xF.ndim)
         return sparsity.gated(pre_xF, magnitude_xF)
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
-        """Those of the magnitudes."""
+        """Return those of the magnitudes."""
         return arrays["W_enc_DxF"] * np.exp(arrays["r_mag_F"])[None], arrays["b_mag_F"]
 
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
-        """Of the gate, and of the magnitude by as much as it is scaled."""
+        """Move the gate's bias, and the magnitude's by as much as it is scaled."""
         shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F
         return super().move_bias(arrays, shift_F) | dict(b_mag_F=shifted_F)
 
     def as_jumprelu(self, arrays: Arrays) -> Arrays:
-        """Gate and magnitude share p, so the gate is a threshold on the magnitude m (Rajamanoharan et al., 2024).
+        """Turn the gate into a threshold on the magnitude m, with which it shares p (Rajamanoharan et al., 2024).
 
         f = max(m, 0) where m = exp(r_mag) p + b_mag > b_mag - exp(r_mag) b_enc
         """
@@ -53,16 +54,15 @@ class Gated(Kind):
         return kept | dict(W_enc_DxF=arrays["W_enc_DxF"] * scale_F[None], b_enc_F=b_mag_F, threshold_F=threshold_F)
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
-        """L1 of the gates' ReLU."""
-        gate_BxF = sparsity.relu(batch.pre_BxF)
-        weighed = gate_BxF, batch.member.arrays["W_dec_FxD"], batch.member.config.widths
-        return batch.values["l1"] * losses.l1_norm_weighted(*weighed)
+        """Return L1 of the gates' ReLU."""
+        gate_BxF = jax.nn.relu(batch.pre_BxF)
+        return batch.values["l1"] * losses.l1_norm_weighted(gate_BxF, batch.dictionary.decoder_norms_F)
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
-        """Squared error of what the open gates alone would rebuild; the decoder is a constant here."""
-        fixed = {name: lax.stop_gradient(array) for name, array in batch.member.arrays.items()}
-        matmul_dtype = batch.member.matmul_dtype
-        y_hat_BxD = matmul(sparsity.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)
+        """Return the squared error of the open gates' reconstruction; the decoder is a constant here."""
+        fixed = {name: lax.stop_gradient(array) for name, array in batch.dictionary.arrays.items()}
+        matmul_dtype = batch.dictionary.matmul_dtype
+        y_hat_BxD = matmul(jax.nn.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)
         if "W_skip_DxD" in fixed:
             y_hat_BxD += matmul(batch.x_BxD, fixed["W_skip_DxD"], matmul_dtype)
         return dict(gate_error=losses.squared_error(batch.y_BxD, y_hat_BxD, batch.metric_DxD, matmul_dtype))

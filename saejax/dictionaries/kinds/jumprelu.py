@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries import losses, sparsity, straight_through
-from saejax.dictionaries.kinds.base import Arrays, Coder, EncodedBatch, Facts, Kind, MemberEncoder, Numbers
+from saejax.dictionaries import losses, sparsity
+from saejax.dictionaries.kinds.base import Arrays, Dictionary, EncodedBatch, Facts, Kind, Numbers
 from saejax.dictionaries.kinds.groups import group_counts, group_reconstructions, group_sizes
 from saejax.settings.kinds import JumpReLUConfig
 
@@ -15,62 +15,66 @@ class JumpReLU(Kind):
     name = "jumprelu"
     about = "keeps activations above a threshold that each feature learns"
     vectors = ("threshold_F",)
+    elementwise = True
     jumprelu = True
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Without gradients to the thresholds."""
-        return sparsity.threshold(pre_xF, member.arrays["threshold_F"])
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return activations, without gradients to the thresholds."""
+        return sparsity.threshold(pre_xF, dictionary.arrays["threshold_F"])
 
     def encode_in_training(
         self,
-        member: MemberEncoder,
+        dictionary: Dictionary,
         pre_BxF: jax.Array,
         projected_BxF: jax.Array,
         values: Numbers,
-        own: JumpReLUConfig,
+        settings: JumpReLUConfig,
     ) -> tuple[jax.Array, jax.Array]:
-        """With straight-through gradients to the thresholds."""
-        f_BxF = straight_through.jumprelu(pre_BxF, member.arrays["threshold_F"], own.bandwidth)
+        """Return activations, with straight-through gradients to the thresholds."""
+        f_BxF = sparsity.jumprelu(pre_BxF, dictionary.arrays["threshold_F"], settings.bandwidth)
         return f_BxF, jnp.zeros((), pre_BxF.dtype)
 
-    def reconstructions(self, member: Coder, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
-        """Those of the nested groups if there are any."""
-        if member.config.groups:
-            return group_reconstructions(member, f_BxF, x_BxD)
-        return super().reconstructions(member, f_BxF, x_BxD)
+    def reconstructions(self, dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
+        """Return those of the nested groups if there are any."""
+        if dictionary.config.groups:
+            return group_reconstructions(dictionary, f_BxF, x_BxD)
+        return super().reconstructions(dictionary, f_BxF, x_BxD)
 
     def penalty(self, batch: EncodedBatch) -> jax.Array | None:
-        """By ``l0_penalty``."""
-        own, arrays, coefficient = batch.own, batch.member.arrays, batch.values["l0_coefficient"]
-        if own.l0_penalty == "tanh":
-            widths = batch.member.config.widths
-            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, arrays["W_dec_FxD"], widths=widths)
-        active_BxF = straight_through.step(batch.pre_BxF, arrays["threshold_F"], own.bandwidth)
-        if batch.member.config.groups:
-            active_BxF *= group_counts(batch.member.config.groups)[None]
+        """Return the penalty that ``l0_penalty`` names."""
+        settings, coefficient = batch.settings, batch.values["l0_coefficient"]
+        if settings.l0_penalty == "tanh":
+            return coefficient * losses.tanh_norm_weighted(batch.f_BxF, batch.dictionary.decoder_norms_F)
+        threshold_F = batch.dictionary.arrays["threshold_F"]
+        active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
+        if batch.dictionary.config.groups:
+            active_BxF *= group_counts(batch.dictionary.config.groups)[None]
         l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
-        if own.l0_penalty == "target":
+        if settings.l0_penalty == "target":
             l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
         return coefficient * l0
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
-        """The pull on dead features, if it is asked for."""
-        if not batch.own.dead_pre_activation:
+        """Return the pull on dead features, if it is asked for."""
+        if not batch.settings.dead_pre_activation:
             return {}
-        arrays = batch.member.arrays
-        rows = arrays["W_dec_FxD"], batch.member.config.widths
-        pull = losses.dead_pre_activation(batch.pre_BxF, arrays["threshold_F"], batch.dead_F, *rows)
-        return dict(dead_pre_activation=batch.own.dead_pre_activation * pull)
+        threshold_F, norms_F = batch.dictionary.arrays["threshold_F"], batch.dictionary.decoder_norms_F
+        pull = losses.dead_pre_activation(batch.pre_BxF, threshold_F, batch.dead_F, norms_F)
+        return dict(dead_pre_activation=batch.settings.dead_pre_activation * pull)
 
-    def start(self, own: JumpReLUConfig) -> dict[str, float]:
-        """Thresholds above 0, where the kernel sees pre-activations of both sides."""
-        return dict(threshold_F=own.initial_threshold)
+    def start(self, settings: JumpReLUConfig) -> dict[str, float]:
+        """Return thresholds above 0, where the kernel sees pre-activations on both sides."""
+        return dict(threshold_F=settings.initial_threshold)
 
-    def facts(self, values: Numbers, own: JumpReLUConfig, n_features: int) -> Facts:
-        """The groups as numbers of features."""
-        facts = super().facts(values, own, n_features)
-        return facts | Facts(groups=group_sizes("jumprelu.nested", own.nested, n_features)) if own.nested else facts
+    def facts(self, values: Numbers, settings: JumpReLUConfig, n_features: int) -> Facts:
+        """Return the groups as numbers of features."""
+        facts = super().facts(values, settings, n_features)
+        return (
+            facts | Facts(groups=group_sizes("jumprelu.nested", settings.nested, n_features))
+            if settings.nested
+            else facts
+        )
 
     def constrain(self, params: Arrays) -> Arrays:
-        """Thresholds of at least 0."""
+        """Keep thresholds at 0 or above."""
         return params | dict(threshold_F=jnp.maximum(params["threshold_F"], 0.0))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from saejax.dictionaries.kinds.base import Facts, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Dictionary, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
 from saejax.settings.kinds import LinearConfig
 
@@ -15,16 +15,17 @@ class Linear(Standard):
     about = "has an L1 penalty on the activations and no ReLU"
     numbers = ("fires_above",)
     signed = True
+    elementwise = True
     no_free_decoder = "leaves open what --train.linear.fires_above is compared with"
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """pre."""
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return the pre-activations."""
         return pre_xF
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """|f| above a stated threshold."""
+        """Return where |f| exceeds ``fires_above``."""
         return jnp.abs(f_xF) > numbers["fires_above"]
 
-    def facts(self, values: Numbers, own: LinearConfig, n_features: int) -> Facts:
-        """The threshold."""
-        return Facts(fires_above=own.fires_above)
+    def facts(self, values: Numbers, settings: LinearConfig, n_features: int) -> Facts:
+        """Return the threshold above which a feature counts as firing."""
+        return Facts(fires_above=settings.fires_above)

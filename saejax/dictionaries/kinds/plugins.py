@@ -1,4 +1,4 @@
-"""Kinds from outside: Python files that a user names with ``--plugins`` and that register them when they are run."""
+"""Plugins: Python files that a user names with ``--plugins`` and that register kinds when they are run."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from saejax.settings.kinds import KIND_SETTINGS
 
 
 def load(files: Sequence[str | Path]) -> None:
-    """Runs each file and notes its hash with the settings of the kinds that it registers.
+    """Run each file and record its hash with the settings of the kinds that it registers.
 
     Raises:
       UserError: a file is missing, fails, or registers nothing; one line names it and says why.

@@ -3,7 +3,7 @@
 import jax
 
 from saejax.dictionaries import sparsity
-from saejax.dictionaries.kinds.base import Kind, MemberEncoder, Numbers
+from saejax.dictionaries.kinds.base import Dictionary, Kind, Numbers
 
 
 class TopK(Kind):
@@ -12,16 +12,25 @@ class TopK(Kind):
     name = "topk"
     about = "keeps the k largest activations of each token"
     numbers = ("k",)
-    keeps_k = True
     depends_on_decoder_norms = True
     no_free_decoder = "has no penalty to hold it in a topk dictionary"
 
-    def encode(self, member: MemberEncoder, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """``member.config.k`` is the largest k of a stack's members."""
-        if member.config.signed:
-            return sparsity.signed_topk(pre_xF, numbers["k"], member.config.k)
-        return sparsity.topk(pre_xF, numbers["k"], member.config.k)
+    def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
+        """Return the k largest; ``dictionary.config.k`` is the largest k of a stack's members."""
+        if dictionary.config.signed:
+            return sparsity.signed_topk(pre_xF, numbers["k"], dictionary.config.k)
+        return sparsity.topk(pre_xF, numbers["k"], dictionary.config.k)
 
     def fires(self, f_xF: jax.Array, numbers: Numbers) -> jax.Array:
-        """Where activations are not 0: those of a signed dictionary may be negative."""
+        """Return where activations are not 0: those of a signed dictionary may be negative."""
         return f_xF != 0
+
+
+def is_plain_topk(kind: Kind) -> bool:
+    """Return whether a kind's activations and reconstruction are exactly those of ``TopK``, in training too.
+
+    Only such a kind may be computed from sparse codes: one that overrides any method that defines its activations gets
+    the dense products, which call that method.
+    """
+    defining = ("encode", "encode_in_training", "reconstructions", "fires")
+    return all(getattr(type(kind), name) is getattr(TopK, name) for name in defining)

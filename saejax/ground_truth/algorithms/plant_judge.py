@@ -22,7 +22,7 @@ from saejax.attribution.trace.prompt import trace
 from saejax.causal.ablate.bases import Neurons
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
-from saejax.dictionaries import Basis, Dictionary, save_dictionary
+from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.ground_truth.algorithms.planted import CIRCUIT, LAYERS, Planted
 from saejax.ground_truth.algorithms.results import CarriedOver, PlantedScores
 from saejax.ground_truth.circuits.edges import Edges, possible
@@ -63,7 +63,7 @@ def judge(run: Run, model: LanguageModel, texts: Sequence[str], prompts: Sequenc
         run.say(f"{name} transcoders: AUROC of edges {auroc[name].mean:.3f}, strongest {strongest[name].mean:.3f}")
     orders["planted edges"] = dataclasses.replace(found[0], weight_SxR=_planted_edges(found[0]).astype(float))
     circuits = edge_curves(model, others, orders, sets, seed)
-    bases: dict[str, Basis] = {**{name: own[0] for name, own in sets.items()}, "neurons": Neurons(model, 0)}
+    bases: dict[str, Dictionary] = {**{name: own[0] for name, own in sets.items()}, "neurons": Neurons(model, 0)}
     return PlantedScores(len(traced), auroc, strongest, _carried(model, bases, prompts, seed), circuits)
 
 
@@ -139,7 +139,7 @@ def place_edges(graph: Graph) -> Edges:
 
 
 def _carried(
-    model: LanguageModel, bases: Mapping[str, Basis], prompts: Sequence[Prompt], seed: int
+    model: LanguageModel, bases: Mapping[str, Dictionary], prompts: Sequence[Prompt], seed: int
 ) -> dict[str, dict[str, CarriedOver]]:
     """By behaviour, what carries its answers over at MLP 0: features, neurons, learned and random subspaces, all."""
     found: dict[str, dict[str, CarriedOver]] = {}

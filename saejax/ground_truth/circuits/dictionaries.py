@@ -22,6 +22,7 @@ from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.weights import frame, neuron_arrays
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
+from saejax.models.sinks import NO_SINKS
 from saejax.settings import TrainConfig
 from saejax.training.members import members
 from saejax.training.train import run_train
@@ -76,6 +77,8 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
         d_in=model.config.d_model,
         n_features=case.model.width,
         centred=False,
+        max_norm=NO_SINKS,
+        target_max_norm=NO_SINKS,
         **{
             name: getattr(model.source, source)
             for name, source in dict(model="name", fingerprint="fingerprint").items()

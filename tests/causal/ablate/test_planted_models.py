@@ -76,7 +76,7 @@ class World:
         """Reads every feature, 0.1 too little, and none of what is no feature's."""
         config = DictionaryConfig(
             kind="standard", site="resid_post.1", d_in=WIDTH, n_features=FEATURES, model=source.name,
-            fingerprint=source.fingerprint,
+            fingerprint=source.fingerprint, max_norm=1e9,
         )  # fmt: skip
         norm_Fx1 = np.linalg.norm(self.write_FxD, axis=1, keepdims=True)
         arrays = dict(

@@ -1,0 +1,131 @@
+"""The attention-sink rule is the model's, whoever trained a dictionary: in edits, scores and files."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import TINY_TEXT
+
+import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
+from saejax.errors import UserError
+from saejax.models.sinks import SAMPLE, SINK_FACTOR
+from saejax.models.tokens import pad
+
+SITE = "resid_post.1"
+SINK, USUAL = 7, (40, 41, 52, 63, 44, 75)  # token ids; the first gets an embedding of an extreme norm
+TEXTS = [sentence.strip() + "." for sentence in TINY_TEXT.split(".") if sentence.strip()]
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    """A tiny model in which every position of the token ``SINK`` is an attention sink."""
+    model = saejax.load_model(str(tiny_llama), mesh=one_device)
+    embed_VxD = model.params["embed_VxD"]
+    model.params["embed_VxD"] = embed_VxD.at[SINK].set(1000 * jnp.abs(embed_VxD[SINK]) + 500)
+    return model
+
+
+@pytest.fixture(scope="module")
+def foreign(lm):
+    """An SAE of another tool: its file says nothing of sinks. All features fire at sinks."""
+    return make_dictionary(lm.config.d_model, SITE)
+
+
+def make_dictionary(d: int, site: str, target: str = "") -> Dictionary:
+    config = DictionaryConfig(kind="standard", site=site, target=target, d_in=d, n_features=2 * d, centred=not target)
+    dictionary = Dictionary.initial(config, jax.random.key(0))
+    noise = 0.1 * np.abs(np.random.default_rng(0).normal(size=(d, 2 * d))).astype(np.float32)
+    return Dictionary(config, **dictionary.arrays | dict(W_enc_DxF=dictionary.W_enc_DxF[...] + noise))
+
+
+def change(lm, tokens, edit, site=SITE):
+    """By how much an edit changes the value at a site, [B, T]."""
+    edited, clean = (np.asarray(lm(tokens, capture=[site], edits=edits).sites[site]) for edits in ([edit], []))
+    return np.abs(edited - clean).max(axis=-1)
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_edits_of_a_dictionary_of_others_leave_sinks_alone(lm, foreign, place):
+    """By norm, wherever the sink is: position 0 of a text that begins without one is edited."""
+    ids = list(USUAL)
+    ids.insert(place, SINK)
+    for edit in (foreign.ablate(range(20)), foreign.ablate(range(20), error="drop"), foreign.steer([3], 5.0)):
+        change_T = change(lm, pad([ids]), edit)[0]
+        assert change_T[place] == 0
+        assert (np.delete(change_T, place) > 1e-3).all()
+    before = lm.generate(pad([ids]), 3)[0].ids
+    assert len(before) and lm.generate(pad([ids]), 3, edits=[foreign.steer([3], 0.0)])[0].ids == before
+
+
+def test_a_transcoder_leaves_sinks_of_either_site_alone(lm):
+    transcoder = make_dictionary(lm.config.d_model, "mlp_in.1", "mlp_out.1")
+    ids = pad([[SINK, *USUAL]])
+    read, written = (
+        np.linalg.norm(lm(ids, capture=[site]).sites[site][0], axis=-1) for site in ("mlp_in.1", "mlp_out.1")
+    )
+    for norms, name in ((read, "max_norm"), (written, "target_max_norm")):
+        limits = dict(max_norm=1e9, target_max_norm=1e9) | {name: float(np.sort(norms)[-2:].mean())}
+        edited = transcoder.with_config(dataclasses.replace(transcoder.config, **limits))
+        change_T = change(lm, ids, edited.steer([3], 5.0), "mlp_out.1")[0]
+        assert np.flatnonzero(change_T == 0).tolist() == [int(norms.argmax())]
+
+
+def test_the_rule_is_ten_times_the_median_of_the_sample(lm):
+    norms = []
+    for text in SAMPLE:
+        ids = lm.tokenizer(text)["input_ids"][: lm.config.context]
+        norms.append(np.linalg.norm(np.asarray(lm(pad([ids]), capture=[SITE]).sites[SITE])[0], axis=-1))
+    assert lm.sink_norm(SITE) == pytest.approx(SINK_FACTOR * np.median(np.concatenate(norms)), rel=1e-4)
+    assert lm.sink_norm(SITE, factor=3.0) == pytest.approx(0.3 * lm.sink_norm(SITE), rel=1e-6)
+    with pytest.raises(UserError, match="there is no site resid_post.9"):
+        lm.sink_norm("resid_post.9")
+
+
+def test_a_dictionary_that_does_not_know_the_rule_refuses_to_guess(foreign):
+    assert not foreign.config.knows_sinks
+    with pytest.raises(UserError, match=r"take dictionary.with_sink_norms\(lm.sink_norm\)"):
+        foreign.is_not_sink(np.zeros((2, foreign.config.d_in), np.float32))
+    crosscoder = DictionaryConfig(site="resid_post.0+resid_post.1", d_in=8, widths=(4, 4), scales=(1.0, 2.0))
+    with pytest.raises(UserError, match="does not know yet"):
+        crosscoder.require_sink_norms()
+    known = crosscoder.with_sink_norms(dict(zip(crosscoder.site.split("+"), (3.0, 5.0), strict=True)).__getitem__)
+    assert known.max_norms == (3.0, 5.0)
+
+
+def test_a_known_rule_stays_unless_it_is_replaced(foreign):
+    known = foreign.with_sink_norms({SITE: 4.0}.__getitem__)
+    assert known.config.max_norm == 4.0
+    assert known.with_sink_norms({SITE: 5.0}.__getitem__).config.max_norm == 4.0
+    assert known.with_sink_norms({SITE: 5.0}.__getitem__, replace=True).config.max_norm == 5.0
+    assert foreign.config.max_norm is None
+
+
+def test_scores_do_not_depend_on_metadata(lm, foreign, tmp_path):
+    """The same SAELens folder, with the threshold that training found and without any."""
+    ids = [[SINK, *lm.tokenizer(text)["input_ids"]] for text in TEXTS]
+    texts = [lm.tokenizer.decode(row) for row in ids]
+    acts = saejax.capture(lm, texts, SITE)
+    known = foreign.with_sink_norms(acts.max_norm)
+    save_dictionary(tmp_path / "known", known, "saelens")
+    save_dictionary(tmp_path / "plain", foreign, "saelens")
+    assert "max_norm" in json.loads((tmp_path / "known" / "cfg.json").read_text())["metadata"]["saejax"]
+    assert "max_norm" not in (tmp_path / "plain" / "cfg.json").read_text()
+    scores = [saejax.evaluate(lm, load_dictionary(tmp_path / name), texts) for name in ("known", "plain")]
+    first, second = (dict(ev=each.explained_variance, l0=each.l0, **each.losses.ce) for each in scores)
+    assert first == pytest.approx(second, rel=1e-6)
+    sinks = np.flatnonzero(acts.index_Nx3[:, 2] == SINK)
+    assert len(sinks) and not set(sinks) & set(acts.rows(SITE))
+
+
+def test_smollm2_has_sinks_that_edits_leave_alone(smollm2):
+    site = "resid_post.15"
+    tokens = smollm2.tokenize(["The capital of France is Paris, and the capital of Italy is"])
+    norm_T = np.linalg.norm(np.asarray(smollm2(tokens, capture=[site]).sites[site])[0], axis=-1)
+    limit = smollm2.sink_norm(site)
+    assert norm_T[0] > 3 * limit and norm_T[1:].max() < limit / 3
+    change_T = change(smollm2, tokens, make_dictionary(smollm2.config.d_model, site).ablate(range(50)), site)[0]
+    assert change_T[0] == 0 and (change_T[1:] > 0).all()
