@@ -192,7 +192,8 @@ def attend(
       config: the decoder.
       rules: of differentiation.
       q_xTxHxK: queries, after the rotary embedding.
-      k_xSxNxK, v_xSxNxK: keys, after it, and values.
+      k_xSxNxK: keys, after it.
+      v_xSxNxK: values.
       tables: of the layer.
     """
     q_xNxGxTxK = _by_group(config, q_xTxHxK)

@@ -307,7 +307,9 @@ def decode_in_chunks(
     Ids after the end of a prompt's text are meaningless.
 
     Args:
-      config, params, mesh: the model and its devices; prompts are split over the mesh's ``data`` axis.
+      config: the decoder.
+      params: of ``parameters.parameter_table``.
+      mesh: the devices; prompts are split over its ``data`` axis.
       tokens: the prompts, padded on the right.
       max_new_tokens: number of new tokens.
       sampling: how tokens are chosen.

@@ -278,16 +278,18 @@ def forward(
     edits: tuple[Edit, ...] = (),
     rules: RunRules = GRADIENT,
 ) -> tuple[jax.Array | None, list[jax.Array]]:
-    """The program that runs a model, compiled once for each combination of static arguments, kinds of edits and shapes.
+    """Run a model; compiled once for each combination of static arguments, kinds of edits and shapes.
 
     Args:
-      config, capture, logits: static; as in ``LanguageModel``. Without logits, no layer after the last captured site is
-        needed, neither its parameters.
+      config: the decoder (static).
+      capture: sites whose values are returned (static).
+      logits: whether logits are computed (static); without them, neither the layers after the last captured site are
+        run nor their parameters needed.
       params: of ``parameters.parameter_table``.
       ids_BxT: int32, padded on the right.
       lengths_B: number of tokens of each prompt.
       edits: see ``Edit``.
-      rules: what differentiation goes by (static).
+      rules: of differentiation (static).
 
     Returns:
       Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.

@@ -201,7 +201,8 @@ class SplitPoint:
           params: of the decoder.
           prefix: from ``run_suffix_with_kv``.
           batch: which tokens follow which.
-          stream_SxNxD, value_SxNxD: as for ``run_suffix``, of these tokens.
+          stream_SxNxD: as for ``run_suffix``, of these tokens.
+          value_SxNxD: likewise.
 
         Returns:
           The stream leaving the last layer, [S, N, D].
