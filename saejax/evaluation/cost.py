@@ -24,13 +24,13 @@ from saejax.dictionaries.cross_layer import FORM
 from saejax.evaluation import programs
 from saejax.evaluation.loss_recovered import VARIANTS
 from saejax.evaluation.member_data import MemberData
+from saejax.models.lengths import round_length
 from saejax.models.sites import Site, decoder_site, is_joined, site_parts
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import fitting_sharding, part_size
 from saejax.settings import CorpusConfig, EvaluateConfig, TaskConfig, TrainConfig
 
 _OVERHEAD = 1.5
-_STEP = 16  # documents are padded to a multiple of this
 
 
 def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
@@ -44,7 +44,7 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
     )
     held_out = round(plan.documents * plan.configs[CorpusConfig].held_out)
     documents = min(evaluate.ce_documents or held_out, held_out)
-    of_document = min(length, -(-plan.tokens // max(plan.documents, 1) // _STEP) * _STEP)
+    of_document = min(length, round_length(-(-plan.tokens // max(plan.documents, 1))))
     tokens, sites = documents * of_document, {(member.site, member.target) for member in stack.members}
     tails = (len(VARIANTS) - 1) * len(sites) + len(stack.members)
     at = min(decoder_site(part).layer for part in site_parts(used.site))

@@ -23,14 +23,13 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.evaluation import programs
 from saejax.evaluation.member_data import MemberData
 from saejax.models.language_model import LanguageModel
-from saejax.models.lengths import even_batches
+from saejax.models.lengths import even_batches, round_length
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import pad
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 VARIANTS = ("clean", "mean_ablated", "zero_ablated", "reconstructed")
-_LENGTH_STEP = 16  # documents are padded to a multiple of this
 _PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly
 
 
@@ -119,7 +118,7 @@ def document_batches(
     """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""
     documents = [document for document in documents if len(document) > 1]
     shares = lm.mesh.shape["data"]
-    lengths_N = -(-np.array([len(document) for document in documents], np.int64) // _LENGTH_STEP) * _LENGTH_STEP
+    lengths_N = np.array([round_length(len(document)) for document in documents], np.int64)
     for chosen, rows, length in even_batches(lengths_N, batch_tokens, shares, _PROGRAM):
         padded = pad([*(documents[index].tolist() for index in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))

@@ -22,6 +22,7 @@ from saejax.models import decoder
 from saejax.models.config import DecoderConfig
 from saejax.models.edits import fit_values
 from saejax.models.language_model import Edit, LanguageModel
+from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens, encode, pad
 from saejax.parallel.mesh import fitting_sharding
 
@@ -145,14 +146,8 @@ def batch_shape(asked: int, left: int, limit: int, data: int, batch_tokens: int 
       data: parts in which the rows are split.
       batch_tokens: as for ``loglikelihoods``.
     """
-    length = rounded(asked, limit)
+    length = min(round_length(asked), limit)
     return _rows(batch_tokens // length, left, data), length
-
-
-def rounded(length: int, limit: int) -> int:
-    """A ``length`` of the program, at most a quarter longer than asked and at most ``limit``: few are compiled."""
-    step = max(16, 2 ** (length.bit_length() - 3))
-    return min(-(-length // step) * step, limit)
 
 
 def _rows(fitting: int, left: int, data: int) -> int:
@@ -188,7 +183,7 @@ def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tok
     # The last token is not read: nothing is predicted from it. It is kept for edits, for which it is a position.
     padded = pad([context + continuation for context, continuation in rows])
     ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
-    widest = rounded(max(len(continuation) for _, continuation in rows), length)
+    widest = min(round_length(max(len(continuation) for _, continuation in rows)), length)
     positions_BxC = np.zeros((len(rows), widest), np.int32)
     targets_BxC = np.zeros((len(rows), widest), np.int32)
     for row, (context, continuation) in enumerate(rows):

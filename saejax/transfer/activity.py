@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +12,10 @@ from scipy.spatial import cKDTree
 from saejax.causal.stability import unit
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
-from saejax.models.lengths import even_batches
+from saejax.models.lengths import even_batches, round_length
 from saejax.models.tokens import Tokens, pad
 from saejax.transfer.text import ReadText
 
-_LENGTH_STEP = 16  # pieces are padded to a multiple of this
 _PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly
 FEWEST = 3  # tokens on which a feature must fire: those of one token correlate perfectly
 
@@ -50,16 +48,11 @@ class Activity:
         return np.where(found_MxK[:, 0] == feature_M, found_MxK[:, -1], found_MxK[:, 0])
 
 
-def padded(length: Any) -> Any:
-    """The tokens of pieces, with those that fill them up."""
-    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
-
-
 def activations(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_tokens: int) -> Mapping[str, np.ndarray]:
     """The values at some sites at every token of the texts, special ones left out, fp32 [N, D] each."""
     starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])
     found = {site: np.zeros((starts[-1], lm.config.d_model), np.float32) for site in sites}
-    lengths = padded(np.array([len(piece) for piece in read.pieces], np.int64))
+    lengths = np.array([round_length(len(piece)) for piece in read.pieces], np.int64)
     for chosen, rows, length in even_batches(lengths, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
         filled = pad([*(read.pieces[i].tolist() for i in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(filled.ids_BxT, ((0, 0), (0, length - filled.ids_BxT.shape[1])))

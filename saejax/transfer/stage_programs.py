@@ -50,7 +50,7 @@ def _matching(plan: PlannedRun, mesh: Mesh, few: int, many: int, wide: int) -> P
 def text_program(plan: PlannedRun, mesh: Mesh, stage: str, sizes: Sequence[DictionaryConfig]) -> Program:
     """The model on ``batch_tokens`` of a ``stage``, with the sites of dictionaries of these ``sizes`` captured."""
     batch, model = plan.configs.named(stage).batch_tokens, plan.model
-    length = activity.padded(min(plan.configs[CorpusConfig].context, model.context))
+    length = round_length(min(plan.configs[CorpusConfig].context, model.context))
     rows = rows_per_batch(batch, length, mesh.shape["data"])
     sites = tuple(dict.fromkeys(Site.parse(one.site) for one in sizes))
     ids_BxT, lengths_B = by_row(mesh, (rows, round_length(length)), jnp.int32), by_row(mesh, (rows,), jnp.int32)

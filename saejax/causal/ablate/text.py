@@ -20,6 +20,7 @@ from saejax.evaluation import programs
 from saejax.interventions.replacement import ActivationSource
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import encode, pad
 from saejax.parallel.collectives import to_host
@@ -134,7 +135,7 @@ class HeldOutText:
         documents, point = own[first : first + _AT_ONCE], split.point
         real = len(documents)
         padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
-        width = -(-max(map(len, self.documents)) // 16) * 16
+        width = round_length(max(map(len, self.documents)))
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
         stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)

@@ -14,7 +14,7 @@ from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import head_flops, pass_flops
 from saejax.costs.programs import Program, by_row, whole
 from saejax.models.language_model import forward
-from saejax.models.lengths import rows_per_batch
+from saejax.models.lengths import round_length, rows_per_batch
 from saejax.models.sites import Site
 from saejax.settings import PreflightConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.tasks import likelihood
@@ -44,7 +44,7 @@ def study_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 def _of_references(plan: PlannedRun, mesh: Mesh, shapes: SplitShapes, rows: int, length: int) -> list[Program]:
     """So many answers, as long as what may be generated."""
-    columns = likelihood.rounded(min(plan.configs[TaskConfig].max_new_tokens, length), length)
+    columns = min(round_length(min(plan.configs[TaskConfig].max_new_tokens, length)), length)
     value, domain = shapes.value(whole, rows, length), shapes.domain(whole, rows, length)
     answers = [by_row(mesh, (rows, columns), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)]
     batch = references.ReferenceBatch(value, value, value, domain, *answers)
