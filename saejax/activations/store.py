@@ -119,6 +119,11 @@ class Store:
         return self.manifest.model
 
     @property
+    def bos(self) -> str:
+        """Whether documents begin with a BOS token, as dictionaries keep it: "always" or "never"."""
+        return "always" if self.manifest.bos else "never"
+
+    @property
     def dtype(self) -> np.dtype:
         """The dtype of ``read``: float32 or ml_dtypes.bfloat16."""
         return DTYPES[self.manifest.dtype]

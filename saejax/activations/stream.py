@@ -23,7 +23,7 @@ from saejax.activations.manifest import CapturedModel
 from saejax.activations.plan import Batch, Plan
 from saejax.activations.progress import SAY_EVERY
 from saejax.activations.reader import Reader
-from saejax.activations.request import read_request
+from saejax.activations.request import begins_with_bos, read_request
 from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
@@ -73,6 +73,7 @@ class ModelStream:
         run = dataclasses.replace(run, configs=run.configs | config)
         request = read_request(run.configs)
         self._run, self._source = run, request.source
+        self.bos = "always" if begins_with_bos(request, config.bos) else "never"
         documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
         if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again

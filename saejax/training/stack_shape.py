@@ -57,6 +57,7 @@ def describe_stack(config: TrainConfig, kind: str, store: ScaledRows, stack: Seq
         model=store.model.name,
         revision=store.model.revision,
         fingerprint=store.model.fingerprint,
+        bos=getattr(store, "bos", "auto"),  # synthetic vectors are of no text
     )
 
 

@@ -66,6 +66,22 @@ def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
     np.testing.assert_allclose(norms, np.linalg.norm(vectors, axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_the_manifest_says_whether_documents_begin_with_bos(setup, monkeypatch, bos):
+    load = source.load_tokenizer
+
+    def with_bos(found):
+        tokenizer = load(found)
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(5)  # which this tokenizer does not put in front itself
+        return tokenizer
+
+    monkeypatch.setattr(source, "load_tokenizer", with_bos)
+    store, _ = setup.capture(f"bos_{bos}", bos=bos, sites=("resid_pre.0",))
+    assert store.manifest.bos == (bos == "always") and store.bos == ("always" if bos == "always" else "never")
+    if bos == "always":
+        assert all(ids[0] == 5 for ids in store.documents)
+
+
 @pytest.mark.parametrize("last", [1, 5, 50])
 def test_the_last_positions_of_every_text(setup, torch_model, last):
     store, _ = setup.capture(f"last{last}", last=last, sites=("resid_post.1", "mlp_in.0"))

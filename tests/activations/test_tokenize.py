@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from saejax.activations import tokenize
-from saejax.activations.chunker import SPLITS, TextPiece
+from saejax.activations.chunker import SPLITS, Chunker, TextPiece
 from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
@@ -19,6 +19,7 @@ from saejax.errors import Interrupted, UserError
 from saejax.models import source
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
+from saejax.tasks.corpora import Document
 from saejax.workspace import Run
 
 TEXTS = [f"{name} number {n} is {n * 37 % 101} of them." * (1 + n % 9) for n in range(300) for name in ("Bird", "Fish")]
@@ -143,6 +144,39 @@ def test_a_sample_of_each_split(stream):
         assert lengths_N.sum() >= 200 > lengths_N[:-1].sum()
     assert np.array_equal(sample[0], documents[0]) and contents(documents.sample(10**9)) == contents(documents)
     assert Plan(sample, 64, 64, 0, 0).rows == len(sample.ids_T)
+
+
+class WordTokenizer:
+    """A word is a token; in front of a text comes "<s>", 0, and after it "</s>", 1."""
+
+    def __init__(self, bos_token_id=0, adds=True):
+        self.bos_token_id, self._adds, self._ids = bos_token_id, adds, {"<s>": 0, "</s>": 1}
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        if isinstance(text, list):
+            return dict(input_ids=[self(each, add_special_tokens)["input_ids"] for each in text])
+        ids = [self._ids.setdefault(word, len(self._ids)) for word in text.split()]
+        return dict(input_ids=[0, *ids, 1] if add_special_tokens and self._adds else ids)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_contexts_begin_with_bos_once_and_end_in_no_eos(bos, adds):
+    texts = ["a b c d e f g", "<s> h i j", "k"]
+    chunker = Chunker(CorpusConfig(context=4), WordTokenizer(adds=adds), 4, TaskConfig(), bos)
+    documents = [Document(text, str(i), i) for i, text in enumerate(texts)]
+    pieces = [piece.ids_T.tolist() for piece in chunker.pieces(documents, lambda document: False)]
+    in_front = bos == "always" or (bos == "auto" and adds)
+    if in_front:
+        assert pieces == [[0, 2, 3, 4], [0, 5, 6, 7], [0, 8], [0, 9, 10, 11], [0, 12]]
+    else:  # only the text that has a BOS of its own has one
+        assert pieces == [[2, 3, 4, 5], [6, 7, 8], [0, 9, 10, 11], [12]]
+    assert not any(1 in piece for piece in pieces)
+
+
+def test_bos_of_a_tokenizer_that_has_none():
+    with pytest.raises(UserError, match="the tokenizer has no BOS token"):
+        Chunker(CorpusConfig(), WordTokenizer(bos_token_id=None), 256, TaskConfig(), "always")
 
 
 def test_of_many_documents_a_sample_takes_little_memory():

@@ -170,6 +170,14 @@ def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):
     np.testing.assert_allclose(losses.ce["zero_ablated"], ce, rtol=1e-5)
 
 
+def test_the_share_of_the_loss_that_is_recovered_by_hand():
+    ce = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
+    assert recovered(ce, "mean_ablated") == 0.75  # (6 - 3) / (6 - 2)
+    assert recovered(ce, "zero_ablated") == 0.875  # (10 - 3) / (10 - 2)
+    assert recovered(ce | dict(reconstructed=7.0), "mean_ablated") == -0.25  # worse than the floor
+    assert recovered(dict(clean=0.0, mean_ablated=0.5, reconstructed=0.1), "mean_ablated") == 0.8  # KL
+
+
 def test_nothing_to_recover_is_none():
     assert recovered(dict(clean=3.0, mean_ablated=2.9, reconstructed=3.1), "mean_ablated") is None
 

@@ -63,6 +63,23 @@ def check(scores, dictionary: Dictionary, x, y):
     assert sum(histogram.counts) + histogram.never == F
 
 
+def test_scores_of_three_tokens_by_hand():
+    config = DictionaryConfig(kind="standard", site="resid_post.1", d_in=2, n_features=3, centred=False)
+    weights = dict(
+        W_enc_DxF=[[1, 0, 0], [0, 1, 0]], W_dec_FxD=[[1, 0], [0, 0.5], [1, 1]], b_enc_F=[0] * 3, b_dec_D=[0] * 2
+    )
+    dictionary = Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in weights.items()})
+    x = np.array([[1, 0], [0, 2], [3, 4]], np.float32)  # f: (1, 0, 0), (0, 2, 0), (3, 4, 0); y: (1, 0), (0, 1), (3, 2)
+    (scores,) = reconstruct([dictionary], [[x]], make_mesh(), batch=3)
+    fvu = (1 + 4) / (1 + 4 + 25 - 3 * ((4 / 3) ** 2 + 2**2))
+    assert scores.fvu == pytest.approx(fvu) and scores.explained_variance == pytest.approx(1 - fvu)
+    assert scores.cosine == pytest.approx((1 + 1 + 17 / (5 * 13**0.5)) / 3)
+    assert scores.tokens == 3 and scores.l0 == pytest.approx(4 / 3) and scores.dead_fraction == pytest.approx(1 / 3)
+    np.testing.assert_allclose(scores.firing_rate_F, [2 / 3, 2 / 3, 0])
+    np.testing.assert_allclose(scores.mean_activation_F, [2, 3, 0])
+    assert scores.dense_fraction(0.5) == pytest.approx(2 / 3) and scores.density_histogram().never == 1
+
+
 def test_of_one_token_the_features_that_fire_are_counted():
     (scores,) = reconstruct([make("topk")], [[activations()[:1]]], make_mesh(), batch=32)
     histogram = scores.density_histogram()
