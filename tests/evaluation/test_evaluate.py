@@ -84,11 +84,10 @@ def check(workdir, kind, entry, written):
     error = np.square(y - np.asarray(dictionary(x), np.float64)).sum() / np.square(y - y.mean(0)).sum()
     np.testing.assert_allclose(entry.explained_variance, 1 - error, rtol=1e-3)
     assert entry.tokens == len(rows) and entry.sinks.max_norm == store.max_norm(entry.site)
-    ce, kl = entry.ce, entry.kl
-    assert entry.ce_recovered_mean == (ce.mean_ablated - ce.reconstructed) / (ce.mean_ablated - ce.clean)
-    assert entry.ce_recovered_zero == (ce.zero_ablated - ce.reconstructed) / (ce.zero_ablated - ce.clean)
-    assert entry.kl_recovered_mean == (kl.mean_ablated - kl.reconstructed) / kl.mean_ablated
-    assert entry.kl_recovered_zero == (kl.zero_ablated - kl.reconstructed) / kl.zero_ablated
+    for measure, floor in (("ce", "mean"), ("ce", "zero"), ("kl", "mean"), ("kl", "zero")):
+        losses, loss = getattr(entry, measure), vars(getattr(entry, measure))[f"{floor}_ablated"]
+        share = (loss - losses.reconstructed) / (loss - losses.clean) if loss > losses.clean else None
+        assert getattr(entry, f"{measure}_recovered_{floor}") == share
     assert 0 < entry.ce.clean < 12 and entry.kl.clean == 0 < entry.kl.reconstructed
     assert {"mean", "near", "max"} < set(vars(entry.decoder_neighbours))
 
