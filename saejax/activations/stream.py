@@ -76,8 +76,6 @@ class ModelStream:
         self.bos = "always" if begins_with_bos(request, config.bos) else "never"
         documents = text_documents(run, request).training()
         self._plan = Plan(documents, rows, config.batch_tokens, config.last, run.configs[CorpusConfig].seed)
-        if "auto" in (config.backend, config.dtype):  # a run that goes on must see the same values again
-            raise UserError("--train.source=model needs --capture.backend and --capture.dtype by name, not auto")
         self._reader = load_reader(run, request, self._plan, config)
         self._dtype, largest = config.store_dtype, max(map(self.size, range(len(self))))
         self._buffers = _buffers(self._reader, parts, largest, self._dtype)
