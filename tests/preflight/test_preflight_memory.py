@@ -120,7 +120,7 @@ def test_dtypes_and_what_capture_reads():
     assert wide[1] == 2 * narrow[1] == 4 * 596_049_920
     outside = 151_936 * 1024 + 1024  # embedding and last norm
     assert wide[0] == 4 * (outside + 16 * (596_049_920 - outside) // 28)  # layers 0 to 15
-    assert weights()[0] == wide[1], "torch reads all layers"
+    assert weights(capture__backend="torch")[0] == wide[1], "torch reads all layers"
 
 
 def test_replicated_parts_are_named():
@@ -143,7 +143,7 @@ def test_replicated_parts_are_named():
 
 
 def test_advice():
-    plan = plan_run(shape("llama-3-8b"), "", axes(8, 1), train__batch=32)
+    plan = plan_run(shape("llama-3-8b"), "", axes(8, 1), train__batch=32, capture__backend="torch")
     limit = int(15.75 * GIB)
     peak = Needs.of(plan).peak
     lines = advice(plan, limit, "GPUs", peak)
