@@ -5,7 +5,7 @@ A run saves it as three files: ``effects.parquet`` with the columns behaviour, e
 the verdict says is computed from these (``saejax.interventions.verdict``), so it can be recomputed in a notebook:
 
     table = saejax.load_effects("runs/demo/ablate/topk")
-    saejax.verdict(table, saejax.VerdictConfig())
+    saejax.verdict(table)
 
 Vocabulary:
 
@@ -177,14 +177,14 @@ class EffectsTable:
         Returns:
           Float64 array ``[E, P]``, NaN where nothing was measured.
         """
-        key_K, order_K = self._sorted_keys
+        key_N, order_N = self._sorted_keys
         edit_E = np.array([self._edit_positions[edit.behaviour, edit.id] for edit in edits], np.int64)
         prompt_P = np.array([self._prompt_positions[prompt.id] for prompt in prompts], np.int64)
-        wanted_ExP = self._keys(edit_E[:, None], prompt_P[None, :], np.int64(READOUTS.index(readout)))
-        if not len(key_K):
+        wanted_ExP = self._keys(edit_E[:, None], prompt_P[None, :], np.array(READOUTS.index(readout)))
+        if not len(key_N):
             return np.full(wanted_ExP.shape, np.nan)
-        place_ExP = np.minimum(np.searchsorted(key_K, wanted_ExP), len(key_K) - 1)
-        return np.where(key_K[place_ExP] == wanted_ExP, self.value_N[order_K[place_ExP]], np.nan)
+        place_ExP = np.minimum(np.searchsorted(key_N, wanted_ExP), len(key_N) - 1)
+        return np.where(key_N[place_ExP] == wanted_ExP, self.value_N[order_N[place_ExP]], np.nan)
 
     def clean_values(self, prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
         """Return one readout of the unedited model on prompts of one behaviour, ``[P]``; NaN where not measured."""
@@ -225,9 +225,9 @@ class EffectsTable:
     def _prompt_positions(self) -> dict[str, int]:
         return {prompt.id: p for p, prompt in enumerate(self.prompts)}
 
-    def _keys(self, edit_N: np.ndarray, prompt_N: np.ndarray, readout_N: np.ndarray) -> np.ndarray:
-        """Return one integer for each row, by which rows are found."""
-        return (edit_N.astype(np.int64) * len(self.prompts) + prompt_N) * len(READOUTS) + readout_N
+    def _keys(self, edit: np.ndarray, prompt: np.ndarray, readout: np.ndarray) -> np.ndarray:
+        """Return one integer for each edit, prompt and readout, by which rows are found."""
+        return (edit.astype(np.int64) * len(self.prompts) + prompt) * len(READOUTS) + readout
 
     @functools.cached_property
     def _sorted_keys(self) -> tuple[np.ndarray, np.ndarray]:
@@ -250,11 +250,9 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
     )
     columns: dict[str, Any] = {}
     for name, (place_N, words) in dictionary_columns.items():
-        distinct = list(dict.fromkeys(words))  # behaviours repeat: Parquet wants each word once
-        code = np.array([distinct.index(word) for word in distinct], np.int32)
-        lookup = dict(zip(distinct, code, strict=True))
-        code_N = np.array([lookup[word] for word in words], np.int32)[place_N] if words else np.zeros(0, np.int32)
-        columns[name] = pa.DictionaryArray.from_arrays(pa.array(code_N), pa.array(distinct, pa.string()))
+        code_of = {word: code for code, word in enumerate(dict.fromkeys(words))}  # behaviours repeat
+        code_N = np.array([code_of[word] for word in words], np.int32)[place_N]
+        columns[name] = pa.DictionaryArray.from_arrays(pa.array(code_N), pa.array(list(code_of), pa.string()))
     columns["value"] = pa.array(table.value_N)
     with whole_file(folder / _FILES[0]) as unfinished:
         pq.write_table(pa.table(columns), unfinished)

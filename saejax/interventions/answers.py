@@ -1,0 +1,79 @@
+"""The rule of a verdict, and its answers to five questions about the top features of each behaviour."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.results import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictConfig:
+    """The numbers of the rule."""
+
+    level: float = 0.05  #: of every test, after correction
+    min_accuracy_drop: float = 0.05  #: share of accuracy whose loss counts as an effect
+    max_ce_rise: float = 0.05  #: nats per token of held-out text below which an edit counts as selective
+    max_other_drop: float = 0.10  #: share of another behaviour's clean logit difference, likewise
+    equivalence_margin: float = 0.10  #: share of the features' effect within which another basis is equivalent
+    resamples: int = 10_000  #: of the bootstrap
+    seed: int = 456  #: of the bootstrap
+
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return (
+            "T: the features with the largest attribution on train prompts, ablated on test prompts. "
+            "1. Effect: the 95 % bootstrap interval (over prompts within templates) of the drop lies above zero, no "
+            f"template disagrees, and accuracy falls by more than {100 * self.min_accuracy_drop:g} points. "
+            "2. More than random: p = (1 + random sets whose effect is at least T's at the smaller of both doses) / "
+            f"(1 + random sets) is at most {self.level:g}; random sets are disjoint, of as many features that fire on "
+            "at least 5 % of the test prompts, without T. "
+            "3. Specific: the same against placebo sets: top features of pairs of likely tokens that are no answers. "
+            "4. More than simpler bases: the interval of the difference at the largest dose that both reach lies above "
+            f"zero; equivalent if it lies within {100 * self.equivalence_margin:g} % of T's effect; contradictory if "
+            "norm and KL disagree significantly. "
+            f"5. Selective: the upper ends of the intervals lie below {self.max_ce_rise:g} nats on held-out text and "
+            f"{100 * self.max_other_drop:g} % of every other behaviour's logit difference. "
+            "p-values are corrected by Holm's method over the behaviours within each question."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalAnswer:
+    """The answer to one question."""
+
+    #: yes, no, not testable or not tested; beside a basis more, less, no significant difference, equivalent or
+    #: contradictory
+    answer: str
+    sentence: str  #: the answer in words
+    effect: Interval | None = None  #: the effect size that the question is about, with its 95 % interval
+    p_value: float | None = None  #: before correction
+    p_holm: float | None = None  #: after Holm's correction within the question
+    numbers: Mapping[str, float] | None = None  #: further figures of the sentence, by name
+    parts: Mapping[str, Interval] | None = None  #: by kind of dose (norm, kl), or by other behaviour and text
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourVerdict:
+    """The five answers for the top features of one behaviour."""
+
+    features: tuple[int, ...]  #: the tested top features
+    dose: float  #: root mean square over prompts of the norm of the change at the site
+    ablation: Mapping[str, CausalAnswer]  #: 1. by readout: logit_diff, log_prob, two_way and top1 accuracy
+    templates: Mapping[str, float]  #: mean drop of the logit difference by template
+    held_out: tuple[str, ...]  #: templates that no train prompt has
+    random: CausalAnswer  #: 2. more than random sets at equal dose?
+    placebo: CausalAnswer  #: 3. specific to this answer?
+    bases: Mapping[str, CausalAnswer]  #: 4. more than a simpler basis at equal dose? By basis
+    selective: CausalAnswer  #: 5. are other behaviours and held-out text spared?
+    fooled: int | None  #: number of placebo sets that pass question 2; None: not testable
+    placebo_sets: int  #: number of placebo sets
+    replication: CausalAnswer | None = None  #: the answers of dictionaries of other seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalVerdict:
+    """The verdict on a run: for every dictionary (the tested one is named "") and behaviour."""
+
+    rule: str  #: in words
+    dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: by dictionary and behaviour

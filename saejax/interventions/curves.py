@@ -1,0 +1,158 @@
+"""Dose-effect curves of the edits of a table, and comparisons at equal dose."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.interventions.table import TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
+from saejax.statistics.curves import interpolation_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class EffectCurve:
+    """The effect of one set of features, ablated by growing fractions.
+
+    Attributes:
+      edits: the A - 1 measured edits, by fraction; before them stands no edit, with dose and effect 0.
+      dose_A: dose of each, beginning at 0.
+      drop_AxP: by how much each lowers the logit difference of each prompt.
+    """
+
+    edits: tuple[EditDefinition, ...]
+    dose_A: np.ndarray
+    drop_AxP: np.ndarray
+
+    @property
+    def reach(self) -> float:
+        """The largest measured dose."""
+        return float(self.dose_A.max())
+
+    def drop_at(self, doses: np.ndarray) -> np.ndarray:
+        """Return the drop of each prompt at M doses, ``[M, P]``; NaN beyond the reach."""
+        return interpolation_weights(self.dose_A, np.atleast_1d(doses)) @ self.drop_AxP
+
+
+def read_curves(
+    table: EffectsTable,
+    behaviour: str,
+    group: str,
+    dictionary: str = TESTED,
+    prompts: Sequence[PromptDefinition] | None = None,
+    dose: str = "norm",
+) -> list[EffectCurve]:
+    """Return the curve of every set of a group.
+
+    Args:
+      table: of the run.
+      behaviour: whose edits, on its own prompts.
+      group: such as ``random``; see ``saejax.interventions.table.GROUPS``.
+      dictionary: whose features.
+      prompts: P test prompts; all by default.
+      dose: ``norm``, or ``kl`` for the mean KL divergence on held-out documents.
+
+    Returns:
+      The curves by index; with ``kl`` only of the edits that were measured on documents.
+
+    Raises:
+      UserError: an edit was not measured on some of the prompts.
+    """
+    prompts = table.select_prompts(behaviour) if prompts is None else prompts
+    edits = table.select_edits(behaviour, group, dictionary)
+    documents = table.select_prompts(TEXT)
+    if not edits or not prompts or (dose == "kl" and not documents):
+        return []
+    drop_ExP = table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
+    norm_ExP = table.values(edits, prompts, "change_norm")
+    if not np.isfinite(drop_ExP + norm_ExP).all():
+        first = edits[int(np.argmin(np.isfinite(drop_ExP + norm_ExP).all(axis=1)))]
+        raise UserError(f"edit {first.id} of {behaviour} was not measured on all its test prompts: run the stage again")
+    if dose == "norm":
+        dose_E = np.sqrt(np.mean(np.square(norm_ExP), axis=1))
+    else:
+        dose_E = table.values(edits, documents, "kl").mean(axis=1)
+    curves = []
+    for index in dict.fromkeys(edit.index for edit in edits):
+        # Edits of a curve without a dose were not measured on documents.
+        place = [e for e, edit in enumerate(edits) if edit.index == index and np.isfinite(dose_E[e])]
+        if place:
+            dose_A = np.concatenate([[0.0], dose_E[place]])
+            drop_AxP = np.concatenate([np.zeros((1, len(prompts))), drop_ExP[place]])
+            curves.append(EffectCurve(tuple(edits[e] for e in place), dose_A, drop_AxP))
+    return curves
+
+
+def compare_at_equal_dose(
+    tested: EffectCurve, controls: Sequence[EffectCurve]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the drops of a tested set and of N control sets, each pair at the smaller of its two doses.
+
+    Returns:
+      The drops of the tested set and of the controls, both ``[N, P]``, and the doses ``[N]``.
+    """
+    dose_N = np.minimum(tested.reach, np.array([control.reach for control in controls]))
+    control_NxP = np.concatenate([control.drop_at(dose_N[n]) for n, control in enumerate(controls)])
+    return tested.drop_at(dose_N), control_NxP, dose_N
+
+
+def mean_drops_at_equal_dose(
+    tested: Sequence[EffectCurve], controls: Sequence[EffectCurve]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean drops of R sets and N control sets for all pairs, each at the smaller of its two doses.
+
+    Returns:
+      The drops of the R sets and those of the controls, both ``[R, N]``.
+    """
+    reach_R, reach_N = (np.array([curve.reach for curve in curves]) for curves in (tested, controls))
+    dose_RxN = np.minimum(reach_R[:, None], reach_N[None, :])
+    tested_RxN = np.stack(
+        [
+            interpolation_weights(curve.dose_A, dose_RxN[r]) @ curve.drop_AxP.mean(axis=1)
+            for r, curve in enumerate(tested)
+        ]
+    )
+    control_RxN = np.stack(
+        [
+            interpolation_weights(curve.dose_A, dose_RxN[:, n]) @ curve.drop_AxP.mean(axis=1)
+            for n, curve in enumerate(controls)
+        ],
+        axis=1,
+    )
+    return tested_RxN, control_RxN
+
+
+def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None:
+    """Check that the control sets of a behaviour are what the rule says they are.
+
+    Args:
+      table: of the run.
+      behaviour: whose sets are checked.
+      dictionary: whose features they are.
+
+    Raises:
+      UserError: a random set shares a feature with the tested set or another random set, or has another size; or a
+        token of a placebo target is (the beginning of) an answer.
+    """
+    advice = "its figures are no controls; run the stage again"
+    tested = table.select_edits(behaviour, "top", dictionary)[-1].features
+    used = dict.fromkeys(tested, "the top features")
+    full = {edit.index: edit.features for edit in table.select_edits(behaviour, "random", dictionary)}
+    for index, features in full.items():
+        shared = next((feature for feature in features if feature in used), None)
+        if shared is not None:
+            raise UserError(f"random set {index} of {behaviour} shares feature {shared} with {used[shared]}: {advice}")
+        if len(set(features)) != len(tested):
+            raise UserError(
+                f"random set {index} of {behaviour} has {len(features)} features, not {len(tested)}: {advice}"
+            )
+        used |= dict.fromkeys(features, f"random set {index}")
+    answers = [answer for prompt in table.prompts if prompt.behaviour == behaviour for answer in _answers(prompt)]
+    for edit in table.select_edits(behaviour, "placebo", dictionary):
+        for token in edit.target or ():
+            if any(answer.startswith(token) for answer in answers):
+                raise UserError(f"placebo target {edit.index} of {behaviour} is an answer ({token!r}): {advice}")
+
+
+def _answers(prompt: PromptDefinition) -> list[str]:
+    return [answer for answer in (prompt.correct, prompt.wrong) if answer]

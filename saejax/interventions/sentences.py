@@ -1,0 +1,168 @@
+"""The sentences of a verdict."""
+
+from collections.abc import Mapping, Sequence
+
+from saejax.results import Interval
+
+#: The readouts of question 1: their names, and the factor and unit in which they are printed.
+ABLATION_READOUTS = dict(
+    logit_diff=("the logit difference", 1, "logits"),
+    log_prob=("the log-probability of the correct answer", 1, "nats"),
+    two_way=("two-way accuracy", 100, "points"),
+    top1=("top-1 accuracy", 100, "points"),
+)
+#: Bases in words; a dictionary's folder stands for itself.
+BASES = dict(
+    neurons="MLP neurons",
+    pca="principal components",
+    diff_means="the difference of means",
+    untrained="an untrained dictionary",
+)
+
+
+def ablation(
+    k: int,
+    readout: str,
+    effect: Interval,
+    clean: float,
+    is_sure: bool,
+    is_large: bool,
+    disagreeing: Mapping[str, float],
+) -> str:
+    """Return the sentence of question 1.
+
+    Args:
+      k: number of ablated features.
+      readout: one of ``ABLATION_READOUTS``.
+      effect: drop of the readout.
+      clean: the readout of the unedited model.
+      is_sure: whether the drop is significant.
+      is_large: whether it exceeds the criterion.
+      disagreeing: drop by template, if the templates disagree.
+    """
+    name, factor, unit = ABLATION_READOUTS[readout]
+    digits = 2 if factor == 1 else 1
+    rises = effect.mean < 0
+    shown = effect * (-factor if rises else factor)
+    low, high = sorted((shown.low, shown.high))
+    text = f"Ablating the {features(k)} {'raises' if rises else 'lowers'} {name} by {shown.mean:.{digits}f} {unit} "
+    text += f"[{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
+    if rises and effect.high < 0:
+        return f"{text}: the opposite of what was asked."
+    if not is_sure:
+        return f"{text}: not significant."
+    if not is_large:
+        return f"{text}: too little to count."
+    if disagreeing:
+        listed = ", ".join(f"{template!r} {factor * drop:.{digits}f}" for template, drop in disagreeing.items())
+        return f"{text}, but the templates disagree: {listed}."
+    return f"{text}, in every template."
+
+
+def sets(
+    answer: str, group: str, k: int, numbers: Mapping[str, float], p_value: float, p_holm: float, behaviours: int
+) -> str:
+    """Return the sentence of questions 2 (``group`` random) and 3 (placebo).
+
+    Args:
+      answer: yes, no or not testable.
+      group: of the control sets.
+      k: number of features of each set.
+      numbers: sets, needed, mean and max (of the controls), top; effects at equal dose in logits.
+      p_value: before correction.
+      p_holm: after correction.
+      behaviours: that the correction is over.
+    """
+    count, needed = int(numbers["sets"]), int(numbers["needed"])
+    if answer == "not testable" and group == "random":
+        return (
+            f"Not testable with k = {k}: {count} independent sets of {needed} needed; use a smaller k or a wider "
+            "dictionary."
+        )
+    if answer == "not testable":
+        return f"Not testable: {count} placebo targets of {needed} needed; raise their number."
+    verb = "more than" if answer == "yes" else "not significantly more than"
+    corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
+    text = (
+        f"At equal dose the {features(k)} lower the logit difference by {numbers['top']:.2f}, {verb} {count} {group} "
+        f"sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; p = {p_value:.2g}{corrected})"
+    )
+    if group == "placebo":
+        return f"{text}: {'specific to this answer' if answer == 'yes' else 'not shown to be specific to this answer'}."
+    return f"{text}."
+
+
+def fooled(count: int | None, placebo_sets: int) -> str:
+    """Return how many placebo sets pass question 2, in words."""
+    if count is None or not placebo_sets:
+        return "Whether placebo sets also do more than random sets was not tested."
+    return (
+        f"{count} of {placebo_sets} placebo sets, chosen for unrelated answers, also do more than random sets "
+        f"({100 * count / placebo_sets:.0f} %)."
+    )
+
+
+def basis(answer: str, name: str, numbers: Mapping[str, float], differences: Mapping[str, Interval]) -> str:
+    """Return the sentence of question 4.
+
+    Args:
+      answer: more, less, equivalent, no significant difference or contradictory.
+      name: of the basis.
+      numbers: top, basis and dose at which they were compared.
+      differences: features' effect minus the basis's, by kind of dose.
+    """
+    endings = {
+        "more": "the features have the larger effect",
+        "less": "the features have the smaller effect",
+        "equivalent": "equivalent",
+        "no significant difference": "no significant difference, which is not equality",
+        "contradictory": "contradictory, the two doses disagree significantly",
+    }
+    kinds = dict(norm="norm", kl="KL on text")
+    listed = ", ".join(
+        f"{at.mean:+.2f} [{at.low:.2f}, {at.high:.2f}] by {kinds[kind]}" for kind, at in differences.items()
+    )
+    return (
+        f"Against {BASES.get(name, name)} at equal dose: {numbers['top']:.2f} logits lost to {numbers['basis']:.2f}; "
+        f"difference {listed}: {endings[answer]}."
+    )
+
+
+def selective(answer: str, parts: Mapping[str, Interval], margins: Mapping[str, float], failing: Sequence[str]) -> str:
+    """Return the sentence of question 5.
+
+    Args:
+      answer: yes or no.
+      parts: loss on held-out text (nats) and on other behaviours (logits).
+      margins: of each.
+      failing: parts whose interval reaches the margin.
+    """
+    names = failing or list(parts)
+    listed = "; ".join(
+        f"{name.replace('_', ' ')} {parts[name].mean:.2f} [{parts[name].low:.2f}, {parts[name].high:.2f}], margin "
+        f"{margins[name]:.2f}"
+        for name in names
+    )
+    if answer == "yes":
+        return f"Held-out text and all other behaviours are spared ({listed})."
+    if not failing:
+        return f"Not shown to spare held-out text and the other behaviours after correction ({listed})."
+    return f"Not shown to spare: {listed}."
+
+
+def replication(counts: Mapping[str, int], dictionaries: int) -> str:
+    """Return how many dictionaries of other seeds give the same answers.
+
+    Args:
+      counts: dictionaries that answer yes, by question (ablation, random, placebo).
+      dictionaries: of other seeds.
+    """
+    return (
+        f"Of {dictionaries} dictionaries of other seeds, {counts['ablation']} have top features with an effect, "
+        f"{counts['random']} with more than random sets, {counts['placebo']} with one specific to the answer."
+    )
+
+
+def features(k: int) -> str:
+    """Return "10 top features" with the right number."""
+    return f"{k} top feature{'' if k == 1 else 's'}"

@@ -1,0 +1,58 @@
+"""Rank tests against control sets, and Holm's correction.
+
+References:
+  Phipson and Smyth, Permutation p-values should never be zero, 2010.
+  Holm, A simple sequentially rejective multiple test procedure, 1979.
+"""
+
+import math
+
+import numpy as np
+
+_ROUNDING = 1e-9  # relative: equal effects differ in their last bits
+
+
+def rank_p(tested: np.ndarray | float, controls: np.ndarray) -> float:
+    """Return the p-value of a tested effect among those of control sets.
+
+    p = (1 + #{j: controls_j >= tested_j}) / (1 + N). If the tested set is one more random set, each of the 1 + N is as
+    likely to have the largest effect, so that p <= a with a probability of at most a.
+
+    Args:
+      tested: effect of the tested set; ``[N]`` where each comparison has its own (at the dose of that control).
+      controls: effects of the control sets, ``[N]``, finite.
+
+    Raises:
+      ValueError: an effect is not finite.
+    """
+    control_N = np.asarray(controls, np.float64)
+    tested_N = np.broadcast_to(np.asarray(tested, np.float64), control_N.shape)
+    if not (np.isfinite(control_N).all() and np.isfinite(tested_N).all()):
+        raise ValueError("expected finite effects")
+    rounding_N = _ROUNDING * np.maximum(np.abs(tested_N), np.abs(control_N))
+    return float((1 + np.sum(control_N >= tested_N - rounding_N)) / (1 + len(control_N)))
+
+
+def min_controls(tests: int, level: float = 0.05) -> int:
+    """Return the number of control sets below which no p-value can pass Holm's correction over ``tests`` tests.
+
+    The smallest p is 1 / (1 + N) and Holm multiplies it by the number of tests: N >= tests / level - 1, at a level of
+    0.05 20 tests - 1.
+    """
+    return math.ceil(tests / level - 1e-9) - 1
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Return Holm's adjusted p-values of N tests, however they depend on each other.
+
+    Of the sorted p_(1) <= ... <= p_(N), the k-th becomes max over j <= k of (N - j + 1) p_(j), at most 1. Rejecting all
+    that are <= a rejects any true hypothesis with a probability of at most a.
+
+    Args:
+      p_values: ``[N]``, in (0, 1].
+    """
+    p_N = np.asarray(p_values, np.float64)
+    order_N = np.argsort(p_N, kind="stable")
+    adjusted_N = np.empty_like(p_N)
+    adjusted_N[order_N] = np.maximum.accumulate(p_N[order_N] * np.arange(len(p_N), 0, -1))
+    return np.minimum(adjusted_N, 1.0)
