@@ -77,3 +77,39 @@ class CausalVerdict:
 
     rule: str  #: in words
     dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: by dictionary and behaviour
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureEffect:
+    """A top feature, ablated alone."""
+
+    feature: int  #: its index
+    attribution: float  #: estimated effect on the train prompts, logits
+    drop: Interval  #: of the logit difference on the test prompts
+    firing_rate: float  #: share of the editable tokens of the test prompts on which it fires
+    mean_activation: float  #: over the tokens on which it fires
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceSummary:
+    """The effects of all live features, each ablated alone; details are in the ranking file."""
+
+    features: int  #: number of live features
+    significant: int  #: with a family-wise p-value of at most 0.05
+    attribution_correlation: float | None  #: rank correlation of attribution and effect
+    activation_correlation: float | None  #: rank correlation of correlation with the logit difference and effect
+
+
+@dataclasses.dataclass(frozen=True)
+class AblateResults:
+    """What the ablation of a dictionary's features does to behaviours."""
+
+    dictionary: str  #: its name
+    site: str  #: that it writes to, or reads
+    k: int  #: number of top features
+    replacement: str  #: what stands in an ablated feature's place
+    positions: str  #: where features are ablated
+    error: str  #: whether the reconstruction error is kept or dropped
+    top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, one by one
+    verdict: CausalVerdict  #: the five answers
+    importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
