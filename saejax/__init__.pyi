@@ -9,6 +9,11 @@ from saejax.dictionaries import load_dictionary as load_dictionary
 from saejax.dictionaries import load_transcoders as load_transcoders
 from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
+from saejax.interventions.answers import CausalVerdict as CausalVerdict
+from saejax.interventions.answers import VerdictConfig as VerdictConfig
+from saejax.interventions.table import EffectsTable as EffectsTable
+from saejax.interventions.table import load_effects as load_effects
+from saejax.interventions.verdict import verdict as verdict
 from saejax.library.activations import Activations as Activations
 from saejax.library.activations import capture as capture
 from saejax.library.causal import Ablation as Ablation

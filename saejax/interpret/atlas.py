@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saejax.causal.ablate.results import AblateResults
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
@@ -21,6 +20,7 @@ from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.stage import AtlasConfig, InterpretConfig
+from saejax.interventions.answers import AblateResults
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.workspace import Run
@@ -82,9 +82,9 @@ def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
         if unit.startswith("ablate/"):
             results: AblateResults = load_results(folder)
             found: dict[int, dict[str, float]] = {}
-            for behaviour, result in results.behaviours.items():
-                for item in result.top:
-                    found.setdefault(item.feature, {})[behaviour] = round(item.logit_diff_drop.mean, 4)
+            for behaviour, top in results.top.items():
+                for item in top:
+                    found.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
             return {results.dictionary: found}
     return {}
 

@@ -236,6 +236,20 @@ class EffectsTable:
         return key_N[order_N], order_N
 
 
+def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
+    """Return the rows of several tables as one; an edit or prompt that several define is the same."""
+    edits = tuple({(edit.behaviour, edit.id): edit for table in tables for edit in table.edits}.values())
+    prompts = tuple({prompt.id: prompt for table in tables for prompt in table.prompts}.values())
+    edit_of = {(edit.behaviour, edit.id): e for e, edit in enumerate(edits)}
+    prompt_of = {prompt.id: p for p, prompt in enumerate(prompts)}
+    rows = []
+    for table in tables:
+        edit_E = np.array([edit_of[edit.behaviour, edit.id] for edit in table.edits], np.int32)
+        prompt_P = np.array([prompt_of[prompt.id] for prompt in table.prompts], np.int32)
+        rows.append((edit_E[table.edit_N], prompt_P[table.prompt_N], table.readout_N, table.value_N))
+    return EffectsTable(edits, prompts, *(np.concatenate(column) for column in zip(*rows, strict=True)))
+
+
 def save_effects(folder: str | Path, table: EffectsTable) -> None:
     """Write a table into a folder as ``effects.parquet``, ``edits.json`` and ``prompts.json``."""
     import pyarrow as pa

@@ -37,49 +37,6 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerdictBlock:
-    """The answer for one behaviour.
-
-    Attributes:
-      name: the behaviour.
-      anchor: of the section that shows the details.
-      yes: whether any answer holds.
-      badge: the highest answer that holds, in a word or two.
-      answer: the same in a sentence.
-      grades: the answers one by one: in words, "yes", "no" or "not known", and the reason.
-      measures: what was measured, on the top features and on the random ones; headings first.
-      sentences: what else there is to say.
-      flag: doubts that go with it, if any.
-    """
-
-    name: str
-    anchor: str
-    yes: bool
-    badge: str
-    answer: str
-    grades: tuple[tuple[str, str, str], ...]
-    measures: tuple[tuple[str, str, str], ...]
-    sentences: tuple[str, ...]
-    flag: str = ""
-    kind = "verdict"
-
-    def markdown(self) -> str:
-        (_, *headings), *rows = self.measures
-        lines = [f"- **{escape_markdown(self.name)}: {escape_markdown(self.badge)}.** {escape_markdown(self.answer)}"]
-        lines += [
-            f"  - {escape_markdown(words)}: **{said}**: {escape_markdown(reason)}"
-            for words, said, reason in self.grades
-        ]
-        for what, *values in rows:
-            shown = "; ".join(f"{heading}: {value}" for heading, value in zip(headings, values, strict=True))
-            lines.append(f"  - {escape_markdown(f'{what}; {shown}')}")
-        lines += [f"  - {escape_markdown(' '.join(self.sentences))}"]
-        if self.flag:
-            lines.append(f"  - **Flagged:** {escape_markdown(self.flag)}")
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
 class Picture:
     """A saved figure.
 
@@ -139,4 +96,4 @@ class Links:
         return "\n".join(([f"{escape_markdown(self.title)}:", ""] if self.title else []) + links)
 
 
-Block = Text | Terms | VerdictBlock | Picture | Strips | Code | Table | Links
+Block = Text | Terms | Picture | Strips | Code | Table | Links

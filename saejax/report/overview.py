@@ -1,13 +1,12 @@
 """The frame of the report: what was done, what was left out, how far the answer reaches, how to run it again."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from saejax.causal.ablate.report_features import SLOPES, held_out
-from saejax.causal.ablate.results import AblateResults
+from saejax.causal.ablate.report import SLOPES, held_out
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.answers import AblateResults
 from saejax.interventions.replacement import WORDS
 from saejax.page.blocks import Code, Terms, Text
 from saejax.page.document import Section
@@ -27,21 +26,16 @@ def prompt_count(found: Findings) -> str:
 
 
 def lead(found: Findings) -> tuple[str, ...]:
-    """What was done, for a reader who knows transformers: paragraphs."""
+    """Return what was done, for a reader who knows transformers: one paragraph, so that the pictures come first."""
     ablate = found.one(AblateResults)
-    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.behaviours)
+    wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.top)
     path = found.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
-    features = f"{len(held_out(found, 'firing_rate')):,}" if found.each(EvaluateResults) else "its"
+    features = f"{len(held_out(found, 'firing_rate')):,} " if found.each(EvaluateResults) else ""
     return (
-        f"The language model {model} was given prompts that ask for: {wanted}. A sparse dictionary, "
-        f"trained on the model's activations in {place(ablate.site)}, writes each of them as a sum of a few "
-        f"of {features} features. A feature is a direction; its activation says how much of it is in a token.",
-        f"For each behaviour the {ablate.top} features with the largest estimated effect on the answer were chosen "
-        f"on one set of prompts and removed together on {prompt_count(found)} others. The same was done with "
-        f"up to {ablate.draws} draws of as many random features that fire as often and as strongly on those prompts, "
-        "with other bases of the same place at equal dose, on the other behaviours and on held-out text. Four answers, "
-        "each of which asks for more than the one before, say what follows for the features.",
+        f"{model} was given prompts that ask for: {wanted}. Of the {features}features of the dictionary "
+        f"{ablate.dictionary}, which writes {place(ablate.site)} as a sum of a few features, the {ablate.k} with the "
+        f"largest attribution were chosen on train prompts and ablated together on {prompt_count(found)} test prompts.",
     )
 
 
@@ -68,10 +62,6 @@ def limits(found: Findings) -> Section:
     settings = found.settings()
     with_prompts = settings["corpus"]["behaviours"]
     fewest = min(one.test.n for one in behaviours.values())
-    ratios = "; ".join(
-        f"{behaviour(name)} " + ", ".join(map(number, dataclasses.astuple(match)))
-        for name, match in ((name, result.controls.match) for name, result in ablate.behaviours.items())
-    )
     items = [
         (
             "Few prompts",
@@ -85,8 +75,8 @@ def limits(found: Findings) -> Section:
             "one training seed. Another seed gives other features.",
         ),
         (
-            "Removing is crude",
-            f"when a feature is removed, {WORDS[ablate.replacement]}. That can leave the model in a state "
+            "Ablation is crude",
+            f"when a feature is ablated, {WORDS[ablate.replacement]}. That can leave the model in a state "
             "that no text leads to, and the rest of the model can make up for it. What the dictionary fails to rebuild "
             "stays in place, so effects through it are not seen.",
         ),
@@ -96,10 +86,9 @@ def limits(found: Findings) -> Section:
             "first-order estimate; features that matter only together can be missed.",
         ),
         (
-            "The control",
-            "random features are matched in firing rate, activation, decoder norm and the position at which they fire, "
-            "whole sets in how much they change the site together; not in direction or attribution. Median ratio of "
-            f"control to top feature in each (1 is a perfect match): {ratios}.",
+            "The controls",
+            "random sets are disjoint sets of features that fire on at least 5 % of the test prompts. Placebo sets "
+            "show that the selection depends on the answer, not that the features mean it.",
         ),
         (
             "Contexts",

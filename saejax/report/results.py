@@ -8,7 +8,7 @@ from collections.abc import Mapping
 class ReportResults:
     """The written report."""
 
-    grades: Mapping[str, str]  #: by behaviour, the highest answer that holds; "none"
+    specific: Mapping[str, str]  #: by behaviour, whether the top features are specific to its answer (question 3)
     figures: tuple[str, ...]  #: names of all
     contexts: Mapping[int, int]  #: feature -> how many contexts are shown
     html_bytes: int  #: of the page

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from saejax.activations.store import Store
 from saejax.analysis.examples import top_examples
 from saejax.causal.ablate import report as ablation
-from saejax.causal.ablate import report_features, report_sets
-from saejax.causal.ablate.results import AblateResults
 from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.table import TESTED
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.page import style
@@ -50,8 +50,8 @@ def run_report(run: Run) -> ReportResults:
     if ablate and trained:  # where the dictionary is known by its name
         ablate = dataclasses.replace(ablate, dictionary=name)
         found = found.with_results(ablate)
-    behaviours = ablate.behaviours if ablate else {}
-    wanted = [item.feature for result in behaviours.values() for item in result.top[: config.features]]
+    tops = ablate.top.values() if ablate else ()
+    wanted = [item.feature for top in tops for item in top[: config.features]]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
         found = dataclasses.replace(found, examples=contexts(run, found, wanted, config.examples))
@@ -70,8 +70,9 @@ def run_report(run: Run) -> ReportResults:
     write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
     run.say(f"read {run.folder / 'index.html'}")
+    verdicts = ablate.verdict.dictionaries[TESTED] if ablate else {}
     return ReportResults(
-        grades={name: result.grades.highest for name, result in behaviours.items()},
+        specific={name: result.placebo.answer for name, result in verdicts.items()},
         figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
         contexts={feature: len(found.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),
@@ -107,15 +108,12 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
     known = found.each(EvaluateResults)  # nothing is, of a dictionary from elsewhere
     return [
         ablation.answer(found, draw),
+        *ablation.details(found),
         tasks.behaviours_section(found, draw),
         *tasks.benchmark_sections(found),
         *([training.section(found, draw, found.one(AblateResults).dictionary)] if known else []),
-        *report_sets.repeats(found),
-        *report_sets.bases(found, draw),
-        *report_sets.agreement(found),
-        *report_sets.feature_sets(found, draw),
         *_asked(found, draw),
-        *report_features.features(found, draw, shown),
+        *ablation.features(found, draw, shown),
         *([overview.left_out(found)] if known else []),
         overview.limits(found),
         overview.reproduce(found),

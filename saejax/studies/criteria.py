@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.ablate.results import AblateResults
 from saejax.causal.claims import LEAST_SETS, randomisation_p
 from saejax.causal.study.results import StudyEffects
+from saejax.interventions.answers import AblateResults
 from saejax.page.findings import Findings
 from saejax.page.tables import number, percent
 from saejax.studies import alignment
@@ -34,10 +34,10 @@ CRITERIA = (
     f"than in epoch {EPOCH}; every dictionary recovers at least {FAITHFUL:g} of the cross-entropy; every row has a "
     "benchmark on which the rule of the causal test says yes for both replacements; matched random sets pass that rule "
     f"in at most {100 * LEVEL:g} % of the draws; at least half of the features that fire have an effect of their own "
-    f"(q at most {LEVEL:g}); every comparison of two rows that can be made is aligned; every two dictionaries that "
-    "were compared share more features than by chance (95 % intervals apart); and of the steps that were followed "
-    "through the layers a larger share is hurt by removing their features than of matched sets passes that rule (which "
-    "lies below the 95 % interval)."
+    f"(family-wise p at most {LEVEL:g}); every comparison of two rows that can be made is aligned; every two "
+    "dictionaries that were compared share more features than by chance (95 % intervals apart); and of the steps that "
+    "were followed through the layers a larger share is hurt by removing their features than of matched sets passes "
+    "that rule (which lies below the 95 % interval)."
 )
 RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
 # What the reasoning study reports of its own four models.
@@ -148,13 +148,12 @@ def _causal(figures: StudyFigures) -> list[CriterionFigures]:
 
 def _own_effects(rows: Sequence[Findings]) -> CriterionFigures:
     found = [
-        one.importance
+        summary
         for row in rows
         for results in row.each(AblateResults).values()
-        for one in results.behaviours.values()
-        if one.importance
+        for summary in (results.importance or {}).values()
     ]
-    shares = [one.discoveries / one.features for one in found if one.features]
+    shares = [summary.significant / summary.features for summary in found if summary.features]
     said = "no stage measured single features (--ablate.effects=all)"
     if shares:
         said = f"{percent(min(shares), 1)} to {percent(max(shares), 1)} of the features that fire on a behaviour"

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from saejax.causal.ablate.results import AblateResults
 from saejax.causal.study.results import StudyResults
 from saejax.causal.study.scores import settled
 from saejax.dictionaries.stacks import kind_and_member
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.table import TESTED
 from saejax.page.findings import Findings
 from saejax.studies import criteria
 from saejax.studies.results import (
@@ -77,19 +78,19 @@ def single(row: str, found: Findings) -> Iterator[SingleFigures]:
 
 
 def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
-    """Removed features of each behaviour."""
+    """Return the answers of the causal verdict for each behaviour."""
     for results in found.each(AblateResults).values():
-        for name, one in results.behaviours.items():
+        for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(
                 row=row,
                 behaviour=name,
                 dictionary=results.dictionary,
-                accuracy=one.joint.clean_accuracy,
-                accuracy_drop=one.joint.accuracy_drop,
-                control_drop=float(np.mean(one.controls.accuracy_drop)),
-                p_holm=one.claim.p_holm if one.claim else None,
-                placebo_rate=one.claim.placebo_rate if one.claim else None,
-                highest=one.grades.highest,
+                drop=result.ablation["logit_diff"].effect,
+                top1_drop=result.ablation["top1"].effect,
+                random=result.random.answer,
+                fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
+                placebo=result.placebo.answer,
+                selective=result.selective.answer,
             )
 
 

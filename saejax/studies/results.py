@@ -122,12 +122,12 @@ class BehaviourFigures:
     row: str  #: of the study
     behaviour: str  #: its name
     dictionary: str  #: whose features
-    accuracy: float  #: before any edit
-    accuracy_drop: Interval  #: before - after
-    control_drop: float  #: mean of matched random sets
-    p_holm: float | None  #: over the behaviours of the row; None of files of before
-    placebo_rate: float | None  #: share of matched random sets that pass the same rule
-    highest: str  #: of the graded answers
+    drop: Interval | None  #: of the logit difference
+    top1_drop: Interval | None  #: of top-1 accuracy
+    random: str  #: whether it is more than random sets lose at equal dose
+    fooled: float | None  #: share of placebo sets of which the same is true
+    placebo: str  #: whether it is specific to the answer
+    selective: str  #: whether other behaviours and held-out text are spared
 
 
 @dataclasses.dataclass(frozen=True)

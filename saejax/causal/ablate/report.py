@@ -1,162 +1,366 @@
-"""The report on causal tests: the graded answers, with what they rest on."""
+"""The report on ablation: pictures, a table and a sentence for each question; then each behaviour and its features."""
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 
 from saejax.causal.ablate import report_figures
-from saejax.causal.ablate.grades import GRADES
-from saejax.causal.ablate.report_figures import Effect
-from saejax.causal.ablate.report_sets import BASES, YES, named
-from saejax.causal.ablate.results import AblateResults, BehaviourAblation, DoseCurve, Grade
-from saejax.causal.claims import LEVEL
-from saejax.page.blocks import Block, Picture, Text, VerdictBlock
-from saejax.page.document import Section, anchor
+from saejax.dictionaries import stacks
+from saejax.dictionaries.labels import Label, labels_in
+from saejax.errors import UserError
+from saejax.interventions import sentences
+from saejax.interventions.answers import AblateResults, BehaviourVerdict, FeatureEffect
+from saejax.interventions.curves import read_curves
+from saejax.interventions.table import BASIS, TESTED, UNTRAINED, load_effects
+from saejax.page.blocks import Block, Code, Picture, Terms, Text
+from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import interval, percent
-from saejax.page.words import behaviour, detail_title, sentence, spread
+from saejax.page.strips import Strips
+from saejax.page.tables import MISSING, Table, interval, number, percent, significant
+from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.preregistration import said
 from saejax.tasks.results import BaselineResults
 
-_BADGES = dict(
-    none="Not shown",
-    harms="Harms",
-    beyond_matched="Beyond matched",
-    beyond_bases="Beyond other bases",
-    selective="Selective",
-)
-_ANSWERS = dict(
-    none="Not shown that removing these features costs the behaviour.",
-    harms="Removing these features costs the behaviour. That it costs more than removing matched random ones was not "
-    "shown.",
-    beyond_matched="Removing these features costs more than removing matched random ones. That changing the site as "
-    "much along another basis costs less was not shown.",
-    beyond_bases="Removing these features costs more than removing matched random ones, and more than changing the "
-    "site as much along other bases. That it costs this behaviour alone was not shown.",
-    selective="Removing these features costs this behaviour, more than other changes of the same dose, and it alone.",
-)
-_WORDS = dict(
-    harms="Harms",
-    beyond_matched="Beyond matched features",
-    beyond_bases="Beyond other bases at equal dose",
-    selective="Selective",
-)
+SLOPES = dict(gradient="the gradient", integrated="the integrated gradient", relp="the slope (relevance patching)")
+TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
 
 
 def answer(found: Findings, draw: Draw) -> Section:
-    """The answers, and what they rest on."""
+    """Write the opening: a picture for each behaviour, the table of answers, a sentence for each question, the rule."""
     ablate = found.one(AblateResults)
-    results = ablate.behaviours
-    above = [behaviour(name) for name, result in results.items() if result.claim and result.claim.placebo_low > LEVEL]
-    opening: list[Block] = []
-    if above:
-        alarm = f"The rule says yes too often to random features on: {', '.join(above)}. Its answers there mean little."
-        opening.append(Text(alarm, alarm=True))
-    opening.append(Text(_headline(ablate), strong=True))
-    opening.append(Text(f"{said(found.report.parent, 'ablate', ablate.rule)}: {sentence(ablate.rule)}"))
-    brackets = (
-        "Points are percentage points of accuracy on the test prompts. Logit difference is the correct answer's logit "
-        "minus the wrong one's. Square brackets: for the top features a 95 % bootstrap interval over templates and "
-        "prompts, for the random ones the range of the middle 95 % of the draws."
+    tested = ablate.verdict.dictionaries[TESTED]
+    blocks: list[Block] = list(_pictures(found, draw))
+    blocks.append(_answer_table(ablate))
+    if not any(result.placebo.answer == "yes" for result in tested.values()):
+        blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
+    blocks.append(Terms(tuple((title, signed(text)) for title, text in summary_sentences(tested).items())))
+    rule = ablate.verdict.rule
+    written = f"{said(found.report.parent, 'ablate', rule)}."
+    blocks.append(Code("The rule in full", "\n".join(textwrap.wrap(written, 96) + [""] + textwrap.wrap(rule, 96))))
+    return Section("The answer", tuple(blocks))
+
+
+def details(found: Findings) -> list[Section]:
+    """Write the answers to the five questions for each behaviour, in sentences with their figures."""
+    ablate, baseline = found.one(AblateResults), found.one(BaselineResults).behaviours
+    intro = (
+        "Square brackets hold 95 % bootstrap intervals over prompts within templates. p-values are corrected by Holm's "
+        "method over the behaviours, within each question. Points are percentage points of accuracy on test prompts."
     )
-    verdicts = [_verdict(found, name, result) for name, result in results.items()]
-    return Section("The answer", (*opening, *verdicts, Text(brackets), _joint_picture(found, draw)))
+    sections = [Section("The five questions", (Text(intro),))]
+    for name, result in ablate.verdict.dictionaries[TESTED].items():
+        flags = baseline[name].flags if name in baseline else ()
+        warning = [Text(f"Flagged: {sentence('; '.join(flags))}", alarm=True)] if flags else []
+        blocks = (*warning, Terms(_detail_items(result)), _template_table(result))
+        sections.append(Section(f"Answers: {behaviour(name)}", blocks, level=3))
+    return sections
 
 
-def _headline(ablate: AblateResults) -> str:
-    """The highest answers, the highest first, and which simpler bases they are not shown to beat."""
-    results = ablate.behaviours
-    by_grade: dict[str, list[str]] = {name: [] for name in (*reversed(GRADES), "none")}
-    for name, result in results.items():
-        by_grade[result.grades.highest].append(behaviour(name))
-    sentences = dict(
-        selective="The top features cost {} more than other bases at equal dose, and nothing else suffers as much.",
-        beyond_bases="The top features cost {} more than other bases at equal dose, but not these alone.",
-        beyond_matched="The top features cost {} more than matched random ones; that they do more than a simpler basis "
-        "at equal dose is not shown.",
-        harms="Removing the top features costs {}; that it costs more than removing matched random ones is not shown.",
-        none="Not shown that removing the top features costs {}.",
+def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
+    """Write of the top features of each behaviour, one by one, with the contexts of the first ``shown``."""
+    ablate, estimate = found.one(AblateResults), found.settings()["ablate"]["estimate"]
+    intro = (
+        f"Features were ranked by attribution: the activation times {SLOPES[estimate]} of the logit difference, "
+        "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
+        "what is lost on the test prompts when this feature alone is ablated. Features have numbers, and names only "
+        "where they were interpreted. "
+        "Below are the contexts of the captured text in which they fire most strongly; colour shows how strongly a "
+        "feature fires on a token, and the maximum is bold and underlined. ↵ is a line break, ␣ a space, � a piece of "
+        "a character."
     )
-    parts = [sentences[grade].format(", ".join(names)) for grade, names in by_grade.items() if names]
-    simpler = {behaviour(name): _as_well(result) for name, result in results.items()}
-    if any(simpler.values()):
-        listed = "; ".join(f"{name}: {', '.join(bases)}" for name, bases in simpler.items() if bases)
-        parts.append(f"As far as these prompts tell, simpler bases do as well at equal dose: {listed}.")
-    again = {behaviour(name): result.holds_again for name, result in results.items() if result.holds_again}
-    if again:
-        held = ", ".join(name for name, grade in again.items() if grade.holds) or "none"
-        parts.append(f"Harm beyond matched features holds again in all trainings tested for: {held}.")
-    return " ".join(parts)
+    sections = [Section("The features", (Text(intro),))]
+    labels = labels_in(found.folders, ablate.dictionary)
+    contexts = _Contexts(found, labels) if shown and found.examples else None
+    for name, top in ablate.top.items():
+        if not top:
+            nothing = "No feature was tested: none has an attribution above zero on the train prompts."
+            sections.append(Section(detail_title(name), (Text(nothing, strong=True),), level=3))
+            continue
+        strips = [contexts.strips(name, item) for item in top[:shown]] if contexts else []
+        blocks: list[Block] = [_singles(name, top, draw), _feature_table(top, labels), *strips]
+        importance = (ablate.importance or {}).get(name)
+        if importance:
+            text = (
+                f"Of all {importance.features:,} live features, each ablated alone, {importance.significant:,} have a "
+                "significant effect (family-wise p at most 0.05). The rank correlation of attribution with the effect "
+                f"is {number(importance.attribution_correlation)}, that of the correlation of activation and logit "
+                f"difference {number(importance.activation_correlation)}."
+            )
+            blocks.insert(2, Text(text))
+        sections.append(Section(detail_title(name), tuple(blocks), level=3))
+    return sections
 
 
-def _as_well(result: BehaviourAblation) -> list[str]:
-    """The bases that the features are not shown to beat at equal dose."""
-    return [
-        named(name)
-        for name, curve in (result.doses or {}).items()
-        if isinstance(curve, DoseCurve)
-        and any(at is not None and not at.difference.low > 0 for at in (curve.by_norm, curve.by_kl))
+def summary_sentences(verdicts: Mapping[str, BehaviourVerdict]) -> dict[str, str]:
+    """Return one sentence for each question, over all behaviours."""
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names) or "none"
+
+    def with_answer(question: str, *answers: str) -> list[str]:
+        return [behaviour(name) for name, each in verdicts.items() if getattr(each, question).answer in answers]
+
+    def with_effect(readout: str) -> str:
+        return listed([behaviour(name) for name, each in verdicts.items() if each.ablation[readout].answer == "yes"])
+
+    untestable = with_answer("random", "not testable", "not tested")
+    fooled = [
+        f"{each.fooled} of {each.placebo_sets} ({behaviour(name)})"
+        for name, each in verdicts.items()
+        if each.fooled is not None and each.placebo_sets
     ]
+    better = [
+        behaviour(name) for name, each in verdicts.items() if each.bases and _bases_with(each, "more") == [*each.bases]
+    ]
+    exceptions = [
+        f"{behaviour(name)}: {sentences.BASES.get(basis, basis)} ({comparison.answer})"
+        for name, each in verdicts.items()
+        for basis, comparison in each.bases.items()
+        if comparison.answer != "more"
+    ]
+    return {
+        "1. Does ablation have an effect?": (
+            f"It lowers the logit difference for: {with_effect('logit_diff')}; two-way accuracy for: "
+            f"{with_effect('two_way')}; top-1 accuracy for: {with_effect('top1')}."
+        ),
+        "2. More than random features at equal dose?": (
+            f"Yes for: {listed(with_answer('random', 'yes'))}."
+            + (f" Not testable for: {listed(untestable)}." if untestable else "")
+            + (f" But placebo sets, chosen for unrelated tokens, pass the same test: {listed(fooled)}." * bool(fooled))
+        ),
+        "3. Specific to this answer?": (
+            f"More than placebo sets at equal dose for: {listed(with_answer('placebo', 'yes'))}; not shown for: "
+            f"{listed(with_answer('placebo', 'no', 'not testable', 'not tested'))}."
+        ),
+        "4. More than simpler bases at equal dose?": (
+            f"More than every basis for: {listed(better)}." + (f" Not so: {'; '.join(exceptions)}." * bool(exceptions))
+        ),
+        "5. Selective?": (
+            f"Other behaviours and held-out text are spared for: {listed(with_answer('selective', 'yes'))}; not shown "
+            f"for: {listed(with_answer('selective', 'no'))}; not tested for: "
+            f"{listed(with_answer('selective', 'not tested'))}."
+        ),
+    }
 
 
-def _verdict(found: Findings, name: str, result: BehaviourAblation) -> VerdictBlock:
-    joint, controls = result.joint, result.controls
-    measures = (
-        ("Removed together", f"top {joint.n}", f"random, {controls.draws} draws"),
-        ("Accuracy lost, points", interval(joint.accuracy_drop, 0, 100), spread(controls.accuracy_drop, 1, 100)),
-        ("Logit difference lost", interval(joint.logit_diff_drop), spread(controls.logit_diff_drop)),
-    )
-    below = {0.0: "none", 1.0: "every one"}.get(result.percentile, percent(result.percentile))
-    compared = f"Together the top features cost more logit difference than {below} of the {controls.draws} draws."
-    if claim := result.claim:
-        compared += (
-            f" Put in their place, {percent(claim.placebo_rate, 1)} of the drawn sets pass by the same rule "
-            f"({percent(claim.placebo_low, 1)} to {percent(claim.placebo_high, 1)})"
-        )
-        pool = controls.disjoint_sets
-        compared += f"; the pool holds {pool} sets without a feature in common." if pool is not None else "."
-    if result.grades.highest != "none" and not joint.accuracy_drop.low > 0:
-        compared += " The interval of the accuracy lost reaches zero: this loss alone could be chance."
-    grades = [(_WORDS[grade], *_said(getattr(result.grades, grade))) for grade in GRADES]
-    if result.holds_again:
-        grades.append(("Holds again in other trainings", *_said(result.holds_again)))
-    baseline = found.one(BaselineResults).behaviours.get(name)
-    flags = baseline.flags if baseline else ()
-    return VerdictBlock(
-        name=behaviour(name),
-        anchor=anchor(detail_title(name)),
-        yes=result.grades.highest != "none",
-        badge=_BADGES[result.grades.highest],
-        answer=_ANSWERS[result.grades.highest],
-        grades=tuple(grades),
-        measures=measures,
-        sentences=(compared,),
-        flag=sentence("; ".join(flags)) if flags else "",
-    )
+def _bases_with(result: BehaviourVerdict, answer: str) -> list[str]:
+    return [basis for basis, comparison in result.bases.items() if comparison.answer == answer]
 
 
-def _said(grade: Grade) -> tuple[str, str]:
-    reason = grade.reason
-    for name, words in BASES.items():
-        reason = reason.replace(f" {name}", f" {words}") if "at equal dose" in reason else reason
-    return YES[grade.holds], sentence(reason)
-
-
-def _joint_picture(found: Findings, draw: Draw) -> Picture:
+def _pictures(found: Findings, draw: Draw) -> list[Picture]:
     ablate = found.one(AblateResults)
-    results = {behaviour(name): result for name, result in ablate.behaviours.items()}
-    logits = {
-        name: Effect(result.joint.logit_diff_drop, result.controls.logit_diff_drop) for name, result in results.items()
+    unit = next(unit for unit, summary in found.summaries.items() if summary.stage == "ablate")
+    table = load_effects(found.folders[unit])
+    pictures = []
+    for name, result in ablate.verdict.dictionaries[TESTED].items():
+        (top,) = read_curves(table, name, "top")
+        random, placebo = (read_curves(table, name, group) for group in ("random", "placebo"))
+        groups = [edit.group for edit in table.edits if edit.behaviour == name and edit.group.startswith(BASIS)]
+        bases = {group.removeprefix(BASIS): read_curves(table, name, group)[0] for group in dict.fromkeys(groups)}
+        effect = result.ablation["logit_diff"].effect
+        assert effect is not None
+        figure = report_figures.dose_effect(
+            behaviour(name),
+            top,
+            effect,
+            random,
+            placebo,
+            {sentences.BASES.get(basis, basis): curve for basis, curve in bases.items()},
+        )
+        caption = (
+            "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points "
+            "on the orange line do as much as the top features at the same dose; points below it do less. "
+            f"{sentences.fooled(result.fooled, result.placebo_sets)}"
+        )
+        pictures.append(draw(f"ablation_{name}", figure, caption, f"{behaviour(name)}. {_described(result)}"))
+    return pictures
+
+
+def _described(result: BehaviourVerdict) -> str:
+    return signed(f"{result.ablation['logit_diff'].sentence} {result.random.sentence} {result.placebo.sentence}")
+
+
+def _answer_table(ablate: AblateResults) -> Table:
+    rows = [
+        (behaviour(name) if dictionary == TESTED else f"{behaviour(name)}, {_named(dictionary)}", result)
+        for dictionary, results in ablate.verdict.dictionaries.items()
+        if dictionary in (TESTED, UNTRAINED)
+        for name, result in results.items()
+    ]
+    columns = {
+        "Behaviour": lambda name, _: name,
+        "1. Effect, logits": lambda _, result: _effect_cell(result),
+        "Top-1 accuracy, points": lambda _, result: _accuracy_cell(result),
+        "2. More than random sets": lambda _, result: _set_cell(result.random),
+        "Placebo sets that pass 2": lambda _, result: _fooled_cell(result),
+        "3. Specific": lambda _, result: _set_cell(result.placebo),
+        "4. More than bases": lambda _, result: _bases_cell(result),
+        "5. Selective": lambda _, result: result.selective.answer,
     }
-    accuracy = {
-        name: Effect(result.joint.accuracy_drop, result.controls.accuracy_drop) for name, result in results.items()
-    }
-    bound = found.settings()["ablate"]["min_accuracy_drop"]
-    draws = max((result.controls.draws for result in results.values()), default=0)
-    figure = report_figures.ablation(logits, accuracy, ablate.top, draws, bound)
-    alt = "Drop of the logit difference when features are removed together. " + " ".join(
-        f"{name}: top features {interval(effect.drop)}, random features {spread(effect.controls)}."
-        for name, effect in logits.items()
+    if any(result.replication for _, result in rows):
+        columns["In other seeds"] = lambda _, result: _replication_cell(result)
+    note = (
+        "Effect: logit difference lost when the top features are ablated, with its 95 % interval. Questions 2 and 3: "
+        "mean effect of the control sets and the corrected p-value. An untrained dictionary answers the same questions "
+        "as a control."
     )
+    caption = f"The five questions, for the {ablate.k} top features of each behaviour"
+    return Table.of(caption, rows, columns, words=set(columns), note=note)
+
+
+def _named(dictionary: str) -> str:
+    return "untrained dictionary" if dictionary == UNTRAINED else dictionary
+
+
+def _effect_cell(result: BehaviourVerdict) -> str:
+    effect = result.ablation["logit_diff"]
+    return f"{effect.answer}: {interval(effect.effect)}"
+
+
+def _accuracy_cell(result: BehaviourVerdict) -> str:
+    accuracy = result.ablation["top1"]
+    return f"{accuracy.answer}: {interval(accuracy.effect, 0, 100)}" if accuracy.effect else accuracy.answer
+
+
+def _set_cell(comparison) -> str:
+    if comparison.numbers is None:
+        return comparison.answer
+    figures = comparison.numbers
+    if comparison.answer == "not testable":
+        return f"not testable ({figures['sets']:.0f} of {figures['needed']:.0f} sets)"
+    return f"{comparison.answer} ({figures['sets']:.0f} sets, {number(figures['mean'])}; p {comparison.p_holm:.2g})"
+
+
+def _fooled_cell(result: BehaviourVerdict) -> str:
+    return MISSING if result.fooled is None else f"{result.fooled} of {result.placebo_sets}"
+
+
+def _bases_cell(result: BehaviourVerdict) -> str:
+    by_answer = {comparison.answer: _bases_with(result, comparison.answer) for comparison in result.bases.values()}
+    listed = [
+        f"{answer}: {', '.join(sentences.BASES.get(basis, basis) for basis in bases)}"
+        for answer, bases in by_answer.items()
+    ]
+    return "; ".join(listed) or "not tested"
+
+
+def _replication_cell(result: BehaviourVerdict) -> str:
+    if result.replication is None or result.replication.numbers is None:
+        return MISSING
+    counts = result.replication.numbers
+    questions = {"1.": "ablation", "2.": "random", "3.": "placebo"}
+    return "; ".join(f"{of} {counts[key]:.0f} of {counts['dictionaries']:.0f}" for of, key in questions.items())
+
+
+def _detail_items(result: BehaviourVerdict) -> tuple[tuple[str, str], ...]:
+    ablation = " ".join(each.sentence for each in result.ablation.values())
+    bases = " ".join(comparison.sentence for comparison in result.bases.values()) or "Not tested."
+    items = [
+        ("1. Effect", ablation),
+        (
+            "2. More than random sets",
+            f"{result.random.sentence} {sentences.fooled(result.fooled, result.placebo_sets)}",
+        ),
+        ("3. Specific to this answer", result.placebo.sentence),
+        ("4. More than simpler bases", bases),
+        ("5. Selective", result.selective.sentence),
+    ]
+    if result.replication:
+        items.append(("Replication", result.replication.sentence))
+    return tuple((title, signed(text)) for title, text in items)
+
+
+def _template_table(result: BehaviourVerdict) -> Table:
+    columns = {
+        "Template": lambda name, _: name or MISSING,
+        "Logit difference lost": lambda _, drop: number(drop),
+        "Held out": lambda name, _: "yes" if name in result.held_out else "no",
+    }
+    note = "Held out: no train prompt has this template."
+    return Table.of("The effect by template", result.templates.items(), columns, stack=False, note=note)
+
+
+def _singles(name: str, top: tuple[FeatureEffect, ...], draw: Draw) -> Picture:
+    some = top[:FIGURE_ROWS]
+    figure = report_figures.single_features([item.feature for item in some], [item.drop for item in some])
+    above = sum(item.drop.low > 0 for item in top)
+    rest = f" The figure shows the first {len(some)}." if len(some) < len(top) else ""
     caption = (
-        "What removing features costs on the test prompts. Orange: the top features, with a 95 % bootstrap interval "
-        "over templates and prompts. Grey: each draw of matched random features; the bar is their mean. The further "
-        "orange lies to the right of grey, the more the behaviour depends on these features and not on just any."
+        f"In order of attribution. Ablated alone, {above} of {len(top)} features lower the logit difference with an "
+        f"interval above zero; of features without effect about one in forty would.{rest}"
     )
-    return draw("ablation", figure, caption, alt)
+    first = "; ".join(f"feature {item.feature} {interval(item.drop)}" for item in some[:5])
+    alt = f"{behaviour(name)}: drop of the logit difference when single features are ablated. {first}."
+    return draw(f"features_{name}", figure, caption, alt)
+
+
+def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) -> Table:
+    columns = {
+        "Feature": lambda item: (
+            f"{item.feature} {labels[item.feature].label if item.feature in labels else ''}".strip()
+        ),
+        "Logit difference lost": lambda item: interval(item.drop),
+        "Attribution": lambda item: significant(item.attribution),
+        "Fires on": lambda item: percent(item.firing_rate, 1),
+        "Mean activation": lambda item: significant(item.mean_activation),
+    }
+    rest = f" The first {TABLE_ROWS} of {len(top)} features." if len(top) > TABLE_ROWS else ""
+    note = f"Fires on: share of the tokens of the test prompts.{rest}"
+    return Table.of(
+        "Features ablated one by one", [(item,) for item in top[:TABLE_ROWS]], columns, stack=False, note=note
+    )
+
+
+def held_out(found: Findings, name: str) -> np.ndarray:
+    """Return a statistic of the tested dictionary on held-out text.
+
+    Args:
+      found: what the report is written from.
+      name: "firing_rate", or "mean_activation" over the tokens on which a feature fires.
+
+    Returns:
+      One number for each feature.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    kind, member = stacks.kind_and_member(found.one(AblateResults).dictionary)
+    path: Path = found.folders[f"evaluate/{kind}"] / member / f"{name}.npy"
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise UserError(
+            f"{path} is missing or damaged: delete {path.parent} and run the evaluate stage again"
+        ) from None
+
+
+class _Contexts:
+    """The contexts of features and their statistics on held-out text, whose files are read once."""
+
+    def __init__(self, found: Findings, labels: Mapping[int, Label]):
+        self._examples, self._labels = found.examples, labels
+        self._rate_F, self._mean_F = (held_out(found, name) for name in ("firing_rate", "mean_activation"))
+        tops = found.one(AblateResults).top
+        self._tops = {name: {item.feature for item in top} for name, top in tops.items()}
+
+    def strips(self, name: str, item: FeatureEffect) -> Strips:
+        """Return the contexts of a top feature of a behaviour, with a note."""
+        feature = item.feature
+        shared = [behaviour(other) for other, top in self._tops.items() if other != name and feature in top]
+        rate, mean = float(self._rate_F[feature]), float(self._mean_F[feature])
+        label = self._labels.get(feature)
+        note = f"Called {label.label} by {label.by}. " if label else ""
+        note += f"Ablating it alone lowers the logit difference by {interval(item.drop)}. "
+        note += (
+            f"It fires on {significant(100 * rate)} % of held-out tokens, at {significant(mean)} on average."
+            if rate > 0
+            else "It fires on no held-out token."
+        )
+        if shared:
+            note += f" It is also among the top features of: {', '.join(shared)}."
+        examples = tuple(self._examples.get(feature, ()))
+        if not examples:
+            note += " It fires nowhere in the captured text, so there is no context to show."
+        return Strips(f"Feature {feature}", note, examples)

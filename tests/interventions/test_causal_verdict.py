@@ -1,0 +1,374 @@
+"""The verdict on tables that are written by hand, so that every answer is known."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from effect_worlds import attribution, planted_world, top_features, world_table
+
+from saejax.errors import UserError
+from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
+from saejax.interventions.curves import read_curves
+from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, load_effects, save_effects
+from saejax.interventions.verdict import verdict
+
+CONFIG = VerdictConfig(resamples=500)
+PROMPTS = 12
+CLEAN = 5.0
+
+
+@dataclasses.dataclass
+class Rows:
+    """A table that is put together row by row."""
+
+    edits: list[EditDefinition] = dataclasses.field(default_factory=list)
+    prompts: list[PromptDefinition] = dataclasses.field(default_factory=list)
+    blocks: list[tuple] = dataclasses.field(default_factory=list)
+
+    def add_prompts(self, behaviour: str, templates: Sequence[str] = ("x", "y", "z"), held_out: str = "z") -> None:
+        names = [templates[p % len(templates)] for p in range(PROMPTS)]
+        some = [
+            PromptDefinition(f"{behaviour}/{p:02d}", behaviour, name, name == held_out, correct=" yes", wrong=" no")
+            for p, name in enumerate(names)
+        ]
+        self.prompts += some
+        self.add(EditDefinition(behaviour, "clean"), logit_diff=CLEAN, log_prob=-0.5, two_way=1.0, top1=1.0, ce=3.0)
+
+    def add(self, edit: EditDefinition, on: str = "", **readouts: float | np.ndarray) -> None:
+        """Add the readouts of an edit on the prompts of a behaviour, its own by default."""
+        if edit not in self.edits:
+            self.edits.append(edit)
+        prompts = [prompt for prompt in self.prompts if prompt.behaviour == (on or edit.behaviour)]
+        values = np.stack([np.broadcast_to(value, PROMPTS) for value in readouts.values()], axis=-1)[None]
+        self.blocks.append(([edit], prompts, list(readouts), np.array(values, np.float64)))
+
+    def add_set(self, edit: EditDefinition, drop: float | np.ndarray, dose: float = 1.0) -> None:
+        self.add(edit, logit_diff=CLEAN - drop, change_norm=dose)
+
+    def table(self) -> EffectsTable:
+        return EffectsTable.from_blocks(self.edits, self.prompts, self.blocks)
+
+
+def varied(mean: float, spread: float = 0.2) -> np.ndarray:
+    """Return a number for each prompt, with this mean in every template."""
+    return mean + spread * np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0] * (PROMPTS // 6))
+
+
+def behaviour_rows(
+    rows: Rows, name: str = "b", drop: float = 3.0, sets: int = 19, placebo: int = 19, first: int = 0
+) -> None:
+    """Add a behaviour whose top features lose ``drop`` logits at the dose 2, and random and placebo sets."""
+    rows.add_prompts(name)
+    for fraction in (0.25, 0.5, 1.0):
+        rows.add_set(EditDefinition(name, "top", 0, (1, 2), fraction), varied(drop) * fraction, 2 * fraction)
+    rows.add(rows.edits[-1], log_prob=-1.5 + varied(0, 0.1), two_way=np.arange(PROMPTS) % 2, top1=0.0)
+    for index in range(sets):
+        features = (first + 10 + 2 * index, first + 11 + 2 * index)
+        rows.add_set(EditDefinition(name, "random", index, features), 0.1 * index, 2.0)
+    for index in range(placebo):
+        target = (f" t{index}", " u")
+        rows.add_set(EditDefinition(name, "placebo", index, (3, 4), target=target), varied(0.1 * index), 2.0)
+
+
+def judge(rows: Rows, name: str = "b") -> BehaviourVerdict:
+    return verdict(rows.table(), CONFIG).dictionaries[""][name]
+
+
+def test_effects_by_hand():
+    rows = Rows()
+    behaviour_rows(rows)
+    result = judge(rows)
+    assert result.features == (1, 2)
+    assert result.dose == pytest.approx(2.0)
+    effect = result.ablation["logit_diff"].effect
+    assert effect is not None
+    assert effect.mean == pytest.approx(3.0)
+    assert 2.7 < effect.low < 3.0 < effect.high < 3.3
+    assert result.templates == pytest.approx(dict(x=3.0, y=3.0, z=3.0))
+    assert result.held_out == ("z",)
+    assert {name: answer.answer for name, answer in result.ablation.items()} == dict(
+        logit_diff="yes", log_prob="yes", two_way="yes", top1="yes"
+    )
+    accuracy = result.ablation["two_way"].effect
+    assert accuracy is not None
+    assert accuracy.mean == pytest.approx(0.5)
+    assert "lowers the logit difference by 3.00 logits" in result.ablation["logit_diff"].sentence
+
+
+def test_random_and_placebo_sets_by_hand():
+    rows = Rows()
+    behaviour_rows(rows, drop=1.05)
+    result = judge(rows)
+    # Sets 11 to 18 lose 1.1 or more: (1 + 8) / (1 + 19).
+    assert result.random.p_value == pytest.approx(9 / 20)
+    assert result.random.numbers == pytest.approx(dict(sets=19, needed=19, mean=0.9, max=1.8, top=1.05))
+    assert result.random.effect is not None
+    assert result.random.effect.mean == pytest.approx(1.05 - 0.9)
+    assert result.random.answer == "no"
+    rows = Rows()
+    behaviour_rows(rows)
+    result = judge(rows)
+    assert result.random.p_value == result.placebo.p_value == pytest.approx(1 / 20)
+    assert (result.random.answer, result.placebo.answer) == ("yes", "yes")
+    # The placebo set that loses 1.8 ties with the largest random set; no other loses as much.
+    assert (result.fooled, result.placebo_sets) == (0, 19)
+
+
+def test_placebo_sets_that_pass_are_counted():
+    rows = Rows()
+    behaviour_rows(rows, placebo=0)
+    for index, drop in enumerate((1.7, 1.9, 2.5, 0.0)):
+        rows.add_set(EditDefinition("b", "placebo", index, (3, 4)), drop, 2.0)
+    assert judge(rows).fooled == 2
+    rows = Rows()
+    behaviour_rows(rows, sets=18)
+    assert judge(rows).fooled is None, "18 sets cannot give a p-value of 0.05"
+
+
+def test_both_are_compared_at_the_smaller_dose():
+    rows = Rows()
+    behaviour_rows(rows, sets=18)
+    # At its dose of 1 the top features lose 1.5: less than this set.
+    rows.add_set(EditDefinition("b", "random", 18, (90, 91)), 1.6, 1.0)
+    assert judge(rows).random.p_value == pytest.approx(2 / 20)
+    rows = Rows()
+    behaviour_rows(rows, sets=18)
+    # It loses more at three times the dose, and 1.7 where it is ablated as far as the dose of the top features.
+    rows.add_set(EditDefinition("b", "random", 18, (90, 91), 1.0), 5.0, 6.0)
+    rows.add_set(EditDefinition("b", "random", 18, (90, 91), 1 / 3), 1.7, 2.0)
+    result = judge(rows)
+    assert result.random.p_value == pytest.approx(1 / 20)
+    assert result.random.numbers is not None
+    assert result.random.numbers["max"] == pytest.approx(1.7)
+
+
+def test_too_few_sets_are_not_testable_and_say_how_many_are_needed():
+    rows = Rows()
+    behaviour_rows(rows, "b")
+    behaviour_rows(rows, "c", first=100)
+    result = judge(rows)
+    assert result.random.answer == result.placebo.answer == "not testable"
+    assert result.random.sentence == (
+        "Not testable with k = 2: 19 independent sets of 39 needed; use a smaller k or a wider dictionary."
+    )
+
+
+def test_holm_is_applied_over_behaviours():
+    rows = Rows()
+    for place, name in enumerate("bcd"):
+        behaviour_rows(rows, name, drop=10.0 if name != "d" else 0.0, sets=59, placebo=59, first=200 * place)
+    result = verdict(rows.table(), CONFIG).dictionaries[""]
+    assert [result[name].random.p_value for name in "bcd"] == pytest.approx([1 / 60, 1 / 60, 1.0])
+    assert [result[name].random.p_holm for name in "bcd"] == pytest.approx([3 / 60, 3 / 60, 1.0])
+    assert [result[name].random.answer for name in "bcd"] == ["yes", "yes", "no"]
+
+
+def test_an_effect_must_have_the_same_sign_in_every_template():
+    rows = Rows()
+    behaviour_rows(rows)
+    against = np.array([10.0, 10.0, -1.0] * (PROMPTS // 3))  # the held-out template disagrees
+    rows.edits = [edit for edit in rows.edits if edit.group != "top"]
+    rows.blocks = [block for block in rows.blocks if block[0][0].group != "top"]
+    rows.add_set(EditDefinition("b", "top", 0, (1, 2)), against + varied(0), 2.0)
+    answer = judge(rows).ablation["logit_diff"]
+    assert answer.answer == "no"
+    assert "the templates disagree: 'x' 10.00, 'y' 10.00, 'z' -1.00" in answer.sentence
+
+
+def test_a_fall_of_accuracy_below_the_criterion_is_no_effect():
+    rows = Rows()
+    behaviour_rows(rows)
+    loose = dataclasses.replace(CONFIG, min_accuracy_drop=0.6)
+    answer = verdict(rows.table(), loose).dictionaries[""]["b"].ablation["two_way"]
+    assert answer.answer == "no"
+    assert answer.sentence.endswith("too little to count.")
+
+
+def add_basis(rows: Rows, norm: float, kl: float, reach: float = 2.0) -> None:
+    """Add a basis that loses ``norm`` logits at the dose 2 and has a KL dose ``kl`` times as large as the features."""
+    if not any(prompt.behaviour == TEXT for prompt in rows.prompts):
+        rows.add_prompts(TEXT)
+        for edit in [edit for edit in rows.edits if edit.group == "top"]:
+            rows.add(edit, on=TEXT, kl=edit.fraction, ce=3.01)
+    for fraction in (0.25, 0.5, 1.0):
+        edit = EditDefinition("b", "basis:pca", 0, (0, 1, 2), fraction)
+        rows.add_set(edit, varied(norm, 0.1) * fraction * reach / 2, reach * fraction)
+        rows.add(edit, on=TEXT, kl=fraction * kl * reach / 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "kl", "answer"),
+    [
+        (1.0, 1.0, "more"),
+        (5.0, 1.0, "less"),
+        (1.0, 0.1, "contradictory"),  # a tenth of the KL dose: at equal KL it loses more
+        (3.01, 1.0, "equivalent"),
+    ],
+)
+def test_bases_at_equal_dose(norm, kl, answer):
+    rows = Rows()
+    behaviour_rows(rows)
+    add_basis(rows, norm, kl)
+    result = judge(rows).bases["pca"]
+    assert result.answer == answer
+    assert result.effect is not None
+    assert result.effect.mean == pytest.approx(3.0 - norm)
+    assert result.parts is not None
+    assert result.parts.keys() == {"norm", "kl"}
+
+
+def test_no_significant_difference_is_not_called_equality():
+    rows = Rows()
+    behaviour_rows(rows)
+    add_basis(rows, 3.0, 1.0)
+    for block in rows.blocks:
+        if block[0][0].group == "basis:pca" and block[2][0] == "logit_diff":
+            block[3][0, :, 0] += 4 * np.array([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0] * 2)
+    result = judge(rows).bases["pca"]
+    assert result.answer == "no significant difference"
+    assert "which is not equality" in result.sentence
+
+
+@pytest.mark.parametrize("reach", [1.0, 8.0])
+def test_bases_are_compared_where_both_were_measured(reach):
+    """A basis that reaches less is compared at its reach, one that reaches further at the features' dose."""
+    rows = Rows()
+    behaviour_rows(rows)
+    add_basis(rows, 1.0, 1.0, reach)
+    result = judge(rows).bases["pca"]
+    dose = min(reach, 2.0)
+    assert result.numbers == pytest.approx(dict(top=3 * dose / 2, basis=dose / 2, dose=dose))
+
+
+def selective_rows(other: float, text: float) -> Rows:
+    rows = Rows()
+    behaviour_rows(rows, "b")
+    behaviour_rows(rows, "c", first=100)
+    rows.add_prompts(TEXT)
+    top = next(edit for edit in rows.edits if edit.behaviour == "b" and edit.group == "top" and edit.fraction == 1)
+    rows.add(top, on="c", logit_diff=CLEAN - varied(other, 0.05))
+    rows.add(top, on=TEXT, ce=3.0 + varied(text, 0.005), kl=0.1)
+    return rows
+
+
+@pytest.mark.parametrize(("other", "text", "answer"), [(0.1, 0.01, "yes"), (0.6, 0.01, "no"), (0.1, 0.06, "no")])
+def test_selective(other, text, answer):
+    result = judge(selective_rows(other, text)).selective
+    assert result.answer == answer
+    assert result.parts is not None
+    assert result.parts["c"].mean == pytest.approx(other)
+    assert result.parts[TEXT].mean == pytest.approx(text)
+    assert result.numbers == pytest.approx({"c": 0.1 * CLEAN, TEXT: 0.05})
+
+
+def test_selective_is_not_tested_without_another_behaviour():
+    rows = Rows()
+    behaviour_rows(rows)
+    rows.add_prompts(TEXT)
+    rows.add(EditDefinition("b", "top", 0, (1, 2)), on=TEXT, ce=3.0, kl=0.0)
+    assert judge(rows).selective.answer == "not tested"
+
+
+def test_replication_counts_dictionaries_of_other_seeds():
+    rows = Rows()
+    behaviour_rows(rows)
+    for name, drop in dict(seed43=3.0, seed44=0.0, untrained=3.0).items():
+        some = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo") and not edit.dictionary]
+        for edit in some:
+            lost = drop * edit.fraction if edit.group == "top" else 0.1 * edit.index
+            dose = 2 * edit.fraction
+            rows.add_set(dataclasses.replace(edit, dictionary=name), varied(lost), dose)
+    judged = verdict(rows.table(), CONFIG).dictionaries
+    assert list(judged) == ["", "seed43", "seed44", "untrained"]
+    replication = judged[""]["b"].replication
+    assert replication is not None
+    assert replication.answer == "no"
+    assert replication.numbers == dict(ablation=1, random=1, placebo=1, dictionaries=2)
+    assert judged["untrained"]["b"].random.answer == "yes", "the untrained dictionary answers the same questions"
+
+
+def world() -> EffectsTable:
+    made = planted_world(0, 5)
+    return world_table(made, top_features(attribution(made, made.answers_Px2), 5))
+
+
+def test_the_verdict_is_a_pure_function_of_the_saved_table(tmp_path):
+    table = world()
+    expected = verdict(table, CONFIG)
+    save_effects(tmp_path, table)
+    assert verdict(load_effects(tmp_path), CONFIG) == expected
+    order_N = np.random.default_rng(0).permutation(len(table.value_N))
+    shuffled = EffectsTable(
+        table.edits[::-1],
+        table.prompts[::-1],
+        len(table.edits) - 1 - table.edit_N[order_N],
+        len(table.prompts) - 1 - table.prompt_N[order_N],
+        table.readout_N[order_N],
+        table.value_N[order_N],
+    )
+    assert verdict(shuffled, CONFIG) == expected
+
+
+def test_a_removed_prompt_changes_what_it_should():
+    table = world()
+    prompts = table.select_prompts("b")
+    (whole,) = read_curves(table, "b", "top")
+    (rest,) = read_curves(table.without_prompts([prompts[3].id]), "b", "top")
+    kept_P = np.arange(len(prompts)) != 3
+    np.testing.assert_allclose(rest.drop_AxP, whole.drop_AxP[:, kept_P])
+    norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
+    assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
+    before, after = (
+        verdict(each, CONFIG).dictionaries[""]["b"] for each in (table, table.without_prompts([prompts[3].id]))
+    )
+    assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
+    assert before.features == after.features
+
+
+def test_random_sets_with_tested_features_are_refused():
+    rows = Rows()
+    behaviour_rows(rows, sets=18)
+    rows.add_set(EditDefinition("b", "random", 18, (2, 99)), 0.0, 1.0)
+    with pytest.raises(UserError, match="random set 18 of b shares feature 2 with the top features"):
+        judge(rows)
+
+
+def test_random_sets_that_overlap_are_refused():
+    rows = Rows()
+    behaviour_rows(rows, sets=18)
+    rows.add_set(EditDefinition("b", "random", 18, (10, 99)), 0.0, 1.0)
+    with pytest.raises(UserError, match="random set 18 of b shares feature 10 with random set 0"):
+        judge(rows)
+
+
+def test_placebo_targets_that_are_answers_are_refused():
+    rows = Rows()
+    behaviour_rows(rows)
+    rows.add_set(EditDefinition("b", "placebo", 19, (3, 4), target=(" t", " yes")), 0.0, 1.0)
+    with pytest.raises(UserError, match="placebo target 19 of b is an answer"):
+        judge(rows)
+
+
+def test_a_set_that_was_not_measured_everywhere_is_refused():
+    rows = Rows()
+    behaviour_rows(rows)
+    rows.add_set(EditDefinition("b", "random", 19, (98, 99)), np.array([np.nan] + [0.0] * (PROMPTS - 1)), 1.0)
+    with pytest.raises(UserError, match="random/19@1.0 of b was not measured on all its test prompts"):
+        judge(rows)
+
+
+def test_one_prompt_is_refused():
+    table = world()
+    ids = [prompt.id for prompt in table.prompts[1:]]
+    with pytest.raises(UserError, match="b has 1 test prompts: expected at least 2"):
+        verdict(table.without_prompts(ids), CONFIG)
+
+
+def test_a_damaged_table_is_refused(tmp_path):
+    save_effects(tmp_path, world())
+    (tmp_path / "effects.parquet").write_bytes((tmp_path / "effects.parquet").read_bytes()[:100])
+    with pytest.raises(UserError, match="effects table in .* is missing or damaged"):
+        load_effects(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        load_effects(tmp_path / "nowhere")
