@@ -57,7 +57,7 @@ class CurveResults:
 
 @dataclasses.dataclass(frozen=True)
 class KeptScore:
-    """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.circuits``."""
+    """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.faithfulness``."""
 
     effect: Interval  #: of features by what they do to the answer: of CPR by elimination, of CMD that and influence
     influence: Interval  #: of features by influence, as circuit-tracer prunes

@@ -36,7 +36,7 @@ others. It is measured on the run's own draws, so whoever reads a yes can see wh
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import binomtest
@@ -268,3 +268,11 @@ def as_large(value: np.ndarray, draws_N: np.ndarray) -> np.ndarray:
     """How many draws cost at least as much as each value; equal but for rounding is at least as much."""
     rounding = _ROUNDING * max(np.abs(value).max(initial=0.0), np.abs(draws_N).max(initial=0.0), 1e-300)
     return len(draws_N) - np.searchsorted(np.sort(draws_N), value - rounding, side="left")
+
+
+def spread_over(templates: Sequence[str], count: int) -> np.ndarray:
+    """Return the places of ``count`` prompts, evenly spread over their templates, rising; of all for 0."""
+    order_P = np.argsort(np.asarray(templates), kind="stable")
+    if not 0 < count < len(order_P):
+        return np.arange(len(order_P))
+    return np.sort(order_P[np.arange(count) * len(order_P) // count])

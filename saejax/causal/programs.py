@@ -16,7 +16,7 @@ from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.interventions import engine_programs as ablation_programs
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.replacement import Replacement
 from saejax.interventions.rows import few_rows, full_batch
 from saejax.interventions.split_model import PROMPTS, SiteRows, run_head
 from saejax.models.config import RunRules
@@ -97,6 +97,17 @@ class SplitShapes:
         flops = 3.0 * many * self.tail_flops(PROMPTS) + 2.0 * self.encode_flops(PROMPTS)
         return self.program("attribution", self._size, screening.score_features, arguments, flops)
 
+    def placebos(self, replacement: str) -> Program:
+        """Return the program that ranks the features for some placebo targets at once."""
+        counts = [whole(self._mesh, (self.used.n_features,), dtype) for dtype in (jnp.int32, self._kept)]
+        targets_Cx2 = whole(self._mesh, (screening.TARGETS, 2), jnp.int32)
+        real_B = whole(self._mesh, (PROMPTS,), bool)
+        sums = tuple(counts) if replacement == "random" else ()
+        rows, source = self.rows(), self._source(replacement)
+        arguments = (self.point, self.params, self.dictionary, rows, real_B, targets_Cx2, source, sums)
+        flops = (1 + screening.TARGETS) * self.tail_flops(PROMPTS) + screening.TARGETS * self.encode_flops(PROMPTS)
+        return self.program("placebo attribution", self._size, screening.score_targets, arguments, flops)
+
     def features(self, replacement: str, gathered: int) -> Program:
         """What is removed of so many features, filled up."""
         sides = [self.value(whole, self.prompts), self.domain(whole, self.prompts)]
@@ -113,21 +124,22 @@ class SplitShapes:
         past = placed(jax.eval_shape(self.point.run_suffix_with_kv, self.params, value, value)[1], self._mesh)
         f_BxTxK = whole(self._mesh, (self.prompts, length, gathered), self._kept)
         W_dec_KxD = whole(self._mesh, (gathered, self.used.d_in), self._kept)
-        clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None)
+        clean = ablation_programs.CleanValues(value, value, f_BxTxK, W_dec_KxD, past, None, None)
         of_shard = -(-rows // shards)
         own, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
         shapes = ((own,), (own,), (own, length), (tokens,), (tokens,))
         tree = SharedPrefixBatch(*(by_row(self._mesh, (shards, *shape), jnp.int32) for shape in shapes))
         edited = (
-            by_row(self._mesh, (shards, own, gathered), bool),
             by_row(self._mesh, (shards, own, 2), jnp.int32),
+            by_row(self._mesh, (shards, own, gathered), jnp.float32),
+            None,
         )
         flops = self.tail_flops(rows) + 2.0 * rows * length * gathered * self.used.d_in
         arguments = (self.point, self.params, clean, tree, tree.prompt_SxR, *edited)
         return self.program("tail", f"{rows} edited prompts", ablation_programs.run_rows, arguments, flops)
 
-    def _source(self, replacement: str) -> ActivationSource:
-        return ActivationSource(
+    def _source(self, replacement: str) -> Replacement:
+        return Replacement(
             replacement,
             mean_F=jax.ShapeDtypeStruct((self.used.n_features,), jnp.float32) if replacement == "mean" else None,
             seed=jax.ShapeDtypeStruct((), jnp.uint32) if replacement == "random" else None,

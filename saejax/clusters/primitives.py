@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from saejax.causal.ablate.importance import Importance, load_drops
 from saejax.causal.claims import randomisation_p
 from saejax.causal.controls import draw_alike, fitting_matches
+from saejax.causal.importance import Importance, load_drops
 from saejax.clusters.results import GroupCost
 from saejax.interventions.feature_statistics import FeatureStatistics
 

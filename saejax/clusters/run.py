@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal.ablate.results import AblateResults
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.clusters import primitives, views
 from saejax.clusters.agreement import GroupedFeatures, between_dictionaries, between_views
@@ -18,6 +17,7 @@ from saejax.clusters.results import ClusteredDictionary, ClusterResults, Feature
 from saejax.clusters.stage import ClusterConfig
 from saejax.clusters.text import ClusterText
 from saejax.clusters.views import View
+from saejax.interventions.answers import AblateResults
 from saejax.results import Interval, load_results
 from saejax.stage import folder_name
 from saejax.transfer.compared import Compared, load_compared
@@ -91,7 +91,7 @@ def _effects(run: Run, one: Compared) -> dict[str, BehaviourEffects]:
     for unit, folder in run.inputs.items():
         results = load_results(folder) if unit.startswith("ablate/") else None
         if isinstance(results, AblateResults) and results.dictionary == one.name:
-            return {name: BehaviourEffects.load(folder, name) for name in results.behaviours}
+            return {name: BehaviourEffects.load(folder, name) for name in results.importance or {}}
     return {}
 
 

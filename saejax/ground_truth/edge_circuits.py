@@ -7,7 +7,7 @@ of its own. With m the mean difference between the logits of the right answer an
     f(C) = (m(C) - m(0)) / (m(all) - m(0))
 
 and CPR and CMD are areas under f and |f - 1| over the share of edges that is kept (Mueller et al., 2025, arXiv
-2504.13151; ``causal.circuits.sizes``). What differs from MIB: edges are of places and not of heads, their order is one
+2504.13151; ``causal.faithfulness``). What differs from MIB: edges are of places and not of heads, their order is one
 of influence, which has no sign, and there are few of them, so that the smallest sizes are one edge or none.
 """
 
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.circuits.sizes import SHARES, area, faithfulness
 from saejax.causal.clustered import Resampling
+from saejax.causal.faithfulness import SHARES, area, faithfulness
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.algorithms.results import EdgeCurve, EdgeCurves
 from saejax.ground_truth.circuits.edges import Edges, possible

@@ -39,6 +39,25 @@ def total(split: SplitModel, parts: Iterable[Sequence]) -> FeatureStatistics:
     return found
 
 
+def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
+    """Return on how many prompts each feature fires at an editable position, int64 [F]."""
+    counts = []
+    for run in runs:
+        kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that pad the batch
+        count_F = _firing_prompts(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
+        counts.append(np.asarray(count_F, np.int64))
+    return np.sum(counts, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _firing_prompts(
+    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+) -> jax.Array:
+    arrays = read_BxTxD, domain_BxT & kept_B[:, None]
+    fires_BxF = of_features(dictionary, arrays, lambda f_PxTxF: dictionary.fires(f_PxTxF).any(axis=1))
+    return jax.lax.with_sharding_constraint(fires_BxF.sum(axis=0), sharding(point.mesh))
+
+
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Every feature's mean activation over the positions that it could fire at, fp64 [F]; 0 without such positions."""
     counts = [_counts(split, run) for run in runs]

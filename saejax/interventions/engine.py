@@ -1,56 +1,114 @@
-"""Exact effects of removing features: sets x prompts as few, well filled programs.
+"""Exact effects of edits: each edit on each prompt, each readout.
 
-Removing the set S from a prompt changes the site's value at every position in the dictionary's domain,
+    effects(lm, prompts, edits, readouts)    [E, P, R]
+    slopes(lm, prompts, readout, site)       [P, T, D]   (saejax.interventions.slopes)
 
-    x'_t = x_t - sum_{i in S} (f_{t,i} - g_{t,i}) W_dec_i,
+An edit of features changes the site's value at every editable position (``saejax.interventions.edits``),
 
-where f is computed once, from the clean x, and g stands in its place (``activation_sources``; nothing, unless something
-else is asked for). The part of x that the dictionary does not explain (its error term), attention sinks and padding
-stay.
-One *row* of work is one (set, prompt). What cannot matter is not computed:
+    x'_t = x_t - sum_i (a_i (f_{t,i} - r_{t,i}) - b_i) W_dec_i,
 
-- layers below the site, and the prompt's tokens before the first at which a feature of the set changes, are those of
-  the clean run;
-- a row whose set changes nothing on its prompt is not run: its effect is exactly 0;
-- prompts that begin alike, and are changed alike there, share those tokens (``rows``);
-- of the vocabulary's logits, two are, unless more readouts are asked for.
+where f is computed once, from the clean x. One *row* of work is one (edit, prompt). What cannot matter is not computed:
+
+1. The layers below the site run once per prompt (``SplitModel.run``), and so do the keys and values of the layers
+   above, which are those of every token before the first that an edit changes.
+2. A row whose edit changes nothing on its prompt is not run: its effect is exactly 0.
+3. Prompts that begin alike, and are changed alike there, share those tokens (``saejax.interventions.rows``).
+4. Of the vocabulary's logits two are computed, unless a readout needs all.
+
+The rows go through one jitted program in batches of bounded size, sharded over the mesh's ``data`` axis.
 """
 
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
+from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
-from saejax.interventions.replacement import ZERO, ActivationSource
+from saejax.interventions.full_passes import effects_by_full_passes
+from saejax.interventions.replacement import ZERO, Replacement
 from saejax.interventions.resume import Chunks
-from saejax.interventions.rows import Prompts, RowBatch, all_different, batches_of, first_changes
+from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.interventions.split_model import CleanRun, SplitModel
+from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch
-from saejax.settings import READOUTS
+from saejax.tasks.behaviours import Prompt
 
-_IN_FLIGHT = 2  # batches that the device works on while the host waits for an earlier one
-FEATURES = 1024  # most features that are gathered at once, unless one set has more
+#: Readouts of a row: the logit difference, and those that need the logits of the whole vocabulary.
+READOUTS = ("logit_diff", "log_prob", "top1", "kl")
+BATCH_ROWS = 64
+_IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
+FEATURES = 1024  # features gathered at once, unless one set has more
+
+OnProgress = Callable[[int, int], None]  # called with the tokens done and in total; may raise to stop
+
+
+def effects(
+    lm: Any,
+    prompts: Sequence[Prompt],
+    edits: FeatureEdits,
+    readouts: Sequence[str] = ("logit_diff",),
+    positions: str = "all",
+    error: str = "keep",
+    batch_rows: int = BATCH_ROWS,
+    on_progress: OnProgress = lambda done, total: None,
+) -> np.ndarray:
+    """Return readouts of each edit on each prompt.
+
+    Args:
+      lm: the model; the JAX decoder takes the fast path of the module's docstring, any other model full passes.
+      prompts: P prompts with a correct and a wrong answer.
+      edits: E edits of one dictionary's features.
+      readouts: of ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
+      positions: which positions are editable: all, last, or a slice such as 1:4 or -3:.
+      error: "keep", or "drop": the clean run, too, goes through the dictionary.
+      batch_rows: a batch holds as many tokens as this number of whole prompts: the bound of the memory in use.
+      on_progress: called at the start and after each batch.
+
+    Returns:
+      Float64 array ``[E, P, R]``: logits, nats or 0/1.
+
+    Raises:
+      UserError: a readout is unknown or not finite, a prompt is too long, or an answer has no token of its own.
+    """
+    for name in readouts:
+        one_of(name, (*READOUTS, "change_norm"), "readout")
+    if not isinstance(lm, LanguageModel):
+        return effects_by_full_passes(lm, prompts, edits, readouts, positions, error)
+    split = SplitModel(lm, edits.dictionary, positions, error)
+    runs = split.run(prompts)
+    counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()
+    measured = run_edits(
+        split,
+        runs,
+        edits,
+        batch_rows,
+        on_progress,
+        counterparts=counterparts,
+        readouts=any(name in READOUTS[1:] for name in readouts),
+    )
+    norms = {"change_norm": change_norms(split, runs, edits, counterparts)} if "change_norm" in readouts else {}
+    values = {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
+    return np.stack([(values | norms)[name] for name in readouts], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LogitDiffs:
-    """logit(correct) - logit(wrong) with nothing and with each set of features removed.
+    """Logit differences, logit(correct) - logit(wrong), without an edit and with each of S edits.
 
     Attributes:
       clean_P: float64, P prompts.
-      ablated_SxP: float64, S sets; equal to the clean one, to the last bit, where the set fires nowhere.
+      ablated_SxP: float64; equal to the clean one, to the last bit, where the edit changes nothing.
       rounding_P: how far the clean logit difference of each prompt, computed from all of its tokens, is from that
-        computed from the last one: effects of this size are rounding, and all features share it.
-      rows: how many (set, prompt) pairs were run, the clean ones counted once.
-      tokens: how many tokens went through the tail, those that fill up batches included.
-      readouts: of further readouts, by name, the values without an edit [P] and of each set [S, P]: those of
-        ``settings.READOUTS`` if they were asked for.
+        computed from the last one: effects of this size are rounding, and all edits share it.
+      rows: how many (edit, prompt) pairs were run, the clean ones counted once.
+      tokens: how many tokens went through the layers above the site, padding included.
+      readouts: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
     """
 
     clean_P: np.ndarray
@@ -62,7 +120,7 @@ class LogitDiffs:
 
     @property
     def drop_SxP(self) -> np.ndarray:
-        """By how much each set's removal lowers the logit difference."""
+        """By how much each edit lowers the logit difference."""
         return self.clean_P[None, :] - self.ablated_SxP
 
 
@@ -70,74 +128,115 @@ def ablate_sets(
     split: SplitModel,
     runs: Sequence[CleanRun],
     sets: Sequence[Sequence[int]],
-    batch_rows: int = 64,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    batch_rows: int = BATCH_ROWS,
+    on_progress: OnProgress = lambda done, total: None,
     plain: bool = False,
-    source: ActivationSource = ZERO,
+    source: Replacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
     folder: Path | None = None,
 ) -> LogitDiffs:
-    """Removes each set of features from each prompt.
+    """Ablate each set of features on each prompt: ``run_edits`` of whole masks, with the same arguments."""
+    members = tuple(np.asarray(s, np.int64) for s in sets)
+    edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
+    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts, folder)
+
+
+def run_edits(
+    split: SplitModel,
+    runs: Sequence[CleanRun],
+    edits: FeatureEdits,
+    batch_rows: int = BATCH_ROWS,
+    on_progress: OnProgress = lambda done, total: None,
+    plain: bool = False,
+    counterparts: Sequence[CleanRun] = (),
+    readouts: bool = False,
+    folder: Path | None = None,
+) -> LogitDiffs:
+    """Run S edits on prompts whose clean run is given.
 
     Args:
+      split: the model, split at the site that the edits' dictionary writes to.
       runs: from ``split.run``.
-      sets: feature indices; none twice in a set.
-      batch_rows: a batch of the tail has the tokens of so many whole prompts. Its shards, one for each place on the
-        mesh's ``data`` axis, run side by side.
-      on_progress: called at the start and after each batch with the tokens done and of all, padding included, of those
-        that are to be run; may raise to stop.
-      plain: run every row on all its tokens, sharing none, as a check of what is left out otherwise.
-      source: what stands in the features' place.
-      counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
-      readouts: whether all readouts are wanted: they take the logits of the whole vocabulary.
-      folder: where batches that are done are kept, so that the same call, when it was killed, goes on there; see
-        ``chunks.Chunks``. None: nowhere.
+      edits: of the split's dictionary.
+      batch_rows: as for ``effects``.
+      on_progress: as for ``effects``.
+      plain: run every row on all its tokens, sharing none: a check of what is left out otherwise.
+      counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
+      readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
+      folder: where finished batches are kept, so that the same call goes on there after it was killed; None: nowhere.
+
+    Returns:
+      The logit differences and, if asked for, the other readouts.
 
     Raises:
       UserError: a readout is not finite.
     """
-    if any(len(set(s)) != len(s) for s in sets):
-        raise ValueError("a feature is twice in one set")
-    all_sets = [np.asarray(s, np.int64) for s in [*sets, (), ()]]  # the clean run, from all tokens and from the last
-    others = zip(runs, counterparts or runs, strict=True)
-    ablated = [AblatedRun(run, other, source.of_run(number)) for number, (run, other) in enumerate(others)]
-    plans = [RowPlan.of(split, one, all_sets, batch_rows, plain) for one in ablated]
-    batches = [(plan.ablated.run.index_P, batch) for plan in plans for batch in plan.batches]
-    names = ("logit_diff", *READOUTS) if readouts else ("logit_diff",)
+    # Behind the edits stand two clean runs: from all tokens and from the last one alone.
+    amounts = Amounts.of(edits).with_clean_rows(2)
+    pairs = zip(runs, counterparts or runs, strict=True)
+    edited = [EditedRun(run, other, edits.replacement.of_run(number)) for number, (run, other) in enumerate(pairs)]
+    plans = [RowPlan.of(split, prompts, amounts, batch_rows, plain) for prompts in edited]
+    batches = [(plan.edited.run.index_P, batch) for plan in plans for batch in plan.batches]
+    names = READOUTS if readouts else READOUTS[:1]
     shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
-    chunks = Chunks(folder, shapes, _decisive(plans, all_sets))
-    _measure(split, plans, all_sets, readouts, chunks, on_progress)
-    found_MxExP = np.full((len(names), len(all_sets), sum(len(run.index_P) for run in runs)), np.nan)
+    chunks = Chunks(folder, shapes, _decisive(plans, amounts))
+    _measure(split, plans, amounts, readouts, chunks, on_progress)
+    count, prompts = len(edits), sum(len(run.index_P) for run in runs)
+    values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
     for (index_Q, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
-            found_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
-    rows = sum(int((shard.set_N != len(sets)).sum()) for _, batch in batches for shard in batch.shards)
+            values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
+    rows = sum(int((shard.set_N != count).sum()) for _, batch in batches for shard in batch.shards)
     tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
-    clean_MxP, whole_P = found_MxExP[:, -1], found_MxExP[0, -2]
+    clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
     if readouts:
         clean_MxP[names.index("kl")] = 0.0
-    ablated_MxSxP = np.where(np.isnan(found_MxExP[:, :-2]), clean_MxP[:, None, :], found_MxExP[:, :-2])
-    more = {name: (clean_MxP[m], ablated_MxSxP[m]) for m, name in enumerate(names) if m}
-    return LogitDiffs(clean_MxP[0], ablated_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
+    # A row that was not run changes nothing.
+    edited_MxSxP = np.where(np.isnan(values_MxExP[:, :-2]), clean_MxP[:, None, :], values_MxExP[:, :-2])
+    more = {name: (clean_MxP[m], edited_MxSxP[m]) for m, name in enumerate(names) if m}
+    return LogitDiffs(clean_MxP[0], edited_MxSxP[0], np.abs(whole_P - clean_MxP[0]), rows, tokens, more)
 
 
-class AblatedRun(NamedTuple):
-    """Prompts without an edit, their counterparts (or once more themselves), and what stands in place of features."""
+def change_norms(
+    split: SplitModel, runs: Sequence[CleanRun], edits: FeatureEdits, counterparts: Sequence[CleanRun] = ()
+) -> np.ndarray:
+    """Return the norm of the change at the site, over all positions of each prompt, float64 ``[S, P]``."""
+    amounts = Amounts.of(edits)
+    norm_SxP = np.zeros((len(edits), sum(len(run.index_P) for run in runs)))
+    for number, (run, other) in enumerate(zip(runs, counterparts or runs, strict=True)):
+        edited = EditedRun(run, other, edits.replacement.of_run(number))
+        count = len(run.index_P)
+        editable_PxT = np.asarray(run.domain_BxT)[:count]
+        for chosen, features_K in amounts.chunks(FEATURES):
+            fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
+            fall_PxTxK, W_dec_KxD = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD, np.float64)
+            for s in chosen:
+                place_M = np.searchsorted(features_K, amounts.sets[s])
+                change_PxTxM = fall_PxTxK[:, :, place_M].astype(np.float64) * amounts.fractions[s]
+                if amounts.addends is not None:
+                    change_PxTxM -= editable_PxT[:, :, None] * amounts.addends[s]
+                change_PxTxD = change_PxTxM @ W_dec_KxD[place_M]
+                norm_SxP[s, run.index_P] = np.sqrt(np.square(change_PxTxD).sum(axis=(1, 2)))
+    return norm_SxP
+
+
+class EditedRun(NamedTuple):
+    """Prompts without an edit, their counterparts (or once more themselves), and what replaces activations."""
 
     run: CleanRun
     other: CleanRun
-    source: ActivationSource
+    source: Replacement
 
     @property
-    def arrays(self) -> tuple[ActivationSource, list[jax.Array]]:
-        """What the programs take: the source; of the prompts and, if they count, of the counterparts what is read
-        and the domain."""
+    def arrays(self) -> tuple[Replacement, list[jax.Array]]:
+        """The programs' arguments: the replacement; what is read and where features may change, of the prompts and,
+        if they count, of the counterparts."""
         arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
         return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
 
-    def alike(self) -> np.ndarray:
-        """``prefix_PxT`` as far as what is changed in the prompts is the same."""
+    def shared_prefixes(self) -> np.ndarray:
+        """``prefix_PxT`` of the prompts, as far as what edits change in them is the same."""
         prefix_PxT, other_PxT = self.run.prefix_PxT, self.other.prefix_PxT
         if self.source.kind == "random":  # draws differ from prompt to prompt
             return all_different(prefix_PxT)
@@ -148,53 +247,35 @@ class AblatedRun(NamedTuple):
 class RowPlan(NamedTuple):
     """What is to be run on the prompts of one clean run."""
 
-    ablated: AblatedRun
+    edited: EditedRun
     prompts: Prompts
     batches: list[RowBatch]
 
     @classmethod
-    def of(
-        cls, split: SplitModel, ablated: AblatedRun, sets: Sequence[np.ndarray], batch_rows: int, plain: bool
-    ) -> "RowPlan":
-        """The rows of some sets; the last two, which are empty, are run on all tokens and on the last one.
+    def of(cls, split: SplitModel, edited: EditedRun, amounts: Amounts, batch_rows: int, plain: bool) -> "RowPlan":
+        """Plan the rows of some edits, of which the last two, empty, run on all tokens and on the last one.
 
         Args:
-          split, batch_rows, plain: as for ``ablate_sets``.
-          ablated: the prompts, and what stands in place of features.
-          sets: of features.
+          split, batch_rows, plain: as for ``run_edits``.
+          edited: the prompts.
+          amounts: of the edits.
         """
-        run, (count, length) = ablated.run, ablated.run.prefix_PxT.shape
-        alike_PxT = all_different(run.prefix_PxT) if plain else ablated.alike()
-        prompts = Prompts(run.last_B[:count], alike_PxT)
+        run, (count, length) = edited.run, edited.run.prefix_PxT.shape
+        prefix_PxT = all_different(run.prefix_PxT) if plain else edited.shared_prefixes()
+        prompts = Prompts(run.last_B[:count], prefix_PxT)
         if plain:
-            first_SxP = np.zeros((len(sets), count), np.int64)
+            first_SxP = np.zeros((len(amounts.sets), count), np.int64)
         else:
-            first_BxF = np.asarray(first_change(split.point, split.dictionary, *ablated.arrays))
-            first_SxP = first_changes(first_BxF[:count], sets)
+            first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
+            first_SxP = first_changes(first_BxF[:count], amounts, np.asarray(run.domain_BxT)[:count])
             first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
         shards = split.point.mesh.shape["data"]
-        return cls(ablated, prompts, batches_of(first_SxP, prompts, sets, batch_rows * length, FEATURES, shards))
+        return cls(edited, prompts, batches_of(first_SxP, prompts, amounts, batch_rows * length, FEATURES, shards))
 
 
-def changes(split: SplitModel, ablated: AblatedRun, features: Sequence[int]) -> np.ndarray:
-    """Inner products of what removing each of K features changes at the site, summed over positions, fp64 [K, K].
-
-    What removing a set changes is the sum of what removing its features does, so that the sum of its block of this
-    matrix is the squared norm of the whole change.
-    """
-    features_K = np.asarray(features, np.int64)
-    filled_J = np.resize(features_K, 2 ** max(len(features_K) - 1, 0).bit_length())  # programs of few sizes
-    count, run = len(ablated.run.index_P), ablated.run
-    removed_BxTxJ, W_dec_JxD = gather(split.point, split.dictionary, *ablated.arrays, filled_J, count)
-    real_PxT = np.arange(run.prefix_PxT.shape[1])[None, :] <= run.last_B[:count, None]
-    removed_NxK = np.asarray(removed_BxTxJ)[:count][real_PxT][:, : len(features_K)].astype(np.float64)
-    W_dec_KxD = np.asarray(W_dec_JxD)[: len(features_K)].astype(np.float64)
-    return (removed_NxK.T @ removed_NxK) * (W_dec_KxD @ W_dec_KxD.T)
-
-
-def _decisive(plans: Sequence[RowPlan], sets: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """What decides each batch's values, beside the model, the dictionary, the prompts and the activation source."""
-    yield from sets
+def _decisive(plans: Sequence[RowPlan], amounts: Amounts) -> Iterator[np.ndarray]:
+    """Yield what decides each batch's values, beside the model, the dictionary, the prompts and the replacement."""
+    yield from (*amounts.sets, *amounts.fractions, *(amounts.addends or ()))
     for plan in plans:
         for batch in plan.batches:
             yield np.array([batch.size, batch.length, batch.tokens])
@@ -205,18 +286,19 @@ def _decisive(plans: Sequence[RowPlan], sets: Sequence[np.ndarray]) -> Iterator[
 def _measure(
     split: SplitModel,
     plans: Sequence[RowPlan],
-    sets: Sequence[np.ndarray],
+    amounts: Amounts,
     readouts: bool,
     chunks: Chunks,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> None:
-    """Runs the batches that ``chunks`` lacks."""
+    """Run the batches that ``chunks`` lacks."""
     before = len(chunks.values)
     left = [batch for plan in plans for batch in plan.batches][before:]
     done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
     on_progress(0, total)
     with chunks:
-        for batch, device_SxRxM in zip(left, lagging(_dispatched(split, plans, sets, readouts, before)), strict=True):
+        started = prefetch(_dispatched(split, plans, amounts, readouts, before))
+        for batch, device_SxRxM in zip(left, started, strict=True):
             values_SxRxM = np.asarray(device_SxRxM)
             real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
             if not np.isfinite(values_SxRxM[real_SxR]).all():
@@ -230,32 +312,38 @@ def _measure(
 
 
 def _dispatched(
-    split: SplitModel, plans: Sequence[RowPlan], sets: Sequence[np.ndarray], readouts: bool, before: int
+    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, before: int
 ) -> Iterator[jax.Array]:
-    """Starts the tail on the rows of all batches but the first so many; yields each one's readouts."""
-    for ablated, prompts, batches in plans:
+    """Start the program on all batches but the first ``before``; yield the readouts of each."""
+    for edited, prompts, batches in plans:
         left, before = batches[before:], max(before - len(batches), 0)
         if not left:
             continue
-        run = ablated.run
+        run = edited.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
+        editable_BxT = None if amounts.addends is None else run.domain_BxT
         clean, features_K = None, None
         for batch in left:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
-                removed_BxTxK, W_dec_KxD = gather(
-                    split.point, split.dictionary, *ablated.arrays, features_K, len(run.index_P)
+                fall_BxTxK, W_dec_KxD = gather(
+                    split.point, split.dictionary, *edited.arrays, features_K, len(run.index_P)
                 )
-                clean = CleanValues(run.stream_BxTxD, run.value_BxTxD, removed_BxTxK, W_dec_KxD, past, logp_BxV)
-            tree, rows = batch.filled(prompts, sets)
+                clean = CleanValues(
+                    run.stream_BxTxD, run.value_BxTxD, fall_BxTxK, W_dec_KxD, past, logp_BxV, editable_BxT
+                )
+            tree, end_SxR, *row_amounts = batch.filled(prompts, amounts)
             placed = SharedPrefixBatch(*split.by_row(*tree))
-            others = split.by_row(*rows, run.answers_Bx2[tree.prompt_SxR])
-            yield run_rows(split.point, split.params, clean, placed, *others)
+            end_SxR, answers_SxRx2 = split.by_row(end_SxR, run.answers_Bx2[tree.prompt_SxR])
+            fractions_SxRxK, addends_SxRxK = (a if a is None else split.by_row(a)[0] for a in row_amounts)
+            yield run_rows(
+                split.point, split.params, clean, placed, end_SxR, answers_SxRx2, fractions_SxRxK, addends_SxRxK
+            )
 
 
-def lagging(items: Iterable) -> Iterator:
-    """Runs ``_IN_FLIGHT`` items ahead of its reader."""
+def prefetch(items: Iterable) -> Iterator:
+    """Run ``_IN_FLIGHT`` items ahead of the reader, so that the device never waits for the host."""
     waiting: collections.deque = collections.deque()
     for item in items:
         waiting.append(item)

@@ -1,6 +1,6 @@
-"""The programs of ``ablation``: where removing a feature first changes a prompt, what is removed, and the rows run on.
+"""The jitted programs of the engine: where an edit first changes a prompt, by how much, and the rows run on.
 
-Letters: B prompts filled up, P prompts, K features that are gathered, S shards, R rows of a shard, N tokens of a shard.
+Letters: B prompts with padding, P prompts, K gathered features, S shards, R rows of a shard, N tokens of a shard.
 """
 
 import functools
@@ -12,29 +12,32 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.replacement import ActivationSource
+from saejax.interventions.replacement import Replacement
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
-from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
+from saejax.models.split import SplitPoint
+from saejax.models.split import PrefixKV, SharedPrefixBatch
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 
 class CleanValues(NamedTuple):
-    """What the rows on a clean run's prompts are built from: K features."""
+    """What the edited values of rows are built from: clean values, and the changes of K features.
+
+    ``editable_BxT`` is None where no edit adds anything; ``logp_BxV`` where no readout needs it.
+    """
 
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
-    removed_BxTxK: jax.Array
+    fall_BxTxK: jax.Array
     W_dec_KxD: jax.Array
     past: PrefixKV
     logp_BxV: jax.Array | None
+    editable_BxT: jax.Array | None
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_change(
-    point: SplitPoint, dictionary: Dictionary, source: ActivationSource, arrays: Sequence[jax.Array]
-) -> jax.Array:
-    """The first position at which removing each feature changes anything, int32 [B, F]; T where it changes nothing.
+def first_change(point: SplitPoint, dictionary: Basis, source: Replacement, arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
 
     Args:
       arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
@@ -54,13 +57,13 @@ def first_change(
 @functools.partial(jax.jit, static_argnums=0)
 def gather(
     point: SplitPoint,
-    dictionary: Dictionary,
-    source: ActivationSource,
+    dictionary: Basis,
+    source: Replacement,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,
     prompts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """By how much the features' activations fall [B, T, K], and their directions [K, D].
+    """Return by how much the features' activations fall, f - r [B, T, K], and their directions [K, D].
 
     Args:
       arrays: as for ``first_change``.
@@ -72,14 +75,14 @@ def gather(
 
     f_BxTxK = of_features(dictionary, arrays[:2], chosen)
     other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
-    removed_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
+    fall_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    return jax.lax.with_sharding_constraint((removed_BxTxK, W_dec_KxD), sharding(point.mesh))
+    return jax.lax.with_sharding_constraint((fall_BxTxK, W_dec_KxD), sharding(point.mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
-    """Log-probabilities of the next token after prompts without an edit, fp32 [B, V]."""
+    """Return the clean log-probabilities of the next token, fp32 [B, V]."""
     logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, end_BxD))
     return jax.lax.with_sharding_constraint(logp_BxV, sharding(point.mesh))
 
@@ -91,20 +94,33 @@ def run_rows(
     clean: CleanValues,
     tree: SharedPrefixBatch,
     end_SxR: jax.Array,
-    members_SxRxK: jax.Array,
     answers_SxRx2: jax.Array,
+    fraction_SxRxK: jax.Array,
+    addend_SxRxK: jax.Array | None,
 ) -> jax.Array:
-    """The rows' readouts [S, R, M]: the logit difference, and if the clean has clean probabilities all others.
+    """Return the rows' readouts [S, R, M]: the logit difference and, given clean log-probabilities, all others.
 
     Args:
+      point: where the model is split (static).
+      params: of the decoder.
+      clean: the values that rows are built from.
+      tree: which tokens the rows consist of.
       end_SxR: which of its shard's tokens is each row's last.
-      members_SxRxK: the features that each row removes.
       answers_SxRx2: token ids of the correct and the wrong answer.
+      fraction_SxRxK: how much of each feature's fall each row applies; 0 for features that its edit does not name.
+      addend_SxRxK: what is added to each activation; None: nothing.
     """
-    stream_SxNxD, value_SxNxD, removed_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
-    removed_SxNxK = jnp.where(tree.per_token(members_SxRxK), removed_SxNxK, jnp.zeros_like(removed_SxNxK))
-    removed_SxNxD = matmul(removed_SxNxK, clean.W_dec_KxD)
-    edited_SxNxD = (value_SxNxD.astype(removed_SxNxD.dtype) - removed_SxNxD).astype(value_SxNxD.dtype)
+    stream_SxNxD, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
+    fraction_SxNxK = tree.per_token(fraction_SxRxK).astype(fall_SxNxK.dtype)
+    # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
+    fall_SxNxK = jnp.where(fraction_SxNxK != 0, fall_SxNxK * fraction_SxNxK, jnp.zeros_like(fall_SxNxK))
+    if addend_SxRxK is not None:
+        assert clean.editable_BxT is not None
+        editable_SxN = clean.editable_BxT[tree.prompt_SxN, tree.position_SxN]
+        addend_SxNxK = tree.per_token(addend_SxRxK).astype(fall_SxNxK.dtype)
+        fall_SxNxK = fall_SxNxK - jnp.where(editable_SxN[..., None], addend_SxNxK, jnp.zeros_like(addend_SxNxK))
+    fall_SxNxD = matmul(fall_SxNxK, clean.W_dec_KxD)
+    edited_SxNxD = (value_SxNxD.astype(fall_SxNxD.dtype) - fall_SxNxD).astype(value_SxNxD.dtype)
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
     x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)

@@ -26,7 +26,7 @@ WORDS = dict(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ActivationSource:
+class Replacement:
     """Where the activations that stand in place of removed ones come from.
 
     Attributes:
@@ -39,7 +39,7 @@ class ActivationSource:
     mean_F: jax.Array | None = None
     seed: jax.Array | None = None
 
-    def of_run(self, number: int) -> "ActivationSource":
+    def of_run(self, number: int) -> "Replacement":
         """The same with draws of their own for one of several clean runs; those of the first are the source's."""
         if self.seed is None or not number:
             return self
@@ -107,7 +107,7 @@ class ActivationSource:
         return jnp.where(fires_NxK & (others_1xK > 0), found_NxK, f_NxK).reshape(shape)
 
 
-ZERO = ActivationSource()
+ZERO = Replacement()
 
 
 def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array) -> jax.Array:

@@ -1,16 +1,18 @@
-"""Which (set, prompt) pairs are run, on which of their tokens, and in which batches.
+"""Which (edit, prompt) pairs are run, on which of their tokens, and in which batches.
 
-A *row* is one such pair: the prompt's tokens from the first that the set changes to the last. What stands at a token
-depends on the tokens before it and on what was changed there, so rows of one set whose prompts begin alike share their
-first tokens; each is run once (``tree.SharedPrefixBatch``).
+A *row* is one such pair: the prompt's tokens from the first that the edit changes to the last. What stands at a token
+depends on the tokens before it and on what was changed there, so rows of one edit whose prompts begin alike share their
+first tokens; each is run once (``SharedPrefixBatch``). The set of an edit are the features that it names.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from saejax.interventions.edits import FeatureEdits
 from saejax.models.lengths import bucket_lengths
 from saejax.models.split import SharedPrefixBatch
 
@@ -18,6 +20,32 @@ _STEP = 8  # rows and tokens are filled up to a multiple of this
 _SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of a full batch's tokens, to which smaller ones are filled up
 _LEAST_FEATURES = 512  # to which a batch's features are filled up: they take no time, another program does
 _PROGRAM = 16384  # tokens whose attention runs in the time in which a program of another shape is compiled, roughly
+
+
+class Amounts(NamedTuple):
+    """What edits do to activations: one array per edit, as in ``FeatureEdits``."""
+
+    sets: tuple[np.ndarray, ...]
+    fractions: tuple[np.ndarray, ...]
+    addends: tuple[np.ndarray, ...] | None
+
+    @classmethod
+    def of(cls, edits: FeatureEdits) -> "Amounts":
+        """Return the amounts of some edits."""
+        return cls(edits.sets, edits.fractions, edits.addends)
+
+    def with_clean_rows(self, count: int) -> "Amounts":
+        """Return the amounts with ``count`` edits behind them that change nothing."""
+        nothing = (np.zeros(0),) * count
+        sets = self.sets + (np.zeros(0, np.int64),) * count
+        return Amounts(sets, self.fractions + nothing, None if self.addends is None else self.addends + nothing)
+
+    def chunks(self, most: int) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield runs of edits that name at most ``most`` features together, and those features, rising, padded."""
+        for chosen in _chunks(self.sets, most):
+            named = np.unique(np.concatenate([self.sets[s] for s in chosen]))
+            named = named if len(named) else np.zeros(1, np.int64)  # programs have no empty arrays
+            yield chosen, np.pad(named, (0, filled_features(len(named)) - len(named)), mode="edge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +82,16 @@ class RowBatch:
     tokens: int
     features_K: np.ndarray
 
-    def filled(
-        self, prompts: "Prompts", sets: Sequence[np.ndarray]
-    ) -> tuple[SharedPrefixBatch, tuple[np.ndarray, np.ndarray]]:
-        """The tree of the rows, which of its tokens is each row's last [S, R], and which features it removes [S, R, K].
+    def filled(self, prompts: "Prompts", amounts: Amounts) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
+        """Return the tree of the rows, which of its tokens is each row's last [S, R], and their amounts [S, R, K].
 
-        What only fills up removes nothing and stands at a real place.
+        Padding changes nothing and stands at a real place.
         """
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
         tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
-        end_SxR, members_SxRxK = np.zeros((s, r), np.int32), np.zeros((s, r, len(self.features_K)), bool)
+        end_SxR = np.zeros((s, r), np.int32)
+        both = (amounts.fractions, amounts.addends)
+        filled = [None if given is None else np.zeros((s, r, len(self.features_K)), np.float32) for given in both]
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
@@ -74,9 +102,13 @@ class RowBatch:
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
             end_SxR[shard, own] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
-            for members_K, chosen in zip(members_SxRxK[shard], rows.set_N, strict=False):
-                members_K[np.searchsorted(self.features_K, sets[chosen])] = True
-        return tree, (end_SxR, members_SxRxK)
+            for array_SxRxK, given in zip(filled, both, strict=True):
+                if array_SxRxK is not None and given is not None:
+                    for amount_K, chosen in zip(array_SxRxK[shard], rows.set_N, strict=False):
+                        amount_K[np.searchsorted(self.features_K, amounts.sets[chosen])] = given[chosen]
+        fraction_SxRxK, addend_SxRxK = filled
+        assert fraction_SxRxK is not None
+        return tree, end_SxR, fraction_SxRxK, addend_SxRxK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,39 +143,42 @@ def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
 
 
-def first_changes(first_PxF: np.ndarray, sets: Sequence[np.ndarray]) -> np.ndarray:
-    """The first position at which removing a set changes a prompt, [S, P]; at least the prompt's length if nowhere.
+def first_changes(first_PxF: np.ndarray, amounts: Amounts, editable_PxT: np.ndarray) -> np.ndarray:
+    """Return the first position at which each edit changes a prompt, [S, P]; at least the prompt's length if nowhere.
 
     Args:
-      first_PxF: that of removing each feature.
-      sets: features.
+      first_PxF: that of ablating each feature.
+      amounts: of S edits.
+      editable_PxT: where features may change.
     """
-    first_SxP = np.full((len(sets), len(first_PxF)), np.iinfo(first_PxF.dtype).max, np.int64)
-    for first_P, chosen in zip(first_SxP, sets, strict=True):
-        if len(chosen):
-            first_P[:] = first_PxF[:, chosen].min(axis=1)
+    nowhere = np.iinfo(first_PxF.dtype).max
+    first_SxP = np.full((len(amounts.sets), len(first_PxF)), nowhere, np.int64)
+    for s, (first_P, members) in enumerate(zip(first_SxP, amounts.sets, strict=True)):
+        changed = members[amounts.fractions[s] != 0]
+        if len(changed):
+            first_P[:] = first_PxF[:, changed].min(axis=1)
+        if amounts.addends is not None and np.any(amounts.addends[s]):
+            editable_P = np.where(editable_PxT.any(axis=1), editable_PxT.argmax(axis=1), nowhere)
+            first_P[:] = np.minimum(first_P, editable_P)
     return first_SxP
 
 
 def batches_of(
-    first_SxP: np.ndarray, prompts: Prompts, sets: Sequence[np.ndarray], most: int, features: int, shards: int = 1
+    first_SxP: np.ndarray, prompts: Prompts, amounts: Amounts, most: int, features: int, shards: int = 1
 ) -> list[RowBatch]:
     """The rows that have any tokens, in batches of few shapes, the longest first.
 
     Args:
       first_SxP: the first position of each row.
       prompts: P of them.
-      sets: S sets of features.
+      amounts: of S edits.
       most: tokens of a batch, but for those of one row in each shard.
-      features: most features in a batch's sets together, unless one set alone has more.
+      features: maximum number of features in a batch's sets together, unless one set alone has more.
       shards: of each batch.
     """
     batches = []
     place_P = prompts.in_order()
-    for chosen in _chunks(sets, features):
-        asked = np.unique(np.concatenate([sets[s] for s in chosen]))
-        asked = asked if len(asked) else np.zeros(1, np.int64)  # programs have no empty arrays
-        features_K = np.pad(asked, (0, filled_features(len(asked)) - len(asked)), mode="edge")
+    for chosen, features_K in amounts.chunks(features):
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])

@@ -1,4 +1,4 @@
-"""Which features look as if they mattered: estimates for all of them from one backward pass per prompt.
+"""Slopes of readouts at a site, and the attribution of features: estimates from one backward pass per prompt.
 
 The attribution of feature i on a prompt is activation x gradient,
 
@@ -15,7 +15,7 @@ patching (``RunRules.backward``). The estimate chooses the candidates; their eff
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +23,179 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.errors import UserError
+from saejax.errors import UserError, one_of
 from saejax.interventions.activity import firing_sums
-from saejax.interventions.replacement import ZERO, ActivationSource, removed_on_average
-from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features, slices
+from saejax.interventions.replacement import ZERO, Replacement, removed_on_average
+from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.models import decoder
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
-from saejax.parallel.mesh import sharding
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row, sharding
+from saejax.tasks.answer_tokens import first_answer_ids
+from saejax.tasks.behaviours import Prompt
 
 STEPS = 10  # of integrated gradients
+TARGETS = 8  # targets whose slopes are computed together: as many times the tokens of a batch
+
+
+def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str) -> np.ndarray:
+    """Return the gradient of a readout with respect to the value of a site.
+
+    Args:
+      lm: the model.
+      prompts: P prompts with a correct and a wrong answer.
+      readout: ``logit_diff``, or ``log_prob`` of the correct answer's first token.
+      site: such as ``resid_post.15``.
+
+    Returns:
+      Float32 array ``[P, T, D]``, in logits or nats per unit of the site; 0 beyond a prompt's last token.
+
+    Raises:
+      UserError: the readout or the site does not exist, or the gradient is not finite.
+    """
+    one_of(readout, ("logit_diff", "log_prob"), "readout with a gradient")
+    where = Site.parse(site).check(lm.config)
+    point = SplitPoint(lm.config, where, where, lm.mesh, lm.rules)
+    tokens = lm.tokenize([prompt.text for prompt in prompts])
+    answers_Bx2 = first_answer_ids(lm.tokenizer, prompts)
+    parts = []
+    for first in range(0, len(prompts), PROMPTS):
+        # The last batch is padded with copies, so that one program serves all.
+        rows_P = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
+        arrays = tokens.ids_BxT[rows_P], tokens.last_B[rows_P], answers_Bx2[rows_P]
+        slope_BxTxD = _site_slopes(point, readout, lm.params, *by_row(lm.mesh, *arrays))
+        parts.append(to_host(slope_BxTxD)[: len(prompts) - first])
+    slope_PxTxD = np.concatenate(parts)
+    if not np.isfinite(slope_PxTxD).all():
+        raise UserError(_not_finite(point))
+    return slope_PxTxD
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _site_slopes(
+    point: SplitPoint,
+    readout: str,
+    params: decoder.Params,
+    ids_BxT: jax.Array,
+    last_B: jax.Array,
+    answers_Bx2: jax.Array,
+) -> jax.Array:
+    stream_BxTxD, value_BxTxD, _ = point.run_prefix(params, ids_BxT)
+
+    def total(value_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = point.run_suffix(params, stream_BxTxD, value_BxTxD)
+        if readout == "logit_diff":
+            return point.logit_difference(params, x_BxTxD, last_B, answers_Bx2).sum()
+        last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
+        logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, last_BxD, point.rules))
+        return jnp.take_along_axis(logp_BxV, answers_Bx2[:, :1], axis=1).sum()
+
+    # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
+    slope_BxTxD = jax.grad(total)(value_BxTxD).astype(jnp.float32)
+    return jax.lax.with_sharding_constraint(slope_BxTxD, sharding(point.mesh))
+
+
+def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.ndarray:
+    """Return the tokens that are among the ``most`` likeliest next ones after some prompt, rising.
+
+    Args:
+      split: the model.
+      runs: from ``split.run``.
+      most: number of tokens of each prompt.
+    """
+    most = min(most, split.point.config.vocab)
+    found = [
+        np.asarray(_likeliest(split.point, most, split.params, split.past(run)[0]))[: len(run.index_P)] for run in runs
+    ]
+    return np.unique(np.concatenate(found))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
+    logits_BxV = decoder.unembed(point.config, params, end_BxD, point.rules)
+    return jax.lax.with_sharding_constraint(jax.lax.top_k(logits_BxV, most)[1], sharding(point.mesh))
+
+
+def target_attributions(
+    split: SplitModel,
+    runs: Sequence[CleanRun],
+    targets_Rx2: np.ndarray,
+    source: Replacement = ZERO,
+    check: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F].
+
+    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      runs: from ``split.run``.
+      targets_Rx2: token ids.
+      source: what replaces activations; not ``counterpart``.
+      check: called now and then; may raise to stop.
+
+    Raises:
+      UserError: it is not finite.
+    """
+    count = len(targets_Rx2)
+    padded_Rx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
+    total_RxF = np.zeros((len(padded_Rx2), split.dictionary.config.n_features))
+    for run in runs:
+        sums = firing_sums(split, run) if source.kind == "random" else ()
+        for own in slices(run):
+            rows = split.placed(run.rows(own))
+            real_B = np.arange(own.start, own.stop) < len(run.index_P)
+            for first in range(0, len(padded_Rx2), TARGETS):
+                check()
+                chunk = slice(first, first + TARGETS)
+                total_RxF[chunk] += to_host(
+                    score_targets(
+                        split.point, split.params, split.dictionary, rows, real_B, padded_Rx2[chunk], source, sums
+                    )
+                )
+    if not np.isfinite(total_RxF).all():
+        raise UserError(_not_finite(split.point))
+    return total_RxF[:count] / sum(len(run.index_P) for run in runs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_targets(
+    point: SplitPoint,
+    params: decoder.Params,
+    dictionary: Basis,
+    rows: SiteRows,
+    real_B: jax.Array,
+    targets_Cx2: jax.Array,
+    source: Replacement = ZERO,
+    lent: tuple[jax.Array, ...] = (),
+) -> jax.Array:
+    """Return the attribution of every feature for C targets, summed over the real ones of some rows: [C, F].
+
+    The layers above the site run forward once and backward once per target.
+    """
+    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
+    removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
+
+    def end(value_BxTxD: jax.Array) -> jax.Array:
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        return jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
+
+    last_BxD, pullback = jax.vjp(end, rows.value_BxTxD)
+
+    def difference(last_BxD: jax.Array, target_2: jax.Array) -> jax.Array:
+        target_Bx2 = jnp.broadcast_to(target_2, (len(last_BxD), 2))
+        return point.readouts(params, last_BxD, target_Bx2)[:, 0].sum()
+
+    end_slope_CxBxD = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_BxD, targets_Cx2)
+    slope_CxBxTxD = jax.vmap(lambda cotangent_BxD: pullback(cotangent_BxD)[0])(end_slope_CxBxD)
+    W_dec_FxD = dictionary.W_dec_FxD[...]
+    # One target at a time: [C, B, T, F] would be large.
+    scores_CxF = jax.lax.map(
+        lambda slope_BxTxD: weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD).sum(axis=0), slope_CxBxTxD
+    )
+    return jax.lax.with_sharding_constraint(scores_CxF, sharding(point.mesh))
 
 
 def points(estimate: str) -> int:
@@ -48,7 +212,7 @@ def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
     estimate: str = "gradient",
-    source: ActivationSource = ZERO,
+    source: Replacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
     """Fall of activation x slope of every feature on every prompt.
@@ -81,10 +245,7 @@ def attribution(
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
-        raise UserError(
-            f"the gradient of the logit difference with respect to {split.point.site} is not finite: the model or the "
-            "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-        )
+        raise UserError(_not_finite(split.point))
     return attribution_NxF
 
 
@@ -101,7 +262,7 @@ def score_features(
     params: decoder.Params,
     dictionary: Dictionary,
     rows: SiteRows,
-    source: ActivationSource = ZERO,
+    source: Replacement = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """The program behind ``attribution``, for one batch of rows: [B, F].
@@ -112,13 +273,7 @@ def score_features(
         positions of the clean run each feature is not 0, and the sum of its activations.
     """
     value_BxTxD = rows.value_BxTxD
-    f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
-    if source.kind == "random":
-        removed_BxTxF = removed_on_average(f_BxTxF, *lent)
-    else:
-        other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
-        every_F = jnp.arange(f_BxTxF.shape[-1])
-        removed_BxTxF = source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
+    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
@@ -135,6 +290,23 @@ def score_features(
         shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
         slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
     return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
+
+
+def _mean_fall(dictionary: Basis, rows: SiteRows, source: Replacement, lent: tuple[jax.Array, ...]) -> jax.Array:
+    """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
+    f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
+    if source.kind == "random":
+        return removed_on_average(f_BxTxF, *lent)
+    other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
+    every_F = jnp.arange(f_BxTxF.shape[-1])
+    return source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
+
+
+def _not_finite(point: SplitPoint) -> str:
+    return (
+        f"the gradient of the logit difference with respect to {point.site} is not finite: the model or the "
+        "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+    )
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:

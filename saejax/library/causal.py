@@ -1,50 +1,48 @@
 """Causal tests of a dictionary's features, and patching, on prompts with two answers."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from saejax.causal.ablate import verdict
-from saejax.causal.ablate.experiment import ModelExperiment
-from saejax.causal.ablate.results import BehaviourAblation
+from saejax.causal.ablate.run import TEXT_LENGTH, describe_top, verdict_config
+from saejax.causal.importance import Importance, measure_importance
 from saejax.causal.patching.pairs import fitting_pairs
 from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions import positions
+from saejax.interventions.ablation import measure_behaviour, measure_text
+from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.table import EffectsTable, merge_tables
+from saejax.interventions.text import HeldOutText
+from saejax.interventions.verdict import verdict
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
-from saejax.settings import AblateConfig
+from saejax.settings import BASES, AblateConfig
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """What removing features does to a behaviour's logit differences, logit(correct) - logit(wrong), on test prompts.
+    """What the ablation of a dictionary's features does to behaviours.
 
     Attributes:
-      features: the K features that were removed.
-      clean_P: with nothing removed.
-      single_KxP: with each feature removed by itself.
-      joint_P: with all removed together.
-      controls_NxP: with each of N sets of matched random features removed.
-      results: what the stage saves: verdict and reason, intervals, how well the controls match.
+      table: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``.
+      verdict: the answers to the five questions, by dictionary ("" is the tested one) and behaviour.
+      top: the top features of each behaviour, with their effects alone.
+      importance: of all live features, by behaviour; None without ``effects="all"``.
     """
 
-    features: Sequence[int]
-    clean_P: np.ndarray
-    single_KxP: np.ndarray
-    joint_P: np.ndarray
-    controls_NxP: np.ndarray
-    results: BehaviourAblation
+    table: EffectsTable
+    verdict: CausalVerdict
+    top: Mapping[str, tuple[FeatureEffect, ...]]
+    importance: Mapping[str, Importance] | None = None
 
 
 def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int = 100, seed: int = 42) -> list[Prompt]:
-    """Draws the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
+    """Draw the prompts of a behaviour that comes with saejax, as the stage ``baseline`` does.
 
     Args:
       lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
@@ -61,50 +59,61 @@ def ablate(
     prompts: Sequence[Prompt],
     *,
     features: Sequence[int] | None = None,
+    documents: Sequence[str] = (),
+    repeats: Mapping[str, Dictionary] | None = None,
     **settings: Any,
 ) -> Ablation:
-    """Removes features from the prompts of a behaviour, beside matched random ones, as the stage ``ablate`` does.
+    """Ablate features on the prompts of one or more behaviours, beside controls, and draw the verdict.
+
+    Nothing is written to disk. Several behaviours are each other's test of selectivity.
 
     Args:
       lm: the model that the dictionary was trained on.
-      dictionary: whose features are removed.
-      prompts: of one behaviour: "train" prompts choose features, "test" prompts judge them.
-      features: which to remove. None: the first ``top`` by attribution on the train prompts.
-      **settings: fields of ``saejax.settings.AblateConfig``, such as top=20, draws=100, replacement="mean".
+      dictionary: whose features are ablated.
+      prompts: "train" prompts choose features, "test" prompts judge them.
+      features: which to ablate, of one behaviour. None: the first ``top`` by attribution on the train prompts.
+      documents: held-out texts, on which cross-entropy and KL divergence are measured.
+      repeats: dictionaries of other seeds, by name, tested in the same way.
+      **settings: fields of ``saejax.settings.AblateConfig``, such as top=10, random_sets=99, replacement="mean".
+
+    Returns:
+      The table of effects, and the verdict on it.
 
     Raises:
-      UserError: a setting is unknown or out of range, a split has no prompts, or too few other features fire for
-        matched controls.
+      UserError: a setting is unknown or out of range, or a split has no prompts.
     """
-    name = prompts[0].behaviour if prompts else ""
+    by_behaviour: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
+    if not by_behaviour:
+        raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")
     if features is not None:
+        if len(by_behaviour) > 1:
+            raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         settings["top"] = len(features)
     config = configured(AblateConfig, **settings)
-    split = SplitModel(lm, dictionary, config.positions, config.error)
-    if features is None:
-        experiment = ModelExperiment(split, name, prompts, config)
-    else:
-        experiment = _NamedFeatures(features, dictionary.config.n_features, split, name, prompts, config)
-    results, measured = verdict.judge(name, experiment, config)
-    sets = measured.top_KxP, measured.joint_P, measured.controls_NxQ
-    return Ablation(measured.top, measured.clean_P, *sets, results)
-
-
-class _NamedFeatures(ModelExperiment):
-    """Chooses named features, in their order, not by their attribution; further arguments are its parent's."""
-
-    def __init__(self, features: Sequence[int], count: int, *args: Any):
-        super().__init__(*args)
-        self._falling_F = np.zeros(count)
-        self._falling_F[list(features)] = np.arange(len(features), 0, -1)
-
-    def attribution(self) -> np.ndarray:
-        """Falls along the named features and is 0 for all others, [F]."""
-        return self._falling_F
+    positions.parse(config.positions)
+    for name in config.baselines:
+        if "/" not in name:
+            one_of(name, BASES, "basis, and no folder of a dictionary:")
+    ids = [lm.tokenizer(document)["input_ids"][:TEXT_LENGTH] for document in documents]
+    text = HeldOutText([document for document in ids if len(document) > 1]) if ids else None
+    tables = [measure_text(lm, text, dictionary)] if text else []
+    top, importance = {}, {}
+    for name in by_behaviour:
+        table, ablation = measure_behaviour(
+            lm, dictionary, name, by_behaviour, config, text, repeats, features=features
+        )
+        tables.append(table)
+        top[name] = describe_top(table, ablation)
+        if config.effects == "all":
+            importance[name] = measure_importance(table, ablation)
+    table = merge_tables(tables)
+    return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
 
 
 def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post", split: str = "test") -> Patched:
-    """Patches a kind of site between prompts and their counterparts, at every layer and position.
+    """Patch a kind of site between prompts and their counterparts, at every layer and position.
 
     Args:
       prompts: those of ``split`` with a counterpart of as many tokens are used.

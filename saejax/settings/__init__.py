@@ -11,7 +11,6 @@ from saejax.settings.causal import ESTIMATES as ESTIMATES
 from saejax.settings.causal import HEADS as HEADS
 from saejax.settings.causal import PATCHABLE as PATCHABLE
 from saejax.settings.causal import PROBE_LABELS as PROBE_LABELS
-from saejax.settings.causal import READOUTS as READOUTS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS
 from saejax.settings.causal import AblateConfig as AblateConfig
 from saejax.settings.causal import PatchConfig as PatchConfig

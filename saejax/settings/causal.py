@@ -7,8 +7,7 @@ from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 ESTIMATES = ("gradient", "integrated", "relp")
-READOUTS = ("log_likelihood", "top1", "kl")  # beside the logit difference
-BASES = ("neurons", "components", "random", "difference")  # those that need no folder
+BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
 _MATCHES = (
     "how many features, the nearest by firing rate, activation size, decoder norm and the position at which they fire, "
@@ -28,96 +27,66 @@ class AblateConfig(Config):
         "runs/demo/train/topk or, on the hub, hf://ORG/NAME/FOLDER@REVISION; then nothing is captured or trained",
         changes_results=False,
     )
-    top: int = setting(20, "features, ranked on train prompts, that are ablated one by one and together", low=1)
-    estimate: str = setting(
-        "gradient",
-        "what ranks the features on train prompts: activation x gradient (gradient), x the mean gradient on the way to "
-        "no feature at all (integrated, ten times the work), or x the slope by the rules of relevance patching (relp)",
-        choices=ESTIMATES,
-    )
+    top: int = setting(10, "number of features, ranked by attribution on train prompts, that are ablated", low=1)
     replacement: str = setting(
         "zero",
-        "what stands in place of a removed feature's activation: nothing (zero), its mean over the train prompts "
-        "(mean), its activation at a random other position at which it fires (random), or at the same position of the "
-        "prompt's counterpart (counterpart)",
+        "what replaces an ablated feature's activation: zero, its mean over the train prompts (mean), its activation "
+        "at a random other position at which it fires (random), or at the same position of the prompt's counterpart "
+        "(counterpart)",
         choices=REPLACEMENTS,
     )
     effects: str = setting(
         "top",
-        "which features are removed one by one: the top ones and some controls (top), or every feature that fires on "
-        "the test prompts (all), with p- and q-values in <behaviour>-importance.parquet",
+        "which features are also ablated one by one: the top ones (top), or every feature that fires on the test "
+        "prompts (all), with a ranking in <behaviour>-importance.parquet",
         choices=("top", "all"),
     )
     positions: str = setting(
         "all",
-        "where features are removed: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
+        "where features are ablated: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
     )
     error: str = setting(
         "keep",
-        "what a dictionary cannot explain of its site's value stays (keep) or goes (drop): then the clean run goes "
-        "through the dictionary, too",
+        "whether the part of the site that the dictionary does not explain is kept, or dropped; then the clean run "
+        "goes through the dictionary, too, and no other basis is compared",
         choices=("keep", "drop"),
     )
-    readouts: bool = setting(
-        False,
-        "beside logit difference and accuracy, measure the log-likelihood of the correct answer's first token, how "
-        "often it is the likeliest of all, and the divergence from the clean next-token probabilities",
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
     )
+    placebo_targets: int = setting(
+        199, "pairs of likely tokens that are no answers, whose top features the top ones are compared with", low=0
+    )
+    attribution_prompts: int = setting(
+        0, "train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
+    )
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
     baselines: tuple[str, ...] = setting(
         BASES,
-        "other bases to compare with at equal dose: neurons (of the layer's MLP), components (principal, of the site "
-        "on the train prompts), random (an untrained dictionary), difference (of the site's means by answer), or the "
-        "folder of a dictionary, such as one trained with --train.freeze=decoder; empty: none",
+        "simpler bases to compare with at equal dose: neurons (of the layer's MLP), pca (principal components of the "
+        "site on the train prompts), diff_means (differences of the site's means by answer), untrained (a dictionary "
+        "of random directions), or the folder of a dictionary; empty: none",
     )
     text_documents: int = setting(
-        16,
-        "held-out documents of the corpus, 64 tokens of each, on which removing features must leave cross-entropy as "
-        "it is; 0: none, and it is not known whether effects are selective",
+        64,
+        "held-out documents of the corpus, 32 tokens of each, on which cross-entropy and KL divergence are measured; "
+        "0: none, and whether effects are selective is not fully tested",
         low=0,
-    )
-    max_ce_rise: float = setting(
-        0.05, "selective: removing the top features must raise cross-entropy on that text by less, in nats", low=0.0
-    )
-    compare: tuple[str, ...] = setting(
-        (),
-        "other trained dictionaries, such as topk/seed5 or standard, whose features' effects are compared with those "
-        "of the tested one, pair by pair; each takes as long as --ablate.effects=all, which it needs",
     )
     repeats: tuple[str, ...] = setting(
         (),
-        "other trainings of the tested dictionary, such as topk/seed43, whose own top features are tested in the same "
-        "way, so that the report says which answers hold in all of them; each takes about as long as the first",
+        "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way; each "
+        "takes about as long as the first",
     )
-    curve: bool = setting(True, "also remove the first 1, 2, 3, ... top features together, beside matched random ones")
-    circuit_tests: bool = setting(
-        False,
-        "test the top features as a circuit: equivalence, independence, minimality, sufficiency and partial necessity, "
-        "against sets of random features; and keep circuits of growing sizes, against random orders (CPR and CMD)",
+    min_accuracy_drop: float = setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0)
+    max_ce_rise: float = setting(
+        0.05, "rise of cross-entropy on held-out text, nats per token, below which an effect is selective", low=0.0
     )
-    greedy: int = setting(
-        0,
-        "size of a set grown on train prompts by adding, of the three times as many leading features, the one whose "
-        "removal with the set costs most; judged on test prompts beside as many top features (0: none)",
-        low=0,
-    )
-    draws: int = setting(
-        1000, "draws of as many matched random features; fewer are run where no further one could change a no", low=2
-    )
-    draw_prompts: int = setting(
-        20,
-        "test prompts from which drawn and growing sets are removed, and the top features beside them, spread evenly "
-        "over templates; 0: all",
-        low=0,
-    )
-    matches: int = setting(40, _MATCHES, low=1)
     seed: int = setting(
-        456, "seed of the control draws, the bootstrap, the permutations and random replacements", low=0
+        456, "seed of the random sets, the placebo targets, the bootstrap and random replacements", low=0
     )
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    min_accuracy_drop: float = setting(
-        0.05, "verdict: joint ablation must cost more than this share of test accuracy", low=0.0, high=1.0
-    )
-    batch_rows: int = setting(64, "edited prompts per batch of the tail program", low=1, changes_results=False)
+    batch_rows: int = setting(64, "edited prompts per batch of the program", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)

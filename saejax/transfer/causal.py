@@ -4,11 +4,11 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saejax.causal.ablate.importance import Importance
-from saejax.causal.ablate.results import AblateResults
+from saejax.causal.importance import Importance
 from saejax.causal.results import MatchedDrops
 from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
+from saejax.interventions.answers import AblateResults
 from saejax.results import load_results
 from saejax.stage import is_folder
 from saejax.transfer.chains import Link
@@ -62,7 +62,7 @@ def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> Remo
         places = [place for place, one in enumerate(compared) if one.folder.resolve() == own.resolve()]
         if not places:
             raise UserError(f"{_FLAG}={folder} tested {own}, which --transfer.dictionaries does not name: add it")
-        measured = [name for name in results.behaviours if Importance.file(folder, name).exists()]
+        measured = list(results.importance or {})
         if not measured:
             raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
         folders[places[0]], behaviours[places[0]] = folder, measured

@@ -8,7 +8,7 @@ import pytest
 from linear_experiment import LinearExperiment
 
 from saejax.causal import stability
-from saejax.causal.ablate.importance import measure_importance
+from saejax.causal.importance import measure_importance
 from saejax.causal.results import HalvesAgreement, MatchedDrops
 from saejax.causal.stability import Matches, between_halves, compare, match_by_activity, match_by_direction
 from saejax.results import from_json, to_json

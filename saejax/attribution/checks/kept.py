@@ -9,7 +9,7 @@ errors stay, for all orders alike. So circuits are compared at equal numbers of 
     random       the control
 
 Features without a node, which no order knows, come last in the first three, the most active first. Faithfulness, CPR
-and CMD are those of ``causal.circuits.sizes``, over prompts of a behaviour.
+and CMD are those of ``causal.faithfulness``, over prompts of a behaviour.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ from saejax.attribution.graph.pruning import source_influence
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.results import KeptResults, KeptScore
 from saejax.attribution.trace.targets import Readouts
-from saejax.causal.circuits.sizes import SHARES, area, faithfulness
 from saejax.causal.clustered import Resampling
+from saejax.causal.faithfulness import SHARES, area, faithfulness
 from saejax.results import Interval
 
 ORDERS = ("elimination", "mixed", "influence")

@@ -1,219 +1,227 @@
-"""The stage ``ablate``: which features cause each behaviour, judged by rules written down before there are data.
+"""The stage ``ablate``: do a dictionary's features cause the behaviours?
 
-Train prompts choose the top features by attribution (``screening``); test prompts judge them: they are removed one by
-one and together (``ablation``), beside sets of as many random features matched on the same prompts and positions
-(``controls``), beside other bases of the site at equal dose (``dose``), and from the prompts of the other behaviours
-and from held-out text (``text``); rules say which of four answers hold (``grades``). Sets that grow show how many
-features it takes (``nested``). On request the top features are tested as a circuit (``circuits``), and every feature
-that fires is removed by itself (``importance``).
+A behaviour is a part in the sense of ``saejax.causal.parts``. What it measures goes to ``<behaviour>-effects/`` at
+once, so that a run that was killed goes on with the next one; at the end all of it becomes the unit's effects table, of
+which the verdict is a pure function.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
+from jax.sharding import Mesh
 
-from saejax.causal import parts, stability
-from saejax.causal.ablate import agreement, cost, dose, grades, nested, repeats, verdict
-from saejax.causal.ablate.experiment import ModelExperiment, PartProgress
-from saejax.causal.ablate.importance import PERMUTATIONS, measure_importance, save_drops
-from saejax.causal.ablate.results import AblateResults, BehaviourAblation
-from saejax.causal.ablate.text import HeldOutText
-from saejax.causal.circuits.measure import test_circuit
-from saejax.causal.circuits.sizes import measure_sizes
-from saejax.causal.claims import SetEffects
-from saejax.causal.statistics import least_p
-from saejax.dictionaries import Dictionary, stacks
-from saejax.files import read_lines, write_lines
-from saejax.interventions import positions
-from saejax.interventions import slopes as screening
-from saejax.interventions.split_model import SplitModel
-from saejax.models.language_model import LanguageModel
+from saejax.causal import parts
+from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above
+from saejax.causal.importance import Importance, measure_importance
+from saejax.causal.programs import SplitShapes
+from saejax.costs.cost import START, Cost, PlannedRun
+from saejax.costs.passes import pass_flops
+from saejax.costs.programs import Program
+from saejax.dictionaries import load_dictionary, stacks
+from saejax.errors import UserError
+from saejax.interventions import activity, positions
+from saejax.interventions.ablation import (
+    KL_FRACTIONS,
+    BehaviourAblation,
+    expected_rows,
+    measure_behaviour,
+    measure_text,
+)
+from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary, VerdictConfig
+from saejax.interventions.engine import FEATURES
+from saejax.interventions.rows import filled_features
+from saejax.interventions.slopes import TARGETS
+from saejax.interventions.split_model import PROMPTS
+from saejax.interventions.table import TESTED, EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.text import HeldOutText
+from saejax.interventions.verdict import verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
-from saejax.settings import AblateConfig, CorpusConfig, TaskConfig
+from saejax.results import Interval
+from saejax.settings import BASES, AblateConfig, CorpusConfig, TaskConfig
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.cost import PROMPT, count_all_behaviours
 from saejax.workspace import Run
+
+TEXT_LENGTH = 32  # tokens of a held-out document
+_COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourResults:
+    """What the stage keeps of a behaviour beside its effects table."""
+
+    top: tuple[FeatureEffect, ...]  #: the top features, one by one
+    importance: ImportanceSummary | None = None  #: of all features
+
+
+def rule(config: AblateConfig) -> str:
+    """Return the rule of the verdict in words."""
+    return verdict_config(config).rule
+
+
+def verdict_config(config: AblateConfig) -> VerdictConfig:
+    """Return the numbers of the rule."""
+    return VerdictConfig(
+        min_accuracy_drop=config.min_accuracy_drop,
+        max_ce_rise=config.max_ce_rise,
+        resamples=config.bootstrap,
+        seed=config.seed,
+    )
 
 
 def run_ablate(run: Run) -> AblateResults:
-    """Tests a dictionary's features on every behaviour.
+    """Ablate the top features of every behaviour, beside controls, and draw the verdict.
 
-    A behaviour is a part in the sense of ``parts``. Its logit differences, from which every figure can be derived
-    again, are in ``<behaviour>-prompts.jsonl``, the drawn controls in ``<behaviour>-controls.jsonl`` and, if they were
-    asked for, the effects of all features in ``<behaviour>-importance.parquet`` and ``<behaviour>-drops.npy``.
+    Args:
+      run: of the unit; ``effects.parquet`` and its definitions, and with ``--ablate.effects=all``
+        ``<behaviour>-importance.parquet``, are written into its folder.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: a setting names what does not exist, or prompts or dictionaries do not fit the model.
     """
     config = run.configs[AblateConfig]
     positions.parse(config.positions)
-    dose.check(config)
-    agreement.check(config)
+    if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
+        raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
+    for name in config.baselines:
+        if name not in BASES:
+            load_dictionary(name)  # refused before any work is done
     prompts, dictionary = parts.read_behaviours(run), parts.load_run_dictionary(run)
-    others = {name: stacks.load_trained(name, run.inputs, "--ablate.compare") for name in config.compare}
-    trainings = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
+    repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
+    text_folder = run.folder / "text-effects"
 
     def begin() -> parts.Measure:
-        model = parts.load_run_model(run)
-        split = SplitModel(model, dictionary, config.positions, config.error)
-        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], model, config.text_documents)
-        # The top features of each behaviour are removed from the prompts of the others, too.
-        several = prompts if len(prompts) > 1 else {}
-        known = {name: ModelExperiment(split, name, several[name], config).attribution() for name in several}
-        tops = {name: screening.leaders(attribution_F, config.top) for name, attribution_F in known.items()}
+        lm = parts.load_run_model(run)
+        corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
+        text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
+        if text and not text_folder.exists():
+            table = measure_text(lm, text, dictionary)
+            if is_first_process():
+                save_effects(text_folder, table)
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            train, test = (sum(prompt.split == half for prompt in prompts[name]) for half in ("train", "test"))
-            rows = cost.expected_rows(config, train, test, len(prompts), dictionary.config.n_features)
-            progress = PartProgress(on_progress, round(rows))
-            asked = split, name, prompts[name], config, progress, parts.partial_folder(run, name)
-            experiment = ModelExperiment(*asked, attribution_F=known.get(name))
-            foreign = {other: top for other, top in tops.items() if other != name}
-            results = _test_and_save(
-                run, experiment, config, Beside(model, split, dictionary, text, others, trainings, foreign)
+            folder = parts.partial_folder(run, name)
+            table, ablation = measure_behaviour(
+                lm, dictionary, name, prompts, config, text, repeats, on_progress, folder
             )
-            return parts.Measured(results, results.grades.harms.reason)
+            importance = measure_importance(table, ablation) if config.effects == "all" else None
+            if is_first_process():
+                save_effects(_effects_folder(run, name), table)
+                if importance:
+                    importance.save(Importance.file(run.folder, name))
+            results = BehaviourResults(describe_top(table, ablation), importance and importance.summary)
+            return parts.Measured(results, f"{len(table.edits):,} edits on {len(ablation.test)} test prompts")
 
         return measure
 
-    measured = parts.each_part(run, list(prompts), begin, BehaviourAblation, unit="rows")
-    wait_for_all("ablate: scores written")  # by the first process
-    saved = {name: _saved_effects(run, name, result) for name, result in measured.items()}
-    behaviours = grades.settled(measured, saved, config)
-    for name, again in repeats.hold_again(behaviours).items():
-        behaviours[name] = dataclasses.replace(behaviours[name], holds_again=again)
-    for name, result in behaviours.items():
-        run.say(f"{name}: {_answers(result)}")
+    measured = parts.each_part(run, list(prompts), begin, BehaviourResults, unit="rows")
+    wait_for_all("ablate: effects written")  # by the first process
+    folders = [*(_effects_folder(run, name) for name in prompts), *([text_folder] if text_folder.exists() else [])]
+    table = merge_tables([load_effects(folder) for folder in folders])
+    answers = verdict(table, verdict_config(config))
+    for name in prompts:
+        run.say(f"{name}: {summarise(answers, name)}")
+    wait_for_all("ablate: effects read")
+    if is_first_process():
+        save_effects(run.folder, table)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+    importance = {name: results.importance for name, results in measured.items() if results.importance}
     return AblateResults(
         dictionary=config.dictionary,
         site=dictionary.site,
-        rule=grades.rule(config),
+        k=config.top,
         replacement=config.replacement,
-        top=config.top,
-        draws=config.draws,
-        behaviours=behaviours,
+        positions=config.positions,
+        error=config.error,
+        top={name: results.top for name, results in measured.items()},
+        verdict=answers,
+        importance=importance or None,
     )
 
 
-class Beside(NamedTuple):
-    """What a behaviour is tested with beside its own prompts."""
-
-    model: LanguageModel
-    split: SplitModel
-    dictionary: Dictionary
-    text: HeldOutText | None
-    others: Mapping[str, Dictionary]  # dictionaries that it is compared with, by name
-    trainings: Mapping[str, Dictionary]  # dictionaries that are tested in the same way, by name
-    foreign: Mapping[str, list[int]]  # top features of other behaviours, by name
-
-
-def _answers(results: BehaviourAblation) -> str:
-    """What is said of a behaviour when all are done: answers are corrected for all of a run, and ask of the others."""
-    found = {name: getattr(results.grades, name) for name in grades.GRADES}
-    words = {True: "yes", False: "no", None: "not known"}
-    if results.holds_again:
-        found |= dict(holds_again=results.holds_again)
-    return "; ".join(f"{name.replace('_', ' ')}: {words[grade.holds]}" for name, grade in found.items())
-
-
-def _test_and_save(run: Run, experiment: ModelExperiment, config: AblateConfig, beside: Beside) -> BehaviourAblation:
-    model, split, dictionary, text, others, trainings, foreign = beside
-    results, measured = verdict.judge(experiment.name, experiment, config, foreign)
-    results, scores = _with_sets(results, experiment, measured, config)
-    if text and measured.top:
-        effect = text.effects(split, experiment.replacement, [measured.top]).summary(config)
-        results = dataclasses.replace(results, text=effect)
-    if config.baselines:
-        curves = dose.compare(experiment, measured.top, split, model, dictionary, text, config)
-        results = dataclasses.replace(results, doses=curves)
-    if trainings:
-        results = dataclasses.replace(results, repeats=repeats.measure_repeats(experiment, model, trainings, config))
-    assert results.claim
-    results = grades.graded(results, results.claim, config)
-    if config.effects == "all":
-        importance, drop_NxP = measure_importance(experiment, config)
-        halves = stability.between_halves(drop_NxP, config.seed)
-        summary = importance.summary(config.top, halves, least_p(len(experiment.test), PERMUTATIONS))
-        if others:
-            pairs = agreement.measure_agreement(experiment, importance, model, dictionary, others, config)
-            summary = dataclasses.replace(summary, agreement=pairs)
-        results = dataclasses.replace(results, importance=summary)
-        if is_first_process():
-            importance.save(importance.file(run.folder, experiment.name))
-            save_drops(run.folder, experiment.name, drop_NxP)
-    if is_first_process():
-        _save_scores(run, experiment, measured, scores)
-    return results
-
-
-def _saved_effects(run: Run, name: str, result: BehaviourAblation) -> grades.SavedEffects:
-    """What the answers rest on, from the scores that a behaviour's part wrote."""
-    lines = read_lines(parts.part_file(run, name, "-prompts.jsonl"))
-    clean_P, joint_P, template_P = (np.array([line[of] for line in lines]) for of in ("clean", "joint", "template"))
-    chosen_Q = np.array([p for p, line in enumerate(lines) if line["draws"] is not None])
-    draws_QxN = np.array([lines[p]["draws"] for p in chosen_Q])
-    own = clean_P[chosen_Q], joint_P[chosen_Q], draws_QxN.T, template_P[chosen_Q]
-    others = {other: np.array([line["others"][other] for line in lines]) for other in lines[0]["others"]}
-    effects = SetEffects.of(*own, result.controls.disjoint_sets)
-    return grades.SavedEffects(effects, clean_P, joint_P, template_P, others)
-
-
-def _save_scores(
-    run: Run,
-    experiment: ModelExperiment,
-    measured: verdict.JudgedDiffs,
-    scores: Mapping[str, Mapping[str, np.ndarray]],
-) -> None:
-    """Writes the logit difference of every test prompt under every removal, and the drawn sets."""
-    beside = dict(
-        controls=(measured.controls_NxC, measured.controls_NxQ), draws=(measured.draws_MxC, measured.draws_MxQ)
-    )
-    place = {int(p): q for q, p in enumerate(measured.chosen_Q)}
-
-    def at_prompt(kinds: Mapping[str, np.ndarray], p: int) -> dict[str, list] | None:
-        """The scores of a prompt, of those that were measured on it."""
-        everywhere = all(score.shape[-1] == len(experiment.test) for score in kinds.values())
-        if not everywhere and p not in place:
-            return None
-        return {of: score[..., p if everywhere else place[p]].tolist() for of, score in kinds.items()}
-
-    by_prompt = [
-        dict(
-            text=prompt.text,
-            correct=prompt.correct,
-            wrong=prompt.wrong,
-            template=prompt.template,
-            clean=float(measured.clean_P[p]),
-            joint=float(measured.joint_P[p]),
-            top=measured.top_KxP[:, p].tolist(),
-            **{kind: diff_NxQ[:, place[p]].tolist() if p in place else None for kind, (_, diff_NxQ) in beside.items()},
-            others={other: float(left_P[p]) for other, left_P in measured.others.items()},
-            **{test: at_prompt(kinds, p) for test, kinds in scores.items()},
+def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
+    """Return what each top feature does alone, from a table's group ``single``."""
+    prompts = table.select_prompts(ablation.behaviour)
+    edits = table.select_edits(ablation.behaviour, "single", TESTED)
+    drop_KxP = table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
+    templates = [prompt.template for prompt in prompts]
+    interval_K = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
+    if len(prompts) > 1:
+        weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
+        ends = [percentile_interval(weights_SxP @ drop_P) for drop_P in drop_KxP]
+        interval_K = [Interval(one.mean, low, high) for one, (low, high) in zip(interval_K, ends, strict=True)]
+    statistics = activity.statistics(ablation.split, ablation.runs)
+    return tuple(
+        FeatureEffect(
+            feature=(feature := edit.features[0]),
+            attribution=float(ablation.attribution_F[feature]),
+            drop=interval,
+            firing_rate=float(statistics.firing_rate_F[feature]),
+            mean_activation=float(statistics.mean_activation_F[feature]),
         )
-        for p, prompt in enumerate(experiment.test)
-    ]
-    sets = [
-        dict(kind=kind, draw=n, features=features_C.tolist())
-        for kind, (sets_NxC, _) in beside.items()
-        for n, features_C in enumerate(sets_NxC)
-    ]
-    write_lines(parts.part_file(run, experiment.name, "-prompts.jsonl"), by_prompt)
-    write_lines(parts.part_file(run, experiment.name, "-controls.jsonl"), sets)
+        for edit, interval in zip(edits, interval_K, strict=True)
+    )
 
 
-def _with_sets(
-    results: BehaviourAblation, experiment: ModelExperiment, measured: verdict.JudgedDiffs, config: AblateConfig
-) -> tuple[BehaviourAblation, dict[str, dict[str, np.ndarray]]]:
-    """The results with those of sets, as far as they were asked for, and the scores behind them, prompts last."""
-    scores: dict[str, dict[str, np.ndarray]] = {}
-    if config.curve:
-        curve = nested.cumulative_curve(experiment, measured)
-        results = dataclasses.replace(results, curve=curve.summary(config))
-        scores["curve"] = dict(top=curve.top_SxP, controls=curve.controls_ExNxP)
-    if config.greedy:
-        grown = nested.grow(experiment, measured.attribution_F, config.greedy)
-        results = dataclasses.replace(results, greedy=grown.summary(config))
-        scores["greedy"] = dict(greedy=grown.greedy_NxP, top=grown.top_NxP)
-    if config.circuit_tests:
-        circuit, of_circuit = test_circuit(experiment, measured.top, config)
-        sizes = measure_sizes(experiment, measured.attribution_F, config)
-        results = dataclasses.replace(results, circuit=dataclasses.replace(circuit, sizes=sizes))
-        scores["circuit"] = of_circuit.by_kind if of_circuit else {}
-    return results, scores
+def summarise(answers: CausalVerdict, behaviour: str) -> str:
+    """Return the answers on a behaviour in one line."""
+    result = answers.dictionaries[TESTED][behaviour]
+    said = dict(
+        effect=result.ablation["logit_diff"].answer,
+        more_than_random=result.random.answer,
+        specific=result.placebo.answer,
+        selective=result.selective.answer,
+        **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
+    )
+    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in said.items())
+
+
+def _effects_folder(run: Run, behaviour: str) -> Path:
+    return parts.part_file(run, behaviour, "-effects")
+
+
+def ablate_cost(plan: PlannedRun, name: str) -> Cost:
+    """Return what the unit takes: the layers above the site, forward for edits and backward for attribution."""
+    task, ablate, used = plan.configs[TaskConfig], plan.configs[AblateConfig], plan.dictionary("ablate")
+    behaviours, trainings = count_all_behaviours(task), 1 + ablate.untrained + len(ablate.repeats)
+    prompts = [Prompt("", "test", "", "", "")] * task.test_prompts
+    named: Mapping[str, Sequence[Prompt]] = {str(number): prompts for number in range(behaviours)}
+    rows = FIRING * expected_rows(ablate, named, "0", used.n_features)
+    ranked = min(ablate.attribution_prompts or task.train_prompts, task.train_prompts)
+    slopes = ranked * (3 * (trainings + len(ablate.baselines)) + trainings * (1 + 1 / TARGETS) * ablate.placebo_targets)
+    documents = ablate.text_documents * (len(KL_FRACTIONS) * (1 + len(ablate.baselines)) + trainings)
+    # The head of the vocabulary is as much again.
+    tokens = int(behaviours * ((rows + slopes) * PROMPT + 2 * documents * TEXT_LENGTH))
+    flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
+    more = dict(
+        host_seconds=START + _COMPILE * behaviours * (trainings + len(ablate.baselines) / 2),
+        batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
+    )
+    return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
+
+
+def _gathered(plan: PlannedRun) -> int:
+    """Return the number of features whose activations are kept at once, with padding."""
+    return filled_features(min(plan.dictionary("ablate").n_features, max(FEATURES, plan.configs[AblateConfig].top)))
+
+
+def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the programs of the stage: clean runs, attribution, changes of features, and the layers above the site."""
+    if not plan.configs[TaskConfig].has_behaviours:
+        return []
+    shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs[AblateConfig], _gathered(plan)
+    placebos = [shapes.placebos(ablate.replacement)] if ablate.placebo_targets else []
+    return [
+        shapes.head(error=ablate.error),
+        shapes.slopes("gradient", ablate.replacement),
+        *placebos,
+        shapes.features(ablate.replacement, gathered),
+        shapes.tail(gathered, ablate.batch_rows),
+    ]

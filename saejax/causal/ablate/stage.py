@@ -9,7 +9,7 @@ from saejax.workspace import fingerprint
 
 
 def _bases(configs: Configs) -> str:
-    """Dictionaries that are named by their folders: other bases, and tested ones."""
+    """Return the identity of dictionaries that are named by their folders: other bases, and tested ones."""
     from saejax.dictionaries import stacks
 
     others = [name for name in _dictionaries(configs) if is_folder(name)]
@@ -24,31 +24,23 @@ def _check(configs: Configs) -> None:
 
 
 def _dictionaries(configs: Configs) -> tuple[str, ...]:
-    """The tested one first."""
+    """Return the dictionaries that are tested, the main one first."""
     ablate = configs[AblateConfig]
-    return tuple(dict.fromkeys((ablate.dictionary, *ablate.compare, *ablate.repeats)))
+    return tuple(dict.fromkeys((ablate.dictionary, *ablate.repeats)))
 
 
 def _names(configs: Configs) -> tuple[str, ...]:
-    """The tested dictionary; none where all that is trained here are crosscoders, which ``crosscode`` tests."""
+    """Return the tested dictionary; none where only crosscoders are trained, which ``crosscode`` tests."""
     own, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
     crosscoders = not is_folder(own) and all("+" in site for site in sites)
     return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
-def _version(configs: Configs) -> int:
-    """2: draws may hold the tested features; 3: those of circuits, too.
-
-    4: where other activations stand in, doses of other bases are of one edit, and fillers of text lend none.
-    """
-    return 3 if configs[AblateConfig].replacement == "zero" else 4
-
-
 ABLATE = Stage(
     name="ablate",
-    summary="ablates top features against matched random ones and says which features cause the behaviours",
+    summary="ablates top features beside random and placebo sets and says whether they cause the behaviours",
     run="saejax.causal.ablate.run:run_ablate",
-    results="saejax.causal.ablate.results:AblateResults",
+    results="saejax.interventions.answers:AblateResults",
     groups=(ModelConfig, CorpusConfig, AblateConfig),
     placement=(MeshConfig,),
     after=("baseline", "train", "evaluate"),
@@ -56,9 +48,9 @@ ABLATE = Stage(
     names=_names,
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
-    rule="saejax.causal.ablate.grades:rule",
-    cost="saejax.causal.ablate.cost:ablate_cost",
-    programs="saejax.causal.ablate.cost:ablate_programs",
-    version=_version,
+    rule="saejax.causal.ablate.run:rule",
+    cost="saejax.causal.ablate.run:ablate_cost",
+    programs="saejax.causal.ablate.run:ablate_programs",
+    version=5,
     processes="all",
 )

@@ -10,7 +10,7 @@ import numpy as np
 from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
 from saejax.errors import UserError
-from saejax.interventions.engine import lagging
+from saejax.interventions.engine import prefetch
 from saejax.interventions.split_model import CleanRun, SplitModel, groups_by_length, in_order, slices
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -147,7 +147,7 @@ def measure_rows(
     """
     diff_ExP, done = np.full(shape, np.nan), 0
     on_progress(done, total)
-    for entry_S, index_S, diff_R in lagging(started):
+    for entry_S, index_S, diff_R in prefetch(started):
         diff_S = to_host(diff_R)[: len(entry_S)]
         if not np.isfinite(diff_S).all():
             raise UserError(f"a logit difference with {what} patched is not finite: try --model.dtype=float32")

@@ -30,7 +30,7 @@ from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_rows
 from saejax.errors import UserError
-from saejax.interventions.engine import lagging
+from saejax.interventions.engine import prefetch
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches
@@ -115,7 +115,7 @@ def patch_sites(
         own_DxLxPxT = np.zeros((2, layers, 1, pairs.ids_2xBxT.shape[2])) + own_2xP[::-1, None, :, None]
         found = _found(point, pairs, runs)
         done += 2 * (layers * int(pairs.ends_P.sum()) - len(found.entry_N))
-        for direction, part, device_diff_R, cost in lagging(
+        for direction, part, device_diff_R, cost in prefetch(
             _dispatched(point, model.params, pairs, runs, found, batch_rows)
         ):
             layer_N, place_N, position_N = (

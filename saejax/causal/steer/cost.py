@@ -1,6 +1,5 @@
 """What the stage ``steer`` takes."""
 
-from saejax.causal.ablate import text
 from saejax.causal.cost import causal_cost, clean_bytes, kept_prompts, layers_above, prompt_length
 from saejax.causal.steer.draws import CURVE_DRAWS
 from saejax.causal.steer.fluency import NEW_TOKENS
@@ -8,6 +7,7 @@ from saejax.causal.steer.methods import FACTORS
 from saejax.causal.steer.prompting import SHOTS
 from saejax.costs.cost import WIDTH, Cost, PlannedRun
 from saejax.costs.passes import layer_bytes, pass_flops
+from saejax.interventions import text
 from saejax.settings import SteerConfig, TaskConfig
 from saejax.tasks.cost import PROMPT, count_all_behaviours
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.ablate.verdict import spread_over
-from saejax.causal.claims import Rule, SetEffects, run_draws
+from saejax.causal.claims import Rule, SetEffects, run_draws, spread_over
 from saejax.causal.parts import OnProgress
 from saejax.causal.steer.directions import AnswerTexts, Turn
 from saejax.causal.steer.programs import SteeredTexts, steer_prompts

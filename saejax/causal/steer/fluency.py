@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from saejax.causal.ablate.text import HeldOutText, TextDiffs
 from saejax.causal.steer.programs import SteeredTexts, SteeringEdit, steered_value
 from saejax.interventions.split_model import SplitModel
+from saejax.interventions.text import HeldOutText, TextDiffs
 from saejax.models.edits import Positions
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode

@@ -6,19 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saejax.causal.ablate.dose import equal_dose
-from saejax.causal.ablate.text import HeldOutText, TextDiffs
 from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.parts import OnProgress
 from saejax.causal.results import EqualDose
 from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
 from saejax.causal.steer.draws import RandomDraws
+from saejax.causal.steer.equal_dose import equal_dose
 from saejax.causal.steer.methods import MethodOf, best, methods_of
 from saejax.causal.steer.programs import Steered, SteeredTexts, steer_prompts
 from saejax.causal.steer.prompting import SHOTS, prefixed, prefixes, text_rise
 from saejax.causal.steer.results import BehaviourSteering, PromptingEffect, SteeringMethod, SteeringPoint
 from saejax.interventions.split_model import CleanRun, SplitModel, in_order
+from saejax.interventions.text import HeldOutText, TextDiffs
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.settings import SteerConfig

@@ -12,7 +12,7 @@ import numpy as np
 from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.engine import lagging
+from saejax.interventions.engine import prefetch
 from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel
 from saejax.models import decoder
 from saejax.models.edits import ForwardPass, Positions
@@ -135,7 +135,7 @@ def steer_prompts(
         batches = [slice(first, first + size) for first in range(0, len(set_N), size)]
         filled = ((np.resize(set_N[own], size), np.resize(place_N[own], size)) for own in batches)
         started = (_started(split, run, changes, *rows) for rows in filled)
-        for own, device_3xR in zip(batches, lagging(started), strict=True):
+        for own, device_3xR in zip(batches, prefetch(started), strict=True):
             values_3xC = np.asarray(device_3xR, np.float64)[:, : len(set_N[own])]
             if not np.isfinite(values_3xC).all():
                 raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal.ablate.text import HeldOutText
+from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
 from saejax.tasks.behaviours import Prompt

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from saejax.causal import parts
-from saejax.causal.ablate.text import HeldOutText
 from saejax.causal.claims import SetEffects, claims
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.measure import Judged, SteeringTest
@@ -21,6 +20,7 @@ from saejax.causal.steer.results import BehaviourSteering, SteerResults
 from saejax.errors import UserError
 from saejax.files import read_lines, write_lines
 from saejax.interventions.split_model import SplitModel
+from saejax.interventions.text import HeldOutText
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.workspace import Run
 

@@ -19,7 +19,6 @@ from saejax.attribution.graph.nodes import FEATURE, TOKEN
 from saejax.attribution.graph.pruning import source_influence
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
-from saejax.causal.ablate.bases import Neurons
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
 from saejax.dictionaries import Dictionary, save_dictionary
@@ -28,6 +27,7 @@ from saejax.ground_truth.algorithms.results import CarriedOver, PlantedScores
 from saejax.ground_truth.circuits.edges import Edges, possible
 from saejax.ground_truth.edge_circuits import edge_curves
 from saejax.ground_truth.run import over_seeds
+from saejax.interventions.bases import Neurons
 from saejax.interventions.split_model import SplitModel
 from saejax.library.activations import capture
 from saejax.library.dictionaries import train

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from saejax.causal.ablate.results import AblateResults
 from saejax.causal.ablate.run import run_ablate
 from saejax.causal.claims import LEVEL
 from saejax.causal.patching.results import FeaturePatchResults, PatchResults
@@ -25,6 +24,8 @@ from saejax.files import write_text
 from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.ground_truth.circuits.stage import KnownConfig
+from saejax.interventions.answers import AblateResults, BehaviourVerdict
+from saejax.interventions.table import TESTED, TEXT
 from saejax.library.causal import ablate
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
@@ -69,8 +70,9 @@ class KnownStages:
         known, count = self._known, max(map(len, self._case.causes.values()))
         # There are few neurons: any that fires may stand beside the tested ones.
         shared: dict[str, Any] = dict(matches=self._case.model.width - 2 * count + 1, bootstrap=_BOOTSTRAP)
-        settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count) | shared
-        quick: dict[str, Any] = dict(curve=False, baselines=(), text_documents=0)
+        settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count)
+        # The tokens of these models are few, and most are answers: there are no placebo targets.
+        quick: dict[str, Any] = dict(baselines=(), text_documents=0, placebo_targets=0, untrained=False)
         refused: list[str] = []
 
         def tried(stage: str, run_stage: Callable[[Run], T], config: Config) -> T | None:
@@ -80,14 +82,14 @@ class KnownStages:
                 refused.append(f"{stage}: {error}")
                 return None
 
-        ablated = tried("ablate", run_ablate, AblateConfig(**settings, draws=known.draws, **quick))
+        ablated = tried("ablate", run_ablate, AblateConfig(**settings, bootstrap=_BOOTSTRAP, **quick))
         learned = count if das else 0
-        patched = tried("patch", run_patch, PatchConfig(**settings, draws=known.draws, das=learned))
+        patched = tried("patch", run_patch, PatchConfig(**settings, **shared, draws=known.draws, das=learned))
         labels: dict[str, Any] = dict(
             labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100
         )
         probed = tried("probe", run_probe, ProbeConfig(dictionary=str(transcoder), **labels))
-        options = dict(draws=known.draws, **shared, **quick)
+        options = dict(bootstrap=_BOOTSTRAP, **quick)
         claimed = self._idle(transcoder, features, options, refused)
         interchange, interchange_random = _interchange(patched) if patched else (None, None)
         harm, harm_others = _harm(ablated) if ablated else (None, None)
@@ -133,7 +135,7 @@ class KnownStages:
             except UserError as error:
                 refused.append(f"ablate of {variable}: {error}")
                 return None
-            claimed += bool(found.results.grades.beyond_matched.holds and found.results.grades.harms.holds)
+            claimed += _has_effect(found.verdict.dictionaries[TESTED][behaviour])
         return claimed
 
 
@@ -176,17 +178,22 @@ def _subspace(found: PatchResults, method: str) -> Interval:
 
 
 def _harm(found: AblateResults) -> tuple[float, float | None]:
-    """Accuracy lost, and the largest loss of another behaviour."""
-    behaviours = found.behaviours.values()
-    others = [other.accuracy_drop.mean for one in behaviours for other in (one.others or {}).values()]
-    return float(np.mean([one.joint.accuracy_drop.mean for one in behaviours])), max(others, default=None)
+    """Return the two-way accuracy lost, and the largest loss of another behaviour: a share of its logit difference."""
+    results = found.verdict.dictionaries[TESTED].values()
+    lost = [result.ablation["two_way"].effect.mean for result in results]
+    parts = [(result.selective.parts or {}).items() for result in results]
+    others = [interval.mean for items in parts for name, interval in items if name != TEXT]
+    return float(np.mean(lost)), max(others, default=None)
 
 
 def _harmed(found: AblateResults) -> set[str]:
-    """The behaviours of which the rule says that removing the top features costs them, beyond matched features."""
-    return {
-        name for name, one in found.behaviours.items() if one.grades.harms.holds and one.grades.beyond_matched.holds
-    }
+    """Return the behaviours on whose two-way accuracy ablating the top features has an effect."""
+    return {name for name, result in found.verdict.dictionaries[TESTED].items() if _has_effect(result)}
+
+
+def _has_effect(result: BehaviourVerdict) -> bool:
+    """Return whether two-way accuracy falls. A layer's few features leave too few random sets to compare with."""
+    return result.ablation["two_way"].answer == "yes"
 
 
 def _probes(found: ProbeResults) -> tuple[Interval, float]:

@@ -165,7 +165,7 @@ def test_examples_have_the_target_where_it_is_wrong(prompts, tiny):
 
 
 def test_text_behind_examples_costs_what_likelihoods_say(tiny):
-    from saejax.causal.ablate.text import HeldOutText
+    from saejax.interventions.text import HeldOutText
     from saejax.causal.steer.prompting import text_rise
 
     documents = [tiny.tokenizer(text)["input_ids"] for text in ("The cat near the dogs", "A year of war and water")]

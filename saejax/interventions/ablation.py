@@ -1,0 +1,503 @@
+"""What an ablation measures for one behaviour: the rows of the effects table.
+
+For each dictionary (the tested one, an untrained one, those of other seeds):
+
+1. T: the k features with the largest attribution for the behaviour's answers on train prompts.
+2. Random sets: all features that fire on at least 5 % of the test prompts at an editable position, without T, shuffled
+   once and cut into disjoint sets of k.
+3. Placebo targets: pairs of tokens that are likely in these contexts (in the top 40 of some train prompt) and are no
+   answers. Placebo sets: the k features with the largest attribution for such a pair, on the same train prompts.
+4. T is ablated by growing fractions. Every other set is ablated whole and, where its dose exceeds T's, once more by the
+   fraction that brings its dose to T's: the change is linear in the fraction, so that is the ratio of the doses.
+5. T is ablated on the prompts of the other behaviours and on held-out text.
+
+For the tested dictionary alone: each feature of T, growing sets, on request every live feature by itself; and of each
+simpler basis as many directions, by the same attribution, as reach T's dose, ablated by the same fractions.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.dictionaries import Basis, Dictionary, load_dictionary
+from saejax.errors import UserError
+from saejax.interventions import activity, bases
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
+from saejax.interventions.replacement import Replacement
+from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.table import (
+    BASIS,
+    TESTED,
+    TEXT,
+    UNTRAINED,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+)
+from saejax.interventions.text import HeldOutText
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+from saejax.settings import BASES, AblateConfig
+from saejax.statistics.partition import disjoint_sets
+from saejax.tasks.behaviours import Prompt
+
+FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+KL_FRACTIONS = (0.5, 1.0)  # those at which held-out text is read, which takes longer than the prompts
+MIN_FIRING = 0.05  # share of test prompts on which a feature of a random set fires, at least
+LIKELY = 40  # a placebo token is among so many likeliest ones
+WIDEST = 8  # directions of a basis, in multiples of k, at most
+_FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl", "change_norm")
+_SHORT = ("logit_diff", "change_norm")
+
+
+class Progress:
+    """Progress of a behaviour, whose edits are run in several calls, in rows: each an edit on a prompt.
+
+    Args:
+      on_progress: called with the rows done and expected; may raise to stop.
+      rows: expected rows.
+    """
+
+    def __init__(self, on_progress: OnProgress = lambda done, total: None, rows: int = 0):
+        self._on_progress, self._rows, self._done = on_progress, rows, 0
+
+    def check(self) -> None:
+        """Report where the behaviour is, which may raise to stop."""
+        self._on_progress(self._done, max(self._done, self._rows))
+
+    def of_call(self, rows: int) -> OnProgress:
+        """Return the progress function of the next call, of so many rows."""
+        before, self._done = self._done, self._done + rows
+        total_rows = max(self._done, self._rows)
+        return lambda done, total: self._on_progress(before + (done * rows // total if total else 0), total_rows)
+
+
+@dataclasses.dataclass
+class TableRows:
+    """The rows of a table while they are measured."""
+
+    edits: list[EditDefinition] = dataclasses.field(default_factory=list)
+    prompts: list[PromptDefinition] = dataclasses.field(default_factory=list)
+    blocks: list = dataclasses.field(default_factory=list)
+
+    def add(
+        self,
+        edits: Sequence[EditDefinition],
+        prompts: Sequence[PromptDefinition],
+        readouts: Sequence[str],
+        values: Sequence[np.ndarray],
+    ) -> None:
+        """Add a block: one array ``[E, P]`` for each readout."""
+        known = {(edit.behaviour, edit.id) for edit in self.edits}
+        self.edits += [edit for edit in edits if (edit.behaviour, edit.id) not in known]
+        names = {prompt.id for prompt in self.prompts}
+        self.prompts += [prompt for prompt in prompts if prompt.id not in names]
+        if len(edits):
+            self.blocks.append((list(edits), list(prompts), tuple(readouts), np.stack(values, axis=-1)))
+
+    def table(self) -> EffectsTable:
+        """Return the table."""
+        return EffectsTable.from_blocks(self.edits, self.prompts, self.blocks)
+
+
+def define_prompts(behaviour: str, prompts: Sequence[Prompt]) -> list[PromptDefinition]:
+    """Return the definitions of a behaviour's prompts, train prompts included."""
+    trained = {prompt.template for prompt in prompts if prompt.split == "train"}
+    return [
+        PromptDefinition(
+            id=f"{behaviour}/{number:05d}",
+            behaviour=behaviour,
+            template=prompt.template,
+            held_out=prompt.template not in trained,
+            split=prompt.split,
+            text=prompt.text,
+            correct=prompt.correct,
+            wrong=prompt.wrong,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Return ``count`` prompts, or all if that is 0: those of each template in turn."""
+    turns: dict[str, int] = {}
+    order = []
+    for place, prompt in enumerate(prompts):
+        turns[prompt.template] = turns.get(prompt.template, -1) + 1
+        order.append((turns[prompt.template], place))
+    chosen = sorted(place for _, place in sorted(order)[: count or len(order)])
+    return [prompts[place] for place in chosen]
+
+
+@dataclasses.dataclass
+class BehaviourAblation:
+    """One dictionary, or another basis, on the prompts of one behaviour.
+
+    Args:
+      lm: the model.
+      basis: whose features or directions are ablated.
+      behaviour: its name.
+      prompts: of both splits.
+      config: of the ablation.
+      progress: of the behaviour.
+      folder: where measurements are kept, so that a killed run does not repeat them; None: nowhere.
+      features: T, if it is not chosen by attribution.
+
+    Raises:
+      UserError: there are no train or no test prompts, or the basis does not fit the model.
+    """
+
+    lm: LanguageModel
+    basis: Basis
+    behaviour: str
+    prompts: Sequence[Prompt]
+    config: AblateConfig
+    progress: Progress
+    folder: Path | None = None
+    features: Sequence[int] | None = None
+
+    def __post_init__(self):
+        train = [prompt for prompt in self.prompts if prompt.split == "train"]
+        self.test = [prompt for prompt in self.prompts if prompt.split == "test"]
+        if not train or not self.test:
+            raise UserError(
+                f"behaviour {self.behaviour} has {len(train)} train and {len(self.test)} test prompts: expected some "
+                "of each; give both in --task.prompts, or run the stage baseline again"
+            )
+        config = self.config
+        self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
+        self.train = spread_over_templates(train, config.attribution_prompts)
+        self.train_runs, self.runs = self.split.run(self.train), self.split.run(self.test)
+        swaps = config.replacement == "counterpart"
+        self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
+        self.counterparts = self.split.run_counterparts(self.test) if swaps else []
+        mean_F = activity.means(self.split, self.train_runs) if config.replacement == "mean" else None
+        seed = np.uint32(config.seed) if config.replacement == "random" else None
+        self.replacement = Replacement(config.replacement, mean_F=mean_F, seed=seed)
+        self.progress.check()
+        self.attribution_F = self._mean_attribution(self.train_runs, self.train_counterparts)
+
+    def _mean_attribution(self, runs: Sequence, counterparts: Sequence) -> np.ndarray:
+        attribution_NxF = attribution(self.split, runs, source=self.replacement, counterparts=counterparts)
+        self.progress.check()
+        return attribution_NxF.mean(axis=0, dtype=np.float64)
+
+    def test_attribution(self) -> np.ndarray:
+        """Return each feature's attribution, mean over the test prompts, [F]."""
+        return self._mean_attribution(self.runs, self.counterparts)
+
+    def top(self) -> list[int]:
+        """Return T: at most k features, largest attribution first, those above zero alone; or the named ones."""
+        if self.features is not None:
+            return list(self.features)
+        return leaders(self.attribution_F, self.config.top)
+
+    def run(
+        self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
+    ) -> LogitDiffs:
+        """Run edits on the test prompts, or on others."""
+        runs, counterparts, folder = self.runs, self.counterparts, self.folder
+        if prompts is not None:
+            runs, folder = self.split.run(prompts), None
+            counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
+        count = len(edits) * sum(len(run.index_P) for run in runs)
+        return run_edits(
+            self.split,
+            runs,
+            self.edits(edits),
+            self.config.batch_rows,
+            self.progress.of_call(count),
+            counterparts=counterparts,
+            readouts=readouts,
+            folder=folder,
+        )
+
+    def edits(self, definitions: Sequence[EditDefinition]):
+        """Return the batched edits of some definitions."""
+        sets, fractions = [edit.features for edit in definitions], [edit.fraction for edit in definitions]
+        return mask(self.split.dictionary, sets, fractions, self.replacement)
+
+    def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
+        """Return the norm of each edit's change on each test prompt, [E, P]."""
+        return change_norms(self.split, self.runs, self.edits(definitions), self.counterparts)
+
+    def random_sets(self, top: Sequence[int]) -> np.ndarray:
+        """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
+        share_F = activity.firing_prompts(self.split, self.runs) / len(self.test)
+        pool = np.setdiff1d(np.flatnonzero(share_F >= MIN_FIRING), np.asarray(top))
+        return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
+
+    def placebo_sets(self) -> list[tuple[tuple[str, str], list[int]]]:
+        """Return the placebo targets, as text, and the top features of each."""
+        targets_Rx2 = self.placebo_targets()
+        if not len(targets_Rx2):
+            return []
+        # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
+        source = Replacement() if self.replacement.kind == "counterpart" else self.replacement
+        attribution_RxF = target_attributions(self.split, self.train_runs, targets_Rx2, source, self.progress.check)
+        texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
+        sets = [leaders(attribution_F, self.config.top) for attribution_F in attribution_RxF]
+        return [((right, wrong), members) for (right, wrong), members in zip(texts, sets, strict=True) if members]
+
+    def placebo_targets(self) -> np.ndarray:
+        """Return pairs of likely tokens that are the beginning of no answer, [R, 2]; drawn without replacement."""
+        likely = likely_tokens(self.split, self.train_runs, LIKELY)
+        answers = {text.strip().casefold() for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
+        special = set(getattr(self.lm.tokenizer, "all_special_ids", ()))
+
+        def is_neutral(token: int) -> bool:
+            text = self.lm.tokenizer.decode([token]).strip().casefold()
+            return token not in special and bool(text) and not any(answer.startswith(text) for answer in answers)
+
+        tokens = np.array([token for token in likely.tolist() if is_neutral(token)], np.int64)
+        pairs = len(tokens) * (len(tokens) - 1)
+        count = min(self.config.placebo_targets, pairs)
+        drawn_R = np.random.default_rng(self.config.seed).choice(pairs, count, replace=False) if count else np.zeros(0)
+        first_R, second_R = np.divmod(drawn_R.astype(np.int64), max(len(tokens) - 1, 1))
+        second_R = second_R + (second_R >= first_R)  # any token but the first
+        return tokens[np.stack([first_R, second_R], axis=1)] if count else np.zeros((0, 2), np.int64)
+
+
+def measure_behaviour(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    behaviour: str,
+    prompts: Mapping[str, Sequence[Prompt]],
+    config: AblateConfig,
+    text: HeldOutText | None = None,
+    repeats: Mapping[str, Dictionary] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    folder: Path | None = None,
+    features: Sequence[int] | None = None,
+) -> tuple[EffectsTable, BehaviourAblation]:
+    """Measure what the verdict on a behaviour needs.
+
+    Args:
+      lm: the model.
+      dictionary: the tested one.
+      behaviour: its name.
+      prompts: of all behaviours of the run, by name.
+      config: of the ablation.
+      text: held-out documents, if there are any.
+      repeats: dictionaries of other seeds, by name.
+      on_progress: called with rows done and expected; may raise to stop.
+      folder: where measurements are kept until all are done; None: nowhere.
+      features: T of the tested dictionary, if it is not chosen by attribution.
+
+    Returns:
+      The table of the behaviour, and the tested dictionary's ablation for further measurements.
+
+    Raises:
+      UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
+    """
+    progress = Progress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
+
+    def ablation(basis: Basis, name: str) -> BehaviourAblation:
+        own = folder / re.sub(r"\W+", "-", name or "tested") if folder else None
+        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, own)
+
+    rows = TableRows()
+    tested = ablation(dictionary, TESTED)
+    tested.features = features
+    dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
+    others = dict(repeats or {})
+    if config.error == "keep":  # without the error term another basis would have to explain the site alone
+        untrained = ablation(_untrained(tested, dictionary), UNTRAINED)
+        if config.untrained:
+            _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
+        for basis_name in config.baselines:
+            basis = untrained if basis_name == "untrained" else _basis(basis_name, tested, dictionary, ablation)
+            if basis is not None:
+                _measure_basis(basis, basis_name, dose, text, rows)
+    for name, other in others.items():
+        _measure_dictionary(ablation(other, name), name, prompts, text, rows)
+    return rows.table(), tested
+
+
+def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
+    """Return about how many rows a behaviour takes: edits on prompts."""
+    test = sum(prompt.split == "test" for prompt in prompts[behaviour])
+    pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
+    controls = 1.5 * (pool + config.placebo_targets)  # half of the sets are ablated twice
+    trainings = 1 + config.untrained + len(config.repeats)
+    edits = trainings * (len(FRACTIONS) + controls) + len(FRACTIONS) * len(config.baselines) + 2 * config.top
+    edits += features / 4 * (config.effects == "all")
+    return round(test * (edits + trainings * (len(prompts) - 1)))
+
+
+def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary) -> EffectsTable:
+    """Return the clean cross-entropy of held-out documents."""
+    split = SplitModel(lm, dictionary)
+    diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
+    clean = EditDefinition(TEXT, "clean")
+    rows = TableRows()
+    rows.add([clean], _documents(text), ("ce",), [(diffs.clean_N / diffs.tokens_N)[None]])
+    return rows.table()
+
+
+def _measure_dictionary(
+    ablation: BehaviourAblation,
+    name: str,
+    prompts: Mapping[str, Sequence[Prompt]],
+    text: HeldOutText | None,
+    rows: TableRows,
+) -> float:
+    """Measure one dictionary; return the dose of T."""
+    top = ablation.top()
+    if not top:
+        raise UserError(
+            f"no feature of the dictionary has an attribution above zero on the train prompts of {ablation.behaviour}: "
+            "does the dictionary belong to this model and site?"
+        )
+
+    def define(group: str, members: Sequence[int], index: int = 0, fraction: float = 1.0, target=None):
+        features = tuple(int(feature) for feature in members)
+        return EditDefinition(ablation.behaviour, group, index, features, fraction, name, target)
+
+    grid = [define("top", top, fraction=fraction) for fraction in FRACTIONS]
+    controls = [define("random", members, index) for index, members in enumerate(ablation.random_sets(top))]
+    controls += [
+        define("placebo", members, index, target=target)
+        for index, (target, members) in enumerate(ablation.placebo_sets())
+    ]
+    extra = []
+    if name == TESTED:
+        extra += [define("single", [feature], index) for index, feature in enumerate(top)]
+        sizes = [2**n for n in range(len(top).bit_length()) if 2**n < len(top)]
+        extra += [define("growing", top[:size], index) for index, size in enumerate(sizes)]
+    full_ExP = ablation.norms([grid[-1], *extra, *controls])
+    top_norm_P, extra_norm_ExP, control_norm_ExP = full_ExP[0], full_ExP[1 : 1 + len(extra)], full_ExP[1 + len(extra) :]
+    dose, dose_E = float(np.sqrt(np.mean(top_norm_P**2))), np.sqrt(np.mean(control_norm_ExP**2, axis=1))
+    # The change is linear in the fraction, and so is its norm.
+    share_E = [dose / control if control > dose else 1.0 for control in dose_E]
+    reduced = [
+        dataclasses.replace(edit, fraction=share)
+        for edit, share in zip(controls, share_E, strict=True)
+        if 0 < share < 1
+    ]
+    reduced_norm_ExP = np.array([n_P * s for n_P, s in zip(control_norm_ExP, share_E, strict=True) if 0 < s < 1])
+    reduced_norm_ExP = reduced_norm_ExP.reshape(len(reduced), len(top_norm_P))
+    fraction_A = np.array(FRACTIONS)
+
+    definitions = define_prompts(ablation.behaviour, ablation.prompts)
+    test = [prompt for prompt in definitions if prompt.split == "test"]
+    rows.add([], definitions, (), [])
+    diffs = ablation.run([*grid, *extra], readouts=True)
+    norm_ExP = np.concatenate([fraction_A[:, None] * top_norm_P, extra_norm_ExP])
+    rows.add([*grid, *extra], test, _FULL, [*_readouts(diffs, 1), norm_ExP])
+    if name == TESTED:
+        clean = EditDefinition(ablation.behaviour, "clean")
+        rows.add([clean], test, _FULL, [*_readouts(diffs, 0), np.zeros((1, len(test)))])
+    diffs = ablation.run([*controls, *reduced])
+    norm_ExP = np.concatenate([control_norm_ExP, reduced_norm_ExP])
+    rows.add([*controls, *reduced], test, _SHORT, [diffs.ablated_SxP, norm_ExP])
+    for other, theirs in prompts.items():
+        if other != ablation.behaviour:
+            others = [prompt for prompt in define_prompts(other, theirs) if prompt.split == "test"]
+            diffs = ablation.run(grid[-1:], prompts=[prompt for prompt in theirs if prompt.split == "test"])
+            rows.add(grid[-1:], others, ("logit_diff",), [diffs.ablated_SxP])
+    if text:
+        _measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text, rows)
+    if name == TESTED and ablation.config.effects == "all":
+        _measure_every(ablation, test, rows)
+    return dose
+
+
+def _measure_every(ablation: BehaviourAblation, test: Sequence[PromptDefinition], rows: TableRows) -> None:
+    """Measure every feature that fires on the test prompts, one by one."""
+    live = np.flatnonzero(activity.firing_prompts(ablation.split, ablation.runs) > 0)
+    every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
+    diffs = ablation.run(every)
+    # All features share one rounding error per prompt, which would make many small effects agree.
+    is_rounding_SxP = np.abs(diffs.drop_SxP) <= 4 * diffs.rounding_P[None, :]
+    rows.add(every, test, ("logit_diff",), [np.where(is_rounding_SxP, diffs.clean_P, diffs.ablated_SxP)])
+
+
+def _measure_basis(
+    ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None, rows: TableRows
+) -> None:
+    """Measure the directions of a basis: as many, by attribution, as reach a dose."""
+    order = leaders(ablation.attribution_F, WIDEST * ablation.config.top)
+    if not order:
+        return
+
+    def define(size: int, fraction: float = 1.0) -> EditDefinition:
+        return EditDefinition(ablation.behaviour, BASIS + name, 0, tuple(order[:size]), fraction)
+
+    norm_ExP = ablation.norms([define(size) for size in range(1, len(order) + 1)])
+    dose_E = np.sqrt(np.mean(norm_ExP**2, axis=1))
+    reaches_E = dose_E >= dose
+    size = int(np.argmax(reaches_E)) + 1 if reaches_E.any() else len(order)
+    most = min(1.0, dose / dose_E[size - 1]) if dose_E[size - 1] > 0 else 1.0
+    grid = [define(size, fraction * most) for fraction in FRACTIONS]
+    test = [prompt for prompt in define_prompts(ablation.behaviour, ablation.prompts) if prompt.split == "test"]
+    diffs = ablation.run(grid)
+    fraction_A = np.array([edit.fraction for edit in grid])
+    rows.add(grid, test, _SHORT, [diffs.ablated_SxP, fraction_A[:, None] * norm_ExP[size - 1]])
+    if text:
+        _measure_text(ablation, grid, KL_FRACTIONS, text, rows)
+
+
+def _measure_text(
+    ablation: BehaviourAblation,
+    grid: Sequence[EditDefinition],
+    fractions: Sequence[float],
+    text: HeldOutText,
+    rows: TableRows,
+) -> None:
+    """Measure some edits of a grid on held-out text."""
+    chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
+    diffs = text.effects(ablation.split, ablation.edits(chosen))
+    ablation.progress.check()
+    ce_SxN = (diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N
+    rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N])
+
+
+def _documents(text: HeldOutText) -> list[PromptDefinition]:
+    return [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
+
+
+def _readouts(diffs: LogitDiffs, side: int) -> list[np.ndarray]:
+    """Return logit_diff, log_prob, top1, two_way and kl: clean ones [1, P] (side 0), or those of the edits (side 1)."""
+    pairs = dict(diffs.readouts) | dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP))
+    values = {name: np.atleast_2d(pair[side]).astype(np.float64) for name, pair in pairs.items()}
+    values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
+    return [values[name] for name in _FULL[:-1]]
+
+
+def _untrained(tested: BehaviourAblation, dictionary: Dictionary) -> Dictionary:
+    statistics = activity.statistics(tested.split, tested.runs)
+    active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
+    return bases.untrained(dictionary, active, tested.config.seed)
+
+
+def _basis(
+    name: str,
+    tested: BehaviourAblation,
+    dictionary: Dictionary,
+    ablation: Callable[[Basis, str], BehaviourAblation],
+) -> BehaviourAblation | None:
+    """Return a basis on the behaviour; None where it cannot be had."""
+    basis: Basis | None
+    if name not in BASES:
+        return ablation(load_dictionary(name), BASIS + name)
+    if name == "neurons":
+        site = Site.parse(dictionary.config.target or dictionary.site)
+        # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
+        if tested.lm.config.post_norms or site.kind == "mlp_in":
+            return None
+        return ablation(bases.Neurons(tested.lm, site.layer), BASIS + name)
+    values_NxD = bases.train_values(tested.train_runs)
+    if not len(values_NxD):
+        return None
+    if name == "pca":
+        basis = bases.principal_components(dictionary, values_NxD)
+    else:
+        means_GxD = bases.answer_means(tested.train_runs)
+        basis = bases.difference_of_means(dictionary, means_GxD, values_NxD) if len(means_GxD) > 1 else None
+    return ablation(basis, BASIS + name) if basis is not None else None

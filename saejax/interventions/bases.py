@@ -1,0 +1,200 @@
+"""Simpler bases of a site, whose directions are ablated in the same way as features.
+
+- ``neurons``: the neurons of the MLP in the site's layer. A neuron's activation is what the down projection reads, its
+  direction is its row there; ablating it changes ``mlp_out``. First tokens are left alone, as dictionaries leave
+  attention sinks.
+- ``pca``: the principal components of the site's values on the train prompts. Ablating one sets the value to the mean
+  along it.
+- ``diff_means``: differences of means. The site's value at the last position is averaged over the train prompts of each
+  correct answer; the directions are the principal ones of these means around their mean, of two answers their
+  difference. Ablating one sets the value to the mean along it, as with principal components.
+- ``untrained``: a dictionary of random unit directions, as many as the dictionary has features, and as many active per
+  position, the largest projections.
+
+Published work finds neurons and random dictionaries close to trained ones on many scores; a dictionary whose top
+features do no more than these has not earned its place.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
+from saejax.dictionaries.editing import Editing
+from saejax.dictionaries.matmul import matmul
+from saejax.interventions.split_model import CleanRun
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import mlp_neurons
+from saejax.models.rules import GRADIENT
+
+_WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
+
+
+class _Directions(Editing, nnx.Module):
+    """A basis of directions, each with an activation of either sign; what they do not explain is the error term."""
+
+    W_dec_FxD: nnx.Param
+
+    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
+        """Return what all directions add [B, T, D], without a bias or centre."""
+        return matmul(f_BxTxF, self.W_dec_FxD[...])
+
+    def fires(self, f_xF: jax.Array) -> jax.Array:
+        """Return where activations are not 0."""
+        return f_xF != 0
+
+
+class Neurons(_Directions):
+    """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
+
+    Args:
+      layer: of the MLP.
+    """
+
+    def __init__(self, model: LanguageModel, layer: int):
+        weights = decoder.layer_params(model.params, layer)
+        self.decoder = nnx.static(model.config)
+        self.names = nnx.static(tuple(name for name in _WEIGHTS if name in weights))
+        for name in self.names:
+            setattr(self, name, nnx.Param(weights[name]))
+        self.W_dec_FxD = nnx.Param(weights["down_FxD"])
+        self.config = nnx.static(
+            DictionaryConfig(
+                kind="linear",
+                site=f"mlp_in.{layer}",
+                target=f"mlp_out.{layer}",
+                d_in=model.config.d_model,
+                n_features=model.config.d_mlp,
+                model=model.source.name,
+                fingerprint=model.source.fingerprint,
+            )
+        )
+
+    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Return the neurons' activations [B, T, F]."""
+        config: DecoderConfig = self.decoder
+        return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
+
+    def is_not_sink(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Return True at every position but the first."""
+        return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
+
+
+class Joined(_Directions):
+    """Several bases of one site as one, so that one program serves all of them.
+
+    Args:
+      members: dictionaries that read and write the same site; their directions follow one another.
+    """
+
+    def __init__(self, members: Sequence[Basis]):
+        self.count = nnx.static(len(members))
+        for number, member in enumerate(members):
+            setattr(self, f"member{number}", member)
+        self.W_dec_FxD = nnx.Param(jnp.concatenate([member.W_dec_FxD[...] for member in members]))
+        size = sum(member.config.n_features for member in members)
+        self.config = nnx.static(dataclasses.replace(members[0].config, kind="linear", k=0, n_features=size))
+
+    @property
+    def _members(self) -> list[Basis]:
+        return [getattr(self, f"member{number}") for number in range(self.count)]
+
+    def encode(self, x_xD: jax.Array) -> jax.Array:
+        """Return all activations [..., F], of each member 0 at its sinks."""
+        parts = [jnp.where(member.is_not_sink(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
+        return jnp.concatenate(parts, axis=-1)
+
+    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
+        """Return where a position is no sink of some member."""
+        return jnp.stack([member.is_not_sink(x_xD) for member in self._members]).any(axis=0)
+
+
+def principal_components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:
+    """Return the principal components of values at the dictionary's site, as a linear dictionary.
+
+    Args:
+      dictionary: which site it is, and what counts as a sink there.
+      values_NxD: at least one.
+
+    Returns:
+      None where all values are the same.
+    """
+    if not len(values_NxD):
+        raise ValueError("there are no values to find principal components of")
+    mean_D = values_NxD.mean(axis=0, dtype=np.float64)
+    return directions(dictionary, values_NxD - mean_D[None, :], mean_D)
+
+
+def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarray) -> Dictionary | None:
+    """Return the principal directions of some rows, those of no size left out, as a linear dictionary around a centre.
+
+    Args:
+      dictionary: which site it is, and what counts as a sink there.
+      rows_NxD: not centred here.
+      centre_D: where a value stands from which all directions were removed.
+
+    Returns:
+      None where all rows are 0 but for rounding.
+    """
+    _, size_X, every_XxD = np.linalg.svd(rows_NxD, full_matrices=False)
+    directions_FxD = every_XxD[size_X > 1e-6 * max(size_X.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
+    if not len(directions_FxD):
+        return None
+    config = _like(dictionary, kind="linear", n_features=len(directions_FxD))
+    arrays = dict(
+        W_enc_DxF=directions_FxD.T, b_enc_F=np.zeros(len(directions_FxD)), W_dec_FxD=directions_FxD, b_dec_D=centre_D
+    )
+    return Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()})
+
+
+def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
+    """Return a TopK dictionary of random directions at the same site, of the same size and centre.
+
+    Args:
+      dictionary: what it is like.
+      active: features active per position.
+      seed: of the directions.
+    """
+    random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
+    return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
+
+
+def difference_of_means(dictionary: Dictionary, means_GxD: np.ndarray, values_NxD: np.ndarray) -> Dictionary | None:
+    """Return the principal directions of G answers' mean values around their mean; None if the means are the same."""
+    centre_D = values_NxD.mean(axis=0, dtype=np.float64)
+    return directions(dictionary, means_GxD - means_GxD.mean(axis=0), centre_D)
+
+
+def train_values(runs: Sequence[CleanRun]) -> np.ndarray:
+    """Return the site's values at the editable positions of prompts, [N, D]."""
+    parts = []
+    for run in runs:
+        count = len(run.index_P)
+        parts.append(np.asarray(run.value_BxTxD[:count], np.float32)[np.asarray(run.domain_BxT[:count])])
+    return np.concatenate(parts)
+
+
+def answer_means(runs: Sequence[CleanRun]) -> np.ndarray:
+    """Return the mean of the site's last value over the prompts of each of G correct answers, [G, D]."""
+    values: dict[int, list[np.ndarray]] = {}
+    for run in runs:
+        for row in range(len(run.index_P)):
+            value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
+            values.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
+    return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
+
+
+def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
+    """Return the configuration of an SAE at the site that the dictionary writes to."""
+    config = dictionary.config
+    if config.target:
+        changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, origin="")
+    return dataclasses.replace(config, **plain | changes)

@@ -1,0 +1,160 @@
+"""Held-out text, which has nothing to do with a behaviour, under edits: cross-entropy and divergence.
+
+The text is held-out documents of the corpus, of which the first tokens are read. Edits act at all positions but
+attention sinks. Where a counterpart's activations replace others, text has none, and they are set to zero.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import Basis
+from saejax.dictionaries.matmul import matmul
+from saejax.evaluation import programs
+from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.replacement import ZERO, Replacement
+from saejax.interventions.rows import Amounts
+from saejax.interventions.split_model import SplitModel, active_features, run_head
+from saejax.models.language_model import LanguageModel
+from saejax.models.split import SplitPoint
+from saejax.models.tokens import encode, pad
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import sharding
+from saejax.settings import CorpusConfig, TaskConfig
+from saejax.tasks import corpora
+
+LENGTH = 64  # tokens of a document
+_AT_ONCE = 4  # documents of a program
+# Which documents [B], the site's value, what is read [B, T, D], where it may change [B, T]: other values, one by one.
+Edited = Callable[[np.ndarray, jax.Array, jax.Array, jax.Array], Iterable[jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDiffs:
+    """Sums over the predicted tokens of N documents.
+
+    Attributes:
+      tokens_N: how many there are.
+      clean_N: clean cross-entropy, nats.
+      rise_SxN: of cross-entropy under each of S edits, nats.
+      kl_SxN: KL(clean || edited), nats.
+    """
+
+    tokens_N: np.ndarray
+    clean_N: np.ndarray
+    rise_SxN: np.ndarray
+    kl_SxN: np.ndarray
+
+
+class HeldOutText:
+    """Documents on which edits are run.
+
+    Args:
+      documents: token ids, at least 2 of each.
+    """
+
+    def __init__(self, documents: Sequence[Sequence[int]]):
+        self.documents = [list(document) for document in documents]
+
+    @classmethod
+    def of(
+        cls, corpus: CorpusConfig, task: TaskConfig, model: LanguageModel, count: int, length: int = LENGTH
+    ) -> "HeldOutText | None":
+        """Return documents of the corpus, evenly spread over those that are held out; None if there are none.
+
+        Args:
+          corpus, task: where the text comes from.
+          model: whose tokens it is read in.
+          count: number of documents; 0: None is returned.
+          length: maximum number of tokens of each.
+
+        Raises:
+          UserError: the corpus cannot be read, or not be split.
+        """
+        if not count:
+            return None
+        held_out = corpora.held_out_documents(corpus, task)
+        chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
+        length = min(length, model.config.context)
+        ids = [encode(model.tokenizer, document.text[: 16 * length])[:length] for document in chosen]
+        read = [document for document in ids if len(document) > 1]
+        return cls(read) if read else None
+
+    def effects(self, split: SplitModel, edits: FeatureEdits) -> TextDiffs:
+        """Return what S edits do to the documents.
+
+        Args:
+          split: the model, split at the site that the edits' dictionary writes to.
+          edits: they must not add anything to activations.
+        """
+        amounts = Amounts.of(edits)
+        assert amounts.addends is None
+        source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
+        ((_, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
+        fraction_SxK = np.zeros((len(edits), len(features_K)), np.float32)
+        for fraction_K, members, fraction in zip(fraction_SxK, amounts.sets, amounts.fractions, strict=True):
+            fraction_K[np.searchsorted(features_K, members)] = fraction
+
+        def edited(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
+            real = jnp.int32((number_B < len(self.documents)).sum())  # the others pad the batch
+            fall = _fall(split.point, split.dictionary, source, read, domain, features_K, real)
+            return (_edited_value(split.point, value, *fall, fraction_K) for fraction_K in fraction_SxK)
+
+        return self.edited(split, edited)
+
+    def edited(self, split: SplitModel, edited: Edited) -> TextDiffs:
+        """Return what other values of the site do to the documents.
+
+        Args:
+          split: the model.
+          edited: gives the values of some documents, as many for all.
+        """
+        parts = [self._batch(split, edited, first) for first in range(0, len(self.documents), _AT_ONCE)]
+        ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+        tokens_N = np.array([len(document) - 1 for document in self.documents])
+        return TextDiffs(tokens_N, clean_N=ce_ExN[0], rise_SxN=ce_ExN[1:] - ce_ExN[0], kl_SxN=kl_ExN[1:])
+
+    def _batch(self, split: SplitModel, edited: Edited, first: int) -> list[np.ndarray]:
+        """Return cross-entropy and divergence of the documents from ``first`` on, [E, N]: clean ones, then edited."""
+        documents, point = self.documents[first : first + _AT_ONCE], split.point
+        real = len(documents)
+        padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
+        width = -(-max(map(len, self.documents)) // 16) * 16
+        ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
+        rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
+        stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
+        values = [value, *edited(first + np.arange(_AT_ONCE), value, read, domain)]
+        end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
+        sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
+        return [to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fall(
+    point: SplitPoint,
+    dictionary: Basis,
+    source: Replacement,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    features_K: jax.Array,
+    real: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return by how much K features' activations fall [B, T, K], and their directions [K, D]; ``real`` rows count."""
+    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
+    fall_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, real)
+    return jax.lax.with_sharding_constraint((fall_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _edited_value(
+    point: SplitPoint, value_BxTxD: jax.Array, fall_BxTxK: jax.Array, W_dec_KxD: jax.Array, fraction_K: jax.Array
+) -> jax.Array:
+    """Return the site's value without fractions of K features."""
+    fall_BxTxK = jnp.where(fraction_K != 0, fall_BxTxK * fraction_K.astype(fall_BxTxK.dtype), 0.0)
+    fall_BxTxD = matmul(fall_BxTxK.astype(W_dec_KxD.dtype), W_dec_KxD)
+    edited_BxTxD = (value_BxTxD.astype(fall_BxTxD.dtype) - fall_BxTxD).astype(value_BxTxD.dtype)
+    return jax.lax.with_sharding_constraint(edited_BxTxD, sharding(point.mesh))
