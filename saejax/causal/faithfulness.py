@@ -13,12 +13,12 @@ SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def faithfulness(score_xS: np.ndarray) -> np.ndarray:
-    """Return f of growing circuits from their mean scores, [..., S]; the first is that of none, the last that of all."""
+    """Return f of growing circuits from their mean scores [..., S]; the first holds nothing, the last everything."""
     none, every = score_xS[..., :1], score_xS[..., -1:]
     return (score_xS - none)[..., 1:] / (every - none)
 
 
 def area(faithfulness_xS: np.ndarray, share_S: np.ndarray, score: str) -> np.ndarray:
-    """Return the score "cpr" or "cmd" of faithfulness at each rising share of the features, [...]."""
+    """Return the score "cpr" or "cmd" of faithfulness at each rising share of the units, [...]."""
     height_xS = faithfulness_xS if score == "cpr" else np.abs(faithfulness_xS - 1)
     return np.trapezoid(height_xS, share_S, axis=-1)

@@ -133,8 +133,8 @@ def load_drops(folder: Path, behaviour: str) -> np.ndarray:
 
 def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None:
     """Return Spearman's correlation where both are defined; None where there is none."""
-    known_N = np.isfinite(first_N) & np.isfinite(second_N)
-    first_N, second_N = first_N[known_N], second_N[known_N]
-    if len(first_N) < 2 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
+    is_known_N = np.isfinite(first_N) & np.isfinite(second_N)
+    first, second = first_N[is_known_N], second_N[is_known_N]
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return None
-    return float(spearmanr(first_N, second_N).statistic)
+    return float(spearmanr(first, second).statistic)

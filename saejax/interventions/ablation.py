@@ -252,7 +252,9 @@ class BehaviourAblation:
 
         def is_neutral(token: int) -> bool:
             text = self.lm.tokenizer.decode([token]).strip().casefold()
-            return token not in special and bool(text) and not any(answer.startswith(text) for answer in answers)
+            # A token that is part of a character is no word that could be an answer.
+            is_word = token not in special and bool(text) and "\N{REPLACEMENT CHARACTER}" not in text
+            return is_word and not any(answer.startswith(text) for answer in answers)
 
         tokens = np.array([token for token in likely.tolist() if is_neutral(token)], np.int64)
         pairs = len(tokens) * (len(tokens) - 1)
@@ -370,32 +372,30 @@ def _measure_dictionary(
         extra += [define("single", [feature], index) for index, feature in enumerate(top)]
         sizes = [2**n for n in range(len(top).bit_length()) if 2**n < len(top)]
         extra += [define("growing", top[:size], index) for index, size in enumerate(sizes)]
-    full_ExP = ablation.norms([grid[-1], *extra, *controls])
-    top_norm_P, extra_norm_ExP, control_norm_ExP = full_ExP[0], full_ExP[1 : 1 + len(extra)], full_ExP[1 + len(extra) :]
-    dose, dose_E = float(np.sqrt(np.mean(top_norm_P**2))), np.sqrt(np.mean(control_norm_ExP**2, axis=1))
-    # The change is linear in the fraction, and so is its norm.
-    share_E = [dose / control if control > dose else 1.0 for control in dose_E]
+    whole = [grid[-1], *extra, *controls]
+    norm_of = dict(zip(whole, ablation.norms(whole), strict=True))
+
+    def norms(edits: Sequence[EditDefinition]) -> np.ndarray:
+        """Return the norms of partial edits: the change is linear in the fraction, and so is its norm."""
+        return np.stack([edit.fraction * norm_of[dataclasses.replace(edit, fraction=1.0)] for edit in edits])
+
+    dose = _root_mean_square(norm_of[grid[-1]])
+    shares = [dose / max(_root_mean_square(norm_of[edit]), 1e-30) for edit in controls]
     reduced = [
-        dataclasses.replace(edit, fraction=share)
-        for edit, share in zip(controls, share_E, strict=True)
-        if 0 < share < 1
+        dataclasses.replace(edit, fraction=share) for edit, share in zip(controls, shares, strict=True) if share < 1
     ]
-    reduced_norm_ExP = np.array([n_P * s for n_P, s in zip(control_norm_ExP, share_E, strict=True) if 0 < s < 1])
-    reduced_norm_ExP = reduced_norm_ExP.reshape(len(reduced), len(top_norm_P))
-    fraction_A = np.array(FRACTIONS)
 
     definitions = define_prompts(ablation.behaviour, ablation.prompts)
     test = [prompt for prompt in definitions if prompt.split == "test"]
     rows.add([], definitions, (), [])
     diffs = ablation.run([*grid, *extra], readouts=True)
-    norm_ExP = np.concatenate([fraction_A[:, None] * top_norm_P, extra_norm_ExP])
-    rows.add([*grid, *extra], test, _FULL, [*_readouts(diffs, 1), norm_ExP])
+    rows.add([*grid, *extra], test, _FULL, [*_readouts(diffs, 1), norms([*grid, *extra])])
     if name == TESTED:
         clean = EditDefinition(ablation.behaviour, "clean")
         rows.add([clean], test, _FULL, [*_readouts(diffs, 0), np.zeros((1, len(test)))])
-    diffs = ablation.run([*controls, *reduced])
-    norm_ExP = np.concatenate([control_norm_ExP, reduced_norm_ExP])
-    rows.add([*controls, *reduced], test, _SHORT, [diffs.ablated_SxP, norm_ExP])
+    if controls:
+        diffs = ablation.run([*controls, *reduced])
+        rows.add([*controls, *reduced], test, _SHORT, [diffs.ablated_SxP, norms([*controls, *reduced])])
     for other, theirs in prompts.items():
         if other != ablation.behaviour:
             others = [prompt for prompt in define_prompts(other, theirs) if prompt.split == "test"]
@@ -429,16 +429,16 @@ def _measure_basis(
     def define(size: int, fraction: float = 1.0) -> EditDefinition:
         return EditDefinition(ablation.behaviour, BASIS + name, 0, tuple(order[:size]), fraction)
 
-    norm_ExP = ablation.norms([define(size) for size in range(1, len(order) + 1)])
-    dose_E = np.sqrt(np.mean(norm_ExP**2, axis=1))
-    reaches_E = dose_E >= dose
-    size = int(np.argmax(reaches_E)) + 1 if reaches_E.any() else len(order)
-    most = min(1.0, dose / dose_E[size - 1]) if dose_E[size - 1] > 0 else 1.0
+    norm_SxP = ablation.norms([define(size) for size in range(1, len(order) + 1)])
+    dose_S = np.array([_root_mean_square(norm_P) for norm_P in norm_SxP])
+    reaches_S = dose_S >= dose
+    size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
+    most = min(1.0, dose / dose_S[size - 1]) if dose_S[size - 1] > 0 else 1.0
     grid = [define(size, fraction * most) for fraction in FRACTIONS]
     test = [prompt for prompt in define_prompts(ablation.behaviour, ablation.prompts) if prompt.split == "test"]
     diffs = ablation.run(grid)
-    fraction_A = np.array([edit.fraction for edit in grid])
-    rows.add(grid, test, _SHORT, [diffs.ablated_SxP, fraction_A[:, None] * norm_ExP[size - 1]])
+    norm_AxP = np.array([edit.fraction for edit in grid])[:, None] * norm_SxP[size - 1][None, :]
+    rows.add(grid, test, _SHORT, [diffs.ablated_SxP, norm_AxP])
     if text:
         _measure_text(ablation, grid, KL_FRACTIONS, text, rows)
 
@@ -454,8 +454,12 @@ def _measure_text(
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
     diffs = text.effects(ablation.split, ablation.edits(chosen))
     ablation.progress.check()
-    ce_SxN = (diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N
-    rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N])
+    ce_SxN = (diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N[None]
+    rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N[None]])
+
+
+def _root_mean_square(norm_P: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(norm_P))))
 
 
 def _documents(text: HeldOutText) -> list[PromptDefinition]:

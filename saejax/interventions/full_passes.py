@@ -53,7 +53,7 @@ def effects_by_full_passes(
         rebuilt_BxTxD = basis.decode(basis.encode(read_BxTxD), read_BxTxD)
         value_BxTxD = jnp.where(usable_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
         clean = lm(tokens, edits=[SiteEdit.patch(writes, value_BxTxD)])
-    editable_BxT = usable_BxT & where(positions, tokens.last_B, tokens.mask_BxT.shape[1])
+    editable_BxT = np.asarray(usable_BxT) & where(positions, tokens.last_B, tokens.mask_BxT.shape[1])
     f_BxTxF = jnp.where(editable_BxT[..., None], basis.encode(read_BxTxD), 0.0)
     other_BxTxF = f_BxTxF
     if source.kind == "counterpart":
@@ -63,17 +63,18 @@ def effects_by_full_passes(
         other_read_BxTxD = jnp.asarray(lm(others, capture=[reads]).sites[reads])
         other_usable_BxT = editable_BxT & basis.is_not_sink(other_read_BxTxD)
         other_BxTxF = jnp.where(other_usable_BxT[..., None], basis.encode(other_read_BxTxD), 0.0)
+    value_BxTxD = np.asarray(value_BxTxD, np.float64)
     answers_Bx2, last_B, rows_B = first_answer_ids(lm.tokenizer, prompts), tokens.last_B, np.arange(len(prompts))
     clean_BxV = log_softmax(np.asarray(clean.logits_BxTxV, np.float64)[rows_B, last_B], axis=1)
-    W_dec_FxD = basis.W_dec_FxD[...]
+    W_dec_FxD = np.asarray(basis.W_dec_FxD[...], np.float64)
     values_ExPxR = np.zeros((len(edits), len(prompts), len(readouts)))
     for e, members in enumerate(edits.sets):
         chosen = f_BxTxF[:, :, members], other_BxTxF[:, :, members], editable_BxT, jnp.asarray(members)
-        fall_BxTxK = source.removed(*chosen, jnp.int32(len(prompts))) * edits.fractions[e]
+        fall_BxTxK = np.asarray(source.removed(*chosen, jnp.int32(len(prompts))), np.float64) * edits.fractions[e]
         if edits.addends is not None:
-            fall_BxTxK = fall_BxTxK - editable_BxT[..., None] * edits.addends[e]
-        change_BxTxD = (fall_BxTxK @ W_dec_FxD[members]).astype(value_BxTxD.dtype)
-        output = lm(tokens, edits=[SiteEdit.patch(writes, value_BxTxD - change_BxTxD)])
+            fall_BxTxK -= editable_BxT[..., None] * edits.addends[e]
+        change_BxTxD = fall_BxTxK @ W_dec_FxD[members]
+        output = lm(tokens, edits=[SiteEdit.patch(writes, np.float32(value_BxTxD - change_BxTxD))])
         logp_BxV = log_softmax(np.asarray(output.logits_BxTxV, np.float64)[rows_B, last_B], axis=1)
         right_B, wrong_B = np.take_along_axis(logp_BxV, answers_Bx2, axis=1).T
         values = dict(
@@ -81,7 +82,7 @@ def effects_by_full_passes(
             log_prob=right_B,
             top1=(logp_BxV.argmax(axis=1) == answers_Bx2[:, 0]).astype(np.float64),
             kl=np.sum(np.exp(clean_BxV) * (clean_BxV - logp_BxV), axis=1),
-            change_norm=np.sqrt(np.square(np.asarray(change_BxTxD, np.float64)).sum(axis=(1, 2))),
+            change_norm=np.sqrt(np.square(change_BxTxD).sum(axis=(1, 2))),
         )
         values_ExPxR[e] = np.stack([values[name] for name in readouts], axis=-1)
     return values_ExPxR

@@ -59,12 +59,12 @@ def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str
     where = Site.parse(site).check(lm.config)
     point = SplitPoint(lm.config, where, where, lm.mesh, lm.rules)
     tokens = lm.tokenize([prompt.text for prompt in prompts])
-    answers_Bx2 = first_answer_ids(lm.tokenizer, prompts)
+    answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
     parts = []
     for first in range(0, len(prompts), PROMPTS):
         # The last batch is padded with copies, so that one program serves all.
-        rows_P = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
-        arrays = tokens.ids_BxT[rows_P], tokens.last_B[rows_P], answers_Bx2[rows_P]
+        rows_B = np.minimum(np.arange(first, first + PROMPTS), len(prompts) - 1)
+        arrays = tokens.ids_BxT[rows_B], tokens.last_B[rows_B], answers_Px2[rows_B]
         slope_BxTxD = _site_slopes(point, readout, lm.params, *by_row(lm.mesh, *arrays))
         parts.append(to_host(slope_BxTxD)[: len(prompts) - first])
     slope_PxTxD = np.concatenate(parts)
@@ -140,24 +140,24 @@ def target_attributions(
       UserError: it is not finite.
     """
     count = len(targets_Rx2)
-    padded_Rx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
-    total_RxF = np.zeros((len(padded_Rx2), split.dictionary.config.n_features))
+    padded_Cx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
+    total_CxF = np.zeros((len(padded_Cx2), split.dictionary.config.n_features))
     for run in runs:
         sums = firing_sums(split, run) if source.kind == "random" else ()
         for own in slices(run):
             rows = split.placed(run.rows(own))
             real_B = np.arange(own.start, own.stop) < len(run.index_P)
-            for first in range(0, len(padded_Rx2), TARGETS):
+            for first in range(0, len(padded_Cx2), TARGETS):
                 check()
                 chunk = slice(first, first + TARGETS)
-                total_RxF[chunk] += to_host(
+                total_CxF[chunk] += to_host(
                     score_targets(
-                        split.point, split.params, split.dictionary, rows, real_B, padded_Rx2[chunk], source, sums
+                        split.point, split.params, split.dictionary, rows, real_B, padded_Cx2[chunk], source, sums
                     )
                 )
-    if not np.isfinite(total_RxF).all():
+    if not np.isfinite(total_CxF).all():
         raise UserError(_not_finite(split.point))
-    return total_RxF[:count] / sum(len(run.index_P) for run in runs)
+    return total_CxF[:count] / sum(len(run.index_P) for run in runs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

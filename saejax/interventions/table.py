@@ -45,7 +45,7 @@ READOUTS = ("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_nor
 #: The behaviour of held-out documents.
 TEXT = "text"
 #: The value of ``EditDefinition.dictionary`` for the tested dictionary and for edits that need none.
-TESTED = ""
+TESTED = "tested"
 #: The value of ``EditDefinition.dictionary`` for the untrained dictionary.
 UNTRAINED = "untrained"
 
@@ -77,7 +77,7 @@ class EditDefinition:
     @property
     def id(self) -> str:
         """The name of the edit, unique within its behaviour, such as ``random/3@0.5`` or ``untrained:top/0@1``."""
-        owner = f"{self.dictionary}:" if self.dictionary else ""
+        owner = "" if self.dictionary == TESTED else f"{self.dictionary}:"
         return f"{owner}{self.group}/{self.index}@{self.fraction!r}"
 
 
@@ -256,6 +256,7 @@ def save_effects(folder: str | Path, table: EffectsTable) -> None:
     import pyarrow.parquet as pq
 
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     dictionary_columns = dict(
         behaviour=(table.edit_N, [edit.behaviour for edit in table.edits]),
         edit=(table.edit_N, [edit.id for edit in table.edits]),

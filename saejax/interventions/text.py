@@ -154,7 +154,8 @@ def _edited_value(
     point: SplitPoint, value_BxTxD: jax.Array, fall_BxTxK: jax.Array, W_dec_KxD: jax.Array, fraction_K: jax.Array
 ) -> jax.Array:
     """Return the site's value without fractions of K features."""
-    fall_BxTxK = jnp.where(fraction_K != 0, fall_BxTxK * fraction_K.astype(fall_BxTxK.dtype), 0.0)
+    fraction_1x1xK = fraction_K.astype(fall_BxTxK.dtype)[None, None, :]
+    fall_BxTxK = jnp.where(fraction_1x1xK != 0, fall_BxTxK * fraction_1x1xK, 0.0)
     fall_BxTxD = matmul(fall_BxTxK.astype(W_dec_KxD.dtype), W_dec_KxD)
     edited_BxTxD = (value_BxTxD.astype(fall_BxTxD.dtype) - fall_BxTxD).astype(value_BxTxD.dtype)
     return jax.lax.with_sharding_constraint(edited_BxTxD, sharding(point.mesh))

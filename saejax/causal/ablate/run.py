@@ -152,11 +152,11 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     edits = table.select_edits(ablation.behaviour, "single", TESTED)
     drop_KxP = table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
     templates = [prompt.template for prompt in prompts]
-    interval_K = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
+    intervals = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
     if len(prompts) > 1:
         weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
         ends = [percentile_interval(weights_SxP @ drop_P) for drop_P in drop_KxP]
-        interval_K = [Interval(one.mean, low, high) for one, (low, high) in zip(interval_K, ends, strict=True)]
+        intervals = [Interval(old.mean, low, high) for old, (low, high) in zip(intervals, ends, strict=True)]
     statistics = activity.statistics(ablation.split, ablation.runs)
     return tuple(
         FeatureEffect(
@@ -166,7 +166,7 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
             firing_rate=float(statistics.firing_rate_F[feature]),
             mean_activation=float(statistics.mean_activation_F[feature]),
         )
-        for edit, interval in zip(edits, interval_K, strict=True)
+        for edit, interval in zip(edits, intervals, strict=True)
     )
 
 

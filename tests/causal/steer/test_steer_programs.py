@@ -165,8 +165,8 @@ def test_examples_have_the_target_where_it_is_wrong(prompts, tiny):
 
 
 def test_text_behind_examples_costs_what_likelihoods_say(tiny):
-    from saejax.interventions.text import HeldOutText
     from saejax.causal.steer.prompting import text_rise
+    from saejax.interventions.text import HeldOutText
 
     documents = [tiny.tokenizer(text)["input_ids"] for text in ("The cat near the dogs", "A year of war and water")]
     rise_N, tokens_N = text_rise(tiny, HeldOutText(documents), ["The way\n", ""])
