@@ -29,10 +29,9 @@ from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions.split_model import CleanRun
 from saejax.models import decoder
-from saejax.models.config import DecoderConfig
+from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import mlp_neurons
-from saejax.models.rules import GRADIENT
 
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
 

@@ -15,8 +15,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.interventions.replacement import Replacement
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
-from saejax.models.split import SplitPoint
-from saejax.models.split import PrefixKV, SharedPrefixBatch
+from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.mesh import fitting_sharding, sharding
 
 

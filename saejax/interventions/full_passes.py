@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from saejax.errors import UserError
 from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.positions import where
-from saejax.models.site_edits import SiteEdit
+from saejax.models.edits import SiteEdit
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

@@ -82,7 +82,9 @@ class RowBatch:
     tokens: int
     features_K: np.ndarray
 
-    def filled(self, prompts: "Prompts", amounts: Amounts) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
+    def filled(
+        self, prompts: "Prompts", amounts: Amounts
+    ) -> tuple[SharedPrefixBatch, np.ndarray, np.ndarray, np.ndarray | None]:
         """Return the tree of the rows, which of its tokens is each row's last [S, R], and their amounts [S, R, K].
 
         Padding changes nothing and stands at a real place.
