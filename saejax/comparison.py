@@ -41,7 +41,7 @@ class Difference:
     """A value that differs."""
 
     kind: Literal["setting", "package", "verdict", "figure"]  #: what it is
-    name: str  #: where it stands, such as "train.k" or "behaviours.capital.grades.highest"
+    name: str  #: where it stands, such as "train.k" or "verdict.dictionaries.tested.capital.random.answer"
     first: Any  #: as JSON; None where there is none
     second: Any  #: likewise
     apart: bool | None  #: whether the intervals of a figure do not overlap; None where it has none
@@ -163,7 +163,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(value):
             own = getattr(item, "name", None) or getattr(item, "feature", index)
             yield from _leaves(item, f"{name}[{own}]")
-    elif not (isinstance(value, str) and " " in value):
+    elif not (isinstance(value, str) and value.count(" ") > 2):  # answers are words, sentences repeat figures
         yield name, value
 
 

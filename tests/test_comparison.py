@@ -54,11 +54,11 @@ def test_what_changed_is_found_and_nothing_else(first, second, tmp_path, capsys)
         summary["config"]["ablate"]["top"] = 9
         summary["packages"]["jax"] = "9.9"
         summary["seconds"] = 99.0
-        found = summary["results"]["behaviours"]["capital"]
-        found["grades"]["highest"], found["grades"]["harms"]["holds"] = "none", False
-        found["joint"]["logit_diff_drop"] = dict(mean=0.1, low=0.0, high=0.2)
-        found["difference"]["low"] -= 0.1
-        found["controls"]["logit_diff_drop"][3] += 1.0
+        capital = summary["results"]["verdict"]["dictionaries"]["tested"]["capital"]
+        capital["random"]["answer"], capital["placebo"]["answer"] = "not testable", "no"
+        capital["ablation"]["logit_diff"]["effect"] = dict(mean=0.1, low=0.0, high=0.2)
+        capital["random"]["effect"]["low"] -= 0.1
+        capital["placebo"]["numbers"]["mean"] *= 2
 
     change(second, "ablate/topk", edit)
     shutil.rmtree(second / "evaluate" / "standard")
@@ -66,15 +66,15 @@ def test_what_changed_is_found_and_nothing_else(first, second, tmp_path, capsys)
     assert found["evaluate/standard"].state == "only in the first"
     assert {name for name, one in found.items() if one.state == "changed"} == {"ablate/topk"}
     told = [(one.kind, one.name, one.apart) for one in found["ablate/topk"].changes]
-    before = "behaviours.capital."
+    before = "verdict.dictionaries.tested.capital."
     assert told == [
         ("setting", "ablate.top", None),
         ("package", "jax", None),
-        ("verdict", f"{before}grades.harms.holds", None),
-        ("verdict", f"{before}grades.highest", None),
-        ("figure", f"{before}joint.logit_diff_drop", True),
-        ("figure", f"{before}controls.logit_diff_drop", None),
-        ("figure", f"{before}difference", False),
+        ("verdict", f"{before}random.answer", None),
+        ("verdict", f"{before}placebo.answer", None),
+        ("figure", f"{before}ablation.logit_diff.effect", True),
+        ("figure", f"{before}placebo.numbers.mean", None),
+        ("figure", f"{before}random.effect", False),
     ]
     argv = ["compare", str(first), str(second), "--lines=1", f"--out={tmp_path / 'out'}"]
     assert comparison.run(argv) == 0

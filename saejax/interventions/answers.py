@@ -73,7 +73,7 @@ class BehaviourVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class CausalVerdict:
-    """The verdict on a run: for every dictionary (the tested one is named "") and behaviour."""
+    """The verdict on a run: for every dictionary (the tested one is named "tested") and behaviour."""
 
     rule: str  #: in words
     dictionaries: Mapping[str, Mapping[str, BehaviourVerdict]]  #: by dictionary and behaviour

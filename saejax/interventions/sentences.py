@@ -82,10 +82,11 @@ def sets(
     if answer == "not testable":
         return f"Not testable: {count} placebo targets of {needed} needed; raise their number."
     verb = "more than" if answer == "yes" else "not significantly more than"
+    moved = "lower" if numbers["top"] >= 0 else "raise"
     corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
     text = (
-        f"At equal dose the {features(k)} lower the logit difference by {numbers['top']:.2f}, {verb} {count} {group} "
-        f"sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; p = {p_value:.2g}{corrected})"
+        f"At equal dose the {features(k)} {moved} the logit difference by {abs(numbers['top']):.2f}, {verb} {count} "
+        f"{group} sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; p = {p_value:.2g}{corrected})"
     )
     if group == "placebo":
         return f"{text}: {'specific to this answer' if answer == 'yes' else 'not shown to be specific to this answer'}."

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from saejax.causal.ablate.report import SLOPES, held_out
+from saejax.causal.ablate.report import held_out
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.answers import AblateResults
@@ -82,7 +82,7 @@ def limits(found: Findings) -> Section:
         ),
         (
             "Ranking is an estimate",
-            f"features were ranked by activation times {SLOPES[settings['ablate']['estimate']]}, a "
+            "features were ranked by activation times gradient, a "
             "first-order estimate; features that matter only together can be missed.",
         ),
         (

@@ -10,7 +10,15 @@ from effect_worlds import attribution, planted_world, top_features, world_table
 from saejax.errors import UserError
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.curves import read_curves
-from saejax.interventions.table import TEXT, EditDefinition, EffectsTable, PromptDefinition, load_effects, save_effects
+from saejax.interventions.table import (
+    TESTED,
+    TEXT,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+    load_effects,
+    save_effects,
+)
 from saejax.interventions.verdict import verdict
 
 CONFIG = VerdictConfig(resamples=500)
@@ -72,7 +80,7 @@ def behaviour_rows(
 
 
 def judge(rows: Rows, name: str = "b") -> BehaviourVerdict:
-    return verdict(rows.table(), CONFIG).dictionaries[""][name]
+    return verdict(rows.table(), CONFIG).dictionaries[TESTED][name]
 
 
 def test_effects_by_hand():
@@ -158,7 +166,7 @@ def test_holm_is_applied_over_behaviours():
     rows = Rows()
     for place, name in enumerate("bcd"):
         behaviour_rows(rows, name, drop=10.0 if name != "d" else 0.0, sets=59, placebo=59, first=200 * place)
-    result = verdict(rows.table(), CONFIG).dictionaries[""]
+    result = verdict(rows.table(), CONFIG).dictionaries[TESTED]
     assert [result[name].random.p_value for name in "bcd"] == pytest.approx([1 / 60, 1 / 60, 1.0])
     assert [result[name].random.p_holm for name in "bcd"] == pytest.approx([3 / 60, 3 / 60, 1.0])
     assert [result[name].random.answer for name in "bcd"] == ["yes", "yes", "no"]
@@ -180,7 +188,7 @@ def test_a_fall_of_accuracy_below_the_criterion_is_no_effect():
     rows = Rows()
     behaviour_rows(rows)
     loose = dataclasses.replace(CONFIG, min_accuracy_drop=0.6)
-    answer = verdict(rows.table(), loose).dictionaries[""]["b"].ablation["two_way"]
+    answer = verdict(rows.table(), loose).dictionaries[TESTED]["b"].ablation["two_way"]
     assert answer.answer == "no"
     assert answer.sentence.endswith("too little to count.")
 
@@ -274,14 +282,14 @@ def test_replication_counts_dictionaries_of_other_seeds():
     rows = Rows()
     behaviour_rows(rows)
     for name, drop in dict(seed43=3.0, seed44=0.0, untrained=3.0).items():
-        some = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo") and not edit.dictionary]
+        some = [edit for edit in rows.edits if edit.group in ("top", "random", "placebo") and edit.dictionary == TESTED]
         for edit in some:
             lost = drop * edit.fraction if edit.group == "top" else 0.1 * edit.index
             dose = 2 * edit.fraction
             rows.add_set(dataclasses.replace(edit, dictionary=name), varied(lost), dose)
     judged = verdict(rows.table(), CONFIG).dictionaries
-    assert list(judged) == ["", "seed43", "seed44", "untrained"]
-    replication = judged[""]["b"].replication
+    assert list(judged) == [TESTED, "seed43", "seed44", "untrained"]
+    replication = judged[TESTED]["b"].replication
     assert replication is not None
     assert replication.answer == "no"
     assert replication.numbers == dict(ablation=1, random=1, placebo=1, dictionaries=2)
@@ -320,7 +328,7 @@ def test_a_removed_prompt_changes_what_it_should():
     norm_P = table.values(table.select_edits("b", "top")[-1:], prompts, "change_norm")[0]
     assert rest.reach == pytest.approx(np.sqrt(np.mean(norm_P[kept_P] ** 2)))
     before, after = (
-        verdict(each, CONFIG).dictionaries[""]["b"] for each in (table, table.without_prompts([prompts[3].id]))
+        verdict(each, CONFIG).dictionaries[TESTED]["b"] for each in (table, table.without_prompts([prompts[3].id]))
     )
     assert before.ablation["logit_diff"].effect != after.ablation["logit_diff"].effect
     assert before.features == after.features

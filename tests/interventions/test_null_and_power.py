@@ -11,6 +11,7 @@ import pytest
 from effect_worlds import World, attribution, planted_world, pool, random_world, top_features, world_table
 
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
+from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
 
 WORLDS = range(100)
@@ -19,7 +20,7 @@ K = 5
 
 def judge(world: World, top: tuple[int, ...], seed: int, **options) -> BehaviourVerdict:
     table = world_table(world, top, seed=seed, **options)
-    return verdict(table, VerdictConfig(resamples=200)).dictionaries[""]["b"]
+    return verdict(table, VerdictConfig(resamples=200)).dictionaries[TESTED]["b"]
 
 
 def count_yes(verdicts: list[BehaviourVerdict], question: str) -> int:

@@ -7,11 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from saejax import registry, settings
-from saejax.causal.ablate.importance import Importance
-from saejax.causal.results import HalvesAgreement
 from saejax.config import to_json
 from saejax.files import write_json
+from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
+from saejax.interventions.table import (
+    TESTED,
+    TEXT,
+    UNTRAINED,
+    EditDefinition,
+    EffectsTable,
+    PromptDefinition,
+    save_effects,
+)
+from saejax.interventions.verdict import verdict
 from saejax.page.strips import Example
+from saejax.results import Interval
 from saejax.results import to_json as results_to_json
 from saejax.workspace import SUMMARY, Run
 
@@ -79,151 +89,91 @@ def made_up_member(kind: str, name: str, place: int) -> dict:
     )
 
 
-def made_up_effects(name: str, rng, top: int, draws: int) -> dict:
-    strong = name in ("agreement", "capital")
-    features = rng.permutation(FEATURES)[:top].tolist()
-    features[1] = 7  # among the top features of every behaviour
-    singles = [
-        dict(
-            feature=feature,
-            attribution=float(3.0 / (i + 1)),
-            firing_rate=float(rng.uniform(0, 0.6)),
-            mean_activation=float(rng.uniform(1, 30)),
-            logit_diff_drop=interval((2.2 if strong else 0.1) / (i + 1), 0.15),
-            accuracy_drop=interval(0.05 if strong and i < 2 else 0.0, 0.05),
-            control_drop=float(rng.normal(0, 0.02)),
-        )
-        for i, feature in enumerate(features)
+def made_up_table(rng, tops: dict[str, list[int]], sets: int) -> EffectsTable:
+    """Top features with an effect on two behaviours, random sets without one, placebo sets with up to half of it."""
+    prompts = [
+        PromptDefinition(f"{name}/{p:02d}", name, f"template {p % 3}", p % 3 == 2, text="Text", correct="A", wrong="B")
+        for name in (*NAMES, TEXT)
+        for p in range(20)
     ]
-    singles[-1] |= dict(firing_rate=0.0, mean_activation=0.0, logit_diff_drop=interval(0.0, 0.0), control_drop=None)
-    if name == "greater_than":  # a control without any spread
-        controls, drop, accuracy_drop = [0.0] * draws, interval(0.05, 0.11), interval(0.0, 0.0)
-        accuracy = [0.0] * draws
-    else:
-        controls = rng.normal(0.1 if strong else -12.1, 0.25, draws).tolist()
-        accuracy = (rng.integers(-1, 3, draws) * 0.05).tolist()
-        drop = interval(4.3 if strong else -10.9, 0.7)
-        accuracy_drop = dict(mean=0.55, low=0.35, high=0.75) if strong else interval(0.05, 0.1)
-    if name == "capital":  # a yes whose loss of accuracy could be chance
-        accuracy_drop = dict(mean=0.1, low=0.0, high=0.25)
-    mean = float(np.mean(controls))
-    return dict(
-        top=singles,
-        rows=120,
-        joint=dict(
-            n=top,
-            firing=top - 1,
-            clean_accuracy=0.95,
-            ablated_accuracy=0.95 - accuracy_drop["mean"],
-            accuracy_drop=accuracy_drop,
-            clean_logit_diff=4.1,
-            logit_diff_drop=drop,
-        ),
-        controls=dict(
-            draws=draws,
-            logit_diff_drop=controls,
-            accuracy_drop=accuracy,
-            match=dict(firing_rate_ratio=0.97, activation_ratio=None if name == "addition" else 1.04, norm_ratio=1.0),
-        ),
-        difference={key: value - mean for key, value in drop.items()},
-        percentile=1.0 if strong else 0.93,
-        grades=made_up_grades(name, strong),
-        **(dict(doses=made_up_doses()) if strong else {}),
-    )
+    edits, blocks = [], []
+
+    def add(edit: EditDefinition, on: str = "", **values) -> None:
+        if edit not in edits:
+            edits.append(edit)
+        some = [prompt for prompt in prompts if prompt.behaviour == (on or edit.behaviour)]
+        columns = np.stack([value + rng.normal(0, 0.02, 20) for value in values.values()], axis=-1)
+        blocks.append(([edit], some, list(values), columns[None]))
+
+    add(EditDefinition(TEXT, "clean"), ce=3.0)
+    for name in NAMES:
+        add(EditDefinition(name, "clean"), logit_diff=4.1, log_prob=-0.5, two_way=0.95, top1=0.8)
+    for name, top in tops.items():
+        k, strong = len(top), name in ("agreement", "capital")
+        lost = 4.3 if strong else 0.0 if name == "greater_than" else -1.5
+        for dictionary, share in ((TESTED, 1.0), (UNTRAINED, 0.4)):
+            for fraction in (0.25, 0.5, 1.0):
+                edit = EditDefinition(name, "top", 0, tuple(top), fraction, dictionary)
+                add(edit, logit_diff=4.1 - share * fraction * lost, change_norm=60 * fraction)
+                add(edit, on=TEXT, kl=0.1 * fraction, ce=3.0 + 0.02 * fraction)
+            add(edit, log_prob=-0.5 - share * lost / 4, two_way=0.4 if strong else 0.95, top1=0.2 if strong else 0.8)
+            for other in NAMES:
+                if other != name:
+                    add(edit, on=other, logit_diff=4.1 - (1.0 if other == "addition" else 0.05))
+            count = sets if dictionary == TESTED else min(sets, 9)
+            for group, features, largest in (
+                ("random", [tuple(range(1000 + k * n, 1000 + k * (n + 1))) for n in range(count)], 0.1),
+                ("placebo", [tuple(top)] * count, 0.6 * lost),
+            ):
+                target = (" lamp", " river") if group == "placebo" else None
+                some = [EditDefinition(name, group, n, features[n], 1.0, dictionary, target) for n in range(count)]
+                dose_Ex1 = rng.uniform(5, 60, (count, 1))
+                drop_Ex1 = largest * rng.uniform(0, 1, (count, 1)) * dose_Ex1 / 60
+                value_ExPxJ = np.stack(np.broadcast_arrays(4.1 - drop_Ex1, dose_Ex1, np.zeros((1, 20)))[:2], axis=-1)
+                edits += some
+                own = [prompt for prompt in prompts if prompt.behaviour == name]
+                noise = rng.normal(0, 0.02, value_ExPxJ.shape)
+                blocks.append((some, own, ["logit_diff", "change_norm"], value_ExPxJ + noise))
+        for basis, effect in (("neurons", 0.4), ("pca", 1.0)) if strong else ():
+            for fraction in (0.5, 1.0):
+                edit = EditDefinition(name, f"basis:{basis}", 0, (0, 1), fraction)
+                add(edit, logit_diff=4.1 - effect * fraction * lost, change_norm=70 * fraction)
+                add(edit, on=TEXT, kl=0.12 * fraction)
+    return EffectsTable.from_blocks(edits, prompts, blocks)
 
 
-def made_up_grades(name: str, strong: bool) -> dict:
-    harms = (
-        "without the 20 features accuracy goes from 95 % to 40 %, a drop of 55.0 points (more than 5)"
-        if strong
-        else "without the 20 features accuracy goes from 95 % to 90 %, a drop of 5.0 points (not more than 5)"
-    )
-    said = dict(
-        harms=(strong, harms),
-        beyond_matched=(strong, "the logit difference falls by 4.19 [3.49, 4.89] more than with matched random sets"),
-        beyond_bases=(
-            name == "agreement" if strong else None,
-            "at equal dose less is lost along those of: neurons" if strong else "no other basis was compared",
-        ),
-        selective=(False, "Addition suffers, too"),
-    )
-    highest = "none" if not strong else "beyond_bases" if name == "agreement" else "beyond_matched"
-    return {grade: dict(holds=holds, reason=why) for grade, (holds, why) in said.items()} | dict(highest=highest)
-
-
-def made_up_doses() -> dict:
-    curve = dict(size=512, top=[1, 2, 3], sizes=[1, 3], dose=[1.0, 2.5], logit_diff_drop=[0.6, 1.9], kl=[0.01, 0.02])
-    apart = dict(reach=2.0, features=1.2, basis=0.7, difference=interval(0.5, 0.2))
-    level = dict(reach=2.0, features=1.2, basis=1.1, difference=interval(0.1, 0.2))
-    return dict(
-        features=curve,
-        neurons=curve | dict(by_norm=apart, by_kl=apart),
-        components=curve | dict(by_norm=level, by_kl=apart),
-        difference=dict(reason="its train prompts have one answer, so there is no difference of means"),
-    )
-
-
-def made_up_importance(rng) -> Importance:
-    """Effects of 900 features, of which the first 40 have one."""
-    drop_N = np.where(np.arange(900) < 40, rng.uniform(0.1, 1.0, 900), rng.normal(0, 0.01, 900))
-    ones_N = np.ones(900)
-    return Importance(
-        feature=np.arange(900),
-        firing_rate=0.1 * ones_N,
-        mean_activation=ones_N,
-        **{name: drop_N + rng.normal(0, 0.02, 900) for name in settings.ESTIMATES},
-        drop=drop_N,
-        drop_low=drop_N - 0.02,
-        drop_high=drop_N + 0.02,
-        accuracy_drop=0 * ones_N,
-        effect_size=ones_N,
-        p_value=np.where(drop_N > 0.05, 1e-5, 0.5),
-        q_value=np.where(drop_N > 0.05, 1e-3, 0.9),
-        p_max_t=np.where(drop_N > 0.05, 2e-3, 1.0),
-        control_percentile=0.5 * ones_N,
-        pearson=np.where(np.arange(900) < 890, rng.uniform(-1, 1, 900), np.nan),
-        spearman=rng.uniform(-1, 1, 900),
-    )
-
-
-def made_up_sets(result: dict) -> dict:
-    """What is asked for beside the verdict: a curve, a greedy set, the tests of a circuit."""
-    sizes = list(range(result["joint"]["n"] + 1))
-    left = {"top": [interval(4.1 - 0.25 * size, 0.6) for size in sizes], "controls": [interval(4.0, 0.5)] * len(sizes)}
-    answers = dict(
-        equivalence="refuted",
-        independence="inconclusive",
-        minimality="inconclusive",
-        sufficiency="shown",
-        necessity="shown",
-    )
-    tests = {
-        name: dict(
-            statistic=0.85,
-            p_value=None if name == "independence" else 0.002,
-            p_holm=None if name == "independence" else 0.01 if answer == "shown" else 0.6,
-            p_against=0.03 if name in ("equivalence", "independence") else None,
-            answer=answer,
+def made_up_ablation(rng, dictionary: str, k: int, sets: int) -> tuple[AblateResults, EffectsTable]:
+    """The results of the ablate stage, with the table that its verdict is computed from."""
+    tops = {}
+    for name in NAMES:
+        tops[name] = rng.permutation(FEATURES)[:k].tolist()
+        tops[name][1] = 7  # among the top features of every behaviour
+    singles = {
+        name: tuple(
+            FeatureEffect(
+                feature=feature,
+                attribution=3.0 / (rank + 1),
+                drop=Interval(2.2 / (rank + 1), 2.2 / (rank + 1) - 0.15, 2.2 / (rank + 1) + 0.15),
+                firing_rate=float(rng.uniform(0, 0.6)),
+                mean_activation=float(rng.uniform(1, 30)),
+            )
+            for rank, feature in enumerate(features)
         )
-        for name, answer in answers.items()
+        for name, features in tops.items()
     }
-    grown = [interval(0.5 * size, 0.2) for size in (1, 2, 3)]
-    return dict(
-        curve=dict(
-            draws=5, **{kind: dict(sizes=sizes, logit_diff=value, accuracy=value) for kind, value in left.items()}
-        ),
-        circuit=dict(
-            n=len(sizes) - 1, firing=len(sizes) - 2, clean=4.1, kept=3.0, removed=0.2, tests=tests, features=[]
-        ),
-        greedy=dict(
-            features=[3, 1, 2],
-            train_drop=[0.5, 1.0, 1.5],
-            top=[1, 2, 3],
-            greedy_drop=grown,
-            top_drop=grown,
-            difference=[interval(0.1, 0.2)] * 3,
-        ),
+    table = made_up_table(rng, tops, sets)
+    results = AblateResults(
+        dictionary=dictionary,
+        site="resid_post.15",
+        k=k,
+        replacement="zero",
+        positions="all",
+        error="keep",
+        top=singles,
+        verdict=verdict(table, VerdictConfig(resamples=1000)),
+        importance={NAMES[0]: ImportanceSummary(900, 40, 0.91, None)},
     )
+    return results, table
 
 
 def write_summary(folder: Path, stage: str, name: str, results: dict, **changes) -> None:
@@ -247,19 +197,12 @@ def write_summary(folder: Path, stage: str, name: str, results: dict, **changes)
 
 
 def make_workspace(
-    root: Path, kinds=("topk", "standard"), top: int = 20, draws: int = 100, members=("",)
+    root: Path, kinds=("topk", "standard"), top: int = 20, sets: int = 80, members=("",)
 ) -> dict[str, Path]:
     """Writes the units' folders; returns them as a report's inputs. Each kind has these members."""
     rng = np.random.default_rng(0)
-    ablate = dict(
-        dictionary=f"{kinds[0]}/{members[-1]}".rstrip("/"),
-        site="resid_post.15",
-        replacement="zero",
-        top=top,
-        draws=draws,
-        rule="Removing the top 20 features together harms a behaviour if accuracy falls by more than 5 points.",
-        behaviours={name: made_up_effects(name, rng, top, draws) for name in NAMES},
-    )
+    tested = f"{kinds[0]}/{members[-1]}".rstrip("/")
+    ablation, table = made_up_ablation(rng, tested, top, sets)
     sinks = dict(position_0=1017, beyond=41, share_beyond=0.0016)
     site = dict(rows=9, bytes=9, d=4, median_norm=1.0, largest_norm=2.0, max_norm=10.0, sinks=sinks)
     counts = dict(train=8, held_out=1)
@@ -283,12 +226,7 @@ def make_workspace(
         results[f"evaluate/{kind}"] = dict(
             kind=kind, members=[made_up_member(kind, name, place) for place, name in enumerate(members)]
         )
-    importance = made_up_importance(rng)
-    summary = importance.summary(top, HalvesAgreement(0.61, 0.76), least_p=2e-6)
-    ablate["behaviours"][NAMES[0]]["importance"] = results_to_json(summary)
-    for result in list(ablate["behaviours"].values())[:2]:
-        result |= made_up_sets(result)
-    results[f"ablate/{kinds[0]}"] = ablate
+    results[f"ablate/{kinds[0]}"] = results_to_json(ablation)
     groups = dict(
         baseline=("model", "task"),
         capture=("model", "corpus", "capture"),
@@ -304,7 +242,7 @@ def make_workspace(
         devices = None if unit == "capture" else dict(count=1, kinds=["cpu"], processes=1)
         stage, _, name = unit.partition("/")
         write_summary(inputs[unit], stage, name, result, config=config, devices=devices)
-    importance.save(Importance.file(inputs[f"ablate/{kinds[0]}"], NAMES[0]))
+    save_effects(inputs[f"ablate/{kinds[0]}"], table)
     for kind in kinds:
         steps = np.arange(20, 1301, 20)
         lines = [

@@ -11,12 +11,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
 from saejax.causal.ablate import report_figures as figures
-from saejax.causal.ablate.results import CumulativeCurve, CurvePoints, DoseCurve
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.sites import DIRECTIONS
 from saejax.causal.probes import report as probes
 from saejax.evaluation.results import DensityHistogram
+from saejax.interventions.curves import EffectCurve
+from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval
 from saejax.tasks import report as tasks
@@ -63,33 +64,23 @@ def frontier_figure():
     )
 
 
-def effects(controls, scale=1.0):
-    return {name: figures.Effect(interval(2.0 * scale, scale), [c * scale for c in controls]) for name in NAMES}
+def curve(doses, drops, features=20):
+    """A curve of a set, with the same drop on two prompts."""
+    edits = tuple(EditDefinition("b", "top", 0, tuple(range(features)), dose) for dose in doses)
+    return EffectCurve(edits, np.array([0.0, *doses]), np.array([[0.0, 0.0], *([drop, drop] for drop in drops)]))
 
 
-def ablation_figure(controls=(0.1, -0.2, 0.3), draws=3):
-    return figures.ablation(effects(controls), effects(controls, 0.05), 20, draws, 0.05)
-
-
-def features_figure(count=20, control=0.1):
-    return figures.single_features(
-        range(1000, 1000 + count), [interval(i / 10) for i in range(count)], [control] * count
-    )
-
-
-def estimates_figure(count=500, scale=0.03):
+def dose_figure(sets=40, bases=4):
     rng = np.random.default_rng(0)
-    estimate_N = scale * rng.standard_t(2, count)
-    drop_N = estimate_N * rng.uniform(0.3, 1.6, count)
-    return figures.estimates(estimate_N, drop_N, np.abs(drop_N) > 2 * scale, "gradient")
+    random = [curve([rng.uniform(1, 90)], [rng.normal(0.1, 0.2)]) for _ in range(sets)]
+    names = ("MLP neurons", "principal components", "the difference of means", "an untrained dictionary")[:bases]
+    others = {name: curve([20.0, 80.0], [0.5, 2.0]) for name in names}
+    top = curve([15.0, 30.0, 60.0], [1.0, 2.0, 3.0])
+    return figures.dose_effect(NAMES[2], top, interval(3.0), random, random, others)
 
 
-def cumulative_figure(count=4, steps=20):
-    sizes = list(range(steps + 1))
-    top = CurvePoints(sizes, [interval(4 - 0.2 * size, 0.5) for size in sizes], ())
-    controls = CurvePoints(sizes[::2], [interval(4.0, 0.5)] * len(sizes[::2]), ())
-    curve = CumulativeCurve(5, top, controls)
-    return figures.cumulative(dict.fromkeys(NAMES[:count], curve))
+def features_figure(count=20):
+    return figures.single_features(range(1000, 1000 + count), [interval(i / 10) for i in range(count)])
 
 
 def probe_rows(sizes=(1, 20, None)):
@@ -106,15 +97,6 @@ def probes_figure():
     return probes.probes({name: probe_rows() for name in NAMES})
 
 
-def doses_figure(count=4):
-    sizes = tuple(range(1, 7))
-    rows = {
-        name: DoseCurve(500, sizes, sizes, tuple(wide * s for s in sizes), tuple(deep * s for s in sizes), None)
-        for name, wide, deep in (("top features", 3.0, 1.0), ("MLP neurons", 1.0, 2.5), ("own-frozen", 20.0, -0.1))
-    }
-    return figures.doses(dict.fromkeys(NAMES[:count], rows))
-
-
 def heatmap_figure(layers=30, length=14, reason=None):
     shape = (2, layers, length)
     direction_N, layer_N, column_N = (index.ravel() for index in np.indices(shape))
@@ -129,11 +111,8 @@ def heatmap_figure(layers=30, length=14, reason=None):
 
 
 DRAWN = [
-    doses_figure,
-    lambda: doses_figure(1),
-    cumulative_figure,
-    lambda: cumulative_figure(1, 0),
-    lambda: cumulative_figure(2, 1),
+    dose_figure,
+    lambda: dose_figure(0, 0),
     probes_figure,
     lambda: probes.probes({"x": probe_rows((None,))}),
     baselines_figure,
@@ -141,19 +120,13 @@ DRAWN = [
     density_figure,
     lambda: density_figure(counts=(0, 0, 0)),
     lambda: density_figure(edges=np.linspace(-9, 0, 4)),
-    ablation_figure,
-    lambda: ablation_figure([0.0] * 5, 5),  # a control without spread
     features_figure,
-    lambda: features_figure(1, None),
+    lambda: features_figure(1),
     lambda: dictionary_figures.training({"topk": []}),
     lambda: training_figure(3),
     frontier_figure,
     lambda: dictionary_figures.frontier({kind: [SWEEP] for kind in KINDS}),
-    lambda: figures.single_features([3], [interval(0.0, 0.0)], [0.0]),
-    estimates_figure,
-    lambda: estimates_figure(3, 40.0),
-    lambda: estimates_figure(0),
-    lambda: estimates_figure(5, 0.0),
+    lambda: figures.single_features([3], [interval(0.0, 0.0)]),
 ]
 
 
@@ -194,28 +167,19 @@ def test_baselines_show_percent_and_logits():
     assert upper.get_xlim()[0] < 85 and any(np.allclose(line.get_xdata(), 80) for line in upper.lines)
 
 
-def test_ablation_shows_every_draw_their_mean_and_the_interval():
-    upper, lower = ablation_figure().axes
-    assert np.allclose(bars(upper), [(2, 1, 3)] * 4)
-    assert np.allclose(bars(lower), [(10, 5, 15)] * 4)  # percentage points
-    clouds = [line for line in upper.lines if line.get_marker() == "o"]
-    assert len(clouds) == 4 and all(np.allclose(np.sort(line.get_xdata()), [-0.2, 0.1, 0.3]) for line in clouds)
-    for row, line in enumerate(clouds):
-        assert np.all(np.abs(line.get_ydata() - row) < 0.5)  # within its behaviour's row
-    means = [
-        line for line in upper.lines if len(line.get_xdata()) == 2 and np.ptp(line.get_ydata()) == pytest.approx(0.66)
-    ]
-    assert np.allclose([line.get_xdata() for line in means], 0.2 / 3)
-    assert any(np.allclose(line.get_xdata(), 5) for line in lower.lines)  # the rule's bound
-
-
-def test_the_curve_is_what_it_was_given():
-    (axes,) = cumulative_figure(1, 3).axes
-    controls, top = axes.lines[:2]
-    assert top.get_xdata().tolist() == [0, 1, 2, 3] and top.get_ydata() == pytest.approx([4, 3.8, 3.6, 3.4])
-    assert controls.get_xdata().tolist() == [0, 2] and controls.get_ydata() == pytest.approx([4, 4])
-    corners = {(0.0, 3.5), (0.0, 4.5), (3.0, 2.9), (3.0, 3.9)}
-    assert corners <= {tuple(corner.round(6)) for corner in axes.collections[1].get_paths()[0].vertices}
+def test_sets_are_drawn_at_the_smaller_dose_and_nothing_beyond_that_of_the_top_features():
+    top, small, large = (
+        curve([30.0, 60.0], [2.0, 3.0]),
+        curve([10.0], [0.5]),
+        curve([60.0, 120.0], [0.7, 0.9]),
+    )
+    figure = figures.dose_effect("b", top, interval(3.0), [small, large], [], {"neurons": curve([40.0, 80.0], [1, 2])})
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["2 random sets"].get_xydata() == pytest.approx(np.array([[10, 0.5], [60, 0.7]]))
+    assert lines["neurons"].get_xydata() == pytest.approx(np.array([[0, 0], [40, 1], [60, 1.5]]))
+    features = next(line for label, line in lines.items() if "20 top features" in label)
+    assert features.get_xydata() == pytest.approx(np.array([[0, 0], [30, 2], [60, 3]]))
 
 
 def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
@@ -246,13 +210,6 @@ def test_a_heatmap_holds_the_cells_with_the_first_layer_at_the_bottom():
     assert image.origin == "lower" and image.get_array().shape == (3, 5) and image.get_clim() == (-1, 1)
     np.testing.assert_allclose(image.get_array()[:, 2], [0, 1 / 3, 2 / 3])
     assert [label.get_fontweight() for label in axes.get_xticklabels()] == ["normal"] * 2 + ["bold"] + ["normal"] * 2
-
-
-def test_curves_of_doses_begin_at_nothing_and_go_by_dose():
-    curve = DoseCurve(9, (1, 2), (1, 2), (5.0, 2.0), (0.7, 0.4), None)
-    (axes,) = figures.doses(dict(one=dict(features=curve))).axes
-    (line,) = [line for line in axes.lines if line.get_label() == "features"]
-    assert list(line.get_xdata()) == [0, 2, 5] and list(line.get_ydata()) == [0, 0.4, 0.7]
 
 
 def test_single_features_stand_in_order_from_the_top():
@@ -300,19 +257,12 @@ def test_the_frontier_joins_what_is_not_beaten():
 def test_files_are_the_same_every_time_and_carry_no_date(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        style.save(ablation_figure(), tmp_path / folder, "x")
+        style.save(dose_figure(), tmp_path / folder, "x")
     for name in ("x.svg", "x.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     svg = (tmp_path / "a" / "x.svg").read_text()
     assert "dc:date" not in svg and len(svg) < 150_000
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]
-
-
-def test_many_points_are_pixels_in_an_svg(tmp_path):
-    few = style.save(ablation_figure(), tmp_path, "few")
-    many = style.save(ablation_figure(np.linspace(-1, 1, 1000), 1000), tmp_path, "many")
-    assert "<image" not in few and "<image" in many
-    assert len(many) < len(few) + 80_000
 
 
 def test_the_callers_style_changes_nothing(tmp_path):
@@ -324,7 +274,7 @@ def test_the_callers_style_changes_nothing(tmp_path):
 
 
 def test_inline_svgs_share_a_page(tmp_path):
-    svg = style.save(ablation_figure(), tmp_path, "x")
+    svg = style.save(dose_figure(), tmp_path, "x")
     parts = [style.inline(svg, name, 'A "quoted" <text>') for name in ("one", "two")]
     ids = re.findall(r'\bid="([^"]+)"', "".join(parts))
     assert len(ids) == len(set(ids)) > 10

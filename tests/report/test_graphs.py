@@ -111,7 +111,7 @@ def made(tmp_path_factory):
     )
     units["wide"]["bare"] = result(doubling=None, circuits=None)
     root = tmp_path_factory.mktemp("report")
-    run = make_run(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, draws=5), units))
+    run = make_run(root, add_units(root, make_workspace(root, kinds=("topk",), top=3, sets=5), units))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "contexts", lambda run, name, features, count: {})
         results = run_report(run)

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 from made_up_workspace import make_run, make_workspace
 from report_page import Page
@@ -27,48 +26,60 @@ def both(made):
     return [" ".join(re.sub(r"\\(.)", r"\1", text).replace("**", "").split()) for text in (page.text, markdown)]
 
 
-def test_both_say_the_verdicts_and_their_figures(made):
-    grades = dict(agreement="beyond_bases", capital="beyond_matched", greater_than="none", addition="none")
-    assert made[1].grades == grades
+def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(made):
+    html = (made[0] / "index.html").read_text(encoding="utf-8")
+    opening = html[html.index("<main>") :]
+    first = [opening.index(piece) for piece in ("<figure", "<table", "1. Effect of ablation", "<details>")]
+    assert first == sorted(first)
+    assert opening[: first[0]].count("<p") == 0, "no text before the first picture"
+    assert opening[: first[1]].count("<figure") == 4, "a picture for each behaviour"
+
+
+def test_both_say_the_answers_and_their_figures(made):
+    assert made[1].specific == dict(agreement="yes", capital="yes", greater_than="no", addition="no")
     for text in both(made):
-        assert "The top features cost Subject-verb agreement more than other bases at equal dose, but not these" in text
-        assert "Not shown that removing the top features costs Greater-than on years, Two-digit addition." in text
-        assert "equal dose: Subject-verb agreement: principal components; Capital of a country: princ" in text
-        assert "difference of means, Capital of a country: its train prompts have one answer" in text
-        assert "55 [35, 75]" in text and "4.30 [3.60, 5.00]" in text  # the top features, with intervals
-        assert text.count("The interval of the accuracy lost reaches zero") == 1 and "10 [0, 25]" in text  # capital
-        assert "0.00 in every draw" in text  # a control without spread
-        assert "Without the 20 features accuracy goes from 95 % to 40 %" in text
+        answers = (
+            "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
+        )
+        assert f"The logit difference falls: {answers} Top-1 accuracy falls: {answers}" in text
+        assert text.count(f"Y{answers[1:]}") == 2, "questions 2 and 3"
+        assert "Capital of a country: more: MLP neurons, principal components." in text
+        assert "spared: no for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two" in text
+        assert "Ablating the 20 top features lowers the logit difference by 4.3" in text
+        assert "placebo sets, chosen for unrelated answers, also do more than random sets" in text
+        assert "Capital of a country, untrained dictionary" in text
         assert "Accuracy 0.70 on test prompts is below 0.80; separation −0.1 is below 1.00." in text  # the flags
         assert "−0.10 [−∞, 1.20]" in text
         assert not re.search(r"[ \[]-\d", text)  # true minus signs
-        assert "Removing the top 20 features together harms a behaviour if" in text  # the rule
-        assert text.count("Not shown that removing these features costs the behaviour.") == 2
-        assert "Beyond other bases at equal dose: not known" in text and "less is lost along those of: MLP neu" in text
+        assert "p-values are corrected by Holm's method over the behaviours within each question." in text  # the rule
+
+
+def test_placebo_sets_that_pass_stand_beside_question_2(made):
+    results = load_results(made[0].parent / "inputs/ablate/topk")
+    for name in ("agreement", "capital"):
+        result = results.verdict.dictionaries["tested"][name]
+        assert result.fooled > 40, "placebo sets with half of the effect"
+        for text in both(made):
+            assert f"{result.fooled} of {result.placebo_sets}" in text
+
+
+def test_without_a_specific_behaviour_this_is_said_first(tmp_path):
+    inputs = make_workspace(tmp_path, kinds=("topk",), top=3)
+    summary = read_json(inputs["ablate/topk"] / SUMMARY)
+    for result in summary["results"]["verdict"]["dictionaries"]["tested"].values():
+        result["placebo"]["answer"] = "no"
+    write_json(inputs["ablate/topk"] / SUMMARY, summary)
+    run = make_run(tmp_path, inputs)
+    run_report(run)
+    text = (run.folder / "report.md").read_text(encoding="utf-8")
+    said = text.index("For no behaviour are the top features shown to be specific to its answer.")
+    assert said < text.index("Effect of ablation")
 
 
 def test_all_features_are_shown_where_they_were_measured(made):
     for text in both(made):
-        assert "Each of the 900 features that fire on the test prompts was removed by itself." in text
-        assert "40 effects are discoveries" in text and "independent or positively dependent; 40 by maxT" in text
-        assert "Correlation of estimates with the effect: gradient 0.99 (of ranks 0." in text and "; relp 0.99" in text
-    assert "every_feature_agreement" in made[1].figures and "every_feature_capital" not in made[1].figures
-
-
-def test_sets_of_features_are_shown_where_they_were_measured(made):
-    for text in both(made):
-        assert "not equivalent" in text and "Sets grown on train prompts" in text
-        assert "has a rank correlation of " in text and "two halves of the prompts have one of 0.61" in text
-    assert made[1].figures.count("cumulative") == 1
-
-
-def test_the_control_stands_beside_the_top_features(made):
-    ablate = read_json(made[0].parent / "inputs/ablate/topk" / SUMMARY)["results"]
-    draws = np.array(ablate["behaviours"]["capital"]["controls"]["logit_diff_drop"])
-    low, high = np.percentile(draws, [2.5, 97.5])
-    shown = f"{draws.mean():.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
-    for text in both(made):
-        assert shown in text
+        assert "Of all 900 live features, each ablated alone, 40 have a significant effect" in text
+        assert "The rank correlation of attribution with the effect is 0.91" in text
 
 
 def test_both_say_scores_sinks_and_settings(made):
@@ -126,63 +137,19 @@ def test_features_have_numbers_contexts_and_where_they_are_missing_a_reason(made
         assert "also among the top features of: Subject-verb agreement, Capital of a country" in text
 
 
-def test_all_no_one_dictionary_long_lists_and_an_empty_one(tmp_path):
-    inputs = make_workspace(tmp_path, kinds=("topk",), top=60, draws=5)
+def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
+    inputs = make_workspace(tmp_path, kinds=("topk",), top=60, sets=5)
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
-    results = summary["results"]["behaviours"]
-    for result in results.values():
-        result["grades"] |= dict(harms=dict(holds=False, reason="too little"), highest="none")
-    nothing = results["addition"]
-    nothing["top"], nothing["joint"]["n"] = [], 0
-    nothing["controls"] |= dict(
-        match=dict(firing_rate_ratio=None, activation_ratio=None, norm_ratio=None), logit_diff_drop=[0.0] * 5
-    )
+    summary["results"]["top"]["addition"] = []
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
     run = make_run(tmp_path, inputs, title="Is <this> & that so?", features=1)
     assert run_report(run).figures.count("features_addition") == 0
     text = Page((run.folder / "index.html").read_text()).text
-    assert text.count("Not shown that removing the top features costs ") == 1
     assert "Is <this> & that so?" in text
     assert "No feature was tested" in text
+    assert "not testable (5 of 79 sets)" in text
     assert "The first 50 of 60 features." in text and "The figure shows the first 30." in text
     assert "standard" not in text.replace("standard deviation", "").split("How to reproduce")[0]
-
-
-def test_where_random_features_are_too_few_nothing_is_said_of_them(tmp_path):
-    inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=5)
-    summary = read_json(inputs["ablate/topk"] / SUMMARY)
-    unknown = dict(holds=None, reason="the pool of matched features holds 4 sets")
-    result = summary["results"]["behaviours"]["capital"]
-    result["grades"] |= dict(harms=dict(holds=True, reason="much"), beyond_matched=unknown, highest="harms")
-    write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run = make_run(tmp_path, inputs)
-    run_report(run)
-    text = (run.folder / "report.md").read_text()
-    assert "costs Capital of a country; that it costs more than removing matched random ones is not shown" in text
-    assert "Removing these features costs the behaviour. That it costs more than" in text and "clearly" not in text
-
-
-def test_a_rule_that_says_yes_too_often_stands_first_in_red(tmp_path):
-    inputs = make_workspace(tmp_path, kinds=("topk",), top=3, draws=100)
-    summary = read_json(inputs["ablate/topk"] / SUMMARY)
-    claim = dict(yes=False, p_logit_diff=0.3, p_accuracy=1.0, p_holm=1.0, behaviours=4, low=0.1, high=1.0)
-    placebo = dict(placebo_rate=0.02, placebo_low=0.01, placebo_high=0.07, least_draws=79)
-    for result in summary["results"]["behaviours"].values():
-        result |= dict(claim=claim | placebo)
-    write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run = make_run(tmp_path, inputs)
-    run_report(run)
-    text = (run.folder / "report.md").read_text().replace("\xa0", " ")
-    assert "2.0 % of the drawn sets pass by the same rule (1.0 % to 7.0 %)" in text
-    assert "too often" not in text
-    summary["results"]["behaviours"]["capital"]["claim"] |= dict(placebo_rate=0.2, placebo_low=0.13)
-    write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run_report(run)
-    said = "The rule says yes too often to random features on: Capital of a country."
-    assert said in (run.folder / "report.md").read_text()
-    page = (run.folder / "index.html").read_text()
-    assert f'<p class="strong alarm">{said}' in page
-    assert page.index(said) < page.index("that removing the top features costs")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +157,7 @@ def test_a_rule_that_says_yes_too_often_stands_first_in_red(tmp_path):
     [
         ("baseline", SUMMARY, None),
         ("ablate/topk", SUMMARY, "{"),
+        ("ablate/topk", "edits.json", "{"),
         ("train/topk", "metrics.jsonl", None),
         ("train/standard", "metrics.jsonl", '{"tokens": 1}\n'),
         ("train/standard", "metrics.jsonl", "not json\n"),

@@ -4,13 +4,10 @@ import dataclasses
 import types
 from pathlib import Path
 
-from saejax.causal.ablate import report_sets
-from saejax.causal.ablate.results import AblateResults, DoseCurve, UncomparedBasis
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
-from saejax.causal.results import EqualDose
 from saejax.causal.study import report as studies
 from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
 from saejax.files import write_json
@@ -75,41 +72,6 @@ def test_benchmarks_are_shown_by_their_kind_of_score():
 
 def test_without_benchmarks_there_is_no_section():
     assert tasks.benchmark_sections(findings()) == []
-
-
-def test_bases_are_shown_at_equal_dose_and_one_that_was_not_compared_is_said():
-    curve = DoseCurve(160, (4, 2), (1, 2), (1.0, 2.0), (0.3, 0.4), (0.1, 0.2))
-    apart = EqualDose(1.5, 0.9, 0.4, interval(0.5))
-    doses = dict(features=curve, random=dataclasses.replace(curve, by_norm=apart))
-    result = some(doses=doses | dict(neurons=UncomparedBasis("this model norms what its neurons add")))
-    found = findings(topk=partly(AblateResults, top=3, behaviours=dict(capital=result)))
-    (section,) = report_sets.bases(found, draw)
-    picture, table, said = section.blocks
-    assert "untrained dictionary 0.40" in picture.alt and "neurons" not in picture.alt
-    row = ("Capital of a country", "untrained dictionary (160)", "0.90 / 0.40", "0.50 [0.40,\u00a00.60]", "–", "–")
-    assert table.rows == (row,)
-    assert said.markdown().startswith("Not compared: MLP neurons, Capital of a country: this model norms")
-
-
-def test_agreement_with_other_dictionaries():
-    pair = dict(first="topk", second="standard", by="direction", matched=120, shares=[0.25, 0.5], similarity=0.912)
-    pairs = [
-        some(**pair, rank_correlation=interval(0.6), shuffled=interval(0.0), alike=interval(0.2)),
-        some(
-            **pair | dict(matched=0, shares=[0.0, 0.0], similarity=None),
-            rank_correlation=None,
-            shuffled=None,
-            alike=None,
-        ),
-    ]
-    behaviours = dict(capital=some(importance=some(agreement=pairs)), addition=some(importance=some(agreement=None)))
-    behaviours["agreement"] = some(importance=None)
-    (section,) = report_sets.agreement(findings(topk=partly(AblateResults, behaviours=behaviours)))
-    first, second = section.blocks[0].rows
-    assert first[:5] == ("Capital of a country", "topk, standard", "direction", "120 (25\u00a0%, 50\u00a0%)", "0.91")
-    assert first[5].startswith("0.60 [0.50") and first[7].startswith("0.20 [")
-    assert second[3:] == ("0 (0\u00a0%, 0\u00a0%)", "–", "–", "–", "–")
-    assert report_sets.agreement(findings(topk=partly(AblateResults, behaviours={}))) == []
 
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched(tmp_path):

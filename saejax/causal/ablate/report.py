@@ -23,7 +23,6 @@ from saejax.page.words import behaviour, detail_title, sentence, signed
 from saejax.preregistration import said
 from saejax.tasks.results import BaselineResults
 
-SLOPES = dict(gradient="the gradient", integrated="the integrated gradient", relp="the slope (relevance patching)")
 TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
 
 
@@ -60,9 +59,9 @@ def details(found: Findings) -> list[Section]:
 
 def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     """Write of the top features of each behaviour, one by one, with the contexts of the first ``shown``."""
-    ablate, estimate = found.one(AblateResults), found.settings()["ablate"]["estimate"]
+    ablate = found.one(AblateResults)
     intro = (
-        f"Features were ranked by attribution: the activation times {SLOPES[estimate]} of the logit difference, "
+        "Features were ranked by attribution: the activation times the gradient of the logit difference, "
         "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
         "what is lost on the test prompts when this feature alone is ablated. Features have numbers, and names only "
         "where they were interpreted. "
@@ -96,51 +95,38 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
 def summary_sentences(verdicts: Mapping[str, BehaviourVerdict]) -> dict[str, str]:
     """Return one sentence for each question, over all behaviours."""
 
-    def listed(names: list[str]) -> str:
-        return ", ".join(names) or "none"
+    def listed(answers: Mapping[str, str]) -> str:
+        """Group behaviours by their answer: "yes for A, B; no for C"."""
+        groups = dict.fromkeys(answers.values())
+        return "; ".join(
+            f"{group} for {', '.join(behaviour(name) for name, each in answers.items() if each == group)}"
+            for group in groups
+        )
 
-    def with_answer(question: str, *answers: str) -> list[str]:
-        return [behaviour(name) for name, each in verdicts.items() if getattr(each, question).answer in answers]
+    def ablation(readout: str) -> str:
+        return listed({name: each.ablation[readout].answer for name, each in verdicts.items()})
 
-    def with_effect(readout: str) -> str:
-        return listed([behaviour(name) for name, each in verdicts.items() if each.ablation[readout].answer == "yes"])
-
-    untestable = with_answer("random", "not testable", "not tested")
     fooled = [
         f"{each.fooled} of {each.placebo_sets} ({behaviour(name)})"
         for name, each in verdicts.items()
         if each.fooled is not None and each.placebo_sets
     ]
-    better = [
-        behaviour(name) for name, each in verdicts.items() if each.bases and _bases_with(each, "more") == [*each.bases]
-    ]
-    exceptions = [
-        f"{behaviour(name)}: {sentences.BASES.get(basis, basis)} ({comparison.answer})"
-        for name, each in verdicts.items()
-        for basis, comparison in each.bases.items()
-        if comparison.answer != "more"
-    ]
+    bases = [f"{behaviour(name)}: {_bases_cell(each)}" for name, each in verdicts.items()]
     return {
-        "1. Does ablation have an effect?": (
-            f"It lowers the logit difference for: {with_effect('logit_diff')}; two-way accuracy for: "
-            f"{with_effect('two_way')}; top-1 accuracy for: {with_effect('top1')}."
+        "1. Effect of ablation": (
+            f"The logit difference falls: {ablation('logit_diff')}. Top-1 accuracy falls: {ablation('top1')}."
         ),
-        "2. More than random features at equal dose?": (
-            f"Yes for: {listed(with_answer('random', 'yes'))}."
-            + (f" Not testable for: {listed(untestable)}." if untestable else "")
-            + (f" But placebo sets, chosen for unrelated tokens, pass the same test: {listed(fooled)}." * bool(fooled))
+        "2. More than random sets at equal dose": (
+            sentence(listed({name: each.random.answer for name, each in verdicts.items()}))
+            + (f" Placebo sets, chosen for unrelated tokens, pass this too: {', '.join(fooled)}." if fooled else "")
         ),
-        "3. Specific to this answer?": (
-            f"More than placebo sets at equal dose for: {listed(with_answer('placebo', 'yes'))}; not shown for: "
-            f"{listed(with_answer('placebo', 'no', 'not testable', 'not tested'))}."
+        "3. Specific to the answer (more than placebo sets at equal dose)": sentence(
+            listed({name: each.placebo.answer for name, each in verdicts.items()})
         ),
-        "4. More than simpler bases at equal dose?": (
-            f"More than every basis for: {listed(better)}." + (f" Not so: {'; '.join(exceptions)}." * bool(exceptions))
-        ),
-        "5. Selective?": (
-            f"Other behaviours and held-out text are spared for: {listed(with_answer('selective', 'yes'))}; not shown "
-            f"for: {listed(with_answer('selective', 'no'))}; not tested for: "
-            f"{listed(with_answer('selective', 'not tested'))}."
+        "4. More than simpler bases at equal dose": f"{'. '.join(bases)}.",
+        "5. Selective": (
+            "Other behaviours and held-out text are spared: "
+            f"{listed({name: each.selective.answer for name, each in verdicts.items()})}."
         ),
     }
 

@@ -52,7 +52,7 @@ def dose_effect(
     ):
         if curves:
             dose_N = np.array([min(curve.reach, top.reach) for curve in curves])
-            drop_N = [float(curve.drop_at(dose)[0].mean()) for curve, dose in zip(curves, dose_N, strict=True)]
+            drop_N = np.array([curve.drop_at(dose)[0].mean() for curve, dose in zip(curves, dose_N, strict=True)])
             axes.plot(
                 dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
             )
