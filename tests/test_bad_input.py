@@ -289,12 +289,6 @@ def few_features(inputs, tmp_path):
     return tmp_path / "few"
 
 
-def test_a_dictionary_without_a_pool_for_the_draws(refuse, captured, few_features, tmp_path):
-    changes = dict(workdir=copy_of(captured, tmp_path), ablate__dictionary=few_features)
-    line = refuse(["ablate"], **changes)
-    assert "besides the 2 under test fire on the test prompts" in line and "lower --ablate.top or" in line
-
-
 def test_a_basis_without_directions(refuse, captured, few_features, tmp_path):
     changes = dict(workdir=copy_of(captured, tmp_path), ablate__dictionary=few_features)
     (tmp_path / "empty").mkdir()

@@ -105,7 +105,7 @@ def test_superseded_results_are_kept(tmp_path):
     go(tmp_path)
     lines: list[str] = []
     go(tmp_path, say=lines.append, ablate__top=9)
-    assert "ablate/topk: --ablate.top was 20, is 9; the old result was moved to" in "\n".join(lines)
+    assert "ablate/topk: --ablate.top was 10, is 9; the old result was moved to" in "\n".join(lines)
     assert len(list((tmp_path / "superseded").glob("ablate-topk-*/out.txt"))) == 1
 
 

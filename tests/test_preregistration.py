@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saejax import pipeline, preregistration, workplan
-from saejax.causal.ablate.grades import rule as words
+from saejax.causal.ablate.run import rule as words
 from saejax.parallel.teams import Team
 from saejax.registry import GROUPS, STAGES, default_configs
 from saejax.settings import AblateConfig, StudyConfig
@@ -71,4 +71,4 @@ def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_pa
 @pytest.mark.parametrize("stage", ["ablate", "study"])
 def test_a_rule_is_words(stage):
     text = pipeline.load(STAGES[stage].rule)(GROUPS[stage]())
-    assert text.startswith(("Yes if ", "Removing ")) and json.dumps(text)
+    assert text.startswith(("T: ", "Yes if ", "Removing ")) and json.dumps(text)

@@ -39,14 +39,6 @@ class EqualDose:
 
 
 @dataclasses.dataclass(frozen=True)
-class HalvesAgreement:
-    """How well one half of the prompts ranks the features as the other does; None where it is not defined."""
-
-    rank_correlation: float | None  #: of the drops on two random halves, mean of 100 splits
-    spearman_brown: float | None  #: 2 r / (1 + r): the same between two samples as large as this one
-
-
-@dataclasses.dataclass(frozen=True)
 class MatchedDrops:
     """The drops of matched features of two dictionaries."""
 

@@ -1,7 +1,6 @@
-"""How far the importance of features depends on what it was measured with: on the prompts, and on the dictionary.
+"""How far the importance of features depends on the dictionary.
 
-*Between halves* of the prompts, the same features are ranked twice. *Between dictionaries*, which may differ in seed,
-kind, site or model, features must be matched first:
+Between dictionaries, which may differ in seed, kind, site or model, features must be matched first:
 
 - by direction, where both dictionaries write to one site of one model: two features are a pair if each is the other's
   nearest by the cosine of their decoder rows, and the cosine is at least a threshold (Paulo and Belrose, 2025, arXiv
@@ -20,13 +19,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saejax.causal.results import HalvesAgreement, MatchedDrops
+from saejax.causal.results import MatchedDrops
 from saejax.causal.statistics import rank_correlations
 from saejax.interventions.feature_statistics import coordinates, nearest_others
 from saejax.results import Interval
 from saejax.tasks.scoring import middle
 
-SPLITS = 100  # of the prompts in random halves
 LEAST = 0.7  # similarity of a match
 FEWEST = 3  # prompts on which a feature must be above its least activity: those of one prompt correlate perfectly
 DRAWS = 200  # of shuffled pairs, and of partners that fire alike
@@ -64,29 +62,6 @@ class RankedFeatures(Protocol):
     def firing_rate(self) -> np.ndarray: ...
     @property
     def mean_activation(self) -> np.ndarray: ...
-
-
-def between_halves(drop_NxP: np.ndarray, seed: int) -> HalvesAgreement:
-    """How well half of the prompts ranks the features as the other half does.
-
-    Args:
-      drop_NxP: what removing each feature costs on each prompt.
-      seed: of the halves.
-
-    Returns:
-      Spearman's correlation of the mean drops on two random halves (an odd prompt is left out), mean over 100 splits,
-      and what it would be between two samples as large as this one (Spearman, 1910; Brown, 1910). None with one prompt,
-      or where a half sees no difference between features.
-    """
-    rng = np.random.default_rng(seed)
-    prompts = drop_NxP.shape[1]
-    found: list[float] = []
-    for _ in range(SPLITS if prompts > 1 else 0):
-        halves_2xH = rng.permutation(prompts)[: prompts // 2 * 2].reshape(2, -1)
-        found.extend(rank_correlations(*(drop_NxP[None, :, half_H].mean(axis=2) for half_H in halves_2xH)).tolist())
-    defined = [value for value in found if not np.isnan(value)]
-    r = float(np.mean(defined)) if defined else None
-    return HalvesAgreement(r, None if r is None or r <= -1 else 2 * r / (1 + r))
 
 
 def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEAST) -> Matches:

@@ -3,17 +3,37 @@
 import numpy as np
 import pytest
 
-from saejax.interventions.rows import Prompts, all_different, batches_of, filled_features, first_changes
+from saejax.interventions.rows import Amounts, Prompts, all_different, batches_of, filled_features, first_changes
 from saejax.interventions.split_model import prefixes
 
 FIRST_PxF = np.array([[3, 9, 1, 4], [9, 9, 2, 0]], np.int32)  # 9: never
 SETS = [np.array(s, np.int64) for s in ([0], [1], [0, 2], [3], [])]
 
 
-def test_a_set_changes_a_prompt_from_its_first_feature_on():
-    never = np.iinfo(np.int32).max
-    wanted_SxP = [[3, 9], [9, 9], [1, 2], [4, 0], [never, never]]
-    np.testing.assert_array_equal(first_changes(FIRST_PxF, SETS), wanted_SxP)
+NEVER = np.iinfo(np.int32).max
+
+
+def amounts(sets, addends=None):
+    """Edits that ablate half of each set."""
+    return Amounts(tuple(sets), tuple(np.full(len(members), 0.5) for members in sets), addends)
+
+
+def test_an_edit_changes_a_prompt_from_its_first_feature_on():
+    wanted_SxP = [[3, 9], [9, 9], [1, 2], [4, 0], [NEVER, NEVER]]
+    got_SxP = first_changes(FIRST_PxF, amounts(SETS), np.ones((2, 9), bool))
+    np.testing.assert_array_equal(got_SxP, wanted_SxP)
+
+
+def test_an_edit_that_adds_changes_a_prompt_from_its_first_editable_position_on():
+    editable_PxT = np.arange(9)[None, :] >= np.array([[2], [99]])  # nowhere in the second prompt
+    added = tuple(np.full(len(members), float(number == 1)) for number, members in enumerate(SETS))
+    got_SxP = first_changes(FIRST_PxF, amounts(SETS, added), editable_PxT)
+    np.testing.assert_array_equal(got_SxP, [[3, 9], [2, 9], [1, 2], [4, 0], [NEVER, NEVER]])
+
+
+def test_a_fraction_of_zero_changes_nothing():
+    nothing = Amounts(tuple(SETS), tuple(np.zeros(len(members)) for members in SETS), None)
+    assert (first_changes(FIRST_PxF, nothing, np.ones((2, 9), bool)) == NEVER).all()
 
 
 def test_prompts_that_begin_alike_share_their_numbers():
@@ -40,27 +60,29 @@ def many():
         for p in range(9):
             hits = [t for t in range(last_P[p] + 1) if int(prefix_PxT[p, t]) in hit_T[t]]
             first_SxP[s, p] = hits[0] if hits else 99
-    return first_SxP, Prompts(last_P, prefix_PxT), sets, ids_PxT
+    return first_SxP, Prompts(last_P, prefix_PxT), amounts(sets), ids_PxT
 
 
 @pytest.mark.parametrize("most", [1, 30, 2000])
 @pytest.mark.parametrize("features", [1, 7, 1000])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_every_token_of_every_row_is_run(many, most, features, shards):
-    first_SxP, prompts, sets, ids_PxT = many
-    batches = batches_of(first_SxP, prompts, sets, most, features, shards)
+    first_SxP, prompts, edits, ids_PxT = many
+    batches = batches_of(first_SxP, prompts, edits, most, features, shards)
     rows = []
     for batch in batches:
         assert len(batch.shards) == shards and batch.size % 8 == batch.tokens % 8 == 0
-        tree, (end_SxR, members_SxRxK) = batch.filled(prompts, sets)
+        tree, end_SxR, fraction_SxRxK, addend_SxRxK = batch.filled(prompts, edits)
+        assert addend_SxRxK is None
         for shard, own in enumerate(batch.shards):
             place_N = tree.prompt_SxR[shard][tree.row_SxN[shard]]
             position_N = tree.first_SxR[shard][tree.row_SxN[shard]] + tree.column_SxN[shard]
             set_R = np.concatenate([own.set_N, np.full(batch.size - len(own.set_N), -1)])
-            assert not members_SxRxK[shard, len(own.set_N) :].any()
+            assert not fraction_SxRxK[shard, len(own.set_N) :].any()
             for r, (s, p, first) in enumerate(zip(own.set_N, own.place_N, own.first_N, strict=True)):
                 rows.append((s, p))
-                np.testing.assert_array_equal(batch.features_K[members_SxRxK[shard, r]], np.unique(sets[s]))
+                named_K = fraction_SxRxK[shard, r] == 0.5
+                np.testing.assert_array_equal(batch.features_K[named_K], np.unique(edits.sets[s]))
                 length = prompts.last_P[p] + 1 - first
                 assert first == first_SxP[s, p] and 0 < length <= batch.length
                 token_T = tree.token_index_SxRxT[shard, r, :length]
@@ -72,28 +94,28 @@ def test_every_token_of_every_row_is_run(many, most, features, shards):
 
 
 def test_no_token_is_run_twice_in_a_batch(many):
-    first_SxP, prompts, sets, ids_PxT = many
+    first_SxP, prompts, edits, ids_PxT = many
     texts = {
         (s, tuple(ids_PxT[p, : t + 1]))
         for s, p in np.argwhere(first_SxP <= prompts.last_P[None, :])
         for t in range(first_SxP[s, p], prompts.last_P[p] + 1)
     }
     alone = Prompts(prompts.last_P, all_different(prompts.prefix_PxT))
-    assert len(texts) == tokens_run(first_SxP, prompts, sets) < 0.9 * tokens_run(first_SxP, alone, sets)
+    assert len(texts) == tokens_run(first_SxP, prompts, edits) < 0.9 * tokens_run(first_SxP, alone, edits)
 
 
-def tokens_run(first_SxP, prompts, sets):
+def tokens_run(first_SxP, prompts, edits):
     """How many tokens a single batch runs, without those that fill it up."""
-    (batch,) = batches_of(first_SxP, prompts, sets, 10**6, 1000)
-    tree, _ = batch.filled(prompts, sets)
+    (batch,) = batches_of(first_SxP, prompts, edits, 10**6, 1000)
+    tree, *_ = batch.filled(prompts, edits)
     return len(set(zip(tree.row_SxN[0].tolist(), tree.column_SxN[0].tolist(), strict=True)))
 
 
 def test_batches_have_few_shapes(many):
-    first_SxP, prompts, sets, _ = many
+    first_SxP, prompts, edits, _ = many
     shapes, counts = set(), range(1, 51)
     for count in counts:
-        batches = batches_of(first_SxP[:count], prompts, sets[:count], 80, 1000)
+        batches = batches_of(first_SxP[:count], prompts, amounts(edits.sets[:count]), 80, 1000)
         shapes |= {(batch.size, batch.length, batch.tokens, len(batch.features_K)) for batch in batches}
     assert len(shapes) <= 12 and {features for *_, features in shapes} == {filled_features(40)}
     assert max(tokens for *_, tokens, _ in shapes) <= 96
@@ -101,4 +123,4 @@ def test_batches_have_few_shapes(many):
 
 def test_nothing_to_run():
     prompts = Prompts(np.array([2, 3]), all_different(np.zeros((2, 4))))
-    assert batches_of(np.full((2, 2), 9), prompts, SETS[:2], 10, 4) == []
+    assert batches_of(np.full((2, 2), 9), prompts, amounts(SETS[:2]), 10, 4) == []

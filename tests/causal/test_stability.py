@@ -1,40 +1,47 @@
-"""How stable importance is: between halves of the prompts, and between dictionaries whose truth is constructed."""
+"""How stable importance is between dictionaries whose truth is constructed."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-from linear_experiment import LinearExperiment
 
 from saejax.causal import stability
-from saejax.causal.importance import measure_importance
-from saejax.causal.results import HalvesAgreement, MatchedDrops
-from saejax.causal.stability import Matches, between_halves, compare, match_by_activity, match_by_direction
+from saejax.causal.results import MatchedDrops
+from saejax.causal.stability import Matches, compare, match_by_activity, match_by_direction
 from saejax.results import from_json, to_json
-from saejax.settings import AblateConfig
 
 
-def test_halves_of_the_prompts():
-    rng = np.random.default_rng(3)
-    worth_N = rng.normal(size=300)
-    same = between_halves(np.repeat(worth_N[:, None], 6, axis=1), seed=0)
-    assert same == HalvesAgreement(pytest.approx(1.0), pytest.approx(1.0))
-    assert abs(between_halves(rng.normal(size=(300, 20)), seed=0).rank_correlation) < 0.1
-    # Noise of one unit a prompt: a mean over H prompts has reliability H / (H + 1), and ranks correlate a little less.
-    noisy_NxP = rng.normal(size=(3000, 1)) + rng.normal(size=(3000, 9))
-    got = between_halves(noisy_NxP, seed=0)
-    assert got.rank_correlation == pytest.approx(6 / np.pi * np.arcsin(4 / 5 / 2), abs=0.03)
-    assert got.spearman_brown == pytest.approx(2 * got.rank_correlation / (1 + got.rank_correlation))
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The measured importance of features that fire."""
+
+    feature: np.ndarray
+    drop: np.ndarray
+    firing_rate: np.ndarray
+    mean_activation: np.ndarray
 
 
-@pytest.mark.parametrize("drop_NxP", [np.ones((5, 1)), np.ones((1, 9)), np.ones((4, 8)), np.zeros((0, 4))])
-def test_halves_that_say_nothing(drop_NxP):
-    assert between_halves(drop_NxP, seed=0) == HalvesAgreement(None, None)
+class LinearExperiment:
+    """Prompts on which feature i, of activation f_pi, lowers the logit difference by gain_i f_pi when it is ablated."""
+
+    def __init__(self, gain_F, dead=(), seed=0, prompts=20):
+        rng = np.random.default_rng(seed)
+        rate_F = np.exp(rng.uniform(np.log(0.1), np.log(0.9), len(gain_F)))
+        size_F = np.exp(rng.normal(0, 0.3, len(gain_F)))
+        self.f_PxF = (rng.random((prompts, len(gain_F))) < rate_F) * size_F
+        self.f_PxF *= rng.uniform(0.8, 1.2, self.f_PxF.shape)
+        self.f_PxF[0, ~self.f_PxF.any(axis=0)] = 1.0  # every feature fires somewhere, but for the dead ones
+        self.f_PxF[:, list(dead)] = 0.0
+        self.gain_PxF = np.broadcast_to(gain_F, self.f_PxF.shape).astype(np.float64)
 
 
 def table_of(experiment):
-    return measure_importance(experiment, AblateConfig(bootstrap=100))[0]
+    fires_F = (experiment.f_PxF > 0).sum(axis=0)
+    feature = np.flatnonzero(fires_F)
+    mean_F = experiment.f_PxF.sum(axis=0) / np.maximum(fires_F, 1)
+    drop_F = (experiment.f_PxF * experiment.gain_PxF).mean(axis=0)
+    return Table(feature, drop_F[feature], fires_F[feature] / len(experiment.f_PxF), mean_F[feature])
 
 
 @pytest.fixture(scope="module")

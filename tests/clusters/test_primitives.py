@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from saejax.causal.ablate.importance import Importance, save_drops
+from saejax.causal.importance import Importance
 from saejax.clusters.primitives import BehaviourEffects, costs, primitives, profiles
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
 
 FEATURES, PROMPTS = 300, 20
 
@@ -45,11 +46,24 @@ def test_where_nothing_is_true_p_is_as_small_as_chance_makes_it(monkeypatch):
     assert len(said) == 120 and np.mean(said) < 0.1
 
 
+def save_drops(folder, drops):
+    """Write effects tables in which every feature of a behaviour is ablated alone."""
+    tables = []
+    for name, drop_NxP in drops.items():
+        edits = [EditDefinition(name, "every", feature, (feature,)) for feature in range(FEATURES)]
+        prompts = [PromptDefinition(f"{name}/{number:05d}", name) for number in range(PROMPTS)]
+        clean = EditDefinition(name, "clean")
+        values = np.concatenate([np.zeros((1, PROMPTS)), -drop_NxP])[:, :, None]
+        block = [clean, *edits], prompts, ("logit_diff",), values
+        tables.append(EffectsTable.from_blocks([clean, *edits], prompts, [block]))
+    save_effects(folder, merge_tables(tables))
+
+
 def test_profiles_are_of_even_prompts_and_of_all_behaviours(tmp_path):
     """Features that do not fire on a behaviour cost it nothing."""
     one, two = made_effects(2), made_effects(3)
+    save_drops(tmp_path, dict(one=one.drop_NxP, two=two.drop_NxP))
     for name, made in dict(one=one, two=two).items():
-        save_drops(tmp_path, name, made.drop_NxP)
         made.table.save(tmp_path / f"{name}-importance.parquet")
     loaded = {name: BehaviourEffects.load(tmp_path, name) for name in ("one", "two")}
     feature_F, drop_FxP = profiles(loaded)
