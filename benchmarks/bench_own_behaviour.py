@@ -1,4 +1,4 @@
-"""How long somebody's own behaviour takes on a dictionary that is there: all four answers, with 1,000 draws.
+"""How long somebody's own behaviour takes on a dictionary that is there, with all five answers.
 
 Run: python -m benchmarks.bench_own_behaviour [--dictionary runs/demo/train/topk]
 A file of 200 prompts is written (whether "she" or "he" follows a name, in five templates, one of which is in test
@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from saejax.interventions.table import TESTED
 from saejax.results import load_results
 
 SHE = (
@@ -80,15 +81,16 @@ def main() -> None:
         flags = [*(f"--{name}={value}" for name, value in asked.items()), *more]
         spent = {stage: run_stage(stage, flags) for stage in ("baseline", "ablate")}
         (unit,) = (workdir / "ablate").iterdir()
-        (result,) = load_results(unit).behaviours.values()
+        (result,) = load_results(unit).verdict.dictionaries[TESTED].values()
     for stage, (seconds, processors) in spent.items():
         print(f"{stage:>10}: {seconds:6.1f} s by the clock, {processors:6.1f} s of processors")
-    for name in ("harms", "beyond_matched", "beyond_bases", "selective"):
-        grade = getattr(result.grades, name)
-        print(f"{name:>15}: {grade.holds}: {grade.reason}")
+    answers = dict(result.ablation, random=result.random, placebo=result.placebo, selective=result.selective)
+    for name, answer in answers.items():
+        print(f"{name:>15}: {answer.answer}: {answer.sentence}")
     totals = [round(sum(each), 1) for each in zip(*spent.values(), strict=True)]
-    figures = dict(seconds=totals[0], processor_seconds=totals[1], draws=result.claim.draws)
-    print(json.dumps(dict(bench="own_behaviour", **figures, highest=result.grades.highest)))
+    figures = dict(seconds=totals[0], processor_seconds=totals[1])
+    said = {name: answer.answer for name, answer in answers.items()}
+    print(json.dumps(dict(bench="own_behaviour", **figures, **said)))
 
 
 if __name__ == "__main__":

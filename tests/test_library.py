@@ -156,24 +156,32 @@ def test_training_goes_on_in_its_folder(acts, tmp_path):
         np.testing.assert_array_equal(array, again.arrays[name])
 
 
-def test_named_features_are_removed_as_by_an_edit(lm, sae):
+QUICK = dict(random_sets=3, placebo_targets=3, baselines=(), untrained=False, bootstrap=100)
+
+
+def test_named_features_are_ablated_as_by_an_edit(lm, sae):
     prompts = [prompt for prompt in PROMPTS if prompt.split == "test"]
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     f_BxTxF = np.asarray(sae.encode(lm(tokens, capture=[SITE]).sites[SITE])) * tokens.mask_BxT[:, :, None]
     features = np.argsort(-f_BxTxF.sum(axis=(0, 1)))[:2].tolist()
-    found = saejax.ablate(lm, sae, PROMPTS, features=features, draws=3, matches=2, bootstrap=100)
-    assert list(found.features) == features and found.controls_NxP.shape == (3, len(prompts))
+    found = saejax.ablate(lm, sae, PROMPTS, features=features, **QUICK)
+    (behaviour,) = found.table.behaviours
+    defined = found.table.select_prompts(behaviour)
+    clean, whole = (found.table.select_edits(behaviour, group)[-1] for group in ("clean", "top"))
+    assert list(whole.features) == features and whole.fraction == 1.0
     answers_Px2 = np.array([[lm.token_id(prompt.correct), lm.token_id(prompt.wrong)] for prompt in prompts])
-    for edits, found_P in (([], found.clean_P), ([sae.ablate(features)], found.joint_P)):
+    for edits, definition in (([], clean), ([sae.ablate(features)], whole)):
         rows_P, logits_BxTxV = np.arange(len(prompts)), np.asarray(lm(tokens, edits=edits).logits_BxTxV)
         last_Px2 = logits_BxTxV[rows_P[:, None], tokens.last_B[:, None], answers_Px2]
-        np.testing.assert_allclose(found_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
-    assert found.results.grades.harms.reason.startswith("without the 2 features accuracy goes from ")
+        got_P = found.table.values([definition], defined, "logit_diff")[0]
+        np.testing.assert_allclose(got_P, last_Px2[:, 0] - last_Px2[:, 1], atol=2e-4)
 
 
 def test_top_features_are_chosen_by_train_prompts(lm, sae):
-    found = saejax.ablate(lm, sae, PROMPTS, top=2, draws=3, matches=2, bootstrap=100)
-    assert len(found.features) <= 2 and found.single_KxP.shape == (len(found.features), 3)
+    found = saejax.ablate(lm, sae, PROMPTS, top=2, **QUICK)
+    (behaviour,) = found.table.behaviours
+    assert 0 < len(found.top[behaviour]) <= 2
+    assert saejax.verdict(found.table, saejax.VerdictConfig(resamples=100)) == found.verdict
 
 
 def test_patching_between_prompts_and_counterparts(lm):

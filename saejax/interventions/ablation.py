@@ -433,7 +433,7 @@ def _measure_basis(
     dose_S = np.array([_root_mean_square(norm_P) for norm_P in norm_SxP])
     reaches_S = dose_S >= dose
     size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
-    most = min(1.0, dose / dose_S[size - 1]) if dose_S[size - 1] > 0 else 1.0
+    most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
     grid = [define(size, fraction * most) for fraction in FRACTIONS]
     test = [prompt for prompt in define_prompts(ablation.behaviour, ablation.prompts) if prompt.split == "test"]
     diffs = ablation.run(grid)

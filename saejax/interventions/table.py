@@ -78,7 +78,7 @@ class EditDefinition:
     def id(self) -> str:
         """The name of the edit, unique within its behaviour, such as ``random/3@0.5`` or ``untrained:top/0@1``."""
         owner = "" if self.dictionary == TESTED else f"{self.dictionary}:"
-        return f"{owner}{self.group}/{self.index}@{self.fraction!r}"
+        return f"{owner}{self.group}/{self.index}@{float(self.fraction)!r}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.ground_truth.circuits.stage import KnownConfig
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
-from saejax.interventions.table import TESTED, TEXT
+from saejax.interventions.table import TESTED, EffectsTable, load_effects
 from saejax.library.causal import ablate
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
@@ -92,7 +92,8 @@ class KnownStages:
         options = dict(bootstrap=_BOOTSTRAP, **quick)
         claimed = self._idle(transcoder, features, options, refused)
         interchange, interchange_random = _interchange(patched) if patched else (None, None)
-        harm, harm_others = _harm(ablated) if ablated else (None, None)
+        table = load_effects(self._run.folder / "ablate" / name) if ablated else None
+        harm, harm_others = _harm(ablated, table) if ablated and table else (None, None)
         probe, probe_shuffled = _probes(probed) if probed else (None, None)
         harmed, carried = _harmed(ablated) if ablated else None, _carried(patched) if patched else None
         return CausalScores(
@@ -177,12 +178,16 @@ def _subspace(found: PatchResults, method: str) -> Interval:
     return _share(sum(round(mean * count) for mean, count in pairs), sum(count for _, count in pairs))
 
 
-def _harm(found: AblateResults) -> tuple[float, float | None]:
-    """Return the two-way accuracy lost, and the largest loss of another behaviour: a share of its logit difference."""
+def _harm(found: AblateResults, table: EffectsTable) -> tuple[float, float | None]:
+    """Return the two-way accuracy lost, and the largest loss of another behaviour."""
     results = found.verdict.dictionaries[TESTED].values()
     lost = [result.ablation["two_way"].effect.mean for result in results]
-    parts = [(result.selective.parts or {}).items() for result in results]
-    others = [interval.mean for items in parts for name, interval in items if name != TEXT]
+    others = []
+    for name in table.behaviours:
+        for other in set(table.behaviours) - {name}:
+            prompts, whole = table.select_prompts(other), table.select_edits(name, "top")[-1:]
+            clean_P, ablated_1xP = table.clean_values(prompts, "logit_diff"), table.values(whole, prompts, "logit_diff")
+            others.append(float((clean_P > 0).mean() - (ablated_1xP > 0).mean()))
     return float(np.mean(lost)), max(others, default=None)
 
 

@@ -29,9 +29,9 @@ class CausalScores:
     interchange_random: float | None  #: the same of as many matched random features
     harm: float | None  #: accuracy lost without the top features, mean over behaviours
     harm_others: float | None  #: the largest loss of another behaviour; None with one behaviour
-    claimed: int | None  #: behaviours that removing the top features costs, beyond matched ones, by the rule of claims
+    claimed: int | None  #: behaviours whose two-way accuracy falls when the top features are ablated
     idle: int  #: variables that no answer depends on
-    idle_claimed: int | None  #: of these, how many are claimed to cause a behaviour
+    idle_claimed: int | None  #: of these, how many have such an effect
     probe: Interval | None  #: accuracy of probes of the features, pooled over labels, with a 95 % Wilson interval
     probe_shuffled: float | None  #: that of probes of shuffled labels, mean
     refused: tuple[str, ...]  #: what a stage said instead
