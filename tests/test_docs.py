@@ -70,7 +70,7 @@ def test_pages_of_the_site(tmp_path):
     spec.loader.exec_module(pages)
     pages.main(tmp_path / "sources")
     written = {path.relative_to(tmp_path / "sources").as_posix() for path in (tmp_path / "sources").rglob("*.*")}
-    assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md", "docs/ablation.png"} <= written
+    assert {"index.md", "README.md", "WORKSPACE.md", "docs/tour.md"} <= written
     text = "".join(path.read_text() for path in (tmp_path / "sources/reference").iterdir())
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

@@ -1,9 +1,9 @@
 """The README's Python example runs as it stands, and the guides name what exists."""
 
-import json
 import re
 import shlex
 import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -28,9 +28,8 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys, smollm2):
     described = DictionaryConfig(kind="topk", site="resid_post.15", d_in=576, n_features=1152, k=48, max_norm=1600.0)
     dictionary = Dictionary.initial(described, jax.random.key(0))
     save_dictionary(tmp_path / "runs/demo/train/topk/dictionary", dictionary)
-    (tmp_path / "runs/demo/ablate/topk").mkdir(parents=True)
-    entries = [dict(feature=feature) for feature in range(200)]
-    (tmp_path / "runs/demo/ablate/topk/capital.json").write_text(json.dumps(dict(top=entries)))
+    top = types.SimpleNamespace(top=dict(capital=[types.SimpleNamespace(feature=feature) for feature in range(200)]))
+    monkeypatch.setattr("saejax.results.load_results", lambda folder: top)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
