@@ -7,6 +7,8 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.interventions.table import TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
+from saejax.results import Interval
+from saejax.statistics import bootstrap
 from saejax.statistics.curves import interpolation_weights
 
 
@@ -81,6 +83,65 @@ def read_curves(
             drop_AxP = np.concatenate([np.zeros((1, len(prompts))), drop_ExP[place]])
             curves.append(EffectCurve(tuple(edits[e] for e in place), dose_A, drop_AxP))
     return curves
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredBehaviour:
+    """What was measured of the top features of one behaviour.
+
+    Attributes:
+      behaviour: its name.
+      prompts: its P test prompts.
+      top: the curve of the top features.
+      weight_RxP: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``.
+    """
+
+    behaviour: str
+    prompts: Sequence[PromptDefinition]
+    top: EffectCurve
+    weight_RxP: np.ndarray
+
+    @classmethod
+    def read(
+        cls, table: EffectsTable, behaviour: str, dictionary: str, resamples: int, seed: int
+    ) -> "MeasuredBehaviour":
+        """Read the top features of a behaviour, and check its control sets.
+
+        Args:
+          table: of the run.
+          behaviour: its name.
+          dictionary: whose features.
+          resamples: number of bootstrap samples.
+          seed: of the bootstrap.
+
+        Raises:
+          UserError: there are fewer than 2 test prompts, or see ``check_controls`` and ``read_curves``.
+        """
+        prompts = table.select_prompts(behaviour)
+        if len(prompts) < 2:
+            raise UserError(
+                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise task.test_prompts"
+            )
+        strata = [prompt.template for prompt in prompts]
+        weight_RxP = bootstrap.resampling_weights(strata, resamples, seed)
+        check_controls(table, behaviour, dictionary)
+        (top,) = read_curves(table, behaviour, "top", dictionary, prompts)
+        return cls(behaviour, prompts, top, weight_RxP)
+
+    @property
+    def k(self) -> int:
+        """The number of top features."""
+        return len(self.top.edits[-1].features)
+
+    @property
+    def templates(self) -> list[str]:
+        """The template of each prompt."""
+        return [prompt.template for prompt in self.prompts]
+
+    def interval(self, value_P: np.ndarray) -> tuple[Interval, np.ndarray]:
+        """Return the mean of a number per prompt with its interval, and its bootstrap samples."""
+        sample_R = self.weight_RxP @ value_P
+        return Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R)), sample_R
 
 
 def compare_at_equal_dose(

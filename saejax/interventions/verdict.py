@@ -23,17 +23,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saejax.errors import UserError
 from saejax.interventions import sentences
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalVerdict, VerdictConfig
 from saejax.interventions.curves import (
     EffectCurve,
-    check_controls,
+    MeasuredBehaviour,
     compare_at_equal_dose,
     mean_drops_at_equal_dose,
     read_curves,
 )
-from saejax.interventions.table import BASIS, TESTED, TEXT, UNTRAINED, EffectsTable, PromptDefinition
+from saejax.interventions.table import BASIS, TESTED, TEXT, UNTRAINED, EffectsTable
 from saejax.results import Interval
 from saejax.statistics import bootstrap
 from saejax.statistics.ranks import holm, min_controls, rank_p
@@ -71,47 +70,9 @@ class _Test(NamedTuple):
     conclude: Callable[[float | None], CausalAnswer]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """What was measured of the top features of one behaviour, and the bootstrap over its P prompts."""
-
-    behaviour: str
-    prompts: Sequence[PromptDefinition]
-    top: EffectCurve
-    weight_RxP: np.ndarray
-
-    @classmethod
-    def read(cls, table: EffectsTable, behaviour: str, dictionary: str, config: VerdictConfig) -> "_Measured":
-        prompts = table.select_prompts(behaviour)
-        if len(prompts) < 2:
-            raise UserError(
-                f"{behaviour} has {len(prompts)} test prompts: expected at least 2; raise task.test_prompts"
-            )
-        strata = [prompt.template for prompt in prompts]
-        weight_RxP = bootstrap.resampling_weights(strata, config.resamples, config.seed)
-        check_controls(table, behaviour, dictionary)
-        (top,) = read_curves(table, behaviour, "top", dictionary, prompts)
-        return cls(behaviour, prompts, top, weight_RxP)
-
-    @property
-    def k(self) -> int:
-        """The number of top features."""
-        return len(self.top.edits[-1].features)
-
-    @property
-    def templates(self) -> list[str]:
-        """The template of each prompt."""
-        return [prompt.template for prompt in self.prompts]
-
-    def interval(self, value_P: np.ndarray) -> tuple[Interval, np.ndarray]:
-        """Return the mean of a number per prompt with its interval, and its bootstrap samples."""
-        sample_R = self.weight_RxP @ value_P
-        return Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R)), sample_R
-
-
 def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfig) -> dict[str, BehaviourVerdict]:
     names = [name for name in table.behaviours if table.select_edits(name, "top", dictionary)]
-    measured = {name: _Measured.read(table, name, dictionary, config) for name in names}
+    measured = {name: MeasuredBehaviour.read(table, name, dictionary, config.resamples, config.seed) for name in names}
     sets = {
         group: {name: read_curves(table, name, group, dictionary, measured[name].prompts) for name in names}
         for group in ("random", "placebo")
@@ -156,7 +117,7 @@ def _not_tested(reason: str, answer: str = "not tested") -> _Test:
     return _Test(None, lambda _: CausalAnswer(answer, f"{answer.capitalize()}: {reason}."))
 
 
-def _test_ablation(table: EffectsTable, measured: _Measured, readout: str, config: VerdictConfig) -> _Test:
+def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
     """Question 1: does ablation have an effect on this readout?"""
     clean_P = table.clean_values(measured.prompts, readout)
     drop_P = clean_P - table.values(measured.top.edits[-1:], measured.prompts, readout)[0]
@@ -184,7 +145,7 @@ def _test_ablation(table: EffectsTable, measured: _Measured, readout: str, confi
 
 
 def _test_sets(
-    measured: _Measured, group: str, controls: Sequence[EffectCurve], behaviours: int, config: VerdictConfig
+    measured: MeasuredBehaviour, group: str, controls: Sequence[EffectCurve], behaviours: int, config: VerdictConfig
 ) -> _Test:
     """Questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
     if not controls:
@@ -217,7 +178,7 @@ def _count_fooled(placebo: Sequence[EffectCurve], random: Sequence[EffectCurve],
 
 
 def _judge_bases(
-    table: EffectsTable, measured: Mapping[str, _Measured], dictionary: str, config: VerdictConfig
+    table: EffectsTable, measured: Mapping[str, MeasuredBehaviour], dictionary: str, config: VerdictConfig
 ) -> dict[str, dict[str, CausalAnswer]]:
     """Question 4: more than a simpler basis, at the largest dose that both reach, by norm and by KL on text?"""
     tests: dict[tuple[str, str, str], _Test] = {}
@@ -239,7 +200,7 @@ def _judge_bases(
     return judged
 
 
-def _test_basis(measured: _Measured, top: EffectCurve, basis: EffectCurve, config: VerdictConfig) -> _Test:
+def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurve, config: VerdictConfig) -> _Test:
     """Question 4 for one basis and one kind of dose."""
     dose = np.array([min(top.reach, basis.reach)])
     top_P, basis_P = top.drop_at(dose)[0], basis.drop_at(dose)[0]
@@ -274,7 +235,7 @@ def _combine_views(basis: str, views: Mapping[str, CausalAnswer]) -> CausalAnswe
     return dataclasses.replace(main, answer=answer, sentence=sentence, parts=parts)
 
 
-def _test_selective(table: EffectsTable, measured: _Measured, config: VerdictConfig) -> _Test:
+def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: VerdictConfig) -> _Test:
     """Question 5: are other behaviours and held-out text spared?"""
     top = measured.top.edits[-1:]
     rises: dict[str, tuple[np.ndarray, list[str], float]] = {}
