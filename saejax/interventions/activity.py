@@ -16,7 +16,7 @@ from saejax.parallel.mesh import sharding
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
-    """How often and how strongly every feature fires on the prompts of clean runs.
+    """Return how often and how strongly every feature fires on the prompts of clean runs.
 
     Raises:
       UserError: a feature's activation is not finite.
@@ -25,18 +25,19 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
 
 
 def total(split: SplitModel, parts: Iterable[Sequence]) -> FeatureStatistics:
-    """``FeatureStatistics.total`` of the split's dictionary, which must be finite.
+    """Return ``FeatureStatistics.total`` of the split's dictionary, which must be finite.
 
     Raises:
       UserError: a feature's activation is not finite.
     """
-    found = FeatureStatistics.total(parts, np.asarray(_norms(split.point, split.dictionary), np.float64))
-    if not np.isfinite(found.sum_F).all():
+    statistics = FeatureStatistics.total(parts, np.asarray(_norms(split.point, split.dictionary), np.float64))
+    if not np.isfinite(statistics.sum_F).all():
+        feature = int(np.argmin(np.isfinite(statistics.sum_F)))
         raise UserError(
-            f"feature {int(np.argmin(np.isfinite(found.sum_F)))} has an activation that is not finite: the dictionary "
-            "holds NaN or overflows; train it again"
+            f"feature {feature} has an activation that is not finite: the dictionary holds NaN or overflows; train it "
+            "again"
         )
-    return found
+    return statistics
 
 
 def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
@@ -59,14 +60,14 @@ def _firing_prompts(
 
 
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Every feature's mean activation over the positions that it could fire at, fp64 [F]; 0 without such positions."""
+    """Return every feature's mean activation over all editable positions, fp64 [F]; 0 without such positions."""
     counts = [_counts(split, run) for run in runs]
     positions, total_F = sum(count[0] for count in counts), sum(count[4] for count in counts)
     return np.asarray(total_F) / max(positions, 1)
 
 
 def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
-    """At how many positions of a clean run each feature is not 0, and the sum of its activations there, [F] each."""
+    """Return at how many positions of a clean run each feature is not 0, and its summed activations, [F] each."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)
     return _sum(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
 
@@ -83,9 +84,9 @@ def _sum(
 
 
 def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Every feature's largest activation on each prompt, fp32 [P, F], prompts in their order.
+    """Return every feature's largest activation on each prompt, fp32 [P, F], at least 0.
 
-    At least 0, which stands where the dictionary does not read; of a linear dictionary it is the largest positive one.
+    Of a linear dictionary it is the largest positive one.
     """
     return in_order((_maxima(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT) for run in runs), runs)
 
@@ -97,8 +98,8 @@ def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, do
 
 
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Positions, and of each feature: at how many it fires, the sums of its sizes and of its places there (the last
-    token is 1), the sum of its activations."""
+    """Return the number of positions, and for each feature: at how many it fires, the sums of its sizes and of its
+    distances from the prompt's end there (the last token is 1), the sum of its activations."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
     n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B, run.last_B)
     fires_F, size_F, place_F, total_F = (np.asarray(array) for array in sums)
@@ -106,14 +107,14 @@ def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _norms(point: SplitPoint, dictionary: Dictionary) -> jax.Array:
-    """Lengths of the features' directions, [F]."""
+def _norms(point: SplitPoint, dictionary: Basis) -> jax.Array:
+    """Return the norms of the features' directions, [F]."""
     W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
     return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
 
 
-def fires_and_sizes(dictionary: Dictionary, f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where activations [..., F] fire, and their sizes there; 0 elsewhere, but NaN where they are NaN."""
+def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return where activations [..., F] fire, and their sizes there: 0 elsewhere, NaN where they are NaN."""
     fires = dictionary.fires(f)
     return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
 
@@ -135,6 +136,6 @@ def _count(
         placed_PxTxF = jnp.where(fires_PxTxF, place_PxT[..., None], 0)
         return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, placed_PxTxF, f_PxTxF))
 
-    found = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
-    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in found)
+    per_prompt = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
+    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in per_prompt)
     return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))

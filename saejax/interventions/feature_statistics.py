@@ -1,4 +1,4 @@
-"""How often and how strongly features fire, and where that puts them: what stands near is like, and matches."""
+"""How often and how strongly features fire, and which features are similar in that."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -30,7 +30,7 @@ class FeatureStatistics:
 
     @classmethod
     def total(cls, parts: Iterable[Sequence], norm_F: np.ndarray | None = None) -> "FeatureStatistics":
-        """Adds up (positions, fires_F, sum_F), and perhaps place_F, of disjoint sets of positions, in float64."""
+        """Add up (positions, fires_F, sum_F), and optionally place_F, of disjoint sets of positions, in float64."""
         positions, sums = 0, [np.zeros(()), np.zeros(())]
         for part_positions, *part_sums in parts:
             positions += int(part_positions)
@@ -54,17 +54,17 @@ class FeatureStatistics:
         return self.fires_F > 0
 
     def coordinates(self, features: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Where N features that fire stand for matching, [N, C]; see ``coordinates``."""
+        """Return the coordinates of N features that fire, for matching, [N, C]; see ``coordinates``."""
         norm_N = None if self.norm_F is None else self.norm_F[features]
         place_N = None if self.place_F is None else (self.place_F / np.maximum(self.fires_F, 1))[features]
         return coordinates(self.firing_rate_F[features], self.mean_activation_F[features], norm_N, place_N)
 
     def firing(self, features: Sequence[int]) -> list[int]:
-        """Those of some features that fire anywhere."""
+        """Return those of some features that fire anywhere."""
         return [feature for feature in features if self.fires_at_all_F[feature]]
 
     def of(self, feature: int) -> dict[str, float]:
-        """For JSON: a feature's ``firing_rate`` and ``mean_activation``."""
+        """Return a feature's ``firing_rate`` and ``mean_activation``, for JSON."""
         return dict(
             firing_rate=float(self.firing_rate_F[feature]), mean_activation=float(self.mean_activation_F[feature])
         )
@@ -73,7 +73,7 @@ class FeatureStatistics:
 def coordinates(
     rate_N: np.ndarray, size_N: np.ndarray, norm_N: np.ndarray | None = None, place_N: np.ndarray | None = None
 ) -> np.ndarray:
-    """Logarithms of what N features are matched by, each in units of its standard deviation, [N, C].
+    """Return logarithms of what N features are matched by, each in units of its standard deviation, [N, C].
 
     What is the same for all of them is 0. A direction of no length counts as a millionth of the longest one.
 
@@ -92,7 +92,7 @@ def coordinates(
 
 
 def nearest_others(place_NxC: np.ndarray, most: int) -> np.ndarray:
-    """The nearest other ones of each of N features, at most so many, [N, A]; see ``coordinates``. N is at least 2."""
+    """Return the nearest others of each of N features, at most ``most``, [N, A]. N is at least 2."""
     count = len(place_NxC)
     found_NxA = cKDTree(place_NxC).query(place_NxC, k=min(most + 1, count))[1]
     itself_NxA = found_NxA == np.arange(count)[:, None]

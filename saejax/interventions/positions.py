@@ -1,4 +1,4 @@
-"""At which positions of a prompt features may change."""
+"""Which positions of a prompt are editable."""
 
 import re
 
@@ -8,7 +8,7 @@ from saejax.errors import UserError
 
 
 def where(positions: str, last_B: np.ndarray, length: int) -> np.ndarray:
-    """True at the wanted positions of prompts, bool [B, T].
+    """Return True at the named positions of prompts, bool [B, T].
 
     Args:
       positions: "all"; "last", each prompt's last token; or a slice of its tokens as in Python, such as "1:4" or "-3:".
@@ -28,7 +28,7 @@ def where(positions: str, last_B: np.ndarray, length: int) -> np.ndarray:
 
 
 def parse(positions: str) -> tuple[int | None, int | None]:
-    """The slice that a text means: (start, stop), None for an open end; as ``where``."""
+    """Return the slice (start, stop) that a text such as ``1:4`` means, None for an open end."""
     if positions in ("all", "last"):
         return (None, None) if positions == "all" else (-1, None)
     if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", positions):

@@ -1,7 +1,7 @@
-"""What a killed ablation had measured: kept on disk a few seconds' work at a time, and read when it goes on.
+"""Resuming: finished batches are kept on disk every few seconds, and read when a killed call is made again.
 
-The batches of a call follow from its sets and prompts alone, so that what is run after an interruption are the programs
-that would have been run without it: the figures are the same to the bit, wherever it was killed.
+The batches of a call follow from its edits and prompts alone, so a resumed call runs the programs that it would have
+run without the interruption: its figures are the same to the bit.
 """
 
 import hashlib
@@ -17,40 +17,39 @@ import numpy as np
 from saejax.files import whole_file
 from saejax.parallel.collectives import from_first_process, is_first_process
 
-_EVERY = 5.0  # seconds of work that a kill may cost
+_EVERY = 5.0  # seconds between writes: the work that a kill may cost
 
 
 class Chunks:
-    """The values of a call's batches, in their order; a chunk is a file of some that follow each other.
+    """The values of a call's batches, in order; a chunk is a file of consecutive ones.
 
-    The first process reads and writes the files and tells the others what it found, so that all of them run the same
-    batches. A file that is missing or damaged ends what is found: what follows is measured anew.
-
-    Used as a context, it keeps what has been measured when it is left, by an exception too.
+    The first process reads and writes the files and broadcasts what it has read, so that all processes run the same
+    batches. Batches behind a missing or damaged file are run again. As a context manager it writes what has been
+    measured when it is left, by an exception too.
 
     Args:
-      folder: where; None: nothing is kept. All calls in a folder must be on the same model, dictionary, prompts and
-        replacement.
+      folder: for the files; None: nothing is kept. All calls in a folder must have the same model, dictionary, prompts
+        and replacement.
       shapes: of each batch's values.
-      plan: says what each batch computes: files of a call with another one are not read.
+      plan: what each batch computes: files of a call with another plan are not read.
 
     Attributes:
-      values: fp32, of the batches that are measured; at first of those that were before.
+      values: float32, of the measured batches; at first those of an earlier call.
     """
 
     def __init__(self, folder: Path | None, shapes: Sequence[tuple[int, ...]], plan: Iterable[np.ndarray]):
         self.values: list[np.ndarray] = []
         self._folder, self._shapes, self._mark = folder, shapes, digest(plan) if folder else ""
         if folder:
-            found = self._read() if is_first_process() else []
-            shapes = shapes[: int(from_first_process(np.int32(len(found))))]
-            flat = _flat(found) if is_first_process() else np.zeros(sum(map(math.prod, shapes)), np.float32)
+            kept = self._read() if is_first_process() else []
+            shapes = shapes[: int(from_first_process(np.int32(len(kept))))]
+            flat = _flat(kept) if is_first_process() else np.zeros(sum(map(math.prod, shapes)), np.float32)
             if shapes:
                 self.values = _unflat(from_first_process(flat.view(np.int32)).view(np.float32), shapes)
         self._kept, self._since = len(self.values), time.monotonic()
 
     def add(self, values: np.ndarray) -> None:
-        """Takes the next batch's values, and writes a chunk if the last one is some time ago."""
+        """Add the next batch's values, and write a chunk if the last one is some seconds old."""
         self.values.append(values)
         if time.monotonic() - self._since >= _EVERY:
             self._write()
@@ -66,20 +65,20 @@ class Chunks:
             self._folder.mkdir(parents=True, exist_ok=True)
             buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
             np.savez(buffer, values=_flat(self.values[self._kept :]))
-            with whole_file(self._file(self._kept)) as beside:
-                beside.write_bytes(buffer.getbuffer())
+            with whole_file(self._file(self._kept)) as unfinished:
+                unfinished.write_bytes(buffer.getbuffer())
         self._kept, self._since = len(self.values), time.monotonic()
 
     def _read(self) -> list[np.ndarray]:
-        found: list[np.ndarray] = []
-        while len(found) < len(self._shapes):
-            flat = _load(self._file(len(found)))
-            left = self._shapes[len(found) :]
+        values: list[np.ndarray] = []
+        while len(values) < len(self._shapes):
+            flat = _load(self._file(len(values)))
+            left = self._shapes[len(values) :]
             count = int(np.searchsorted(np.cumsum([math.prod(shape) for shape in left]), len(flat))) + 1
             if not len(flat) or sum(map(math.prod, left[:count])) != len(flat):
                 break
-            found += _unflat(flat, left[:count])
-        return found
+            values += _unflat(flat, left[:count])
+        return values
 
     def _file(self, first: int) -> Path:
         assert self._folder
@@ -87,7 +86,7 @@ class Chunks:
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
-    """A hash, 16 hexadecimal digits, of arrays with their types and shapes."""
+    """Return a hash, 16 hexadecimal digits, of arrays with their types and shapes."""
     sha = hashlib.sha256()
     for array in arrays:
         sha.update(f"{array.dtype.str}{array.shape}".encode())
@@ -96,7 +95,7 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 
 def _load(path: Path) -> np.ndarray:
-    """The values in a file, [0] if it is missing or damaged: a zip file holds checksums."""
+    """Return the values in a file; none if it is missing or damaged (a zip file holds checksums)."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return np.asarray(arrays["values"], np.float32)

@@ -50,7 +50,7 @@ class Amounts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SetRows:
-    """Rows to run on the prompts of one clean run; arrays [N].
+    """Rows on the prompts of one clean run; arrays [N].
 
     Attributes:
       set_N, place_N: the set, and the prompt's place in the clean run.
@@ -67,7 +67,7 @@ class SetRows:
 
 @dataclasses.dataclass(frozen=True)
 class RowBatch:
-    """Rows that go through the tail together, in S shards.
+    """Rows that go through the layers above the site together, in S shards.
 
     Attributes:
       shards: the rows of each.
@@ -126,7 +126,7 @@ class Prompts:
     prefix_PxT: np.ndarray
 
     def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A number for each token of each row, equal where the token can be shared; and where rows have any, [N, T]."""
+        """Return a number for each token of each row, equal where tokens are shared; and where rows have any, [N, T]."""
         position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
         real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
         width = self.prefix_PxT.shape[1]
@@ -136,12 +136,12 @@ class Prompts:
         return (start_Nx1 * width + np.minimum(position_NxT, width - 1)) * most + prefix_NxT, real_NxT
 
     def in_order(self) -> np.ndarray:
-        """The prompts' places, those that begin alike one after the other."""
+        """Return the prompts' indices, those that begin alike one after the other."""
         return np.lexsort(self.prefix_PxT.T[::-1])
 
 
 def all_different(prefix_PxT: np.ndarray) -> np.ndarray:
-    """Numbers for prompts that share nothing."""
+    """Return numbers for prompts that share nothing."""
     return np.arange(prefix_PxT.size).reshape(prefix_PxT.shape)
 
 
@@ -168,7 +168,7 @@ def first_changes(first_PxF: np.ndarray, amounts: Amounts, editable_PxT: np.ndar
 def batches_of(
     first_SxP: np.ndarray, prompts: Prompts, amounts: Amounts, most: int, features: int, shards: int = 1
 ) -> list[RowBatch]:
-    """The rows that have any tokens, in batches of few shapes, the longest first.
+    """Return the rows that have any tokens, in batches of few shapes, the longest first.
 
     Args:
       first_SxP: the first position of each row.
@@ -200,7 +200,7 @@ def batches_of(
 
 
 def _parts(rows: SetRows, prompts: Prompts, length: int, most: int) -> list[SetRows]:
-    """Rows in consecutive parts of about as many different tokens, ``most`` at the most, or one row."""
+    """Split rows into consecutive parts of about equally many distinct tokens: at most ``most``, or one row."""
     key_NxT, real_NxT = prompts.keys(rows, length)
     _, first_M = np.unique(key_NxT[real_NxT], return_index=True)
     new_N = np.bincount(np.nonzero(real_NxT)[0][first_M], minlength=len(rows.set_N))  # tokens no earlier row has
@@ -216,22 +216,22 @@ def _distinct(rows: SetRows, prompts: Prompts, length: int) -> int:
 
 
 def full_batch(most: int, length: int) -> int:
-    """Tokens of a shard that is full: a part's last row, of ``length`` tokens, may reach beyond ``most``."""
+    """Return the tokens of a full shard: a part's last row, of ``length`` tokens, may reach beyond ``most``."""
     return _filled(most + length)
 
 
 def filled_features(count: int) -> int:
-    """How many features are gathered for so many: few numbers, so that the programs of one call serve the next."""
+    """Return how many features are gathered for ``count``: few numbers, so that programs are used again."""
     return max(2 ** (count - 1).bit_length(), _LEAST_FEATURES)
 
 
 def _few_tokens(count: int, full: int) -> int:
-    """So many or more, likewise: a share of a full batch, or a little beyond it where parts begin alike."""
+    """Return ``count`` or more: a share of a full batch, or a little beyond it where parts begin alike."""
     return next((size for share in (*_SHARES, 1) if (size := _filled(share * full)) >= count), _filled(count))
 
 
 def few_rows(count: int) -> int:
-    """So many or up to a third more, likewise: two numbers between each power of two and the next."""
+    """Return ``count`` or up to a third more: two numbers between each power of two and the next."""
     return _filled(count, max(2 ** max(count.bit_length() - 2, 0), _STEP))
 
 
@@ -240,7 +240,7 @@ def _filled(count: float, step: int = _STEP) -> int:
 
 
 def _chunks(sets: Sequence[np.ndarray], features: int) -> Iterator[list[int]]:
-    """Runs of sets that hold at most so many features together."""
+    """Yield runs of sets that hold at most ``features`` features together."""
     chosen: list[int] = []
     together: set[int] = set()
     for number, members in enumerate(sets):

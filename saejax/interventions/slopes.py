@@ -5,12 +5,11 @@ The attribution of feature i on a prompt is activation x gradient,
     a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>,    L = logit(correct) - logit(wrong) at the last position,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
-(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). Where something else is to
-take their place (``activation_sources``), f_{t,i} - g_{t,i} stands for f_{t,i}; of random activations g, their mean
-over the draws. Two other estimates have the same form and another slope in the gradient's place: ``integrated`` takes
-the mean gradient on the way from the clean value to that with g in place of every feature, at the middles of 10 equal
-steps (integrated gradients; Sundararajan et al., 2017); ``relp`` goes back through the model by the rules of relevance
-patching (``RunRules.backward``). The estimate chooses the candidates; their effects are then measured exactly.
+(attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). With a replacement r of
+activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Two other estimates have another
+slope in the gradient's place: ``integrated`` takes the mean gradient between the clean value and that with all features
+replaced, at the middles of 10 equal steps (integrated gradients; Sundararajan et al., 2017); ``relp`` goes back through
+the model by the rules of relevance patching. Attribution chooses features; their effects are then measured exactly.
 """
 
 import dataclasses
@@ -199,12 +198,12 @@ def score_targets(
 
 
 def points(estimate: str) -> int:
-    """At how many values of the site an estimate takes a slope."""
+    """Return at how many values of the site an estimate takes a slope."""
     return STEPS if estimate == "integrated" else 1
 
 
 def backward_of(estimate: str) -> str:
-    """What differentiation goes by; see ``RunRules``."""
+    """Return the rules of differentiation of an estimate."""
     return "relp" if estimate == "relp" else "gradient"
 
 
@@ -215,17 +214,17 @@ def attribution(
     source: Replacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
-    """Fall of activation x slope of every feature on every prompt.
+    """Return activation x slope of every feature on every prompt.
 
     Args:
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
-      source: what is to stand in the features' place.
+      source: what replaces activations.
       counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 
     Returns:
-      fp32 [N, F] in logits; above 0 where what stands in the feature's place should lower the logit difference.
-      Attention sinks and padding count for nothing.
+      fp32 [N, F] in logits; above 0 where ablating the feature should lower the logit difference.
+      Attention sinks and padding contribute nothing.
 
     Raises:
       UserError: it is not finite.
@@ -250,7 +249,7 @@ def attribution(
 
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
-    """The features of largest attribution, largest first: at most ``top``, and only ones above 0."""
+    """Return the features of largest attribution, largest first: at most ``top``, only those above 0."""
     order_K = np.argsort(-attribution_F, kind="stable")[:top]
     return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 
@@ -265,10 +264,10 @@ def score_features(
     source: Replacement = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
-    """The program behind ``attribution``, for one batch of rows: [B, F].
+    """Return the attribution of every feature on one batch of rows: [B, F].
 
     Args:
-      points: on the way to no feature whose gradients are averaged; 1: the gradient where the prompt is.
+      points: number of values of the site whose gradients are averaged; 1: the clean one alone.
       lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
         positions of the clean run each feature is not 0, and the sum of its activations.
     """
@@ -310,6 +309,6 @@ def _not_finite(point: SplitPoint) -> str:
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Fall f of activation x slope along each feature's direction, row of W_dec, summed over positions: [B, F]."""
+    """Return fall of activation x slope along each feature's direction, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
     return (f_BxTxF * along_BxTxF).sum(axis=1)

@@ -1,4 +1,4 @@
-"""A language model split at a dictionary's site, and its prompts run without an edit."""
+"""A language model split at a dictionary's site, and clean runs of prompts up to it."""
 
 import dataclasses
 import functools
@@ -21,13 +21,13 @@ from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-PROMPTS = 16  # prompts per run of the head
+PROMPTS = 16  # prompts of one program
 LENGTH_STEP = 2  # prompts are padded to a multiple of this many tokens
-GROUP_TOKENS = 8192  # most tokens, padding included, of the prompts whose clean run is kept at once
+GROUP_TOKENS = 8192  # maximum number of tokens, padding included, whose clean run is kept at once
 
 
 class SiteRows(NamedTuple):
-    """What the tail is run from on B prompts; as in ``CleanRun``."""
+    """What the layers above the site run from on B prompts; fields as in ``CleanRun``."""
 
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
@@ -39,12 +39,13 @@ class SiteRows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CleanRun:
-    """Prompts and what the model makes of them without an edit; B is a multiple of ``PROMPTS``.
+    """Prompts run without an edit; B is a multiple of ``PROMPTS``.
 
     Attributes:
-      index_P: the prompts' places in the list they came from; the first P of the B rows, the rest are copies.
-      stream_BxTxD, value_BxTxD, read_BxTxD: what the head gave.
-      domain_BxT: True where features count and may change: at wanted positions that are not attention sinks.
+      index_P: the prompts' indices in the list they came from; the first P of the B rows, the rest are copies.
+      stream_BxTxD, value_BxTxD, read_BxTxD: the stream entering the layers above, the site's value, and the value
+        that the dictionary reads.
+      domain_BxT: True at editable positions: those that were asked for and are not attention sinks.
       prefix_PxT: a number for each text from the first token to this one; prompts that begin alike share it.
       last_B: index of each prompt's last token, int32.
       answers_Bx2: token ids of the correct and the wrong answer, int32.
@@ -60,20 +61,20 @@ class CleanRun:
     answers_Bx2: np.ndarray
 
     def rows(self, some: slice) -> SiteRows:
-        """Some of its rows."""
+        """Return some of the rows."""
         return SiteRows(*(getattr(self, name)[some] for name in SiteRows._fields))
 
 
 class SplitModel:
-    """A language model split at the site that the features of a dictionary write to.
+    """A language model split at the site that a dictionary's features write to.
 
     Args:
-      dictionary: an SAE, a transcoder, or what else has features with directions (``bases``).
-      positions: where features may change; see ``positions.where``.
-      error: "keep", or "drop": the clean run, too, goes through the dictionary, and what it cannot explain is gone.
+      dictionary: an SAE, a transcoder, or another basis of directions (``saejax.interventions.bases``).
+      positions: which positions are editable; see ``positions.where``.
+      error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
 
     Attributes:
-      point: where, static.
+      point: where the model is split (static).
       params: of the decoder.
       dictionary: its arrays are on the model's devices.
 
@@ -101,7 +102,7 @@ class SplitModel:
         self._model, self._positions, self.error = model, positions, error
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
-        """Runs prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
+        """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
         Raises:
           UserError: a prompt is too long, an answer has no token of its own, or the site's value is not finite.
@@ -117,12 +118,12 @@ class SplitModel:
             wanted_BxT = where(self._positions, last_B, ids_BxT.shape[1])
             texts = [prompts[index].text for index in rows_B]
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
-            prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # where features may change is part of it
+            prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # editable positions are part of it
             runs.append(CleanRun(index_P, stream, value, read, domain, prefix_PxT, last_B, answers_Nx2[rows_B]))
         return runs
 
     def run_counterparts(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
-        """Runs the prompts' counterparts: row by row those of ``run(prompts)``.
+        """Run the prompts' counterparts: row by row those of ``run(prompts)``.
 
         Raises:
           UserError: a prompt has no counterpart, or one of another number of tokens; and as ``run``.
@@ -144,7 +145,7 @@ class SplitModel:
         return self.run([dataclasses.replace(prompt, text=prompt.counterpart) for prompt in prompts])
 
     def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
-        """The stream leaving the last layer at each prompt's end [B, D], and keys and values of the tail's layers."""
+        """Return the stream leaving the last layer at each prompt's end [B, D], and keys and values above the site."""
         placed = (self.placed(run.rows(own)) for own in slices(run))
         parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
         if len(parts) == 1:
@@ -155,7 +156,7 @@ class SplitModel:
     def _run_head(
         self, ids_BxT: np.ndarray, last_B: np.ndarray, wanted_BxT: np.ndarray, texts: Sequence[str]
     ) -> list[jax.Array]:
-        """The parts of a ``CleanRun`` that the devices compute, ``PROMPTS`` prompts at a time."""
+        """Return the arrays of a ``CleanRun`` that devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
             own = slice(first, first + PROMPTS)
@@ -170,27 +171,27 @@ class SplitModel:
         return parts[0] if len(parts) == 1 else [jnp.concatenate(part) for part in zip(*parts, strict=True)]
 
     def by_row(self, *arrays: np.ndarray) -> list[jax.Array]:
-        """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
+        """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
         return by_row(self.point.mesh, *arrays)
 
     def placed(self, rows: SiteRows) -> SiteRows:
-        """The same rows by ``by_row``."""
+        """Return the rows placed by ``by_row``."""
         return SiteRows(*self.by_row(*rows))
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:
-    """Rows of each of some runs, without those that fill up, put together in the order of the prompts, [P, ...]."""
+    """Return the rows of some runs, without padding, in the order of the prompts, [P, ...]."""
     rows = np.concatenate([np.asarray(part)[: len(run.index_P)] for part, run in zip(parts, runs, strict=True)])
     return rows[np.argsort(np.concatenate([run.index_P for run in runs]))]
 
 
 def slices(run: CleanRun) -> Iterator[slice]:
-    """Its rows, ``PROMPTS`` at a time."""
+    """Return slices of the rows, ``PROMPTS`` at a time."""
     return (slice(first, first + PROMPTS) for first in range(0, len(run.last_B), PROMPTS))
 
 
 def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Groups of prompts of like length, of at most ``most`` tokens with those that fill up, or of ``step`` prompts.
+    """Yield groups of prompts of similar length, of at most ``most`` tokens with padding, or of ``step`` prompts.
 
     Args:
       lengths_N: tokens of each prompt.
@@ -198,7 +199,7 @@ def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tu
       most: tokens of a group.
 
     Yields:
-      The places of the group's prompts [P], those of its rows [B], filled up with copies, and the tokens of a row.
+      The indices of the group's prompts [P], those of its rows [B], padded with copies, and the tokens of a row.
     """
     left = np.argsort(lengths_N, kind="stable")
     while len(left):
@@ -210,7 +211,7 @@ def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tu
 
 
 def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
-    """A number for each text from the first token to this one, [P, T]; the same in all prompts that begin with it."""
+    """Return a number for each prefix of each prompt, [P, T]; the same in all prompts that begin with it."""
     prefix_PxT, before_P = np.zeros(ids_PxT.shape, np.int64), np.zeros(len(ids_PxT), np.int64)
     for t, ids_P in enumerate(ids_PxT.T):
         pairs_Px2 = np.stack([before_P, ids_P], axis=1)
@@ -229,12 +230,12 @@ def run_head(
     last_B: jax.Array,
     wanted_BxT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The program of the head: stream, value and what is read [B, T, D], the domain [B, T], which are finite [B].
+    """Return stream, value and what is read [B, T, D], where features are editable [B, T], which rows are finite [B].
 
     Args:
       error: as for ``SplitModel``; static.
       ids_BxT, last_B: token ids, and the index of each prompt's last token.
-      wanted_BxT: where features may change.
+      wanted_BxT: positions that were asked for.
     """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
@@ -251,18 +252,18 @@ def run_head(
 def record(
     point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, PrefixKV]:
-    """The program of ``SplitModel.past``, of arrays as ``CleanRun`` has them."""
+    """Return what ``SplitModel.past`` does, of arrays as ``CleanRun`` has them."""
     x_BxTxD, past = point.run_suffix_with_kv(params, stream_BxTxD, value_BxTxD)
     last_BxD = jnp.take_along_axis(x_BxTxD, last_B[:, None, None], axis=1)[:, 0]
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 
 
-def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
-    """``use(f_PxTxF, *rest)`` of ``PROMPTS`` prompts at a time, put together: all features of all take gigabytes.
+def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -> Any:
+    """Map ``use(f_PxTxF, *rest)`` over ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
 
     Args:
-      arrays: what is read [B, T, D] and domain [B, T], and others with B rows, of which ``use`` is given P at a time.
-      use: gives arrays with P rows.
+      arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
+      use: returns arrays with P rows.
     """
     chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
     found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
@@ -270,7 +271,7 @@ def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callab
 
 
 @jax.jit
-def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    """Feature activations [B, T, F] of what is read; 0 outside the domain."""
+def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+    """Return feature activations [B, T, F] of what is read; 0 where they are not editable."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))
