@@ -126,7 +126,7 @@ class Prompts:
     prefix_PxT: np.ndarray
 
     def keys(self, rows: SetRows, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a number for each token of each row, equal where tokens are shared; and where rows have any, [N, T]."""
+        """Return a number for each token of each row, equal where tokens are shared; where rows have any, [N, T]."""
         position_NxT = rows.first_N[:, None] + np.arange(length)[None, :]
         real_NxT = position_NxT <= self.last_P[rows.place_N][:, None]
         width = self.prefix_PxT.shape[1]
