@@ -300,23 +300,27 @@ def measure_behaviour(
     progress = Progress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
 
     def ablation(basis: Basis, name: str) -> BehaviourAblation:
-        own = folder / re.sub(r"\W+", "-", name or "tested") if folder else None
-        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, own)
+        partial = folder / re.sub(r"\W+", "-", name) if folder else None
+        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, partial)
 
     rows = TableRows()
     tested = ablation(dictionary, TESTED)
     tested.features = features
     dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
-    others = dict(repeats or {})
-    if config.error == "keep":  # without the error term another basis would have to explain the site alone
+    keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
+    baselines = config.baselines if keeps_error else ()
+    untrained = None
+    if keeps_error and (config.untrained or "untrained" in baselines):
         untrained = ablation(_untrained(tested, dictionary), UNTRAINED)
         if config.untrained:
             _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
-        for basis_name in config.baselines:
-            basis = untrained if basis_name == "untrained" else _basis(basis_name, tested, dictionary, ablation)
-            if basis is not None:
-                _measure_basis(basis, basis_name, dose, text, rows)
-    for name, other in others.items():
+    for name in baselines:
+        basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
+        if basis is not None:
+            _measure_basis(basis, name, dose, text, rows)
+    for name, other in (repeats or {}).items():
+        if not keeps_error:
+            raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
         _measure_dictionary(ablation(other, name), name, prompts, text, rows)
     return rows.table(), tested
 
@@ -332,9 +336,9 @@ def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]],
     return round(test * (edits + trainings * (len(prompts) - 1)))
 
 
-def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary) -> EffectsTable:
-    """Return the clean cross-entropy of held-out documents."""
-    split = SplitModel(lm, dictionary)
+def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, error: str = "keep") -> EffectsTable:
+    """Return the clean cross-entropy of held-out documents; ``error`` is that of ``AblateConfig``."""
+    split = SplitModel(lm, dictionary, error=error)
     diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
     clean = EditDefinition(TEXT, "clean")
     rows = TableRows()

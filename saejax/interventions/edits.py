@@ -28,6 +28,7 @@ from saejax.errors import UserError
 from saejax.interventions.replacement import ZERO, Replacement
 
 Amount = float | Sequence[float] | np.ndarray
+Sets = Sequence[Sequence[int] | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,7 @@ class FeatureEdits:
         return len(self.sets)
 
 
-def mask(
-    dictionary: Basis, sets: Sequence[Sequence[int]], fractions: Amount = 1.0, replacement: Replacement = ZERO
-) -> FeatureEdits:
+def mask(dictionary: Basis, sets: Sets, fractions: Amount = 1.0, replacement: Replacement = ZERO) -> FeatureEdits:
     """Return edits that ablate each set of features together.
 
     Args:
@@ -78,32 +77,30 @@ def mask(
     return FeatureEdits(dictionary, members, _per_feature(members, fractions), None, replacement)
 
 
-def scale(dictionary: Basis, sets: Sequence[Sequence[int]], factors: Amount) -> FeatureEdits:
+def scale(dictionary: Basis, sets: Sets, factors: Amount) -> FeatureEdits:
     """Return edits that multiply the activations of each set by a factor (one number, or one per set)."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, tuple(1.0 - f for f in _per_feature(members, factors)))
 
 
-def set_to(dictionary: Basis, sets: Sequence[Sequence[int]], values: Amount) -> FeatureEdits:
+def set_to(dictionary: Basis, sets: Sets, values: Amount) -> FeatureEdits:
     """Return edits that set the activations of each set to a value at every editable position."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, _per_feature(members, 1.0), _per_feature(members, values))
 
 
-def add(dictionary: Basis, sets: Sequence[Sequence[int]], amounts: Amount) -> FeatureEdits:
+def add(dictionary: Basis, sets: Sets, amounts: Amount) -> FeatureEdits:
     """Return edits that add an amount to the activations of each set at every editable position."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, _per_feature(members, 0.0), _per_feature(members, amounts))
 
 
-def swap(dictionary: Basis, sets: Sequence[Sequence[int]], fractions: Amount = 1.0) -> FeatureEdits:
+def swap(dictionary: Basis, sets: Sets, fractions: Amount = 1.0) -> FeatureEdits:
     """Return edits that give each set the activations that it has in the prompts' counterparts."""
     return mask(dictionary, sets, fractions, Replacement("counterpart"))
 
 
-def resample(
-    dictionary: Basis, sets: Sequence[Sequence[int]], fractions: Amount = 1.0, seed: int = 456
-) -> FeatureEdits:
+def resample(dictionary: Basis, sets: Sets, fractions: Amount = 1.0, seed: int = 456) -> FeatureEdits:
     """Return edits that replace activations by those at other positions at which the feature fires."""
     return mask(dictionary, sets, fractions, Replacement("random", seed=np.uint32(seed)))
 
@@ -119,7 +116,8 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
     Raises:
       UserError: the directions of a subspace depend on each other.
     """
-    rows, sets = [], []
+    rows: list[np.ndarray] = []
+    sets: list[np.ndarray] = []
     for subspace in subspaces:
         Q_DxN, R_NxN = np.linalg.qr(np.asarray(subspace, np.float64).T)
         if np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
@@ -138,7 +136,7 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
     return mask(basis, sets, fractions)
 
 
-def _sets(sets: Sequence[Sequence[int]]) -> tuple[np.ndarray, ...]:
+def _sets(sets: Sets) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(members, np.int64) for members in sets)
 
 

@@ -98,7 +98,7 @@ def ablate(
             one_of(name, BASES, "basis, and no folder of a dictionary:")
     ids = [lm.tokenizer(document)["input_ids"][:TEXT_LENGTH] for document in documents]
     text = HeldOutText([document for document in ids if len(document) > 1]) if ids else None
-    tables = [measure_text(lm, text, dictionary)] if text else []
+    tables = [measure_text(lm, text, dictionary, config.error)] if text else []
     top, importance = {}, {}
     for name in by_behaviour:
         table, ablation = measure_behaviour(

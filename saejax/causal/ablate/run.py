@@ -89,6 +89,8 @@ def run_ablate(run: Run) -> AblateResults:
     positions.parse(config.positions)
     if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
         raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
+    if config.repeats and config.error == "drop":
+        raise UserError("--ablate.error=drop and --ablate.repeats do not go together: test the repeats by themselves")
     for name in config.baselines:
         if name not in BASES:
             load_dictionary(name)  # refused before any work is done
@@ -101,7 +103,7 @@ def run_ablate(run: Run) -> AblateResults:
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
         if text and not text_folder.exists():
-            table = measure_text(lm, text, dictionary)
+            table = measure_text(lm, text, dictionary, config.error)
             if is_first_process():
                 save_effects(text_folder, table)
 
@@ -115,7 +117,7 @@ def run_ablate(run: Run) -> AblateResults:
                 save_effects(_effects_folder(run, name), table)
                 if importance:
                     importance.save(Importance.file(run.folder, name))
-            results = BehaviourResults(describe_top(table, ablation), importance and importance.summary)
+            results = BehaviourResults(describe_top(table, ablation), importance.summary if importance else None)
             return parts.Measured(results, f"{len(table.edits):,} edits on {len(ablation.test)} test prompts")
 
         return measure

@@ -181,7 +181,8 @@ def _subspace(found: PatchResults, method: str) -> Interval:
 def _harm(found: AblateResults, table: EffectsTable) -> tuple[float, float | None]:
     """Return the two-way accuracy lost, and the largest loss of another behaviour."""
     results = found.verdict.dictionaries[TESTED].values()
-    lost = [result.ablation["two_way"].effect.mean for result in results]
+    effects = [result.ablation["two_way"].effect for result in results]
+    lost = [effect.mean for effect in effects if effect]
     others = []
     for name in table.behaviours:
         for other in set(table.behaviours) - {name}:
