@@ -16,7 +16,7 @@ from saejax.costs.passes import pass_flops
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.interventions import engine_programs as ablation_programs
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.rows import few_rows, full_batch
 from saejax.interventions.split_model import PROMPTS, SiteRows, run_head
 from saejax.models.config import RunRules
@@ -138,8 +138,8 @@ class SplitShapes:
         arguments = (self.point, self.params, clean, tree, tree.prompt_SxR, *edited)
         return self.program("tail", f"{rows} edited prompts", ablation_programs.run_rows, arguments, flops)
 
-    def _source(self, replacement: str) -> Replacement:
-        return Replacement(
+    def _source(self, replacement: str) -> ActivationReplacement:
+        return ActivationReplacement(
             replacement,
             mean_F=jax.ShapeDtypeStruct((self.used.n_features,), jnp.float32) if replacement == "mean" else None,
             seed=jax.ShapeDtypeStruct((), jnp.uint32) if replacement == "random" else None,

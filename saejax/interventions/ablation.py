@@ -27,7 +27,7 @@ from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import (
@@ -55,7 +55,7 @@ _FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl", "change_norm")
 _SHORT = ("logit_diff", "change_norm")
 
 
-class Progress:
+class RowProgress:
     """Progress of a behaviour, whose edits are run in several calls, in rows: each an edit on a prompt.
 
     Args:
@@ -157,7 +157,7 @@ class BehaviourAblation:
     behaviour: str
     prompts: Sequence[Prompt]
     config: AblateConfig
-    progress: Progress
+    progress: RowProgress
     folder: Path | None = None
     features: Sequence[int] | None = None
 
@@ -178,7 +178,7 @@ class BehaviourAblation:
         self.counterparts = self.split.run_counterparts(self.test) if swaps else []
         mean_F = activity.means(self.split, self.train_runs) if config.replacement == "mean" else None
         seed = np.uint32(config.seed) if config.replacement == "random" else None
-        self.replacement = Replacement(config.replacement, mean_F=mean_F, seed=seed)
+        self.replacement = ActivationReplacement(config.replacement, mean_F=mean_F, seed=seed)
         self.progress.check()
         self.attribution_F = self._mean_attribution(self.train_runs, self.train_counterparts)
 
@@ -238,7 +238,7 @@ class BehaviourAblation:
         if not len(targets_Rx2):
             return []
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
-        source = Replacement() if self.replacement.kind == "counterpart" else self.replacement
+        source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
         attribution_RxF = target_attributions(self.split, self.train_runs, targets_Rx2, source, self.progress.check)
         texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
         sets = [leaders(attribution_F, self.config.top) for attribution_F in attribution_RxF]
@@ -297,7 +297,7 @@ def measure_behaviour(
     Raises:
       UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
     """
-    progress = Progress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
+    progress = RowProgress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
 
     def ablation(basis: Basis, name: str) -> BehaviourAblation:
         partial = folder / re.sub(r"\W+", "-", name) if folder else None
@@ -326,7 +326,7 @@ def measure_behaviour(
 
 
 def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
-    """Return about how many rows a behaviour takes: edits on prompts."""
+    """Return about how many rows, each an edit on a prompt, a behaviour takes with a dictionary of ``features``."""
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
     pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
     controls = 1.5 * (pool + config.placebo_targets)  # half of the sets are ablated twice

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.editing import Editing
 from saejax.dictionaries.matmul import matmul
 from saejax.interventions.split_model import CleanRun
@@ -84,35 +84,6 @@ class Neurons(_Directions):
     def is_not_sink(self, x_BxTxD: jax.Array) -> jax.Array:
         """Return True at every position but the first."""
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
-
-
-class Joined(_Directions):
-    """Several bases of one site as one, so that one program serves all of them.
-
-    Args:
-      members: dictionaries that read and write the same site; their directions follow one another.
-    """
-
-    def __init__(self, members: Sequence[Basis]):
-        self.count = nnx.static(len(members))
-        for number, member in enumerate(members):
-            setattr(self, f"member{number}", member)
-        self.W_dec_FxD = nnx.Param(jnp.concatenate([member.W_dec_FxD[...] for member in members]))
-        size = sum(member.config.n_features for member in members)
-        self.config = nnx.static(dataclasses.replace(members[0].config, kind="linear", k=0, n_features=size))
-
-    @property
-    def _members(self) -> list[Basis]:
-        return [getattr(self, f"member{number}") for number in range(self.count)]
-
-    def encode(self, x_xD: jax.Array) -> jax.Array:
-        """Return all activations [..., F], of each member 0 at its sinks."""
-        parts = [jnp.where(member.is_not_sink(x_xD)[..., None], member.encode(x_xD), 0.0) for member in self._members]
-        return jnp.concatenate(parts, axis=-1)
-
-    def is_not_sink(self, x_xD: jax.Array) -> jax.Array:
-        """Return where a position is no sink of some member."""
-        return jnp.stack([member.is_not_sink(x_xD) for member in self._members]).any(axis=0)
 
 
 def principal_components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dictionary | None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
 from saejax.errors import UserError
-from saejax.interventions.replacement import ZERO, Replacement
+from saejax.interventions.replacement import ZERO, ActivationReplacement
 
 Amount = float | Sequence[float] | np.ndarray
 Sets = Sequence[Sequence[int] | np.ndarray]
@@ -47,7 +47,7 @@ class FeatureEdits:
     sets: tuple[np.ndarray, ...]
     fractions: tuple[np.ndarray, ...]
     addends: tuple[np.ndarray, ...] | None = None
-    replacement: Replacement = ZERO
+    replacement: ActivationReplacement = ZERO
 
     def __post_init__(self):
         count = self.dictionary.config.n_features
@@ -64,7 +64,9 @@ class FeatureEdits:
         return len(self.sets)
 
 
-def mask(dictionary: Basis, sets: Sets, fractions: Amount = 1.0, replacement: Replacement = ZERO) -> FeatureEdits:
+def mask(
+    dictionary: Basis, sets: Sets, fractions: Amount = 1.0, replacement: ActivationReplacement = ZERO
+) -> FeatureEdits:
     """Return edits that ablate each set of features together.
 
     Args:
@@ -97,12 +99,12 @@ def add(dictionary: Basis, sets: Sets, amounts: Amount) -> FeatureEdits:
 
 def swap(dictionary: Basis, sets: Sets, fractions: Amount = 1.0) -> FeatureEdits:
     """Return edits that give each set the activations that it has in the prompts' counterparts."""
-    return mask(dictionary, sets, fractions, Replacement("counterpart"))
+    return mask(dictionary, sets, fractions, ActivationReplacement("counterpart"))
 
 
 def resample(dictionary: Basis, sets: Sets, fractions: Amount = 1.0, seed: int = 456) -> FeatureEdits:
     """Return edits that replace activations by those at other positions at which the feature fires."""
-    return mask(dictionary, sets, fractions, Replacement("random", seed=np.uint32(seed)))
+    return mask(dictionary, sets, fractions, ActivationReplacement("random", seed=np.uint32(seed)))
 
 
 def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0) -> FeatureEdits:

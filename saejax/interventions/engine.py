@@ -31,7 +31,7 @@ from saejax.errors import UserError, one_of
 from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
 from saejax.interventions.full_passes import effects_by_full_passes
-from saejax.interventions.replacement import ZERO, Replacement
+from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.interventions.split_model import CleanRun, SplitModel
@@ -131,12 +131,18 @@ def ablate_sets(
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
     plain: bool = False,
-    source: Replacement = ZERO,
+    source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
     folder: Path | None = None,
 ) -> LogitDiffs:
-    """Ablate each set of features on each prompt: ``run_edits`` of whole masks, with the same arguments."""
+    """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
+
+    Args:
+      split, runs, batch_rows, on_progress, plain, counterparts, readouts, folder: as for ``run_edits``.
+      sets: features.
+      source: what replaces ablated activations.
+    """
     members = tuple(np.asarray(s, np.int64) for s in sets)
     edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
     return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts, folder)
@@ -226,10 +232,10 @@ class EditedRun(NamedTuple):
 
     run: CleanRun
     other: CleanRun
-    source: Replacement
+    source: ActivationReplacement
 
     @property
-    def arrays(self) -> tuple[Replacement, list[jax.Array]]:
+    def arrays(self) -> tuple[ActivationReplacement, list[jax.Array]]:
         """The programs' arguments: the replacement; what is read and where features may change, of the prompts and,
         if they count, of the counterparts."""
         arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]

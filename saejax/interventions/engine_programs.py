@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
@@ -35,7 +35,9 @@ class CleanValues(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def first_change(point: SplitPoint, dictionary: Basis, source: Replacement, arrays: Sequence[jax.Array]) -> jax.Array:
+def first_change(
+    point: SplitPoint, dictionary: Basis, source: ActivationReplacement, arrays: Sequence[jax.Array]
+) -> jax.Array:
     """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
 
     Args:
@@ -57,7 +59,7 @@ def first_change(point: SplitPoint, dictionary: Basis, source: Replacement, arra
 def gather(
     point: SplitPoint,
     dictionary: Basis,
-    source: Replacement,
+    source: ActivationReplacement,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,
     prompts: jax.Array,

@@ -92,7 +92,7 @@ def coordinates(
 
 
 def nearest_others(place_NxC: np.ndarray, most: int) -> np.ndarray:
-    """Return the nearest others of each of N features, at most ``most``, [N, A]. N is at least 2."""
+    """Return the nearest others of each of N features by ``place_NxC``, at most ``most``, [N, A]. N is at least 2."""
     count = len(place_NxC)
     found_NxA = cKDTree(place_NxC).query(place_NxC, k=min(most + 1, count))[1]
     itself_NxA = found_NxA == np.arange(count)[:, None]

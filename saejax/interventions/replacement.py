@@ -26,7 +26,7 @@ WORDS = dict(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Replacement:
+class ActivationReplacement:
     """The source of the activations that replace ablated ones.
 
     Attributes:
@@ -39,7 +39,7 @@ class Replacement:
     mean_F: jax.Array | None = None
     seed: jax.Array | None = None
 
-    def of_run(self, number: int) -> "Replacement":
+    def of_run(self, number: int) -> "ActivationReplacement":
         """Return the replacement for one of several clean runs, each with independent draws."""
         if self.seed is None or not number:
             return self
@@ -107,7 +107,7 @@ class Replacement:
         return jnp.where(fires_NxK & (others_1xK > 0), resampled_NxK, f_NxK).reshape(shape)
 
 
-ZERO = Replacement()
+ZERO = ActivationReplacement()
 
 
 def removed_on_average(f_BxTxF: jax.Array, fires_F: jax.Array, sum_F: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.activity import firing_sums
-from saejax.interventions.replacement import ZERO, Replacement, removed_on_average
+from saejax.interventions.replacement import ZERO, ActivationReplacement, removed_on_average
 from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -121,7 +121,7 @@ def target_attributions(
     split: SplitModel,
     runs: Sequence[CleanRun],
     targets_Rx2: np.ndarray,
-    source: Replacement = ZERO,
+    source: ActivationReplacement = ZERO,
     check: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F].
@@ -167,7 +167,7 @@ def score_targets(
     rows: SiteRows,
     real_B: jax.Array,
     targets_Cx2: jax.Array,
-    source: Replacement = ZERO,
+    source: ActivationReplacement = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature for C targets, summed over the real ones of some rows: [C, F].
@@ -211,7 +211,7 @@ def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
     estimate: str = "gradient",
-    source: Replacement = ZERO,
+    source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
     """Return activation x slope of every feature on every prompt.
@@ -261,7 +261,7 @@ def score_features(
     params: decoder.Params,
     dictionary: Dictionary,
     rows: SiteRows,
-    source: Replacement = ZERO,
+    source: ActivationReplacement = ZERO,
     lent: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature on one batch of rows: [B, F].
@@ -291,7 +291,9 @@ def score_features(
     return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 
-def _mean_fall(dictionary: Basis, rows: SiteRows, source: Replacement, lent: tuple[jax.Array, ...]) -> jax.Array:
+def _mean_fall(
+    dictionary: Basis, rows: SiteRows, source: ActivationReplacement, lent: tuple[jax.Array, ...]
+) -> jax.Array:
     """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
     f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
     if source.kind == "random":
@@ -309,6 +311,6 @@ def _not_finite(point: SplitPoint) -> str:
 
 
 def weighted(f_BxTxF: jax.Array, slope_BxTxD: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Return fall of activation x slope along each feature's direction, summed over positions: [B, F]."""
+    """Return ``f_BxTxF`` x slope along each row of ``W_dec_FxD``, summed over positions: [B, F]."""
     along_BxTxF = matmul(slope_BxTxD.astype(W_dec_FxD.dtype), W_dec_FxD.T)  # dL/df
     return (f_BxTxF * along_BxTxF).sum(axis=1)

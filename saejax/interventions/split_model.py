@@ -272,6 +272,6 @@ def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -
 
 @jax.jit
 def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
-    """Return feature activations [B, T, F] of what is read; 0 where they are not editable."""
+    """Return feature activations [B, T, F] of what is read; 0 where ``domain_BxT`` is False."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

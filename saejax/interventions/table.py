@@ -157,7 +157,7 @@ class EffectsTable:
     def select_edits(
         self, behaviour: str, group: str, dictionary: str = TESTED, index: int | None = None
     ) -> list[EditDefinition]:
-        """Return the edits of a group, ordered by index and fraction."""
+        """Return the edits of a group (of one ``dictionary``, or of one ``index``), ordered by index and fraction."""
         chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
         return [edit for edit in chosen if index is None or edit.index == index]
 

@@ -16,7 +16,7 @@ from saejax.dictionaries import Basis
 from saejax.dictionaries.matmul import matmul
 from saejax.evaluation import programs
 from saejax.interventions.edits import FeatureEdits
-from saejax.interventions.replacement import ZERO, Replacement
+from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.rows import Amounts
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models.language_model import LanguageModel
@@ -137,7 +137,7 @@ class HeldOutText:
 def _fall(
     point: SplitPoint,
     dictionary: Basis,
-    source: Replacement,
+    source: ActivationReplacement,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
     features_K: jax.Array,

@@ -9,7 +9,7 @@ import pytest
 from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions import engine as ablation
-from saejax.interventions.replacement import WORDS, Replacement
+from saejax.interventions.replacement import WORDS, ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.settings import REPLACEMENTS
 
@@ -77,7 +77,7 @@ def test_means(split, dictionary, pairs, plain):
     np.testing.assert_allclose(mean_F, f_BxTxF[kept].sum((0, 1)) / domain_BxT[kept].sum(), rtol=1e-4)
     changed_BxTxF = (f_BxTxF - mean_F) * domain_BxT[:, :, None]
     wanted_SxP = plain_effects(split, run, np.asarray(dictionary.W_dec_FxD, np.float64), changed_BxTxF, SETS)
-    diffs = ablation.ablate_sets(split, [run], SETS, plain=plain, source=Replacement("mean", mean_F=mean_F))
+    diffs = ablation.ablate_sets(split, [run], SETS, plain=plain, source=ActivationReplacement("mean", mean_F=mean_F))
     np.testing.assert_allclose(diffs.ablated_SxP[:, run.index_P], wanted_SxP, atol=1e-4)
     assert np.abs(diffs.drop_SxP).max() > 0.05
 
@@ -90,7 +90,7 @@ def test_counterparts(tiny, split, dictionary, pairs, plain):
     changed_BxTxF *= np.asarray(run.domain_BxT)[:, :, None]
     wanted_SxP = plain_effects(split, run, np.asarray(dictionary.W_dec_FxD, np.float64), changed_BxTxF, SETS)
     diffs = ablation.ablate_sets(
-        split, [run], SETS, plain=plain, source=Replacement("counterpart"), counterparts=[other]
+        split, [run], SETS, plain=plain, source=ActivationReplacement("counterpart"), counterparts=[other]
     )
     np.testing.assert_allclose(diffs.ablated_SxP[:, run.index_P], wanted_SxP, atol=1e-4)
     assert np.abs(diffs.drop_SxP).max() > 0.05
@@ -98,7 +98,7 @@ def test_counterparts(tiny, split, dictionary, pairs, plain):
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):
     (run,) = split.run(pairs)
-    diffs = ablation.ablate_sets(split, [run], SETS, source=Replacement("counterpart"), counterparts=[run])
+    diffs = ablation.ablate_sets(split, [run], SETS, source=ActivationReplacement("counterpart"), counterparts=[run])
     assert (diffs.drop_SxP == 0).all() and diffs.rows == len(pairs)
 
 
@@ -106,7 +106,7 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     (run,) = split.run(pairs)
     f_BxTxF = activations(split, dictionary, run)[: len(run.index_P)]
     features_K = np.arange(f_BxTxF.shape[2])
-    source = ablation.EditedRun(run, run, Replacement("random", seed=np.uint32(7)))
+    source = ablation.EditedRun(run, run, ActivationReplacement("random", seed=np.uint32(7)))
     removed_BxTxK, _ = ablation.gather(split.point, split.dictionary, *source.arrays, features_K, len(run.index_P))
     kept_BxTxK = f_BxTxF - np.asarray(removed_BxTxK, np.float64)[: len(f_BxTxF)]
     moved = 0
@@ -125,7 +125,7 @@ def test_draws_are_activations_at_other_positions(split, dictionary, pairs):
     some = features_K[30:50]
     again, _ = ablation.gather(split.point, split.dictionary, *source.arrays, some, len(run.index_P))
     np.testing.assert_allclose(np.asarray(again), np.asarray(removed_BxTxK)[:, :, some], atol=1e-6)
-    other = ablation.EditedRun(run, run, Replacement("random", seed=np.uint32(8)))
+    other = ablation.EditedRun(run, run, ActivationReplacement("random", seed=np.uint32(8)))
     others, _ = ablation.gather(split.point, split.dictionary, *other.arrays, some, len(run.index_P))
     assert np.abs(np.asarray(others) - np.asarray(again)).max() > 0.1
 
@@ -138,7 +138,7 @@ def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
     assert len(values) == 6
     drawn = []
     for seed in range(150):
-        source = ablation.EditedRun(run, run, Replacement("random", seed=np.uint32(seed)))
+        source = ablation.EditedRun(run, run, ActivationReplacement("random", seed=np.uint32(seed)))
         removed, _ = ablation.gather(
             split.point, split.dictionary, *source.arrays, np.array([feature]), len(run.index_P)
         )
@@ -149,22 +149,22 @@ def test_every_other_position_is_drawn_as_often(split, dictionary, pairs):
 
 
 def test_each_clean_run_has_draws_of_its_own():
-    source = Replacement("random", seed=np.uint32(3))
+    source = ActivationReplacement("random", seed=np.uint32(3))
     seeds = [int(source.of_run(number).seed) for number in range(4)]
-    assert len(set(seeds)) == 4 and seeds[0] == 3 and Replacement().of_run(2) == Replacement()
+    assert len(set(seeds)) == 4 and seeds[0] == 3 and ActivationReplacement().of_run(2) == ActivationReplacement()
 
 
 def test_two_clean_runs_of_the_same_prompts_are_replaced_differently(split, pairs):
     (run,) = split.run(pairs)
     other = dataclasses.replace(run, index_P=run.index_P + len(pairs))
-    diffs = ablation.ablate_sets(split, [run, other], SETS, source=Replacement("random", seed=np.uint32(3)))
+    diffs = ablation.ablate_sets(split, [run, other], SETS, source=ActivationReplacement("random", seed=np.uint32(3)))
     first_SxP, second_SxP = np.split(diffs.drop_SxP, 2, axis=1)
     assert np.abs(first_SxP - second_SxP).max() > 0.01
 
 
 def test_random_effects_equal_the_plain_way(split, pairs):
     runs = split.run(pairs)
-    drawn = Replacement("random", seed=np.uint32(3))
+    drawn = ActivationReplacement("random", seed=np.uint32(3))
     fast, plain = (ablation.ablate_sets(split, runs, SETS, plain=plain, source=drawn) for plain in (False, True))
     np.testing.assert_allclose(fast.ablated_SxP, plain.ablated_SxP, atol=1e-5)
     assert fast.rows < plain.rows
@@ -172,12 +172,12 @@ def test_random_effects_equal_the_plain_way(split, pairs):
 
 def test_a_feature_that_fires_once_stays():
     f_BxTxK = jnp.zeros((2, 3, 2)).at[0, 1, 0].set(2.0).at[:, 2, 1].set(jnp.array([1.0, 5.0]))
-    removed = Replacement("random", seed=np.uint32(0)).removed(
+    removed = ActivationReplacement("random", seed=np.uint32(0)).removed(
         f_BxTxK, f_BxTxK, jnp.ones((2, 3), bool), jnp.arange(2), jnp.int32(2)
     )
     assert (removed[:, :, 0] == 0).all()
     np.testing.assert_array_equal(removed[:, 2, 1], [-4.0, 4.0])  # the two change places
-    copies = Replacement("random", seed=np.uint32(0)).removed(
+    copies = ActivationReplacement("random", seed=np.uint32(0)).removed(
         f_BxTxK, f_BxTxK, jnp.ones((2, 3), bool), jnp.arange(2), jnp.int32(1)
     )
     assert (copies[0] == 0).all()  # the second row is a copy that does not count

@@ -7,7 +7,7 @@ from saejax import load_model
 from saejax.errors import UserError
 from saejax.interventions import edits, engine, slopes
 from saejax.interventions.full_passes import effects_by_full_passes
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 
 SETS = [[3], [8, 20, 51], [90, 4], []]
@@ -29,7 +29,7 @@ def make_edits(dictionary) -> dict[str, edits.FeatureEdits]:
     return dict(
         mask=edits.mask(dictionary, SETS),
         part=edits.mask(dictionary, SETS, 0.3),
-        mean=edits.mask(dictionary, SETS, 1.0, Replacement("mean", mean_F=mean_F)),
+        mean=edits.mask(dictionary, SETS, 1.0, ActivationReplacement("mean", mean_F=mean_F)),
         scale=edits.scale(dictionary, SETS, [2.0, 0.5, -1.0, 1.0]),
         set_to=edits.set_to(dictionary, SETS, 0.7),
         add=edits.add(dictionary, SETS, 0.4),

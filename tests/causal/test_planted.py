@@ -10,7 +10,7 @@ from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.tasks.behaviours import Prompt
 
@@ -94,7 +94,7 @@ def test_fifty_random_triples_of_each_edit_agree_with_the_plain_way(tiny, prompt
     runs = split.run(prompts)
     rng = np.random.default_rng([5, *kind.encode(), *positions.encode()])
     features = rng.permutation(dictionary.config.n_features)[:50]
-    replacement = Replacement(
+    replacement = ActivationReplacement(
         kind,
         mean_F=rng.uniform(0, 1, dictionary.config.n_features).astype(np.float32) if kind == "mean" else None,
         seed=np.uint32(3) if kind == "random" else None,

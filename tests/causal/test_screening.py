@@ -10,7 +10,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.models import language_model
 from saejax.models.config import RunRules
@@ -37,13 +37,13 @@ def test_with_counterparts_their_activations_stand_in(tiny, prompts, make_dictio
     others = {length: prompt for length, prompt in zip(lengths, prompts, strict=True)}  # the last of each length
     few = [dataclasses.replace(p, counterpart=others[n].text) for n, p in zip(lengths[:6], prompts, strict=False)]
     runs = split.run(few), split.run_counterparts(few)
-    attribution_NxF = screening.attribution(split, runs[0], estimate, Replacement("counterpart"), runs[1])
+    attribution_NxF = screening.attribution(split, runs[0], estimate, ActivationReplacement("counterpart"), runs[1])
     for p in range(0, len(few), 2):
         other = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
         wanted_F = plain(dictionary, few[p]).attribution(shares, other)
         assert np.abs(wanted_F).max() > 0.01
         np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
-    same_NxF = screening.attribution(split, runs[0], estimate, Replacement("counterpart"), runs[0])
+    same_NxF = screening.attribution(split, runs[0], estimate, ActivationReplacement("counterpart"), runs[0])
     assert (same_NxF == 0).all()
 
 
@@ -61,7 +61,7 @@ def test_the_ranking_follows_the_replacement(tiny, prompts, make_dictionary, pla
     f_NxF = f_PxTxF[read_PxT]
     fires_F = (f_NxF != 0).sum(axis=0)
     mean_F = f_NxF.mean(axis=0)
-    source = Replacement("mean", mean_F=mean_F) if kind == "mean" else Replacement("random", seed=3)
+    source = ActivationReplacement("mean", mean_F=mean_F) if kind == "mean" else ActivationReplacement("random", seed=3)
     attribution_NxF = screening.attribution(split, [run], "gradient", source)
     for p in range(0, len(few), 3):
         gradient_TxF = values[p].slopes() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T

@@ -36,7 +36,7 @@ from saejax.dictionaries.matmul import matmul
 from saejax.interventions import activity
 from saejax.interventions import slopes as screening
 from saejax.interventions.engine import ablate_sets
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import CleanRun, SiteRows, SplitModel, active_features
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
@@ -46,7 +46,7 @@ from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import interval_ends
 
-COUNTERPART = Replacement("counterpart")
+COUNTERPART = ActivationReplacement("counterpart")
 _ADVICE = "lower --patch.top or --patch.matches, raise --task.test_prompts"
 
 

@@ -12,7 +12,7 @@ from saejax.causal.patching.run import differences
 from saejax.causal.patching.sites import patch_sites
 from saejax.dictionaries import Dictionary
 from saejax.interventions.engine import ablate_sets
-from saejax.interventions.replacement import Replacement
+from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.models.edits import SiteEdit
 from saejax.settings import PatchConfig
@@ -93,7 +93,7 @@ def test_parts_are_those_of_the_experiment(tiny, pairs, make_dictionary):
     split = SplitModel(tiny, dictionary)
     sides = split.run(pairs), split.run_counterparts(pairs)
     every = [list(range(dictionary.config.n_features))]
-    diffs = ablate_sets(split, sides[0], every, source=Replacement("counterpart"), counterparts=sides[1])
+    diffs = ablate_sets(split, sides[0], every, source=ActivationReplacement("counterpart"), counterparts=sides[1])
     np.testing.assert_allclose(patch_parts(split, *sides, "features"), diffs.ablated_SxP[0], atol=1e-4)
     assert not all(np.asarray(run.domain_BxT)[p, : run.last_B[p] + 1].all() for run in sides[0] for p in range(5))
 
