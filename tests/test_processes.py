@@ -13,7 +13,7 @@ import runs
 from compared import assert_as_one
 from every_kind import KINDS, PLUGIN
 
-from saejax.causal.ablate.importance import Importance
+from saejax.causal.importance import Importance
 from saejax.dictionaries import load_dictionary
 
 TWO = dict(task__behaviours="agreement,capital")  # half of them, where nothing is asked of what is dealt out

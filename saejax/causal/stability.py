@@ -1,12 +1,9 @@
 """How far the importance of features depends on the dictionary.
 
-Between dictionaries, which may differ in seed, kind, site or model, features must be matched first:
-
-- by direction, where both dictionaries write to one site of one model: two features are a pair if each is the other's
-  nearest by the cosine of their decoder rows, and the cosine is at least a threshold (Paulo and Belrose, 2025, arXiv
-  2501.16615, match one to one, too, but by assignment, so that a feature need not get its nearest);
-- by activity, anywhere else: likewise with Pearson's correlation over prompts that both have read, of a number per
-  prompt such as the largest activation.
+Between dictionaries of one site, which may differ in seed or kind, features must be matched first: two features are a
+pair if each is the other's nearest by the cosine of their decoder rows, and the cosine is at least a threshold (Paulo
+and Belrose, 2025, arXiv 2501.16615, match one to one, too, but by assignment, so that a feature need not get its
+nearest).
 
 What is compared is the causal drop of matched features: Spearman's rank correlation over the pairs. Beside it stand the
 correlation where the pairs are shuffled, and where each partner is replaced by one of the ten features of its
@@ -26,7 +23,6 @@ from saejax.results import Interval
 from saejax.tasks.scoring import middle
 
 LEAST = 0.7  # similarity of a match
-FEWEST = 3  # prompts on which a feature must be above its least activity: those of one prompt correlate perfectly
 DRAWS = 200  # of shuffled pairs, and of partners that fire alike
 _ALIKE = 10  # nearest features that such a partner is drawn from
 _CHUNK = 2**24  # similarities held at once
@@ -75,24 +71,8 @@ def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEA
       ValueError: the widths differ.
     """
     if first.shape[1] != second.shape[1]:
-        raise ValueError(f"rows of width {first.shape[1]} and {second.shape[1]} have no cosine: match activity")
+        raise ValueError(f"rows of width {first.shape[1]} and {second.shape[1]} have no cosine: expected rows of one site")
     return _mutual(unit(first), unit(second), least)
-
-
-def match_by_activity(first: np.ndarray, second: np.ndarray, least: float = LEAST) -> Matches:
-    """Features whose activity correlates best with each other's over prompts.
-
-    Args:
-      first, second: a number per prompt and feature, such as ``activity.maxima``, of the same prompts in one
-        order. A feature that is above its least activity on fewer than 3 prompts matches nothing.
-      least: smallest correlation (Pearson's) of a match, above 0.
-
-    Raises:
-      ValueError: the numbers of prompts differ.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"activity on {len(first)} and on {len(second)} prompts cannot be compared")
-    return _mutual(unit(_centred(first)), unit(_centred(second)), least)
 
 
 def compare(
@@ -134,12 +114,6 @@ def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval | None:
     """Mean, unless another is given, and the middle 95 % of those that are defined; None: none is."""
     defined = values_R[~np.isnan(values_R)]
     return middle(defined, mean) if len(defined) else None
-
-
-def _centred(values_PxF: np.ndarray) -> np.ndarray:
-    """Activity less its mean, [F, P]; 0 for features that too few prompts tell from the others."""
-    often_F = (values_PxF > values_PxF.min(axis=0)[None, :]).sum(axis=0) >= FEWEST
-    return np.where(often_F[:, None], (values_PxF - values_PxF.mean(axis=0)[None, :]).T, 0.0)
 
 
 def unit(rows_NxD: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ class EffectCurve:
         """The largest measured dose."""
         return float(self.dose_A.max())
 
-    def drop_at(self, doses: np.ndarray) -> np.ndarray:
+    def drop_at(self, doses: np.ndarray | float) -> np.ndarray:
         """Return the drop of each prompt at M doses, ``[M, P]``; NaN beyond the reach."""
         return interpolation_weights(self.dose_A, np.atleast_1d(doses)) @ self.drop_AxP
 

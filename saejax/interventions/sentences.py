@@ -94,7 +94,12 @@ def sets(
 
 
 def fooled(count: int | None, placebo_sets: int) -> str:
-    """Return how many placebo sets pass question 2, in words."""
+    """Return how many placebo sets pass question 2, in words.
+
+    Args:
+      count: of placebo sets that pass; None: not testable.
+      placebo_sets: number of placebo sets.
+    """
     if count is None or not placebo_sets:
         return "Whether placebo sets also do more than random sets was not tested."
     return (

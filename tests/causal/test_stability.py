@@ -8,7 +8,7 @@ import pytest
 
 from saejax.causal import stability
 from saejax.causal.results import MatchedDrops
-from saejax.causal.stability import Matches, compare, match_by_activity, match_by_direction
+from saejax.causal.stability import Matches, compare, match_by_direction
 from saejax.results import from_json, to_json
 
 
@@ -70,20 +70,18 @@ def test_a_dictionary_with_its_features_in_another_order(rows_FxD, experiment):
     order_F = np.random.default_rng(2).permutation(200)
     other = permuted(experiment, order_F)
     by_direction = match_by_direction(rows_FxD, 3.0 * rows_FxD[order_F])
-    by_activity = match_by_activity(experiment.f_PxF, other.f_PxF + 5.0)
     first, second = table_of(experiment), table_of(other)
-    for matches, count in ((by_direction, 200), (by_activity, 178)):
-        assert len(matches.first_M) == count
-        np.testing.assert_array_equal(order_F[matches.second_M], matches.first_M)
-        np.testing.assert_allclose(matches.similarity_M, 1.0, atol=1e-5)
-        found = compare(first, second, matches, seed=4)
-        assert from_json(MatchedDrops, json.loads(json.dumps(to_json(found), allow_nan=False)), "") == found
-        assert found.matched == min(count, 180) and found.shares == (min(count, 180) / 180,) * 2
-        assert found.similarity == pytest.approx(1.0, abs=1e-5)
-        assert vars(found.rank_correlation) == pytest.approx(dict(mean=1.0, low=1.0, high=1.0))
-        for control in (found.shuffled, found.alike):
-            assert control.low < control.mean < control.high < 0.5
-        assert abs(found.shuffled.mean) < 0.05
+    assert len(by_direction.first_M) == 200
+    np.testing.assert_array_equal(order_F[by_direction.second_M], by_direction.first_M)
+    np.testing.assert_allclose(by_direction.similarity_M, 1.0, atol=1e-5)
+    found = compare(first, second, by_direction, seed=4)
+    assert from_json(MatchedDrops, json.loads(json.dumps(to_json(found), allow_nan=False)), "") == found
+    assert found.matched == 180 and found.shares == (1.0, 1.0)
+    assert found.similarity == pytest.approx(1.0, abs=1e-5)
+    assert vars(found.rank_correlation) == pytest.approx(dict(mean=1.0, low=1.0, high=1.0))
+    for control in (found.shuffled, found.alike):
+        assert control.low < control.mean < control.high < 0.5
+    assert abs(found.shuffled.mean) < 0.05
 
 
 def test_unrelated_dictionaries_are_no_better_than_their_controls(experiment):
@@ -158,6 +156,4 @@ def test_matches_are_mutual_and_above_the_threshold(monkeypatch):
 def test_what_cannot_be_compared():
     with pytest.raises(ValueError, match="width 3 and 4"):
         match_by_direction(np.ones((2, 3)), np.ones((2, 4)))
-    with pytest.raises(ValueError, match="on 3 and on 4 prompts"):
-        match_by_activity(np.ones((3, 2)), np.ones((4, 2)))
     assert len(match_by_direction(np.ones((0, 3)), np.ones((2, 3))).first_M) == 0

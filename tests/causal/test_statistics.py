@@ -126,44 +126,6 @@ def test_holm_rejects_step_by_step():
     assert len(statistics.holm(np.zeros(0))) == 0
 
 
-def test_hsic_is_the_trace():
-    a_P, b_P = RNG.normal(size=(2, 15))
-    a_P[:3] = a_P[0]
-    centre_PxP = np.eye(15) - 1 / 15
-    kernels = []
-    for values_P in (a_P, b_P):
-        apart = [abs(values_P[i] - values_P[j]) for i in range(15) for j in range(i) if values_P[i] != values_P[j]]
-        kernels.append(np.exp(-np.square(values_P[:, None] - values_P[None, :]) / (2 * np.median(apart) ** 2)))
-    wanted = np.trace(kernels[0] @ centre_PxP @ kernels[1] @ centre_PxP) / 15**2
-    assert statistics.hsic(a_P, b_P, 10, seed=0)[0] == pytest.approx(wanted)
-
-
-def test_hsic_sees_what_a_correlation_does_not():
-    a_P = RNG.normal(size=60)
-    assert statistics.hsic(a_P, a_P**2 + 0.1 * RNG.normal(size=60), 500, seed=0)[1] < 0.01
-    assert statistics.hsic(a_P, 3 * a_P + 1, 500, seed=0)[1] == pytest.approx(1 / 501)
-
-
-@pytest.mark.parametrize("prompts", [4, 20])
-def test_hsic_of_nothing_is_significant_no_more_often_than_it_says(prompts):
-    rng = np.random.default_rng(12)
-    p_R = np.array([statistics.hsic(*rng.standard_t(3, (2, prompts)), 99, seed)[1] for seed in range(400)])
-    for level in (0.05, 0.2):
-        assert (p_R <= level).mean() <= level + 2.5 * (level * (1 - level) / 400) ** 0.5
-
-
-def test_hsic_of_what_is_constant():
-    for a_P, b_P in ((np.ones(9), RNG.normal(size=9)), (RNG.normal(size=9), np.ones(9)), ([1.0], [2.0])):
-        assert statistics.hsic(a_P, b_P, 50, seed=0) == (0.0, 1.0)
-
-
-def test_hsic_chunks_make_no_difference(monkeypatch):
-    a_P, b_P = RNG.normal(size=(2, 12))
-    whole = statistics.hsic(a_P, b_P, 200, seed=0)
-    monkeypatch.setattr(scoring, "_CHUNK", 1000)
-    assert statistics.hsic(a_P, b_P, 200, seed=0) == whole
-
-
 def test_chunks_make_no_difference(monkeypatch):
     effect_NxP = RNG.normal(0.2, 1.0, (50, 18))
     whole = bootstrap_means(effect_NxP, 300, 0), statistics.sign_flip_p(effect_NxP, 300, 0)
@@ -180,9 +142,3 @@ def test_bad_effects(effects):
     for call in (bootstrap_means, statistics.sign_flip_p, statistics.max_t_p):
         with pytest.raises(ValueError, match="expected finite effects"):
             call(effects, 10, 0)
-
-
-@pytest.mark.parametrize("scores", [np.zeros(0), np.array([1.0, np.nan])])
-def test_bad_scores(scores):
-    with pytest.raises(ValueError, match="expected finite effects"):
-        statistics.hsic(scores, np.zeros(len(scores)), 10, 0)

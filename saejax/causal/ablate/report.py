@@ -51,8 +51,9 @@ def details(found: Findings) -> list[Section]:
     sections = [Section("The five questions", (Text(intro),))]
     for name, result in ablate.verdict.dictionaries[TESTED].items():
         flags = baseline[name].flags if name in baseline else ()
-        warning = [Text(f"Flagged: {sentence('; '.join(flags))}", alarm=True)] if flags else []
-        blocks = (*warning, Terms(_detail_items(result)), _template_table(result))
+        blocks: tuple[Block, ...] = (Terms(_detail_items(result)), _template_table(result))
+        if flags:
+            blocks = (Text(f"Flagged: {sentence('; '.join(flags))}", alarm=True), *blocks)
         sections.append(Section(f"Answers: {behaviour(name)}", blocks, level=3))
     return sections
 

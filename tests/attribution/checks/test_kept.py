@@ -14,7 +14,7 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.report_kept import _at
 from saejax.attribution.results import KeptResults
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.causal.circuits.sizes import SHARES
+from saejax.causal.faithfulness import SHARES
 from saejax.page.tables import percent
 
 
