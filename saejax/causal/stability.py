@@ -71,7 +71,7 @@ def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEA
       ValueError: the widths differ.
     """
     if first.shape[1] != second.shape[1]:
-        raise ValueError(f"rows of width {first.shape[1]} and {second.shape[1]} have no cosine: expected rows of one site")
+        raise ValueError(f"rows of width {first.shape[1]} and {second.shape[1]} have no cosine: expected one site")
     return _mutual(unit(first), unit(second), least)
 
 
