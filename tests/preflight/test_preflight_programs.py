@@ -48,7 +48,6 @@ def plan(tiny_llama, mesh):
         task__max_new_tokens=32,
         task__batch=4,
         ablate__top=3,
-        ablate__matches=9,
         ablate__dictionary="standard",
         interpret__dictionaries=("standard",),
         interpret__batch_tokens=64,
@@ -66,6 +65,7 @@ def test_ablation(programs, plan, lm, spy):
     calls = {
         "ablate: head": spy(split, "run_head"),
         "ablate: attribution": spy(screening, "score_features"),
+        "ablate: placebo attribution": spy(screening, "score_targets"),
         "ablate: features": spy(ablation, "gather"),
         "ablate: tail": spy(ablation, "run_rows"),
     }
@@ -77,6 +77,7 @@ def test_ablation(programs, plan, lm, spy):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
+    screening.target_attributions(cut_model, runs, np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
     ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
     for name, seen in calls.items():

@@ -23,8 +23,9 @@ TIMED = dict(
     train__matmul="bfloat16",
     train__k=(64,),
     evaluate__ce_documents=40,
-    ablate__curve=False,
-    ablate__draws=50,  # and as many controls: 100 sets, which then served for both
+    ablate__random_sets=67,  # of which half are ablated twice: 100 sets
+    ablate__placebo_targets=0,
+    ablate__untrained=False,
     ablate__baselines=(),
     ablate__text_documents=0,
 )
@@ -41,7 +42,8 @@ def test_what_makes_a_run_longer():
     model, speed = shape("smollm2-135m"), dict(float32=1e11, bfloat16=2e11)
 
     def seconds(**changes) -> dict[str, float]:
-        few = dict(task__test_prompts=20, ablate__draws=100, ablate__baselines=(), ablate__text_documents=0)
+        few = dict(task__test_prompts=20, ablate__placebo_targets=0, ablate__untrained=False)
+        few |= dict(ablate__random_sets=20, ablate__baselines=(), ablate__text_documents=0)
         return make_needs(model, text=(1000, 100_000), **few | changes).seconds(speed)
 
     base = seconds()
@@ -49,13 +51,12 @@ def test_what_makes_a_run_longer():
     assert seconds(train__epochs=12)["train"] > 1.9 * base["train"]
     assert seconds(train__max_steps=1)["train"] < 0.2 * base["train"]
     assert seconds(capture__dtype="bfloat16")["capture"] < 0.8 * base["capture"]
-    assert seconds(ablate__draws=1000)["ablate"] > 3 * base["ablate"]
-    for more in (dict(ablate__baselines=("components",)), dict(ablate__text_documents=16)):
-        assert seconds(**more)["ablate"] > base["ablate"]
-    asked = (dict(ablate__circuit_tests=True), dict(ablate__greedy=5), dict(ablate__effects="all"))
-    assert all(
-        seconds(**more)["ablate"] > 1.1 * base["ablate"] > seconds(ablate__curve=False)["ablate"] for more in asked
-    )
+    assert seconds(ablate__placebo_targets=199)["ablate"] > 3 * base["ablate"]
+    fewer = seconds(ablate__placebo_targets=199, ablate__attribution_prompts=20)["ablate"]
+    assert base["ablate"] < fewer < 0.7 * seconds(ablate__placebo_targets=199)["ablate"]
+    asked = dict(baselines=("pca",), text_documents=16, untrained=True, effects="all", random_sets=199)
+    for name, value in asked.items():
+        assert seconds(**{f"ablate__{name}": value})["ablate"] > base["ablate"]
     assert seconds(capture__last=5)["train"] < 0.2 * base["train"]
     benchmarks = {name: seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math", "logic")}
     assert benchmarks["gsm8k"] > benchmarks["math"] > 0 and benchmarks["logic"] > 0

@@ -27,7 +27,7 @@ def trained(inputs, tmp_path_factory):
 
 
 def go(stages, inputs, workdir, **changes):
-    changes = dict(train__kinds="topk", ablate__draws=2, patch__top=2, patch__draws=2) | changes
+    changes = dict(train__kinds="topk", patch__top=2, patch__draws=2) | changes
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 
 
@@ -38,7 +38,7 @@ def test_it_is_added_in_the_same_workdir(inputs, trained, tmp_path, capsys):
     assert go(["baseline", "capture", "train", "ablate"], inputs, workdir, **changes) == 0
     said = capsys.readouterr().out
     assert "capture: done before, unchanged" in said and "train/topk: done before, unchanged" in said
-    assert list(load_results(workdir, "ablate/topk").behaviours) == ["agreement", "colour"]
+    assert list(load_results(workdir, "ablate/topk").top) == ["agreement", "colour"]
 
 
 def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
@@ -53,7 +53,7 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
     there = tmp_path / "there"
     shutil.copytree(trained, there)
     assert go(["baseline", "ablate"], inputs, there, **changes | dict(ablate__dictionary="topk")) == 0
-    assert load_results(there, "ablate/topk").behaviours == load_results(unit).behaviours
+    assert load_results(there, "ablate/topk").verdict == load_results(unit).verdict
     # The report tells of the dictionary what is told where it was trained: nothing before it is evaluated there.
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
     again = shutil.copytree(workdir, tmp_path / "again")
