@@ -22,7 +22,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +30,6 @@ import numpy as np
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
-from saejax.interventions.full_passes import effects_by_full_passes
 from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
@@ -49,7 +48,7 @@ OnProgress = Callable[[int, int], None]  # called with the tokens done and in to
 
 
 def effects(
-    lm: Any,
+    lm: LanguageModel,
     prompts: Sequence[Prompt],
     edits: FeatureEdits,
     readouts: Sequence[str] = ("logit_diff",),
@@ -61,7 +60,7 @@ def effects(
     """Return readouts of each edit on each prompt.
 
     Args:
-      lm: the model; the JAX decoder takes the fast path of the module's docstring, any other model full passes.
+      lm: the model.
       prompts: P prompts with a correct and a wrong answer.
       edits: E edits of one dictionary's features.
       readouts: of ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
@@ -78,8 +77,6 @@ def effects(
     """
     for name in readouts:
         one_of(name, (*READOUTS, "change_norm"), "readout")
-    if not isinstance(lm, LanguageModel):
-        return effects_by_full_passes(lm, prompts, edits, readouts, positions, error)
     split = SplitModel(lm, edits.dictionary, positions, error)
     runs = split.run(prompts)
     counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()

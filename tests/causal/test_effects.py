@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from full_passes import effects_by_full_passes
 
 from saejax import load_model
 from saejax.errors import UserError
 from saejax.interventions import edits, engine, slopes
-from saejax.interventions.full_passes import effects_by_full_passes
 from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 

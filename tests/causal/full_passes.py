@@ -1,8 +1,4 @@
-"""Effects of edits on any model that can be called with edits: one full forward pass per edit.
-
-Slower than ``saejax.interventions.engine``, which splits the JAX decoder at the site, and independent of it: the
-edited values are computed from captured ones and patched in.
-"""
+"""Effects of edits by one full forward pass per edit: edited values are computed from captured ones and patched in."""
 
 from collections.abc import Sequence
 from typing import Any
