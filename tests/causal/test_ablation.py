@@ -224,7 +224,7 @@ def test_tick_counts_tokens_and_may_stop(split, runs, dictionary):
 
 
 def test_a_feature_twice_in_a_set_is_refused(split, runs):
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(UserError, match="holds a feature twice"):
         ablation.ablate_sets(split, runs, [[1, 2, 1]])
 
 
