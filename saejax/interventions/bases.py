@@ -166,5 +166,6 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     config = dictionary.config
     if config.target:
         changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
-    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, origin="")
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0)
+    plain |= dict(signed=False, input_norm="", output_units=False)
     return dataclasses.replace(config, **plain | changes)
