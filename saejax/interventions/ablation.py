@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.dictionaries import Basis, Dictionary, load_dictionary
+from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.edits import mask
@@ -153,7 +153,7 @@ class BehaviourAblation:
     """
 
     lm: LanguageModel
-    basis: Basis
+    basis: Dictionary
     behaviour: str
     prompts: Sequence[Prompt]
     config: AblateConfig
@@ -299,7 +299,7 @@ def measure_behaviour(
     """
     progress = RowProgress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
 
-    def ablation(basis: Basis, name: str) -> BehaviourAblation:
+    def ablation(basis: Dictionary, name: str) -> BehaviourAblation:
         partial = folder / re.sub(r"\W+", "-", name) if folder else None
         return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, partial)
 
@@ -488,10 +488,10 @@ def _basis(
     name: str,
     tested: BehaviourAblation,
     dictionary: Dictionary,
-    ablation: Callable[[Basis, str], BehaviourAblation],
+    ablation: Callable[[Dictionary, str], BehaviourAblation],
 ) -> BehaviourAblation | None:
     """Return a basis on the behaviour; None where it cannot be had."""
-    basis: Basis | None
+    basis: Dictionary | None
     if name not in BASES:
         return ablation(load_dictionary(name), BASIS + name)
     if name == "neurons":

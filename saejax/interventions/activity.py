@@ -52,7 +52,7 @@ def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _firing_prompts(
-    point: SplitPoint, dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
 ) -> jax.Array:
     arrays = read_BxTxD, domain_BxT & kept_B[:, None]
     fires_BxF = of_features(dictionary, arrays, lambda f_PxTxF: dictionary.fires(f_PxTxF).any(axis=1))
@@ -107,13 +107,13 @@ def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _norms(point: SplitPoint, dictionary: Basis) -> jax.Array:
+def _norms(point: SplitPoint, dictionary: Dictionary) -> jax.Array:
     """Return the norms of the features' directions, [F]."""
     W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
     return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
 
 
-def fires_and_sizes(dictionary: Basis, f: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fires_and_sizes(dictionary: Dictionary, f: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return where activations [..., F] fire, and their sizes there: 0 elsewhere, NaN where they are NaN."""
     fires = dictionary.fires(f)
     return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)

@@ -16,7 +16,7 @@ features do no more than these has not earned its place.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,8 +25,6 @@ import numpy as np
 from flax import nnx
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.dictionaries.editing import Editing
-from saejax.dictionaries.matmul import matmul
 from saejax.interventions.split_model import CleanRun
 from saejax.models import decoder
 from saejax.models.config import GRADIENT, DecoderConfig
@@ -36,22 +34,8 @@ from saejax.models.layers import mlp_neurons
 _WEIGHTS = ("gate_DxF", "gate_bias_F", "up_DxF", "up_bias_F")
 
 
-class _Directions(Editing, nnx.Module):
-    """A basis of directions, each with an activation of either sign; what they do not explain is the error term."""
-
-    W_dec_FxD: nnx.Param
-
-    def decode(self, f_BxTxF: jax.Array, x_BxTxD: jax.Array | None = None) -> jax.Array:
-        """Return what all directions add [B, T, D], without a bias or centre."""
-        return matmul(f_BxTxF, self.W_dec_FxD[...])
-
-    def fires(self, f_xF: jax.Array) -> jax.Array:
-        """Return where activations are not 0."""
-        return f_xF != 0
-
-
-class Neurons(_Directions):
-    """The neurons of an MLP: a basis that reads ``mlp_in`` by the model's own weights and writes ``mlp_out``.
+class Neurons(Dictionary):
+    """The neurons of an MLP: a dictionary that reads ``mlp_in`` by the model's weights and writes ``mlp_out``.
 
     Args:
       layer: of the MLP.
@@ -64,6 +48,8 @@ class Neurons(_Directions):
         for name in self.names:
             setattr(self, name, nnx.Param(weights[name]))
         self.W_dec_FxD = nnx.Param(weights["down_FxD"])
+        self.b_dec_D = nnx.Param(jnp.zeros_like(weights["down_FxD"][0]))
+        self.matmul_dtype = nnx.static("float32")
         self.config = nnx.static(
             DictionaryConfig(
                 kind="linear",
@@ -76,12 +62,16 @@ class Neurons(_Directions):
             )
         )
 
-    def encode(self, x_BxTxD: jax.Array) -> jax.Array:
+    def encode(self, x_BxTxD: jax.Array, numbers: Any = None) -> jax.Array:
         """Return the neurons' activations [B, T, F]."""
         config: DecoderConfig = self.decoder
         return mlp_neurons(config, GRADIENT, {name: getattr(self, name)[...] for name in self.names}, x_BxTxD)
 
-    def is_not_sink(self, x_BxTxD: jax.Array) -> jax.Array:
+    def with_sink_norms(self, sink_norm: Callable[[str], float], replace: bool = False) -> "Neurons":
+        """Return the neurons themselves: first tokens are left alone, whatever the norms."""
+        return self
+
+    def is_not_sink(self, x_BxTxD: jax.Array, y_xD: jax.Array | None = None) -> jax.Array:
         """Return True at every position but the first."""
         return jnp.broadcast_to(jnp.arange(x_BxTxD.shape[-2]) > 0, x_BxTxD.shape[:-1])
 
@@ -165,7 +155,6 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     """Return the configuration of an SAE at the site that the dictionary writes to."""
     config = dictionary.config
     if config.target:
-        changes |= dict(site=config.target, target="", max_norm=DictionaryConfig().max_norm)  # of what it read
-    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0)
-    plain |= dict(signed=False, input_norm="", output_units=False)
+        changes |= dict(site=config.target, target="", max_norm=config.target_max_norm, target_max_norm=None)
+    plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False, input_norm="")
     return dataclasses.replace(config, **plain | changes)

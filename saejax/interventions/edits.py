@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis, Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.interventions.replacement import ZERO, ActivationReplacement
 
@@ -43,7 +43,7 @@ class FeatureEdits:
       replacement: where r comes from.
     """
 
-    dictionary: Basis
+    dictionary: Dictionary
     sets: tuple[np.ndarray, ...]
     fractions: tuple[np.ndarray, ...]
     addends: tuple[np.ndarray, ...] | None = None
@@ -65,7 +65,7 @@ class FeatureEdits:
 
 
 def mask(
-    dictionary: Basis, sets: Sets, fractions: Amount = 1.0, replacement: ActivationReplacement = ZERO
+    dictionary: Dictionary, sets: Sets, fractions: Amount = 1.0, replacement: ActivationReplacement = ZERO
 ) -> FeatureEdits:
     """Return edits that ablate each set of features together.
 
@@ -79,30 +79,30 @@ def mask(
     return FeatureEdits(dictionary, members, _per_feature(members, fractions), None, replacement)
 
 
-def scale(dictionary: Basis, sets: Sets, factors: Amount) -> FeatureEdits:
+def scale(dictionary: Dictionary, sets: Sets, factors: Amount) -> FeatureEdits:
     """Return edits that multiply the activations of each set by a factor (one number, or one per set)."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, tuple(1.0 - f for f in _per_feature(members, factors)))
 
 
-def set_to(dictionary: Basis, sets: Sets, values: Amount) -> FeatureEdits:
+def set_to(dictionary: Dictionary, sets: Sets, values: Amount) -> FeatureEdits:
     """Return edits that set the activations of each set to a value at every editable position."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, _per_feature(members, 1.0), _per_feature(members, values))
 
 
-def add(dictionary: Basis, sets: Sets, amounts: Amount) -> FeatureEdits:
+def add(dictionary: Dictionary, sets: Sets, amounts: Amount) -> FeatureEdits:
     """Return edits that add an amount to the activations of each set at every editable position."""
     members = _sets(sets)
     return FeatureEdits(dictionary, members, _per_feature(members, 0.0), _per_feature(members, amounts))
 
 
-def swap(dictionary: Basis, sets: Sets, fractions: Amount = 1.0) -> FeatureEdits:
+def swap(dictionary: Dictionary, sets: Sets, fractions: Amount = 1.0) -> FeatureEdits:
     """Return edits that give each set the activations that it has in the prompts' counterparts."""
     return mask(dictionary, sets, fractions, ActivationReplacement("counterpart"))
 
 
-def resample(dictionary: Basis, sets: Sets, fractions: Amount = 1.0, seed: int = 456) -> FeatureEdits:
+def resample(dictionary: Dictionary, sets: Sets, fractions: Amount = 1.0, seed: int = 456) -> FeatureEdits:
     """Return edits that replace activations by those at other positions at which the feature fires."""
     return mask(dictionary, sets, fractions, ActivationReplacement("random", seed=np.uint32(seed)))
 

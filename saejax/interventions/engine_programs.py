@@ -36,7 +36,7 @@ class CleanValues(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def first_change(
-    point: SplitPoint, dictionary: Basis, source: ActivationReplacement, arrays: Sequence[jax.Array]
+    point: SplitPoint, dictionary: Dictionary, source: ActivationReplacement, arrays: Sequence[jax.Array]
 ) -> jax.Array:
     """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
 
@@ -58,7 +58,7 @@ def first_change(
 @functools.partial(jax.jit, static_argnums=0)
 def gather(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     source: ActivationReplacement,
     arrays: Sequence[jax.Array],
     features_K: jax.Array,

@@ -163,7 +163,7 @@ def target_attributions(
 def score_targets(
     point: SplitPoint,
     params: decoder.Params,
-    dictionary: Basis,
+    dictionary: Dictionary,
     rows: SiteRows,
     real_B: jax.Array,
     targets_Cx2: jax.Array,
@@ -292,7 +292,7 @@ def score_features(
 
 
 def _mean_fall(
-    dictionary: Basis, rows: SiteRows, source: ActivationReplacement, lent: tuple[jax.Array, ...]
+    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, lent: tuple[jax.Array, ...]
 ) -> jax.Array:
     """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
     f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)

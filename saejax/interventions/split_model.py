@@ -258,7 +258,7 @@ def record(
     return jax.lax.with_sharding_constraint((last_BxD, past), sharding(point.mesh))
 
 
-def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -> Any:
+def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
     """Map ``use(f_PxTxF, *rest)`` over ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
 
     Args:
@@ -271,7 +271,7 @@ def of_features(dictionary: Basis, arrays: Sequence[jax.Array], use: Callable) -
 
 
 @jax.jit
-def active_features(dictionary: Basis, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
+def active_features(dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     """Return feature activations [B, T, F] of what is read; 0 where ``domain_BxT`` is False."""
     f_BxTxF = dictionary.encode(read_BxTxD)
     return jnp.where(domain_BxT[:, :, None], f_BxTxF, jnp.zeros_like(f_BxTxF))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Basis
+from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.evaluation import programs
 from saejax.interventions.edits import FeatureEdits
@@ -20,6 +20,7 @@ from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.rows import Amounts
 from saejax.interventions.split_model import SplitModel, active_features, run_head
 from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import encode, pad
 from saejax.parallel.collectives import to_host
@@ -123,7 +124,7 @@ class HeldOutText:
         documents, point = self.documents[first : first + _AT_ONCE], split.point
         real = len(documents)
         padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
-        width = -(-max(map(len, self.documents)) // 16) * 16
+        width = round_length(max(map(len, self.documents)))
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
         stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
@@ -136,7 +137,7 @@ class HeldOutText:
 @functools.partial(jax.jit, static_argnums=0)
 def _fall(
     point: SplitPoint,
-    dictionary: Basis,
+    dictionary: Dictionary,
     source: ActivationReplacement,
     read_BxTxD: jax.Array,
     domain_BxT: jax.Array,
