@@ -39,12 +39,12 @@ def effects_by_full_passes(
     Raises:
       UserError: the edits swap activations with counterparts of another length.
     """
-    basis, source = edits.dictionary, edits.replacement
+    basis, source = edits.dictionary.with_sink_norms(lm.sink_norm), edits.replacement
     reads, writes = basis.site, basis.config.target or basis.site
     tokens = lm.tokenize([prompt.text for prompt in prompts])
     clean = lm(tokens, capture=list(dict.fromkeys([reads, writes])))
     read_BxTxD, value_BxTxD = (jnp.asarray(clean.sites[site]) for site in (reads, writes))
-    usable_BxT = jnp.asarray(tokens.mask_BxT) & basis.is_not_sink(read_BxTxD)
+    usable_BxT = jnp.asarray(tokens.mask_BxT) & basis.is_not_sink(read_BxTxD, value_BxTxD)
     if error == "drop":
         rebuilt_BxTxD = basis.decode(basis.encode(read_BxTxD), read_BxTxD)
         value_BxTxD = jnp.where(usable_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
