@@ -134,7 +134,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _map_values(file: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Map a tensor's values. (``safe_open.get_tensor`` would copy all of them.)"""
+    """Map a tensor's values; ``safe_open.get_tensor`` would copy all of them."""
     return np.zeros(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", offset, shape)
 
 

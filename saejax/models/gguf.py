@@ -21,7 +21,7 @@ _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
 
 
 def dequantised(gguf: Path) -> Path:
-    """The model of a GGUF file, from the cache or made now.
+    """Return the folder of a GGUF file's model, from the cache or made now.
 
     Raises:
       UserError: transformers cannot read the file, or not all of it; or the cache cannot be written.
@@ -31,7 +31,7 @@ def dequantised(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Saves the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
+    """Save the model and the tokenizer of a GGUF file in the hub's format, in fp32."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
 
     logging.disable_progress_bar()
@@ -56,7 +56,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The settings below the file's architecture that transformers does not read, and the size of every tensor.
+    """Return the settings of the architecture that transformers does not read, and the size of every tensor.
 
     Raises:
       UserError: transformers does not read this architecture.
@@ -83,12 +83,12 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _plain(architecture: str) -> str:
-    """The name without what the file and transformers write differently: qwen2moe, qwen2_moe."""
+    """Return a name without what files and transformers write differently: qwen2moe, qwen2_moe."""
     return architecture.replace("_", "").replace("-", "")
 
 
 def _check_settings(gguf: Path, settings: dict[str, Any], config: Any) -> None:
-    """A ``UserError`` if a setting that transformers did not read is not what its configuration says."""
+    """Raise a ``UserError`` if a setting that transformers did not read is not what its configuration says."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     local = (getattr(config, "rope_parameters", None) or {}).get("sliding_attention") or {}
     agreed = dict.fromkeys(("attention.key_length", "attention.value_length", "rope.dimension_count"), head) | {
@@ -113,7 +113,7 @@ def _check_settings(gguf: Path, settings: dict[str, Any], config: Any) -> None:
 
 
 def _check_tensors(gguf: Path, tensors: dict[str, int], model: Any, drawn: set[str]) -> None:
-    """A ``UserError`` if a tensor of the file was not used, or a parameter was not in the file."""
+    """Raise a ``UserError`` if a tensor of the file was not used, or a parameter was not in the file."""
     if drawn:
         raise UserError(f"{gguf} lacks the weights {', '.join(sorted(drawn)[:5])}: expected a whole GGUF model")
     used = sum(parameter.numel() for parameter in model.parameters())  # tied ones count once

@@ -32,7 +32,7 @@ class Tokens:
         return self.lengths_B - 1
 
     def check(self, vocab: int, context: int) -> None:
-        """A ``UserError`` unless the prompts fit a model with ``vocab`` token ids and this context, in tokens."""
+        """Raise a ``UserError`` unless the prompts fit a model with ``vocab`` token ids and this context, in tokens."""
         ids, lengths = self.ids_BxT, self.lengths_B
         if ids.ndim != 2 or lengths.shape != ids.shape[:1] or 0 in ids.shape:
             raise UserError(f"tokens have the shapes {ids.shape} and {lengths.shape}: expected [B, T] and [B]")

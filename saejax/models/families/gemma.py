@@ -1,5 +1,7 @@
-"""The Gemma families: norms that scale by one plus their weight, a scaled embedding, and from Gemma 2 on norms after
-attention and the MLP, local layers and soft caps."""
+"""The Gemma families: norms that scale by one plus their weight, and a scaled embedding.
+
+From Gemma 2 on, they also have norms after attention and the MLP, sliding windows and soft caps.
+"""
 
 import dataclasses
 import math
@@ -13,7 +15,7 @@ from saejax.models.fields import Fields
 
 
 def _gemma_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
-    """What all of them share."""
+    """Return a decoder with what all Gemmas share, and some differences."""
     fields.expect("use_bidirectional_attention", False)
     bias = fields.take("attention_bias", bool)
     scale = math.sqrt(fields.size("hidden_size"))
@@ -32,7 +34,7 @@ def _read_gemma(fields: Fields) -> DecoderConfig:
 
 
 def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
-    """What Gemma 2 and 3 share."""
+    """Return a decoder with what Gemma 2 and 3 share, and some differences."""
     if "hidden_act" in fields and fields.activation("hidden_act") != fields.activation("hidden_activation"):
         raise fields.contradiction("'hidden_act'", "'hidden_activation'")
     return _gemma_decoder(
@@ -63,7 +65,7 @@ def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderCon
 
 
 def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
-    """The rotary embeddings of global and of local layers, which transformers 4 writes into different fields."""
+    """Read the rotary embeddings of full and of sliding layers, which transformers 4 writes into different fields."""
     d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
     rope = rope_object(fields)
     far, near = (rope.part(FULL), rope.part(SLIDING)) if FULL in rope or SLIDING in rope else (rope, Fields({}, ""))
@@ -73,7 +75,7 @@ def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
 
 
 def _read_gemma3(fields: Fields) -> DecoderConfig:
-    """The text part of a model that also reads images."""
+    """Read the text part of a model that also reads images."""
     text = fields.part("text_config", _GEMMA3)
     fields.ignore("vision_config", "mm_tokens_per_image")
     tied = fields.take("tie_word_embeddings", bool)

@@ -35,7 +35,7 @@ def _read_gpt2(fields: Fields) -> DecoderConfig:
 
 
 def _columns(part: int) -> View:
-    """Query (0), key (1) or value (2) of GPT-2's one matrix [in, 3 x heads x width]."""
+    """Return a view of query (0), key (1) or value (2) of the one matrix [in, 3 x heads x width]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         width = shape[1] * shape[2]
@@ -45,7 +45,7 @@ def _columns(part: int) -> View:
 
 
 def _stretch(part: int) -> View:
-    """The same of its bias, [3 x heads x width]."""
+    """Return a view of query (0), key (1) or value (2) of the one bias [3 x heads x width]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return expect(tensor, (3 * shape[0] * shape[1],)).reshape(3, *shape)[part]
@@ -54,7 +54,7 @@ def _stretch(part: int) -> View:
 
 
 def _heads_out(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """GPT-2's [heads x width, out]."""
+    """Return a matrix [heads x width, out] by heads."""
     return expect(tensor, (shape[0] * shape[1], shape[2])).reshape(shape)
 
 

@@ -12,10 +12,12 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
-    """A decoder with RMS norms, rotary embeddings and a gated MLP, from the fields that all such families share.
+    """Return a decoder with RMS norms, rotary embeddings and a gated MLP.
 
     Args:
-      differences: what this family does otherwise.
+      fields: of the config.
+      family: its ``model_type``.
+      differences: fields of ``DecoderConfig`` in which this family differs from Llama.
     """
     n_heads, context = fields.size("num_attention_heads"), fields.size("max_position_embeddings")
     given = "head_dim" in fields
@@ -50,9 +52,10 @@ class SlidingLayers(TypedDict, total=False):
 
 
 def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], str]) -> SlidingLayers:
-    """Which layers are local, and how far they see.
+    """Read which layers have a sliding window.
 
     Args:
+      fields: of the config.
       window: tokens that a local layer sees; None: there can be no local layers.
       kind_of: the kind of each layer, where the config does not list them in "layer_types".
     """

@@ -13,7 +13,7 @@ from saejax.models.fields import Fields
 
 
 def _layer_norm_decoder(fields: Fields, family: str, d_head: int, **differences: Any) -> DecoderConfig:
-    """What GPT-NeoX and Phi share."""
+    """Return a decoder with what GPT-NeoX and Phi share, and some differences."""
     return DecoderConfig(
         family=family,
         n_layers=fields.size("num_hidden_layers"),
@@ -80,7 +80,7 @@ def _interleaved(part: int) -> View:
 
 
 def _interleaved_bias(part: int) -> View:
-    """The same of its bias, [heads x 3 x width]."""
+    """Return a view of query (0), key (1) or value (2) of the one bias [heads x 3 x width]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         heads, width = shape

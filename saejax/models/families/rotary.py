@@ -51,12 +51,13 @@ def rope_object(fields: Fields) -> Fields:
 
 
 def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: int) -> Rope:
-    """The rotary embedding that an object such as "rope_parameters" describes.
+    """Return the rotary embedding that an object such as "rope_parameters" describes.
 
     Args:
       rope: the object.
       theta: base of the frequencies.
-      share: of ``d_head``, the width of a head, that turns.
+      share: of a head's dimensions that is rotated.
+      d_head: width of a head.
       context: the longest prompt in tokens.
     """
     old, kind = (rope.take(name, str, "") for name in ("type", "rope_type"))
@@ -78,24 +79,28 @@ _Kind = Callable[[Fields, float, int, int], tuple[np.ndarray, float]]
 
 
 def _plain(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
+    """Return frequencies that fall geometrically with the pair, and no scaling of attention."""
     return theta ** -(np.arange(0, width, 2) / width), 1.0
 
 
 def _linear(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
-    """Positions are divided by a factor (Chen et al., 2023)."""
+    """Divide positions by a factor (Chen et al., 2023)."""
     frequencies, attention_scaling = _plain(rope, theta, width, context)
     return frequencies / rope.number("factor"), attention_scaling
 
 
 def _dynamic(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
-    """A base that grows with the prompt once that is longer than the context, which it never is here."""
+    """Leave the base as it is: it grows only with prompts longer than the context, which are refused."""
     rope.number("factor")
     return _plain(rope, theta, width, context)
 
 
 def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
-    """Pairs that turn less than ``low`` times over the original context are slowed down by a factor, those that turn
-    more than ``high`` times stay, and in between one goes over into the other (Llama 3.1)."""
+    """Slow down pairs that turn rarely (Llama 3.1).
+
+    Those that turn less than ``low`` times over the original context are slowed down by a factor, those that turn more
+    than ``high`` times stay, and the others lie in between.
+    """
     frequencies, attention_scaling = _plain(rope, theta, width, context)
     factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if low >= high:
@@ -106,13 +111,15 @@ def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.nd
 
 
 def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndarray, float]:
-    """YaRN (Peng et al., 2023): pairs that turn often stay, those that turn rarely are slowed down by a factor, with a
-    ramp over the pairs between; and attention is sharpened by an attention scaling."""
+    """Slow down pairs that turn rarely, and make attention sharper (YaRN, Peng et al., 2023).
+
+    Pairs that turn often stay, those that turn rarely are slowed down by a factor, with a ramp over the pairs between.
+    """
     original = rope.size("original_max_position_embeddings", context)
     factor = rope.number("factor", context / original)
 
     def pair(turns: float) -> float:
-        """The pair that turns so many times over the original context."""
+        """Return the pair that turns so many times over the original context."""
         return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     first, last = pair(rope.number("beta_fast", 32.0)), pair(rope.number("beta_slow", 1.0))

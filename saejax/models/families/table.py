@@ -14,24 +14,24 @@ View = Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
 
 
 def expect(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor, if it has that shape; otherwise a ``ValueError`` that says which it has."""
+    """Return the tensor, if it has that shape; otherwise raise a ``ValueError`` that says which it has."""
     if tensor.shape != shape:
         raise ValueError(f"has shape {list(tensor.shape)}, expected {list(shape)}")
     return tensor
 
 
 def vector(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A bias, whose heads and their width are one dimension."""
+    """Return a bias, whose heads and their width are one dimension, by heads."""
     return expect(tensor, (math.prod(shape),)).reshape(shape)
 
 
 def linear(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A torch Linear, [out, in]; the parameter is [in, out], where out may be heads by width."""
+    """Return the matrix of a torch Linear, [out, in], as [in, out], where out may be heads by width."""
     return expect(tensor, (math.prod(shape[1:]), shape[0])).T.reshape(shape)
 
 
 def linear_of_heads(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A torch Linear, [out, in]; the parameter is [heads, width, out]."""
+    """Return the matrix of a torch Linear, [out, in], as [heads, width, out]."""
     return expect(tensor, (shape[2], shape[0] * shape[1])).T.reshape(shape)
 
 
