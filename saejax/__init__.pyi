@@ -26,6 +26,6 @@ from saejax.library.dictionaries import export as export
 from saejax.library.dictionaries import train as train
 from saejax.models.edits import SiteEdit as SiteEdit
 from saejax.models.language_model import LanguageModel as LanguageModel
-from saejax.models.language_model import load_model as load_model
+from saejax.models.loading import load_model as load_model
 from saejax.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt

@@ -23,7 +23,7 @@ from saejax.parallel.watchdog import watched
 from saejax.preregistration import shows_data, write_rules
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
-from saejax.settings import MeshConfig
+from saejax.settings import MeshConfig, ModelConfig
 from saejax.stage import load
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.workplan import Workplan, changes
@@ -57,6 +57,8 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
+    if len(stages) > 1:
+        stages = _without_decoder_stages(stages, configs, say)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
     if not units:
         more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
@@ -81,6 +83,20 @@ def run_stages(
                     if stopping():
                         raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
                     _run_unit(work, unit, team)
+
+
+def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
+    """Leave out stages that only the JAX decoder's models have, where the model runs in PyTorch."""
+    if not any(STAGES[stage].needs_decoder for stage in stages):
+        return stages
+    from saejax.models.source import runs_in_torch
+
+    model = configs[ModelConfig]
+    if not runs_in_torch(model):
+        return stages
+    left_out = [stage for stage in stages if STAGES[stage].needs_decoder]
+    say(f"{model.path} runs in PyTorch; left out, for they need a model of a JAX family: {', '.join(left_out)}")
+    return [stage for stage in stages if stage not in left_out]
 
 
 def _asked(stopping: Callable[[], bool], workspace: Workspace) -> bool:

@@ -34,6 +34,7 @@ class Stage:
         all others.
       first: whether it runs before all that are not.
       makes_model: whether what it examines is made in it, and is not the model that the settings name.
+      needs_decoder: whether it is left out of a pipeline whose model runs in PyTorch.
       needs: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
@@ -63,6 +64,7 @@ class Stage:
     after: tuple[str, ...] = ()
     first: bool = False
     makes_model: bool = False
+    needs_decoder: bool = False
     needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)

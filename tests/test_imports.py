@@ -78,6 +78,8 @@ INSIDE = {
 }
 TORCH_MAY_BE_IN = {
     "saejax/activations/torch_capture.py",
+    "saejax/models/torch_hooks.py",
+    "saejax/models/torch_model.py",
     "saejax/models/source.py",
     "saejax/models/pickled.py",
     "saejax/models/randomised.py",

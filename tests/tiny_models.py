@@ -65,6 +65,25 @@ TINY_FIELDS = {
     | dict(attention_types=[[["global", "local"], 1], [["local"], 1]]),
     "qwen3_moe": _TINY_ROTARY | dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=12),
 }
+# Architectures that the decoder does not have.
+OTHER_FIELDS = {
+    "gptj": _TINY | dict(n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4),
+    "bloom": _TINY | dict(hidden_size=32, n_layer=3, n_head=4),
+    "opt": _TINY_ROTARY | dict(ffn_dim=48, word_embed_proj_dim=40),
+    "mixtral": _TINY_ROTARY | dict(num_local_experts=4, num_experts_per_tok=2),
+    "olmo": _TINY_ROTARY,
+    "falcon": _TINY_ROTARY | dict(new_decoder_architecture=False),
+    "qwen3_5_text": _TINY_ROTARY
+    | dict(
+        head_dim=12,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+}
+TINY_FIELDS |= OTHER_FIELDS
 
 
 def save_tiny(folder: Path, family: str, seed: int = 0, **changes) -> None:
@@ -86,6 +105,15 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **changes) -> None:
         model, seed, plus_one=family.startswith("gemma"), post_norms=family.startswith(("gemma2", "gemma3", "olmo2"))
     )
     model.save_pretrained(folder)
+
+
+def make_tiny(family: str, fields: dict):
+    """A random transformers model of a family with these fields, as random as ``save_tiny`` makes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    _randomise(model, 0, plus_one=False, post_norms=False)
+    return model
 
 
 def _randomise(model, seed: int, plus_one: bool, post_norms: bool) -> None:

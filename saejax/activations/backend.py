@@ -29,7 +29,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
         first = dataclasses.replace(request, sites=first_sites, other=None)
         return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.other)))
-    if config.backend == "torch":
+    if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader
 
         return SiteReader(source.load_torch_model(request.source, config.dtype), request.sites)

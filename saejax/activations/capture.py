@@ -82,7 +82,7 @@ def run_capture(run: Run) -> CaptureResults:
         },
         documents=dict(zip(SPLITS, (train, len(plan.documents) - train), strict=True)),
         tokens=plan.tokens,
-        backend=config.backend,
+        backend="torch" if request.needs_torch else config.backend,
         dtype=config.dtype,
         tokens_per_second=round(rate, 1),
         padding_share=plan.padding_share,
@@ -109,7 +109,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     config = run.configs[CaptureConfig]
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     index = [config.shard_rows, config.last, run.configs[CorpusConfig].seed, hashes]
-    vectors = [config.backend, config.dtype, config.store_dtype]
+    vectors = ["torch" if request.needs_torch else config.backend, config.dtype, config.store_dtype]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:
         captured = request.other if isinstance(site, OtherSite) and request.other else request

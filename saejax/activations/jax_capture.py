@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 from saejax.activations.plan import Batch
 from saejax.activations.reader import Take
 from saejax.models.config import DecoderConfig
-from saejax.models.language_model import forward, load_model
+from saejax.models.language_model import forward
+from saejax.models.loading import load_model
 from saejax.models.parity import needs_check
 from saejax.models.sites import AnySite, Site
 from saejax.models.source import ModelSource

@@ -7,13 +7,11 @@ from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
-from saejax.models.families import FAMILIES, read_config
+from saejax.models.families import read_config
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
 from saejax.settings import CaptureConfig, ModelConfig
 
-# How configurations of all kinds of models call the longest input that they can take.
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 # What tells tokenizers apart that have the same vocabulary.
 _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d \u2014 Ωλ, 東京 \U0001f642\n\tEnd."
 
@@ -25,7 +23,7 @@ class CaptureRequest:
     Attributes:
       source: the model's files.
       sites: the sites, in the order given.
-      decoder: the decoder's configuration; None if only modules are asked for, of a model that it may not know.
+      decoder: the decoder's configuration; None if it does not know the model, or only modules are asked for.
       context: the longest input in tokens; None: it has no limit.
       other: what is asked of the second model, its sites among ``sites``, too; None: nothing.
     """
@@ -35,6 +33,11 @@ class CaptureRequest:
     decoder: DecoderConfig | None
     context: int | None
     other: "CaptureRequest | None" = None
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether the decoder cannot run it, whatever ``--capture.backend`` says."""
+        return self.decoder is None
 
     def widths(self) -> dict[AnySite, int] | None:
         """Width of every site; None where the model has to be run to know it."""
@@ -54,8 +57,9 @@ def read_request(configs: Configs) -> CaptureRequest:
       UserError: the model cannot be found or read, or a site does not exist, is named twice or is not for the backend.
     """
     config = configs[CaptureConfig]
-    sites = parse_sites(config.sites, config.backend)
     found = source.resolve(configs[ModelConfig])
+    in_torch = source.runs_in_torch(configs[ModelConfig])
+    sites = parse_sites(config.sites, "torch" if in_torch else config.backend)
     of_other = tuple(site for site in sites if isinstance(site, OtherSite))
     if of_other:
         own = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
@@ -65,14 +69,8 @@ def read_request(configs: Configs) -> CaptureRequest:
         contexts = [each for each in (request.context, second.context) if each is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), other=second)
     fields, where = source.read_model_config(found.folder), str(found.folder / "config.json")
-    modules_only = all(isinstance(site, ModuleSite) for site in sites)
-    if modules_only:
-        return CaptureRequest(found, sites, None, longest_input(found))
-    if fields.get("model_type") not in FAMILIES and config.backend != "jax":
-        raise UserError(
-            f"{where}: models of the family {fields.get('model_type')!r} have no site such as {sites[0]} here: name "
-            "modules of the PyTorch model in --capture.sites, as in module:model.layers.3.mlp"
-        )
+    if in_torch or all(isinstance(site, ModuleSite) for site in sites):
+        return CaptureRequest(found, sites, None, source.longest_input(found))
     decoder = read_config(fields, where)
     for site in sites:
         if isinstance(site, Site):
@@ -106,15 +104,6 @@ def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -
             f"{first.name} and {second.name} do not share a tokenizer ({told}): a crosscoder of two models reads both "
             "on the same tokens; experiments.transfer compares models of different tokenizers"
         )
-
-
-def longest_input(found: source.ModelSource) -> int | None:
-    """The longest input that a model of any family takes, in tokens; None: it has no limit."""
-    fields = source.read_model_config(found.folder)
-    if fields.get("model_type") in FAMILIES:
-        return read_config(fields, str(found.folder / "config.json")).context
-    text = fields | (fields.get("text_config") or {})
-    return next((text[name] for name in _CONTEXT if text.get(name)), None)
 
 
 def begins_with_bos(request: CaptureRequest, bos: str) -> bool:

@@ -17,7 +17,7 @@ from saejax.activations.checksums import npy_header
 from saejax.activations.chunker import SPLITS, Chunker, TextPiece, prompt_group
 from saejax.activations.documents import COLUMNS, FILES, Documents, make_documents, shuffled_order
 from saejax.activations.progress import TextProgress
-from saejax.activations.request import CaptureRequest, longest_input
+from saejax.activations.request import CaptureRequest
 from saejax.activations.results import TokenizeResults
 from saejax.errors import Interrupted, UserError
 from saejax.files import WRITING, file_sha256, whole_file
@@ -49,7 +49,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
     chunker = Chunker(
         config,
         source.load_tokenizer(model),
-        longest_input(model) or config.context,
+        source.longest_input(model) or config.context,
         run.configs[TaskConfig],
         run.configs[CaptureConfig].bos,
     )

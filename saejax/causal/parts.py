@@ -17,7 +17,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.files import read_json, write_json
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import bos_tokens
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
@@ -49,7 +50,7 @@ def silent(done: int, total: int) -> None:
 def load_run_model(run: Run) -> LanguageModel:
     """The model that a stage runs, on the mesh of its configuration."""
     config = run.configs[ModelConfig]
-    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get(MeshConfig)), config.remat)
+    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
 
 
 def load_run_dictionary(run: Run) -> Dictionary:

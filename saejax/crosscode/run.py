@@ -21,7 +21,7 @@ from saejax.evaluation.evaluate import load_other
 from saejax.evaluation.parts import parts_by_model
 from saejax.files import whole_file
 from saejax.interventions.feature_statistics import FeatureStatistics
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_configured_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig, ModelConfig
@@ -130,7 +130,7 @@ def _behaviours(run: Run, dictionary: Dictionary, store: Store, shares: Shares) 
     if not tests_behaviours(run.configs):
         return {}, {}
     mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
-    lm = load_model(model.path, model.revision, model.dtype, mesh)
+    lm = load_configured_model(model, mesh)
     store.check_model(lm.source)
     models = parts_by_model(dictionary.config.site, lm, load_other(model, store, mesh))
     if [len(parts.sites) for parts in models] != [1, 1]:

@@ -34,7 +34,7 @@ from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError, one_of
 from saejax.models.edits import Positions, Span, Values
-from saejax.models.sites import KINDS, Site
+from saejax.models.sites import KINDS, Site, edit_site
 
 
 def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
@@ -407,9 +407,10 @@ class Dictionary(nnx.Module):
     def _make_edit(
         self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
     ) -> FeatureEdit:
-        reads = Site.parse(self.config.site)
-        site = Site.parse(self.config.target) if self.config.target else reads
-        if reads.layer != site.layer or KINDS.index(reads.kind) > KINDS.index(site.kind):
+        reads = edit_site(self.config.site)
+        site = edit_site(self.config.target) if self.config.target else reads
+        ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
+        if reads != site and not (ordered and KINDS.index(reads.kind) <= KINDS.index(site.kind)):
             raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")
         count = len(features_K)
         factors = Values.constant(factor, count, "the factor").values_BxTxN

@@ -21,7 +21,7 @@ from saejax.evaluation.replaced import replaced_losses
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
 from saejax.evaluation.rows import blocks
 from saejax.files import write_array, write_json
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_configured_model
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.results import to_json
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
@@ -71,7 +71,7 @@ def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
             f"{store.folder} has no {missing[0]}: --capture.sites=mlp_in.0-{last},mlp_out.0-{last} has all that a "
             "cross-layer transcoder is scored on"
         )
-    lm = load_model(model.path, model.revision, model.dtype, mesh)
+    lm = load_configured_model(model, mesh)
     store.check_model(lm.source)
     scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
     losses = replaced_losses(lm, loaded.layers, loaded.decoders, loaded.sites, store, config)

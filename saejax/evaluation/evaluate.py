@@ -23,7 +23,8 @@ from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
 from saejax.evaluation.rows import blocks
 from saejax.files import read_json, write_array, write_json
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
 from saejax.parallel.mesh import make_mesh
@@ -54,7 +55,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     @functools.cache
     def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
         mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
-        lm = load_model(model.path, model.revision, model.dtype, mesh)
+        lm = load_configured_model(model, mesh)
         store.check_model(lm.source)
         return mesh, lm, load_other(model, store, mesh)
 
@@ -100,7 +101,7 @@ def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | 
     second = other_model(model)
     if second is None:
         raise UserError(f"{store.folder} was captured from a second model too, {captured.name}: give --model.other")
-    lm = load_model(second.path, second.revision, second.dtype, mesh)
+    lm = load_configured_model(second, mesh)
     if lm.source.fingerprint != captured.fingerprint:
         raise UserError(
             f"{store.folder} was captured from the second model {captured}, not "

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from saejax.errors import UserError
 from saejax.explain.endpoint import Answer, Keep
 from saejax.explain.questions import Question
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 from saejax.models.tokens import pad
 
 

@@ -17,7 +17,8 @@ from saejax.files import read_json, write_json
 from saejax.interpret.interpreter import IN_STREAM, Interpreter
 from saejax.interpret.results import InterpretedDictionary, InterpretResults
 from saejax.interpret.text import CodedText
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
@@ -45,7 +46,7 @@ def run_interpret(run: Run) -> InterpretResults:
     @functools.cache
     def read() -> tuple[LanguageModel, Mesh, CodedText]:
         model, mesh = run.configs[ModelConfig], make_mesh(run.configs[MeshConfig])
-        lm = load_model(model.path, model.revision, model.dtype, mesh)
+        lm = load_configured_model(model, mesh)
         store.check_model(lm.source)
         as_text = token_text(lm.tokenizer)
         return lm, mesh, CodedText(store.documents, [as_text(token) for token in range(lm.config.vocab)])

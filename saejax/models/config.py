@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,17 @@ class DecoderConfig:
     attn_logit_softcap: float | None = None
     final_logit_softcap: float | None = None
     embed_scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchConfig(DecoderConfig):
+    """A transformers model that runs in PyTorch: its sizes; fields of formulas mean nothing.
+
+    Attributes:
+      functions: ``torch_model.TorchFunctions``, which the functions of ``decoder`` call; equal to itself only.
+    """
+
+    functions: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from saejax.models import torch_bridge
 from saejax.models.attention import (
     AttentionFunction,
     AttentionSpec,
@@ -25,7 +26,7 @@ from saejax.models.attention import (
     attention,
     whole_prompts,
 )
-from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.layers import SiteHook, align_rank, einsum, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
 
@@ -44,6 +45,8 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
       ids_xT: int32 token ids.
       positions_xT: for families with learned positions; None: 0 to T-1.
     """
+    if isinstance(config, TorchConfig):
+        return torch_bridge.embed(config, params, ids_xT)
     x_xTxD = params["embed_VxD"][ids_xT]
     if config.embed_scale != 1:
         # In the stream's dtype: these models are trained with the factor rounded to bfloat16.
@@ -56,6 +59,8 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
 
 def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
     """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap."""
+    if isinstance(config, TorchConfig):
+        return torch_bridge.unembed(config, params, x_xD)
     x_xD = norm(config, rules, params, "final_norm", x_xD)
     name, pattern = ("embed_VxD", "...d,vd->...v") if config.tied else ("unembed_DxV", "...d,dv->...v")
     logits_xV = einsum(pattern, x_xD, params[name])
@@ -66,6 +71,8 @@ def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRu
 
 def restrict_unembedding(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
     """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N]."""
+    if isinstance(config, TorchConfig):
+        return torch_bridge.restrict_unembedding(params, ids_N)
     name, axis = ("embed_VxD", 0) if config.tied else ("unembed_DxV", 1)
     rows = {name: jnp.take(params[name], ids_N, axis=axis)}
     if config.unembed_bias:
@@ -99,6 +106,8 @@ def run_layer(
     Returns:
       The stream leaving it, [B, T, D].
     """
+    if isinstance(config, TorchConfig):
+        raise torch_bridge.not_in_torch(config)
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
     normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
@@ -182,6 +191,9 @@ def run_layers(
       collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``.
       before_hook: whether values are collected before the hook changes them, not after.
     """
+    if isinstance(config, TorchConfig):
+        request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
+        return LayersOutput(*torch_bridge.run_layers(config, *request), None)
     attention = attention or AttentionSpec(whole_prompts(config, x_xTxD.shape[-2]))
     step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook)
     body = functools.partial(step, hook_layers is None)

@@ -337,9 +337,14 @@ def decode_in_chunks(
         state = decode(config, params, state, np.int32(stop), end_ids_E, edits, sampling)
         # A copy: the next call takes over the state's memory.
         new_BxN, finite_B = np.array(state.new_BxN)[:, start:stop], np.array(state.finite_B)
-        if not finite_B.all():
-            raise UserError(
-                f"the logits after prompt {int(np.argmin(finite_B))} of {len(finite_B)} are NaN or infinite: expected "
-                "finite numbers; check the model's weights and the edits, or use --model.dtype=float32"
-            )
+        check_finite(finite_B)
         yield new_BxN
+
+
+def check_finite(finite_B: np.ndarray) -> None:
+    """Raise a ``UserError`` unless the logits after all prompts were finite."""
+    if not finite_B.all():
+        raise UserError(
+            f"the logits after prompt {int(np.argmin(finite_B))} of {len(finite_B)} are NaN or infinite: expected "
+            "finite numbers; check the model's weights and the edits, or use --model.dtype=float32"
+        )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.sites import Site
+from saejax.models.sites import Site, edit_site
 
 Span = tuple[int, int | None]
 
@@ -263,8 +263,7 @@ class SiteEdit:
 
     @classmethod
     def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
-        site = site if isinstance(site, Site) else Site.parse(site)
-        return cls(jnp.float32(factor), offset, Positions.parse(positions), site)
+        return cls(jnp.float32(factor), offset, Positions.parse(positions), edit_site(site))
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited site."""

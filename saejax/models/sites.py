@@ -25,7 +25,7 @@ models, ``resid_post.5+other:resid_post.5`` (``--model.other``).
 """
 
 import dataclasses
-from typing import Self
+from typing import Self, cast
 
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
@@ -104,6 +104,13 @@ class ModuleSite:
     def __str__(self) -> str:
         return f"{self.kind}:{self.path}"
 
+    def check(self, config: DecoderConfig) -> Self:
+        """Raise a ``UserError``: a decoder has no modules of PyTorch."""
+        raise UserError(
+            f"the site {self} is a module of the PyTorch model, which {config.family} in JAX does not have: load it "
+            "with backend=torch (--model.backend), or name a site of the decoder, such as resid_post.15"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class OtherSite:
@@ -122,6 +129,11 @@ class OtherSite:
 
 AnySite = Site | ModuleSite | OtherSite
 _OTHER = "other:"
+
+
+def edit_site(site: str | Site) -> Site:
+    """Return the site where an edit acts; of a ``TorchModel`` it may be a ``ModuleSite``, which decoders refuse."""
+    return cast(Site, parse_site(site) if isinstance(site, str) else site)
 
 
 def decoder_site(text: str) -> Site:

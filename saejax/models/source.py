@@ -14,7 +14,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.models.checkpoint import WEIGHT_FILES, list_shards, read_checkpoint, weight_files
-from saejax.models.families import check_family
+from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantised
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
@@ -27,6 +27,9 @@ RANDOM = "random:"
 _TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")  # any of these makes one
 # Families for which transformers takes the class that tokenizer_config.json names.
 _PLAIN_TOKENIZERS = ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox")
+
+# How configurations of all kinds of models call the longest input that they can take.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,31 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     if is_random:
         folder = randomised(folder)
     return ModelSource(config.path, revision, folder, fingerprint(folder))
+
+
+def is_decoder_family(source: ModelSource) -> bool:
+    """Return whether the decoder runs models of this family."""
+    return has_family(read_model_config(source.folder))
+
+
+def longest_input(source: ModelSource) -> int | None:
+    """Return the longest input that a model of any family takes, in tokens; None: it has no limit."""
+    fields = read_model_config(source.folder)
+    if has_family(fields):
+        return read_config(fields, str(source.folder / "config.json")).context
+    text = fields | (fields.get("text_config") or {})
+    return next((text[name] for name in _CONTEXT if text.get(name)), None)
+
+
+def runs_in_torch(config: ModelConfig) -> bool:
+    """Return whether a model will run in PyTorch; False where its configuration cannot be had."""
+    if config.backend != "auto":
+        return config.backend == "torch"
+    path = config.path.removeprefix(RANDOM)
+    try:
+        return not has_family(read_model_config(_local(path) or _fetch_config(path, config.revision, decoder=False)))
+    except UserError:  # said by the stage that loads it
+        return False
 
 
 def find_config(config: ModelConfig) -> Path:

@@ -10,6 +10,7 @@ for.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.models import decoder
+from saejax.models import decoder, torch_bridge
 from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, TablesByLayer, tables_by_layer
-from saejax.models.config import GRADIENT, DecoderConfig, RunRules
+from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.decoder import KEYS, VALUES, Hook, LayersOutput, run_layers
 from saejax.models.sites import Site
 
@@ -184,6 +185,9 @@ class SplitPoint:
 
         ``stream_BxTxD`` and ``value_BxTxD`` are as there.
         """
+        if isinstance(self.config, TorchConfig):
+            clean = torch_bridge.as_prefix(stream_BxTxD, value_BxTxD)
+            return self.run_suffix(params, stream_BxTxD, value_BxTxD), PrefixKV(*clean)
         output = self._run_on(params, stream_BxTxD, value_BxTxD, collect=(KEYS, VALUES))
         return output.x, PrefixKV(output.collected[KEYS], output.collected[VALUES])
 
@@ -207,6 +211,9 @@ class SplitPoint:
         Returns:
           The stream leaving the last layer, [S, N, D].
         """
+        if isinstance(self.config, TorchConfig):
+            run = functools.partial(self.run_suffix, params)
+            return torch_bridge.run_rows(run, prefix, batch, (stream_SxNxD, value_SxNxD))
         attention = batch.attention(self.config, prefix, self._start)
         return self._run_on(params, stream_SxNxD, value_SxNxD, attention).x
 

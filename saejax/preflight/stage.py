@@ -29,6 +29,7 @@ PREFLIGHT = Stage(
     groups=(PreflightConfig,),
     reads_all=True,
     first=True,
+    needs_decoder=True,
     identity=dict(
         shapes=_shapes,
         corpus=identities.corpus,

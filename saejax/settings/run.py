@@ -30,6 +30,13 @@ class ModelConfig(Config):
         "dtype of the JAX decoder's weights and products",
         choices=("float32", "bfloat16"),
     )
+    backend: str = setting(
+        "auto",
+        "what runs the model: the JAX decoder (jax), transformers' PyTorch model on one device, which is slower and "
+        "has no attribution graphs (torch), or PyTorch only where the decoder does not have the model's family (auto)",
+        choices=("auto", "jax", "torch"),
+        implied="auto",
+    )
     remat: bool = setting(
         False,
         "where gradients are taken (ablate), compute each layer again instead of keeping its matrix products: less "

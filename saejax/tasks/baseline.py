@@ -30,7 +30,8 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import make_mesh
@@ -112,7 +113,7 @@ class _Measured:
 
 def _load(run: Run) -> LanguageModel:
     config = run.configs[ModelConfig]
-    return load_model(config.path, config.revision, config.dtype, make_mesh(run.configs.get(MeshConfig)))
+    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from saejax.errors import Interrupted
 from saejax.files import read_lines, write_lines
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.settings import MeshConfig, ModelConfig, TaskConfig
@@ -47,7 +48,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
 
     @functools.cache
     def lm() -> LanguageModel:
-        return load_model(model.path, model.revision, model.dtype, make_mesh(run.configs.get(MeshConfig)))
+        return load_configured_model(model, make_mesh(run.configs.get(MeshConfig)))
 
     def score(first: int) -> None:
         if run.stopping():

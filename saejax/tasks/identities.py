@@ -1,19 +1,15 @@
 """Fingerprints of what stages read from outside the workdir, for their declarations: imports are inside functions."""
 
 from saejax.config import Configs
-from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
+from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.stage import is_folder
 
 
 def model(configs: Configs) -> str:
-    """Of the files of the model, and of a second one.
-
-    A family that the decoder does not know is refused unless only modules are captured.
-    """
-    from saejax.models.sites import ModuleSite
+    """Of the files of the model, and of a second one; with ``--model.backend=jax`` other families are refused."""
     from saejax.models.source import other_model, resolve
 
-    decoder = not all(map(ModuleSite.names, configs[CaptureConfig].sites))
+    decoder = configs[ModelConfig].backend == "jax"
     other = other_model(configs[ModelConfig])
     return "+".join(
         resolve(config, decoder).fingerprint for config in (configs[ModelConfig], *([other] if other else []))

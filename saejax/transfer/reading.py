@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from saejax.errors import UserError
 from saejax.evaluation.loss_recovered import recovered, stand_in_losses
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_configured_model
 from saejax.models.source import resolve
 from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
@@ -221,7 +222,7 @@ def _load(run: Run, own: str, one: Compared, mesh: Mesh) -> LanguageModel:
                 f"{one.name} belongs to another model than --model.path={config.path}, and does not say which"
             )
         config = ModelConfig(path=model.model, revision=model.revision or "main", dtype=config.dtype)
-    lm = load_model(config.path, config.revision, config.dtype, mesh)
+    lm = load_configured_model(config, mesh)
     if one.fingerprint not in ("", lm.source.fingerprint):
         raise UserError(
             f"{one.name} belongs to the model {model.model} of another state ({model.fingerprint}; it is now "

@@ -131,10 +131,7 @@ def test_a_pass_ends_after_the_last_module(setup, monkeypatch):
         ("module:transformer.word_embedings", "such as transformer.word_embeddings"),
         ("module_in:transformer.word_embeddings", "is torch.int64 .*: expected one vector of floating-point numbers"),
         ("module:transformer.h", "a forward pass runs the module of module:transformer.h 0 times, expected once"),
-        (
-            "resid_post.0",
-            "family 'bloom' have no site such as resid_post.0 here: name modules .*: *",
-        ),
+        ("resid_post.2", "there is no site resid_post.2: BloomForCausalLM has 2 layers, 0 to 1"),
         ("resid_last.0", "there is no site 'resid_last.0'"),
     ],
 )

@@ -5,12 +5,11 @@ import pytest
 import torch
 from capture_setup import relative_error
 from tiny_models import save_tiny
+from torch_sites import MODULES
 from transformers import AutoModelForCausalLM
 
 from saejax.activations.plan import Batch
 from saejax.activations.torch_capture import SiteReader
-from saejax.activations.torch_modules import MODULES
-from saejax.models.families import FAMILIES
 from saejax.models.sites import KINDS, Site
 
 LENGTHS = (9, 4)  # longer than the sliding windows; the second document is padded
@@ -111,7 +110,3 @@ def test_a_pass_ends_after_its_last_site(model):
     values = {}
     reader.read([make_batch()] * 2, lambda _, site, value: values.update({site: value}))
     np.testing.assert_array_equal(values[Site("resid_mid", 1)], whole[Site("resid_mid", 1)])
-
-
-def test_every_family_of_the_decoder_has_its_modules():
-    assert set(MODULES) == set(FAMILIES) and {name.partition(",")[0] for name in MODELS} == set(FAMILIES)

@@ -206,7 +206,7 @@ def test_removing_features_is_what_a_plain_edit_does(workdir, inputs, other):
     from saejax.crosscode import causal
     from saejax.evaluation.parts import parts_by_model
     from saejax.models.edits import SiteEdit
-    from saejax.models.language_model import load_model
+    from saejax.models.loading import load_model
     from saejax.tasks.behaviours import read_prompts
 
     sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)

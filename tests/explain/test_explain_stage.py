@@ -36,7 +36,7 @@ TOKENS = planted.TEXTS
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory, tiny_llama):
     """A store, a dictionary and what was interpreted."""
-    from saejax.models.language_model import load_model
+    from saejax.models.loading import load_model
 
     folder = tmp_path_factory.mktemp("explain")
     store, dictionary = planted.make_store(folder / "capture"), planted.dictionary(FEATURES)

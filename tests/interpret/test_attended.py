@@ -7,7 +7,7 @@ import pytest
 from saejax.interpret.attended import CLASSES, SHIFTS, HeadShares
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodedText
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 
 LENGTH = 40
 

@@ -16,7 +16,7 @@ from saejax.interpret.control import fitted_decoder, frozen_random
 from saejax.interpret.heatmaps import layers_bar
 from saejax.interpret.report import _fit, _rows
 from saejax.interpret.results import InterpretedDictionary
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 from saejax.results import from_json, to_json
 
 

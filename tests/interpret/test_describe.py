@@ -202,7 +202,7 @@ def test_nearest_rows(made, monkeypatch):
 
 
 def test_output_tokens(tiny_llama, one_device):
-    from saejax.models.language_model import load_model
+    from saejax.models.loading import load_model
 
     lm = load_model(str(tiny_llama), mesh=one_device)
     rows = np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)

@@ -12,7 +12,7 @@ from saejax.interpret.detectors import PairCounts, search
 from saejax.interpret.firings import Block
 from saejax.interpret.labels import bars, partners
 from saejax.interpret.text import SHAPES, CodeCounts, shape_of
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

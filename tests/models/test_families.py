@@ -180,7 +180,7 @@ def test_caps_that_are_null_are_off_and_absent_ones_are_the_defaults():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(model_type="mamba"), "'mamba' are not supported, expected one of llama"),
+        (dict(model_type="mamba"), "does not have the family 'mamba', .*; expected one of llama"),
         (dict(model_type=None), "family None"),
         (dict(quantization_config=dict(bits=4)), "quantised"),
         (dict(rope_scaling=dict(rope_type="longrope", factor=8.0)), "rope_scaling.rope_type 'longrope' is not supp"),

@@ -11,7 +11,8 @@ import runs
 
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_model
 from saejax.registry import default_configs
 from saejax.results import to_json
 from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig

@@ -21,7 +21,7 @@ from saejax.ground_truth.algorithms.results import AlgorithmResults
 from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.tasks.own_prompts import as_line

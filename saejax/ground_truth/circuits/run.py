@@ -20,7 +20,8 @@ from saejax.ground_truth.circuits.weights import checkpoint, frame, neuron_array
 from saejax.ground_truth.hub_folder import save_model
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.scores import RECOVERED
-from saejax.models.language_model import LanguageModel, load_model
+from saejax.models.language_model import LanguageModel
+from saejax.models.loading import load_model
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.tasks.behaviours import Prompt

@@ -29,8 +29,8 @@ def check_family(data: Mapping[str, Any], where: str) -> str:
     family = data.get("model_type")
     if not has_family(data):
         raise UserError(
-            f"{where}: models of the family {family!r} are not supported, expected one of {', '.join(FAMILIES)}: "
-            "use another model"
+            f"{where}: the JAX decoder does not have the family {family!r}, which preflight, attribution and "
+            f"--model.backend=jax need; expected one of {', '.join(FAMILIES)}: use another model"
         )
     return str(family)
 

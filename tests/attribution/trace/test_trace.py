@@ -18,7 +18,7 @@ from saejax.attribution.trace import rounds, row_store, rows
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
-from saejax.models.language_model import load_model
+from saejax.models.loading import load_model
 from saejax.parallel.mesh import AXES
 
 IDS = [0, 17, 230, 5, 42, 99, 7]

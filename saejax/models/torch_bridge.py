@@ -1,0 +1,215 @@
+"""The functions of ``decoder`` for a model that runs in PyTorch: JAX functions, by callbacks.
+
+A *segment* is layers ``start`` to ``stop - 1``, run on the residual stream that enters them, with other values put in
+at some sites and the values at others given back; with ``logits``, up to the logits. It works under ``jax.jit``,
+``jax.vmap`` (in one pass of more rows) and ``jax.grad`` (by a second callback, which runs the segment again and torch's
+autograd). Nothing but the stream goes from layer to layer, so that a model whose layers share more is refused.
+
+On the CPU, callbacks get the buffers themselves: ``jax.pure_callback`` makes arrays of them, and waits for these in the
+thread that has to make them where there is one core.
+"""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
+
+from saejax.errors import UserError
+from saejax.models.config import RunRules, TorchConfig
+from saejax.models.sites import KINDS, Site
+
+Params = Any
+RESTRICTED = "restricted_N"  # in the parameters: token ids of the only logits that are wanted
+
+
+class LayerSegment(NamedTuple):
+    """See the file's start; hashable.
+
+    Attributes:
+      config: of the model.
+      start, stop: its layers.
+      put: sites whose values are given, beside the stream.
+      get: sites whose values are wanted, before the stream leaving the segment or the logits.
+      logits: whether logits are wanted in place of that stream.
+    """
+
+    config: TorchConfig
+    start: int
+    stop: int
+    put: tuple[Site, ...] = ()
+    get: tuple[Site, ...] = ()
+    logits: bool = False
+
+
+def embed(config: TorchConfig, params: Params, ids_xT: jax.Array) -> jax.Array:
+    """Return the residual stream entering layer 0, [..., T, D]."""
+    shape = jax.ShapeDtypeStruct((*ids_xT.shape, config.d_model), params["embed_VxD"].dtype)
+    return _callback(config.functions.embed, [shape], ids_xT)[0]
+
+
+def unembed(config: TorchConfig, params: Params, x_xD: jax.Array) -> jax.Array:
+    """Return the logits [..., V] in fp32 of the stream leaving the last layer."""
+    layers = config.n_layers
+    logits_Nx1xV = _run(LayerSegment(config, layers, layers, logits=True), (x_xD.reshape(-1, 1, x_xD.shape[-1]),))[0]
+    logits_xV = logits_Nx1xV.reshape(*x_xD.shape[:-1], config.vocab)
+    if RESTRICTED in params:
+        return jnp.take(logits_xV, params[RESTRICTED], axis=-1)
+    return logits_xV
+
+
+def run_layers(
+    config: TorchConfig,
+    x_xTxD: jax.Array,
+    start: int | jax.Array,
+    stop: int,
+    hook: Callable[[str, int, jax.Array], jax.Array] | None,
+    hook_layers: Collection[int] | None,
+    rules: RunRules,
+    attention: Any,
+    collect: Collection[str],
+    before_hook: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run layers as ``decoder.run_layers`` does; return the stream leaving them and what is collected.
+
+    Raises:
+      UserError: what is asked for goes into a layer's attention, or by rules of its own for gradients.
+    """
+    inside = attention is not None or not set(collect) <= set(KINDS) or hook_layers is None
+    if inside or not isinstance(start, int) or rules.backward != "gradient" or rules.first_fixes:
+        raise not_in_torch(config)
+    parts: list[dict[str, jax.Array]] = []
+    for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop)) if hook else ()), stop]:
+        if start < layer:
+            sites = tuple(Site(kind, each) for kind in collect for each in range(start, layer))
+            *values, x_xTxD = _run(LayerSegment(config, start, layer, get=sites), (x_xTxD,))
+            count = layer - start
+            parts.append({kind: jnp.stack(values[n * count : (n + 1) * count]) for n, kind in enumerate(collect)})
+        if layer < stop and hook:
+            x_xTxD, found = _run_hooked(config, layer, x_xTxD, hook, before_hook)
+            parts.append({kind: found[kind][None] for kind in collect})
+        start = layer + 1
+    return x_xTxD, {kind: jnp.concatenate([part[kind] for part in parts]) for kind in collect}
+
+
+def not_in_torch(config: TorchConfig) -> UserError:
+    """Return the error of what goes into a layer."""
+    return UserError(
+        f"the model of the family {config.family!r} runs in PyTorch, where attribution graphs, heads and attention "
+        "patterns are not to be had: they need a model of a JAX family (--model.backend=jax)"
+    )
+
+
+def _run_hooked(
+    config: TorchConfig, layer: int, x: jax.Array, hook: Callable[[str, int, jax.Array], jax.Array], before_hook: bool
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run one layer with a hook; return the stream leaving it and the values at its sites.
+
+    The layer runs once for all values, and again after each site whose value the hook changes.
+    """
+    sites = config.functions.sites_of(layer)
+    put: dict[Site, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
+
+    def run() -> Sequence[jax.Array]:
+        return _run(LayerSegment(config, layer, layer + 1, tuple(put), sites), (x, *put.values()))
+
+    values = run()
+    for index, site in enumerate(sites):
+        new = hook(site.kind, layer, values[index])
+        found[site.kind] = values[index] if before_hook else new
+        if new is not values[index]:
+            put[site] = new
+            values = run()
+    return values[-1], found
+
+
+def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:
+    """Return parameters with which ``unembed`` gives the logits of these ids only."""
+    return {**params, RESTRICTED: ids_N}
+
+
+def as_prefix(stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what ``run_rows`` needs of clean prompts, in the shape [1, P, T, 1, D] of keys and values.
+
+    Args:
+      stream_BxTxD: the stream entering the suffix's first layer.
+      value_BxTxD: the site's value.
+    """
+    return stream_BxTxD[None, :, :, None], value_BxTxD[None, :, :, None]
+
+
+def run_rows(
+    run_suffix: Callable[[jax.Array, jax.Array], jax.Array], prefix: Any, rows: Any, values: Sequence[jax.Array]
+) -> jax.Array:
+    """Run edited prompts whole, where the decoder runs their changed ends only.
+
+    Args:
+      run_suffix: of the stream and the site's value of whole prompts, [R, T, D].
+      prefix: of ``as_prefix``.
+      rows: ``split.SharedPrefixBatch``: which tokens stand where.
+      values: stream and value of its tokens, [S, N, D].
+
+    Returns:
+      The stream leaving the last layer at its tokens, [S, N, D].
+    """
+    shards, count, length = rows.token_index_SxRxT.shape
+
+    def whole(clean: jax.Array, ends: jax.Array) -> jax.Array:
+        """Put the tokens [S, N, D] of the rows' ends where they stand in clean prompts [1, P, T, 1, D]."""
+        prompts = clean[0, :, :, 0][rows.prompt_SxR]
+        ends = jax.vmap(lambda tokens, index: tokens[index])(ends, rows.token_index_SxRxT)
+        positions = rows.first_SxR[..., None] + jnp.arange(length)[None, None]
+        put = jax.vmap(jax.vmap(lambda prompt, position, end: prompt.at[position].set(end, mode="drop")))
+        return put(prompts, positions, ends).reshape(shards * count, *prompts.shape[2:])
+
+    stream, value = (whole(clean, tokens) for clean, tokens in zip(prefix, values, strict=True))
+    leaving = run_suffix(stream, value).reshape(shards, count, *stream.shape[1:])
+    pick = jax.vmap(lambda whole_rows, row_N, position_N: whole_rows[row_N, position_N])
+    return pick(leaving, rows.row_SxN, rows.position_SxN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(segment: LayerSegment, values: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Run a segment on the stream entering it and the values of ``put``."""
+    x_xTxD = values[0]
+    like_x = jax.ShapeDtypeStruct(x_xTxD.shape, x_xTxD.dtype)
+    logits = jax.ShapeDtypeStruct((*x_xTxD.shape[:-1], segment.config.vocab), jnp.float32)
+    shapes = [like_x] * len(segment.get) + [logits if segment.logits else like_x]
+    return _callback(functools.partial(segment.config.functions.run, segment), shapes, *values)
+
+
+def _run_forward(segment: LayerSegment, values: tuple[jax.Array, ...]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    return _run(segment, values), values
+
+
+def _run_backward(
+    segment: LayerSegment, values: tuple[jax.Array, ...], cotangents: Sequence[jax.Array]
+) -> tuple[tuple[jax.Array, ...]]:
+    shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
+    run = functools.partial(segment.config.functions.run_backward, segment)
+    return (tuple(_callback(run, shapes, *values, *cotangents)),)
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _callback(function: Callable[..., None], shapes: Sequence[jax.ShapeDtypeStruct], *values: jax.Array) -> list[Any]:
+    """Call ``function`` with lists of buffers to write and of buffers to read."""
+
+    def call(context: Any, out: Sequence[Any], *buffers: Any) -> None:
+        del context
+        function(out, buffers)
+
+    def call_on_host(*arrays: jax.Array) -> list[np.ndarray]:
+        rows = arrays[0].shape[: arrays[0].ndim - values[0].ndim]  # of vmap
+        out = [np.empty((*rows, *shape.shape), shape.dtype) for shape in shapes]
+        function(out, arrays)
+        return out
+
+    if jax.default_backend() != "cpu":
+        return jax.pure_callback(call_on_host, list(shapes), *values, vmap_method="broadcast_all")
+    return buffer_callback(call, list(shapes), vmap_method="broadcast_all")(*values)

@@ -1,0 +1,354 @@
+"""Any causal language model of transformers, behind the interface of ``LanguageModel``.
+
+It runs in PyTorch, on one device, with edits made in forward hooks by the same JAX functions. Whatever is written for
+the decoder's functions works on it too, through ``torch_bridge``, but for what goes into a layer's attention.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.sharding import Mesh
+
+from saejax.errors import UserError
+from saejax.models import decoding, generation
+from saejax.models.config import RunRules, TorchConfig
+from saejax.models.decoding import SamplingParams
+from saejax.models.edits import Edit, ForwardPass, fit_values
+from saejax.models.generation import Generated
+from saejax.models.language_model import LanguageModel, Output
+from saejax.models.lengths import round_length
+from saejax.models.sites import KINDS, AnySite, Site, parse_site
+from saejax.models.source import ModelSource, longest_input
+from saejax.models.tokens import Tokens
+from saejax.models.torch_bridge import LayerSegment
+from saejax.models.torch_hooks import HookedModel
+from saejax.parallel.mesh import make_mesh, sharding
+
+_NO_LIMIT = 2**30  # tokens, where a model's configuration names no longest input
+
+
+class TorchModel(LanguageModel):
+    """A transformers model in PyTorch that runs with sites captured and edits on, and generates text.
+
+    Beside the sites of a decoder it has ``module:<path>`` and ``module_in:<path>``, any module's output or input.
+
+    Args:
+      model: a transformers causal language model.
+      tokenizer: the model's own.
+      source: where it came from.
+      mesh: one device, on which edits are computed; None: the first one.
+      rules: how gradients are taken.
+
+    Raises:
+      UserError: the mesh has several devices.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, source: ModelSource, mesh: Mesh | None = None, rules: RunRules | None = None
+    ):
+        mesh = mesh or make_mesh(devices=jax.devices()[:1])
+        if mesh.size > 1:
+            raise UserError(
+                f"{source.name} runs in PyTorch, on one device, but there are {mesh.size}: let one be visible (such as "
+                "by CUDA_VISIBLE_DEVICES=0), or use a model of a JAX family"
+            )
+        self.hooked = HookedModel(model)
+        config = _read_sizes(model, self.hooked.n_layers, longest_input(source))
+        self._dtype = model.get_input_embeddings().weight.dtype
+        params = dict(embed_VxD=jnp.zeros((0, config["d_model"]), str(self._dtype).removeprefix("torch.")))
+        functions = TorchFunctions(self.hooked, config["context"])
+        super().__init__(
+            TorchConfig(**config, functions=functions), params, tokenizer, source, mesh, rules or RunRules()
+        )
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        capture: Sequence[str | AnySite] | str | AnySite = (),
+        edits: Sequence[Edit] = (),
+        logits: bool = True,
+    ) -> Output:
+        """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
+        named = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
+        sites = [parse_site(site) if isinstance(site, str) else site for site in named]
+        for site in (*sites, *(edit.site for edit in edits)):
+            self.hooked.check(site)
+        tokens.check(self.config.vocab, self.config.context)
+        length = tokens.ids_BxT.shape[1]
+        padded = max(length, min(round_length(length), self.config.context))
+        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
+        mask_BxT = np.arange(padded)[None] < tokens.lengths_B[:, None]
+        edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, padded))
+        position_BxT = np.where(mask_BxT, np.arange(padded, dtype=np.int32)[None], -1)
+        pass_edits = _PassEdits(edits, self.mesh, position_BxT, tokens.lengths_B.astype(np.int32))
+        values: dict[AnySite, jax.Array] = {}
+
+        def visit(site: AnySite, value: torch.Tensor) -> torch.Tensor:
+            value = pass_edits.apply(site, value)
+            if site in sites:
+                values[site] = jnp.array(_to_jax(value, self.mesh)[:, :length])  # a copy: models may add in place
+            return value
+
+        output = None
+        if sites or logits:
+            with torch.inference_mode():
+                stops = not logits
+                output = self.hooked.run(ids_BxT, mask_BxT, {*sites, *pass_edits.sites}, visit, read_only=stops)
+        of_tokens = None
+        if output is not None and logits:
+            of_tokens = _to_jax(output.logits[:, :length].float(), self.mesh)
+        return Output(of_tokens, {str(site): values[site] for site in sites}, tokens, self.tokenizer)
+
+    def generate(
+        self,
+        tokens: Tokens,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 789,
+        stop: Sequence[str] = (),
+        edits: Sequence[Edit] = (),
+        cache: bool = True,
+    ) -> list[Generated]:
+        """Continue the prompts; see ``LanguageModel``. Without ``cache`` all positions run anew for each token."""
+        for edit in edits:
+            self.hooked.check(edit.site)
+        tokens.check(self.config.vocab, self.config.context)
+        generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
+        sampling = decoding.sampling_params(temperature, top_p, seed)
+        eos = generation.eos_ids(self.source.folder, self.tokenizer)
+        condition = generation.StopCondition(self.tokenizer, eos, stop)
+        placed = self._placed(fit_values(edits, tokens.ids_BxT.shape, tokens.ids_BxT.shape[1]))
+        chunks = self._new_ids(tokens, max_new_tokens, sampling, placed, cache)
+        return generation.collect(chunks, len(tokens.lengths_B), condition)
+
+    def _new_ids(
+        self,
+        tokens: Tokens,
+        count: int,
+        sampling: SamplingParams,
+        edits: tuple[Edit, ...],
+        cache: bool,
+    ) -> Iterator[np.ndarray]:
+        """Yield the next token of every prompt [B, 1].
+
+        Prompts are padded on the left, as transformers pads them.
+        """
+        width = int(tokens.lengths_B.max())
+        ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
+        for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
+            row[width - length :] = ids[:length]
+        pad_Bx1 = (width - tokens.lengths_B)[:, None]
+        if pad_Bx1.any() and "attention_mask" not in self.hooked.accepted:
+            raise UserError(
+                f"models of the family {self.config.family!r} know no padding: generate from prompts of one length"
+            )
+        past: dict[str, Any] = {}
+        start = 0
+        for number in range(count):
+            position_BxT = (np.maximum(np.arange(ids_BxT.shape[1])[None] - pad_Bx1, -1)).astype(np.int32)
+            options = dict(
+                use_cache=cache, position_ids=self.hooked.tensor(np.maximum(position_BxT[:, start:], 0)), **past
+            )
+            run = _PassEdits(edits, self.mesh, position_BxT[:, start:], tokens.lengths_B.astype(np.int32))
+            with torch.inference_mode():
+                output = self.hooked.run(ids_BxT[:, start:], position_BxT >= 0, run.sites, run.apply, **options)
+            if cache:
+                name = next(name for name in ("past_key_values", "cache_params") if name in output)
+                past, start = {name: output[name]}, ids_BxT.shape[1]
+            logits_BxV = _to_jax(output.logits[:, -1].float(), self.mesh)
+            next_Bx1 = np.asarray(sampling(logits_BxV, jnp.int32(number)))[:, None]
+            decoding.check_finite(np.isfinite(np.asarray(logits_BxV.max(axis=-1))))
+            yield next_Bx1
+            ids_BxT = np.concatenate([ids_BxT, next_Bx1], axis=1)
+
+
+class TorchFunctions:
+    """What ``torch_bridge`` calls: segments of a model on buffers of JAX.
+
+    Args:
+      model: the model.
+      context: its longest input, in tokens; what stands beyond it is padding, whose values are 0.
+    """
+
+    def __init__(self, model: HookedModel, context: int):
+        self._model, self._context = model, context
+
+    @functools.cache  # noqa: B019 - one model lives as long as its functions
+    def sites_of(self, layer: int) -> tuple[Site, ...]:
+        """Return the sites of a layer that are resolved, in their order."""
+        if not layer and not self._layers_share_the_stream_alone():
+            raise UserError(
+                "the layers of this architecture hand on more than the residual stream: causal stages need another "
+                "model, though calls with capture and edits work"
+            )
+        return tuple(site for kind in KINDS if self._has(site := Site(kind, layer)))
+
+    def embed(self, out: Sequence[Any], buffers: Sequence[Any]) -> None:
+        """Write the stream entering layer 0."""
+        ids = _tensor(buffers[0]).cpu().numpy()
+        ids = ids.reshape(-1, ids.shape[-1])[:, : self._context]
+        (values,) = self._visit(ids, (Site("resid_pre", 0),), {}, logits=False)
+        self._write(out, [values])
+
+    def run(self, segment: LayerSegment, out: Sequence[Any], buffers: Sequence[Any]) -> None:
+        """Write what a segment gives."""
+        with torch.inference_mode():
+            self._write(out, self._segment(segment, self._read(buffers)))
+
+    def run_backward(self, segment: LayerSegment, out: Sequence[Any], buffers: Sequence[Any]) -> None:
+        """Write the gradients with regard to a segment's inputs; the last buffers are the cotangents."""
+        count = 1 + len(segment.put)
+        tensors = self._read(buffers)
+        inputs = [tensor.requires_grad_() for tensor in tensors[:count]]
+        with torch.enable_grad():
+            pairs = zip(self._segment(segment, inputs), tensors[count:], strict=True)
+            outputs, cotangents = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+            slopes = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
+        self._write(out, [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, slopes, strict=True)])
+
+    def _segment(self, segment: LayerSegment, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        ids = np.zeros(values[0].shape[:2], np.int32)
+        put = dict(zip((Site("resid_pre", segment.start), *segment.put), values, strict=True))
+        with self._model.skipping(segment.start):
+            if segment.start:
+                put[Site("resid_pre", 0)] = put.pop(Site("resid_pre", segment.start))
+            leaving = () if segment.logits else (Site("resid_post", segment.stop - 1),)
+            return self._visit(ids, (*segment.get, *leaving), put, segment.logits)
+
+    def _visit(
+        self, ids: np.ndarray, get: Sequence[Site], put: dict[Site, torch.Tensor], logits: bool
+    ) -> list[torch.Tensor]:
+        values: dict[Site, torch.Tensor] = {}
+
+        def visit(site: AnySite, value: torch.Tensor) -> torch.Tensor:
+            assert isinstance(site, Site)
+            value = put[site].clone() if site in put else value
+            values[site] = value.clone()  # copies: models may add in place
+            return value
+
+        output = self._model.run(ids, None, {*get, *put}, visit, read_only=not logits)
+        return [*(values[site] for site in get), *([output.logits.float()] if logits else [])]
+
+    def _read(self, buffers: Sequence[Any]) -> list[torch.Tensor]:
+        """Return copies of buffers on the model's device, as [N, T, D]."""
+        tensors = map(_tensor, buffers)
+        return [
+            tensor.reshape(-1, *tensor.shape[-2:])[:, : self._context].to(self._model.device, copy=True)
+            for tensor in tensors
+        ]
+
+    def _write(self, out: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        for buffer, tensor in zip(out, tensors, strict=True):
+            target = _tensor(buffer)
+            target = target.view(-1, *target.shape[-2:])
+            target[:, : self._context].copy_(tensor)
+            target[:, self._context :].zero_()
+
+    def _has(self, site: Site) -> bool:
+        try:
+            self._model.check(site)
+        except UserError:
+            return False
+        return True
+
+    def _layers_share_the_stream_alone(self) -> bool:
+        """Whether the logits are the same when layers run one by one, on other token ids."""
+        ids = np.arange(1, 9, dtype=np.int32)[None] % self._model.model.get_input_embeddings().weight.shape[0]
+        with torch.inference_mode():
+            (x,) = self._visit(ids, (Site("resid_pre", 0),), {}, logits=False)
+            expected = self._visit(ids, (), {}, logits=True)[0]
+            for layer in range(self._model.n_layers):
+                (x,) = self._segment(LayerSegment(None, layer, layer + 1), [x])  # type: ignore[arg-type]
+            last = LayerSegment(None, self._model.n_layers, self._model.n_layers, logits=True)  # type: ignore[arg-type]
+            logits = self._segment(last, [x])[0]
+        return bool((logits - expected).abs().max() <= 1e-2 * expected.abs().max())
+
+
+class _PassEdits:
+    """The edits of one forward pass.
+
+    Args:
+      edits: fitted to the prompts.
+      mesh: where they are computed.
+      position_BxT, prompt_B: as of ``ForwardPass``.
+
+    Attributes:
+      sites: where they act, and what they read.
+    """
+
+    def __init__(self, edits: Sequence[Edit], mesh: Mesh, position_BxT: np.ndarray, prompt_B: np.ndarray):
+        self._edits, self._mesh = edits, mesh
+        self._where = jax.device_put((position_BxT, prompt_B), sharding(mesh))
+        self._reads = {edit.reads for edit in edits if getattr(edit, "reads", edit.site) != edit.site}  # type: ignore
+        self._values: dict[AnySite, jax.Array] = {}
+        self.sites: set[AnySite] = {edit.site for edit in edits} | self._reads
+
+    def apply(self, site: AnySite, value: torch.Tensor) -> torch.Tensor:
+        """Return the value of a site after the edits there; the same tensor where there are none."""
+        edits = [edit for edit in self._edits if edit.site == site]
+        if edits:
+            changed = _to_jax(value, self._mesh)
+            for edit in edits:
+                reads = getattr(edit, "reads", site)
+                read = None if reads == site else self._values[reads]
+                changed = _apply_edit(edit, changed, read, *self._where)
+            changed.block_until_ready()  # it may read memory that torch writes next
+            value = torch.from_dlpack(changed).to(value.device)
+        if site in self._reads:
+            self._values[site] = jnp.array(_to_jax(value, self._mesh))
+        return value
+
+
+@jax.jit
+def _apply_edit(
+    edit: Edit, value: jax.Array, read: jax.Array | None, position_BxT: jax.Array, prompt_B: jax.Array
+) -> jax.Array:
+    """Apply an edit; ``read`` is the value of the site that it reads, if that is another."""
+    values = {} if read is None else {edit.reads: read}  # type: ignore[attr-defined]
+    return edit(value, ForwardPass(position_BxT, prompt_B, values))
+
+
+def _tensor(buffer: Any) -> torch.Tensor:
+    """Return a buffer or array as a tensor in the same memory."""
+    if isinstance(buffer, np.ndarray) and buffer.dtype == jnp.bfloat16:
+        return torch.from_numpy(buffer.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_dlpack(buffer)
+
+
+def _to_jax(value: torch.Tensor, mesh: Mesh) -> jax.Array:
+    """Return a tensor as an array on the mesh's device, in the same memory where it is there."""
+    return jax.device_put(jnp.from_dlpack(value.detach().contiguous()), sharding(mesh))
+
+
+def _read_sizes(model: Any, n_layers: int, context: int | None) -> dict[str, Any]:
+    """Return the fields of ``TorchConfig`` that a transformers model's configuration says; see ``DecoderConfig``."""
+    config = model.config.get_text_config()
+
+    def first(*names: str, default: int) -> int:
+        return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
+
+    d_model, n_heads = config.hidden_size, first("num_attention_heads", default=1)
+    return dict(
+        family=model.config.model_type,
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=first("num_key_value_heads", "num_kv_heads", default=n_heads),
+        d_head=first("head_dim", default=d_model // n_heads),
+        d_mlp=first("intermediate_size", "ffn_dim", "n_inner", default=4 * d_model),
+        vocab=first("vocab_size", default=model.get_input_embeddings().weight.shape[0]),
+        context=context or _NO_LIMIT,
+        tied=False,
+        norm="",
+        norm_eps=0.0,
+        activation="",
+        gated=False,
+        score_scale=1.0,
+    )

@@ -1,0 +1,64 @@
+"""Where transformers models of many layouts have their sites, against what their layers take, return and add."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import OTHER_FIELDS, make_tiny
+
+from saejax.errors import UserError
+from saejax.models.sites import KINDS, ModuleSite, Site
+from saejax.models.torch_hooks import HookedModel
+
+IDS_BxT = np.random.default_rng(0).integers(1, 131, (2, 9)).astype(np.int32)
+ROTARY = {name: OTHER_FIELDS["olmo"][name] for name in OTHER_FIELDS["olmo"]}
+LAYOUTS = OTHER_FIELDS | {
+    "mpt": dict(vocab_size=131, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
+    "granite": ROTARY | dict(residual_multiplier=0.22),
+    "olmo2": ROTARY,
+    "cohere": ROTARY,
+    "glm4": ROTARY | dict(head_dim=12),
+}
+
+
+def values_at(model: HookedModel, sites, put=None) -> tuple[dict, torch.Tensor]:
+    """Values at sites, and the logits; ``put`` gives other values for some of them."""
+    values = {}
+
+    def visit(site, value):
+        values[site] = value.clone()
+        return (put or {}).get(site, value)
+
+    with torch.no_grad():
+        return values, model.run(IDS_BxT, None, sites, visit).logits
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_sites_of_a_layout(family):
+    model = HookedModel(make_tiny(family, LAYOUTS[family]))
+    sites = [Site(kind, 1) for kind in KINDS]
+    at, logits = values_at(model, sites)
+    plain = model.model(torch.tensor(IDS_BxT.astype(np.int64)), output_hidden_states=True)
+    pre, attn_out, mid, mlp_in, mlp_out, post = (at[site] for site in sites)
+    torch.testing.assert_close(logits, plain.logits, rtol=0, atol=0)
+    torch.testing.assert_close(pre, plain.hidden_states[1], rtol=0, atol=0)
+    torch.testing.assert_close(mid, pre + attn_out)
+    torch.testing.assert_close(post, mid + mlp_out, rtol=1e-5, atol=1e-5)
+    assert mlp_in.shape == mlp_out.shape and attn_out.abs().max() > 1e-2 and mlp_out.abs().max() > 1e-2
+    # With nothing added by attention and the MLP, a layer hands on its stream, and so does one that is skipped.
+    nothing = dict.fromkeys((Site("attn_out", 1), Site("mlp_out", 1)), torch.zeros_like(pre))
+    changed, _ = values_at(model, sites, nothing)
+    torch.testing.assert_close(changed[Site("resid_post", 1)], pre, rtol=1e-5, atol=1e-5)
+    moved, _ = values_at(model, sites, {Site("resid_mid", 1): pre, Site("mlp_out", 1): torch.zeros_like(pre)})
+    torch.testing.assert_close(moved[Site("resid_post", 1)], pre, rtol=1e-5, atol=1e-5)
+    with model.skipping(2):
+        skipped, _ = values_at(model, [Site("resid_pre", 0), Site("resid_post", 1)])
+    assert torch.equal(*skipped.values())
+
+
+def test_a_layout_that_is_not_understood_asks_for_a_module():
+    model = HookedModel(make_tiny("mamba", dict(vocab_size=131, hidden_size=16, state_size=4, num_hidden_layers=2)))
+    model.check(Site("resid_post", 1))
+    for kind in ("attn_out", "resid_mid", "mlp_in", "mlp_out"):
+        with pytest.raises(UserError, match=rf"^the site {kind}.1 .* name a module .*module:backbone.layers.1.<path>$"):
+            model.check(Site(kind, 1))
+    model.check(ModuleSite("backbone.layers.1.mixer"))

@@ -1,0 +1,199 @@
+"""A transformers model behind ``LanguageModel``'s interface, against the JAX decoder with the same weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import OTHER_FIELDS, save_tiny, save_tiny_tokenizer
+
+from saejax import load_model
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.errors import UserError
+from saejax.models.edits import SiteEdit
+from saejax.models.language_model import forward
+from saejax.models.sites import KINDS, Site
+from saejax.models.split import SharedPrefixBatch, SplitPoint
+
+TEXTS = ["The cat near the dogs runs.", "3 + 4 =", "The capital of France is"]
+FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
+
+
+def save(folder, family, **changes):
+    save_tiny(folder, family, vocab_size=300, **changes)
+    save_tiny_tokenizer(folder, 300)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def both(request, tmp_path_factory, one_device):
+    """The decoder and the transformers model, of the same weights."""
+    path = save(tmp_path_factory.mktemp("model"), request.param)
+    return load_model(path, mesh=one_device), load_model(path, backend="torch")
+
+
+def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
+    config = DictionaryConfig("standard", site, target, d, 24, max_norm=1e3)
+    rng = np.random.default_rng(0)
+    weights = dict(W_enc_DxF=(d, 24), b_enc_F=(24,), W_dec_FxD=(24, d), b_dec_D=(d,))
+    return Dictionary(
+        config, **{name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
+    )
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def check_same(both, edits, tokens):
+    """The same logits, and the same values at later sites."""
+    mask_BxT = tokens.mask_BxT
+    ours, theirs = (lm(tokens, capture=["resid_post.2", "mlp_out.1"], edits=edits) for lm in both)
+    assert relative_error(theirs.logits_BxTxV[mask_BxT], ours.logits_BxTxV[mask_BxT]) < 1e-5
+    for site, value in ours.sites.items():
+        assert relative_error(theirs.sites[site][mask_BxT], value[mask_BxT]) < 1e-5
+    return ours
+
+
+def test_sites_and_logits(both):
+    tokens = both[0].tokenize(TEXTS)
+    sites = [Site(kind, layer) for layer in range(3) for kind in KINDS]
+    ours, theirs = (lm(tokens, capture=sites) for lm in both)
+    for site in map(str, sites):
+        assert relative_error(theirs.sites[site][tokens.mask_BxT], ours.sites[site][tokens.mask_BxT]) < 1e-5
+    check_same(both, [], tokens)
+    last = both[1](tokens, capture="resid_post.2", logits=False)
+    assert last.logits_BxTxV is None and list(last.sites) == ["resid_post.2"]
+    assert np.abs(both[1].unembed(last.sites["resid_post.2"]) - theirs.logits_BxTxV)[tokens.mask_BxT].max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_of_a_site(both, kind):
+    tokens = both[0].tokenize(TEXTS)
+    plain = both[0](tokens).logits_BxTxV
+    sae, direction = make_dictionary(f"{kind}.1"), np.linspace(-1, 1, 40)
+    for positions in ("all", "last", (1, 3)):
+        edits = [sae.steer([3], 2.0, positions), SiteEdit.steer(f"{kind}.1", direction, 1.5, positions)]
+        assert relative_error(check_same(both, edits, tokens).logits_BxTxV, plain) > 1e-3
+
+
+def test_edits_of_features(both):
+    tokens = both[0].tokenize(TEXTS)
+    sae = make_dictionary("resid_post.1")
+    value = np.random.default_rng(1).normal(size=(3, tokens.ids_BxT.shape[1], 2))
+    for edits in (
+        [sae.ablate([1, 5], "fires")],
+        [sae.set([2], 3.0, error="drop")],
+        [sae.scale([0, 7], [2.0, -1.0])],
+        [sae.patch([4, 6], value), SiteEdit.ablate("attn_out.2")],
+        [sae.ablate_error(), sae.steer([1], 1.0)],
+        [make_dictionary("mlp_in.1", "mlp_out.1").steer([2, 3], 2.0), SiteEdit.ablate("resid_pre.2", "last")],
+        [make_dictionary("mlp_in.1", "mlp_out.1").scale([2, 3], 2.0, error="drop")],
+    ):
+        check_same(both, edits, tokens)
+
+
+def test_modules(both):
+    """A module's output as a site: what is there, and an edit of it."""
+    decoder, lm = both
+    tokens = lm.tokenize(TEXTS)
+    path = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp"}.get(
+        decoder.config.family, "model.layers.1.mlp"
+    )
+    module = f"module:{path}"
+    if decoder.config.post_norms:
+        assert lm(tokens, capture=module, logits=False).sites[module].shape[-1] == 40
+        return
+    assert (
+        relative_error(lm(tokens, capture=module).sites[module], lm(tokens, capture="mlp_out.1").sites["mlp_out.1"])
+        == 0
+    )
+    sae = make_dictionary(module)
+    edits = [sae.steer([1], 2.0), SiteEdit.ablate(module, (3, None))]
+    expected = [make_dictionary("mlp_out.1").steer([1], 2.0), SiteEdit.ablate("mlp_out.1", (3, None))]
+    logits = [each(tokens, edits=those).logits_BxTxV for each, those in ((lm, edits), (decoder, expected))]
+    assert relative_error(logits[0][tokens.mask_BxT], logits[1][tokens.mask_BxT]) < 1e-5
+    with pytest.raises(UserError, match="module of the PyTorch model"):
+        decoder(tokens, edits=edits)
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_p=0.9, seed=3), dict(stop=["e"])])
+def test_generated_tokens(both, options):
+    tokens = both[0].tokenize(TEXTS)
+    edits = [make_dictionary("resid_post.1").steer([3], 1.0, "last"), SiteEdit.ablate("mlp_out.0", (2, None))]
+    for some in ([], edits):
+        ours, theirs = (lm.generate(tokens, 8, edits=some, **options) for lm in both)
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", ["resid_post", "mlp_out", "resid_mid"])
+def test_jax_functions_of_a_model(both, kind):
+    """The functions that causal stages run: split at a site, differentiated, vmapped, and run from a changed token."""
+    lm = both[1]
+    tokens = lm.tokenize(TEXTS)
+    ids_BxT, last_B = jnp.asarray(tokens.ids_BxT), jnp.asarray(tokens.last_B)
+    answers_Bx2 = jnp.array([[3, 4], [5, 6], [7, 8]])
+    results = []
+    for each in both:
+        point = SplitPoint(each.config, Site(kind, 1), Site("resid_pre", 1), each.mesh)
+
+        @jax.jit
+        def run(ids_BxT, point=point, each=each):
+            stream, value, read = point.run_prefix(each.params, ids_BxT)
+
+            def difference(value_BxTxD):
+                x_BxTxD = point.run_suffix(each.params, stream, value_BxTxD)
+                return point.logit_difference(each.params, x_BxTxD, last_B, answers_Bx2)
+
+            slope = jax.grad(lambda value: difference(value).sum())(value)
+            batch = jnp.stack([value, value + 0.1, 0.5 * value])
+            _, past = point.run_suffix_with_kv(each.params, stream, value)
+            rows = SharedPrefixBatch.unshared(jnp.array([0, 1]), jnp.array([2, 1]), 4, 1)
+            changed = [part[rows.prompt_SxN, rows.position_SxN] for part in (stream, 0.7 * value)]
+            ends = point.run_shared_suffix(each.params, past, rows, *changed)
+            return value, read, slope, jax.vmap(difference)(batch), ends
+
+        results.append(run(ids_BxT))
+    for ours, theirs in zip(*results, strict=True):
+        mask = tokens.mask_BxT if ours.shape[:2] == tokens.mask_BxT.shape else np.ones(ours.shape[:2], bool)
+        assert relative_error(theirs[mask], ours[mask]) < 2e-5
+
+
+def test_the_program_of_a_forward_pass(both):
+    """``forward`` with edits, as stages call it, gives what the hooks give."""
+    lm = both[1]
+    tokens = lm.tokenize(TEXTS)
+    edits = (make_dictionary("resid_mid.1").steer([2], 1.0), SiteEdit.ablate("mlp_out.1"))
+    sites = (Site("resid_post", 1), Site("resid_post", 2))
+    logits, values = forward(lm.config, sites, True, lm.params, tokens.ids_BxT, tokens.lengths_B, edits)
+    expected = lm(tokens, capture=sites, edits=edits)
+    mask_BxT = tokens.mask_BxT  # beyond it, the hooks' pass has other tokens
+    assert relative_error(logits[mask_BxT], expected.logits_BxTxV[mask_BxT]) < 1e-5
+    for site, value in zip(sites, values, strict=True):
+        assert relative_error(value[mask_BxT], expected.sites[str(site)][mask_BxT]) < 1e-5
+
+
+@pytest.mark.parametrize("family", OTHER_FIELDS)
+def test_an_architecture_without_a_family(family, tmp_path, caplog):
+    lm = load_model(save(tmp_path, family))
+    tokens = lm.tokenize(TEXTS)
+    logits = lm(tokens).logits_BxTxV
+    last_BxV = np.stack([lm(lm.tokenize([text])).logits_BxTxV[0, -1] for text in TEXTS])
+    assert np.abs(last_BxV - np.asarray(logits)[np.arange(3), tokens.last_B]).max() < 1e-5 * np.abs(last_BxV).max()
+    made = lm.generate(tokens, 5, edits=[SiteEdit.ablate("mlp_out.1")])
+    assert made == lm.generate(tokens, 5, edits=[SiteEdit.ablate("mlp_out.1")], cache=False)
+    split, values = forward(lm.config, (Site("mlp_out", 1),), True, lm.params, tokens.ids_BxT, tokens.lengths_B)
+    assert relative_error(split[tokens.mask_BxT], logits[tokens.mask_BxT]) < 1e-5 and values[0].shape[-1] > 1
+
+
+def test_several_devices_are_refused(tmp_path):
+    from saejax.parallel.mesh import make_mesh
+
+    path = save(tmp_path, "olmo")
+    with pytest.raises(UserError, match=r"runs in PyTorch, on one device, but there are 8: .* JAX family$"):
+        load_model(path, mesh=make_mesh())
+    with pytest.raises(UserError, match="does not have the family 'olmo'"):
+        load_model(path, backend="jax")
+    with pytest.raises(UserError, match="there is no site resid_post.3: OlmoForCausalLM has 3 layers"):
+        lm = load_model(path)
+        lm(lm.tokenize(TEXTS), capture="resid_post.3")
