@@ -496,8 +496,8 @@ def _basis(
     if name not in BASES:
         return ablation(load_dictionary(name), BASIS + name)
     if name == "neurons":
-        if isinstance(tested.lm.config, TorchConfig):
-            return "a model that runs in PyTorch does not show the weights of its neurons"
+        if isinstance(tested.lm.config, TorchConfig):  # which has no table of its weights
+            return None
         site = Site.parse(dictionary.config.target or dictionary.site)
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
         if tested.lm.config.post_norms or site.kind == "mlp_in":
