@@ -28,6 +28,7 @@ from saejax.interpret.results import FrozenControl, InterpretedDictionary
 from saejax.interpret.scored import Scored
 from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
+from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.results import to_json
@@ -214,7 +215,9 @@ class Interpreter:
     def _heads(self) -> HeadShares | None:
         """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
         layers, tokens = heads_before(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
-        return HeadShares(self.lm, self.store.documents, self.text, layers, tokens) if tokens and layers else None
+        if not tokens or not layers or isinstance(self.lm.config, TorchConfig):  # which shows no attention patterns
+            return None
+        return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
         """Adds to the records what is known at the end: labels and their scores, and adjusted p-values."""

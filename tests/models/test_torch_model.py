@@ -32,7 +32,7 @@ def both(request, tmp_path_factory, one_device):
 
 
 def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
-    config = DictionaryConfig("standard", site, target, d, 24, max_norm=1e3)
+    config = DictionaryConfig("standard", site, target, d, 24, max_norm=1e3, target_max_norm=1e3)
     rng = np.random.default_rng(0)
     weights = dict(W_enc_DxF=(d, 24), b_enc_F=(24,), W_dec_FxD=(24, d), b_dec_D=(d,))
     return Dictionary(
