@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-busy test-slow test-buckets test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-busy test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -94,12 +94,6 @@ test-slow: $(INSTALLED)
 # A SLURM cluster of two nodes on this machine: takes slurm-wlm and munge, and root.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/cluster
-
-# A workdir on an S3 server of this machine, which gets an environment of its own.
-test-buckets: $(INSTALLED)
-	test -x build/moto/bin/moto_server || ($(PYTHON) -m venv build/moto && \
-	    build/moto/bin/pip install --quiet --no-compile --disable-pip-version-check 'moto[s3]' flask flask-cors)
-	$(BIN)/python -m pytest -m slow tests/cluster/test_s3.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

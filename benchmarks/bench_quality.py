@@ -87,7 +87,7 @@ def run_stage(stage: str, args: argparse.Namespace, **flags: object) -> None:
 
 def check_same(args: argparse.Namespace) -> None:
     """Ends unless what is in the folder was made of the same activations."""
-    made, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "summary.json")
+    made, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "done.json")
     if not made.exists():
         write_json(made, used["fingerprint"])
     if read_json(made) != used["fingerprint"]:

@@ -88,7 +88,7 @@ def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
     done.set()
     sampler.join()
     assert status == 0, stage
-    summary = next(Path(argv[1].partition("=")[2]).glob(f"{stage}/**/summary.json"))
+    summary = next(Path(argv[1].partition("=")[2]).glob(f"{stage}/**/done.json"))
     with_files = json.loads(summary.read_text())["peak_host_bytes"]
     seconds = time.perf_counter() - start
     return dict(
@@ -109,7 +109,7 @@ def run(size: int, steps: int, stages: list[str]) -> None:
             f"--{name}={value}" for name, value in {**FLAGS, **own}.items()
         ]
         found = {stage: peak_of(stage, argv) for stage in stages}
-        text = json.loads((Path(folder) / "run" / "tokenize" / "summary.json").read_text())["results"]
+        text = json.loads((Path(folder) / "run" / "tokenize" / "done.json").read_text())["results"]
     print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=found)))
 
 

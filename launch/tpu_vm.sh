@@ -5,10 +5,9 @@
 #       bash launch/tpu_vm.sh --workdir=/mnt/SHARED/run --flagfile=configs/qwen3-4b-math.flags
 #   bash launch/tpu_vm.sh --dry-run --workdir=...      prints what would run
 #
-# The workdir is on a file system that all hosts have mounted, or in a bucket: --workdir=gs://BUCKET/RUN --scratch=FOLDER
-# --break_lock, where the run works in the folder, which all hosts share (of one host, such as v5litepod-8: any). SAEJAX names
-# the binary (default saejax-pipeline), PYTHON the hosts' Python, 3.11 or newer (default python3), MORE further options of the
-# request, such as --spot. The same command goes on where an earlier one was stopped: a slice that was preempted has to be
+# The workdir is on a file system that all hosts have mounted, such as a bucket by gcsfuse. SAEJAX names the binary (default
+# saejax-pipeline), PYTHON the hosts' Python, 3.11 or newer (default python3), MORE further options of the request, such as
+# --spot. The same command with --take_over goes on where an earlier one was stopped: a slice that was preempted has to be
 # deleted first (gcloud compute tpus queued-resources delete NAME --force).
 set -eu
 name=${NAME:-saejax} zone=${ZONE:-us-west4-a} type=${TYPE:-v5litepod-64} runtime=${RUNTIME:-v2-alpha-tpuv5-lite}
@@ -35,6 +34,6 @@ done
 run "${each_host[@]}" "mkdir -p saejax"
 run "${tpus[@]}" tpu-vm scp --recurse --worker=all --zone="$zone" pyproject.toml constraints.txt README.md LICENSE saejax configs \
   "$name":saejax/
-run "${each_host[@]}" "cd saejax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu,buckets]'"
+run "${each_host[@]}" "cd saejax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[tpu]'"
 printf -v command '%q ' ".venv/bin/${SAEJAX:-saejax-pipeline}" --mesh.distributed=auto "$@"
 run "${each_host[@]}" "cd saejax && $command"

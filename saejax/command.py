@@ -1,29 +1,28 @@
 """What every binary does: run stages, and say in one line what went wrong.
 
-Exit status: 0 done; 2 bad input (one line says what); 143 stopped by SIGTERM with the work saved; 1 a check that was
-asked for failed (one line says which), or a bug, with its traceback.
+Exit status: 0 done; 2 bad input (one line says what); 143 or 130 stopped by SIGTERM or Ctrl-C with the work saved; 1 a
+check that was asked for failed (one line says which), or a bug, with its traceback. Nothing else ends with 143, so that
+a batch system may start such a job again, and only such a one.
 """
 
 import contextlib
 import errno
 import os
-import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
 from saejax import command_line, environment
-from saejax.buckets.bucket import is_bucket
-from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherEnded, UserError, out_of_room
-from saejax.parallel.cluster import label
-from saejax.parallel.parent import LOST, guarded
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
+from saejax.parallel.cluster import joined, label
 from saejax.settings import CaptureConfig, MeshConfig, TrainConfig
 
-_LOST = re.compile("gloo|nccl|UNAVAILABLE|connection (closed|reset)", re.IGNORECASE)  # of a collective
+_signals: list[int] = []  # that came since the handlers were installed
 _DISK = {
     **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
@@ -43,7 +42,7 @@ def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -
 
 
 def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
-    """Like ``main``, but returns the exit status."""
+    """Run a binary like ``main``, but return the exit status."""
     flag_values = command_line.stage_flags()
 
     def work() -> None:
@@ -54,23 +53,28 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
         shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
-        scratch = flag_values["scratch"].value or ""
-        environment.keep_programs(configs[MeshConfig].compile_cache, command_line.local_folder(workdir, scratch))
-        if is_bucket(workdir) and configs[MeshConfig].together and not scratch:
-            raise UserError(
-                "--scratch is missing: several processes with a workdir in a bucket work in one local folder, that all "
-                "hosts share"
-            )
+        environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
         from saejax import pipeline
-        from saejax.workspace import Workspace
 
-        workspace = Workspace(workdir, scratch, bool(flag_values["break_lock"].value))
-        pipeline.run_stages(stages, configs, workspace, timed_say(), stop_asked(), flag_values["unit"].value or "")
+        take_over, only = bool(flag_values["take_over"].value), flag_values["unit"].value or ""
+        pipeline.run_stages(
+            stages, configs, workdir, make_logger(), install_signal_handlers(), only=only, take_over=take_over
+        )
 
-    processes, own, folder = command_line.processes_and_folder(argv)
-    if processes != 1 and folder:  # before anything is imported that starts threads
-        return guarded(lambda: ended(work, flag_values), folder, processes, own)
-    return ended(work, flag_values)
+    status = 1
+    try:
+        status = ended(work, flag_values)
+    except Exception:
+        if not joined():
+            raise
+        traceback.print_exc()
+    if (processes := joined()) and status:
+        # An orderly end would wait for the other processes, which may wait for this one.
+        processes.tell_failure(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
@@ -83,9 +87,13 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
         return 1
     except Interrupted as stop:
         print(f"{label()}{stop}", file=sys.stderr)
-        return 128 + signal.SIGTERM
-    except OtherEnded:  # the parent says which one, and how
-        return LOST
+        return 128 + (_signals[0] if _signals else signal.SIGTERM)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the handlers are there
+        print(f"{label()}stopped; finished units are kept: run the same command to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OtherFailed as failure:
+        print(f"{label()}{failure}", file=sys.stderr)
+        return failure.status
     except flags.Error as error:
         return _refuse(f"{command_line.flag_error(error)}; --help lists the flags", flag_values)
     except UserError as error:
@@ -95,9 +103,6 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
-        if label() and _LOST.search(str(error)):
-            traceback.print_exc()
-            return LOST
         if not (told := out_of_room(error)):
             raise
         return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
@@ -118,8 +123,8 @@ def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     return 2
 
 
-def timed_say() -> Callable[[str], None]:
-    """Prints lines with the seconds since now before them."""
+def make_logger() -> Callable[[str], None]:
+    """Return a function that prints lines with the seconds since now before them."""
     start = time.monotonic()
 
     def say(line: str) -> None:
@@ -128,9 +133,16 @@ def timed_say() -> Callable[[str], None]:
     return say
 
 
-def stop_asked() -> Callable[[], bool]:
-    """Catches SIGTERM; returns a function that tells whether it came."""
-    asked: list[int] = []
+def install_signal_handlers() -> Callable[[], bool]:
+    """Catch SIGTERM and the first Ctrl-C; return a function that tells whether one of them came."""
+    _signals.clear()
+
+    def on_signal(number: int, frame: object) -> None:
+        if number == signal.SIGINT and _signals:
+            raise KeyboardInterrupt
+        _signals.append(number)
+
     with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it
-        signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-    return lambda: bool(asked)
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+    return lambda: bool(_signals)

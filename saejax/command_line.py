@@ -9,8 +9,6 @@ from typing import Any
 from absl import flags
 
 from saejax import config, environment
-from saejax.buckets.bucket import is_bucket
-from saejax.buckets.mirror import scratch_folder
 from saejax.errors import UserError
 from saejax.registry import GROUPS, STAGES, groups_of
 
@@ -35,11 +33,11 @@ def stage_flags() -> flags.FlagValues:
 def define_workdir(flag_values: flags.FlagValues) -> None:
     """Defines the flags that say where a program works."""
     flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
-    flags.DEFINE_string(
-        "scratch", "", "local folder to work in where the workdir is in a bucket", flag_values=flag_values
-    )
     flags.DEFINE_bool(
-        "break_lock", False, "go on in a bucket in place of a run that gives no sign of life", flag_values=flag_values
+        "take_over",
+        False,
+        "make units whose claim was left by a process that is gone",
+        flag_values=flag_values,
     )
 
 
@@ -95,23 +93,6 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
     return workdir
 
 
-def local_folder(workdir: str, scratch: str) -> Path:
-    """The local folder of a run."""
-    return scratch_folder(workdir, scratch) if is_bucket(workdir) else Path(workdir)
-
-
-def processes_and_folder(argv: Sequence[str]) -> tuple[int, int | None, Path | None]:
-    """How many processes flags ask for and which this is, 0 and None where a cluster tells; the folder they share."""
-    try:
-        early = _early(argv, mesh__processes=1, mesh__process_id=0, mesh__distributed="flags", workdir="", scratch="")
-    except flags.Error:  # which is told when all flags are read
-        return 1, None, None
-    folder = local_folder(early["workdir"], early["scratch"]) if early["workdir"] else None
-    if early["mesh.distributed"] == "auto":
-        return 0, None, folder
-    return early["mesh.processes"] or 1, early["mesh.process_id"] or 0, folder
-
-
 def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
     """The values of some flags, group__field, before any others are defined; reads nothing else of the flags."""
     early = flags.FlagValues()
@@ -142,9 +123,8 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     lines = [
         about,
         "",
-        "  --workdir=DIR  folder of this run (required), also of a bucket: s3://BUCKET/RUN or gs://BUCKET/RUN",
-        "  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)",
-        "  --break_lock  go on in a bucket in place of a run that gives no sign of life",
+        "  --workdir=DIR  folder of this run (required)",
+        "  --take_over  make units whose claim was left by a process that is gone, on another machine",
         "  --flagfile=FILE  read flags from a file, one a line; of a flag that is named twice the later one counts",
     ]
     lines += [

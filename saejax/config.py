@@ -29,7 +29,6 @@ def setting(
     changes_results: bool = True,
     only: tuple[str, ...] | Callable[[str], bool] = (),
     swept: bool = False,
-    implied: Any = None,
 ) -> Any:
     """A dataclass field that becomes a flag.
 
@@ -43,11 +42,9 @@ def setting(
         make a finished unit run again.
       only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
       swept: whether several values make as many members of a stack.
-      implied: the value of runs before there was this setting; with it their results are not made again.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
-    metadata |= dict(swept=swept, implied=implied)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept))
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
@@ -159,27 +156,18 @@ def identity(config: Any, unit: str = "") -> dict[str, Any]:
     found = config.also(unit)
     for group in (config, *inside):
         data = to_json(group)
-        found |= {name: data[name] for name, field in _settings(type(group)).items() if _counts(field, group, unit)}
+        found |= {name: data[name] for name, field in _settings(type(group)).items() if _changes_results(field, unit)}
     return found
 
 
-def _counts(field: dataclasses.Field, group: Any, unit: str) -> bool:
-    only, implied = field.metadata["only"], field.metadata["implied"]
-    return (
-        field.metadata["changes_results"]
-        and (only(unit) if callable(only) else not only or unit in only)
-        and (implied is None or getattr(group, field.name) != implied)
-    )
+def _changes_results(field: dataclasses.Field, unit: str) -> bool:
+    only = field.metadata["only"]
+    return field.metadata["changes_results"] and (only(unit) if callable(only) else not only or unit in only)
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
-    """The group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``.
-
-    What was written before there was a field with an implied value has that value.
-    """
+    """The group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
     hints = typing.get_type_hints(cls)
-    implied = {field.name: field.metadata.get("implied") for field in dataclasses.fields(cls)}
-    data = {name: value for name, value in implied.items() if value is not None} | dict(data)
     unknown = set(data) ^ set(hints)
     if unknown:
         raise UserError(f"{cls.__name__} in a saved file: fields {sorted(unknown)} are unknown or missing")
@@ -204,7 +192,8 @@ def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> N
 def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
     hints = typing.get_type_hints(cls)
     for name, field in _settings(cls).items():
-        _define(f"{group}.{name}", hints[name], typing.cast(Any, field.default), field.metadata["help"], flag_values)
+        default = typing.cast(Any, field.default)
+        _define(f"{group}.{name}", hints[name], default, field.metadata["help"], flag_values)
 
 
 def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:

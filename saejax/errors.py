@@ -25,8 +25,18 @@ class Interrupted(Exception):
     """The process was asked to stop (SIGTERM) and has saved what it had."""
 
 
-class OtherEnded(Exception):
-    """Another process of the run has ended before its work was done, and this one would wait for it."""
+class OtherFailed(Exception):
+    """Another process of the run has failed, so this one ends, too.
+
+    Args:
+      rank: number of that process.
+      status: its exit status.
+    """
+
+    def __init__(self, rank: int, status: int):
+        reasons = {1: "failed", 2: "was given bad input", 143: "was stopped"}
+        super().__init__(f"process {rank} {reasons.get(status, f'ended with status {status}')}, so this one ends")
+        self.status = status
 
 
 def out_of_room(error: BaseException) -> str:

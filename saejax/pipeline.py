@@ -1,9 +1,11 @@
-"""The stages of a run, one after the other: found finished, resumed, or done anew."""
+"""Run the stages of a pipeline, one after the other: each unit is found finished, resumed, or made.
 
-import contextlib
+1. List the units of the stages and refuse bad settings before anything runs.
+2. For every unit: skip it if it is done; otherwise claim its folder, run its stage, write its summary.
+3. Several processes run one unit together, or split its items (``Stage.processes``).
+"""
+
 import dataclasses
-import functools
-import itertools
 import json
 import sys
 import time
@@ -17,19 +19,37 @@ from saejax.config import Configs
 from saejax.errors import Interrupted, UserError, one_of
 from saejax.files import read_object
 from saejax.parallel.cluster import check_same, join, joined, label
-from saejax.parallel.peers import Peers
-from saejax.parallel.teams import Left, Team, deal, seen
-from saejax.parallel.watchdog import watched
+from saejax.parallel.processes import Processes
+from saejax.parallel.share import ProcessShare, ShareDone
 from saejax.preregistration import shows_data, write_rules
 from saejax.registry import STAGES, groups_of
 from saejax.results import to_json
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.stage import load
 from saejax.usage import forget_peak, peak_device_bytes, peak_host_bytes
-from saejax.workplan import Workplan, changes
+from saejax.workplan import Workplan
 from saejax.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
 
-_OWN = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between the processes of a run
+_OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
+_NAMED = 4  # differences that a line names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pipeline:
+    """What the units of a run share; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
+
+    workspace: Workspace
+    plan: Workplan
+    processes: Processes | None
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+    substitutes: Mapping[str, Callable[[Run], Any]]
+    take_over: bool
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what exists once."""
+        return self.processes is None or self.processes.rank == 0
 
 
 def run_stages(
@@ -39,16 +59,20 @@ def run_stages(
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     only: str = "",
-    instead: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
+    substitutes: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
+    take_over: bool = False,
 ) -> None:
-    """Runs the units of ``stages``, in order; what is finished and unchanged is left as it is.
+    """Run the units of ``stages``, in order; what is finished is left as it is.
 
     Args:
       stages: names from ``STAGES``.
+      configs: all settings.
       workdir: the folder of the run, or what keeps it.
+      say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
-      instead: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
+      substitutes: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
+      take_over: replace the claims of other processes.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
@@ -68,21 +92,20 @@ def run_stages(
             STAGES[stage].check(configs)
     if only:
         units = [one_of(only, units, "unit (--unit)")]
-    with _joined(workspace, configs, say) as (configs, peers):
-        plan, watchdog = Workplan(configs), configs[MeshConfig].watchdog
-        said = (lambda line: say(label() + line)) if peers else say
-        if peers:
-            peers.stopping = stopping
-            check_same(peers, _told(configs, units))
-            peers.meet("all are started alike")  # or the first one would begin a unit
-        asked = functools.partial(_asked, stopping, workspace)
-        with watched(watchdog, asked, peers.step if peers else lambda: None) as stopping:
-            work = _Work(workspace, plan, said, stopping, instead)
-            for stage, own in itertools.groupby(units, lambda unit: unit.partition("/")[0]):
-                for unit, team in _dealt(workspace, plan, stage, list(own), peers, said):
-                    if stopping():
-                        raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-                    _run_unit(work, unit, team)
+    processes = None
+    if configs[MeshConfig].together:
+        configs |= join(configs[MeshConfig], say)
+        processes = joined()
+    if processes:
+        processes.stopping = stopping
+        check_same(processes, _settings_to_compare(configs, units))
+        processes.barrier("all are started alike")  # or the first one would begin a unit
+    prefixed = (lambda line: say(label() + line)) if processes else say
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, take_over)
+    for unit in units:
+        if stopping():
+            raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+        _run_unit(pipeline, unit)
 
 
 def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
@@ -99,10 +122,6 @@ def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callab
     return [stage for stage in stages if stage not in left_out]
 
 
-def _asked(stopping: Callable[[], bool], workspace: Workspace) -> bool:
-    return stopping() or workspace.lost
-
-
 def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
     """What all processes of a run must have alike: settings by their flags, units, versions."""
     flags = {
@@ -110,141 +129,118 @@ def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
         for config in configs
         for group in (configuration.group_name(type(config)),)
         for name, value in configuration.to_json(config).items()
-        if (group, name) not in _OWN
+        if (group, name) not in _OF_PROCESS
     }
     return flags | {"units": " ".join(units), "Python": sys.version.split()[0]} | package_versions()
 
 
-def _dealt(
-    workspace: Workspace, plan: Workplan, stage: str, units: Sequence[str], peers: Peers | None, say: Callable
-) -> Iterator[tuple[str, Team]]:
-    """The units of a stage that this process works on, with whom; goes on when all processes have done theirs."""
-    if peers is None or STAGES[stage].processes == "all":
-        yield from ((unit, Team(peers, unit, range(peers.count if peers else 1))) for unit in units)
+def _run_unit(pipeline: _Pipeline, unit: str) -> None:
+    """Make a unit unless it is done; several processes return when it is done."""
+    stage, _, _ = unit.partition("/")
+    workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
+    mark = plan.fingerprint(unit)
+    done = workspace.is_done(unit, mark) if pipeline.leads else False
+    if processes:  # the first process looks, since others may see a shared folder a little later
+        done = processes.broadcast(f"{unit}: done", json.dumps(done)) == "true"
+    if done:
+        if pipeline.leads:
+            workspace.point(unit, mark)
+            pipeline.say(f"{unit}: done before, unchanged")
         return
-    finished = [unit for unit in units if _finished(workspace, plan, unit)] if peers.own == 0 else []
-    if peers.own == 0 and shows_data(stage) and len(finished) < len(units):
-        write_rules(workspace.root, plan.configs)  # before others may
-    finished = peers.tell(f"{stage}: finished", "\n".join(finished)).splitlines()
-    if peers.own == 0:
-        for unit in finished:
-            say(f"{unit}: done before, unchanged")
-    left = [unit for unit in units if unit not in finished]
-    with load("saejax.parallel.collectives:alone")():
-        yield from deal(peers, stage, left)
-    peers.meet(f"{stage}: done")
-    seen([workspace.root / unit / SUMMARY for unit in left])
-
-
-def _finished(workspace: Workspace, plan: Workplan, unit: str) -> bool:
-    stage, _, name = unit.partition("/")
-    return workspace.finished(stage, name, plan.mark(unit))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Work:
-    """What is the same of all units of a run; ``say``, ``stopping`` and ``instead`` are those of ``run_stages``."""
-
-    workspace: Workspace
-    plan: Workplan
-    say: Callable[[str], None]
-    stopping: Callable[[], bool]
-    instead: Mapping[str, Callable[[Run], Any]]
-
-
-def _run_unit(work: _Work, unit: str, team: Team) -> None:
-    stage, _, name = unit.partition("/")
-    workspace, say, mark, processes = work.workspace, work.say, work.plan.mark(unit), STAGES[stage].processes
-    if workspace.finished(stage, name, mark):
-        if team.leads:
-            say(f"{unit}: done before, unchanged")
-        return
-    inputs = {need: _input_folder(workspace, work.plan, unit, need) for need in work.plan.needs(unit)}
-    folder, moved = workspace.folder(stage, name), ""
-    if team.leads:
+    inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
+    if pipeline.leads:
         if shows_data(stage):
-            write_rules(workspace.root, work.plan.configs)
-        folder, found = workspace.begin(stage, name, mark, _start(work.plan, unit))
-        if found and found != "resumed":
-            moved = found
-            what = _differs(work.plan, unit, Path(moved)) or "settings or inputs changed"
-            say(f"{unit}: {what}; the old result was moved to {moved}")
-        waiting = f" by one of {team.size} processes" if processes == "one" and team.size > 1 else ""
-        say(f"{unit}: {'going on' if found == 'resumed' else 'started'}{waiting}")
-    team.meet("begun")  # no process may read what the first one moves away
-    if processes == "all" and team.size > 1:
+            write_rules(workspace.root, plan.configs)
+        with workspace.claim(unit, mark, pipeline.take_over):
+            if processes is None and workspace.is_done(unit, mark):  # another run has made it meanwhile
+                pipeline.say(f"{unit}: done before, unchanged")
+            else:
+                previous = workspace.current(unit)
+                resumed = workspace.begin(unit, mark, _start(plan, unit))
+                differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
+                pipeline.say(f"{unit}: {'going on' if resumed else 'started'}{differences}")
+                try:
+                    _run_together(pipeline, unit, inputs)
+                except UserError:
+                    workspace.discard_if_empty(unit, mark)
+                    raise
+        if processes:
+            processes.barrier(f"{unit}: done")
+    elif processes:
+        _run_together(pipeline, unit, inputs)
+        processes.barrier(f"{unit}: done")
+
+
+def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) -> None:
+    """Run a unit's stage in this process, as far as it takes part; the first process writes the summary."""
+    stage = STAGES[unit.partition("/")[0]]
+    processes = pipeline.processes
+    if processes is None:
+        return _run_stage(pipeline, unit, inputs, ProcessShare())
+    processes.barrier(f"{unit}: begun")  # its folder is there now
+    if stage.processes == "all":
         load("saejax.parallel.collectives:wait_for_all")(f"{unit} is begun")
-    try:
-        if team.leads or processes != "one":
-            _run_stage(work, unit, inputs, team)
-    except UserError:
-        if moved and workspace.put_back(stage, name, Path(moved)):
-            say(f"{unit}: nothing was written; the old result is where it was")
-        raise
-    team.meet("done")
-    seen([folder / SUMMARY])
+        return _run_stage(pipeline, unit, inputs, ProcessShare())
+    if stage.processes == "items" or pipeline.leads:
+        with load("saejax.parallel.collectives:alone")():
+            _run_stage(
+                pipeline, unit, inputs, ProcessShare(processes) if stage.processes == "items" else ProcessShare()
+            )
 
 
-def _start(plan: Workplan, unit: str) -> dict[str, Any]:
-    """What ``started.json`` says beside the fingerprint."""
-    stage = unit.partition("/")[0]
-    return dict(
-        start=now(), depends_on=plan.depends_on(unit), config=_settings(plan, stage), packages=package_versions()
-    )
+def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare) -> None:
+    """Run a stage's function; the first process writes the unit's summary."""
+    workspace, plan, (stage, _, name) = pipeline.workspace, pipeline.plan, unit.partition("/")
+    mark = plan.fingerprint(unit)
 
-
-def _differs(plan: Workplan, unit: str, folder: Path) -> str:
-    """In which settings and inputs the unit in the folder was begun otherwise; "" if it does not say."""
-    started = read_object(folder / STARTED) if (folder / STARTED).exists() else {}
-    return changes(started["depends_on"], plan.depends_on(unit)) if "depends_on" in started else ""
-
-
-def _run_stage(work: _Work, unit: str, inputs: Mapping[str, Path], team: Team) -> None:
-    """Runs a stage's function; the first process of the team writes the unit's summary."""
-    workspace, plan, (stage, _, name) = work.workspace, work.plan, unit.partition("/")
-
-    def said(line: str) -> None:
-        if team.speaks:
-            work.say(f"  {unit}: {line}")
+    def say(line: str) -> None:
+        if pipeline.leads or share.processes:
+            pipeline.say(f"  {unit}: {line}")
 
     started, clock = now(), time.monotonic()
     forget_peak()
-    folder, of_items = workspace.folder(stage, name), STAGES[stage].processes == "items"
-    run = Run(stage, name, folder, plan.configs, inputs, said, work.stopping, team if of_items else Team())
+    run = Run(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, pipeline.stopping, share)
     try:
-        results = (work.instead.get(stage) or load(STAGES[stage].run))(run)
-    except Left:
+        results = (pipeline.substitutes.get(stage) or load(STAGES[stage].run))(run)
+    except ShareDone:
         return
-    if not team.leads:
+    if not pipeline.leads:
         return
     seconds = round(time.monotonic() - clock, 2)
     peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
     measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
-    summary = _describe(plan, stage, inputs) | measured | dict(results=to_json(results))
-    workspace.finish(stage, name, plan.mark(unit), summary)
-    work.say(f"{unit}: done in {seconds:.1f} s")
+    workspace.finish(unit, mark, _describe(plan, stage, inputs) | measured | dict(results=to_json(results)))
+    pipeline.say(f"{unit}: done in {seconds:.1f} s")
+
+
+def _start(plan: Workplan, unit: str) -> dict[str, Any]:
+    """Return what ``started.json`` says beside the fingerprint."""
+    stage = unit.partition("/")[0]
+    return dict(
+        start=now(), depends_on=plan.dependencies(unit), config=_settings(plan, stage), packages=package_versions()
+    )
 
 
 def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """What a summary says of settings, inputs, versions and devices."""
+    """Return what a summary says of settings, inputs, versions and devices."""
     settings = _settings(plan, stage)
     return dict(
         config=settings,
-        inputs={need: plan.mark(need) for need in inputs},
+        inputs={need: plan.fingerprint(need) for need in inputs},
         packages=package_versions(),
         devices=_devices(),
-        seeds={group: own["seed"] for group, own in settings.items() if "seed" in own},
+        seeds={group: fields["seed"] for group, fields in settings.items() if "seed" in fields},
     )
 
 
 def _settings(plan: Workplan, stage: str) -> dict[str, dict[str, Any]]:
-    """All settings of the groups that a stage reads, JSON data."""
+    """Return all settings of the groups that a stage reads, JSON data."""
     groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
     return {configuration.group_name(group): configuration.to_json(plan.configs[group]) for group in groups}
 
 
 def _devices() -> dict[str, Any] | None:
-    """The devices as JAX sees them; None if the stages so far have not used JAX."""
+    """Return the devices as JAX sees them; None if the stages so far have not used JAX."""
     if "jax" not in sys.modules:
         return None
     import jax
@@ -253,31 +249,53 @@ def _devices() -> dict[str, Any] | None:
     return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
 
 
-def _input_folder(workspace: Workspace, plan: Workplan, unit: str, need: str) -> Path:
-    stage, _, name = need.partition("/")
-    if not workspace.finished(stage, name, plan.mark(need)):
-        folder, state = workspace.folder(stage, name), "has not been made"
-        if (folder / SUMMARY).exists():
-            what = _differs(plan, need, folder)
-            state = f"was made with other settings{f' ({what})' if what else ''}"
+def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
+    """Return the folder of a finished unit that another one reads."""
+    workspace, mark = pipeline.workspace, pipeline.plan.fingerprint(need)
+    if pipeline.processes and not pipeline.leads:  # the first process has seen it
+        pipeline.processes.wait_until_visible([workspace.folder(need, mark) / SUMMARY])
+    if not workspace.is_done(need, mark):
+        previous, state = workspace.current(need), "has not been made"
+        if previous and (previous / SUMMARY).exists():
+            state = f"was made with other settings{_describe_changes(pipeline.plan, need, previous)}"
         raise UserError(
-            f"{unit} reads {need}, which {state} in {workspace.url}: run experiments.{stage} with the same flags first"
+            f"{unit} reads {need}, which {state} in {workspace.root}: "
+            f"run experiments.{need.partition('/')[0]} with the same flags first"
         )
-    return workspace.bring(stage, name)
+    return workspace.folder(need, mark)
 
 
-@contextlib.contextmanager
-def _joined(
-    workspace: Workspace, configs: Configs, say: Callable[[str], None]
-) -> Iterator[tuple[Configs, Peers | None]]:
-    """The processes of a run together, of which the first one holds the workdir; what each of them is to do."""
-    if not configs[MeshConfig].together:
-        with workspace.lock(say):
-            yield configs, None
-        return
-    configs |= join(configs[MeshConfig], workspace.root, say)
-    peers = joined()
-    with workspace.lock(say, whole=True) if peers is None or peers.own == 0 else contextlib.nullcontext():
-        if peers:
-            peers.meet("the workdir is held")
-        yield configs, peers
+def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
+    """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
+    try:
+        before = read_object(previous / STARTED).get("depends_on") or {}
+    except UserError:  # the line is for people: a damaged file of an earlier unit stops nothing
+        return ""
+    changed = "; ".join(_changes(before, plan.dependencies(unit)))
+    return f" ({changed})" if changed else ""
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the differences of two ``Dependencies`` of one unit, the first few in words."""
+    differences = []
+    for group in sorted({*old.get("settings", {}), *new["settings"]}):
+        before, after = (data.get("settings", {}).get(group, {}) for data in (old, new))
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                was, now_is = (_flag_value(data[name]) if name in data else "unread" for data in (before, after))
+                differences.append(f"--{group}.{name} was {was}, is {now_is}")
+    for kind in ("needs", "sources"):
+        names = sorted({*old.get(kind, {}), *new[kind]})
+        differences += [f"{name} is another" for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]
+    if old.get("revision") != new["revision"]:
+        differences.append("saejax computes it differently")
+    yield from differences[:_NAMED]
+    if len(differences) > _NAMED:
+        yield f"and {len(differences) - _NAMED} more"
+
+
+def _flag_value(value: Any) -> str:
+    """Return a setting as it is written on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(_flag_value, value)) or "empty"
+    return value or "empty" if isinstance(value, str) else json.dumps(value)

@@ -1,8 +1,8 @@
-"""When the rule of a verdict was written: kept in the workdir, so that a report can say it, or has to leave it out.
+"""When the rule of a verdict was written down in a workdir, so that a report can say it.
 
 ``rules.jsonl`` of a workdir has a line for each rule that a run was started with: its words, their hash, and what had
 been measured in this workdir by then. A line is written before the units whose data the rule is about, and never
-changed. A rule was *written before any data were seen* if nothing had been measured when its line was written.
+changed. What was seen in other workdirs is not known here, and nothing is said about it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class WrittenRule:
     rule: str  #: in words
     hash: str  #: of the words, 16 hexadecimal digits
     written: str  #: UTC, ISO 8601
-    seen: tuple[str, ...]  #: folders of units whose data had been begun in this workdir, superseded ones included
+    seen: tuple[str, ...]  #: folders of units whose data had been begun in this workdir
 
 
 def shows_data(stage: str) -> bool:
@@ -52,7 +52,7 @@ def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
       rule: in words.
       seen: folders of units whose data had been begun; see ``measured``.
     """
-    if (stage, fingerprint(rule)) in {(one.stage, one.hash) for one in read_rules(root)}:
+    if (stage, fingerprint(rule)) in {(written.stage, written.hash) for written in read_rules(root)}:
         return
     line = WrittenRule(stage, rule, fingerprint(rule), now(), tuple(seen))
     with open(root / FILE, "a", encoding="utf-8") as file:
@@ -72,8 +72,8 @@ def read_rules(root: Path) -> list[WrittenRule]:
     return found
 
 
-def said(root: Path, stage: str, rule: str) -> str:
-    """When a stage's rule was written, and how many attempts have been superseded: for a report, as "The rule, ...".
+def describe_rule(root: Path, stage: str, rule: str) -> str:
+    """Return when a stage's rule was written down, and how many settings were tried: for a report, as "The rule, ...".
 
     Args:
       root: the workdir.
@@ -81,27 +81,32 @@ def said(root: Path, stage: str, rule: str) -> str:
       rule: in words.
     """
     mark = fingerprint(rule)
-    line = next((one for one in read_rules(root) if (one.stage, one.hash) == (stage, mark)), None)
+    line = next((written for written in read_rules(root) if (written.stage, written.hash) == (stage, mark)), None)
     if line is None:
-        when = "The rule, of which this workdir does not say when it was written"
+        when = "The rule, of which this workdir does not say when it was written down"
     elif line.seen:
-        when = f"The rule, written on {line.written[:10]} after {', '.join(line.seen)} had been begun"
+        units = ", ".join(dict.fromkeys(_without_hash(folder) for folder in line.seen))
+        when = f"The rule, written down on {line.written[:10]} after {units} had been begun in this workdir"
     else:
-        when = f"The rule, written before any data were seen ({line.written[:10]}, hash {mark})"
-    attempts = Counter(path.name.partition("-")[0] for path in _measured(root) if path.parent.name == "superseded")
-    if attempts:
-        counted = ", ".join(f"{count} of {name}" for name, count in sorted(attempts.items()))
-        when += f"; attempts that were superseded in this workdir: {counted}"
-    return when
+        when = (
+            f"The rule, written down on {line.written[:10]} before anything was measured in this workdir (hash {mark})"
+        )
+    attempts = Counter(map(_without_hash, measured(root)))
+    several = ", ".join(f"{unit} {count} times" for unit, count in sorted(attempts.items()) if count > 1)
+    return when + (f"; begun in this workdir with several settings: {several}" if several else "")
 
 
 def measured(root: Path) -> list[str]:
-    """Folders, in a workdir, of the units that have been begun and show data, and of those that were superseded."""
-    return sorted(str(path.relative_to(root)) for path in _measured(root))
-
-
-def _measured(root: Path) -> list[Path]:
-    """Folders of the units that have been begun and show data, and of those that were superseded."""
+    """Return the folders, in a workdir, of all units that show data and have been begun, whatever their settings."""
     stages = [stage for stage in STAGES if shows_data(stage)]
-    patterns = [pattern for stage in stages for pattern in (stage, f"{stage}/*", f"superseded/{stage}-*")]
-    return [path.parent for pattern in patterns for path in root.glob(f"{pattern}/{STARTED}")]
+    found = {
+        path.parent
+        for stage in stages
+        for pattern in ("-*", "/*-*")
+        for path in root.glob(f"{stage}{pattern}/{STARTED}")
+    }
+    return sorted(str(folder.relative_to(root)) for folder in found)
+
+
+def _without_hash(folder: str) -> str:
+    return folder.rpartition("-")[0]

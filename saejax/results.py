@@ -66,7 +66,7 @@ class MeshShape:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What ``summary.json`` says of a finished unit."""
+    """What ``done.json`` says of a finished unit."""
 
     schema_version: int  #: of the file
     stage: str  #: of the unit

@@ -48,11 +48,12 @@ class Stage:
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
       rule: "module:function" that gives the rule of its verdicts in words, from its own settings; "" without verdicts.
         Runs write it down before there are data (``preregistration``).
-      version: of what it computes, raised where a change of the code changes its results; units of an earlier version
-        are made anew. A function where only some settings are concerned.
-      processes: what several processes do with a unit: "one" of them does it alone, and others wait where there is no
-        further unit; they deal out its "items" (``Run.each``), and the first one of them joins these; or they run "all"
-        of it together, on the devices of all.
+      unread: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and
+        the unit's name: what only another value of a setting makes count.
+      revision: of what it computes, raised where a change of the code changes its results; units of an earlier revision
+        are made anew.
+      processes: what several processes do with a unit: the first "one" does it alone; they split its "items"
+        (``Run.each``), and the first one joins these; or they run "all" of it together, on the devices of all.
     """
 
     name: str
@@ -75,16 +76,13 @@ class Stage:
     section: str = ""
     results: str = ""
     rule: str = ""
-    version: int | Callable[[Configs], int] = 1
+    unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    revision: int = 1
     processes: Literal["one", "items", "all"] = "one"
 
     def units(self, configs: Configs) -> list[str]:
         """Its units, as "stage" or "stage/name"."""
         return [f"{self.name}/{name}" if name else self.name for name in self.names(configs)]
-
-    def version_of(self, configs: Configs) -> int:
-        """The version of what it computes with these settings."""
-        return self.version(configs) if callable(self.version) else self.version
 
 
 def load(target: str) -> Callable:

@@ -1,11 +1,15 @@
-"""What a process has taken of memory, as the system and the devices count it."""
+"""What a process takes of the host: its memory, as the system and the devices count it, and its lifetime."""
 
 import contextlib
+import ctypes
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
 _PROCESS = Path("/proc/self")
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
 
 def forget_peak() -> None:
@@ -33,3 +37,16 @@ def peak_device_bytes() -> int | None:
 
     found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in found if peak is not None), default=None)
+
+
+def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when its parent is gone, however that ended.
+
+    Args:
+      parent: number of the parent's process, which may be gone already.
+      number: of the signal.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)

@@ -1,7 +1,12 @@
-"""What the units of a configuration depend on, and their fingerprints."""
+"""What the units of a configuration depend on, and the fingerprints that follow.
 
-import json
-from typing import Any, NotRequired, TypedDict
+A unit's fingerprint is a hash of exactly what its result depends on: the settings that its code reads
+(``settings_read``), the fingerprints of the units that it reads, the content of the model and the text, and the
+``revision`` of its stage, which is raised whenever its code computes something else.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from saejax import config as configuration
 from saejax.config import Configs, group_name
@@ -10,17 +15,15 @@ from saejax.registry import STAGES, groups_of
 from saejax.stage import Stage
 from saejax.workspace import fingerprint
 
-_NAMED = 4  # differences that a line names
 
-
-class DependsOn(TypedDict):
+class Dependencies(TypedDict):
     """What a unit depends on: its fingerprint is a hash of this as JSON."""
 
     unit: str
-    settings: dict[str, dict[str, Any]]  # group -> field -> value, of those that change what it makes
-    needs: dict[str, str]  # fingerprints of the units that it reads
-    sources: dict[str, str]  # fingerprints of what it reads from outside
-    version: NotRequired[int]  # of its stage
+    settings: dict[str, dict[str, Any]]  #: group -> field -> value, of those that the unit's code reads
+    needs: dict[str, str]  #: fingerprints of the units that it reads
+    sources: dict[str, str]  #: fingerprints of what it reads from outside of the workdir
+    revision: int  #: of its stage
 
 
 class Workplan:
@@ -28,11 +31,15 @@ class Workplan:
 
     def __init__(self, configs: Configs):
         self.configs = configs
-        self._data: dict[str, DependsOn] = {}
+        self._dependencies: dict[str, Dependencies] = {}
         self._sources: dict[Any, str] = {}
 
     def needs(self, unit: str) -> list[str]:
-        """The units that a unit reads."""
+        """Return the units that a unit reads.
+
+        Raises:
+          UserError: no flag asks for one of them.
+        """
         stage, _, name = unit.partition("/")
         needs = list(STAGES[stage].needs(self.configs, name))
         for need in needs:
@@ -44,26 +51,25 @@ class Workplan:
                 one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
         return needs
 
-    def mark(self, unit: str) -> str:
-        """The unit's fingerprint: a hash of what it depends on."""
-        return fingerprint(self.depends_on(unit))
+    def fingerprint(self, unit: str) -> str:
+        """Return the unit's fingerprint: a hash of what it depends on."""
+        return fingerprint(self.dependencies(unit))
 
-    def depends_on(self, unit: str) -> DependsOn:
-        """What the unit depends on."""
-        if unit not in self._data:
+    def dependencies(self, unit: str) -> Dependencies:
+        """Return what the unit depends on."""
+        if unit not in self._dependencies:
             stage, _, name = unit.partition("/")
-            read = groups_of(STAGES[stage])
-            settings = {group_name(group): configuration.identity(self.configs[group], name) for group in read}
-            needs = {need: self.mark(need) for need in self.needs(unit)}
-            data = DependsOn(unit=unit, settings=settings, needs=needs, sources=self._read(STAGES[stage], name))
-            version = STAGES[stage].version_of(self.configs)
-            if version > 1:  # the first is not named, so that what was made before there were any stays
-                data["version"] = version
-            self._data[unit] = data
-        return self._data[unit]
+            self._dependencies[unit] = Dependencies(
+                unit=unit,
+                settings=settings_read(STAGES[stage], self.configs, name),
+                needs={need: self.fingerprint(need) for need in self.needs(unit)},
+                sources=self._sources_of(STAGES[stage], name),
+                revision=STAGES[stage].revision,
+            )
+        return self._dependencies[unit]
 
-    def _read(self, stage: Stage, name: str) -> dict[str, str]:
-        """Fingerprints of what a unit reads from outside; what units share is looked at once."""
+    def _sources_of(self, stage: Stage, name: str) -> dict[str, str]:
+        """Return the fingerprints of what a unit reads from outside; what units share is hashed once."""
         for identity in stage.identity.values():
             if identity not in self._sources:
                 self._sources[identity] = identity(self.configs)
@@ -71,29 +77,18 @@ class Workplan:
         return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
 
 
-def changes(old: DependsOn, new: DependsOn) -> str:
-    """In which settings and inputs two ``depends_on`` of one unit differ, in words for a line; "" if in none."""
-    found = []
-    for group in sorted({*old["settings"], *new["settings"]}):
-        before, after = (data["settings"].get(group, {}) for data in (old, new))
-        for name in sorted({*before, *after}):
-            if name not in before:
-                found.append(f"--{group}.{name} is {_value(after[name])}")
-            elif name not in after:
-                found.append(f"--{group}.{name} was {_value(before[name])}")
-            elif before[name] != after[name]:
-                found.append(f"--{group}.{name} was {_value(before[name])}, is {_value(after[name])}")
-    for kind in ("needs", "sources"):
-        names = sorted({*old[kind], *new[kind]})
-        found += [f"{name} is another" for name in names if old[kind].get(name) != new[kind].get(name)]
-    if old.get("version", 1) != new.get("version", 1):
-        found.append("saejax computes it otherwise")
-    more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    return ", ".join(found[:_NAMED]) + more
+def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that the code of a unit reads and its result depends on, by group; a pure function.
 
-
-def _value(value: Any) -> str:
-    """A setting as it is written on a command line."""
-    if isinstance(value, list):
-        return ",".join(map(_value, value)) or "empty"
-    return value or "empty" if isinstance(value, str) else json.dumps(value)
+    Args:
+      stage: of the unit.
+      configs: all settings.
+      name: of the unit, such as "topk".
+    """
+    unread = set(stage.unread(configs, name))
+    found = {}
+    for group in groups_of(stage):
+        label = group_name(group)
+        fields: Mapping[str, Any] = configuration.identity(configs[group], name)
+        found[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
+    return found

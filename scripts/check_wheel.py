@@ -83,7 +83,7 @@ def main() -> None:
         flags = ("--workdir=run", "--model.path=model", "--task.behaviours=", "--task.prompts=prompts.jsonl")
         run(binaries / "saejax-baseline", *flags, cwd=place)
         run(binaries / "saejax-baseline", *flags, cwd=place)  # finds it done
-        if not (place / "run/baseline/summary.json").exists():
+        if not (place / "run/baseline/done.json").exists():
             sys.exit("check_wheel: saejax-baseline wrote no summary")
 
 

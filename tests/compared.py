@@ -4,14 +4,15 @@ import json
 
 import runs
 
+from saejax.workspace import current_units
+
 
 def results(workdir):
     """The results of all units but those that time something, by their folders."""
     found = {}
-    for path in workdir.rglob("summary.json"):
-        unit = str(path.parent.relative_to(workdir))
-        if unit.partition("/")[0] not in ("preflight", "report", "train") and "superseded" not in unit:
-            found[unit] = json.loads(path.read_text())
+    for unit, folder in current_units(workdir).items():
+        if unit.partition("/")[0] not in ("preflight", "report", "train"):
+            found[unit] = json.loads((folder / "done.json").read_text())
     return found
 
 

@@ -119,9 +119,10 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
 
 
 def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:
-    """Starts ``python -m experiments.<binary>`` on one CPU device."""
+    """Starts ``python -m experiments.<binary>``, or a program given as text, on one CPU device."""
     variables = os.environ | dict(JAX_NUM_CPU_DEVICES="1", JAX_PLATFORMS="cpu", HF_HUB_OFFLINE="1") | environment
-    command = [sys.executable, "-m", f"experiments.{binary}", *flags]
+    program = ["-c", binary] if "\n" in binary else ["-m", f"experiments.{binary}"]
+    command = [sys.executable, *program, *flags]
     return subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -154,9 +155,28 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 def captured_only(whole: Path, folder: Path) -> None:
     """A new run that has its activations and no more."""
-    folder.mkdir()
-    for stage in ("baseline", "capture"):
-        shutil.copytree(whole / stage, folder / stage)
+    copy_units(whole, folder, "baseline", "capture")
+
+
+def copy_run(workdir: Path, folder: Path) -> Path:
+    """Copies a workdir; links to units stay links."""
+    return shutil.copytree(workdir, folder, symlinks=True, dirs_exist_ok=True)
+
+
+def copy_units(workdir: Path, folder: Path, *stages: str) -> None:
+    """Copies the units of some stages into another workdir."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        for path in (workdir / stage, *workdir.glob(f"{stage}-*")):
+            copy_entry(path, folder)
+
+
+def copy_entry(path: Path, folder: Path) -> None:
+    """Copies a unit's folder, a folder of units, or a link to a unit."""
+    if path.is_symlink():
+        os.symlink(os.readlink(path), folder / path.name)
+    else:
+        shutil.copytree(path, folder / path.name, symlinks=True)
 
 
 def checksums(workdir: Path) -> dict:
@@ -168,9 +188,10 @@ def checksums(workdir: Path) -> dict:
 def dictionary_checksums(workdir: Path) -> dict:
     """The checksums of every dictionary's arrays, by its folder."""
     found = {}
-    for path in sorted((workdir / "train").rglob("dictionary/dictionary.json")):
-        member = path.parent.parent.relative_to(workdir / "train")
-        found[str(member)] = json.loads(path.read_text())["arrays"]
+    for unit in sorted(path for path in (workdir / "train").iterdir() if path.is_symlink()):
+        for path in sorted(unit.rglob("dictionary/dictionary.json")):
+            member = path.parent.parent.relative_to(workdir / "train")
+            found[str(member)] = json.loads(path.read_text())["arrays"]
     return found
 
 
@@ -179,4 +200,4 @@ def write_members(unit, *members):
     told = [(one, "", "") if isinstance(one, str) else one for one in members]
     rest = dict(settings={}, input_scale=1.0, output_scale=1.0, dead_fraction=0.0, final={})
     made = [TrainedMember(*one, **rest) for one in told]
-    write_json(unit / "summary.json", dict(results=dict(members=to_json(made))))
+    write_json(unit / "done.json", dict(results=dict(members=to_json(made))))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import runs
 
 from saejax import command, command_line
+from saejax.workplan import Workplan
 from saejax.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -36,15 +38,14 @@ def refuse(inputs, tmp_path, capsys):
         error = capsys.readouterr().err.strip().splitlines()
         assert len(error) == 1 and error[0].startswith("error: "), error
         for stage in stages[-1:]:
-            assert not (tmp_path / "run" / stage / "summary.json").exists()
+            assert not (tmp_path / "run" / stage / "done.json").exists()
         return error[0]
 
     return run
 
 
 def copy_of(captured, tmp_path):
-    shutil.copytree(captured, tmp_path / "run", dirs_exist_ok=True)
-    return tmp_path / "run"
+    return runs.copy_run(captured, tmp_path / "run")
 
 
 def test_no_such_model_or_folder(refuse, tmp_path):
@@ -129,23 +130,18 @@ def test_a_line_of_a_flag_file_is_named(refuse, tmp_path):
         assert len(found) < len(str(file)) + 250
 
 
-def test_a_start_that_was_refused_leaves_no_old_result(inputs, tmp_path, capsys):
-    """Nothing was made: nothing is moved aside when the mistake is mended."""
+def test_a_start_that_was_refused_leaves_nothing_behind(inputs, tmp_path, capsys):
     for sites, status in (("resid_post.99", 2), ("resid_post.98", 2), ("resid_post.0", 0)):
         flags = runs.small_flags(*inputs, tmp_path / "run", capture__sites=sites, task__behaviours="")
         assert command.run(["capture"], "", ["program", *flags]) == status
-    told = capsys.readouterr()
-    assert "old result" not in told.out + told.err and not (tmp_path / "run" / "superseded").exists()
+    assert len(list((tmp_path / "run").glob("capture-*"))) == 1 and (tmp_path / "run" / "capture").is_symlink()
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "1", "{"])
 def test_json_that_is_something_else(refuse, captured, tmp_path, content):
     workdir = copy_of(captured, tmp_path)
-    (workdir / "capture" / "summary.json").write_text(content)
-    assert "capture/summary.json" in refuse(["train"], workdir=workdir)
-    (workdir / "capture" / "summary.json").unlink()
-    (workdir / "capture" / "started.json").write_text(content)
-    assert "capture/started.json" in refuse(["capture"], workdir=workdir)
+    (workdir / "capture" / "done.json").write_text(content)
+    assert "done.json" in refuse(["train"], workdir=workdir)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "dictionary.json").write_text(content)
     assert "dictionary.json" in refuse(["preflight"], ablate__dictionary=tmp_path / "made")
@@ -164,7 +160,7 @@ def test_truncated_and_corrupted_shards(refuse, captured, tmp_path):
 def test_a_store_from_another_model(refuse, captured, tmp_path):
     other = runs.save_model(tmp_path / "other", hidden_size=64)
     line = refuse(["train"], workdir=copy_of(captured, tmp_path), model=other)
-    assert "was made with other settings (--model.path was" in line and "model is another" in line
+    assert "was made with other settings (model is another)" in line
 
 
 def test_nan_in_activations_is_located(refuse, inputs, tmp_path):
@@ -199,7 +195,7 @@ def test_a_disk_that_fills_during_a_checkpoint(refuse, captured, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", small], capture_output=True).returncode:
         pytest.skip("this user cannot mount a tmpfs")
     try:
-        shutil.copytree(captured, small / "run")
+        runs.copy_run(captured, small / "run")
         assert "disk is full" in refuse(["train"], workdir=small / "run")
     finally:
         subprocess.run(["umount", "--lazy", small], check=True)
@@ -242,9 +238,12 @@ def test_a_prompt_longer_than_the_context(refuse, tmp_path):
     assert "context" in refuse(["baseline"], model=short)
 
 
-def test_two_runs_in_one_workdir(refuse, tmp_path):
-    with Workspace(tmp_path / "run").lock():
-        assert "is in use by process" in refuse(["baseline"])
+def test_two_runs_that_make_one_unit(refuse, inputs, tmp_path):
+    flags = ["program", *runs.small_flags(*inputs, tmp_path / "run")]
+    plan = Workplan(command_line.read_configs(command_line.stage_flags(), flags))
+    with Workspace(tmp_path / "run").claim("baseline", plan.fingerprint("baseline")):
+        line = refuse(["baseline"])
+        assert f"baseline is being made by process {os.getpid()}" in line and "--take_over" in line
 
 
 def test_stages_out_of_order_and_settings_that_do_not_fit(refuse, captured, tmp_path):

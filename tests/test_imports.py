@@ -40,7 +40,6 @@ ORDER = [
     "preregistration",
     "workplan",
     "workspace",
-    "buckets",
     "registry",
     "stage",
     "parallel",
@@ -73,8 +72,7 @@ INSIDE = {
         "results",
         "graph",
     ],
-    "buckets": ["mirror", "listing", "lease", "bucket"],
-    "parallel": ["mesh", "collectives", "teams", "cluster", "watchdog", "parent", "peers"],
+    "parallel": ["mesh", "collectives", "cluster", "share", "processes"],
 }
 TORCH_MAY_BE_IN = {
     "saejax/activations/torch_capture.py",

@@ -24,7 +24,7 @@ def fake_stage(run) -> dict:
         (run.folder / "half.txt").write_text("half")
         raise Interrupted("stopped")
     for folder in run.inputs.values():
-        assert (folder / "summary.json").exists()
+        assert (folder / "done.json").exists()
     ran.append(unit)
     (run.folder / "out.txt").write_text(unit)
     return dict(unit=unit)
@@ -66,7 +66,13 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
         (dict(task__seed=9), ["baseline", "ablate/topk", "report"]),  # other prompts: no other activations
         (dict(corpus__behaviours=True), [u for u in ALL if u not in ("preflight", "baseline")]),
-        (dict(model__dtype="bfloat16"), [u for u in ALL if u != "preflight"]),
+        (
+            dict(model__dtype="bfloat16"),
+            [u for u in ALL if u.split("/")[0] in ("baseline", "evaluate", "ablate", "report")],
+        ),
+        (dict(model__path="elsewhere", model__revision="v2", corpus__path="there.jsonl"), []),  # fakes have no content
+        (dict(train__buffer_rows=9, train__auxk_features=9, train__resample_from="errors"), []),
+        (dict(train__penalty_warmup=0.5), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
         (dict(ablate__dictionary="topk/k9"), ["ablate/topk-k9", "report"]),
@@ -101,29 +107,31 @@ def test_a_dictionary_in_a_folder_is_tested_without_capture_and_training(tmp_pat
     assert go(tmp_path, ["report"], **changes) == ["report"]
 
 
-def test_superseded_results_are_kept(tmp_path):
+def test_setting_a_flag_back_finds_the_earlier_result(tmp_path):
     go(tmp_path)
+    before = (tmp_path / "ablate" / "topk").resolve()
     lines: list[str] = []
-    go(tmp_path, say=lines.append, ablate__top=9)
-    assert "ablate/topk: --ablate.top was 10, is 9; the old result was moved to" in "\n".join(lines)
-    assert len(list((tmp_path / "superseded").glob("ablate-topk-*/out.txt"))) == 1
+    assert go(tmp_path, say=lines.append, ablate__top=9)[1:] == ["ablate/topk", "report"]  # after preflight
+    assert "ablate/topk: started (--ablate.top was 10, is 9)" in lines
+    assert (tmp_path / "ablate" / "topk").resolve() != before
+    assert go(tmp_path) == [] and (tmp_path / "ablate" / "topk").resolve() == before
+    assert len(list((tmp_path / "ablate").glob("topk-*/out.txt"))) == 2
 
 
-def test_what_is_refused_before_it_writes_anything_leaves_the_old_result_in_its_place(tmp_path):
+def test_what_is_refused_or_stopped_leaves_the_earlier_result_in_its_place(tmp_path):
     go(tmp_path)
-    before = (tmp_path / "train" / "topk" / "summary.json").read_text()
+    before = sorted(tmp_path.rglob("*"))
     refused.add("train/topk")
-    for _ in range(2):
-        with pytest.raises(UserError, match="do not fit"):
-            go(tmp_path, ["train"], train__batch=7)
-        assert (tmp_path / "train" / "topk" / "summary.json").read_text() == before
-        assert not list((tmp_path / "superseded").iterdir())
+    with pytest.raises(UserError, match="do not fit"):
+        go(tmp_path, ["train"], train__batch=7)
+    assert sorted(tmp_path.rglob("*")) == before
     refused.clear()
-    assert go(tmp_path) == []
     failing.add("train/topk")  # which leaves half of a file there
     with pytest.raises(Interrupted):
         go(tmp_path, ["train"], train__batch=7)
-    assert [folder.name[:10] for folder in (tmp_path / "superseded").iterdir()] == ["train-topk"]
+    assert (tmp_path / "train" / "topk" / "done.json").exists()
+    failing.clear()
+    assert go(tmp_path) == []
 
 
 def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
@@ -141,16 +149,20 @@ def test_what_is_begun_says_with_which_settings_and_versions(tmp_path):
 
 
 def test_differences_are_named_as_flags():
-    def made(**changes) -> dict:
-        return dict(settings=dict(train=dict(k=[32], form="", l1=0.5)), needs=dict(capture="a"), sources={}) | changes
+    def depends(**changes) -> dict:
+        settings = dict(train=dict(k=[32], form="", l1=0.5))
+        return dict(settings=settings, needs=dict(capture="a"), sources={}, revision=1) | changes
 
-    other = made(settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c"))
-    said = (
-        "--train.form was empty, is sae, --train.k was 32, is 32,64, --train.l1 was 0.5, capture is another, and 1 more"
-    )
-    assert workplan.changes(made(), other) == said
-    assert workplan.changes(made(), made(version=2)) == "saejax computes it otherwise"
-    assert workplan.changes(made(), made()) == ""
+    other = depends(settings=dict(train=dict(k=[32, 64], form="sae")), needs=dict(capture="b"), sources=dict(text="c"))
+    assert list(pipeline._changes(depends(), other)) == [
+        "--train.form was empty, is sae",
+        "--train.k was 32, is 32,64",
+        "--train.l1 was 0.5, is unread",
+        "capture is another",
+        "and 1 more",
+    ]
+    assert list(pipeline._changes(depends(), depends(revision=2))) == ["saejax computes it differently"]
+    assert list(pipeline._changes(depends(), depends())) == []
 
 
 def test_an_interrupted_unit_goes_on_and_finished_ones_stay(tmp_path):
@@ -173,7 +185,7 @@ def test_a_stage_without_its_inputs_is_refused(tmp_path):
 
 def test_summaries_say_what_was_done(tmp_path):
     go(tmp_path)
-    summary = json.loads((tmp_path / "train" / "topk" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "train" / "topk" / "done.json").read_text())
     assert summary["schema_version"] == 1 and summary["stage"] == "train" and summary["name"] == "topk"
     assert summary["config"]["train"]["k"] == [32] and summary["config"]["mesh"]["model"] == 1
     assert list(summary["inputs"]) == ["capture"] and summary["seeds"] == {"train": [123]}

@@ -4,56 +4,47 @@ import json
 
 import pytest
 
-from saejax import pipeline, preregistration, workplan
+from saejax import pipeline, preregistration
 from saejax.causal.ablate.run import rule as words
-from saejax.parallel.teams import Team
 from saejax.registry import GROUPS, STAGES, default_configs
 from saejax.settings import AblateConfig, StudyConfig
 from saejax.workspace import Workspace
 
-BEFORE = "written before any data were seen"
+BEFORE = "before anything was measured in this workdir"
 
 
 def configs(**changes):
     return default_configs() | AblateConfig(**changes)
 
 
-def said(root, **changes):
-    return preregistration.said(root, "ablate", words(AblateConfig(**changes)))
+def describe(root, **changes):
+    return preregistration.describe_rule(root, "ablate", words(AblateConfig(**changes)))
 
 
-def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        pipeline, "load", lambda target: lambda run: seen.append((run.stage, preregistration.read_rules(tmp_path)))
-    )
-    workspace = Workspace(tmp_path)
+def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp_path):
+    def begin(unit, mark, **changes):
+        preregistration.write_rules(tmp_path, configs(**changes))
+        space = Workspace(tmp_path)
+        with space.claim(unit, mark):
+            space.begin(unit, mark)
 
-    def run(unit, mark, **changes):
-        plan = workplan.Workplan(configs(**changes))
-        plan._data = {each: dict(settings={}, needs={}, sources=dict(it=mark)) for each in (unit, *plan.needs(unit))}
-        monkeypatch.setattr(pipeline, "_input_folder", lambda *args: tmp_path)
-        work = pipeline._Work(workspace, plan, lambda line: None, lambda: False, {})
-        pipeline._run_unit(work, unit, Team())
-
-    assert "does not say when it was written" in said(tmp_path)
-    run("baseline", "first")
-    ((stage, written),) = seen
-    assert stage == "baseline" and [(one.stage, one.seen) for one in written] == [("ablate", ())]
-    assert BEFORE in said(tmp_path) and written[0].hash in said(tmp_path)
-    run("ablate/topk", "one")
-    assert BEFORE in said(tmp_path) and "superseded" not in said(tmp_path)
-    # Another rule, after the data: it is said when, and how often was tried.
-    run("ablate/topk", "two", min_accuracy_drop=0.01)
-    assert BEFORE not in said(tmp_path, min_accuracy_drop=0.01)
-    assert "after ablate/topk, baseline had been begun" in said(tmp_path, min_accuracy_drop=0.01)
-    assert said(tmp_path, min_accuracy_drop=0.01).endswith("superseded in this workdir: 1 of ablate")
+    assert "does not say when it was written" in describe(tmp_path)
+    begin("baseline", "first")
+    (written,) = preregistration.read_rules(tmp_path)
+    assert (written.stage, written.seen) == ("ablate", ())
+    assert BEFORE in describe(tmp_path) and written.hash in describe(tmp_path)
+    begin("ablate/topk", "one")
+    assert BEFORE in describe(tmp_path) and "several settings" not in describe(tmp_path)
+    # Another rule, after the data: the report says when, and how often was tried.
+    begin("ablate/topk", "two", min_accuracy_drop=0.01)
+    assert BEFORE not in describe(tmp_path, min_accuracy_drop=0.01)
+    assert "after ablate/topk, baseline had been begun" in describe(tmp_path, min_accuracy_drop=0.01)
+    assert describe(tmp_path, min_accuracy_drop=0.01).endswith("several settings: ablate/topk 2 times")
     # What was written first stays written first.
-    run("ablate/topk", "one")
-    assert BEFORE in said(tmp_path) and said(tmp_path).endswith("superseded in this workdir: 2 of ablate")
-    assert len(preregistration.read_rules(tmp_path)) == 2
-    run("baseline", "second")
-    assert said(tmp_path).endswith("2 of ablate, 1 of baseline")
+    begin("ablate/topk", "one")
+    assert BEFORE in describe(tmp_path) and len(preregistration.read_rules(tmp_path)) == 2
+    begin("baseline", "second")
+    assert describe(tmp_path).endswith("ablate/topk 2 times, baseline 2 times")
 
 
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):

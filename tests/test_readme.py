@@ -73,9 +73,9 @@ def test_command_lines_of_the_guides_are_read(guide):
     for line in re.findall(r"^\.venv/bin/python -m experiments\.\w+ (.*)$", text, re.MULTILINE):
         values = flags.FlagValues()
         config.define_flags(GROUPS, values)
-        for name in ("workdir", "scratch"):
+        for name in ("workdir",):
             flags.DEFINE_string(name, "", "", flag_values=values)
-        flags.DEFINE_bool("break_lock", False, "", flag_values=values)
+        flags.DEFINE_bool("take_over", False, "", flag_values=values)
         words = [word.replace("=configs/", f"={README.parent}/configs/") for word in shlex.split(line, comments=True)]
         assert values(["program", *words]) == ["program"], line
         config.from_flags(GROUPS, values)

@@ -11,7 +11,7 @@ import pytest
 import runs
 
 from saejax.registry import STAGES, default_configs, ordered
-from saejax.settings import AblateConfig, ModelConfig
+from saejax.settings import ModelConfig
 from saejax.stage import Stage, load
 from saejax.workplan import Workplan
 
@@ -95,11 +95,11 @@ def test_the_stage_of_the_page(copy, inputs, tmp_path):
         [sys.executable, "-m", "experiments.lengths", *flags], cwd=copy, capture_output=True, text=True
     )
     assert binary.returncode == 0, binary.stderr
-    results = json.loads((tmp_path / "lengths" / "summary.json").read_text())["results"]
+    results = json.loads((tmp_path / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
     start = "from saejax import command; import sys; command.main({}, '', sys.argv)"
     assert "lengths: done before, unchanged" in run(copy, start.format(["preflight", "lengths"]), *flags)
-    checked = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
+    checked = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert checked["models"][0]["units"]["lengths"]["counts"] == dict(documents=40)
     assert 1.0 < checked["seconds"]["lengths"] < 1.1
     assert "--lengths.share" in run(copy, start.format(["lengths"]), "--help")
@@ -118,19 +118,10 @@ print(section.title, section.blocks[0])
     assert "3 documents, at most 7 tokens" in run(copy, code)
 
 
-def test_a_new_version_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):
+def test_a_new_revision_of_a_stage_makes_its_units_and_those_that_read_them_anew(monkeypatch):
     configs = default_configs()
     units = ("capture", "train/topk", "evaluate/topk")
-    before = [Workplan(configs).mark(unit) for unit in units]
-    monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], version=7))
-    after = [Workplan(configs).mark(unit) for unit in units]
+    before = [Workplan(configs).fingerprint(unit) for unit in units]
+    monkeypatch.setitem(STAGES, "train", dataclasses.replace(STAGES["train"], revision=7))
+    after = [Workplan(configs).fingerprint(unit) for unit in units]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
-
-
-def test_a_version_of_some_settings_leaves_units_of_others_as_they_are(monkeypatch):
-    unit, configs = "ablate/topk", default_configs()
-    each = [configs | AblateConfig(replacement=replacement) for replacement in ("zero", "mean")]
-    now = [Workplan(one).mark(unit) for one in each]
-    monkeypatch.setitem(STAGES, "ablate", dataclasses.replace(STAGES["ablate"], version=3))
-    before = [Workplan(one).mark(unit) for one in each]
-    assert before[0] == now[0] and before[1] != now[1]

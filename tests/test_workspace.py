@@ -1,106 +1,213 @@
-"""Units appear whole, are found again, and never overwrite silently."""
+"""Units are addressed by their content, appear whole, and are never overwritten; one process makes each."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
+from saejax import workspace
 from saejax.errors import UserError
-from saejax.workspace import Workspace
+from saejax.workspace import Workspace, current_units
 
 
-def finish(space: Workspace, mark: str, content: str = "x") -> None:
-    folder, _ = space.begin("train", "topk", mark)
-    (folder / "result.txt").write_text(content)
-    space.finish("train", "topk", mark, dict(results={}))
+def make(space: Workspace, mark: str, content: str = "x", unit: str = "train/topk") -> None:
+    with space.claim(unit, mark) as folder:
+        space.begin(unit, mark)
+        (folder / "result.txt").write_text(content)
+        space.finish(unit, mark, dict(results={}))
 
 
 def test_a_finished_unit_is_found_by_its_fingerprint(tmp_path):
     space = Workspace(tmp_path)
-    assert not space.finished("train", "topk", "m1")
-    folder, found = space.begin("train", "topk", "m1")
-    assert found == "" and not space.finished("train", "topk", "m1")
-    (folder / "result.txt").write_text("abc")
-    assert space.begin("train", "topk", "m1")[1] == "resumed"
-    space.finish("train", "topk", "m1", dict(results=dict(a=1)))
-    assert space.finished("train", "topk", "m1") and not space.finished("train", "topk", "m2")
-    summary = json.loads((folder / "summary.json").read_text())
+    assert not space.is_done("train/topk", "m1")
+    with space.claim("train/topk", "m1") as folder:
+        assert not space.begin("train/topk", "m1") and not space.is_done("train/topk", "m1")
+        (folder / "result.txt").write_text("abc")
+        assert space.begin("train/topk", "m1"), "it was begun before"
+        space.finish("train/topk", "m1", dict(results=dict(a=1)))
+    assert space.is_done("train/topk", "m1") and not space.is_done("train/topk", "m2")
+    summary = json.loads((tmp_path / "train" / "topk" / "done.json").read_text())
     assert summary["files"] == {"result.txt": 3} and summary["results"] == {"a": 1}
+    assert not (folder / "claim.json").exists()
 
 
-def test_other_work_is_moved_aside_and_never_lost(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_each_setting_has_a_folder_and_the_link_stands_for_the_current_one(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuse(*args):
+            raise OSError("no links on this file system")
+
+        monkeypatch.setattr(os, "symlink", refuse)
     space = Workspace(tmp_path)
-    for content in ("first", "second"):
-        finish(space, "m1", content)
-        finish(space, "m2", "other")
-    kept = sorted(path.read_text() for path in (tmp_path / "superseded").glob("*/result.txt"))
-    assert kept == ["first", "other", "second"]
-    assert space.finished("train", "topk", "m2")
+    for unit in ("train/topk", "capture"):
+        make(space, "m1", "first", unit)
+        make(space, "m2", "second", unit)
+        assert (space.current(unit) / "result.txt").read_text() == "second"
+        assert space.is_done(unit, "m1") and space.is_done(unit, "m2"), "nothing was moved or overwritten"
+        space.point(unit, "m1")
+        assert (space.current(unit) / "result.txt").read_text() == "first"
+        assert (tmp_path / unit).is_symlink() == links
+    assert current_units(tmp_path) == {unit: tmp_path / f"{unit}-m1" for unit in ("capture", "train/topk")}
+
+
+def test_a_link_stays_until_the_new_unit_is_finished(tmp_path):
+    space = Workspace(tmp_path)
+    make(space, "m1")
+    with space.claim("train/topk", "m2"):
+        space.begin("train/topk", "m2")
+        assert space.current("train/topk").name == "topk-m1"
+        space.finish("train/topk", "m2", dict(results={}))
+    assert space.current("train/topk").name == "topk-m2"
+
+
+def test_a_unit_in_which_nothing_was_made_goes(tmp_path):
+    space = Workspace(tmp_path)
+    with space.claim("train/topk", "m1") as folder:
+        space.begin("train/topk", "m1")
+        space.discard_if_empty("train/topk", "m1")
+    assert not folder.exists() and space.current("train/topk") is None
+    with space.claim("train/topk", "m1") as folder:
+        space.begin("train/topk", "m1")
+        (folder / "half.txt").write_text("half")
+        space.discard_if_empty("train/topk", "m1")
+    assert (folder / "half.txt").exists()
 
 
 def test_checkpoints_of_a_finished_unit_may_be_deleted(tmp_path):
     space = Workspace(tmp_path)
-    folder, _ = space.begin("train", "topk", "m")
-    for file in ("dictionary/weights", "checkpoints/5/state", "expansion4/checkpoints/5/state"):
-        (folder / file).parent.mkdir(parents=True)
-        (folder / file).write_text("abc")
-    space.finish("train", "topk", "m", dict(results={}))
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["files"] == {"dictionary/weights": 3}
-    summary["files"]["checkpoints/5/state"] = 3  # as older versions listed them
-    (folder / "summary.json").write_text(json.dumps(summary))
+    with space.claim("train/topk", "m") as folder:
+        space.begin("train/topk", "m")
+        for file in ("dictionary/weights", "checkpoints/5/state", "expansion4/checkpoints/5/state"):
+            (folder / file).parent.mkdir(parents=True)
+            (folder / file).write_text("abc")
+        space.finish("train/topk", "m", dict(results={}))
+    assert json.loads((folder / "done.json").read_text())["files"] == {"dictionary/weights": 3}
     shutil.rmtree(folder / "checkpoints")
-    assert space.finished("train", "topk", "m")
+    assert space.is_done("train/topk", "m")
 
 
 def test_what_a_killed_process_left_half_written_is_no_part_of_a_unit(tmp_path):
-    """Neither a file nor a folder of files; where the workdir lies in a bucket, they are not there either."""
+    """Neither a file nor a folder of files, not even the unit's first file, which a kill can leave alone."""
     space = Workspace(tmp_path)
-    folder, _ = space.begin("train", "topk", "m")
+    folder = space.folder("train/topk", "m")
     (folder / "member" / ".writing-1").mkdir(parents=True)
     (folder / "member" / ".writing-1" / "large").write_text("half")
     (folder / ".scores.json.writing-2").write_text("half")
-    assert space.begin("train", "topk", "m") == (folder, "resumed")
-    (folder / "whole").write_text("whole")
-    space.finish("train", "topk", "m", dict(results={}))
-    assert json.loads((folder / "summary.json").read_text())["files"] == {"whole": 5} and space.finished(
-        "train", "topk", "m"
-    )
+    (folder / ".started.json.writing-1").write_text("{")
+    with space.claim("train/topk", "m"):
+        assert not space.begin("train/topk", "m")
+        (folder / "whole").write_text("whole")
+        space.finish("train/topk", "m", dict(results={}))
+    assert json.loads((folder / "done.json").read_text())["files"] == {"whole": 5} and space.is_done("train/topk", "m")
 
 
 def test_missing_and_truncated_files_of_a_finished_unit_are_named(tmp_path):
     space = Workspace(tmp_path)
-    finish(space, "m", "long content")
+    make(space, "m", "long content")
     (tmp_path / "train/topk/result.txt").write_text("long")
     with pytest.raises(UserError, match=r"result\.txt is missing or not 12 bytes"):
-        space.finished("train", "topk", "m")
+        space.is_done("train/topk", "m")
 
 
-def test_files_of_others_are_left_alone(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "why"), [("mine.txt", "did not write"), ("started.json", "where saejax keeps a link")]
+)
+def test_files_in_the_place_of_a_link_are_left_alone(tmp_path, file, why):
     (tmp_path / "baseline").mkdir()
-    (tmp_path / "baseline" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that saejax did not write"):
-        Workspace(tmp_path).begin("baseline", "", "m")
+    (tmp_path / "baseline" / file).write_text("mine")
+    with pytest.raises(UserError, match=why), Workspace(tmp_path).claim("baseline", "m"):
+        pass
+    assert (tmp_path / "baseline" / file).read_text() == "mine"
 
 
-def test_two_runs_at_once_are_refused_and_a_dead_one_frees_the_lock(tmp_path):
+def hold(root, environment=()) -> subprocess.Popen:
+    """A process that claims a unit until its input ends."""
     code = (
-        f"from saejax.workspace import Workspace; import sys\n"
-        f"with Workspace({str(tmp_path)!r}).lock():\n print('held', flush=True); sys.stdin.read()"
+        "from saejax.workspace import Workspace; import sys\n"
+        f"with Workspace({str(root)!r}).claim('train/topk', 'm'):\n print('held', flush=True); sys.stdin.read()"
     )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline().strip() == "held"
-    with pytest.raises(UserError, match=f"in use by process {holder.pid}"), Workspace(tmp_path).lock():
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | dict(environment),
+    )  # fmt: skip
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_unit_that_another_process_makes_is_refused_until_that_is_gone(tmp_path):
+    holder, space = hold(tmp_path), Workspace(tmp_path)
+    assert space.is_claimed("train/topk", "m") and not space.is_claimed("train/topk", "other")
+    refused = pytest.raises(UserError, match=f"is being made by process {holder.pid} on .*--take_over")
+    with refused, space.claim("train/topk", "m"):
+        pass
+    with space.claim("train/topk", "other"):
         pass
     holder.kill()
     holder.wait()
-    with Workspace(tmp_path).lock():
+    assert not space.is_claimed("train/topk", "m")
+    with space.claim("train/topk", "m"):
         pass
 
 
-def test_an_unwritable_workdir_is_refused(tmp_path):
+def test_a_claim_of_another_host_is_taken_over_on_request_or_by_the_same_job(tmp_path, monkeypatch):
+    space = Workspace(tmp_path)
+
+    def claim_elsewhere(job):
+        monkeypatch.setattr(workspace.socket, "gethostname", lambda: "elsewhere")
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with space.claim("train/topk", "m") as folder:
+            kept = (folder / "claim.json").read_text()
+        (folder / "claim.json").write_text(kept)  # as a kill leaves it
+        monkeypatch.undo()
+
+    claim_elsewhere("7")
+    with pytest.raises(UserError, match="on elsewhere since"), space.claim("train/topk", "m"):
+        pass
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with space.claim("train/topk", "m"):
+        pass
+    claim_elsewhere("8")
+    with space.claim("train/topk", "m", take_over=True):
+        pass
+
+
+def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
+    folder = tmp_path / "train" / "topk-m"
+    folder.mkdir(parents=True)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, job="", time="")
+    (folder / "claim.json").write_text(json.dumps(about))
+    code = (
+        "from saejax.workspace import Workspace; from saejax.errors import UserError; import time\n"
+        "try:\n"
+        f" with Workspace({str(tmp_path)!r}).claim('train/topk', 'm'): print('held'); time.sleep(3)\n"
+        "except UserError: print('refused')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    started = time.monotonic()
+    said = sorted(process.communicate()[0].strip() for process in both)
+    if time.monotonic() - started < 4:  # otherwise the second one may have come after the first had ended
+        assert said == ["held", "refused"]
+    assert "held" in said
+
+
+def test_a_claim_that_is_damaged_counts_as_held(tmp_path):
+    folder = tmp_path / "train" / "topk-m"
+    folder.mkdir(parents=True)
+    (folder / "claim.json").write_text("")
+    with pytest.raises(UserError, match="unknown host"), Workspace(tmp_path).claim("train/topk", "m"):
+        pass
+
+
+def test_an_unusable_workdir_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to"):
         Workspace(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match="mount the bucket"):
+        Workspace("s3://bucket/run")

@@ -15,7 +15,6 @@ TOKENIZE = Stage(
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
     identity=dict(model=identities.model, corpus=identities.corpus, bos=lambda configs: configs[CaptureConfig].bos),
     cost="saejax.activations.cost:tokenize_cost",
-    version=2,
 )
 
 CAPTURE = Stage(
@@ -30,6 +29,7 @@ CAPTURE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus),
     cost="saejax.activations.cost:capture_cost",
     programs="saejax.activations.cost:capture_programs",
-    version=3,
+    # --capture.dtype is read in place of the first; the others say which units are read.
+    unread=lambda configs, name: ("model.dtype", "corpus.stream", "corpus.behaviours"),
     processes="all",
 )

@@ -124,7 +124,7 @@ def each_part(
             _drop_partial(run, part)
         run.say(f"{label}: {message}")
 
-    if run.team.size > 1:
+    if run.share.processes:
         run.each(parts, functools.partial(part_file, run), make)
     else:
         for part in left:
@@ -169,7 +169,7 @@ class Progress:
             now = time.monotonic()
             if self._counted is None and done:
                 self._counted = now, self._before + done
-            if self._run.team.leads and now - self._said > _SAY_EVERY and 0 < done < total:
+            if self._run.share.leads and now - self._said > _SAY_EVERY and 0 < done < total:
                 speed = self._speed(now)
                 part = self._before - self._of_parts + total
                 seconds = (total - done + left * part) / speed

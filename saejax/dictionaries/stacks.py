@@ -1,6 +1,6 @@
 """The dictionaries of a train unit: a single one, or the members of a stack, and how a flag names one of them.
 
-A unit such as ``train/topk`` lists its members in ``summary.json``. A single dictionary has the empty name and lies in
+A unit such as ``train/topk`` lists its members in ``done.json``. A single dictionary has the empty name and lies in
 the unit's folder; members of a stack lie in folders of their names, such as ``train/topk/k16``. On the command line a
 dictionary is "topk", or "topk/k16".
 """

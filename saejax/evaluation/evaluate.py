@@ -46,7 +46,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     store = Store.open(run.inputs["capture"])
     trained = run.inputs[f"train/{run.name}"]
     if circuit_tracer.is_cross_layer(trained):
-        run.team.join([])  # it is one item, which the first process makes
+        run.share.join([])  # it is one item, which the first process makes
         return evaluate_layers(run, store, trained)
     stack = stacks.members(trained)
     for site in single_sites(member.site for member in stack):

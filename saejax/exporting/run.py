@@ -19,7 +19,7 @@ from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
 from saejax.exporting.results import ExportedMember, ExportResults
 from saejax.settings import ExportConfig
-from saejax.workspace import STARTED, Run
+from saejax.workspace import CLAIM, STARTED, Run
 
 
 def run_export(run: Run) -> ExportResults:
@@ -87,5 +87,5 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != STARTED:
+        elif path.name not in (STARTED, CLAIM):
             path.unlink()

@@ -69,7 +69,6 @@ def _of_controls(configs: Configs, name: str) -> str:
 
 GROUND_TRUTH = Stage(
     name="ground_truth",
-    version=2,
     summary="trains dictionaries on a synthetic world whose features are known, and says which of them they find",
     run="saejax.ground_truth.run:run_ground_truth",
     results="saejax.ground_truth.results:TruthResults",

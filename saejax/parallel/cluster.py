@@ -9,30 +9,27 @@ import dataclasses
 import glob
 import json
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saejax.errors import UserError
-from saejax.parallel import parent
-from saejax.parallel.peers import Peers
+from saejax.parallel.processes import Processes
 from saejax.settings import MeshConfig
 
 if TYPE_CHECKING:
     import jax
 
-HEARTBEAT = 30  # seconds without a word after which a process counts as dead, and the others end
+HEARTBEAT = 30  # seconds without a sign of life after which JAX gives a process up and ends the others
+_COME = 300  # seconds that processes wait for one another at the start
 _SHUTDOWN = 50  # seconds that a process which is done waits for the others
-_joined: list[Peers] = []  # the processes of this one's run, once it has joined them
+_joined: list[Processes] = []  # the processes of this one's run, once it has joined them
 
 
-def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshConfig:
-    """Joins this process to the others of its run, before JAX looks for devices.
+def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
+    """Join this process to the others of its run, before JAX looks for devices.
 
     Args:
       config: how many there are, which this one is, and where the first one listens; or that the cluster tells.
-      workdir: of the run, which all of them share.
       say: prints a line.
 
     Returns:
@@ -42,24 +39,23 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
       UserError: no cluster or no first process can be found, or the processes of a node cannot share its GPUs.
     """
     import jax
-    from jax._src.distributed import global_state  # its key-value store has no public name
+    from orbax.checkpoint import multihost
 
-    found = len(glob.glob("/dev/nvidia[0-9]*"))
+    gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     ids: list[int] | None
-    common = dict(initialization_timeout=parent.COME, heartbeat_timeout_seconds=HEARTBEAT)
-    common |= dict(shutdown_timeout_seconds=_SHUTDOWN)
+    common = dict(initialization_timeout=_COME, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=_SHUTDOWN)
     if config.distributed == "flags":
-        told = dict(num_processes=config.processes, process_id=config.process_id)
+        named = dict(num_processes=config.processes, process_id=config.process_id)
         try:
-            jax.distributed.initialize(config.coordinator or None, **told, **common)
+            jax.distributed.initialize(config.coordinator or None, **named, **common)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"process {config.process_id} of {config.processes} finds no others by "
                 f"--mesh.coordinator={config.coordinator} ({error}): name HOST:PORT of process 0 in every process"
             ) from error
-        ids = list(range(visible_gpus(os.environ, found)))
+        ids = list(range(visible_gpus(os.environ, gpus)))
     else:
-        ids = gpus_of_process(os.environ, found)
+        ids = gpus_of_process(os.environ, gpus)
         try:
             jax.distributed.initialize(config.coordinator or None, local_device_ids=ids, **common)
         except (ValueError, RuntimeError) as error:
@@ -67,42 +63,40 @@ def join(config: MeshConfig, workdir: Path, say: Callable[[str], None]) -> MeshC
                 "--mesh.distributed=auto found neither SLURM, Open MPI nor a TPU slice of several hosts "
                 f"({error}): start the run by srun or mpirun, or name --mesh.processes, process_id and coordinator"
             ) from error
-    own, count = jax.process_index(), jax.process_count()
-    peers = Peers(global_state.client, own, count, 6 * config.watchdog, say)
-    _joined[:] = [peers]
-    mark = uuid.uuid4().hex
-    place = parent.joined(workdir, mark, own, count) if own == 0 else None
-    mark = peers.tell("mark of the run", mark)
-    place = place or parent.joined(workdir, mark, own, count)
-    parent.seen([place.folder])
-    peers.ended = place.other_ended
-    check_devices(jax.devices(), own, None if jax.config.jax_platforms == "cpu" else ids)
-    return dataclasses.replace(config, processes=count, process_id=own)
+    rank, count = jax.process_index(), jax.process_count()
+    _joined[:] = [Processes(multihost.get_jax_distributed_client(), rank, count, say)]
+    check_devices(jax.devices(), rank, None if jax.config.jax_platforms == "cpu" else ids)
+    return dataclasses.replace(config, processes=count, process_id=rank)
 
 
-def joined() -> Peers | None:
-    """The processes that this one has joined; None where it is alone."""
-    return next((peers for peers in _joined if peers.count > 1), None)
+def joined() -> Processes | None:
+    """Return the processes that this one has joined; None where it is alone."""
+    return next((processes for processes in _joined if processes.count > 1), None)
 
 
 def label() -> str:
-    """What stands before this process's lines, such as "process 3 of 4: "; "" for one alone."""
-    peers = joined()
-    return parent.label(peers.own, peers.count) if peers else ""
+    """Return what stands before this process's lines, such as "process 3 of 4: "; "" for one alone."""
+    processes = joined()
+    return f"process {processes.rank} of {processes.count}: " if processes else ""
 
 
-def check_same(peers: Peers, settings: Mapping[str, str]) -> None:
-    """A ``UserError`` that names what differs unless a process was started as the first one was.
+def check_same(processes: Processes, settings: Mapping[str, str]) -> None:
+    """Refuse to go on unless this process was started as the first one was.
 
     Args:
-      peers: the processes.
-      settings: of this one: values by the names of flags and packages.
+      processes: of the run.
+      settings: of this process: values by the names of flags and packages.
+
+    Raises:
+      UserError: names what differs.
     """
-    first = json.loads(peers.tell("settings", json.dumps(settings)))
+    first = json.loads(processes.broadcast("settings", json.dumps(settings)))
     for name in sorted({*first, *settings}):
-        one, own = (found.get(name, "nothing") for found in (first, settings))
-        if one != own:
-            raise UserError(f"{name} is {own} in process {peers.own} and {one} in process 0: start all processes alike")
+        theirs, ours = (values.get(name, "nothing") for values in (first, settings))
+        if theirs != ours:
+            raise UserError(
+                f"{name} is {ours} in process {processes.rank} and {theirs} in process 0: start all processes alike"
+            )
 
 
 def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int] | None) -> None:

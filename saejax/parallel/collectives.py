@@ -51,8 +51,8 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def wait_for_all(place: str) -> None:
     """Waits until all processes have come to the place of this name."""
-    if (peers := joined()) and process_count() > 1:
-        peers.meet(place)
+    if (processes := joined()) and process_count() > 1:
+        processes.barrier(place)
         multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 
 

@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
                     f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'"
                 )
         token, listening = secrets.token_urlsafe(24), _listen(int(own["port"].value or 0))
-        stopped = command.stop_asked()
+        stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         labels = Path(own["labels"].value) if own["labels"].value else None
         load("saejax.serving.server:serve")(Path(folder), configs, named, labels, token, listening)

@@ -19,7 +19,7 @@ from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
 from saejax.interpret.labels import read_labels, write_label
 from saejax.stage import folder_name
-from saejax.workspace import SUMMARY
+from saejax.workspace import STARTED, SUMMARY, current_units
 
 _SAVED = "serve"  # the folder for what readers save
 _ANY = 1 << 40  # features that a dictionary may have; which there are is not known here
@@ -61,10 +61,20 @@ class Shelf:
 
     def graphs(self) -> dict[str, ShelvedGraph]:
         """All graphs by id, those changed last first."""
-        lists = [path for path in self.root.rglob(INDEX) if "superseded" not in path.relative_to(self.root).parts]
-        found = [graph for path in lists for graph in self._of_list(path)] or self._loose()
+        found = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
         found.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
         return {graph.id: graph for graph in found}
+
+    def _lists(self) -> list[Path]:
+        """Return the lists of graphs: those of current units, by paths that stay when settings change, and others."""
+        units = current_units(self.root)
+        places = [self.root / name if (self.root / name).exists() else folder for name, folder in units.items()]
+        lists = [path for place in places for path in sorted(place.rglob(INDEX))]
+        for path in sorted(self.root.rglob(INDEX)):
+            within = path.relative_to(self.root).parents
+            if not any((self.root / folder / STARTED).exists() for folder in within):
+                lists.append(path)
+        return lists
 
     def find(self, graph: str) -> ShelvedGraph:
         """The graph of an id.

@@ -4,7 +4,6 @@ Its checks are left out, which take longer than the tracing: ``experiments.attri
 """
 
 import dataclasses
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, 
       Interrupted: it was stopped; nothing is left of it.
     """
     configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_UNCHECKED, **asked)
-    configs, slug = _with_free_slug(configs, root)
-    folder, traced = root / "attribute" / slug, []
+    configs, slug, folder = _with_free_slug(configs, root)
+    traced: list[Any] = []
 
     def trace(model: Any, dictionaries: Any, request: Request, config: GraphConfig) -> Any:
         job.say("Tracing")
@@ -51,27 +50,28 @@ def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, 
         job.say("Pruning and writing")
         return traced[-1]
 
-    def instead(run: Any) -> Any:
+    def substitute(run: Any) -> Any:
         return run_attribute(run, lambda of: bench.opened(of, job), trace)
 
     try:
-        run_stages(["attribute"], configs, str(root), job.say, job.stopping, instead=dict(attribute=instead))
+        run_stages(["attribute"], configs, str(root), job.say, job.stopping, substitutes=dict(attribute=substitute))
     finally:
         if (folder / STARTED).exists() and not (folder / SUMMARY).exists():
-            shutil.rmtree(folder)
+            workspace, unit = Workspace(root), f"attribute/{slug}"
+            workspace.discard(unit, folder.name.rpartition("-")[2])
     graph = f"attribute/{slug}/graphs/{slug}"
     if traced:
         bench.keep(graph, traced[0])
     return graph
 
 
-def _with_free_slug(configs: Configs, root: Path) -> tuple[Configs, str]:
-    """The first of NAME, NAME-2, ... under which there is nothing, or just what is asked for."""
+def _with_free_slug(configs: Configs, root: Path) -> tuple[Configs, str, Path]:
+    """Return settings with the first of NAME, NAME-2, ... that is free, or has just what is asked for; its folder."""
     workspace, name, number = Workspace(root), unit_name(configs[GraphConfig]), 1
     while True:
         slug = name if number == 1 else f"{name}-{number}"
         own = configs | dataclasses.replace(configs[GraphConfig], slug=slug)
-        folder = workspace.folder("attribute", slug)
-        if not folder.exists() or workspace.finished("attribute", slug, Workplan(own).mark(f"attribute/{slug}")):
-            return own, slug
+        folder = workspace.folder(f"attribute/{slug}", Workplan(own).fingerprint(f"attribute/{slug}"))
+        if workspace.current(f"attribute/{slug}") in (None, folder):
+            return own, slug, folder
         number += 1

@@ -88,7 +88,6 @@ class GraphConfig(Config):
         "test prompts of each behaviour on which circuits of growing numbers of features are run, kept in the order of "
         "their effect and in circuit-tracer's: CPR and CMD of both (with transcoders; 0: none)",
         low=0,
-        implied=0,
     )
     supernodes: str = setting(
         "",

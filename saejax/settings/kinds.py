@@ -49,7 +49,6 @@ class JumpReLUConfig(Config):
         "empty: all together alone",
         low=0.0,
         high=1.0,
-        implied=(),
     )
 
 

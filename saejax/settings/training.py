@@ -50,7 +50,6 @@ class TrainConfig(Config):
         (),
         "several values of --train.expansion, such as 4,8,16, in place of it: a stack of each, one after the other",
         low=1,
-        implied=(),
     )
     features: int = setting(0, "features, such as 16384, whatever the width; 0: by --train.expansion", low=0)
     k: tuple[int, ...] = setting(
@@ -99,7 +98,6 @@ class TrainConfig(Config):
         "where they start: at the tokens' own directions, as in that work (inputs), or at those of what the dictionary "
         "leaves of them (errors)",
         choices=("inputs", "errors"),
-        implied="inputs",
     )
     dead_tokens: int = setting(100_000, "a feature silent for this many tokens is dead", low=1, high=MOST_TOKENS)
     decorrelation: float = setting(
@@ -110,7 +108,6 @@ class TrainConfig(Config):
         "coefficient of the sum over an SAE's features of 1 - the cosine of encoder and decoder, which are brought "
         "together",
         low=0.0,
-        implied=0.0,
     )
     decoder_norm: str = setting(
         "unit",
@@ -126,15 +123,14 @@ class TrainConfig(Config):
         "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
     )
     learning_rate: tuple[float, ...] = setting((1e-3,), "peak learning rate of Adam (or a list)", low=0.0, swept=True)
-    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999, implied=0.9)
-    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999, implied=0.999)
-    eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0, implied=1e-8)
+    b1: float = setting(0.9, "decay of Adam's mean of gradients", low=0.0, high=0.999999)
+    b2: float = setting(0.999, "decay of Adam's mean of squared gradients", low=0.0, high=0.999999)
+    eps: float = setting(1e-8, "what Adam adds to the root of that mean", low=0.0)
     mu_dtype: str = setting(
         "float32",
         "dtype in which Adam's mean of gradients is kept (that of squared gradients needs float32, whose steps of a "
         "thousandth bfloat16 would round away); bfloat16 spares 2 bytes a parameter",
         choices=("float32", "bfloat16"),
-        implied="float32",
     )
     zero_optimizer: bool = setting(
         False,
@@ -166,16 +162,13 @@ class TrainConfig(Config):
         "cross-layer transcoders are published with",
         low=0.0,
         high=1.0,
-        implied=0.0,
     )
     decay: float = setting(
         0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
     )
-    decay_shape: str = setting(
-        "linear", "how the learning rate falls: linear or cosine", choices=("linear", "cosine"), implied="linear"
-    )
+    decay_shape: str = setting("linear", "how the learning rate falls: linear or cosine", choices=("linear", "cosine"))
     accumulate: int = setting(
-        1, "steps whose gradients are averaged into one update, as of a batch so many times as large", low=1, implied=1
+        1, "steps whose gradients are averaged into one update, as of a batch so many times as large", low=1
     )
     weight_decay: float = setting(
         0.0,
@@ -204,7 +197,6 @@ class TrainConfig(Config):
         "does. auto: rows where they were measured to be faster, else dense. Equal within rounding",
         choices=("auto", "dense", "rows"),
         only=("topk",),
-        implied="auto",
     )
     state_dtype: str = setting(
         "float32", "dtype of parameters and optimizer state; float64 is for checks", choices=("float32", "float64")
@@ -240,7 +232,6 @@ class TrainConfig(Config):
         "how features start that the dictionary of --train.init_from lacks: at random, at directions found in what it "
         "leaves of 65,536 tokens (errors), or so and in place of its features that fire on none of these (replace)",
         choices=("random", "errors", "replace"),
-        implied="random",
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from saejax.files import write_json, write_text
 from saejax.page.blocks import Links, Terms, Text
 from saejax.page.document import Section, to_html, to_markdown
-from saejax.preregistration import said
+from saejax.preregistration import describe_rule
 from saejax.results import to_json
 from saejax.studies.criteria import RULES
 from saejax.studies.progress import duration
@@ -61,7 +61,7 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
     seconds = sum(one.seconds for one in figures.resources)
-    rules = tuple((_TITLES[name], f"{said(root, STAGE, rule)}: {rule}") for name, rule in RULES.items())
+    rules = tuple((_TITLES[name], f"{describe_rule(root, STAGE, rule)}: {rule}") for name, rule in RULES.items())
     took = Text(f"All units together took {duration(seconds)}.")
     return [
         Section("Criteria", (SHEETS["criteria"].table(figures), Terms(rules))),

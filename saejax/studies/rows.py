@@ -69,7 +69,7 @@ def _read_row(file: Path, common: Sequence[str]) -> StudyRow:
     argv = (f"--flagfile={file}", *common)
     values = stage_flags()
     configs = _naming(file, lambda: read_configs(values, ["row", *argv]))
-    for name in ("workdir", "scratch", "break_lock", "unit", "help"):
+    for name in ("workdir", "take_over", "unit", "help"):
         if values[name].present:
             raise UserError(f"{file}: --{name} is no flag of a row: a row works in a folder of the study")
     return StudyRow(file.stem, argv, configs)

@@ -13,9 +13,8 @@ from saejax.studies.rows import read_rows
 ABOUT = """\
 study_run: runs the pipeline on every row of a study, and writes one report of them all.
 
-  --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required); also of a bucket: s3://BUCKET/STUDY
-  --scratch=DIR  local folder to work in where the workdir is in a bucket (default: one of ~/.cache/saejax)
-  --break_lock  go on in a bucket in place of a study that gives no sign of life
+  --workdir=DIR  folder of the study; each row works in DIR/rows/<name>/ (required)
+  --take_over  go on in place of a study whose process you know is gone
   --rows=FILE,FOLDER  flag files, one for each row, and folders of them (required)
   --at_once=N  rows that run side by side, each on its share of the host's GPUs, or without any of its cores (default 1)
   --debug  show the traceback of bad input too
@@ -46,7 +45,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(own["rows"].value, common)
         run_rows = load("saejax.studies.study:run_study_rows")
-        more = {name: own[name].value for name in ("at_once", "scratch", "break_lock")}
-        run_rows(workdir, rows, command.timed_say(), command.stop_asked(), **more)
+        more = {name: own[name].value for name in ("at_once", "take_over")}
+        run_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 
     return command.ended(work, own)

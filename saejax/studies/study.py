@@ -12,7 +12,7 @@ from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
 from saejax.studies.units import ROWS, StudyUnits, UnitState
-from saejax.workspace import Workspace, fingerprint
+from saejax.workspace import Workspace, claimed, fingerprint
 
 
 def run_study_rows(
@@ -21,28 +21,26 @@ def run_study_rows(
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
     at_once: int = 1,
-    scratch: str = "",
-    break_lock: bool = False,
+    take_over: bool = False,
 ) -> None:
     """Runs all rows and writes the report.
 
     Args:
-      workdir: the study's folder, also of a bucket: rows then work in folders of the local one, all of which is copied.
+      workdir: the study's folder.
       rows: what to run.
       stopping: whether the process was asked to stop.
       at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
-      scratch, break_lock: of a bucket, as ``Workspace`` takes them.
+      take_over: replace the claims of processes that are not known to be gone.
 
     Raises:
       UserError: the folder cannot be written to, or another study works in it; the host cannot be shared so.
       CheckFailed: a unit failed; the report is written all the same.
       Interrupted: asked to stop, and saved.
     """
-    parts, workspace = shares(at_once), Workspace(workdir, scratch, break_lock)
-    root = workspace.root
-    with workspace.lock(say, whole=True):
+    parts, root = shares(at_once), Workspace(workdir).root
+    with claimed(root, f"the study in {root}", take_over):
         _write_rules(root, rows)
-        states = StudyUnits(root, rows, say, lambda: stopping() or workspace.lost, parts).run()
+        states = StudyUnits(root, rows, say, stopping, parts).run()
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
         path = root / report.FILE
         if path.exists() and read_json(path).get("fingerprint") == mark:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.parallel.parent import end_with_parent
 from saejax.studies.shares import Share
+from saejax.usage import end_with_parent
 from saejax.workspace import now
 
 

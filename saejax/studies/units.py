@@ -131,13 +131,13 @@ class StudyUnits:
             for need in [*firsts, *plan.needs(unit)]:
                 if (row, need) not in self._states or self._states[row, need].state != "done":
                     return self._ended(key, "not run", f"{need} is not done")
-            mark = plan.mark(unit)
+            mark = plan.fingerprint(unit)
         except UserError as error:
             return self._ended(key, "failed", str(error))
-        stage, _, name = unit.partition("/")
-        if workspace.finished(stage, name, mark):
+        if workspace.is_done(unit, mark):
+            workspace.point(unit, mark)
             return self._ended(key, "done", mark=mark, ran=self._log(key).exists())
-        self._wait_for(workspace, row)
+        self._wait_for(workspace, row, unit, mark)
         command = [sys.executable, "-c", _CHILD, f"--workdir={workspace.root}", f"--unit={unit}", *self._rows[row].argv]
         done, units = sum(state.state == "done" for state in self._states.values()), len(self._states)
         share = self._shares.pop()
@@ -193,11 +193,11 @@ class StudyUnits:
     def _log(self, key: Key) -> Path:
         return self._root / LOGS / key[0] / (key[1].replace("/", "-") + ".log")
 
-    def _wait_for(self, workspace: Workspace, row: str) -> None:
-        """Waits until nobody holds a row's folder: a child of a study that was killed saves before it ends."""
-        if not workspace.is_free():
-            self._say(f"{row}: waiting for another process, which works in {workspace.root}")
-        while not workspace.is_free():
+    def _wait_for(self, workspace: Workspace, row: str, unit: str, mark: str) -> None:
+        """Wait until nobody makes a unit: a child of a study that was killed saves before it ends."""
+        if workspace.is_claimed(unit, mark):
+            self._say(f"{row}: waiting for another process, which makes {unit} in {workspace.root}")
+        while workspace.is_claimed(unit, mark):
             if self._stopping():
                 self._interrupt()
             time.sleep(_LOOK_EVERY)

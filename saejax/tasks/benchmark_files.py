@@ -13,7 +13,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
-from saejax.tasks.hub import hub_rows
+from saejax.tasks.hub import hub_commit, hub_rows
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 SPLIT, TRAIN = "test", "train"
@@ -77,9 +77,13 @@ class Origin:
         return str(next(iter(self.files.values()))) if len(self.files) == 1 else ", ".join(sorted(folders))
 
     def identity(self) -> list[str]:
-        """What results depend on: the content of local files; of the hub, the id and the revision."""
+        """Return what results depend on: the content of local files; of the hub, the commit."""
         if self.hub:
-            return [self.hub, self.revision, *(f"{part}={names}" for part, names in self.configurations.items())]
+            return [
+                self.hub,
+                hub_commit(self.hub, self.revision),
+                *(f"{part}={names}" for part, names in self.configurations.items()),
+            ]
         return [f"{part}={hashlib.sha256(_content(path)).hexdigest()}" for part, path in self.files.items()]
 
     def rows(self) -> Iterator[Row]:
@@ -90,9 +94,10 @@ class Origin:
         """
         for part, path in self.files.items():
             yield from _local_rows(part, path)
+        commit = hub_commit(self.hub, self.revision) if self.hub else ""
         for part, names in self.configurations.items():
             for name in names:
-                for number, fields in enumerate(hub_rows(self.hub, name, self.revision, self.split), start=1):
+                for number, fields in enumerate(hub_rows(self.hub, name, commit, self.split), start=1):
                     yield Row(fields, part, f"{name}:{number}", f"{self.hub}, {name}, row {number}")
 
 

@@ -55,7 +55,7 @@ def run_benchmark(run: Run) -> BenchmarkResults:
             raise Interrupted(f"{name}: stopped after {done()} items, which are kept")
         rows = benchmark_scores.score_items(lm(), name, items[first : first + step], task)
         write_lines(file(first), map(to_json, rows))
-        if run.team.leads:
+        if run.share.leads:
             run.say(f"{done()} items")
 
     if any(file(first).exists() for first in starts):

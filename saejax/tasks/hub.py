@@ -1,12 +1,53 @@
 """Data sets of the Hugging Face hub, read through ``datasets``."""
 
+import functools
+import hashlib
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from saejax.errors import UserError
+from saejax.files import file_sha256
 from saejax.models.offline import offline_if_unreachable
 
 Found = TypeVar("Found")
+
+
+@functools.cache
+def hub_commit(hub: str, revision: str) -> str:
+    """Return the commit that a data set's revision stands for now, or when it was last fetched where there is no hub.
+
+    Args:
+      hub: its id, such as "openai/gsm8k", or a local folder in the hub's layout.
+      revision: branch, tag or commit.
+
+    Returns:
+      40 hexadecimal digits; of a local folder, a hash of its files' content.
+
+    Raises:
+      UserError: the hub cannot be reached and the data set was never fetched, or there is no such revision.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    if Path(hub).is_dir():
+        files = sorted(path for path in Path(hub).rglob("*") if path.is_file())
+        content = [f"{path.relative_to(hub)} {file_sha256(path)}\n" for path in files]
+        return hashlib.sha256("".join(content).encode()).hexdigest()[:40]
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    try:
+        with offline_if_unreachable():
+            return str(HfApi().dataset_info(hub, revision=revision).sha)
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        ref = Path(constants.HF_HUB_CACHE) / f"datasets--{hub.replace('/', '--')}" / "refs" / revision
+        if ref.is_file():
+            return ref.read_text().strip()
+        raise UserError(
+            f"the commit of the data set {hub} (revision {revision}) could not be found "
+            f"({' '.join(str(error).split())[:200]}): check the name and the network, or give a local file instead"
+        ) from None
 
 
 def hub_configurations(hub: str, revision: str) -> list[str]:

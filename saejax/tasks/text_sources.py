@@ -24,7 +24,7 @@ from saejax.errors import UserError
 from saejax.settings import BENCHMARKS, CorpusConfig, TaskConfig
 from saejax.tasks import benchmarks
 from saejax.tasks.files import json_lines, opened, shown, table_rows, text_lines
-from saejax.tasks.hub import hub_rows
+from saejax.tasks.hub import hub_commit, hub_rows
 
 EMBEDDED = Path(__file__).parent / "data" / "corpus.jsonl.gz"
 _BLOCK = 1 << 20  # bytes of a file, hashed at once
@@ -138,14 +138,15 @@ class HubText:
         return self.hub.replace("/", "_")
 
     def identity(self) -> str:
-        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
+        read = dataclasses.replace(self, revision=hub_commit(self.hub, self.revision))
+        return hashlib.sha256(repr(dataclasses.astuple(read)).encode()).hexdigest()[:16]
 
     def characters(self) -> int:
         return self.most
 
     def texts(self) -> Iterator[Text]:
         left = self.most or sys.maxsize
-        rows = hub_rows(self.hub, self.configuration, self.revision, self.split, stream=True)
+        rows = hub_rows(self.hub, self.configuration, hub_commit(self.hub, self.revision), self.split, stream=True)
         for number, row in enumerate(rows, start=1):
             if self.field in row and not str(row[self.field]).strip():
                 continue  # data sets made line by line have blank ones

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from saejax.config import Configs, identity
 from saejax.errors import UserError
-from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TrainConfig
-from saejax.settings.kinds import PRETRAINED
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
 from saejax.stage import Stage
 from saejax.tasks import identities
 from saejax.workspace import fingerprint
@@ -46,7 +46,7 @@ def _stream(configs: Configs) -> str:
     capture = dataclasses.replace(
         configs[CaptureConfig], sites=(), tokens=0
     )  # training reads its own sites, of all text
-    settings = [identity(config) for config in (configs[ModelConfig], configs[CorpusConfig], capture)]
+    settings = [identity(config) for config in (configs[CorpusConfig], capture)]
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 
 
@@ -54,6 +54,26 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     if name == PRETRAINED:
         return ()
     return ("capture",) if configs[TrainConfig].source == "store" else identities.training_text(configs)
+
+
+def _unread(configs: Configs, name: str) -> Sequence[str]:
+    """Return the settings that training reads only where others ask for it."""
+    config = configs[TrainConfig]
+    if name == PRETRAINED:
+        return [f"train.{field.name}" for field in dataclasses.fields(config)]
+    # Kinds that keep the k largest have no penalty; a plugin's may have one.
+    penalised = name not in KIND_SETTINGS or "k" not in KIND_SETTINGS[name].reads or bool(KIND_SETTINGS[name].source)
+    conditions = {
+        "auxk_features": config.auxk > 0,
+        "buffer_rows": config.source == "model",
+        "resample_from": config.resample_every > 0,
+        "penalty_warmup": penalised,
+        "expansion": not (config.expansions or config.features),
+        "features": not config.expansions,
+        "widen": bool(config.init_from),
+        "decay_shape": config.decay > 0,
+    }
+    return [f"train.{field}" for field, is_read in conditions.items() if not is_read]
 
 
 TRAIN = Stage(
@@ -71,7 +91,6 @@ TRAIN = Stage(
     check=_check,
     cost="saejax.training.cost:train_cost",
     programs="saejax.training.cost:train_programs",
-    # 2: what is found in errors reads beside the decoder's bias
-    version=lambda configs: 1 if configs[TrainConfig].widen == "random" else 2,
+    unread=_unread,
     processes="all",
 )

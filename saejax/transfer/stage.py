@@ -34,7 +34,6 @@ class TransferConfig(Config):
         "tokens on which each dictionary with a k goes on training in the place of each other, beside a random start: "
         "how many does it save? Implies reconstruction, and wants --transfer.tokens of about twice as many; 0: none",
         low=0,
-        implied=0,
     )
     ablations: tuple[str, ...] = setting(
         (),
@@ -75,7 +74,6 @@ TRANSFER = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     cost="saejax.transfer.cost:transfer_cost",
     programs="saejax.transfer.stage_programs:transfer_programs",
-    version=lambda configs: 1 + configs[TransferConfig].reconstruction,  # 2: the mean has no sinks
     processes="items",
     section="saejax.transfer.report:sections",
 )

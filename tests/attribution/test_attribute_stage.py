@@ -41,9 +41,9 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9"]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
     folder = tmp_path / "run" / "attribute" / "some"
-    results = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
+    results = json.loads((folder / "done.json").read_text())["results"]["graphs"]
     assert list(results) == ["water", "ids"]
-    whole = json.loads((folder / "summary.json").read_text())["results"]
+    whole = json.loads((folder / "done.json").read_text())["results"]
     assert to_json(from_json(AttributeResults, whole, folder)) == whole  # nothing is lost in its class
     water = results["water"]
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
@@ -69,10 +69,10 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     for ending in (".html", ".svg"):
         assert (folder / f"water{ending}").stat().st_size > 1000
     # Killed before the second prompt was done, and after its graph was written.
-    (folder / "summary.json").unlink()
+    (folder / "done.json").unlink()
     (folder / "ids.json").unlink()
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
-    again = json.loads((folder / "summary.json").read_text())["results"]["graphs"]
+    again = json.loads((folder / "done.json").read_text())["results"]["graphs"]
     assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
     assert "kept from an earlier run: water" in capsys.readouterr().out
     np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, graph.adjacency_RxS)

@@ -15,7 +15,7 @@ def told(monkeypatch):
     def told(*of_parts):
         clock, lines = [0.0], []
         monkeypatch.setattr(parts.time, "monotonic", lambda: clock[0])
-        run = SimpleNamespace(say=lines.append, stopping=lambda: False, team=SimpleNamespace(leads=True))
+        run = SimpleNamespace(say=lines.append, stopping=lambda: False, share=SimpleNamespace(leads=True))
         progress = parts.Progress(run, "tokens")
         for place, counted in enumerate(of_parts):
             on_progress = progress.of_part(f"part {place}", len(of_parts) - place - 1)

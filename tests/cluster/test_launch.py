@@ -107,7 +107,7 @@ def tpu_vm(tmp_path):
 def test_a_slice_is_asked_for_waited_for_and_used(tpu_vm):
     status, _, asked = tpu_vm("", "PROVISIONING", "PROVISIONING", "ACTIVE")
     assert status == 0 and [line.split()[0] for line in asked] == ["create", "ssh", "scp", "ssh", "ssh"]
-    assert asked[0] == "create --spot" and ".[tpu,buckets]" in asked[3]
+    assert asked[0] == "create --spot" and ".[tpu]" in asked[3]
     assert asked[4].endswith(r"saejax-pipeline --mesh.distributed=auto --workdir=x\ y ")
 
 
@@ -118,14 +118,6 @@ def test_a_slice_that_there_is_is_used_and_one_that_is_lost_is_not(tpu_vm):
     for fails, asked in (("pip install", 3), ("saejax-pipeline", 4)):  # nothing runs without its packages
         status, _, told = tpu_vm("ACTIVE", "ACTIVE", fails=fails)
         assert (status, len(told)) == (1, asked)
-
-
-def test_a_workdir_in_a_bucket_is_worked_on_where_its_flag_says():
-    _, *flags = of_slurm(workdir="--workdir=s3://runs/a --scratch=/local/a --break_lock")
-    read = command_line.stage_flags()
-    mesh = command_line.read_configs(read, ["program", *flags])[MeshConfig]
-    assert mesh.together and read["break_lock"].value
-    assert command_line.named_workdir(read) == "s3://runs/a" and read["scratch"].value == "/local/a"
 
 
 @pytest.mark.parametrize("named", ["", "python3.12"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,9 +58,15 @@ def test_a_run_that_ends_by_itself_is_not_queued_again(started, ends, status):
     assert job.wait(300) == status and not queue.exists()
 
 
-def test_a_run_whose_other_process_is_gone_is_queued_again(started):
+def test_a_run_that_was_stopped_is_queued_again_and_not_for_ever(started, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "19")
     job, queue = started("sys.exit(143)")
     assert job.wait(300) == 143 and queue.read_text() == "requeue 7\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "20")
+    queue.unlink()
+    shutil.rmtree(queue.parent / "bin")
+    job, queue = started("sys.exit(143)")
+    assert job.wait(300) == 143 and not queue.exists()
 
 
 def test_a_run_that_is_told_to_stop_is_queued_again(started):

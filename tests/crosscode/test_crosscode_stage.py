@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shutil
 from types import SimpleNamespace
 
 import jax
@@ -70,7 +69,7 @@ def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, other):
     """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
     assert go(list(STAGES), inputs, corpus, workdir, model__other=other) == 0
     assert "crosscoder" in (workdir / "report" / "index.html").read_text().lower()
-    assert (workdir / "preflight" / "summary.json").exists() and not (workdir / "ablate").exists()
+    assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()
 
 
 def test_scores_by_part(workdir, inputs, other):
@@ -126,7 +125,7 @@ def test_the_report_has_what_removing_costs(workdir, tmp_path):
 
 def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path, capsys):
     """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
-    shutil.copytree(workdir, tmp_path / "run")
+    runs.copy_run(workdir, tmp_path / "run")
     changes = dict(model__other=other, task__behaviours="")
     assert go(["baseline", "evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
     assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
@@ -137,12 +136,11 @@ def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path,
 
 def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, other, tmp_path, monkeypatch, capsys):
     broken = tmp_path / "run"
-    shutil.copytree(workdir / "capture", broken / "capture")
-    shutil.copytree(workdir / "baseline", broken / "baseline")
+    runs.copy_units(workdir, broken, "baseline", "capture")
     asked = itertools.count()
-    monkeypatch.setattr(command, "stop_asked", lambda: lambda: next(asked) >= 7)
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: next(asked) >= 7)
     assert go(["train"], inputs, corpus, broken, model__other=other) == 143
-    monkeypatch.setattr(command, "stop_asked", lambda: lambda: False)
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
     assert go(["train"], inputs, corpus, broken, model__other=other) == 0
     assert "resuming batchtopk at step" in capsys.readouterr().out
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(workdir) != {}
@@ -151,7 +149,7 @@ def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, other, tmp_p
 def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, other, tmp_path):
     changes = dict(model__other=other, train__source="model", train__buffer_rows=300, train__sites=MODELS)
     assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0
-    trained = json.loads((tmp_path / "run/train/batchtopk/summary.json").read_text())["results"]["members"]
+    trained = json.loads((tmp_path / "run/train/batchtopk/done.json").read_text())["results"]["members"]
     assert trained[0]["site"] == MODELS and trained[0]["final"]["explained_variance"] > 0
 
 
@@ -172,7 +170,7 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     fails(
         ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
     )
-    shutil.copytree(workdir, tmp_path / "there")
+    runs.copy_run(workdir, tmp_path / "there")
     there = dict(folder=tmp_path / "there", model__other=other)
     fails(["crosscode"], "too few", crosscode__tokens=3, **there)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import random
-import shutil
 import signal
 import time
 
@@ -142,11 +141,11 @@ def trained(inputs, tmp_path_factory):
 
 
 def test_a_kind_of_a_users_file_goes_through_all_stages(trained):
-    summary = json.loads((trained / "train" / MADE_UP / "summary.json").read_text())["results"]
+    summary = json.loads((trained / "train" / MADE_UP / "done.json").read_text())["results"]
     assert [member["settings"]["strength"] for member in summary["members"]] == [0.2, 0.4]
     assert all("margins" in member["final"] for member in summary["members"])
     for stage in ("evaluate", "ablate"):
-        assert list((trained / stage).glob("shrunk*/summary.json")), stage
+        assert list((trained / stage).glob("shrunk*/done.json")), stage
     assert "takes a margin that each feature learns off" in (trained / "report" / "report.md").read_text()
     dictionary = load_dictionary(trained / "train" / MADE_UP / "strength0.4")
     x_BxD = np.random.default_rng(0).normal(size=(9, dictionary.config.d_in)).astype(np.float32)
@@ -157,7 +156,7 @@ def test_a_kind_of_a_users_file_goes_through_all_stages(trained):
 
 
 def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
+    runs.copy_run(trained, tmp_path / "run")
     changes = dict(SETTINGS, plugins="")
     output = runs.finish(runs.start("evaluate", runs.small_flags(*inputs, tmp_path / "run", **changes)), 2)
     assert "shrunk" in output and "expected one of" in output and "Traceback" not in output
@@ -168,9 +167,7 @@ def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
     changes = SETTINGS | dict(train__epochs=100, train__checkpoint_every=20)
     folders = [tmp_path / "whole", tmp_path / "broken"]
     for folder in folders:
-        folder.mkdir()
-        for stage in ("baseline", "capture"):
-            shutil.copytree(trained / stage, folder / stage)
+        runs.copy_units(trained, folder, "baseline", "capture")
     whole, broken = (runs.start("train", runs.small_flags(*inputs, folder, **changes)) for folder in folders)
     saved = folders[1] / "train" / MADE_UP / "checkpoints"
     while broken.poll() is None and not any(child.name.isdigit() for child in saved.glob("*")):
@@ -178,7 +175,7 @@ def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
     time.sleep(random.Random(0).uniform(0.1, 0.5))
     broken.send_signal(signal.SIGKILL)
     broken.communicate()
-    assert not (folders[1] / "train" / MADE_UP / "summary.json").exists(), "it was done before the kill"
+    assert not (folders[1] / "train" / MADE_UP / "done.json").exists(), "it was done before the kill"
     runs.finish(whole)
     output = runs.finish(runs.start("train", runs.small_flags(*inputs, folders[1], **changes)))
     assert "resuming shrunk at step" in output

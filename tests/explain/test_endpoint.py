@@ -14,7 +14,7 @@ from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
 from saejax.explain.questions import EmbeddingRequest, Question
 from saejax.explain.stage import ExplainConfig
-from saejax.parallel.teams import Team
+from saejax.parallel.share import ProcessShare
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 
@@ -159,7 +159,7 @@ class Counting:
 
 def run_of(limit=10_000, stopping=lambda: False, model="judge"):
     config = ExplainConfig(most_tokens=limit, model=model)
-    return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, team=Team())
+    return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, share=ProcessShare())
 
 
 def test_what_was_answered_is_never_asked_again(tmp_path):

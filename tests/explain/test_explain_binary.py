@@ -48,7 +48,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
         assert len(error.splitlines()) == 1 and "--explain.most_tokens=4000" in error and "raise the limit" in error
         before = list(server.asked)
         assert 0 < len(before) == len((unit / "answers.jsonl").read_text().splitlines())
-        assert not (unit / "summary.json").exists() and not (unit / "labels.json").exists()
+        assert not (unit / "done.json").exists() and not (unit / "labels.json").exists()
         output = runs.finish(runs.start("explain", flags))  # the binary itself
         assert re.search(r"of 6 features keep a label, detection 0.50 \(control 0.50\)", output), output
         assert len(server.asked) == len(set(server.asked)) and server.asked[: len(before)] == before

@@ -167,7 +167,7 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
         f"--task.prompts={unit / 'prompts.jsonl'}",
     ]
     assert command.run(["baseline"], "", ["program", *own]) == 0
-    summary = json.loads((tmp_path / "own" / "baseline" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "own" / "baseline" / "done.json").read_text())
     assert all(one["test"]["accuracy"]["mean"] > 0.9 for one in summary["results"]["behaviours"].values())
 
 

@@ -56,9 +56,11 @@ def whole(tmp_path_factory):
 def test_stopped_anywhere_it_ends_with_the_same_bits(whole, tmp_path, monkeypatch, capsys):
     for asked_at in (9, 17):  # checks for a request to stop, of which there is one at each step
         asked = itertools.count()
-        monkeypatch.setattr(command, "stop_asked", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
+        monkeypatch.setattr(
+            command, "install_signal_handlers", lambda asked=asked, at=asked_at: lambda: next(asked) >= at
+        )
         assert run("ground_truth", tmp_path) == 143 and "saved" in capsys.readouterr().err
-    monkeypatch.setattr(command, "stop_asked", lambda: lambda: False)
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
     assert run("ground_truth", tmp_path) == 0
     assert dictionaries(tmp_path) == dictionaries(whole) and len(dictionaries(whole)) == 6
     capsys.readouterr()

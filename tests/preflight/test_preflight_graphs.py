@@ -126,7 +126,7 @@ def test_the_stage_says_the_limit_first(tmp_path, inputs, capsys, monkeypatch):
     output = capsys.readouterr().out
     limit = config.context
     assert f"attribute/1-2-3-4: up to about {limit:,} tokens fit; a prompt of about 4, " in output
-    results = json.loads((tmp_path / "run" / "preflight" / "summary.json").read_text())["results"]
+    results = json.loads((tmp_path / "run" / "preflight" / "done.json").read_text())["results"]
     assert (
         results["models"][0]["units"]["attribute/1-2-3-4"]["details"]["fitting_tokens"] == limit
         and results["seconds"]["attribute"] > 0

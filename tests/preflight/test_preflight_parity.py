@@ -40,7 +40,7 @@ def test_above_the_tolerance_the_status_is_1(tmp_path, folder, capsys):
     assert preflight(tmp_path, f"--model.path={folder}", "--preflight.tolerance=1e-9") == 1
     error = capsys.readouterr().err.strip()
     assert error.startswith("failed: ") and "more than --preflight.tolerance=1e-09" in error and "\n" not in error
-    assert not (tmp_path / "preflight" / "summary.json").exists()
+    assert not (tmp_path / "preflight" / "done.json").exists()
 
 
 def test_a_difference_is_found_where_it_is(folder, one_device, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_list_of_models(tmp_path, capsys, host):
     assert [row[1] for row in rows if row] == ["smollm2-135m", "qwen3-0.6b"]
     assert "134.5 M  bfloat16      30" in output and "596.0 M  bfloat16      28" in output
     assert "smollm2-135m.json: 9 query heads over 8 devices: o, q are replicated" in output
-    results = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
+    results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert [model["parameters"] for model in results["models"]] == [134_515_008, 596_049_920]
     weights = results["models"][0]["units"]["ablate/topk"]["bytes"]["model"]
     assert weights < 2 * 134_515_008 < 8 * weights
@@ -51,7 +51,7 @@ def test_a_list_of_models(tmp_path, capsys, host):
 def test_one_model_is_planned(tmp_path, inputs, capsys):
     model, corpus = inputs
     assert preflight(*runs.small_flags(model, corpus, tmp_path)) == 0
-    results = json.loads((tmp_path / "preflight" / "summary.json").read_text())["results"]
+    results = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert set(results["seconds"]) == {"baseline", "capture", "train", "evaluate", "ablate"}
     assert all(0 < seconds < 3600 for seconds in results["seconds"].values())
     assert results["documents"] == 40 and results["tokens"] > 500 and results["disk_bytes"] > 0

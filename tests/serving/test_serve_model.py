@@ -94,7 +94,7 @@ def test_a_typed_prompt_becomes_a_unit_of_the_stage(asker, traced, wanted, place
     assert status == 200 and PROMPT in page and '"why":""' in page
     assert asker.work("api/trace", ASKED)[-1] == traced[-1]  # is there, unchanged
     (again,) = asker.work("api/trace", ASKED | dict(max_features=20))[-1].values()
-    assert again["address"].endswith("the-war-near-2") and (root / UNIT / "summary.json").exists()
+    assert again["address"].endswith("the-war-near-2") and (root / UNIT / "done.json").exists()
 
 
 def test_what_a_document_says_is_enough_to_run_it_again(lm, traced, wanted, place):

@@ -26,10 +26,12 @@ def made(slug, seed=0):
 def root(tmp_path):
     """A workdir with two graphs, one that was replaced, and one beside it that it must not show."""
     root = tmp_path / "run"
-    write_graph(root / "attribute" / "p" / "graphs", made("water"))
-    write_graph(root / "attribute" / "p" / "graphs", made("war", 1))
-    (root / "attribute" / "p" / "summary.json").write_text("{}")
-    write_graph(root / "superseded" / "attribute-p" / "graphs", made("old"))
+    for mark, graphs in (("m0", [made("old")]), ("m1", [made("water"), made("war", 1)])):
+        for graph in graphs:
+            write_graph(root / "attribute" / f"p-{mark}" / "graphs", graph)
+        for file in ("started.json", "done.json"):
+            (root / "attribute" / f"p-{mark}" / file).write_text("{}")
+    os.symlink("p-m1", root / "attribute" / "p")
     write_graph(tmp_path / "beside", made("secret"))
     return root
 

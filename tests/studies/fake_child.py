@@ -27,7 +27,7 @@ def fake_stage(run) -> dict:
     """Leaves a line in a file; does what the model's revision says: fail, be killed, or take its time."""
     unit = f"{run.stage}/{run.name}".rstrip("/")
     with open(Path(os.environ["FAKE_RUNS"]), "a") as file:
-        file.write(json.dumps([str(run.folder), sorted(os.sched_getaffinity(0))]) + "\n")
+        file.write(json.dumps([str(run.folder).rpartition("-")[0], sorted(os.sched_getaffinity(0))]) + "\n")
     wish, _, where = run.configs[ModelConfig].revision.partition("@")
     if unit == where and wish == "refuse":
         raise UserError("there is no such thing")

@@ -121,7 +121,7 @@ def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     text = re.sub("<[^>]*>", " ", page)
     for benchmark in configs[StudyConfig].benchmarks:
-        assert f"{benchmark} (" in text and (tmp_path / "run" / "study" / benchmark / "summary.json").exists()
+        assert f"{benchmark} (" in text and (tmp_path / "run" / "study" / benchmark / "done.json").exists()
     for benchmark in configs[TaskConfig].benchmarks:
         assert benchmark in text
     assert "Explained variance" in text and "How to reproduce" in text

@@ -13,14 +13,12 @@ from pathlib import Path
 
 import fake_study
 import pytest
-from obstore.store import MemoryStore
 
 from saejax import pipeline, workplan
-from saejax.buckets import bucket
 from saejax.errors import UserError
 from saejax.studies import run, shares
 from saejax.studies.progress import TimeToGo, duration
-from saejax.workspace import Workspace
+from saejax.workspace import claimed
 
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 
@@ -141,7 +139,7 @@ def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
         ({"a": "--train.batch=0"}, [], "--train.batch is 0: expected at least 1"),
         ({"a": ""}, ["--train.batch=0"], "--train.batch is 0: expected at least 1"),
         ({"a": "--workdir=/tmp/x"}, [], "--workdir is no flag of a row"),
-        ({"a": "--scratch=/tmp/x"}, [], "--scratch is no flag of a row"),
+        ({"a": "--take_over"}, [], "--take_over is no flag of a row"),
         ({"a": ""}, ["--at_once=1000"], "too few for 1000 units at once"),
         ({"a": ""}, ["--rows="], "--rows=FILE,FOLDER is missing"),
         ({"a": ""}, ["--workdir="], "--workdir=DIR is missing"),
@@ -170,36 +168,11 @@ def test_two_rows_of_one_name(tmp_path, capsys):
 
 
 def test_two_studies_in_one_folder(fake, tmp_path, capsys):
-    with Workspace(tmp_path / "study").lock():
+    (tmp_path / "study").mkdir()
+    with claimed(tmp_path / "study", "it"):
         folder = write_rows(tmp_path / "rows", dict(a="main"))
         assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={folder}"]) == 2
-    assert "is in use by process" in capsys.readouterr().err
-
-
-def test_a_study_in_a_bucket_is_found_on_another_machine(fake, monkeypatch, tmp_path, capsys):
-    store = MemoryStore()
-    monkeypatch.setattr(bucket, "_opened", lambda url: store)
-
-    rows = write_rows(tmp_path / "rows", dict(a="main"))
-
-    def go(scratch, *extra):
-        flags = ["--workdir=s3://runs/study", f"--scratch={tmp_path / scratch}", f"--rows={rows}", *extra]
-        assert run.run(["study_run", *flags]) == 0
-        return set(json.loads(bytes(store.get(".files.json").bytes()))["files"])
-
-    go("one")
-    cache = tmp_path / "one/rows/a/.compile_cache"
-    cache.mkdir()
-    (cache / "program").touch()
-    (tmp_path / "one/rows/a/note").touch()
-    files = go("one")
-    assert {"study.json", "rules.jsonl", "logs/a/train-topk.log", "rows/a/note", "rows/a/capture/out.txt"} < files
-    assert not [name for name in files if "/." in name or name.startswith(".")], "locks and caches stay here"
-    capsys.readouterr()
-    assert go("two") == files and "all done before, unchanged" in capsys.readouterr().out
-    go("two", "--train.k=5")
-    again = [name.removeprefix(f"{tmp_path}/two/rows/a/") for name in ran(tmp_path)[len(UNITS) :]]
-    assert again == ["train/topk", "evaluate/topk", "report"]
+    assert "is being made by process" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -218,7 +191,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     assert subprocess.run(command, cwd=root, env=environment, stdout=subprocess.DEVNULL).returncode == 0
     states = json.loads((tmp_path / "study" / "study.json").read_text())["states"]
     assert len(states) == 12 and {state["state"] for state in states} == {"done"}
-    summaries = [json.loads(path.read_text()) for path in (tmp_path / "study/rows").rglob("summary.json")]
+    summaries = [json.loads(path.read_text()) for path in (tmp_path / "study/rows").rglob("done.json")]
     assert len(summaries) == 12
     assert len(ran(tmp_path)) <= 12 + 10, "what was done is not done again"
 

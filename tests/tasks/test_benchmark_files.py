@@ -2,8 +2,10 @@
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -116,7 +118,7 @@ def test_damaged_files_are_refused(tmp_path, name, content, said):
 
 def test_without_a_network_the_way_out_is_said():
     with pytest.raises(
-        UserError, match="openai/gsm8k .revision main. could not be read .* local file instead"
+        UserError, match="openai/gsm8k .revision main. could not be found .* local file instead"
     ) as caught:
         read_items("gsm8k", TaskConfig())
     assert "\n" not in str(caught.value)
@@ -136,6 +138,11 @@ def hub(monkeypatch):
         calls.append((name, configuration, split, revision))
         return datasets.Dataset.from_list(tables[name][configuration])
 
+    def info(self, name, revision):
+        return SimpleNamespace(sha=f"commit of {revision}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    hub_module.hub_commit.cache_clear()
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: list(tables[name]))
     return calls
@@ -143,7 +150,7 @@ def hub(monkeypatch):
 
 def test_the_hub_is_asked_for_the_test_split_at_the_revision(hub):
     items = read_items("gsm8k", TaskConfig(examples=12, revision="abc"))
-    assert hub == [("openai/gsm8k", "main", "test", "abc")]
+    assert hub == [("openai/gsm8k", "main", "test", "commit of abc")]
     assert {item.question for item in items} == {row["question"] for row in GSM8K}
     assert sorted(int(item.id.removeprefix("main:")) for item in items) == list(range(1, 13))
 
@@ -168,6 +175,25 @@ def test_identity_is_of_the_content(tmp_path, hub):
     hubs = [TaskConfig(), TaskConfig(revision="abc"), TaskConfig(path="me/copy")]
     assert len({identity("gsm8k", task) for task in hubs} | {mark}) == 4
     assert not hub, "nothing is fetched for it"
+
+
+def test_a_data_set_that_moved_on_is_another(hub, monkeypatch):
+    before = identity("gsm8k", TaskConfig())
+    hub_module.hub_commit.cache_clear()
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *args, **more: SimpleNamespace(sha="0" * 40))
+    assert identity("gsm8k", TaskConfig()) != before
+    assert identity("gsm8k", TaskConfig(revision="0" * 40)) == identity("gsm8k", TaskConfig()), "a branch is its commit"
+
+
+def test_without_the_hub_the_commit_is_that_of_the_last_fetch(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub_module.hub_commit.cache_clear()
+    with pytest.raises(UserError, match="commit of the data set me/never .* could not be found"):
+        hub_module.hub_commit("me/never", "main")
+    ref = tmp_path / "datasets--me--once" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("1" * 40)
+    assert hub_module.hub_commit("me/once", "main") == "1" * 40
 
 
 def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):

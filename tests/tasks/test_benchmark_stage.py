@@ -216,10 +216,10 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
     flags = dict(benchmarks="logic,gsm8k", path=folder, examples=3, shots=0, max_new_tokens=8, batch=2, behaviours="")
     changes = {f"task__{key}": value for key, value in flags.items()}
     assert go(["baseline", "benchmark"], *runs.small_flags(*inputs, tmp_path, **changes)) == 0
-    assert json.loads((tmp_path / "baseline" / "summary.json").read_text())["results"] == {"behaviours": {}}
+    assert json.loads((tmp_path / "baseline" / "done.json").read_text())["results"] == {"behaviours": {}}
     results = {}
     for name in ("logic", "gsm8k"):
-        summary = json.loads((tmp_path / "benchmark" / name / "summary.json").read_text())
+        summary = json.loads((tmp_path / "benchmark" / name / "done.json").read_text())
         results[name] = summary["results"]
         assert results[name]["n"] == 3 and list(summary["files"]) == ["items.jsonl"]
         assert summary["config"]["task"]["examples"] == 3 and summary["seeds"] == {"task": 42}
@@ -251,7 +251,7 @@ def test_bad_input_is_one_line(inputs, folder, tmp_path, capsys, flag, said):
     assert go(["benchmark"], *flags, "--task.examples=3", flag) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and said in error[0], error
-    assert not (tmp_path / "run" / "benchmark" / "gsm8k" / "summary.json").exists()
+    assert not (tmp_path / "run" / "benchmark" / "gsm8k" / "done.json").exists()
 
 
 def plan(folder, **changes):
@@ -259,7 +259,7 @@ def plan(folder, **changes):
     changes = dict(path=str(folder)) | changes
     configs = default_configs() | TaskConfig(**changes)
     made = workplan.Workplan(configs)
-    return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
+    return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
 
 def test_benchmarks_and_what_they_do_not_touch(folder, tmp_path):

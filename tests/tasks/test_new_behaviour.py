@@ -1,13 +1,13 @@
 """A behaviour of one's own on a dictionary that is there: nothing is captured or trained again."""
 
 import json
-import shutil
 
 import pytest
 import runs
 
 from saejax import command
 from saejax.results import load_results
+from saejax.workspace import current_units
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 
@@ -33,7 +33,7 @@ def go(stages, inputs, workdir, **changes):
 
 def test_it_is_added_in_the_same_workdir(inputs, trained, tmp_path, capsys):
     workdir = tmp_path / "run"
-    shutil.copytree(trained, workdir)
+    runs.copy_run(trained, workdir)
     changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="agreement")
     assert go(["baseline", "capture", "train", "ablate"], inputs, workdir, **changes) == 0
     said = capsys.readouterr().out
@@ -46,17 +46,18 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
     changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="", probe__labels="correct")
     changes |= {f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")}
     assert go(["baseline", "ablate", "patch", "probe"], inputs, workdir, **changes) == 0
-    assert sorted(path.name for path in workdir.iterdir() if path.is_dir()) == ["ablate", "baseline", "patch", "probe"]
-    (unit,) = (workdir / "ablate").iterdir()
+    units = {name.partition("/")[0]: folder for name, folder in current_units(workdir).items()}
+    assert sorted(units) == ["ablate", "baseline", "patch", "probe"]
+    unit = units["ablate"]
     assert load_results(unit).dictionary == str(folder)
     # The same as by name where it was trained.
     there = tmp_path / "there"
-    shutil.copytree(trained, there)
+    runs.copy_run(trained, there)
     assert go(["baseline", "ablate"], inputs, there, **changes | dict(ablate__dictionary="topk")) == 0
     assert load_results(there, "ablate/topk").verdict == load_results(unit).verdict
     # The report tells of the dictionary what is told where it was trained: nothing before it is evaluated there.
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
-    again = shutil.copytree(workdir, tmp_path / "again")
+    again = runs.copy_run(workdir, tmp_path / "again")
     for run, evaluated in ((workdir, False), (again, True)):
         if evaluated:
             assert go(["evaluate"], inputs, trained) == 0
@@ -71,4 +72,4 @@ def test_a_folder_without_a_dictionary(inputs, trained, tmp_path, capsys, folder
     assert go(["baseline", "ablate"], inputs, tmp_path / "run", **changes) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: --ablate.dictionary: ") and "holds no dictionary" in line
-    assert not list((tmp_path / "run" / "ablate").rglob("summary.json"))
+    assert not list((tmp_path / "run" / "ablate").rglob("done.json"))

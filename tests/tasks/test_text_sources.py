@@ -99,6 +99,7 @@ def test_a_data_set_whose_connection_breaks(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows())
+    monkeypatch.setattr(text_sources, "hub_commit", lambda hub, revision: revision)
     found = text_sources.HubText("me/set", "", "main", "train", "text", most=0).texts()
     assert [next(found), next(found)] == [("one", ""), ("two", "")]
     with pytest.raises(UserError, match=rf"me/set \(revision main\) could not be read from the hub \({error}\): check"):

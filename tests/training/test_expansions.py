@@ -51,9 +51,9 @@ def test_all_are_scored_and_have_their_curves(workdir):
 
 def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(workdir, run)
+    runs.copy_run(workdir, run)
     unit = run / "train" / "topk"
-    (unit / "summary.json").unlink()  # as if the wider ones alone had been done
+    (unit / "done.json").unlink()  # as if the wider ones alone had been done
     shutil.rmtree(unit / "expansion2")
     for member in unit.glob("expansion2-*"):
         shutil.rmtree(member)

@@ -46,11 +46,13 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
     monkeypatch.setattr(stream, "SAY_EVERY", math.inf)  # the first is said at once
     for asked_at, told in ((1, "before the first step"), (7, "of 30; saved")):  # in the first buffer, in a later one
         asked = itertools.count()
-        monkeypatch.setattr(command, "stop_asked", lambda asked=asked, at=asked_at: lambda: next(asked) >= at)
+        monkeypatch.setattr(
+            command, "install_signal_handlers", lambda asked=asked, at=asked_at: lambda: next(asked) >= at
+        )
         status, broken = train()
         said = capsys.readouterr()
         assert status == 143 and told in said.err and said.out.count("buffer ") == (asked_at > 1)
-    monkeypatch.setattr(command, "stop_asked", lambda: lambda: False)
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
     assert train(broken)[0] == 0
     assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(whole) != {}
 
@@ -58,7 +60,7 @@ def test_stopped_at_any_buffer_it_ends_with_the_same_bits(train, monkeypatch, ca
 def test_what_it_depends_on(inputs):
     def mark(**changes):
         made = runs.make_configs(**dict(model__path=str(inputs[0]), train__source="model") | changes)
-        return Workplan(made).mark("train/topk")
+        return Workplan(made).fingerprint("train/topk")
 
     assert mark() == mark(capture__sites=("mlp_out.0",), capture__batch_tokens=9, task__seed=9, capture__tokens=9)
     others = dict(

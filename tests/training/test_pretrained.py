@@ -119,7 +119,7 @@ def test_names_tell_dictionaries_apart(places, tmp_path):
 
 def test_another_dictionary_in_its_place_is_taken_anew(workdir, inputs, places, tmp_path, capsys):
     run = tmp_path / "run"
-    shutil.copytree(workdir, run)
+    runs.copy_run(workdir, run)
     copy = tmp_path / "L0R-2x"
     shutil.copytree(places["llama_scope"], copy)
     only = dict(llama_scope=copy)
@@ -171,7 +171,7 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     """By its folder where a stage takes one dictionary, and as the train unit where it takes units."""
     only = {name: places.get(name, transcoders)}
     run, place = tmp_path / "run", str(places.get(name, "pretrained/mlp_in.0"))
-    shutil.copytree(workdir, run)
+    runs.copy_run(workdir, run)
     benchmarks = dict(task__benchmarks="gsm8k", task__path=write_all(tmp_path / "benchmarks"), task__shots=0)
     benchmarks |= dict(task__examples=12, task__max_new_tokens=6, study__benchmarks="gsm8k", study__matches=2)
     benchmarks |= dict(study__top=2, study__draws=2, study__bootstrap=200, task__score="likelihood")
@@ -188,5 +188,5 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     assert go(["train", "evaluate"], inputs, run, only) == 0
     assert go([*stages, "report"], inputs, run, only, **benchmarks | tested | units | more) == 0
     for stage in stages:
-        assert list((run / stage).rglob("summary.json")), stage
+        assert list((run / stage).rglob("done.json")), stage
     assert (run / "report" / "index.html").exists()

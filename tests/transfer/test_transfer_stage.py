@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +108,7 @@ def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, ca
         assert tuned.tuned[0] == pytest.approx(onto.direct.explained_variance, abs=0.1), "it goes on where it was"
         assert tuned.scratch[-1] > tuned.scratch[0]
     assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0
-    (tmp_path / "work" / "transfer" / "summary.json").unlink()
+    (tmp_path / "work" / "transfer" / "done.json").unlink()
     capsys.readouterr()
     assert command.run(["transfer"], "", ["test", *flags]) == 0
     assert "kept from an earlier run" in capsys.readouterr().out
@@ -134,8 +133,7 @@ def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
     )  # fmt: skip
     assert command.run(["capture", "train"], "", ["test", *other]) == 0
     names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
-    shutil.copytree(folder / "train", tmp_path / "work" / "train")
-    shutil.copytree(folder / "capture", tmp_path / "work" / "capture")
+    runs.copy_units(folder, tmp_path / "work", "train", "capture")
     flags = [
         *flags,
         f"--workdir={tmp_path / 'work'}",
@@ -173,7 +171,7 @@ def test_bad_input(workdir, tmp_path, capsys):
     for told, changed in cases.items():
         work = tmp_path / "work"
         if not work.exists():
-            shutil.copytree(folder, work)
+            runs.copy_run(folder, work)
         status = command.run(["transfer"], "", ["test", *flags, f"--workdir={work}", *changed])
         error = capsys.readouterr().err
         assert status == 2 and told in error and len(error.strip().splitlines()) == 1, (told, error)

@@ -20,7 +20,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
-from saejax.preregistration import said
+from saejax.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
 TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
@@ -36,7 +36,7 @@ def answer(found: Findings, draw: Draw) -> Section:
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks.append(Terms(tuple((title, signed(text)) for title, text in summary_sentences(tested).items())))
     rule = ablate.verdict.rule
-    written = f"{said(found.report.parent, 'ablate', rule)}."
+    written = f"{describe_rule(found.report.parent, 'ablate', rule)}."
     blocks.append(Code("The rule in full", "\n".join(textwrap.wrap(written, 96) + [""] + textwrap.wrap(rule, 96))))
     return Section("The answer", tuple(blocks))
 

@@ -51,6 +51,5 @@ ABLATE = Stage(
     rule="saejax.causal.ablate.run:rule",
     cost="saejax.causal.ablate.run:ablate_cost",
     programs="saejax.causal.ablate.run:ablate_programs",
-    version=5,
     processes="all",
 )

@@ -40,5 +40,4 @@ PATCH = Stage(
     programs="saejax.causal.patching.stage_programs:patch_programs",
     processes="items",
     section="saejax.causal.patching.report:sections",
-    version=2,  # 2: draws of features may hold the tested ones
 )

@@ -28,5 +28,4 @@ PROBE = Stage(
     programs="saejax.causal.probes.cost:probe_programs",
     processes="items",
     section="saejax.causal.probes.report:sections",
-    version=2,  # 2: sparse probes see the inputs whose class means differ most; AUC
 )

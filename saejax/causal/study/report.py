@@ -11,7 +11,7 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, sentence, spread
-from saejax.preregistration import said
+from saejax.preregistration import describe_rule
 
 _SCORES = {"generate": "exact match, %", "choice": "multiple choice, %"}
 _REPLACEMENTS = {"zero": "set to zero", "random": "at random"}
@@ -31,7 +31,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         f"fires, by its activation somewhere else; and the same with {settings['study']['draws']} sets of as many "
         "random features that fire as often and as strongly on those items."
     )
-    rule = f"{said(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
+    rule = f"{describe_rule(found.report.parent, 'study', one.rule)}: {sentence(one.rule)}"
     reasons = tuple((name, sentence(results.reason)) for name, results in studies.items())
     few = _too_few(len(studies), settings["study"]["draws"])
     single = tuple(_single(name, results.single) for name, results in studies.items() if results.single)

@@ -21,5 +21,4 @@ STUDY = Stage(
     cost="saejax.causal.study.cost:study_cost",
     programs="saejax.causal.study.stage_programs:study_programs",
     section="saejax.causal.study.report:sections",
-    version=2,  # 2: draws may hold the tested features
 )

@@ -277,7 +277,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     flags += ["--graph.top_edges=6", "--graph.max_logits=3"]
     assert command.run(["attribute"], "", ["attribute", *flags, named]) == 0
     folder = tmp_path / "run" / "attribute" / "mine"
-    summary = json.loads((folder / "summary.json").read_text())["results"]
+    summary = json.loads((folder / "done.json").read_text())["results"]
     results = summary["graphs"]["mine"]
     assert summary["dictionaries"] == list(map(str, folders)) and results["circuits"] is None
     assert results["doubling"]["held_error"] < 1e-4 and results["doubling"]["free"]["pearson"] > 0

@@ -286,7 +286,7 @@ def test_the_units(task):
     def plan(**changes):
         configs = default_configs() | task | StudyConfig(**changes)
         made = workplan.Workplan(configs)
-        return {unit: made.mark(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
+        return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
 
     plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
     units = {"study/logic", "study/gsm8k"}

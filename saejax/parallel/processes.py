@@ -1,0 +1,109 @@
+"""The processes of one run as one of them sees them: barriers, and what the first one tells the others.
+
+Everything goes through the key-value store of JAX's coordination service, which process 0 keeps. No device takes part,
+so that processes may wait for each other as long as they like, hear of a signal meanwhile, and learn within a second
+that another one has failed.
+"""
+
+import collections
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import Interrupted, OtherFailed, UserError
+
+_LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
+_VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
+_FAILED = "failed"
+
+
+class Processes:
+    """The processes of a run.
+
+    Args:
+      client: of the coordination service: sets and lists keys.
+      rank: number of this process.
+      count: how many there are.
+      say: prints a line.
+
+    Attributes:
+      stopping: whether this process was asked to stop; it then no longer waits.
+    """
+
+    def __init__(self, client: Any, rank: int, count: int, say: Callable[[str], None] = lambda line: None):
+        self.rank, self.count, self._client, self._say = rank, count, client, say
+        self._visits: collections.Counter[str] = collections.Counter()
+        self.stopping: Callable[[], bool] = lambda: False
+
+    def broadcast(self, place: str, value: str) -> str:
+        """Return what process 0 gives, in every process; all of them call it equally often."""
+        key = self._key("value", place)
+        if self.rank == 0:
+            self._client.key_value_set(f"{key}/0", value)
+        self._wait(place, key, [0])
+        return dict(self._client.key_value_dir_get(f"{key}/"))[f"{key}/0"]
+
+    def barrier(self, place: str) -> None:
+        """Wait until all processes have come to a place; they come there equally often.
+
+        Raises:
+          Interrupted: this one was asked to stop.
+          OtherFailed: another one has failed, and will not come.
+        """
+        key = self._key("at", place)
+        self._client.key_value_set(f"{key}/{self.rank}", "")
+        self._wait(place, key, range(self.count))
+
+    def tell_failure(self, status: int) -> None:
+        """Tell the others that this process ends with an exit status other than 0."""
+        with contextlib.suppress(Exception):  # process 0 may be gone, and with it the store
+            self._client.key_value_set(f"{_FAILED}/{self.rank}", str(status), allow_overwrite=True)
+
+    def failure(self) -> tuple[int, int] | None:
+        """Return the rank and the exit status of another process that has failed; None if none has."""
+        for name, status in sorted(self._client.key_value_dir_get(f"{_FAILED}/")):
+            if (rank := int(name.rpartition("/")[2])) != self.rank:
+                return rank, int(status)
+        return None
+
+    def _key(self, what: str, place: str) -> str:
+        self._visits[what + place] += 1
+        return f"{what}/{place}/{self._visits[what + place]}"
+
+    def _wait(self, place: str, key: str, ranks: Sequence[int]) -> None:
+        said = start = time.monotonic()
+        while late := self._late(key, ranks):
+            if self.stopping():
+                raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
+            if failure := self.failure():
+                raise OtherFailed(*failure)
+            now = time.monotonic()
+            if now - said > _SAY_EVERY:
+                self._say(f"{place}: waiting for process {', '.join(map(str, late))}, {now - start:.0f} s")
+                said = now
+            time.sleep(_LOOK_EVERY)
+
+    def _late(self, key: str, ranks: Sequence[int]) -> list[int]:
+        there = {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{key}/")}
+        return [rank for rank in ranks if str(rank) not in there]
+
+    def wait_until_visible(self, files: Sequence[Path]) -> None:
+        """Wait until files of other hosts are seen here: shared file systems show them after seconds.
+
+        Raises:
+          UserError: one is not there after two minutes.
+        """
+        until = time.monotonic() + _VISIBLE
+        for path in files:
+            while not path.exists():
+                with contextlib.suppress(OSError):
+                    os.listdir(path.parent)  # NFS then looks again
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{path} was written by another process and is not seen here: --workdir has to be one folder "
+                        "that all hosts share"
+                    )
+                time.sleep(_LOOK_EVERY)
