@@ -122,8 +122,8 @@ def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callab
     return [stage for stage in stages if stage not in left_out]
 
 
-def _told(configs: Configs, units: Sequence[str]) -> dict[str, str]:
-    """What all processes of a run must have alike: settings by their flags, units, versions."""
+def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, str]:
+    """Return what all processes of a run must have alike: settings by their flags, units, versions."""
     flags = {
         f"--{group}.{name}": json.dumps(value)
         for config in configs
