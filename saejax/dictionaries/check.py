@@ -24,12 +24,12 @@ _TEXT = (
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryCheck:
-    """What a dictionary does with a sample of text.
+    """Measurements of a dictionary on a sample of text.
 
     Attributes:
       l0: mean number of active features of a token.
       explained_variance: 1 - squared error / variance of what it reconstructs, summed over tokens and dimensions.
-      tokens: how many were measured; attention sinks are left out.
+      tokens: number of tokens measured; attention sinks are left out.
     """
 
     l0: float
@@ -46,7 +46,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
 
     Args:
       lm: the language model.
-      dictionary: of a site of this model.
+      dictionary: a dictionary of a site of this model.
 
     Raises:
       UserError: it reads what this model has not, or is of another width.

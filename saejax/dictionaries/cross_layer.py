@@ -60,7 +60,7 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmu
 
     Args:
       f_LxBxF: activations.
-      decoders: of every layer, [F, (L - l) D].
+      decoders: every layer's decoder, [F, (L - l) D].
       mesh: features are split over ``model``, tokens over ``data``.
       matmul_dtype: dtype of the operands of the products; see ``matmul``.
     """

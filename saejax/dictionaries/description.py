@@ -30,9 +30,9 @@ class DictionaryConfig(Config):
       fires_above: |f| above which a feature of a linear dictionary counts as firing.
       max_norm: norm at the site above which a position is an attention sink; None: not known yet.
       target_max_norm: the same at a transcoder's target.
-      widths: of the parts of a joined site, which add up to ``d_in``; (): it is one site. See ``dictionaries.joined``.
+      widths: widths of a joined site's parts, which sum to ``d_in``; (): it is one site. See ``dictionaries.joined``.
       scales: what each part's values are multiplied with before they are put side by side.
-      max_norms: of each part, as ``max_norm``, before that; (): not known yet.
+      max_norms: maximum norms of each part, as ``max_norm``, before that; (): not known yet.
       model, revision, fingerprint: the language model whose activations it was trained on.
       signed: whether a topk dictionary keeps its k largest pre-activations below 0, too, where fewer are above.
       input_norm: per-token normalisation of what it reads, one of ``input_norm.NORMS``; "": none.
@@ -82,7 +82,7 @@ class DictionaryConfig(Config):
 
     @property
     def knows_sinks(self) -> bool:
-        """Whether the attention-sink rule is known at every site that is read or written."""
+        """True if the attention-sink rule is known at every site that is read or written."""
         if self.widths:
             return len(self.max_norms) == len(self.widths)
         return self.max_norm is not None and (not self.target or self.target_max_norm is not None)

@@ -24,7 +24,7 @@ class FeatureEdit:
     For a sparse autoencoder y is x; for a transcoder it is the value at the site that it predicts.
 
     Attributes:
-      dictionary: whose features are changed.
+      dictionary: the dictionary whose features are changed.
       features_K: the feature indices.
       factor_1x1xK, offset: as above; the offset's N is K.
       error: e, its N is D; None: the error term stays.

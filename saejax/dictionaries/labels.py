@@ -80,7 +80,7 @@ def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
     """Return the labels of a dictionary's features: those given by hand if there are any, else those that were found.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       dictionary: such as "topk" or "topk/k32".
 
     Returns:

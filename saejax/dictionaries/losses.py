@@ -149,7 +149,7 @@ def auxk(
       dead_F: True for dead features. Where none is dead the result is 0 and nothing is computed.
       W_dec_FxD: decoder.
       error_BxD: residual, y - y_hat.
-      k: how many dead features act on each token, at least 1.
+      k: number of dead features that act on each token, at least 1.
       matmul_dtype: dtype of the operands of the product.
       metric_DxD: as for ``squared_error``.
       most_dead: the largest number of dead features among the members that are computed at the same time, which chooses
@@ -165,8 +165,8 @@ def dead_columns(features: int, k: int) -> int:
     """Return how many dead features' columns are gathered at most; 0 where that would save nothing.
 
     Args:
-      features: of the dictionary.
-      k: how many dead ones act on each token.
+      features: number of features of the dictionary.
+      k: number of dead ones that act on each token.
     """
     room = -(-max(features // _DEAD_SHARE, k) // _LANES) * _LANES
     return room if 2 * room <= features else 0

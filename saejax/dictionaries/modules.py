@@ -154,7 +154,7 @@ class Dictionary(nnx.Module):
         return matmul(x_xD, self._matrix(self.W_enc_DxF), self.matmul_dtype)
 
     def _matrix(self, parameter: nnx.Param) -> jax.Array:
-        """A matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
+        """Return a matrix in the dtype of the biases: those of inference may be in bfloat16, and products are not."""
         return parameter[...].astype(self.b_dec_D.dtype)
 
     def encode(self, x_xD: jax.Array, numbers: Mapping[str, Any] | None = None) -> jax.Array:
@@ -332,7 +332,7 @@ class Dictionary(nnx.Module):
           pools: for each feature the activations, [N], that are drawn from, such as those where it fires on some text;
             a feature whose pool is empty stays as it is.
           length: positions of a text with independent draws, such as the model's context; later ones share one draw.
-          seed: of the draws.
+          seed: seed of the draws.
           texts: a number for each text that the edit is used on; equal numbers get equal draws. None: all texts get the
             same draws, however many there are.
         """
@@ -375,7 +375,7 @@ class Dictionary(nnx.Module):
           features: distinct indices, K of them.
           x_BxTxD: the values at the site that the dictionary reads.
           mask_BxT: True at real positions.
-          seed: of the draws.
+          seed: seed of the draws.
 
         Returns:
           [B, T, K] fp32.

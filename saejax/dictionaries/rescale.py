@@ -23,8 +23,11 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
     """Return arrays for raw values from those for scaled ones: activations and outputs become 1 / ``outputs`` as large.
 
     Args:
-      arrays: of ``modules.parameter_table``, for inputs and outputs times these factors; the inverse takes 1 / factor.
-      inputs, outputs: above 0.
+      kind: the kind of dictionary.
+      arrays: arrays of ``modules.parameter_table``, for inputs and outputs times these factors; the inverse takes
+        1 / factor.
+      inputs: factor of the inputs, above 0.
+      outputs: factor of the outputs, above 0.
     """
     factors = dict.fromkeys(("W_enc_DxF", "W_skip_DxD"), inputs / outputs)
     factors |= dict.fromkeys(("W_dec_FxD", *kind.unscaled), 1.0)
@@ -38,8 +41,9 @@ def scale_features(kind: Kind, arrays: Arrays, factor_F: Any) -> Arrays:
     where all factors are equal, or where the choice was already made between scaled activations.
 
     Args:
-      arrays: of ``modules.parameter_table``.
-      factor_F: above 0.
+      kind: the kind of dictionary.
+      arrays: arrays of ``modules.parameter_table``.
+      factor_F: factor of each feature, above 0.
     """
     of_activations = {"b_enc_F", *kind.vectors} - {*kind.unscaled}
     scaled = {name: array * factor_F for name, array in arrays.items() if name in of_activations}
@@ -51,7 +55,9 @@ def unit_rows(kind: Kind, arrays: Arrays, widths: Sequence[int] = ()) -> Arrays:
     """Return JAX arrays with decoder rows of length 1: activations take over the length.
 
     Args:
-      widths: of the parts of a joined site, over which a row's length is the sum; (): one site.
+      kind: the kind of dictionary.
+      arrays: arrays of ``modules.parameter_table``.
+      widths: widths of a joined site's parts, over which a row's length is the sum; (): one site.
     """
     W_dec_FxD = arrays["W_dec_FxD"]
     length_F = row_lengths(W_dec_FxD, widths) if widths else jnp.linalg.norm(W_dec_FxD, axis=-1)

@@ -1,4 +1,4 @@
-"""What is said of trained dictionaries."""
+"""Results about trained dictionaries."""
 
 import dataclasses
 from collections.abc import Mapping

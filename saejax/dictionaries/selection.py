@@ -19,7 +19,7 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
 
     Args:
       values_BxF: not negative.
-      k: how many to keep of each token on average; may be traced.
+      k: number to keep per token on average; may be traced.
     """
     highest_1x1 = values_BxF.max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
@@ -58,7 +58,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
 
     Args:
       acts_xF: not negative.
-      k: how many to keep; may be traced.
+      k: number to keep; may be traced.
       most: the largest k there can be; k itself where that is a Python number.
 
     Returns:
@@ -133,11 +133,11 @@ def _search(
 
     Args:
       acts: not negative.
-      keep: how many are to lie above.
+      keep: number of values that should lie above.
       low: a threshold at or above which that many lie.
       high: a threshold above which fewer lie.
       count: (acts, threshold) to the number above, of the threshold's shape, int32.
-      above_high: how many lie above ``high``; None: none.
+      above_high: number of values above ``high``; None: none.
     """
     integer = jnp.int64 if acts.dtype == jnp.float64 else jnp.int32
     to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)

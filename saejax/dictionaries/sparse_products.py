@@ -35,9 +35,9 @@ def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: i
     Args:
       asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
       mesh: the devices.
-      matmul_dtype: of the dense products; see ``matmul``.
+      matmul_dtype: dtype of the dense products; see ``matmul``.
       n_features: F.
-      k: how many are active at most.
+      k: maximum number of active features.
 
     Raises:
       UserError: "rows" is asked for on other devices than one CPU.
@@ -89,7 +89,7 @@ class SparseCode(NamedTuple):
 
     Attributes:
       value_BxK: their activations; 0 where there are no more.
-      feature_BxK: which features they are, int32; arbitrary where the activation is 0.
+      feature_BxK: indices of these features, int32; arbitrary where the activation is 0.
       by_feature: the same sorted by feature.
     """
 
@@ -164,7 +164,7 @@ def explain(
       W_dec_FxD: the decoder.
       k: 1 <= k <= ``most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
       most: the largest k there can be, at most F; static.
-      matmul_dtype: of the encoder's product; the others are in the arrays' dtype.
+      matmul_dtype: dtype of the encoder's product; the others are in the arrays' dtype.
       any_dead: False promises that the gradient of ``pre_for_auxk_BxF`` is 0. That of ``pre_BxF`` is always exact.
     """
     return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), most, matmul_dtype)

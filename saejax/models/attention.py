@@ -25,7 +25,7 @@ _ROW_SCORES, _MIN_ROWS = 2**18, 64  # scores of a head that exist at one time th
 
 
 class AttentionTables(NamedTuple):
-    """What attention in a layer needs besides queries, keys and values.
+    """Inputs of a layer's attention besides queries, keys and values.
 
     Attributes:
       rope: cosine and sine of each query's angles, [T, R] or [B, T, R] for R pairs of dimensions, fp32; None: none.
@@ -71,7 +71,7 @@ def tables_by_layer(
 
     Args:
       config: the decoder.
-      positions: of the tokens, [T] or [B, T].
+      positions: positions of the tokens, [T] or [B, T].
       relative_position: position of each query minus that of each key, [T, S] or [B, T, S].
       mask: where a query attends to a key in layers with full attention, [T, S] or [B, T, S].
     """
@@ -113,7 +113,7 @@ QKV = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class AttentionSpec(NamedTuple):
-    """How the tokens of a run attend, in all of its layers.
+    """The attention pattern of a run's tokens, in all layers.
 
     Attributes:
       tables: masks and rotary tables.
@@ -141,10 +141,10 @@ def attention(
 
     Args:
       config: the decoder.
-      rules: of differentiation.
-      weights: of the layer.
+      rules: rules of differentiation.
+      weights: parameters of the layer.
       x_xTxD: the normalised stream.
-      tables: of the layer.
+      tables: attention tables of the layer.
       function: the attention function; None: ``attend``.
       hook: called at the sites ``attn_q``, ``attn_k``, ``attn_v`` and ``attn_z``; None: none.
 
@@ -190,11 +190,11 @@ def attend(
 
     Args:
       config: the decoder.
-      rules: of differentiation.
+      rules: rules of differentiation.
       q_xTxHxK: queries, after the rotary embedding.
       k_xSxNxK: keys, after it.
       v_xSxNxK: values.
-      tables: of the layer.
+      tables: attention tables of the layer.
     """
     q_xNxGxTxK = _by_group(config, q_xTxHxK)
     k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)

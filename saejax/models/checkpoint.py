@@ -37,8 +37,8 @@ class Tensor:
     Attributes:
       file: where it lies.
       name: in that file.
-      shape: of the values, row-major.
-      dtype: of the values; void where it is not a float of 16 to 64 bits, as in masks and quantised weights.
+      shape: shape of the values, row-major.
+      dtype: dtype of the values; void where it is not a float of 16 to 64 bits, as in masks and quantised weights.
       file_dtype: as the file calls it, such as "BF16" or "U8".
     """
 
@@ -66,7 +66,7 @@ class Tensor:
 
     @property
     def dtype_problem(self) -> str:
-        """A message if the values cannot be used; "" if they can."""
+        """A message if the values cannot be used, else ""."""
         if self.dtype != _UNUSABLE:
             return ""
         return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use an unquantised model"

@@ -153,7 +153,7 @@ class RunRules:
 
     @property
     def kept(self) -> Callable[..., bool]:
-        """Return the policy for what a gradient keeps of a layer's forward pass."""
+        """Return the rematerialisation policy: what a gradient keeps of a layer's forward pass."""
         policies = jax.checkpoint_policies
         return policies.nothing_saveable if self.remat else policies.dots_saveable
 

@@ -41,7 +41,7 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
 
     Args:
       config: the decoder.
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       ids_xT: int32 token ids.
       positions_xT: for families with learned positions; None: 0 to T-1.
     """
@@ -94,8 +94,8 @@ def run_layer(
 
     Args:
       config: the decoder.
-      rules: of differentiation.
-      params: of the decoder, all layers stacked.
+      rules: rules of differentiation.
+      params: parameters of the decoder, all layers stacked.
       layer: its number, which may be an array.
       x_xTxD: the stream entering it.
       tables: masks and rotary tables of all layers.
@@ -177,7 +177,7 @@ def run_layers(
 
     Args:
       config: the decoder.
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       x_xTxD: the stream entering layer ``start``.
       start: if it is an array (int32 []), one program runs from any layer; then nothing is collected, and the run
         cannot be differentiated backwards.
@@ -186,7 +186,7 @@ def run_layers(
         its value [B, T, D]; what it returns replaces the value.
       hook_layers: layers to unroll, so that the hook gets their numbers. None: the hook is called in every layer,
         within the loop, where the layer's number is an array.
-      rules: of differentiation.
+      rules: rules of differentiation.
       attention: how tokens attend; None: to one another, at positions 0 to T - 1.
       collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``.
       before_hook: whether values are collected before the hook changes them, not after.

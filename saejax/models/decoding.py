@@ -57,7 +57,7 @@ class KVCache:
         return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
 
     def attention(self, config: DecoderConfig, new: int) -> AttentionSpec:
-        """Return how the next ``new`` tokens attend to themselves and to the cached ones.
+        """Return the attention pattern of the next ``new`` tokens over themselves and the cached ones.
 
         Args:
           config: the decoder.
@@ -105,7 +105,7 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, 
       config: the decoder.
       batch: number of prompts B.
       slots: number of tokens S that fit, padding included.
-      dtype: of the parameters.
+      dtype: dtype of the parameters.
       pad_B: number of padding tokens to the left of each prompt.
     """
     shape = (config.n_layers, batch, slots, config.n_kv_heads, config.d_head)
@@ -117,7 +117,7 @@ def init_cache(config: DecoderConfig, batch: int, slots: int, dtype: DTypeLike, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. Static: ``sampled``, ``nucleus``.
+    """Parameters of the choice of the next token. Static: ``sampled``, ``nucleus``.
 
     Attributes:
       temperature: fp32 scalar by which the logits are divided.
@@ -151,7 +151,7 @@ def sampling_params(temperature: float, top_p: float, seed: int) -> SamplingPara
     Args:
       temperature: at least 0, which is greedy decoding.
       top_p: in (0, 1].
-      seed: of the random key.
+      seed: seed of the random key.
 
     Raises:
       UserError: the temperature is below 0 or not finite, or ``top_p`` is not in (0, 1].
@@ -223,7 +223,7 @@ def prefill(
     Args:
       config: the decoder (static).
       max_new: number of new tokens for which the state has slots (static).
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       ids_BxT: int32 prompts, padded on the left.
       pad_B: int32 number of padding tokens of each.
       end_ids_E: ids that end a text.
@@ -256,7 +256,7 @@ def decode(
 
     Args:
       config: the decoder (static).
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       state: from ``prefill`` or an earlier call; donated.
       limit: int32 number of new tokens.
       end_ids_E: ids that end a text.
@@ -308,7 +308,7 @@ def decode_in_chunks(
 
     Args:
       config: the decoder.
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       mesh: the devices; prompts are split over its ``data`` axis.
       tokens: the prompts, padded on the right.
       max_new_tokens: number of new tokens.

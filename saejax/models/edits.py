@@ -61,7 +61,7 @@ class Edit(Protocol):
 
     @property
     def site(self) -> Site:
-        """Return where it acts."""
+        """Return the site at which the edit acts."""
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the new value. In generation a pass is over the prompts (T tokens) or over new tokens (T is 1)."""
@@ -88,7 +88,7 @@ class Positions:
 
         Args:
           positions: one of ``names``, or (start, stop) counted from 0; a stop of None is the end of the text.
-          names: those that the edit knows.
+          names: names of positions that the edit knows.
 
         Raises:
           UserError: anything else.

@@ -41,9 +41,9 @@ def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> Non
     """Raise a ``UserError`` unless prompts and new tokens fit into the context together.
 
     Args:
-      lengths_B: of the prompts.
-      max_new_tokens: of each, at least 1.
-      context: of the model, in tokens.
+      lengths_B: lengths of the prompts.
+      max_new_tokens: maximum number of new tokens of each, at least 1.
+      context: context of the model, in tokens.
     """
     longest = int(lengths_B.max())
     if max_new_tokens < 1 or longest + max_new_tokens > context:
@@ -54,7 +54,7 @@ def check_limit(lengths_B: np.ndarray, max_new_tokens: int, context: int) -> Non
 
 
 class StopCondition:
-    """Where continuations end: at a token id or at a stop string.
+    """Condition that ends continuations: a token id or a stop string.
 
     Attributes:
       ids: token ids that end a text: end of text, and stop strings that are one special token.

@@ -14,7 +14,7 @@ def hub_folder(
     """Return the folder of a hub repository with the files of some patterns, fetched if need be.
 
     Args:
-      name: of the repository.
+      name: name of the repository.
       revision: branch, tag or commit.
       files: patterns of files to fetch, at least one.
       skipped: patterns of files to leave out of those.
@@ -36,7 +36,7 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
     """Turn the errors of the hub into ``UserError``s that say what to do.
 
     Args:
-      name: of the repository.
+      name: name of the repository.
       revision: branch, tag or commit.
       what: the kind of content, such as "model".
       file: the file that has to be there.

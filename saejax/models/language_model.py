@@ -61,7 +61,7 @@ class Output:
 
 
 class Model(Protocol):
-    """What stages need of a language model, whichever library computes it.
+    """The interface that stages need of a language model, whichever library computes it.
 
     Attributes:
       config: sizes, and for a JAX family all choices of the decoder.
@@ -195,7 +195,7 @@ class LanguageModel:
           max_new_tokens: largest number of new tokens of each, at least 1.
           temperature: divides the logits before sampling; 0: the most probable token is taken.
           top_p: in (0, 1]: sampling is from the smallest set of most probable tokens with this total probability.
-          seed: of the sampling; each prompt of a batch is sampled independently.
+          seed: seed of the sampling; each prompt of a batch is sampled independently.
           stop: strings that end the text where they first occur, wherever tokens begin; they are not part of it.
           edits: act on the prompt's positions and on new tokens as they are read. To an edit of the last position,
             every new token is the last one when it is read. Values given for each position of the prompts leave new
@@ -235,7 +235,7 @@ class LanguageModel:
           tokens: the prompts, padded on the right.
           answers: ids of tokens whose log-probability and rank are returned at every position.
           top: number of most probable tokens returned, at least 1.
-          seed: of the control's rotation.
+          seed: seed of the control's rotation.
 
         Returns:
           The reading at all layers, positions and prompts, and that of its control; see ``lens``.
@@ -282,11 +282,11 @@ def forward(
       capture: sites whose values are returned (static).
       logits: whether logits are computed (static); without them, neither the layers after the last captured site are
         run nor their parameters needed.
-      params: of ``parameters.parameter_table``.
+      params: parameters of ``parameters.parameter_table``.
       ids_BxT: int32, padded on the right.
       lengths_B: number of tokens of each prompt.
       edits: see ``Edit``.
-      rules: of differentiation (static).
+      rules: rules of differentiation (static).
 
     Returns:
       Logits [B, T, V] or None, and the values [B, T, D] at the sites of ``capture``, in their order.

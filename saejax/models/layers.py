@@ -32,11 +32,11 @@ def norm(
 
     Args:
       config: the decoder.
-      rules: of differentiation.
-      weights: of the layer.
-      name: of the norm's parameters.
+      rules: rules of differentiation.
+      weights: parameters of the layer.
+      name: name of the norm's parameters.
       x: [..., letter].
-      letter: of that dimension, as in the parameters' names.
+      letter: letter of that dimension, as in the parameters' names.
     """
     y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]
     if config.norm == "layer":

@@ -62,7 +62,7 @@ def read_lens(
       x_LxBxTxD: the streams leaving all layers.
       answers: ids of tokens whose log-probabilities and ranks are returned everywhere.
       top: number of most probable tokens returned.
-      seed: of the control's rotation.
+      seed: seed of the control's rotation.
     """
     layers, width = x_LxBxTxD.shape[0], x_LxBxTxD.shape[-1]
     rotation_DxD = jnp.asarray(np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0], np.float32)

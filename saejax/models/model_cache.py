@@ -22,7 +22,7 @@ def cached_model(name: str, origin: str, make: Callable[[Path], None]) -> Path:
     """Return the folder of a model from the cache, or make it now.
 
     Args:
-      name: of its folder; names all that its content depends on.
+      name: name of its folder; names all that its content depends on.
       origin: what it is made of, noted in the folder.
       make: writes its files into an empty folder; raises ``OSError`` where there is no room.
 

@@ -8,7 +8,7 @@ LAYERS = "layers."  # what the names of stacked parameters start with
 
 
 def parameter_table(config: DecoderConfig) -> Table:
-    """Every parameter: its name, shape, and the mesh axis over which each dimension is split.
+    """Return every parameter's name and shape, and the mesh axis over which each dimension is split.
 
     Names that start with "layers." are stacked: their first dimension counts layers.
     """

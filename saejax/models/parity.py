@@ -37,7 +37,7 @@ def check_parity(lm: Any, dtype: str) -> float:
 
     Args:
       lm: a ``LanguageModel``.
-      dtype: of its weights, "float32" or "bfloat16", in which transformers runs too.
+      dtype: dtype of its weights, "float32" or "bfloat16", in which transformers runs too.
 
     Returns:
       The relative error: the root mean square of the differences over that of transformers' logits, both less their

@@ -1,4 +1,4 @@
-"""Where a model's files come from: the hub, a local folder, or a GGUF file that is de-quantised once.
+"""Sources of a model's files: the hub, a local folder, or a GGUF file that is de-quantised once.
 
 Whatever the source, the result is a folder in the hub's format (config.json, safetensors, tokenizer).
 """

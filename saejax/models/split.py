@@ -117,14 +117,14 @@ class SharedPrefixBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitPoint:
-    """Where a decoder is split and how it is run. Hashable, so that it can be a static argument of ``jax.jit``.
+    """The site at which a decoder is split, and its settings. Hashable: it can be a static argument of ``jax.jit``.
 
     Attributes:
       config: the decoder.
       site: the site whose value the suffix starts from.
       reads: the site that the dictionary reads: the same one, or one before it.
       mesh: the devices.
-      rules: of differentiation.
+      rules: rules of differentiation.
     """
 
     config: DecoderConfig
@@ -169,7 +169,7 @@ class SplitPoint:
         """Run the rest of the model from a value of the site.
 
         Args:
-          params: of the decoder.
+          params: parameters of the decoder.
           stream_BxTxD: from ``run_prefix``.
           value_BxTxD: the site's value, edited or not.
 
@@ -202,7 +202,7 @@ class SplitPoint:
         """Run the rest of the model on edited prompts, from the first changed token of each on.
 
         Args:
-          params: of the decoder.
+          params: parameters of the decoder.
           prefix: from ``run_suffix_with_kv``.
           batch: which tokens follow which.
           stream_SxNxD: as for ``run_suffix``, of these tokens.
@@ -248,7 +248,7 @@ class SplitPoint:
         """Return the logit difference at each prompt's last position.
 
         Args:
-          params: of the decoder.
+          params: parameters of the decoder.
           x_BxTxD: the stream leaving the last layer.
           last_B: index of each prompt's last token.
           answers_Bx2: token ids of the correct and the wrong answer.
@@ -265,7 +265,7 @@ class SplitPoint:
         """Return readouts of the answers from the stream leaving the last layer.
 
         Args:
-          params: of the decoder.
+          params: parameters of the decoder.
           x_RxD: the stream of R prompts at their last positions.
           answers_Rx2: token ids of the correct and the wrong answer.
           logp_RxV: the clean run's log-probabilities of the next token; None: for the logit difference alone.

@@ -60,7 +60,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], context: int, bos: str = "aut
     """Tokenise texts as the model expects them, special tokens included.
 
     Args:
-      tokenizer: of the model; None: it has none.
+      tokenizer: tokenizer of the model; None: it has none.
       texts: at least one.
       context: longest prompt in tokens.
       bos: see ``encode``.
@@ -91,7 +91,7 @@ def encode(tokenizer: Any, text: str, bos: str = "auto") -> list[int]:
     Special tokens that the tokenizer puts after a text are left out: a context that ends in one has ended.
 
     Args:
-      tokenizer: of the model; None: it has none.
+      tokenizer: tokenizer of the model; None: it has none.
       text: may begin with the text of the BOS token, as chat templates and Neuronpedia's prompts do; it then gets no
         second one.
       bos: "auto", the tokenizer's own special tokens in front; "always", the BOS token; "never", neither.
@@ -111,7 +111,7 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
     """Return the special tokens with which every text begins.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       bos: "auto", those that the tokenizer puts in front; "always", the BOS token; "never", none.
 
     Raises:
@@ -139,7 +139,7 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
     before it, and others merge its digits or letters with those of the context.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: tokenizer of the model.
       answer: taken as it is written: " Paris" and "Paris" differ.
       context: the text before it; None: any.
 

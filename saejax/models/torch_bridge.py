@@ -27,10 +27,10 @@ RESTRICTED = "restricted_N"  # in the parameters: token ids of the only logits t
 
 
 class LayerSegment(NamedTuple):
-    """See the file's start; hashable.
+    """A segment of layers, see the module docstring; hashable.
 
     Attributes:
-      config: of the model.
+      config: configuration of the model.
       start, stop: its layers.
       put: sites whose values are given, beside the stream.
       get: sites whose values are wanted, before the stream leaving the segment or the logits.
@@ -96,7 +96,7 @@ def run_layers(
 
 
 def not_in_torch(config: TorchConfig) -> UserError:
-    """Return the error of what goes into a layer."""
+    """Return the error for attribution graphs, heads and attention patterns, which PyTorch models do not support."""
     return UserError(
         f"the model of the family {config.family!r} runs in PyTorch, where attribution graphs, heads and attention "
         "patterns are not to be had: they need a model of a JAX family (--model.backend=jax)"
@@ -133,7 +133,7 @@ def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:
 
 
 def as_prefix(stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return what ``run_rows`` needs of clean prompts, in the shape [1, P, T, 1, D] of keys and values.
+    """Return the parts of clean prompts that ``run_rows`` needs, in the shape [1, P, T, 1, D] of keys and values.
 
     Args:
       stream_BxTxD: the stream entering the suffix's first layer.
@@ -148,8 +148,8 @@ def run_rows(
     """Run edited prompts whole, where the decoder runs their changed ends only.
 
     Args:
-      run_suffix: of the stream and the site's value of whole prompts, [R, T, D].
-      prefix: of ``as_prefix``.
+      run_suffix: function of the stream and the site's value of whole prompts, [R, T, D].
+      prefix: the result of ``as_prefix``.
       rows: ``split.SharedPrefixBatch``: which tokens stand where.
       values: stream and value of its tokens, [S, N, D].
 

@@ -42,7 +42,7 @@ _BRANCHES = {"attn_out": "attention", "resid_mid": "attention", "mlp_in": "mlp_i
 
 
 class _Stop(Exception):
-    """All wanted sites were read: the rest of the forward pass is not needed."""
+    """Raised once all wanted sites were read: the rest of the forward pass is not needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Branch:
     """A module whose output attention or the MLP adds to the residual stream.
 
     Attributes:
-      name: of the module in its layer.
+      name: name of the module in its layer.
       scale: factor on the output before it is added (Granite).
       includes_stream: whether the output is the sum already (BLOOM).
     """
@@ -74,7 +74,7 @@ class _Branch:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """Where a layer has its sites; None: not resolved.
+    """Modules at which a layer has its sites; None: not resolved.
 
     Attributes:
       attention, mlp: what is added to the stream.
@@ -182,7 +182,7 @@ class HookedModel:
 
     @contextlib.contextmanager
     def skipping(self, count: int) -> Iterator[None]:
-        """In the block, the first ``count`` layers hand on the stream as it is, in this thread."""
+        """Make the first ``count`` layers hand on the stream as it is, in this thread and in a block."""
         returned_parts, _ = self._returned_parts, self._all_resolved  # by passes of all layers
         for index, layer in enumerate(self._layers[:count]):
             if "forward" not in vars(layer):
@@ -250,7 +250,7 @@ class HookedModel:
                 handle.remove()
 
     def _hook_layer(self, layer: int, kinds: set[str], visit: Visit, shape: tuple[int, ...]) -> list[Any]:
-        """Hook the sites of one layer; the streams that other sites are made of are kept in ``stream``."""
+        """Register hooks at the sites of one layer; the streams that other sites are made of are kept in ``stream``."""
         module, stream = self._layers[layer], dict[str, torch.Tensor]()
 
         def at(kind: str, value: torch.Tensor) -> torch.Tensor:
@@ -383,7 +383,7 @@ def _is_attention(name: str) -> bool:
 
 
 def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
-    """Have ``use`` change the module's output, or its first input before it runs; the same object is no change.
+    """Make ``use`` change the module's output, or its first input before it runs; the same object is no change.
 
     Passes in other threads go by: JAX programs may be in the middle of a pass while the main thread begins another.
     """

@@ -170,7 +170,7 @@ class TorchModel(LanguageModel):
 
 
 class TorchFunctions:
-    """What ``torch_bridge`` calls: segments of a model on buffers of JAX.
+    """Functions that ``torch_bridge`` calls: segments of a model on buffers of JAX.
 
     Args:
       model: the model.
@@ -259,7 +259,7 @@ class TorchFunctions:
         return True
 
     def _layers_share_the_stream_alone(self) -> bool:
-        """Whether the logits are the same when layers run one by one, on other token ids."""
+        """Return whether the logits are the same when layers run one by one, on other token ids."""
         ids = np.arange(1, 9, dtype=np.int32)[None] % self._model.model.get_input_embeddings().weight.shape[0]
         with torch.inference_mode():
             (x,) = self._visit(ids, (Site("resid_pre", 0),), {}, logits=False)

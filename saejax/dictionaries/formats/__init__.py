@@ -40,7 +40,7 @@ class Format:
     """A published format of single dictionaries.
 
     Attributes:
-      name: of the tool or release.
+      name: name of the tool or release.
       matches: whether a folder, or a file, holds a dictionary of it; looks at names, and at settings where it must.
       parse: describes the dictionary without reading its arrays, given the path, and sites in place of those that its
         files name ("": as they say).
@@ -97,14 +97,15 @@ def load_dictionary(
     Features, their activations and the lengths of decoder rows are those of the file.
 
     Args:
-      path: the folder; hf://ORG/NAME[/FOLDER][@REVISION] on the hub; or saelens:RELEASE/SAE_ID. Of formats that have a
-        file for each layer the file.
+      path: the folder; hf://ORG/NAME[/FOLDER][@REVISION] on the hub; or saelens:RELEASE/SAE_ID. For formats with a
+        file for each layer, that file.
       matmul_dtype: dtype of the operands of its matrix products.
-      site, target: what it reads and predicts, in place of what its files say; for files that name a place of which
-        there is none here.
+      site: the site that it reads, in place of what its files say; for files that name a place of which there is
+        none here.
+      target: the site that it predicts, likewise.
       unit_norm: bring decoder rows to length 1, so that activations become the lengths of what features add, as they
         are for dictionaries trained here. Not possible for topk where the lengths differ.
-      dtype: of its matrices on the device: "float32", "bfloat16", or "auto", that of the file. Products are summed in
+      dtype: dtype of its matrices on the device: "float32", "bfloat16", or "auto" (the file's). Products are summed in
         float32 whatever it is, and biases and thresholds are float32.
       lm: a language model; the dictionary is then measured on a sample of text, see ``check_dictionary``.
 
@@ -122,10 +123,12 @@ def load_dictionary(
 
 
 def read_config(path: str | os.PathLike, site: str = "", target: str = "") -> DictionaryConfig:
-    """Return what the dictionary at a path is, of which no array is read.
+    """Return the configuration of the dictionary at a path, without reading its arrays.
 
     Args:
-      path, site, target: as for ``load_dictionary``.
+      path: as for ``load_dictionary``.
+      site: as for ``load_dictionary``.
+      target: as for ``load_dictionary``.
     """
     return _locate(path, site, target).config
 
@@ -159,8 +162,10 @@ def load_transcoders(
     Args:
       path: a circuit-tracer set, or a folder of folders that ``load_dictionary`` loads, such as the stack
         ``runs/plt/train/standard``.
-      matmul_dtype, dtype: as for ``load_dictionary``.
-      site, target: kinds of site in place of those that a set's description names, such as "mlp_in".
+      matmul_dtype: as for ``load_dictionary``.
+      site: kind of the sites read, in place of that in a set's description, such as "mlp_in".
+      target: kind of the sites predicted, likewise.
+      dtype: as for ``load_dictionary``.
 
     Raises:
       UserError: no transcoders are there, or two of one layer, or they are damaged.
@@ -175,7 +180,7 @@ def load_transcoders(
 
 
 def locate_transcoders(folder: Path) -> list[Located]:
-    """Return the transcoders in the folders of a folder, in the order of layers, of which no array is read yet.
+    """Return the transcoders in the folders of a folder, in the order of layers, without reading arrays.
 
     Raises:
       UserError: there are none, two are of one layer, or one is an SAE.
@@ -267,7 +272,7 @@ def _replaced(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
 
 
 def _own_folder(folder: Path) -> Path | None:
-    """Return where in a folder our own format is; None: nowhere."""
+    """Return the path of our own format in a folder; None if it has none."""
     return next((path for path in (folder, folder / "dictionary") if (path / own.DESCRIPTION).is_file()), None)
 
 

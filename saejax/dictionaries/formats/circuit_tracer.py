@@ -52,11 +52,11 @@ _SAMPLE = 64  # rows that are looked at
 
 @dataclasses.dataclass(frozen=True)
 class TranscoderSet:
-    """An open set.
+    """An open transcoder set.
 
     Attributes:
       layers: each layer's transcoder, described; of a cross-layer one its encoder and its write to its own layer.
-      decoders: of a cross-layer transcoder what each layer's features write, [F, X, D], of which the last
+      decoders: for a cross-layer transcoder, what each layer's features write, [F, X, D], of which the last
         L - layer rows of the middle axis are to this and later layers; (): it is none.
     """
 
@@ -65,7 +65,7 @@ class TranscoderSet:
 
     @property
     def configs(self) -> tuple[DictionaryConfig, ...]:
-        """What each layer's transcoder is."""
+        """The configuration of each layer's transcoder."""
         return tuple(layer.config for layer in self.layers)
 
     @property
@@ -83,7 +83,7 @@ class TranscoderSet:
         Args:
           layer: theirs.
           name: "W_enc", what they read, or "W_dec", what they write to their own layer.
-          feature_U: which.
+          feature_U: indices of the features.
 
         Returns:
           [U, D].
@@ -96,7 +96,8 @@ class TranscoderSet:
         """Return what features of a cross-layer transcoder write to their own and each later layer.
 
         Args:
-          layer, feature_U: which features.
+          layer: the features' layer.
+          feature_U: indices of the features.
 
         Returns:
           [U, L - layer, D].
@@ -147,7 +148,8 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
 
     Args:
       folder: see the top of this module.
-      site, target: kinds of site, such as "mlp_in", in place of the hooks that the folder names.
+      site: kind of the sites read, such as "mlp_in", in place of the hook that the folder names.
+      target: kind of the sites predicted, likewise.
 
     Raises:
       UserError: it is damaged, lacks a layer, or is of a kind that is not known here.
@@ -345,7 +347,7 @@ def _cross_layer_config(
     number: tuple[int, int],
     all_layers: bool,
 ) -> DictionaryConfig:
-    """Return what a layer is; ``number`` is its own, and how many layers there are."""
+    """Return a layer's configuration; ``number`` is its own, and the number of layers."""
     layer, count = number
     encoder, transposed = tensors.arrange(file, found, {"W_enc_DxF": layout["W_enc_DxF"]})
     shape = encoder["W_enc_DxF"].shape
@@ -377,7 +379,7 @@ def _check_stamps(folder: Path, settings: Mapping[str, Any], files: Sequence[Pat
 
 
 def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[str, Any]]:
-    """Return fields of each layer's ``DictionaryConfig`` that the description of a folder of ours says."""
+    """Return fields of each layer's ``DictionaryConfig`` from the description of a folder of ours."""
     if FACTS not in settings:
         return [{}] * layers
     facts = settings[FACTS]
@@ -442,7 +444,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
 
     Args:
       folder: made if missing; ``config.yaml`` is written last.
-      layers: how many, from 0.
+      layers: number of layers, from 0.
       load: gives a layer, "standard" or "jumprelu", without a skip path; and what its features write to each layer from
         their own on, [F, layers - layer, D].
 

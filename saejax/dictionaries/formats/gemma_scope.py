@@ -68,8 +68,9 @@ def parse(folder: Path, site: str = "", target: str = "") -> tensors.Published:
     """Describe the dictionary in a folder that ``find_file`` finds one in.
 
     Args:
-      folder: or the file itself.
-      site, target: what it reads and predicts, in place of what the path says.
+      folder: the folder, or the file itself.
+      site: the site that it reads, in place of that in the path.
+      target: the site that it predicts, in place of that in the path.
 
     Raises:
       UserError: it is damaged, or reads what is no site here.
@@ -84,8 +85,9 @@ def parse_file(file: Path, site: str, target: str = "", model: str = "") -> tens
     """Describe the dictionary of a file.
 
     Args:
-      file: of its arrays.
-      site, target: what it reads and, if it is a transcoder, predicts.
+      file: the file with its arrays.
+      site: the site that it reads.
+      target: the site that a transcoder predicts.
       model: name of the language model.
     """
     found = tensors.open_tensors(file)
@@ -117,7 +119,8 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
 
     Args:
       folder: named after its layers.
-      site, target: a joined site in place of the one that the name says; no target.
+      site: a joined site in place of the one in the folder's name.
+      target: not supported by crosscoders.
 
     Raises:
       UserError: a file is missing, or the files do not make one crosscoder.
@@ -171,10 +174,11 @@ def find_layers(folder: Path, choice: Sequence[str] = ()) -> list[Path]:
     """Return the files of a folder's transcoders, one of each layer, in order; none if there are none.
 
     Args:
+      folder: the folder that holds them.
       choice: see ``choose_layers``.
 
     Raises:
-      UserError: of a layer there is none, or several of which ``choice`` leaves not one.
+      UserError: a layer has no file, or several of which ``choice`` does not leave exactly one.
     """
     files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*.*")) if file.is_file()]
     return [folder / file for file in choose_layers(files, choice, str(folder))]
@@ -190,7 +194,7 @@ def choose_layers(files: Iterable[str], choice: Sequence[str], where: str) -> li
       where: name of the folder, for messages.
 
     Raises:
-      UserError: of a layer there is none, or several of which ``choice`` leaves not one; the message lists them.
+      UserError: a layer has no file, or several of which ``choice`` does not leave exactly one; the message lists them.
     """
     by_layer: dict[int, dict[str, str]] = {}
     for file in files:

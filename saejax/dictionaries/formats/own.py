@@ -42,7 +42,8 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     """Write a dictionary; every process of a run must call it.
 
     Args:
-      folder: where to; made if missing. A dictionary that is already described there is a ``UserError``.
+      folder: the folder to write to; made if missing. A dictionary that is already described there is a ``UserError``.
+      dictionary: the dictionary.
     """
     folder = Path(folder).absolute()
     if (folder / DESCRIPTION).exists():
@@ -59,7 +60,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
 
 
 def read_config(folder: Path) -> DictionaryConfig:
-    """Return what the dictionary in a folder is; no array is read."""
+    """Return the configuration of the dictionary in a folder, without reading its arrays."""
     return from_json(DictionaryConfig, read_object(Path(folder) / DESCRIPTION, "config")["config"])
 
 
@@ -69,7 +70,7 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     Args:
       folder: holds ``dictionary.json``.
       matmul_dtype: dtype of the operands of matrix products.
-      dtype: of its matrices on the device, see ``tensors.Published.load``.
+      dtype: dtype of its matrices on the device, see ``tensors.Published.load``.
     """
     folder = Path(folder).absolute()
     config, description = read_config(folder), read_object(folder / DESCRIPTION, "arrays")

@@ -1,4 +1,4 @@
-"""Where a dictionary is: a folder here, one on the hub, or one of SAELens' registry; fetched when first asked for."""
+"""Locations of dictionaries: a folder here, one on the hub, or one in SAELens' registry; fetched on first use."""
 
 import functools
 import importlib.util
@@ -54,7 +54,8 @@ def split_address(path: str, revision: str, folder: str) -> tuple[str, str, str]
 
     Args:
       path: hf://ORG/NAME[/FOLDER][@REVISION], or a path or hub id.
-      revision, folder: where the address names none; the folder is inside the address's.
+      revision: revision to use where the address names none.
+      folder: folder inside the one that the address names.
     """
     named = _ADDRESS.fullmatch(path)
     if not named:

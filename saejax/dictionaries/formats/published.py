@@ -55,8 +55,9 @@ def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Pu
     A transcoder predicts that module's output from its input.
 
     Args:
-      folder: of the dictionary.
-      site, target: sites in place of those that the files name.
+      folder: the dictionary's folder.
+      site: the site read, in place of the one that the files name.
+      target: the site predicted, in place of the one that the files name.
     """
     folder = folder.absolute()
     file, weights = folder / "cfg.json", folder / "sae.safetensors"
@@ -115,8 +116,9 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
     """Describe a folder with ``ae.pt`` and ``config.json``, whose ``trainer`` says which class it is.
 
     Args:
-      folder: of the dictionary.
-      site, target: sites in place of those that the files name.
+      folder: the dictionary's folder.
+      site: the site read, in place of the one that the files name.
+      target: the site predicted, in place of the one that the files name.
     """
     file, weights = folder / "config.json", folder / "ae.pt"
     trainer = read_settings(file).get("trainer") if file.is_file() else {}
@@ -212,8 +214,9 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
     """Describe a folder with ``model.safetensors`` and ``config.json`` (activation_dim, dict_size, num_layers).
 
     Args:
-      folder: of the dictionary.
-      site, target: sites in place of those that the files name.
+      folder: the dictionary's folder.
+      site: the site read, in place of the one that the files name.
+      target: the site predicted, in place of the one that the files name.
     """
     weights = folder / "model.safetensors"
     return _parse_crosscoder(weights, tensors.open_tensors(weights), read_settings(folder / "config.json"), site)
@@ -294,8 +297,9 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
     (SAELens 6 leaves the rows of the first release as they are, hence has other features active.)
 
     Args:
-      folder: of the dictionary.
-      site, target: sites in place of those that the files name.
+      folder: the dictionary's folder.
+      site: the site read, in place of the one that the files name.
+      target: the site predicted, in place of the one that the files name.
     """
     name = find_llama_scope(folder)
     file, weights = folder / name, folder / _LLAMA_SCOPE[name]
@@ -410,7 +414,8 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
 
     Args:
       path: the file, or the folder that holds it alone.
-      site, target: sites in place of those that the files name.
+      site: the site read, in place of the one that the files name.
+      target: the site predicted, in place of the one that the files name.
     """
     file = find_pickled(path)
     assert file is not None

@@ -68,7 +68,8 @@ def parse(
 
     Args:
       folder: holds ``cfg.json`` and ``sae_weights.safetensors``.
-      site, target: sites in place of those that the folder names.
+      site: the site read, in place of the one that the folder names.
+      target: the site predicted, in place of the one that the folder names.
       overrides: settings in place of the folder's, as SAELens' registry has them for some releases.
 
     Raises:
@@ -102,13 +103,14 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
 def parse_config(
     file: Path, settings: Mapping[str, Any], sizes: tuple[int, int], site: str = "", target: str = ""
 ) -> DictionaryConfig:
-    """Return what a dictionary with these settings is.
+    """Return the configuration of a dictionary with these settings.
 
     Args:
-      file: where they are from, for messages.
+      file: the file of the settings, for messages.
       settings: see ``read_settings``.
       sizes: width and features of its encoder.
-      site, target: sites in place of those that the settings name.
+      site: the site read, in place of the one that the settings name.
+      target: the site predicted, in place of the one that the settings name.
 
     Raises:
       UserError: a setting contradicts the arrays, or asks for what no dictionary here does.
@@ -153,7 +155,8 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     """Write a folder that SAELens loads with ``SAE.load_from_disk``.
 
     Args:
-      folder: made if missing; ``cfg.json`` is written last.
+      folder: the folder to write to, made if missing; ``cfg.json`` is written last.
+      dictionary: the dictionary.
 
     Raises:
       UserError: SAELens has nothing like this dictionary, or the folder holds one already.
@@ -173,7 +176,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
 
 
 def check(config: DictionaryConfig) -> None:
-    """Refuse a dictionary of which SAELens has nothing like, with a ``UserError``."""
+    """Raise a ``UserError`` for a dictionary that SAELens cannot express."""
     architecture(config)
     if config.signed or config.widths:
         told = "TopK that keeps negative activations" if config.signed else "crosscoders"
@@ -182,7 +185,7 @@ def check(config: DictionaryConfig) -> None:
 
 
 def architecture(config: DictionaryConfig) -> str:
-    """Return what a dictionary is called in SAELens.
+    """Return SAELens' name for a dictionary's architecture.
 
     Raises:
       UserError: it has nothing like it.

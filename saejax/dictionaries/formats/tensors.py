@@ -100,7 +100,7 @@ class Published:
 
         Args:
           matmul_dtype: dtype of the operands of matrix products.
-          dtype: of its matrices on the device: one of ``DTYPES``; "auto" is bfloat16 where the files are, else float32.
+          dtype: dtype of its matrices on the device, of ``DTYPES``; "auto": bfloat16 where the files are, else float32.
             Biases and thresholds are float32.
         """
         one_of(dtype, DTYPES, "dtype")

@@ -92,7 +92,7 @@ class Kind:
 
     @classmethod
     def is_elementwise(cls) -> bool:
-        """Return ``elementwise`` as far as it was said of the ``encode`` that this class has.
+        """Return ``elementwise`` if it was declared for the ``encode`` that this class has.
 
         A subclass that overrides ``encode`` must say so again.
         """
@@ -107,7 +107,7 @@ class Kind:
         """Return activations at inference, [..., F].
 
         Args:
-          dictionary: whose arrays are read.
+          dictionary: the dictionary whose arrays are read.
           pre_xF: pre-activations, with the encoder's bias.
           projected_xF: the same without the bias.
           numbers: the fields of ``Kind.numbers``, which may be traced.
@@ -138,7 +138,7 @@ class Kind:
         """Return activations [B, F] in training, and the smallest that was kept (0 where nothing is made of that).
 
         Args:
-          dictionary: whose arrays are read.
+          dictionary: the dictionary whose arrays are read.
           pre_BxF: pre-activations of one batch, with the encoder's bias.
           projected_BxF: the same without the bias.
           values: this dictionary's values of the settings that can be swept, scalars that may be traced.
@@ -150,7 +150,7 @@ class Kind:
         """Return what is compared with the targets, each [B, D]; the last is the whole dictionary's.
 
         Args:
-          dictionary: that decodes.
+          dictionary: the dictionary that decodes.
           f_BxF: activations.
           x_BxD: inputs, which a skip transcoder needs.
         """

@@ -35,7 +35,7 @@ class Gated(Kind):
         return sparsity.gated(pre_xF, magnitude_xF)
 
     def bound(self, arrays: Arrays) -> tuple[Any, Any]:
-        """Return those of the magnitudes."""
+        """Return W_enc and b_enc of the magnitudes."""
         return arrays["W_enc_DxF"] * np.exp(arrays["r_mag_F"])[None], arrays["b_mag_F"]
 
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:

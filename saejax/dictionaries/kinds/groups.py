@@ -36,8 +36,8 @@ def group_sizes(setting: str, shares: Sequence[float], n_features: int) -> tuple
     """Return groups as numbers of features.
 
     Args:
-      setting: which setting of ``--train`` they are, for the message.
-      shares: of the features, ascending to 1.
+      setting: name of their setting in ``--train``, for the message.
+      shares: shares of the features, ascending to 1.
       n_features: F.
 
     Raises:

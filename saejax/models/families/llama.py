@@ -15,7 +15,7 @@ def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfi
     """Return a decoder with RMS norms, rotary embeddings and a gated MLP.
 
     Args:
-      fields: of the config.
+      fields: fields of the config.
       family: its ``model_type``.
       differences: fields of ``DecoderConfig`` in which this family differs from Llama.
     """
@@ -55,7 +55,7 @@ def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], st
     """Read which layers have a sliding window.
 
     Args:
-      fields: of the config.
+      fields: fields of the config.
       window: tokens that a local layer sees; None: there can be no local layers.
       kind_of: the kind of each layer, where the config does not list them in "layer_types".
     """

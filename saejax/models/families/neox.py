@@ -69,7 +69,7 @@ def _read_phi(fields: Fields) -> DecoderConfig:
 
 
 def _interleaved(part: int) -> View:
-    """Query (0), key (1) or value (2) of GPT-NeoX's one Linear, [heads x 3 x width, in]."""
+    """Return a view of query (0), key (1) or value (2) of GPT-NeoX's one Linear, [heads x 3 x width, in]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         d_model, heads, width = shape

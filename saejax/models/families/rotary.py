@@ -29,12 +29,12 @@ def read_rope(
     both are there, the value in the object counts.
 
     Args:
-      fields: of the config.
+      fields: fields of the config.
       d_head: width of a head.
       context: longest prompt in tokens.
       theta_names: fields outside of that object that may hold the base.
-      share_names: those that may hold the share of a head that is rotated; none where the family rotates all of it.
-      default_share: that share where no field has it.
+      share_names: names of fields for the share of a head that is rotated; none where the family rotates all of it.
+      default_share: the share where no field has it.
       default_theta: the base where no field has it.
     """
     rope = rope_object(fields)
@@ -56,7 +56,7 @@ def make_rope(rope: Fields, theta: float, share: float, d_head: int, context: in
     Args:
       rope: the object.
       theta: base of the frequencies.
-      share: of a head's dimensions that is rotated.
+      share: share of a head's dimensions that is rotated.
       d_head: width of a head.
       context: the longest prompt in tokens.
     """

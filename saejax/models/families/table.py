@@ -1,4 +1,4 @@
-"""What a family of models is made of: a reader of its configuration, and where its weights and its sites are."""
+"""Descriptions of model families: a reader of the configuration, and the names of weights and sites."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ def linear_of_heads(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """Where a parameter, or its slice of one layer, is found in a checkpoint.
+    """The location of a parameter, or of its slice of one layer, in a checkpoint.
 
     Attributes:
       name: the tensor's name; "{}" stands for the layer, a second one for the expert. Several parameters may be parts
@@ -57,7 +57,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """Where the transformers model of a family computes what, for capture by hooks.
+    """Modules of a family's transformers model at which sites are computed, for capture by hooks.
 
     Attributes:
       layers: path from the model to its layers; the others start at a layer.
@@ -76,7 +76,7 @@ class Modules:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one ``model_type`` is read.
+    """Description of one ``model_type``.
 
     Attributes:
       read_config: from the fields of its ``config.json``.
