@@ -20,9 +20,9 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     """Load the backend, and import no other: torch takes seconds to import, and JAX takes the devices.
 
     Args:
-      run: for its mesh.
+      run: the run, whose mesh is used.
       request: the models and sites.
-      plan: whose batches are read.
+      plan: the plan whose batches are read.
       config: the backend and its dtype.
     """
     if request.other is not None:
@@ -42,7 +42,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
 
 
 class PairReader:
-    """Two models that read the same batches, one after the other; sites of the second are ``OtherSite``.
+    """A pair of models that read the same batches in turn; sites of the second are ``OtherSite``.
 
     Attributes:
       widths: as in ``reader.Reader``.

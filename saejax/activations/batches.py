@@ -25,7 +25,7 @@ READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
 @dataclasses.dataclass(frozen=True)
 class RowRange:
-    """The rows of a split that are usable: a range but for some exceptions.
+    """The usable rows of a split: a range with some rows excluded.
 
     Attributes:
       first, stop: rows first to stop - 1.
@@ -70,12 +70,12 @@ class RowRange:
 
 
 class BatchOrder:
-    """The rows of each batch, as the module says.
+    """The order of batches; see the module docstring.
 
     Args:
-      usable: the rows of an epoch.
-      batch: rows of a batch.
-      seed: of the order.
+      usable: the rows that make up an epoch.
+      batch: number of rows per batch.
+      seed: seed of the order.
       epochs: passes over the rows, each in another order.
       window_rows: rows that are shuffled together; at least one shard is.
     """
@@ -91,7 +91,7 @@ class BatchOrder:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """Number of batches of all epochs."""
+        """Return the number of batches of all epochs."""
         return self._length
 
     def rows(self, step: int) -> np.ndarray:
@@ -141,7 +141,7 @@ class ReadableRows(Protocol):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values."""
+        """Dtype of the values."""
         ...
 
     def d(self, site: str) -> int:
@@ -149,11 +149,11 @@ class ReadableRows(Protocol):
         ...
 
     def usable(self, split: str, *sites: str) -> RowRange:
-        """Rows of a split that are sinks at none of the sites."""
+        """Return the rows of a split that are sinks at none of the sites."""
         ...
 
     def read(self, site: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Vectors [n, d] of rows at a site, written to ``out`` if there is one."""
+        """Return vectors [n, d] of rows at a site, written to ``out`` if there is one."""
         ...
 
 

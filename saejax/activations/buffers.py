@@ -1,4 +1,4 @@
-"""The rows of the shard or buffer that is being made, in the host's memory."""
+"""The rows of the shard or buffer in progress, in the host's memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # capture by torch does without JAX
 
 
 class ShardBuffers:
-    """The vectors and norms of the shard that is being made.
+    """The vectors and norms of the shard in progress.
 
     Args:
       widths: width of every site.
@@ -74,12 +74,12 @@ class ShardBuffers:
 
 
 class HostBuffers:
-    """The vectors of the buffer of a stream that is being made, in the host's memory.
+    """The vectors of a stream's buffer in progress, in the host's memory.
 
     Args:
       reader: the model.
       rows: rows of the largest buffer.
-      dtype: "float32" or "bfloat16", of the values.
+      dtype: dtype of the values, "float32" or "bfloat16".
     """
 
     parts: tuple[jax.Array, ...] | None = None  # on the devices

@@ -25,7 +25,7 @@ Missing = Mapping[int, tuple[str, ...]]  # the sites, and ``INDEX``, that a shar
 
 
 def missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
-    """Return what is not there, whole and of this work: read by the first process, which tells the others."""
+    """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
     shards, parts = range(writer.plan.shards), writer.parts
     missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
     if mesh.process_id == 0:
@@ -43,15 +43,15 @@ def missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
 
 @dataclasses.dataclass(frozen=True)
 class ShardCapture:
-    """Runs a model over the batches of shards and writes its values.
+    """A run of a model over the batches of shards, whose values are written.
 
     Attributes:
-      run: of the stage.
+      run: the run of the stage.
       request: what is captured.
-      plan: in which batches.
-      writer: of the store.
-      widths: of each site.
-      reader: that runs the model; None: it is loaded when it is needed.
+      plan: the plan of its batches.
+      writer: the writer of the store.
+      widths: width of each site.
+      reader: the reader that runs the model; None: it is loaded when needed.
     """
 
     run: Run

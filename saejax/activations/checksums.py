@@ -32,10 +32,10 @@ class CheckedArray:
     """An array in a ``.npy`` file, mapped into memory, whose blocks are checked when they are first read.
 
     Args:
-      path: of the file.
-      shape: that the array should have, [R] or [R, D].
-      dtype: that it should have.
-      checksums: of its blocks.
+      path: path of the file.
+      shape: expected shape of the array, [R] or [R, D].
+      dtype: its expected dtype.
+      checksums: checksums of its blocks.
       is_verified: bool, for each block whether it was checked; shared by all maps of the file, and updated.
 
     Raises:

@@ -33,11 +33,11 @@ class TextPiece:
 
 
 class Chunker:
-    """Cuts texts into pieces, until there are as many tokens as are wanted.
+    """Splitter of texts into pieces, until there are as many tokens as are wanted.
 
     Args:
-      config: the number of tokens, of each source where there are weights, and the length of pieces.
-      tokenizer: of the model.
+      config: settings for the number of tokens (per source where there are weights) and the length of pieces.
+      tokenizer: the model's tokenizer.
       context: the longest input of the model, in tokens.
       task: see ``documents.make_documents``.
       bos: whether every piece begins with BOS, see ``bos_tokens``.
@@ -69,7 +69,7 @@ class Chunker:
         """Yield the pieces of texts, in their order.
 
         Args:
-          texts: of the corpus.
+          texts: texts of the corpus.
           held_out: whether a text belongs to the held-out split.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the stage ``capture`` takes."""
+"""Cost of the stages ``tokenize`` and ``capture``."""
 
 from collections.abc import Sequence
 
@@ -18,12 +18,12 @@ _TOKENIZED_PER_SECOND = 500_000  # by two cores
 
 
 def tokenize_cost(plan: PlannedRun, name: str) -> Cost:
-    """All of the text once, on the host; each token is on disk twice until it has its place."""
+    """Return the cost of all text once, on the host; each token is on disk twice until it has its place."""
     return Cost(host_seconds=plan.tokens / _TOKENIZED_PER_SECOND, disk=8 * plan.tokens)
 
 
 def capture_cost(plan: PlannedRun, name: str) -> Cost:
-    """The text, or a sample of it, once."""
+    """Return the cost of capturing the text, or a sample of it, once."""
     capture = plan.configs[CaptureConfig]
     tokens = min(plan.tokens, len(SPLITS) * capture.tokens or plan.tokens)
     kept, flops = reading_cost(plan, plan.sites, tokens)
@@ -39,7 +39,7 @@ def capture_cost(plan: PlannedRun, name: str) -> Cost:
 
 
 def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[DeviceBytes, float]:
-    """Bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
+    """Return bytes and FLOP of tokens up to the last of the sites; torch reads all layers, onto one device."""
     model, (rows, length) = plan.model, batch_shape(plan)
     layers = 1 + max((site.layer for site in sites), default=0)
     if plan.backend == "jax":
@@ -52,7 +52,7 @@ def reading_cost(plan: PlannedRun, sites: Sequence[Site], tokens: int) -> tuple[
 
 
 def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The pass of the JAX decoder."""
+    """Return the program of the JAX decoder's forward pass."""
     rows, length = batch_shape(plan)
     rows += -rows % (mesh.shape["member"] * mesh.shape["data"])
     layers = 1 + max((site.layer for site in plan.sites), default=0)
@@ -71,13 +71,13 @@ def capture_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 
 def recorded_rows(plan: PlannedRun) -> int:
-    """About how many rows all of the text gives: all tokens, or the last ones of every document."""
+    """Estimate the number of rows that all of the text gives: all tokens, or the last ones of every document."""
     last = plan.configs[CaptureConfig].last
     pieces = max(plan.documents, -(-plan.tokens // batch_shape(plan)[1]))
     return min(plan.tokens, last * pieces) if last else plan.tokens
 
 
 def batch_shape(plan: PlannedRun) -> tuple[int, int]:
-    """Rows and length of a batch of documents."""
+    """Return rows and length of a batch of documents."""
     length = min(plan.configs[CorpusConfig].context, plan.model.context)
     return max(1, plan.configs[CaptureConfig].batch_tokens // length), length

@@ -1,4 +1,4 @@
-"""The rows of the buffer that is being made, on the devices: the model's pass writes them where training reads them.
+"""The rows of the buffer in progress, on the devices: the model's pass writes them where training reads them.
 
 Only token ids and row numbers go there, and only the rows' norms come back, once a buffer: 4 bytes for each site and
 token, where values that pass through the host take 2 d (bfloat16) or 4 d of them twice. The documents of a batch are
@@ -33,13 +33,13 @@ _AHEAD = 2  # batches that are sent before the one that runs is waited for: a re
 
 
 class DeviceBuffers:
-    """The vectors of the buffer that is being made, on the devices.
+    """The vectors of the buffer in progress, on the devices.
 
     Args:
       reader: the model, with its mesh.
       parts: the sites of every part of a batch, each of the reader's.
-      rows: of the largest buffer.
-      dtype: "float32" or "bfloat16", of the values.
+      rows: number of rows of the largest buffer.
+      dtype: dtype of the values, "float32" or "bfloat16".
 
     Attributes:
       parts: for each part an array [sites, rows, d], rows filled up to a multiple of the ``data`` axis; bfloat16 as
@@ -62,7 +62,7 @@ class DeviceBuffers:
         self._take = jax.jit(lambda part_SxRxD, site, rows_N: part_SxRxD[site][rows_N], out_shardings=whole)
 
     def fill(self, batches: Iterable[Batch]) -> None:
-        """Runs the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
+        """Run the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
         sent: collections.deque[jax.Array] = collections.deque()
         for batch in batches:
             ids_BxT, lengths_B = self._reader.padded(batch)
@@ -77,17 +77,17 @@ class DeviceBuffers:
                 sent.popleft().block_until_ready()
 
     def norms(self) -> dict[str, np.ndarray]:
-        """The norm of every row at every site, float32, once all batches are through; NaN or infinite if a value is."""
+        """Return the norm of every row at every site, once all batches ran: float32, NaN or infinite if a value is."""
         return dict(zip(self._sites, np.asarray(self._norms_SxR), strict=True))
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of ``rows`` at a ``site``, on the host."""
+        """Return the vectors [n, d] of ``rows`` at a ``site``, on the host."""
         part, place = self._places[site]
         return np.asarray(self._take(self.parts[part], place, rows.astype(np.int32))).view(self._dtype)
 
 
 def check_room(mesh: Mesh, rows: int, needed: int) -> None:
-    """A ``UserError`` unless a buffer of so many rows, which takes ``needed`` bytes on each device, fits on these."""
+    """Raise a ``UserError`` unless a buffer of ``rows`` rows, of ``needed`` bytes on each device, fits on the mesh."""
     free = free_bytes(mesh)
     if needed > free:
         raise UserError(
@@ -99,13 +99,14 @@ def check_room(mesh: Mesh, rows: int, needed: int) -> None:
 def buffer_shapes(
     config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str
 ) -> tuple[tuple[jax.ShapeDtypeStruct, ...], jax.ShapeDtypeStruct]:
-    """Every part of a buffer, [sites, rows, d], and the norms of its rows, [sites, rows], with their shardings.
+    """Return shapes and shardings of a buffer's parts, [sites, rows, d], and of its rows' norms, [sites, rows].
 
     Args:
-      config, mesh: of the model.
+      config: the model's configuration.
+      mesh: the model's mesh.
       parts: the sites of every part.
-      rows: of the largest buffer; they are filled up to a multiple of the ``data`` axis.
-      dtype: "float32" or "bfloat16", of the values.
+      rows: number of rows of the largest buffer, rounded up to a multiple of the ``data`` axis.
+      dtype: dtype of the values, "float32" or "bfloat16".
     """
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
@@ -116,12 +117,17 @@ def buffer_shapes(
 
 
 def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str) -> Callable:
-    """The program of a batch: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, when it is done.
+    """Return a batch's program: (params, parts, norms, ids_BxT, lengths_B, rows_BxT) -> parts, norms, done.
 
-    ``rows_BxT`` says which row of the buffer every token becomes; what lies beyond the last is not written.
+    ``rows_BxT`` says which row of the buffer every token becomes; rows beyond the last are not written. ``done`` is
+    ready when the batch is written.
 
     Args:
-      config, mesh, parts, rows, dtype: as for ``buffer_shapes``.
+      config: as for ``buffer_shapes``.
+      mesh: as for ``buffer_shapes``.
+      parts: as for ``buffer_shapes``.
+      rows: as for ``buffer_shapes``.
+      dtype: as for ``buffer_shapes``.
     """
     shapes, norms = buffer_shapes(config, mesh, parts, rows, dtype)
     sites = sites_of(parts)
@@ -147,7 +153,7 @@ def _write(
     lengths_B: jax.Array,
     rows_BxT: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
-    """A batch through the model and into its rows; the last of what comes back is there when it is done."""
+    """Run a batch through the model and write it to its rows; the last result is ready when that is done."""
     _, found = forward(config, sites, False, params, ids_BxT, lengths_B)
     rows_N = rows_BxT.reshape(-1)
     values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in found]

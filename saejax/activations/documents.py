@@ -148,7 +148,7 @@ def shuffled_order(split_N: np.ndarray, seed: int) -> np.ndarray:
 
     Args:
       split_N: split of each piece.
-      seed: of the order.
+      seed: seed of the order.
     """
     order_N = np.random.default_rng([seed, _ORDER]).permutation(len(split_N))
     return order_N[np.argsort(split_N[order_N], kind="stable")]
@@ -167,9 +167,9 @@ def make_documents(
     Args:
       config: the corpus, its split, the number of tokens and the length of pieces.
       prompts: the prompts, by their index in their file.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       context: the longest input of the model, in tokens.
-      task: which benchmark questions are asked, and so are no text.
+      task: settings that name the benchmark questions, which are left out of the text.
       bos: "auto", "always" or "never", see ``bos_tokens``.
 
     Raises:

@@ -19,14 +19,14 @@ from saejax.parallel.mesh import sharding
 
 
 class DecoderReader:
-    """Runs a model up to the last of some sites and hands over the value at each.
+    """A reader that runs a model up to the last of some sites and hands over the value at each.
 
     Batches are padded to few shapes, each of which is compiled once. While the host stores one batch, the devices run
     the next. Nothing is computed, and no layer's parameters are read, after the last site.
 
     Args:
       source: the model's files.
-      config: of the whole model.
+      config: configuration of the whole model.
       sites: what to read, at least one.
       padded_shape: gives the [B, T] of batches whose longest document has some length, see ``Plan.padded_shape``.
       mesh: the devices; documents are split over ``data``, heads and MLP over ``model``.
@@ -66,7 +66,7 @@ class DecoderReader:
         self._give(running, take)
 
     def padded(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [B, T] and lengths [B] of a batch, in a shape of which there are few and which the mesh divides."""
+        """Return token ids [B, T] and lengths [B] of a batch, in one of few shapes that the mesh divides."""
         documents, length = batch.ids_BxT.shape
         rows, padded = self._padded_shape(length)
         rows += -rows % (self.mesh.shape["member"] * self.mesh.shape["data"])
@@ -74,11 +74,11 @@ class DecoderReader:
         return ids_BxT, np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
 
     def close(self) -> None:
-        """Gives back the devices' memory; the reader cannot be used afterwards."""
+        """Give back the devices' memory; the reader cannot be used afterwards."""
         self.params = {}
 
     def _start(self, batch: Batch) -> list[jax.Array]:
-        """Sends a batch to the devices, without waiting for it."""
+        """Send a batch to the devices, without waiting for it."""
         ids_BxT, lengths_B = self.padded(batch)
         placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
         _, values = forward(self.config, self._sites, False, self.params, *placed)

@@ -18,17 +18,17 @@ _Rows = TypeVar("_Rows")  # a ``Store`` or a ``ModelStream``
 
 
 def single_sites(sites: Iterable[str]) -> list[str]:
-    """The sites that have to be captured for these, each once."""
+    """Return the distinct single sites that have to be captured for these."""
     return list(dict.fromkeys(part for site in sites for part in site_parts(site)))
 
 
 def with_joined(rows: _Rows, sites: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None) -> _Rows:
-    """A store or a stream that has the joined ones among ``sites``, too; itself where there are none.
+    """Return a store or stream that also has the joined sites among ``sites``; itself where there are none.
 
     Args:
       rows: the store, or the stream with its first buffer made.
-      sites: what is read of it; its own, and joined ones of these.
-      scales: of the parts of each joined site; None: those that bring all its parts to one mean norm, estimated on
+      sites: the sites to read: its own, and joined sites of these.
+      scales: scales of each joined site's parts; None: those that bring all its parts to one mean norm, estimated on
         training rows.
     """
     names = [site for site in dict.fromkeys(sites) if is_joined(site)]
@@ -44,7 +44,7 @@ class JoinedRows:
 
     Attributes:
       sites: all that can be read.
-      scales: of the parts of each joined site.
+      scales: scales of each joined site's parts.
     """
 
     def __init__(self, rows: Any, names: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None):
@@ -60,7 +60,7 @@ class JoinedRows:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values: scaled ones would lose what bfloat16 leaves of them a second time."""
+        """Dtype of the values: scaled ones would lose what bfloat16 leaves of them a second time."""
         return np.dtype(np.float32)
 
     def d(self, site: str) -> int:
@@ -68,11 +68,11 @@ class JoinedRows:
         return sum(map(self._rows.d, site_parts(site)))
 
     def max_norm(self, site: str) -> float:
-        """The sink rule of a site; a joined one has only those of its parts."""
+        """Return the sink rule of a site; a joined one has only those of its parts."""
         return 3.4e38 if is_joined(site) else self._rows.max_norm(site)
 
     def sinks(self, site: str) -> SinkCounts:
-        """What the sink rule drops; of a joined site, at the part that has the most."""
+        """Return what the sink rule drops; for a joined site, at the part that has the most sinks."""
         return max(map(self._rows.sinks, site_parts(site)), key=lambda counts: counts.position_0 + counts.beyond)
 
     def usable(self, split: str, *sites: str) -> RowRange:
@@ -98,7 +98,7 @@ class JoinedRows:
         return make_batches(self, *args, **options)
 
     def part_facts(self, site: str) -> dict[str, tuple[float, ...]]:
-        """Scales and sink rules of a joined site's parts, as fields of ``SiteScale``; nothing of another."""
+        """Return scales and sink rules of a joined site's parts, as fields of ``SiteScale``; empty for others."""
         if not is_joined(site):
             return {}
         return dict(scales=self.scales[site], max_norms=tuple(map(self._rows.max_norm, site_parts(site))))

@@ -50,12 +50,12 @@ class Plan:
     """The shards and batches of a capture.
 
     Args:
-      documents: in the order in which they are captured.
-      shard_rows: rows per shard; the last shard has what is left.
+      documents: documents, in the order in which they are captured.
+      shard_rows: rows per shard; the last shard has the remainder.
       batch_tokens: most tokens of a batch, padding to ``padded_shape`` included; a longer document is a batch of its
         own.
       last: record only the last n positions of every text; 0: all.
-      seed: of the order of rows within a shard.
+      seed: seed of the order of rows within a shard.
       whole: all documents, where only some of them are captured; says where texts end.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How far work on a text is, said every few seconds."""
+"""Progress of work on a text, logged every few seconds."""
 
 import time
 from collections.abc import Callable
@@ -7,12 +7,12 @@ SAY_EVERY = 5.0  # seconds
 
 
 class TextProgress:
-    """Counts what is done, and says it with the speed and the time to go.
+    """Counter that logs the work done, its speed and the remaining time.
 
     Args:
       say: prints a line.
-      left: how much there is to do; 0: not known.
-      unit: what is counted.
+      left: amount of work to do; 0: not known.
+      unit: name of the unit that is counted.
     """
 
     def __init__(self, say: Callable[[str], None], left: int, unit: str = "tokens"):
@@ -20,7 +20,7 @@ class TextProgress:
         self._start = self._said = time.monotonic()
 
     def add(self, count: int) -> None:
-        """Counts what was done since the last call."""
+        """Count the work done since the last call."""
         self._done += count
         now = time.monotonic()
         if now - self._said >= SAY_EVERY:
@@ -30,5 +30,5 @@ class TextProgress:
 
     @property
     def rate(self) -> float:
-        """How much was done per second; 0 before there is any."""
+        """Work done per second; 0 before there is any."""
         return self._done / (time.monotonic() - self._start) if self._done else 0.0

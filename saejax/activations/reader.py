@@ -1,4 +1,4 @@
-"""What a backend of capture has to do."""
+"""The interface of a capture backend."""
 
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -12,7 +12,7 @@ Take = Callable[[Batch, AnySite, np.ndarray], None]
 
 
 class Reader(Protocol):
-    """What a backend has to do.
+    """A backend of capture.
 
     Attributes:
       widths: width of the values at every site.
@@ -21,11 +21,11 @@ class Reader(Protocol):
     widths: dict[AnySite, int]
 
     def read(self, batches: Iterable[Batch], take: Take) -> None:
-        """Runs the batches, in their order, up to the last of the wanted sites.
+        """Run the batches, in their order, up to the last of the wanted sites.
 
-        Calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32 or
-        bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
+        This calls ``take(batch, site, value_BxTxD)`` once for every batch and site, batches in order. The value is fp32
+        or bfloat16, may be longer than the batch's T, and is not changed or kept by ``take``.
         """
 
     def close(self) -> None:
-        """Gives back the devices' memory."""
+        """Give back the devices' memory."""

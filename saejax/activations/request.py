@@ -1,4 +1,4 @@
-"""What a capture is asked for: the model's files, the sites, and what of the model has to be known beforehand."""
+"""Capture requests: the model's files, the sites, and what has to be known of the model beforehand."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ _SAMPLE = "In 1732 the captain's 48 men saw it: x = 3*(y+2), \u201cnaïve\u201d 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureRequest:
-    """What a capture is asked for.
+    """A request for a capture.
 
     Attributes:
       source: the model's files.
       sites: the sites, in the order given.
       decoder: the decoder's configuration; None if it does not know the model, or only modules are asked for.
       context: the longest input in tokens; None: it has no limit.
-      other: what is asked of the second model, its sites among ``sites``, too; None: nothing.
+      other: the request for the second model, whose sites are also among ``sites``; None: no second model.
     """
 
     source: source.ModelSource
@@ -36,7 +36,7 @@ class CaptureRequest:
 
     @property
     def needs_torch(self) -> bool:
-        """Whether the decoder cannot run it, whatever ``--capture.backend`` says."""
+        """True if the decoder cannot run the model, whatever ``--capture.backend`` says."""
         return self.decoder is None
 
     def widths(self) -> dict[AnySite, int] | None:
@@ -51,7 +51,7 @@ class CaptureRequest:
 
 
 def read_request(configs: Configs) -> CaptureRequest:
-    """What the settings ask for.
+    """Return the capture request of the settings.
 
     Raises:
       UserError: the model cannot be found or read, or a site does not exist, is named twice or is not for the backend.
@@ -79,7 +79,7 @@ def read_request(configs: Configs) -> CaptureRequest:
 
 
 def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
-    """What is asked of the second model.
+    """Return the capture request for the second model.
 
     Raises:
       UserError: there is none, it has another tokenizer, or what ``read_request`` refuses.
@@ -94,7 +94,7 @@ def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[
 
 
 def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -> None:
-    """A ``UserError`` unless two models read the same text as the same tokens; special ones may differ."""
+    """Raise a ``UserError`` unless two models read the same text as the same tokens; special ones may differ."""
     one, other = source.load_tokenizer(first), source.load_tokenizer(second)
     other_ids, special = other.get_vocab(), {*one.added_tokens_encoder, *other.added_tokens_encoder}
     apart = [token for token, id in one.get_vocab().items() if token not in special and other_ids.get(token) != id]
@@ -113,7 +113,7 @@ def begins_with_bos(request: CaptureRequest, bos: str) -> bool:
 
 
 def parse_sites(names: Sequence[str], backend: str) -> tuple[AnySite, ...]:
-    """The sites that ``--capture.sites`` names.
+    """Return the sites that ``--capture.sites`` names.
 
     Raises:
       UserError: there are none, or one is unknown, named twice or not for the backend.

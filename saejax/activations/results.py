@@ -16,7 +16,7 @@ class TokenizeResults:
 
 @dataclasses.dataclass(frozen=True)
 class SinkCounts:
-    """What the sink rule leaves out at a site."""
+    """Counts of the tokens that the sink rule leaves out at a site."""
 
     position_0: int  #: tokens at position 0
     beyond: int  #: tokens after it
@@ -35,7 +35,7 @@ class SiteNorms:
 
 @dataclasses.dataclass(frozen=True)
 class CapturedSite(SiteNorms):
-    """What was recorded at a site."""
+    """A site as it was recorded."""
 
     rows: int  #: tokens
     bytes: int  #: of the activations

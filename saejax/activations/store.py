@@ -60,9 +60,9 @@ def shard_arrays(part: str, rows: int, d: int, dtype: str) -> dict[str, tuple[tu
 
     Args:
       part: a site, or ``INDEX``.
-      rows: of the shard.
+      rows: number of rows of the shard.
       d: width of the site.
-      dtype: of the store.
+      dtype: dtype of the store.
     """
     if part == INDEX:
         return dict(shard=((rows, 3), np.dtype(np.int32)))
@@ -75,7 +75,7 @@ class Store:
     Blocks are checked against their checksums when they are first read. Reading is safe from several threads.
 
     Attributes:
-      folder: of the store.
+      folder: the store's folder.
       manifest: its description.
     """
 
@@ -120,7 +120,7 @@ class Store:
 
     @property
     def bos(self) -> str:
-        """Whether documents begin with a BOS token, as dictionaries keep it: "always" or "never"."""
+        """BOS convention of the documents, as dictionaries record it: "always" or "never"."""
         return "always" if self.manifest.bos else "never"
 
     @property
@@ -158,7 +158,7 @@ class Store:
 
         Args:
           split: "train" or "held_out".
-          sites: of this store.
+          sites: sites of this store.
         """
         one_of(split, SPLITS, "split")
         train_rows = self.manifest.tokens["train"]
@@ -175,7 +175,7 @@ class Store:
         """Return the vectors [n, d] of rows at a site, in the order of ``rows``, in ``dtype``.
 
         Args:
-          site: of this store.
+          site: a site of this store.
           rows: int [n], fastest if they ascend.
           out: an array to write them to; None: a new one.
 
@@ -224,8 +224,8 @@ class Store:
 
         Args:
           parts: the sites of every part of a batch: of the inputs, and for transcoders of the targets.
-          batch: rows of a batch.
-          seed: of the order of rows.
+          batch: number of rows per batch.
+          seed: seed of the order of rows.
           epochs: passes over the training rows, each in another order; every row comes once in each.
           window_rows: rows that are shuffled together.
           slice_of_batch: the rows of each batch that are read, such as those of one process.

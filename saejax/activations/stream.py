@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class _Stopped(Exception):
-    """The process was asked to stop while a buffer was made."""
+    """Raised when the process was asked to stop while a buffer was made."""
 
 
 def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
@@ -53,15 +53,15 @@ def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers
 class ModelStream:
     """The buffers of the corpus's training documents.
 
-    ``rows``, ``read``, ``d``, ``max_norm``, ``model`` and ``dtype`` are those of a ``Store`` that holds the buffer at
-    hand. Sinks are told by the first buffer: ``sink_factor`` times its median norm. With the JAX backend values stay on
+    ``rows``, ``read``, ``d``, ``max_norm``, ``model`` and ``dtype`` are those of a ``Store`` that holds the current
+    buffer. The first buffer defines sinks: ``sink_factor`` times its median norm. With the JAX backend values stay on
     the devices (``on_devices``); those of torch, of a second model and of joined sites pass through the host.
 
     Args:
-      run: its settings of model, corpus and capture say what goes through which model; the backend is
+      run: the run, whose settings of model, corpus and capture are used; the backend is
         ``capture.backend``, the values are of ``capture.store_dtype``.
       parts: the sites of every part of a batch.
-      rows: of a buffer.
+      rows: number of rows of a buffer.
 
     Raises:
       UserError: the corpus, the model or a site is not usable, or a buffer does not fit on the devices.
@@ -84,7 +84,7 @@ class ModelStream:
         self._said = -math.inf
 
     def __len__(self) -> int:
-        """Number of buffers."""
+        """Return the number of buffers."""
         return self._plan.shards
 
     def size(self, buffer: int) -> int:
@@ -98,7 +98,7 @@ class ModelStream:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the values: float32 or ml_dtypes.bfloat16."""
+        """Dtype of the values: float32 or ml_dtypes.bfloat16."""
         return DTYPES[self._dtype]
 
     @property
@@ -111,11 +111,11 @@ class ModelStream:
         return next(width for known, width in self._reader.widths.items() if str(known) == site)
 
     def max_norm(self, site: str) -> float:
-        """The sink rule: rows with a larger norm are attention sinks."""
+        """Return the sink rule: rows with a larger norm are attention sinks."""
         return self._max_norms[site]
 
     def fill(self, buffer: int) -> bool:
-        """Makes a buffer; the first to be made must be number 0. False if the process was asked to stop meanwhile.
+        """Make a buffer, the first with number 0; return False if the process was asked to stop meanwhile.
 
         Raises:
           UserError: activations are not finite.
@@ -134,23 +134,23 @@ class ModelStream:
         return True
 
     def _say(self, buffer: int, start: float) -> None:
-        """Says how fast a buffer was made; not of each, as small models make several a second."""
+        """Log how fast a buffer was made; not for each, as small models make several a second."""
         now = time.monotonic()
         if now - self._said >= SAY_EVERY:
             self._said, rate = now, self.size(buffer) / (now - start)
             self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
-        """Rows of the buffer at hand that are sinks at none of the sites, ascending. All are of the split "train"."""
+        """Return the current buffer's rows, all of the split "train", that are sinks at none of the sites, rising."""
         norms = [self._norms[site] <= np.float32(self.max_norm(site)) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] of rows of the buffer at hand."""
+        """Return the vectors [n, d] of rows of the current buffer."""
         return self._buffers.read(site, rows)
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Give the model's memory back."""
         self._reader.close()
 
     def _batches(self, buffer: int) -> Iterator[Batch]:
@@ -160,7 +160,7 @@ class ModelStream:
             yield batch
 
     def _check(self, buffer: int) -> None:
-        """A ``UserError`` if a value of the buffer at hand is not finite."""
+        """Raise a ``UserError`` if a value of the current buffer is not finite."""
         for site, norm_R in self._norms.items():
             if not np.isfinite(norm_R).all():
                 document, position, _ = self._plan.index(buffer)[np.argmin(np.isfinite(norm_R))].tolist()
@@ -171,15 +171,15 @@ class ModelStream:
 
 
 class BufferOrder:
-    """Which rows of which buffer make each batch.
+    """The order of batches: which rows of which buffer make each.
 
     Epoch 0 takes the buffers in their order, each later one in a random order of its own; a buffer gives as many
     batches as it would without sinks.
 
     Args:
       sizes: rows of every buffer.
-      batch: rows per batch.
-      seed: of the orders.
+      batch: number of rows per batch.
+      seed: seed of the orders.
     """
 
     def __init__(self, sizes: Sequence[int], batch: int, seed: int):
@@ -192,7 +192,7 @@ class BufferOrder:
         return int(self._steps_N.sum())
 
     def locate(self, step: int) -> tuple[int, int, int, int]:
-        """Epoch and buffer of batch ``step``, from 0, and the first of the buffer's batches and the one after them."""
+        """Return epoch and buffer of batch ``step``, from 0, and the range of the buffer's batches (end exclusive)."""
         epoch, inside = divmod(step, self.per_epoch)
         order_N = np.arange(len(self._steps_N))
         if epoch:
@@ -203,9 +203,9 @@ class BufferOrder:
         return epoch, buffer, stop - int(self._steps_N[buffer]), stop
 
     def places(self, epoch: int, buffer: int, rows: int) -> np.ndarray:
-        """The batches of a buffer in an epoch, [batches, batch]: places among its rows that are no sinks.
+        """Return the batches of a buffer in an epoch, [batches, batch]: indices among its rows that are no sinks.
 
-        Every place comes before one comes twice, which makes up for the sinks.
+        Every index occurs before one occurs twice, which makes up for the sinks.
         """
         order_R = np.random.default_rng([self._seed, epoch, buffer]).permutation(rows)
         return np.resize(order_R, (int(self._steps_N[buffer]), self._batch))

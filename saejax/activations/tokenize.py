@@ -107,10 +107,10 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
 
 
 class _DocumentsWriter:
-    """Writes the files of ``Documents``; a context manager that removes what it has not finished.
+    """Writer of the files of ``Documents``; a context manager that removes what it has not finished.
 
     Args:
-      folder: where.
+      folder: the folder to write to.
       groups: names of the groups of prompts; other groups are numbered by a hash of their names.
     """
 

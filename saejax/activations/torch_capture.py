@@ -18,7 +18,7 @@ from saejax.models.torch_hooks import HookedModel
 
 
 class SiteReader:
-    """Runs a model up to the last of some sites and hands over the value at each.
+    """A reader that runs a model up to the last of some sites and hands over the value at each.
 
     Args:
       model: a transformers causal language model; layers after the last site are dropped from it. It is moved to a GPU

@@ -47,15 +47,15 @@ class SiteShard:
 
 
 class StoreWriter:
-    """Writes a store, shard by shard; finished shards of the same work are kept.
+    """Writer of a store, shard by shard; finished shards of the same work are kept.
 
     A site's shards are finished one by one and independently of other sites.
 
     Args:
-      folder: of the store.
-      plan: which rows go into which shard.
+      folder: the store's folder.
+      plan: the plan of shards.
       widths: width of every site.
-      dtype: "float32" or "bfloat16", on disk.
+      dtype: dtype on disk, "float32" or "bfloat16".
       work: identifies what the shards of every site, and of ``INDEX``, depend on: shards that were written for other
         work do not count as finished.
     """
@@ -74,7 +74,7 @@ class StoreWriter:
         """Prepare the folder: it is no store until ``finish``, and half-written files are removed.
 
         Args:
-          missing: parts and shards that are to be made; records of damaged ones go, so that no process trusts them.
+          missing: parts and shards to make; records of damaged ones are removed, so that no process trusts them.
         """
         (self.folder / MANIFEST).unlink(missing_ok=True)
         for part, shard in missing:
@@ -157,8 +157,13 @@ class StoreWriter:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
         Args:
-          norms: of ``site_norms``, which has to be called before.
-          sink_factor, model, bos, corpus, last, other: fields of ``Manifest``.
+          norms: the result of ``site_norms``.
+          sink_factor: ratio to the median norm above which a row is a sink.
+          model: the captured model.
+          bos: whether documents begin with a BOS token.
+          corpus: hash of the text; None if it was in memory.
+          last: number of last positions recorded of each document; 0: all.
+          other: the second captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan
         train = documents.train_count
@@ -264,14 +269,14 @@ def write_store(
 
     Args:
       folder: made if missing.
-      documents: contiguous.
-      values: of every site, [T, D] of ``DTYPES[dtype]``; row t is the token ``documents.ids_T[t]``.
+      documents: contiguous documents.
+      values: values at every site, [T, D] of ``DTYPES[dtype]``; row t is the token ``documents.ids_T[t]``.
       model: the values' model.
       bos: whether every document begins with a BOS token.
       dtype: "float32" or "bfloat16".
       shard_rows: rows of a shard.
       sink_factor: rows with norms above so many times the median of their site are attention sinks.
-      seed: of the order of rows within a shard.
+      seed: seed of the order of rows within a shard.
     """
     plan = Plan(documents, shard_rows, batch_tokens=1, last=0, seed=seed)
     widths = {site: value_TxD.shape[1] for site, value_TxD in values.items()}

@@ -1,4 +1,4 @@
-"""What the stage ``evaluate`` takes."""
+"""Cost of the stage ``evaluate``."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ _OVERHEAD = 1.5
 
 
 def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
-    """Cross-entropy of held-out documents: the clean model and the floors once for each site, and every member."""
+    """Return the cost of the held-out cross-entropies: clean model and floors once for each site, and every member."""
     evaluate, model, dtype = plan.configs[EvaluateConfig], plan.model, plan.dtype
     stack, (rows, length) = plan.stacks[kind], _batch(plan)
     used, local = stack.dictionary, part_size(plan.axes, (rows,), "data")
@@ -66,7 +66,7 @@ def evaluate_cost(plan: PlannedRun, kind: str) -> Cost:
 
 
 def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The programs that measure cross-entropy, for the dictionary that is tested, or else the first."""
+    """Return the programs that measure cross-entropy, for the tested dictionary or else the first."""
     rows, length = _batch(plan)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
     used = plan.dictionary("ablate") if plan.configs[TaskConfig].has_behaviours else first
@@ -114,13 +114,13 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
 
 def abstract_member(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh) -> MemberData:
-    """A dictionary as stages place it that measure members one by one."""
+    """Return the shapes of a dictionary as placed by stages that measure members one by one."""
     common = dataclasses.replace(used, site="", target="", max_norm=0.0)
     return MemberData.abstract(common, "float32", plan.configs[TrainConfig].state_dtype, mesh)
 
 
 def _batch(plan: PlannedRun) -> tuple[int, int]:
-    """Rows and length of a batch of documents."""
+    """Return rows and length of a batch of documents."""
     length = min(plan.configs[CorpusConfig].context, plan.model.context)
     length = -(-length // 32) * 32
     return max(1, plan.configs[EvaluateConfig].batch_tokens // length), length

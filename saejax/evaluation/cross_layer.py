@@ -32,9 +32,9 @@ class LoadedLayers(NamedTuple):
     """A cross-layer transcoder on the devices.
 
     Attributes:
-      sites: what each layer reads and predicts.
-      layers: of each its encoder, with what it writes to its own layer.
-      decoders: of each all that it writes, [F, (L - l) D], features split over ``model``.
+      sites: the sites that each layer reads and predicts.
+      layers: each layer's encoder, with the decoder to its own layer.
+      decoders: each layer's decoder to its own and all later layers, [F, (L - l) D], features split over ``model``.
     """
 
     sites: tuple[tuple[str, str], ...]
@@ -43,7 +43,7 @@ class LoadedLayers(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, mesh: Mesh) -> "LoadedLayers":
-        """The one of a folder that ``cross_layer`` opens."""
+        """Load the cross-layer transcoder of a folder that ``circuit_tracer.open_set`` opens."""
         opened = circuit_tracer.open_set(folder)
         every = np.arange(opened.configs[0].n_features)
         decoders = []
@@ -55,9 +55,9 @@ class LoadedLayers(NamedTuple):
 
 
 def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
-    """Scores the cross-layer transcoder of a train unit on the store's held-out split.
+    """Score the cross-layer transcoder of a train unit on the store's held-out split.
 
-    Writes ``firing_rate.npy`` and ``mean_activation.npy`` [L, F], fp32, and ``scores.json``.
+    This writes ``firing_rate.npy`` and ``mean_activation.npy`` [L, F], fp32, and ``scores.json``.
 
     Raises:
       UserError: the store lacks a layer, or is of another model.
@@ -108,7 +108,7 @@ def _describe(config: EvaluateConfig, scores: Sequence[Reconstruction], losses: 
 
 
 def reconstruct_layers(loaded: LoadedLayers, store: Store, mesh: Mesh, batch: int) -> list[Reconstruction]:
-    """The scores of each layer's prediction on the store's held-out rows, those left out that are sinks at any site.
+    """Return the scores of each layer's prediction on the store's held-out rows, without rows that are sinks anywhere.
 
     Raises:
       UserError: there are none, or a prediction is not finite.

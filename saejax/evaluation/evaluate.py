@@ -37,10 +37,10 @@ _AT_A_TIME = 4  # members of one site that are scored together, and by one proce
 
 
 def run_evaluate(run: Run) -> EvaluateResults:
-    """Scores the dictionaries of the train unit ``run.name`` on the store's held-out split.
+    """Score the dictionaries of the train unit ``run.name`` on the store's held-out split.
 
-    Writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
-    ``mean_activation.npy`` [F], fp32, and ``scores.json``, by which a run that was killed goes on with the others.
+    This writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
+    ``mean_activation.npy`` [F], fp32, and ``scores.json``; a resumed run skips members with scores.
     """
     config = run.configs[EvaluateConfig]
     store = Store.open(run.inputs["capture"])
@@ -60,7 +60,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
         return mesh, lm, load_other(model, store, mesh)
 
     def file(some: Sequence[TrainedMember]) -> Path:
-        """That of the first member that is not scored; of the last one if all are."""
+        """Return the scores file of the first member that is not scored; of the last one if all are."""
         files = [run.folder / one.name / SCORES for one in some]
         return next((path for path in files if not path.exists()), files[-1])
 
@@ -78,7 +78,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
 
 
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
-    """The members by what they read, predict and share a program with, a few at a time: the store is read once.
+    """Group members by what they read, predict and share a program with, a few at a time: the store is read once.
 
     Crosscoders of one joined site that were not trained together may put its parts together by scales of their own.
     """
@@ -90,7 +90,7 @@ def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[Traine
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
-    """The second model of a store; None if it has none.
+    """Return the second model of a store; None if it has none.
 
     Raises:
       UserError: ``--model.other`` names none, or another one.
@@ -119,7 +119,7 @@ def _score_site(
     sites: tuple[str, str],
     folders: dict[str, Path],
 ) -> None:
-    """Scores the members that read one site and predict one target, and writes what there is to say of each."""
+    """Score the members that read one site and predict one target, and write the results of each."""
     site, target = sites
     # The rule of the store, whoever trained the dictionaries.
     dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
@@ -178,7 +178,7 @@ def _describe(
 
 
 def _parts(site: str, variances: Sequence[float], losses: Mapping[str, Losses]) -> dict[str, PartScores]:
-    """What a crosscoder keeps of each part."""
+    """Return a crosscoder's scores at each part."""
     return {
         name: PartScores(
             variance,

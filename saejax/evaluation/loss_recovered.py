@@ -1,4 +1,4 @@
-"""What the model loses when a dictionary's output stands in for its target site: cross-entropy, and KL divergence.
+"""The loss of the model when a dictionary's output replaces its target site: cross-entropy, and KL divergence.
 
 The target of an SAE is the site that it reads; a transcoder reads ``mlp_in.L``, and its prediction replaces
 ``mlp_out.L`` in the same forward pass. Beside the clean model and the stand-in are two floors: the target replaced by
@@ -38,7 +38,7 @@ class Losses:
     """Means over predicted tokens under each of ``VARIANTS``, nats.
 
     Attributes:
-      tokens: how many tokens were predicted.
+      tokens: number of predicted tokens.
       ce: next-token cross-entropy.
       kl: KL(clean || variant).
     """
@@ -49,12 +49,12 @@ class Losses:
 
     @classmethod
     def of(cls, tokens: int, ce_V: np.ndarray, kl_V: np.ndarray) -> Self:
-        """From values in the order of ``VARIANTS``."""
+        """Return the losses with these values, in the order of ``VARIANTS``."""
         return cls(tokens, *(dict(zip(VARIANTS, values_V.tolist(), strict=True)) for values_V in (ce_V, kl_V)))
 
 
 def recovered(values: dict[str, float], floor: str) -> float | None:
-    """Share of the loss between ``floor`` ("mean_ablated" or "zero_ablated") and the clean model that is recovered.
+    """Return the recovered share of the loss between ``floor``, "mean_ablated" or "zero_ablated", and the clean model.
 
     None where the floor is no worse than the clean model: then there is nothing to recover.
     """
@@ -69,12 +69,13 @@ def stand_in_losses(
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
 ) -> list[Losses]:
-    """The losses of dictionaries that read one site and have one target.
+    """Return the losses of dictionaries that read one site and have one target.
 
     The layers below, the clean model and the floors run once for all of them.
 
     Args:
-      dictionaries: of one kind and shape, with the same site, target and sink rule; without one they get the model's.
+      lm: the language model.
+      dictionaries: dictionaries of one kind and shape, with the same site, target and sink rule (default: the model's).
       documents: token ids; those of one token predict nothing.
       mean_D: the target's mean over training tokens.
       batch_tokens: tokens per program, padding included.
@@ -106,7 +107,7 @@ def stand_in_losses(
 
 
 def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
-    """The configuration of the first, after a check that all have its site, target and sink rule."""
+    """Return the first one's configuration, after a check that all have its site, target and sink rule."""
     if len({(d.config.site, d.config.target, d.config.max_norm, d.config.target_max_norm) for d in dictionaries}) > 1:
         raise ValueError("dictionaries that are scored together must have one site, target and sink rule")
     return dictionaries[0].config
@@ -115,7 +116,7 @@ def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:
 def document_batches(
     lm: LanguageModel, documents: Sequence[np.ndarray], batch_tokens: int
 ) -> Iterator[tuple[jax.Array, jax.Array, int]]:
-    """Token ids [B, T], lengths [B] and the number of tokens that are predicted, all on the model's devices."""
+    """Yield token ids [B, T], lengths [B] and the number of predicted tokens, on the model's devices."""
     documents = [document for document in documents if len(document) > 1]
     shares = lm.mesh.shape["data"]
     lengths_N = np.array([round_length(len(document)) for document in documents], np.int64)

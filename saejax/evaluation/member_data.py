@@ -20,7 +20,7 @@ _COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # be
 
 
 def compiled_in(config: DictionaryConfig) -> DictionaryConfig:
-    """What a program depends on: the same for the dictionaries that share one."""
+    """Return what a program depends on: the same for dictionaries that share one."""
     return DictionaryConfig(**{name: getattr(config, name) for name in _COMPILED_IN})
 
 
@@ -39,7 +39,7 @@ class MemberData:
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], mesh: Mesh) -> list[Self]:
-        """The dictionaries of a stack, placed on a mesh: features split over ``model``, the rest on every device.
+        """Place the dictionaries of a stack on a mesh: features split over ``model``, the rest on every device.
 
         Raises:
           ValueError: they differ in kind or shape.
@@ -66,7 +66,7 @@ class MemberData:
 
     @classmethod
     def abstract(cls, config: DictionaryConfig, matmul_dtype: str, dtype: str, mesh: Mesh) -> Self:
-        """The shapes and shardings of a member with this config; ``matmul_dtype``, ``dtype`` as for ``Dictionary``."""
+        """Return a member's shapes and shardings for this config; ``matmul_dtype``, ``dtype`` as in ``Dictionary``."""
         arrays = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=fitting_sharding(mesh, shape, *axes))
             for name, (shape, axes) in parameter_table(config).items()
@@ -79,15 +79,15 @@ class MemberData:
         return cls(dictionary, numbers)
 
     def encode(self, x_xD: jax.Array) -> jax.Array:
-        """Feature activations, any leading dimensions."""
+        """Return feature activations, for any leading dimensions."""
         return self.dictionary.encode(x_xD, self.numbers)
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array) -> jax.Array:
-        """The reconstruction, or the prediction of the target, of activations f and inputs x."""
+        """Return the reconstruction, or the prediction of the target, from activations f and inputs x."""
         return self.dictionary.decode(f_xF, x_xD)
 
     def fires(self, f_xF: jax.Array) -> jax.Array:
-        """Where features fire."""
+        """Return where features fire."""
         return self.dictionary.kind.fires(f_xF, self.numbers)
 
 

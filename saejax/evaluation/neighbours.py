@@ -1,4 +1,4 @@
-"""How close the directions of a dictionary's features lie: two that coincide are one feature counted twice."""
+"""Nearest neighbours among the directions of a dictionary: two that coincide are one feature counted twice."""
 
 import functools
 
@@ -15,10 +15,10 @@ NEAR = 0.9  # a feature with a neighbour above this cosine has nearly a copy
 
 
 def neighbour_cosines(W_dec_FxD: jax.Array) -> np.ndarray:
-    """The largest cosine of each row with another row, [F]; a row of zeros has cosine 0 with every other.
+    """Return the largest cosine of each row with another row, [F]; a row of zeros has cosine 0 with every other.
 
-    Rows are compared in blocks, so that memory stays bounded however many features there are. Of more features than
-    131,072 some are looked at, in blocks from the first to the last, and the result is as long: [N].
+    Rows are compared in blocks, so that memory stays bounded whatever the number of features. Beyond 131,072 features
+    a sample of blocks, spread from the first to the last, is compared; the result then has its length, [N].
     """
     features = W_dec_FxD.shape[0]
     if features < 2:
@@ -35,11 +35,11 @@ def neighbour_cosines(W_dec_FxD: jax.Array) -> np.ndarray:
 
 
 def summary(cosine_F: np.ndarray, features: int) -> NeighbourCosines | None:
-    """The distribution of the neighbours' cosines; None for a dictionary of one feature.
+    """Return the distribution of the neighbours' cosines; None for a dictionary of one feature.
 
     Args:
-      cosine_F: of ``neighbour_cosines``.
-      features: of the dictionary.
+      cosine_F: the result of ``neighbour_cosines``.
+      features: number of features of the dictionary.
     """
     if not len(cosine_F):
         return None
@@ -51,12 +51,12 @@ def summary(cosine_F: np.ndarray, features: int) -> NeighbourCosines | None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _largest(block: int, W_dec_FxD: jax.Array, starts_N: jax.Array) -> jax.Array:
-    """[N, block], the rows' largest cosines with others; block n begins at row starts_N[n]."""
+    """Return the rows' largest cosines with others, [N, block]; block n begins at row starts_N[n]."""
     return lax.map(lambda start: cosines_of_block(block, W_dec_FxD, start).max(axis=-1), starts_N)
 
 
 def cosines_of_block(block: int, W_dec_FxD: jax.Array, start: jax.Array) -> jax.Array:
-    """Cosines of ``block`` rows of W_dec from ``start`` on with all, [R, F]: -inf with themselves, 0 with rows of 0."""
+    """Return cosines of ``block`` rows of W_dec from ``start`` with all, [R, F]: -inf with itself, 0 with zero rows."""
     length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
     unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
     rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)

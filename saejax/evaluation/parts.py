@@ -1,4 +1,4 @@
-"""What a crosscoder keeps of each part: its variance, and what the part's model loses with a reconstruction there.
+"""Scores of a crosscoder at each part: explained variance, and losses of the part's model with a reconstruction.
 
 The values of all parts are read in clean passes of their models; then each part alone is replaced in its model, and
 where a model has several parts all of them at once. All parts of a residual stream at once are no more than the last:
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
 
 
 def parts_by_model(site: str, lm: LanguageModel, other: LanguageModel | None) -> list[Parts]:
-    """The parts of a joined site, by the models that they are of; the first model first.
+    """Return the parts of a joined site, by the models that they are of; the first model first.
 
     Raises:
       UserError: a site does not exist in its model.
@@ -43,10 +43,10 @@ def parts_by_model(site: str, lm: LanguageModel, other: LanguageModel | None) ->
 
 
 def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
-    """The values [B, T, width] at all parts, by name.
+    """Return the values [B, T, width] at all parts, by name.
 
     Args:
-      models: of ``parts_by_model``.
+      models: the result of ``parts_by_model``.
       ids_BxT: token ids, padded on the right.
       lengths_B: number of tokens of each text.
     """
@@ -58,7 +58,7 @@ def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Arr
 
 
 def replaced(sites: Mapping[str, Site], new: Mapping[str, jax.Array]) -> tuple[SiteEdit, ...]:
-    """Edits that put values [B, T, width] by part in the place of a model's own."""
+    """Return edits that replace a model's values by these, [B, T, width], by part."""
     everywhere = Positions.parse("all")
     return tuple(SiteEdit(jnp.float32(0), Values(new[name], True), everywhere, site) for name, site in sites.items())
 
@@ -70,11 +70,11 @@ def part_losses(
     mean_D: np.ndarray,
     batch_tokens: int = 4096,
 ) -> list[dict[str, Losses]]:
-    """For each crosscoder, the losses with each part replaced, and under a model's parts joined by "+" with all.
+    """Return each crosscoder's losses with each part replaced, and with all of a model's (their names joined by "+").
 
     Args:
-      models: of ``parts_by_model``.
-      dictionaries: of one joined site and one scale.
+      models: the result of ``parts_by_model``.
+      dictionaries: crosscoders of one joined site and one scale.
       documents: token ids.
       mean_D: mean of the joined values over training tokens.
       batch_tokens: tokens per program, padding included.
@@ -111,10 +111,10 @@ def part_losses(
 
 
 def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]]) -> list[list[float]]:
-    """The explained variance of each part, for each crosscoder, sums in fp64; 0 where a part does not vary.
+    """Return the explained variance of each part, for each crosscoder, sums in fp64; 0 where a part does not vary.
 
     Args:
-      dictionaries: of one joined site.
+      dictionaries: crosscoders of one joined site.
       blocks: joined values, ([n, D],) each.
     """
     widths = dictionaries[0].config.widths

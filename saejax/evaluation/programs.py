@@ -1,6 +1,6 @@
 """The compiled programs of an evaluation on the language model, split at a dictionary's target.
 
-head                 token ids -> the stream entering the tail, values of site and target              once per batch
+head                 token ids -> the stream entering the suffix, values of site and target            once per batch
 constant, stand_in   the site's value -> another value of the target                                   once per variant
 tail                 a value of the target -> the stream leaving the last layer                        once per variant
 compare              those streams -> cross-entropies and KL divergences                               once per batch
@@ -24,14 +24,17 @@ _LOGITS_AT_ONCE = 512  # tokens whose logits are held at a time
 def head(
     point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array, site_limit: jax.Array, target_limit: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """``SplitPoint.head``, and what is a sink.
+    """Run the prefix of the model (``SplitPoint.run_prefix``), and find attention sinks.
 
     Args:
+      point: where the model is split.
+      params: parameters of the decoder.
       ids_BxT: prompts, padded on the right.
-      site_limit, target_limit: norms above which a position is an attention sink there.
+      site_limit: norm above which a position is an attention sink at the site.
+      target_limit: the same at the target.
 
     Returns:
-      The stream entering the tail, the value that the dictionary reads, the target's value, each [B, T, D], and bool
+      The stream entering the suffix, the value that the dictionary reads, the target's value, each [B, T, D], and bool
       [B, T]: where neither value is a sink.
     """
     stream_BxTxD, y_BxTxD, x_BxTxD = point.run_prefix(params, ids_BxT)
@@ -40,20 +43,20 @@ def head(
 
 @jax.jit
 def constant(y_BxTxD: jax.Array, inside_BxT: jax.Array, value_D: jax.Array) -> jax.Array:
-    """``value_D`` in place of y, the target's value, ``inside``: not at sinks."""
+    """Return ``value_D`` in place of y, the target's value, ``inside``: not at sinks."""
     return jnp.where(inside_BxT[..., None], value_D[None, None].astype(y_BxTxD.dtype), y_BxTxD)
 
 
 @jax.jit
 def stand_in(member: MemberData, x_BxTxD: jax.Array, y_BxTxD: jax.Array, inside_BxT: jax.Array) -> jax.Array:
-    """What the dictionary makes of x, the site's value, in place of y, the target's, ``inside``: not at sinks."""
+    """Return the output for x, the site's value, in place of y, the target's value, ``inside``: not at sinks."""
     y_hat_BxTxD = member.decode(member.encode(x_BxTxD), x_BxTxD)
     return jnp.where(inside_BxT[..., None], y_hat_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def tail(point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, value_BxTxD: jax.Array) -> jax.Array:
-    """``SplitPoint.tail``: the stream [B, T, D] leaving the last layer, with another value of the target."""
+    """Return the stream [B, T, D] leaving the last layer, given another value of the target."""
     return point.run_suffix(params, stream_BxTxD, value_BxTxD)
 
 
@@ -61,15 +64,17 @@ def tail(point: SplitPoint, params: decoder.Params, stream_BxTxD: jax.Array, val
 def compare(
     config: DecoderConfig, params: decoder.Params, stream_ExBxTxD: jax.Array, ids_BxT: jax.Array, lengths_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy and KL divergence of E variants, the first of which is the clean model.
+    """Return cross-entropy and KL divergence of E variants, the first of which is the clean model.
 
     The logits of a few positions are made at a time: those of whole documents under all variants would take
     gigabytes.
 
     Args:
+      config: configuration of the decoder.
+      params: parameters of the decoder.
       stream_ExBxTxD: the streams leaving the last layer.
       ids_BxT: the tokens.
-      lengths_B: how many of them are real.
+      lengths_B: number of real tokens of each text.
 
     Returns:
       Next-token cross-entropy and KL(clean || variant), nats, each summed over the predicted tokens of a chunk of

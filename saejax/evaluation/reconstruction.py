@@ -1,4 +1,4 @@
-"""How well dictionaries rebuild held-out activations, and how sparsely."""
+"""Reconstruction error and sparsity of dictionaries on held-out activations."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +51,7 @@ class Reconstruction:
         return float(np.mean(self.firing_rate_F > above))
 
     def density_histogram(self, bins_per_decade: int = 4) -> DensityHistogram:
-        """Counts of features by log10 of the firing rate; features that never fire are counted apart."""
+        """Count features by log10 of the firing rate; features that never fire are counted apart."""
         lowest = min(np.floor(np.log10(1 / self.tokens)), -1.0)  # of one token, too, there is a bin
         edges = np.linspace(lowest, 0, round(-lowest * bins_per_decade) + 1)
         rates = self.firing_rate_F[self.firing_rate_F > 0]
@@ -62,10 +62,10 @@ class Reconstruction:
 def reconstruct(
     dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence[np.ndarray]], mesh: Mesh, batch: int = 4096
 ) -> list[Reconstruction]:
-    """Scores dictionaries that read the same activations, in one pass over these.
+    """Score dictionaries that read the same activations, in one pass over these.
 
     Args:
-      dictionaries: of one kind and shape; one program scores them all.
+      dictionaries: dictionaries of one kind and shape; one program scores them all.
       blocks: activations, attention sinks left out: (inputs [n, d],), or (inputs, targets) for transcoders; any n.
       mesh: tokens are split over ``data``, features over ``model``.
       batch: tokens per run of the program; the last batch is filled up with rows that do not count.
@@ -91,13 +91,13 @@ def reconstruct(
 
 
 class Spread:
-    """How far the targets lie from their mean, added up in fp64."""
+    """Sums, in fp64, for the variance of the targets around their mean."""
 
     def __init__(self, width: int):
         self.tokens, self._square, self._total_D = 0, 0.0, np.zeros(width)
 
     def add(self, y_NxD: np.ndarray) -> None:
-        """Adds some targets."""
+        """Add a batch of targets."""
         wide_NxD = y_NxD.astype(np.float64)
         self.tokens += len(wide_NxD)
         self._square += np.square(wide_NxD).sum()
@@ -110,21 +110,21 @@ class Spread:
 
 
 class Sums:
-    """What is added up for one dictionary."""
+    """Running sums of one dictionary's scores."""
 
     def __init__(self, features: int):
         self._error, self._cosine = 0.0, 0.0
         self._fired_F, self._active_F = np.zeros(features, np.int64), np.zeros(features)
 
     def add(self, error_B: np.ndarray, cosine_B: np.ndarray, fired_F: np.ndarray, active_F: np.ndarray) -> None:
-        """Adds what ``measures`` gives of a batch, see ``measures``."""
+        """Add the results of a batch, see ``measures``."""
         self._error += error_B.astype(np.float64).sum()
         self._cosine += cosine_B.astype(np.float64).sum()
         self._fired_F += fired_F
         self._active_F += active_F
 
     def scores(self, spread: Spread) -> Reconstruction:
-        """The scores; a ``UserError`` if they are not finite."""
+        """Return the scores; raise a ``UserError`` if they are not finite."""
         if not np.isfinite(self._error):
             raise UserError("a reconstruction is not finite: the dictionary holds NaN or overflows; train it again")
         return Reconstruction(
@@ -146,12 +146,14 @@ def _score(member: MemberData, x_BxD: jax.Array, y_BxD: jax.Array, count: int) -
 def measures(
     f_BxF: jax.Array, fires_BxF: jax.Array, y_hat_BxD: jax.Array, y_BxD: jax.Array, count: int
 ) -> tuple[jax.Array, ...]:
-    """What ``Sums`` adds up of a batch.
+    """Return what ``Sums`` adds up for a batch.
 
     Args:
-      f_BxF, fires_BxF: activations, and where they count as active.
-      y_hat_BxD, y_BxD: what was rebuilt, and what it should be.
-      count: of the rows, the first so many count.
+      f_BxF: activations.
+      fires_BxF: where they count as active.
+      y_hat_BxD: the reconstruction.
+      y_BxD: its target.
+      count: number of rows, from the first on, that count.
 
     Returns:
       Squared error and cosine [B] of each token; how often [F] and how strongly, summed [F], each feature fires.
@@ -171,7 +173,7 @@ def measures(
 
 
 def batches(blocks: Iterable[Sequence[np.ndarray]], batch: int) -> Iterator[tuple[list[np.ndarray], int]]:
-    """Cuts blocks into batches of one shape; gives each with the number of rows that count."""
+    """Cut blocks into batches of one shape; yield each with the number of rows that count."""
     for block in blocks:
         for start in range(0, len(block[0]), batch):
             parts = [part[start : start + batch] for part in block]

@@ -1,4 +1,4 @@
-"""What a model loses when all of its MLPs are replaced at once by a transcoder of all layers, and by what else."""
+"""The loss of a model with all of its MLPs replaced at once: by a cross-layer transcoder, by means, by zeros."""
 
 import functools
 from collections.abc import Sequence
@@ -27,13 +27,18 @@ def replaced_losses(
     store: Store,
     config: EvaluateConfig,
 ) -> Losses:
-    """What the model loses on held-out documents with all MLPs replaced: by the transcoder, by means, by nothing.
+    """Return the losses on held-out documents with all MLPs replaced: by the transcoder, by means, by zeros.
 
     Features are read in the stream as it then is. Where what an MLP reads or adds in the clean model is an attention
     sink it stays as it is.
 
     Args:
-      layers, decoders, sites: of a cross-layer transcoder, as ``cross_layer.LoadedLayers`` has them.
+      lm: the language model.
+      layers: encoders of a cross-layer transcoder, as in ``cross_layer.LoadedLayers``.
+      decoders: its decoders, likewise.
+      sites: its sites and targets, likewise.
+      store: source of the documents, means and sink rules.
+      config: the number of documents, and tokens per program.
     """
     limits = [tuple(np.float32(store.max_norm(site)) for site in pair) for pair in sites]
     means = [store.mean(target, site).astype(np.float32) for site, target in sites]
@@ -69,7 +74,7 @@ def _layer(
 def _clean_layer(
     config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, limits: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream leaving a layer, and where its MLP meets no attention sink, bool [B, T]."""
+    """Return the stream leaving a layer, and where its MLP meets no attention sink, bool [B, T]."""
     inside = []
 
     def look(kind: str, value_BxTxD: jax.Array) -> jax.Array:
@@ -107,7 +112,7 @@ def _replaced_layer(
     member: MemberData,
     below_BxTxD: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The stream leaving a layer whose MLP is replaced, and the activations of its features."""
+    """Return the stream leaving a layer whose MLP is replaced, and the activations of its features."""
     seen: list[jax.Array] = []
 
     def put(kind: str, value_BxTxD: jax.Array) -> jax.Array:
@@ -124,7 +129,7 @@ def _replaced_layer(
 
 @jax.jit
 def _written(f_BxTxF: jax.Array, W_dec_FxX: jax.Array, above: list[jax.Array]) -> list[jax.Array]:
-    """What is written to each later layer, with what the features of one more write there."""
+    """Return the sums written to each later layer, with one more layer's features added."""
     if not above:
         return []
     width = above[0].shape[-1]

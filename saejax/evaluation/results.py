@@ -8,7 +8,7 @@ from saejax.activations.results import SinkCounts
 
 @dataclasses.dataclass(frozen=True)
 class LeftOutSinks(SinkCounts):
-    """What the sink rule left out of the scores."""
+    """Tokens that the sink rule left out of the scores."""
 
     max_norm: float  #: the rule: positions with a longer activation
 
@@ -39,7 +39,7 @@ class StandInMeans:
 
 @dataclasses.dataclass(frozen=True)
 class DensityHistogram:
-    """How many features fire on what share of the tokens."""
+    """Histogram of features by the share of tokens on which they fire."""
 
     log10_edges: tuple[float, ...]  #: of the bins, n + 1 up to 0, of one width
     counts: tuple[int, ...]  #: of features, n

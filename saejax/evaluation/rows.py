@@ -8,11 +8,13 @@ from saejax.activations.store import Store
 
 
 def blocks(store: Store, split: str, sites: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
-    """Activations of the sites, each named once, row by row the same tokens; those that are sinks at one left out.
+    """Yield blocks of activations at the distinct sites, with the same tokens row by row and without sinks of any site.
 
     Args:
+      store: the activation store.
       split: "train" or "held_out".
-      size: most rows of a block.
+      sites: names of the sites.
+      size: maximum number of rows of a block.
     """
     sites = list(dict.fromkeys(sites))
     rows = store.rows(split, *sites)
