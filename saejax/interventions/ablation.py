@@ -1,4 +1,4 @@
-"""What an ablation measures for one behaviour: the rows of the effects table.
+"""Measurements of an ablation for one behaviour: the rows of the effects table.
 
 For each dictionary (the tested one, an untrained one, those of other seeds):
 
@@ -141,11 +141,11 @@ class BehaviourAblation:
 
     Args:
       lm: the model.
-      basis: whose features or directions are ablated.
+      basis: the basis whose features or directions are ablated.
       behaviour: its name.
-      prompts: of both splits.
-      config: of the ablation.
-      progress: of the behaviour.
+      prompts: prompts of both splits.
+      config: settings of the ablation.
+      progress: progress of the behaviour.
       folder: where measurements are kept, so that a killed run does not repeat them; None: nowhere.
       features: T, if it is not chosen by attribution.
 
@@ -284,8 +284,8 @@ def measure_behaviour(
       lm: the model.
       dictionary: the tested one.
       behaviour: its name.
-      prompts: of all behaviours of the run, by name.
-      config: of the ablation.
+      prompts: prompts of all behaviours of the run, by name.
+      config: settings of the ablation.
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.

@@ -1,4 +1,4 @@
-"""How often and how strongly features fire on prompts, at the positions that an ablation changes."""
+"""Firing rates and activations of features on prompts, at the positions that an ablation changes."""
 
 import functools
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from saejax.parallel.mesh import sharding
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
-    """Return how often and how strongly every feature fires on the prompts of clean runs.
+    """Return firing statistics of every feature on the prompts of clean runs.
 
     Raises:
       UserError: a feature's activation is not finite.
@@ -41,7 +41,7 @@ def total(split: SplitModel, parts: Iterable[Sequence]) -> FeatureStatistics:
 
 
 def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
-    """Return on how many prompts each feature fires at an editable position, int64 [F]."""
+    """Return the number of prompts on which each feature fires at an editable position, int64 [F]."""
     counts = []
     for run in runs:
         kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that pad the batch
@@ -67,7 +67,7 @@ def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 
 
 def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
-    """Return at how many positions of a clean run each feature is not 0, and its summed activations, [F] each."""
+    """Return each feature's number of non-zero positions in a clean run, and its summed activations, [F] each."""
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)
     return _sum(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
 
@@ -98,8 +98,11 @@ def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, do
 
 
 def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of positions, and for each feature: at how many it fires, the sums of its sizes and of its
-    distances from the prompt's end there (the last token is 1), the sum of its activations."""
+    """Return the number of positions, and firing counts and sums of each feature.
+
+    The four sums are: positions at which the feature fires; its sizes there; its distances from the prompt's end there
+    (the last token is 1); its activations.
+    """
     kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
     n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B, run.last_B)
     fires_F, size_F, place_F, total_F = (np.asarray(array) for array in sums)

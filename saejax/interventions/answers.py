@@ -102,7 +102,7 @@ class ImportanceSummary:
 
 @dataclasses.dataclass(frozen=True)
 class AblateResults:
-    """What the ablation of a dictionary's features does to behaviours."""
+    """Effects of ablating a dictionary's features on behaviours."""
 
     dictionary: str  #: its name
     site: str  #: that it writes to, or reads

@@ -38,7 +38,7 @@ class Neurons(Dictionary):
     """The neurons of an MLP: a dictionary that reads ``mlp_in`` by the model's weights and writes ``mlp_out``.
 
     Args:
-      layer: of the MLP.
+      layer: layer of the MLP.
     """
 
     def __init__(self, model: LanguageModel, layer: int):
@@ -80,7 +80,7 @@ def principal_components(dictionary: Dictionary, values_NxD: np.ndarray) -> Dict
     """Return the principal components of values at the dictionary's site, as a linear dictionary.
 
     Args:
-      dictionary: which site it is, and what counts as a sink there.
+      dictionary: a dictionary that gives the site and its sink rule.
       values_NxD: at least one.
 
     Returns:
@@ -96,7 +96,7 @@ def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarra
     """Return the principal directions of some rows, those of no size left out, as a linear dictionary around a centre.
 
     Args:
-      dictionary: which site it is, and what counts as a sink there.
+      dictionary: a dictionary that gives the site and its sink rule.
       rows_NxD: not centred here.
       centre_D: where a value stands from which all directions were removed.
 
@@ -120,7 +120,7 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
     Args:
       dictionary: what it is like.
       active: features active per position.
-      seed: of the directions.
+      seed: seed of the directions.
     """
     random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
     return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))

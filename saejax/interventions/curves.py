@@ -47,10 +47,10 @@ def read_curves(
     """Return the curve of every set of a group.
 
     Args:
-      table: of the run.
-      behaviour: whose edits, on its own prompts.
+      table: effects table of the run.
+      behaviour: the behaviour whose edits are read, on its own prompts.
       group: such as ``random``; see ``saejax.interventions.table.GROUPS``.
-      dictionary: whose features.
+      dictionary: the dictionary of the features.
       prompts: P test prompts; all by default.
       dose: ``norm``, or ``kl`` for the mean KL divergence on held-out documents.
 
@@ -87,7 +87,7 @@ def read_curves(
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredBehaviour:
-    """What was measured of the top features of one behaviour.
+    """Measurements of the top features of one behaviour.
 
     Attributes:
       behaviour: its name.
@@ -108,11 +108,11 @@ class MeasuredBehaviour:
         """Read the top features of a behaviour, and check its control sets.
 
         Args:
-          table: of the run.
+          table: effects table of the run.
           behaviour: its name.
-          dictionary: whose features.
+          dictionary: the dictionary of the features.
           resamples: number of bootstrap samples.
-          seed: of the bootstrap.
+          seed: seed of the bootstrap.
 
         Raises:
           UserError: there are fewer than 2 test prompts, or see ``check_controls`` and ``read_curves``.
@@ -187,9 +187,9 @@ def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None
     """Check that the control sets of a behaviour are what the rule says they are.
 
     Args:
-      table: of the run.
-      behaviour: whose sets are checked.
-      dictionary: whose features they are.
+      table: effects table of the run.
+      behaviour: the behaviour whose sets are checked.
+      dictionary: the dictionary of the features.
 
     Raises:
       UserError: a random set shares a feature with the tested set or another random set, or has another size; or a

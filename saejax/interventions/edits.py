@@ -36,7 +36,7 @@ class FeatureEdits:
     """E edits of the features of one dictionary.
 
     Attributes:
-      dictionary: whose features, or which other basis.
+      dictionary: the dictionary of the features, or another basis.
       sets: the features of each edit, none twice in one.
       fractions: a, one array ``[len(set)]`` per edit.
       addends: b, likewise; None if no edit adds anything.
@@ -70,9 +70,9 @@ def mask(
     """Return edits that ablate each set of features together.
 
     Args:
-      dictionary: of the features.
+      dictionary: dictionary of the features.
       sets: E sets of features.
-      fractions: how much is ablated, 0 to 1; one number, or one per set.
+      fractions: share that is ablated, 0 to 1; one number, or one per set.
       replacement: what stands in place of an ablated activation.
     """
     members = _sets(sets)
@@ -112,7 +112,7 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
 
     Args:
       site: such as ``resid_post.15``.
-      subspaces: of each edit the directions ``[n, D]`` that span it, linearly independent.
+      subspaces: for each edit, linearly independent directions ``[n, D]`` that span its subspace.
       fractions: a; one number, or one per subspace.
 
     Raises:

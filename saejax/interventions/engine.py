@@ -63,8 +63,8 @@ def effects(
       lm: the model.
       prompts: P prompts with a correct and a wrong answer.
       edits: E edits of one dictionary's features.
-      readouts: of ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
-      positions: which positions are editable: all, last, or a slice such as 1:4 or -3:.
+      readouts: names from ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
+      positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
       error: "keep", or "drop": the clean run, too, goes through the dictionary.
       batch_rows: a batch holds as many tokens as this number of whole prompts: the bound of the memory in use.
       on_progress: called at the start and after each batch.
@@ -103,8 +103,8 @@ class LogitDiffs:
       ablated_SxP: float64; equal to the clean one, to the last bit, where the edit changes nothing.
       rounding_P: how far the clean logit difference of each prompt, computed from all of its tokens, is from that
         computed from the last one: effects of this size are rounding, and all edits share it.
-      rows: how many (edit, prompt) pairs were run, the clean ones counted once.
-      tokens: how many tokens went through the layers above the site, padding included.
+      rows: number of (edit, prompt) pairs that were run, the clean ones counted once.
+      tokens: number of tokens that went through the layers above the site, padding included.
       readouts: by name, the clean values ``[P]`` and those of each edit ``[S, P]`` of ``READOUTS[1:]``, if measured.
     """
 
@@ -136,9 +136,16 @@ def ablate_sets(
     """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
 
     Args:
-      split, runs, batch_rows, on_progress, plain, counterparts, readouts, folder: as for ``run_edits``.
-      sets: features.
+      split: as for ``run_edits``.
+      runs: as for ``run_edits``.
+      sets: features of each set.
+      batch_rows: as for ``run_edits``.
+      on_progress: as for ``run_edits``.
+      plain: as for ``run_edits``.
       source: what replaces ablated activations.
+      counterparts: as for ``run_edits``.
+      readouts: as for ``run_edits``.
+      folder: as for ``run_edits``.
     """
     members = tuple(np.asarray(s, np.int64) for s in sets)
     edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
@@ -161,7 +168,7 @@ def run_edits(
     Args:
       split: the model, split at the site that the edits' dictionary writes to.
       runs: from ``split.run``.
-      edits: of the split's dictionary.
+      edits: edits of the split's dictionary.
       batch_rows: as for ``effects``.
       on_progress: as for ``effects``.
       plain: run every row on all its tokens, sharing none: a check of what is left out otherwise.
@@ -233,8 +240,10 @@ class EditedRun(NamedTuple):
 
     @property
     def arrays(self) -> tuple[ActivationReplacement, list[jax.Array]]:
-        """The programs' arguments: the replacement; what is read and where features may change, of the prompts and,
-        if they count, of the counterparts."""
+        """The programs' arguments: the replacement, and arrays of the prompts.
+
+        The arrays are the values read and the editable positions of the prompts and, if used, of their counterparts.
+        """
         arrays = [array for run in (self.run, self.other) for array in (run.read_BxTxD, run.domain_BxT)]
         return self.source, arrays if self.source.kind == "counterpart" else arrays[:2]
 
@@ -248,7 +257,7 @@ class EditedRun(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """What is to be run on the prompts of one clean run."""
+    """The edited rows to run on the prompts of one clean run."""
 
     edited: EditedRun
     prompts: Prompts
@@ -259,9 +268,11 @@ class RowPlan(NamedTuple):
         """Plan the rows of some edits, of which the last two, empty, run on all tokens and on the last one.
 
         Args:
-          split, batch_rows, plain: as for ``run_edits``.
+          split: as for ``run_edits``.
           edited: the prompts.
-          amounts: of the edits.
+          amounts: amounts of the edits.
+          batch_rows: as for ``run_edits``.
+          plain: as for ``run_edits``.
         """
         run, (count, length) = edited.run, edited.run.prefix_PxT.shape
         prefix_PxT = all_different(run.prefix_PxT) if plain else edited.shared_prefixes()
@@ -277,7 +288,7 @@ class RowPlan(NamedTuple):
 
 
 def _decisive(plans: Sequence[RowPlan], amounts: Amounts) -> Iterator[np.ndarray]:
-    """Yield what decides each batch's values, beside the model, the dictionary, the prompts and the replacement."""
+    """Yield what determines each batch's values besides the model, the dictionary, the prompts and the replacement."""
     yield from (*amounts.sets, *amounts.fractions, *(amounts.addends or ()))
     for plan in plans:
         for batch in plan.batches:

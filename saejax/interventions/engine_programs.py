@@ -20,7 +20,7 @@ from saejax.parallel.mesh import fitting_sharding, sharding
 
 
 class CleanValues(NamedTuple):
-    """What the edited values of rows are built from: clean values, and the changes of K features.
+    """The parts of which rows' edited values are built: clean values, and the changes of K features.
 
     ``editable_BxT`` is None where no edit adds anything; ``logp_BxV`` where no readout needs it.
     """
@@ -41,6 +41,9 @@ def first_change(
     """Return the first position at which ablating each feature changes anything, int32 [B, F]; T where there is none.
 
     Args:
+      point: where the model is split.
+      dictionary: the dictionary of the features.
+      source: what replaces ablated activations.
       arrays: what is read [B, T, D] and domains [B, T] of the prompts and, for ``counterpart``, of their counterparts.
     """
     length = arrays[1].shape[1]
@@ -67,8 +70,12 @@ def gather(
     """Return by how much the features' activations fall, f - r [B, T, K], and their directions [K, D].
 
     Args:
+      point: as for ``first_change``.
+      dictionary: as for ``first_change``.
+      source: as for ``first_change``.
       arrays: as for ``first_change``.
-      prompts: how many of the B rows are prompts.
+      features_K: the features.
+      prompts: number of the B rows that are prompts.
     """
 
     def chosen(f_PxTxF: jax.Array) -> jax.Array:
@@ -103,12 +110,12 @@ def run_rows(
 
     Args:
       point: where the model is split (static).
-      params: of the decoder.
+      params: parameters of the decoder.
       clean: the values that rows are built from.
-      tree: which tokens the rows consist of.
-      end_SxR: which of its shard's tokens is each row's last.
+      tree: the tokens that the rows consist of.
+      end_SxR: index among its shard's tokens of each row's last one.
       answers_SxRx2: token ids of the correct and the wrong answer.
-      fraction_SxRxK: how much of each feature's fall each row applies; 0 for features that its edit does not name.
+      fraction_SxRxK: share of each feature's fall that each row applies; 0 for features that its edit does not name.
       addend_SxRxK: what is added to each activation; None: nothing.
     """
     stream_SxNxD, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])

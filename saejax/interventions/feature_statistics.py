@@ -1,4 +1,4 @@
-"""How often and how strongly features fire, and which features are similar in that."""
+"""Firing rates and activations of features, and the features that are similar in these."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,10 @@ _ALIKE = 1e-4  # logarithms with a smaller standard deviation differ by rounding
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """How often and how strongly features fire on some positions.
+    """Firing rates and activations of features at some positions.
 
     Attributes:
-      positions: how many positions were counted.
+      positions: number of positions counted.
       fires_F: at how many of them each feature fires, int64.
       sum_F: the sizes of each feature's activations summed over those, float64.
       norm_F: lengths of the features' directions; None: they are all alike.
@@ -50,7 +50,7 @@ class FeatureStatistics:
 
     @property
     def fires_at_all_F(self) -> np.ndarray:
-        """Whether the feature fires anywhere."""
+        """True where the feature fires at any position, [F]."""
         return self.fires_F > 0
 
     def coordinates(self, features: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -78,7 +78,8 @@ def coordinates(
     What is the same for all of them is 0. A direction of no length counts as a millionth of the longest one.
 
     Args:
-      rate_N, size_N: firing rates and sizes, above 0.
+      rate_N: firing rates, above 0.
+      size_N: mean activations where the features fire, above 0.
       norm_N: decoder norms, at least 0; None: they are all alike.
       place_N: the mean token at which each fires, counted from the end, at least 1; None: it is not known.
     """

@@ -1,4 +1,4 @@
-"""Which positions of a prompt are editable."""
+"""The editable positions of a prompt."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What replaces a feature's activation when the feature is ablated.
+"""Replacements of a feature's activation when the feature is ablated.
 
 - ``zero``: zero.
 - ``mean``: its mean over the positions of some prompts, at every editable position.
@@ -70,9 +70,11 @@ class ActivationReplacement:
         """Return by how much the activations of K features fall, [B, T, K].
 
         Args:
-          f_BxTxK, other_BxTxK, domain_BxT: as for ``changes``, of all prompts of a clean run.
+          f_BxTxK: as for ``changes``, of all prompts of a clean run.
+          other_BxTxK: as for ``changes``, likewise.
+          domain_BxT: as for ``changes``, likewise.
           features_K: the features.
-          prompts: how many of the B rows are prompts; the others are copies.
+          prompts: number of the B rows that are prompts; the others are copies.
         """
         if self.kind == "zero":
             return f_BxTxK

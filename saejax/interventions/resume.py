@@ -30,7 +30,7 @@ class Chunks:
     Args:
       folder: for the files; None: nothing is kept. All calls in a folder must have the same model, dictionary, prompts
         and replacement.
-      shapes: of each batch's values.
+      shapes: shapes of each batch's values.
       plan: what each batch computes: files of a call with another plan are not read.
 
     Attributes:

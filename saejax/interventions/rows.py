@@ -1,4 +1,4 @@
-"""Which (edit, prompt) pairs are run, on which of their tokens, and in which batches.
+"""Plans of runs: which (edit, prompt) pairs are run, on which of their tokens, and in which batches.
 
 A *row* is one such pair: the prompt's tokens from the first that the edit changes to the last. What stands at a token
 depends on the tokens before it and on what was changed there, so rows of one edit whose prompts begin alike share their
@@ -23,7 +23,7 @@ _PROGRAM = 16384  # tokens whose attention runs in the time in which a program o
 
 
 class Amounts(NamedTuple):
-    """What edits do to activations: one array per edit, as in ``FeatureEdits``."""
+    """Changes of activations by edits: one array per edit, as in ``FeatureEdits``."""
 
     sets: tuple[np.ndarray, ...]
     fractions: tuple[np.ndarray, ...]
@@ -149,8 +149,8 @@ def first_changes(first_PxF: np.ndarray, amounts: Amounts, editable_PxT: np.ndar
     """Return the first position at which each edit changes a prompt, [S, P]; at least the prompt's length if nowhere.
 
     Args:
-      first_PxF: that of ablating each feature.
-      amounts: of S edits.
+      first_PxF: the first position that ablating each feature changes.
+      amounts: amounts of S edits.
       editable_PxT: where features may change.
     """
     nowhere = np.iinfo(first_PxF.dtype).max
@@ -173,10 +173,10 @@ def batches_of(
     Args:
       first_SxP: the first position of each row.
       prompts: P of them.
-      amounts: of S edits.
+      amounts: amounts of S edits.
       most: tokens of a batch, but for those of one row in each shard.
       features: maximum number of features in a batch's sets together, unless one set alone has more.
-      shards: of each batch.
+      shards: number of shards of each batch.
     """
     batches = []
     place_P = prompts.in_order()

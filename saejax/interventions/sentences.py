@@ -66,12 +66,12 @@ def sets(
 
     Args:
       answer: yes, no or not testable.
-      group: of the control sets.
+      group: group of the control sets.
       k: number of features of each set.
       numbers: sets, needed, mean and max (of the controls), top; effects at equal dose in logits.
       p_value: before correction.
       p_holm: after correction.
-      behaviours: that the correction is over.
+      behaviours: number of behaviours that the correction is over.
     """
     count, needed = int(numbers["sets"]), int(numbers["needed"])
     if answer == "not testable" and group == "random":
@@ -97,7 +97,7 @@ def fooled(count: int | None, placebo_sets: int) -> str:
     """Return how many placebo sets pass question 2, in words.
 
     Args:
-      count: of placebo sets that pass; None: not testable.
+      count: number of placebo sets that pass; None: not testable.
       placebo_sets: number of placebo sets.
     """
     if count is None or not placebo_sets:
@@ -113,7 +113,7 @@ def basis(answer: str, name: str, numbers: Mapping[str, float], differences: Map
 
     Args:
       answer: more, less, equivalent, no significant difference or contradictory.
-      name: of the basis.
+      name: name of the basis.
       numbers: top, basis and dose at which they were compared.
       differences: features' effect minus the basis's, by kind of dose.
     """
@@ -140,7 +140,7 @@ def selective(answer: str, parts: Mapping[str, Interval], margins: Mapping[str, 
     Args:
       answer: yes or no.
       parts: loss on held-out text (nats) and on other behaviours (logits).
-      margins: of each.
+      margins: margin of each.
       failing: parts whose interval reaches the margin.
     """
     names = failing or list(parts)
@@ -161,7 +161,7 @@ def replication(counts: Mapping[str, int], dictionaries: int) -> str:
 
     Args:
       counts: dictionaries that answer yes, by question (ablation, random, placebo).
-      dictionaries: of other seeds.
+      dictionaries: dictionaries of other seeds.
     """
     return (
         f"Of {dictionaries} dictionaries of other seeds, {counts['ablation']} have top features with an effect, "

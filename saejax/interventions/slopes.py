@@ -136,7 +136,7 @@ def target_attributions(
       check: called now and then; may raise to stop.
 
     Raises:
-      UserError: it is not finite.
+      UserError: the result is not finite.
     """
     count = len(targets_Rx2)
     padded_Cx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
@@ -198,7 +198,7 @@ def score_targets(
 
 
 def points(estimate: str) -> int:
-    """Return at how many values of the site an estimate takes a slope."""
+    """Return the number of site values at which an estimate takes a slope."""
     return STEPS if estimate == "integrated" else 1
 
 
@@ -217,6 +217,7 @@ def attribution(
     """Return activation x slope of every feature on every prompt.
 
     Args:
+      split: the model, split at the site that the dictionary writes to.
       runs: from ``split.run``; N prompts in all.
       estimate: one of ``settings.ESTIMATES``.
       source: what replaces activations.
@@ -227,7 +228,7 @@ def attribution(
       Attention sinks and padding contribute nothing.
 
     Raises:
-      UserError: it is not finite.
+      UserError: the result is not finite.
     """
     rules = dataclasses.replace(split.point.rules, backward=backward_of(estimate))
     point = dataclasses.replace(split.point, rules=rules)
@@ -267,7 +268,12 @@ def score_features(
     """Return the attribution of every feature on one batch of rows: [B, F].
 
     Args:
-      points: number of values of the site whose gradients are averaged; 1: the clean one alone.
+      point: where the model is split (static).
+      points: number of values of the site whose gradients are averaged; 1: the clean one alone (static).
+      params: parameters of the decoder.
+      dictionary: the dictionary of the features.
+      rows: clean values of the prompts.
+      source: what replaces activations.
       lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
         positions of the clean run each feature is not 0, and the sum of its activations.
     """

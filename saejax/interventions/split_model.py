@@ -27,7 +27,7 @@ GROUP_TOKENS = 8192  # maximum number of tokens, padding included, whose clean r
 
 
 class SiteRows(NamedTuple):
-    """What the layers above the site run from on B prompts; fields as in ``CleanRun``."""
+    """Inputs of the layers above the site on B prompts; fields as in ``CleanRun``."""
 
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
@@ -70,12 +70,12 @@ class SplitModel:
 
     Args:
       dictionary: an SAE, a transcoder, or another basis of directions (``saejax.interventions.bases``).
-      positions: which positions are editable; see ``positions.where``.
+      positions: the editable positions; see ``positions.where``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
 
     Attributes:
       point: where the model is split (static).
-      params: of the decoder.
+      params: parameters of the decoder.
       dictionary: its arrays are on the model's devices.
 
     Raises:
@@ -233,8 +233,12 @@ def run_head(
     """Return stream, value and what is read [B, T, D], where features are editable [B, T], which rows are finite [B].
 
     Args:
-      error: as for ``SplitModel``; static.
-      ids_BxT, last_B: token ids, and the index of each prompt's last token.
+      point: where the model is split (static).
+      error: as for ``SplitModel`` (static).
+      params: parameters of the decoder.
+      dictionary: the dictionary that reads the site.
+      ids_BxT: token ids.
+      last_B: index of each prompt's last token.
       wanted_BxT: positions that were asked for.
     """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
@@ -262,6 +266,7 @@ def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callab
     """Map ``use(f_PxTxF, *rest)`` over ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
 
     Args:
+      dictionary: the dictionary of the features.
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """

@@ -57,12 +57,12 @@ class EditDefinition:
     """An edit: what was changed, and how far.
 
     Attributes:
-      behaviour: whose answers chose the features; of a clean run, whose prompts it reads (``TEXT`` for documents).
+      behaviour: behaviour whose answers chose the features, or whose prompts a clean run reads (``TEXT``: documents).
       group: see ``GROUPS`` and ``BASIS``.
-      index: of the set within its group.
+      index: index of the set within its group.
       features: the indices of the ablated features, or of the directions of the basis.
-      fraction: how much of the edit is applied, in [0, 1].
-      dictionary: whose features they are: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
+      fraction: share of the edit that is applied, in [0, 1].
+      dictionary: dictionary of its features: ``TESTED``, ``UNTRAINED``, or the name of a dictionary of another seed.
       target: the two placebo tokens (right, wrong), as text; None for other groups.
     """
 
@@ -111,8 +111,8 @@ class EffectsTable:
     Rows may stand in any order. What was not measured has no row.
 
     Attributes:
-      edits: of the run; ids are unique within a behaviour.
-      prompts: of the run; ids are unique.
+      edits: edits of the run; ids are unique within a behaviour.
+      prompts: prompts of the run; ids are unique.
       edit_N, prompt_N: position of each row's edit in ``edits`` and of its prompt in ``prompts``, int.
       readout_N: position of each row's readout in ``READOUTS``, int.
       value_N: the readout's value, float64, finite.
@@ -279,7 +279,7 @@ def load_effects(folder: str | Path) -> EffectsTable:
     """Read the effects table of a finished unit.
 
     Args:
-      folder: of the unit, such as ``runs/demo/ablate/topk``.
+      folder: folder of the unit, such as ``runs/demo/ablate/topk``.
 
     Returns:
       The table; its arrays are ``edit_N``, ``prompt_N``, ``readout_N`` and ``value_N``, and ``table.values(edits,

@@ -39,9 +39,9 @@ class TextDiffs:
     """Sums over the predicted tokens of N documents.
 
     Attributes:
-      tokens_N: how many there are.
+      tokens_N: number of predicted tokens of each document.
       clean_N: clean cross-entropy, nats.
-      rise_SxN: of cross-entropy under each of S edits, nats.
+      rise_SxN: rise of the cross-entropy under each of S edits, nats.
       kl_SxN: KL(clean || edited), nats.
     """
 
@@ -68,8 +68,9 @@ class HeldOutText:
         """Return documents of the corpus, evenly spread over those that are held out; None if there are none.
 
         Args:
-          corpus, task: where the text comes from.
-          model: whose tokens it is read in.
+          corpus: settings of the corpus that the text comes from.
+          task: settings of the tasks, likewise.
+          model: the model whose tokenizer is used.
           count: number of documents; 0: None is returned.
           length: maximum number of tokens of each.
 
@@ -86,7 +87,7 @@ class HeldOutText:
         return cls(read) if read else None
 
     def effects(self, split: SplitModel, edits: FeatureEdits) -> TextDiffs:
-        """Return what S edits do to the documents.
+        """Return the effects of S edits on the documents.
 
         Args:
           split: the model, split at the site that the edits' dictionary writes to.
@@ -108,7 +109,7 @@ class HeldOutText:
         return self.edited(split, edited)
 
     def edited(self, split: SplitModel, edited: Edited) -> TextDiffs:
-        """Return what other values of the site do to the documents.
+        """Return the effects of other values of the site on the documents.
 
         Args:
           split: the model.

@@ -1,4 +1,4 @@
-"""When features may be said to cause a behaviour: five questions, answered from the effects table alone.
+"""Verdicts on whether features cause a behaviour: five questions, answered from the effects table alone.
 
 T is the set of the k features with the largest attribution for the behaviour's answer on train prompts; E(S; d) is the
 mean drop of the logit difference on test prompts when the set S is ablated so far that the dose is d, the root mean
@@ -42,7 +42,7 @@ def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalV
     """Answer the five questions for every dictionary and behaviour of a table.
 
     Args:
-      table: of a run; see ``saejax.load_effects``.
+      table: effects table of a run; see ``saejax.load_effects``.
       config: the numbers of the rule.
 
     Returns:
@@ -118,7 +118,7 @@ def _not_tested(reason: str, answer: str = "not tested") -> _Test:
 
 
 def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
-    """Question 1: does ablation have an effect on this readout?"""
+    """Test question 1: does ablation have an effect on this readout?"""
     clean_P = table.clean_values(measured.prompts, readout)
     drop_P = clean_P - table.values(measured.top.edits[-1:], measured.prompts, readout)[0]
     if np.isnan(drop_P).any():
@@ -147,7 +147,7 @@ def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: st
 def _test_sets(
     measured: MeasuredBehaviour, group: str, controls: Sequence[EffectCurve], behaviours: int, config: VerdictConfig
 ) -> _Test:
-    """Questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
+    """Test questions 2 and 3: more than random, and than placebo sets, each pair at the smaller of its two doses?"""
     if not controls:
         return _not_tested(f"no {group} sets were measured")
     top_NxP, control_NxP, _ = compare_at_equal_dose(measured.top, controls)
@@ -180,7 +180,7 @@ def _count_fooled(placebo: Sequence[EffectCurve], random: Sequence[EffectCurve],
 def _judge_bases(
     table: EffectsTable, measured: Mapping[str, MeasuredBehaviour], dictionary: str, config: VerdictConfig
 ) -> dict[str, dict[str, CausalAnswer]]:
-    """Question 4: more than a simpler basis, at the largest dose that both reach, by norm and by KL on text?"""
+    """Test question 4: more than a simpler basis, at the largest dose that both reach, by norm and by KL on text?"""
     tests: dict[tuple[str, str, str], _Test] = {}
     for name, behaviour in measured.items():
         groups = dict.fromkeys(edit.group for edit in table.edits if edit.behaviour == name)
@@ -201,7 +201,7 @@ def _judge_bases(
 
 
 def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurve, config: VerdictConfig) -> _Test:
-    """Question 4 for one basis and one kind of dose."""
+    """Test question 4 for one basis and one kind of dose."""
     dose = np.array([min(top.reach, basis.reach)])
     top_P, basis_P = top.drop_at(dose)[0], basis.drop_at(dose)[0]
     difference, sample_R = measured.interval(top_P - basis_P)
@@ -236,7 +236,7 @@ def _combine_views(basis: str, views: Mapping[str, CausalAnswer]) -> CausalAnswe
 
 
 def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: VerdictConfig) -> _Test:
-    """Question 5: are other behaviours and held-out text spared?"""
+    """Test question 5: are other behaviours and held-out text spared?"""
     top = measured.top.edits[-1:]
     rises: dict[str, tuple[np.ndarray, list[str], float]] = {}
     for other in (name for name in table.behaviours if name != measured.behaviour):

@@ -29,11 +29,11 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
     """Join this process to the others of its run, before JAX looks for devices.
 
     Args:
-      config: how many there are, which this one is, and where the first one listens; or that the cluster tells.
+      config: number of processes, number of this one and address of the first, unless the cluster gives them.
       say: prints a line.
 
     Returns:
-      The settings with the number of processes and which one this is.
+      The settings with the number of processes and the number of this one.
 
     Raises:
       UserError: no cluster or no first process can be found, or the processes of a node cannot share its GPUs.
@@ -84,8 +84,8 @@ def check_same(processes: Processes, settings: Mapping[str, str]) -> None:
     """Refuse to go on unless this process was started as the first one was.
 
     Args:
-      processes: of the run.
-      settings: of this process: values by the names of flags and packages.
+      processes: the processes of the run.
+      settings: values of this process, by the names of flags and packages.
 
     Raises:
       UserError: names what differs.
@@ -100,14 +100,14 @@ def check_same(processes: Processes, settings: Mapping[str, str]) -> None:
 
 
 def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int] | None) -> None:
-    """A ``UserError`` unless every process has as many devices as the others, and this one all of its GPUs.
+    """Raise a ``UserError`` unless all processes have equally many devices, and this one all of its GPUs.
 
     JAX without its GPU package runs on the processor instead, where a run would take days longer.
 
     Args:
-      devices: of all processes.
+      devices: the devices of all processes.
       own: number of this process.
-      gpus: those that are this process's; None where there are none, or none are wanted.
+      gpus: the GPUs of this process; None where there are none, or none are wanted.
     """
     used = sum(device.process_index == own and device.platform != "cpu" for device in devices)
     if gpus is not None and used < len(gpus):
@@ -122,14 +122,14 @@ def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int]
 
 
 def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | None:
-    """Which of the GPUs that a process sees are its own.
+    """Return which of the GPUs that a process sees are its own.
 
     JAX by itself gives one GPU to each process that SLURM or Open MPI starts, and leaves the others of a node idle
     where it starts one a node. Here the processes of a node share all of them equally.
 
     Args:
       environment: variables of SLURM and Open MPI, and CUDA_VISIBLE_DEVICES.
-      gpus: of the node, as far as the process can see.
+      gpus: the node's GPUs that the process can see.
 
     Returns:
       Their numbers among the visible ones; None where there is no GPU or no such launcher.
@@ -152,13 +152,13 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
 
 
 def visible_gpus(environment: Mapping[str, str], gpus: int) -> int:
-    """How many of a node's GPUs its environment lets a process see."""
+    """Return how many of a node's GPUs its environment lets a process see."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     return gpus if visible is None else len([device for device in visible.split(",") if device.strip()])
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Which process of its node this is, and of how many; None outside of SLURM's and Open MPI's steps."""
+    """Return this process's index on its node and the number there; None outside of SLURM's and Open MPI's steps."""
     if "SLURM_STEP_NODELIST" in environment and "SLURM_LOCALID" in environment:
         # "2(x3),1" is two processes on each of three nodes, then one
         counts: list[int] = []

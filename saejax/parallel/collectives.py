@@ -1,4 +1,4 @@
-"""What the processes of a run do together: agree, wait for one another, gather arrays; and how one works by itself."""
+"""Collective operations of a run's processes (agree, wait, gather arrays), and blocks in which one works by itself."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _alone = [False]  # whether this process works by itself for the time being
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """In the block this process works by itself, on its own devices, as if it were the only one of its run."""
+    """Let this process work by itself in a block, on its own devices, as if it were the only one of its run."""
     before, _alone[0] = _alone[0], True
     try:
         yield
@@ -23,41 +23,41 @@ def alone() -> Iterator[None]:
 
 
 def is_alone() -> bool:
-    """Whether this is in a block of ``alone``."""
+    """Return whether this is in a block of ``alone``."""
     return _alone[0]
 
 
 def process_count() -> int:
-    """How many processes work together: 1 in a block of ``alone``."""
+    """Return how many processes work together: 1 in a block of ``alone``."""
     return 1 if _alone[0] else jax.process_count()
 
 
 def is_first_process() -> bool:
-    """Whether this process writes the files that exist once."""
+    """Return whether this process writes the files that exist once."""
     return _alone[0] or jax.process_index() == 0
 
 
 def from_first_process(array: np.ndarray | np.generic) -> np.ndarray:
-    """The first process's array, in all processes. All give one of the same shape, of a type of 32 bits at most."""
+    """Return the first process's array in all processes; all pass one shape and one type of at most 32 bits."""
     return np.asarray(array if process_count() == 1 else multihost_utils.broadcast_one_to_all(array))
 
 
 def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of an array, in every process, wherever its parts are; all processes must ask for it together."""
+    """Return the whole of an array in every process, wherever its parts are; all processes must call this together."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
 def wait_for_all(place: str) -> None:
-    """Waits until all processes have come to the place of this name."""
+    """Wait until all processes have reached the place of this name."""
     if (processes := joined()) and process_count() > 1:
         processes.barrier(place)
         multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 
 
 class AgreedStop:
-    """Whether to stop now; all processes give the same answer, or each would wait for the others.
+    """A decision to stop, the same in all processes: otherwise some would wait for others that have stopped.
 
     JAX agrees on the number of a question, so all processes must ask equally often.
 
@@ -69,6 +69,7 @@ class AgreedStop:
         self._stopping, self._asked = stopping, 0
 
     def __call__(self) -> bool:
+        """Return whether to stop; all processes get the same answer."""
         self._asked += 1
         stopping = self._stopping()  # which others hear of, too: this process gets on
         return multihost_utils.reached_preemption_sync_point(self._asked - 1) if process_count() > 1 else stopping

@@ -23,23 +23,23 @@ AXES = ("member", "data", "model")
 
 
 def alone_config(model: int, devices: int) -> MeshConfig:
-    """How the devices of a process that works ``alone`` are arranged.
+    """Return how the devices of a process that works ``alone`` are arranged.
 
     Args:
       model: size of the run's axis ``model``.
-      devices: of the process.
+      devices: the process's devices.
     """
     return MeshConfig(model=math.gcd(model, devices))
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run.
+    """Return the mesh of a run.
 
     Args:
       config: the axis sizes; ``data=0`` takes the devices that the other axes leave. None: all devices on ``data``.
         One process of several that works ``alone`` has the largest part of ``model`` that divides its own devices, and
         the others on ``data``.
-      devices: None: all that there are, or this process's own where it works ``alone``.
+      devices: the devices to use; None: all, or this process's own where it works ``alone``.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -61,39 +61,39 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
 
 
 def sharding(mesh: Mesh, *spec: str | None) -> NamedSharding:
-    """The sharding that splits dimension i over mesh axis ``spec[i]`` (None: not split)."""
+    """Return the sharding that splits dimension i over mesh axis ``spec[i]`` (None: not split)."""
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def fitting_sharding(mesh: Mesh, shape: Sequence[int], *spec: str | None) -> NamedSharding:
-    """Like ``sharding``, but what a mesh axis does not divide is replicated."""
+    """Return a sharding like ``sharding``, but replicate dimensions that their mesh axis does not divide."""
     return NamedSharding(mesh, PartitionSpec(*fitting_spec(mesh.shape, shape, *spec)))
 
 
 def by_row(mesh: Mesh, *arrays: np.ndarray | jax.Array) -> list[jax.Array]:
-    """Puts arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
+    """Put arrays on the devices, their rows split over the mesh's ``data`` axis where it divides them."""
     return [jax.device_put(a, fitting_sharding(mesh, a.shape, "data", *[None] * (a.ndim - 1))) for a in arrays]
 
 
 def everywhere(mesh: Mesh, array: np.ndarray, *spec: str | tuple[str, ...] | None) -> jax.Array:
-    """An array that every process has, placed on the mesh's devices; what ``spec`` does not say is not split."""
+    """Place an array that every process has on the mesh's devices; dimensions beyond ``spec`` are not split."""
     where = NamedSharding(mesh, PartitionSpec(*spec))
     return jax.make_array_from_callback(array.shape, where, array.__getitem__)
 
 
 def fitting_spec(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> list[str | None]:
-    """``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
+    """Return ``spec`` with None for every dimension that its mesh axis, of a size in ``axes``, does not divide."""
     return [axis if axis and size % axes[axis] == 0 else None for size, axis in zip(shape, spec, strict=True)]
 
 
 def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) -> int:
-    """Number of elements that each device holds of an array placed by ``fitting_sharding``."""
+    """Return the number of elements that each device holds of an array placed by ``fitting_sharding``."""
     fits = fitting_spec(axes, shape, *spec)
     return math.prod(size // axes[axis] if axis else size for size, axis in zip(shape, fits, strict=True))
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """In the block, arrays that are made are in the host's memory, unless JAX was told to do without its CPU."""
+    """Make arrays in the host's memory in a block, unless JAX was told to do without its CPU."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS names accelerators alone
@@ -101,12 +101,12 @@ def on_host() -> contextlib.AbstractContextManager[Any]:
 
 
 def free_bytes(mesh: Mesh) -> int:
-    """Bytes that are free on each device; CPU devices share the host's."""
+    """Return the free bytes on each device; CPU devices share the host's."""
     return free_on(next(device for device in mesh.devices.flat if device.process_index == jax.process_index()))
 
 
 def free_on(device: jax.Device) -> int:
-    """Bytes that are free on a device of this process."""
+    """Return the free bytes on a device of this process."""
     if device.platform == "cpu":
         return psutil.virtual_memory().available // jax.local_device_count()
     stats = device.memory_stats() or {}

@@ -1,4 +1,4 @@
-"""The processes of one run as one of them sees them: barriers, and what the first one tells the others.
+"""The processes of one run as one of them sees them: barriers, and broadcasts from the first one.
 
 Everything goes through the key-value store of JAX's coordination service, which process 0 keeps. No device takes part,
 so that processes may wait for each other as long as they like, hear of a signal meanwhile, and learn within a second
@@ -24,9 +24,9 @@ class Processes:
     """The processes of a run.
 
     Args:
-      client: of the coordination service: sets and lists keys.
+      client: client of the coordination service: sets and lists keys.
       rank: number of this process.
-      count: how many there are.
+      count: number of processes.
       say: prints a line.
 
     Attributes:
@@ -47,7 +47,7 @@ class Processes:
         return dict(self._client.key_value_dir_get(f"{key}/"))[f"{key}/0"]
 
     def barrier(self, place: str) -> None:
-        """Wait until all processes have come to a place; they come there equally often.
+        """Wait until all processes have reached a place, which each reaches equally often.
 
         Raises:
           Interrupted: this one was asked to stop.

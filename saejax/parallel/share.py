@@ -1,4 +1,4 @@
-"""How the items of a unit are split over the processes of a run: a fixed part each, and a barrier at the end."""
+"""Splitting of a unit's items over the processes of a run: a fixed part each, and a barrier at the end."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class ShareDone(BaseException):
-    """Ends a stage in a process whose part of the items is done: the first process does the rest."""
+    """End of a stage in a process whose part of the items is done: the first process does the rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ProcessShare:
 
     @property
     def leads(self) -> bool:
-        """Whether this process does what is done once."""
+        """True if this process does the work that is done only once."""
         return self.processes is None or self.processes.rank == 0
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
@@ -37,8 +37,8 @@ class ProcessShare:
         """Wait until all items are done.
 
         Args:
-          files: of the items, which are there then.
-          last: whether the first process alone goes on.
+          files: files of the items, which exist afterwards.
+          last: whether the first process alone continues.
 
         Raises:
           ShareDone: this is not the first one.

@@ -26,7 +26,7 @@ def resampling_weights(strata: Sequence[object] | np.ndarray, resamples: int, se
     Args:
       strata: label of each of the P prompts, at least 2.
       resamples: number of samples, at least 1.
-      seed: of the draws.
+      seed: seed of the draws.
 
     Returns:
       Float64 array ``[resamples, P]``, rows sum to 1: ``weights @ values`` are the samples of the mean.
@@ -56,7 +56,7 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float
     """Return the percentile interval of bootstrap samples.
 
     Args:
-      samples: of the statistic, ``[R]``.
+      samples: samples of the statistic, ``[R]``.
       level: coverage, in (0, 1).
 
     Returns:

@@ -8,9 +8,9 @@ def disjoint_sets(pool: np.ndarray, size: int, max_sets: int, seed: int) -> np.n
 
     Args:
       pool: distinct integers, ``[C]``.
-      size: of each set, at least 1.
-      max_sets: how many sets at most.
-      seed: of the shuffle; the order of the pool does not matter.
+      size: size of each set, at least 1.
+      max_sets: maximum number of sets.
+      seed: seed of the shuffle; the order of the pool does not matter.
 
     Returns:
       Array ``[m, size]`` with m = min(floor(C / size), max_sets).
