@@ -1,8 +1,8 @@
-"""What every binary does: run stages, and say in one line what went wrong.
+"""The frame of every binary: run stages, and report errors in one line.
 
 Exit status: 0 done; 2 bad input (one line says what); 143 or 130 stopped by SIGTERM or Ctrl-C with the work saved; 1 a
-check that was asked for failed (one line says which), or a bug, with its traceback. Nothing else ends with 143, so that
-a batch system may start such a job again, and only such a one.
+check that was asked for failed (one line says which), or a bug, with its traceback. No other exit has status 143, so
+a batch system may restart exactly the jobs that end with it.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _DISK = {
 
 
 def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -> None:
-    """Runs a binary and exits with its status.
+    """Run a binary and exit with its status.
 
     Args:
-      stages: the stages it runs.
+      stages: names of the stages it runs.
       about: what it does, for ``--help``.
       argv: program name and arguments; default ``sys.argv``.
     """
@@ -78,7 +78,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
 
 def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
-    """Does a program's work; says what went wrong in a line, and returns the exit status."""
+    """Do a program's work, print an error in one line, and return the exit status."""
     try:
         work()
         return 0
@@ -109,7 +109,7 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
 
 
 def _show(text: str) -> None:
-    """Prints a long text, whose reader may leave before its end (``--help | head``)."""
+    """Print a long text; its reader may stop early (``--help | head``)."""
     try:
         print(text, flush=True)
     except BrokenPipeError:

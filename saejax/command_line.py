@@ -1,4 +1,4 @@
-"""What binaries read from the command line: flags, the groups of settings that they fill, and the text of --help."""
+"""Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
 
 import re
 import textwrap
@@ -14,7 +14,7 @@ from saejax.registry import GROUPS, STAGES, groups_of
 
 
 def stage_flags() -> flags.FlagValues:
-    """The flags of every binary but those of the groups, which ``read_configs`` defines when plugins are loaded."""
+    """Return the flags of every binary except those of groups, which ``read_configs`` defines after loading plugins."""
     flag_values = flags.FlagValues()
     flags.DEFINE_multi_string(
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
@@ -31,7 +31,7 @@ def stage_flags() -> flags.FlagValues:
 
 
 def define_workdir(flag_values: flags.FlagValues) -> None:
-    """Defines the flags that say where a program works."""
+    """Define the flags that say where a program works."""
     flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
     flags.DEFINE_bool(
         "take_over",
@@ -42,16 +42,16 @@ def define_workdir(flag_values: flags.FlagValues) -> None:
 
 
 def define_common(flag_values: flags.FlagValues) -> None:
-    """Defines the flags of every program, those without stages included."""
+    """Define the flags of every program, including programs without stages."""
     flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
 def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.Configs:
-    """Parses a command line of flags alone, and gives every group of configuration; none if help is asked for.
+    """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
 
     Args:
-      flag_values: of ``stage_flags``, and perhaps further ones.
+      flag_values: the flags of ``stage_flags``, and perhaps others.
       argv: program name and arguments.
 
     Raises:
@@ -76,7 +76,7 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
 
 
 def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
-    """The line of a flag file for which ``found`` holds, as the beginning of an error; "" if there is none."""
+    """Return the position of the flag file's line for which ``found`` holds, to begin an error message; "" if none."""
     for name, _, file in (argument.partition("=") for argument in argv):
         if name.lstrip("-") == "flagfile" and Path(file).is_file():
             for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
@@ -86,7 +86,7 @@ def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
 
 
 def named_workdir(flag_values: flags.FlagValues) -> str:
-    """The folder of the run; a ``UserError`` if none is named."""
+    """Return the folder of the run; raise a ``UserError`` if none is named."""
     workdir = flag_values["workdir"].value
     if not workdir:
         raise UserError("--workdir=DIR is missing: name the folder of this run")
@@ -94,7 +94,7 @@ def named_workdir(flag_values: flags.FlagValues) -> str:
 
 
 def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
-    """The values of some flags, group__field, before any others are defined; reads nothing else of the flags."""
+    """Return the values of some flags, named group__field, before any others are defined; ignore all other flags."""
     early = flags.FlagValues()
     defined: dict[type, Callable[..., Any]] = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
     names = [name.replace("__", ".") for name in defaults]
@@ -105,7 +105,7 @@ def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, 
 
 
 def _plugins(argv: Sequence[str]) -> None:
-    """Runs the files of ``--plugins``, which add flags, before these are defined."""
+    """Run the files of ``--plugins``, which add flags, before these are defined."""
     files = [file for value in _early(argv, plugins=[])["plugins"] or [] for file in value.split(",") if file]
     if files:
         from saejax.dictionaries.kinds import plugins
@@ -114,7 +114,7 @@ def _plugins(argv: Sequence[str]) -> None:
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
-    """What the binary does, and every flag that its stages read, with its default."""
+    """Return the text of ``--help``: what the binary does, and every flag that its stages read, with its default."""
     read = {
         config.group_name(group)
         for stage in map(STAGES.__getitem__, stages)
@@ -146,5 +146,5 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
 
 
 def flag_error(error: flags.Error) -> str:
-    """What absl says is wrong with a flag."""
+    """Return absl's description of a flag error."""
     return str(error).removeprefix("ERROR:: ")

@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def compare(first: Path, second: Path) -> Iterator[str]:
-    """Yield lines for every unit of either workdir: "same", where it exists alone, or what differs.
+    """Yield lines for every unit of either workdir: "same", the only workdir that has it, or the differences.
 
     Raises:
       UserError: a folder holds no finished unit, or a summary is damaged.

@@ -30,7 +30,7 @@ def setting(
     only: tuple[str, ...] | Callable[[str], bool] = (),
     swept: bool = False,
 ) -> Any:
-    """A dataclass field that becomes a flag.
+    """Declare a dataclass field that becomes a flag.
 
     Args:
       default: the value when the flag is not given.
@@ -48,17 +48,17 @@ def setting(
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
-    """A dataclass field of groups by name, dict[str, Config]; a unit depends on the group of its own name alone.
+    """Declare a dataclass field of groups by name, dict[str, Config]; a unit depends only on the group of its own name.
 
     Args:
-      groups: gives the classes that there are.
+      groups: returns the classes by name.
     """
     return dataclasses.field(default_factory=dict, metadata=dict(nested=groups))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Base of the groups: checks ranges and choices when it is made. Subclasses are frozen dataclasses."""
+    """Base class of the groups: checks ranges and choices when it is made. Subclasses are frozen dataclasses."""
 
     def __post_init__(self):
         for field in _settings(type(self)).values():
@@ -69,7 +69,7 @@ class Config:
                 _check(field, item)
 
     def also(self, unit: str) -> dict[str, Any]:
-        """What else the results of the unit of this name depend on, beside settings; JSON data."""
+        """Return what the results of the named unit depend on besides settings, as JSON data."""
         return {}
 
 
@@ -90,35 +90,35 @@ class Configs:
         return typing.cast(C, self._groups[group])
 
     def get(self, group: type[C]) -> C | None:
-        """The group of a class; None where there is none."""
+        """Return the group of a class; None where there is none."""
         return typing.cast(C | None, self._groups.get(group))
 
     def __iter__(self) -> Iterator[Config]:
         return iter(self._groups.values())
 
     def __or__(self, group: Config) -> "Configs":
-        """The same with this group in place of the one of its class."""
+        """Return a copy with this group in place of the one of its class."""
         return Configs(*{**self._groups, type(group): group}.values())
 
     def named(self, name: str) -> Any:
-        """The group of a name such as "train"."""
+        """Return the group with a name such as "train"."""
         return {group_name(cls): group for cls, group in self._groups.items()}[name]
 
 
 def _settings(cls: type) -> dict[str, dataclasses.Field]:
-    """The fields that are settings of the group itself."""
+    """Return the fields that are settings of the group itself."""
     return {field.name: field for field in dataclasses.fields(cls) if "nested" not in field.metadata}
 
 
 def _nested(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
-    """The groups inside a group: the field that holds them, their name and class."""
+    """Return the groups inside a group: the field that holds them, their name and class."""
     for field in dataclasses.fields(cls):
         for name, own in field.metadata.get("nested", dict)().items():
             yield field.name, name, own
 
 
 def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
-    """The settings of a group and of those inside it, by the names of their flags."""
+    """Return the settings of a group and of those inside it, by the names of their flags."""
     found = {f"{group}.{name}": field for name, field in _settings(cls).items()}
     for _, name, own in _nested(cls):
         found |= {f"{group}.{name}.{key}": field for key, field in _settings(own).items()}
@@ -141,17 +141,17 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 
 
 def group_name(group: type) -> str:
-    """The name of a group, and of its flags: "train" of ``TrainConfig``."""
+    """Return the name of a group, which is the prefix of its flags: "train" for ``TrainConfig``."""
     return group.__name__.removesuffix("Config").lower()
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The group as plain JSON data; tuples become lists."""
+    """Return the group as plain JSON data; tuples become lists."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def identity(config: Any, unit: str = "") -> dict[str, Any]:
-    """The part of ``to_json`` that the results of the unit of this name depend on; its own nested group among it."""
+    """Return the part of ``to_json`` that the results of the named unit depend on, its own nested group included."""
     inside = [getattr(config, field).get(name, own()) for field, name, own in _nested(type(config)) if name == unit]
     found = config.also(unit)
     for group in (config, *inside):
@@ -166,7 +166,7 @@ def _changes_results(field: dataclasses.Field, unit: str) -> bool:
 
 
 def from_json(cls: type, data: Mapping[str, Any]) -> Any:
-    """The group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
+    """Return the group that ``to_json`` wrote. Unknown and missing fields are a ``UserError``."""
     hints = typing.get_type_hints(cls)
     unknown = set(data) ^ set(hints)
     if unknown:
@@ -175,7 +175,7 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
 
 
 def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> None:
-    """Defines ``--group.field`` for every field of every group, on ``flag_values``.
+    """Define ``--group.field`` for every field of every group, on ``flag_values``.
 
     ``--group.name.field`` of a group inside it can also be written ``--group.field`` where that is no other flag.
     """
@@ -213,7 +213,7 @@ def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: fla
 
 
 class _TupleParser(flags.ArgumentParser):
-    """Parses "a,b,c" with the element's own parser; the empty string is the empty tuple."""
+    """Parser of "a,b,c" by the element's own parser; the empty string is the empty tuple."""
 
     syntactic_help = "a comma separated list"
 
@@ -231,7 +231,7 @@ class _TupleParser(flags.ArgumentParser):
 
 
 def from_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> Configs:
-    """Builds every group from parsed flags.
+    """Build every group from parsed flags.
 
     Raises:
       UserError: a value is out of range; the message names the flag.

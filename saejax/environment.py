@@ -1,4 +1,4 @@
-"""What a process needs before its libraries start: variables they read, memory that is kept, programs that are kept."""
+"""Settings of a process before its libraries start: environment variables, the compile cache, freed memory."""
 
 import contextlib
 import ctypes
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def for_libraries() -> None:
-    """Sets what libraries read when they are first imported."""
+    """Set the environment variables that libraries read when they are first imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -20,10 +20,10 @@ def for_libraries() -> None:
 
 
 def for_devices(deterministic: bool, shares_gpu: bool) -> None:
-    """Sets what JAX reads when it first looks for devices.
+    """Set the environment variables that JAX reads when it first looks for devices.
 
     Args:
-      deterministic: the same bits on a GPU at every run.
+      deterministic: whether results on a GPU must be the same bits at every run.
       shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
     """
     if shares_gpu:
@@ -33,11 +33,11 @@ def for_devices(deterministic: bool, shares_gpu: bool) -> None:
 
 
 def keep_programs(named: str, folder: Path) -> None:
-    """Has JAX keep programs that took a second or more to compile.
+    """Make JAX cache programs that took a second or more to compile.
 
     Args:
-      named: where, as ``--mesh.compile_cache`` says it; the variable JAX_COMPILATION_CACHE_DIR wins.
-      folder: of the run.
+      named: the value of ``--mesh.compile_cache``; the variable JAX_COMPILATION_CACHE_DIR takes precedence.
+      folder: the run's folder.
     """
     if named == "auto":
         named = str(folder.absolute() / ".compile_cache") if may_have_accelerators() else "none"
@@ -48,7 +48,7 @@ def keep_programs(named: str, folder: Path) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep freed memory for the next time, where it is glibc; to be called before JAX starts.
+    """Make glibc keep freed memory for reuse; call this before JAX starts. Other C libraries are left alone.
 
     XLA on a CPU allocates a step's temporary arrays anew at each step. glibc gives blocks of that size back to the
     system at once, so that all pages are faulted in again: up to a third of the time of a training step. Blocks up to
@@ -64,12 +64,12 @@ def keep_freed_memory() -> None:
 
 
 def may_have_accelerators() -> bool:
-    """Whether JAX may run on anything but processors."""
+    """Return whether JAX may run on devices other than CPUs."""
     return os.environ.get("JAX_PLATFORMS") != "cpu" and (bool(glob.glob("/dev/nvidia[0-9]*")) or _may_have_tpu())
 
 
 def _may_have_tpu() -> bool:
-    """Whether a device of Google's is on the PCI bus."""
+    """Return whether a Google device is on the PCI bus."""
     with contextlib.suppress(OSError):
         vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
         return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)

@@ -1,4 +1,4 @@
-"""The errors that a user can cause, and the one way in which they are said.
+"""Errors that a user can cause, all reported in the same way.
 
 A ``UserError`` is one line: what was wrong, what was expected, what to do. Binaries print that line
 and exit with status 2. Everything else that is raised is a bug and keeps its traceback.
@@ -18,7 +18,7 @@ class UserError(Exception):
 
 
 class CheckFailed(Exception):
-    """A check that was asked for did not hold; the message is one line. Binaries exit with status 1."""
+    """A requested check failed; the message is one line. Binaries exit with status 1."""
 
 
 class Interrupted(Exception):
@@ -40,7 +40,7 @@ class OtherFailed(Exception):
 
 
 def out_of_room(error: BaseException) -> str:
-    """Which of ``NO_ROOM`` an error says, by its number or, as those of TensorStore, in words; "": none."""
+    """Return which of ``NO_ROOM`` an error reports, by its number or (TensorStore) in words; "" if none."""
     for number, told in NO_ROOM.items():
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
             return told
@@ -48,7 +48,7 @@ def out_of_room(error: BaseException) -> str:
 
 
 def one_of(wanted: str, known, what: str) -> str:
-    """Returns ``wanted`` if it is among ``known``; otherwise raises a ``UserError`` that lists them.
+    """Return ``wanted`` if it is among ``known``; otherwise raise a ``UserError`` that lists them.
 
     Args:
       wanted: the name asked for.

@@ -8,7 +8,7 @@ from saejax.stage import load
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
-    """The program that runs some stages; it ends with the exit status that ``saejax.command`` lists.
+    """Return the program that runs some stages; it ends with an exit status that ``saejax.command`` lists.
 
     Args:
       stages: names of the stages, in the order in which they run.
@@ -46,15 +46,15 @@ pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished a
 
 
 def study_run() -> None:
-    """The pipeline on several models, and one report of them all."""
+    """Run the pipeline on several models, and write one report of them all."""
     load("saejax.studies.run:main")()
 
 
 def compare() -> None:
-    """What differs between two workdirs."""
+    """Print the differences between two workdirs."""
     load("saejax.comparison:main")()
 
 
 def serve() -> None:
-    """The graphs of a folder as living pages."""
+    """Serve the graphs of a folder as interactive pages."""
     load("saejax.serving.run:main")()

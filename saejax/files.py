@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON in them, hashes of them, and lock files."""
+"""Files written atomically (whole or not at all), JSON files, file hashes and lock files."""
 
 import contextlib
 import fcntl
@@ -21,14 +21,14 @@ WRITING = "writing-"  # in names of what is being written, before the process's 
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and goes if not."""
+    """Yield a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
     try:
@@ -41,7 +41,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder and below: files, and folders of them."""
+    """Remove files and folders that killed processes left half-written in a folder and below it."""
     for path in list(folder.rglob(f".*{WRITING}*")):
         if path.is_dir():
             shutil.rmtree(path)
@@ -51,14 +51,14 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
-    """Holds a lock file, which is made if it does not exist and is free as soon as the process ends, however it ends.
+    """Hold a lock file, which is made if it does not exist and is released when the process ends, however it ends.
 
     Args:
-      path: in a folder that exists.
-      wait: until it is free; otherwise a lock that another process holds is an ``OSError``.
+      path: the lock file, in a folder that exists.
+      wait: whether to wait until it is free; otherwise a lock that another process holds is an ``OSError``.
 
     Returns:
-      The open file, in which the holder can leave word.
+      The open file, in which the holder can leave a message.
     """
     with open(path, "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,28 +66,28 @@ def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole text file, or nothing."""
+    """Write a text file atomically."""
     with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes a whole JSON file, or nothing. NaN is refused (``ValueError``): JSON has none."""
+    """Write a JSON file atomically. NaN is refused (``ValueError``): JSON has none."""
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """Writes a whole file with a line of JSON for each row, or nothing."""
+    """Write a file atomically, with a line of JSON for each row."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The rows that ``write_lines`` wrote; texts in them may hold what else Unicode has for the end of a line."""
+    """Return the rows that ``write_lines`` wrote; texts in them may contain Unicode's other line separators."""
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def write_array(path: Path, array: "np.ndarray") -> None:
-    """Writes a whole ``.npy`` file, or nothing."""
+    """Write a ``.npy`` file atomically."""
     import numpy as np
 
     buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
@@ -97,7 +97,7 @@ def write_array(path: Path, array: "np.ndarray") -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON; a missing or damaged file is a ``UserError`` that names it."""
+    """Read JSON; a missing or damaged file is a ``UserError`` that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -107,7 +107,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON object with these keys; what is none is a ``UserError`` that names the file, as with ``read_json``."""
+    """Return a JSON object with these keys; anything else is a ``UserError`` that names the file."""
     found = read_json(path)
     missing = [key for key in keys if not isinstance(found, dict) or key not in found]
     if missing or not isinstance(found, dict):

@@ -36,7 +36,7 @@ _NAMED = 4  # differences that a line names
 
 @dataclasses.dataclass(frozen=True)
 class _Pipeline:
-    """What the units of a run share; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
+    """State shared by a run's units; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
 
     workspace: Workspace
     plan: Workplan
@@ -48,7 +48,7 @@ class _Pipeline:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what exists once."""
+        """True if this process writes the files that exist only once."""
         return self.processes is None or self.processes.rank == 0
 
 
@@ -62,7 +62,7 @@ def run_stages(
     substitutes: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
     take_over: bool = False,
 ) -> None:
-    """Run the units of ``stages``, in order; what is finished is left as it is.
+    """Run the units of ``stages``, in order; finished units are left as they are.
 
     Args:
       stages: names from ``STAGES``.
@@ -71,7 +71,7 @@ def run_stages(
       say: prints a line.
       stopping: whether the process was asked to stop.
       only: the one unit to run, such as "train/topk"; "": all.
-      substitutes: by stage, what does its work in place of ``Stage.run``, with a model that is loaded already, say.
+      substitutes: functions by stage that replace ``Stage.run``, for example with a model that is loaded already.
       take_over: replace the claims of other processes.
 
     Raises:
@@ -123,7 +123,7 @@ def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callab
 
 
 def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, str]:
-    """Return what all processes of a run must have alike: settings by their flags, units, versions."""
+    """Return what must be equal in all processes of a run: settings by their flags, units, versions."""
     flags = {
         f"--{group}.{name}": json.dumps(value)
         for config in configs

@@ -1,8 +1,8 @@
-"""When the rule of a verdict was written down in a workdir, so that a report can say it.
+"""Records of when the rule of a verdict was written down in a workdir, so that a report can state it.
 
 ``rules.jsonl`` of a workdir has a line for each rule that a run was started with: its words, their hash, and what had
 been measured in this workdir by then. A line is written before the units whose data the rule is about, and never
-changed. What was seen in other workdirs is not known here, and nothing is said about it.
+changed. Measurements in other workdirs are not known, and nothing is claimed about them.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ class WrittenRule:
 
 
 def shows_data(stage: str) -> bool:
-    """Whether rules must have been written before a stage runs."""
+    """Return whether rules must have been written before a stage runs."""
     return stage in DATA or bool(STAGES[stage].rule)
 
 
 def write_rules(root: Path, configs: Configs) -> None:
-    """Writes the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line."""
+    """Write the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line."""
     for stage in STAGES.values():
         if stage.rule and stage.units(configs):
             write_rule(root, stage.name, load(stage.rule)(configs.named(stage.name)), measured(root))
 
 
 def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
-    """Writes a rule, unless it stands in the file already.
+    """Write a rule unless the file has it already.
 
     Args:
       root: the folder of the file.
-      stage: whose verdict it decides.
-      rule: in words.
-      seen: folders of units whose data had been begun; see ``measured``.
+      stage: the stage whose verdict the rule decides.
+      rule: the rule in words.
+      seen: folders of units whose measurement had begun; see ``measured``.
     """
     if (stage, fingerprint(rule)) in {(written.stage, written.hash) for written in read_rules(root)}:
         return
@@ -60,7 +60,7 @@ def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
 
 
 def read_rules(root: Path) -> list[WrittenRule]:
-    """The lines of a workdir's file; none without one. A line that a kill cut off is left out."""
+    """Return the rules in a workdir's file, none if there is no file. A line that a kill cut off is left out."""
     found = []
     lines = (root / FILE).read_text("utf-8").split("\n") if (root / FILE).exists() else []
     for line in lines:
@@ -77,8 +77,8 @@ def describe_rule(root: Path, stage: str, rule: str) -> str:
 
     Args:
       root: the workdir.
-      stage: whose verdict it decides.
-      rule: in words.
+      stage: the stage whose verdict the rule decides.
+      rule: the rule in words.
     """
     mark = fingerprint(rule)
     line = next((written for written in read_rules(root) if (written.stage, written.hash) == (stage, mark)), None)

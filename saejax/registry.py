@@ -1,4 +1,4 @@
-"""The stages that there are, found beside their code, and the groups of configuration that they read.
+"""Discovery of all stages, and of the groups of configuration that they read.
 
 preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
                 │           │             │                │
@@ -28,7 +28,7 @@ from saejax.stage import Stage
 
 
 def _found() -> Iterable[Stage]:
-    """The stages of every ``stage.py`` of the package's folders.
+    """Return the stages of every ``stage.py`` in the package's folders.
 
     Each file is imported by itself, without the ``__init__.py`` of its folder, which may import JAX.
     """
@@ -44,10 +44,10 @@ def _found() -> Iterable[Stage]:
 
 
 def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
-    """Stages by name, each behind those that it comes after, otherwise in alphabetical order.
+    """Return stages by name, each after those that it must follow, otherwise in alphabetical order.
 
     Raises:
-      ValueError: they come after one another in a circle, or after one that does not exist.
+      ValueError: stages depend on each other in a cycle, or on one that does not exist.
     """
     named = {stage.name: stage for stage in stages}
     first = {stage.name for stage in named.values() if stage.first}
@@ -72,10 +72,10 @@ GROUPS: Mapping[str, type[Config]] = {
 
 
 def groups_of(stage: Stage) -> tuple[type[Config], ...]:
-    """The groups that a stage's result depends on."""
+    """Return the groups that a stage's result depends on."""
     return tuple(GROUPS.values()) if stage.reads_all else stage.groups
 
 
 def default_configs() -> Configs:
-    """Every group with its defaults."""
+    """Return every group with its defaults."""
     return Configs(*(group() for group in GROUPS.values()))

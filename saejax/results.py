@@ -41,7 +41,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What a unit ran on."""
+    """The devices that a unit ran on."""
 
     count: int  #: of devices
     kinds: tuple[str, ...]  #: their names, each once
@@ -59,14 +59,14 @@ class MeshShape:
 
     @classmethod
     def of(cls, mesh: "Mesh", processes: int) -> "MeshShape":
-        """What a summary says of a mesh."""
+        """Return a summary's description of a mesh."""
         kinds = sorted({device.device_kind for device in mesh.devices.flat})
         return cls(mesh.devices.size, tuple(kinds), dict(mesh.shape), processes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What ``done.json`` says of a finished unit."""
+    """Content of ``done.json``, which describes a finished unit."""
 
     schema_version: int  #: of the file
     stage: str  #: of the unit
@@ -91,11 +91,11 @@ class Summary:
 
 
 def load_results(folder: str | Path, unit: str = "") -> Any:
-    """The results of a finished unit, as the class that its stage returned.
+    """Return the results of a finished unit, as the class that its stage returned.
 
     Args:
-      folder: of the unit, such as "runs/demo/ablate/topk"; or a workdir, with
-      unit: such as "ablate/topk".
+      folder: the unit's folder, such as "runs/demo/ablate/topk"; or a workdir.
+      unit: name of a unit in that workdir, such as "ablate/topk".
 
     Raises:
       UserError: the unit is not finished, or its summary is damaged; the message names the file and the field.
@@ -104,7 +104,7 @@ def load_results(folder: str | Path, unit: str = "") -> Any:
 
 
 def load_summary(folder: Path) -> Summary:
-    """The whole summary of a finished unit; raises as ``load_results``."""
+    """Return the whole summary of a finished unit; errors as in ``load_results``."""
     path = folder / SUMMARY
     summary = from_json(Summary, read_json(path), path)
     cls = results_class(summary.stage)
@@ -112,13 +112,13 @@ def load_summary(folder: Path) -> Summary:
 
 
 def results_class(stage: str) -> Any:
-    """The class of a stage's results; ``Any`` for one that has none."""
+    """Return the class of a stage's results; ``Any`` for one that has none."""
     target = STAGES[stage].results if stage in STAGES else ""
     return load(target) if target else Any
 
 
 def to_json(value: Any) -> Any:
-    """A result, or a part of one, as plain JSON data."""
+    """Return a result, or a part of one, as plain JSON data."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: to_json(getattr(value, field.name))
@@ -133,13 +133,13 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: type[T], data: Any, source: str | Path, field: str = "") -> T:
-    """The result that ``to_json`` wrote.
+    """Return the result that ``to_json`` wrote.
 
     Args:
       cls: its class, or another type that a field may have.
-      data: what was read. What is of its class already is left as it is.
+      data: the JSON data; a value that already has its class is kept as it is.
       source: the file that it was read from, for messages.
-      field: where in the file it stands, likewise.
+      field: its position in the file, for messages.
 
     Raises:
       UserError: a field is missing, unknown or of another type.
@@ -154,7 +154,7 @@ def from_json(cls: type[T], data: Any, source: str | Path, field: str = "") -> T
 
 
 class _Unfit(Exception):
-    """Data are not of a type; says which field, and why."""
+    """Data that do not fit a type; the message says which field, and why."""
 
 
 def _read(hint: Any, data: Any, field: str) -> Any:
@@ -182,7 +182,7 @@ def _read(hint: Any, data: Any, field: str) -> Any:
 
 
 def _read_union(choices: Sequence[Any], data: Any, field: str) -> Any:
-    """As the first type that fits; of classes alone as the one whose fields' names are most alike."""
+    """Read as the first type that fits; among classes alone, as the one whose field names match best."""
     if data is None and types.NoneType in choices:
         return None
     left = [choice for choice in choices if choice is not types.NoneType]

@@ -1,4 +1,4 @@
-"""What a stage is: one object, beside the code that it describes.
+"""Descriptions of stages: one object for each, beside the code that it describes.
 
 Every file ``saejax/**/stage.py`` declares the stages of its folder as ``Stage`` objects at the top level;
 ``registry`` finds them. Such a file is read by every binary, so it imports settings and this module alone: what does
@@ -23,7 +23,7 @@ class Stage:
     """A stage: what it reads, needs and costs, and where its functions are.
 
     Attributes:
-      name: of its folder in a workdir, and of its binary.
+      name: name of its folder in a workdir, and of its binary.
       summary: what it does, one line.
       run: "module:function" that does it: a ``workspace.Run`` in, its results out.
       results: "module:Class" of its results; "": they are plain JSON data.
@@ -32,13 +32,13 @@ class Stage:
       placement: groups it reads that change only where and how fast it is computed.
       after: stages that run before it: those whose units it reads, and those that may write what its flags name; "*":
         all others.
-      first: whether it runs before all that are not.
+      first: whether it runs before all stages that are not ``first``.
       makes_model: whether what it examines is made in it, and is not the model that the settings name.
       needs_decoder: whether it is left out of a pipeline whose model runs in PyTorch.
       needs: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
-      unit_identity: the same of what only the unit of one name reads, given the name, too.
+      unit_identity: the same for what only one unit reads, given that unit's name, too.
       check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
         runs, so that no hours are spent first.
       cost: "module:function" that says what a unit takes: a ``PlannedRun`` and the unit's name in, a ``Cost`` out, both
@@ -50,7 +50,7 @@ class Stage:
         Runs write it down before there are data (``preregistration``).
       unread: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and
         the unit's name: what only another value of a setting makes count.
-      revision: of what it computes, raised where a change of the code changes its results; units of an earlier revision
+      revision: version of what it computes, raised when a code change alters its results; units of an earlier revision
         are made anew.
       processes: what several processes do with a unit: the first "one" does it alone; they split its "items"
         (``Run.each``), and the first one joins these; or they run "all" of it together, on the devices of all.
@@ -81,29 +81,29 @@ class Stage:
     processes: Literal["one", "items", "all"] = "one"
 
     def units(self, configs: Configs) -> list[str]:
-        """Its units, as "stage" or "stage/name"."""
+        """Return the stage's units, as "stage" or "stage/name"."""
         return [f"{self.name}/{name}" if name else self.name for name in self.names(configs)]
 
 
 def load(target: str) -> Callable:
-    """The function that "module:function" names."""
+    """Return the function that "module:function" names."""
     module, _, function = target.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
 def folder_name(dictionary: str) -> str:
-    """The name of the unit of a dictionary: "topk-k32" of "topk/k32", "runs-demo-train-topk" of a folder."""
+    """Return the unit name of a dictionary: "topk-k32" for "topk/k32", "runs-demo-train-topk" for a folder."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", dictionary).strip("-.")[-_LONGEST:].lstrip("-.") or "dictionary"
 
 
 def is_folder(dictionary: str) -> bool:
-    """Whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
+    """Return whether a flag names a dictionary by its folder, and not by its kind as "topk" or "topk/k32" do."""
     if dictionary.partition("/")[0] in unit_names():
         return False
     return "/" in dictionary or Path(dictionary).is_dir()
 
 
 def train_units(*dictionaries: str) -> tuple[str, ...]:
-    """The units that train these dictionaries, each once; of those that are named by a folder there is none."""
+    """Return the distinct units that train these dictionaries; dictionaries named by a folder have none."""
     kinds = [name.partition("/")[0] for name in dictionaries if not is_folder(name)]
     return tuple(dict.fromkeys(f"train/{kind}" for kind in kinds))

@@ -1,4 +1,4 @@
-"""What a process takes of the host: its memory, as the system and the devices count it, and its lifetime."""
+"""Resource use of a process: its memory, as the system and the devices count it, and its lifetime."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,15 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
 
 def forget_peak() -> None:
-    """Lets the peak of the host's memory start again at what the process holds now, where Linux allows it."""
+    """Reset the peak of the host's memory to the process's current use, where Linux allows it."""
     with contextlib.suppress(OSError):
         (_PROCESS / "clear_refs").write_text("5")
 
 
 def peak_host_bytes() -> int | None:
-    """The most memory that the process held at once since ``forget_peak``; None where the system does not tell.
+    """Return the process's peak host memory since ``forget_peak``; None where the system does not report it.
 
-    What ``getrusage`` says is of no use: a child process begins with its parent's peak.
+    ``getrusage`` does not help: a child process starts with its parent's peak.
     """
     with contextlib.suppress(OSError):
         found = re.search(r"^VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
@@ -30,7 +30,7 @@ def peak_host_bytes() -> int | None:
 
 
 def peak_device_bytes() -> int | None:
-    """The most that any of this process's devices held so far; None where JAX was not used, and on CPUs."""
+    """Return the largest peak memory among this process's devices; None where JAX was not used, and on CPUs."""
     if "jax" not in sys.modules:
         return None
     import jax
@@ -40,11 +40,11 @@ def peak_device_bytes() -> int | None:
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
-    """Have Linux send this process a signal when its parent is gone, however that ended.
+    """Make Linux send this process a signal when its parent has ended, however it ended.
 
     Args:
-      parent: number of the parent's process, which may be gone already.
-      number: of the signal.
+      parent: process id of the parent, which may be gone already.
+      number: the signal's number.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, number)

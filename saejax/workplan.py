@@ -1,4 +1,4 @@
-"""What the units of a configuration depend on, and the fingerprints that follow.
+"""Dependencies of the units of a configuration, and the fingerprints made from them.
 
 A unit's fingerprint is a hash of exactly what its result depends on: the settings that its code reads
 (``settings_read``), the fingerprints of the units that it reads, the content of the model and the text, and the
@@ -17,7 +17,7 @@ from saejax.workspace import fingerprint
 
 
 class Dependencies(TypedDict):
-    """What a unit depends on: its fingerprint is a hash of this as JSON."""
+    """The dependencies of a unit; its fingerprint is a hash of this as JSON."""
 
     unit: str
     settings: dict[str, dict[str, Any]]  #: group -> field -> value, of those that the unit's code reads
@@ -81,9 +81,9 @@ def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[s
     """Return the settings that the code of a unit reads and its result depends on, by group; a pure function.
 
     Args:
-      stage: of the unit.
+      stage: the unit's stage.
       configs: all settings.
-      name: of the unit, such as "topk".
+      name: name of the unit, such as "topk".
     """
     unread = set(stage.unread(configs, name))
     found = {}

@@ -125,7 +125,7 @@ class Workspace:
             yield folder
 
     def is_claimed(self, unit: str, mark: str) -> bool:
-        """Return whether another process that is not known to be gone is working on the unit."""
+        """Return whether another process, not known to be gone, is working on the unit."""
         holder = _Claimant.read(self.folder(unit, mark) / CLAIM)
         return holder is not None and not holder.is_gone(_Claimant.this())
 
@@ -217,8 +217,8 @@ def claimed(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
     """Hold a folder by creating its ``claim.json`` exclusively; see ``Workspace.claim``.
 
     Args:
-      folder: that exists.
-      what: is made there, for the message.
+      folder: an existing folder.
+      what: name of what is made there, for the message.
       take_over: replace the claim of any other process.
 
     Raises:
@@ -341,7 +341,7 @@ def now() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a stage is given.
+    """The context in which a stage runs.
 
     Attributes:
       stage: its name.
@@ -368,9 +368,9 @@ class Run:
 
         Args:
           items: in an order that is the same in all processes.
-          file: of an item, which is written last and whole.
+          file: returns the file of an item, which is written last and atomically.
           make: makes an item and its file.
-          last: whether what follows is done once, by the first process alone; the others leave the stage here.
+          last: whether the first process alone continues after this; the others leave the stage here.
         """
         for item in self.share.of(items):
             if not file(item).exists():
