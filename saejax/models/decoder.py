@@ -29,6 +29,7 @@ from saejax.models.attention import (
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.layers import SiteHook, align_rank, einsum, mlp, norm, soft_cap
 from saejax.models.parameters import LAYERS
+from saejax.models.sites import HEAD_KINDS
 
 Params = Mapping[str, Any]
 # Maps a kind of site, a layer and the site's value to the value that replaces it.
@@ -89,6 +90,7 @@ def run_layer(
     tables: TablesByLayer,
     hook: SiteHook,
     function: AttentionFunction | None = None,
+    head_sites: bool = False,
 ) -> jax.Array:
     """Run one layer.
 
@@ -102,6 +104,7 @@ def run_layer(
       hook: called while tracing at each of the layer's sites, in their order, with its kind and its value [B, T, D];
         what it returns replaces the value.
       function: the attention function; None: the tokens attend to one another.
+      head_sites: whether the hook is called at queries, keys, values and outputs of heads, too, [B, T, H * K].
 
     Returns:
       The stream leaving it, [B, T, D].
@@ -111,7 +114,8 @@ def run_layer(
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
     normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
-    out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function, hook)
+    head_hook = hook if head_sites else None
+    out_xTxD = attention(config, rules, weights, normed_xTxD, tables.at(config, layer), function, head_hook)
     if config.post_norms:
         out_xTxD = norm(config, rules, weights, "attn_post_norm", out_xTxD)
     x_xTxD = hook("resid_mid", before_xTxD + hook("attn_out", out_xTxD))
@@ -169,6 +173,7 @@ def run_layers(
     attention: AttentionSpec | None = None,
     collect: Collection[str] = (),
     before_hook: bool = False,
+    head_sites: bool = False,
 ) -> LayersOutput:
     """Run layers ``start`` to ``stop - 1`` on the residual stream that enters layer ``start``.
 
@@ -190,12 +195,13 @@ def run_layers(
       attention: how tokens attend; None: to one another, at positions 0 to T - 1.
       collect: kinds whose values are returned: kinds of site, ``KEYS``, ``VALUES``.
       before_hook: whether values are collected before the hook changes them, not after.
+      head_sites: whether the hook is called at the sites of attention heads, too, whose width is not D.
     """
     if isinstance(config, TorchConfig):
         request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
         return LayersOutput(*torch_bridge.run_layers(config, *request), None)
     attention = attention or AttentionSpec(whole_prompts(config, x_xTxD.shape[-2]))
-    step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook)
+    step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook, head_sites)
     body = functools.partial(step, hook_layers is None)
     carry = x_xTxD, attention.carried
     if not isinstance(start, int):
@@ -225,6 +231,7 @@ def _step(
     hook: Hook | None,
     collect: Collection[str],
     before_hook: bool,
+    head_sites: bool,
     hooked: bool,
     carry: tuple[jax.Array, Any],
     layer: Layer,
@@ -233,7 +240,7 @@ def _step(
     (x, carried), collected = carry, {}
 
     def at_site(kind: str, value: jax.Array) -> jax.Array:
-        new = hook(kind, layer, value) if hook and hooked else value
+        new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
         if kind in collect:
             collected[kind] = value if before_hook else new
         return new
@@ -247,5 +254,6 @@ def _step(
         attended, carried = attention.function(plain, layer, (q, k, v), carried)
         return attended
 
-    x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attend_here)
+    head_sites = head_sites or not set(HEAD_KINDS).isdisjoint(collect)
+    x = run_layer(config, rules, params, layer, x, attention.tables, at_site, attend_here, head_sites)
     return (x, carried), collected

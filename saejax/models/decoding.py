@@ -282,7 +282,7 @@ def _next_logits(
     new = ids_BxT.shape[1]
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
     hooks, attention = (run.hook(edits), edited_layers(edits)), cache.attention(config, new)
-    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention)
+    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention, head_sites=True)
     return decoder.unembed(config, params, output.x[:, -1:])[:, 0], cache.extend(output.carried, new)
 
 

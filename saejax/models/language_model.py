@@ -301,7 +301,8 @@ def forward(
         values = {site: stacked[site.kind][site.layer] for site in capture}
     else:
         hook_layers = {site.layer for site in capture} | edited_layers(edits)
-        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, run.hook(edits), hook_layers, rules=rules).x
+        hooks = run.hook(edits), hook_layers
+        x_BxTxD = run_layers(config, params, x_BxTxD, 0, stop, *hooks, rules=rules, head_sites=True).x
         values = run.values
     logits_BxTxV = decoder.unembed(config, params, x_BxTxD, rules) if logits else None
     return logits_BxTxV, [values[site] for site in capture]

@@ -160,8 +160,9 @@ class SplitPoint:
             assert isinstance(layer, int)
             return seen.setdefault(Site(kind, layer), value_BxTxD)
 
-        layers = {self.reads.layer, self.site.layer}
-        run_layers(self.config, params, x_BxTxD, 0, self.site.layer + 1, look, layers, rules=self.rules)
+        hooks = look, {self.reads.layer, self.site.layer}
+        stop = self.site.layer + 1
+        run_layers(self.config, params, x_BxTxD, 0, stop, *hooks, rules=self.rules, head_sites=True)
         stream = self.site if self.in_stream else Site("resid_pre", self.site.layer)
         return seen[stream], seen[self.site], seen[self.reads]
 
@@ -240,6 +241,7 @@ class SplitPoint:
             rules=self.rules,
             attention=attention,
             collect=collect,
+            head_sites=True,
         )
 
     def logit_difference(

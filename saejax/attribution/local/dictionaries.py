@@ -217,4 +217,5 @@ def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
 def _part_bytes(dictionary: Dictionary, mesh: Mesh) -> int:
     """What each device has of it."""
     table, arrays = parameter_table(dictionary.config), dictionary.arrays
-    return sum(part_size(mesh.shape, table[name][0], *table[name][1]) * arrays[name].dtype.itemsize for name in arrays)
+    sizes = {name: part_size(mesh.shape, shape, *spec) for name, (shape, spec) in table.items() if name in arrays}
+    return sum(size * arrays[name].dtype.itemsize for name, size in sizes.items())
