@@ -6,7 +6,6 @@ of these templates. Whether an effect holds beyond them is shown otherwise: by i
 one included (``has_same_sign``).
 
 References:
-
 - McCarthy and Snowden, The bootstrap and finite population sampling, Vital and Health Statistics 2(95), 1985: n - 1
   draws from a stratum of n, so that the variance of a mean is estimated without bias.
 - Davison and Hinkley, Bootstrap Methods and their Application, 1997, sections 3.2, 4.2 and 5.3.
