@@ -16,6 +16,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
+from saejax.models.sinks import NO_SINKS
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
@@ -90,9 +91,15 @@ class LayerDictionaries(abc.ABC):
         """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded."""
         if self._sink_norm is None:
             self._kept.clear()
-        self._sink_norm = model.sink_norm
+        normed = (hooks.NORMED, "mlp_in") if self.reads == hooks.NORMED else ()
+
+        def sink_norm(site: str) -> float:
+            # Without its gain a norm leaves all positions equally long: none is a sink, and there is nothing to measure.
+            return NO_SINKS if site.partition(".")[0] in normed else model.sink_norm(site)
+
+        self._sink_norm = sink_norm
         for config in self.configs:
-            config.with_sink_norms(model.sink_norm)  # runs the model now, not while a dictionary is read on the host
+            config.with_sink_norms(sink_norm)  # runs the model now, not while a dictionary is read on the host
 
     def forget(self) -> None:
         """Gives up what is kept in memory."""
