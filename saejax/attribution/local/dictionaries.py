@@ -94,7 +94,7 @@ class LayerDictionaries(abc.ABC):
         normed = (hooks.NORMED, "mlp_in") if self.reads == hooks.NORMED else ()
 
         def sink_norm(site: str) -> float:
-            # Without its gain a norm leaves all positions equally long: none is a sink, and there is nothing to measure.
+            # A norm without its gain leaves all positions equally long: none is a sink, nothing has to be measured.
             return NO_SINKS if site.partition(".")[0] in normed else model.sink_norm(site)
 
         self._sink_norm = sink_norm
