@@ -204,7 +204,7 @@ def test_a_fetched_model_is_found_without_network(hub, monkeypatch):
 
 def test_the_family_is_looked_at_before_the_weights_are_fetched(hub, tmp_path):
     (hub / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(UserError, match="org/model/config.json: models of the family 'mamba'"):
+    with pytest.raises(UserError, match="org/model/config.json: the JAX decoder does not have the family 'mamba'"):
         resolve("org/model", decoder=True)
     assert not list((tmp_path / "hub_cache").rglob("*.safetensors"))
     assert list(resolve("org/model").folder.glob("*.safetensors"))

@@ -147,7 +147,7 @@ def test_folders_that_hold_no_model(copy, tmp_path):
 def test_a_family_that_the_decoder_does_not_know(copy):
     (copy / "config.json").write_text('{"model_type": "mamba"}')
     assert resolve(copy).folder == copy  # torch may know it
-    with pytest.raises(UserError, match="'mamba' are not supported, expected one of llama"):
+    with pytest.raises(UserError, match="does not have the family 'mamba', .* expected one of llama"):
         resolve(copy, decoder=True)
 
 

@@ -94,6 +94,7 @@ def make_dictionary(lm: LanguageModel, plan: PlannedRun, stage: str = "ablate") 
         site=tested.site,
         d_in=tested.d_in,
         n_features=tested.n_features,
+        max_norm=1e3,
         model=lm.source.name,
         fingerprint=lm.source.fingerprint,
     )

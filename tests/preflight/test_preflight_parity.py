@@ -47,8 +47,8 @@ def test_a_difference_is_found_where_it_is(folder, one_device, monkeypatch):
     """A decoder whose second layer reads other weights differs from there on."""
     load = parity.load_model
 
-    def load_changed(*arguments):
-        lm = load(*arguments)
+    def load_changed(*arguments, **options):
+        lm = load(*arguments, **options)
         weights = lm.params["layers.down_FxD"]
         lm.params["layers.down_FxD"] = weights.at[1].multiply(1.01)
         return lm

@@ -75,7 +75,7 @@ def test_the_identity_follows_the_file_not_its_name(tmp_path):
         (None, "cannot be read"),
         ("[1]", "is not a JSON object"),
         ("{", "is not a JSON object"),
-        ('{"model_type": "t5"}', "'t5' are not supported"),
+        ('{"model_type": "t5"}', "does not have the family 't5'"),
         ('{"model_type": "llama", "hidden_size": 64}', "has no field"),
     ],
 )

@@ -1,5 +1,7 @@
 """Nested groups of features, each of which must reconstruct the target by itself (Bussmann et al., 2025)."""
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,19 +14,46 @@ from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
 from saejax.errors import UserError
 
+# Each block has a product [B, D] in memory, shared among the devices; groups of odd sizes would need one per feature.
+_MOST_BLOCKS = 64
+
 
 def group_reconstructions(dictionary: Dictionary, f_BxF: jax.Array, x_BxD: jax.Array) -> list[jax.Array]:
     """Return the reconstruction of each nested group, ascending; see ``Kind.reconstructions``."""
-    sizes = np.diff(dictionary.config.groups, prepend=0).tolist()
     nested, partial = [], row(dictionary.b_dec_D[...], 2)
     if dictionary.config.skip:
         partial += matmul(x_BxD, dictionary.W_skip_DxD[...], dictionary.matmul_dtype)
-    # lax.split, because its gradient is one concatenation; slices' would be a sum of arrays of the full size.
-    groups = zip(lax.split(f_BxF, sizes, axis=1), lax.split(dictionary.W_dec_FxD[...], sizes, axis=0), strict=True)
-    for f_BxG, W_dec_GxD in groups:
-        partial += matmul(f_BxG, W_dec_GxD, dictionary.matmul_dtype)
+    W_dec_FxD, groups = dictionary.W_dec_FxD[...], dictionary.config.groups
+    for product_BxD in _group_products(f_BxF, W_dec_FxD, groups, dictionary.matmul_dtype):
+        partial += product_BxD
         nested.append(partial)
     return nested
+
+
+def _group_products(
+    f_BxF: jax.Array, W_dec_FxD: jax.Array, groups: Sequence[int], matmul_dtype: str
+) -> list[jax.Array]:
+    """Return what the features between two ends of groups contribute, for each group.
+
+    Traced with a mesh as context (``jax.sharding.use_abstract_mesh``) whose ``model`` axis has several devices,
+    features are taken to be split over that axis. Slices by groups would then be sent between devices. So features are
+    cut into blocks of equal size that lie in one group and on one device: each device multiplies its blocks, and the
+    only sums over devices are those of the groups' products.
+    """
+    devices = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    block = math.gcd(*groups, groups[-1] // devices)
+    blocks = groups[-1] // block
+    if devices > 1 and groups[-1] % devices == 0 and blocks <= _MOST_BLOCKS:
+        f_BxPxK, W_dec_PxKxD = f_BxF.reshape(-1, blocks, block), W_dec_FxD.reshape(blocks, block, -1)
+        multiply = jax.vmap(functools.partial(matmul, matmul_dtype=matmul_dtype), in_axes=(1, 0))
+        # A product with zeros and ones, not sums of slices, for the same reason.
+        group_of_block_P = np.searchsorted(groups, block * np.arange(blocks), side="right")
+        in_group_SxP = jnp.asarray(np.arange(len(groups))[:, None] == group_of_block_P, f_BxF.dtype)
+        return list(jnp.tensordot(in_group_SxP, multiply(f_BxPxK, W_dec_PxKxD), 1, precision="highest"))
+    # lax.split, because its gradient is one concatenation; slices' would be a sum of arrays of the full size.
+    sizes = np.diff(groups, prepend=0).tolist()
+    pairs = zip(lax.split(f_BxF, sizes, axis=1), lax.split(W_dec_FxD, sizes, axis=0), strict=True)
+    return [matmul(f_BxG, W_dec_GxD, matmul_dtype) for f_BxG, W_dec_GxD in pairs]
 
 
 def group_counts(groups: Sequence[int]) -> jax.Array:
