@@ -269,7 +269,7 @@ def test_a_cached_run_equals_a_whole_one(tiny):
         new = ids_BxT.shape[1]
         x_BxTxD = decoder.embed(config, params, ids_BxT)
         ran = run_layers(config, params, x_BxTxD, 0, 4, attention=cache.attention(config, new))
-        return ran.x, cache.grown(ran.carried, new)
+        return ran.x, cache.extend(ran.carried, new)
 
     cache = init_cache(config, 3, prompt + new + 2, jnp.float32, pad_B)
     np.testing.assert_array_equal(cache.positions_BxT(3), [[0, 1, 2], [0, 0, 0], [0, 0, 0]])

@@ -219,7 +219,7 @@ def run_chunk(config, params, ids_BxT, cache):
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
     attention = cache.attention(config, new)
     ran = run_layers(config, params, x_BxTxD, 0, config.n_layers, hook, {0}, attention=attention)
-    return decoder.unembed(config, params, ran.x), seen, cache.grown(ran.carried, new)
+    return decoder.unembed(config, params, ran.x), seen, cache.extend(ran.carried, new)
 
 
 def check_fp32(config, params, model, ids_BxT) -> dict[str, float]:
