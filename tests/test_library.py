@@ -213,7 +213,7 @@ def test_bad_input_is_said(lm, acts, sae):
         saejax.train(acts)
     with pytest.raises(UserError, match="resid_post.9"):
         saejax.capture(lm, TEXTS, ["resid_post.9"])
-    with pytest.raises(UserError, match="0 train and"):
+    with pytest.raises(UserError, match="there are no prompts"):
         saejax.ablate(lm, sae, [])
 
 

@@ -71,7 +71,9 @@ def test_a_second_run_does_nothing(tmp_path):
             [u for u in ALL if u.split("/")[0] in ("baseline", "evaluate", "ablate", "report")],
         ),
         (dict(model__path="elsewhere", model__revision="v2", corpus__path="there.jsonl"), []),  # fakes have no content
-        (dict(train__buffer_rows=9, train__auxk_features=9, train__resample_from="errors"), []),
+        (dict(train__auxk_features=9, train__resample_from="errors"), []),
+        # It sets the windows that rows are shuffled in, those of a store too.
+        (dict(train__buffer_rows=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
         (dict(train__penalty_warmup=0.5), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),

@@ -101,7 +101,7 @@ def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
     made_summary(tmp_path / "sample" / "a", "sample", to_json(WHOLE))
     assert saejax.load_results(tmp_path / "sample" / "a") == WHOLE == saejax.load_results(tmp_path, "sample/a")
     made_summary(tmp_path / "sample" / "b", "sample", dict(n=1))
-    with pytest.raises(UserError, match=r"b/summary\.json has no field results\.share"):
+    with pytest.raises(UserError, match=r"b/done\.json has no field results\.share"):
         saejax.load_results(tmp_path, "sample/b")
     with pytest.raises(UserError, match="does not exist"):
         saejax.load_results(tmp_path, "sample/c")

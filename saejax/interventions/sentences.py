@@ -144,9 +144,10 @@ def selective(answer: str, parts: Mapping[str, Interval], margins: Mapping[str, 
       failing: parts whose interval reaches the margin.
     """
     names = failing or list(parts)
+    # "z": a rounded -0.001 is written 0.00, so runs that differ by rounding errors get the same sentence.
     listed = "; ".join(
-        f"{name.replace('_', ' ')} {parts[name].mean:.2f} [{parts[name].low:.2f}, {parts[name].high:.2f}], margin "
-        f"{margins[name]:.2f}"
+        f"{name.replace('_', ' ')} {parts[name].mean:z.2f} [{parts[name].low:z.2f}, {parts[name].high:z.2f}], margin "
+        f"{margins[name]:z.2f}"
         for name in names
     )
     if answer == "yes":

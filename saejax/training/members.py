@@ -148,7 +148,7 @@ def _target(config: TrainConfig, site: str) -> str:
 
 
 def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
-    if not config.l1_by_depth or "l1" not in KIND_SETTINGS[kind].reads:
+    if "l1" not in KIND_SETTINGS[kind].reads or not config.l1_by_depth:
         return {}
     if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
         raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")

@@ -65,12 +65,10 @@ def _unread(configs: Configs, name: str) -> Sequence[str]:
     penalised = name not in KIND_SETTINGS or "k" not in KIND_SETTINGS[name].reads or bool(KIND_SETTINGS[name].source)
     conditions = {
         "auxk_features": config.auxk > 0,
-        "buffer_rows": config.source == "model",
         "resample_from": config.resample_every > 0,
         "penalty_warmup": penalised,
         "expansion": not (config.expansions or config.features),
         "features": not config.expansions,
-        "widen": bool(config.init_from),
         "decay_shape": config.decay > 0,
     }
     return [f"train.{field}" for field, is_read in conditions.items() if not is_read]

@@ -19,6 +19,7 @@ from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.parallel.mesh import fitting_sharding, sharding
 from saejax.settings import MOST_TOKENS, TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS
 from saejax.training import resampling
 from saejax.training.each_member import each_member, members_at_once
 from saejax.training.members import Hyper, Member, SiteScale
@@ -191,7 +192,10 @@ class Trainer:
         after = self._placed(self._placed(after, over_data=True))
         longest = MOST_TOKENS - tokens  # the count stops there
         silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
-        mean = state.kept_M + config.threshold_rate * (smallest - state.kept_M)
+        # A unit's fingerprint covers the setting only for kinds that declare that they read it.
+        declared = "threshold_rate" in KIND_SETTINGS[self.dictionary.kind].reads
+        threshold_rate = config.threshold_rate if declared else TrainConfig.threshold_rate
+        mean = state.kept_M + threshold_rate * (smallest - state.kept_M)
         kept = jnp.where(state.step_M == 0, smallest, mean)
         norm = optax.tree.get(optimizer, "gradient_norm")
         told = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))

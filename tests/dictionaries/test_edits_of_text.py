@@ -22,8 +22,7 @@ def next_ids(llama, b, edits_of, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", [True, False])
-def test_edits_in_generation_equal_plain_hooks(llama, cache):
+def test_edits_in_generation_equal_plain_hooks(llama):
     """Every new token is edited, or those at some positions; what was given for prompts is for prompts alone."""
     plain_sae, given, steps = PlainDictionary(llama.sae), 2 * llama.given_BxTxK, (("last", 3.0), ((6, 11), -2.0))
     edits = [llama.sae.steer(FEATURES, amount, positions) for positions, amount in steps]
@@ -42,7 +41,7 @@ def test_edits_in_generation_equal_plain_hooks(llama, cache):
     def texts(**other):
         return [next_ids(llama, b, functools.partial(plain, **other), 8) for b in range(3)]
 
-    found = llama.lm.generate(llama.tokens, 8, edits=[llama.sae.patch(FEATURES, given), *edits], cache=cache)
+    found = llama.lm.generate(llama.tokens, 8, edits=[llama.sae.patch(FEATURES, given), *edits])
     assert [done.ids for done in found] == texts()
     for other in (dict(given_to=99), dict(last_from=99)):  # other readings give other texts
         assert texts() != texts(**other)
@@ -70,13 +69,16 @@ def test_resampled_activations_are_those_of_other_firing_positions(llama):
     x_BxTxD, mask_BxT = np.asarray(llama.clean.sites[SITE]), llama.tokens.mask_BxT
     features = list(range(60))
     drawn = llama.sae.resample(features, x_BxTxD, mask_BxT, seed=1)
-    f = np.asarray(llama.sae.encode(jnp.asarray(x_BxTxD)))
+    f = np.asarray(llama.sae.encode_features(jnp.asarray(x_BxTxD), jnp.asarray(features)))
+    # A product of fewer columns is summed in another order: the largest difference measured was 9e-8, in fp32.
+    np.testing.assert_allclose(f, np.asarray(llama.sae.encode(jnp.asarray(x_BxTxD)))[..., features], atol=5e-7)
     fires = (f > 0) & mask_BxT[..., None] & (np.linalg.norm(x_BxTxD, axis=-1) <= llama.sae.config.max_norm)[..., None]
     np.testing.assert_array_equal(drawn[~fires], f[~fires])
     for k in features:
         own, other = f[..., k][fires[..., k]], drawn[..., k][fires[..., k]]
         assert set(other.tolist()) <= set(own.tolist()) and (len(own) < 2 or (own != other).all())
-    np.testing.assert_array_equal(llama.sae.resample([40, 7], x_BxTxD, mask_BxT, seed=1), drawn[..., [40, 7]])
+    some = llama.sae.resample([40, 7], x_BxTxD, mask_BxT, seed=1)
+    np.testing.assert_allclose(some, drawn[..., [40, 7]], atol=5e-7)
     assert (llama.sae.resample(features, x_BxTxD, mask_BxT, seed=2) != drawn).any()
 
 

@@ -116,7 +116,7 @@ def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypat
     for key in ("clean", "mean_ablated"):  # scored alone or together
         np.testing.assert_allclose(getattr(first.ce, key), getattr(second.ce, key), rtol=1e-6)
     assert first.ce.mean_ablated != third.ce.mean_ablated
-    monkeypatch.setattr(evaluate, "load_model", None)  # nothing is left that needs it
+    monkeypatch.setattr(evaluate, "load_configured_model", None)  # nothing is left that needs it
     assert evaluate.run_evaluate(make_run("topk", stopped)) == results
 
 

@@ -113,7 +113,7 @@ def test_smollm2_has_the_behaviours(smollm2):
         assert np.mean([score.counterpart_logit_diff > 0 for score in scores]) >= 0.8
 
 
-def words(text, verbose):
+def words(text, verbose=False, add_special_tokens=True):
     """A tokenizer of words."""
     return dict(input_ids=list(map(hash, text.split(" "))))
 

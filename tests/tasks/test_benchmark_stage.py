@@ -237,7 +237,7 @@ def test_the_binary_writes_a_unit_per_benchmark(inputs, folder, tmp_path):
     "flag, said",
     [
         ("--task.benchmarks=mmlu", "--task.benchmarks is 'mmlu': expected one of gsm8k, math, logic"),
-        ("--task.path=", "the data set openai/gsm8k (revision main) could not be read from the hub"),
+        ("--task.path=", "the commit of the data set openai/gsm8k (revision main) could not be found"),
         ("--task.path=./nowhere.jsonl", "--task.path=./nowhere.jsonl does not exist"),
         ("--task.examples=13", "gsm8k has 12 examples in"),
         ("--task.shots=99", "--task.shots=99: gsm8k has 8 worked examples"),

@@ -19,7 +19,7 @@ LINES = [
 SPLIT = [dict(line, split="test" if i < 2 else "train") for i, line in enumerate(LINES)]
 
 
-def letters(text, verbose):
+def letters(text, verbose=False, add_special_tokens=True):
     """A tokenizer of letters, of those that begin a word with the space before it."""
     return dict(input_ids=[hash(piece) for piece in re.findall(r"\\.*| \w|.", text)])
 

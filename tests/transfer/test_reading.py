@@ -23,8 +23,9 @@ def made_reading(values_NxD, *dictionaries):
     compared = [Compared(f"d{number}", Path(), one) for number, one in enumerate(dictionaries)]
     text_N = np.repeat(np.arange(TEXTS), TOKENS)
     read = ReadText((np.arange(TOKENS),) * TEXTS, 0, text_N, np.tile(np.arange(1, TOKENS + 1), TEXTS))
+    lm = SimpleNamespace(sink_norm=lambda site: 50.0)
     run = SimpleNamespace(configs=Configs(TransferConfig(ce_documents=2)))
-    return Reading(run, compared, make_mesh(), {"": None}, {"": read}, {("", SITE): values_NxD})
+    return Reading(run, compared, make_mesh(), {"": lm}, {"": read}, {("", SITE): values_NxD})
 
 
 def random_dictionary(seed, **changes):
