@@ -237,7 +237,10 @@ def claimed(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
             aside = path.with_name(f".{CLAIM}.{uuid.uuid4().hex}")
             os.rename(path, aside)
-            aside.unlink()
+            if _Claimant.read(aside) != holder:  # meanwhile another process had replaced it: that claim is put back
+                os.rename(aside, path)
+            else:
+                aside.unlink()
     try:
         yield
     finally:
