@@ -38,11 +38,11 @@ from saejax.interpret.neighbours import output_tokens
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
-from saejax.registry import default_configs
 from saejax.results import Interval
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
 from saejax.settings import GraphConfig
 from saejax.tasks.scoring import bootstrap_mean
-from saejax.workspace import Run
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, TRACED, TEXTS, SEED, OUTPUT = (

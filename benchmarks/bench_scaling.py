@@ -26,7 +26,7 @@ from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight.sums import plan_run
 from saejax.preflight.topology import compile_for, find_slice
-from saejax.registry import default_configs
+from saejax.runner.registry import default_configs
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.cost import train_programs
 

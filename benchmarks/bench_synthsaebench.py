@@ -30,8 +30,8 @@ from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
 from saejax.ground_truth.rows import HELD_OUT, batch_key
 from saejax.ground_truth.sampling import draw, draw_with_code
-from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World, make_world
+from saejax.stages.ground_truth import TruthConfig
 
 ROOT = Path(__file__).parent.parent
 BATCH, REPEATS = 1024, 7

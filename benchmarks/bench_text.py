@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from benchmarks.bench_stream import VOCABULARY, random_model
-from saejax import command
+from saejax.runner import command
 from saejax.tasks.text_sources import EMBEDDED
 
 CONTEXT = 128  # tokens

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from saejax.environment import keep_freed_memory
+from saejax.runner.environment import keep_freed_memory
 
 keep_freed_memory()  # as every binary does, before JAX starts
 

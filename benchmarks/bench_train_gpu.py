@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 
-from saejax.environment import keep_freed_memory
+from saejax.runner.environment import keep_freed_memory
 
 keep_freed_memory()
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from absl import flags
 
-from saejax import command, command_line
 from saejax.errors import UserError
 from saejax.results import Interval, Summary, load_summary
-from saejax.workspace import SUMMARY, current_units
+from saejax.runner import command, command_line
+from saejax.runner.workspace import SUMMARY, current_units
 
 ABOUT = """\
 compare: prints what differs between two workdirs in settings, package versions and results.

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from saejax import command
-from saejax.registry import STAGES
-from saejax.stage import load
+from saejax.runner import command
+from saejax.runner.registry import STAGES
+from saejax.runner.stage import load
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
-    """Return the program that runs some stages; it ends with an exit status that ``saejax.command`` lists.
+    """Return the program that runs some stages; it ends with an exit status that ``saejax.runner.command`` lists.
 
     Args:
       stages: names of the stages, in the order in which they run.

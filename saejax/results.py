@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
 from saejax.files import read_json
-from saejax.registry import STAGES
-from saejax.stage import load
-from saejax.workspace import SUMMARY
+from saejax.runner.registry import STAGES
+from saejax.runner.stage import load
+from saejax.runner.workspace import SUMMARY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

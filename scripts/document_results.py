@@ -20,7 +20,7 @@ from pathlib import Path
 
 from saejax import results
 from saejax.activations.manifest import Manifest
-from saejax.registry import STAGES
+from saejax.runner.registry import STAGES
 
 PAGE = Path(__file__).parent.parent / "WORKSPACE.md"
 COMMON = (results.Interval, results.MeshShape)

@@ -4,7 +4,7 @@ import json
 
 import runs
 
-from saejax.workspace import current_units
+from saejax.runner.workspace import current_units
 
 
 def results(workdir):

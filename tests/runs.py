@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tiny_models import save_tiny_llama
 
-from saejax.config import Configs
 from saejax.dictionaries.results import TrainedMember
 from saejax.files import write_json
-from saejax.registry import default_configs
 from saejax.results import to_json
-from saejax.workspace import Run
+from saejax.runner.config import Configs
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import runs
 
-from saejax import command, command_line
-from saejax.workplan import Workplan
-from saejax.workspace import Workspace
+from saejax.runner import command, command_line
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import Workspace
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

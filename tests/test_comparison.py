@@ -9,7 +9,7 @@ import pytest
 
 from saejax import comparison
 from saejax.files import write_json
-from saejax.workspace import STARTED, SUMMARY
+from saejax.runner.workspace import STARTED, SUMMARY
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 from absl import flags
 
-from saejax import config
-from saejax.config import Config, Configs, setting
 from saejax.errors import UserError
-from saejax.registry import GROUPS
+from saejax.runner import config
+from saejax.runner.config import Config, Configs, setting
+from saejax.runner.registry import GROUPS
 from saejax.settings import CaptureConfig, MeshConfig, ModelConfig
 from saejax.settings.sites import expand_ranges
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import runs
 
-from saejax import command_line, environment
+from saejax.runner import command_line, environment
 from saejax.settings import CaptureConfig, ModelConfig
 
 _PROGRAM = """
 import sys
 from pathlib import Path
-from saejax import environment
+from saejax.runner import environment
 environment.keep_programs(sys.argv[1], Path("run"))
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import ctypes, resource, threading
-from saejax.environment import keep_freed_memory
+from saejax.runner.environment import keep_freed_memory
 
 keep_freed_memory()
 libc = ctypes.CDLL(None)

@@ -67,7 +67,7 @@ def test_when_a_process_dies_the_other_one_ends(inputs, whole, tmp_path, victim)
 
 BUG = """
 import sys
-from saejax import pipeline
+from saejax.runner import pipeline
 from saejax.experiments import baseline
 from saejax.parallel.cluster import joined
 

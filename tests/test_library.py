@@ -15,7 +15,7 @@ import saejax
 from saejax import experiments
 from saejax.errors import UserError
 from saejax.library.settings import configured
-from saejax.registry import STAGES
+from saejax.runner.registry import STAGES
 from saejax.settings import TrainConfig
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ import json
 import pytest
 from runs import make_configs
 
-from saejax import pipeline, workplan
 from saejax.errors import Interrupted, UserError
+from saejax.runner import pipeline, workplan
 
 ALL = ["preflight", "baseline", "capture", "train/topk", "train/standard", "evaluate/topk", "evaluate/standard"]
 ALL += ["ablate/topk", "report"]

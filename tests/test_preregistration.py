@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from saejax import pipeline, preregistration
 from saejax.causal.ablate.run import rule as words
-from saejax.registry import GROUPS, STAGES, default_configs
+from saejax.runner import pipeline, preregistration
+from saejax.runner.registry import GROUPS, STAGES, default_configs
+from saejax.runner.workspace import Workspace
 from saejax.settings import AblateConfig, StudyConfig
-from saejax.workspace import Workspace
 
 BEFORE = "before anything was measured in this workdir"
 

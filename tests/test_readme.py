@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 
 import saejax
-from saejax import config
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
-from saejax.registry import GROUPS
+from saejax.runner import config
+from saejax.runner.registry import GROUPS
 
 README = Path(__file__).parent.parent / "README.md"
 # docs/extending.md names files that a reader makes; tests/test_extending.py and tests/test_stages.py run what it says.

@@ -10,11 +10,11 @@ from typing import Literal
 import pytest
 
 import saejax
-from saejax import registry, stage
 from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.results import Interval, from_json, to_json
-from saejax.workspace import SUMMARY
+from saejax.runner import registry, stage
+from saejax.runner.workspace import SUMMARY
 
 
 @dataclasses.dataclass(frozen=True)

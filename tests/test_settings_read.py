@@ -6,10 +6,10 @@ from collections import defaultdict
 import pytest
 import runs
 
-from saejax import command, pipeline
-from saejax.config import Configs, flag_fields, group_name
-from saejax.registry import STAGES, groups_of
-from saejax.workplan import settings_read
+from saejax.runner import command, pipeline
+from saejax.runner.config import Configs, flag_fields, group_name
+from saejax.runner.registry import STAGES, groups_of
+from saejax.runner.workplan import settings_read
 
 # Read by the code only where something else is true, which other settings do not say: the model, the text, a result.
 MAY_STAY_UNREAD = {

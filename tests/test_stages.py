@@ -10,13 +10,13 @@ import sys
 import pytest
 import runs
 
-from saejax.registry import STAGES, default_configs, ordered
+from saejax.runner.registry import STAGES, default_configs, ordered
+from saejax.runner.stage import Stage, load
+from saejax.runner.workplan import Workplan
 from saejax.settings import ModelConfig
-from saejax.stage import Stage, load
-from saejax.workplan import Workplan
 
 PAGE = (runs.ROOT / "docs" / "extending.md").read_text()
-FILES = ("saejax/lengths/stage.py", "saejax/lengths/lengths.py", "experiments/lengths.py")
+FILES = ("saejax/stages/lengths.py", "saejax/lengths/lengths.py", "experiments/lengths.py")
 
 
 def stage(name: str, *after: str, **more) -> Stage:
@@ -97,7 +97,7 @@ def test_the_stage_of_the_page(copy, inputs, tmp_path):
     assert binary.returncode == 0, binary.stderr
     results = json.loads((tmp_path / "lengths" / "done.json").read_text())["results"]
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
-    start = "from saejax import command; import sys; command.main({}, '', sys.argv)"
+    start = "from saejax.runner import command; import sys; command.main({}, '', sys.argv)"
     assert "lengths: done before, unchanged" in run(copy, start.format(["preflight", "lengths"]), *flags)
     checked = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
     assert checked["models"][0]["units"]["lengths"]["counts"] == dict(documents=40)
@@ -109,8 +109,8 @@ def test_the_stage_of_the_page(copy, inputs, tmp_path):
 def test_the_stage_of_the_page_is_in_the_report(copy):
     code = """
 import types
-from saejax.stage import load
-from saejax.registry import STAGES, default_configs
+from saejax.runner.stage import load
+from saejax.runner.registry import STAGES, default_configs
 assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(default_configs(), "")
 (section,) = load(STAGES["lengths"].section)(types.SimpleNamespace(one=lambda cls: cls(3, 7.0)), None)
 print(section.title, section.blocks[0])

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from saejax import workspace
 from saejax.errors import UserError
-from saejax.workspace import Workspace, current_units
+from saejax.runner import workspace
+from saejax.runner.workspace import Workspace, current_units
 
 
 def make(space: Workspace, mark: str, content: str = "x", unit: str = "train/topk") -> None:
@@ -128,7 +128,7 @@ def test_files_in_the_place_of_a_link_are_left_alone(tmp_path, file, why):
 def hold(root, environment=()) -> subprocess.Popen:
     """A process that claims a unit until its input ends."""
     code = (
-        "from saejax.workspace import Workspace; import sys\n"
+        "from saejax.runner.workspace import Workspace; import sys\n"
         f"with Workspace({str(root)!r}).claim('train/topk', 'm'):\n print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(
@@ -184,7 +184,7 @@ def test_of_two_that_find_a_claim_gone_one_gets_it(tmp_path):
     about = dict(host=workspace.socket.gethostname(), process=gone.pid, began=0.0, job="", time="")
     (folder / "claim.json").write_text(json.dumps(about))
     code = (
-        "from saejax.workspace import Workspace; from saejax.errors import UserError; import time\n"
+        "from saejax.runner.workspace import Workspace; from saejax.errors import UserError; import time\n"
         "try:\n"
         f" with Workspace({str(tmp_path)!r}).claim('train/topk', 'm'): print('held'); time.sleep(3)\n"
         "except UserError: print('refused')"

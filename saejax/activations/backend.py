@@ -12,8 +12,8 @@ from saejax.activations.request import CaptureRequest
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import AnySite, OtherSite, Site
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, MeshConfig
-from saejax.workspace import Run
 
 
 def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureConfig) -> Reader:

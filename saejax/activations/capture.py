@@ -24,9 +24,9 @@ from saejax.activations.tokenize import text_documents
 from saejax.activations.writer import StoreWriter
 from saejax.errors import UserError
 from saejax.models.sites import OtherSite
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TaskConfig
 from saejax.tasks import corpora
-from saejax.workspace import Run, fingerprint
 
 
 def run_capture(run: Run) -> CaptureResults:

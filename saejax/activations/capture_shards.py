@@ -16,8 +16,8 @@ from saejax.activations.store import INDEX
 from saejax.activations.writer import StoreWriter
 from saejax.errors import Interrupted, UserError
 from saejax.models.sites import AnySite
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, MeshConfig
-from saejax.workspace import Run
 
 _POLL_SECONDS = 0.2  # between looks for the shards of other processes
 

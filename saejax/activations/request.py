@@ -3,13 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
-from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.sites import AnySite, ModuleSite, OtherSite, Site, parse_site
 from saejax.models.tokens import bos_tokens
+from saejax.runner.config import Configs
 from saejax.settings import CaptureConfig, ModelConfig
 
 # What tells tokenizers apart that have the same vocabulary.

@@ -28,8 +28,8 @@ from saejax.activations.store import DTYPES
 from saejax.activations.tokenize import text_documents
 from saejax.errors import UserError
 from saejax.models.sites import is_joined
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig
-from saejax.workspace import Run
 
 if TYPE_CHECKING:
     import jax

@@ -23,11 +23,11 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import WRITING, file_sha256, whole_file
 from saejax.models import source
 from saejax.results import load_results
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.corpora import Document
-from saejax.workspace import Run
 
 _BLOCK = 2**16  # documents whose rows are permuted together
 _MAX_GROUPS = 2**31 - 1

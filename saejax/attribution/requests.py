@@ -10,10 +10,10 @@ from typing import Any
 from saejax.errors import UserError
 from saejax.files import file_sha256
 from saejax.models.identity import content_sha256
+from saejax.runner.workspace import fingerprint
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
-from saejax.workspace import fingerprint
 
 _EXAMPLE = '{"slug": "paris", "prompt": "The capital of France is", "targets": [" Paris"]}'
 _KEYS = ("slug", "prompt", "token_ids", "targets")

@@ -41,10 +41,10 @@ from saejax.attribution.trace.targets import token_of
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.runner.workspace import Run
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import Prompt
-from saejax.workspace import Run
 
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 

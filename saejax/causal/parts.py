@@ -24,10 +24,10 @@ from saejax.models.tokens import bos_tokens
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.gate import read_tested
-from saejax.workspace import Run
 
 OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds

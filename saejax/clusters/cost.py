@@ -2,11 +2,11 @@
 
 from jax.sharding import Mesh
 
-from saejax.clusters.stage import ClusterConfig
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
 from saejax.costs.programs import Program
 from saejax.settings import TrainConfig
+from saejax.stages.cluster import ClusterConfig
 from saejax.transfer.stage_programs import encode_program, text_program
 
 _GROUPED = 2.5  # seconds on the host in which 4,608 features are compared in one view and grouped by both methods

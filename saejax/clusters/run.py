@@ -14,14 +14,14 @@ from saejax.clusters.agreement import GroupedFeatures, between_dictionaries, bet
 from saejax.clusters.groups import DISSOLVED, Grouped, find, methods
 from saejax.clusters.primitives import BehaviourEffects
 from saejax.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup, Grouping
-from saejax.clusters.stage import ClusterConfig
 from saejax.clusters.text import ClusterText
 from saejax.clusters.views import View
 from saejax.interventions.answers import AblateResults
 from saejax.results import Interval, load_results
-from saejax.stage import folder_name
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import Run
+from saejax.stages.cluster import ClusterConfig
 from saejax.transfer.compared import Compared, load_compared
-from saejax.workspace import Run
 
 _FLAG = "--cluster.dictionaries"
 _LISTED = 20  # groups of a grouping in the results

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.clusters.stage import ClusterConfig
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
+from saejax.stages.cluster import ClusterConfig
 from saejax.transfer.activity import Activity, encode
 from saejax.transfer.compared import Compared
 from saejax.transfer.reading import SitesOnText, read_sites
-from saejax.workspace import Run
 
 
 class ClusterText:

@@ -7,15 +7,15 @@ from typing import Any
 from jax import Device
 from jax.sharding import Mesh
 
-from saejax.config import Configs
 from saejax.dictionaries import DictionaryConfig, stacks
 from saejax.dictionaries.formats import folders_of, read_config
 from saejax.errors import one_of
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage, is_folder
 from saejax.settings import CaptureConfig, ModelConfig
-from saejax.stage import Stage, is_folder
 
 Axes = Mapping[str, int]  # sizes of the mesh's axes
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes

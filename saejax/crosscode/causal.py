@@ -23,7 +23,6 @@ from saejax.causal.controls import TooFewControls, disjoint_sets, draw_alike
 from saejax.causal.patching.heads import answer_difference
 from saejax.crosscode.results import CrosscodeBehaviour
 from saejax.crosscode.shares import Shares
-from saejax.crosscode.stage import CrosscodeConfig
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import is_not_sink, join, unjoin
 from saejax.dictionaries.matmul import matmul
@@ -33,6 +32,7 @@ from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.edits import Positions, SiteEdit, Values
 from saejax.models.language_model import forward
 from saejax.models.sites import Site
+from saejax.stages.crosscode import CrosscodeConfig
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

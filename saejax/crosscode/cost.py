@@ -2,8 +2,8 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import pass_flops, weight_bytes
-from saejax.crosscode.stage import CrosscodeConfig
 from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
+from saejax.stages.crosscode import CrosscodeConfig
 
 _PROMPT_TOKENS = 32
 

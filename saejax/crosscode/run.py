@@ -14,7 +14,6 @@ from saejax.causal.parts import Measured, OnProgress, each_part, part_file
 from saejax.crosscode.causal import remove_private, rule_of
 from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults
 from saejax.crosscode.shares import Limits, Shares, feature_shares, one_space
-from saejax.crosscode.stage import CrosscodeConfig, tests_behaviours
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.evaluate import load_other
@@ -24,11 +23,12 @@ from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.loading import load_configured_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.stage import folder_name
+from saejax.stages.crosscode import CrosscodeConfig, tests_behaviours
 from saejax.tasks.gate import read_tested
 from saejax.transfer.compared import Compared, load_compared
-from saejax.workspace import Run
 
 _FLAG = "--crosscode.dictionaries"
 _BLOCKS = 20  # of documents, which the bootstrap draws

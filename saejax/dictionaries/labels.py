@@ -7,7 +7,7 @@ from pathlib import Path
 from saejax.dictionaries.stacks import full_name, kind_and_member, members
 from saejax.files import read_json
 from saejax.results import from_json
-from saejax.workspace import SUMMARY
+from saejax.runner.workspace import SUMMARY
 
 LABELS = "labels.json"
 EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote

@@ -18,8 +18,8 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json
 from saejax.results import from_json
-from saejax.stage import is_folder
-from saejax.workspace import SUMMARY
+from saejax.runner.stage import is_folder
+from saejax.runner.workspace import SUMMARY
 
 # The first holds checksums of its arrays.
 _HASHED = (

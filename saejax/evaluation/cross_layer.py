@@ -24,8 +24,8 @@ from saejax.files import write_array, write_json
 from saejax.models.loading import load_configured_model
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.results import to_json
+from saejax.runner.workspace import Run
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run
 
 
 class LoadedLayers(NamedTuple):

@@ -29,8 +29,8 @@ from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run
 
 SCORES = "scores.json"
 _AT_A_TIME = 4  # members of one site that are scored together, and by one process

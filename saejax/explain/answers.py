@@ -14,8 +14,8 @@ from saejax.causal.parts import Progress
 from saejax.errors import UserError
 from saejax.explain.endpoint import Answer, Keep
 from saejax.explain.questions import EmbeddingRequest, Question
-from saejax.explain.stage import ExplainConfig
-from saejax.workspace import Run, fingerprint
+from saejax.runner.workspace import Run, fingerprint
+from saejax.stages.explain import ExplainConfig
 
 ANSWERS = "answers.jsonl"
 _AT_ONCE = 64  # questions that are handed over together; between two such lots a run can stop

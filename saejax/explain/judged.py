@@ -9,7 +9,7 @@ from saejax.explain import questions, scores
 from saejax.explain.answers import Answers
 from saejax.explain.contexts import HeldOut
 from saejax.explain.results import FeatureScore, LabelScores
-from saejax.explain.stage import ExplainConfig
+from saejax.stages.explain import ExplainConfig
 from saejax.tasks.scoring import bootstrap_mean
 
 _RESAMPLES = 2000

@@ -23,7 +23,6 @@ from saejax.explain.endpoint import Endpoint
 from saejax.explain.judged import judged
 from saejax.explain.local import LocalJudge
 from saejax.explain.results import ExplainedDictionary, ExplainedFeature, ExplainResults
-from saejax.explain.stage import FOUND, ExplainConfig, check
 from saejax.files import read_json, write_json
 from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.firings import blocks, record
@@ -34,8 +33,9 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.workspace import Run
+from saejax.stages.explain import FOUND, ExplainConfig, check
 
 DONE = "done.json"
 _BATCH = 4096

@@ -35,8 +35,8 @@ from saejax.files import read_json, whole_file, write_text
 from saejax.interpret.feature_record import FeatureRecord
 from saejax.interpret.interpreter import FEATURES
 from saejax.models.sites import Site
+from saejax.runner.workspace import Run
 from saejax.settings import ExportConfig
-from saejax.workspace import Run
 
 # What sets of sources at Neuronpedia are called by the site that they read.
 _SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")

@@ -18,8 +18,8 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
 from saejax.exporting.results import ExportedMember, ExportResults
+from saejax.runner.workspace import CLAIM, STARTED, Run
 from saejax.settings import ExportConfig
-from saejax.workspace import CLAIM, STARTED, Run
 
 
 def run_export(run: Run) -> ExportResults:

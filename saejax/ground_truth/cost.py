@@ -3,8 +3,8 @@
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import step_flops
 from saejax.ground_truth.rows import SITE
-from saejax.ground_truth.stage import CONTROLS, TruthConfig
 from saejax.settings import TrainConfig
+from saejax.stages.ground_truth import CONTROLS, TruthConfig
 from saejax.training.members import members
 
 _OVERHEAD = 0.45  # as of the stage train

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from saejax.ground_truth.results import JudgedDictionary, TruthResults
-from saejax.ground_truth.stage import CONTROLS
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.stages.ground_truth import CONTROLS
 
 ENOUGH = 0.9  # share of the frequent directions that the best kind must find
 

@@ -9,16 +9,16 @@ import jax
 import numpy as np
 
 from saejax.activations.manifest import CapturedModel
-from saejax.config import identity
 from saejax.ground_truth.sampling import draw
-from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World
 from saejax.parallel.mesh import fitting_sharding
+from saejax.runner.config import identity
+from saejax.runner.workspace import fingerprint
+from saejax.stages.ground_truth import TruthConfig
 from saejax.training.objective import Arrays
 from saejax.training.state import TrainState
 from saejax.training.step import Trainer
 from saejax.training.train import Source
-from saejax.workspace import fingerprint
 
 SITE = "synthetic.0"
 TRAIN, HELD_OUT = 1, 2  # which vectors: the numbers of a batch start anew in each

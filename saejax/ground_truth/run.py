@@ -19,13 +19,13 @@ from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
 from saejax.ground_truth.rows import SITE, synthetic_source
 from saejax.ground_truth.scores import Counts, count, scores
-from saejax.ground_truth.stage import CONTROLS, TruthConfig
 from saejax.ground_truth.world import World, make_world
 from saejax.results import Interval, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
+from saejax.stages.ground_truth import CONTROLS, TruthConfig
 from saejax.training.members import Member, members
 from saejax.training.train import of_expansion, train_stack
-from saejax.workspace import Run
 
 _OF_SHARES = (0.0, 1.0)  # the least and the most that a share, or a cosine's size, can be
 _ENDS = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}

@@ -12,8 +12,8 @@ from saejax.dictionaries import Dictionary
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.rows import HELD_OUT, batch_key
 from saejax.ground_truth.sampling import draw_with_code
-from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import World
+from saejax.stages.ground_truth import TruthConfig
 
 RECOVERED = 0.9  # cosine above which a direction counts as found
 _BATCH = 1024

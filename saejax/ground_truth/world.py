@@ -16,7 +16,7 @@ import optax
 from scipy.stats import norm
 
 from saejax.errors import UserError
-from saejax.ground_truth.stage import TruthConfig
+from saejax.stages.ground_truth import TruthConfig
 
 _LEAST_OWN = 0.01  # of a feature's latent variance, which no factors explain
 

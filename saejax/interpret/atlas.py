@@ -19,11 +19,11 @@ from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
-from saejax.interpret.stage import AtlasConfig, InterpretConfig
 from saejax.interventions.answers import AblateResults
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
-from saejax.workspace import Run
+from saejax.runner.workspace import Run
+from saejax.stages.interpret import AtlasConfig, InterpretConfig
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"

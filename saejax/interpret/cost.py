@@ -3,8 +3,8 @@
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, weight_bytes
 from saejax.interpret.control import MOST
-from saejax.interpret.stage import InterpretConfig
 from saejax.parallel.mesh import part_size
+from saejax.stages.interpret import InterpretConfig
 
 _FIRING = 3e-6  # seconds on the host for each, measured
 _FEATURE = 4e-3  # seconds on the host for each: contexts and their files

@@ -26,13 +26,13 @@ from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
 from saejax.interpret.results import FrozenControl, InterpretedDictionary
 from saejax.interpret.scored import Scored
-from saejax.interpret.stage import InterpretConfig
 from saejax.interpret.text import FAMILIES, CodeCounts, CodedText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
 from saejax.results import to_json
-from saejax.workspace import Run
+from saejax.runner.workspace import Run
+from saejax.stages.interpret import InterpretConfig
 
 FEATURES = "features"
 _REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared

@@ -12,10 +12,10 @@ from saejax.evaluation.cost import abstract_member
 from saejax.evaluation.member_data import MemberData
 from saejax.interpret import attended, firings, neighbours
 from saejax.interpret.interpreter import IN_STREAM, NEAREST, OUTPUT, heads_before
-from saejax.interpret.stage import InterpretConfig
 from saejax.models.sites import Site, is_joined
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import CaptureConfig, CorpusConfig
+from saejax.stages.interpret import InterpretConfig
 
 Params = dict[str, jax.ShapeDtypeStruct]
 

@@ -23,8 +23,8 @@ from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
-from saejax.workspace import Run
 
 DONE = "interpreted.json"
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.config import Configs
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary, save_transcoders
 from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
@@ -17,11 +16,12 @@ from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.library.activations import Activations, capture
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.members import members
 from saejax.training.stack_shape import chosen_sites
 from saejax.training.train import run_train
-from saejax.workspace import Run
 
 
 def train(

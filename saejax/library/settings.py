@@ -6,8 +6,8 @@ import typing
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from saejax.config import Config
 from saejax.errors import UserError, one_of
+from saejax.runner.config import Config
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 _TAKES: dict[Any, Any] = {bool: bool, int: Integral, float: Real, str: str | os.PathLike}

@@ -3,12 +3,12 @@
 import dataclasses
 from math import prod
 
-from saejax.config import group_name
 from saejax.costs.cost import PlannedRun
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import Needs
 from saejax.preflight.topology import of_process
+from saejax.runner.config import group_name
 from saejax.settings import CaptureConfig, ModelConfig, TrainConfig
 
 GIB = 2**30

@@ -18,8 +18,9 @@ from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResul
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
-from saejax.registry import STAGES
 from saejax.results import MeshShape
+from saejax.runner.registry import STAGES
+from saejax.runner.workspace import Run
 from saejax.settings import (
     CaptureConfig,
     CorpusConfig,
@@ -29,7 +30,6 @@ from saejax.settings import (
     TaskConfig,
     TrainConfig,
 )
-from saejax.workspace import Run
 
 
 def run_preflight(run: Run) -> PreflightResults:

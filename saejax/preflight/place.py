@@ -6,8 +6,8 @@ import jax
 import psutil
 from jax.sharding import Mesh
 
-from saejax.config import Configs
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.config import Configs
 from saejax.settings import MeshConfig, PreflightConfig
 
 

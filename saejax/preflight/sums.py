@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.config import Configs
 from saejax.costs.cost import Axes, Cost, DeviceBytes, PlannedRun
 from saejax.costs.programs import Program
 from saejax.errors import UserError
@@ -12,9 +11,10 @@ from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.models.sites import ModuleSite, decoder_site
 from saejax.parallel.mesh import fitting_spec
-from saejax.registry import STAGES
+from saejax.runner.config import Configs
+from saejax.runner.registry import STAGES
+from saejax.runner.stage import load
 from saejax.settings import CaptureConfig, TrainConfig
-from saejax.stage import load
 from saejax.training.cost import planned_stacks
 
 _DIMENSIONS = {

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from saejax.activations.store import Store
 from saejax.analysis.examples import top_examples
 from saejax.causal.ablate import report as ablation
-from saejax.config import to_json
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
@@ -26,14 +25,15 @@ from saejax.page.blocks import Picture
 from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.findings import Draw, Findings, read_findings
 from saejax.page.strips import Example
-from saejax.registry import STAGES
 from saejax.report import overview
 from saejax.report.results import ReportResults
+from saejax.runner.config import to_json
+from saejax.runner.registry import STAGES
+from saejax.runner.stage import is_folder, load
+from saejax.runner.workspace import SUMMARY, Run, package_versions
 from saejax.settings import AblateConfig, ModelConfig, ReportConfig
-from saejax.stage import is_folder, load
 from saejax.tasks import report as tasks
 from saejax.training import report as training
-from saejax.workspace import SUMMARY, Run, package_versions
 
 
 def run_report(run: Run) -> ReportResults:

@@ -12,9 +12,9 @@ from starlette.routing import Route
 
 from saejax.attribution.forms.difference import compare_graphs
 from saejax.attribution.forms.page import page_html
-from saejax.config import Configs
 from saejax.errors import UserError
 from saejax.results import to_json
+from saejax.runner.config import Configs
 from saejax.serving import pages
 from saejax.serving.bench import Bench, targets_of
 from saejax.serving.effects import HOLDS, effects

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from saejax import config as configuration
 from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
@@ -23,13 +22,14 @@ from saejax.attribution.requests import Request, TargetText, read_labels
 from saejax.attribution.run import open_parts, trace_request
 from saejax.attribution.trace.prompt import Traced
 from saejax.attribution.trace.sae_run import SaeRun
-from saejax.config import Configs, group_name
 from saejax.errors import UserError
 from saejax.results import load_summary
+from saejax.runner import config as configuration
+from saejax.runner.config import Configs, group_name
+from saejax.runner.workspace import Run
 from saejax.serving.jobs import Job
 from saejax.serving.shelf import ShelvedGraph
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run
 
 _KEPT = 2  # prompts, and pruned graphs, that stay in memory
 _SAME = 0.9  # share of a graph's features that must be active when its prompt is run again

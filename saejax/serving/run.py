@@ -9,10 +9,10 @@ from pathlib import Path
 
 from absl import flags
 
-from saejax import command, command_line
 from saejax.errors import Interrupted, UserError
+from saejax.runner import command, command_line
+from saejax.runner.stage import load
 from saejax.settings import GraphConfig
-from saejax.stage import load
 
 ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes

@@ -7,8 +7,8 @@ from typing import Any
 
 import uvicorn
 
-from saejax.config import Configs
 from saejax.errors import UserError
+from saejax.runner.config import Configs
 from saejax.serving.app import GraphServer
 from saejax.serving.bench import Bench
 from saejax.serving.guard import Guard

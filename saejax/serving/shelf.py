@@ -18,8 +18,8 @@ from saejax.dictionaries.labels import trained_of_folders
 from saejax.errors import UserError
 from saejax.files import locked, read_json, write_json
 from saejax.interpret.labels import read_labels, write_label
-from saejax.stage import folder_name
-from saejax.workspace import STARTED, SUMMARY, current_units
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import STARTED, SUMMARY, current_units
 
 _SAVED = "serve"  # the folder for what readers save
 _ANY = 1 << 40  # features that a dictionary may have; which there are is not known here

@@ -10,13 +10,13 @@ from typing import Any
 
 from saejax.attribution.requests import Request, unit_name
 from saejax.attribution.run import run_attribute, trace_request
-from saejax.config import Configs
-from saejax.pipeline import run_stages
+from saejax.runner.config import Configs
+from saejax.runner.pipeline import run_stages
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import STARTED, SUMMARY, Workspace
 from saejax.serving.bench import Bench
 from saejax.serving.jobs import Job
 from saejax.settings import GraphConfig
-from saejax.workplan import Workplan
-from saejax.workspace import STARTED, SUMMARY, Workspace
 
 _UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=("none",))
 _OTHERWISE: dict[str, Any] = dict(

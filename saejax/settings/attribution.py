@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.runner.config import Config, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
 CLUSTER = "cluster"  # in place of a file of supernodes

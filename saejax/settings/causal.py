@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.runner.config import Config, setting
 from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")

@@ -7,7 +7,7 @@ added to both when its class is registered.
 import dataclasses
 from collections.abc import Callable
 
-from saejax.config import Config, setting
+from saejax.runner.config import Config, setting
 
 PRETRAINED = "pretrained"  # in the place of a kind: dictionaries that were not trained here
 

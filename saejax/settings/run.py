@@ -3,8 +3,8 @@
 import dataclasses
 import re
 
-from saejax.config import Config, setting
 from saejax.errors import UserError
+from saejax.runner.config import Config, setting
 from saejax.settings.kinds import unit_names
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from saejax.config import Config, setting
+from saejax.runner.config import Config, setting
 from saejax.settings.sites import expand_ranges
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")

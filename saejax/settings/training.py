@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.config import Config, nested, setting
 from saejax.errors import UserError
+from saejax.runner.config import Config, nested, setting
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
 from saejax.settings.sites import expand_ranges
 

@@ -11,14 +11,14 @@ from urllib.parse import quote
 from saejax.files import write_json, write_text
 from saejax.page.blocks import Links, Terms, Text
 from saejax.page.document import Section, to_html, to_markdown
-from saejax.preregistration import describe_rule
 from saejax.results import to_json
+from saejax.runner.preregistration import describe_rule
+from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import RULES
 from saejax.studies.progress import duration
 from saejax.studies.results import StudyFigures
 from saejax.studies.sheets import SHEETS
 from saejax.studies.units import ROWS
-from saejax.workspace import package_versions
 
 FILE, STAGE = "study.json", "study_run"  # STAGE: of the rules in ``rules.jsonl``
 _TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")

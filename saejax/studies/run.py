@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from saejax import command, command_line
 from saejax.errors import UserError
-from saejax.stage import load
+from saejax.runner import command, command_line
+from saejax.runner.stage import load
 from saejax.studies.rows import read_rows
 
 ABOUT = """\

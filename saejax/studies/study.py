@@ -6,13 +6,13 @@ from pathlib import Path
 
 from saejax.errors import CheckFailed
 from saejax.files import read_json
-from saejax.preregistration import measured, write_rule
+from saejax.runner.preregistration import measured, write_rule
+from saejax.runner.workspace import Workspace, claimed, fingerprint
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import shares
 from saejax.studies.units import ROWS, StudyUnits, UnitState
-from saejax.workspace import Workspace, claimed, fingerprint
 
 
 def run_study_rows(

@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from saejax.runner.usage import end_with_parent
+from saejax.runner.workspace import now
 from saejax.studies.shares import Share
-from saejax.usage import end_with_parent
-from saejax.workspace import now
 
 
 class UnitProcess:

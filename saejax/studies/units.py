@@ -14,14 +14,14 @@ from typing import Literal, NoReturn
 from saejax.errors import Interrupted, UserError
 from saejax.files import read_object
 from saejax.preflight.results import PreflightResults
-from saejax.registry import STAGES
 from saejax.results import load_results
+from saejax.runner.registry import STAGES
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import SUMMARY, Workspace
 from saejax.studies.progress import Key, TimeToGo, duration
 from saejax.studies.rows import StudyRow
 from saejax.studies.shares import Share
 from saejax.studies.unit_process import UnitProcess
-from saejax.workplan import Workplan
-from saejax.workspace import SUMMARY, Workspace
 
 ROWS, LOGS = "rows", "logs"
 _CHILD = "from saejax.experiments import pipeline; pipeline()"

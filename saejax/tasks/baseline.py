@@ -36,6 +36,7 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import Tokens
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import SPLITS, Prompt, PromptScore, write_prompts
@@ -45,7 +46,6 @@ from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
 from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
-from saejax.workspace import Run
 
 PARTS = "parts"  # folder of behaviours that are measured, until all are
 BATCH = 32  # prompts per forward pass

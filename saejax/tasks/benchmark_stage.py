@@ -13,13 +13,13 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores
 from saejax.tasks.benchmark_definitions import way
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.results import BenchmarkResults
 from saejax.tasks.scored_items import WAYS
-from saejax.workspace import Run
 
 FILE, BATCHES = "items.jsonl", "batches"
 _ITEMS = 64  # scored by log-likelihood between two writings

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.runner.workspace import fingerprint
 from saejax.settings import TaskConfig
 from saejax.tasks.benchmark_definitions import Item, definition, way
 from saejax.tasks.benchmark_files import TRAIN, Origin, find, training_files
 from saejax.tasks.hub import hub_configurations
 from saejax.tasks.number_choices import number_choices, plain_number
-from saejax.workspace import fingerprint
 
 
 def origin(name: str, task: TaskConfig) -> Origin:

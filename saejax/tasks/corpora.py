@@ -17,9 +17,9 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from saejax.errors import UserError
+from saejax.runner.workspace import fingerprint
 from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.text_sources import text_sources
-from saejax.workspace import fingerprint
 
 _MOST_IN_MEMORY = 2**30  # characters
 _STREAMED_SAMPLE = 1024  # held-out documents of a stream that other stages than capture read

@@ -1,8 +1,8 @@
 """Fingerprints of what stages read from outside the workdir, for their declarations: imports are inside functions."""
 
-from saejax.config import Configs
+from saejax.runner.config import Configs
+from saejax.runner.stage import is_folder
 from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
-from saejax.stage import is_folder
 
 
 def model(configs: Configs) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from saejax.costs.cost import CHARACTERS_PER_TOKEN, START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import dictionary_bytes, head_flops, layer_bytes, logit_bytes, pass_flops, weight_bytes
 from saejax.models.sites import Site
-from saejax.stage import is_folder
-from saejax.track.stage import TrackConfig
+from saejax.runner.stage import is_folder
+from saejax.stages.track import TrackConfig
 from saejax.track.tested import ROWS, draws_for
 from saejax.track.texts import read_problems, sentences
 

@@ -20,18 +20,18 @@ from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import ModelConfig
+from saejax.stages.track import TrackConfig
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
 from saejax.track.links import FeatureLinks
 from saejax.track.page import ShownText, shown_text, write_page
 from saejax.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.track.stack import Stack, open_stack
-from saejax.track.stage import TrackConfig
 from saejax.track.steps import StepFeature, only_here, step_features
 from saejax.track.tested import StepTester, tested_steps
 from saejax.track.texts import EncodedText, encode, read_problems
-from saejax.workspace import Run
 
 LENS_TOP = 3  # tokens that a lens gives of each place
 

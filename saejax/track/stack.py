@@ -13,7 +13,7 @@ from saejax.dictionaries.labels import Label, labels_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS, Site
-from saejax.stage import is_folder
+from saejax.runner.stage import is_folder
 
 
 @dataclasses.dataclass(frozen=True)

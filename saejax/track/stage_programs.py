@@ -19,10 +19,10 @@ from saejax.models.lens import chunk_size, read_positions
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.settings import ModelConfig, TrainConfig
+from saejax.stages.track import TrackConfig
 from saejax.track import tested
 from saejax.track.cost import counted, planned_layers, planned_texts
 from saejax.track.run import LENS_TOP
-from saejax.track.stage import TrackConfig
 
 
 def track_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:

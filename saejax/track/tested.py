@@ -31,9 +31,9 @@ from saejax.models.sites import Site
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
+from saejax.stages.track import TrackConfig
 from saejax.tasks.likelihood import token_scores
 from saejax.track.results import StepTest
-from saejax.track.stage import TrackConfig
 from saejax.track.texts import EncodedText, Segment
 
 ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit

@@ -11,10 +11,10 @@ from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode as encode_text
 from saejax.models.tokens import token_text
-from saejax.stage import folder_name
+from saejax.runner.stage import folder_name
+from saejax.stages.track import TrackConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.files import decode, json_lines, read_bytes
-from saejax.track.stage import TrackConfig
 
 MOST = 4  # texts side by side
 _EXAMPLE = '{"slug": "apples", "prompt": "Ann has 3 apples ...", "solution": "She buys 4. ...", "answer": " 7"}'

@@ -14,12 +14,12 @@ from saejax.activations.joined import with_joined
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import process_count
+from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
 from saejax.training.inputs import Resident
 from saejax.training.objective import Arrays
 from saejax.training.placement import placed, resident_bytes
 from saejax.training.step import Trainer, TrainState
-from saejax.workspace import Run
 
 
 def open_stream(run: Run, parts: Parts) -> ModelStream:

@@ -17,11 +17,11 @@ from saejax.models.sites import ModuleSite
 from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.results import MeshShape
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
-from saejax.stage import folder_name
 from saejax.training.results import TrainResults
-from saejax.workspace import Run
 
 _FLAG = "--train.pretrained"
 

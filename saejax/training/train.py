@@ -11,7 +11,6 @@ import numpy as np
 from saejax.activations.batches import Parts, sites_of
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
-from saejax.config import identity
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.formats import circuit_tracer, own
@@ -20,6 +19,8 @@ from saejax.errors import UserError
 from saejax.parallel.collectives import is_first_process, process_count
 from saejax.parallel.mesh import make_mesh, sharding
 from saejax.results import MeshShape
+from saejax.runner.config import identity
+from saejax.runner.workspace import Run
 from saejax.settings import MOST_TOKENS, MeshConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
 from saejax.training.checkpoints import Checkpoints
@@ -37,7 +38,6 @@ from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites
 from saejax.training.state import STATE_VERSION, TrainState
 from saejax.training.step import Trainer
 from saejax.training.writers import make_writers
-from saejax.workspace import Run
 
 
 def run_train(run: Run) -> TrainResults:

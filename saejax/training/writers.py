@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from saejax.config import to_json
 from saejax.errors import UserError
 from saejax.parallel.collectives import is_first_process
+from saejax.runner.config import to_json
+from saejax.runner.workspace import fingerprint
 from saejax.settings import TrainConfig
-from saejax.workspace import fingerprint
 
 
 class Writer(Protocol):

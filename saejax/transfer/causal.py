@@ -10,7 +10,7 @@ from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
 from saejax.interventions.answers import AblateResults
 from saejax.results import load_results
-from saejax.stage import is_folder
+from saejax.runner.stage import is_folder
 from saejax.transfer.chains import Link
 from saejax.transfer.compared import Compared
 

@@ -12,7 +12,7 @@ from saejax.dictionaries.formats import load_all
 from saejax.dictionaries.labels import labels_of
 from saejax.errors import UserError
 from saejax.models.sites import Site
-from saejax.stage import is_folder
+from saejax.runner.stage import is_folder
 from saejax.transfer.results import ComparedDictionary
 
 

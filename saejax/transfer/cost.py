@@ -2,7 +2,7 @@
 
 from saejax.costs.cost import START, WIDTH, Cost, DeviceBytes, PlannedRun
 from saejax.costs.passes import weight_bytes
-from saejax.transfer.stage import TransferConfig
+from saejax.stages.transfer import TransferConfig
 
 _LOOKS = 2.5  # passes over all products that an assignment takes, on the benchmark's dictionaries
 _SOLVE = 0.35  # seconds on the host of an assignment of 4,608 features

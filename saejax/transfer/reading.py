@@ -17,16 +17,16 @@ from saejax.evaluation.loss_recovered import recovered, stand_in_losses
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
 from saejax.models.source import resolve
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
+from saejax.stages.transfer import TransferConfig
 from saejax.tasks import corpora
 from saejax.transfer.activity import Activity, activations, encode
 from saejax.transfer.compared import Compared
 from saejax.transfer.reconstruction import DictionaryOnText, Losses, at_home, onto
 from saejax.transfer.results import Rebuilt, ReconstructionTransfer
-from saejax.transfer.stage import TransferConfig
 from saejax.transfer.text import ReadText, aligned, first_texts, read_text
 from saejax.transfer.tuning import can_be_tuned, fine_tuned
-from saejax.workspace import Run
 
 _LEAST = 64  # tokens that two models must share
 

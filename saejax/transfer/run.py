@@ -20,8 +20,10 @@ from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_f
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
-from saejax.stage import folder_name
+from saejax.stages.transfer import TransferConfig
 from saejax.tasks.scoring import wilson
 from saejax.transfer import spaces
 from saejax.transfer.causal import RemovalEffects, load_effects
@@ -30,9 +32,7 @@ from saejax.transfer.compared import Compared, chance, load_compared, measures_o
 from saejax.transfer.matching import Matched, match
 from saejax.transfer.reading import Reading
 from saejax.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
-from saejax.transfer.stage import TransferConfig
 from saejax.transfer.summary import FeaturePairs, together
-from saejax.workspace import Run
 
 CLOSE = 0.9
 _FLAG = "--transfer.dictionaries"

@@ -15,8 +15,8 @@ from saejax.models.lengths import round_length, rows_per_batch
 from saejax.models.sites import Site
 from saejax.parallel.mesh import AXES
 from saejax.settings import CorpusConfig, TrainConfig
+from saejax.stages.transfer import TransferConfig
 from saejax.transfer import activity, matching
-from saejax.transfer.stage import TransferConfig
 
 
 def transfer_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:

@@ -10,11 +10,11 @@ import numpy as np
 from saejax.causal.columns import Columns
 from saejax.causal.parts import part_file
 from saejax.files import write_text
+from saejax.runner.workspace import Run
+from saejax.stages.transfer import TransferConfig
 from saejax.transfer.chains import Link, shares, through_layers
 from saejax.transfer.compared import Compared, measures_of
 from saejax.transfer.results import Chains, ComparedPair, TransferResults
-from saejax.transfer.stage import TransferConfig
-from saejax.workspace import Run
 
 
 @dataclasses.dataclass(frozen=True)

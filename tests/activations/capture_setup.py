@@ -8,11 +8,11 @@ import torch
 
 from saejax.activations import capture
 from saejax.activations.store import Store
-from saejax.config import Configs
 from saejax.models.sites import KINDS
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, write_prompts
-from saejax.workspace import Run
 
 ALL_SITES = tuple(f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS)
 WORDS = ["the", "cat", "near", "dogs", "runs", "capital", "France", "is", "Paris", "war", "lasted", "year", "1732"]

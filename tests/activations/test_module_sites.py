@@ -11,13 +11,13 @@ from capture_setup import make_setup, relative_error, rows_by_place
 from runs import small_flags
 from tiny_models import save_tiny_tokenizer
 
-from saejax import pipeline
 from saejax.activations import capture
-from saejax.config import define_flags, from_flags
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
-from saejax.registry import GROUPS
+from saejax.runner import pipeline
+from saejax.runner.config import define_flags, from_flags
+from saejax.runner.registry import GROUPS
 from saejax.settings import ModelConfig
 
 SITES = (

@@ -15,9 +15,9 @@ from saejax.activations.store import Store
 from saejax.activations.stream import BufferOrder, ModelStream
 from saejax.errors import UserError
 from saejax.files import write_json
-from saejax.registry import default_configs
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
-from saejax.workspace import Run
 
 SITES = ("resid_post.1", "mlp_out.0")
 BUFFER = 100

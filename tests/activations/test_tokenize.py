@@ -14,13 +14,13 @@ from saejax.activations.documents import COLUMNS, Documents, make_documents
 from saejax.activations.plan import Plan
 from saejax.activations.request import read_request
 from saejax.activations.tokenize import run_tokenize, text_documents
-from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.models import source
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
 from saejax.tasks.corpora import Document
-from saejax.workspace import Run
 
 TEXTS = [f"{name} number {n} is {n * 37 % 101} of them." * (1 + n % 9) for n in range(300) for name in ("Bird", "Fish")]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import command, load_model, save_transcoders
+from saejax import load_model, save_transcoders
 from saejax.attribution import run as stage
 from saejax.attribution.graph import Graph
 from saejax.attribution.requests import Request, read_requests, unit_name
@@ -15,6 +15,7 @@ from saejax.attribution.results import AttributeResults
 from saejax.attribution.trace import room
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
+from saejax.runner import command
 from saejax.settings import GraphConfig
 
 

@@ -9,16 +9,16 @@ from runs import changed, write_members
 import saejax
 from saejax.causal.ablate import run as stage
 from saejax.causal.importance import Importance, has_same_sign, load_drops
-from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.workspace import Run
 
 SETTINGS = dict(
     top=4,

@@ -12,7 +12,7 @@ import pytest
 import runs
 import yaml
 
-from saejax import command_line
+from saejax.runner import command_line
 from saejax.settings import MeshConfig
 
 LAUNCH = runs.ROOT / "launch"

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import runs
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.clusters.agreement import GroupedFeatures
 from saejax.clusters.report import sections
 from saejax.page import style
 from saejax.page.blocks import Picture
+from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "ablate", "cluster"]

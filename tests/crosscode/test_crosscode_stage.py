@@ -10,14 +10,14 @@ import pytest
 import runs
 
 import saejax
-from saejax import command
 from saejax.activations.store import Store
 from saejax.crosscode.report import sections
 from saejax.errors import UserError
 from saejax.page import style
 from saejax.page.blocks import Picture
-from saejax.registry import STAGES
 from saejax.results import load_results
+from saejax.runner import command
+from saejax.runner.registry import STAGES
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"

@@ -14,11 +14,11 @@ import runs
 from absl import flags
 from every_kind import KINDS, MADE_UP, OWN_KINDS, PLUGIN
 
-from saejax import command, config
 from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, load_dictionary, save_dictionary
 from saejax.dictionaries.kinds import plugins
 from saejax.errors import UserError
-from saejax.registry import GROUPS
+from saejax.runner import command, config
+from saejax.runner.registry import GROUPS
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS
 

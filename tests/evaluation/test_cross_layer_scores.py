@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import runs
 
-from saejax import SiteEdit, command, load_model, load_results
+from saejax import SiteEdit, load_model, load_results
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
@@ -15,6 +15,7 @@ from saejax.dictionaries.labels import labels_of_folders
 from saejax.errors import UserError
 from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
+from saejax.runner import command
 
 SITES = "mlp_in.0,mlp_in.1,mlp_out.0,mlp_out.1"
 FORM = dict(

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import protocol
 import pytest
 
-from saejax.config import Configs
 from saejax.errors import Interrupted, UserError
 from saejax.explain.answers import ANSWERS, Answers
 from saejax.explain.endpoint import KEY, Answer, Endpoint
 from saejax.explain.questions import EmbeddingRequest, Question
-from saejax.explain.stage import ExplainConfig
 from saejax.parallel.share import ProcessShare
+from saejax.runner.config import Configs
+from saejax.stages.explain import ExplainConfig
 
 ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 

@@ -9,9 +9,10 @@ import protocol
 import pytest
 import runs
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.explain import endpoint
 from saejax.explain.results import ExplainResults
+from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret"]

@@ -14,7 +14,6 @@ from runs import write_members
 sys.path.append(str(Path(__file__).parent.parent / "interpret"))
 import planted
 
-from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
 from saejax.errors import UserError
@@ -22,11 +21,12 @@ from saejax.explain import run as explain
 from saejax.explain.contexts import FEWEST
 from saejax.explain.results import ExplainedFeature
 from saejax.explain.scores import is_kept, judged_score
-from saejax.explain.stage import ExplainConfig
 from saejax.interpret.text import CodedText
 from saejax.results import from_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
-from saejax.workspace import Run
+from saejax.stages.explain import ExplainConfig
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 FEATURES = 40

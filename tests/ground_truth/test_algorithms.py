@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from scipy.sparse.csgraph import shortest_path
 
-from saejax import command, load_model, load_results
+from saejax import load_model, load_results
 from saejax.errors import UserError
 from saejax.ground_truth.algorithms import transformer
 from saejax.ground_truth.algorithms.addition import Addition
 from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.hub_folder import save_model
+from saejax.runner import command
 
 
 def sum_of(text):

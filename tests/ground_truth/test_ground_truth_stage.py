@@ -6,10 +6,11 @@ import json
 import pytest
 import runs
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.ground_truth.report import line
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary
 from saejax.results import Interval
+from saejax.runner import command
 
 FLAGS = {
     "task.behaviours": "",

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from saejax import command, load_model, load_results
+from saejax import load_model, load_results
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.dictionaries import save_dictionary
 from saejax.errors import UserError
-from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.circuits import tracr
 from saejax.ground_truth.circuits.catalogue import CASES, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
@@ -22,13 +21,15 @@ from saejax.ground_truth.circuits.edges import Edges, aligned, circuit, known_ed
 from saejax.ground_truth.circuits.graphs import judge_edges
 from saejax.ground_truth.circuits.handset import run
 from saejax.ground_truth.circuits.report import holds, line
-from saejax.ground_truth.circuits.stage import CIRCUITS, KnownConfig
 from saejax.ground_truth.circuits.weights import checkpoint
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models import source
-from saejax.registry import STAGES, default_configs
+from saejax.runner import command
+from saejax.runner.registry import STAGES, default_configs
+from saejax.runner.workspace import Run
 from saejax.settings import TaskConfig
-from saejax.workspace import Run
+from saejax.stages.algorithm import AlgorithmConfig
+from saejax.stages.known_circuits import CIRCUITS, KnownConfig
 
 SEED = 3
 
@@ -230,7 +231,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
 
 
 def unit_name(unit):
-    from saejax.stage import folder_name
+    from saejax.runner.stage import folder_name
 
     return folder_name(str(unit / "transcoders/exact/layer1"))
 

@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from saejax import command, load_model, load_results
+from saejax import load_model, load_results
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.ground_truth.algorithms import planted, transformer
 from saejax.ground_truth.algorithms.plant_judge import place_edges
 from saejax.ground_truth.algorithms.planted import CIRCUIT, Planted
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.edits import SiteEdit
+from saejax.runner import command
 
 
 def bits_of(words):

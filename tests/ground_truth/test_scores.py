@@ -11,8 +11,8 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.run import over_seeds
 from saejax.ground_truth.scores import absorbed, count, scores
-from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import make_world
+from saejax.stages.ground_truth import TruthConfig
 
 # Orthogonal directions, so that an encoder of the directions reads the code off.
 WORLD = TruthConfig(

@@ -10,13 +10,13 @@ import pytest
 from absl import flags
 from scipy.stats import norm
 
-from saejax import config
 from saejax.errors import UserError
 from saejax.ground_truth.sampling import draw, draw_with_code
-from saejax.ground_truth.stage import TruthConfig
 from saejax.ground_truth.world import EntryRoom, check, make_world, orthogonalised, own_rates, parents, rates
 from saejax.parallel.mesh import fitting_sharding, make_mesh
-from saejax.registry import GROUPS
+from saejax.runner import config
+from saejax.runner.registry import GROUPS
+from saejax.stages.ground_truth import TruthConfig
 
 SMALL = TruthConfig(
     features=40, dimensions=16, roots=2, branching=3, depth=2, rate_max=0.3, rate_min=0.02, orthogonalise=5, factors=3

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import runs
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.activations.store import Store
 from saejax.dictionaries import load_dictionary
 from saejax.dictionaries.labels import labels_of
+from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 STAGES = ["baseline", "capture", "train", "interpret", "atlas"]

@@ -21,11 +21,11 @@ from saejax.parallel.mesh import AXES
 from saejax.preflight.sums import stage_programs
 from saejax.preflight.topology import compile_for
 from saejax.settings import ProbeConfig
+from saejax.stages.track import TrackConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.track import firings, tested
 from saejax.track.cost import counted, planned_texts
 from saejax.track.run import LENS_TOP
-from saejax.track.stage import TrackConfig
 from saejax.track.texts import Segment
 from saejax.transfer import activity, matching
 

@@ -7,13 +7,13 @@ import pytest
 from absl import flags
 from preflight_setup import CONFIGS, ONE
 
-from saejax import config
 from saejax.attribution.cost import planned_graphs
 from saejax.errors import UserError
 from saejax.preflight.advice import GIB, SLICES
 from saejax.preflight.shapes import read_shapes
 from saejax.preflight.sums import Needs, plan_run
-from saejax.registry import GROUPS
+from saejax.runner import config
+from saejax.runner.registry import GROUPS
 from saejax.settings import AblateConfig, CaptureConfig, CorpusConfig, GraphConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.training.stack_shape import named_sites
 

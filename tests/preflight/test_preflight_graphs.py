@@ -12,7 +12,7 @@ import runs
 import yaml
 from preflight_setup import on_mesh, plan_run, shape
 
-from saejax import command, save_transcoders
+from saejax import save_transcoders
 from saejax.attribution.cost import planned_graphs
 from saejax.attribution.programs import attribute_programs
 from saejax.dictionaries import Dictionary, DictionaryConfig
@@ -20,6 +20,7 @@ from saejax.errors import UserError
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import place, sums, topology
+from saejax.runner import command
 from saejax.settings import MeshConfig
 
 RATES = dict(float32=1e11, bfloat16=2e11)

@@ -17,7 +17,7 @@ from saejax.preflight import checks, topology
 from saejax.preflight.advice import GIB, advice
 from saejax.preflight.place import Place
 from saejax.preflight.sums import Needs, replicated, stage_programs
-from saejax.registry import STAGES
+from saejax.runner.registry import STAGES
 from saejax.settings import TrainConfig
 from saejax.training.cost import train_cost
 

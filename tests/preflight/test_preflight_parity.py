@@ -5,10 +5,10 @@ import pytest
 from runs import make_configs
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-from saejax import command
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens
 from saejax.preflight import parity
+from saejax.runner import command
 from saejax.settings import ModelConfig
 
 

@@ -8,8 +8,8 @@ import pytest
 import runs
 from preflight_setup import CONFIGS
 
-from saejax import command
 from saejax.preflight import checks, place
+from saejax.runner import command
 
 SHAPES = CONFIGS / "shapes"
 

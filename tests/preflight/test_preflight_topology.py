@@ -9,12 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec
 from preflight_setup import CONFIGS, on_mesh, plan_run, shape
 
-from saejax import command
 from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.preflight.sums import stage_programs
+from saejax.runner import command
 from saejax.settings import MeshConfig
 
 GIB = 2**30

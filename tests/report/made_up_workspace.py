@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import registry, settings
-from saejax.config import to_json
+from saejax import settings
 from saejax.files import write_json
 from saejax.interventions.answers import AblateResults, FeatureEffect, ImportanceSummary, VerdictConfig
 from saejax.interventions.table import (
@@ -23,7 +22,9 @@ from saejax.interventions.verdict import verdict
 from saejax.page.strips import Example
 from saejax.results import Interval
 from saejax.results import to_json as results_to_json
-from saejax.workspace import SUMMARY, Run
+from saejax.runner import registry
+from saejax.runner.config import to_json
+from saejax.runner.workspace import SUMMARY, Run
 
 FEATURES = 512
 NAMES = ("agreement", "capital", "greater_than", "addition")

@@ -7,14 +7,14 @@ import pytest
 from made_up_workspace import make_run, make_workspace
 from report_page import Page
 
-from saejax import registry
-from saejax.config import define_flags, from_flags
 from saejax.errors import UserError
 from saejax.files import read_json, write_json
 from saejax.report.run import run_report, token_text
 from saejax.results import load_results, to_json
+from saejax.runner import registry
+from saejax.runner.config import define_flags, from_flags
+from saejax.runner.workspace import SUMMARY
 from saejax.settings import TaskConfig
-from saejax.workspace import SUMMARY
 
 pytestmark = pytest.mark.usefixtures("contexts_are_made_up")
 

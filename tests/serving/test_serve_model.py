@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from made_transcoders import made_set
 
-from saejax import command_line, load_model, save_transcoders
+from saejax import load_model, save_transcoders
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.models.tokens import Tokens
 from saejax.results import load_results
+from saejax.runner import command_line
 from saejax.serving import bench as benches
 from saejax.serving import tracing
 from saejax.serving.bench import Bench, targets_of, token_ids

@@ -74,7 +74,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def site(place, serve):
     """The bench and the address of a server."""
-    from saejax import command_line
+    from saejax.runner import command_line
 
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", "--graph.transcoders=a/set"])
     patch = pytest.MonkeyPatch()

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from saejax import command_line, load_model, save_dictionary
+from saejax import load_model, save_dictionary
 from saejax.attribution.trace.prompt import prompt_ids
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
+from saejax.runner import command_line
 from saejax.serving.bench import Bench
 from saejax.serving.shelf import Shelf
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from saejax import command, pipeline, workplan
 from saejax.errors import UserError
+from saejax.runner import command, pipeline, workplan
 from saejax.settings import ModelConfig
 
 PREFLIGHT = dict(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fake_child
 
-from saejax import pipeline, workplan
+from saejax.runner import pipeline, workplan
 from saejax.studies import report, run, study, units
 
 HERE = Path(__file__).parent

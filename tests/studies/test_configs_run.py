@@ -10,8 +10,8 @@ import runs
 from absl import flags
 from tiny_models import save_tiny
 
-from saejax import command, config
-from saejax.registry import GROUPS, STAGES
+from saejax.runner import command, config
+from saejax.runner.registry import GROUPS, STAGES
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))

@@ -14,11 +14,11 @@ from pathlib import Path
 import fake_study
 import pytest
 
-from saejax import pipeline, workplan
 from saejax.errors import UserError
+from saejax.runner import pipeline, workplan
+from saejax.runner.workspace import claimed
 from saejax.studies import run, shares
 from saejax.studies.progress import TimeToGo, duration
-from saejax.workspace import claimed
 
 UNITS = ["preflight", "baseline", "capture", "train/topk", "evaluate/topk", "report"]
 

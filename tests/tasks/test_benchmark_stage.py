@@ -9,10 +9,12 @@ import pytest
 import runs
 from benchmark_rows import GSM8K, write_all
 
-from saejax import command, load_model, pipeline, workplan
+from saejax import load_model
 from saejax.errors import Interrupted, UserError
 from saejax.models.language_model import LanguageModel
-from saejax.registry import default_configs
+from saejax.runner import command, pipeline, workplan
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
 from saejax.settings import BENCHMARKS, ModelConfig, TaskConfig
 from saejax.tasks import benchmark_scores, benchmark_stage
 from saejax.tasks.answers import Verdict
@@ -20,7 +22,6 @@ from saejax.tasks.benchmark_scores import line, score_items, summarize
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 from saejax.tasks.results import UnparsedExample
-from saejax.workspace import Run
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import json
 import pytest
 import runs
 
-from saejax import command
 from saejax.results import load_results
-from saejax.workspace import current_units
+from saejax.runner import command
+from saejax.runner.workspace import current_units
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

@@ -22,10 +22,10 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
+from saejax.stages.track import TrackConfig
 from saejax.track.firings import LayerFirings, follow
 from saejax.track.links import ATTRIBUTION, attribution, chain, geometry
 from saejax.track.stack import LayerDictionary, Stack
-from saejax.track.stage import TrackConfig
 from saejax.track.steps import only_here, step_features
 from saejax.track.tested import StepTester
 from saejax.track.texts import Problem, encode, read_problems, sentences

@@ -11,8 +11,9 @@ import runs
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.files import write_json
+from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")

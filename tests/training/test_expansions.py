@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import runs
 
-from saejax import command, load_dictionary, load_results, train
+from saejax import load_dictionary, load_results, train
 from saejax.errors import UserError
+from saejax.runner import command
 from saejax.settings import TrainConfig
 from saejax.training.report import training_curves
 

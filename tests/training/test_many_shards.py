@@ -16,10 +16,10 @@ TRAIN = f"""
 import resource, sys
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
-from saejax.config import Configs
+from saejax.runner.config import Configs
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.train import run_train
-from saejax.workspace import Run
+from saejax.runner.workspace import Run
 settings = dict(sites=("resid_post.1",), batch=512, epochs=1, k=(2,), max_steps=8, input="streamed")
 configs = Configs(MeshConfig(), TrainConfig(**settings))
 run = Run("train", "topk", Path(sys.argv[2]), configs, dict(capture=Path(sys.argv[1])))

@@ -10,16 +10,16 @@ import runs
 from small_runs import STEPS, go, make_trainer
 from small_stacks import B, D
 
-from saejax import command
 from saejax.activations import stream
 from saejax.activations.results import CaptureResults, TokenizeResults
 from saejax.activations.stream import BufferOrder
 from saejax.errors import Interrupted
 from saejax.preflight.results import PreflightResults
 from saejax.results import load_results
+from saejax.runner import command
+from saejax.runner.workplan import Workplan
 from saejax.training.inputs import Streamed
 from saejax.training.model_input import FromModel
-from saejax.workplan import Workplan
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")

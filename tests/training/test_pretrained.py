@@ -15,10 +15,11 @@ sys.path.append(str(Path(__file__).parents[1] / "tasks"))
 import foreign_formats as foreign
 from benchmark_rows import write_all
 
-from saejax import command, load_dictionary, load_model, load_results, save_dictionary, save_transcoders
+from saejax import load_dictionary, load_model, load_results, save_dictionary, save_transcoders
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
+from saejax.runner import command
 from saejax.settings import TrainConfig
 from saejax.training.cost import planned_stacks
 from saejax.training.pretrained import find_pretrained

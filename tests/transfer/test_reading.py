@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 
-from saejax.config import Configs
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.config import Configs
+from saejax.stages.transfer import TransferConfig
 from saejax.transfer import reading
 from saejax.transfer.compared import Compared
 from saejax.transfer.reading import Reading
-from saejax.transfer.stage import TransferConfig
 from saejax.transfer.text import ReadText
 
 SITE, TEXTS, TOKENS, WIDTH = "resid_post.0", 40, 10, 16

@@ -10,8 +10,9 @@ import pytest
 import runs
 from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
-from saejax import command, load_results
+from saejax import load_results
 from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
+from saejax.runner import command
 from saejax.transfer.assignment import STEP
 from saejax.transfer.summary import FeaturePairs
 from saejax.transfer.tuning import saved

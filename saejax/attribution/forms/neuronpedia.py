@@ -21,7 +21,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import Pruning
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
 from saejax.errors import UserError
-from saejax.workspace import package_versions
+from saejax.runner.workspace import package_versions
 
 _TYPES = {
     FEATURE: "cross layer transcoder",  # of per-layer transcoders, too: the viewers know no other

@@ -26,8 +26,8 @@ from saejax.attribution.heads.edges import named_heads
 from saejax.causal.parts import part_file
 from saejax.files import write_text
 from saejax.parallel.collectives import is_first_process
+from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
-from saejax.workspace import Run
 
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
 

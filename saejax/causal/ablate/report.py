@@ -20,7 +20,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.strips import Strips
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 from saejax.page.words import behaviour, detail_title, sentence, signed
-from saejax.preregistration import describe_rule
+from saejax.runner.preregistration import describe_rule
 from saejax.tasks.results import BaselineResults
 
 TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure

@@ -39,11 +39,11 @@ from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
 from saejax.results import Interval
+from saejax.runner.workspace import Run
 from saejax.settings import BASES, AblateConfig, CorpusConfig, TaskConfig
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.cost import PROMPT, count_all_behaviours
-from saejax.workspace import Run
 
 TEXT_LENGTH = 32  # tokens of a held-out document
 _COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own

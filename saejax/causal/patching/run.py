@@ -37,9 +37,9 @@ from saejax.errors import UserError
 from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
+from saejax.runner.workspace import Run
 from saejax.settings import HEADS, PatchConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.workspace import Run
 
 AT_CHANCE = (
     "the model's logit difference does not clearly fall from the prompts to their counterparts: there is nothing to "

@@ -24,10 +24,10 @@ from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.interventions.split_model import SplitModel
 from saejax.results import to_json
+from saejax.runner.workspace import Run
 from saejax.settings import ProbeConfig
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
 from saejax.tasks.labels import Labelled, label_prompts
-from saejax.workspace import Run
 
 TABLE = "probes.parquet"
 _INTERVALS = ("accuracy", "auc", "shuffled", "auc_shuffled", "random", "against_dense")

@@ -21,8 +21,8 @@ from saejax.errors import UserError
 from saejax.files import read_lines, write_lines
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
-from saejax.workspace import Run
 
 
 def run_steer(run: Run) -> SteerResults:

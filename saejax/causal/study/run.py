@@ -33,10 +33,10 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
 from saejax.settings import StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin, read_items
-from saejax.workspace import Run
 
 ITEMS, FEATURES, RANKING = "items.jsonl", "features.json", "feature_importance_ranking.json"
 CONDITIONS = "conditions"  # folder of the rows of each, until all are scored

@@ -1,7 +1,7 @@
 """What the stage ``algorithm`` takes."""
 
 from saejax.costs.cost import START, Cost, PlannedRun
-from saejax.ground_truth.algorithms.stage import AlgorithmConfig
+from saejax.stages.algorithm import AlgorithmConfig
 
 # Of a question, with the usual settings; a planted one goes through five times.
 _TOKENS = {"addition": 13, "paths": 12, "planted": 45}

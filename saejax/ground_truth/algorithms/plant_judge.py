@@ -32,10 +32,10 @@ from saejax.interventions.split_model import SplitModel
 from saejax.library.activations import capture
 from saejax.library.dictionaries import train
 from saejax.models.language_model import LanguageModel
+from saejax.runner.workspace import Run
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run
 
 _RATES = dict(trained=3e-3, untrained=1e-6)  # learning rates of the sets
 _GRAPHS, _TOP, _DRAWS, _DIMENSIONS, _STEPS = 20, 8, 100, 2, 300

@@ -18,15 +18,15 @@ from saejax.ground_truth.algorithms.plant_judge import judge
 from saejax.ground_truth.algorithms.planted import LAYERS, Planted
 from saejax.ground_truth.algorithms.questions import Algorithm, Questions
 from saejax.ground_truth.algorithms.results import AlgorithmResults
-from saejax.ground_truth.algorithms.stage import AlgorithmConfig
 from saejax.ground_truth.hub_folder import save_model
 from saejax.models.config import DecoderConfig
 from saejax.models.loading import load_model
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
+from saejax.stages.algorithm import AlgorithmConfig
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run
 
 _LOOK_EVERY, _SAY_EVERY = 250, 10.0  # steps; seconds
 _LOOK, _FRESH, _TEXTS = (

@@ -17,24 +17,24 @@ from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
 from saejax.causal.statistics import holm
-from saejax.config import Config
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.results import CausalScores
-from saejax.ground_truth.circuits.stage import KnownConfig
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
 from saejax.interventions.table import TESTED, EffectsTable, load_effects
 from saejax.library.causal import ablate
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
+from saejax.runner.config import Config
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, ModelConfig, PatchConfig, ProbeConfig, TaskConfig
+from saejax.stages.known_circuits import KnownConfig
 from saejax.tasks.baseline import run_baseline
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run
 
 T = TypeVar("T")
 _BOOTSTRAP = 1000

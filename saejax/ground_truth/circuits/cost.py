@@ -1,7 +1,7 @@
 """What the stage ``known_circuits`` takes."""
 
 from saejax.costs.cost import Cost, PlannedRun
-from saejax.ground_truth.circuits.stage import KnownConfig
+from saejax.stages.known_circuits import KnownConfig
 
 # On two cores with the usual settings, most of it to compile programs: graphs, and of the last two causal tests.
 _SECONDS = {"chain": 32.0, "pattern": 32.0, "induction": 50.0, "logic": 115.0}

@@ -23,10 +23,10 @@ from saejax.ground_truth.circuits.weights import frame, neuron_arrays
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
+from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
 from saejax.training.members import members
 from saejax.training.train import run_train
-from saejax.workspace import Run
 
 EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
 _RATES = {TRAINED: 3e-3, UNTRAINED: 1e-6}  # learning rates

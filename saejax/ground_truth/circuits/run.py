@@ -15,7 +15,6 @@ from saejax.ground_truth.circuits.edges import circuit, known_edges
 from saejax.ground_truth.circuits.graphs import SHARE, judge_edges
 from saejax.ground_truth.circuits.handset import run as run_known
 from saejax.ground_truth.circuits.results import JudgedSet, KnownCircuitResults
-from saejax.ground_truth.circuits.stage import KnownConfig
 from saejax.ground_truth.circuits.weights import checkpoint, frame, neuron_arrays
 from saejax.ground_truth.hub_folder import save_model
 from saejax.ground_truth.matching import Matching
@@ -23,9 +22,10 @@ from saejax.ground_truth.scores import RECOVERED
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_model
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
+from saejax.stages.known_circuits import KnownConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.workspace import Run
 
 
 def run_known_circuits(run: Run) -> KnownCircuitResults:

@@ -9,7 +9,7 @@ import pytest
 from made_graphs import make_graph
 from made_transcoders import made_set
 
-from saejax import command, load_model, save_transcoders
+from saejax import load_model, save_transcoders
 from saejax.attribution import requests
 from saejax.attribution.forms.network import to_networkx
 from saejax.attribution.graph import Graph
@@ -18,6 +18,7 @@ from saejax.attribution.groups.cluster import alikeness, cluster
 from saejax.attribution.groups.supernodes import Supernode, as_groups, collapse, named, read_groups
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
+from saejax.runner import command
 from saejax.settings import GraphConfig
 
 WIDTH, POSITIONS = 16, 6

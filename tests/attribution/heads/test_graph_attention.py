@@ -17,8 +17,8 @@ from saejax.attribution.heads.attention import OWN, attend
 from saejax.attribution.requests import read_heads
 from saejax.attribution.results import HeadResults
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.config import Configs
 from saejax.errors import UserError
+from saejax.runner.config import Configs
 from saejax.settings import GraphConfig
 
 IDS = [5, 17, 33, 8, 41]

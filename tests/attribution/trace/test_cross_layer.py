@@ -10,7 +10,6 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax import command
 from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.checks.continued import continue_prompt
 from saejax.attribution.checks.edits import Change
@@ -23,6 +22,7 @@ from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
+from saejax.runner import command
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
 CASES = [

@@ -10,7 +10,7 @@ import torch
 from made_graphs import load_tiny
 from torch_sites import MODULES, run_torch
 
-from saejax import command, save_dictionary, trace_gradient
+from saejax import save_dictionary, trace_gradient
 from saejax.attribution.checks.validation import double_saes
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
@@ -20,6 +20,7 @@ from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.tokens import Tokens
+from saejax.runner import command
 
 IDS = [17, 230, 5, 42]
 CASES = [("llama", "resid_post.0", "mlp_out.2"), ("gpt2", "resid_mid.0", "resid_post.1")]

@@ -11,13 +11,13 @@ from saejax.causal.patching import run as stage
 from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.nodes import NodeTable
 from saejax.causal.patching.results import HeadPatchResults, PatchResults
-from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.workspace import Run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 

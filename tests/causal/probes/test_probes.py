@@ -13,15 +13,15 @@ from saejax.causal.probes import inputs as probe_inputs
 from saejax.causal.probes import run as stage
 from saejax.causal.probes.linear import Task, fitted
 from saejax.causal.probes.results import ProbeResults
-from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions.split_model import SplitModel
 from saejax.results import from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
-from saejax.workspace import Run
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
 

@@ -12,13 +12,13 @@ from saejax.causal.claims import SetEffects, claims
 from saejax.causal.steer import run as stage
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.results import SteerResults
-from saejax.config import Configs
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.results import from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
 from saejax.tasks.behaviours import read_prompts, write_prompts
-from saejax.workspace import Run
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CONFIG = SteerConfig(

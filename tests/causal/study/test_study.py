@@ -9,25 +9,25 @@ import pytest
 import torch
 from runs import write_members
 
-from saejax import pipeline, workplan
 from saejax.causal import parts
 from saejax.causal.study import run as stage
 from saejax.causal.study import scores as study_scores
 from saejax.causal.study.references import Reference, References
 from saejax.causal.study.results import StudyEffects, StudyItems, StudyResults
-from saejax.config import Configs
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions.split_model import SplitModel
 from saejax.models.tokens import pad
-from saejax.registry import default_configs
 from saejax.results import Interval, from_json, to_json
+from saejax.runner import pipeline, workplan
+from saejax.runner.config import Configs
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
 from saejax.tasks.benchmarks import read_items
 from saejax.tasks.scoring import wilson
-from saejax.workspace import Run
 
 SITE = "resid_post.1"
 CONFIG = StudyConfig(

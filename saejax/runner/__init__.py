@@ -1,0 +1,1 @@
+"""Flags and settings, units of a workdir, processes: what connects the library to the command line."""

@@ -1,0 +1,148 @@
+"""The frame of every binary: run stages, and report errors in one line.
+
+Exit status: 0 done; 2 bad input (one line says what); 143 or 130 stopped by SIGTERM or Ctrl-C with the work saved; 1 a
+check that was asked for failed (one line says which), or a bug, with its traceback. No other exit has status 143, so
+a batch system may restart exactly the jobs that end with it.
+"""
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+
+from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
+from saejax.parallel.cluster import joined, label
+from saejax.runner import command_line, environment
+from saejax.settings import CaptureConfig, MeshConfig, TrainConfig
+
+_signals: list[int] = []  # that came since the handlers were installed
+_DISK = {
+    **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission denied",
+}
+
+
+def main(stages: Sequence[str], about: str, argv: Sequence[str] | None = None) -> None:
+    """Run a binary and exit with its status.
+
+    Args:
+      stages: names of the stages it runs.
+      about: what it does, for ``--help``.
+      argv: program name and arguments; default ``sys.argv``.
+    """
+    sys.exit(run(stages, about, sys.argv if argv is None else argv))
+
+
+def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
+    """Run a binary like ``main``, but return the exit status."""
+    flag_values = command_line.stage_flags()
+
+    def work() -> None:
+        configs = command_line.read_configs(flag_values, argv)
+        if flag_values["help"].value:
+            return _show(command_line.help_text(stages, about, flag_values))
+        workdir = command_line.named_workdir(flag_values)
+        runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
+        shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
+        environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
+        environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
+        from saejax.runner import pipeline
+
+        take_over, only = bool(flag_values["take_over"].value), flag_values["unit"].value or ""
+        pipeline.run_stages(
+            stages, configs, workdir, make_logger(), install_signal_handlers(), only=only, take_over=take_over
+        )
+
+    status = 1
+    try:
+        status = ended(work, flag_values)
+    except Exception:
+        if not joined():
+            raise
+        traceback.print_exc()
+    if (processes := joined()) and status:
+        # An orderly end would wait for the other processes, which may wait for this one.
+        processes.tell_failure(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
+    """Do a program's work, print an error in one line, and return the exit status."""
+    try:
+        work()
+        return 0
+    except CheckFailed as failed:
+        print(f"{label()}failed:", failed, file=sys.stderr)
+        return 1
+    except Interrupted as stop:
+        print(f"{label()}{stop}", file=sys.stderr)
+        return 128 + (_signals[0] if _signals else signal.SIGTERM)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the handlers are there
+        print(f"{label()}stopped; finished units are kept: run the same command to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OtherFailed as failure:
+        print(f"{label()}{failure}", file=sys.stderr)
+        return failure.status
+    except flags.Error as error:
+        return _refuse(f"{command_line.flag_error(error)}; --help lists the flags", flag_values)
+    except UserError as error:
+        return _refuse(str(error), flag_values)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
+    except Exception as error:
+        if not (told := out_of_room(error)):
+            raise
+        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
+
+
+def _show(text: str) -> None:
+    """Print a long text; its reader may stop early (``--help | head``)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
+
+
+def _refuse(message: str, flag_values: flags.FlagValues) -> int:
+    if flag_values["debug"].value:
+        traceback.print_exc()
+    print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def make_logger() -> Callable[[str], None]:
+    """Return a function that prints lines with the seconds since now before them."""
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+    return say
+
+
+def install_signal_handlers() -> Callable[[], bool]:
+    """Catch SIGTERM and the first Ctrl-C; return a function that tells whether one of them came."""
+    _signals.clear()
+
+    def on_signal(number: int, frame: object) -> None:
+        if number == signal.SIGINT and _signals:
+            raise KeyboardInterrupt
+        _signals.append(number)
+
+    with contextlib.suppress(ValueError):  # not the main thread (a test or a notebook): nobody signals it
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+    return lambda: bool(_signals)

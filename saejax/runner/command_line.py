@@ -1,0 +1,150 @@
+"""Command lines of the binaries: flags, the groups of settings that they fill, and the text of --help."""
+
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from saejax.errors import UserError
+from saejax.runner import config, environment
+from saejax.runner.registry import GROUPS, STAGES, groups_of
+
+
+def stage_flags() -> flags.FlagValues:
+    """Return the flags of every binary except those of groups, which ``read_configs`` defines after loading plugins."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_multi_string(
+        "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
+    )
+    define_workdir(flag_values)
+    flags.DEFINE_string(
+        "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
+    )
+    flags.DEFINE_bool(
+        "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
+    )
+    define_common(flag_values)
+    return flag_values
+
+
+def define_workdir(flag_values: flags.FlagValues) -> None:
+    """Define the flags that say where a program works."""
+    flags.DEFINE_string("workdir", "", "folder of this run; stages write <workdir>/<stage>/", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "take_over",
+        False,
+        "make units whose claim was left by a process that is gone",
+        flag_values=flag_values,
+    )
+
+
+def define_common(flag_values: flags.FlagValues) -> None:
+    """Define the flags of every program, including programs without stages."""
+    flags.DEFINE_bool("debug", False, "show the traceback of bad input too", flag_values=flag_values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
+
+
+def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.Configs:
+    """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
+
+    Args:
+      flag_values: the flags of ``stage_flags``, and perhaps others.
+      argv: program name and arguments.
+
+    Raises:
+      UserError: an argument is no flag, a value is out of range, or a plugin cannot be loaded.
+      flags.Error: a flag is unknown or cannot be read.
+    """
+    environment.for_libraries()
+    _plugins(argv)
+    config.define_flags(GROUPS, flag_values)
+    try:
+        rest = flag_values(list(argv), known_only=False)
+    except flags.Error as error:
+        named = re.search(r"flag '?-*([\w.]+)", str(error))
+        where = _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
+        raise flags.Error(where + flag_error(error)) from error
+    if flag_values["help"].value:
+        return config.Configs()
+    if len(rest) > 1:
+        told = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
+        raise UserError(f"{told} is not a flag: flags are --group.field=value; --help lists them")
+    return config.from_flags(GROUPS, flag_values)
+
+
+def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
+    """Return the position of the flag file's line for which ``found`` holds, to begin an error message; "" if none."""
+    for name, _, file in (argument.partition("=") for argument in argv):
+        if name.lstrip("-") == "flagfile" and Path(file).is_file():
+            for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
+                if found(line.strip()):
+                    return f"{file}, line {number}: "
+    return ""
+
+
+def named_workdir(flag_values: flags.FlagValues) -> str:
+    """Return the folder of the run; raise a ``UserError`` if none is named."""
+    workdir = flag_values["workdir"].value
+    if not workdir:
+        raise UserError("--workdir=DIR is missing: name the folder of this run")
+    return workdir
+
+
+def _early(argv: Sequence[str], **defaults: int | str | list[str]) -> dict[str, Any]:
+    """Return the values of some flags, named group__field, before any others are defined; ignore all other flags."""
+    early = flags.FlagValues()
+    defined: dict[type, Callable[..., Any]] = {int: flags.DEFINE_integer, str: flags.DEFINE_string}
+    names = [name.replace("__", ".") for name in defaults]
+    for name, default in zip(names, defaults.values(), strict=True):
+        defined.get(type(default), flags.DEFINE_multi_string)(name, default, "", flag_values=early)
+    early(list(argv), known_only=True)
+    return {name: early[name].value for name in names}
+
+
+def _plugins(argv: Sequence[str]) -> None:
+    """Run the files of ``--plugins``, which add flags, before these are defined."""
+    files = [file for value in _early(argv, plugins=[])["plugins"] or [] for file in value.split(",") if file]
+    if files:
+        from saejax.dictionaries.kinds import plugins
+
+        plugins.load(files)
+
+
+def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
+    """Return the text of ``--help``: what the binary does, and every flag that its stages read, with its default."""
+    read = {
+        config.group_name(group)
+        for stage in map(STAGES.__getitem__, stages)
+        for group in (*groups_of(stage), *stage.placement)
+    }
+    lines = [
+        about,
+        "",
+        "  --workdir=DIR  folder of this run (required)",
+        "  --take_over  make units whose claim was left by a process that is gone, on another machine",
+        "  --flagfile=FILE  read flags from a file, one a line; of a flag that is named twice the later one counts",
+    ]
+    lines += [
+        "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
+        "  --unit=UNIT  run this unit alone, such as train/topk",
+        "  --debug  show the traceback of bad input too",
+        "  --deterministic  the same bits on a GPU at every run",
+    ]
+    for group in filter(read.__contains__, GROUPS):
+        lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
+        for name, field in config.flag_fields(group, GROUPS[group]).items():
+            flag = flag_values[name]
+            default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+            lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
+    unread = [group for group in GROUPS if group not in read]
+    if unread:
+        lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]
+    return "\n".join(lines)
+
+
+def flag_error(error: flags.Error) -> str:
+    """Return absl's description of a flag error."""
+    return str(error).removeprefix("ERROR:: ")

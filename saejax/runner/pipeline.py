@@ -1,0 +1,301 @@
+"""Run the stages of a pipeline, one after the other: each unit is found finished, resumed, or made.
+
+1. List the units of the stages and refuse bad settings before anything runs.
+2. For every unit: skip it if it is done; otherwise claim its folder, run its stage, write its summary.
+3. Several processes run one unit together, or split its items (``Stage.processes``).
+"""
+
+import dataclasses
+import json
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import Interrupted, UserError, one_of
+from saejax.files import read_object
+from saejax.parallel.cluster import check_same, join, joined, label
+from saejax.parallel.processes import Processes
+from saejax.parallel.share import ProcessShare, ShareDone
+from saejax.results import to_json
+from saejax.runner import config as configuration
+from saejax.runner.config import Configs
+from saejax.runner.preregistration import shows_data, write_rules
+from saejax.runner.registry import STAGES, groups_of
+from saejax.runner.stage import load
+from saejax.runner.usage import forget_peak, peak_device_bytes, peak_host_bytes
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
+from saejax.settings import MeshConfig, ModelConfig
+
+_OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
+_NAMED = 4  # differences that a line names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pipeline:
+    """State shared by a run's units; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
+
+    workspace: Workspace
+    plan: Workplan
+    processes: Processes | None
+    say: Callable[[str], None]
+    stopping: Callable[[], bool]
+    substitutes: Mapping[str, Callable[[Run], Any]]
+    take_over: bool
+
+    @property
+    def leads(self) -> bool:
+        """True if this process writes the files that exist only once."""
+        return self.processes is None or self.processes.rank == 0
+
+
+def run_stages(
+    stages: Sequence[str],
+    configs: Configs,
+    workdir: str | Workspace,
+    say: Callable[[str], None] = print,
+    stopping: Callable[[], bool] = lambda: False,
+    only: str = "",
+    substitutes: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
+    take_over: bool = False,
+) -> None:
+    """Run the units of ``stages``, in order; finished units are left as they are.
+
+    Args:
+      stages: names from ``STAGES``.
+      configs: all settings.
+      workdir: the folder of the run, or what keeps it.
+      say: prints a line.
+      stopping: whether the process was asked to stop.
+      only: the one unit to run, such as "train/topk"; "": all.
+      substitutes: functions by stage that replace ``Stage.run``, for example with a model that is loaded already.
+      take_over: replace the claims of other processes.
+
+    Raises:
+      UserError: bad input, or a stage's input has not been made.
+      Interrupted: asked to stop, and saved.
+    """
+    for stage in stages:
+        one_of(stage, STAGES, "stage")
+    workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
+    if len(stages) > 1:
+        stages = _without_decoder_stages(stages, configs, say)
+    units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
+    if not units:
+        more = f"it {STAGES[stages[0]].summary}" if len(stages) == 1 else "--help says what to name"
+        raise UserError(f"{', '.join(stages)} has nothing to do with these settings; {more}")
+    for stage in stages:
+        if STAGES[stage].units(configs):
+            STAGES[stage].check(configs)
+    if only:
+        units = [one_of(only, units, "unit (--unit)")]
+    processes = None
+    if configs[MeshConfig].together:
+        configs |= join(configs[MeshConfig], say)
+        processes = joined()
+    if processes:
+        processes.stopping = stopping
+        check_same(processes, _settings_to_compare(configs, units))
+        processes.barrier("all are started alike")  # or the first one would begin a unit
+    prefixed = (lambda line: say(label() + line)) if processes else say
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, take_over)
+    for unit in units:
+        if stopping():
+            raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+        _run_unit(pipeline, unit)
+
+
+def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
+    """Leave out stages that only the JAX decoder's models have, where the model runs in PyTorch."""
+    if not any(STAGES[stage].needs_decoder for stage in stages):
+        return stages
+    from saejax.models.source import runs_in_torch
+
+    model = configs[ModelConfig]
+    if not runs_in_torch(model):
+        return stages
+    left_out = [stage for stage in stages if STAGES[stage].needs_decoder]
+    say(f"{model.path} runs in PyTorch; left out, for they need a model of a JAX family: {', '.join(left_out)}")
+    return [stage for stage in stages if stage not in left_out]
+
+
+def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, str]:
+    """Return what must be equal in all processes of a run: settings by their flags, units, versions."""
+    flags = {
+        f"--{group}.{name}": json.dumps(value)
+        for config in configs
+        for group in (configuration.group_name(type(config)),)
+        for name, value in configuration.to_json(config).items()
+        if (group, name) not in _OF_PROCESS
+    }
+    return flags | {"units": " ".join(units), "Python": sys.version.split()[0]} | package_versions()
+
+
+def _run_unit(pipeline: _Pipeline, unit: str) -> None:
+    """Make a unit unless it is done; several processes return when it is done."""
+    stage, _, _ = unit.partition("/")
+    workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
+    mark = plan.fingerprint(unit)
+    done = workspace.is_done(unit, mark) if pipeline.leads else False
+    if processes:  # the first process looks, since others may see a shared folder a little later
+        done = processes.broadcast(f"{unit}: done", json.dumps(done)) == "true"
+    if done:
+        if pipeline.leads:
+            workspace.point(unit, mark)
+            pipeline.say(f"{unit}: done before, unchanged")
+        return
+    inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
+    if pipeline.leads:
+        if shows_data(stage):
+            write_rules(workspace.root, plan.configs)
+        with workspace.claim(unit, mark, pipeline.take_over):
+            if processes is None and workspace.is_done(unit, mark):  # another run has made it meanwhile
+                pipeline.say(f"{unit}: done before, unchanged")
+            else:
+                previous = workspace.current(unit)
+                resumed = workspace.begin(unit, mark, _start(plan, unit))
+                differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
+                pipeline.say(f"{unit}: {'going on' if resumed else 'started'}{differences}")
+                try:
+                    _run_together(pipeline, unit, inputs)
+                except UserError:
+                    workspace.discard_if_empty(unit, mark)
+                    raise
+        if processes:
+            processes.barrier(f"{unit}: done")
+    elif processes:
+        _run_together(pipeline, unit, inputs)
+        processes.barrier(f"{unit}: done")
+
+
+def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) -> None:
+    """Run a unit's stage in this process, as far as it takes part; the first process writes the summary."""
+    stage = STAGES[unit.partition("/")[0]]
+    processes = pipeline.processes
+    if processes is None:
+        return _run_stage(pipeline, unit, inputs, ProcessShare())
+    processes.barrier(f"{unit}: begun")  # its folder is there now
+    if stage.processes == "all":
+        load("saejax.parallel.collectives:wait_for_all")(f"{unit} is begun")
+        return _run_stage(pipeline, unit, inputs, ProcessShare())
+    if stage.processes == "items" or pipeline.leads:
+        with load("saejax.parallel.collectives:alone")():
+            _run_stage(
+                pipeline, unit, inputs, ProcessShare(processes) if stage.processes == "items" else ProcessShare()
+            )
+
+
+def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare) -> None:
+    """Run a stage's function; the first process writes the unit's summary."""
+    workspace, plan, (stage, _, name) = pipeline.workspace, pipeline.plan, unit.partition("/")
+    mark = plan.fingerprint(unit)
+
+    def say(line: str) -> None:
+        if pipeline.leads or share.processes:
+            pipeline.say(f"  {unit}: {line}")
+
+    started, clock = now(), time.monotonic()
+    forget_peak()
+    run = Run(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, pipeline.stopping, share)
+    try:
+        results = (pipeline.substitutes.get(stage) or load(STAGES[stage].run))(run)
+    except ShareDone:
+        return
+    if not pipeline.leads:
+        return
+    seconds = round(time.monotonic() - clock, 2)
+    peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
+    measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
+    workspace.finish(unit, mark, _describe(plan, stage, inputs) | measured | dict(results=to_json(results)))
+    pipeline.say(f"{unit}: done in {seconds:.1f} s")
+
+
+def _start(plan: Workplan, unit: str) -> dict[str, Any]:
+    """Return what ``started.json`` says beside the fingerprint."""
+    stage = unit.partition("/")[0]
+    return dict(
+        start=now(), depends_on=plan.dependencies(unit), config=_settings(plan, stage), packages=package_versions()
+    )
+
+
+def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """Return what a summary says of settings, inputs, versions and devices."""
+    settings = _settings(plan, stage)
+    return dict(
+        config=settings,
+        inputs={need: plan.fingerprint(need) for need in inputs},
+        packages=package_versions(),
+        devices=_devices(),
+        seeds={group: fields["seed"] for group, fields in settings.items() if "seed" in fields},
+    )
+
+
+def _settings(plan: Workplan, stage: str) -> dict[str, dict[str, Any]]:
+    """Return all settings of the groups that a stage reads, JSON data."""
+    groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
+    return {configuration.group_name(group): configuration.to_json(plan.configs[group]) for group in groups}
+
+
+def _devices() -> dict[str, Any] | None:
+    """Return the devices as JAX sees them; None if the stages so far have not used JAX."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    return dict(count=jax.device_count(), kinds=kinds, processes=jax.process_count())
+
+
+def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
+    """Return the folder of a finished unit that another one reads."""
+    workspace, mark = pipeline.workspace, pipeline.plan.fingerprint(need)
+    if pipeline.processes and not pipeline.leads:  # the first process has seen it
+        pipeline.processes.wait_until_visible([workspace.folder(need, mark) / SUMMARY])
+    if not workspace.is_done(need, mark):
+        previous, state = workspace.current(need), "has not been made"
+        if previous and (previous / SUMMARY).exists():
+            state = f"was made with other settings{_describe_changes(pipeline.plan, need, previous)}"
+        raise UserError(
+            f"{unit} reads {need}, which {state} in {workspace.root}: "
+            f"run experiments.{need.partition('/')[0]} with the same flags first"
+        )
+    return workspace.folder(need, mark)
+
+
+def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
+    """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
+    try:
+        before = read_object(previous / STARTED).get("depends_on") or {}
+    except UserError:  # the line is for people: a damaged file of an earlier unit stops nothing
+        return ""
+    changed = "; ".join(_changes(before, plan.dependencies(unit)))
+    return f" ({changed})" if changed else ""
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the differences of two ``Dependencies`` of one unit, the first few in words."""
+    differences = []
+    for group in sorted({*old.get("settings", {}), *new["settings"]}):
+        before, after = (data.get("settings", {}).get(group, {}) for data in (old, new))
+        for name in sorted({*before, *after}):
+            if before.get(name) != after.get(name):
+                was, now_is = (_flag_value(data[name]) if name in data else "unread" for data in (before, after))
+                differences.append(f"--{group}.{name} was {was}, is {now_is}")
+    for kind in ("needs", "sources"):
+        names = sorted({*old.get(kind, {}), *new[kind]})
+        differences += [f"{name} is another" for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]
+    if old.get("revision") != new["revision"]:
+        differences.append("saejax computes it differently")
+    yield from differences[:_NAMED]
+    if len(differences) > _NAMED:
+        yield f"and {len(differences) - _NAMED} more"
+
+
+def _flag_value(value: Any) -> str:
+    """Return a setting as it is written on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(_flag_value, value)) or "empty"
+    return value or "empty" if isinstance(value, str) else json.dumps(value)

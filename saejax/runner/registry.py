@@ -1,0 +1,72 @@
+"""Discovery of all stages, and of the groups of configuration that they read.
+
+preflight   baseline ──► capture ──► train/<kind> ──► evaluate/<kind>
+                │           │             │                │
+                ├───────────┴─► ablate ◄──┤                │
+                └─────────────► probe  ◄──┤                │
+                                   │    study/<name>       │
+                                   └─────┴► report ◄───────┘
+            benchmark/<name> ─────────────────┘
+            patch/<kind of site> ─────────────┤
+            steer/<dictionary> ───────────────┤
+            interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
+            transfer ─────────────────────────┤
+            cluster ──────────────────────────┤
+            crosscode ────────────────────────┤
+            track/<slug> ─────────────────────┤
+            attribute/<slug> ─────────────────┘
+"""
+
+import heapq
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+
+from saejax import stages
+from saejax.runner.config import Config, Configs, group_name
+from saejax.runner.stage import Stage
+
+
+def _discover() -> Iterable[Stage]:
+    """Yield the stages of every file in ``saejax/stages``."""
+    for module in pkgutil.iter_modules(stages.__path__):
+        loaded = importlib.import_module(f"{stages.__name__}.{module.name}")
+        yield from (value for value in vars(loaded).values() if isinstance(value, Stage))
+
+
+def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
+    """Return stages by name, each after those that it must follow, otherwise in alphabetical order.
+
+    Raises:
+      ValueError: stages depend on each other in a cycle, or on one that does not exist.
+    """
+    named = {stage.name: stage for stage in stages}
+    first = {stage.name for stage in named.values() if stage.first}
+    waits = {name: {*stage.after, *(() if stage.first else first)} for name, stage in named.items()}
+    waits |= {name: set(named) - {name} for name, before in waits.items() if "*" in before}
+    ready, found = sorted(name for name in named if not waits[name]), dict[str, Stage]()
+    while ready:
+        name = heapq.heappop(ready)
+        found[name] = named[name]
+        for other, before in waits.items():
+            if name in before and not before - found.keys():
+                heapq.heappush(ready, other)
+    if missing := named.keys() - found.keys():
+        raise ValueError(f"stages wait for each other, or for one that does not exist: {sorted(missing)}")
+    return found
+
+
+STAGES = ordered(_discover())
+GROUPS: Mapping[str, type[Config]] = {
+    group_name(group): group for stage in STAGES.values() for group in (*stage.groups, *stage.placement)
+}
+
+
+def groups_of(stage: Stage) -> tuple[type[Config], ...]:
+    """Return the groups that a stage's result depends on."""
+    return tuple(GROUPS.values()) if stage.reads_all else stage.groups
+
+
+def default_configs() -> Configs:
+    """Return every group with its defaults."""
+    return Configs(*(group() for group in GROUPS.values()))

@@ -1,0 +1,381 @@
+"""The folder of one run: units of work that are addressed by their content, appear whole and are never overwritten.
+
+A *unit* is one finished piece of work, such as ``train/topk``. It is made in ``DIR/train/topk-<hash>/``, where the hash
+covers everything that its result depends on (``workplan``), so other settings make another folder and setting a flag
+back finds the earlier one. ``DIR/train/topk`` is a symbolic link to the current one; where a file system has no links,
+``DIR/train/topk.current`` is a text file with the folder's name.
+
+Three files of a unit are ours, the rest is its stage's:
+
+  started.json  settings, inputs and versions, written when the work begins
+  claim.json    the process that is working on it; it goes when the process stops
+  done.json     the summary, written last: a unit is finished when it exists
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import types
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from saejax.errors import UserError
+from saejax.files import read_object, remove_unfinished, write_json, write_text
+from saejax.parallel.share import ProcessShare
+from saejax.runner.config import Configs
+
+T = TypeVar("T")
+SCHEMA_VERSION = 1
+SUMMARY, STARTED, CLAIM = "done.json", "started.json", "claim.json"
+CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
+_CURRENT = ".current"  # ending of the text file that stands for a link
+_PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
+
+
+def fingerprint(data: Any) -> str:
+    """Return a hash, 16 hexadecimal digits, of JSON data."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Workspace:
+    """The folder of one run.
+
+    Args:
+      root: the folder, made if it does not exist.
+
+    Raises:
+      UserError: it cannot be made or written to.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        self.root = Path(root)
+        if "://" in str(root):
+            raise UserError(
+                f"--workdir={root} is an address: expected a folder; mount the bucket (gcsfuse, s3fs) and name the "
+                "folder that it is mounted at"
+            )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable-{uuid.uuid4().hex}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self.root} cannot be written to ({error.strerror}): name a writable folder"
+            ) from None
+
+    def folder(self, unit: str, mark: str) -> Path:
+        """Return the folder of a unit, such as "train/topk", with a fingerprint."""
+        return self.root / f"{unit}-{mark}"
+
+    def current(self, unit: str) -> Path | None:
+        """Return the folder that ``DIR/<unit>`` stands for; None if there is none."""
+        return current_folder(self.root / unit)
+
+    def is_done(self, unit: str, mark: str) -> bool:
+        """Return whether the unit is finished.
+
+        Raises:
+          UserError: it is, but a file that its summary lists is missing or has another size.
+        """
+        folder = self.folder(unit, mark)
+        if not (folder / SUMMARY).exists():
+            return False
+        for file, size in read_object(folder / SUMMARY, "files")["files"].items():
+            path = folder / file
+            if not path.exists() or path.stat().st_size != size:
+                raise UserError(
+                    f"{path} is missing or not {size} bytes, though {folder / SUMMARY} says it is done: "
+                    f"delete {folder} to make it again"
+                )
+        return True
+
+    @contextlib.contextmanager
+    def claim(self, unit: str, mark: str, take_over: bool = False) -> Iterator[Path]:
+        """Hold the unit's folder, which is made if need be, while this process works on it.
+
+        A claim whose process is gone from this machine, or that an earlier start of the same batch job left on another
+        one, is replaced.
+
+        Args:
+          unit: such as "train/topk".
+          mark: its fingerprint.
+          take_over: replace the claim of any other process.
+
+        Yields:
+          The folder.
+
+        Raises:
+          UserError: another process is working on it, or a file of somebody else is in the way.
+        """
+        folder = self.folder(unit, mark)
+        self._check_place(unit)
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder, unit, take_over):
+            yield folder
+
+    def is_claimed(self, unit: str, mark: str) -> bool:
+        """Return whether another process, not known to be gone, is working on the unit."""
+        holder = _Claimant.read(self.folder(unit, mark) / CLAIM)
+        return holder is not None and not holder.is_gone(_Claimant.this())
+
+    def _check_place(self, unit: str) -> None:
+        place = self.root / unit
+        if not place.is_dir() or place.is_symlink():
+            return
+        if (place / STARTED).exists():
+            raise UserError(
+                f"{place} is a folder where saejax keeps a link: if it came from copying a workdir, delete it and copy "
+                "with links (cp -a, rsync -a); if it is from an earlier version, use another --workdir"
+            )
+        if any(path.is_file() for path in place.iterdir()):
+            raise UserError(
+                f"{place} is a folder with files that this version of saejax did not write: move it away, or use "
+                "another --workdir"
+            )
+
+    def begin(self, unit: str, mark: str, about: Mapping[str, Any] = types.MappingProxyType({})) -> bool:
+        """Prepare a claimed folder for work; files that a killed process left half-written are removed.
+
+        Args:
+          unit: such as "train/topk".
+          mark: its fingerprint.
+          about: what else ``started.json`` says where the work is new.
+
+        Returns:
+          Whether the work was begun before and goes on.
+        """
+        folder = self.folder(unit, mark)
+        remove_unfinished(folder)
+        resumed = (folder / STARTED).exists()
+        if not resumed:
+            write_json(folder / STARTED, dict(fingerprint=mark, **about))
+        if self.current(unit) is None:
+            self.point(unit, mark)
+        return resumed
+
+    def discard_if_empty(self, unit: str, mark: str) -> None:
+        """Remove a claimed folder in which nothing was made, and the link to it."""
+        files = [path for path in self.folder(unit, mark).rglob("*") if path.is_file()]
+        if all(path.name in (STARTED, CLAIM) for path in files):
+            self.discard(unit, mark)
+
+    def discard(self, unit: str, mark: str) -> None:
+        """Remove the folder of a unit that is not finished, and the link to it."""
+        folder = self.folder(unit, mark)
+        if self.current(unit) == folder:
+            for path in (self.root / unit, (self.root / unit).with_name((self.root / unit).name + _CURRENT)):
+                if path.is_symlink() or path.is_file():
+                    path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def finish(self, unit: str, mark: str, summary: Mapping[str, Any]) -> None:
+        """Write the unit's ``done.json``, last. Checkpoints, from which it went on, are not among its files."""
+        folder = self.folder(unit, mark)
+        files = {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+            and path.name not in (STARTED, SUMMARY, CLAIM)
+            and CHECKPOINTS not in path.relative_to(folder).parts
+        }
+        stage, _, name = unit.partition("/")
+        about = dict(schema_version=SCHEMA_VERSION, stage=stage, name=name, fingerprint=mark)
+        write_json(folder / SUMMARY, about | dict(summary) | dict(files=files))
+        self.point(unit, mark)
+
+    def point(self, unit: str, mark: str) -> None:
+        """Let ``DIR/<unit>`` stand for the folder with this fingerprint."""
+        link, folder = self.root / unit, self.folder(unit, mark)
+        if self.current(unit) == folder:
+            return
+        beside = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+        try:
+            os.symlink(folder.name, beside)
+            os.replace(beside, link)
+        except OSError:  # no links here, or a folder of units in the link's place
+            beside.unlink(missing_ok=True)
+            write_text(link.with_name(link.name + _CURRENT), folder.name + "\n")
+
+    def units(self) -> dict[str, Path]:
+        """Return the folders of the current units by name, such as "train/topk", finished or not."""
+        return current_units(self.root)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
+    """Hold a folder by creating its ``claim.json`` exclusively; see ``Workspace.claim``.
+
+    Args:
+      folder: an existing folder.
+      what: name of what is made there, for the message.
+      take_over: replace the claim of any other process.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    path, claimant = folder / CLAIM, _Claimant.this()
+    while not _create(path, json.dumps(dataclasses.asdict(claimant))):
+        holder = _Claimant.read(path)
+        if holder is None:
+            continue  # it went meanwhile
+        if not take_over and not holder.is_gone(claimant):
+            raise UserError(
+                f"{what} is being made by process {holder.process} on {holder.host} since {holder.time}: wait for it, "
+                "or, if you know that it is gone, add --take_over"
+            )
+        with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
+            aside = path.with_name(f".{CLAIM}.{uuid.uuid4().hex}")
+            os.rename(path, aside)
+            if _Claimant.read(aside) != holder:  # meanwhile another process had replaced it: that claim is put back
+                os.rename(aside, path)
+            else:
+                aside.unlink()
+    try:
+        yield
+    finally:
+        if _Claimant.read(path) == claimant:  # otherwise another process has taken it over
+            path.unlink(missing_ok=True)
+
+
+def current_folder(path: Path) -> Path | None:
+    """Return the unit's folder that a path such as DIR/train/topk stands for; None if it stands for none."""
+    if path.is_symlink():
+        return path.parent / os.readlink(path) if path.exists() else None
+    stand_in = path.with_name(path.name + _CURRENT)
+    return path.parent / stand_in.read_text("utf-8").strip() if stand_in.is_file() else None
+
+
+def current_units(root: Path) -> dict[str, Path]:
+    """Return the folders of the current units in a workdir, by name, or in a study's folder, by row and name."""
+    found = {}
+    for folder, folders, files in os.walk(root):
+        stand_ins = [file.removesuffix(_CURRENT) for file in files if file.endswith(_CURRENT)]
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if name not in links and not name.startswith("."))
+        if STARTED in files:  # inside of a unit there are no others
+            folders.clear()
+            continue
+        for name in sorted([*links, *stand_ins]):
+            target = current_folder(Path(folder) / name)
+            if target and (target / STARTED).exists():
+                found[(Path(folder) / name).relative_to(root).as_posix()] = target
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Claimant:
+    """A process that works on a unit."""
+
+    host: str
+    process: int
+    began: float  #: when the process started, in seconds since 1970: numbers of processes come again
+    job: str  #: of the batch system; "" outside of one
+    time: str  #: when it claimed the unit, ISO 8601
+
+    @classmethod
+    def this(cls) -> "_Claimant":
+        began = psutil.Process().create_time()
+        job = os.environ.get("SLURM_JOB_ID", "")
+        return cls(socket.gethostname(), os.getpid(), began, job, now())
+
+    @classmethod
+    def read(cls, path: Path) -> "_Claimant | None":
+        """Return what a file says; None if it is gone."""
+        try:
+            return cls(**json.loads(path.read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
+            return cls("an unknown host", 0, 0.0, "", "an unknown time")
+
+    def is_gone(self, other: "_Claimant") -> bool:
+        """Return whether this process no longer works, as far as another one can tell."""
+        if self.host == other.host:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return abs(psutil.Process(self.process).create_time() - self.began) > 1
+            return True
+        return bool(self.job) and self.job == other.job  # the job was put back into the queue
+
+
+def _create(path: Path, text: str) -> bool:
+    """Create a file with its content unless it exists; return whether it did not."""
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        beside.write_text(text, "utf-8")
+        try:
+            os.link(beside, path)  # whole at once
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                with open(path, "x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        return True
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the installed versions of what results depend on."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The context in which a stage runs.
+
+    Attributes:
+      stage: its name.
+      name: the unit's name where a stage has several, such as "topk"; otherwise "".
+      folder: where it writes; holds what an interrupted run of the same work left there.
+      configs: the groups of configuration by name.
+      inputs: the folders of the finished units it reads, by "stage" or "stage/name".
+      say: prints one line of progress.
+      stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
+      share: the processes among which items are split.
+    """
+
+    stage: str
+    name: str
+    folder: Path
+    configs: Configs
+    inputs: Mapping[str, Path]
+    say: Callable[[str], None] = print
+    stopping: Callable[[], bool] = lambda: False
+    share: ProcessShare = dataclasses.field(default_factory=ProcessShare)
+
+    def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
+        """Make every item whose file is not there; of several processes each makes a fixed part.
+
+        Args:
+          items: in an order that is the same in all processes.
+          file: returns the file of an item, which is written last and atomically.
+          make: makes an item and its file.
+          last: whether the first process alone continues after this; the others leave the stage here.
+        """
+        for item in self.share.of(items):
+            if not file(item).exists():
+                make(item)
+        self.share.join([file(item) for item in items], last)

@@ -1,0 +1,1 @@
+"""The stages, one file each: settings, inputs, and the functions that do the work."""

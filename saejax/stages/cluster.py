@@ -1,0 +1,64 @@
+"""The stage ``cluster``."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from saejax.runner.config import Config, Configs, setting
+from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.tasks import identities
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig(Config):
+    """Groups of features that belong together."""
+
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "dictionaries whose features are grouped: kinds trained here with all members of their stacks (topk), members "
+        "(topk/seed5), or folders; empty: none",
+    )
+    smallest: int = setting(5, "features of a group at least", low=2)
+    groups: int = setting(32, "groups of spectral clustering, which puts every feature into one", low=2)
+    most: int = setting(8192, "features of a dictionary that are looked at, drawn from those that fire", low=2)
+    tokens: int = setting(32768, "text on which it is seen which features fire together, about so many tokens", low=64)
+    resamples: int = setting(10, "bootstrap samples on which groups are found again, and shuffled data", low=2)
+    batch_tokens: int = setting(2048, "tokens run at a time", low=32, changes_results=False)
+    seed: int = setting(789, "seed of samples, shuffles and matched sets", low=0)
+
+
+def _folders(configs: Configs) -> str:
+    """The dictionaries that are named by their folders."""
+    from saejax.dictionaries import stacks
+    from saejax.runner.workspace import fingerprint
+
+    return fingerprint([stacks.identity(name) for name in configs[ClusterConfig].dictionaries if is_folder(name)])
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """The dictionaries, the store if they were trained on one, and the effects of all features if they are measured."""
+    asked, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
+    trained = train_units(*asked)
+    stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
+    measured = configs[TaskConfig].has_behaviours and configs[AblateConfig].effects == "all"
+    own = any(tested == one or tested.startswith(f"{one}/") for one in asked)
+    return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and own else []))
+
+
+CLUSTER = Stage(
+    name="cluster",
+    summary="groups features by what fires together, by what they write and by what they cost, if "
+    "--cluster.dictionaries names any",
+    run="saejax.clusters.run:run_cluster",
+    results="saejax.clusters.results:ClusterResults",
+    groups=(ModelConfig, CorpusConfig, ClusterConfig),
+    placement=(MeshConfig,),
+    after=("capture", "train", "ablate", "interpret", "atlas"),
+    needs=_needs,
+    names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
+    identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
+    cost="saejax.clusters.cost:cluster_cost",
+    programs="saejax.clusters.cost:cluster_programs",
+    processes="items",
+    section="saejax.clusters.report:sections",
+)

@@ -1,0 +1,83 @@
+"""The stage ``ground_truth``."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from saejax.runner.config import Config, Configs, identity, setting
+from saejax.runner.stage import Stage
+from saejax.runner.workspace import fingerprint
+from saejax.settings import MeshConfig, TrainConfig
+
+CONTROLS = "controls"  # the unit of dictionaries that have learned no directions
+
+
+@dataclasses.dataclass(frozen=True)
+class TruthConfig(Config):
+    """A synthetic world: vectors that are sparse sums of known directions, on which dictionaries are judged.
+
+    Features are numbered by how often they fire. The first are the roots of the hierarchy's trees, then come all their
+    children, and so on; features beyond the trees fire by themselves. ``configs/synthsaebench-16k.flags`` has the
+    settings of SynthSAEBench-16k.
+    """
+
+    features: int = setting(0, "directions of the synthetic world; 0: there is none", low=0)
+    dimensions: int = setting(256, "width of its vectors", low=2)
+    samples: int = setting(1_000_000, "vectors to train on, --train.epochs times over", low=1)
+    held_out: int = setting(100_000, "further vectors, on which dictionaries are judged", low=100)
+    seed: int = setting(42, "seed of the world and of its vectors", low=0, high=2**31 - 1)
+    rate_exponent: float = setting(
+        0.5, "feature i of the world fires at a rate of i^-exponent, stretched to the two that follow", low=0.0
+    )
+    rate_max: float = setting(0.4, "rate of the first feature", low=0.0, high=1.0)
+    rate_min: float = setting(5e-4, "rate of the last feature", low=0.0, high=1.0)
+    roots: int = setting(8, "trees of the hierarchy, in which a feature fires only with its parent; 0: none", low=0)
+    branching: int = setting(4, "children of a feature in a tree", low=1)
+    depth: int = setting(3, "generations below a tree's root", low=0)
+    exclusive: bool = setting(True, "of a feature's children at most one fires at a time")
+    scaled: bool = setting(True, "a child is as much larger than usual as its parent is")
+    magnitude_first: float = setting(5.0, "mean activation of the first feature where it fires", low=0.0)
+    magnitude_last: float = setting(4.0, "of the last one; those between lie on a line", low=0.0)
+    magnitude_std: float = setting(0.5, "standard deviation of a feature's activation, mean over features", low=0.0)
+    magnitude_spread: float = setting(0.5, "standard deviation over features of that number", low=0.0)
+    factors: int = setting(25, "hidden factors that make features fire together; 0: independent", low=0)
+    correlation: float = setting(0.1, "standard deviation of features' loadings on the factors", low=0.0, high=1.0)
+    orthogonalise: int = setting(100, "steps of Adam that make directions more orthogonal", low=0)
+    bias: float = setting(0.5, "norm of a fixed vector that is added to all", low=0.0)
+    noise: float = setting(0.0, "standard deviation of noise in every dimension", low=0.0)
+    frequent: float = setting(
+        1e-4, "a feature that fires on a larger share of the vectors must be found", low=0.0, high=1.0
+    )
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    return (*configs[TrainConfig].kinds, CONTROLS) if configs[TruthConfig].features else ()
+
+
+def _initial(configs: Configs) -> str:
+    """The dictionaries that training starts from."""
+    from saejax.dictionaries import stacks
+
+    folder = configs[TrainConfig].init_from if configs[TruthConfig].features else ""
+    return stacks.identity(folder) if folder else ""
+
+
+def _of_controls(configs: Configs, name: str) -> str:
+    """The settings of the kind that the controls are of, which their own name does not tell."""
+    train = configs[TrainConfig]
+    return fingerprint(identity(train, train.kinds[0]) | dict(kind=train.kinds[0])) if name == CONTROLS else ""
+
+
+GROUND_TRUTH = Stage(
+    name="ground_truth",
+    summary="trains dictionaries on a synthetic world whose features are known, and says which of them they find",
+    run="saejax.ground_truth.run:run_ground_truth",
+    results="saejax.ground_truth.results:TruthResults",
+    groups=(TruthConfig, TrainConfig),
+    makes_model=True,
+    placement=(MeshConfig,),
+    names=_names,
+    identity=dict(initial=_initial),
+    unit_identity=dict(controls=_of_controls),
+    cost="saejax.ground_truth.cost:truth_cost",
+    section="saejax.ground_truth.report:sections",
+)

@@ -1,0 +1,106 @@
+"""The stages ``interpret`` and ``atlas``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.errors import UserError
+from saejax.runner.config import Config, Configs, setting
+from saejax.runner.stage import Stage, folder_name
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
+from saejax.tasks import identities
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpretConfig(Config):
+    """What the features of trained dictionaries mean."""
+
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "kinds of trained dictionaries to interpret, each with all members of its stack; empty: none",
+        choices=unit_names,
+        changes_results=False,
+    )
+    examples: int = setting(8, "strongest contexts kept of each feature", low=1)
+    draws: int = setting(2, "contexts drawn from each tenth of a feature's firings, by activation", low=0)
+    attention_tokens: int = setting(
+        8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
+    )
+    heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
+    batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
+    seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtlasConfig(Config):
+    """The pages that show what features mean."""
+
+    labels: str = setting(
+        "",
+        "a .csv file with labels of your own: columns feature, label, note, reviewer, and where there are several "
+        "dictionaries dictionary (such as topk/k32); they go before those that were found",
+        changes_results=False,  # what is in it counts, not its place
+    )
+
+
+def _labels(configs: Configs) -> str:
+    """The content of the file of labels."""
+    from saejax.files import file_sha256
+
+    path = configs[AtlasConfig].labels
+    return file_sha256(Path(path)) if path and Path(path).is_file() else ""  # what is missing is said when it runs
+
+
+def _check(configs: Configs) -> None:
+    path = configs[AtlasConfig].labels
+    if path and not Path(path).is_file():
+        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels, or leave it empty")
+
+
+def _shown(configs: Configs, name: str) -> Sequence[str]:
+    """What was interpreted, labels by a language model, and effects of features where they were measured."""
+    from saejax.runner.registry import STAGES
+
+    tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"
+    measured = configs[TaskConfig].has_behaviours and tested.partition("/")[0] == name
+    return (
+        f"interpret/{name}",
+        *([judged] if judged in STAGES["explain"].units(configs) else []),
+        *([f"ablate/{folder_name(tested)}"] if measured else []),
+    )
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    return configs[InterpretConfig].dictionaries
+
+
+INTERPRET = Stage(
+    name="interpret",
+    summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
+    "--interpret.dictionaries names any",
+    run="saejax.interpret.run:run_interpret",
+    results="saejax.interpret.results:InterpretResults",
+    groups=(ModelConfig, InterpretConfig),
+    placement=(MeshConfig,),
+    after=("capture", "train"),
+    needs=lambda configs, name: ("capture", f"train/{name}"),
+    names=_names,
+    identity=dict(model=identities.model),
+    processes="items",
+    cost="saejax.interpret.cost:interpret_cost",
+    programs="saejax.interpret.programs:interpret_programs",
+    section="saejax.interpret.report:sections",
+)
+ATLAS = Stage(
+    name="atlas",
+    summary="writes pages of all features that were interpreted, with labels of one's own (--atlas.labels)",
+    run="saejax.interpret.atlas:run_atlas",
+    results="saejax.interpret.results:AtlasResults",
+    groups=(AtlasConfig,),
+    after=("interpret", "explain", "ablate"),
+    needs=_shown,
+    names=_names,
+    identity=dict(labels=_labels),
+    check=_check,
+    section="saejax.interpret.report:links",
+)

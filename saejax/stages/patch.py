@@ -1,0 +1,43 @@
+"""The stage ``patch``."""
+
+from collections.abc import Sequence
+
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.settings import MeshConfig, ModelConfig, PatchConfig, TaskConfig
+from saejax.tasks import identities
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    """The kinds of site that are patched, and the dictionary whose features are."""
+    patch = configs[PatchConfig]
+    wanted = (*patch.kinds, *([folder_name(patch.dictionary)] if patch.dictionary else []))
+    return wanted if configs[TaskConfig].has_behaviours else ()
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    patch = configs[PatchConfig]
+    return ("baseline",) if name in patch.kinds else ("baseline", *train_units(patch.dictionary))
+
+
+def _dictionary(configs: Configs, name: str) -> str:
+    return "" if name in configs[PatchConfig].kinds else identities.dictionary(configs, "patch")
+
+
+PATCH = Stage(
+    name="patch",
+    summary="patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
+    run="saejax.causal.patching.run:run_patch",
+    results="saejax.causal.patching.results:PatchResults",
+    groups=(ModelConfig, PatchConfig),
+    placement=(MeshConfig,),
+    after=("baseline", "train", "ablate"),
+    needs=_needs,
+    names=_names,
+    identity=dict(model=identities.model),
+    unit_identity=dict(dictionary=_dictionary),
+    cost="saejax.causal.patching.cost:patch_cost",
+    programs="saejax.causal.patching.stage_programs:patch_programs",
+    processes="items",
+    section="saejax.causal.patching.report:sections",
+)

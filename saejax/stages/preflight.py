@@ -1,0 +1,39 @@
+"""The stage ``preflight``."""
+
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage
+from saejax.runner.workspace import fingerprint
+from saejax.settings import PreflightConfig
+from saejax.tasks import identities
+
+
+def _shapes(configs: Configs) -> str:
+    """The sizes of the models that are checked."""
+    from saejax.preflight import shapes
+
+    return shapes.identity(configs)
+
+
+def _units(configs: Configs) -> str:
+    """Which units are asked for."""
+    from saejax.runner.registry import STAGES
+
+    return fingerprint([unit for stage in STAGES.values() if stage.cost for unit in stage.units(configs)])
+
+
+PREFLIGHT = Stage(
+    name="preflight",
+    summary="says what will run, whether it fits, and roughly how long it takes",
+    run="saejax.preflight.checks:run_preflight",
+    results="saejax.preflight.results:PreflightResults",
+    groups=(PreflightConfig,),
+    reads_all=True,
+    first=True,
+    needs_decoder=True,
+    identity=dict(
+        shapes=_shapes,
+        corpus=identities.corpus,
+        prompts=identities.prompts,
+        units=_units,
+    ),
+)

@@ -1,0 +1,36 @@
+"""The stage ``report``."""
+
+from collections.abc import Sequence
+
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage, is_folder
+from saejax.settings import AblateConfig, ReportConfig, TaskConfig
+
+_OF_DICTIONARY = ("capture", "train", "evaluate")
+_READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """The units of these, and of every stage that writes a section of its own.
+
+    A dictionary that is named by its folder was trained elsewhere, and what is told of it stands there.
+    """
+    from saejax.runner.registry import STAGES
+
+    elsewhere = _OF_DICTIONARY if is_folder(configs[AblateConfig].dictionary) else ()
+    made_here = any(stage.units(configs) for stage in STAGES.values() if stage.makes_model)
+    of_model = configs[TaskConfig].has_behaviours or not made_here  # not of what is made here alone
+    always = set(_READ if of_model else ()) - {*elsewhere}
+    read = [stage for stage in STAGES.values() if stage.name in always or stage.section]
+    return [unit for stage in read for unit in stage.units(configs)]
+
+
+REPORT = Stage(
+    name="report",
+    summary="writes the report: index.html, report.md, figures",
+    run="saejax.report.run:run_report",
+    results="saejax.report.results:ReportResults",
+    groups=(ReportConfig,),
+    after=("*",),
+    needs=_needs,
+)

@@ -1,0 +1,24 @@
+"""The stage ``study``."""
+
+from saejax.runner.stage import Stage, train_units
+from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.tasks import identities
+
+STUDY = Stage(
+    name="study",
+    summary="scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
+    run="saejax.causal.study.run:run_study",
+    results="saejax.causal.study.results:StudyResults",
+    groups=(ModelConfig, TaskConfig, StudyConfig),
+    placement=(MeshConfig,),
+    after=("train", "ablate"),
+    needs=lambda configs, name: train_units(configs[StudyConfig].dictionary),
+    names=lambda configs: configs[StudyConfig].benchmarks,
+    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "study")),
+    unit_identity=dict(benchmark=identities.benchmark),
+    rule="saejax.causal.study.scores:rule",
+    processes="items",
+    cost="saejax.causal.study.cost:study_cost",
+    programs="saejax.causal.study.stage_programs:study_programs",
+    section="saejax.causal.study.report:sections",
+)

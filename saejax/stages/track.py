@@ -1,0 +1,98 @@
+"""The stage ``track``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.runner.config import Config, Configs, setting
+from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.settings import MeshConfig, ModelConfig
+from saejax.stages.interpret import InterpretConfig
+from saejax.tasks import identities
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackConfig(Config):
+    """Prompts and worked solutions, followed through the layers."""
+
+    prompt: str = setting("", "the text to follow; its sentences are the steps")
+    answer: str = setting(
+        "",
+        "the token whose probability is followed through the layers, as it is written, such as ' Paris'; empty: the "
+        "most probable next token",
+    )
+    prompts: str = setting(
+        "",
+        'file of up to four instead, shown side by side, .jsonl: {"slug": "apples", "prompt": "...", "solution": '
+        '"...", "answer": " 12"}; the sentences of a solution, or the texts of a list of them, are the steps',
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
+        "most one of each layer. Transcoders of all layers give links by attribution, others by geometry",
+    )
+    top: int = setting(12, "features that are kept of each layer and position", low=1)
+    step_features: int = setting(6, "features of a step, in each layer, and those that are removed together", low=1)
+    test_layers: tuple[int, ...] = setting(
+        (), "layers at which the features of steps are removed (empty: the dictionary in the middle)", low=0
+    )
+    draws: int = setting(
+        200, "matched sets removed beside those of a step, or as many as the number of steps calls for", low=20
+    )
+    matches: int = setting(30, "nearest features that each matched one is drawn from", low=1)
+    seed: int = setting(456, "seed of matched sets, of random links and of the lenses' control", low=0)
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    """The unit of what is to be followed."""
+    from saejax.errors import UserError
+
+    config = configs[TrackConfig]
+    if config.prompt and config.prompts:
+        raise UserError("--track.prompt and --track.prompts: expected one of them")
+    if not config.prompt and not config.prompts:
+        return ()
+    if not config.dictionaries:
+        raise UserError("--track.dictionaries is missing: name dictionaries of some layers, such as a stack's topk")
+    return (folder_name(Path(config.prompts).name.split(".")[0] if config.prompts else config.prompt[:40]),)
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    """The dictionaries, and what their features mean where this run says so."""
+    units = train_units(*configs[TrackConfig].dictionaries)
+    labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in units]
+    return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
+
+
+def _files(configs: Configs) -> str:
+    """What is in the files that flags name: texts, dictionaries and their labels."""
+    from saejax.dictionaries import stacks
+    from saejax.dictionaries.labels import LABELS
+    from saejax.files import file_sha256
+    from saejax.runner.workspace import fingerprint
+
+    config = configs[TrackConfig]
+    folders = [Path(name) for name in config.dictionaries if is_folder(name) and Path(name).is_dir()]
+    labels = [path for folder in folders for path in sorted(folder.parent.parent.glob(f"*/{folder.name}/**/{LABELS}"))]
+    files = [*(Path(name) for name in (config.prompts,) if name), *labels]
+    marks = [file_sha256(path) for path in files if path.is_file()]  # what is missing is said when it runs
+    return fingerprint([*marks, *(stacks.identity(str(folder)) for folder in folders)])
+
+
+TRACK = Stage(
+    name="track",
+    summary="follows prompts and worked solutions through the layers that have dictionaries, if --track.prompt or "
+    "--track.prompts is set",
+    run="saejax.track.run:run_track",
+    results="saejax.track.results:TrackResults",
+    groups=(ModelConfig, TrackConfig),
+    placement=(MeshConfig,),
+    after=("train", "interpret", "atlas"),
+    needs=_needs,
+    names=_names,
+    identity=dict(model=identities.model, track=_files),
+    cost="saejax.track.cost:track_cost",
+    programs="saejax.track.stage_programs:track_programs",
+    processes="items",
+    section="saejax.track.report:sections",
+)

@@ -1,0 +1,94 @@
+"""The stage ``train``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.errors import UserError
+from saejax.runner.config import Configs, identity
+from saejax.runner.stage import Stage
+from saejax.runner.workspace import fingerprint
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
+from saejax.tasks import identities
+
+
+def _initial(configs: Configs) -> str:
+    """The dictionaries that training starts from."""
+    from saejax.dictionaries import stacks
+
+    folder = configs[TrainConfig].init_from
+    return stacks.identity(folder) if folder else ""
+
+
+def _check(configs: Configs) -> None:
+    from saejax.models.sites import parse_site, site_parts
+
+    folder, sites = configs[TrainConfig].init_from, configs[TrainConfig].sites
+    for site in sites if sites != ("all",) else ():
+        for part in site_parts(site):
+            parse_site(part)
+    if folder and "://" not in folder and not Path(folder).exists():
+        raise UserError(f"--train.init_from={folder} does not exist: name the folder of a dictionary")
+
+
+def _pretrained(configs: Configs, name: str) -> str:
+    """The dictionaries that were there already."""
+    from saejax.dictionaries import stacks
+
+    return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
+
+
+def _stream(configs: Configs) -> str:
+    """Model, text and settings of training straight from the model."""
+    if configs[TrainConfig].source != "model":
+        return ""
+    capture = dataclasses.replace(
+        configs[CaptureConfig], sites=(), tokens=0
+    )  # training reads its own sites, of all text
+    settings = [identity(config) for config in (configs[CorpusConfig], capture)]
+    return fingerprint([identities.model(configs), identities.corpus(configs), settings])
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    if name == PRETRAINED:
+        return ()
+    return ("capture",) if configs[TrainConfig].source == "store" else identities.training_text(configs)
+
+
+def _unread(configs: Configs, name: str) -> Sequence[str]:
+    """Return the settings that training reads only where others ask for it."""
+    config = configs[TrainConfig]
+    if name == PRETRAINED:
+        return [f"train.{field.name}" for field in dataclasses.fields(config)]
+    # Kinds that keep the k largest have no penalty; a plugin's may have one.
+    penalised = name not in KIND_SETTINGS or "k" not in KIND_SETTINGS[name].reads or bool(KIND_SETTINGS[name].source)
+    conditions = {
+        "auxk_features": config.auxk > 0,
+        "resample_from": config.resample_every > 0,
+        "penalty_warmup": penalised,
+        "expansion": not (config.expansions or config.features),
+        "features": not config.expansions,
+        "decay_shape": config.decay > 0,
+    }
+    return [f"train.{field}" for field, is_read in conditions.items() if not is_read]
+
+
+TRAIN = Stage(
+    name="train",
+    summary="trains sparse dictionaries on the captured activations",
+    run="saejax.training.train:run_train",
+    results="saejax.training.results:TrainResults",
+    groups=(TrainConfig,),
+    placement=(MeshConfig,),
+    after=("capture",),
+    needs=_needs,
+    names=lambda configs: configs[TrainConfig].kinds,
+    identity=dict(initial=_initial, stream=_stream),
+    unit_identity=dict(pretrained=_pretrained),
+    check=_check,
+    cost="saejax.training.cost:train_cost",
+    programs="saejax.training.cost:train_programs",
+    unread=_unread,
+    processes="all",
+)
