@@ -6,7 +6,7 @@ from saejax.runner.config import Config, setting
 from saejax.settings.sites import expand_ranges
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
-BENCHMARKS = ("gsm8k", "math", "logic")
+BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +48,27 @@ class TaskConfig(Config):
     )
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     benchmarks: tuple[str, ...] = setting(
-        (), "benchmarks to score the model on: gsm8k, math, logic", choices=BENCHMARKS, changes_results=False
+        (),
+        "benchmarks to score the model on: gsm8k, math, logic (six tasks of BIG-Bench Hard), logiqa, commonsense "
+        "(CommonsenseQA, or files laid out like it)",
+        choices=BENCHMARKS,
+        changes_results=False,
     )
     path: str = setting(
         "",
-        "where benchmark items are: a .jsonl, .jsonl.gz, .parquet or .arrow file, a folder of them (of several "
-        "benchmarks: with a file or folder named after each), or the hub id of a data set; empty: the benchmark's own "
-        "hub id",
+        "where benchmark items are: a .jsonl, .jsonl.gz, .json, .parquet, .arrow or .txt file, a folder laid out as "
+        "it is published (of several benchmarks: with a file or folder named after each), or the hub id of a data set; "
+        "empty: the benchmark's own hub id",
         changes_results=False,  # what is found there counts, not its place
     )
     revision: str = setting("main", "revision (branch, tag or commit) of a benchmark on the hub", changes_results=False)
     examples: int = setting(
-        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of logic", low=0, only=BENCHMARKS
+        0, "examples per benchmark, chosen by seed; 0: 500 of gsm8k, 100 of math, 200 of others", low=0, only=BENCHMARKS
     )
     shots: int = setting(
         -1,
         "worked examples, made for this project, before each benchmark question; -1: as is usual, 5 for gsm8k, 4 for "
-        "math, 3 for logic",
+        "math, 3 for others",
         low=-1,
         only=BENCHMARKS,
     )
@@ -76,7 +80,7 @@ class TaskConfig(Config):
         "how benchmarks are scored: 'generate' (exact match of the generated answer), 'choice' (the likeliest of the "
         "given answers; of gsm8k among numbers that are right elsewhere, for models too weak to answer), 'likelihood' "
         "(log-likelihood per token of the reference, for weak models); 'auto': generate for gsm8k and math, choice for "
-        "logic",
+        "others",
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )
@@ -97,7 +101,7 @@ class CorpusConfig(Config):
         "",
         "text, from one place or several separated by commas: a .jsonl, .jsonl.gz, .jsonl.zst, .parquet or .arrow file "
         "(a field 'text', perhaps 'group'), a .txt file, a pattern such as 'text/*.jsonl.gz', a data set of the hub as "
-        "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, logic: questions with their "
+        "hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT], or a benchmark (gsm8k, math, ...: questions with their "
         "solutions, none of those that are asked); empty: the embedded corpus",
         changes_results=False,  # its content counts, not its place
     )

@@ -18,7 +18,7 @@ BASELINE = Stage(
 
 BENCHMARK = Stage(
     name="benchmark",
-    summary="scores the model on benchmarks, if --task.benchmarks names any: gsm8k, math, logic",
+    summary="scores the model on the benchmarks that --task.benchmarks names, if any",
     run="saejax.tasks.benchmark_stage:run_benchmark",
     results="saejax.tasks.results:BenchmarkResults",
     groups=(ModelConfig, TaskConfig),

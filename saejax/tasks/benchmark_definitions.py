@@ -1,19 +1,23 @@
-"""Which benchmarks there are, how each is asked and scored, and how its rows are read.
+"""The benchmarks: how each is read, asked and scored.
 
 - ``gsm8k``: word problems of primary school with worked solutions that end in "#### number" (Cobbe et al., 2021); as
   multiple choice, for models too weak to answer, ``number_choices`` says among which numbers.
 - ``math``: competition problems whose solutions hold the answer in ``\\boxed{}`` (Hendrycks et al., 2021).
 - ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
+- ``logiqa``: multiple choice, questions of civil service examinations (Liu et al., 2020; LogiQA 2.0, 2023).
+- ``commonsense``: multiple choice, CommonsenseQA (Talmor et al., 2019), and files laid out like it, such as ARC's.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from saejax.errors import UserError, one_of
 from saejax.settings import BENCHMARKS, TaskConfig
 from saejax.tasks.answers import last_boxed
-from saejax.tasks.benchmark_files import Row
+from saejax.tasks.benchmark_files import TEST, Row
+from saejax.tasks.files import shown
 
 _CHOICES = {"boolean_expressions": ("True", "False"), "web_of_lies": ("Yes", "No")}
 LOGIC_TASKS = (
@@ -73,6 +77,7 @@ class Benchmark:
       parse: makes an item of a row.
       training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
       brief: the instruction where the final answer alone is asked for; "": it always is, or never.
+      splits: names of the split that is asked, in local files; on the hub the first.
     """
 
     hub: str
@@ -87,6 +92,7 @@ class Benchmark:
     parse: Callable[[Row], Item]
     training: tuple[str, tuple[str, ...]] = ("", ())
     brief: str = ""
+    splits: tuple[str, ...] = TEST
 
 
 def _gsm8k(row: Row) -> Item:
@@ -98,7 +104,7 @@ def _gsm8k(row: Row) -> Item:
 
 
 def final_number(solution: str) -> str:
-    """What a solution of gsm8k ends in; "" if it has no final answer."""
+    """Return the number that a solution of gsm8k ends in; "" if it has no final answer."""
     _, mark, answer = solution.rpartition("####")
     return answer.strip() if mark else ""
 
@@ -106,7 +112,8 @@ def final_number(solution: str) -> str:
 def _math(row: Row) -> Item:
     columns = ("problem", "solution")
     question, solution = (row.text(column, columns) for column in columns)
-    answer = row.text("answer", (*columns, "answer")) if "answer" in row.fields else last_boxed(solution)
+    has_answer = row.fields.get("answer") is not None  # a published row has none beside a boxed one
+    answer = row.text("answer", (*columns, "answer")) if has_answer else last_boxed(solution)
     if not answer:
         raise UserError(
             f"{row.where}: 'solution' has no \\boxed{{...}} with an answer, and there is no column 'answer': fix or "
@@ -124,6 +131,61 @@ def _logic(row: Row) -> Item:
             "fix or remove the row"
         )
     return Item(row.name, row.part, question, answer, answer, choices)
+
+
+def _multiple_choice(row: Row) -> Item:
+    """Return the item of a row with a question, its options and the right one, in any of the published layouts.
+
+    - CommonsenseQA and ARC on the hub: question, choices = {label: [...], text: [...]}, answerKey;
+    - the same as first published: question = {stem, choices: [{label, text}, ...]}, answerKey;
+    - OpenBookQA: question_stem in place of question;
+    - LogiQA: context or text, question or query, options = [...], and answer or correct_option, counted from 0.
+    """
+    stem, options, labels = _question_and_options(row)
+    key = next((row.fields[name] for name in ("answerKey", "answer", "correct_option") if name in row.fields), None)
+    right = _right_option(key, labels)
+    if right is None or not options:
+        raise UserError(
+            f"{row.where}: the right answer is {shown(key)}, which is not one of {', '.join(labels) or 'its options'}: "
+            "fix the row, or take a split whose answers are published (of CommonsenseQA that is validation)"
+        )
+    letters = [f"({chr(ord('A') + index)})" for index in range(len(options))]
+    lines = [f"{letter} {option}" for letter, option in zip(letters, options, strict=True)]
+    question = "\n".join([stem, "Options:", *lines])
+    return Item(row.name, "", question, letters[right], letters[right], tuple(letters))
+
+
+def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
+    """Return the text of a question, its options and their labels."""
+    fields: Mapping[str, Any] = row.fields
+    if isinstance(fields.get("question"), Mapping):
+        fields = {**fields, **fields["question"]} | dict(question=fields["question"].get("stem"))
+    choices = next((fields[name] for name in ("choices", "options") if fields.get(name) is not None), ())
+    if isinstance(choices, Mapping):
+        labels, options = ([str(text).strip() for text in choices.get(key, ())] for key in ("label", "text"))
+    elif choices and all(isinstance(choice, Mapping) for choice in choices):
+        labels, options = ([str(choice.get(key, "")).strip() for choice in choices] for key in ("label", "text"))
+    else:
+        options = [str(choice).strip() for choice in choices]
+        labels = [chr(ord("A") + index) for index in range(len(options))]
+    texts = [fields.get("context") or fields.get("text")]
+    texts.append(next((fields[name] for name in ("question", "query", "question_stem") if fields.get(name)), None))
+    if not isinstance(texts[1], str) or len(labels) != len(options):
+        has = ", ".join(map(repr, row.fields)) or "none"
+        raise UserError(
+            f"{row.where} has the columns {has}: expected 'question', 'choices' and 'answerKey', or 'text', "
+            "'question', 'options' and 'answer'; fix or rename them"
+        )
+    return "\n".join(text.strip() for text in texts if isinstance(text, str) and text.strip()), options, labels
+
+
+def _right_option(key: object, labels: Sequence[str]) -> int | None:
+    """Return the index of the right option: its label, or a number from 0 where labels are letters."""
+    if isinstance(key, str) and key.strip() in labels:
+        return list(labels).index(key.strip())
+    if isinstance(key, int | str) and str(key).strip().isdigit() and int(key) < len(labels):
+        return int(key)
+    return None
 
 
 DEFINITIONS = {
@@ -166,16 +228,43 @@ DEFINITIONS = {
         stop=(),
         parse=_logic,
     ),
+    "logiqa": Benchmark(
+        hub="lucasmccabe/logiqa",
+        configurations=("default",),
+        parts=("",),
+        examples=200,
+        shots=3,
+        scores=("choice", "likelihood"),
+        question="Q: {}\nA:",
+        instruction="Answer with the right choice alone.",
+        stop=(),
+        parse=_multiple_choice,
+        training=("lucasmccabe/logiqa", ("default",)),
+    ),
+    "commonsense": Benchmark(
+        hub="tau/commonsense_qa",
+        configurations=("default",),
+        parts=("",),
+        examples=200,
+        shots=3,
+        scores=("choice", "likelihood"),
+        question="Q: {}\nA:",
+        instruction="Answer with the right choice alone.",
+        stop=(),
+        parse=_multiple_choice,
+        training=("tau/commonsense_qa", ("default",)),
+        splits=("validation", "dev", "test"),  # the answers of its test split are not published
+    ),
 }
 
 
 def definition(name: str) -> Benchmark:
-    """A benchmark by its name; a ``UserError`` lists them."""
+    """Return a benchmark by its name; a ``UserError`` lists them."""
     return DEFINITIONS[one_of(name, BENCHMARKS, "benchmark")]
 
 
 def way(name: str, task: TaskConfig) -> str:
-    """How a benchmark is scored: "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be scored so."""
+    """Return how a benchmark is scored, "generate", "choice" or "likelihood"; a ``UserError`` if it cannot be."""
     ways = definition(name).scores
     if task.score == "auto":
         return ways[0]

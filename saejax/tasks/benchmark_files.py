@@ -1,13 +1,23 @@
-"""Rows of benchmarks: from JSON lines, Parquet and Arrow files, and from the Hugging Face hub through ``datasets``.
+"""Rows of benchmarks: from local files laid out as they are published, and from the hub through ``datasets``.
 
-A *part* is one table: the only one of gsm8k and math, one per task of logic. Locally a part is a file; on the hub it
-is the test split of a configuration of the data set.
+A *part* is one table: the only one of gsm8k and math, one per task of logic. On the hub it is a split of a
+configuration of the data set. Locally it is one file, or the shards of one split, in any of these layouts:
+
+- a file named by the user, or the only data file of a folder;
+- ``test.jsonl``, ``Test.json``, ``dev_rand_split.jsonl``: a file whose name holds the split's name;
+- ``test-00000-of-00002.parquet``, ...: shards, in the folder itself, in ``data/`` or in the configuration's folder, as
+  in a snapshot of a hub repository (``main/`` of GSM8K, ``TASK/`` of BIG-Bench Hard);
+- ``test/data-00000-of-00001.arrow``: what ``datasets`` saves to disk;
+- ``test/SUBJECT/12.json``: a file a problem, as MATH was first published;
+- ``bbh/TASK.json``: an object whose ``examples`` are the rows, as in the repository of BIG-Bench Hard.
 """
 
 import dataclasses
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +25,11 @@ from saejax.errors import UserError
 from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
 from saejax.tasks.hub import hub_commit, hub_rows
 
-FORMATS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
-SPLIT, TRAIN = "test", "train"
+FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow", ".txt")
+TEST, TRAIN = ("test",), ("train",)  #: names of a split, the preferred one first
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of ``datasets``
+_LISTS = ("examples", "data", "rows")  # where an object in a .json file keeps its rows
+_SHARD = re.compile(r"(.*?)-(\d{5})-of-(\d{5})")
 _FLAG = "--task.path"
 
 
@@ -37,7 +50,7 @@ class Row:
     where: str
 
     def text(self, column: str, expected: Sequence[str]) -> str:
-        """The text in a column, without the white space around it.
+        """Return the text in a column, without the white space around it.
 
         Raises:
           UserError: there is no such column, or it holds no text; ``expected`` are the columns to name.
@@ -57,24 +70,24 @@ class Origin:
     """Where a benchmark's rows come from.
 
     Attributes:
-      files: local files by part; empty for the hub.
+      files: local files by part, the shards of one table in order; empty for the hub.
       hub: the data set's id on the hub; "" for local files.
       configurations: the data set's configurations by part; a part "" may have several.
       revision: of the data set.
       split: of the data set.
     """
 
-    files: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, Sequence[Path]] = dataclasses.field(default_factory=dict)
     hub: str = ""
     configurations: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     revision: str = ""
-    split: str = SPLIT
+    split: str = TEST[0]
 
     def __str__(self) -> str:
         if self.hub:
             return f"{self.hub} at revision {self.revision}"
-        folders = {str(path.parent) for path in self.files.values()}
-        return str(next(iter(self.files.values()))) if len(self.files) == 1 else ", ".join(sorted(folders))
+        paths = [path for shards in self.files.values() for path in shards]
+        return str(paths[0]) if len(paths) == 1 else ", ".join(sorted({str(path.parent) for path in paths}))
 
     def identity(self) -> list[str]:
         """Return what results depend on: the content of local files; of the hub, the commit."""
@@ -84,16 +97,22 @@ class Origin:
                 hub_commit(self.hub, self.revision),
                 *(f"{part}={names}" for part, names in self.configurations.items()),
             ]
-        return [f"{part}={hashlib.sha256(_content(path)).hexdigest()}" for part, path in self.files.items()]
+        hashes = {
+            part: [hashlib.sha256(_content(path)).hexdigest() for path in self.files[part]] for part in self.files
+        }
+        return [f"{part}={','.join(shards)}" for part, shards in hashes.items()]
 
     def rows(self) -> Iterator[Row]:
-        """Every row, part by part.
+        """Yield every row, part by part.
 
         Raises:
           UserError: a file is missing or damaged, or the hub cannot be reached.
         """
-        for part, path in self.files.items():
-            yield from _local_rows(part, path)
+        for part, paths in self.files.items():
+            names = [_stem(path) for path in paths]
+            for path, name in zip(paths, names, strict=True):
+                unique = name if names.count(name) == 1 and part in ("", name) else f"{path.parent.name}/{name}"
+                yield from _local_rows(part, path, unique)
         commit = hub_commit(self.hub, self.revision) if self.hub else ""
         for part, names in self.configurations.items():
             for name in names:
@@ -101,17 +120,27 @@ class Origin:
                     yield Row(fields, part, f"{name}:{number}", f"{self.hub}, {name}, row {number}")
 
 
-def find(path: str, benchmark: str, several: bool, parts: Sequence[str]) -> dict[str, Path] | None:
-    """The local files of a benchmark, by part; None if ``path`` is not local.
+def find(
+    path: str,
+    benchmark: str,
+    several: bool,
+    parts: Sequence[str],
+    configurations: Sequence[str] = (),
+    splits: Sequence[str] = TEST,
+) -> dict[str, tuple[Path, ...]] | None:
+    """Return the local files of a benchmark, by part; None if ``path`` is not local.
 
     Args:
       path: ``--task.path``.
       benchmark: its name.
       several: whether several benchmarks were asked for, so that ``path`` must be a folder that holds each of them.
       parts: the tasks of logic; ("",) for others.
+      configurations: of the data set on the hub, which name folders of its repository.
+      splits: names of the split to take, the preferred one first.
 
     Raises:
-      UserError: there is no such file, it is of another format, or a folder lacks a part or has it twice.
+      UserError: there is no such file, it is of another format, a shard is missing, or a folder lacks a part or has it
+        twice.
     """
     place = Path(path).expanduser()
     if not place.exists():
@@ -128,75 +157,175 @@ def find(path: str, benchmark: str, several: bool, parts: Sequence[str]) -> dict
         )
     if place.is_dir():
         named = [place / benchmark, *(place / f"{benchmark}{ending}" for ending in FORMATS)]
-        found = [candidate for candidate in named if candidate.exists()]
-        if several and not found:
+        existing = [candidate for candidate in named if candidate.exists()]
+        if several and not existing:
             raise UserError(
                 f"{_FLAG}={path} has nothing named {benchmark}: expected a folder {benchmark}, or a file {benchmark} "
                 f"ending in {', '.join(FORMATS)}"
             )
-        place = found[0] if found else place
-    return _files_of_folder(place, parts) if place.is_dir() else _only_file(place, parts)
+        place = existing[0] if existing else place
+    if place.is_file():
+        return _only_file(place, parts)
+    if parts == ("",):
+        return {"": _table_of_folder(place, configurations, splits)}
+    return {part: _part_of_folder(place, part, parts, splits) for part in parts}
 
 
-def _only_file(path: Path, parts: Sequence[str]) -> dict[str, Path]:
+def _only_file(path: Path, parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
     if not path.name.endswith(FORMATS):
         raise UserError(f"{_FLAG}={path} is of an unknown format: expected one of {', '.join(FORMATS)}")
     if parts == ("",):
-        return {"": path}
+        return {"": (path,)}
     if _stem(path) not in parts:
         raise UserError(
             f"{path} is not named after a task of logic: expected a file or files named {', '.join(parts)}, with "
             f"{', '.join(FORMATS)}"
         )
-    return {_stem(path): path}
+    return {_stem(path): (path,)}
 
 
-def _files_of_folder(folder: Path, parts: Sequence[str]) -> dict[str, Path]:
-    """One file per part; of a benchmark of one part, the file named after the test split, or the only one."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(FORMATS))
-    if parts == ("",):
-        tests = [path for path in files if _stem(path).split("-")[0] == SPLIT] or files
-        if len(tests) != 1:
-            raise UserError(
-                f"{folder} has {len(tests)} data files: expected one named {SPLIT}, or one alone, ending in "
-                f"{', '.join(FORMATS)}; name the file with {_FLAG}"
-            )
-        return {"": tests[0]}
-    found = {part: [path for path in files if _stem(path) == part] for part in parts}
-    for part, paths in found.items():
-        if len(paths) != 1:
-            raise UserError(
-                f"{folder} has {len(paths)} files named {part}: expected one for each of {', '.join(parts)}, ending in "
-                f"{', '.join(FORMATS)}"
-            )
-    return {part: paths[0] for part, paths in found.items()}
+def _table_of_folder(folder: Path, configurations: Sequence[str], splits: Sequence[str]) -> tuple[Path, ...]:
+    """Return the files of the wanted split; a folder with one data file may name it as it likes."""
+    places = [folder, folder / "data", *(folder / name for name in configurations)]
+    for split in splits:
+        for place in places:
+            if files := _split_files(place, split):
+                return _whole_table(files, folder, split)
+    files = _data_files(folder)
+    if len({_table(path) for path in files}) == 1:
+        return _whole_table(files, folder, _table(files[0]))
+    raise UserError(
+        f"{folder} has {len(files)} data files: expected one named {' or '.join(splits)}, or one alone, ending in "
+        f"{', '.join(FORMATS)}; name the file with {_FLAG}"
+    )
+
+
+def _part_of_folder(folder: Path, part: str, parts: Sequence[str], splits: Sequence[str]) -> tuple[Path, ...]:
+    """Return the files of one task: a file of its name, or its split in a folder of its name."""
+    for place in (folder, folder / "bbh", folder / "data"):
+        files = [path for path in _data_files(place) if _table(path) == part]
+        if not files and (place / part).is_dir():
+            return _table_of_folder(place / part, (), splits)
+        if files and len({path.suffix for path in files}) == 1:
+            return _whole_table(files, place, part)
+        if files:
+            break
+    raise UserError(
+        f"{folder} has {len(files)} files named {part}: expected one for each of {', '.join(parts)}, ending in "
+        f"{', '.join(FORMATS)}"
+    )
+
+
+def _data_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _METADATA)
+    files = [path for path in files if path.name.endswith(FORMATS)]
+    return [path for path in files if path.suffix != ".txt"] or files  # a text beside tables is a licence or a note
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split: named after it, or in a folder that is."""
+    named = [path for path in _data_files(folder) if split in re.split(r"[-_.]", _stem(path).lower())]
+    if named or not (folder / split).is_dir():
+        return named
+    inner = folder / split
+    return _data_files(inner) or sorted(path for child in sorted(inner.iterdir()) for path in _data_files(child))
+
+
+def _whole_table(files: Sequence[Path], folder: Path, name: str) -> tuple[Path, ...]:
+    """Return the files of one table in order: one file, all its shards, or a file for each row.
+
+    Raises:
+      UserError: a shard is missing, or these are several tables.
+    """
+    shards = [match for path in files if (match := _SHARD.fullmatch(_stem(path)))]
+    tables = {_table(path) for path in files}
+    single_rows = len(files) > 1 and all(path.suffix == ".json" and _stem(path).isdigit() for path in files)
+    if len(files) > 1 and not single_rows and (len(tables) > 1 or len(shards) != len(files)):
+        raise UserError(
+            f"{folder} has {len(files)} files of {name} ({', '.join(path.name for path in files[:4])}): expected one, "
+            f"or the shards of one; name the file with {_FLAG}"
+        )
+    if shards and (missing := int(shards[0][3]) - len(shards)) > 0:
+        raise UserError(f"{folder} lacks {missing} of {int(shards[0][3])} shards of {name}: fetch the data set again")
+    return tuple(files)
 
 
 def _stem(path: Path) -> str:
-    """The file's name without its ending."""
-    return next(path.name.removesuffix(ending) for ending in FORMATS if path.name.endswith(ending))
+    """Return the file's name without its ending."""
+    return next((path.name.removesuffix(ending) for ending in FORMATS if path.name.endswith(ending)), path.stem)
+
+
+def _table(path: Path) -> str:
+    """Return the name that a file shares with the other shards of its table."""
+    match = _SHARD.fullmatch(_stem(path))
+    return match[1] if match else _stem(path)
 
 
 def _content(path: Path) -> bytes:
     return read_bytes(path, _FLAG, "name a file, a folder or a hub id")
 
 
-def _local_rows(part: str, path: Path) -> Iterator[Row]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        unit, numbered = "line", json_lines(decode(_content(path), path), path, '{"question": "...", "answer": "..."}')
+def _local_rows(part: str, path: Path, name: str) -> Iterator[Row]:
+    unit = "row"
+    if path.suffix in (".parquet", ".arrow"):
+        numbered: Iterable[tuple[int, Any]] = enumerate(table_rows(path, io.BytesIO(_content(path))), start=1)
     else:
-        unit, numbered = "row", enumerate(table_rows(path, io.BytesIO(_content(path))), start=1)
+        text = decode(_content(path), path)
+        if path.suffix == ".txt":
+            numbered = enumerate(_blocks(text, path), start=1)
+        elif path.suffix == ".json" and (rows := _json_rows(text, path)) is not None:
+            numbered = enumerate(rows, start=1)
+        else:
+            unit, numbered = "line", json_lines(text, path, '{"question": "...", "answer": "..."}')
     for number, fields in numbered:
         where = f"{path}, {unit} {number}"
         if not isinstance(fields, dict):
             raise UserError(f"{where} is {shown(fields)}: expected an object with a field per column")
-        yield Row(fields, part, f"{_stem(path)}:{number}", where)
+        yield Row(fields, part, f"{name}:{number}", where)
 
 
-def training_files(files: Mapping[str, Path], parts: Sequence[str]) -> dict[str, Path]:
-    """The files of the train split that lie beside a benchmark's local files; none of one with several parts."""
+def _json_rows(text: str, path: Path) -> list[Any] | None:
+    """Return the rows of a .json file: a list, a list within an object, or one object; None if it holds JSON lines.
+
+    Raises:
+      UserError: it holds another value.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # the reader of lines names the line that is damaged
+    if isinstance(value, dict):
+        return next((value[key] for key in _LISTS if isinstance(value.get(key), list)), [value])
+    if not isinstance(value, list):
+        raise UserError(f"{path} holds {shown(value)}: expected a list of objects, or an object with {_LISTS[0]!r}")
+    return value
+
+
+def _blocks(text: str, path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of LogiQA's text files: blocks of the answer's letter, the context, the question and the options.
+
+    Raises:
+      UserError: a block has another form.
+    """
+    for number, block in enumerate(re.split(r"\n\s*\n", text.strip()), start=1):
+        letter, *lines = [line.strip() for line in block.splitlines()] or [""]
+        options = [line[2:].strip() for line in lines[2:]]
+        if len(lines) < 4 or letter.lower() not in list("abcdefgh"[: len(options)]):
+            raise UserError(
+                f"{path}, block {number} starts with {shown(letter)} and has {len(lines) + 1} lines: expected the "
+                "answer's letter, the context, the question, and two or more options, each on a line"
+            )
+        yield dict(text=lines[0], question=lines[1], options=options, answer="abcdefgh".index(letter.lower()))
+
+
+def training_files(files: Mapping[str, Sequence[Path]], parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the files of the train split that lie beside a benchmark's local files; none of one with several parts."""
     if parts != ("",):
         return {}
-    folder = files[""].parent
-    beside = sorted(path for path in folder.iterdir() if path.name.endswith(FORMATS))
-    return {_stem(path): path for path in beside if _stem(path).split("-")[0] == TRAIN}
+    folder = files[""][0].parent
+    # "test/data-00000-of-00001.arrow" and "test/algebra/1.json" have their train split beside the folder "test".
+    root = next((place.parent for place in (folder, folder.parent) if place.name in (*TEST, "validation")), folder)
+    beside = _split_files(root, TRAIN[0])
+    return {"": _whole_table(beside, root, TRAIN[0])} if beside else {}

@@ -79,4 +79,4 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
 
 
 def _examples(name: str, part: str) -> Sequence[tuple[str, str]]:
-    return exemplars.LOGIC[part] if name == "logic" else dict(gsm8k=exemplars.GSM8K, math=exemplars.MATH)[name]
+    return exemplars.LOGIC[part] if name == "logic" else exemplars.WORKED[name]

@@ -1,4 +1,4 @@
-"""Which items of a benchmark are asked: read from the hub or from local files, and chosen by seed."""
+"""Items of benchmarks: read from the hub or from local files, and chosen by seed."""
 
 import dataclasses
 import zlib
@@ -16,14 +16,14 @@ from saejax.tasks.number_choices import number_choices, plain_number
 
 
 def origin(name: str, task: TaskConfig) -> Origin:
-    """Where the items of a benchmark come from.
+    """Return where the items of a benchmark come from.
 
     Raises:
       UserError: ``--task.path`` names no such place, or the hub data set has not what is expected.
     """
     known = definition(name)
     if task.path:
-        files = find(task.path, name, len(task.benchmarks) > 1, known.parts)
+        files = find(task.path, name, len(task.benchmarks) > 1, known.parts, known.configurations, known.splits)
         if files is not None:
             return Origin(files=files)
     hub, names = task.path or known.hub, known.configurations
@@ -37,11 +37,11 @@ def origin(name: str, task: TaskConfig) -> Origin:
             )
         names = tuple(there) if missing else names
     by_part = {part: (part,) for part in known.parts} if len(known.parts) > 1 else {"": names}
-    return Origin(hub=hub, configurations=by_part, revision=task.revision)
+    return Origin(hub=hub, configurations=by_part, revision=task.revision, split=known.splits[0])
 
 
 def identity(name: str, task: TaskConfig) -> str:
-    """A hash, 16 hexadecimal digits, of what is read: the content of local files; of the hub, the id and the revision.
+    """Return a hash, 16 hexadecimal digits, of what is read: local files' content; of the hub, id and commit.
 
     Raises:
       UserError: see ``origin``.
@@ -50,7 +50,7 @@ def identity(name: str, task: TaskConfig) -> str:
 
 
 def read_items(name: str, task: TaskConfig) -> list[Item]:
-    """The items to ask: ``task.examples`` of them, in an order drawn from ``task.seed``.
+    """Return the items to ask: ``task.examples`` of them, in an order drawn from ``task.seed``.
 
     Raises:
       UserError: a file or the hub cannot be read, a row lacks a column or an answer, or there are too few items.
@@ -69,7 +69,7 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
 
 
 def _with_choices(items: Sequence[Item]) -> list[Item]:
-    """Items as multiple choice: those that have no choices get numbers to choose among."""
+    """Return items as multiple choice: those that have no choices get numbers to choose among."""
     bare = [item for item in items if not item.choices]
     right = [plain_number(item.answer, item.id) for item in bare]
     made = {
@@ -80,7 +80,7 @@ def _with_choices(items: Sequence[Item]) -> list[Item]:
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:
-    """The items that are not asked, to train on: of the train split where there is one, else those left over.
+    """Return the items that are not asked, to train on: of the train split where there is one, else those left over.
 
     Raises:
       UserError: see ``read_items``; or all items are asked.
@@ -97,14 +97,14 @@ def training_items(name: str, task: TaskConfig) -> list[Item]:
 
 
 def training_identity(name: str, task: TaskConfig) -> str:
-    """A hash, 16 hexadecimal digits, of what ``training_items`` depends on; see ``identity``."""
+    """Return a hash, 16 hexadecimal digits, of what ``training_items`` depends on; see ``identity``."""
     source = _training_origin(name, task)
     asked = [task.examples or definition(name).examples, task.seed]
     return fingerprint([identity(name, task), *asked, *(source.identity() if source else [])])
 
 
 def _training_origin(name: str, task: TaskConfig) -> Origin | None:
-    """The train split that goes with a benchmark; None if there is none."""
+    """Return the train split that goes with a benchmark; None if there is none."""
     known, asked = definition(name), origin(name, task)
     if asked.files:
         files = training_files(asked.files, known.parts)
@@ -112,4 +112,4 @@ def _training_origin(name: str, task: TaskConfig) -> Origin | None:
     if asked.hub != known.hub or not known.training[0]:
         return None
     hub, configurations = known.training
-    return Origin(hub=hub, configurations={"": configurations}, revision="main", split=TRAIN)
+    return Origin(hub=hub, configurations={"": configurations}, revision="main", split=TRAIN[0])

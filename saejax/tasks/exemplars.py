@@ -264,3 +264,75 @@ LOGIC = {
         ),
     ),
 }
+
+# A text, a question and its options, with the right choice.
+LOGIQA = (
+    (
+        "Every ferry that calls at the island carries mail. Some ferries that carry mail also carry bicycles. No ferry "
+        "that carries bicycles runs in winter.\n"
+        "Which of the following must be true?\n"
+        "Options:\n"
+        "(A) Every ferry that calls at the island carries bicycles\n"
+        "(B) Some ferries that carry mail do not run in winter\n"
+        "(C) No ferry that calls at the island runs in winter\n"
+        "(D) Every ferry that carries mail calls at the island",
+        "(B)",
+    ),
+    (
+        "The town's library lent more books this year than last year, although fewer people have a library card.\n"
+        "Which of the following follows?\n"
+        "Options:\n"
+        "(A) The library bought more books this year\n"
+        "(B) Fewer people visited the library this year\n"
+        "(C) On average, each holder of a card borrowed more books this year\n"
+        "(D) People without a card read more this year",
+        "(C)",
+    ),
+    (
+        "If the gate is locked, the alarm is on. The alarm is off.\n"
+        "Which of the following must be true?\n"
+        "Options:\n"
+        "(A) The gate is not locked\n"
+        "(B) The gate is locked\n"
+        "(C) The alarm is broken\n"
+        "(D) The gate cannot be locked",
+        "(A)",
+    ),
+)
+
+# A question and its options, with the right choice.
+COMMONSENSE = (
+    (
+        "Where would you most likely leave wet boots when you come home?\n"
+        "Options:\n"
+        "(A) bookshelf\n"
+        "(B) oven\n"
+        "(C) doormat\n"
+        "(D) pillow\n"
+        "(E) desk drawer",
+        "(C)",
+    ),
+    (
+        "The baker wanted the bread to rise, so what did he add to the dough?\n"
+        "Options:\n"
+        "(A) yeast\n"
+        "(B) gravel\n"
+        "(C) ice\n"
+        "(D) soap\n"
+        "(E) paint",
+        "(A)",
+    ),
+    (
+        "What does a person who is lost in a city usually look at?\n"
+        "Options:\n"
+        "(A) a recipe\n"
+        "(B) a mirror\n"
+        "(C) a calendar\n"
+        "(D) a map\n"
+        "(E) a menu",
+        "(D)",
+    ),
+)
+
+# The benchmarks of one part, by name.
+WORKED = dict(gsm8k=GSM8K, math=MATH, logiqa=LOGIQA, commonsense=COMMONSENSE)

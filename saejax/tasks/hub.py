@@ -51,14 +51,14 @@ def hub_commit(hub: str, revision: str) -> str:
 
 
 def hub_configurations(hub: str, revision: str) -> list[str]:
-    """The names of a data set's configurations; a ``UserError`` if it cannot be read."""
+    """Return the names of a data set's configurations; a ``UserError`` if it cannot be read."""
     import datasets
 
     return _fetched(hub, revision, lambda: datasets.get_dataset_config_names(hub, revision=revision))
 
 
 def hub_rows(hub: str, configuration: str, revision: str, split: str, stream: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of a data set.
+    """Yield the rows of a data set.
 
     Args:
       hub: its id, such as "openai/gsm8k", or a local folder in the hub's layout.
@@ -88,7 +88,8 @@ def _fetched(hub: str, revision: str, fetch: Callable[[], Found]) -> Found:
     try:
         with offline_if_unreachable():
             return fetch()
-    except (datasets.exceptions.DatasetsError, HTTPError, OSError, ValueError) as error:
+    # RuntimeError: data sets that are a program, which ``datasets`` no longer runs.
+    except (datasets.exceptions.DatasetsError, HTTPError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"the data set {hub} (revision {revision}) could not be read from the hub ({reason[:200]}): check the name "

@@ -5,7 +5,7 @@ FILE.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow
 FILE.txt                                  documents separated by blank lines
 a pattern of these, such as 'text/*.jsonl.gz'
 hf://ORG/NAME[/CONFIGURATION][@REVISION][:SPLIT]   a data set of the hub; at "main" and its split "train" by default
-gsm8k, math, logic                        questions of a benchmark with their solutions, none of those that are asked
+gsm8k, math, logic, logiqa, commonsense   questions of a benchmark with their solutions, none of those that are asked
 """
 
 import contextlib

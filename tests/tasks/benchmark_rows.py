@@ -53,6 +53,15 @@ LOGIC = {
     )
 }
 
+LOGIQA = [
+    dict(text=f"Room {n} is not open.", question="Which room is open?", options=[f"room {n}", "the hall"], answer=1)
+    for n in range(8)
+]
+COMMONSENSE = [
+    dict(question=f"What holds {n} litres?", choices=dict(label=["A", "B"], text=["a tank", "a song"]), answerKey="A")
+    for n in range(2, 10)
+]
+
 
 def write_lines(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +70,13 @@ def write_lines(path: Path, rows: list) -> Path:
 
 
 def write_all(folder: Path) -> Path:
-    """The three benchmarks as a folder that ``--task.path`` can name."""
+    """The benchmarks as a folder that ``--task.path`` can name."""
     write_lines(folder / "gsm8k" / "test.jsonl", GSM8K)
     write_lines(folder / "math.jsonl", MATH)
     for task, rows in LOGIC.items():
         write_lines(folder / "logic" / f"{task}.jsonl", rows)
+    write_lines(folder / "logiqa.jsonl", LOGIQA)
+    write_lines(folder / "commonsense.jsonl", COMMONSENSE)
     return folder
 
 

@@ -9,14 +9,14 @@ import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
-from benchmark_rows import GSM8K, LOGIC, write_all, write_lines
+from benchmark_rows import GSM8K, LOGIC, MATH, write_all, write_lines
 
 from saejax.errors import UserError
 from saejax.settings import TaskConfig
 from saejax.tasks import hub as hub_module
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_files import Origin, find
-from saejax.tasks.benchmarks import identity, origin, read_items
+from saejax.tasks.benchmarks import identity, origin, read_items, training_items
 
 ONE = ("",)
 
@@ -46,29 +46,29 @@ def test_what_datasets_saves_to_disk_is_read(tmp_path):
 def test_a_row_says_where_it_stands(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text("\n" + json.dumps(GSM8K[0]) + "\n\n" + json.dumps(GSM8K[1]))
-    rows = list(Origin(files={"": path}).rows())
+    rows = list(Origin(files={"": (path,)}).rows())
     assert [row.name for row in rows] == ["test:2", "test:4"] and rows[1].where == f"{path}, line 4"
 
 
 def test_places(tmp_path):
     root = write_all(tmp_path / "all")
-    gsm8k = {"": root / "gsm8k" / "test.jsonl"}
+    gsm8k = {"": (root / "gsm8k" / "test.jsonl",)}
     assert find(str(root), "gsm8k", True, ONE) == find(str(root), "gsm8k", False, ONE) == gsm8k
-    assert find(str(root / "gsm8k"), "gsm8k", False, ONE) == find(str(gsm8k[""]), "gsm8k", False, ONE) == gsm8k
-    assert find(str(root), "math", True, ONE) == {"": root / "math.jsonl"}
-    logic = {task: root / "logic" / f"{task}.jsonl" for task in LOGIC_TASKS}
+    assert find(str(root / "gsm8k"), "gsm8k", False, ONE) == find(str(gsm8k[""][0]), "gsm8k", False, ONE) == gsm8k
+    assert find(str(root), "math", True, ONE) == {"": (root / "math.jsonl",)}
+    logic = {task: (root / "logic" / f"{task}.jsonl",) for task in LOGIC_TASKS}
     assert (
         find(str(root), "logic", True, LOGIC_TASKS) == find(str(root / "logic"), "logic", False, LOGIC_TASKS) == logic
     )
     one = root / "logic" / "web_of_lies.jsonl"
-    assert find(str(one), "logic", False, LOGIC_TASKS) == {"web_of_lies": one}
+    assert find(str(one), "logic", False, LOGIC_TASKS) == {"web_of_lies": (one,)}
     assert find("openai/gsm8k", "gsm8k", False, ONE) is None
 
 
 def test_of_several_files_the_test_split_is_taken(tmp_path):
     for name in ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"):
         write_lines(tmp_path / name, GSM8K)
-    assert find(str(tmp_path), "gsm8k", False, ONE)[""].name == "test-00000-of-00001.jsonl"
+    assert find(str(tmp_path), "gsm8k", False, ONE)[""][0].name == "test-00000-of-00001.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_of_several_files_the_test_split_is_taken(tmp_path):
     [
         ("missing.jsonl", "gsm8k", False, "missing.jsonl does not exist: expected a file .* a folder .* or the hub id"),
         ("./a/b", "gsm8k", False, "does not exist"),
-        ("one/notes.txt", "gsm8k", False, "unknown format: expected one of .jsonl"),
+        ("one/notes.md", "gsm8k", False, "unknown format: expected one of .jsonl"),
         ("two", "gsm8k", False, "two has 2 data files: expected one named test, or one alone"),
         ("empty", "gsm8k", False, "empty has 0 data files"),
         ("one", "math", True, "one has nothing named math"),
@@ -89,7 +89,7 @@ def test_bad_places_are_refused(tmp_path, monkeypatch, path, benchmark, several,
     monkeypatch.chdir(tmp_path)
     for name in ("one/gsm8k.jsonl", "two/a.jsonl", "two/b.jsonl"):
         write_lines(tmp_path / name, GSM8K)
-    (tmp_path / "one" / "notes.txt").write_text("text")
+    (tmp_path / "one" / "notes.md").write_text("text")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=said):
         find(path, benchmark, several, LOGIC_TASKS if benchmark == "logic" else ONE)
@@ -111,6 +111,171 @@ def test_damaged_files_are_refused(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         fields(tmp_path / name)
+
+
+# Layouts as they are published
+
+
+def write_table(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def write_json(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+def gsm8k_snapshot(root):
+    for configuration, rows in dict(main=GSM8K, socratic=GSM8K[:1]).items():
+        write_table(root / configuration / "test-00000-of-00001.parquet", rows)
+        write_table(root / configuration / "train-00000-of-00001.parquet", [dict(question="More?", answer="#### 5")])
+    (root / "README.md").write_text("a card")
+
+
+def gsm8k_shards(root):
+    for shard in range(3):
+        write_table(root / "data" / f"test-0000{shard}-of-00003.parquet", GSM8K[4 * shard : 4 * shard + 4])
+
+
+def gsm8k_saved(root):
+    rows = datasets.Dataset.from_list(GSM8K)
+    datasets.DatasetDict(test=rows, train=rows.select([0])).save_to_disk(root)
+
+
+def gsm8k_array(root):
+    write_json(root / "test.json", GSM8K)
+
+
+def bbh_repository(root):
+    for task, rows in LOGIC.items():
+        write_json(root / "bbh" / f"{task}.json", dict(canary="a text", examples=rows))
+
+
+def bbh_snapshot(root):
+    for task, rows in LOGIC.items():
+        write_table(root / task / "test-00000-of-00001.parquet", rows)
+
+
+def math_first(root):
+    for number, row in enumerate(MATH, start=1):
+        write_json(root / "test" / ("algebra", "geometry")[number % 2] / f"{(number + 1) // 2}.json", row)
+        write_json(root / "train" / "algebra" / f"{number}.json", MATH[0])
+
+
+def math_null_answer(root):
+    write_lines(root / "test.jsonl", [row | dict(answer=None) for row in MATH])
+
+
+QUESTION = "Where do wet boots go?"
+CHOICES = ("oven", "doormat", "bookshelf")
+LETTERS = ("A", "B", "C")
+
+
+def csqa_hub(root):
+    choices = dict(label=list(LETTERS), text=list(CHOICES))
+    rows = [dict(id=str(i), question=QUESTION, question_concept="boot", choices=choices, answerKey="B") for i in (1, 2)]
+    write_table(root / "data" / "validation-00000-of-00001.parquet", rows)
+    write_table(root / "data" / "test-00000-of-00001.parquet", [row | dict(answerKey="") for row in rows])
+
+
+def csqa_first(root):
+    choices = [dict(label=label, text=text) for label, text in zip(LETTERS, CHOICES, strict=True)]
+    row = dict(answerKey="B", id="a", question=dict(question_concept="boot", choices=choices, stem=QUESTION))
+    write_lines(root / "dev_rand_split.jsonl", [row, row])
+
+
+def arc_numbers(root):
+    row = dict(id="a", question=QUESTION, choices=dict(label=["1", "2", "3"], text=list(CHOICES)), answerKey="2")
+    write_lines(root / "ARC-Easy-Test.jsonl", [row, row])
+
+
+def logiqa_hub(root):
+    rows = [dict(context="It rains.", query=QUESTION, options=list(CHOICES), correct_option=1)] * 2
+    write_table(root / "data" / "test-00000-of-00001.parquet", rows)
+
+
+def logiqa_second(root):
+    write_lines(root / "test.txt.jsonl", [dict(text="It rains.", question=QUESTION, options=CHOICES, answer=1)] * 2)
+
+
+def logiqa_first(root):
+    options = [f"{letter}.{text}" for letter, text in zip(LETTERS, CHOICES, strict=True)]
+    block = "\n".join(["", "b", "It rains.", QUESTION, *options]) + "\n"
+    root.mkdir(parents=True)
+    (root / "Test.txt").write_text(block * 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "count"),
+    [
+        (gsm8k_snapshot, "gsm8k", 12),
+        (gsm8k_shards, "gsm8k", 12),
+        (gsm8k_saved, "gsm8k", 12),
+        (gsm8k_array, "gsm8k", 12),
+        (bbh_repository, "logic", 15),
+        (bbh_snapshot, "logic", 15),
+        (math_first, "math", 8),
+        (math_null_answer, "math", 8),
+        (csqa_hub, "commonsense", 2),
+        (csqa_first, "commonsense", 2),
+        (arc_numbers, "commonsense", 2),
+        (logiqa_hub, "logiqa", 2),
+        (logiqa_second, "logiqa", 2),
+        (logiqa_first, "logiqa", 2),
+    ],
+)
+def test_published_layouts_are_read(tmp_path, layout, name, count):
+    root = tmp_path / "published"
+    layout(root)
+    items = read_items(name, TaskConfig(benchmarks=(name,), path=str(root), examples=count))
+    assert len({item.id for item in items}) == count, "every item has a name of its own"
+    if name == "gsm8k":
+        assert {item.question for item in items} == {row["question"] for row in GSM8K}
+    elif name == "math":
+        assert {item.answer for item in items} == {str(n * n) for n in range(2, 10)}
+    elif name == "logic":
+        expected = sorted((task, row["input"], row["target"]) for task, rows in LOGIC.items() for row in rows)
+        assert sorted((item.task, item.question, item.answer) for item in items) == expected
+    else:
+        asked = f"{QUESTION}\nOptions:\n(A) oven\n(B) doormat\n(C) bookshelf"
+        asked = asked if name == "commonsense" else f"It rains.\n{asked}"
+        assert {(item.question, item.answer, item.choices) for item in items} == {(asked, "(B)", ("(A)", "(B)", "(C)"))}
+
+
+def test_the_train_split_is_found_in_published_layouts(tmp_path):
+    for layout, name, text in ((gsm8k_snapshot, "gsm8k", "More?"), (math_first, "math", "")):
+        layout(tmp_path / name)
+        asked = TaskConfig(benchmarks=(name,), path=str(tmp_path / name), examples=1)
+        left = training_items(name, asked)
+        assert left and all(item.question == text or name == "math" for item in left)
+    gsm8k_saved(tmp_path / "saved")
+    with pytest.raises(UserError, match="all examples in .* are asked"):  # its only training question is asked
+        training_items("gsm8k", TaskConfig(benchmarks=("gsm8k",), path=str(tmp_path / "saved"), examples=12))
+
+
+def test_what_is_not_whole_is_refused(tmp_path):
+    gsm8k_shards(tmp_path / "shards")
+    (tmp_path / "shards" / "data" / "test-00001-of-00003.parquet").unlink()
+    csqa_hub(tmp_path / "csqa")
+    for damaged in ("null", '"text"'):
+        (tmp_path / "value.json").write_text(damaged)
+        with pytest.raises(UserError, match="value.json holds .*expected a list of objects"):
+            read_items("gsm8k", TaskConfig(path=str(tmp_path / "value.json"), examples=1))
+    (tmp_path / "half.json").write_text(json.dumps(GSM8K)[:-9])
+    (tmp_path / "blocks.txt").write_text("z\nIt rains.\nWhy?\nA.a\nB.b\n")
+    refused = {
+        "lacks 1 of 3 shards of test": ("gsm8k", tmp_path / "shards"),
+        "half.json, line 1 is not JSON": ("gsm8k", tmp_path / "half.json"),
+        'block 1 starts with "z"': ("logiqa", tmp_path / "blocks.txt"),
+        "take a split whose answers are published": (
+            "commonsense",
+            tmp_path / "csqa" / "data" / "test-00000-of-00001.parquet",
+        ),
+    }
+    for message, (name, path) in refused.items():
+        with pytest.raises(UserError, match=message):
+            read_items(name, TaskConfig(benchmarks=(name,), path=str(path), examples=1))
 
 
 # The hub, which no test can reach
@@ -202,3 +367,12 @@ def test_the_hub_libraries_stay_quiet_about_retries(monkeypatch):
     logging.set_verbosity_warning()
     assert hub_module._fetched("a/b", "main", lambda: 3) == 3
     assert logging.get_verbosity() == logging.ERROR
+
+
+def test_a_data_set_that_is_a_program_is_refused_in_one_line(hub, monkeypatch):
+    def load(*args, **more):
+        raise RuntimeError("Dataset scripts are no longer supported, but found copy.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match="could not be read from the hub .Dataset scripts .* local file instead"):
+        read_items("gsm8k", TaskConfig())

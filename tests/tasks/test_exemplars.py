@@ -123,8 +123,8 @@ def test_worked_examples_come_first_and_have_the_form_of_items(name):
     for part in known.parts:
         item = Item("a:1", part, "Why?", "", "")
         whole = prompter(name).prompt(item)
-        shown = (dict(gsm8k=exemplars.GSM8K, math=exemplars.MATH) | exemplars.LOGIC)[part or name][: known.shots]
-        assert len(shown) == known.shots == dict(gsm8k=5, math=4, logic=3)[name]
+        shown = (exemplars.WORKED | exemplars.LOGIC)[part or name][: known.shots]
+        assert len(shown) == known.shots == dict(gsm8k=5, math=4).get(name, 3)
         assert whole == "".join(f"{known.question.format(q)} {a}\n\n" for q, a in shown) + known.question.format("Why?")
         assert not any(stop in answer for _, answer in shown for stop in known.stop)
 
