@@ -45,12 +45,12 @@ _SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
 
 
 def setting_of(member: TrainedMember) -> str:
-    """What sets a member apart from others of its site: "k16" of "resid_post.3-k16", "" of "resid_post.3"."""
+    """Return what sets a member apart from others of its site: "k16" of "resid_post.3-k16", "" of "resid_post.3"."""
     return member.name.removeprefix(member.site).removeprefix("-")
 
 
 def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list[str]:
-    """Writes the bundles and the viewers' files of all members of a train unit.
+    """Write the bundles and the viewers' files of all members of a train unit.
 
     Args:
       run: of the stage, which reads the capture, and ``interpret`` and ``atlas`` of the dictionaries.
@@ -107,12 +107,12 @@ def _source(member: TrainedMember, kind: str, model: str, config: ExportConfig) 
 
 
 def _tame(name: str) -> str:
-    """A name of small letters, digits, dots and single dashes."""
+    """Return a name of small letters, digits, dots and single dashes."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
 def _write_about(folder: Path, source: NeuronpediaSource, creator: str, documents: int) -> None:
-    """Writes what the features belong to.
+    """Write what the features belong to.
 
     Args:
       folder: of the bundle, which is made.
@@ -145,7 +145,7 @@ def _write_batch(
     labels: Mapping[int, Label],
     W_dec_FxD: np.ndarray,
 ) -> None:
-    """Writes some features, their contexts and their labels to the bundle."""
+    """Write some features, their contexts and their labels to the bundle."""
     rows: dict[str, Iterable[dict[str, Any]]] = dict(
         features=(feature_row(source, one, W_dec_FxD[one["feature"]]) for one in records),
         activations=(row for one in records for row in activation_rows(source, one)),
@@ -165,7 +165,7 @@ def _write_batch(
 def _write_viewers(
     folder: Path, source: NeuronpediaSource, records: Sequence[FeatureRecord], labels: Mapping[int, Label]
 ) -> None:
-    """Writes a file for each feature that fires."""
+    """Write a file for each feature that fires."""
     for one in records:
         if one["fires"]:
             feature = one["feature"]

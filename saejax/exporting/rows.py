@@ -43,18 +43,19 @@ class NeuronpediaSource:
         return f"{self.layer}-{self.set}"
 
     def key(self, feature: int) -> dict[str, str]:
-        """The columns that name a feature."""
+        """Return the columns that name a feature."""
         return dict(modelId=self.model, layer=self.id, index=str(feature))
 
     def row_id(self, *parts: Any) -> str:
-        """A name of a row, as long as those that the database gives; the same in every run."""
+        """Return a name of a row, as long as those that the database gives; the same in every run."""
         return "c" + hashlib.sha256("/".join(map(str, (self.model, self.id, *parts))).encode()).hexdigest()[:24]
 
 
 def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndarray) -> dict[str, Any]:
-    """A row of features.
+    """Return a row of features.
 
     Args:
+      source: which set of features it belongs to.
       record: as the stage ``interpret`` writes it.
       row_D: its decoder row.
     """
@@ -88,7 +89,7 @@ def feature_row(source: NeuronpediaSource, record: FeatureRecord, row_D: np.ndar
 
 
 def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterator[dict[str, Any]]:
-    """The rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
+    """Return the rows of a feature's contexts: the strongest, then those of its groups; none if it never fires."""
     for number, context in enumerate([*record.get("examples", ()), *record.get("groups", ())]):
         values, group = _acts(context), context.get("group")
         if group is None:
@@ -114,7 +115,7 @@ def activation_rows(source: NeuronpediaSource, record: FeatureRecord) -> Iterato
 
 
 def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> dict[str, Any]:
-    """The row of a feature's label. Who gave it is a note: columns for that take registered names alone."""
+    """Return the row of a feature's label. Who gave it is a note: columns for that take registered names alone."""
     score = "" if label.f1 is None else f", F1 {label.f1:.2f} on held-out text"
     return source.key(feature) | dict(
         id=source.row_id(feature, "label"),
@@ -125,7 +126,7 @@ def explanation_row(source: NeuronpediaSource, feature: int, label: Label) -> di
 
 
 def feature_json(record: FeatureRecord, layer: int, label: str) -> dict[str, Any]:
-    """A feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
+    """Return a feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
 
     Args:
       record: of a feature that fires, as the stage ``interpret`` writes it.

@@ -23,7 +23,7 @@ from saejax.settings import ExportConfig
 
 
 def run_export(run: Run) -> ExportResults:
-    """Exports the train unit that ``run`` reads; all of it or nothing.
+    """Export the train unit that ``run`` reads; all of it or nothing.
 
     Raises:
       UserError: the format has nothing like these dictionaries.
@@ -57,7 +57,7 @@ def run_export(run: Run) -> ExportResults:
 def _write_folders(
     out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]
 ) -> list[str]:
-    """Writes SAELens folders; returns their names, by member."""
+    """Write SAELens folders; returns their names, by member."""
     for config in configs:
         saelens.check(config)
     folders = [member.name or member.site for member in members]
@@ -67,7 +67,7 @@ def _write_folders(
 
 
 def _write_sets(out: Path, unit: Path, members: Sequence[TrainedMember], configs: list[DictionaryConfig]) -> list[str]:
-    """Writes circuit-tracer sets; returns their folders, by member."""
+    """Write circuit-tracer sets; returns their folders, by member."""
     settings = [setting_of(member) for member in members]
     sets = {setting: [i for i, of in enumerate(settings) if of == setting] for setting in settings}
     for indices in sets.values():

@@ -21,6 +21,7 @@ class Text:
     kind = "text"
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         text = escape_markdown(self.text)
         return f"> **{text}**" if self.alarm else f"> {text}" if self.strong else text
 
@@ -33,6 +34,7 @@ class Terms:
     kind = "terms"
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         return "\n".join(f"- **{escape_markdown(term)}**: {escape_markdown(text)}" for term, text in self.items)
 
 
@@ -58,6 +60,7 @@ class Picture:
     kind = "picture"
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         alt = escape_markdown(self.alt)
         return f"![{alt}](figures/{self.name}.{self.ending})\n\n*{escape_markdown(self.caption)}*"
 
@@ -72,6 +75,7 @@ class Code:
     kind = "code"
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         fence = "```"
         while fence in self.text:
             fence += "`"
@@ -92,6 +96,7 @@ class Links:
     kind = "links"
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         links = [f"- [{escape_markdown(text)}]({address})" for text, address in self.items]
         return "\n".join(([f"{escape_markdown(self.title)}:", ""] if self.title else []) + links)
 

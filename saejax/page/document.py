@@ -28,12 +28,15 @@ class Section:
 
 
 def anchor(title: str) -> str:
-    """The address of a section: lower case letters, digits and hyphens."""
+    """Return the address of a section: lower case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
 
 
 def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer: str) -> str:
-    """The page, complete in itself: no script, no outside resource; ``Links`` lead to other files of the workdir."""
+    """Return the page, complete in itself.
+
+    It has no script and no outside resource; ``Links`` lead to other files of the workdir.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("saejax.page", "."),
         autoescape=True,
@@ -48,7 +51,7 @@ def to_html(title: str, lead: Sequence[str], sections: Sequence[Section], footer
 
 
 def _bind(value: Any) -> Any:
-    """Keeps a percent sign on the line of its number, in plain text."""
+    """Keep a percent sign on the line of its number, in plain text."""
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", value) if type(value) is str else value
 
 
@@ -58,7 +61,7 @@ def _runs(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
 
 
 def to_markdown(title: str, lead: Sequence[str], sections: Sequence[Section], footer: str) -> str:
-    """The same content in Markdown; figures are links into ``figures/``."""
+    """Return the same content in Markdown; figures are links into ``figures/``."""
     parts = [f"# {escape_markdown(title)}", *map(escape_markdown, lead)]
     for section in sections:
         parts.append(f"{'#' * section.level} {escape_markdown(section.title)}")

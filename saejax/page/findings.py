@@ -41,11 +41,11 @@ class Findings:
         return {unit.partition("/")[2]: own for unit, own in found if isinstance(own, results)}
 
     def one(self, results: type[T]) -> T:
-        """The results of the first unit of a class, which there must be."""
+        """Return the results of the first unit of a class, which there must be."""
         return next(iter(self.each(results).values()))
 
     def with_results(self, results: object) -> "Findings":
-        """The same with other results of the one unit whose results are of their class."""
+        """Return the same with other results of the one unit whose results are of their class."""
         units = {
             unit: dataclasses.replace(summary, results=results)
             if isinstance(summary.results, type(results))
@@ -55,17 +55,17 @@ class Findings:
         return dataclasses.replace(self, summaries=units)
 
     def address(self, file: Path) -> str:
-        """A file as the report links to it."""
+        """Return a file as the report links to it."""
         return quote(os.path.relpath(file, self.report).replace(os.sep, "/"))
 
     def settings(self) -> Settings:
-        """The resolved configuration of all the units together: group -> field -> value."""
+        """Return the resolved configuration of all the units together: group -> field -> value."""
         groups = [summary.config for summary in self.summaries.values()]
         return {group: fields for some in (*groups, self.own) for group, fields in some.items()}
 
 
 def read_findings(inputs: Mapping[str, Path], report: Path, own: Settings) -> Findings:
-    """Reads the summaries of units.
+    """Read the summaries of units.
 
     Args:
       inputs: unit -> folder.

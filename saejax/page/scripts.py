@@ -18,7 +18,7 @@ def elements_script() -> str:
 
 
 def interactive(viewer: Path, name: str, scripts: Sequence[str], data: Any, style: str = "", **shown: Any) -> str:
-    """A page into which its style, script and data are written, so that it loads nothing.
+    """Return a page into which its style, script and data are written, so that it loads nothing.
 
     Args:
       viewer: the folder of its template and style, ``NAME.html.jinja`` and ``NAME.css``.

@@ -85,6 +85,7 @@ class Strips:
         ]
 
     def markdown(self) -> str:
+        """Return the block in Markdown."""
         lines = []
         for pieces, where in self.rows():
             # Bold as HTML: ** next to spaces or punctuation is not always bold.
@@ -97,6 +98,6 @@ class Strips:
 
 
 def _token(text: str) -> str:
-    """A token's text on one line; one of nothing but spaces is made visible."""
+    """Return a token's text on one line; one of nothing but spaces is made visible."""
     text = visible(text)
     return text if text.strip() else "␣" * max(len(text), 1)

@@ -74,7 +74,7 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 
 
 def panels(heights: Sequence[float], titles: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """A figure of panels one below the other, heights in inches, each with its title at the figure's left edge."""
+    """Return a figure of panels one below the other, titles at the figure's left edge, heights in inches."""
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout=ConstrainedLayoutEngine(h_pad=0.07, hspace=0.04))
     columns = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, title in zip(columns, titles, strict=True):
@@ -110,6 +110,7 @@ def height_of(names: Iterable[str], least: float) -> float:
 
 
 def point(axes: Axes, value: Interval, y: float, color: str, marker: str, label: str, scale: float = 1.0, size=6.0):
+    """Draw an interval and its mean as a marker with a horizontal bar at height ``y``."""
     axes.errorbar(
         [value.mean * scale], [y], xerr=error_lengths(value, scale), fmt=marker, color=color, markersize=size,
         elinewidth=1.8, capsize=3, label=label, zorder=3,
@@ -117,13 +118,13 @@ def point(axes: Axes, value: Interval, y: float, color: str, marker: str, label:
 
 
 def legend(axes: Axes, columns: int) -> None:
-    """A legend below the axes that names each label once."""
+    """Put a legend below the axes that names each label once."""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=columns, handlelength=1.6)
 
 
 def plain_log(axis: Axis) -> None:
-    """Plain numbers at 1, 2, 5, 10, ... on a logarithmic axis."""
+    """Write plain numbers at 1, 2, 5, 10, ... on a logarithmic axis."""
     axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:.0e}"[0] in "25" else "")
 
@@ -136,7 +137,7 @@ def log_limits(values: Sequence[float], least: float = 6.0) -> tuple[float, floa
 
 
 def save(figure: Figure, folder: Path, name: str) -> str:
-    """Writes ``folder/name.png`` (200 dpi) and ``folder/name.svg``, each whole or not at all.
+    """Write ``folder/name.png`` (200 dpi) and ``folder/name.svg``, each whole or not at all.
 
     Returns:
       The SVG's text.
@@ -153,7 +154,9 @@ def save(figure: Figure, folder: Path, name: str) -> str:
 
 
 def inline(svg: str, name: str, alt: str, colours: Mapping[str, str] | None = None) -> Markup:
-    """The SVG for use inside an HTML page: no paper, the page's ink, ids of its own, and a text for who cannot see it.
+    """Return the SVG for use inside an HTML page.
+
+    It has no paper, the page's ink, ids of its own, and a text for who cannot see it.
 
     Args:
       svg: what ``save`` returned.

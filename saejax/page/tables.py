@@ -18,7 +18,7 @@ MISSING = "–"
 
 
 def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
-    """A number times ``scale`` with ``digits`` decimals; None and NaN are a dash. ``number(-0.5)`` is "−0.50"."""
+    """Return ``scale`` times a number, ``digits`` decimals; None and NaN are a dash. ``number(-0.5)`` is "−0.50"."""
     if value is None or math.isnan(value):
         return MISSING
     text = f"{scale * value:,.{digits}f}"
@@ -26,7 +26,7 @@ def number(value: float | None, digits: int = 2, scale: float = 1.0) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number with ``digits`` significant digits: ``significant(0.00123456)`` is "0.00123"."""
+    """Return a number with ``digits`` significant digits: ``significant(0.00123456)`` is "0.00123"."""
     if value is None or math.isnan(value) or value == 0 or math.isinf(value):
         return number(value, 0)
     decimals = digits - 1 - math.floor(math.log10(abs(value)))
@@ -34,13 +34,13 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share as a percentage: ``percent(0.875, 1)`` is "87.5 %", with a space that does not break."""
+    """Return a share as a percentage: ``percent(0.875, 1)`` is "87.5 %", with a space that does not break."""
     text = number(share, digits, 100)
     return text if text == MISSING else text + "\u00a0%"
 
 
 def interval(value: Interval | None, digits: int = 2, scale: float = 1.0) -> str:
-    """An interval, each figure times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line, None is a dash."""
+    """Return an interval times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line, None is a dash."""
     if value is None:
         return MISSING
     mean, low, high = (number(one, digits, scale) for one in (value.mean, value.low, value.high))
@@ -48,23 +48,23 @@ def interval(value: Interval | None, digits: int = 2, scale: float = 1.0) -> str
 
 
 def count(value: int | None) -> str:
-    """A count: "1,234"; None is a dash."""
+    """Return a count: "1,234"; None is a dash."""
     return MISSING if value is None else f"{value:,}"
 
 
 def answer(value: bool | None, unknown: str = MISSING) -> str:
-    """A yes or no; ``unknown`` for None."""
+    """Return a yes or no; ``unknown`` for None."""
     return unknown if value is None else "yes" if value else "no"
 
 
 def visible(text: str) -> str:
-    """The text on one line: a line break becomes ↵, a tab ⇥, any other control character ·."""
+    """Return the text on one line: a line break becomes ↵, a tab ⇥, any other control character ·."""
     text = text.replace("\r\n", "↵").replace("\n", "↵").replace("\t", "⇥")
     return "".join("·" if ord(char) < 32 or ord(char) == 127 else char for char in text)
 
 
 def escape_markdown(text: str) -> str:
-    """The text on one line, so that CommonMark shows it literally, in a paragraph or in a table's cell."""
+    """Return the text on one line, so that CommonMark shows it literally, in a paragraph or in a table's cell."""
     text = re.sub(r"([\\`*\[\]<>|~$])", r"\\\1", visible(text).replace("&", "&amp;"))
     text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
     # At the start of a line # + - = would open a heading or a list, and so would "1. ".
@@ -105,13 +105,15 @@ class Table:
         stack: bool = True,
         note: str = "",
     ) -> "Table":
-        """A row for each of some items.
+        """Return a row for each of some items.
 
         Args:
-          caption, stack, note: as above.
+          caption: as above.
           items: what a cell's text is made from, as its arguments.
           columns: heading -> makes the text.
           words: headings of the columns, but the first, that hold words.
+          stack: as above.
+          note: as above.
         """
         rows = tuple(tuple(show(*item) for show in columns.values()) for item in items)
         flush_left = frozenset(place for place, heading in enumerate(columns) if heading in words)
@@ -126,7 +128,7 @@ class Table:
         return column == 0 or column in self.words
 
     def markdown(self) -> str:
-        """The table in GitHub's Markdown, caption above and note below."""
+        """Return the table in GitHub's Markdown, caption above and note below."""
         rules = [":--" if self._is_words(i) else "--:" for i in range(len(self.columns))]
         lines = [[escape_markdown(cell) for cell in row] for row in (self.columns, *self.rows)]
         lines.insert(1, rules)
@@ -135,7 +137,10 @@ class Table:
         return f"**{escape_markdown(self.caption)}**\n\n{table}{note}"
 
     def html(self) -> Markup:
-        """The table as HTML; every cell carries its column's heading, which the page shows where rows are stacked.
+        """Return the table as HTML.
+
+        Every cell carries its column's heading, which the page shows where rows are stacked.
+
 
         The roles are spelt out because browsers drop a table's own ones when its rows are laid out as cards.
         """

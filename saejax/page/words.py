@@ -28,18 +28,18 @@ _SITES = {
 
 
 def behaviour(name: str) -> str:
-    """A behaviour's title; an unknown one's name in words."""
+    """Return a behaviour's title; an unknown one's name in words."""
     return BEHAVIOURS[name][0] if name in BEHAVIOURS else name.replace("_", " ").capitalize()
 
 
 def place(site: str) -> str:
-    """A site in words: "the residual stream after layer 15 (resid_post.15)"."""
+    """Return a site in words: "the residual stream after layer 15 (resid_post.15)"."""
     kind, _, layer = site.partition(".")
     return f"{_SITES[kind].format(layer)} ({site})" if kind in _SITES else site
 
 
 def detail_title(name: str) -> str:
-    """The title of the section on a behaviour's features."""
+    """Return the title of the section on a behaviour's features."""
     return f"Features: {behaviour(name)}"
 
 

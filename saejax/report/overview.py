@@ -40,7 +40,7 @@ def lead(found: Findings) -> tuple[str, ...]:
 
 
 def left_out(found: Findings) -> Section:
-    """What the scores do not cover, by which rule, and how much it is."""
+    """Return what the scores do not cover, by which rule, and how much it is."""
     kind, name = stacks.kind_and_member(found.one(AblateResults).dictionary)
     sinks = next(scores.sinks for scores in scores_of(found)[kind] if scores.name == name)
     capture = found.settings()["capture"]
@@ -143,7 +143,7 @@ def _devices(devices: Devices | None) -> str:
 
 
 def _flags(settings: Settings) -> Iterator[str]:
-    """A line for each setting; of groups inside a group, the field that holds them is not part of the flag's name."""
+    """Return a line for each setting; the field that holds a group inside a group is not part of the flag's name."""
     for group, fields in settings.items():
         for field, value in fields.items():
             if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def _flags(settings: Settings) -> Iterator[str]:
 
 
 def _flag(value: object) -> str:
-    """A setting as it is written on the command line."""
+    """Return a setting as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -37,7 +37,7 @@ from saejax.training import report as training
 
 
 def run_report(run: Run) -> ReportResults:
-    """Writes the report of ``run.inputs``.
+    """Write the report of ``run.inputs``.
 
     Raises:
       UserError: a file of an input is missing or damaged.
@@ -80,7 +80,7 @@ def run_report(run: Run) -> ReportResults:
 
 
 def trained_in(folder: str) -> tuple[dict[str, Path], str]:
-    """The finished units of the workdir that trained the dictionary in a folder, and its name there.
+    """Return the finished units of the workdir that trained the dictionary in a folder, and its name there.
 
     Args:
       folder: such as "runs/demo/train/topk" or "runs/demo/train/topk/k32".
@@ -99,10 +99,11 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
 
 
 def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
-    """All sections: those there always are and, before the features one by one, those of stages that were asked for.
+    """Return all sections: the fixed ones and, before the features one by one, those of stages that were asked for.
 
     Args:
       found: what to write of.
+      draw: saves a figure and returns its block.
       shown: features of each behaviour that are shown with contexts.
     """
     known = found.each(EvaluateResults)  # nothing is, of a dictionary from elsewhere
@@ -121,19 +122,19 @@ def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
 
 
 def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
-    """What there is to say where no behaviour was tested."""
+    """Return the sentence for a run in which no behaviour was tested."""
     dictionaries = [training.section(found, draw, "")] if found.each(EvaluateResults) else []
     return [*tasks.benchmark_sections(found), *dictionaries, *_asked(found, draw), overview.reproduce(found)]
 
 
 def _asked(found: Findings, draw: Draw) -> list[Section]:
-    """The sections of stages that were asked for."""
+    """Return the sections of stages that were asked for."""
     writers = [load(stage.section) for stage in STAGES.values() if stage.section]
     return [section for write in writers for section in write(found, draw)]
 
 
 def contexts(run: Run, found: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
-    """The strongest contexts of features of the tested dictionary in the captured text; none where there is no text."""
+    """Return the strongest contexts of the tested dictionary's features in the captured text; none without a text."""
     if not features or "capture" not in found.folders:
         return {}
     store = Store.open(found.folders["capture"])

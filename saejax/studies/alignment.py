@@ -69,7 +69,7 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
 
 
 def _judged(one: AlignmentFigures, p: float) -> AlignmentFigures:
-    """A comparison with what the rule says, given its corrected p."""
+    """Return a comparison with what the rule says, given its corrected p."""
     correlation = one.rank_correlation or 0.0
     above = one.control is None or correlation > one.control
     return dataclasses.replace(one, p_holm=p, aligned=correlation >= LEAST and p <= LEVEL and above)
@@ -96,10 +96,11 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
 
 
 def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Spearman's correlation, and the share of orders of one side that give as large a one; None if it is not defined.
+    """Return Spearman's correlation and its permutation p-value; None if it is not defined.
 
     Args:
-      first_N, second_N: finite numbers of the same N things.
+      first_N: finite numbers of N things.
+      second_N: others of the same things.
     """
     if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
         return None, None
@@ -130,6 +131,6 @@ def _attributions(folder: Path) -> Attributions:
 
 
 def _decoder(found: Findings, benchmark: str) -> np.ndarray:
-    """Decoder rows of the dictionary that was tested, [F, D]."""
+    """Return the decoder rows of the dictionary that was tested, [F, D]."""
     name = found.each(StudyResults)[benchmark].dictionary
     return np.asarray(stacks.load_trained(name, found.folders, "--study.dictionary").W_dec_FxD[...])

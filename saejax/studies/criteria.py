@@ -50,10 +50,11 @@ _TRANSFER = "planned for its 98 layers"
 def gate(
     row: str, benchmark: str, nats: StudyEffects, recovered: float | None, disjoint: int | None = None
 ) -> GateFigures:
-    """Which of the three a row is on a benchmark.
+    """Return which of the three states a row is in on a benchmark.
 
     Args:
-      row, benchmark: their names.
+      row: its name.
+      benchmark: its name.
       nats: effects on the log-likelihood of the reference per token.
       recovered: cross-entropy that the dictionary recovers, against the mean; None if it was not measured.
       disjoint: sets without a feature in common that the draws come from; None: as many as there are draws.

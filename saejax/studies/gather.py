@@ -39,10 +39,11 @@ _MEASURES = {
 
 
 def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], mark: str) -> StudyFigures:
-    """All figures of a study.
+    """Return all figures of a study.
 
     Args:
       root: its folder.
+      rows: of the study.
       states: of all their units.
       mark: fingerprint of these.
 
@@ -77,7 +78,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
 
 
 def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
-    """What a row's finished units found."""
+    """Return the results of a row's finished units."""
     done = [state.unit for state in states if state.row == row and state.state == "done"]
     return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
 
@@ -103,7 +104,7 @@ def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> Model
 
 
 def _needs(found: Findings) -> ModelNeeds | None:
-    """What preflight says of the row's model."""
+    """Return preflight's figures of the row's model."""
     checked = list(found.each(PreflightResults).values())
     return checked[0].models[0] if checked and checked[0].models else None
 
@@ -145,7 +146,7 @@ def _dictionaries(row: str, found: Findings) -> Iterator[DictionaryFigures]:
 
 
 def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], float]:
-    """The mean loss over the recorded steps of each epoch, by member and epoch, from 1.
+    """Return the mean loss over the recorded steps of each epoch, by member and epoch, from 1.
 
     Args:
       unit: folder of a train unit.

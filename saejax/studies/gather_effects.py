@@ -27,7 +27,7 @@ _COMPARED = ("matched", "shared")  # of ``MatchScores``
 
 
 def effects(row: str, found: Findings) -> Iterator[EffectFigures]:
-    """Removed features of each benchmark and replacement, beside matched random ones."""
+    """Return the effects of ablated features by benchmark and replacement, beside random ones."""
     studies = found.each(StudyResults)
     verdicts = settled({name: results.claims for name, results in studies.items()})
     for benchmark, results in studies.items():

@@ -27,7 +27,7 @@ class TimeToGo:
         self._took: dict[Key, float] = {}
 
     def expect(self, row: str, units: Sequence[str], seconds: Mapping[str, float]) -> None:
-        """Takes what preflight expects of a row.
+        """Take what preflight expects of a row.
 
         Args:
           row: its name.
@@ -40,7 +40,7 @@ class TimeToGo:
             self._expected[row, unit] = seconds[stage] / counts[stage] if stage in seconds else _OTHER
 
     def took(self, row: str, unit: str, seconds: float) -> None:
-        """Takes what a finished unit took, in seconds."""
+        """Take what a finished unit took, in seconds."""
         self._took[row, unit] = seconds
 
     def left(self, waiting: Iterable[Key], running: Mapping[Key, float] = MappingProxyType({})) -> float | None:
@@ -60,7 +60,7 @@ class TimeToGo:
         return max([sum(rows.values()) / self._at_once, *rows.values()])  # a row's units run one after the other
 
     def _rates(self) -> dict[str, float]:
-        """What finished units took over what was expected, by stage; of all together under ""."""
+        """Return the time of finished units over the expected one, by stage; of all together under ""."""
         took, expected = defaultdict[str, float](float), defaultdict[str, float](float)
         for key, seconds in self._took.items():
             for name in (_stage(key[1]), "") if key in self._expected else ():
@@ -74,7 +74,7 @@ def _stage(unit: str) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in words: "50 s", "12 min", "3.5 h"; "an unknown time" where there is none."""
+    """Return a time in words: "50 s", "12 min", "3.5 h"; "an unknown time" where there is none."""
     if seconds is None:
         return "an unknown time"
     if seconds < 90:

@@ -25,7 +25,7 @@ _TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")
 
 
 def write_report(root: Path, figures: StudyFigures) -> None:
-    """Writes the report; ``study.json`` last, which says that the others are there."""
+    """Write the report; ``study.json`` last, which says that the others are there."""
     title = f"A study of {_count(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
@@ -82,13 +82,13 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
 
 
 def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:
-    """A table in a section of its own, or why there is none."""
+    """Return a table in a section of its own, or why there is none."""
     there = getattr(figures, sheet)
     return Section(title, (SHEETS[sheet].table(figures) if there else Text(otherwise),))
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:
-    """The rows' own reports, and the files of this one's figures."""
+    """Return the rows' own reports, and the files of this one's figures."""
     there = [one.row for one in figures.models if (root / ROWS / one.row / "report" / "index.html").exists()]
     items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in there]
     items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in SHEETS)]

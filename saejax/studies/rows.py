@@ -34,7 +34,7 @@ class StudyRow:
 
 
 def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
-    """The rows that files describe, in their order.
+    """Return the rows that files describe, in their order.
 
     Args:
       paths: flag files, and folders of them.

@@ -24,7 +24,7 @@ unchanged is not run again. A unit that fails stops no other row; the exit statu
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The binary: exits with its status."""
+    """Return the binary: exits with its status."""
     sys.exit(run(sys.argv if argv is None else argv))
 
 

@@ -27,7 +27,7 @@ class Share:
 
 
 def shares(count: int) -> list[Share]:
-    """The host in parts, as equal as they can be.
+    """Return the host in parts, as equal as they can be.
 
     Args:
       count: of parts, at least 1; one part is the whole host, as it is.

@@ -64,7 +64,7 @@ def listed(items: Sequence[str]) -> str:
 
 
 def points(value: Interval | None) -> str:
-    """An interval of shares, in percentage points."""
+    """Return an interval of shares, in percentage points."""
     return interval(value, 1, 100)
 
 

@@ -23,11 +23,12 @@ def run_study_rows(
     at_once: int = 1,
     take_over: bool = False,
 ) -> None:
-    """Runs all rows and writes the report.
+    """Run all rows and write the report.
 
     Args:
       workdir: the study's folder.
       rows: what to run.
+      say: writes a line of progress.
       stopping: whether the process was asked to stop.
       at_once: rows that run side by side, each on its share of the host's GPUs, or else of its cores.
       take_over: replace the claims of processes that are not known to be gone.
@@ -52,7 +53,7 @@ def run_study_rows(
 
 
 def _write_rules(root: Path, rows: Sequence[StudyRow]) -> None:
-    """Writes down the study's rules, with what its rows have measured by then."""
+    """Write down the study's rules, with what its rows have measured by then."""
     seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in measured(root / ROWS / row.name)]
     for rule in criteria.RULES.values():
         write_rule(root, report.STAGE, rule, seen)

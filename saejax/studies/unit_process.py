@@ -68,7 +68,7 @@ class UnitProcess:
         self._process.send_signal(signal.SIGTERM)
 
     def why_it_failed(self) -> str:
-        """The last line that an ended process wrote, or the signal that ended it; "" if it did not fail."""
+        """Return the last line that an ended process wrote, or the signal that ended it; "" if it did not fail."""
         status, last = self._process.returncode, self.last_line.removeprefix("error: ").removeprefix("failed: ")
         if status < 0:
             name = signal.Signals(-status).name

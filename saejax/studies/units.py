@@ -78,7 +78,7 @@ class StudyUnits:
         self._time = TimeToGo(len(shares))
 
     def run(self) -> list[UnitState]:
-        """Runs what is not finished, the first stage of every row before all else.
+        """Run what is not finished, the first stage of every row before all else.
 
         Returns:
           How they ended, row by row.
@@ -118,12 +118,12 @@ class StudyUnits:
         return sorted(every, key=lambda key: not _is_first(key[1]))
 
     def _next(self) -> Key | None:
-        """The first unit that waits whose row has none at work."""
+        """Return the first unit that waits whose row has none at work."""
         busy = {row for row, _ in self._running}
         return next((key for key in self._waiting if key[0] not in busy), None)
 
     def _begin(self, key: Key) -> None:
-        """Starts a unit, unless it is finished or cannot run."""
+        """Start a unit, unless it is finished or cannot run."""
         row, unit = key
         plan, workspace = self._plans[row], Workspace(self._root / ROWS / row)
         firsts = [other for name, other in self._states if name == row and _is_first(other)]
@@ -146,7 +146,7 @@ class StudyUnits:
         self._say(f"{row}  {unit}: started; {about}, {duration(self._left())} to go")
 
     def _look(self) -> None:
-        """Takes the units that have ended, and says now and then how far the others are."""
+        """Take the units that have ended, and says now and then how far the others are."""
         for key, running in list(self._running.items()):
             if running.process.ended(_LOOK_EVERY / len(self._running)):
                 self._take(key)
@@ -156,7 +156,7 @@ class StudyUnits:
                 self._say(f"{key[0]}  {last}; {duration(self._left())} to go in all")
 
     def _take(self, key: Key) -> None:
-        """Notes how a unit's process ended."""
+        """Note how a unit's process ended."""
         running = self._running.pop(key)
         self._shares.append(running.share)
         if why := running.process.why_it_failed():
@@ -203,7 +203,7 @@ class StudyUnits:
             time.sleep(_LOOK_EVERY)
 
     def _interrupt(self) -> NoReturn:
-        """Ends the study; the units at work are asked to save what they have."""
+        """End the study; the units at work are asked to save what they have."""
         names = [", ".join(key) for key in self._running]
         raise Interrupted(f"stopped{' in ' if names else ''}{' and in '.join(names)}; {_STOPPED}")
 

@@ -35,7 +35,7 @@ def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
 
 
 def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
-    """The first tokens of each prompt's correct and wrong answer, int32 [N, 2]; raises as ``answer_ids``."""
+    """Return the first tokens of each prompt's correct and wrong answer, int32 [N, 2]; raises as ``answer_ids``."""
     answers = [[(prompt.text, prompt.correct), (prompt.text, prompt.wrong)] for prompt in prompts]
     return np.array([[answer_ids(tokenizer, *pair)[0] for pair in pairs] for pairs in answers], np.int32)
 

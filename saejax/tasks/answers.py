@@ -1,11 +1,11 @@
-"""Final answers in what a model wrote, and whether they are right.
+r"""Final answers in what a model wrote, and whether they are right.
 
 Numbers are found and compared as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first
 "#### ", *flexible* the last number of the text; both are compared as text, without thousands commas, dollar signs, a
 full stop at the end, and case. So "18" and "18.00" are different answers, there and here.
 
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
-``\\boxed{}``, *flexible* what math-verify finds in the whole text.
+``\boxed{}``, *flexible* what math-verify finds in the whole text.
 
 An answer that cannot be found is None. It counts as wrong, and is counted.
 """
@@ -49,13 +49,13 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
 
 def strict_number(text: str) -> str | None:
-    """The number after the first "#### ", as it is written; None if there is none."""
+    """Return the number after the first "#### ", as it is written; None if there is none."""
     found = _STRICT_NUMBER.search(text)
     return found[1] if found else None
 
 
 def flexible_number(text: str) -> str | None:
-    """The last number of the text, as it is written; None if there is none.
+    """Return the last number of the text, as it is written; None if there is none.
 
     What counts as a number is as loose as in the harness: two or more digits, dollar signs, commas and points in a
     row do, so a text that ends in "..." has the answer "...".
@@ -88,9 +88,9 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last ``\\boxed{}`` or ``\\fbox{}`` that is closed holds; None if there is none or it holds nothing.
+    r"""Return what the last closed ``\boxed{}`` or ``\fbox{}`` holds; None if there is none or it holds nothing.
 
-    ``\\boxed 5$``, without braces, holds what stands before the dollar sign.
+    ``\boxed 5$``, without braces, holds what stands before the dollar sign.
     """
     for box in reversed(list(_BOX.finditer(text))):
         if text[box.end() : box.end() + 1] != "{":
@@ -121,5 +121,5 @@ def _same(gold: list[Any], given: list[Any]) -> bool:
 
 
 def _limit() -> int | None:
-    """The time limit that math-verify can keep: it uses an alarm, which only the main thread may set."""
+    """Return the time limit that math-verify can keep: it uses an alarm, which only the main thread may set."""
     return _SECONDS if threading.current_thread() is threading.main_thread() else None

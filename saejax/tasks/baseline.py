@@ -117,7 +117,7 @@ def _load(run: Run) -> LanguageModel:
 
 
 def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[PromptScore]:
-    """What the model makes of each prompt.
+    """Return the scores of each prompt.
 
     Raises:
       UserError: a prompt is longer than the model's context, or its logits are not finite.
@@ -148,7 +148,7 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
 
 
 def summarize(drawn: Drawn, scores: Sequence[PromptScore], task: TaskConfig) -> BaselineBehaviour:
-    """A behaviour's entry in the results of the stage: figures of both splits, what is weak in words, and examples."""
+    """Return a behaviour's entry in the results: figures of both splits, what is weak in words, and examples."""
     rows = list(zip(drawn.prompts, scores, strict=True))
     splits = {name: _split_scores([score for prompt, score in rows if prompt.split == name], task) for name in SPLITS}
     shown = [(prompt, score) for prompt, score in rows if prompt.split == "test"][:_EXAMPLES]
@@ -213,8 +213,10 @@ def _line(name: str, result: BaselineBehaviour) -> str:
 def _answer_logits(
     model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """At each text's last position logits [N, 2] of two answers, the log of all logits' exponentials' sum, and the
-    token with the highest logit, both [N]."""
+    """Return the logits [N, 2] of two answers at each text's last position.
+
+    With them the log of the sum of all logits' exponentials, and the token with the highest logit, both [N].
+    """
     last_site = f"resid_post.{model.config.n_layers - 1}"
     n = len(tokens.lengths_B)
     parts = []

@@ -71,13 +71,13 @@ SCORES = tuple(field.name for field in dataclasses.fields(PromptScore))
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt], scores: Sequence[PromptScore] | None = None) -> None:
-    """Writes prompts as JSON lines, each with its scores if there are any."""
+    """Write prompts as JSON lines, each with its scores if there are any."""
     added = [dataclasses.asdict(score) for score in scores] if scores is not None else [{}] * len(prompts)
     write_lines(path, (dataclasses.asdict(prompt) | score for prompt, score in zip(prompts, added, strict=True)))
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Reads what ``write_prompts`` wrote, without the scores.
+    """Read what ``write_prompts`` wrote, without the scores.
 
     Raises:
       UserError: the file is missing, or a line is not a prompt; the message names the line.
@@ -92,7 +92,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def read_logit_diffs(path: Path) -> list[float]:
-    """The clean logit difference of every prompt that ``read_prompts`` reads, in the same order.
+    """Return the clean logit difference of every prompt that ``read_prompts`` reads, in the same order.
 
     Raises:
       UserError: as ``read_prompts``, or a prompt has no score.

@@ -37,7 +37,7 @@ class Prompter:
         return "" if self.chat else " "
 
     def prompt(self, item: Item) -> str:
-        """The text before the answer to a question."""
+        """Return the text before the answer to a question."""
         known = definition(self.name)
         shown = _examples(self.name, item.task)[: self.shots]
         if self.brief:
@@ -60,7 +60,7 @@ class Prompter:
 
 
 def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
-    """The prompts of a benchmark as the settings want them.
+    """Return the prompts of a benchmark as the settings want them.
 
     Raises:
       UserError: there are not so many worked examples, or the tokenizer has no chat template.

@@ -40,9 +40,10 @@ def score_items(
     edits: Sequence[Edit] = (),
     scored: str = "",
 ) -> list[ScoredItem]:
-    """What the model makes of each item of a benchmark.
+    """Return the score of each item of a benchmark.
 
     Args:
+      lm: the model.
       name: of the benchmark.
       items: as ``benchmarks.read_items`` gives them.
       task: settings: how to ask and how to score.
@@ -121,7 +122,7 @@ def _reference(lm: LanguageModel, asked: _Asked) -> list[ReferenceItem]:
 
 
 def _scored(lm: LanguageModel, asked: _Asked, answers: Sequence[tuple[Item, str, str]]) -> list[Likelihood]:
-    """The log-likelihood of each answer after its item's prompt."""
+    """Return the log-likelihood of each answer after its item's prompt."""
     pairs = [encode_answer(lm, asked.prompter, *answer) for answer in answers]
     return loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], asked.edits)
 
@@ -147,7 +148,7 @@ def _check_length(
 
 
 def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: str = "") -> BenchmarkResults:
-    """The figures over all items of a benchmark, with 95 % intervals, Wilson's of accuracies.
+    """Return the figures over all items of a benchmark, with 95 % intervals, Wilson's of accuracies.
 
     Args:
       name: of the benchmark.
@@ -195,7 +196,7 @@ def _interval(values: Sequence[float], task: TaskConfig) -> Interval:
 
 
 def line(results: BenchmarkResults) -> str:
-    """The figures in a line of text."""
+    """Return the figures in a line of text."""
     n = f"{results.n} items"
     if results.log_likelihood_per_token and results.token_accuracy:
         nats = results.log_likelihood_per_token

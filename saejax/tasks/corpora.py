@@ -46,11 +46,12 @@ class Document:
 def documents(
     config: CorpusConfig, task: TaskConfig | None = None, enough: Callable[[int], bool] = lambda source: False
 ) -> Iterator[Document]:
-    """All text that ``config.path`` names (``text_sources``), in its order, read as it is asked for.
+    """Yield all text that ``config.path`` names (``text_sources``), in its order, read as it is asked for.
 
     ``config.max_tokens``, ``config.weights`` and ``config.context`` are applied where text becomes tokens, not here.
 
     Args:
+      config: where text comes from.
       task: which questions of benchmarks are asked, and so are no text; None: those of the defaults.
       enough: whether no more of a source, given by its number, is wanted.
 
@@ -88,7 +89,7 @@ def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Do
 
 
 def held_out_documents(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
-    """The held-out documents; of a stream the first so many, which are fewer than all.
+    """Return the held-out documents; of a stream the first so many, which are fewer than all.
 
     Raises:
       UserError: the corpus cannot be read, or not be split.
@@ -102,7 +103,7 @@ def held_out_documents(config: CorpusConfig, task: TaskConfig | None = None) -> 
 
 
 def is_held_out(document: Document, config: CorpusConfig) -> bool:
-    """The rule of a stream: whether a hash of the group and the seed falls within the held-out share."""
+    """Return the rule of a stream: whether a hash of the group and the seed falls within the held-out share."""
     return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
 
 
@@ -118,7 +119,7 @@ def characters(config: CorpusConfig, task: TaskConfig | None = None) -> int:
 
 
 def identity(config: CorpusConfig, task: TaskConfig | None = None) -> str:
-    """A hash of what the text depends on, 16 hexadecimal digits; the path and packing of files do not count.
+    """Return a hash of what the text depends on, 16 hexadecimal digits; the path and packing of files do not count.
 
     Raises:
       UserError: a file is missing, of another format, or damaged.
@@ -128,7 +129,7 @@ def identity(config: CorpusConfig, task: TaskConfig | None = None) -> str:
 
 
 def split(documents: Sequence[Document], held_out: float, seed: int) -> tuple[list[Document], list[Document]]:
-    """Splits documents into training and held-out ones; no group is on both sides.
+    """Split documents into training and held-out ones; no group is on both sides.
 
     Each kind of at least two groups has a group on both sides. Kind by kind, whole groups in an order drawn
     from the seed are held out where that brings the held-out share of the text so far, measured in
@@ -162,7 +163,7 @@ def split(documents: Sequence[Document], held_out: float, seed: int) -> tuple[li
 
 
 def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[str]:
-    """The groups to hold out: at least one, and not all."""
+    """Return the groups to hold out: at least one, and not all."""
     rng = random.Random(seed)
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for group in sorted(sizes):

@@ -40,7 +40,7 @@ def baseline_cost(plan: PlannedRun, name: str) -> Cost:
 
 
 def benchmark_cost(plan: PlannedRun, name: str) -> Cost:
-    """The prompts, once or once a choice; of generated answers every token."""
+    """Return the prompts, once or once a choice; of generated answers every token."""
     task, length, dtype = plan.configs[TaskConfig], plan.configs[PreflightConfig].benchmark_tokens, plan.dtype
     tokens = item_tokens(name, task, length) * (task.examples or definition(name).examples)
     flops = pass_flops(plan.model, tokens, length, plan.model.n_layers)
@@ -50,7 +50,7 @@ def benchmark_cost(plan: PlannedRun, name: str) -> Cost:
 
 
 def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The pass over the prompts, which holds the largest cache: with and without room for the new tokens."""
+    """Return the pass over the prompts, which holds the largest cache: with and without room for the new tokens."""
     if not generates(plan):
         return []
     params = abstract_params(plan.model, mesh, plan.dtype)
@@ -60,9 +60,12 @@ def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 def prefill_program(
     plan: PlannedRun, mesh: Mesh, name: str, params: Mapping[str, Any], edits: Sequence[Any] = ()
 ) -> Program:
-    """The pass over a batch of prompts of benchmarks.
+    """Return the pass over a batch of prompts of benchmarks.
 
     Args:
+      plan: the run.
+      mesh: its devices.
+      name: of the program.
       params: of the model.
       edits: for a batch as ``generated_batch`` says.
     """

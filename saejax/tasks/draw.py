@@ -66,7 +66,7 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
 def _drafts(
     behaviour: str, split: str, recipe: Recipe, rng: np.random.Generator, pools: Mapping[str, Sequence]
 ) -> Callable[[int], Prompt]:
-    """A function that drafts a prompt to follow so many of the same split."""
+    """Return a function that drafts a prompt to follow so many of the same split."""
     draft, templates = recipe.drawer(rng, **pools), recipe.of_split(split)
 
     def prompt(kept: int) -> Prompt:
@@ -82,7 +82,7 @@ def _drafts(
 def _fitting(
     draft: Callable[[int], Prompt], n: int, tokenizer: Any, replaced: collections.Counter[str]
 ) -> list[Prompt]:
-    """The first n different prompts without a fault; those that have one are counted."""
+    """Return the first n different prompts without a fault; those that have one are counted."""
     kept: dict[str, Prompt] = {}
     left_out: set[str] = set()
     tries = 0

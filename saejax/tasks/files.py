@@ -17,9 +17,10 @@ _ROWS = 1024  # of a table, in memory at once
 
 @contextlib.contextmanager
 def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
-    """The file to read from; a ``.gz`` or ``.zst`` file uncompressed, as far as it is read.
+    """Open a file to read from; a ``.gz`` or ``.zst`` file uncompressed, as far as it is read.
 
     Args:
+      path: the file.
       flag: by which the user named it, for messages, such as "--corpus.path".
       advice: what to do if it does not exist.
 
@@ -57,7 +58,7 @@ def read_bytes(path: Path, flag: str, advice: str) -> bytes:
 
 
 def decode(content: bytes, path: Path) -> str:
-    """The text of a UTF-8 file; a ``UserError`` says where it is none."""
+    """Return the text of a UTF-8 file; a ``UserError`` says where it is none."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -65,7 +66,7 @@ def decode(content: bytes, path: Path) -> str:
 
 
 def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, one after the other; a ``UserError`` says where it is none."""
+    """Return the lines of a UTF-8 file, one after the other; a ``UserError`` says where it is none."""
     read = 0
     for line in file:
         yield _line(line.removesuffix(b"\n"), read, path)
@@ -84,7 +85,7 @@ def _not_utf8(path: Path, byte: int) -> UserError:
 
 
 def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of lines that are not blank, each with the line's number, from 1.
+    """Return the JSON values of lines that are not blank, each with the line's number, from 1.
 
     Args:
       lines: one JSON value each; or a text of such lines.
@@ -104,7 +105,7 @@ def json_lines(lines: str | Iterable[str], path: Path, example: str) -> Iterator
 
 
 def table_rows(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file, or of an Arrow file in either of its two layouts, some at a time.
+    """Return the rows of a Parquet file, or of an Arrow file in either of its two layouts, some at a time.
 
     Args:
       path: where it comes from; its ending tells the format.
@@ -142,6 +143,6 @@ def _record_batches(path: Path, file: IO[bytes]) -> Iterator[Any]:
 
 
 def shown(value: object) -> str:
-    """A value as JSON, cut to 40 characters, for messages."""
+    """Return a value as JSON, cut to 40 characters, for messages."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 40 else text[:37] + "..."

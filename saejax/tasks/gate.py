@@ -27,7 +27,7 @@ class Tested(NamedTuple):
 
 
 def gate(right: int, n: int, level: float) -> tuple[float, str]:
-    """The p-value of the test, and why the behaviour is left out; "" if it passes.
+    """Return the p-value of the test, and why the behaviour is left out; "" if it passes.
 
     Args:
       right: train prompts whose correct answer has the higher logit.
@@ -44,12 +44,12 @@ def gate(right: int, n: int, level: float) -> tuple[float, str]:
 
 
 def write_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
-    """Writes which behaviours are left out, and why, beside the baseline's prompts."""
+    """Write which behaviours are left out, and why, beside the baseline's prompts."""
     write_json(folder / _FILE, dict(left_out))
 
 
 def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Tested:
-    """The behaviours of a baseline that the causal tests take.
+    """Return the behaviours of a baseline that the causal tests take.
 
     Args:
       folder: of the unit; one of before there was a gate leaves nothing out.
@@ -71,6 +71,6 @@ def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Test
 
 
 def none_left(left_out: Mapping[str, str]) -> str:
-    """What to say where every behaviour is left out."""
+    """Return the message for a run in which every behaviour is left out."""
     reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
     return f"no behaviour is left to test: {reasons}; name others in --task.behaviours or --task.prompts"

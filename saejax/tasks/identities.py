@@ -24,12 +24,12 @@ def corpus(configs: Configs) -> str:
 
 
 def joining_prompts(configs: Configs) -> tuple[str, ...]:
-    """The unit with the behaviours' prompts, if these are part of the training text."""
+    """Return the unit with the behaviours' prompts, if these are part of the training text."""
     return ("baseline",) if configs[CorpusConfig].behaviours and configs[TaskConfig].has_behaviours else ()
 
 
 def training_text(configs: Configs) -> tuple[str, ...]:
-    """The units that training text is read from."""
+    """Return the units that training text is read from."""
     return ("tokenize",) if configs[CorpusConfig].stream else joining_prompts(configs)
 
 

@@ -85,7 +85,7 @@ class Labelled:
 
 
 def congruent(prompt: Prompt) -> Prompt | None:
-    """An agreement prompt with the noun beside the verb in the subject's number; None of a prompt of another kind."""
+    """Return an agreement prompt whose noun beside the verb has the subject's number; None for another kind."""
     plurals: dict[str, str] = dict(recipes()["agreement"].pools["nouns"])
     beside = prompt.items[1] if len(prompt.items) == 2 else ""
     if beside not in plurals or prompt.correct.strip() not in _NUMBERS:
@@ -96,7 +96,7 @@ def congruent(prompt: Prompt) -> Prompt | None:
 
 
 def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """The prompts, every second one of each split, template and number congruent.
+    """Return the prompts, every second one of each split, template and number congruent.
 
     In what results, the noun beside the verb says nothing of the subject's number.
     """

@@ -85,7 +85,7 @@ def loglikelihoods(
     edits: Sequence[Edit] = (),
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[Likelihood]:
-    """The log-likelihood of each continuation after its context, in the order given.
+    """Return the log-likelihood of each continuation after its context, in the order given.
 
     Args:
       lm: the model. Batches are split over the data axis of its mesh.
@@ -201,11 +201,14 @@ def token_scores(
     positions_BxC: jax.Array,
     targets_BxC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihood of the target after each position, and whether it has the highest logit there, both [B, C].
+    """Return the log-likelihood of the target after each position, and whether it is the likeliest, both [B, C].
 
     Args:
+      config: of the model.
+      params: of the model.
       x_BxTxD: the stream leaving the last layer.
-      positions_BxC, targets_BxC: as ``align`` gives them.
+      positions_BxC: as ``align`` gives them.
+      targets_BxC: as ``align`` gives them.
     """
     rows, columns = positions_BxC.shape
     piece = math.gcd(columns, 1 << max(0, (_ROWS_OF_LOGITS // rows).bit_length() - 1))

@@ -18,7 +18,7 @@ COUNT = 4  # choices of a question
 
 
 def number_choices(answers: Sequence[str]) -> list[tuple[str, ...]]:
-    """The choices of each question, from the smallest number to the largest.
+    """Return the choices of each question, from the smallest number to the largest.
 
     Args:
       answers: of all questions of a benchmark, as ``plain_number`` gives them.
@@ -47,7 +47,7 @@ def number_choices(answers: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def plain_number(answer: str, where: str) -> str:
-    """A number as it is written in choices: without thousands commas and dollar signs, "1,250.0" as "1250".
+    """Return a number as it is written in choices: without thousands commas and dollar signs, "1,250.0" as "1250".
 
     Raises:
       UserError: it is none; ``where`` it stands, in words.

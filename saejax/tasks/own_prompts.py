@@ -32,7 +32,7 @@ _EXAMPLE = '{"behaviour": "plural", "text": "Two", "correct": " cats", "wrong": 
 
 
 def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]]:
-    """The prompts of each behaviour of ``task.prompts``, train prompts first; none if no file is named.
+    """Return the prompts of each behaviour of ``task.prompts``, train prompts first; none if no file is named.
 
     Args:
       task: names the file; its seed draws the splits of behaviours that have none.
@@ -65,7 +65,7 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
 
 
 def as_line(prompt: Prompt) -> str:
-    """A prompt as a line of such a file."""
+    """Return a prompt as a line of such a file."""
     fields = {name: getattr(prompt, name) for name in (*_NEEDED, *_OPTIONAL, "split") if getattr(prompt, name)}
     return json.dumps(fields | (dict(labels=dict(prompt.labels)) if prompt.labels else {}), ensure_ascii=False) + "\n"
 
@@ -82,7 +82,7 @@ def count_behaviours(task: TaskConfig) -> int:
 
 
 def identity(task: TaskConfig) -> str:
-    """A hash of the file's content; "" if none is named."""
+    """Return a hash of the file's content; "" if none is named."""
     return hashlib.sha256(_content(Path(task.prompts))).hexdigest() if task.prompts else ""
 
 
@@ -91,7 +91,7 @@ def _content(path: Path) -> bytes:
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:
-    """The fields of a line."""
+    """Return the fields of a line."""
     if not isinstance(record, dict) or set(_NEEDED) - set(record):
         missing = ", ".join(name for name in _NEEDED if not isinstance(record, dict) or name not in record)
         raise UserError(f"{where} lacks {missing}: expected an object such as {_EXAMPLE}")
@@ -124,7 +124,7 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
 
 
 def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig, path: Path) -> list[Prompt]:
-    """A behaviour's prompts, train prompts first."""
+    """Return a behaviour's prompts, train prompts first."""
     given = [line.get("split") for line in lines]
     if any(given) and not all(given):
         raise UserError(f"{path}: only some prompts of {name!r} have a 'split': give it to all of them, or to none")

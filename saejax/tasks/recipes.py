@@ -73,13 +73,13 @@ class Recipe(NamedTuple):
     drawer: Callable[..., Callable[[int, str], Draft]]
 
     def of_split(self, split: str) -> Sequence[str]:
-        """The templates of a split; of test prompts the held-out one first, so that the fewest prompts have it."""
+        """Return the templates of a split; of test prompts the held-out one first, so that fewest prompts have it."""
         return self.templates[:-1] if split == "train" else self.templates[::-1]
 
 
 @functools.cache
 def recipes() -> Mapping[str, Recipe]:
-    """The recipe of every behaviour, by name."""
+    """Return the recipe of every behaviour, by name."""
     words = json.loads((importlib.resources.files(__package__) / "data" / "behaviours.json").read_text("utf-8"))
     sums = [pair for pair in itertools.combinations(range(11, 90), 2) if sum(pair) < 100]
     first, second = (f"{a}+{b}={a + b}" for a, b in _EXAMPLES)

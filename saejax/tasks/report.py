@@ -15,7 +15,7 @@ from saejax.tasks.scoring import SEPARATION_LIMIT
 
 
 def behaviours_section(found: Findings, draw: Draw) -> Section:
-    """What the model can do before anything is removed."""
+    """Describe what the model can do before anything is removed."""
     baseline = found.one(BaselineResults)
     scores_of = {behaviour(name): scores for name, scores in baseline.behaviours.items()}
     untested = tuple(
@@ -72,9 +72,10 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
 
 @styled
 def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> Figure:
-    """What the model can do: accuracy and logit difference of each behaviour.
+    """Draw what the model can do: accuracy and logit difference of each behaviour.
 
     Args:
+      scores: by behaviour.
       min_accuracy: the accuracy below which a behaviour is flagged, drawn as a line; 0 to 1.
     """
     rows = height_of(scores, 0.36)
@@ -101,7 +102,7 @@ def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> F
 
 
 def benchmark_sections(found: Findings) -> list[Section]:
-    """The model's scores on benchmarks; no section if none was asked for."""
+    """Return the model's scores on benchmarks; no section if none was asked for."""
     results = found.each(BenchmarkResults)
     if not results:
         return []

@@ -27,7 +27,7 @@ _Z = float(norm.ppf(_ENDS[1]))
 def bootstrap(
     values_N: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
 ) -> Interval:
-    """The interval of any statistic of one value per prompt.
+    """Return the interval of any statistic of one value per prompt.
 
     Args:
       values_N: one finite number per prompt, at least one. Paired values go in as their differences.
@@ -49,23 +49,23 @@ def bootstrap(
 
 
 def middle(values_N: np.ndarray | Sequence[float], mean: float | None = None) -> Interval:
-    """The middle 95 % of values, from quantile to quantile, around their ``mean`` or another one."""
+    """Return the middle 95 % of values, from quantile to quantile, around their ``mean`` or another one."""
     low, high = np.quantile(values_N, _ENDS)
     return Interval(float(np.mean(values_N)) if mean is None else mean, float(low), float(high))
 
 
 def bootstrap_mean(values_N: np.ndarray, resamples: int, seed: int) -> Interval:
-    """The mean over prompts and its interval; see ``bootstrap``."""
+    """Return the mean over prompts and its interval; see ``bootstrap``."""
     return bootstrap(values_N, _mean, resamples, seed)
 
 
 def bootstrap_separation(values_N: np.ndarray, resamples: int, seed: int) -> Interval:
-    """The separation over prompts and its interval; see ``separation`` and ``bootstrap``."""
+    """Return the separation over prompts and its interval; see ``separation`` and ``bootstrap``."""
     return bootstrap(values_N, separation, resamples, seed)
 
 
 def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
-    """A share, and its 95 % score interval (Wilson, 1927), which has a width even where the share is 0 or 1.
+    """Return a share, and its 95 % score interval (Wilson, 1927), which has a width even where the share is 0 or 1.
 
     With z = 1.96 the ends are the shares p for which |share - p| = z sqrt(p (1 - p) / size).
 
@@ -77,7 +77,7 @@ def wilson(right_N: np.ndarray, size: float | None = None) -> Interval:
 
 
 def wilson_of(share: float, n: float) -> Interval:
-    """A share of n independent ones, and its 95 % score interval, as ``wilson``."""
+    """Return a share of n independent ones, and its 95 % score interval, as ``wilson``."""
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
@@ -86,12 +86,13 @@ def wilson_of(share: float, n: float) -> Interval:
 def bootstrap_means(
     effect_NxP: np.ndarray, resamples: int, seed: int, whole_P: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``interval_ends`` for prompts that are drawn one by one, the same for all rows.
+    """Return ``interval_ends`` for prompts that are drawn one by one, the same for all rows.
 
     Args:
-      effect_NxP, whole_P: as there.
+      effect_NxP: as there.
       resamples: how many, at least 1.
       seed: of the resampling.
+      whole_P: as there.
     """
     effect_NxP = checked_effects(effect_NxP)
     prompts = effect_NxP.shape[1]

@@ -46,20 +46,20 @@ class TextSource(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name, without a slash."""
+        """Return a short name, without a slash."""
 
     def identity(self) -> str:
-        """A hash, 16 hexadecimal digits, of what its texts depend on."""
+        """Return a hash, 16 hexadecimal digits, of what its texts depend on."""
 
     def texts(self) -> Iterator[Text]:
-        """Its documents, each with its group or "", read as they are asked for.
+        """Yield its documents, each with its group or "", read as they are asked for.
 
         Raises:
           UserError: one of them is wrong, or cannot be read.
         """
 
     def characters(self) -> int:
-        """About how many there are; 0: not known."""
+        """Return about how many there are; 0: not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +71,11 @@ class FileText:
 
     @property
     def name(self) -> str:
+        """Return the name of the source in groups and messages."""
         return self.path.name.partition(".")[0]
 
     def identity(self) -> str:
+        """Return a hash of what its texts depend on."""
         kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
         field = "" if self.field == "text" or kind == "txt" else self.field
         state = None
@@ -82,9 +84,11 @@ class FileText:
         return _hash(self.path, kind.encode() + b"\0" + field.encode(), state)
 
     def characters(self) -> int:
+        """Return about how many characters it has; 0: unknown."""
         return self.path.stat().st_size * (1 if self.path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION)
 
     def texts(self) -> Iterator[Text]:
+        """Yield its texts, each with its group."""
         path = self.path
         with _opened(path) as file:
             if path.name.endswith(".txt"):
@@ -112,7 +116,7 @@ def _hash(path: Path, before: bytes, state: object) -> str:
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """What stands between blank lines."""
+    """Yield the texts between blank lines."""
     own: list[str] = []
     for line in itertools.chain(lines, [""]):
         if line.strip():
@@ -135,16 +139,20 @@ class HubText:
 
     @property
     def name(self) -> str:
+        """Return the name of the source in groups and messages."""
         return self.hub.replace("/", "_")
 
     def identity(self) -> str:
+        """Return a hash of what its texts depend on."""
         read = dataclasses.replace(self, revision=hub_commit(self.hub, self.revision))
         return hashlib.sha256(repr(dataclasses.astuple(read)).encode()).hexdigest()[:16]
 
     def characters(self) -> int:
+        """Return about how many characters it has; 0: unknown."""
         return self.most
 
     def texts(self) -> Iterator[Text]:
+        """Yield its texts, each with its group."""
         left = self.most or sys.maxsize
         rows = hub_rows(self.hub, self.configuration, hub_commit(self.hub, self.revision), self.split, stream=True)
         for number, row in enumerate(rows, start=1):
@@ -164,19 +172,22 @@ class BenchmarkText:
     task: TaskConfig
 
     def identity(self) -> str:
+        """Return a hash of what its texts depend on."""
         return benchmarks.training_identity(self.name, self.task)
 
     def characters(self) -> int:
+        """Return about how many characters it has; 0: unknown."""
         return 0
 
     def texts(self) -> Iterator[Text]:
+        """Yield its texts, each with its group."""
         known = benchmarks.definition(self.name)
         for item in benchmarks.training_items(self.name, self.task):
             yield f"{known.question.format(item.question)} {item.solution}", item.id
 
 
 def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
-    """What ``--corpus.path`` names, one after the other; the embedded corpus where it is empty.
+    """Return the sources that ``--corpus.path`` names, in order; the embedded corpus where it is empty.
 
     Args:
       config: the path, the field of rows, how many tokens are wanted of each source.
@@ -217,7 +228,7 @@ def _hub_text(part: str, config: CorpusConfig) -> HubText:
 
 
 def _files(part: str) -> list[Path]:
-    """A file, or those that match a pattern, in the order of their names."""
+    """Return a file, or those that match a pattern, in the order of their names."""
     paths = [Path(part).expanduser()]
     if glob.has_magic(part) and not paths[0].exists():
         paths = sorted(map(Path, glob.glob(str(paths[0]), recursive=True)))
