@@ -1,4 +1,4 @@
-"""Writes the sources of the site: guides where they stand in the repository, the notebook, a reference page a package.
+"""Sources of the site: guides where they stand in the repository, the notebook, a reference page a package.
 
 ``python docs/pages.py FOLDER``; `make docs` then has Sphinx build the site from that folder.
 """
@@ -7,6 +7,8 @@ import json
 import shutil
 import sys
 from pathlib import Path
+
+import result_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 # Guides that are there become pages at the same place, so that links work on the site as in the repository.
@@ -20,6 +22,7 @@ GUIDES = (
     "docs/studies.md",
     "docs/ground_truth.md",
     "docs/scaling.md",
+    "docs/artifacts.md",
     "docs/extending.md",
     "docs/troubleshooting.md",
     "WORKSPACE.md",
@@ -46,7 +49,7 @@ INDEX = """\
 
 
 def main(target: Path) -> None:
-    """Writes all sources into a folder, from which what was there is removed."""
+    """Write all sources into a folder, from which what was there is removed."""
     shutil.rmtree(target, ignore_errors=True)
     (target / "docs").mkdir(parents=True)
     (target / "reference").mkdir()
@@ -55,7 +58,8 @@ def main(target: Path) -> None:
         if name.endswith(".ipynb"):
             (target / name).with_suffix(".md").write_text(from_notebook(ROOT / name))
         else:
-            (target / name).write_text((ROOT / name).read_text("utf-8").replace(".ipynb)", ".md)"))
+            text = (ROOT / name).read_text("utf-8").replace(".ipynb)", ".md)")
+            (target / name).write_text(result_fields.fill_page(text) if name == "docs/artifacts.md" else text)
     for image in (ROOT / "docs").glob("*.png"):
         shutil.copy(image, target / "docs")
     pages = reference()
@@ -69,7 +73,7 @@ def main(target: Path) -> None:
 
 
 def from_notebook(path: Path) -> str:
-    """A notebook's cells and what they printed, as Markdown."""
+    """Return a notebook's cells and what they printed, as Markdown."""
     parts = []
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -79,7 +83,7 @@ def from_notebook(path: Path) -> str:
 
 
 def reference() -> dict[str, str]:
-    """The text of each page by its name: the names of ``saejax`` itself, then its packages and modules."""
+    """Return the text of each page by its name: the names of ``saejax`` itself, then its packages and modules."""
     import saejax
 
     package = ROOT / "saejax"

@@ -62,8 +62,9 @@ def test_what_guides_and_launchers_install_is_there():
     assert named <= offered.keys() and {"cuda12", "cuda13", "tpu"} <= named
 
 
-def test_pages_of_the_site(tmp_path):
+def test_pages_of_the_site(tmp_path, monkeypatch):
     """What Sphinx is given; whether it can read all docstrings without a warning, `make docs` says."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
     spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/pages.py")
     assert spec and spec.loader
     pages = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Results are written as JSON and read back as the same class; what does not fit is refused by file and field."""
 
 import dataclasses
-import importlib.util
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,13 +107,12 @@ def test_results_of_a_unit_are_loaded_as_their_class(tmp_path, monkeypatch):
         saejax.load_results(tmp_path, "sample/c")
 
 
-def test_the_page_says_what_every_field_is():
-    """WORKSPACE.md holds what ``scripts/document_results.py`` writes."""
-    path = Path(__file__).parent.parent / "scripts" / "document_results.py"
-    spec = importlib.util.spec_from_file_location("document_results", path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_page_says_what_every_field_is(monkeypatch):
+    """The site's page of artifacts has a place for every stage, and every field has a comment."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "docs")
+    script = importlib.import_module("result_fields")
     text = script.PAGE.read_text(encoding="utf-8")
-    assert script.documented(text) == {name for name, one in registry.STAGES.items() if one.results}
-    assert script.page(text) == text, "run python scripts/document_results.py"
-    assert not any(": ;" in line or line.endswith(":.") for line in text.splitlines())  # fields without a comment
+    assert script.documented_stages(text) == {name for name, stage in registry.STAGES.items() if stage.results}
+    lines = script.fill_page(text).splitlines()
+    assert any("**CaptureResults**" in line for line in lines) and len(lines) > 2 * len(text.splitlines())
+    assert not any(": ;" in line or line.endswith(":.") for line in lines)  # fields without a comment

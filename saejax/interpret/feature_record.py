@@ -80,7 +80,7 @@ class FeatureMaps(TypedDict):
 
 
 class FeatureRecord(TypedDict):
-    """What there is to say of a feature; WORKSPACE.md explains it. Of one that never fires much is left out."""
+    """What there is to say of a feature; docs/artifacts.md explains it. Of one that never fires much is left out."""
 
     feature: int
     fires: int
