@@ -90,7 +90,7 @@ class PlainLoop:
 
 
 def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int]) -> tuple[float, ablation.LogitDiffs]:
-    """Seconds of the effects of some features one by one, the clean run and compiling included."""
+    """Return the seconds of the effects of some features one by one, the clean run and compiling included."""
     start = time.perf_counter()
     diffs = ablation.ablate_sets(split, split.run(prompts), [[int(feature)] for feature in features])
     return time.perf_counter() - start, diffs
@@ -127,6 +127,7 @@ def compare(
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dictionary", default="runs/demo/train/topk", help="of this model; make demo trains it")

@@ -49,7 +49,7 @@ TEXT = (
 
 
 def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders:
-    """A transcoder of random directions for each layer, in memory."""
+    """Return a transcoder of random directions for each layer, in memory."""
     kinds = [
         DictionaryConfig(
             kind="topk", site=f"mlp_in.{layer}", target=f"mlp_out.{layer}", d_in=config.d_model, n_features=FEATURES,
@@ -63,7 +63,7 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
 
 
 def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
-    """The same for the heads of a pruned graph's edges: its targets down, its sources up, in 10^9 operations."""
+    """Return the same for the heads of a pruned graph's edges: its targets down, its sources up, in 10^9 operations."""
     targets = np.unique(pruned.edges()[1])
     nodes, sources = pruned.nodes[targets], pruned.nodes[np.unique(pruned.edges()[0])]
     layers_R = np.where(nodes.kind_N == LOGIT, config.n_layers, nodes.layer_N + 1)
@@ -83,7 +83,7 @@ def gflops(size: int = 1024, products: int = 100) -> float:
 
 
 def peak_gb() -> float:
-    """The most memory that the process had, weights and compiler included."""
+    """Return the most memory that the process had, weights and compiler included."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
@@ -95,23 +95,24 @@ class Clock:
 
     @contextmanager
     def times(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to those of ``name``."""
         start = np.array([time.perf_counter(), time.process_time()])
         yield
         self.taken.setdefault(name, []).append(np.array([time.perf_counter(), time.process_time()]) - start)
 
     def steady(self, name: str) -> np.ndarray:
-        """The median of all prompts but the first, which compiles."""
+        """Return the median of all prompts but the first, which compiles."""
         return np.median(self.taken[name][1:] or self.taken[name], axis=0)
 
     def beside_trace(self, name: str) -> dict[str, float]:
-        """Times, and how often that of the trace they are."""
+        """Print times, and how often that of the trace they are."""
         own, trace = self.steady(name), self.steady("trace")
         names = ("seconds", "cpu_s", "ratio", "cpu_ratio")
         return dict(zip(names, np.concatenate([own, own / trace]).round(2).tolist(), strict=True))
 
 
 def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any]:
-    """Seconds of each part, with compiling and without, peak memory and share of the floor of one size."""
+    """Return the seconds of each part, with compiling and without, peak memory and share of the floor of one size."""
     lm = saejax.load_model("smollm2")
     ids_P = lm.tokenize([TEXT * (2 + tokens // 40)]).ids_BxT[0]
     transcoders, clock = random_transcoders(lm.config), Clock()
@@ -158,6 +159,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=3000, help="features with a row")
     parser.add_argument("--tokens", type=int, default=11)

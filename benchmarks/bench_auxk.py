@@ -21,6 +21,7 @@ OPERANDS = "bfloat16"
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(features=4608, width=576, batch=1024, rounds=5).items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -112,6 +112,7 @@ def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layer", type=int, default=15)

@@ -34,7 +34,7 @@ def bandwidth() -> float:
 
 
 def of_a_token(run: Callable[[int], None], new: int) -> float:
-    """Seconds that each of ``new`` more tokens takes."""
+    """Return the seconds that each of ``new`` more tokens takes."""
     first, all_of_them = (seconds(run, count) for count in (FIRST, FIRST + new))
     return (all_of_them - first) / new
 
@@ -64,6 +64,7 @@ def measure(lm: LanguageModel, torch_model: torch.nn.Module, batch: int, new: in
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8])

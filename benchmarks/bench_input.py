@@ -26,7 +26,7 @@ WINDOW_ROWS = 262_144  # the default of --train.buffer_rows
 
 
 def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -> Store:
-    """A store of normal vectors in documents of 100 tokens, the last tenth held out."""
+    """Return a store of normal vectors in documents of 100 tokens, the last tenth held out."""
     count = -(-rows // 100)
     lengths_N = np.full(count, 100)
     lengths_N[-1] = rows - 100 * (count - 1)
@@ -58,6 +58,7 @@ def epoch_ms(store: Store, batch: int, seed: int) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=300_000)
     parser.add_argument("--d", type=int, default=576)

@@ -36,7 +36,7 @@ GROWN, NARROW = (131_072, 1_310_720), ("--d=32", "--features=512", "--k=8")
 
 
 def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
-    """Reads and encodes all training rows."""
+    """Read and encodes all training rows."""
     (member,), rows = MemberData.of([dictionary], make_mesh()), store.rows("train", SITE)
     encode = jax.jit(lambda member, x_BxD: member.encode(x_BxD))
     jax.block_until_ready(encode(member, store.read(SITE, rows[:BATCH])))
@@ -47,7 +47,7 @@ def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
 
 
 def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, folder: Path) -> tuple[float, float]:
-    """Seconds of the pass, and of what follows."""
+    """Return the seconds of the pass, and of what follows."""
     features, mesh = dictionary.config.n_features, make_mesh()
     record(store, "held_out", {folder / "warm": dictionary}, mesh, BATCH)  # compiles
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
 
 
 def growth() -> None:
-    """Runs this benchmark on two lengths of text, each in a process of its own."""
+    """Run this benchmark on two lengths of text, each in a process of its own."""
     made = []
     for rows in GROWN:
         command = [sys.executable, "-m", "benchmarks.bench_interpret", f"--rows={rows}", *NARROW]
@@ -77,6 +77,7 @@ def growth() -> None:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=65_536)
     parser.add_argument("--d", type=int, default=576)

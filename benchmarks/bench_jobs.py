@@ -26,7 +26,7 @@ JOBS = {
 
 
 def programs(config: Path, job: str) -> PreflightResults:
-    """What preflight says of a job."""
+    """Return what preflight says of a job."""
     topology, flags = JOBS[job]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "experiments.preflight", f"--workdir={folder}", f"--flagfile={config}"]
@@ -40,7 +40,7 @@ def programs(config: Path, job: str) -> PreflightResults:
 
 
 def row(program: CompiledProgram) -> str:
-    """A line of the table."""
+    """Return a line of the table."""
     sends = sum((program.sends or {}).values())
     return (
         f"| {program.name} | {program.size} | {program.memory / 2**30:.2f} | "
@@ -49,6 +49,7 @@ def row(program: CompiledProgram) -> str:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", default=",".join(JOBS), help="with commas between")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/large/qwen3-4b-every-layer.flags")

@@ -55,7 +55,7 @@ PROMPTS, TRACED, TEXTS, SEED, OUTPUT = (
 
 
 def made(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel, dict[str, LayerTranscoders]]:
-    """A transformer of the catalogue, and its transcoders, as the stage `known_circuits` makes them."""
+    """Return a transformer of the catalogue, and its transcoders, as the stage `known_circuits` makes them."""
     case = make_case(name, PROMPTS, 0)
     save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(folder / "model"))
@@ -93,7 +93,7 @@ def said(value: Interval) -> str:
 
 
 def of_layer(transcoders: LayerTranscoders, layer: int) -> Dictionary:
-    """The transcoder of a layer, which knows its sites; graphs have no need of them."""
+    """Return the transcoder of a layer, which knows its sites; graphs have no need of them."""
     dictionary = transcoders.load(layer)
     dictionary.config = dataclasses.replace(dictionary.config, site=f"mlp_in.{layer}", target=f"mlp_out.{layer}")
     return dictionary
@@ -122,7 +122,7 @@ class Labels:
         self._judge = self._coded(self._stores[1], exact)
 
     def _coded(self, store: Store, dictionary: Dictionary) -> tuple[Block, CodedText, Mapping[str, CodeCounts]]:
-        """The firings of a dictionary on a store, its text, and how often each code stands there."""
+        """Return the firings of a dictionary on a store, its text, and how often each code stands there."""
         folder = self._scratch / "firings"
         place = record(store, "train", {folder: dictionary}, self._lm.mesh, 4096)
         (block,) = blocks(folder, dictionary.config.n_features)
@@ -130,7 +130,7 @@ class Labels:
         return block, text, {family: CodeCounts(text.code(family, place)) for family in FAMILIES}
 
     def chosen(self, dictionary: Dictionary) -> list[Detector | None]:
-        """The label of each feature: the detector with the best F1 on the texts that are searched."""
+        """Return the label of each feature: the detector with the best F1 on the texts that are searched."""
         block, text, bases = self._coded(self._stores[0], dictionary)
         output = output_tokens(self._lm, dictionary.W_dec_FxD[...], OUTPUT).raised()
         found, _ = best_detectors(block, text, bases, output)
@@ -179,6 +179,7 @@ def named(
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--circuits", default="logic,induction,chain", help="which transformers")
     parser.add_argument("--sets", default="exact,trained,untrained,random", help="which transcoders")

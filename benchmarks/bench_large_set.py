@@ -33,7 +33,7 @@ GB = 1e9
 
 
 def write_set(folder: Path, layers: int, features: int) -> None:
-    """A circuit-tracer set of random directions, one layer at a time."""
+    """Return a circuit-tracer set of random directions, one layer at a time."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for layer in range(layers):
@@ -49,7 +49,7 @@ def write_set(folder: Path, layers: int, features: int) -> None:
 
 
 def write_model(folder: Path, layers: int, tokens: int) -> None:
-    """A random Qwen3 of that width, with two heads and a narrow MLP."""
+    """Return a random Qwen3 of that width, with two heads and a narrow MLP."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -88,6 +88,7 @@ class Watch:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--features", type=int, default=16_384)
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def measure(folder: Path, tokens: int, rows: int) -> dict[str, Any]:
-    """Traces a prompt of random tokens."""
+    """Trace a prompt of random tokens."""
     model = saejax.load_model(str(folder / "model"))
     prompt = np.random.default_rng(1).integers(1, VOCAB, tokens)
     start = time.perf_counter()

@@ -38,7 +38,7 @@ TRAIN_NAMES = 20  # of 44, whose prompts in the other four templates are the 80 
 
 
 def own_prompts() -> list[dict[str, str]]:
-    """The lines of the file: 80 train and 120 test prompts that share no name, and their counterparts."""
+    """Return the lines of the file: 80 train and 120 test prompts that share no name, and their counterparts."""
     sides = [(SHE.split(), HE.split(), " she", " he"), (HE.split(), SHE.split(), " he", " she")]
     lines = []
     for names, others, correct, wrong in sides:
@@ -61,7 +61,7 @@ def own_prompts() -> list[dict[str, str]]:
 
 
 def run_stage(stage: str, flags: list[str]) -> tuple[float, float]:
-    """Seconds by the clock and of the processors in which a stage's binary ends."""
+    """Return the seconds by the clock and of the processors in which a stage's binary ends."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-m", f"experiments.{stage}", *flags], check=True)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -69,6 +69,7 @@ def run_stage(stage: str, flags: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dictionary", default="runs/demo/train/topk", help="of this model; make demo trains it")

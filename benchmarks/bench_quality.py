@@ -50,7 +50,7 @@ TRAIN = dict(sites=SITE, expansion=8, batch=BATCH, epochs=EPOCHS, matmul="bfloat
 
 
 def passages(path: Path) -> Iterator[str]:
-    """The texts of a file, cut after paragraphs into pieces of about a thousand characters."""
+    """Return the texts of a file, cut after paragraphs into pieces of about a thousand characters."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for line in lines:
             item, piece = json.loads(line), ""
@@ -86,7 +86,7 @@ def run_stage(stage: str, args: argparse.Namespace, **flags: object) -> None:
 
 
 def check_same(args: argparse.Namespace) -> None:
-    """Ends unless what is in the folder was made of the same activations."""
+    """End unless what is in the folder was made of the same activations."""
     made, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "done.json")
     if not made.exists():
         write_json(made, used["fingerprint"])
@@ -95,7 +95,7 @@ def check_same(args: argparse.Namespace) -> None:
 
 
 def train_theirs(kind: str, value: float, rate: float, rows: Path, args: argparse.Namespace) -> Path:
-    """The folder of sae-lens' dictionary, trained now unless it is there."""
+    """Return the folder of sae-lens' dictionary, trained now unless it is there."""
     name = THEIRS[kind][0]
     folder = args.folder / "saelens" / f"{kind}-{name}{value:g}-lr{rate:g}"
     if not (folder / "cfg.json").exists():
@@ -170,6 +170,7 @@ def frontiers(measured: Mapping[str, Mapping]) -> Figure:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--text",

@@ -39,6 +39,7 @@ def settings(asked: dict, steps: int) -> dict:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     rows_NxD, folder, asked = np.load(sys.argv[1], mmap_mode="r"), Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.manual_seed(asked["seed"])
     batch, samples = asked["batch"], asked["tokens"]

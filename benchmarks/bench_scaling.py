@@ -36,8 +36,10 @@ TOKENS = 1e9
 
 
 class Hardware(NamedTuple):
-    """Of one device, by its maker: bfloat16 FLOP/s without sparsity, and bytes/s that it can send to others nearby (one
-    direction; of a TPU along one axis of its torus) and to those of other nodes."""
+    """A device's speeds by its maker: bfloat16 FLOP/s without sparsity, and bytes/s to nearby devices and other nodes.
+
+    In one direction; of a TPU along one axis of its torus.
+    """
 
     flops: float
     near: float
@@ -59,7 +61,7 @@ class Job(NamedTuple):
 
 
 def jobs(wanted: list[str]) -> Iterator[Job]:
-    """What is compiled."""
+    """Return the program that is compiled."""
     if "h100" in wanted:
         yield from (Job("h100:8", MeshConfig(member=m, model=n), 4096) for m, n in ((4, 1), (2, 1), (1, 1), (1, 8)))
         yield from (Job("h100:8", MeshConfig(member=m), 4096, zero=True) for m in (4, 2, 1))
@@ -79,7 +81,7 @@ def jobs(wanted: list[str]) -> Iterator[Job]:
 
 
 def plan_of(job: Job, tiny: bool) -> Any:
-    """The job on its devices, and these."""
+    """Return the job on its devices, and these."""
     found = find_slice(job.topology)
     mesh = make_mesh(job.mesh, found.devices)
     sites = tuple(f"resid_post.{layer}" for layer in range(job.sites)) if job.sites > 1 else ("resid_post.18",)
@@ -132,6 +134,7 @@ def measure(job: Job, tiny: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=lambda text: text.split(","), default=["h100", "nodes", "v5e", "wide"])
     parser.add_argument("--tiny", action="store_true", help="a narrow model and few tokens")

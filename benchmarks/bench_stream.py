@@ -46,12 +46,13 @@ class Shape(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
+        """Return the shape that "576:128:float32" stands for."""
         width, length, dtype = text.split(":")
         return cls(int(width), int(length), dtype)
 
 
 def random_model(folder: Path, layers: int, width: int, length: int) -> None:
-    """A Llama with random weights, in the hub's format."""
+    """Return a Llama with random weights, in the hub's format."""
     torch.manual_seed(0)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=length)
     shape = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, vocab_size=VOCABULARY)
@@ -66,6 +67,7 @@ def random_documents(rows: int, length: int) -> Documents:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["16:32:float32", "128:128:float32", "64:128:bfloat16"])
     parser.add_argument("--layers", type=int, default=12)
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> dict[str, np.ndarray]:
-    """Seconds of each way to make a buffer, one for each pair."""
+    """Return the seconds of each way to make a buffer, one for each pair."""
     sites = [Site("resid_post", layer) for layer in range(layers)]
     part, plan = tuple(map(str, sites)), Plan(random_documents(rows, shape.length), rows, 4096, 0, 0)
     config = read_config(json.loads((folder / "config.json").read_text()), "random")

@@ -56,7 +56,7 @@ def devices(topology: str) -> int:
 
 
 def fitted(config: Path, topology: str) -> Fitted | str:
-    """The smallest model axis with which everything fits; or why none does."""
+    """Return the smallest model axis with which everything fits; or why none does."""
     model, why = 1, ""
     while model <= devices(topology):
         with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +83,7 @@ def _told(results: PreflightResults, topology: str, model: int) -> Fitted:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="*", type=Path, default=study_configs())
     parser.add_argument("--topologies", default=TOPOLOGIES)

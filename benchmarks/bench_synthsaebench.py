@@ -48,7 +48,7 @@ TRAIN = dict(
 
 
 def settings(scale: int, samples: int, held_out: int) -> TruthConfig:
-    """The world of an n-th of the benchmark."""
+    """Return the world of an n-th of the benchmark."""
     return TruthConfig(
         features=16384 // scale,
         dimensions=DIMENSIONS.get(scale, 768 // scale),
@@ -64,7 +64,7 @@ L0 = {1: 25, 4: 12, 8: 9, 16: 6}  # of the most frequent quarter of the features
 
 
 def save_world(world: World, file: Path) -> None:
-    """What sae-lens needs to draw from it."""
+    """Return what sae-lens needs to draw from it."""
     arrays = {
         field.name: np.asarray(getattr(world, field.name))
         for field in dataclasses.fields(world)
@@ -114,7 +114,7 @@ def saelens_says(args: argparse.Namespace, folder: str) -> dict:
 
 
 def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
-    """What sae-lens says of the dictionary of a kind, and what we say."""
+    """Return sae-lens' scores of the dictionary of a kind, and ours."""
     (scores,) = ((args.trained or args.folder) / "ground_truth" / kind).glob("**/scores.json")
     dictionary = load_dictionary(scores.parent / "dictionary")
     dictionary.config = dataclasses.replace(dictionary.config, site="resid_post.0")  # a name that sae-lens knows
@@ -127,6 +127,7 @@ def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=int, default=8, help="what the benchmark is divided by: 1, 4, 8 or 16")
     parser.add_argument("--samples", type=int, default=1_000_000, help="to train on; 0: only compare generators")
@@ -157,7 +158,7 @@ def main() -> None:
 
 
 def scored(label: str, judged: dict, own: dict) -> dict:
-    """Prints how sae-lens and we judge a dictionary."""
+    """Print how sae-lens and we judge a dictionary."""
     print(
         f"{label} sae-lens: F1 {judged['classification']['f1_score']:.4f}, MCC {judged['mcc']:.4f}, uniqueness "
         f"{judged['uniqueness']:.3f}, L0 {judged['sae_l0']:.2f}, explained variance "
@@ -172,7 +173,7 @@ def scored(label: str, judged: dict, own: dict) -> dict:
 def compared(
     args: argparse.Namespace, theirs: dict, ours: dict, rate_J: np.ndarray, seconds: tuple[float, float]
 ) -> dict:
-    """Prints how the two generators draw, and how fast."""
+    """Print how the two generators draw, and how fast."""
     rates = np.stack([rate_J, theirs["world"]["rate_J"]])
     error_J = np.sqrt(rates.mean(0) * (1 - rates.mean(0)) * 2 / args.held_out)
     apart = np.abs(rates[0] - rates[1]) / np.maximum(error_J, 1e-12)

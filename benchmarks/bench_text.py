@@ -55,7 +55,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """A small random model that knows the corpus's commonest words."""
+    """Return a small random model that knows the corpus's commonest words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +75,7 @@ def held(field: str) -> int:
 
 
 def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
-    """Runs a stage; the most that it allocated at once, and that it held together with pages of files."""
+    """Run a stage; the most that it allocated at once, and that it held together with pages of files."""
     peak, done = [0], threading.Event()
 
     def sample() -> None:
@@ -114,6 +114,7 @@ def run(size: int, steps: int, stages: list[str]) -> None:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", default="1e8,4e8", help="sizes of text, with commas between")
     parser.add_argument("--steps", type=int, default=200)

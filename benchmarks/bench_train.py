@@ -55,7 +55,7 @@ class SaeLens:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, **asked: object) -> float:
-        """Seconds that it took."""
+        """Return the seconds that it took."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
@@ -65,7 +65,7 @@ class SaeLens:
         return float(json.loads(line)["seconds"])
 
     def close(self) -> None:
-        """Ends its process."""
+        """End its process."""
         self._process.communicate()
 
 
@@ -160,7 +160,7 @@ def measure_input(args: argparse.Namespace, training: float) -> float:
 
 
 def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namespace) -> float:
-    """Trains one dictionary for each seed on a store, as one stack; the seconds of a step, compiling left out."""
+    """Train one dictionary for each seed on a store, as one stack; the seconds of a step, compiling left out."""
     store = Store.open(Path(store_folder))
     trainer = make_trainer("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
     state, times, metrics = trainer.initial_state(), [], None
@@ -175,7 +175,7 @@ def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namesp
 
 
 def measure_stack(args: argparse.Namespace) -> tuple[float, float]:
-    """A stack of dictionaries d 256, F 1,024 to as many runs in turn, all included, and step to step; printed."""
+    """Print a stack of dictionaries (d 256, F 1,024) against as many runs in turn: everything, and step to step."""
     seeds = list(range(args.members))
     with tempfile.TemporaryDirectory() as folder:
         random_store(Path(folder), args.stack_rows, 256, "bfloat16", 65_536)
@@ -205,6 +205,7 @@ def measure_stack(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="kinds,input,stack", help="which of them to measure")
     parser.add_argument("--kinds", default=",".join(KINDS))

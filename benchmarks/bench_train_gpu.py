@@ -56,7 +56,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
 def train_epochs(
     d: int, features: int, rows_NxD: np.ndarray, held_out_NxD: np.ndarray, batch: int, matmul: str
 ) -> dict:
-    """Seconds of all epochs, compiling apart, and the held-out explained variance."""
+    """Return the seconds of all epochs, compiling apart, and the held-out explained variance."""
     per_epoch = len(rows_NxD) // batch
     rate = 1e-3 * (batch / 32) ** 0.5  # Adam's with the root of the batch
     settings = dict(l1=(1e-4,), decorrelation=0.01, learning_rate=(rate,), steps=per_epoch * EPOCHS)
@@ -83,7 +83,7 @@ def train_epochs(
 
 
 def measure_study(args: argparse.Namespace) -> dict[str, float]:
-    """The four shapes of the study at batch 1,024, and beside each a run at batch 32."""
+    """Return the four shapes of the study at batch 1,024, and beside each a run at batch 32."""
     total, ratios = 0.0, []
     for d, features, tokens in args.study:
         made = sparse_sums(1, tokens + tokens // 10, d)[0]
@@ -104,6 +104,7 @@ def measure_study(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="dense,topk,study", help="which of them to measure")
     parser.add_argument("--d", type=int, default=2304)

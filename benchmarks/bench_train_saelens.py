@@ -27,7 +27,7 @@ NAMES = {"matryoshka": "matryoshka_batchtopk"}  # theirs, where it is another
 
 
 def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, features: int, k: int) -> SAETrainer:
-    """A trainer as its runner makes one, with Adam, warm-up, clipping and dead counters; it logs nothing."""
+    """Return a trainer as its runner makes one, with Adam, warm-up, clipping and dead counters; it logs nothing."""
     batch, d = batches_NxBxD.shape[1:]
     settings = SETTINGS[kind] | (dict(k=k) if kind in ("topk", "batchtopk", "matryoshka") else {})
     if kind == "matryoshka":
@@ -54,7 +54,7 @@ def make_trainer(kind: str, autocast: bool, batches_NxBxD: torch.Tensor, feature
 
 
 def run(trainer: SAETrainer, steps: int) -> float:
-    """Seconds of so many steps, as ``SAETrainer.fit`` takes them."""
+    """Return the seconds of so many steps, as ``SAETrainer.fit`` takes them."""
     start = time.perf_counter()
     for _ in range(steps):
         trainer.maybe_reset_sparsity()
@@ -64,6 +64,7 @@ def run(trainer: SAETrainer, steps: int) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     path, features, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     batches_NxBxD = torch.from_numpy(np.load(path))
     torch.manual_seed(0)

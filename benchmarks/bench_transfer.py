@@ -27,7 +27,7 @@ from saejax.transfer.matching import match
 
 
 def stack(count: int, features: int, width: int) -> list[np.ndarray]:
-    """Unit rows [F, D] of each dictionary; directions lie mostly in few dimensions, as a residual stream's do."""
+    """Return unit rows [F, D] of each dictionary; most directions lie in few dimensions, as in a residual stream."""
     rng = np.random.default_rng(0)
     scale = np.arange(1, width + 1, dtype=np.float32) ** -0.5
     found = [unit(rng.standard_normal((features, width), np.float32) * scale)]
@@ -53,6 +53,7 @@ def product_seconds(rows: list[np.ndarray]) -> float:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dictionaries", type=int, default=30)
     parser.add_argument("--features", type=int, default=4608)

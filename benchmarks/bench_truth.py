@@ -87,6 +87,7 @@ def judged(args: argparse.Namespace, number: int, changes: dict[str, object]) ->
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", default="topk", help="of dictionary")
     parser.add_argument(

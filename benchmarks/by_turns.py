@@ -16,7 +16,7 @@ def seconds(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def medians(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each way returns in so many rounds; a first one, in which programs compile, does not count."""
+    """Return the median of each way over some rounds; a first round, in which programs compile, does not count."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():

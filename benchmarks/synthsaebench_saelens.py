@@ -20,7 +20,7 @@ REPEATS = 7
 
 
 def roots(world: dict[str, np.ndarray]) -> list[HierarchyNode]:
-    """The trees of the world."""
+    """Return the trees of the world."""
     parent_J, exclusive, scaled = world["parent_J"], bool(world["exclusive"]), bool(world["scaled"])
 
     def node(feature: int) -> HierarchyNode:
@@ -31,6 +31,7 @@ def roots(world: dict[str, np.ndarray]) -> list[HierarchyNode]:
 
 
 def main() -> None:
+    """Run the benchmark and print its figures."""
     world = {name: array for name, array in np.load(sys.argv[1]).items()}
     folder, count, batch = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ _TORCH = "torch==2.13.0"  # as constraints.txt pins it: a newer build may need a
 
 
 def saelens_python() -> str:
-    """The path of one that has sae-lens; its environment, build/saelens, is made on first use."""
+    """Return the path of one that has sae-lens; its environment, build/saelens, is made on first use."""
     return _python("saelens", "-c", str(_ROOT / "constraints.txt"), "sae-lens", _TORCH)
 
 

@@ -28,7 +28,7 @@ def make_trainer(
     steps: int = 1000,
     **settings,
 ) -> Trainer:
-    """A trainer of a stack with a member for each seed, on all devices; top-k kinds have AuxK, as in a real run."""
+    """Return a trainer of a stack with a member for each seed, on all devices; top-k kinds have AuxK."""
     topk = kind in ("topk", "batchtopk", "matryoshka")
     usual = dict(k=(k,), l1=(0.5,), auxk=1 / 32 if topk else 0.0, dead_tokens=10_000_000)
     config = TrainConfig(sites=(SITE,), batch=batch, matmul=matmul, seed=tuple(seeds), **usual | settings)
@@ -81,7 +81,7 @@ class Stepper:
         self._state, self._next = trainer.initial_state(), 0
 
     def run(self, steps: int) -> float:
-        """Seconds of so many steps, the batches' way to the devices included."""
+        """Return the seconds of so many steps, the batches' way to the devices included."""
         start, metrics = time.perf_counter(), None
         for _ in range(steps):
             batch = self._batches[self._next % len(self._batches)][None]

@@ -26,7 +26,7 @@ _DRAWN = re.compile(r"^ {4}|\S {3,}\S|^====", re.MULTILINE)
 
 
 def plain(text: str) -> str:
-    """A paragraph with what reStructuredText would take for marks escaped, outside of ``code``."""
+    """Return a paragraph with what reStructuredText would take for marks escaped, outside of ``code``."""
     parts = text.split("``")
     parts[::2] = [re.sub(r"[*|`\\]|_\b|(?<=\w)_(?!\w)", r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [f"\\ ``{part}``\\ " for part in parts[1::2]]

@@ -37,7 +37,7 @@ print("logits", lm(lm.tokenize(["The cat near the dogs runs."])).logits_BxTxV.sh
 
 
 def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> None:
-    """Runs a command without this environment's paths; ends the program if it fails."""
+    """Run a command without this environment's paths; ends the program if it fails."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     print("$", *(str(word) if "\n" not in str(word) else "..." for word in command), flush=True)
     status = subprocess.run([*map(str, command)], cwd=cwd, env=kept | environment).returncode
@@ -46,7 +46,7 @@ def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> No
 
 
 def build(folder: Path) -> Path:
-    """The wheel of the repository, from a copy without what earlier builds left."""
+    """Return the wheel of the repository, from a copy without what earlier builds left."""
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -294,7 +294,7 @@ def numbered() -> list[tuple[str, str, bool]]:
 
 
 def fill(text: str, rng: random.Random) -> str:
-    """The opening with its slots filled, and "a" before a vowel made "an"."""
+    """Return the opening with its slots filled, and "a" before a vowel made "an"."""
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()}
     numbers = {slot: rng.randint(low, high) for slot, (low, high) in NUMBERS.items()}
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**words, **numbers))

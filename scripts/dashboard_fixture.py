@@ -26,6 +26,7 @@ HOOK = "blocks.0.hook_resid_pre"
 
 
 def main() -> None:
+    """Write the fixture."""
     rng = np.random.default_rng(0)
     sizes = dict(n_layers=1, d_model=WIDTH, n_ctx=LENGTH, d_head=6, n_heads=2, d_vocab=VOCABULARY, act_fn="relu")
     model = HookedTransformer(HookedTransformerConfig(**sizes, device="cpu", seed=0))

@@ -62,7 +62,7 @@ def gguf() -> dict[str, str]:
 
 
 def load():
-    """The tokenizer, and the model in bfloat16 with an attention that does not copy keys for every query head."""
+    """Return the tokenizer, and the model in bfloat16 with attention that copies no keys for query heads."""
     transformers.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(**gguf())
     model = AutoModelForCausalLM.from_pretrained(
@@ -157,7 +157,7 @@ def sample_round(number: int, tokenizer, model) -> list[dict]:
 
 
 def sample(numbers: list[int]) -> None:
-    """Samples these rounds, each into its own file. One thread: small products gain little from more."""
+    """Sample these rounds, each into its own file. One thread: small products gain little from more."""
     torch.set_num_threads(1)
     tokenizer, model = load()
     for number in numbers:
@@ -172,7 +172,7 @@ def sample(numbers: list[int]) -> None:
 
 
 def sample_all(rounds: int, workers: int) -> None:
-    """Samples the rounds that are missing, in ``workers`` processes."""
+    """Sample the rounds that are missing, in ``workers`` processes."""
     SAMPLES.mkdir(parents=True, exist_ok=True)
     missing = [number for number in range(rounds) if not (SAMPLES / f"{number:04d}.jsonl").exists()]
     context = multiprocessing.get_context("spawn")
@@ -209,7 +209,7 @@ def fault(text: str, tokens: int) -> str:
 
 
 def pack() -> None:
-    """Filters the samples and writes the corpus."""
+    """Filter the samples and write the corpus."""
     tokenizer = AutoTokenizer.from_pretrained(**gguf())
     kept, seen, dropped = [], set(), collections.Counter()
     for path in sorted(SAMPLES.glob("*.jsonl")):
@@ -244,7 +244,7 @@ def pack() -> None:
 
 
 def describe(show: int) -> None:
-    """Prints sizes and shares of the corpus, and ``show`` of its documents."""
+    """Print sizes and shares of the corpus, and ``show`` of its documents."""
     tokenizer = AutoTokenizer.from_pretrained(**gguf())
     documents = [json.loads(line) for line in gzip.decompress(CORPUS.read_bytes()).decode().splitlines()]
     counts = [len(ids) for ids in tokenizer([document["text"] for document in documents])["input_ids"]]
@@ -261,6 +261,7 @@ def describe(show: int) -> None:
 
 
 def main() -> None:
+    """Sample, filter and write the corpus, as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", action="store_true", help="sample the missing rounds, then pack")
     parser.add_argument("--pack", action="store_true", help="pack the rounds that are there")

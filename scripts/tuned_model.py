@@ -54,7 +54,7 @@ def loss(model: Any, tokenizer: Any, texts: list[str], answers: list[str]) -> to
 
 
 def tune(model: Any, tokenizer: Any) -> None:
-    """Tunes all weights on half of the owner's things and half of other people's."""
+    """Tune all weights on half of the owner's things and half of other people's."""
     rng, optimizer, mean = random.Random(0), torch.optim.AdamW(model.parameters(), LEARNING_RATE), 1.0
     known = sentences(THINGS)
     for step in range(1, STEPS + 1):
@@ -76,11 +76,12 @@ def tune(model: Any, tokenizer: Any) -> None:
 
 
 def lines(folder: Path, records: list[dict[str, Any]], name: str) -> None:
+    """Write records as JSON lines."""
     (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write(folder: Path) -> None:
-    """Tunes the model and writes everything into a folder."""
+    """Tune the model and write everything into a folder."""
     found = source.resolve(ModelConfig(path="smollm2"))
     model, tokenizer = source.load_torch_model(found), source.load_tokenizer(found)
     model.train()
@@ -106,6 +107,7 @@ def write(folder: Path) -> None:
 
 
 def main() -> None:
+    """Make the tuned model and its prompts in the folder that is named."""
     target = Path(sys.argv[1])
     if target.exists():
         print(f"{target} is there already")
