@@ -20,7 +20,7 @@ FILES = ("saejax/stages/lengths.py", "saejax/lengths/lengths.py", "experiments/l
 
 
 def stage(name: str, *after: str, **more) -> Stage:
-    return Stage(name=name, summary="", run="", groups=(ModelConfig,), after=after, **more)
+    return Stage(name=name, summary="", run="", groups=(ModelConfig,), reads=after, **more)
 
 
 def test_the_order_follows_from_what_stages_wait_for():

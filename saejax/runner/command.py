@@ -46,7 +46,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     flag_values = command_line.stage_flags()
 
     def work() -> None:
-        configs = command_line.read_configs(flag_values, argv)
+        configs = command_line.read_configs(flag_values, argv, stages)
         if flag_values["help"].value:
             return _show(command_line.help_text(stages, about, flag_values))
         workdir = command_line.named_workdir(flag_values)

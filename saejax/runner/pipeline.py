@@ -23,7 +23,7 @@ from saejax.results import to_json
 from saejax.runner import config as configuration
 from saejax.runner.config import Configs
 from saejax.runner.preregistration import shows_data, write_rules
-from saejax.runner.registry import STAGES, groups_of
+from saejax.runner.registry import STAGES, groups_of, with_inputs
 from saejax.runner.stage import load
 from saejax.runner.usage import forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
@@ -36,7 +36,7 @@ _NAMED = 4  # differences that a line names
 
 @dataclasses.dataclass(frozen=True)
 class _Pipeline:
-    """State shared by a run's units; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
+    """State shared by a run's units; ``say`` and the fields after ``processes`` are arguments of ``run_stages``."""
 
     workspace: Workspace
     plan: Workplan
@@ -45,6 +45,7 @@ class _Pipeline:
     stopping: Callable[[], bool]
     substitutes: Mapping[str, Callable[[Run], Any]]
     take_over: bool
+    stages: Sequence[str]
 
     @property
     def leads(self) -> bool:
@@ -101,7 +102,7 @@ def run_stages(
         check_same(processes, _settings_to_compare(configs, units))
         processes.barrier("all are started alike")  # or the first one would begin a unit
     prefixed = (lambda line: say(label() + line)) if processes else say
-    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, take_over)
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, take_over, stages)
     for unit in units:
         if stopping():
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
@@ -150,7 +151,7 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
     if pipeline.leads:
         if shows_data(stage):
-            write_rules(workspace.root, plan.configs)
+            write_rules(workspace.root, plan.configs, with_inputs(pipeline.stages))
         with workspace.claim(unit, mark, pipeline.take_over):
             if processes is None and workspace.is_done(unit, mark):  # another run has made it meanwhile
                 pipeline.say(f"{unit}: done before, unchanged")

@@ -29,9 +29,10 @@ class Stage:
       results: "module:Class" of its results; "": they are plain JSON data.
       groups: the groups of configuration that its result depends on, as classes.
       reads_all: whether its result depends on all other stages' groups, too.
-      placement: groups it reads that change only where and how fast it is computed.
-      after: stages that run before it: those whose units it reads, and those that may write what its flags name; "*":
-        all others.
+      placement: groups it reads of which the fingerprint takes nothing: they say where and how fast it is computed, or
+        ``identity`` covers what counts.
+      reads: the stages whose units it may read; "*": all others. Its binary accepts their flags, too.
+      follows: further stages that run before it, because they may write what its flags name as folders.
       first: whether it runs before all stages that are not ``first``.
       makes_model: whether what it examines is made in it, and is not the model that the settings name.
       needs_decoder: whether it is left out of a pipeline whose model runs in PyTorch.
@@ -62,7 +63,8 @@ class Stage:
     groups: tuple[type[Config], ...]
     reads_all: bool = False
     placement: tuple[type[Config], ...] = ()
-    after: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    follows: tuple[str, ...] = ()
     first: bool = False
     makes_model: bool = False
     needs_decoder: bool = False

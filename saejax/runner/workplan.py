@@ -44,6 +44,8 @@ class Workplan:
         needs = list(STAGES[stage].needs(self.configs, name))
         for need in needs:
             needed_stage, _, needed_name = need.partition("/")
+            if not {needed_stage, "*"} & set(STAGES[stage].reads):
+                raise ValueError(f"the stage {stage} reads {need}: name {needed_stage} in its reads")
             if needed_name:
                 flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
                 if not STAGES[needed_stage].names(self.configs):

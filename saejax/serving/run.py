@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
         rest[0] = f"--dir={rest[0]}"
 
     def work() -> None:
-        configs = command_line.read_configs(own, [program, *rest])
+        configs = command_line.read_configs(own, [program, *rest], ["attribute"])
         if own["help"].value:
             return print(ABOUT)
         folder = own["dir"].value or own["workdir"].value

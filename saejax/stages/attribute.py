@@ -30,7 +30,8 @@ ATTRIBUTE = Stage(
     results="saejax.attribution.results:AttributeResults",
     groups=(ModelConfig, GraphConfig),
     placement=(MeshConfig,),
-    after=("baseline", "train", "ablate"),  # --graph.transcoders may name what this run trains
+    reads=("baseline",),
+    follows=("train", "ablate"),  # --graph.transcoders may name what this run trains
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),

@@ -11,7 +11,7 @@ EVALUATE = Stage(
     results="saejax.evaluation.results:EvaluateResults",
     groups=(ModelConfig, EvaluateConfig),
     placement=(MeshConfig,),
-    after=("capture", "train"),
+    reads=("capture", "train"),
     needs=lambda configs, name: ("capture", f"train/{name}"),
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),

@@ -92,7 +92,7 @@ EXPLAIN = Stage(
     results="saejax.explain.results:ExplainResults",
     groups=(ExplainConfig,),
     placement=(MeshConfig,),
-    after=("interpret",),
+    reads=("capture", "train", "interpret"),
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
     names=lambda configs: configs[ExplainConfig].dictionaries,
     identity=dict(given=_given, judge=_judge),

@@ -21,7 +21,8 @@ EXPORT = Stage(
     run="saejax.exporting.run:run_export",
     results="saejax.exporting.results:ExportResults",
     groups=(ExportConfig,),
-    after=("train", "ablate", "atlas"),
+    reads=("capture", "train", "interpret", "atlas"),
+    follows=("ablate",),
     needs=_needs,
     names=lambda configs: [f"{configs[ExportConfig].format}-{kind}" for kind in configs[ExportConfig].dictionaries],
 )

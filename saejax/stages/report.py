@@ -31,6 +31,6 @@ REPORT = Stage(
     run="saejax.report.run:run_report",
     results="saejax.report.results:ReportResults",
     groups=(ReportConfig,),
-    after=("*",),
+    reads=("*",),
     needs=_needs,
 )

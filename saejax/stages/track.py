@@ -87,7 +87,7 @@ TRACK = Stage(
     results="saejax.track.results:TrackResults",
     groups=(ModelConfig, TrackConfig),
     placement=(MeshConfig,),
-    after=("train", "interpret", "atlas"),
+    reads=("train", "interpret", "atlas"),
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),

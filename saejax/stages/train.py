@@ -81,7 +81,7 @@ TRAIN = Stage(
     results="saejax.training.results:TrainResults",
     groups=(TrainConfig,),
     placement=(MeshConfig,),
-    after=("capture",),
+    reads=("baseline", "tokenize", "capture"),
     needs=_needs,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(initial=_initial, stream=_stream),
