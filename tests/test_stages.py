@@ -64,7 +64,7 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
 @pytest.mark.parametrize("name", STAGES)
 def test_what_a_stage_names_exists(name):
     declared = STAGES[name]
-    for target in (declared.run, declared.results, declared.cost, declared.programs, declared.section):
+    for target in (declared.run, declared.results, declared.programs, declared.section):
         assert not target or load(target)
 
 
@@ -99,9 +99,6 @@ def test_the_stage_of_the_page(copy, inputs, tmp_path):
     assert results["documents"] == 40 and 20 < results["tokens"] < 200
     start = "from saejax.runner import command; import sys; command.main({}, '', sys.argv)"
     assert "lengths: done before, unchanged" in run(copy, start.format(["preflight", "lengths"]), *flags)
-    checked = json.loads((tmp_path / "preflight" / "done.json").read_text())["results"]
-    assert checked["models"][0]["units"]["lengths"]["counts"] == dict(documents=40)
-    assert 1.0 < checked["seconds"]["lengths"] < 1.1
     assert "--lengths.share" in run(copy, start.format(["lengths"]), "--help")
     assert "lengths: started" in run(copy, start.format(["lengths"]), *flags, "--lengths.share=0.5")
 

@@ -42,8 +42,6 @@ class Stage:
       unit_identity: the same for what only one unit reads, given that unit's name, too.
       check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
         runs, so that no hours are spent first.
-      cost: "module:function" that says what a unit takes: a ``PlannedRun`` and the unit's name in, a ``Cost`` out, both
-        of ``costs``; "" where that is little.
       programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
         ``PlannedRun`` and a mesh in.
       section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
@@ -73,7 +71,6 @@ class Stage:
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
     unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
     check: Callable[[Configs], None] = lambda configs: None
-    cost: str = ""
     programs: str = ""
     section: str = ""
     results: str = ""

@@ -50,7 +50,6 @@ ABLATE = Stage(
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
     rule="saejax.causal.ablate.run:rule",
-    cost="saejax.causal.ablate.run:ablate_cost",
     programs="saejax.causal.ablate.run:ablate_programs",
     processes="all",
 )

@@ -43,6 +43,5 @@ ALGORITHM = Stage(
     makes_model=True,
     placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
-    cost="saejax.ground_truth.algorithms.cost:algorithm_cost",
     section="saejax.ground_truth.algorithms.report:sections",
 )

@@ -35,7 +35,6 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
-    cost="saejax.attribution.cost:attribute_cost",
     programs="saejax.attribution.programs:attribute_programs",
     section="saejax.attribution.report:sections",
     processes="all",

@@ -13,7 +13,6 @@ BASELINE = Stage(
     placement=(MeshConfig,),
     identity=dict(model=identities.model, prompts=identities.prompts),
     processes="items",
-    cost="saejax.tasks.cost:baseline_cost",
 )
 
 BENCHMARK = Stage(
@@ -27,6 +26,5 @@ BENCHMARK = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(benchmark=identities.benchmark),
     processes="items",
-    cost="saejax.tasks.cost:benchmark_cost",
-    programs="saejax.tasks.cost:benchmark_programs",
+    programs="saejax.tasks.planned:benchmark_programs",
 )

@@ -15,7 +15,6 @@ TOKENIZE = Stage(
     needs=lambda configs, name: identities.joining_prompts(configs),
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
     identity=dict(model=identities.model, corpus=identities.corpus, bos=lambda configs: configs[CaptureConfig].bos),
-    cost="saejax.activations.cost:tokenize_cost",
 )
 
 CAPTURE = Stage(
@@ -28,8 +27,7 @@ CAPTURE = Stage(
     reads=("baseline", "tokenize"),
     needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
-    cost="saejax.activations.cost:capture_cost",
-    programs="saejax.activations.cost:capture_programs",
+    programs="saejax.activations.planned:capture_programs",
     # --capture.dtype is read in place of the first; the others say which units are read.
     unread=lambda configs, name: ("model.dtype", "corpus.stream", "corpus.behaviours"),
     processes="all",

@@ -58,8 +58,6 @@ CLUSTER = Stage(
     needs=_needs,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    cost="saejax.clusters.cost:cluster_cost",
-    programs="saejax.clusters.cost:cluster_programs",
     processes="items",
     section="saejax.clusters.report:sections",
 )

@@ -66,7 +66,6 @@ CROSSCODE = Stage(
     names=lambda configs: ("",) if configs[CrosscodeConfig].dictionaries else (),
     identity=dict(model=identities.model, folders=_folders),
     rule="saejax.crosscode.run:rule",
-    cost="saejax.crosscode.cost:crosscode_cost",
     processes="items",
     section="saejax.crosscode.report:sections",
 )

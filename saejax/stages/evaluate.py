@@ -16,6 +16,5 @@ EVALUATE = Stage(
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),
     processes="items",
-    cost="saejax.evaluation.cost:evaluate_cost",
-    programs="saejax.evaluation.cost:evaluate_programs",
+    programs="saejax.evaluation.planned:evaluate_programs",
 )

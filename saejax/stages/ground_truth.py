@@ -78,6 +78,5 @@ GROUND_TRUTH = Stage(
     names=_names,
     identity=dict(initial=_initial),
     unit_identity=dict(controls=_of_controls),
-    cost="saejax.ground_truth.cost:truth_cost",
     section="saejax.ground_truth.report:sections",
 )

@@ -87,8 +87,6 @@ INTERPRET = Stage(
     names=_names,
     identity=dict(model=identities.model),
     processes="items",
-    cost="saejax.interpret.cost:interpret_cost",
-    programs="saejax.interpret.programs:interpret_programs",
     section="saejax.interpret.report:sections",
 )
 ATLAS = Stage(

@@ -38,6 +38,5 @@ KNOWN_CIRCUITS = Stage(
     makes_model=True,
     placement=(MeshConfig,),
     names=lambda configs: configs[KnownConfig].circuits,
-    cost="saejax.ground_truth.circuits.cost:known_cost",
     section="saejax.ground_truth.circuits.report:sections",
 )

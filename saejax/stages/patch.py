@@ -37,8 +37,6 @@ PATCH = Stage(
     names=_names,
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
-    cost="saejax.causal.patching.cost:patch_cost",
-    programs="saejax.causal.patching.stage_programs:patch_programs",
     processes="items",
     section="saejax.causal.patching.report:sections",
 )

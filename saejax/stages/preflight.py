@@ -18,7 +18,7 @@ def _units(configs: Configs) -> str:
     """Which units are asked for."""
     from saejax.runner.registry import STAGES
 
-    return fingerprint([unit for stage in STAGES.values() if stage.cost for unit in stage.units(configs)])
+    return fingerprint([unit for stage in STAGES.values() if not stage.first for unit in stage.units(configs)])
 
 
 PREFLIGHT = Stage(

@@ -25,8 +25,6 @@ PROBE = Stage(
     needs=lambda configs, name: ("baseline", *train_units(configs[ProbeConfig].dictionary)),
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
-    cost="saejax.causal.probes.cost:probe_cost",
-    programs="saejax.causal.probes.cost:probe_programs",
     processes="items",
     section="saejax.causal.probes.report:sections",
 )

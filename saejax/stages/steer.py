@@ -29,8 +29,6 @@ STEER = Stage(
         corpus=identities.corpus,
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
-    cost="saejax.causal.steer.cost:steer_cost",
-    programs="saejax.causal.steer.stage_programs:steer_programs",
     processes="items",
     section="saejax.causal.steer.report:sections",
 )

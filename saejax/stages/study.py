@@ -19,7 +19,5 @@ STUDY = Stage(
     unit_identity=dict(benchmark=identities.benchmark),
     rule="saejax.causal.study.scores:rule",
     processes="items",
-    cost="saejax.causal.study.cost:study_cost",
-    programs="saejax.causal.study.stage_programs:study_programs",
     section="saejax.causal.study.report:sections",
 )

@@ -91,8 +91,6 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    cost="saejax.track.cost:track_cost",
-    programs="saejax.track.stage_programs:track_programs",
     processes="items",
     section="saejax.track.report:sections",
 )

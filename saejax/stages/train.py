@@ -87,8 +87,7 @@ TRAIN = Stage(
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
-    cost="saejax.training.cost:train_cost",
-    programs="saejax.training.cost:train_programs",
+    programs="saejax.training.planned:train_programs",
     unread=_unread,
     processes="all",
 )

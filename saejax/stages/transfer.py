@@ -73,8 +73,6 @@ TRANSFER = Stage(
     needs=lambda configs, name: train_units(*configs[TransferConfig].dictionaries),
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    cost="saejax.transfer.cost:transfer_cost",
-    programs="saejax.transfer.stage_programs:transfer_programs",
     processes="items",
     section="saejax.transfer.report:sections",
 )
