@@ -16,7 +16,6 @@ from saejax.parallel.mesh import fitting_spec
 from saejax.preflight.results import CompiledProgram
 from saejax.runner.config import Configs
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import load
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.training.planned import checkpoint_bytes, planned_stacks
 
@@ -65,8 +64,8 @@ def stage_programs(plan: PlannedRun) -> list[Program]:
     asked = [stage for stage in STAGES.values() if stage.programs and stage.units(plan.configs)]
     if STAGES["study"].units(plan.configs) and STAGES["benchmark"] not in asked:
         asked.append(STAGES["benchmark"])  # its programs are those of a study, too
-    placed = [(stage, plan.placed(stage)) for stage in asked]
-    return [program for stage, where in placed for program in load(stage.programs)(where, where.mesh)]
+    placed = [(stage.programs, plan.placed(stage)) for stage in asked]
+    return [program for programs, where in placed if programs for program in programs(where, where.mesh)]
 
 
 def disk_bytes(plan: PlannedRun) -> int:

@@ -29,7 +29,7 @@ from saejax.report import overview
 from saejax.report.results import ReportResults
 from saejax.runner.config import to_json
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import is_folder, load
+from saejax.runner.stage import is_folder
 from saejax.runner.workspace import SUMMARY, Run, package_versions
 from saejax.settings import AblateConfig, ModelConfig, ReportConfig
 from saejax.tasks import report as tasks
@@ -129,7 +129,7 @@ def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
 
 def _asked(found: Findings, draw: Draw) -> list[Section]:
     """Return the sections of stages that were asked for."""
-    writers = [load(stage.section) for stage in STAGES.values() if stage.section]
+    writers = [stage.section for stage in STAGES.values() if stage.section]
     return [section for write in writers for section in write(found, draw)]
 
 

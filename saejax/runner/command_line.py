@@ -12,6 +12,17 @@ from saejax.errors import UserError
 from saejax.runner import config, environment
 from saejax.runner.registry import GROUPS, accepted_groups, stages_of
 
+_OF_BINARIES = (
+    "plugins",
+    "unit",
+    "keep_going",
+    "take_over",
+    "profile",
+    "budget_device_hours",
+    "deterministic",
+    "debug",
+)
+
 
 def stage_flags() -> flags.FlagValues:
     """Return the flags of every binary except those of groups, which ``read_configs`` defines after loading plugins."""
@@ -20,8 +31,25 @@ def stage_flags() -> flags.FlagValues:
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
     )
     define_workdir(flag_values)
+    flags.DEFINE_string("unit", "", "run this unit alone, such as train/topk, in place of all", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "keep_going",
+        False,
+        "after a unit failed, go on with the units that do not depend on it, and list the failures at the end",
+        flag_values=flag_values,
+    )
     flags.DEFINE_string(
-        "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
+        "profile",
+        "",
+        "folder for a jax.profiler trace of a few steps of each unit",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_float(
+        "budget_device_hours",
+        0.0,
+        "device-hours of the workdir after which no further unit is begun, with a warning from 80 % on; 0: no limit",
+        lower_bound=0.0,
+        flag_values=flag_values,
     )
     flags.DEFINE_bool(
         "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
@@ -139,16 +167,13 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
     lines = [
         about,
         "",
-        "  --workdir=DIR  folder of this run (required)",
-        "  --take_over  make units whose claim was left by a process that is gone, on another machine",
-        "  --flagfile=FILE  read flags from a file, one a line; of a flag that is named twice the later one counts",
+        "  --workdir  folder of this run, in which stages write <workdir>/<stage>/ (required)",
+        "  --flagfile  read flags from a file, one a line; of a flag that is named twice the later one counts",
     ]
-    lines += [
-        "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
-        "  --unit=UNIT  run this unit alone, such as train/topk",
-        "  --debug  show the traceback of bad input too",
-        "  --deterministic  the same bits on a GPU at every run",
-    ]
+    for name in _OF_BINARIES:
+        flag = flag_values[name]
+        default = flag.default if flag.default not in (None, "", []) else "none"
+        lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
     for group in accepted_groups(stages):
         lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
         for name, field in config.flag_fields(group, GROUPS[group]).items():

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from saejax.runner.config import Configs
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import load
 from saejax.runner.workspace import STARTED, fingerprint, now
 
 FILE = "rules.jsonl"
@@ -46,7 +45,7 @@ def write_rules(root: Path, configs: Configs, stages: Iterable[str] = tuple(STAG
     """
     for stage in map(STAGES.__getitem__, stages):
         if stage.rule and stage.units(configs):
-            write_rule(root, stage.name, load(stage.rule)(configs.named(stage.name)), measured(root))
+            write_rule(root, stage.name, stage.rule(configs.named(stage.name)), measured(root))
 
 
 def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:

@@ -90,8 +90,9 @@ def accepted_groups(stages: Iterable[str]) -> list[str]:
 
 
 def stages_of(group: str) -> list[str]:
-    """Return the names of the stages that a group belongs to."""
-    return [name for name, stage in STAGES.items() if group in map(group_name, (*stage.groups, *stage.placement))]
+    """Return the names of the stages that a group belongs to, that of its own name first."""
+    groups = {name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()}
+    return sorted((name for name in STAGES if group in groups[name]), key=lambda name: name != group)
 
 
 def default_configs() -> Configs:

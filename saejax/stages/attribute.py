@@ -1,9 +1,11 @@
 """The stage ``attribute``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig
 from saejax.tasks import identities
 
@@ -23,11 +25,35 @@ def _dictionaries(configs: Configs) -> str:
     return requests.identity(configs[GraphConfig])
 
 
+def _run(run: Run) -> Any:
+    from saejax.attribution.run import run_attribute
+
+    return run_attribute(run)
+
+
+def _results() -> Any:
+    from saejax.attribution.results import AttributeResults
+
+    return AttributeResults
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.attribution.programs import attribute_programs
+
+    return attribute_programs(plan, mesh)
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.attribution.report import sections
+
+    return sections(findings, draw)
+
+
 ATTRIBUTE = Stage(
     name="attribute",
     summary="traces prompts into attribution graphs, if --graph.prompt, token_ids, prompts or behaviours is set",
-    run="saejax.attribution.run:run_attribute",
-    results="saejax.attribution.results:AttributeResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, GraphConfig),
     placement=(MeshConfig,),
     reads=("baseline",),
@@ -35,7 +61,7 @@ ATTRIBUTE = Stage(
     needs=lambda configs, name: ("baseline",) if configs[GraphConfig].behaviours else (),
     names=_names,
     identity=dict(model=identities.model, graph=_dictionaries),
-    programs="saejax.attribution.programs:attribute_programs",
-    section="saejax.attribution.report:sections",
+    programs=_programs,
+    section=_sections,
     processes="all",
 )

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
 
@@ -45,19 +48,38 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and own else []))
 
 
+def _run(run: Run) -> Any:
+    from saejax.clusters.run import run_cluster
+
+    return run_cluster(run)
+
+
+def _results() -> Any:
+    from saejax.clusters.results import ClusterResults
+
+    return ClusterResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.clusters.report import sections
+
+    return sections(findings, draw)
+
+
 CLUSTER = Stage(
     name="cluster",
     summary="groups features by what fires together, by what they write and by what they cost, if "
     "--cluster.dictionaries names any",
-    run="saejax.clusters.run:run_cluster",
-    results="saejax.clusters.results:ClusterResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
     placement=(MeshConfig,),
     reads=("capture", "train", "ablate"),
     follows=("interpret", "atlas"),
     needs=_needs,
+    inputs=trained_sites,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     processes="items",
-    section="saejax.clusters.report:sections",
+    section=_sections,
 )

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, TaskConfig
+from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
 
@@ -53,19 +56,44 @@ def _folders(configs: Configs) -> str:
     return " ".join(stacks.identity(name) for name in configs[CrosscodeConfig].dictionaries if is_folder(name))
 
 
+def _run(run: Run) -> Any:
+    from saejax.crosscode.run import run_crosscode
+
+    return run_crosscode(run)
+
+
+def _results() -> Any:
+    from saejax.crosscode.results import CrosscodeResults
+
+    return CrosscodeResults
+
+
+def _rule(config: Any) -> str:
+    from saejax.crosscode.run import rule
+
+    return rule(config)
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.crosscode.report import sections
+
+    return sections(findings, draw)
+
+
 CROSSCODE = Stage(
     name="crosscode",
     summary="says which features of crosscoders their layers or models share, if --crosscode.dictionaries names any",
-    run="saejax.crosscode.run:run_crosscode",
-    results="saejax.crosscode.results:CrosscodeResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CrosscodeConfig),
     placement=(MeshConfig,),
     reads=("baseline", "capture", "train"),
     follows=("evaluate",),
     needs=_needs,
+    inputs=trained_sites,
     names=lambda configs: ("",) if configs[CrosscodeConfig].dictionaries else (),
     identity=dict(model=identities.model, folders=_folders),
-    rule="saejax.crosscode.run:rule",
+    rule=_rule,
     processes="items",
-    section="saejax.crosscode.report:sections",
+    section=_sections,
 )

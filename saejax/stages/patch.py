@@ -1,9 +1,11 @@
 """The stage ``patch``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig, TaskConfig
 from saejax.tasks import identities
 
@@ -24,11 +26,29 @@ def _dictionary(configs: Configs, name: str) -> str:
     return "" if name in configs[PatchConfig].kinds else identities.dictionary(configs, "patch")
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.patching.run import run_patch
+
+    return run_patch(run)
+
+
+def _results() -> Any:
+    from saejax.causal.patching.results import PatchResults
+
+    return PatchResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.causal.patching.report import sections
+
+    return sections(findings, draw)
+
+
 PATCH = Stage(
     name="patch",
     summary="patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
-    run="saejax.causal.patching.run:run_patch",
-    results="saejax.causal.patching.results:PatchResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, PatchConfig),
     placement=(MeshConfig,),
     reads=("baseline", "train"),
@@ -38,5 +58,5 @@ PATCH = Stage(
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
     processes="items",
-    section="saejax.causal.patching.report:sections",
+    section=_sections,
 )

@@ -1,9 +1,11 @@
 """The stage ``report``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, is_folder
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, ReportConfig, TaskConfig
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
@@ -25,11 +27,23 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     return [unit for stage in read for unit in stage.units(configs)]
 
 
+def _run(run: Run) -> Any:
+    from saejax.report.run import run_report
+
+    return run_report(run)
+
+
+def _results() -> Any:
+    from saejax.report.results import ReportResults
+
+    return ReportResults
+
+
 REPORT = Stage(
     name="report",
     summary="writes the report: index.html, report.md, figures",
-    run="saejax.report.run:run_report",
-    results="saejax.report.results:ReportResults",
+    run=_run,
+    results=_results,
     groups=(ReportConfig,),
     reads=("*",),
     needs=_needs,

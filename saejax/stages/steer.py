@@ -1,9 +1,11 @@
 """The stage ``steer``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
 from saejax.tasks import identities
 
@@ -13,11 +15,29 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(dictionary),) if dictionary and configs[TaskConfig].has_behaviours else ()
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.steer.run import run_steer
+
+    return run_steer(run)
+
+
+def _results() -> Any:
+    from saejax.causal.steer.results import SteerResults
+
+    return SteerResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.causal.steer.report import sections
+
+    return sections(findings, draw)
+
+
 STEER = Stage(
     name="steer",
     summary="steers prompts to another answer by features, means and examples, if --steer.dictionary is set",
-    run="saejax.causal.steer.run:run_steer",
-    results="saejax.causal.steer.results:SteerResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, SteerConfig),
     placement=(MeshConfig,),
     reads=("baseline", "train"),
@@ -30,5 +50,5 @@ STEER = Stage(
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
     processes="items",
-    section="saejax.causal.steer.report:sections",
+    section=_sections,
 )

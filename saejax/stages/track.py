@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.stages.interpret import InterpretConfig
 from saejax.tasks import identities
@@ -79,12 +81,30 @@ def _files(configs: Configs) -> str:
     return fingerprint([*marks, *(stacks.identity(str(folder)) for folder in folders)])
 
 
+def _run(run: Run) -> Any:
+    from saejax.track.run import run_track
+
+    return run_track(run)
+
+
+def _results() -> Any:
+    from saejax.track.results import TrackResults
+
+    return TrackResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.track.report import sections
+
+    return sections(findings, draw)
+
+
 TRACK = Stage(
     name="track",
     summary="follows prompts and worked solutions through the layers that have dictionaries, if --track.prompt or "
     "--track.prompts is set",
-    run="saejax.track.run:run_track",
-    results="saejax.track.results:TrackResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, TrackConfig),
     placement=(MeshConfig,),
     reads=("train", "interpret", "atlas"),
@@ -92,5 +112,5 @@ TRACK = Stage(
     names=_names,
     identity=dict(model=identities.model, track=_files),
     processes="items",
-    section="saejax.track.report:sections",
+    section=_sections,
 )

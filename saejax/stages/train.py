@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Configs, identity
 from saejax.runner.stage import Stage
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
 from saejax.tasks import identities
@@ -56,6 +57,25 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     return ("capture",) if configs[TrainConfig].source == "store" else identities.training_text(configs)
 
 
+def trained_sites(configs: Configs, name: str = "") -> Configs:
+    """Return the configuration with the captured sites that dictionaries of this run read, and no others.
+
+    A store's files of a site depend on no other site, so further sites leave dictionaries as they are.
+
+    Args:
+      configs: all settings.
+      name: name of the unit, which does not matter.
+    """
+    train, capture = configs[TrainConfig], configs[CaptureConfig]
+    if train.sites == ("all",) or PRETRAINED in train.kinds:
+        return configs
+    read = {part for site in train.sites for part in site.split("+")}
+    if train.form != "sae":
+        read |= {site.replace("mlp_in", "mlp_out") for site in read}
+    kept = tuple(site for site in capture.sites if site in read)
+    return configs if kept == capture.sites else configs | dataclasses.replace(capture, sites=kept)
+
+
 def _unread(configs: Configs, name: str) -> Sequence[str]:
     """Return the settings that training reads only where others ask for it."""
     config = configs[TrainConfig]
@@ -74,20 +94,39 @@ def _unread(configs: Configs, name: str) -> Sequence[str]:
     return [f"train.{field}" for field, is_read in conditions.items() if not is_read]
 
 
+def _run(run: Run) -> Any:
+    from saejax.training.train import run_train
+
+    return run_train(run)
+
+
+def _results() -> Any:
+    from saejax.training.results import TrainResults
+
+    return TrainResults
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.training.planned import train_programs
+
+    return train_programs(plan, mesh)
+
+
 TRAIN = Stage(
     name="train",
     summary="trains sparse dictionaries on the captured activations",
-    run="saejax.training.train:run_train",
-    results="saejax.training.results:TrainResults",
+    run=_run,
+    results=_results,
     groups=(TrainConfig,),
     placement=(MeshConfig,),
     reads=("baseline", "tokenize", "capture"),
     needs=_needs,
+    inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
-    programs="saejax.training.planned:train_programs",
+    programs=_programs,
     unread=_unread,
     processes="all",
 )

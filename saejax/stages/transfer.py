@@ -1,9 +1,12 @@
 """The stage ``transfer``."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
 from saejax.tasks import identities
 
@@ -60,12 +63,30 @@ def _folders(configs: Configs) -> str:
     )
 
 
+def _run(run: Run) -> Any:
+    from saejax.transfer.run import run_transfer
+
+    return run_transfer(run)
+
+
+def _results() -> Any:
+    from saejax.transfer.results import TransferResults
+
+    return TransferResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.transfer.report import sections
+
+    return sections(findings, draw)
+
+
 TRANSFER = Stage(
     name="transfer",
     summary="says what dictionaries of different layers, seeds, sizes and models share, if --transfer.dictionaries "
     "names any",
-    run="saejax.transfer.run:run_transfer",
-    results="saejax.transfer.results:TransferResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, TransferConfig),
     placement=(MeshConfig,),
     reads=("train",),
@@ -74,5 +95,5 @@ TRANSFER = Stage(
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
     processes="items",
-    section="saejax.transfer.report:sections",
+    section=_sections,
 )
