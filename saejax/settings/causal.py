@@ -1,4 +1,4 @@
-"""What is changed in the model, and how the effect is judged; what is read off its activations."""
+"""Settings of causal tests and of linear probes."""
 
 import dataclasses
 
@@ -91,7 +91,7 @@ class AblateConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(Config):
-    """What can be read off features and raw activations by a linear probe."""
+    """Linear probes on features and on raw activations."""
 
     labels: tuple[str, ...] = setting(
         (),
@@ -224,7 +224,7 @@ class SteerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Config):
-    """What removing top features does to scores on benchmarks."""
+    """Benchmark scores with top features ablated."""
 
     benchmarks: tuple[str, ...] = setting(
         (),

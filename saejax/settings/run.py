@@ -1,4 +1,4 @@
-"""What runs, and where: the model, the devices, what is checked before and written after."""
+"""Settings of the model, the devices, preflight, exports and the report."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from saejax.settings.kinds import unit_names
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
-    """Which language model."""
+    """The language model."""
 
     path: str = setting(
         "smollm2",
@@ -47,7 +47,7 @@ class ModelConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Config):
-    """How the devices are arranged, and which processes take part."""
+    """The mesh of devices, and the processes of the run."""
 
     member: int = setting(1, "devices over which the members of a stack are split", low=1)
     data: int = setting(0, "devices over which tokens are split; 0: all that the other axes leave", low=0)
@@ -80,13 +80,13 @@ class MeshConfig(Config):
 
     @property
     def together(self) -> bool:
-        """Whether the run may have several processes."""
+        """True if the run may have several processes."""
         return self.distributed == "auto" or self.processes > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class PreflightConfig(Config):
-    """What is checked before anything runs."""
+    """Checks before anything runs."""
 
     models: tuple[str, ...] = setting(
         (),

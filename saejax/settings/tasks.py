@@ -1,4 +1,4 @@
-"""What the model is asked, and the text whose activations are captured."""
+"""Settings of behaviours, benchmarks, the text and the capture of activations."""
 
 import dataclasses
 
@@ -89,7 +89,7 @@ class TaskConfig(Config):
 
     @property
     def has_behaviours(self) -> bool:
-        """Whether there are behaviours to test."""
+        """True if there are behaviours to test."""
         return bool(self.behaviours or self.prompts)
 
 
@@ -129,7 +129,7 @@ class CorpusConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class CaptureConfig(Config):
-    """What is recorded from the model."""
+    """The activations that are recorded from the model."""
 
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),

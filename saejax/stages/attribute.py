@@ -11,7 +11,7 @@ from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    """The unit of the graphs that are asked for."""
+    """Return the unit of the graphs that are asked for; none if there are none."""
     from saejax.attribution.requests import unit_name
 
     name = unit_name(configs[GraphConfig])
@@ -19,7 +19,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _dictionaries(configs: Configs) -> str:
-    """The dictionaries, and the files of prompts and groups."""
+    """Return the identity of dictionaries and of the files of prompts and groups."""
     from saejax.attribution import requests
 
     return requests.identity(configs[GraphConfig])

@@ -31,7 +31,7 @@ class ClusterConfig(Config):
 
 
 def _folders(configs: Configs) -> str:
-    """The dictionaries that are named by their folders."""
+    """Return the identity of dictionaries that are named by their folders."""
     from saejax.dictionaries import stacks
     from saejax.runner.workspace import fingerprint
 
@@ -39,7 +39,7 @@ def _folders(configs: Configs) -> str:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The dictionaries, the store if they were trained on one, and the effects of all features if they are measured."""
+    """Return the units of the dictionaries, of their store, and of measured effects of all features."""
     asked, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
     trained = train_units(*asked)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()

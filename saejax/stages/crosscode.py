@@ -14,7 +14,7 @@ from saejax.tasks import identities
 
 @dataclasses.dataclass(frozen=True)
 class CrosscodeConfig(Config):
-    """What the parts of crosscoders share, and what is one's own."""
+    """Comparison of the parts of crosscoders: shared and private features."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -38,7 +38,7 @@ class CrosscodeConfig(Config):
 
 
 def tests_behaviours(configs: Configs) -> bool:
-    """Whether private features are removed."""
+    """Return whether private features are ablated."""
     return (
         configs[TaskConfig].has_behaviours and configs[CrosscodeConfig].draws > 0 and bool(configs[ModelConfig].other)
     )
@@ -50,7 +50,7 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
 
 
 def _folders(configs: Configs) -> str:
-    """The dictionaries that are named by their folders."""
+    """Return the identity of dictionaries that are named by their folders."""
     from saejax.dictionaries import stacks
 
     return " ".join(stacks.identity(name) for name in configs[CrosscodeConfig].dictionaries if is_folder(name))

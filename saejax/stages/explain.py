@@ -62,7 +62,7 @@ class ExplainConfig(Config):
 
 
 def _given(configs: Configs) -> str:
-    """The content of the file of labels."""
+    """Return the hash of the file of labels; "" without one."""
     from saejax.files import file_sha256
 
     path = Path(configs[ExplainConfig].given)
@@ -70,7 +70,7 @@ def _given(configs: Configs) -> str:
 
 
 def _judge(configs: Configs) -> str:
-    """The files of the model that runs here."""
+    """Return the fingerprint of the model that runs here; "" for one at an endpoint."""
     from saejax.models.source import resolve
 
     config = configs[ExplainConfig]
@@ -78,7 +78,7 @@ def _judge(configs: Configs) -> str:
 
 
 def check(configs: Configs) -> None:
-    """A ``UserError`` unless a model is named that can judge, and a file of labels that is there."""
+    """Raise a ``UserError`` unless a model is named that can judge, and the file of labels exists."""
     config = configs[ExplainConfig]
     if not config.model:
         raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")

@@ -11,7 +11,7 @@ from saejax.stages.train import trained_sites
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The dictionaries; for Neuronpedia also what was found of their features, and what they are called."""
+    """Return the units of the dictionaries; for Neuronpedia also of their features' descriptions and labels."""
     format, _, kind = name.partition("-")
     explained = ("capture", f"interpret/{kind}", f"atlas/{kind}") if format == "neuronpedia" else ()
     return (f"train/{kind}", *explained)

@@ -55,7 +55,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _initial(configs: Configs) -> str:
-    """The dictionaries that training starts from."""
+    """Return the identity of the dictionaries that training starts from; "" without any."""
     from saejax.dictionaries import stacks
 
     folder = configs[TrainConfig].init_from if configs[TruthConfig].features else ""
@@ -63,7 +63,7 @@ def _initial(configs: Configs) -> str:
 
 
 def _of_controls(configs: Configs, name: str) -> str:
-    """The settings of the kind that the controls are of, which their own name does not tell."""
+    """Return a hash of the settings of the controls' kind, which the name of their unit does not tell."""
     train = configs[TrainConfig]
     return fingerprint(identity(train, train.kinds[0]) | dict(kind=train.kinds[0])) if name == CONTROLS else ""
 

@@ -16,7 +16,7 @@ from saejax.tasks import identities
 
 @dataclasses.dataclass(frozen=True)
 class InterpretConfig(Config):
-    """What the features of trained dictionaries mean."""
+    """Descriptions of the features of trained dictionaries."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -36,7 +36,7 @@ class InterpretConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class AtlasConfig(Config):
-    """The pages that show what features mean."""
+    """Pages that describe features."""
 
     labels: str = setting(
         "",
@@ -47,7 +47,7 @@ class AtlasConfig(Config):
 
 
 def _labels(configs: Configs) -> str:
-    """The content of the file of labels."""
+    """Return the hash of the file of labels; "" without one."""
     from saejax.files import file_sha256
 
     path = configs[AtlasConfig].labels
@@ -61,7 +61,7 @@ def _check(configs: Configs) -> None:
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
-    """What was interpreted, labels by a language model, and effects of features where they were measured."""
+    """Return the units shown: descriptions, labels by a language model, and effects where they were measured."""
     from saejax.runner.registry import STAGES
 
     tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"

@@ -11,7 +11,7 @@ from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    """The kinds of site that are patched, and the dictionary whose features are."""
+    """Return the kinds of site that are patched, and the dictionary whose features are patched."""
     patch = configs[PatchConfig]
     wanted = (*patch.kinds, *([folder_name(patch.dictionary)] if patch.dictionary else []))
     return wanted if configs[TaskConfig].has_behaviours else ()

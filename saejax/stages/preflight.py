@@ -10,14 +10,14 @@ from saejax.tasks import identities
 
 
 def _shapes(configs: Configs) -> str:
-    """The sizes of the models that are checked."""
+    """Return a hash of the sizes of the models that are checked."""
     from saejax.preflight import shapes
 
     return shapes.identity(configs)
 
 
 def _units(configs: Configs) -> str:
-    """Which units are asked for."""
+    """Return a hash of the names of the units that are asked for."""
     from saejax.runner.registry import STAGES
 
     return fingerprint([unit for stage in STAGES.values() if not stage.first for unit in stage.units(configs)])

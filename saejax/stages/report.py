@@ -13,9 +13,9 @@ _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections 
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The units of these, and of every stage that writes a section of its own.
+    """Return the units of the stages in ``_READ``, and of every stage that writes a section.
 
-    A dictionary that is named by its folder was trained elsewhere, and what is told of it stands there.
+    A dictionary that is named by its folder was trained elsewhere, and is described there.
     """
     from saejax.runner.registry import STAGES
 

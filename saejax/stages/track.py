@@ -46,7 +46,7 @@ class TrackConfig(Config):
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    """The unit of what is to be followed."""
+    """Return the unit of the texts that are followed; none if there are none."""
     from saejax.errors import UserError
 
     config = configs[TrackConfig]
@@ -60,14 +60,14 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The dictionaries, and what their features mean where this run says so."""
+    """Return the units of the dictionaries, and of their features' descriptions where this run makes them."""
     units = train_units(*configs[TrackConfig].dictionaries)
     labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in units]
     return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
 
 
 def _files(configs: Configs) -> str:
-    """What is in the files that flags name: texts, dictionaries and their labels."""
+    """Return the hash of the files that flags name: texts, dictionaries and their labels."""
     from saejax.dictionaries import stacks
     from saejax.dictionaries.labels import LABELS
     from saejax.files import file_sha256

@@ -15,7 +15,7 @@ from saejax.tasks import identities
 
 
 def _initial(configs: Configs) -> str:
-    """The dictionaries that training starts from."""
+    """Return the identity of the dictionaries that training starts from; "" without any."""
     from saejax.dictionaries import stacks
 
     folder = configs[TrainConfig].init_from
@@ -34,14 +34,14 @@ def _check(configs: Configs) -> None:
 
 
 def _pretrained(configs: Configs, name: str) -> str:
-    """The dictionaries that were there already."""
+    """Return the identity of the dictionaries that were trained elsewhere."""
     from saejax.dictionaries import stacks
 
     return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
 
 
 def _stream(configs: Configs) -> str:
-    """Model, text and settings of training straight from the model."""
+    """Return a hash of model, text and settings of training straight from the model; "" with a store."""
     if configs[TrainConfig].source != "model":
         return ""
     capture = dataclasses.replace(

@@ -15,7 +15,7 @@ MEASURES = ("decoder", "encoder", "folded", "activity")
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(Config):
-    """What dictionaries of different layers, seeds, sizes and models have in common."""
+    """Comparison of dictionaries of different layers, seeds, sizes and models."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -48,7 +48,7 @@ class TransferConfig(Config):
 
 
 def _folders(configs: Configs) -> str:
-    """The dictionaries and ablations that are named by their folders."""
+    """Return the identity of dictionaries and ablations that are named by their folders."""
     from pathlib import Path
 
     from saejax.dictionaries import stacks
