@@ -38,10 +38,10 @@ def train(
 
     Args:
       acts: result of ``capture``; or a store, or its folder.
-      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (``form="transcoder"``) reads
+      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") reads
         "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
       kind: one of ``saejax.settings.kind_names()``.
-      folder: folder of checkpoints, metrics and the dictionary, from which an interrupted training goes on. None:
+      folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
         nothing is kept.
       mesh: arrangement of the devices; None: all devices share the tokens.
       on_progress: takes lines that say how far it is.
