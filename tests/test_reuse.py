@@ -10,7 +10,7 @@ from saejax.runner import command, command_line
 from saejax.runner.registry import STAGES
 from saejax.runner.workplan import Workplan
 
-ASKED = ["baseline", "capture", "train", "evaluate", "ablate", "interpret", "report"]
+ASKED = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "interpret", "report"]
 BASE = dict(interpret__dictionaries="topk")
 
 
@@ -49,8 +49,6 @@ PROMPTS = {"baseline", "ablate/topk", "report"}
 def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, changes, made):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "items.jsonl").write_text(json.dumps(dict(question="1 + 1?", answer="2 #### 2")) + "\n")
-    if "task__benchmarks" in changes:
-        monkeypatch.setattr("test_reuse.ASKED", [*ASKED, "benchmark"])
     before, after = marks(inputs, tmp_path), marks(inputs, tmp_path, **changes)
     assert {unit for unit, mark in after.items() if before.get(unit) != mark} == made
 
@@ -85,10 +83,10 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
         StoreWriter, "write_site", lambda self, site, *rest: written.append(site) or write_site(self, site, *rest)
     )
 
-    def capture(workdir, sites):
+    def capture(workdir, sites, stages=("capture", "train")):
         written.clear()
         flags = runs.small_flags(*inputs, workdir, capture__sites=sites, task__behaviours="", train__kinds="topk")
-        assert command.run(["capture", "train"], "", ["program", *flags]) == 0, capsys.readouterr().err
+        assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
         return {*written}, capsys.readouterr().out
 
     assert capture(tmp_path / "run", "resid_post.0")[0] == {"resid_post.0"}
@@ -101,5 +99,5 @@ def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
     assert len(files) > 6
     for file in files:
         assert (grown / "capture" / file).read_bytes() == (whole / "capture" / file).read_bytes(), file
-    changed, _ = capture(tmp_path / "run", "resid_post.1")
+    changed, _ = capture(tmp_path / "run", "resid_post.1", ["capture"])
     assert changed == set(), "a store of fewer sites takes all of them"

@@ -139,7 +139,7 @@ def run_stages(
         if stopping():
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
         check_budget(workspace, options.budget_device_hours, prefixed)
-        if missing := [need for need in pipeline.plan.needs(unit) if need in failed]:
+        if failed and (missing := [need for need in pipeline.plan.needs(unit) if need in failed]):
             failed[unit] = f"left out, for {missing[0]} failed"
             continue
         try:
@@ -147,12 +147,13 @@ def run_stages(
         except (Interrupted, OtherFailed):
             raise
         except Exception as error:
-            pipeline.log(unit, traceback.format_exc())
+            expected = isinstance(error, UserError | CheckFailed)
+            pipeline.log(unit, f"failed: {error}" if expected else traceback.format_exc())
             if not options.keep_going:
                 raise
             failed[unit] = " ".join(str(error).split()) or type(error).__name__
             pipeline.report(unit, f"{unit}: failed: {failed[unit]}")
-            if not isinstance(error, UserError | CheckFailed):
+            if not expected:
                 traceback.print_exc()
     if failed:
         lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
