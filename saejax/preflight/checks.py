@@ -13,7 +13,7 @@ from saejax.parallel.collectives import process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import parity, rates
 from saejax.preflight.place import Place, find_place
-from saejax.preflight.plan import disk_bytes, plan_run, replicated, stage_programs, stage_seconds
+from saejax.preflight.plan import check_dictionaries, disk_bytes, plan_run, replicated, stage_programs, stage_seconds
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import compile_for
@@ -98,6 +98,7 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     split = replicated(plan)
     for line in split:
         run.say(f"{plan.name}: {line}")
+    check_dictionaries(plan)
     programs = stage_programs(plan)
     if programs:
         run.say(

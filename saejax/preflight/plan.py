@@ -38,8 +38,7 @@ def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **mo
       more: other fields of ``PlannedRun``.
 
     Raises:
-      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features; a
-        stage's dictionary is not trained.
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
     """
     capture = configs[CaptureConfig]
     try:
@@ -48,11 +47,14 @@ def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **mo
         stacks = planned_stacks(configs[TrainConfig], capture.sites, model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    plan = PlannedRun(configs, name, model, sites, stacks, mesh, **more)
+    return PlannedRun(configs, name, model, sites, stacks, mesh, **more)
+
+
+def check_dictionaries(plan: PlannedRun) -> None:
+    """Raise a ``UserError`` if a stage that is asked for names a dictionary that is not trained."""
     for stage in ("ablate", "patch", "probe", "steer", "study"):
-        if STAGES[stage].units(configs) and configs.named(stage).dictionary:
+        if STAGES[stage].units(plan.configs) and plan.configs.named(stage).dictionary:
             plan.dictionary(stage)
-    return plan
 
 
 def stage_programs(plan: PlannedRun) -> list[Program]:

@@ -13,7 +13,7 @@ from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 from saejax.preflight import rates, topology
-from saejax.preflight.plan import disk_bytes, replicated, stage_programs, stage_seconds
+from saejax.preflight.plan import check_dictionaries, disk_bytes, replicated, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
 from saejax.training.planned import host_bytes, resident_bytes, train_programs
 
@@ -123,7 +123,7 @@ def test_replicated_parts_are_named():
 def test_dictionaries_that_no_stage_trains_are_refused_before_anything_runs(stage):
     asked = dict(probe__labels=("answer",), study__benchmarks=("logic",)) | {f"{stage}__dictionary": "gated"}
     with pytest.raises(UserError, match=f"unknown dictionary for {stage}"):
-        plan_run(shape("smollm2-135m"), **asked)
+        check_dictionaries(plan_run(shape("smollm2-135m"), **asked))
 
 
 def test_rates_are_of_this_machine():
