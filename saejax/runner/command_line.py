@@ -98,7 +98,9 @@ def read_configs(
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
         message, named = flag_error(error), re.search(r"flag '?-*([\w.]+)", str(error))
-        where = _line_of(argv, lambda line: bool(line) and f"{line}:" in message)  # the flag with its value, or else its name
+        where = _line_of(
+            argv, lambda line: bool(line) and f"{line}:" in message
+        )  # the flag with its value, or else its name
         where = where or _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
         raise flags.Error(where + message) from error
     if flag_values["help"].value:
