@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tiny_models import save_tiny_llama
@@ -116,10 +117,14 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "ablate.bootstrap": 200,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    lines = [f"--{key}={value}" for key, value in values.items() if key != "workdir"]
+    return [f"--workdir={workdir}", flag_file(f"--{key}={value}" for key, value in values.items() if key != "workdir")]
+
+
+def flag_file(flags: Iterable[str]) -> str:
+    """A flag that names a file of flags."""
     with tempfile.NamedTemporaryFile("w", suffix=".flags", delete=False) as file:
-        file.write("\n".join(lines))
-    return [f"--workdir={workdir}", f"--flagfile={file.name}"]
+        file.write("\n".join(flags))
+    return f"--flagfile={file.name}"
 
 
 def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:

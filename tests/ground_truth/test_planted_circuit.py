@@ -118,14 +118,14 @@ def test_edges_of_places_add_up_what_goes_through_those_of_features():
 
 
 def test_a_circuit_of_two_layers_takes_two_layers(tmp_path, capsys):
-    flags = ["--task.behaviours=", "--algorithm.names=planted", "--algorithm.layers=3"]
+    flags = ["--algorithm.names=planted", "--algorithm.layers=3"]
     assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 2
     assert "the planted circuit has 2 layers" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
 def test_a_planted_circuit_is_found(tmp_path):
-    flags = ["--task.behaviours=", "--algorithm.names=planted", "--algorithm.width=32", "--algorithm.batch=128"]
+    flags = ["--algorithm.names=planted", "--algorithm.width=32", "--algorithm.batch=128"]
     assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags, "--mesh.data=8"]) == 0
     results = load_results(tmp_path / "algorithm" / "planted")
     assert all(share.mean >= results.wanted[sort] for sort, share in results.accuracy.items())
