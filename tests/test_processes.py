@@ -12,8 +12,8 @@ import runs
 from compared import assert_as_one
 from every_kind import KINDS, PLUGIN
 
-from saejax.causal.importance import Importance
 from saejax.dictionaries import load_dictionary
+from saejax.interventions.importance import Importance
 
 TWO = dict(task__behaviours="agreement,capital")  # half of them, where nothing is asked of what is dealt out
 
@@ -254,7 +254,8 @@ WIDE = dict(
     probe__labels="answer",
     patch__kinds="resid_post,mlp_out",
     study__benchmarks="gsm8k",
-    study__draws=2,
+    study__random_sets=2,
+    study__placebo_targets=2,
     interpret__dictionaries="topk,standard",
     interpret__attention_tokens=256,
     transfer__dictionaries="topk,standard",

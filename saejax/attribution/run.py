@@ -38,13 +38,14 @@ from saejax.attribution.trace.memory import certain_active
 from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
 from saejax.attribution.trace.room import check_room
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import CLUSTER, GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.run_inputs import load_run_model, read_behaviours
 
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 

@@ -36,19 +36,3 @@ class EqualDose:
     features: float  #: mean drop of the logit difference over the range: the area under the curve by its width
     basis: float  #: likewise
     difference: Interval  #: features - basis, paired by prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class MatchedDrops:
-    """The drops of matched features of two dictionaries."""
-
-    matched: int  #: pairs
-    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
-    similarity: float | None  #: median over the pairs; None without any
-    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
-    #: the same
-    rank_correlation: Interval | None
-    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation; None, too, where the
-    #: drops of these are all the same
-    alike: Interval | None

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.columns import Columns
-from saejax.causal.stability import match_by_direction
 from saejax.clusters.groups import agreement
 from saejax.clusters.results import GroupingAgreement
+from saejax.interventions.columns import Columns
 from saejax.tasks.scoring import middle
 from saejax.transfer.compared import Compared
+from saejax.transfer.stability import match_by_direction
 
 _SHUFFLES = 100
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.clusters import primitives, views
 from saejax.clusters.agreement import GroupedFeatures, between_dictionaries, between_views
 from saejax.clusters.groups import DISSOLVED, Grouped, find, methods
@@ -18,6 +17,7 @@ from saejax.clusters.text import ClusterText
 from saejax.clusters.views import View
 from saejax.interventions.answers import AblateResults
 from saejax.results import Interval, load_results
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
 from saejax.stages.cluster import ClusterConfig

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from saejax.causal.stability import unit
 from saejax.transfer.activity import Activity
 from saejax.transfer.compared import chance
+from saejax.transfer.stability import unit
 
 _TOKENS, _DOCUMENTS = 10, 5  # on which a feature fires at least: one text alone makes any two features look alike
 _PROMPTS = 3  # on which removing a feature changes something, likewise

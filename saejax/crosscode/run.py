@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
-from saejax.causal.parts import Measured, OnProgress, each_part, part_file
 from saejax.crosscode.causal import remove_private, rule_of
 from saejax.crosscode.results import CrosscodedDictionary, CrosscodeResults
 from saejax.crosscode.shares import Limits, Shares, feature_shares, one_space
@@ -23,6 +22,7 @@ from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.models.loading import load_configured_model
 from saejax.models.sites import is_joined, site_parts
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.parts import Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig

@@ -59,8 +59,10 @@ class BehaviourVerdict:
 
     features: tuple[int, ...]  #: the tested top features
     dose: float  #: root mean square over prompts of the norm of the change at the site
-    ablation: Mapping[str, CausalAnswer]  #: 1. by readout: logit_diff, log_prob, two_way and top1 accuracy
-    templates: Mapping[str, float]  #: mean drop of the logit difference by template
+    #: 1. by readout: logit_diff, log_prob, two_way and top1 accuracy; of a benchmark answer_log_prob and accuracy, and
+    #: both with features resampled
+    ablation: Mapping[str, CausalAnswer]
+    templates: Mapping[str, float]  #: mean effect by template
     held_out: tuple[str, ...]  #: templates that no train prompt has
     random: CausalAnswer  #: 2. more than random sets at equal dose?
     placebo: CausalAnswer  #: 3. specific to this answer?

@@ -30,16 +30,20 @@ import numpy as np
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
+from saejax.interventions.references import Reference, References
 from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
-from saejax.interventions.split_model import CleanRun, SplitModel
+from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.likelihood import encode_pair
 
 #: Readouts of a row: the logit difference, and those that need the logits of the whole vocabulary.
 READOUTS = ("logit_diff", "log_prob", "top1", "kl")
+#: Readouts of whole texts: the log-likelihood of the whole correct answer, and the prompt's cross-entropy per token.
+TEXT_READOUTS = ("answer_log_prob", "ce")
 BATCH_ROWS = 64
 _IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
 FEATURES = 1024  # features gathered at once, unless one set has more
@@ -63,7 +67,8 @@ def effects(
       lm: the model.
       prompts: P prompts with a correct and a wrong answer.
       edits: E edits of one dictionary's features.
-      readouts: names from ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
+      readouts: names from ``READOUTS`` and ``TEXT_READOUTS``, and ``change_norm``: the norm of the change at the site,
+        over all positions.
       positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
       error: "keep", or "drop": the clean run, too, goes through the dictionary.
       batch_rows: a batch holds as many tokens as this number of whole prompts: the bound of the memory in use.
@@ -76,8 +81,11 @@ def effects(
       UserError: a readout is unknown or not finite, a prompt is too long, or an answer has no token of its own.
     """
     for name in readouts:
-        one_of(name, (*READOUTS, "change_norm"), "readout")
+        one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
     split = SplitModel(lm, edits.dictionary, positions, error)
+    values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
+    if values.keys() >= set(readouts):
+        return np.stack([values[name] for name in readouts], axis=-1)
     runs = split.run(prompts)
     counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()
     measured = run_edits(
@@ -89,9 +97,29 @@ def effects(
         counterparts=counterparts,
         readouts=any(name in READOUTS[1:] for name in readouts),
     )
-    norms = {"change_norm": change_norms(split, runs, edits, counterparts)} if "change_norm" in readouts else {}
-    values = {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
-    return np.stack([(values | norms)[name] for name in readouts], axis=-1)
+    if "change_norm" in readouts:
+        values["change_norm"] = change_norms(split, runs, edits, counterparts)
+    values |= {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
+    return np.stack([values[name] for name in readouts], axis=-1)
+
+
+def _whole_texts(
+    lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], edits: FeatureEdits, readout: str
+) -> np.ndarray:
+    """Return one of ``TEXT_READOUTS`` of each edit on each prompt, float64 ``[E, P]``."""
+    if not split.edits_everywhere:
+        raise UserError(f"{readout} is measured with edits at all positions and the error kept: use the defaults")
+    if readout == "answer_log_prob":
+        pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct) for prompt in prompts]
+    else:
+        tokens = lm.tokenize([prompt.text for prompt in prompts])
+        ids = [ids_T[:length].tolist() for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
+        if short := [prompt.text for prompt, each in zip(prompts, ids, strict=True) if len(each) < 2]:
+            raise UserError(f"the prompt {short[0]!r} has one token: cross-entropy takes at least two")
+        pairs = [(each[:1], each[1:]) for each in ids]
+    references = [Reference(*pair) for pair in pairs]
+    _, edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)
+    return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.causal.ablate.run import TEXT_LENGTH, describe_top, verdict_config
-from saejax.causal.importance import Importance, measure_importance
 from saejax.causal.patching.pairs import fitting_pairs
 from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.interventions import positions
-from saejax.interventions.ablation import measure_behaviour, measure_text
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict

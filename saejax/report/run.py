@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from saejax.activations.store import Store
 from saejax.analysis.examples import top_examples
-from saejax.causal.ablate import report as ablation
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
+from saejax.interventions import ablate_report as ablation
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.table import TESTED
 from saejax.models.source import load_tokenizer, resolve

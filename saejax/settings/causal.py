@@ -228,7 +228,7 @@ class SteerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Config):
-    """Benchmark scores with top features ablated."""
+    """Effects of ablating top features on benchmarks."""
 
     benchmarks: tuple[str, ...] = setting(
         (),
@@ -244,23 +244,36 @@ class StudyConfig(Config):
         "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",
         low=2,
     )
-    top: int = setting(20, "number of features, ranked on train items, that are ablated together", low=1)
-    draws: int = setting(
-        20,
-        "number of control sets of matched random features; a positive verdict needs 19 with one benchmark, 39 with "
-        "two, 59 with three",
-        low=2,
+    top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
     )
-    matches: int = setting(10, _MATCHES, low=1)
-    single: bool = setting(True, "also zero each top feature and each control feature by itself")
-    min_drop: float = setting(
-        0.05, "smallest drop of accuracy, as a share, that counts as an effect", low=0.0, high=1.0
+    placebo_targets: int = setting(
+        199,
+        "placebo targets, other items' reference answers of equal length, whose top features the top ones are compared "
+        "with",
+        low=0,
     )
-    even_at_chance: bool = setting(False, "measure ablations even where the unedited model is no better than chance")
+    attribution_items: int = setting(
+        32, "train items that rank features, for the answers and for placebo targets alike; 0: all", low=0
+    )
+    scored_sets: int = setting(
+        19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
+    )
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
+    baselines: tuple[str, ...] = setting(
+        ("neurons", "pca"),
+        "simpler bases to compare with at equal dose: neurons, pca, untrained, or the folder of a dictionary; see "
+        "--ablate.baselines; empty: none",
+    )
+    repeats: tuple[str, ...] = setting(
+        (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
+    )
+    min_accuracy_drop: float = setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     seed: int = setting(
-        42, "seed of the split of items, the control draws, random replacements and the bootstrap", low=0
+        456, "seed of the split of items, the random sets, the placebo targets, resampling and the bootstrap", low=0
     )
     batch_tokens: int = setting(
-        2048, "tokens per batch, padding included, while features are chosen", low=1, changes_results=False
+        2048, "tokens per batch, padding included, of log-likelihoods and slopes", low=1, changes_results=False
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model
 from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
@@ -20,9 +19,11 @@ from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part
 from saejax.runner.workspace import Run
 from saejax.settings import ModelConfig
 from saejax.stages.track import TrackConfig
+from saejax.tasks.run_inputs import load_run_model
 from saejax.track import links, terminal
 from saejax.track.firings import LayerFirings, follow
 from saejax.track.links import FeatureLinks

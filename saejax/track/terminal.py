@@ -4,8 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from saejax.causal.claims import LEAST_SETS
-from saejax.page.tables import number, percent, significant, visible
+from saejax.page.tables import number, significant, visible
 from saejax.track.links import GEOMETRY
 from saejax.track.page import ShownLayer, ShownText
 from saejax.track.results import StepTest, TrackedText, TrackResults
@@ -24,7 +23,7 @@ def wants_colour(stream: TextIO) -> bool:
 def line(found: TrackedText) -> str:
     """The figures of a text in a line."""
     tests = [test for step in found.steps for test in step.tests.values()]
-    hurt = f"{sum(test.claim.yes for test in tests)} of {len(tests)}"
+    hurt = f"{sum(test.hurt == 'yes' for test in tests)} of {len(tests)}"
     random = "" if found.random_links is None else f" (of random directions {found.random_links:,})"
     answer = found.lenses["logit"].answer[-1]
     start = ", most of features of one number: the dictionaries had one start, these links mean nothing"
@@ -32,7 +31,7 @@ def line(found: TrackedText) -> str:
     return (
         f"{found.tokens} tokens, {len(found.sites)} layers, {found.links:,} links by {found.link_kind}{random}{start}; "
         f"probability of {visible(found.answer)!r} {answer:.2f}; {hurt} tested steps are hurt more by their features "
-        f"than by matched ones; {found.seconds:.0f} s"
+        f"than by random sets; {found.seconds:.0f} s"
     )
 
 
@@ -58,7 +57,7 @@ def written(results: TrackResults, cells: Mapping[str, ShownText], colour: bool)
             lines.append(f"{in_style(_BOLD, step.name)} [{step.start}, {step.stop}) {cut}")
             for site in step.only_here:
                 features, said = _step(found, cells[slug], place, site)
-                passed = site in step.tests and step.tests[site].claim.yes
+                passed = site in step.tests and step.tests[site].hurt == "yes"
                 lines += [f"  {site}: {features}", f"  {in_style(_GREEN if passed else _DIM, said)}"]
     return "\n".join(lines)
 
@@ -108,11 +107,11 @@ def _names(segments: Sequence[int], found: TrackedText) -> str:
 
 
 def _test(test: StepTest) -> str:
-    verdict = "hurts more than matched ones" if test.claim.yes else "no more than matched ones"
-    if (test.claim.disjoint_sets or 0) < LEAST_SETS:
-        verdict = f"no answer: matched features make only {test.claim.disjoint_sets} sets without one in common"
-    placebo = percent(test.claim.placebo_rate, 1)
+    if test.hurt == "not testable":
+        sets = f"{test.sets} independent random sets of {test.needed} needed"
+        return f"not testable: {sets}; {number(test.drop)} nats a token"
+    verdict = "hurts more than random sets" if test.hurt == "yes" else "not significantly more than random sets"
     return (
-        f"{verdict}: {number(test.drop)} nats a token, matched {number(test.matched_drop)}, p "
-        f"{significant(test.claim.p_holm, 2)} of {test.claim.draws} draws, passed by {placebo} of them"
+        f"{verdict}: {number(test.drop)} nats a token; at equal dose {number(test.equal_drop)}, "
+        f"{test.sets} random sets {number(test.random_drop)}, p {significant(test.p_holm, 2)}"
     )

@@ -9,11 +9,11 @@ import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from saejax.causal.stability import unit
 from saejax.dictionaries import Dictionary
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import even_batches, round_length
 from saejax.models.tokens import Tokens, pad
+from saejax.transfer.stability import unit
 from saejax.transfer.text import ReadText
 
 _PROGRAM = 1024  # tokens that run in the time in which the programs of another shape are compiled, roughly

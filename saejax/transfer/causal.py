@@ -4,15 +4,15 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saejax.causal.importance import Importance
-from saejax.causal.results import MatchedDrops
-from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
 from saejax.interventions.answers import AblateResults
+from saejax.interventions.importance import Importance
 from saejax.results import load_results
 from saejax.runner.stage import is_folder
 from saejax.transfer.chains import Link
 from saejax.transfer.compared import Compared
+from saejax.transfer.results import MatchedDrops
+from saejax.transfer.stability import Matches, compare
 
 _FLAG = "--transfer.ablations"
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.causal.stability import unit
 from saejax.dictionaries import Dictionary, load_dictionary, rescale, stacks
 from saejax.dictionaries.formats import load_all
 from saejax.dictionaries.labels import labels_of
@@ -14,6 +13,7 @@ from saejax.errors import UserError
 from saejax.models.sites import Site
 from saejax.runner.stage import is_folder
 from saejax.transfer.results import ComparedDictionary
+from saejax.transfer.stability import unit
 
 
 @dataclasses.dataclass(frozen=True)

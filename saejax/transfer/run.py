@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from scipy.stats import norm
 
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig

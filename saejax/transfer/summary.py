@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.columns import Columns
-from saejax.causal.parts import part_file
 from saejax.files import write_text
+from saejax.interventions.columns import Columns
+from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.stages.transfer import TransferConfig
 from saejax.transfer.chains import Link, shares, through_layers

@@ -7,11 +7,12 @@ import pytest
 from runs import changed, write_members
 
 import saejax
-from saejax.causal.ablate import run as stage
-from saejax.causal.importance import Importance, has_same_sign, load_drops
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
+from saejax.interventions import ablate_run as stage
+from saejax.interventions.ablation import verdict_config
 from saejax.interventions.answers import AblateResults
+from saejax.interventions.importance import Importance, has_same_sign, load_drops
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
@@ -68,7 +69,7 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
 
     # The verdict is a function of the saved table, and the library gives the same one without a workdir.
     table = load_effects(whole.folder)
-    assert verdict(table, stage.verdict_config(whole.configs[AblateConfig])) == results.verdict
+    assert verdict(table, verdict_config(whole.configs[AblateConfig])) == results.verdict
     prompts = read_prompts(whole.inputs["baseline"] / "prompts.jsonl")
     found = saejax.ablate(tiny, make_dictionary("resid_post.1"), prompts, **SETTINGS)
     assert found.top["first"][0].feature == results.top["first"][0].feature

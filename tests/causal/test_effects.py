@@ -1,5 +1,7 @@
 """Edits through the engine, against full passes in PyTorch and in JAX; slopes and attributions of any target."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from full_passes import effects_by_full_passes
@@ -9,6 +11,7 @@ from saejax.errors import UserError
 from saejax.interventions import edits, engine, slopes
 from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
+from saejax.tasks.likelihood import encode_pair, loglikelihoods
 
 SETS = [[3], [8, 20, 51], [90, 4], []]
 READOUTS = ("logit_diff", "log_prob", "top1", "kl", "change_norm")
@@ -124,3 +127,26 @@ def test_attribution_of_a_target_equals_that_of_answers(tiny, prompts, dictionar
     np.testing.assert_allclose(got_RxF[1], want_F, atol=1e-5)
     np.testing.assert_allclose(got_RxF[0], -got_RxF[2], atol=1e-5)
     assert np.abs(got_RxF[0]).max() > 1e-3
+
+
+def test_whole_answers_and_cross_entropy_equal_full_passes(tiny, few, dictionary):
+    batch = edits.mask(dictionary, SETS)
+    got = engine.effects(tiny, few, batch, ("answer_log_prob", "ce", "logit_diff"))
+    np.testing.assert_array_equal(got[:, :, 2], engine.effects(tiny, few, batch)[:, :, 0])
+    np.testing.assert_array_equal(got[:, :, :2], engine.effects(tiny, few, batch, ("answer_log_prob", "ce")))
+    pairs = [encode_pair(tiny.tokenizer, prompt.text, prompt.correct + " and on") for prompt in few]
+    longer = [dataclasses.replace(prompt, correct=prompt.correct + " and on") for prompt in few]
+    whole = engine.effects(tiny, longer, batch, ("answer_log_prob",))[:, :, 0]
+    for e, members in enumerate(SETS):
+        changes = [dictionary.ablate(members)] if members else []
+        totals = [scored.total for scored in loglikelihoods(tiny, *zip(*pairs, strict=True), changes)]
+        np.testing.assert_allclose(whole[e], totals, atol=2e-4)
+        for p, prompt in enumerate(few):
+            tokens = tiny.tokenize([prompt.text])
+            logits_TxV = np.asarray(tiny(tokens, edits=changes).logits_BxTxV[0], np.float64)
+            logp_TxV = logits_TxV - np.logaddexp.reduce(logits_TxV, axis=1, keepdims=True)
+            ids_T = tokens.ids_BxT[0]
+            ce = -logp_TxV[np.arange(len(ids_T) - 1), ids_T[1:]].mean()
+            assert got[e, p, 1] == pytest.approx(ce, abs=1e-4)
+    with pytest.raises(UserError, match="edits at all positions"):
+        engine.effects(tiny, few, batch, ("ce",), positions="last")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from saejax.causal import parts
+from saejax.runner import parts
 
 
 @pytest.fixture

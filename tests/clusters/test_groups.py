@@ -8,11 +8,11 @@ from planted_groups import made_activity
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
-from saejax.causal.stability import unit
 from saejax.clusters import views
 from saejax.clusters.agreement import GroupedFeatures, between_dictionaries
 from saejax.clusters.groups import agreement, find, methods, overlaps
 from saejax.transfer.activity import Activity
+from saejax.transfer.stability import unit
 
 GROUPS, MEMBERS = 6, 8
 METHODS = methods(5, GROUPS)

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from saejax.causal.importance import Importance
 from saejax.clusters.primitives import BehaviourEffects, costs, primitives, profiles
+from saejax.interventions.importance import Importance
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
 
 FEATURES, PROMPTS = 300, 20

@@ -10,12 +10,12 @@ from every_kind import KINDS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.causal.ablate import report_figures as figures
 from saejax.causal.patching import report as patching
 from saejax.causal.patching.grid import PatchingGrid
 from saejax.causal.patching.sites import DIRECTIONS
 from saejax.causal.probes import report as probes
 from saejax.evaluation.results import DensityHistogram
+from saejax.interventions import ablate_figures as figures
 from saejax.interventions.curves import EffectCurve
 from saejax.interventions.table import EditDefinition
 from saejax.page import style

@@ -1,4 +1,4 @@
-"""Sections of the report that a made-up workspace does not have: benchmarks, probes, studies."""
+"""Sections of the report that a made-up workspace does not have: benchmarks, probes."""
 
 import dataclasses
 import types
@@ -8,8 +8,6 @@ from saejax.causal.patching import report as patching
 from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
 from saejax.causal.probes import report as probes
 from saejax.causal.probes.results import ProbeResults
-from saejax.causal.study import report as studies
-from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
 from saejax.files import write_json
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
@@ -207,68 +205,3 @@ def test_probes_are_shown_and_labels_without_one_said():
     found = findings(settings, topk=partly(ProbeResults, **results))
     assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
-
-
-def test_studies_show_every_measure_and_replacement():
-    one = some(
-        after=interval(0.3),
-        drop=interval(0.2),
-        controls=[0.1, 0.1],
-        control_drop=0.1,
-        p_value=0.048,
-        difference=interval(0.15),
-    )
-    both = StudyEffects(before=interval(0.5), zero=one, random=one)
-    logic = dict(
-        dictionary="topk",
-        site="resid_post.15",
-        rule="Yes if so. Otherwise no.",
-        score="choice",
-        chance=0.25,
-        items=some(train=20, test=21),
-        accuracy=both,
-        log_likelihood_per_token=both,
-        claims=dict(zero=some(yes=True, p_holm=0.02), random=some(yes=False, p_holm=0.2)),
-        reason="Yes: it falls.",
-    )
-    weak = logic | dict(
-        score="generate",
-        chance=0.0,
-        accuracy=StudyEffects(before=interval(0.0), zero=None, random=None),
-        claims=dict(zero=None, random=None),
-        reason="At chance before any edit.",
-    )
-    settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
-    found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
-    (section,) = studies.sections(found, draw)
-    intro, rule, few, reasons, table = section.blocks
-    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 for the benchmarks of this run."
-    assert "20 features of topk" in intro.text and "Yes if so." in rule.text
-    assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
-    assert len(table.rows) == 8 and "smollm2" in table.caption
-    assert table.rows[0] == (
-        "logic (21 items)",
-        "multiple choice, % (chance 25\u00a0%)",
-        "50.0 [40.0,\u00a060.0]",
-        "set to zero",
-        "30.0 [20.0,\u00a040.0]",
-        "20.0 [10.0,\u00a030.0]",
-        "10.0 in every draw",
-        "0.048",
-        "15.0 [5.0,\u00a025.0]",
-        "yes (p = 0.020)",
-    )
-    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no (p = 0.200)")
-    assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
-    assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
-    assert studies.sections(findings(), draw) == []
-
-    single = SingleEffect(7, interval(0.2), 0.01, 0.02, 9, 0.05, 0.875, interval(0.1), -0.01)
-    logic["single"] = SingleEffects((single,), 1, (0, 1), 2 / 3, 2**-20)
-    (section,) = studies.sections(findings(settings, logic=partly(StudyResults, **logic)), draw)
-    table = section.blocks[-1]
-    assert table.rows == (
-        ("7", "0.200 [0.100,\u00a00.300]", "0.020", "0.050", "88\u00a0%", "10.0 [0.0,\u00a020.0]", "−1.0"),
-    )
-    assert "By themselves 1 of 1 top features that fire change" in table.note
-    assert "0.5 on average (p = 0.67)" in table.note

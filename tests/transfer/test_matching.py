@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from saejax.causal.stability import unit
 from saejax.parallel.mesh import make_mesh
 from saejax.transfer import matching
 from saejax.transfer.assignment import STEP, Auction
 from saejax.transfer.compared import chance
 from saejax.transfer.matching import match
+from saejax.transfer.stability import unit
 
 
 def directions(count, width, seed):

@@ -23,9 +23,9 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
 from saejax.attribution.heads.edges import named_heads
-from saejax.causal.parts import part_file
 from saejax.files import write_text
 from saejax.parallel.collectives import is_first_process
+from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 

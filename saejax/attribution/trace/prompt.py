@@ -19,11 +19,11 @@ from saejax.attribution.trace.row_store import Put
 from saejax.attribution.trace.rows import RowTracer
 from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Readouts, Target, read_targets
-from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import Tokens
+from saejax.runner.parts import OnProgress, silent
 
 
 class Traced(NamedTuple):

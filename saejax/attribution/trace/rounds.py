@@ -12,8 +12,8 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.trace.ranking import Ranking
 from saejax.attribution.trace.row_store import Put, RowStore
 from saejax.attribution.trace.targets import Readouts
-from saejax.causal.parts import OnProgress, silent
 from saejax.models.tokens import token_text
+from saejax.runner.parts import OnProgress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]

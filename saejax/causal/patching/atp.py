@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, effects, record_heads, slopes
 from saejax.causal.patching.pairs import Pairs, few_pairs
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 
 

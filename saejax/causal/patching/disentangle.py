@@ -15,13 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal.clustered import of_prompts
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.features import COUNTERPART, patch_parts
 from saejax.causal.patching.results import Disentangled
 from saejax.causal.patching.subspace import learn_subspace, patch_subspace, random_subspace
 from saejax.interventions.engine import ablate_sets
 from saejax.interventions.split_model import CleanRun, SplitModel
 from saejax.results import Interval
+from saejax.runner.parts import OnProgress, silent
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 

@@ -18,7 +18,6 @@ import numpy as np
 from saejax.causal import controls
 from saejax.causal.claims import randomisation_p
 from saejax.causal.clustered import of_prompts
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.grid import measurable
 from saejax.causal.patching.pairs import patched_differences
 from saejax.causal.patching.results import (
@@ -42,6 +41,7 @@ from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
+from saejax.runner.parts import OnProgress, silent
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import interval_ends

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 
 from saejax.causal.clustered import Resampling
-from saejax.causal.columns import Columns
 from saejax.causal.patching.results import StrongestPatch
 from saejax.causal.patching.sites import DIRECTIONS, Patched
+from saejax.interventions.columns import Columns
 from saejax.results import Interval
 from saejax.tasks.scoring import interval_ends
 

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, patch_nodes, record_heads
 from saejax.causal.patching.pairs import Pairs, few_pairs, filled_rows, measure_rows
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 
 _WITHOUT = 2  # entries without a patch: prompts and counterparts as they are, by the same program

@@ -20,8 +20,6 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from saejax.causal.clustered import Resampling, of_prompts
-from saejax.causal.columns import Columns
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.atp import estimate_nodes
 from saejax.causal.patching.heads import NODES
 from saejax.causal.patching.node_patches import NodePlaces, patch_exactly
@@ -30,8 +28,10 @@ from saejax.causal.patching.path_table import PathTable, judge_paths
 from saejax.causal.patching.paths import LOGITS, Receiver
 from saejax.causal.patching.results import EstimatedNodes, NodeEffect, PatchedHeads, PatchedPairs, PathReceiver
 from saejax.causal.statistics import rank_correlations
+from saejax.interventions.columns import Columns
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
+from saejax.runner.parts import OnProgress, silent
 from saejax.settings import PatchConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import interval_ends, middle

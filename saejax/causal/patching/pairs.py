@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.parts import OnProgress
 from saejax.causal.patching.results import TokenColumn
 from saejax.errors import UserError
 from saejax.interventions.engine import prefetch
@@ -18,6 +17,7 @@ from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.models.tokens import token_text
 from saejax.parallel.collectives import to_host
+from saejax.runner.parts import OnProgress
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from saejax.causal.claims import LEVEL
 from saejax.causal.clustered import Resampling
-from saejax.causal.columns import Columns
-from saejax.causal.parts import OnProgress
 from saejax.causal.patching.paths import MLP, Receiver, path_effects, senders_of
 from saejax.causal.patching.results import PathReceiver, SenderEffect
 from saejax.causal.statistics import max_t_p
+from saejax.interventions.columns import Columns
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
+from saejax.runner.parts import OnProgress
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import interval_ends
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
 from saejax.causal.patching.pairs import Pairs, few_pairs, filled_rows, measure_rows
 from saejax.models import decoder
@@ -26,6 +25,7 @@ from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 
 LOGITS, MLP = "logits", -1  # the receiver at the end; the "head" of a sender that is an MLP

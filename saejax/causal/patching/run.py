@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saejax.causal import parts
 from saejax.causal.clustered import Resampling, of_prompts
 from saejax.causal.patching.disentangle import PairsJudge, compare
 from saejax.causal.patching.features import FeaturePatching
@@ -37,8 +36,10 @@ from saejax.errors import UserError
 from saejax.interventions.split_model import SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import KINDS
+from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import HEADS, PatchConfig
+from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 
 AT_CHANCE = (
@@ -76,11 +77,11 @@ def run_patch(run: Run) -> PatchResults:
       UserError: none can be patched.
     """
     config = run.configs[PatchConfig]
-    prompts = parts.read_behaviours(run, config.behaviours, "--patch.behaviours")
-    heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else parts.load_run_dictionary(run)
+    prompts = run_inputs.read_behaviours(run, config.behaviours, "--patch.behaviours")
+    heads, dictionary = run.name == HEADS, None if run.name in (*KINDS, HEADS) else run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        model = parts.load_run_model(run)
+        model = run_inputs.load_run_model(run)
         if dictionary:
             measure = _of_features(run, model, dictionary, prompts)
         else:

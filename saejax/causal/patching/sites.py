@@ -26,7 +26,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import STEP, Pairs, group_pairs
 from saejax.causal.patching.programs import Recorded, differing, record, run_rows
 from saejax.errors import UserError
@@ -37,6 +36,7 @@ from saejax.models.lengths import even_batches
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.behaviours import Prompt
 
 DIRECTIONS = ("denoising", "noising")

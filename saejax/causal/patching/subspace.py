@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.pairs import patched_differences
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
@@ -22,6 +21,7 @@ from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitM
 from saejax.models import decoder
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
+from saejax.runner.parts import OnProgress, silent
 
 _RATE = 1e-2  # of Adam, falling to 0
 OPTIMISER = optax.scale_by_adam()

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
-from saejax.causal import parts
 from saejax.causal.probes.inputs import pooled_inputs
 from saejax.causal.probes.linear import Task, run_probes
 from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
@@ -24,8 +23,10 @@ from saejax.errors import UserError
 from saejax.files import whole_file
 from saejax.interventions.split_model import SplitModel
 from saejax.results import to_json
+from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import ProbeConfig
+from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import SPLITS, read_logit_diffs, read_prompts
 from saejax.tasks.labels import Labelled, label_prompts
 
@@ -47,7 +48,7 @@ def run_probe(run: Run) -> ProbeResults:
     if not config.strengths:
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
     path = run.inputs["baseline"] / "prompts.jsonl"
-    kept, every = parts.read_behaviours(run), zip(read_prompts(path), read_logit_diffs(path), strict=True)
+    kept, every = run_inputs.read_behaviours(run), zip(read_prompts(path), read_logit_diffs(path), strict=True)
     rows = [(prompt, diff) for prompt, diff in every if prompt.behaviour in kept]
     prompts, logit_diffs = [prompt for prompt, _ in rows], [diff for _, diff in rows]
     for split in SPLITS:
@@ -56,10 +57,10 @@ def run_probe(run: Run) -> ProbeResults:
     asked = {
         some.name: some for label in dict.fromkeys(config.labels) for some in label_prompts(label, prompts, logit_diffs)
     }
-    dictionary = parts.load_run_dictionary(run)
+    dictionary = run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        split = SplitModel(parts.load_run_model(run), dictionary)
+        split = SplitModel(run_inputs.load_run_model(run), dictionary)
         pooled = functools.cache(lambda some: pooled_inputs(split, some, config.pool))
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:

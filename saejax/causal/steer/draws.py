@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.causal.claims import Rule, SetEffects, run_draws, spread_over
-from saejax.causal.parts import OnProgress
 from saejax.causal.steer.directions import AnswerTexts, Turn
 from saejax.causal.steer.programs import SteeredTexts, steer_prompts
 from saejax.causal.steer.results import RandomDirections
 from saejax.interventions.split_model import SplitModel
+from saejax.runner.parts import OnProgress
 from saejax.settings import SteerConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import middle

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.causal.clustered import Resampling, of_prompts
-from saejax.causal.parts import OnProgress
 from saejax.causal.results import EqualDose
 from saejax.causal.steer import fluency
 from saejax.causal.steer.directions import AnswerTexts, Turn, last_values
@@ -21,6 +20,7 @@ from saejax.interventions.split_model import CleanRun, SplitModel, in_order
 from saejax.interventions.text import HeldOutText, TextDiffs
 from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
+from saejax.runner.parts import OnProgress
 from saejax.settings import SteerConfig
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt

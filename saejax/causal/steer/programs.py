@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.engine import prefetch
@@ -20,6 +19,7 @@ from saejax.models.layers import einsum
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
+from saejax.runner.parts import OnProgress, silent
 
 _STEP = 8  # batches are filled up to a multiple of this many rows
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from saejax.causal import parts
 from saejax.causal.claims import SetEffects, claims
 from saejax.causal.steer.draws import rule
 from saejax.causal.steer.measure import Judged, SteeringTest
@@ -21,8 +20,10 @@ from saejax.errors import UserError
 from saejax.files import read_lines, write_lines
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
+from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
+from saejax.tasks import run_inputs
 
 
 def run_steer(run: Run) -> SteerResults:
@@ -38,10 +39,10 @@ def run_steer(run: Run) -> SteerResults:
     if not config.doses:
         raise UserError("--steer.doses is empty: name at least one, such as 0.4")
     config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
-    prompts, dictionary = parts.read_behaviours(run), parts.load_run_dictionary(run)
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
-        model = parts.load_run_model(run)
+        model = run_inputs.load_run_model(run)
         split = SplitModel(model, dictionary, config.positions)
         text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], model, config.text_documents)
 

@@ -10,18 +10,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from saejax.causal.ablate.run import run_ablate
-from saejax.causal.claims import LEVEL
 from saejax.causal.patching.results import FeaturePatchResults, PatchResults
 from saejax.causal.patching.run import run_patch
 from saejax.causal.probes.results import ProbeResults
 from saejax.causal.probes.run import run_probe
-from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.ground_truth.circuits.cases.case import Case
 from saejax.ground_truth.circuits.results import CausalScores
+from saejax.interventions.ablate_run import run_ablate
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
 from saejax.interventions.table import TESTED, EffectsTable, load_effects
 from saejax.library.causal import ablate
@@ -31,6 +29,7 @@ from saejax.runner.config import Config
 from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, ModelConfig, PatchConfig, ProbeConfig, TaskConfig
 from saejax.stages.known_circuits import KnownConfig
+from saejax.statistics.ranks import holm
 from saejax.tasks.baseline import run_baseline
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
@@ -38,6 +37,7 @@ from saejax.tasks.scoring import wilson
 
 T = TypeVar("T")
 _BOOTSTRAP = 1000
+LEVEL = 0.05  # of claims, after correction
 
 
 class KnownStages:

@@ -76,7 +76,7 @@ function answerCurve(text) {
 }
 
 function stepsTable(text, layer, follow) {
-  const heads = ['', 'Text', 'Features that belong to it', 'Carry over to steps (how many)', 'Return in steps', 'Hurt more than matched ones'];
+  const heads = ['', 'Text', 'Features that belong to it', 'Carry over to steps (how many)', 'Return in steps', 'Hurt more than by random sets'];
   const name = (s) => text.steps[s].name;
   const rows = text.steps.map((step, s) => {
     const chips = text.belongs[layer][s].slice(0, 6).map((one) => {
@@ -88,8 +88,8 @@ function stepsTable(text, layer, follow) {
     const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
       .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
     const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
-      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer, as too few features match' : 'no'),
-      ` at ${site}: ${number(test.drop, 2)} nats a token, matched ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}, passed by ${percent(test.claim.placebo_rate)} of matched sets`));
+      make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
+      ` at ${site}: ${number(test.drop, 2)} nats a token, at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}, ${test.sets} of ${test.needed} sets`));
     const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
     const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
       make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire here only; ${number(shifted, 3)} with shifted boundaries`));

@@ -28,6 +28,7 @@ def dose_effect(
     random: Sequence[EffectCurve],
     placebo: Sequence[EffectCurve],
     bases: Mapping[str, EffectCurve],
+    unit: str = "logit difference lost",
 ) -> Figure:
     """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
 
@@ -38,6 +39,7 @@ def dose_effect(
       random: the random sets; each is a point at the smaller of its dose and that of the top features.
       placebo: the placebo sets, likewise.
       bases: the other bases by name, each drawn up to the dose of the top features.
+      unit: the effect in words.
     """
     figure, (axes,) = panels((4.1,), (title,))
     k = len(top.edits[-1].features)
@@ -64,7 +66,7 @@ def dose_effect(
         drops = [*curve.drop_AxP[inside].mean(axis=1), float(curve.drop_at(end)[0].mean())]
         axes.plot(doses, drops, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set(xlabel="dose: norm of the change at the site", ylabel="logit difference lost")
+    axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)

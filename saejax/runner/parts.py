@@ -1,4 +1,4 @@
-"""What the causal stages share: the model and the dictionary that flags name, and results that are kept part by part.
+"""Results that a stage keeps part by part, and its progress.
 
 A *part* is what a stage finishes at a time: a behaviour, or a label of probes. Its results go to ``<part>.json`` as
 soon as they are there, so that a run that was killed goes on with the next part. What a part keeps until then is in
@@ -14,20 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted
 from saejax.files import read_json, write_json
-from saejax.models.language_model import LanguageModel
-from saejax.models.loading import load_configured_model
-from saejax.models.source import load_tokenizer, resolve
-from saejax.models.tokens import bos_tokens
 from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
-from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig
-from saejax.tasks.behaviours import Prompt
-from saejax.tasks.gate import read_tested
 
 OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
 _SAY_EVERY = 5.0  # seconds
@@ -44,59 +35,33 @@ Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
 
 
 def silent(done: int, total: int) -> None:
-    """An ``OnProgress`` that does nothing with the work ``done`` and in ``total``."""
+    """Ignore progress: an ``OnProgress`` for callers that report none.
 
-
-def load_run_model(run: Run) -> LanguageModel:
-    """The model that a stage runs, on the mesh of its configuration."""
-    config = run.configs[ModelConfig]
-    return load_configured_model(config, make_mesh(run.configs.get(MeshConfig)))
-
-
-def load_run_dictionary(run: Run) -> Dictionary:
-    """The dictionary that ``--<stage>.dictionary`` names.
-
-    Raises:
-      UserError: there is none of this name.
+    Args:
+      done: work done.
+      total: work in total.
     """
-    dictionary = stacks.load_trained(run.configs.named(run.stage).dictionary, run.inputs, f"--{run.stage}.dictionary")
-    if not dictionary.config.fingerprint:  # another tool's
-        known = dictionary.config.model or "no model"
-        run.say(f"{run.stage}: the dictionary names {known}, and no state of it: take care that it is this one")
-    if dictionary.config.bos != "auto":
-        tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
-        begins = tokenizer.bos_token_id is not None and bos_tokens(tokenizer)[:1] == [tokenizer.bos_token_id]
-        if conflict := dictionary.config.bos_conflict(begins):
-            run.say(f"{run.stage}: {conflict}")
-    return dictionary
-
-
-def read_behaviours(run: Run, named: Sequence[str] = (), flag: str = "") -> dict[str, list[Prompt]]:
-    """The prompts of the behaviours to be tested; a line for each that is left out. See ``gate.read_tested``."""
-    found = read_tested(run.inputs["baseline"], named, flag)
-    for name, why in found.left_out.items():
-        run.say(f"{run.stage}: {name} is left out: {why}")
-    return found.prompts
 
 
 def part_file(run: Run, part: str, ending: str = ".json") -> Path:
-    """Where a part's results are kept, or with another ending what belongs to them."""
+    """Return the file of a part's results, or with another ending of what belongs to them."""
     return run.folder / f"{part}{ending}"
 
 
 def partial_folder(run: Run, part: str) -> Path:
-    """Where a part keeps what is measured until it is done."""
+    """Return the folder in which a part keeps what is measured until it is done."""
     return part_file(run, part, "-partial")
 
 
 def each_part(
     run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any, unit: str = "tokens"
 ) -> dict[str, Any]:
-    """The results of all parts, in their order: those kept from an earlier run, and the others measured.
+    """Return the results of all parts, in their order: those kept from an earlier run, and the others measured.
 
     Parts are items of ``Run.each``: where processes deal them out, the first one alone goes on with the results.
 
     Args:
+      run: the unit.
       parts: their names, which are names of files.
       begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
       results: the class of a part's results.
@@ -136,17 +101,21 @@ def each_part(
 
 
 def _drop_partial(run: Run, part: str) -> None:
-    """Removes what was kept to go on from; the first process does."""
+    """Remove what was kept to go on from; the first process does."""
     if is_first_process() and partial_folder(run, part).exists():
         shutil.rmtree(partial_folder(run, part), ignore_errors=True)  # another process may do so, too
 
 
 class Progress:
-    """Says, now and then, how far a stage is, and raises ``Interrupted`` when it is to stop.
+    """Progress of a stage: says now and then how far it is, and raises ``Interrupted`` when it is to stop.
 
     The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,
     at the speed since work was counted first: what comes before is compiled once, or was done by an earlier run. A part
     that counts its work from 0 again is known as far as it has begun.
+
+    Args:
+      run: the unit.
+      unit: what is counted, for messages.
     """
 
     def __init__(self, run: Run, unit: str):
@@ -156,7 +125,7 @@ class Progress:
         self._counted: tuple[float, int] | None = None  # when work was counted first, and how much
 
     def of_part(self, label: str, left: int) -> OnProgress:
-        """What the next part, called ``label``, calls; after it so many are left."""
+        """Return the progress function of the next part, called ``label``; after it ``left`` parts remain."""
         self._before, self._done = self._before + self._done, 0
         self._of_parts = self._before
 
@@ -180,7 +149,7 @@ class Progress:
         return on_progress
 
     def _speed(self, now: float) -> float:
-        """Work in a second; that of all time before there is a second count."""
+        """Return the work done per second; over all time before there is a second count."""
         start, work = self._counted or (self._start, 0)
         done = self._before + self._done
         return (done - work) / (now - start) if now > start and done > work else done / (now - self._start)

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from saejax.causal import stability
-from saejax.causal.results import MatchedDrops
-from saejax.causal.stability import Matches, compare, match_by_direction
 from saejax.results import from_json, to_json
+from saejax.transfer import stability
+from saejax.transfer.results import MatchedDrops
+from saejax.transfer.stability import Matches, compare, match_by_direction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The stage ``ablate``: do a dictionary's features cause the behaviours?
 
-A behaviour is a part in the sense of ``saejax.causal.parts``. What it measures goes to ``<behaviour>-effects/`` at
+A behaviour is a part in the sense of ``saejax.runner.parts``. What it measures goes to ``<behaviour>-effects/`` at
 once, so that a run that was killed goes on with the next one; at the end all of it becomes the unit's effects table, of
 which the verdict is a pure function.
 """
@@ -12,37 +12,37 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from saejax.causal import parts
-from saejax.causal.importance import Importance, measure_importance
-from saejax.causal.programs import SplitShapes
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.errors import UserError
-from saejax.interventions import activity, positions
+from saejax.interventions import positions
 from saejax.interventions.ablation import (
-    BehaviourAblation,
+    TEXT_LENGTH,
+    describe_top,
     expected_rows,
     measure_behaviour,
     measure_text,
+    verdict_config,
 )
-from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary, VerdictConfig
+from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
 from saejax.interventions.engine import FEATURES
+from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.programs import SplitShapes
 from saejax.interventions.rows import filled_features
 from saejax.interventions.slopes import TARGETS
 from saejax.interventions.split_model import PROMPTS
-from saejax.interventions.table import TESTED, EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
-from saejax.results import Interval
+from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import BASES, AblateConfig, CorpusConfig, TaskConfig
-from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.planned import count_all_behaviours
 
-TEXT_LENGTH = 32  # tokens of a held-out document
 _FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 
 
@@ -52,21 +52,6 @@ class BehaviourResults:
 
     top: tuple[FeatureEffect, ...]  #: the top features, one by one
     importance: ImportanceSummary | None = None  #: of all features
-
-
-def rule(config: AblateConfig) -> str:
-    """Return the rule of the verdict in words."""
-    return verdict_config(config).rule
-
-
-def verdict_config(config: AblateConfig) -> VerdictConfig:
-    """Return the numbers of the rule."""
-    return VerdictConfig(
-        min_accuracy_drop=config.min_accuracy_drop,
-        max_ce_rise=config.max_ce_rise,
-        resamples=config.bootstrap,
-        seed=config.seed,
-    )
 
 
 def run_ablate(run: Run) -> AblateResults:
@@ -91,12 +76,12 @@ def run_ablate(run: Run) -> AblateResults:
     for name in config.baselines:
         if name not in BASES:
             load_dictionary(name)  # refused before any work is done
-    prompts, dictionary = parts.read_behaviours(run), parts.load_run_dictionary(run)
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
     repeats = {name: stacks.load_trained(name, run.inputs, "--ablate.repeats") for name in config.repeats}
     text_folder = run.folder / "text-effects"
 
     def begin() -> parts.Measure:
-        lm = parts.load_run_model(run)
+        lm = run_inputs.load_run_model(run)
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
         if text and not text_folder.exists():
@@ -142,30 +127,6 @@ def run_ablate(run: Run) -> AblateResults:
         top={name: results.top for name, results in measured.items()},
         verdict=answers,
         importance=importance or None,
-    )
-
-
-def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
-    """Return what each top feature does alone, from a table's group ``single``."""
-    prompts = table.select_prompts(ablation.behaviour)
-    edits = table.select_edits(ablation.behaviour, "single", TESTED)
-    drop_KxP = table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
-    templates = [prompt.template for prompt in prompts]
-    intervals = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
-    if len(prompts) > 1:
-        weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
-        ends = [percentile_interval(weights_SxP @ drop_P) for drop_P in drop_KxP]
-        intervals = [Interval(old.mean, low, high) for old, (low, high) in zip(intervals, ends, strict=True)]
-    statistics = activity.statistics(ablation.split, ablation.runs)
-    return tuple(
-        FeatureEffect(
-            feature=(feature := edit.features[0]),
-            attribution=float(ablation.attribution_F[feature]),
-            drop=interval,
-            firing_rate=float(statistics.firing_rate_F[feature]),
-            mean_activation=float(statistics.mean_activation_F[feature]),
-        )
-        for edit, interval in zip(edits, intervals, strict=True)
     )
 
 

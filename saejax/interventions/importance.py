@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from saejax.causal.columns import Columns
-from saejax.causal.statistics import correlations, max_t_p
 from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions.ablation import BehaviourAblation
 from saejax.interventions.answers import ImportanceSummary
+from saejax.interventions.columns import Columns
 from saejax.interventions.table import EffectsTable, load_effects
 from saejax.statistics.bootstrap import resampling_weights
+from saejax.statistics.permutation import correlations, max_t_p
 
 PERMUTATIONS = 20_000
 LEVEL = 0.05  # of the adjusted p-value

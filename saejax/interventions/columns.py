@@ -20,7 +20,7 @@ class Columns:
 
     @classmethod
     def file(cls, folder: Path, behaviour: str) -> Path:
-        """Where a stage keeps the table of a behaviour."""
+        """Return the file in which a stage keeps the table of a behaviour."""
         return folder / f"{behaviour}-{cls.kind}.parquet"
 
     @property
@@ -29,14 +29,14 @@ class Columns:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def save(self, path: Path) -> None:
-        """Writes a Parquet table with a column for each attribute, null where it is NaN."""
+        """Write a Parquet table with a column for each attribute, null where it is NaN."""
         columns = {name: pa.array(values_N, from_pandas=True) for name, values_N in self.columns.items()}
         with whole_file(path) as beside:
             pq.write_table(pa.table(columns), beside)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
           UserError: it is missing or damaged.

@@ -16,11 +16,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saejax.causal.results import MatchedDrops
-from saejax.causal.statistics import rank_correlations
 from saejax.interventions.feature_statistics import coordinates, nearest_others
 from saejax.results import Interval
+from saejax.statistics.permutation import rank_correlations
 from saejax.tasks.scoring import middle
+from saejax.transfer.results import MatchedDrops
 
 LEAST = 0.7  # similarity of a match
 DRAWS = 200  # of shuffled pairs, and of partners that fire alike

@@ -1,19 +1,18 @@
 """The report on ablation: pictures, a table and a sentence for each question; then each behaviour and its features."""
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from saejax.causal.ablate import report_figures
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import Label, labels_in
 from saejax.errors import UserError
-from saejax.interventions import sentences
+from saejax.interventions import ablate_figures, sentences
 from saejax.interventions.answers import AblateResults, BehaviourVerdict, FeatureEffect
 from saejax.interventions.curves import read_curves
-from saejax.interventions.table import BASIS, TESTED, UNTRAINED, load_effects
+from saejax.interventions.table import BASIS, TESTED, UNTRAINED, EffectsTable, load_effects
 from saejax.page.blocks import Block, Code, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -93,8 +92,20 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
     return sections
 
 
-def summary_sentences(verdicts: Mapping[str, BehaviourVerdict]) -> dict[str, str]:
-    """Return one sentence for each question, over all behaviours."""
+def summary_sentences(
+    verdicts: Mapping[str, BehaviourVerdict],
+    objective: str = "The logit difference",
+    readout: str = "top1",
+    accuracy: str = "Top-1 accuracy",
+) -> dict[str, str]:
+    """Return one sentence for each question, over all behaviours.
+
+    Args:
+      verdicts: the verdict on each behaviour or benchmark.
+      objective: the objective in words.
+      readout: the readout of accuracy.
+      accuracy: accuracy in words.
+    """
 
     def listed(answers: Mapping[str, str]) -> str:
         """Group behaviours by their answer: "yes for A, B; no for C"."""
@@ -115,7 +126,8 @@ def summary_sentences(verdicts: Mapping[str, BehaviourVerdict]) -> dict[str, str
     bases = [f"{behaviour(name)}: {_bases_cell(each)}" for name, each in verdicts.items()]
     return {
         "1. Effect of ablation": (
-            f"The logit difference falls: {ablation('logit_diff')}. Top-1 accuracy falls: {ablation('top1')}."
+            f"{objective} falls: {ablation(next(iter(next(iter(verdicts.values())).ablation)))}. "
+            f"{accuracy} falls: {ablation(readout)}."
         ),
         "2. More than random sets at equal dose": (
             sentence(listed({name: each.random.answer for name, each in verdicts.items()}))
@@ -140,33 +152,49 @@ def _pictures(found: Findings, draw: Draw) -> list[Picture]:
     ablate = found.one(AblateResults)
     unit = next(unit for unit, summary in found.summaries.items() if summary.stage == "ablate")
     table = load_effects(found.folders[unit])
-    pictures = []
-    for name, result in ablate.verdict.dictionaries[TESTED].items():
-        (top,) = read_curves(table, name, "top")
-        random, placebo = (read_curves(table, name, group) for group in ("random", "placebo"))
-        groups = [edit.group for edit in table.edits if edit.behaviour == name and edit.group.startswith(BASIS)]
-        bases = {group.removeprefix(BASIS): read_curves(table, name, group)[0] for group in dict.fromkeys(groups)}
-        effect = result.ablation["logit_diff"].effect
-        assert effect is not None
-        figure = report_figures.dose_effect(
-            behaviour(name),
-            top,
-            effect,
-            random,
-            placebo,
-            {sentences.BASES.get(basis, basis): curve for basis, curve in bases.items()},
-        )
-        caption = (
-            "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points "
-            "on the orange line do as much as the top features at the same dose; points below it do less. "
-            f"{sentences.fooled(result.fooled, result.placebo_sets)}"
-        )
-        pictures.append(draw(f"ablation_{name}", figure, caption, f"{behaviour(name)}. {_described(result)}"))
-    return pictures
+    return [
+        dose_picture(name, behaviour(name), table, result, draw)
+        for name, result in ablate.verdict.dictionaries[TESTED].items()
+    ]
+
+
+def dose_picture(
+    name: str,
+    title: str,
+    table: EffectsTable,
+    result: BehaviourVerdict,
+    draw: Draw,
+    unit: str = "logit difference lost",
+) -> Picture:
+    """Return the picture of effects against dose: top features, random and placebo sets, simpler bases.
+
+    Args:
+      name: names the figure's file; behind the last underscore of a benchmark's stands its name.
+      title: the behaviour or benchmark in words.
+      table: the effects table.
+      result: the verdict on the behaviour or benchmark.
+      draw: draws a figure.
+      unit: the effect in words.
+    """
+    key = name.removeprefix("benchmark_")
+    (top,) = read_curves(table, key, "top")
+    random, placebo = (read_curves(table, key, group) for group in ("random", "placebo"))
+    groups = [edit.group for edit in table.edits if edit.behaviour == key and edit.group.startswith(BASIS)]
+    bases = {group.removeprefix(BASIS): read_curves(table, key, group)[0] for group in dict.fromkeys(groups)}
+    effect = next(iter(result.ablation.values())).effect
+    assert effect is not None
+    named = {sentences.BASES.get(basis, basis): curve for basis, curve in bases.items()}
+    figure = ablate_figures.dose_effect(title, top, effect, random, placebo, named, unit)
+    caption = (
+        "Every point is a set of as many features, at the smaller of its dose and that of the top features. Points on "
+        "the orange line do as much as the top features at the same dose; points below it do less. "
+        f"{sentences.fooled(result.fooled, result.placebo_sets)}"
+    )
+    return draw(f"ablation_{name}", figure, caption, f"{title}. {_described(result)}")
 
 
 def _described(result: BehaviourVerdict) -> str:
-    return signed(f"{result.ablation['logit_diff'].sentence} {result.random.sentence} {result.placebo.sentence}")
+    return signed(f"{next(iter(result.ablation.values())).sentence} {result.random.sentence} {result.placebo.sentence}")
 
 
 def _answer_table(ablate: AblateResults) -> Table:
@@ -176,16 +204,7 @@ def _answer_table(ablate: AblateResults) -> Table:
         if dictionary in (TESTED, UNTRAINED)
         for name, result in results.items()
     ]
-    columns = {
-        "Behaviour": lambda name, _: name,
-        "1. Effect, logits": lambda _, result: _effect_cell(result),
-        "Top-1 accuracy, points": lambda _, result: _accuracy_cell(result),
-        "2. More than random sets": lambda _, result: _set_cell(result.random),
-        "Placebo sets that pass 2": lambda _, result: _fooled_cell(result),
-        "3. Specific": lambda _, result: _set_cell(result.placebo),
-        "4. More than bases": lambda _, result: _bases_cell(result),
-        "5. Selective": lambda _, result: result.selective.answer,
-    }
+    columns = answer_columns("Behaviour", "1. Effect, logits", ("top1", "Top-1 accuracy, points"))
     if any(result.replication for _, result in rows):
         columns["In other seeds"] = lambda _, result: _replication_cell(result)
     note = (
@@ -197,17 +216,37 @@ def _answer_table(ablate: AblateResults) -> Table:
     return Table.of(caption, rows, columns, words=set(columns), note=note)
 
 
+def answer_columns(what: str, effect: str, accuracy: tuple[str, str]) -> dict[str, Callable]:
+    """Return the columns of the table of answers, as functions of a row's name and verdict.
+
+    Args:
+      what: what a row is about.
+      effect: title of the effect.
+      accuracy: the readout of accuracy, and its title.
+    """
+    return {
+        what: lambda name, _: name,
+        effect: lambda _, result: _effect_cell(result),
+        accuracy[1]: lambda _, result: _accuracy_cell(result, accuracy[0]),
+        "2. More than random sets": lambda _, result: _set_cell(result.random),
+        "Placebo sets that pass 2": lambda _, result: _fooled_cell(result),
+        "3. Specific": lambda _, result: _set_cell(result.placebo),
+        "4. More than bases": lambda _, result: _bases_cell(result),
+        "5. Selective": lambda _, result: result.selective.answer,
+    }
+
+
 def _named(dictionary: str) -> str:
     return "untrained dictionary" if dictionary == UNTRAINED else dictionary
 
 
 def _effect_cell(result: BehaviourVerdict) -> str:
-    effect = result.ablation["logit_diff"]
+    effect = next(iter(result.ablation.values()))
     return f"{effect.answer}: {interval(effect.effect)}"
 
 
-def _accuracy_cell(result: BehaviourVerdict) -> str:
-    accuracy = result.ablation["top1"]
+def _accuracy_cell(result: BehaviourVerdict, readout: str) -> str:
+    accuracy = result.ablation[readout]
     return f"{accuracy.answer}: {interval(accuracy.effect, 0, 100)}" if accuracy.effect else accuracy.answer
 
 
@@ -271,7 +310,7 @@ def _template_table(result: BehaviourVerdict) -> Table:
 
 def _singles(name: str, top: tuple[FeatureEffect, ...], draw: Draw) -> Picture:
     some = top[:FIGURE_ROWS]
-    figure = report_figures.single_features([item.feature for item in some], [item.drop for item in some])
+    figure = ablate_figures.single_features([item.feature for item in some], [item.drop for item in some])
     above = sum(item.drop.low > 0 for item in top)
     rest = f" The figure shows the first {len(some)}." if len(some) < len(top) else ""
     caption = (

@@ -67,36 +67,36 @@ class SplitShapes:
         self._size = f"{PROMPTS} prompts of {self.length} tokens"
 
     def program(self, name: str, size: str, function: Callable, arguments: tuple, flops: float) -> Program:
-        """One of the stage's own; what it is not given of the model and the dictionary is kept beside it."""
+        """Return a program of the stage; model and dictionary are kept in memory even where it does not read them."""
         given = {id(argument) for argument in arguments}
         kept = [one for one in (self.params, self.dictionary) if id(one) not in given]
         return Program(f"{self._stage}: {name}", size, function, arguments, kept, flops)
 
     def value(self, place: Callable, count: int, length: int | None = None) -> jax.ShapeDtypeStruct:
-        """The stream, the site's value or what is read, of so many prompts."""
+        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
         return place(self._mesh, (count, length or self.length, self.used.d_in), self._plan.dtype)
 
     def domain(self, place: Callable, count: int, length: int | None = None) -> jax.ShapeDtypeStruct:
-        """Where features count."""
+        """Return the shape of the editable positions."""
         return place(self._mesh, (count, length or self.length), bool)
 
     def rows(self, place: Callable = by_row, count: int = PROMPTS) -> SiteRows:
-        """So many rows of a clean run."""
+        """Return the shapes of ``count`` rows of a clean run."""
         value, domain = self.value(place, count), self.domain(place, count)
         ends = place(self._mesh, (count,), jnp.int32), place(self._mesh, (count, 2), jnp.int32)
         return SiteRows(value, value, value, domain, *ends)
 
     def tail_flops(self, prompts: int, length: int | None = None) -> float:
-        """Products of the layers above the site."""
+        """Return the FLOPs of the layers above the site."""
         length = length or self.length
         return pass_flops(self._plan.model, prompts * length, length, layers_above(self._plan, self.used))
 
     def encode_flops(self, prompts: int, length: int | None = None) -> float:
-        """Products of the encoder; as many are the decoder's."""
+        """Return the FLOPs of the encoder; the decoder has as many."""
         return 2.0 * prompts * (length or self.length) * self.used.d_in * self.used.n_features
 
     def head(self, count: int = PROMPTS, length: int = 0, error: str = "keep") -> Program:
-        """The layers below, of a behaviour's prompts or of longer texts."""
+        """Return the program of the layers below, for a behaviour's prompts or for longer texts."""
         length = length or self.length
         ids_BxT = by_row(self._mesh, (count, length), jnp.int32)
         rows = ids_BxT, by_row(self._mesh, (count,), jnp.int32), self.domain(by_row, count, length)
@@ -105,7 +105,7 @@ class SplitShapes:
         return self.program("head", f"{count} prompts of {length} tokens", run_head, arguments, flops)
 
     def slopes(self, estimate: str, replacement: str) -> Program:
-        """What ranks the features."""
+        """Return the program that attributes the features."""
         rows = self.rows()
         counts = [whole(self._mesh, (self.used.n_features,), dtype) for dtype in (jnp.int32, self._kept)]
         lent = dict(counterpart=(rows.read_BxTxD, rows.domain_BxT), random=tuple(counts)).get(replacement, ())
@@ -127,7 +127,7 @@ class SplitShapes:
         return self.program("placebo attribution", self._size, screening.score_targets, arguments, flops)
 
     def features(self, replacement: str, gathered: int) -> Program:
-        """What is removed of so many features, filled up."""
+        """Return the program that gathers ``gathered`` features' changes."""
         sides = [self.value(whole, self.prompts), self.domain(whole, self.prompts)]
         sides *= 2 if replacement == "counterpart" else 1
         features_K = whole(self._mesh, (gathered,), jnp.int32)
@@ -136,7 +136,7 @@ class SplitShapes:
         return self.program("features", size, ablation_programs.gather, arguments, flops)
 
     def tail(self, gathered: int, rows: int) -> Program:
-        """The layers above, of so many rows from which some of the features that were gathered are removed."""
+        """Return the program of the layers above, for ``rows`` rows with some of the gathered features ablated."""
         length, shards = self.length, self._mesh.shape["data"]
         value = self.value(whole, self.prompts)
         past = placed(jax.eval_shape(self.point.run_suffix_with_kv, self.params, value, value)[1], self._mesh)
