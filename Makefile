@@ -45,10 +45,13 @@ demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline $(CLT) $(CLT_GRAPH) --graph.slug=cross-layer --graph.transcoders=runs/demo_clt/train/batchtopk
 	@echo "Open runs/demo_clt/report/index.html, and in runs/demo_clt/attribute/layers the graph of the other set"
 
-# A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.
+# A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and a causal test of features of the
+# tuned model.
 demo-crosscode: $(INSTALLED)
 	$(BIN)/python scripts/tuned_model.py runs/demo_crosscode/tuned
-	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags
+	$(BIN)/python -m experiments.evaluate --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags \
+	    --train.kinds=topk --train.sites=resid_post.25
 	@echo "Open runs/demo_crosscode/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of

@@ -50,7 +50,7 @@ class Site:
         """
         if is_joined(text) or OtherSite.names(text):
             raise UserError(
-                f"{text} is a site of a crosscoder, which train, evaluate and crosscode can use: expected one site of "
+                f"{text} is a site of a crosscoder, which only train and evaluate use: expected one site of "
                 "one model, such as resid_post.15"
             )
         if ModuleSite.names(text):

@@ -69,6 +69,7 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
     tables = [_table(found, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, one) for kind, one in layers.items()]
+    tables += _parts_tables(scores)
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
     return Section("The dictionaries", blocks)
@@ -137,6 +138,30 @@ def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
     rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
     note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
     return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
+
+
+def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
+    """A row for every part of every crosscoder; no table without crosscoders."""
+    rows = [
+        (full_name(kind, member.name), part, scored, member.shared)
+        for kind, members in scores.items()
+        for member in members
+        for part, scored in (member.parts or {}).items()
+    ]
+    columns = {
+        "Crosscoder": lambda name, part, scored, shared: name,
+        "Part": lambda name, part, scored, shared: part,
+        "Explained variance": lambda name, part, scored, shared: number(scored.explained_variance, 3),
+        "Cross-entropy recovered (mean)": lambda name, part, scored, shared: number(scored.ce_recovered_mean, 3),
+        "Private features": lambda name, part, scored, shared: f"{scored.private:,}",
+        "Shared features": lambda name, part, scored, shared: MISSING if shared is None else f"{shared:,}",
+    }
+    note = (
+        "A live feature is private to a part if the relative norm of its decoder row is above 0.9 there (1: it writes "
+        "to this part alone), and shared if it is between 0.4 and 0.6 (0.5: equally long in both). A penalty on "
+        "activations makes private features of shared ones, so prefer batchtopk for this comparison."
+    )
+    return [Table.of("The parts of crosscoders", rows, columns, stack=False, note=note)] if rows else []
 
 
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:

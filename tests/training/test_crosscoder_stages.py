@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +10,7 @@ import runs
 
 import saejax
 from saejax.activations.store import Store
-from saejax.crosscode.report import sections
 from saejax.errors import UserError
-from saejax.page import style
-from saejax.page.blocks import Picture
 from saejax.results import load_results
 from saejax.runner import command
 from saejax.runner.registry import STAGES
@@ -30,14 +26,6 @@ CHANGES = dict(
     task__behaviours="agreement,capital",
     task__train_prompts=8,
     task__test_prompts=8,
-    crosscode__dictionaries="batchtopk",
-    crosscode__draws=19,
-    crosscode__resamples=20,
-    crosscode__matches=3,
-    crosscode__top=2,
-    crosscode__private=0.55,  # so that features of random models are removed, too
-    crosscode__nu_error=50,
-    crosscode__nu_reconstruction=50,
 )
 
 
@@ -59,8 +47,8 @@ def go(stages, inputs, corpus, workdir, **changes):
 
 @pytest.fixture(scope="module")
 def workdir(inputs, corpus, other, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("crosscode") / "run"
-    stages = ["baseline", "capture", "train", "evaluate", "crosscode"]
+    workdir = tmp_path_factory.mktemp("crosscoder") / "run"
+    stages = ["baseline", "capture", "train", "evaluate"]
     assert go(stages, inputs, corpus, workdir, model__other=other) == 0
     return workdir
 
@@ -68,7 +56,8 @@ def workdir(inputs, corpus, other, tmp_path_factory):
 def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, other):
     """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
     assert go(list(STAGES), inputs, corpus, workdir, model__other=other) == 0
-    assert "crosscoder" in (workdir / "report" / "index.html").read_text().lower()
+    (page,) = (workdir / "report").glob("*.md")
+    assert "The parts of crosscoders" in page.read_text()
     assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()
 
 
@@ -77,6 +66,7 @@ def test_scores_by_part(workdir, inputs, other):
     for site in (LAYERS, MODELS):
         assert list(scores[site].parts) == site.split("+")
         for part in scores[site].parts.values():
+            assert sum(part.relative_norms) >= part.private + scores[site].shared
             assert part.explained_variance > 0 and abs(part.kl.clean) < 1e-6 < part.kl.reconstructed
     parts = scores[MODELS].parts
     assert parts["resid_post.1"].ce.clean != parts["other:resid_post.1"].ce.clean
@@ -93,45 +83,6 @@ def test_scores_by_part(workdir, inputs, other):
     for part, own, scale, name in zip(x, made, sae.config.scales, parts, strict=True):
         left = np.square(part - own / scale).sum() / np.square(part - part.mean(0)).sum()
         assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
-
-
-def test_results(workdir):
-    results = load_results(workdir / "crosscode")
-    assert [one.site for one in results.dictionaries] == [LAYERS, MODELS]
-    layers, models = results.dictionaries
-    assert models.same_space and not layers.same_space
-    assert not layers.behaviours and "one part of each of two models" in layers.left_out["behaviours"]
-    for one in results.dictionaries:
-        assert 0 < one.alive <= one.features and sum(one.histogram) == one.alive
-        assert set(one.own) == set(one.parts) and one.shared <= one.alive
-    assert sum(own.private for own in models.own.values()) > 1 and models.behaviours
-    for found in models.behaviours.values():
-        assert found.other_drop is not None and len(found.features) <= 2
-        assert found.drop.low <= found.drop.mean <= found.drop.high
-        assert found.claim.behaviours >= 1 and 0 <= found.claim.placebo_rate <= 1
-
-
-def test_the_report_has_what_removing_costs(workdir, tmp_path):
-    results = load_results(workdir / "crosscode")
-
-    def draw(name, figure, caption, alt):
-        return Picture(name, style.inline(style.save(figure, tmp_path, name), name, alt), caption, alt)
-
-    (section,) = sections(SimpleNamespace(each=lambda kind: {"": results}), draw)
-    told = "\n".join(block.markdown() for block in section.blocks)
-    assert (tmp_path / "crosscoders.png").exists() and "Removing private features of batchtopk" in told
-    assert "Not tested of batchtopk" in told and "Placebo rate" in told
-
-
-def test_the_report_without_behaviours(workdir, inputs, corpus, other, tmp_path, capsys):
-    """Models and layers are told apart by norms and latent scaling alone; what was done before stays."""
-    runs.copy_run(workdir, tmp_path / "run")
-    changes = dict(model__other=other, task__behaviours="")
-    assert go(["baseline", "evaluate", "crosscode", "report"], inputs, corpus, tmp_path / "run", **changes) == 0
-    assert "evaluate/batchtopk: done before, unchanged" in capsys.readouterr().out
-    (page,) = (tmp_path / "run" / "report").glob("*.md")
-    page = page.read_text()
-    assert "What layers or models share" in page and "What is one part's own" in page
 
 
 def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, other, tmp_path, monkeypatch, capsys):
@@ -172,7 +123,6 @@ def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys)
     )
     runs.copy_run(workdir, tmp_path / "there")
     there = dict(folder=tmp_path / "there", model__other=other)
-    fails(["crosscode"], "too few", crosscode__tokens=3, **there)
     fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
     fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
     fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
@@ -197,33 +147,3 @@ def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
     with pytest.raises(UserError, match="wide"):
         join(sae.config, {name: value[..., :5] for name, value in values.items()})
     assert jax.numpy.isfinite(sae(x)).all()
-
-
-def test_removing_features_is_what_a_plain_edit_does(workdir, inputs, other):
-    """Logit differences without some features, beside a second model that is run on values computed in numpy."""
-    from saejax.crosscode import causal
-    from saejax.evaluation.parts import parts_by_model
-    from saejax.models.edits import SiteEdit
-    from saejax.models.loading import load_model
-    from saejax.tasks.behaviours import read_prompts
-
-    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
-    lms = load_model(str(inputs[0])), load_model(str(other))
-    models = parts_by_model(MODELS, *lms)
-    prompts = [
-        prompt for prompt in read_prompts(workdir / "baseline" / "prompts.jsonl") if prompt.behaviour == "agreement"
-    ][:4]
-    read = causal._read(sae, models, prompts)
-    features = causal._strongest(read, range(sae.config.n_features), 3)
-    found_P = causal._without(sae, models[1], read, features)
-    tokens = lms[1].tokenize([prompt.text for prompt in prompts])
-    values = [np.asarray(lm(tokens, capture=["resid_post.1"], logits=False).sites["resid_post.1"]) for lm in lms]
-    joined = np.concatenate([value * scale for value, scale in zip(values, sae.config.scales, strict=True)], axis=-1)
-    f = np.asarray(sae.encode(joined))[..., features]
-    new = values[1] - f @ np.asarray(sae.W_dec_FxD[...])[features, 32:] / sae.config.scales[1]
-    logits = np.asarray(lms[1](tokens, edits=[SiteEdit.patch("resid_post.1", new)]).logits_BxTxV)
-    last = logits[np.arange(4), tokens.last_B]
-    answers = np.asarray(read.answers_Bx2)
-    expected = last[np.arange(4), answers[:, 0]] - last[np.arange(4), answers[:, 1]]
-    np.testing.assert_allclose(found_P, expected, atol=1e-4)
-    assert np.abs(found_P - causal._without(sae, models[1], read, ())).max() > 1e-3

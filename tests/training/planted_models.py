@@ -22,7 +22,7 @@ SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)
 SHARED, WEAK, OWN, RATE = 24, 8, 6, 0.06  # features; of the shared ones, those that the first model has at 0.3
 LABELS = np.array([-1] * SHARED + [0] * OWN + [1] * OWN)  # whose each feature is; -1: both models'
-STEPS, BATCH, BLOCKS = 1000, 256, 20
+STEPS, BATCH = 1000, 256
 
 
 class PlantedStore:
@@ -72,15 +72,15 @@ def trained(kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) 
     return trainer.finish(state, 0), store
 
 
-def held_out(dictionary: Dictionary, store) -> tuple[FeatureStatistics, list[list[np.ndarray]], np.ndarray]:
-    """Statistics of the features on the held-out tokens, these in blocks, and the planted feature each one is."""
+def held_out(dictionary: Dictionary, store) -> tuple[FeatureStatistics, np.ndarray]:
+    """Statistics of the features on the held-out tokens, and their correlation with the planted ones, [F, J]."""
     rows = store.rows("held_out", SITE)
     x_NxD = store.read(SITE, rows)
     f_NxF = np.asarray(dictionary.encode(x_NxD))
     with np.errstate(invalid="ignore"):  # of features that never fire
         alike_FxJ = np.corrcoef(f_NxF.T, store.truth[rows].T)[: f_NxF.shape[1], f_NxF.shape[1] :]
     statistics = FeatureStatistics(len(rows), (f_NxF > 0).sum(0), f_NxF.sum(0, dtype=np.float64))
-    return statistics, [[part] for part in np.split(x_NxD, BLOCKS)], np.nan_to_num(alike_FxJ)
+    return statistics, np.nan_to_num(alike_FxJ)
 
 
 def lengths(dictionary: Dictionary) -> np.ndarray:

@@ -1,15 +1,13 @@
-"""Lengths of joined rows, latent scaling and relative norms, beside plain formulas in fp64."""
+"""Lengths of joined rows and relative norms, beside plain formulas in fp64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.crosscode.norms import by_norms, relative_norms, shared
-from saejax.crosscode.scaling import block_sums, block_weights, latent_scaling
-from saejax.dictionaries import Dictionary, DictionaryConfig
-from saejax.dictionaries.joined import row_lengths, row_normals, split
+from saejax.dictionaries.joined import row_lengths, row_normals
 from saejax.dictionaries.losses import l1_norm_weighted
+from saejax.evaluation.part_norms import histogram, is_shared, private_part, relative_norms
 from saejax.models.sites import Site, decoder_site, is_joined, parse_site, site_parts
 from saejax.settings import TrainConfig
 from saejax.training.updates import constrained, turn_rows
@@ -54,39 +52,11 @@ def test_relative_norms():
     norms_PxF = np.array([[1.0, 0.0, 2.0, 0.0, 1.0], [0.0, 2.0, 2.0, 0.0, 0.5]])
     relative_PxF = relative_norms(norms_PxF)
     np.testing.assert_allclose(relative_PxF, [[1, 0, 0.5, 0.5, 0.75], [0, 1, 0.5, 0.5, 0.25]])
-    assert by_norms(relative_PxF).tolist() == [0, 1, -1, -1, -1]
-    assert shared(relative_PxF).tolist() == [False, False, True, True, False]
+    assert private_part(relative_PxF).tolist() == [0, 1, -1, -1, -1]
+    assert is_shared(relative_PxF).tolist() == [False, False, True, True, False]
+    assert histogram(relative_PxF[0])[-1] == 1 and sum(histogram(relative_PxF[0])) == 5
     three_PxF = relative_norms(np.array([[4.0], [1.0], [0.0]]))
     np.testing.assert_allclose(three_PxF[:, 0], [1 - 0.125, 0.125, 0.0])
-
-
-@pytest.mark.parametrize("same_space", [True, False])
-def test_latent_scaling_is_a_regression(same_space):
-    """Beside least squares with an intercept, feature by feature, in fp64; and a feature that never fires."""
-    rng, widths = np.random.default_rng(3), (4, 4)
-    config = DictionaryConfig(kind="standard", site="a+b", d_in=8, n_features=5, widths=widths, scales=(1.0, 1.0))
-    sae = Dictionary.initial(config, jax.random.key(0))
-    sae.b_enc_F[...] = jnp.asarray([0.0, 0.1, 0.2, 0.0, -1e6])
-    x_NxD = rng.normal(size=(400, 8)).astype(np.float32)
-    blocks = [[part[:30], part[30:]] for part in np.split(x_NxD, 8)]
-    sums = block_sums(sae, range(5), blocks)
-    weights_RxN = block_weights(8, 30, 0)
-    assert (weights_RxN[0] == 1).all() and (weights_RxN[:, ::2].sum(1) == 4).all()
-    W_dec_FxD, f_NxF = np.float64(sae.W_dec_FxD[...]), np.float64(sae.encode(x_NxD))
-    made_NxD = np.float64(sae(x_NxD))
-    halves = [np.concatenate([np.arange(50) + 50 * block for block in range(start, 8, 2)]) for start in (0, 1)]
-    for feature in range(4):
-        scaling = latent_scaling(sums, feature, W_dec_FxD[feature], 0, widths, same_space, weights_RxN)
-        own_NxD = f_NxF[:, [feature]] * W_dec_FxD[feature]
-        for y_NxD, found_R in ((x_NxD - made_NxD + own_NxD, scaling.error_R), (made_NxD, scaling.reconstruction_R)):
-            slopes = [np.polyfit(f_NxF[half, feature], y_NxD[half], 1)[0] for half in halves]
-            if same_space:
-                d = W_dec_FxD[feature, :4] / np.linalg.norm(W_dec_FxD[feature, :4])
-                size = [abs(sum(part @ d for part in parts)) for parts in zip(*(split(s, widths) for s in slopes))]
-            else:
-                size = [np.sqrt(max(one @ two, 0)) for one, two in zip(*(split(s, widths) for s in slopes))]
-            assert found_R[0] == pytest.approx(size[1] / size[0], rel=2e-3)
-    assert np.isnan(latent_scaling(sums, 4, W_dec_FxD[4], 0, widths, same_space, weights_RxN).error_R).all()
 
 
 def test_names_of_sites():
