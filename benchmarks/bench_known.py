@@ -24,8 +24,7 @@ from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.run import compare_kept
 from saejax.dictionaries import Dictionary
-from saejax.ground_truth.circuits.cases.case import Case
-from saejax.ground_truth.circuits.catalogue import make_case
+from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.graphs import judge_edges
 from saejax.ground_truth.circuits.run import matched_neurons

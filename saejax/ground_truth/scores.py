@@ -11,7 +11,7 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import draw_with_code
+from saejax.ground_truth.sampling import sample_with_code
 from saejax.ground_truth.world import World
 from saejax.stages.ground_truth import TruthConfig
 
@@ -98,7 +98,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     sums: dict[str, Any] = {}
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
-        drawn = draw_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
+        drawn = sample_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
         found = _count(dictionary, world, *drawn, places, threshold)
         for name, value in found.items():
             value = np.asarray(value)
@@ -110,7 +110,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
 
 def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.float32:
     """The activation above which the world has as many as the dictionary fires, on a batch; 0 if it has fewer."""
-    x_BxD, code_BxJ = draw_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
+    x_BxD, code_BxJ = sample_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
     kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
     size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
     return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)

@@ -6,7 +6,7 @@ from saejax.runner.config import Config, setting
 from saejax.runner.stage import Stage
 from saejax.settings import MeshConfig
 
-CIRCUITS = ("chain", "induction", "logic", "pattern")
+CIRCUITS = ("chain", "induction", "logic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,9 +15,8 @@ class KnownConfig(Config):
 
     circuits: tuple[str, ...] = setting(
         (),
-        "which: features passed on from layer to layer (chain), the word that came after this one before (induction), "
-        "functions of two bits (logic), whether the last words are some (pattern, compiled by Tracr, which must be "
-        "installed); empty: none",
+        "circuits: features passed on from layer to layer (chain), the word that followed this one before (induction), "
+        "functions of two bits (logic); empty: none",
         choices=CIRCUITS,
         changes_results=False,
     )

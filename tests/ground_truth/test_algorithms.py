@@ -144,7 +144,7 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--algorithm.names=paths", "--algorithm.edges=4"), "6 nodes take 5 to 15 edges"),
+        (("--algorithm.names=paths", "--algorithm.edges=4"), "6 nodes has 5 to 15 edges"),
         (("--algorithm.names=addition", "--algorithm.width=20"), "expected a multiple of 8"),
     ],
 )
@@ -160,7 +160,7 @@ def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
     assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     unit = tmp_path / "algorithm" / name
     results = load_results(unit)
-    assert all(share.mean >= results.wanted[sort] for sort, share in results.accuracy.items())
+    assert all(share.mean >= results.required[sort] for sort, share in results.accuracy.items())
     own = [
         f"--workdir={tmp_path / 'own'}",
         f"--model.path={unit / 'model'}",
@@ -178,5 +178,5 @@ def test_too_few_questions_are_said():
 
 
 def test_without_a_path_there_is_no_graph():
-    with pytest.raises(UserError, match="nodes without a path"):
+    with pytest.raises(UserError, match="has 5 to 15 edges"):
         Paths(6, 4)

@@ -109,9 +109,9 @@ def test_counts_against_the_code_written_out(world):
     dictionary = reader(world, rng.normal(size=(16, 7)), rng.normal(size=(7, 16)))
     _, matching, counts = judged(world, dictionary)
     from saejax.ground_truth.rows import HELD_OUT, batch_key
-    from saejax.ground_truth.sampling import draw_with_code
+    from saejax.ground_truth.sampling import sample_with_code
 
-    made = [draw_with_code(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
+    made = [sample_with_code(world, batch_key(WORLD.seed, HELD_OUT, i), 1024) for i in range(4)]
     x, code = (np.concatenate([np.asarray(part, np.float64) for part in parts]) for parts in zip(*made, strict=True))
     f = np.asarray(dictionary.encode(jnp.asarray(x, jnp.float32)))
     fires, there = f > 0, code > 0

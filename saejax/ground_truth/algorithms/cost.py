@@ -1,15 +1,14 @@
-"""What the stage ``algorithm`` takes."""
+"""Costs of the stage ``algorithm``."""
 
 from saejax.costs.cost import START, Cost, PlannedRun
 from saejax.stages.algorithm import AlgorithmConfig
 
-# Of a question, with the usual settings; a planted one goes through five times.
-_TOKENS = {"addition": 13, "paths": 12, "planted": 45}
-_OVERHEAD = 4.0  # its products are small: measured on two cores, in units of their time
+_TOKENS = {"addition": 13, "paths": 12}  # of a question, with the default settings
+_OVERHEAD = 4.0  # small products: measured on two cores, in units of their time
 
 
 def algorithm_cost(plan: PlannedRun, name: str) -> Cost:
-    """All steps; training ends before them where questions are answered."""
+    """Return the cost of all steps; training ends earlier where fresh questions are answered."""
     config = plan.configs[AlgorithmConfig]
     weights = 13 * config.layers * config.width**2
     questions = config.steps * config.batch

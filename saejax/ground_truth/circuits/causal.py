@@ -20,7 +20,7 @@ from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
-from saejax.ground_truth.circuits.cases.case import Case
+from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
 from saejax.interventions.table import TESTED, EffectsTable, load_effects

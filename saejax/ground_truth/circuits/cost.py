@@ -4,7 +4,7 @@ from saejax.costs.cost import Cost, PlannedRun
 from saejax.stages.known_circuits import KnownConfig
 
 # On two cores with the usual settings, most of it to compile programs: graphs, and of the last two causal tests.
-_SECONDS = {"chain": 32.0, "pattern": 32.0, "induction": 50.0, "logic": 115.0}
+_SECONDS = {"chain": 32.0, "induction": 50.0, "logic": 115.0}
 
 
 def known_cost(plan: PlannedRun, name: str) -> Cost:

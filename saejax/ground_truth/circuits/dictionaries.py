@@ -18,7 +18,7 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.dictionaries.formats.own import DESCRIPTION
-from saejax.ground_truth.circuits.cases.case import Case
+from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.weights import frame, neuron_arrays
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel

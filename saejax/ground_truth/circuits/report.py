@@ -13,7 +13,6 @@ _EDGE = 1e-5  # largest error of an edge
 _ABOUT = {
     "chain": "Features are passed on by known weights from layer to layer, some past one, and from the word before.",
     "induction": "The word that came after this one before: a head finds it, and neurons above it say which it is.",
-    "pattern": "Whether the last three words are a, b and c: a program compiled by Tracr.",
     "logic": "A function of two of sixteen bits, which the last word names; other pairs are worked out for nothing.",
 }
 _SETS = {

@@ -7,8 +7,7 @@ import numpy as np
 
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.errors import Interrupted
-from saejax.ground_truth.circuits.cases.case import Case
-from saejax.ground_truth.circuits.catalogue import make_case
+from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
 from saejax.ground_truth.circuits.dictionaries import EXACT, write_sets
 from saejax.ground_truth.circuits.edges import circuit, known_edges

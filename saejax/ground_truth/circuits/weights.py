@@ -96,7 +96,7 @@ def _attention(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, n
             weight_DxSxHxK[:, 1, number, place] = score * d_head**0.5 * vector(key)
         for place, (source, target) in enumerate(head.moves):
             weight_DxSxHxK[:, 2, number, place] = vector(source)
-            out_HxKxD[number, place] = (head.amounts[place] if head.amounts else 1.0) * vector(target)
+            out_HxKxD[number, place] = vector(target)
 
     for number, head in enumerate(model.layers[layer].heads):
         set_head(number, head)
