@@ -32,8 +32,7 @@ from saejax.exporting.rows import (
     feature_row,
 )
 from saejax.files import read_json, whole_file, write_text
-from saejax.interpret.feature_record import FeatureRecord
-from saejax.interpret.interpreter import FEATURES
+from saejax.interpret.feature_record import FEATURES, FeatureRecord
 from saejax.models.sites import Site
 from saejax.runner.workspace import Run
 from saejax.settings import ExportConfig

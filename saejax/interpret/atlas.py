@@ -14,9 +14,8 @@ from typing import Any
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
+from saejax.interpret.feature_record import FeatureMaps, FeatureRecord, iterate_records
 from saejax.interpret.heatmaps import MAPS
-from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interventions.answers import AblateResults
@@ -50,7 +49,7 @@ def run_atlas(run: Run) -> AtlasResults:
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | own
-        records = _judged(source / FEATURES, judged)
+        records = _with_scores(source, judged)
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
         write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}), maps)
         written = len(by_model.keys() - own.keys())
@@ -60,12 +59,11 @@ def run_atlas(run: Run) -> AtlasResults:
     return AtlasResults(run.name, tuple(made))
 
 
-def _judged(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
-    """The records in a folder, with how a language model judged their labels, by feature."""
-    for file in sorted(folder.glob("*.json")):
-        for record in read_json(file):
-            key = str(record["feature"])
-            yield record | (dict(judged=judged[key]) if key in judged else {})
+def _with_scores(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+    """Yield the records in a folder, with the scores that a language model gave their labels, by feature."""
+    for record in iterate_records(folder):
+        scores = judged.get(str(record["feature"]))
+        yield record | dict(judged=scores) if scores else record
 
 
 def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:

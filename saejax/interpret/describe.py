@@ -6,23 +6,17 @@ are kept, a hash of the place, so that each draw is uniform in its group without
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import norm
 
-from saejax.activations.store import Store
-from saejax.analysis.examples import Best, choose
 from saejax.interpret.detectors import PairCounts
-from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodeCounts, CodedText
 
 GROUPS = 10
-BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
 LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # of the histogram: the first edge is 2^LOWEST
 _POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
-_SPARE = 4  # candidates for each of the strongest examples, because contexts that repeat are passed over
 _JOINT = 13  # bits of a feature of a block and one of its groups
 _BLOCK_CODES = 64  # tokens of each feature with which associations are tested, those on which it fires most
 
@@ -126,56 +120,6 @@ def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray
     first = np.searchsorted(joint, np.arange(block.size * GROUPS))
     kept = np.arange(len(joint)) - first[joint] < draws
     return order[by_priority][kept], joint[kept] % GROUPS
-
-
-def strongest(block: Block, store: Store, text: CodedText, feature: int, count: int) -> list[int]:
-    """Places of a feature's ``count`` strongest firings, in contexts that differ as in ``analysis.examples``."""
-    own, best = block.of(feature), Best(_SPARE * count)
-    document = text.document(block.place[own])
-    best.add(block.value[own], block.place[own], document, store.documents.column("group")[document])
-    document = text.document(best.row_N)
-    windows = choose(store.documents, best, document, text.position(best.row_N), count, BEFORE, AFTER)
-    return [int(store.documents.starts_N[window.document] + window.position) for window in windows]
-
-
-def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the contexts of some places, and which are in the document, both [places, BEFORE + 1 + AFTER].
-
-    Those that are not are the place itself.
-    """
-    steps = np.arange(-BEFORE, AFTER + 1)
-    inside = (text.position(place)[:, None] + steps >= 0) & (steps <= text.left(place)[:, None])
-    return np.where(inside, place[:, None] + steps, place[:, None]), inside
-
-
-def contexts(
-    block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
-) -> list[FeatureContext]:
-    """Contexts of a feature's firings.
-
-    Args:
-      text: that they stand in.
-      known: whether the store has an activation, for every place.
-      feature: counted from the block's first.
-      places: of the firings.
-    """
-    place = np.asarray(places, np.int64)
-    position, (around, inside) = text.position(place), surroundings(text, place)
-    acts = block.at(np.full(around.shape, feature), around)
-    ids = text.back(around.reshape(-1), 0).reshape(around.shape)
-    return [
-        FeatureContext(
-            tokens=[text.texts[i] for i in ids[n][inside[n]]],
-            acts=[
-                float(f"{act:.3g}") if there else None
-                for act, there in zip(acts[n][inside[n]], known[around[n][inside[n]]], strict=True)
-            ],
-            peak=int(inside[n][:BEFORE].sum()),
-            document=int(document),
-            position=int(position[n]),
-        )
-        for n, document in enumerate(text.document(place))
-    ]
 
 
 def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int) -> Associations:

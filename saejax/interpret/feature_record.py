@@ -1,7 +1,12 @@
-"""The record of a feature as types: the JSON that the page reads, whose keys are checked where code reads them."""
+"""The record of a feature: its JSON as types, which the page reads, and how records are read back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
+
+from saejax.files import read_json
+
+FEATURES = "features"  # folder of the records, in files of consecutive features
 
 
 class FeatureContext(TypedDict):
@@ -104,4 +109,20 @@ class FeatureRecord(TypedDict):
     detectors: NotRequired[list[DetectorRecord]]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]
-    judged: NotRequired[Mapping[str, Any]]  # of an atlas: ``explain.ExplainedFeature`` as JSON
+    judged: NotRequired[Mapping[str, Any]]  # in an atlas: ``explain_results.ExplainedFeature`` as JSON
+
+
+def iterate_records(folder: Path) -> Iterator[FeatureRecord]:
+    """Yield the records that ``interpret`` wrote to a dictionary's folder, in the order of the features."""
+    for path in sorted((folder / FEATURES).glob("*.json")):
+        yield from read_json(path)
+
+
+def read_records(folder: Path, wanted: set[int]) -> dict[int, FeatureRecord]:
+    """Return the records of some features by their index; features without a record are left out."""
+    return {record["feature"]: record for record in iterate_records(folder) if record["feature"] in wanted}
+
+
+def top_tokens(record: FeatureRecord, count: int = 3) -> str:
+    """Return a name for a feature without a label: the tokens on which it is most active, in quotes."""
+    return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:count])

@@ -13,7 +13,7 @@ TB, 64 GB. Packing takes two further passes over f on the device; what is made o
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,6 +58,7 @@ def record(
     *,
     stopping: Callable[[], bool] = lambda: False,
     on_batch: OnBatch | None = None,
+    features: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Writes the firings of dictionaries of one site on a split of a store.
 
@@ -69,6 +70,7 @@ def record(
       batch: tokens encoded at a time, rounded up to a multiple of 32.
       stopping: whether the process was asked to stop.
       on_batch: is called with the firings of the first dictionary, sorted by feature.
+      features: features whose firings are written; None: all.
 
     Returns:
       The places that were encoded (sinks are not), ascending, int64.
@@ -84,6 +86,7 @@ def record(
     if len(store.documents.ids_T) >= 2**32:
         raise UserError(f"{store.folder} has {len(store.documents.ids_T):,} tokens: at most 2^32 can be told apart")
     members = [MemberData.of([dictionary], mesh)[0] for dictionary in dictionaries.values()]
+    wanted = [_wanted(dictionary.config.n_features, features) for dictionary in dictionaries.values()]
     with contextlib.ExitStack() as opened:
         files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
         waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
@@ -93,13 +96,21 @@ def record(
             rows_N = rows[start : start + batch]
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-            encoded = [encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
+            encoded = [
+                encode_batch(mesh, member, placed_BxD, len(rows_N), wanted_F)
+                for member, wanted_F in zip(members, wanted, strict=True)
+            ]
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
                 _write(files, *waiting.pop(0), on_batch)
         for place_N, encoded in waiting:
             _write(files, place_N, encoded, on_batch)
     return np.sort(places_of(store, rows))
+
+
+def _wanted(count: int, features: Sequence[int] | None) -> np.ndarray:
+    """Return the features whose firings are written, bool [F]."""
+    return np.isin(np.arange(count), np.arange(count) if features is None else features)
 
 
 class _Files:
@@ -135,7 +146,7 @@ def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: On
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_batch(
-    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array
+    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array, wanted_F: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sizes of activations [B, F]; where features fire, as bits of words [F B / 32]; how many fire up to each word.
 
@@ -146,10 +157,11 @@ def encode_batch(
       member: the dictionary.
       x_BxD: what it reads.
       count: how many rows are of tokens.
+      wanted_F: features whose firings are wanted, bool.
     """
     f_BxF = member.encode(x_BxD)
     batch, features = f_BxF.shape
-    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
+    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count) & wanted_F[None]
     bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
     words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)

@@ -20,7 +20,7 @@ from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.control import frozen_random, random_directions, spread
 from saejax.interpret.detectors import Detector, PairCounts, best_detectors
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
+from saejax.interpret.feature_record import FEATURES, FeatureMaps, FeatureRecord
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
@@ -34,7 +34,6 @@ from saejax.results import to_json
 from saejax.runner.workspace import Run
 from saejax.stages.interpret import InterpretConfig
 
-FEATURES = "features"
 _REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared
 OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what is added to, or is, the stream

@@ -48,7 +48,7 @@ def _of_firings(
     place = fitting_sharding(mesh, (rows, f), "data", "model")
     size_BxF = jax.ShapeDtypeStruct((rows, f), jnp.float32, sharding=place)
     words, ends = whole(mesh, (packed,), jnp.uint32), whole(mesh, (packed,), jnp.int32)
-    encode = (mesh, member, x_BxD, rows)
+    encode = (mesh, member, x_BxD, rows, whole(mesh, (f,), bool))
     take = (size_BxF, words, ends, 0, firings.ROOM)
     return [
         Program("interpret: encode", size, firings.encode_batch, encode, (params, member), 2.0 * rows * d * f),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.interpret import describe
+from saejax.interpret import contexts, describe
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
@@ -93,7 +93,7 @@ class Describer:
             if not one["fires"]:
                 continue
             own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
-            strongest = describe.strongest(block, self.store, self.text, i, self.examples)
+            strongest = contexts.strongest(block, self.store.documents, self.text, i, self.examples)
             grouped = zip(group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True)
             one["mean"], one["max"] = short(total[i] / one["fires"]), short(largest[i])
             one["tenths"] = [short(edge) for edge in edges[i]]
@@ -108,7 +108,7 @@ class Describer:
             ]
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
-        return describe.contexts(block, self.text, self._known, feature, places)
+        return contexts.contexts(block, self.text, self._known, feature, places)
 
     def _of_weights(self, block: Block, number: int) -> FeatureRecord:
         """The record of a block's feature: how often it fires, and what follows from the weights."""

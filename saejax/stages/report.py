@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, is_folder
-from saejax.settings import AblateConfig, ReportConfig, TaskConfig
+from saejax.settings import AblateConfig, MeshConfig, ReportConfig, TaskConfig
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
 _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
@@ -31,6 +31,7 @@ REPORT = Stage(
     run="saejax.report.run:run_report",
     results="saejax.report.results:ReportResults",
     groups=(ReportConfig,),
+    placement=(MeshConfig,),
     after=("*",),
     needs=_needs,
 )

@@ -3,15 +3,13 @@
 import json
 import re
 import time
-from types import SimpleNamespace
 
 import protocol
 import pytest
 import runs
 
 from saejax import load_results
-from saejax.explain import endpoint
-from saejax.explain.results import ExplainResults
+from saejax.interpret.explain_results import ExplainResults
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -43,7 +41,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
     folder, flags = workdir
     unit = folder / "explain" / "topk"
     with protocol.Server(answer) as server:
-        flags = [*flags, f"--explain.url={server.url}", "--explain.embedding_model=small"]
+        flags = [*flags, f"--explain.url={server.url}"]
         assert command.run(["explain"], "", ["test", *flags, "--explain.most_tokens=4000"]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and "--explain.most_tokens=4000" in error and "raise the limit" in error
@@ -53,28 +51,24 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
         output = runs.finish(runs.start("explain", flags))  # the binary itself
         assert re.search(r"of 6 features keep a label, detection 0.50 \(control 0.50\)", output), output
         assert len(server.asked) == len(set(server.asked)) and server.asked[: len(before)] == before
-        assert {len(texts) for texts in server.embedded} <= set(range(22, 43))
         count = len(server.tries)
         assert command.run(["explain"], "", ["test", *flags]) == 0
         assert "explain/topk: done before, unchanged" in capsys.readouterr().out and len(server.tries) == count
     results = load_results(unit)
     assert isinstance(results, ExplainResults) and results.model == "judge" and results.written
     (member,) = results.members
-    assert member.judged == member.labelled == 6 and list(member.scores) == [
-        "detection", "fuzzing", "intruder", "embedding"]  # fmt: skip
-    assert member.questions == len(server.asked) + len(server.embedded) == count
-    body = server.tries[0][1]
-    assert body["model"] == "judge" and server.tries[-1][1]["model"] == "small"
+    assert member.judged == member.labelled == 6 and list(member.scores) == ["detection", "intruder"]
+    assert member.questions == len(server.asked) == count and server.tries[0][1]["model"] == "judge"
 
 
 def test_an_endpoint_that_is_down_ends_it_with_one_line(workdir, monkeypatch, capsys):
     folder, flags = workdir
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with protocol.Server(answer) as server:
         pass  # its port is free again
     assert command.run(["explain"], "", ["test", *flags, f"--explain.url={server.url}"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "gave no answer in 6 tries" in said and server.url in said and "run the same command" in said
+    assert "gave no answer after 5 retries" in said and server.url in said and "run the same command again" in said
     (unit,) = [path for path in (folder / "explain").glob("topk-*") if not (path / "done.json").exists()]
     assert [path.name for path in unit.iterdir() if path.stat().st_size] == ["started.json"]
 
@@ -82,8 +76,8 @@ def test_an_endpoint_that_is_down_ends_it_with_one_line(workdir, monkeypatch, ca
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--explain.scores=fuzzing,embeddings", "embeddings"),
-        ("--explain.url=localhost", "is no address"),
+        ("--explain.intruder=perhaps", "intruder"),
+        ("--explain.url=localhost", "is not a URL"),
         ("--explain.features=128", "--explain.features names 128"),
         ("--explain.modell=x", "modell"),
     ],

@@ -14,34 +14,22 @@ def texts_of(prompt: str) -> list[str]:
     return re.split(r"\n\nText \d+: ", prompt.split("\n\nTokens that the feature makes")[0])[1:] or []
 
 
-def embed(text: str) -> list[float]:
-    """An embedding: how often each letter and digit occurs."""
-    return [float(text.lower().count(letter)) for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
-
-
-def of_letters(texts: list[str]) -> list[dict]:
-    """The embeddings of texts, last first: a server may give them in any order."""
-    return [dict(index=i, embedding=embed(text)) for i, text in enumerate(texts)][::-1]
-
-
 class Server:
     """A server on a free port.
 
     Args:
       answer: the reply's text to a prompt.
-      vectors: the embeddings of texts, in a reply's form: a list of index and embedding.
-      troubles: what happens to the first requests, in turn: a status, "slow", "nonsense", "closed", "null", "cut", "".
+      troubles: what happens to the first requests, in turn: a status, "slow", "nonsense", "no choices", "closed",
+        "null", "cut", "" (nothing), or the message of a status 400.
       retry_after: header of replies with a status.
 
     Attributes:
-      asked: the prompts that were answered; ``embedded``: the texts of each request for embeddings.
+      asked: the prompts that were answered.
       tries: when each request came, with its body and headers.
     """
 
-    def __init__(self, answer: Callable[[str], str], troubles: list = [], retry_after: str = "",  # noqa: B006
-                 vectors: Callable[[list[str]], list[dict]] | None = None):  # fmt: skip
+    def __init__(self, answer: Callable[[str], str], troubles: list = [], retry_after: str = ""):  # noqa: B006
         self.asked: list[str] = []
-        self.embedded: list[list[str]] = []
         self.tries: list[tuple[float, dict, dict]] = []
         left, lock = list(troubles), threading.Lock()
 
@@ -59,16 +47,13 @@ class Server:
                     return None
                 if isinstance(trouble, int):
                     extra = {"Retry-After": retry_after} if retry_after else {}
-                    return self._send(handler, trouble, b'{"error": {"message": "use max_completion_tokens"}}', extra)
+                    return self._send(handler, trouble, b'{"error": {"message": "not now"}}', extra)
                 if trouble == "nonsense":
                     return self._send(handler, 200, b"<html>down</html>", {})
-                if handler.path == "/v1/embeddings":
-                    texts = body["input"]
-                    with lock:
-                        self.embedded.append(texts)
-                    rows = (vectors or of_letters)(texts)
-                    reply = dict(data=rows, usage=dict(prompt_tokens=sum(len(text.split()) for text in texts)))
-                    return self._send(handler, 200, json.dumps(reply).encode(), {})
+                if trouble == "no choices":
+                    return self._send(handler, 200, b'{"choices": []}', {})
+                if trouble not in ("", "null", "cut"):
+                    return self._send(handler, 400, json.dumps(dict(error=dict(message=trouble))).encode(), {})
                 with lock:
                     self.asked.append(prompt)
                 message = dict(role="assistant", content=None if trouble == "null" else answer(prompt))

@@ -2,25 +2,21 @@
 
 import json
 import re
-import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
+import planted
 import protocol
 import pytest
 from runs import write_members
 
-sys.path.append(str(Path(__file__).parent.parent / "interpret"))
-import planted
-
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import load_labels
 from saejax.errors import UserError
-from saejax.explain import run as explain
-from saejax.explain.contexts import FEWEST
-from saejax.explain.results import ExplainedFeature
-from saejax.explain.scores import is_kept, judged_score
+from saejax.interpret import explain
+from saejax.interpret.explain_results import ExplainedFeature
+from saejax.interpret.held_out import MIN_FIRINGS
+from saejax.interpret.label_scores import detection_score, is_kept
 from saejax.interpret.text import CodedText
 from saejax.results import from_json
 from saejax.runner.config import Configs
@@ -102,7 +98,7 @@ def parts(prompt):
 
 def is_of(prompt):
     """Which question it is."""
-    words = dict(detection="somewhere in it", fuzzing="marked tokens are those", intruder="does not belong")
+    words = dict(detection="somewhere in it", intruder="does not belong")
     return next((name for name, some in words.items() if some in prompt), "labels")
 
 
@@ -142,37 +138,34 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
     with protocol.Server(judge(place)) as server:
         member, found = go(workdir, tmp_path / "unit", server.url, given=str(given), draws=2, concurrent=1)
     able = [
-        i for i in range(20) if sum(f[i] > 0 for (d, _), f in place.f.items() if place.split[d] == "held_out") >= FEWEST
+        i
+        for i in range(20)
+        if sum(f[i] > 0 for (d, _), f in place.f.items() if place.split[d] == "held_out") >= MIN_FIRINGS
     ]
     assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
     assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
-    answers = {name: [p for p in server.asked if is_of(p) == name] for name in ("detection", "fuzzing", "intruder")}
-    for name in ("detection", "fuzzing"):
-        own = answers[name][: len(answers[name]) // 2]  # those with labels of other features follow
-        for feature in able:
-            prompts = [prompt for prompt in own if parts(prompt)[0] == feature]
-            texts = [text for prompt in prompts for text in parts(prompt)[1]]
-            there = [max(place.active(text, feature)) > 0 for text in texts]
-            assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
-            assert sum(there) == 20 and len(there) <= 40
-            score = getattr(found[feature], name)
-            if feature == 11 or len(there) == 20:  # no answer that can be read, or it fires everywhere
-                assert score is None and not found[feature].kept
-                continue
-            said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
-            assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
-            assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 20)
-            if name == "detection" and feature < len(planted.CONCEPTS):
-                assert score.accuracy == score.f1 == 1 and found[feature].kept
-    assert member.scores["detection"].unread == pytest.approx(1 / len(able)) and member.kept >= 5
-    for feature in (0, 3):  # the right tokens are marked in contexts with the feature
-        own = [p for p in answers["fuzzing"] if parts(p)[0] == feature][:8]
-        for text, marked in (pair for prompt in own for pair in marked_texts(prompt)):
-            acts, (document, first, _) = place.active(text, feature), place.find(text)
-            spans = place.starts[document][first:] - place.starts[document][first]
-            right = [n for n, act in enumerate(acts) if act > 0 and act >= 0.3 * max(acts)]
-            assert marked == [c for n in right for c in range(spans[n], spans[n + 1])] or not max(acts)
-            assert marked  # as many others in those without it
+    asked = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
+    own = asked[: len(asked) // 2]  # those with labels of other features follow
+    for feature in able:
+        prompts = [prompt for prompt in own if parts(prompt)[0] == feature]
+        texts = [text for prompt in prompts for text in parts(prompt)[1]]
+        there = [max(place.active(text, feature)) > 0 for text in texts]
+        assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
+        assert sum(there) == 20 and len(there) <= 40
+        score = found[feature].detection
+        if feature == 11 or len(there) == 20:  # no reply that can be parsed, or it fires everywhere
+            assert score is None and not found[feature].kept
+            continue
+        said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
+        assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
+        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 20)
+        if feature < len(planted.CONCEPTS):
+            assert score.accuracy == score.f1 == 1 and found[feature].kept
+    assert member.scores["detection"].unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
+    for text, marked in (
+        pair for prompt in server.asked if is_of(prompt) == "intruder" for pair in marked_texts(prompt)
+    ):
+        assert marked and {place.split[place.find(text)[0]]} == {"held_out"}
     assert load_labels(tmp_path / "unit" / "labels.json").keys() == {i for i, one in found.items() if one.kept}
 
 
@@ -202,48 +195,12 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
     assert member.kept <= 2  # the judge guesses
 
 
-def test_the_embedding_score_is_the_share_of_pairs_in_the_right_order(workdir, tmp_path):
-    """AUROC by counting pairs of contexts, of which ties count half, of cosines of what the server embedded."""
-    place, given = Place(workdir), tmp_path / "given.csv"
-    given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i} zebra {i},,Ada\n" for i in (0, 3, 9)))
-    settings = dict(given=str(given), embedding_model="e", scores=(), draws=2)
-    with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, **settings)
-        bodies = [body for _, body, _, path in server.tries if path == "/v1/embeddings"]
-    assert len(server.embedded) == len(found) == 3 and {body["model"] for body in bodies} == {"e"}
-    assert member.questions == len(server.asked) + 3 and list(member.scores) == ["detection", "embedding"]
-    tokens = [len(text.split()) for texts in server.embedded for text in texts]
-    assert member.prompt_tokens == sum(tokens) + sum(len(p.split()) for p in server.asked)
-    seen = {}
-    for own, other, *texts in server.embedded:
-        feature = int(re.search(r"Query: concept (\d+)", own)[1])
-        assert other.startswith("Instruct: ") and other.split("Query: ")[1] != own.split("Query: ")[1]
-        assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"} and "<<" not in "".join(texts)
-        there = [max(place.active(text, feature)) > 0 for text in texts]
-        assert sum(there) == 20 == len(there) / 2
-        for name, label in (("embedding", own), ("embedding_control", other)):
-            a, rows = np.array(protocol.embed(label)), np.array([protocol.embed(text) for text in texts])
-            cosine = (rows @ a / np.linalg.norm(rows, axis=1) / np.linalg.norm(a)).round(6)
-            pairs = [(x > y) + (x == y) / 2 for x in cosine[there] for y in cosine[~np.array(there)]]
-            assert getattr(found[feature], name) == pytest.approx(np.mean(pairs))
-            seen.setdefault(name, []).append(np.mean(pairs))
-    assert member.scores["embedding"].mean.mean == pytest.approx(np.mean(seen["embedding"]))
-    assert member.scores["embedding"].control == pytest.approx(np.mean(seen["embedding_control"]))
-
-
-def test_features_without_a_label_have_no_embedding_score(workdir, tmp_path):
-    with protocol.Server(lambda prompt: "") as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, sample=2, embedding_model="e")
-    assert not server.embedded and member.scores["embedding"].mean is None
-    assert all(one.embedding is None and one.embedding_control is None for one in found.values())
-
-
 def test_a_judge_that_guesses_keeps_few_labels():
     """Worlds in which nothing is true: 20 contexts, answers by a coin, for the label and for the other one."""
     rng, kept = np.random.default_rng(0), 0
     right = [[True] * 5, [True] * 5, [False] * 5, [False] * 5]
     for _ in range(2000):
-        own, other = (judged_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
+        own, other = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
         kept += is_kept(own, other)
     assert kept / 2000 < 0.05
 
@@ -252,7 +209,7 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
     with protocol.Server(lambda prompt: "") as server:
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.labelled == member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
-    assert member.scores["intruder"].unread == 1 and member.scores["intruder"].mean is None
+    assert member.scores["intruder"].unparsed == 1 and member.scores["intruder"].mean is None
 
 
 @pytest.mark.parametrize(
@@ -261,8 +218,7 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
         (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
         (dict(given="nowhere.csv"), "--explain.given=nowhere.csv cannot be read"),
         (dict(model=""), "--explain.model is missing"),
-        (dict(url="nowhere"), "--explain.url=nowhere is no address"),
-        (dict(url="", embedding_model="e"), "--explain.embedding_model is a model of an endpoint"),
+        (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
     ],
 )
 def test_what_is_refused(workdir, tmp_path, settings, said):
