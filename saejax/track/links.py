@@ -39,43 +39,38 @@ Link = tuple[Node, Node, float]  # from the lower to the upper one, weight
 
 @dataclasses.dataclass(frozen=True)
 class FeatureLinks:
-    """FeatureLinks between features of a text.
+    """Links between features of a text.
 
     Attributes:
       kind: GEOMETRY or ATTRIBUTION.
-      links: all that were found.
-      random: as many as the same rule finds where decoder rows are random ones of the same covariance; None for
-        attribution, which is exact on the frozen model.
+      links: all links.
     """
 
     kind: str
     links: Sequence[Link]
-    random: int | None = None
 
     @property
     def same_number(self) -> int:
-        """How many join features of one number: by chance one in as many as there are features."""
+        """Number of links that join features of one number: by chance, one in as many as there are features."""
         return sum(source[2] == target[2] for source, target, _ in self.links)
 
 
-def geometry(stack: Stack, shown: Sequence[LayerFirings], seed: int) -> FeatureLinks:
-    """FeatureLinks between consecutive dictionaries by their directions.
+def geometry(stack: Stack, shown: Sequence[LayerFirings]) -> FeatureLinks:
+    """Return the links between consecutive dictionaries by their directions.
 
     Args:
-      shown: the features that are shown, of each.
-      seed: of the random directions.
+      stack: the dictionaries.
+      shown: the features that are shown, for each dictionary.
     """
-    found, random, rng = list[Link](), 0, np.random.default_rng(seed)
+    links = list[Link]()
     lower = None
-    for place, each in enumerate(stack.layers):
+    for index, each in enumerate(stack.layers):
         upper = each.load()
         if lower is not None:
-            pair = shown[place - 1], shown[place]
-            cosines = _Cosines.between(lower, upper, *pair)
-            found += cosines.links(place, *pair)
-            random += len(list(cosines.of_random(lower, rng).links(place, *pair)))
+            pair = shown[index - 1], shown[index]
+            links += _Cosines.between(lower, upper, *pair).links(index, *pair)
         lower = upper
-    return FeatureLinks(GEOMETRY, found, random)
+    return FeatureLinks(GEOMETRY, links)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,20 +80,14 @@ class _Cosines:
     Attributes:
       lower_U, upper_J: the features, rising.
       dot_UxJ, cosine_UxJ: of a row and a column.
-      column_JxD: unit encoder columns.
-      length_U: of the rows.
       spread_J: standard deviation of the cosine of a random direction with each column.
-      norm_J: lengths of the columns.
     """
 
     lower_U: np.ndarray
     upper_J: np.ndarray
     dot_UxJ: np.ndarray
     cosine_UxJ: np.ndarray
-    column_JxD: np.ndarray
-    length_U: np.ndarray
     spread_J: np.ndarray
-    norm_J: np.ndarray
 
     @classmethod
     def between(cls, lower: Dictionary, upper: Dictionary, low: LayerFirings, high: LayerFirings) -> "_Cosines":
@@ -112,17 +101,7 @@ class _Cosines:
         length_U = np.linalg.norm(row_UxD, axis=1)
         cosine_UxJ = (row_UxD @ column_JxD.T) / np.maximum(length_U, 1e-30)[:, None]
         dot_UxJ = cosine_UxJ * length_U[:, None] * norm_J[None]
-        return cls(lower_U, upper_J, dot_UxJ, cosine_UxJ, column_JxD, length_U, spread_J, norm_J)
-
-    def of_random(self, lower: Dictionary, rng: np.random.Generator) -> "_Cosines":
-        """The same with random directions, as long and of the decoder's covariance, in place of the rows."""
-        W_dec_FxD = np.asarray(lower.arrays["W_dec_FxD"], np.float32)
-        sample_NxD = W_dec_FxD[_evenly(len(W_dec_FxD))]
-        row_UxD = rng.standard_normal((len(self.lower_U), len(sample_NxD))).astype(np.float32) @ sample_NxD
-        row_UxD /= np.maximum(np.linalg.norm(row_UxD, axis=1, keepdims=True), 1e-30)
-        cosine_UxJ = row_UxD @ self.column_JxD.T
-        dot_UxJ = cosine_UxJ * self.length_U[:, None] * self.norm_J[None]
-        return dataclasses.replace(self, dot_UxJ=dot_UxJ, cosine_UxJ=cosine_UxJ)
+        return cls(lower_U, upper_J, dot_UxJ, cosine_UxJ, spread_J)
 
     def links(self, place: int, low: LayerFirings, high: LayerFirings) -> Iterator[Link]:
         """The links into the dictionary at a place of the stack, of each target the strongest."""

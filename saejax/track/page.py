@@ -6,6 +6,7 @@ Layers by positions; a cell's features can be followed up and down, and every st
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from saejax.track.texts import EncodedText
 
 _VIEWER = Path(__file__).parent / "viewer"
 _SCRIPTS = ("grid", "panel", "main")
+_NAMING = 3  # tokens that name a feature without a label
 
 
 Numbers = tuple[int | float, ...]
@@ -37,7 +39,8 @@ class ShownLayer:
     target: str  #: that it writes to; "" for an SAE
     layer: int  #: of the site
     atlas: str  #: address of a feature's page, but for the number; "": there is none
-    labels: Mapping[str, str]  #: feature -> what it is called
+    labels: Mapping[str, str]  #: feature -> its label, or else the tokens of the text on which it is most active
+    peaks: Mapping[str, float]  #: feature -> its largest activation on the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,7 @@ def shown_text(
     chosen: Sequence[Sequence[Sequence[StepFeature]]],
     readings: Mapping[str, LensOutput],
     as_text: Callable[[int], str],
-    labels: Sequence[Mapping[int, Label]],
+    firings: Sequence[LayerFirings],
 ) -> ShownText:
     """What the page shows of a text.
 
@@ -82,7 +85,7 @@ def shown_text(
       chosen: of each dictionary the features that belong to each segment.
       readings: what the lenses read.
       as_text: gives a token's text.
-      labels: of each dictionary.
+      firings: of each dictionary all features that fire.
     """
     words: dict[int, int] = {}
     readings_of = {name: _reading(stack, reading, words) for name, reading in readings.items()}
@@ -97,15 +100,43 @@ def shown_text(
                 target=each.config.target,
                 layer=each.layer,
                 atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
-                labels={str(feature): label.label for feature, label in own.items()},
+                **_names(each.labels, every, _shown_features(cells, parts), text.tokens),
             )
-            for each, own in zip(stack.layers, labels, strict=True)
+            for each, every, cells, parts in zip(stack.layers, firings, shown, chosen, strict=True)
         ),
         cells=tuple(tuple(_cell(one, position) for position in range(len(text.tokens))) for one in shown),
         links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links.links),
         belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
         readings=readings_of,
     )
+
+
+def _shown_features(cells: LayerFirings, parts: Sequence[Sequence[StepFeature]]) -> list[int]:
+    """Return the features of a layer that the page shows."""
+    return sorted({*cells.feature_A.tolist(), *(each.feature for part in parts for each in part)})
+
+
+def _names(
+    labels: Mapping[int, Label], firings: LayerFirings, features: Sequence[int], tokens: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields ``labels`` and ``peaks`` of a layer.
+
+    Args:
+      labels: labels of the dictionary's features.
+      firings: all firings of the layer on the text.
+      features: features to name; each fires on the text.
+      tokens: tokens of the text.
+    """
+    names: dict[str, str] = {}
+    peaks: dict[str, float] = {}
+    for feature in features:
+        own = firings[np.flatnonzero(firings.feature_A == feature)]
+        order = np.argsort(-np.abs(own.value_A), kind="stable")
+        distinct = dict.fromkeys(tokens[position].strip() for position in own.position_A[order])
+        quoted = " ".join(f"“{token}”" for token in list(distinct)[:_NAMING])
+        names[str(feature)] = labels[feature].label if feature in labels else quoted
+        peaks[str(feature)] = float(f"{np.abs(own.value_A).max():.4g}")
+    return dict(labels=names, peaks=peaks)
 
 
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:

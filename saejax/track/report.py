@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from saejax.page.blocks import Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, count, number, percent, significant
+from saejax.page.tables import Table, number, percent, significant
 from saejax.track.results import StepTest, TrackResults
 
 
@@ -26,7 +26,6 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         "Tokens": lambda slug, text, tests: str(text.tokens),
         "Layers": lambda slug, text, tests: str(len(text.sites)),
         "Links": lambda slug, text, tests: f"{text.links:,} ({text.link_kind})",
-        "Random": lambda slug, text, tests: count(text.random_links),
         "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
         "Steps tested": lambda slug, text, tests: str(len(tests)),
         "Hurt": lambda slug, text, tests: significant(sum(test.claim.yes for test in tests), 2),
@@ -42,7 +41,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         page = found.folders[f"track/{unit}"] / "index.html"
         address = found.address(page)
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
-    note = "Random: links that the same rule finds for random directions. Answer: the probability of its first token."
+    note = "Answer: the probability of its first token."
     table = Table.of("Texts", rows, columns, note=note)
     return [Section("Through the layers", (Text(intro), table, Links("Pages", tuple(pages))))]
 

@@ -59,7 +59,6 @@ class TrackedText:
     lenses: Mapping[str, LensLayers]  #: by lens: logit
     link_kind: str  #: attribution, or geometry: by directions alone
     links: int  #: between shown features
-    random_links: int | None  #: by the same rule, of random directions; None for attribution
     same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
 

@@ -4,15 +4,13 @@ A text is a part in the sense of ``causal.parts``: its results are in ``<slug>.j
 ``<slug>-cells.json``. ``index.html`` and ``track.txt`` have all texts.
 """
 
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model
-from saejax.dictionaries.labels import Label
 from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.models.language_model import LanguageModel
@@ -55,7 +53,7 @@ def run_track(run: Run) -> TrackResults:
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             found, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
             write_json(_cells(run, slug), to_json(cells))
-            return Measured(found, terminal.line(found))
+            return Measured(found, terminal.summary(found))
 
         return measure
 
@@ -63,8 +61,9 @@ def run_track(run: Run) -> TrackResults:
     results = TrackResults(texts)
     cells = {slug: from_json(ShownText, read_json(_cells(run, slug)), _cells(run, slug)) for slug in texts}
     write_page(run.folder / "index.html", results, cells, model.path)
-    write_text(run.folder / "track.txt", terminal.written(results, cells, colour=False))
-    run.say(terminal.written(results, cells, colour=terminal.wants_colour(sys.stdout)))
+    written = "\n".join(terminal.text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
+    write_text(run.folder / "track.txt", written)
+    run.say(written)
     run.say(f"open {run.folder / 'index.html'}")
     return results
 
@@ -110,7 +109,7 @@ def follow_text(
     shown = [one.strongest(config.top) for one in firings]
     readings = {"logit": _read_lens(lm, text, config.seed)}
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
-    found = _links(lm, stack, text, answer, shown, config)
+    found = _links(lm, stack, text, answer, shown)
     chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
     steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
@@ -123,11 +122,10 @@ def follow_text(
         lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
         link_kind=found.kind,
         links=len(found.links),
-        random_links=found.random,
         same_number=found.same_number,
         seconds=round(time.monotonic() - start, 2),
     )
-    cells = shown_text(stack, text, shown, found, chosen, readings, as_text, labels_of_shown(stack, shown, chosen))
+    cells = shown_text(stack, text, shown, found, chosen, readings, as_text, firings)
     return results, cells
 
 
@@ -180,10 +178,10 @@ def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
 
 
 def _links(
-    lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings], config: TrackConfig
+    lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings]
 ) -> FeatureLinks:
     if stack.transcoders is None:
-        return links.geometry(stack, shown, config.seed)
+        return links.geometry(stack, shown)
     return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)
 
 
@@ -202,14 +200,3 @@ def _layers(reading: LensOutput, text: EncodedText, answer: int) -> LensLayers:
         agreement=agreement(reading.ids_LxBxTxC),
         control_agreement=agreement(reading.control.ids_LxBxTxC),
     )
-
-
-def labels_of_shown(
-    stack: Stack, shown: Sequence[LayerFirings], chosen: Sequence[Sequence[Sequence[StepFeature]]]
-) -> list[Mapping[int, Label]]:
-    """The labels of the features that are shown, of each dictionary."""
-    found: list[Mapping[int, Label]] = []
-    for each, cells, parts in zip(stack.layers, shown, chosen, strict=True):
-        features = {*cells.feature_A.tolist(), *(one.feature for part in parts for one in part)}
-        found.append({feature: each.labels[feature] for feature in sorted(features) if feature in each.labels})
-    return found

@@ -19,6 +19,12 @@ from saejax.tasks.files import decode, json_lines, read_bytes
 MOST = 4  # texts side by side
 _EXAMPLE = '{"slug": "apples", "prompt": "Ann has 3 apples ...", "solution": "She buys 4. ...", "answer": " 7"}'
 _KEYS = ("slug", "prompt", "solution", "answer")
+_GSM8K = {"question", "answer"}  # its fields: the answer is the solution, and ends in "#### 7"
+# Words whose full stop ends no sentence, and initials such as "J.".
+_ABBREVIATION = re.compile(
+    r"""(?:^|[\s(“"'])(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Mt|No|Fig|Eq|vs|etc|approx|ca|cf|"""
+    r"""e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z])\.\s*$"""
+)
 _SENTENCE = re.compile(r"""(?:[.!?…؟।]+["'”’)\]]*(?=\s)|[。！？]+["'”’)\]」』]*|(?=\n))\s*""")
 
 
@@ -81,20 +87,27 @@ class EncodedText:
 
 
 def sentences(text: str) -> tuple[str, ...]:
-    """The sentences of a text, with the space after each; joined they are the text.
+    """Return the sentences of a text, each with the space after it; joined they are the text.
 
-    A sentence ends at a mark such as ``.`` that a space follows, at 。 and the like, or at a line's end; what is a
-    number alone ("2. ") belongs to the next.
+    A sentence ends at a mark such as ``.`` before a space, at 。 and the like, or at a line end. Abbreviations such as
+    "Dr." end none, and a number alone ("2. ") belongs to the next sentence.
     """
     ends = [match.end() for match in _SENTENCE.finditer(text) if match.end() > match.start()]
     parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
-    found: list[str] = []
+    joined: list[str] = []
     for part in parts:
-        if found and (not part.strip() or re.fullmatch(r"\W*\d{0,3}\W*", found[-1])):
-            found[-1] += part
+        if joined and (not part.strip() or _continues(joined[-1])):
+            joined[-1] += part
         else:
-            found.append(part)
-    return tuple(found)
+            joined.append(part)
+    return tuple(joined)
+
+
+def _continues(part: str) -> bool:
+    """Return whether a sentence goes on after a part of a text that ends in a mark."""
+    if part.endswith("\n"):
+        return bool(re.fullmatch(r"\W*\d{0,3}\W*", part))
+    return bool(re.fullmatch(r"\W*\d{0,3}\W*", part) or _ABBREVIATION.search(part))
 
 
 def read_problems(config: TrackConfig) -> list[Problem]:
@@ -118,6 +131,8 @@ def read_problems(config: TrackConfig) -> list[Problem]:
 
 
 def _problem(record: Any, where: str, answer: str) -> Problem:
+    if isinstance(record, dict) and set(record) == _GSM8K:
+        record = _from_gsm8k(record)
     known = isinstance(record, dict) and not set(record) - set(_KEYS)
     if not known or not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("answer", ""), str):
         raise UserError(f"{where} is no prompt to follow: expected {_EXAMPLE}")
@@ -132,6 +147,14 @@ def _problem(record: Any, where: str, answer: str) -> Problem:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     slug = folder_name(str(record.get("slug") or prompt[:40] or steps[0][:40]))
     return Problem(slug, prompt, steps, record.get("answer", "") or answer)
+
+
+def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of GSM8K as a prompt to follow: calculator annotations are removed, the answer follows the steps."""
+    solution, _, answer = str(record["answer"]).rpartition("####")
+    solution = re.sub(r"<<[^>]*>>", "", solution or str(record["answer"]))
+    steps = f"{solution.rstrip()}\nThe answer is {answer.strip()}."
+    return dict(prompt=record["question"], solution=steps, answer=f" {answer.strip()}")
 
 
 def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
@@ -177,16 +200,22 @@ def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
 
 
 def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> tuple[int | None, int]:
-    """Id of the answer's first token and the position before it: its last place in the solution, or the text's end."""
+    """Return the id of the answer's first token and the position before it.
+
+    The answer is followed at its last occurrence in the solution as a whole word or number (" 12" is not in "1200"), or
+    where there is none at the text's end.
+    """
     last = len(ends_T) - 1
     answer = problem.answer
     if not answer:
         return None, last
     ids = encode_text(tokenizer, text)
-    place = text.rfind(answer) if problem.steps else -1
-    if place >= 0:
-        begins = place + len(answer) - len(answer.lstrip())
-        token = int(np.searchsorted(ends_T, begins, side="right"))
+    word = answer.strip()
+    # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
+    whole = re.compile(rf"(?<![\w])(?<!\d[.,]){re.escape(word)}(?![\w])(?![.,]\d)")
+    places = [match.start() for match in whole.finditer(text)] if problem.steps and word else []
+    if places:
+        token = int(np.searchsorted(ends_T, places[-1], side="right"))
         if token > 0:
             return int(ids[token]), token - 1
     kept = text.rstrip() if answer[:1].isspace() else text

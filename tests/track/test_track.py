@@ -83,7 +83,7 @@ def test_planted_chains_are_followed_and_nothing_else(carrying):
     made = stack_of(*(sae(carrying, layer, table, threshold=0) for layer, table in enumerate(tables)))
     ids_T = np.array(carrying.tokenizer("The cat near the dogs runs to Paris")["input_ids"])
     shown = [one.strongest(F) for one in follow(carrying, made, ids_T)]
-    found = geometry(made, shown, seed=1)
+    found = geometry(made, shown)
     active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
     wanted = {
         ((layer, t, places[layer]), (layer + 1, t, places[layer + 1]))
@@ -94,7 +94,6 @@ def test_planted_chains_are_followed_and_nothing_else(carrying):
         if (t, places[layer]) in active[layer] and (t, places[layer + 1]) in active[layer + 1]
     }
     assert len(wanted) > 10 and {(a, b) for a, b, _ in found.links} == wanted  # precision and recall are 1
-    assert found.random == 0
     for source, target, weight in found.links[:5]:
         at = shown[source[0]].at(source[1])
         value = at.value_A[at.feature_A == source[2]][0]
@@ -197,6 +196,17 @@ def test_sentences():
     assert sentences("no end") == ("no end",)
 
 
+def test_abbreviations_end_no_sentence():
+    """Seen failing before: "Dr." was a step."""
+    text = "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. They left. 5 vs. 4 apples etc. remained."
+    assert sentences(text) == (
+        "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
+        "They left. ",
+        "5 vs. 4 apples etc. remained.",
+    )
+    assert sentences("So it is Dr.\nNext") == ("So it is Dr.\n", "Next")
+
+
 def test_prompts_of_other_scripts_and_of_one_token(lm):
     for prompt in ("我有三个苹果。她吃了一个。还剩几个？", "مرحبا. كيف حالك؟ 👍🏽 نعم.", "a"):
         text = encode(lm, Problem("x", prompt))
@@ -212,6 +222,31 @@ def test_the_answer_is_followed_where_it_stands_last(lm):
     assert "".join(text.tokens[: text.position + 1]).endswith("the year") or text.tokens[text.position] == " "
     assert text.ids_T[text.position + 1] == text.answer
     assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
+
+
+@pytest.mark.parametrize(
+    ("steps", "answer", "before"),
+    [
+        (("He has 12 coins. ", "They cost 1200 cents."), " 12", "He has"),
+        (("She ate 12. ", "Now 12.5 and 3,012 and 112 are left."), " 12", "She ate"),
+        (("The cat sat. ", "It concatenates."), " cat", "The"),
+    ],
+)
+def test_the_answer_is_not_found_inside_a_number_or_word(lm, steps, answer, before):
+    """Seen failing before: " 12" was found in "1200"."""
+    text = encode(lm, Problem("x", "How many?", steps, answer))
+    assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
+    assert text.ids_T[text.position + 1] == text.answer
+
+
+def test_rows_of_gsm8k_are_followed(tmp_path):
+    """Seen failing before: its field names were refused."""
+    path = tmp_path / "test.jsonl"
+    answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"
+    path.write_text(json.dumps(dict(question="Ann sold 48 clips. How many?", answer=answer)))
+    (problem,) = read_problems(TrackConfig(prompts=str(path)))
+    assert problem.prompt == "Ann sold 48 clips. How many?" and problem.answer == " 72"
+    assert problem.steps == ("Ann sells 48/2 = 24 clips.\n", "She sells 48+24 = 72.\n", "The answer is 72.")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +274,7 @@ def test_links_by_attribution_are_the_strongest_edges_between_shown_features(lm)
     transcoders, ids_T = LayerTranscoders.of(made).check(lm), np.array(IDS)
     shown = [one.strongest(3) for one in follow(lm, stack_of(*made), ids_T)]
     found = attribution(lm, transcoders, ids_T, 7, shown)
-    assert found.kind == ATTRIBUTION and found.random is None and len(found.links) > 10
+    assert found.kind == ATTRIBUTION and len(found.links) > 10
     graph = trace(lm, transcoders, ids_T.tolist(), targets=[7])
     nodes = graph.nodes[graph.slice_of(FEATURE)]
     place = {

@@ -26,9 +26,9 @@ function show(text) {
   });
   panel.addEventListener('keydown', (event) => { if (event.key === 'Escape') end(); });
   grids.push(grid);
-  const links = text.random_links === null || text.random_links === undefined ? 'edges of the attribution graph'
-    : `by directions alone; ${number(text.random_links, 9)} of random directions` +
-      (text.same_number > text.links.length / 2 ? '; most join features of one number: the dictionaries had one start, and these links mean nothing' : '');
+  const links = text.link_kind === 'attribution' ? 'edges of the attribution graph'
+    : 'by the similarity of their directions' +
+      (text.same_number > text.links.length / 2 ? '; most join features of the same number: the dictionaries were trained from one initialisation, so these links mean nothing' : '');
   const about = `${number(text.tokens.length, 9)} tokens, ${text.layers.length} layers with dictionaries (${text.layers[0].name} and on), ` +
     `${number(text.links.length, 9)} links between shown features (${text.link_kind}: ${links}).`;
   const chooser = make('select', {'aria-label': 'Layer whose features are listed'});

@@ -10,7 +10,7 @@ function lensLines(text, l, t) {
     const said = reading.said[l][t], words = [];
     for (let i = 0; i < said.length; i += 2) words.push(token(text.texts[said[i]]), ` ${number(said[i + 1], 2)} `);
     return make('p', {}, `${lens} lens: `, ...words,
-      make('small', {}, `KL from the model ${number(reading.kl[l][t], 2)}, on a turned stream ${number(reading.control_kl[l][t], 2)}`));
+      make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
   });
 }
 
@@ -22,9 +22,9 @@ function cellPanel(text, l, t, follow) {
     const bar = make('span', {class: 'bar'});
     bar.style.width = `${80 * Math.abs(cell[i + 1] / cell[1])}px`;
     const page = text.layers[l].atlas;
-    rows.push(make('li', {}, button, bar, number(cell[i + 1]), ...(page ? [make('a', {href: `${page}${cell[i]}`}, 'atlas')] : [])));
+    rows.push(make('li', {}, button, bar, `${number(cell[i + 1])} (${percent(Math.abs(cell[i + 1]) / text.layers[l].peaks[cell[i]])} of its maximum here)`, ...(page ? [make('a', {href: `${page}${cell[i]}`}, 'atlas')] : [])));
   }
-  const none = make('p', {class: 'note'}, 'No feature is active here (or the token is an attention sink, which dictionaries leave out).');
+  const none = make('p', {class: 'note'}, 'No feature is active here, or the token is an attention sink, where dictionaries are not applied.');
   return [make('h3', {}, `${text.layers[l].site}, position ${t} `, token(text.tokens[t])), ...lensLines(text, l, t),
     rows.length ? make('ul', {}, ...rows) : none];
 }
@@ -48,7 +48,7 @@ function wayPanel(text, node, way, select, end) {
   const stop = make('button', {type: 'button'}, 'End following');
   stop.addEventListener('click', end);
   const places = others.length ? make('p', {}, 'Also at ', ...others.slice(0, 30).flatMap((s) => [token(text.tokens[s]), ` ${s} `])) : '';
-  const alone = way.links.length ? '' : make('p', {class: 'note'}, 'No link from or to it was found.');
+  const alone = way.links.length ? '' : make('p', {class: 'note'}, 'It has no links.');
   return [make('h3', {}, `Following ${nameOf(text, l, f)} of ${text.layers[l].site} `), stop, places, alone, make('ul', {}, ...items)];
 }
 
@@ -72,11 +72,11 @@ function answerCurve(text) {
   const says = Object.keys(text.lenses).map((name) => `${name} lens`).join(' and ');
   return [make('h3', {}, 'Probability of ', token(text.answer), ` after position ${text.position}, by layer`),
     svg('svg', {viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, role: 'img', 'aria-label': 'Probability of the answer by layer'}, ...axis, ...ends, ...lines),
-    make('p', {class: 'note'}, `${says}; dashed: on streams turned by a random rotation. In the end ${number(last.answer[layers - 1])}, ${number(last.rank[layers - 1], 9)} tokens are likelier.`)];
+    make('p', {class: 'note'}, `${says}; dashed: on randomly rotated streams. At the last layer ${number(last.answer[layers - 1])}; ${number(last.rank[layers - 1], 9)} tokens are more likely.`)];
 }
 
 function stepsTable(text, layer, follow) {
-  const heads = ['', 'Text', 'Features that belong to it', 'Carry over to steps (how many)', 'Return in steps', 'Hurt more than matched ones'];
+  const heads = ['', 'Text', 'Its features', 'Carried over to steps (number)', 'Back in steps', 'Effect of ablating them'];
   const name = (s) => text.steps[s].name;
   const rows = text.steps.map((step, s) => {
     const chips = text.belongs[layer][s].slice(0, 6).map((one) => {
@@ -88,11 +88,11 @@ function stepsTable(text, layer, follow) {
     const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
       .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
     const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
-      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer, as too few features match' : 'no'),
-      ` at ${site}: ${number(test.drop, 2)} nats a token, matched ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}, passed by ${percent(test.claim.placebo_rate)} of matched sets`));
+      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer: too few matched features' : 'no'),
+      ` at ${site}: ${number(test.drop, 2)} nats per token, matched controls ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}; ${percent(test.claim.placebo_rate)} of the matched sets pass`));
     const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
     const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
-      make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire here only; ${number(shifted, 3)} with shifted boundaries`));
+      make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire only here; ${number(shifted, 3)} with shifted boundaries`));
     const cells = [[step.name], [visible(step.text)], [make('div', {class: 'chips'}, ...chips), ...alone],
       [later('carries') || '–'], [later('returns') || '–'], tests.length + not.length ? [...tests, ...not] : ['–']];
     return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, ...inside))));
