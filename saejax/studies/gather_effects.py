@@ -10,6 +10,8 @@ from saejax.dictionaries.stacks import kind_and_member
 from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.table import TESTED
+from saejax.matching.track.results import TrackResults
+from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings
 from saejax.studies import criteria
 from saejax.studies.results import (
@@ -20,8 +22,6 @@ from saejax.studies.results import (
     TrackingFigures,
     TransferFigures,
 )
-from saejax.track.results import TrackResults
-from saejax.transfer.results import TransferResults
 
 _COMPARED = ("matched", "shared")  # of ``MatchScores``
 
@@ -123,7 +123,6 @@ def tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
                 tokens=text.tokens,
                 sites=len(text.sites),
                 links=text.links,
-                random_links=text.random_links,
                 tests=len(claims),
                 hurt=sum(claim.yes for claim in claims),
                 placebo_rate=float(np.mean([claim.placebo_rate for claim in claims])) if claims else None,

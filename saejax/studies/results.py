@@ -174,7 +174,7 @@ class TransferFigures:
     row: str  #: of the study
     first: str  #: dictionary
     second: str  #: dictionary
-    measure: str  #: decoder, encoder, folded or activity
+    measure: str  #: decoder, encoder or activity
     matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum
     matched_null: Interval  #: the same by chance
     shared: Interval  #: share of these pairs that count as shared
@@ -190,7 +190,6 @@ class TrackingFigures:
     tokens: int  #: of it
     sites: int  #: of dictionaries
     links: int  #: between features that are shown
-    random_links: int | None  #: by the same rule, of random directions; None for attribution
     tests: int  #: steps that were tested, at each site
     hurt: int  #: of them: those that removing their features costs more than removing matched ones
     placebo_rate: float | None  #: share of matched sets that pass the same rule; None without tests

@@ -13,6 +13,11 @@ from preflight_setup import assert_same_call, make_dictionary, on_mesh, plan_run
 from saejax.causal.cost import kept_prompts
 from saejax.causal.probes import inputs
 from saejax.interventions import split_model as split
+from saejax.matching.track import firings, tested
+from saejax.matching.track.cost import counted, planned_texts
+from saejax.matching.track.run import LENS_TOP
+from saejax.matching.track.texts import Segment
+from saejax.matching.transfer import activity, matching
 from saejax.models import language_model, lens
 from saejax.models.families import read_config
 from saejax.models.sites import Site
@@ -23,11 +28,6 @@ from saejax.preflight.topology import compile_for
 from saejax.settings import ProbeConfig
 from saejax.stages.track import TrackConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.track import firings, tested
-from saejax.track.cost import counted, planned_texts
-from saejax.track.run import LENS_TOP
-from saejax.track.texts import Segment
-from saejax.transfer import activity, matching
 
 STAGES = ("track", "transfer", "probe", "cluster")
 SITES = ("resid_post.1", "resid_post.2")

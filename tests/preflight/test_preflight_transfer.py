@@ -6,7 +6,7 @@ from preflight_setup import plan_run, shape
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.errors import UserError
-from saejax.transfer.cost import transfer_cost
+from saejax.matching.transfer.cost import transfer_cost
 
 
 def test_a_folder_of_a_stack_is_as_many_dictionaries_as_it_holds(tmp_path):

@@ -8,13 +8,13 @@ from scipy.stats import spearmanr
 
 from saejax.causal.claims import LEAST_SETS, Claim
 from saejax.causal.study.results import StudyEffect, StudyEffects
+from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
+from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
 from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
-from saejax.track.results import StepTest, TrackedStep, TrackedText, TrackResults
-from saejax.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 
 
 def effects(zero, random) -> StudyEffects:
