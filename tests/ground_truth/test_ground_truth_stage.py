@@ -89,7 +89,7 @@ def test_results_and_report(whole):
     assert [one.control for one in controls.dictionaries] == ["frozen", "untrained"]
     assert run("report", whole) == 0
     page = (whole / "report" / "report.md").read_text()
-    assert "Does the method find what is known to be there?" in page
+    assert "Does training recover known features?" in page
     assert "random decoder" in page and "best possible" in page
 
 

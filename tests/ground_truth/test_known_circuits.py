@@ -145,7 +145,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
         assert results.sets[name].causal.shown == 0 and results.sets[name].causal.interchange.mean < 0.2
     assert "YES" in line(dict(logic=results))
     assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
-    assert "Circuits that are known to be there" in (tmp_path / "report" / "report.md").read_text()
+    assert "Known circuits" in (tmp_path / "report" / "report.md").read_text()
     # The other binaries take the same folders.
     unit = tmp_path / "known_circuits" / "logic"
     own = [

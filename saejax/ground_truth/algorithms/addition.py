@@ -29,9 +29,11 @@ class Addition(Algorithm):
 
     @property
     def behaviours(self) -> tuple[str, ...]:
+        """Names of the behaviours; see ``Algorithm``."""
         return ("units", *(f"digit{place}" for place in range(1, self._digits)))
 
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return random questions; see ``Algorithm.draw``."""
         first_BxN, second_BxN = self._columns(count, rng)
         sum_BxM, _ = add(first_BxN, second_BxN)
         plus_Bx1, equals_Bx1 = (np.full((count, 1), word) for word in self.number("+="))
@@ -53,6 +55,7 @@ class Addition(Algorithm):
         return is_fresh(first_BxN @ power_N * 10**self._digits + second_BxN @ power_N)
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
+        """Return a prompt; see ``Algorithm.prompt``."""
         first_1xN, second_1xN = self._columns(1, rng)
         if not self._fresh(first_1xN, second_1xN)[0]:
             return None

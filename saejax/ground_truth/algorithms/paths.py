@@ -45,9 +45,11 @@ class Paths(Algorithm):
 
     @property
     def behaviours(self) -> tuple[str, ...]:
+        """Names of the behaviours; see ``Algorithm``."""
         return ("next", "far")
 
     def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return random questions; see ``Algorithm.draw``."""
         edge_BxM, size_B, far_BxNxN = self._graphs(count, rng)
         start_B = rng.integers(self._nodes, size=count)
         goal_B = (start_B + rng.integers(1, self._nodes, size=count)) % self._nodes
@@ -103,6 +105,7 @@ class Paths(Algorithm):
         return is_fresh((there_BxM << edge_BxM).sum(1))
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
+        """Return a prompt; see ``Algorithm.prompt``."""
         edges, size_1, far_1xNxN = self._graphs(1, rng)
         if not self._fresh(edges, size_1)[0]:
             return None
