@@ -29,7 +29,7 @@ class Matching:
 
     @classmethod
     def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
-        """Match decoder rows to directions, both of any length."""
+        """Match the decoder rows ``W_dec_FxD`` to directions, both of any length."""
         cosine_FxJ = np.abs(_unit(W_dec_FxD) @ _unit(directions_JxD).T)
         rows, columns = assign_table(cosine_FxJ)
         feature_J = np.full(len(directions_JxD), -1)

@@ -32,7 +32,7 @@ def sample(world: World, key: jax.Array, count: int, sharding: jax.sharding.Shar
 
 
 def sample_with_code(world: World, key: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Return the vectors of ``sample`` and the activations of the features they are made of, [B, D] and [B, J]."""
+    """Return ``count`` vectors [B, D], those of ``sample`` by ``key``, and the activations of their features [B, J]."""
     return _sample(world, key, count, None)
 
 

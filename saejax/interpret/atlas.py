@@ -30,7 +30,7 @@ _PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js")
 
 
 def run_atlas(run: Run) -> AtlasResults:
-    """Writes the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
+    """Write the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
 
     Raises:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
@@ -67,7 +67,7 @@ def _with_scores(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRec
 
 
 def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:
-    """The labels that a language model wrote and that are kept, and how it judged labels, by feature; often empty."""
+    """Return the kept labels by a language model, and the scores of all judged ones, by feature; empty without any."""
     folder = run.inputs.get(f"explain/{run.name}")
     if not folder:
         return {}, {}
@@ -75,7 +75,7 @@ def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]
 
 
 def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
-    """Dictionary -> feature -> behaviour -> the logit difference that is lost without the feature."""
+    """Return dictionary -> feature -> behaviour -> drop in logit difference when the feature is ablated."""
     for unit, folder in run.inputs.items():
         if unit.startswith("ablate/"):
             results: AblateResults = load_results(folder)
@@ -95,13 +95,14 @@ def write_atlas(
     effects: Mapping[int, Mapping[str, float]],
     maps: FeatureMaps | None = None,
 ) -> None:
-    """Writes the atlas of a dictionary; what a run that was killed left there is replaced.
+    """Write the atlas of a dictionary; files of a killed run are replaced.
 
     Args:
-      folder: where to.
-      dictionary: its name, the beginning of addresses on the page.
-      records: of all features, in their order, as ``records`` makes them.
-      effects: feature -> behaviour -> the logit difference that is lost without it, where it was measured.
+      folder: folder to write to.
+      dictionary: its name, the prefix of addresses on the page.
+      records: records of all features in order.
+      labels: labels by feature.
+      effects: feature -> behaviour -> drop in logit difference when it is ablated, where it was measured.
       maps: heatmaps as ``interpret`` writes them, and the bar of cosines between layers.
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
@@ -147,6 +148,6 @@ def _script(folder: Path, number: int, records: list[dict[str, Any]]) -> None:
 
 
 def _json(data: Any) -> str:
-    """JSON as an expression of JavaScript. Half characters, which tokens may be, become replacement characters."""
+    """Return JSON as a JavaScript expression; incomplete characters of tokens become replacement characters."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

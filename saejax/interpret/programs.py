@@ -21,7 +21,7 @@ Params = dict[str, jax.ShapeDtypeStruct]
 
 
 def interpret_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The programs for the widest of the dictionaries that are interpreted; none where none is."""
+    """Return the programs for the widest of the dictionaries that are interpreted; none where none is."""
     stacks = [
         plan.stacks[name].dictionary for name in plan.configs[InterpretConfig].dictionaries if name in plan.stacks
     ]
@@ -41,7 +41,7 @@ def interpret_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 def _of_firings(
     plan: PlannedRun, used: DictionaryConfig, mesh: Mesh, params: Params, member: MemberData
 ) -> list[Program]:
-    """Tokens are encoded, and what fires is packed, beside a frozen-random dictionary as large."""
+    """Return the programs that encode tokens and pack what fires, beside a frozen-random dictionary as large."""
     rows, d, f = firings.whole_words(plan.configs[InterpretConfig].batch_tokens), used.d_in, used.n_features
     size, packed = f"{rows} tokens x {f} features", rows * f // firings.WORD
     x_BxD = by_row(mesh, (rows, d), plan.configs[CaptureConfig].store_dtype)
@@ -57,7 +57,7 @@ def _of_firings(
 
 
 def _of_rows(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh, params: Params) -> list[Program]:
-    """Decoder rows are read by the unembedding, and compared."""
+    """Return the programs that read decoder rows by the unembedding and compare them."""
     model, d, f = plan.model, used.d_in, used.n_features
     block, W_dec_FxD = min(neighbours.ROWS, f), whole(mesh, (f, d), jnp.float32)
     nearest = (block, min(NEAREST, f - 1), W_dec_FxD, 0)
@@ -73,7 +73,7 @@ def _of_rows(plan: PlannedRun, used: DictionaryConfig, mesh: Mesh, params: Param
 def _of_attention(
     plan: PlannedRun, used: DictionaryConfig, mesh: Mesh, params: Params, member: MemberData
 ) -> list[Program]:
-    """What the heads before the dictionary's site look at."""
+    """Return the programs that find what the heads before the dictionary's site look at."""
     layers = heads_before(used.site)
     if not plan.configs[InterpretConfig].attention_tokens or not layers:
         return []

@@ -87,7 +87,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tok
 
 
 def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Question:
-    """Return the question in which contexts the feature with a label fires."""
+    """Return the question in which contexts the feature with a label fires; ``max_tokens`` limits the reply."""
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
     text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
@@ -126,7 +126,7 @@ def read_judgements(reply: str | None, count: int) -> list[bool] | None:
 
 
 def read_choice(reply: str | None, count: int) -> int | None:
-    """Return the index of the context that a reply names, such as "[RESPONSE]: Text 3"; None: unparsed."""
+    """Return the index of the context, of ``count``, that a reply names ("[RESPONSE]: Text 3"); None: unparsed."""
     found = re.match(r"(?:text|number|no\.?)?\W*(\d+)\b", _read_field(reply, "RESPONSE") or "", re.IGNORECASE)
     return int(found[1]) - 1 if found and 1 <= int(found[1]) <= count else None
 

@@ -13,11 +13,12 @@ from preflight_setup import assert_same_call, make_dictionary, on_mesh, plan_run
 from saejax.causal.cost import kept_prompts
 from saejax.causal.probes import inputs
 from saejax.interventions import split_model as split
+from saejax.matching import match as matching
 from saejax.matching.track import firings, tested
 from saejax.matching.track.cost import counted, planned_texts
 from saejax.matching.track.run import LENS_TOP
 from saejax.matching.track.texts import Segment
-from saejax.matching.transfer import activity, matching
+from saejax.matching.transfer import activity
 from saejax.models import language_model, lens
 from saejax.models.families import read_config
 from saejax.models.sites import Site

@@ -88,7 +88,10 @@ class Addition(Algorithm):
 
 
 def add(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the digits of the sums and the carries into each column, both [B, N + 1], lowest first."""
+    """Return the digits of ``first_BxN`` + ``second_BxN`` and the carries into each column, [B, N + 1].
+
+    The lowest place comes first.
+    """
     count, digits = first_BxN.shape
     sum_BxM, carry_BxM = np.zeros((2, count, digits + 1), np.int64)
     for place in range(digits):

@@ -82,7 +82,7 @@ def initial(config: DecoderConfig, seed: int) -> Params:
 
 
 def answer_logits(config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array) -> jax.Array:
-    """Return the logits at each answer's position, [B, N, V]; traceable."""
+    """Return the logits of ``ids_BxT`` at the answers' positions ``place_BxN``, [B, N, V]; traceable."""
     x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
     x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
     return decoder.unembed(config, params, x_BxNxD)

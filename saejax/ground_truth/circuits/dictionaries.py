@@ -49,7 +49,7 @@ def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[st
 
 
 def order(case: Case, layer: int, seed: int) -> np.ndarray:
-    """Return the neuron of each feature of a layer's exact transcoder, [F]."""
+    """Return the neuron of each feature of a layer's exact transcoder, [F], shuffled with ``seed``."""
     return np.random.default_rng([seed, layer]).permutation(case.model.width)
 
 
