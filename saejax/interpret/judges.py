@@ -95,7 +95,7 @@ class Endpoint:
             try:
                 reply = self._client.chat.completions.create(
                     model=self._model,
-                    messages=question.messages,
+                    messages=question.messages,  # type: ignore[arg-type]
                     extra_body=options | {limit_name: question.max_tokens},
                 )
                 return _read_reply(reply, question)

@@ -160,10 +160,11 @@ class Reading:
     def compared_features(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the features of two dictionaries that fire often enough on both halves of the text, bool [F], [G]."""
         halves = [self._half(first, second, measures) for measures in (False, True)]
-        return tuple(  # type: ignore[return-value]
+        first_F, second_G = (
             np.all([self._activity(index).firings(half[side]) >= MIN_FIRINGS for half in halves], axis=0)
             for side, index in enumerate((first, second))
         )
+        return first_F, second_G
 
     def rows(self, first: int, second: int, null: bool, measures: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return the activity rows of two dictionaries on the tokens that both models share; see ``Activity.rows``.

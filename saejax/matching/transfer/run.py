@@ -216,7 +216,8 @@ class Comparison:
         if name == "activity":
             assert self._reading
             return self._reading.compared_features(first, second)
-        return self._weights(name, first, False).any(axis=1), self._weights(name, second, False).any(axis=1)
+        rows = self._weights(name, first, False), self._weights(name, second, False)
+        return np.any(rows[0], axis=1), np.any(rows[1], axis=1)
 
     def _pair(self, first: int, second: int, names: Sequence[str], found: Mapping[Key, Matched]) -> ComparedPair:
         """Return the results of two dictionaries."""
@@ -254,7 +255,7 @@ class Comparison:
             agreeing=agreeing,
             tokens=self._reading.tokens(first, second) if self._reading else None,
             causal=self._effects.compared(first, second, link, self._config.seed),
-            **transfers,  # type: ignore[arg-type]
+            **transfers,
         )
 
     def _warn(self, first: int, second: int, transfers: Mapping[str, ReconstructionTransfer]) -> None:
