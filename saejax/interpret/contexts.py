@@ -65,12 +65,12 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
     """
     own = block.of(feature)
     order = np.argsort(-block.value[own], kind="stable")  # equal activations in the order of the text
-    place_N = block.place[own][order]
-    document_N = text.document(place_N)
-    group_N = documents.column("group")[document_N]
-    candidates = [_first_of_each(key_N, _SPARE * count) for key_N in (group_N, document_N, np.arange(len(place_N)))]
-    kept = np.unique(np.concatenate(candidates))
-    place_N, document_N, group_N = place_N[kept], document_N[kept], group_N[kept]
+    place_A = block.place[own][order]  # of all firings; the candidates are N of them
+    document_A = text.document(place_A)
+    group_A = documents.column("group")[document_A]
+    candidates = [_first_of_each(key_A, _SPARE * count) for key_A in (group_A, document_A, np.arange(len(place_A)))]
+    kept_N = np.unique(np.concatenate(candidates))
+    place_N, document_N, group_N = place_A[kept_N], document_A[kept_N], group_A[kept_N]
     start_N = place_N - np.minimum(text.position(place_N), BEFORE)
     stop_N = place_N + np.minimum(text.left(place_N), AFTER) + 1
     chosen: list[int] = []
@@ -88,9 +88,9 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
     return [int(place_N[i]) for i in sorted(chosen)]
 
 
-def _first_of_each(key_N: np.ndarray, count: int) -> np.ndarray:
+def _first_of_each(key_A: np.ndarray, count: int) -> np.ndarray:
     """Return where the first ``count`` distinct keys come first."""
-    return np.sort(np.unique(key_N, return_index=True)[1])[:count]
+    return np.sort(np.unique(key_A, return_index=True)[1])[:count]
 
 
 def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -30,7 +31,7 @@ class Server:
 
     def __init__(self, answer: Callable[[str], str], troubles: list = [], retry_after: str = ""):  # noqa: B006
         self.asked: list[str] = []
-        self.tries: list[tuple[float, dict, dict]] = []
+        self.tries: list[tuple[float, dict, Message, str]] = []
         left, lock = list(troubles), threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,7 +39,7 @@ class Server:
                 body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
                 prompt = "\n\n".join(message["content"] for message in body.get("messages", ()))
                 with lock:
-                    self.tries.append((time.monotonic(), body, dict(handler.headers), handler.path))
+                    self.tries.append((time.monotonic(), body, handler.headers, handler.path))
                     trouble = left.pop(0) if left else ""
                 if trouble == "closed":
                     return handler.connection.close()

@@ -191,9 +191,9 @@ def test_what_was_answered_is_never_asked_again(tmp_path):
 def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):
     judge = Counting()
     with pytest.raises(
-        UserError, match=r"most_tokens=450: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
+        UserError, match=r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
     ):
-        Answers(run_of(limit=450), tmp_path, judge).all(ASK, "labels")
+        Answers(run_of(limit=230), tmp_path, judge).all(ASK, "labels")
     assert 0 < len(judge.asked) < len(ASK)
     assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)
 
