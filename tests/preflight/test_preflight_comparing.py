@@ -123,7 +123,7 @@ def read_and_encode(plan, stage: str, lm, dictionary) -> None:
     batch = plan.configs.named(stage).batch_tokens
     read = SimpleNamespace(pieces=[np.ones(32, np.int64)] * 16, front=0)
     sites = list(dict.fromkeys(one.site for one in plan.dictionaries(plan.configs.named(stage).dictionaries)))
-    values = activity.activations(lm, read, sites, batch)
+    values = activity.site_values(lm, read, sites, batch)
     activity.encode(dictionary, values[sites[0]], batch)
 
 
