@@ -77,9 +77,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts, workdir = Path(folder) / "prompts.jsonl", Path(folder) / "run"
         prompts.write_text("".join(json.dumps(line) + "\n" for line in own_prompts()))
-        asked = {"workdir": workdir, "model.path": args.model, "task.prompts": prompts, "task.behaviours": ""}
+        asked = {"model.path": args.model, "task.prompts": prompts, "task.behaviours": ""}
         asked["ablate.dictionary"] = args.dictionary
-        flags = [*(f"--{name}={value}" for name, value in asked.items()), *more]
+        shared = Path(folder) / "run.flags"  # a file, in which the baseline ignores the flags of ablate
+        shared.write_text("\n".join([*(f"--{name}={value}" for name, value in asked.items()), *more]))
+        flags = [f"--workdir={workdir}", f"--flagfile={shared}"]
         spent = {stage: run_stage(stage, flags) for stage in ("baseline", "ablate")}
         (unit,) = (workdir / "ablate").iterdir()
         (result,) = load_results(unit).verdict.dictionaries[TESTED].values()

@@ -24,11 +24,11 @@ import jax
 from saejax.costs.passes import pass_flops
 from saejax.models.families import read_config
 from saejax.parallel.mesh import make_mesh
-from saejax.preflight.sums import plan_run
+from saejax.preflight.plan import plan_run
 from saejax.preflight.topology import compile_for, find_slice
 from saejax.runner.registry import default_configs
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.cost import train_programs
+from saejax.training.planned import train_programs
 
 MODEL = Path(__file__).parents[1] / "configs/shapes/qwen3-4b.json"
 LAYERS, EXPANSION, K = 36, 8, 64
@@ -102,7 +102,7 @@ def plan_of(job: Job, tiny: bool) -> Any:
     if tiny:
         fields |= dict(hidden_size=64, intermediate_size=128, vocab_size=512, head_dim=16)
     model = read_config(fields, str(MODEL))
-    return plan_run("qwen3-4b", model, configs, mesh.shape, mesh=mesh, limit=found.limit, torch_here=False), found
+    return plan_run("qwen3-4b", model, configs, mesh), found
 
 
 def measure(job: Job, tiny: bool) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def measure(job: Job, tiny: bool) -> dict[str, Any]:
         links=tokens / (near / device.near + far / device.far) if sends else float("inf"),
     )
     hours = TOKENS / min(rates.values()) / 3600
-    axes = " x ".join(str(size) for size in plan.axes.values())
+    axes = " x ".join(str(size) for size in plan.mesh.shape.values())
     print(
         f"{job.topology:10} {axes:>12} {'zero' if job.zero else '':4} {tokens:9,} tokens  "
         f"{compiled.memory / 2**30:6.2f} GiB "

@@ -77,7 +77,7 @@ def fitted(config: Path, topology: str) -> Fitted | str:
 def _told(results: PreflightResults, topology: str, model: int) -> Fitted:
     (needs,) = results.models
     rate = HARDWARE[topology.partition(":")[0]].flops * devices(topology)
-    flops = sum(unit.flops or 0.0 for unit in needs.units.values())
+    flops = sum(program.runs * program.flops for program in needs.programs)
     largest = max(needs.programs, key=lambda program: program.memory)
     return Fitted(model, needs.peak_bytes / 2**30, largest.name, flops / rate / 3600)
 

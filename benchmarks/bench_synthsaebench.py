@@ -100,7 +100,7 @@ def train(args: argparse.Namespace, truth: TruthConfig) -> None:
     expansion = max(round(args.width_share * truth.features / truth.dimensions), 1)
     asked |= {"train.kinds": args.kinds, "train.k": L0.get(args.scale, 25 // args.scale), "train.expansion": expansion}
     flags = [f"--{name}={value}" for name, value in asked.items()]
-    command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={args.folder}", "--task.behaviours="]
+    command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={args.folder}"]
     for kind in args.kinds.split(","):
         subprocess.run([*command, f"--unit=ground_truth/{kind}", *flags, *args.more], cwd=ROOT, check=True)
 

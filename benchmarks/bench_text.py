@@ -105,9 +105,9 @@ def run(size: int, steps: int, stages: list[str]) -> None:
         write_model(Path(folder) / "model")
         write_text(Path(folder) / "text.jsonl", size)
         own = {"corpus.path": f"{folder}/text.jsonl", "model.path": f"{folder}/model", "train.max_steps": steps}
-        argv = ["program", f"--workdir={folder}/run"] + [
-            f"--{name}={value}" for name, value in {**FLAGS, **own}.items()
-        ]
+        lines = [f"--{name}={value}" for name, value in {**FLAGS, **own}.items()]
+        (Path(folder) / "run.flags").write_text("\n".join(lines))  # in a file, where a stage ignores others' flags
+        argv = ["program", f"--workdir={folder}/run", f"--flagfile={folder}/run.flags"]
         found = {stage: peak_of(stage, argv) for stage in stages}
         text = json.loads((Path(folder) / "run" / "tokenize" / "done.json").read_text())["results"]
     print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=found)))

@@ -21,7 +21,6 @@ from saejax.stages.ground_truth import CONTROLS
 
 ROOT = Path(__file__).parent.parent
 BASE = {
-    "task.behaviours": "",
     "truth.features": 256,
     "truth.dimensions": 64,
     "truth.samples": 100_000,

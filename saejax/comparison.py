@@ -1,7 +1,6 @@
 """The binary ``compare``: print what differs between two workdirs in settings, package versions and results.
 
-Current units are compared by name, such as "ablate/topk", and their results field by field. Texts, examples and what
-depends on the machine's speed alone are left out.
+Results of current units are compared field by field; texts, examples and what depends on the machine's speed are not.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from typing import Any
 from absl import flags
 
 from saejax.errors import UserError
-from saejax.results import Interval, Summary, load_summary
+from saejax.results import Interval, load_summary
 from saejax.runner import command, command_line
 from saejax.runner.workspace import SUMMARY, current_units
 
@@ -25,9 +24,9 @@ compare: prints what differs between two workdirs in settings, package versions 
 _LEFT_OUT = {"seconds", "tokens_per_second", "matmul_flops_per_second", "disk_free_bytes", "examples"}  # of fields
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Run the binary and exit with its status."""
-    sys.exit(run(sys.argv if argv is None else argv))
+    sys.exit(run(sys.argv))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -57,7 +56,8 @@ def compare(first: Path, second: Path) -> Iterator[str]:
         if unit not in units[0] or unit not in units[1]:
             yield f"{unit}: only in {first if unit in units[0] else second}"
             continue
-        pair = [dict(_leaves(_comparable(load_summary(each[unit])))) for each in units]
+        found = [load_summary(each[unit]) for each in units]
+        pair = [dict(_leaves(dict(settings=one.config, packages=one.packages, results=one.results))) for one in found]
         names = [name for name in dict.fromkeys([*pair[0], *pair[1]]) if pair[0].get(name) != pair[1].get(name)]
         yield f"{unit}: {'changed' if names else 'same'}"
         for name in names:
@@ -68,14 +68,9 @@ def compare(first: Path, second: Path) -> Iterator[str]:
 def _finished_units(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: expected a workdir")
-    units = {unit: path for unit, path in current_units(folder).items() if (path / SUMMARY).exists()}
-    if not units:
-        raise UserError(f"{folder} holds no finished unit: expected a workdir")
-    return units
-
-
-def _comparable(summary: Summary) -> dict[str, Any]:
-    return dict(settings=summary.config, packages=summary.packages, results=summary.results)
+    if units := {unit: path for unit, path in current_units(folder).items() if (path / SUMMARY).exists()}:
+        return units
+    raise UserError(f"{folder} holds no finished unit: expected a workdir")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,7 +95,6 @@ def _describe(value: Any) -> str:
 
 
 def _overlap(first: Any, second: Any) -> str:
-    if not (isinstance(first, Interval) and isinstance(second, Interval)):
-        return ""
-    apart = first.high < second.low or second.high < first.low
-    return ", intervals apart" if apart else ", intervals overlap"
+    if isinstance(first, Interval) and isinstance(second, Interval):
+        return f", intervals {'apart' if first.high < second.low or second.high < first.low else 'overlap'}"
+    return ""

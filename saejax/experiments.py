@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from saejax.runner import command
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import load
 
 
 def binary(*stages: str, about: str = "") -> Callable[[], None]:
@@ -46,14 +45,20 @@ pipeline = binary(*STAGES, about="pipeline: runs every stage; what is finished a
 
 def study_run() -> None:
     """Run the pipeline on several models, and write one report of them all."""
-    load("saejax.studies.run:main")()
+    from saejax.studies.run import main
+
+    main()
 
 
 def compare() -> None:
     """Print the differences between two workdirs."""
-    load("saejax.comparison:main")()
+    from saejax.comparison import main
+
+    main()
 
 
 def serve() -> None:
     """Serve the graphs of a folder as interactive pages."""
-    load("saejax.serving.run:main")()
+    from saejax.serving.run import main
+
+    main()

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import load
 from saejax.runner.workspace import SUMMARY
 
 if TYPE_CHECKING:
@@ -113,8 +112,8 @@ def load_summary(folder: Path) -> Summary:
 
 def results_class(stage: str) -> Any:
     """Return the class of a stage's results; ``Any`` for one that has none."""
-    target = STAGES[stage].results if stage in STAGES else ""
-    return load(target) if target else Any
+    results = STAGES[stage].results if stage in STAGES else None
+    return results() if results else Any
 
 
 def to_json(value: Any) -> Any:

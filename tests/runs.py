@@ -9,6 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from tiny_models import save_tiny_llama
@@ -86,7 +88,7 @@ def _documents(count: int) -> list[str]:
 
 
 def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str]:
-    """Flags of a run of seconds; ``changes`` such as train__k=3 override them."""
+    """Flags of a run of seconds, in a file: a stage ignores others' flags there; ``changes`` such as train__k=3 win."""
     values = {
         "workdir": workdir,
         "model.path": model,
@@ -115,7 +117,14 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "ablate.bootstrap": 200,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"--{key}={value}" for key, value in values.items()]
+    return [f"--workdir={workdir}", flag_file(f"--{key}={value}" for key, value in values.items() if key != "workdir")]
+
+
+def flag_file(flags: Iterable[str]) -> str:
+    """A flag that names a file of flags."""
+    with tempfile.NamedTemporaryFile("w", suffix=".flags", delete=False) as file:
+        file.write("\n".join(flags))
+    return f"--flagfile={file.name}"
 
 
 def start(binary: str, flags: list[str], **environment: str) -> subprocess.Popen:

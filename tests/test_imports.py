@@ -44,7 +44,7 @@ INSIDE = {
         "stage",
         "run",
         "programs",
-        "cost",
+        "planned",
         "report",
         "report_curves",
         "report_kept",

@@ -66,6 +66,7 @@ def test_when_a_process_dies_the_other_one_ends(inputs, whole, tmp_path, victim)
 
 
 BUG = """
+import dataclasses
 import sys
 from saejax.runner import pipeline
 from saejax.experiments import baseline
@@ -76,7 +77,7 @@ def fail(run):
         raise RuntimeError("UNAVAILABLE: NCCL, says a bug that comes every time")
     run.each(range(2), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
 
-pipeline.load = lambda target, load=pipeline.load: fail if target.endswith("run_baseline") else load(target)
+pipeline.STAGES["baseline"] = dataclasses.replace(pipeline.STAGES["baseline"], run=fail)
 baseline()
 """
 
@@ -88,10 +89,9 @@ def test_a_bug_in_one_process_ends_all_with_status_1(inputs, tmp_path):
 
 
 def test_processes_with_different_flags_are_refused(inputs, tmp_path):
-    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--train.k=5"])
+    pair = runs.start_pair("capture", runs.small_flags(*inputs, tmp_path / "run"), ["--capture.bos=never"])
     first, second = (runs.finish(process, 2) for process in pair)
-    assert (
-        "process 1 of 2: error: --train.k is [5] in process 1 and [8] in process 0: start all processes alike" in second
-    )
+    told = '--capture.bos is "never" in process 1 and "auto" in process 0: start all processes alike'
+    assert f"process 1 of 2: error: {told}" in second
     assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
     assert not list((tmp_path / "run").glob("capture*"))

@@ -33,7 +33,7 @@ def fake_stage(run) -> dict:
 @pytest.fixture(autouse=True)
 def fake_stages(monkeypatch):
     stages = {
-        name: dataclasses.replace(stage, run=f"{__name__}:fake_stage", identity={}, unit_identity={})
+        name: dataclasses.replace(stage, run=fake_stage, identity={}, unit_identity={})
         for name, stage in pipeline.STAGES.items()
     }
     for module in (pipeline, workplan):

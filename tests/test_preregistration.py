@@ -5,7 +5,7 @@ import json
 import pytest
 
 from saejax.causal.ablate.run import rule as words
-from saejax.runner import pipeline, preregistration
+from saejax.runner import preregistration
 from saejax.runner.registry import GROUPS, STAGES, default_configs
 from saejax.runner.workspace import Workspace
 from saejax.settings import AblateConfig, StudyConfig
@@ -61,5 +61,5 @@ def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_pa
 
 @pytest.mark.parametrize("stage", ["ablate", "study"])
 def test_a_rule_is_words(stage):
-    text = pipeline.load(STAGES[stage].rule)(GROUPS[stage]())
+    text = STAGES[stage].rule(GROUPS[stage]())
     assert text.startswith(("T: ", "Yes if ", "Removing ")) and json.dumps(text)

@@ -50,7 +50,8 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole,
     assert again.count("done before, unchanged") == 9 and "started" not in again
 
 
-def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_cleanly(inputs, whole, tmp_path, number):
     workdir = tmp_path / "run"
     runs.captured_only(whole[0], workdir)
     flags = runs.small_flags(*inputs, workdir, train__epochs=4000, train__checkpoint_every=100000, train__kinds="topk")
@@ -58,8 +59,8 @@ def test_sigterm_saves_and_exits_cleanly(inputs, whole, tmp_path):
     for line in process.stdout:
         if "tokens/s" in line:
             break
-    process.send_signal(signal.SIGTERM)
-    output = runs.finish(process, 128 + signal.SIGTERM)
+    process.send_signal(number)
+    output = runs.finish(process, 128 + number)
     assert "run the same command to go on" in output and "Traceback" not in output
     resumed = runs.start("train", flags)
     for line in resumed.stdout:

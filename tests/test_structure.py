@@ -31,9 +31,12 @@ def loaded_by_name(tree: ast.Module) -> set[str]:
 
 
 def imported(name: str) -> set[str]:
-    """The modules that a module's statements name, wherever in the file they stand, or load by their names."""
+    """The modules that a module's statements name, wherever in the file they stand, or load by their names.
+
+    Of a stage's file those outside of functions alone: what it runs knows its settings, and is imported when it runs.
+    """
     found = loaded_by_name(TREES[name])
-    for node in ast.walk(TREES[name]):
+    for node in TREES[name].body if name.startswith("saejax.stages.") else ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -32,8 +32,9 @@ from saejax.tasks import corpora
 def run_capture(run: Run) -> CaptureResults:
     """Record activations of the training text into a store in ``run.folder``.
 
-    Finished shards of a run that was stopped or killed are kept; the store comes out the same. Where a run has several
-    processes, each makes its share of the shards with its own devices, and the first one makes them a store.
+    Finished shards of a run that was stopped or killed are kept, and those of other stores of the workdir that were
+    made in the same way are taken: another site costs that site alone. The store comes out the same. Where a run has
+    several processes, each makes its share of the shards with its own devices, and the first one makes them a store.
 
     Raises:
       UserError: a site, the corpus or the model is not usable; activations are not finite; too many positions are
@@ -50,6 +51,10 @@ def run_capture(run: Run) -> CaptureResults:
     widths = {str(site): width for site, width in site_widths.items()}
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
     is_first = mesh.process_id == 0
+    if is_first:
+        for other in sorted(run.folder.parent.glob(f"{run.stage}-*")):
+            if other != run.folder:
+                writer.adopt(other)
     missing = missing_shards(writer, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if is_first:

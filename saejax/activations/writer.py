@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,25 @@ class StoreWriter:
     def parts(self) -> tuple[str, ...]:
         """``INDEX`` and the sites."""
         return (INDEX, *self.widths)
+
+    def adopt(self, folder: Path) -> None:
+        """Take shards of the same work from another store, finished or not, as hard links: files are never changed.
+
+        Args:
+          folder: the other store's folder, on the same file system; where that has no hard links, nothing is taken.
+        """
+        for part in self.parts:
+            for shard in range(self.plan.shards):
+                record = shard_file(part, "record", shard)
+                if (self.folder / record).exists():
+                    continue
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    if json.loads((folder / record).read_text(encoding="utf-8"))["work"] != self.work[part]:
+                        continue
+                    (self.folder / part).mkdir(parents=True, exist_ok=True)
+                    for name in (*(shard_file(part, kind, shard) for kind in self._arrays(part, shard)), record):
+                        (self.folder / name).unlink(missing_ok=True)
+                        os.link(folder / name, self.folder / name)
 
     def begin(self, missing: Iterable[tuple[str, int]] = ()) -> None:
         """Prepare the folder: it is no store until ``finish``, and half-written files are removed.

@@ -1,5 +1,6 @@
 """The programs of the stage ``attribute``, with shapes in place of arrays: those of its longest prompt."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,17 +9,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.attribution.checks import circuit_runs
-from saejax.attribution.cost import planned_graphs
 from saejax.attribution.heads import passes
 from saejax.attribution.local import active, replacement
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.replacement import padded
+from saejax.attribution.planned import planned_graphs
 from saejax.attribution.requests import unit_name
 from saejax.attribution.trace import backward, rows
 from saejax.attribution.trace.memory import GraphSize, bank_sizes, heads_block
 from saejax.attribution.trace.sources import WIDTH, SourceBank
-from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
+from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
@@ -35,10 +36,15 @@ def attribute_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     planned = planned_graphs(plan) if unit_name(plan.configs[GraphConfig]) else None
     if planned is None:
         return []
-    shapes = _Shapes(plan, mesh, planned.size, planned.longest)
-    found = [shapes.layer(), shapes.transcoder(), shapes.rows()]
-    found += [shapes.heads_up(), shapes.heads_down()] if planned.size.heads else []
-    return found + ([shapes.circuits()] if planned.size.checked else [])
+    shapes, layers = _Shapes(plan, mesh, planned.size, planned.longest), plan.model.n_layers
+    passes = layers * len(planned.lengths)  # a layer of each prompt
+    batches = planned.rows / shapes.targets
+    found = [(shapes.layer(), passes), (shapes.transcoder(), passes), (shapes.rows(), batches)]
+    if planned.size.heads:
+        found += [(shapes.heads_up(), batches * layers), (shapes.heads_down(), batches * layers)]
+    if planned.size.checked:
+        found += [(shapes.circuits(), passes * planned.size.together / shapes.parts)]
+    return [dataclasses.replace(program, runs=runs) for program, runs in found]
 
 
 class _Shapes:
@@ -52,6 +58,8 @@ class _Shapes:
         self._stream_LxTxD = self._whole(layers, self._length, width)
         self._skip_LxDxD = self._whole(layers, width, width) if size.transcoder.skip else None
         self._x_TxD, self._layer = self._whole(self._length, width), np.int32(0)
+        self.targets = rows.CHUNKS * rows.chunk_size(self._platform, self._length, mesh)
+        self.parts = min(max(active.AT_ONCE // (self._length * size.transcoder.n_features), 1), size.together)
         self._prompt = f"a prompt of {tokens:,} tokens"
         self._kept = (self._stream_LxTxD, self._stream_LxTxD, self._skip_LxDxD)  # the streams, and the errors
 
@@ -138,8 +146,7 @@ class _Shapes:
     def circuits(self) -> Program:
         """Parts of the graph through a layer."""
         size, length, width = self._size, self._length, self._model.d_model
-        features = size.transcoder.n_features
-        count = min(max(active.AT_ONCE // (length * features), 1), size.together)
+        features, count = size.transcoder.n_features, self.parts
         some = padded(min(int(size.active * length), features * length))
         of_active = self._whole(some, dtype=jnp.int32)
         x_CxTxD = self._whole(count, length, width)

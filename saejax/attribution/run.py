@@ -13,7 +13,6 @@ import numpy as np
 
 from saejax.attribution.checks import circuit_runs, circuits, kept
 from saejax.attribution.checks.validation import double, double_saes
-from saejax.attribution.cost import graph_size
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
@@ -24,6 +23,7 @@ from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
+from saejax.attribution.planned import graph_size
 from saejax.attribution.requests import Request, of_behaviour, read_heads, read_labels, read_requests
 from saejax.attribution.results import (
     AttributeResults,

@@ -10,19 +10,37 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.causal.cost import kept_prompts, layers_above, prompt_length
-from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import pass_flops
+from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
+from saejax.dictionaries import DictionaryConfig
 from saejax.interventions import engine_programs as ablation_programs
 from saejax.interventions import slopes as screening
 from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.rows import few_rows, full_batch
-from saejax.interventions.split_model import PROMPTS, SiteRows, run_head
+from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
 from saejax.models.config import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
-from saejax.settings import ModelConfig, TrainConfig
+from saejax.settings import ModelConfig, PreflightConfig, TaskConfig, TrainConfig
+
+
+def prompt_length(plan: PlannedRun) -> int:
+    """Return the tokens of a behaviour's prompt, padded."""
+    return -(-min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
+
+
+def kept_prompts(plan: PlannedRun) -> int:
+    """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
+    task = plan.configs[TaskConfig]
+    length = min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context)
+    most = max(GROUP_TOKENS // length // PROMPTS, 1)
+    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
+
+
+def layers_above(plan: PlannedRun, used: DictionaryConfig) -> int:
+    """Return the number of layers above a dictionary's site."""
+    return plan.model.n_layers - Site.parse(used.site).layer - 1
 
 
 class SplitShapes:

@@ -20,15 +20,16 @@ from saejax.settings import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One jitted function of a stage: what the stage itself calls, not a copy.
+    """A jitted function of a stage: the function that the stage itself calls, not a copy.
 
     Attributes:
       name: stage and function.
-      size: of its batch, in words.
-      function: what the stage calls.
-      arguments: what it is called with; arrays are shapes with their shardings.
-      kept: arrays that the stage keeps on the devices beside the arguments.
-      flops: of all devices, by formula.
+      size: size of its batch, in words.
+      function: the jitted function.
+      arguments: its arguments; arrays are shapes with their shardings.
+      kept: arrays that the stage keeps on the devices besides the arguments.
+      flops: floating-point operations of a call on all devices, by formula.
+      runs: estimated number of calls in the planned run; 0 where the text was not looked at.
     """
 
     name: str
@@ -37,16 +38,17 @@ class Program:
     arguments: tuple
     kept: Any
     flops: float
+    runs: float = 0.0
 
     def lower(self) -> jax.stages.Lowered:
-        """Traces the function for the arguments' devices."""
+        """Trace the function for the devices of its arguments."""
         return self.function.lower(*self.arguments)  # type: ignore[attr-defined]
 
 
 def abstract_params(
     model: DecoderConfig, mesh: Mesh, dtype: str, layers: int | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The decoder's parameters as ``weights.load_params`` places them; only the first ``layers`` if that is given."""
+    """Return the decoder's parameters as ``weights.load_params`` places them; the first ``layers`` if that is given."""
     params = {}
     for name, (shape, spec) in parameter_table(model).items():
         shape = (layers or shape[0], *shape[1:]) if name.startswith(LAYERS) else shape
@@ -55,23 +57,23 @@ def abstract_params(
 
 
 def abstract_dictionary(config: DictionaryConfig, train: TrainConfig, mesh: Mesh) -> Dictionary:
-    """A dictionary, whole on every device; its sink rule is a placeholder."""
+    """Return a dictionary, whole on every device; its sink rule is a placeholder."""
     config = config.with_sink_norms(lambda site: 1.0)
     module = nnx.eval_shape(lambda: Dictionary.initial(config, jax.random.key(0), train.matmul, train.state_dtype))
     return placed(module, mesh)
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes of a tree, replicated."""
+    """Return the shapes of a tree, replicated."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(mesh)), tree)
 
 
 def by_row(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array whose rows are split over ``data`` where that divides them."""
+    """Return an array whose rows are split over ``data`` where that divides them."""
     where = fitting_sharding(mesh, shape, "data", *[None] * (len(shape) - 1))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
 
 
 def whole(mesh: Mesh, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An array that every device has all of."""
+    """Return an array of which every device has a copy."""
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding(mesh))

@@ -72,9 +72,10 @@ def capture(
     batch_tokens: int = 4096,
     sink_factor: float = 10.0,
 ) -> Activations:
-    """Runs texts through a model and keeps the values of some sites.
+    """Run texts through a model and keep the values of some sites.
 
     Args:
+      lm: the model.
       texts: each at most as long as the model's context.
       sites: or one, such as "resid_post.15".
       batch_tokens: most tokens of a batch, padding included.

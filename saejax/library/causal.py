@@ -26,7 +26,7 @@ from saejax.tasks.behaviours import Prompt
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """What the ablation of a dictionary's features does to behaviours.
+    """Measure the effect of ablating a dictionary's features on behaviours.
 
     Attributes:
       table: every measured value; ``table.values(edits, prompts, readout)`` gives ``[E, P]``.
@@ -47,8 +47,9 @@ def make_prompts(lm: LanguageModel, behaviour: str, train: int = 80, test: int =
     Args:
       lm: the model, whose tokenizer must keep the answers apart from the text and from each other.
       behaviour: one of ``saejax.settings.BEHAVIOURS``.
-      train, test: how many prompts of each split.
-      seed: of the choice.
+      train: number of train prompts.
+      test: number of test prompts.
+      seed: seed of the choice.
     """
     return draw.make_prompts(behaviour, train, test, seed, lm.tokenizer).prompts
 
@@ -116,6 +117,7 @@ def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post"
     """Patch a kind of site between prompts and their counterparts, at every layer and position.
 
     Args:
+      lm: the model.
       prompts: those of ``split`` with a counterpart of as many tokens are used.
       kind: one of ``saejax.models.sites.KINDS``.
       split: "train" or "test".

@@ -34,15 +34,16 @@ def train(
     on_progress: Callable[[str], None] = print,
     **settings: Any,
 ) -> Dictionary:
-    """Trains a dictionary as the stage ``train`` does.
+    """Train a dictionary as the stage ``train`` does.
 
     Args:
-      acts: of ``capture``; or a store, or its folder.
-      site: what it reads; may be left out where ``acts`` has one site. A transcoder (``form="transcoder"``) reads
+      acts: result of ``capture``; or a store, or its folder.
+      site: the site that it reads; may be left out where ``acts`` has one site. A transcoder (form="transcoder") reads
         "mlp_in.L" and predicts "mlp_out.L"; both must be in ``acts``.
       kind: one of ``saejax.settings.kind_names()``.
-      folder: where checkpoints, metrics and the dictionary are kept, and where an interrupted training goes on. None:
+      folder: folder of checkpoints, metrics and the dictionary, from which an interrupted run resumes. None:
         nothing is kept.
+      mesh: arrangement of the devices; None: all devices share the tokens.
       on_progress: takes lines that say how far it is.
       **settings: other fields of ``saejax.settings.TrainConfig``, such as k=32, expansion=8, learning_rate=1e-3.
 
@@ -75,7 +76,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How good a dictionary is on some texts.
+    """Measure a dictionary on some texts.
 
     Attributes:
       reconstruction: explained variance, L0 and each feature's firing.
@@ -127,7 +128,7 @@ def evaluate(
 
 
 def export(folder: str | Path, dictionaries: Dictionary | Sequence[Dictionary], format: str = "saelens") -> None:
-    """Writes a dictionary, or transcoders of all layers, for another tool.
+    """Write a dictionary, or transcoders of all layers, for another tool.
 
     Args:
       folder: where to; made if missing.

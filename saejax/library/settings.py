@@ -15,7 +15,7 @@ _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "
 
 
 def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
-    """A group of settings; a value in place of a list makes a list of one.
+    """Return a group of settings; a value in place of a list makes a list of one.
 
     Args:
       cls: the group.

@@ -1,4 +1,4 @@
-"""The stage ``preflight``: what will run, whether it fits, and roughly how long it takes, before hours are spent."""
+"""The stage ``preflight``: compile what will run, and say whether it fits and how long it takes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,21 @@ from pathlib import Path
 
 import psutil
 
-from saejax.costs.cost import PlannedRun
 from saejax.costs.passes import parameters
+from saejax.costs.plan import PlannedRun
 from saejax.errors import CheckFailed, Interrupted, UserError
 from saejax.parallel.collectives import process_count
 from saejax.parallel.mesh import make_mesh
-from saejax.preflight import parity, rates, tables
-from saejax.preflight.advice import GIB, advice
+from saejax.preflight import parity, rates
 from saejax.preflight.place import Place, find_place
-from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults, UnitNeeds
+from saejax.preflight.plan import check_dictionaries, disk_bytes, plan_run, replicated, stage_programs, stage_seconds
+from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
-from saejax.preflight.sums import Needs, plan_run, replicated, stage_programs
 from saejax.preflight.topology import compile_for
 from saejax.results import MeshShape
 from saejax.runner.registry import STAGES
 from saejax.runner.workspace import Run
 from saejax.settings import (
-    CaptureConfig,
     CorpusConfig,
     MeshConfig,
     ModelConfig,
@@ -30,14 +28,23 @@ from saejax.settings import (
     TaskConfig,
     TrainConfig,
 )
+from saejax.training.planned import host_bytes, resident_bytes
+
+GIB = 2**30
+_RESIDENT = 0.4  # share of a device's memory up to which --train.input=auto keeps the rows of a store there
+_ADVICE = (
+    "use more devices and --mesh.model, --model.dtype=bfloat16, --capture.dtype=bfloat16, a smaller batch of the "
+    "program that is named, --train.members_at_once=1 or --train.zero_optimizer"
+)
 
 
 def run_preflight(run: Run) -> PreflightResults:
-    """Checks every model of ``--preflight.models``; for a single one that is to run here, disk and time too.
+    """Check every model of ``--preflight.models``; of a single one that is to run here, disk, memory and time too.
 
     Raises:
       UserError: something is missing or does not fit; the message says what to change.
       CheckFailed: the decoder differs from transformers by more than ``--preflight.tolerance``.
+      Interrupted: asked to stop.
     """
     configs, config = run.configs, run.configs[PreflightConfig]
     for stage in STAGES.values():
@@ -47,19 +54,17 @@ def run_preflight(run: Run) -> PreflightResults:
     if config.parity:
         _check_parity_is_possible(shapes, config.topology)
     place = find_place(configs)
+    mesh = MeshShape.of(place.mesh, process_count())
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.axes.items())
+    run.say(f"{mesh.devices} x {', '.join(mesh.kinds)}, {place.limit / GIB:.2f} GiB each; mesh {axes}")
     runs_here = len(shapes) == 1 and not config.topology
-    checked = [(plan, Needs.of(plan)) for plan in _planned_runs(run, shapes, place, runs_here)]
-    run.say(tables.place_line(place))
-    for line in tables.memory_lines(checked, place):
-        run.say(line)
-    for _, needs in checked:
-        for line in tables.unit_lines(needs):
-            run.say(line)
-    found = [_facts(plan, needs, _compile(run, plan, place), place) for plan, needs in checked]
-    _check_memory(checked, found, place)
-    results = PreflightResults(MeshShape.of(place.mesh, process_count()), config.topology, place.limit, tuple(found))
-    if runs_here and checked:
-        results = _with_plan(run, results, *checked[0])
+    plans = _planned_runs(run, shapes, place, runs_here)
+    models = [_check_model(run, plan, place) for plan in plans]
+    if unfit := [message for model in models if (message := _misfit(model, place))]:
+        raise UserError(f"{'; '.join(unfit)}: {_ADVICE}")
+    results = PreflightResults(mesh, config.topology, place.limit, tuple(models))
+    if runs_here and plans:
+        results = _with_resources(run, results, plans[0], place)
     if config.parity:
         results = dataclasses.replace(results, parity={shape.path: _parity(run, shape) for shape in shapes})
         _check_parity(results.parity or {}, config.tolerance)
@@ -67,21 +72,18 @@ def run_preflight(run: Run) -> PreflightResults:
 
 
 def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bool) -> list[PlannedRun]:
-    """A plan for every model that has the sites; that one has not is an error, unless parity is all it is for.
-
-    Its text is looked at if it ``runs_here``.
+    """Return a plan for every model; its text is looked at if it ``runs_here``.
 
     Raises:
-      UserError: a model lacks a site.
+      UserError: a model lacks a site, unless parity is all it is checked for.
     """
     corpus, plans = run.configs[CorpusConfig], []
     documents, tokens = rates.used_text(corpus, run.configs[TaskConfig]) if runs_here else (0, 0)
-    here = dict(documents=documents, tokens=tokens, torch_here=place.torch_here, mesh=place.mesh, limit=place.limit)
-    here |= dict(own_devices=place.own, host=place.host, stands_for=place.stands_for)
+    here = dict(documents=documents, tokens=tokens, own_devices=place.own, host=place.host)
     for shape in shapes:
         try:
             name = Path(shape.path).name
-            plans.append(plan_run(name, shape.config, run.configs, place.mesh.shape, **here))
+            plans.append(plan_run(name, shape.config, run.configs, place.mesh, **here, stands_for=place.stands_for))
         except UserError as error:
             if not run.configs[PreflightConfig].parity:
                 raise
@@ -89,92 +91,112 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     return plans
 
 
-def _compile(run: Run, plan: PlannedRun, place: Place) -> tuple[CompiledProgram, ...]:
-    """Compiles the stages' programs for the slice that was named, if any; a line for each.
-
-    Raises:
-      Interrupted: asked to stop.
-    """
-    topology = run.configs[PreflightConfig].topology
-    if not topology:
-        return ()
-    run.say(tables.programs_header(plan.name, topology))
-    rows = []
-    for program in stage_programs(plan):
+def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
+    """Compile the programs of a model, with a line for each."""
+    model = plan.model
+    run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
+    split = replicated(plan)
+    for line in split:
+        run.say(f"{plan.name}: {line}")
+    check_dictionaries(plan)
+    programs = stage_programs(plan)
+    if programs:
+        run.say(
+            "  programs, as compiled: memory of a device, with what else the stage keeps there; GFLOP of all devices "
+            "by formula (by XLA, of one device, counting the body of a loop once)"
+        )
+    compiled = []
+    for program in programs:
         if run.stopping():
             raise Interrupted("preflight: stopped; it starts anew")
-        rows.append(compile_for(program, place.limit, place.of_node))
-        run.say(tables.program_line(rows[-1], place))
-    run.say(tables.verdict_line(plan.name, rows, place))
-    return tuple(rows)
-
-
-def _facts(plan: PlannedRun, needs: Needs, compiled: tuple[CompiledProgram, ...], place: Place) -> ModelNeeds:
-    """One model's entry in the results; what was compiled decides whether it fits."""
+        compiled.append(compile_for(program, place.limit, place.of_node))
+        run.say(_program_line(compiled[-1], place))
+    peak = max((program.memory for program in compiled), default=0)
     return ModelNeeds(
         name=plan.name,
-        family=plan.model.family,
-        layers=plan.model.n_layers,
-        d=plan.model.d_model,
-        parameters=parameters(plan.model),
+        family=model.family,
+        layers=model.n_layers,
+        d=model.d_model,
+        parameters=parameters(model),
         dtype=plan.dtype,
-        units={
-            unit: UnitNeeds(cost.bytes, cost.counts, cost.details, cost.flops) for unit, cost in needs.units.items()
-        },
-        peak_bytes=max((program.memory for program in compiled), default=needs.peak),
-        fits=all(program.fits for program in compiled) if compiled else needs.peak <= place.limit,
-        replicated=tuple(replicated(plan, needs)),
-        programs=compiled,
+        peak_bytes=peak,
+        fits=all(program.fits for program in compiled),
+        replicated=tuple(split),
+        programs=tuple(compiled),
     )
 
 
-def _check_memory(checked: Sequence[tuple[PlannedRun, Needs]], found: Sequence[ModelNeeds], place: Place) -> None:
-    """A ``UserError`` that names the models that do not fit, and what would."""
-    messages = []
-    for (plan, needs), facts in zip(checked, found, strict=True):
-        if not facts.fits:
-            unit, devices = needs.largest, plan.own_devices
-            apart = devices and not facts.programs and STAGES[unit.partition("/")[0]].processes != "all"
-            where = f" for {unit}, which a process runs on its own {devices} devices" if apart else ""
-            changes = advice(plan, place.limit, place.kind, facts.peak_bytes)
-            messages.append(
-                f"{plan.name} needs about {facts.peak_bytes / GIB:.1f} GiB per device{where}, but there are "
-                f"{place.limit / GIB:.1f}: use {', or '.join(changes) or 'a smaller model'}"
-            )
-    if messages:
-        raise UserError("; ".join(messages))
+def _program_line(program: CompiledProgram, place: Place) -> str:
+    verdict = "fits" if program.fits else f"does not fit into {place.limit / GIB:.2f}"
+    counted = "-" if program.counted_flops is None else f"{program.counted_flops / 1e9:,.1f}"
+    sends = [f"{count / 2**20:,.1f} MiB by {kind}" for kind, count in (program.sends or {}).items()]
+    return (
+        f"  {program.name:<21} {program.size:<44} {program.memory / GIB:7.2f} GiB {verdict} "
+        f"{program.flops / 1e9:>13,.1f} GFLOP ({counted})  compiled in {program.seconds:.0f} s"
+    ) + (f"; a device sends {', '.join(sends)}" if sends else "")
 
 
-def _with_plan(run: Run, results: PreflightResults, plan: PlannedRun, needs: Needs) -> PreflightResults:
-    """With what the run reads and writes and how long it takes; a ``UserError`` if the disk is too small."""
-    measured = rates.matmul_rates()
-    seconds, free = needs.seconds(measured), psutil.disk_usage(str(run.folder)).free
+def _misfit(model: ModelNeeds, place: Place) -> str:
+    """Return which program of a model is too large; "" if all fit."""
+    if model.fits:
+        return ""
+    largest = max(model.programs, key=lambda program: program.memory)
+    return (
+        f"{model.name} needs about {largest.memory / GIB:.1f} GiB per device for {largest.name} ({largest.size}), but "
+        f"there are {place.limit / GIB:.1f}"
+    )
+
+
+def _with_resources(run: Run, results: PreflightResults, plan: PlannedRun, place: Place) -> PreflightResults:
+    """Return the results with disk, host memory and time.
+
+    Raises:
+      UserError: the disk or the host's memory is too small.
+    """
+    measured, programs = rates.matmul_rates(), results.models[0].programs
+    train = plan.configs[TrainConfig]
+    dtypes = dict.fromkeys(("evaluate", "ablate", "benchmark"), plan.dtype)
+    dtypes |= dict(capture=plan.capture_dtype, train=train.matmul)
+    seconds = stage_seconds(programs, measured, dtypes)
+    needed, free = disk_bytes(plan), psutil.disk_usage(str(run.folder)).free
+    on_host, host_free = host_bytes(plan), psutil.virtual_memory().available
     shown = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate in measured.items())
     run.say(f"text: {plan.documents:,} documents, about {plan.tokens:,} tokens; matrix products: {shown}")
     if measured["bfloat16"] < measured["float32"]:
-        dtypes = {
-            "--capture.dtype": plan.configs[CaptureConfig].dtype,
-            "--train.matmul": plan.configs[TrainConfig].matmul,
-        }
-        for flag, dtype in dtypes.items():
+        for flag, dtype in (("--capture.dtype", plan.capture_dtype), ("--train.matmul", train.matmul)):
             if dtype == "bfloat16":
                 run.say(f"this machine multiplies bfloat16 slower than float32: {flag}=float32 would take less time")
-    run.say(f"disk: about {needs.disk / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")
-    run.say(tables.seconds_line(seconds))
-    if needs.disk > free:
+    run.say(f"disk: about {needed / GIB:.1f} GiB needed, {free / GIB:.1f} free in {run.folder}")
+    run.say(f"memory of the host for buffers and checkpoints of training: about {on_host / GIB:.1f} GiB")
+    stored = resident_bytes(plan) if train.source == "store" else 0
+    auto = train.input == "auto" and plan.platform != "cpu" and stored < _RESIDENT * place.limit
+    if stored and (auto or train.input == "resident"):
+        run.say(f"activations that stay on the devices: {stored / GIB:.2f} GiB on each, besides the training step")
+    devices = 1 if plan.platform == "cpu" else plan.mesh.size
+    hours = devices * sum(seconds.values()) / 3600
+    stages = ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
+    run.say(f"at the measured speed the programs take {hours:.2f} device-hours: {stages}")
+    if needed > free:
         raise UserError(
-            f"the run needs about {needs.disk / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "
+            f"the run needs about {needed / GIB:.1f} GiB of disk, but {free / GIB:.1f} are free for {run.folder}: "
             "use another --workdir or a smaller --corpus.max_tokens; or train with --train.source=model, and capture a "
             "sample by --capture.tokens=1000000"
+        )
+    if on_host > host_free:
+        raise UserError(
+            f"training needs about {on_host / GIB:.1f} GiB of the host's memory, but {host_free / GIB:.1f} are free: "
+            "use a smaller --train.buffer_rows or fewer members in a stack"
         )
     return dataclasses.replace(
         results,
         documents=plan.documents,
         tokens=plan.tokens,
-        disk_bytes=needs.disk,
+        disk_bytes=needed,
         disk_free_bytes=free,
+        host_bytes=on_host,
         matmul_flops_per_second=measured,
         seconds=seconds,
+        device_hours=hours,
     )
 
 
@@ -189,7 +211,7 @@ def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
 
 
 def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
-    """Measures and prints; the largest error of every kind of site, on each kind of tokens."""
+    """Measure and print the largest error of every kind of site, on each kind of tokens."""
     run.say(f"{shape.path}: decoder against transformers in {run.configs[ModelConfig].dtype}; largest relative error")
     found = parity.measure(run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig]))
     for name, errors in found.items():

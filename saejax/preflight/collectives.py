@@ -1,4 +1,4 @@
-"""What a compiled program makes devices send to one another: its collectives, read from the compiler's text.
+"""Collectives of a compiled program, read from the compiler's text: the bytes that devices send to one another.
 
 A ring over n devices makes each send (n - 1) / n of what is gathered, scattered or exchanged, and twice that of what is
 reduced for all. A collective in a loop counts as often as the loop runs.
@@ -30,7 +30,7 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 class Line(NamedTuple):
-    """An operation of a computation: the shapes of its results, what it is, and the rest of its line."""
+    """An operation of a computation, as the compiler writes it."""
 
     name: str
     shapes: str
@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
 
 def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
-    """The bytes that one device sends when a program runs once.
+    """Return the bytes that one device sends when a program runs once.
 
     Args:
       text: of the compiled program, as ``jax.stages.Compiled.as_text`` gives it.
@@ -72,13 +72,13 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
 
 
 def _sent(kind: str, result: int, size: int) -> float:
-    """Bytes that each of ``size`` devices sends around a ring; ``result``: bytes of what it has in the end."""
+    """Return the bytes that each of ``size`` devices sends around a ring; ``result``: bytes that it has in the end."""
     share = (size - 1) / size
     return {"all-reduce": 2 * share, "reduce-scatter": size - 1.0, "collective-permute": 1.0}.get(kind, share) * result
 
 
 def _computations(text: str) -> tuple[dict[str, list[Line]], str]:
-    """The operations of each computation, and the name of the one that is run."""
+    """Return the operations of each computation, and the name of the one that is run."""
     lines: dict[str, list[Line]] = {}
     entry = here = ""
     for line in text.splitlines():
@@ -92,7 +92,7 @@ def _computations(text: str) -> tuple[dict[str, list[Line]], str]:
 
 
 def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """Each computation that runs when ``name`` does, and how often; a loop whose length is not known counts once."""
+    """Yield the computations that run when ``name`` does, and how often; a loop of unknown length counts once."""
     yield name, times
     for _, _, kind, rest, _ in lines[name]:
         called = _CALLED.findall(rest)
@@ -106,7 +106,7 @@ def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterato
 
 
 def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
-    """How often a loop runs, of which this is said; 1 if that is not known.
+    """Return how often a loop runs, from the rest of its line; 1 if that is not known.
 
     A TPU's compiler says it by the loop's condition alone: that a count, which begins with 0, is below a constant.
     """
@@ -123,7 +123,7 @@ def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
 
 
 def _bytes(shapes: str, kind: str) -> int:
-    """Of the results; a collective that is only begun lists what it was given before them, unless it reduces."""
+    """Return the bytes of the results; a collective that is only begun lists its inputs first, unless it reduces."""
     sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * max(1, int(bits or 8) // 8)
         for _, bits, dims in _SHAPE.findall(shapes)
@@ -134,7 +134,7 @@ def _bytes(shapes: str, kind: str) -> int:
 
 
 def _groups(rest: str, devices: int) -> np.ndarray:
-    """The devices that work together [groups, size], by their places in the program."""
+    """Return the devices that work together [groups, size], by their indices in the program."""
     if axes := _AXES.search(rest):
         return _along(axes[1], axes[2], devices)
     if iota := _IOTA.search(rest):
@@ -147,7 +147,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
 
 
 def _along(mesh: str, axes: str, devices: int) -> np.ndarray:
-    """The groups along axes of a mesh, as in "'axis_0'=2,'axis_1'=4" and "'axis_1'"; along parts of one: everything."""
+    """Return the groups along axes of a mesh such as "'a'=2,'b'=4" and "'b'"; along parts of an axis: all devices."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     along = re.findall(r"'([^']+)'", axes)
     if ":" in axes or not along or math.prod(sizes.values()) != devices:

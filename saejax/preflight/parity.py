@@ -42,11 +42,12 @@ class Error:
 
 
 def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[Error]]:
-    """Runs a model both ways, in the dtype of its settings.
+    """Run a model both ways, in the dtype of its settings.
 
     Args:
       configs: the groups of configuration; the corpus gives the real text.
-      mesh: for the decoder.
+      model: settings that name the model.
+      mesh: the devices of the decoder.
 
     Returns:
       For "random tokens" and "real text", the largest error of every kind of site and of the logits.
@@ -74,7 +75,7 @@ def _random(lm: LanguageModel) -> Tokens:
 
 
 def _real(lm: LanguageModel, configs: Configs) -> Tokens:
-    """The beginnings of the corpus's first documents."""
+    """Return the beginnings of the corpus's first documents."""
     longest = min(_LENGTH, lm.config.context)
     first = itertools.islice(documents(configs[CorpusConfig], configs[TaskConfig]), _PROMPTS)
     texts = [document.text[: 8 * longest] for document in first]
@@ -89,7 +90,7 @@ def _decoder(lm: LanguageModel, tokens: Tokens) -> tuple[np.ndarray, dict[Site, 
 
 
 def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) -> list[dict[Site, np.ndarray]]:
-    """The same sites by hooks in the transformers model, for each batch of prompts."""
+    """Return the same sites by hooks in the transformers model, for each batch of prompts."""
     from saejax.activations.plan import Batch
     from saejax.activations.torch_capture import SiteReader  # imports torch
 
@@ -114,7 +115,7 @@ def _errors(
     theirs: tuple[np.ndarray, dict[Site, np.ndarray]],
     ours: tuple[np.ndarray, dict[Site, np.ndarray]],
 ) -> list[Error]:
-    """The largest error of every kind, in the order of the forward pass, the logits last."""
+    """Return the largest error of every kind, in the order of the forward pass, the logits last."""
     mask_BxT = tokens.mask_BxT
 
     def error(mine: np.ndarray, other: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Where the models would run: the devices at hand, or a TPU slice or nodes that exist in name only."""
+"""The devices that models would run on: those at hand, or a TPU slice or nodes that exist in name only."""
 
 import dataclasses
 
@@ -22,7 +22,6 @@ class Place:
       of_node: how many of them share a node.
       own: how many a process has, of which there is one a host; 0: one has all.
       host: the devices of a host by itself, where the compiler of a slice takes no part of a slice.
-      torch_here: whether torch's models share their memory: true on a host's CPU and GPU devices, not on a TPU.
       stands_for: the platform that the mesh's devices stand for; "": they are what they are.
     """
 
@@ -30,14 +29,13 @@ class Place:
     limit: int
     kind: str
     of_node: int
-    torch_here: bool
     own: int = 0
     host: tuple[jax.Device, ...] = ()
     stands_for: str = ""
 
 
 def find_place(configs: Configs) -> Place:
-    """The slice of ``--preflight.topology``, or the devices at hand, arranged as a mesh.
+    """Return the devices of ``--preflight.topology``, or those at hand, arranged as a mesh.
 
     Raises:
       UserError: the mesh does not fit the number of devices, there is no such slice, or libtpu is not installed.
@@ -50,12 +48,11 @@ def find_place(configs: Configs) -> Place:
         mesh, own = make_mesh(configs[MeshConfig], slice_.devices), of_process(name, len(slice_.devices))
         stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
         host = host_alone(name) if own and not stands_for else ()
-        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, False, own, host, stands_for)
+        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, own, host, stands_for)
     mesh, device = make_mesh(configs[MeshConfig], jax.devices()), jax.devices()[0]
     own = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
-        return Place(
-            mesh, psutil.virtual_memory().available // jax.device_count(), "CPU devices", jax.device_count(), True, own
-        )
+        limit = psutil.virtual_memory().available // jax.device_count()
+        return Place(mesh, limit, "CPU devices", jax.device_count(), own)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), device.platform != "tpu", own)
+    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), own)

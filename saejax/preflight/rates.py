@@ -1,20 +1,22 @@
-"""How fast this machine is, and how much text there is."""
+"""Measured speed of this machine, and the amount of text."""
 
+import functools
 import itertools
 import time
 
 import jax
 import jax.numpy as jnp
 
-from saejax.costs.cost import CHARACTERS_PER_TOKEN
+from saejax.costs.plan import CHARACTERS_PER_TOKEN
 from saejax.settings import CorpusConfig, TaskConfig
 from saejax.tasks.corpora import characters, documents, read_corpus
 
 _SAMPLE = 1000  # documents of a stream, from which their length is taken
+_CHAIN = 8  # products of one program, so that the time of its dispatch does not count
 
 
 def used_text(config: CorpusConfig, task: TaskConfig) -> tuple[int, int]:
-    """About how many documents of the corpus are used, and how many tokens they have.
+    """Estimate how many documents of the corpus are used, and how many tokens they have.
 
     Of a stream the first documents and the sizes of its files tell; where these are not known, ``max_tokens`` alone.
     """
@@ -25,19 +27,33 @@ def used_text(config: CorpusConfig, task: TaskConfig) -> tuple[int, int]:
     return -(-len(sample) * used // max(of_sample, 1)), used
 
 
-def matmul_rates(size: int = 1536, repeats: int = 6) -> dict[str, float]:
-    """FLOP/s of matrix products of this size, the best of some, by dtype of the operands, all devices together."""
+def matmul_rates(size: int = 1536, repeats: int = 3) -> dict[str, float]:
+    """Measure matrix products at the precision that training asks for.
+
+    Args:
+      size: rows and columns of the matrices.
+      repeats: runs, of which the fastest counts.
+
+    Returns:
+      FLOP/s of all devices together, by dtype of the operands.
+    """
     return {dtype: _rate(dtype, size, repeats) for dtype in ("float32", "bfloat16")}
 
 
 def _rate(dtype: str, size: int, repeats: int) -> float:
+    precision = "highest" if dtype == "float32" else "default"  # otherwise a GPU would multiply fp32 as TF32
+    product = functools.partial(jnp.matmul, precision=precision, preferred_element_type=jnp.float32)
+
+    @jax.jit
+    def chain(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, _CHAIN, lambda _, x: product(x, a).astype(dtype) / size, a)
+
     a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    product(a, a).block_until_ready()
+    chain(a).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        product(a, a).block_until_ready()
+        chain(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     devices = 1 if jax.devices()[0].platform == "cpu" else jax.device_count()  # CPU devices share the cores
-    return devices * 2 * size**3 / best
+    return devices * _CHAIN * 2 * size**3 / best

@@ -30,7 +30,7 @@ class Shape:
 
 
 def read_shapes(configs: Configs) -> list[Shape]:
-    """The models of ``--preflight.models``; where there are none, that of ``--model.path``.
+    """Return the models of ``--preflight.models``; where there are none, that of ``--model.path``.
 
     Raises:
       UserError: one cannot be found or read, or is of an unsupported family.
@@ -41,7 +41,7 @@ def read_shapes(configs: Configs) -> list[Shape]:
 
 
 def identity(configs: Configs) -> str:
-    """A hash that changes with the shapes, and with the weights where they are looked at."""
+    """Return a hash that changes with the shapes, and with the weights where they are looked at."""
     shapes = read_shapes(configs)
     data: list[Any] = [dataclasses.asdict(shape) for shape in shapes]
     if configs[PreflightConfig].parity:
@@ -64,7 +64,7 @@ def _read(path: str, model: ModelConfig) -> Shape:
 
 
 def named(path: str, model: ModelConfig) -> ModelConfig:
-    """The settings for another model: a revision belongs to the model it was given for."""
+    """Return the settings for another model: a revision belongs to the model it was given for."""
     return dataclasses.replace(model, path=path, revision=model.revision if path == model.path else "main")
 
 

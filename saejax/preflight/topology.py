@@ -35,9 +35,9 @@ _ENVIRONMENT = dict(
 )
 _EXCEEDED = re.compile(r"([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
-GPUS = {"a100": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
+GPUS = {"a100-40": 40e9, "a100-80": 80e9, "h100": 80e9, "h200": 141e9, "b200": 180e9}  # bytes of memory
 _USABLE = 0.9  # of a GPU's memory, which leaves room for its libraries and for what the allocator loses
-_NODES = re.compile(r"(\w+):(?:(\d+)x)?(\d+)")
+_NODES = re.compile(r"([\w-]+):(?:(\d+)x)?(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Slice:
     """Devices that exist in name only.
 
     Attributes:
-      name: of a TPU slice, as libtpu knows it, such as "v5e:2x4"; or of nodes of GPUs, such as "h100:4x8".
+      name: name of a TPU slice, as libtpu knows it, such as "v5e:2x4"; or of nodes of GPUs, such as "h100:4x8".
+      devices: the devices.
       limit: bytes of memory that a program can have on each.
       of_node: how many of them share a node: all of a slice.
     """
@@ -57,7 +58,7 @@ class Slice:
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of this name.
+    """Return the slice or the nodes of this name.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice; or JAX has begun with fewer devices.
@@ -76,7 +77,7 @@ def find_slice(name: str) -> Slice:
 
 
 def of_process(name: str, devices: int) -> int:
-    """How many of a slice's or of nodes' devices a process has, where each host has one; 0: one has all.
+    """Return the devices of a process where each host of a slice or each node has one; 0: one process has all.
 
     Hosts of TPUs have four chips each, but one that is a whole v5e or v6e slice of eight.
 
@@ -91,13 +92,13 @@ def of_process(name: str, devices: int) -> int:
 
 
 def host_alone(name: str) -> tuple[jax.Device, ...]:
-    """The four chips of a host of such a slice, as a slice of their own: v5e takes programs for whole slices alone."""
+    """Return the four chips of a host as a slice of their own: v5e takes programs for whole slices alone."""
     kind, _, layout = name.partition(":")
     return tuple(_devices(f"{kind}:2x2x1" if layout.count("x") == 2 else f"{kind}:2x2"))
 
 
 def _stand_ins(name: str) -> Slice:
-    """As many of the host's CPU devices as the nodes have GPUs."""
+    """Return as many of the host's CPU devices as the nodes have GPUs."""
     found = _NODES.fullmatch(name)
     if not found or not (count := int(found[2] or 1) * int(found[3])):
         raise UserError(f"--preflight.topology={name}: expected GPUs of a node, such as h100:8, or of nodes, h100:4x8")
@@ -112,13 +113,14 @@ def _stand_ins(name: str) -> Slice:
 
 
 def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
-    """Compiles a program for the devices of its arguments.
+    """Compile a program for the devices of its arguments.
 
     Args:
+      program: the program.
       limit: bytes that a device has.
       of_node: how many of the devices share a node.
     """
-    start, about = time.monotonic(), (program.name, program.size, program.flops)
+    start, about = time.monotonic(), (program.name, program.size, program.flops, program.runs)
     kept = _bytes_per_device(program.kept)
     arguments = _bytes_per_device(program.arguments)
     try:
@@ -139,7 +141,7 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
 
 
 def _devices_of(program: Program) -> int:
-    """On how many devices a program runs."""
+    """Return the number of devices that a program runs on."""
     placed = [leaf.sharding for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return max(len(where.device_set) for where in placed if where is not None)  # None: left to the compiler
 
@@ -163,7 +165,7 @@ def _devices(name: str) -> Sequence[jax.Device]:
 
 
 def _limit(device: jax.Device) -> int:
-    """The memory that the compiler has to give on a device: it says so when asked for too much."""
+    """Return the memory that the compiler has to give on a device: it says so when asked for too much."""
     where = jax.NamedSharding(Mesh(np.array([device]), ("all",)), PartitionSpec())
     huge = jax.ShapeDtypeStruct((2**10, 2**30), jnp.int32, sharding=where)
     try:
@@ -177,7 +179,7 @@ def _limit(device: jax.Device) -> int:
 
 
 def _exceeded(error: Exception) -> tuple[int, int] | None:
-    """Bytes needed and bytes available, from the compiler's message; None if it is another error."""
+    """Return bytes needed and available, from the compiler's message; None if it is another error."""
     found = _EXCEEDED.search(str(error))
     if not found:
         return None

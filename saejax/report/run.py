@@ -31,7 +31,7 @@ from saejax.report import overview
 from saejax.report.results import ReportResults
 from saejax.runner.config import to_json
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import is_folder, load
+from saejax.runner.stage import is_folder
 from saejax.runner.workspace import SUMMARY, Run, package_versions
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig, ReportConfig
 from saejax.tasks import report as tasks
@@ -131,7 +131,7 @@ def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
 
 def _asked(found: Findings, draw: Draw) -> list[Section]:
     """Return the sections of stages that were asked for."""
-    writers = [load(stage.section) for stage in STAGES.values() if stage.section]
+    writers = [stage.section for stage in STAGES.values() if stage.section]
     return [section for write in writers for section in write(found, draw)]
 
 

@@ -46,7 +46,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     flag_values = command_line.stage_flags()
 
     def work() -> None:
-        configs = command_line.read_configs(flag_values, argv)
+        configs = command_line.read_configs(flag_values, argv, stages)
         if flag_values["help"].value:
             return _show(command_line.help_text(stages, about, flag_values))
         workdir = command_line.named_workdir(flag_values)
@@ -56,10 +56,14 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
         from saejax.runner import pipeline
 
-        take_over, only = bool(flag_values["take_over"].value), flag_values["unit"].value or ""
-        pipeline.run_stages(
-            stages, configs, workdir, make_logger(), install_signal_handlers(), only=only, take_over=take_over
+        options = pipeline.RunOptions(
+            only=flag_values["unit"].value or "",
+            take_over=bool(flag_values["take_over"].value),
+            keep_going=bool(flag_values["keep_going"].value),
+            profile=flag_values["profile"].value or "",
+            budget_device_hours=flag_values["budget_device_hours"].value or 0.0,
         )
+        pipeline.run_stages(stages, configs, workdir, make_logger(), install_signal_handlers(), options)
 
     status = 1
     try:

@@ -10,7 +10,18 @@ from absl import flags
 
 from saejax.errors import UserError
 from saejax.runner import config, environment
-from saejax.runner.registry import GROUPS, STAGES, groups_of
+from saejax.runner.registry import GROUPS, accepted_groups, stages_of
+
+_OF_BINARIES = (
+    "plugins",
+    "unit",
+    "keep_going",
+    "take_over",
+    "profile",
+    "budget_device_hours",
+    "deterministic",
+    "debug",
+)
 
 
 def stage_flags() -> flags.FlagValues:
@@ -20,8 +31,25 @@ def stage_flags() -> flags.FlagValues:
         "plugins", [], "Python files that add kinds of dictionary, with commas between", flag_values=flag_values
     )
     define_workdir(flag_values)
+    flags.DEFINE_string("unit", "", "run this unit alone, such as train/topk, in place of all", flag_values=flag_values)
+    flags.DEFINE_bool(
+        "keep_going",
+        False,
+        "after a unit failed, go on with the units that do not depend on it, and list the failures at the end",
+        flag_values=flag_values,
+    )
     flags.DEFINE_string(
-        "unit", "", "run this unit alone, such as train/topk; empty: all of the binary's", flag_values=flag_values
+        "profile",
+        "",
+        "folder for a jax.profiler trace of a few steps of each unit",
+        flag_values=flag_values,
+    )
+    flags.DEFINE_float(
+        "budget_device_hours",
+        0.0,
+        "device-hours of the workdir after which no further unit is begun, with a warning from 80 % on; 0: no limit",
+        lower_bound=0.0,
+        flag_values=flag_values,
     )
     flags.DEFINE_bool(
         "deterministic", False, "the same bits on a GPU at every run, at some speed", flag_values=flag_values
@@ -47,15 +75,20 @@ def define_common(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=flag_values)
 
 
-def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.Configs:
+def read_configs(
+    flag_values: flags.FlagValues, argv: Sequence[str], stages: Sequence[str] | None = None
+) -> config.Configs:
     """Parse a command line of flags alone and return every group of configuration; none if help is asked for.
 
     Args:
       flag_values: the flags of ``stage_flags``, and perhaps others.
       argv: program name and arguments.
+      stages: the stages of the binary. Flags of stages that these do not read are ignored in flag files, which are
+        shared, and refused on the command line. None: all flags are accepted.
 
     Raises:
-      UserError: an argument is no flag, a value is out of range, or a plugin cannot be loaded.
+      UserError: an argument is no flag, a value is out of range, a flag belongs to another stage, or a plugin cannot be
+        loaded.
       flags.Error: a flag is unknown or cannot be read.
     """
     environment.for_libraries()
@@ -64,15 +97,34 @@ def read_configs(flag_values: flags.FlagValues, argv: Sequence[str]) -> config.C
     try:
         rest = flag_values(list(argv), known_only=False)
     except flags.Error as error:
-        named = re.search(r"flag '?-*([\w.]+)", str(error))
-        where = _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
-        raise flags.Error(where + flag_error(error)) from error
+        message, named = flag_error(error), re.search(r"flag '?-*([\w.]+)", str(error))
+        where = _line_of(
+            argv, lambda line: bool(line) and f"{line}:" in message
+        )  # the flag with its value, or else its name
+        where = where or _line_of(argv, lambda line: bool(named and re.split("[= ]", line.lstrip("-"))[0] == named[1]))
+        raise flags.Error(where + message) from error
     if flag_values["help"].value:
         return config.Configs()
     if len(rest) > 1:
         told = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
         raise UserError(f"{told} is not a flag: flags are --group.field=value; --help lists them")
-    return config.from_flags(GROUPS, flag_values)
+    if stages is None:
+        return config.from_flags(GROUPS, flag_values)
+    accepted = accepted_groups(stages)
+    _refuse_others(argv, stages, accepted)
+    return config.from_flags(GROUPS, flag_values, accepted)
+
+
+def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequence[str]) -> None:
+    """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
+    for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
+        group = flag.partition(".")[0]
+        group = group if group in GROUPS else group.removeprefix("no")  # --notrain.tensorboard
+        if group in GROUPS and group not in accepted:
+            raise UserError(
+                f"--{flag} belongs to the stage {' or '.join(stages_of(group))}, which {stages[0]} does not read: "
+                "leave it out (in a flag file it is ignored)"
+            )
 
 
 def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
@@ -114,34 +166,28 @@ def _plugins(argv: Sequence[str]) -> None:
 
 
 def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) -> str:
-    """Return the text of ``--help``: what the binary does, and every flag that its stages read, with its default."""
-    read = {
-        config.group_name(group)
-        for stage in map(STAGES.__getitem__, stages)
-        for group in (*groups_of(stage), *stage.placement)
-    }
+    """Return the text of ``--help``: what the binary does, and every flag that it accepts, with its default."""
     lines = [
         about,
         "",
-        "  --workdir=DIR  folder of this run (required)",
-        "  --take_over  make units whose claim was left by a process that is gone, on another machine",
-        "  --flagfile=FILE  read flags from a file, one a line; of a flag that is named twice the later one counts",
+        "  --workdir  folder of this run, in which stages write <workdir>/<stage>/ (required)",
+        "  --flagfile  read flags from a file, one a line; of a flag that is named twice the later one counts",
     ]
-    lines += [
-        "  --plugins=FILE  Python files that add kinds of dictionary, with commas between",
-        "  --unit=UNIT  run this unit alone, such as train/topk",
-        "  --debug  show the traceback of bad input too",
-        "  --deterministic  the same bits on a GPU at every run",
-    ]
-    for group in filter(read.__contains__, GROUPS):
+    for name in _OF_BINARIES:
+        flag = flag_values[name]
+        default = flag.default if flag.default not in (None, "", []) else "none"
+        lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
+    for group in accepted_groups(stages):
         lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
         for name, field in config.flag_fields(group, GROUPS[group]).items():
             flag = flag_values[name]
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")
-    unread = [group for group in GROUPS if group not in read]
-    if unread:
-        lines += ["", f"Flags of other stages are accepted too, so that stages can share a file: {', '.join(unread)}."]
+    if len(accepted_groups(stages)) < len(GROUPS):
+        lines += [
+            "",
+            "Flags of other stages are refused here, and ignored in a flag file, which stages can share.",
+        ]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import flags
@@ -230,14 +230,24 @@ class _TupleParser(flags.ArgumentParser):
         return f"comma separated list of {self._element.flag_type()}"
 
 
-def from_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> Configs:
+def from_flags(
+    groups: Mapping[str, type], flag_values: flags.FlagValues, accepted: Collection[str] | None = None
+) -> Configs:
     """Build every group from parsed flags.
+
+    Args:
+      groups: the classes by name.
+      flag_values: the parsed flags.
+      accepted: names of the groups whose flags count; the others have their defaults. None: all.
 
     Raises:
       UserError: a value is out of range; the message names the flag.
     """
     made = []
     for group, cls in groups.items():
+        if accepted is not None and group not in accepted:
+            made.append(cls())
+            continue
         inside: dict[str, dict[str, Config]] = {}
         for field, name, own in _nested(cls):
             inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", own, flag_values)

@@ -9,12 +9,13 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from saejax.errors import Interrupted, UserError, one_of
+from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
 from saejax.parallel.cluster import check_same, join, joined, label
 from saejax.parallel.processes import Processes
@@ -22,10 +23,11 @@ from saejax.parallel.share import ProcessShare, ShareDone
 from saejax.results import to_json
 from saejax.runner import config as configuration
 from saejax.runner.config import Configs
+from saejax.runner.logs import log, log_path
 from saejax.runner.preregistration import shows_data, write_rules
-from saejax.runner.registry import STAGES, groups_of
-from saejax.runner.stage import load
-from saejax.runner.usage import forget_peak, peak_device_bytes, peak_host_bytes
+from saejax.runner.profiling import Profiler
+from saejax.runner.registry import STAGES, groups_of, with_inputs
+from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
 from saejax.settings import MeshConfig, ModelConfig
@@ -35,8 +37,27 @@ _NAMED = 4  # differences that a line names
 
 
 @dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of a run that are no settings.
+
+    Attributes:
+      only: the one unit to run, such as "train/topk"; "": all.
+      take_over: replace the claims of other processes.
+      keep_going: after a unit failed, go on with units that do not depend on it.
+      profile: folder for traces of a few steps of each unit; "": none.
+      budget_device_hours: device-hours of a workdir after which no further unit is begun; 0: no limit.
+    """
+
+    only: str = ""
+    take_over: bool = False
+    keep_going: bool = False
+    profile: str = ""
+    budget_device_hours: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class _Pipeline:
-    """State shared by a run's units; ``say``, ``stopping``, ``substitutes`` and ``take_over`` as in ``run_stages``."""
+    """State shared by a run's units; ``say`` and the fields after ``processes`` are arguments of ``run_stages``."""
 
     workspace: Workspace
     plan: Workplan
@@ -44,12 +65,22 @@ class _Pipeline:
     say: Callable[[str], None]
     stopping: Callable[[], bool]
     substitutes: Mapping[str, Callable[[Run], Any]]
-    take_over: bool
+    options: "RunOptions"
+    stages: Sequence[str]
 
     @property
     def leads(self) -> bool:
         """True if this process writes the files that exist only once."""
         return self.processes is None or self.processes.rank == 0
+
+    def report(self, unit: str, line: str) -> None:
+        """Print a line about a unit, and append it to the unit's log file."""
+        self.say(line)
+        self.log(unit, line)
+
+    def log(self, unit: str, text: str) -> None:
+        """Append text to the unit's log file."""
+        log(log_path(self.workspace.root, unit, self.processes.rank if self.processes else 0), text)
 
 
 def run_stages(
@@ -58,9 +89,8 @@ def run_stages(
     workdir: str | Workspace,
     say: Callable[[str], None] = print,
     stopping: Callable[[], bool] = lambda: False,
-    only: str = "",
+    options: RunOptions = RunOptions(),
     substitutes: Mapping[str, Callable[[Run], Any]] = types.MappingProxyType({}),
-    take_over: bool = False,
 ) -> None:
     """Run the units of ``stages``, in order; finished units are left as they are.
 
@@ -70,12 +100,12 @@ def run_stages(
       workdir: the folder of the run, or what keeps it.
       say: prints a line.
       stopping: whether the process was asked to stop.
-      only: the one unit to run, such as "train/topk"; "": all.
+      options: which units, and how to go on.
       substitutes: functions by stage that replace ``Stage.run``, for example with a model that is loaded already.
-      take_over: replace the claims of other processes.
 
     Raises:
       UserError: bad input, or a stage's input has not been made.
+      CheckFailed: with ``keep_going``, some units failed.
       Interrupted: asked to stop, and saved.
     """
     for stage in stages:
@@ -90,8 +120,10 @@ def run_stages(
     for stage in stages:
         if STAGES[stage].units(configs):
             STAGES[stage].check(configs)
-    if only:
-        units = [one_of(only, units, "unit (--unit)")]
+    if options.only:
+        units = [one_of(options.only, units, "unit (--unit)")]
+    if options.keep_going and configs[MeshConfig].together:
+        raise UserError("--keep_going works with one process: leave it out, or start one process")
     processes = None
     if configs[MeshConfig].together:
         configs |= join(configs[MeshConfig], say)
@@ -101,11 +133,31 @@ def run_stages(
         check_same(processes, _settings_to_compare(configs, units))
         processes.barrier("all are started alike")  # or the first one would begin a unit
     prefixed = (lambda line: say(label() + line)) if processes else say
-    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, take_over)
+    pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options, stages)
+    failed: dict[str, str] = {}
     for unit in units:
         if stopping():
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
-        _run_unit(pipeline, unit)
+        check_budget(workspace, options.budget_device_hours, prefixed)
+        if failed and (missing := [need for need in pipeline.plan.needs(unit) if need in failed]):
+            failed[unit] = f"left out, for {missing[0]} failed"
+            continue
+        try:
+            _run_unit(pipeline, unit)
+        except (Interrupted, OtherFailed):
+            raise
+        except Exception as error:
+            expected = isinstance(error, UserError | CheckFailed)
+            pipeline.log(unit, f"failed: {error}" if expected else traceback.format_exc())
+            if not options.keep_going:
+                raise
+            failed[unit] = " ".join(str(error).split()) or type(error).__name__
+            pipeline.report(unit, f"{unit}: failed: {failed[unit]}")
+            if not expected:
+                traceback.print_exc()
+    if failed:
+        lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
+        raise CheckFailed(f"{len(failed)} of {len(units)} units: {lines}")
 
 
 def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
@@ -150,15 +202,15 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     inputs = {need: _input_folder(pipeline, unit, need) for need in plan.needs(unit)}
     if pipeline.leads:
         if shows_data(stage):
-            write_rules(workspace.root, plan.configs)
-        with workspace.claim(unit, mark, pipeline.take_over):
+            write_rules(workspace.root, plan.configs, with_inputs(pipeline.stages))
+        with workspace.claim(unit, mark, pipeline.options.take_over):
             if processes is None and workspace.is_done(unit, mark):  # another run has made it meanwhile
                 pipeline.say(f"{unit}: done before, unchanged")
             else:
                 previous = workspace.current(unit)
                 resumed = workspace.begin(unit, mark, _start(plan, unit))
                 differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
-                pipeline.say(f"{unit}: {'going on' if resumed else 'started'}{differences}")
+                pipeline.report(unit, f"{unit}: {'going on' if resumed else 'started'}{differences}")
                 try:
                     _run_together(pipeline, unit, inputs)
                 except UserError:
@@ -179,10 +231,14 @@ def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) ->
         return _run_stage(pipeline, unit, inputs, ProcessShare())
     processes.barrier(f"{unit}: begun")  # its folder is there now
     if stage.processes == "all":
-        load("saejax.parallel.collectives:wait_for_all")(f"{unit} is begun")
+        from saejax.parallel.collectives import wait_for_all
+
+        wait_for_all(f"{unit} is begun")
         return _run_stage(pipeline, unit, inputs, ProcessShare())
     if stage.processes == "items" or pipeline.leads:
-        with load("saejax.parallel.collectives:alone")():
+        from saejax.parallel.collectives import alone
+
+        with alone():
             _run_stage(
                 pipeline, unit, inputs, ProcessShare(processes) if stage.processes == "items" else ProcessShare()
             )
@@ -196,21 +252,28 @@ def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share
     def say(line: str) -> None:
         if pipeline.leads or share.processes:
             pipeline.say(f"  {unit}: {line}")
+            pipeline.log(unit, line)
 
     started, clock = now(), time.monotonic()
     forget_peak()
-    run = Run(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, pipeline.stopping, share)
+    profiler, stopping = None, pipeline.stopping
+    if pipeline.options.profile:
+        stopping = profiler = Profiler(Path(pipeline.options.profile) / unit, stopping, say)
+    run = Run(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, stopping, share)
     try:
-        results = (pipeline.substitutes.get(stage) or load(STAGES[stage].run))(run)
+        results = (pipeline.substitutes.get(stage) or STAGES[stage].run)(run)
     except ShareDone:
         return
+    finally:
+        if profiler:
+            profiler.close()
     if not pipeline.leads:
         return
     seconds = round(time.monotonic() - clock, 2)
     peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
     measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
     workspace.finish(unit, mark, _describe(plan, stage, inputs) | measured | dict(results=to_json(results)))
-    pipeline.say(f"{unit}: done in {seconds:.1f} s")
+    pipeline.report(unit, f"{unit}: done in {seconds:.1f} s")
 
 
 def _start(plan: Workplan, unit: str) -> dict[str, Any]:

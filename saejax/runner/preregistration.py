@@ -8,12 +8,11 @@ changed. Measurements in other workdirs are not known, and nothing is claimed ab
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from saejax.runner.config import Configs
 from saejax.runner.registry import STAGES
-from saejax.runner.stage import load
 from saejax.runner.workspace import STARTED, fingerprint, now
 
 FILE = "rules.jsonl"
@@ -36,11 +35,17 @@ def shows_data(stage: str) -> bool:
     return stage in DATA or bool(STAGES[stage].rule)
 
 
-def write_rules(root: Path, configs: Configs) -> None:
-    """Write the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line."""
-    for stage in STAGES.values():
+def write_rules(root: Path, configs: Configs, stages: Iterable[str] = tuple(STAGES)) -> None:
+    """Write the rules of a configuration that are not in the workdir's file yet; a rule keeps its first line.
+
+    Args:
+      root: the workdir.
+      configs: all settings.
+      stages: the stages whose settings are known: a binary ignores flags of stages that it does not read.
+    """
+    for stage in map(STAGES.__getitem__, stages):
         if stage.rule and stage.units(configs):
-            write_rule(root, stage.name, load(stage.rule)(configs.named(stage.name)), measured(root))
+            write_rule(root, stage.name, stage.rule(configs.named(stage.name)), measured(root))
 
 
 def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from saejax import stages
 from saejax.runner.config import Config, Configs, group_name
 from saejax.runner.stage import Stage
+from saejax.settings import MeshConfig
 
 
 def _discover() -> Iterable[Stage]:
@@ -41,7 +42,7 @@ def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
     """
     named = {stage.name: stage for stage in stages}
     first = {stage.name for stage in named.values() if stage.first}
-    waits = {name: {*stage.after, *(() if stage.first else first)} for name, stage in named.items()}
+    waits = {name: {*stage.reads, *stage.follows, *(() if stage.first else first)} for name, stage in named.items()}
     waits |= {name: set(named) - {name} for name, before in waits.items() if "*" in before}
     ready, found = sorted(name for name in named if not waits[name]), dict[str, Stage]()
     while ready:
@@ -64,6 +65,33 @@ GROUPS: Mapping[str, type[Config]] = {
 def groups_of(stage: Stage) -> tuple[type[Config], ...]:
     """Return the groups that a stage's result depends on."""
     return tuple(GROUPS.values()) if stage.reads_all else stage.groups
+
+
+def with_inputs(stages: Iterable[str]) -> list[str]:
+    """Return stages and those whose units they read, directly or through others, in the order of ``STAGES``."""
+    waiting, found = list(stages), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += STAGES if "*" in STAGES[name].reads or STAGES[name].reads_all else STAGES[name].reads
+    return [name for name in STAGES if name in found]
+
+
+def accepted_groups(stages: Iterable[str]) -> list[str]:
+    """Return the names of the groups whose flags a binary accepts: those of its stages and of all that they read."""
+    accepted = {
+        group_name(group)
+        for name in with_inputs(stages)
+        for group in (*STAGES[name].groups, *STAGES[name].placement, MeshConfig)
+    }
+    return [group for group in GROUPS if group in accepted]
+
+
+def stages_of(group: str) -> list[str]:
+    """Return the names of the stages that a group belongs to, that of its own name first."""
+    groups = {name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()}
+    return sorted((name for name in STAGES if group in groups[name]), key=lambda name: name != group)
 
 
 def default_configs() -> Configs:

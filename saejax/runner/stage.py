@@ -1,18 +1,17 @@
 """Descriptions of stages: one object for each.
 
 Every file of ``saejax/stages`` declares stages as ``Stage`` objects at the top level; ``registry`` finds them. Such a
-file is read by every binary, so it imports settings and this module alone: what does the work is named as
-"module:function" and imported when it is called, or imported inside a function.
+file is read by every binary, so JAX, torch and what needs them are imported inside its functions.
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from saejax.runner.config import Config, Configs
+from saejax.runner.workspace import Run
 from saejax.settings.kinds import unit_names
 
 _LONGEST = 100  # characters of the name of a folder's unit
@@ -20,34 +19,35 @@ _LONGEST = 100  # characters of the name of a folder's unit
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage: what it reads, needs and costs, and where its functions are.
+    """A stage: what it reads, which units it has, and its functions.
 
     Attributes:
       name: name of its folder in a workdir, and of its binary.
       summary: what it does, one line.
-      run: "module:function" that does it: a ``workspace.Run`` in, its results out.
-      results: "module:Class" of its results; "": they are plain JSON data.
+      run: does it: takes a ``workspace.Run``, returns the results.
+      results: returns the class of the results; None: they are plain JSON data.
       groups: the groups of configuration that its result depends on, as classes.
       reads_all: whether its result depends on all other stages' groups, too.
-      placement: groups it reads that change only where and how fast it is computed.
-      after: stages that run before it: those whose units it reads, and those that may write what its flags name; "*":
-        all others.
+      placement: groups it reads of which the fingerprint takes nothing: they say where and how fast it is computed, or
+        ``identity`` covers what counts.
+      reads: the stages whose units it may read; "*": all others. Its binary accepts their flags, too.
+      follows: further stages that run before it, because they may write what its flags name as folders.
       first: whether it runs before all stages that are not ``first``.
       makes_model: whether what it examines is made in it, and is not the model that the settings name.
       needs_decoder: whether it is left out of a pipeline whose model runs in PyTorch.
       needs: the units it reads, given the configuration and the unit's name, as "stage" or "stage/name".
+      inputs: the configuration with which the units it reads count for its fingerprint, given the configuration and the
+        unit's name; where it reads a part of a unit, such as some sites of a store, other parts may change.
       names: its units' names, given the configuration; [""] for one unit.
       identity: what it reads from outside the workdir: its fingerprint, given the configuration.
       unit_identity: the same for what only one unit reads, given that unit's name, too.
       check: a ``UserError`` where settings name what is not there, though no unit makes it: asked for before any stage
         runs, so that no hours are spent first.
-      cost: "module:function" that says what a unit takes: a ``PlannedRun`` and the unit's name in, a ``Cost`` out, both
-        of ``costs``; "" where that is little.
-      programs: "module:function" that gives the large jitted functions that it runs, as ``Program`` of ``costs``: a
-        ``PlannedRun`` and a mesh in.
-      section: "module:function" that writes its part of the report: ``Findings`` and ``Draw`` in, sections out.
-      rule: "module:function" that gives the rule of its verdicts in words, from its own settings; "" without verdicts.
-        Runs write it down before there are data (``preregistration``).
+      programs: returns the large jitted functions that it runs, as ``costs.programs.Program``, for a ``PlannedRun`` and
+        a mesh.
+      section: writes its part of the report: takes ``Findings`` and ``Draw``, returns sections.
+      rule: returns the rule of its verdicts in words, from its own settings; None without verdicts. Runs write it down
+        before there are data (``preregistration``).
       unread: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and
         the unit's name: what only another value of a setting makes count.
       revision: version of what it computes, raised when a code change alters its results; units of an earlier revision
@@ -58,24 +58,25 @@ class Stage:
 
     name: str
     summary: str
-    run: str
+    run: Callable[[Run], Any]
     groups: tuple[type[Config], ...]
     reads_all: bool = False
     placement: tuple[type[Config], ...] = ()
-    after: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    follows: tuple[str, ...] = ()
     first: bool = False
     makes_model: bool = False
     needs_decoder: bool = False
     needs: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    inputs: Callable[[Configs, str], Configs] = lambda configs, name: configs
     names: Callable[[Configs], Sequence[str]] = lambda configs: ("",)
     identity: Mapping[str, Callable[[Configs], str]] = dataclasses.field(default_factory=dict)
     unit_identity: Mapping[str, Callable[[Configs, str], str]] = dataclasses.field(default_factory=dict)
     check: Callable[[Configs], None] = lambda configs: None
-    cost: str = ""
-    programs: str = ""
-    section: str = ""
-    results: str = ""
-    rule: str = ""
+    programs: Callable[[Any, Any], Sequence[Any]] | None = None
+    section: Callable[[Any, Any], Sequence[Any]] | None = None
+    results: Callable[[], Any] | None = None
+    rule: Callable[[Any], str] | None = None
     unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
     revision: int = 1
     processes: Literal["one", "items", "all"] = "one"
@@ -83,12 +84,6 @@ class Stage:
     def units(self, configs: Configs) -> list[str]:
         """Return the stage's units, as "stage" or "stage/name"."""
         return [f"{self.name}/{name}" if name else self.name for name in self.names(configs)]
-
-
-def load(target: str) -> Callable:
-    """Return the function that "module:function" names."""
-    module, _, function = target.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def folder_name(dictionary: str) -> str:

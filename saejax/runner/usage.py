@@ -1,4 +1,4 @@
-"""Resource use of a process: its memory, as the system and the devices count it, and its lifetime."""
+"""Resource use: memory of a process, as the system and the devices count it; device-hours of a workdir."""
 
 import contextlib
 import ctypes
@@ -6,8 +6,14 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from saejax.errors import UserError
+from saejax.files import read_object
+from saejax.runner.workspace import SUMMARY, Workspace
+
+_WARN = 0.8  # share of a budget from which a line says how much is used
 _PROCESS = Path("/proc/self")
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl
 
@@ -50,3 +56,40 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, number)
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def used_device_hours(workspace: Workspace) -> float:
+    """Return the seconds of a workdir's finished units, times the devices of each, in hours."""
+    total = 0.0
+    for folder in workspace.units().values():
+        if (folder / SUMMARY).exists():
+            summary = read_object(folder / SUMMARY, "seconds")
+            total += summary["seconds"] * (summary.get("devices") or {}).get("count", 0) / 3600
+    return total
+
+
+def check_budget(workspace: Workspace, budget: float, say: Callable[[str], None]) -> None:
+    """Warn before a budget of device-hours is used up.
+
+    Args:
+      workspace: the folder of the run.
+      budget: device-hours; 0: there is no limit.
+      say: prints a line.
+
+    Raises:
+      UserError: it is used up.
+    """
+    if not budget:
+        return
+    used, preflight, expected = used_device_hours(workspace), workspace.current("preflight"), 0.0
+    if preflight and (preflight / SUMMARY).exists():
+        expected = read_object(preflight / SUMMARY, "results")["results"].get("device_hours") or 0.0
+    if used >= budget:
+        raise UserError(
+            f"--budget_device_hours={budget:g} is used up ({used:.2f} device-hours): finished units are kept; raise it "
+            "to go on"
+        )
+    if used >= _WARN * budget:
+        say(f"{used:.2f} of {budget:g} device-hours are used")
+    elif expected > budget:
+        say(f"preflight expects {expected:.2f} device-hours, more than --budget_device_hours={budget:g}")

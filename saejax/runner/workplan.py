@@ -33,6 +33,7 @@ class Workplan:
         self.configs = configs
         self._dependencies: dict[str, Dependencies] = {}
         self._sources: dict[Any, str] = {}
+        self._partial: Workplan | None = None
 
     def needs(self, unit: str) -> list[str]:
         """Return the units that a unit reads.
@@ -44,6 +45,8 @@ class Workplan:
         needs = list(STAGES[stage].needs(self.configs, name))
         for need in needs:
             needed_stage, _, needed_name = need.partition("/")
+            if not {needed_stage, "*"} & set(STAGES[stage].reads):
+                raise ValueError(f"the stage {stage} reads {need}: name {needed_stage} in its reads")
             if needed_name:
                 flag = "train.kinds" if needed_stage == "train" else f"{needed_stage}.dictionaries"
                 if not STAGES[needed_stage].names(self.configs):
@@ -59,14 +62,24 @@ class Workplan:
         """Return what the unit depends on."""
         if unit not in self._dependencies:
             stage, _, name = unit.partition("/")
+            inputs = self._with(STAGES[stage].inputs(self.configs, name))
             self._dependencies[unit] = Dependencies(
                 unit=unit,
                 settings=settings_read(STAGES[stage], self.configs, name),
-                needs={need: self.fingerprint(need) for need in self.needs(unit)},
+                needs={need: inputs.fingerprint(need) for need in self.needs(unit)},
                 sources=self._sources_of(STAGES[stage], name),
                 revision=STAGES[stage].revision,
             )
         return self._dependencies[unit]
+
+    def _with(self, configs: Configs) -> "Workplan":
+        """Return the plan of a configuration that differs in which parts of units are read, not in sources."""
+        if configs is self.configs:
+            return self
+        if self._partial is None or [*self._partial.configs] != [*configs]:
+            self._partial = Workplan(configs)
+            self._partial._sources = self._sources
+        return self._partial
 
     def _sources_of(self, stage: Stage, name: str) -> dict[str, str]:
         """Return the fingerprints of what a unit reads from outside; what units share is hashed once."""

@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import socket
+import time
 import types
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ from saejax.runner.config import Configs
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
+_SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
 SUMMARY, STARTED, CLAIM = "done.json", "started.json", "claim.json"
 CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
 _CURRENT = ".current"  # ending of the text file that stands for a link
@@ -375,7 +377,11 @@ class Run:
           make: makes an item and its file.
           last: whether the first process alone continues after this; the others leave the stage here.
         """
-        for item in self.share.of(items):
-            if not file(item).exists():
-                make(item)
+        left = [item for item in self.share.of(items) if not file(item).exists()]
+        start = said = time.monotonic()
+        for number, item in enumerate(left):
+            make(item)
+            if (moment := time.monotonic()) - said > _SAY_EVERY and number + 1 < len(left):
+                said, minutes = moment, (moment - start) / (number + 1) * (len(left) - number - 1) / 60
+                self.say(f"{number + 1} of {len(left)} items, about {minutes:.0f} minutes to go")
         self.share.join([file(item) for item in items], last)

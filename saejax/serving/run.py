@@ -11,7 +11,6 @@ from absl import flags
 
 from saejax.errors import Interrupted, UserError
 from saejax.runner import command, command_line
-from saejax.runner.stage import load
 from saejax.settings import GraphConfig
 
 ABOUT = """\
@@ -43,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         rest[0] = f"--dir={rest[0]}"
 
     def work() -> None:
-        configs = command_line.read_configs(own, [program, *rest])
+        configs = command_line.read_configs(own, [program, *rest], ["attribute"])
         if own["help"].value:
             return print(ABOUT)
         folder = own["dir"].value or own["workdir"].value
@@ -60,7 +59,9 @@ def run(argv: Sequence[str]) -> int:
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         labels = Path(own["labels"].value) if own["labels"].value else None
-        load("saejax.serving.server:serve")(Path(folder), configs, named, labels, token, listening)
+        from saejax.serving.server import serve
+
+        serve(Path(folder), configs, named, labels, token, listening)
         if stopped():
             raise Interrupted("serve: stopped")
 

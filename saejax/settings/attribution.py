@@ -1,4 +1,4 @@
-"""Attribution graphs: of which prompts, with which transcoders or SAEs, and how much of them is kept."""
+"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning and checks."""
 
 import dataclasses
 
@@ -21,97 +21,96 @@ class GraphConfig(Config):
     subfolder: str = setting("", "folder of the set within its repository")
     l0: tuple[str, ...] = setting(
         (),
-        "which transcoders of a Gemma Scope folder that holds several of each layer: words of their names, such as "
-        "small, or 16k,big,affine; a number: of each layer the one with the nearest L0, such as 100",
+        "choice among several Gemma Scope transcoders per layer: words of their names, such as small, or "
+        "16k,big,affine; or a number such as 100, for the transcoder with the nearest L0 in each layer",
     )
     dictionaries: tuple[str, ...] = setting(
         (),
-        "SAEs instead, where there are no transcoders: their folders, such as runs/mine/train/topk, at most one SAE of "
-        "each layer; edges are then activation x gradient, first-order estimates",
+        "folders of SAEs to use in place of transcoders, such as runs/mine/train/topk, at most one SAE per layer; "
+        "edges are then first-order estimates (activation x gradient)",
     )
     estimate: str = setting(
         "gradient",
-        "with SAEs: the gradient of the model, or relp, by the rules of relevance patching",
+        "backward pass with SAEs: the model's gradient (gradient), or the rules of relevance patching (relp)",
         choices=GRAPH_ESTIMATES,
     )
     direct: bool = setting(
         False,
-        "with SAEs: hold the sites between, so that what goes through their features is counted in the edges from "
-        "these alone; otherwise in both",
+        "with SAEs: freeze the sites in between, so that an effect through their features counts only in the edges "
+        "from those features; otherwise it also counts in the edge from the source",
     )
     prompt: str = setting("", "the text to trace")
-    token_ids: tuple[int, ...] = setting((), "its token ids instead, taken as they are", low=0)
+    token_ids: tuple[int, ...] = setting(
+        (), "token ids of the prompt, used unchanged in place of --graph.prompt", low=0
+    )
     prompts: str = setting(
         "",
-        'file of prompts instead, .jsonl: {"slug": "paris", "prompt": "...", "targets": [" Paris"]}, or "token_ids"; '
-        "without targets that of --graph.target",
+        '.jsonl file of prompts, in place of --graph.prompt: {"slug": "paris", "prompt": "...", "targets": [" '
+        'Paris"]}, or "token_ids"; a line without targets uses --graph.target',
     )
     behaviours: tuple[str, ...] = setting(
-        (), "behaviours instead: of each the first test prompt, whose target is the logit difference"
+        (), "behaviours whose first test prompt is traced, with the logit difference as target"
     )
-    chat_template: bool = setting(
-        False, "put prompts that are texts into the tokenizer's chat template, as what a user says"
-    )
+    chat_template: bool = setting(False, "wrap text prompts in the tokenizer's chat template as a user's message")
     target: str = setting(
         "",
-        "what is explained: a token as it is written, such as ' Paris', or ' Paris> Rome' for the difference of their "
-        "logits; empty: the most probable next tokens",
+        "token to explain, such as ' Paris', or ' Paris> Rome' for the difference of two logits; empty: the most "
+        "probable next tokens",
     )
-    max_logits: int = setting(10, "most tokens that are explained", low=1)
+    max_logits: int = setting(10, "maximum number of next tokens to explain", low=1)
     logit_mass: float = setting(
-        0.95, "as few of the most probable tokens as have this probability together", low=0.0, high=1.0
+        0.95, "explain the smallest set of next tokens with this total probability", low=0.0, high=1.0
     )
-    max_features: int = setting(4096, "most features that are traced, the most influential ones (0: all)", low=0)
-    node_threshold: float = setting(0.8, "share of all influence of the nodes that are kept", low=0.0, high=1.0)
-    edge_threshold: float = setting(0.98, "share of all influence of the edges that are kept", low=0.0, high=1.0)
-    top_edges: int = setting(0, "of each target only so many of its edges are kept, the largest (0: all)", low=0)
-    slug: str = setting(
-        "", "name of the graph, and of the folder of the results; empty: made of the prompt or the file's name"
-    )
+    max_features: int = setting(4096, "maximum number of features to trace, the most influential first; 0: all", low=0)
+    node_threshold: float = setting(0.8, "share of the total influence that the kept nodes have", low=0.0, high=1.0)
+    edge_threshold: float = setting(0.98, "share of the total influence that the kept edges have", low=0.0, high=1.0)
+    top_edges: int = setting(0, "maximum number of edges kept per target, the largest first; 0: all", low=0)
+    slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
     doubled: int = setting(
         32,
-        "features raised with all held, and doubled with nothing held, to see whether edges are right (0: none)",
+        "number of features that are raised with everything frozen, and doubled with nothing frozen, to check the "
+        "graph's edges; 0: none",
         low=0,
     )
     circuits: bool = setting(
         True,
-        "run parts of the graph alone, and all the rest alone, to see whether they do the work (with transcoders)",
+        "check faithfulness: run the model with only parts of the graph, and without them (needs transcoders)",
     )
     circuit_rest: str = setting(
         "zero",
-        "what the features that are left out then are: zero, or mean, their mean activation over the positions of all "
-        "prompts of this run",
+        "value of the features that such a check leaves out: zero, or their mean activation over all positions of this "
+        "run's prompts (mean)",
         choices=("zero", "mean"),
     )
     kept_prompts: int = setting(
         0,
-        "test prompts of each behaviour on which circuits of growing numbers of features are run, kept in the order of "
-        "their effect and in circuit-tracer's: CPR and CMD of both (with transcoders; 0: none)",
+        "test prompts per behaviour on which circuits of increasing size are run, with features ordered by effect and "
+        "as circuit-tracer does, for CPR and CMD (needs transcoders); 0: none",
         low=0,
     )
     supernodes: str = setting(
         "",
-        'groups of features that the page and Neuronpedia show: empty for none, "cluster" for those that are alike, or '
-        'a file, .json: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state that the page saved',
+        'groups of features shown on the page and on Neuronpedia: empty for none, "cluster" for similar features, or a '
+        '.json file: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state saved by the page',
     )
     labels: str = setting(
-        "", 'file of names of features, .json: {"3_17": "cities"}, by layer and number; pages and Neuronpedia show them'
+        "", '.json file of feature names: {"3_17": "cities"}, by layer and feature; shown on pages and on Neuronpedia'
     )
     source_set: str = setting(
         "",
-        "the name that Neuronpedia has for the set, such as gemmascope-transcoder-16k: graphs are then "
-        "written for Neuronpedia, which takes files of 100 MB at the most; else for circuit-tracer's viewer",
+        "Neuronpedia's name of the set, such as gemmascope-transcoder-16k: graphs are then written for Neuronpedia, "
+        "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
     )
     scan: str = setting(
         "",
-        "where a viewer looks for the features; empty: the model's id at Neuronpedia, its name in small letters, or "
-        "without --graph.source_set the address of a set on the hub",
+        "where a viewer looks up features; empty: the model's name in lower case, as on Neuronpedia, or without "
+        "--graph.source_set the address of a set on the hub",
     )
-    heads: bool = setting(True, "find the attention heads that carry each edge of the pruned graph")
+    heads: bool = setting(True, "find the attention heads through which each edge of the pruned graph runs")
     query_key: tuple[str, ...] = setting(
         (),
-        "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
-        "query (by default -1, the last), such as 12.3,14.0@5; empty: with --graph.heads the one that carries most "
-        "into the last position; none: none",
+        "heads whose attention scores are decomposed over pairs of sources, as layer.head or layer.head@query position "
+        "(default -1, the last), such as 12.3,14.0@5; empty: with --graph.heads the head that contributes most to the "
+        "last position; none: no head",
     )
-    seed: int = setting(456, "seed of the choice of features that are doubled", low=0)
+    seed: int = setting(456, "random seed of the choice of features that are doubled", low=0)

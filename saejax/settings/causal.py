@@ -1,4 +1,4 @@
-"""What is changed in the model, and how the effect is judged; what is read off its activations."""
+"""Settings of causal tests and of linear probes."""
 
 import dataclasses
 
@@ -91,11 +91,11 @@ class AblateConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(Config):
-    """What can be read off features and raw activations by a linear probe."""
+    """Linear probes on features and on raw activations."""
 
     labels: tuple[str, ...] = setting(
         (),
-        "what probes read off: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
+        "labels to probe for: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
         "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
     )
@@ -106,12 +106,12 @@ class ProbeConfig(Config):
     )
     pool: str = setting(
         "last",
-        "the positions of a prompt that a probe sees: the last one (last), or the maximum (max) or mean (mean) over "
-        "all that the dictionary reads",
+        "positions of a prompt that a probe sees: the last (last), or the maximum (max) or mean (mean) over all "
+        "positions that the dictionary reads",
         choices=("last", "max", "mean"),
     )
     sparse: tuple[int, ...] = setting(
-        (1, 2, 5, 10, 20), "sizes of sparse probes: how many features, or dimensions, each may see", low=1
+        (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
     )
     ranking: str = setting(
         "mean_difference",
@@ -124,8 +124,10 @@ class ProbeConfig(Config):
         "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
         low=1e-9,
     )
-    folds: int = setting(5, "parts of that cross-validation", low=2, high=5)
-    shuffles: int = setting(20, "probes of shuffled labels, and of random features, beside each probe", low=1)
+    folds: int = setting(5, "number of folds of that cross-validation", low=2, high=5)
+    shuffles: int = setting(
+        20, "number of control probes on shuffled labels, and on random features, for each probe", low=1
+    )
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
     seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)
 
@@ -144,8 +146,8 @@ class PatchConfig(Config):
     )
     paths: int = setting(
         0,
-        "of heads, also patch the direct path from every earlier head and MLP to the logits and to so many of the "
-        "first queries, keys and values by AtP*; 0: none",
+        "for heads: number of top queries, keys and values by AtP* to which, like to the logits, the direct path from "
+        "every earlier head and MLP is patched; 0: none",
         low=0,
     )
     dictionary: str = setting(
@@ -157,8 +159,8 @@ class PatchConfig(Config):
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
     top: int = setting(
         20,
-        "features, ranked on train prompts, that are patched one by one and together; of heads, so many nodes by each "
-        "estimate",
+        "number of features, ranked on train prompts, that are patched one by one and together; for heads, number of "
+        "nodes by each estimate",
         low=1,
     )
     estimate: str = setting(
@@ -167,17 +169,17 @@ class PatchConfig(Config):
         "--ablate.estimate",
         choices=ESTIMATES,
     )
-    draws: int = setting(20, "draws of as many matched random features", low=2)
+    draws: int = setting(20, "number of control sets of as many matched random features", low=2)
     matches: int = setting(10, _MATCHES, low=1)
     seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     das: int = setting(
         0,
-        "of features, also compare cause and isolate (do the other behaviours' answers stay?) with a subspace of so "
-        "many dimensions that is learned on train prompts (DAS); 0: do not",
+        "for features: dimensions of a subspace learned on train prompts (DAS), with which cause and isolate scores "
+        "are compared; 0: no subspace",
         low=0,
     )
-    das_steps: int = setting(100, "steps in which it is learned, of 16 pairs", low=1)
+    das_steps: int = setting(100, "steps of learning the DAS subspace, with 16 pairs each", low=1)
     batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
 
 
@@ -194,29 +196,31 @@ class SteerConfig(Config):
     top: int = setting(20, "features of each pair of answers, ranked on train texts, that steer together", low=1)
     doses: tuple[float, ...] = setting(
         (0.1, 0.2, 0.4, 0.6, 0.8),
-        "lengths of what is added, in mean lengths of the site's values; features are clamped at 1, 2, 4 and 8 times "
+        "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
         "their mean on texts of the target instead",
         low=1e-6,
     )
     positions: str = setting(
-        "all", "positions of a prompt that are changed; of held-out text it is all", choices=("all", "last")
+        "all", "positions of a prompt that are steered; in held-out text all are", choices=("all", "last")
     )
     max_ce_rise: float = setting(
         1.0,
-        "of the strengths that raise cross-entropy on held-out text by no more nats per token, the one that turns most "
-        "train prompts is judged on test prompts",
+        "largest rise of cross-entropy on held-out text, nats per token; of the strengths within it, the one that "
+        "turns most train prompts is judged on test prompts",
         low=0.0,
     )
     text_documents: int = setting(
-        16, "held-out documents of the corpus, 64 tokens of each, on which that is measured; 0: none", low=0
+        16, "number of held-out documents, 64 tokens each, on which that rise is measured; 0: none", low=0
     )
     draws: int = setting(
         320,
-        "random directions at the same dose; a yes takes 20 for each behaviour and method, less one; fewer are run "
-        "where no further one could change a no",
+        "number of random directions at the same dose; a positive verdict needs 20 per behaviour and method, minus "
+        "one; fewer are run if no further one could change a negative verdict",
         low=2,
     )
-    draw_prompts: int = setting(20, "test prompts on which they are added, spread evenly over templates; 0: all", low=0)
+    draw_prompts: int = setting(
+        20, "number of test prompts on which random directions are tried, spread evenly over templates; 0: all", low=0
+    )
     seed: int = setting(456, "seed of the random directions, the examples, the continuations and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     batch_rows: int = setting(64, "steered prompts per batch", low=1, changes_results=False)
@@ -224,11 +228,11 @@ class SteerConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Config):
-    """What removing top features does to scores on benchmarks."""
+    """Benchmark scores with top features ablated."""
 
     benchmarks: tuple[str, ...] = setting(
         (),
-        "benchmarks on which a dictionary's top features are removed: gsm8k, math, logic; empty: none",
+        "benchmarks on which a dictionary's top features are ablated: gsm8k, math, logic; empty: none",
         choices=BENCHMARKS,
         changes_results=False,
     )
@@ -240,20 +244,19 @@ class StudyConfig(Config):
         "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",
         low=2,
     )
-    top: int = setting(20, "features, ranked on train items, that are removed together", low=1)
+    top: int = setting(20, "number of features, ranked on train items, that are ablated together", low=1)
     draws: int = setting(
         20,
-        "draws of as many matched random features; a yes takes 19 with one benchmark, 39 with two, 59 with three",
+        "number of control sets of matched random features; a positive verdict needs 19 with one benchmark, 39 with "
+        "two, 59 with three",
         low=2,
     )
     matches: int = setting(10, _MATCHES, low=1)
-    single: bool = setting(True, "set each top feature to zero by itself, too, and each of the random ones")
+    single: bool = setting(True, "also zero each top feature and each control feature by itself")
     min_drop: float = setting(
-        0.05, "verdict: removing the top features must cost more than this share of accuracy", low=0.0, high=1.0
+        0.05, "smallest drop of accuracy, as a share, that counts as an effect", low=0.0, high=1.0
     )
-    even_at_chance: bool = setting(
-        False, "measure accuracy without features even where the model is no better than chance before"
-    )
+    even_at_chance: bool = setting(False, "measure ablations even where the unedited model is no better than chance")
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     seed: int = setting(
         42, "seed of the split of items, the control draws, random replacements and the bootstrap", low=0

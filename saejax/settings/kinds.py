@@ -1,4 +1,4 @@
-"""The kinds of dictionary as settings know them: their names, which settings each reads, and those that it alone has.
+"""Kinds of dictionary: their names, and which settings each of them reads.
 
 What a kind computes is its class in ``dictionaries.kinds``, under the same name. A kind from outside (``--plugins``) is
 added to both when its class is registered.
@@ -66,7 +66,7 @@ class MatryoshkaConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class KindSettings:
-    """What settings know of a kind.
+    """Settings of a kind of dictionary.
 
     Attributes:
       own: the class of those that it alone has, ``--train.<name>.<field>``. Fields made with ``setting(...,
@@ -92,20 +92,20 @@ KIND_SETTINGS = {
 
 
 def kind_names() -> tuple[str, ...]:
-    """The names of all kinds, those of ``--plugins`` among them."""
+    """Return the names of all kinds, those of ``--plugins`` included."""
     return tuple(KIND_SETTINGS)
 
 
 def unit_names() -> tuple[str, ...]:
-    """The names of train units: of all kinds, and of the dictionaries that were there already."""
+    """Return the names of train units: all kinds, and the dictionaries that were trained elsewhere."""
     return (*kind_names(), PRETRAINED)
 
 
 def settings_of_kinds() -> dict[str, type[Config]]:
-    """The classes of the settings that one kind alone has, by its name."""
+    """Return the classes of the settings that a single kind has, by its name."""
     return {name: kind.own for name, kind in KIND_SETTINGS.items()}
 
 
 def read_by_kind(setting: str) -> Callable[[str], bool]:
-    """A test of a unit's name: whether it is that of a kind that reads a setting which not all kinds read."""
+    """Return a predicate on the name of a unit: whether its kind reads a setting that only some kinds read."""
     return lambda unit: unit in KIND_SETTINGS and setting in KIND_SETTINGS[unit].reads

@@ -1,4 +1,4 @@
-"""What runs, and where: the model, the devices, what is checked before and written after."""
+"""Settings of the model, the devices, preflight, exports and the report."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from saejax.settings.kinds import unit_names
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Config):
-    """Which language model."""
+    """The language model."""
 
     path: str = setting(
         "smollm2",
@@ -33,41 +33,41 @@ class ModelConfig(Config):
     )
     backend: str = setting(
         "auto",
-        "what runs the model: the JAX decoder (jax), transformers' PyTorch model on one device, which is slower and "
-        "has no attribution graphs (torch), or PyTorch only where the decoder does not have the model's family (auto)",
+        "implementation of the model: the JAX decoder (jax); transformers' PyTorch model on one device, slower and "
+        "without attribution graphs (torch); or PyTorch only for families that the decoder lacks (auto)",
         choices=("auto", "jax", "torch"),
     )
     remat: bool = setting(
         False,
-        "where gradients are taken (ablate), compute each layer again instead of keeping its matrix products: less "
-        "memory, about a third more time",
+        "recompute each layer in the backward pass of ablate instead of storing its matrix products: less memory, "
+        "about a third more time",
         changes_results=False,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Config):
-    """How the devices are arranged, and which processes take part."""
+    """The mesh of devices, and the processes of the run."""
 
     member: int = setting(1, "devices over which the members of a stack are split", low=1)
-    data: int = setting(0, "devices over which tokens are split; 0: all that the other axes leave", low=0)
+    data: int = setting(0, "devices over which tokens are split; 0: all devices that the other axes leave", low=0)
     model: int = setting(1, "devices over which features, heads and the vocabulary are split", low=1)
     distributed: str = setting(
         "flags",
-        "how the processes of a run find one another: by the next three flags (flags), or as SLURM, Open MPI or a TPU "
-        "slice says (auto)",
+        "how the processes of a run find each other: by --mesh.processes, process_id and coordinator (flags), or from "
+        "SLURM, Open MPI or the TPU slice (auto)",
         choices=("flags", "auto"),
         changes_results=False,
     )
-    processes: int = setting(1, "number of processes of the run; above 1, each is started with the same flags", low=1)
-    process_id: int = setting(0, "which of them this one is, from 0", low=0, changes_results=False)
+    processes: int = setting(1, "number of processes of the run; if above 1, start each with the same flags", low=1)
+    process_id: int = setting(0, "index of this process, from 0", low=0, changes_results=False)
     coordinator: str = setting(
-        "", "host:port of process 0; empty where the cluster's environment tells", changes_results=False
+        "", "host:port of process 0; empty: taken from the cluster's environment", changes_results=False
     )
     compile_cache: str = setting(
         "auto",
-        "folder that keeps compiled programs for the next start; auto: .compile_cache of the workdir where there are "
-        "GPUs or TPUs, and none on processors, whose programs fit one model of processor; none: nowhere",
+        "folder in which compiled programs are cached; auto: .compile_cache in the workdir with GPUs or TPUs, and no "
+        "cache on CPUs, whose programs run on one model of processor only; none: no cache",
         changes_results=False,
     )
 
@@ -80,37 +80,37 @@ class MeshConfig(Config):
 
     @property
     def together(self) -> bool:
-        """Whether the run may have several processes."""
+        """True if the run may have several processes."""
         return self.distributed == "auto" or self.processes > 1
 
 
 @dataclasses.dataclass(frozen=True)
 class PreflightConfig(Config):
-    """What is checked before anything runs."""
+    """Checks before anything runs."""
 
     models: tuple[str, ...] = setting(
         (),
-        "models to check: hub ids (of which only config.json is fetched), folders, or .json files of their shape, "
-        "such as configs/shapes/llama-3-8b.json; empty: --model.path",
+        "models to check: hub ids (only config.json is downloaded), folders, or .json files of a model's shape such as "
+        "configs/shapes/llama-3-8b.json; empty: the model of --model.path",
     )
     topology: str = setting(
         "",
-        "compile the stages' programs for this TPU slice, such as v5e:2x4 (takes the package libtpu, but no TPU), or "
-        "for nodes of GPUs, such as h100:8 or h100:4x8 (stood in for by devices of this processor; not in a pipeline), "
-        "and say what they need and send there; empty: the devices at hand, nothing compiled",
+        "devices to compile for: a TPU slice such as v5e:2x4 (needs the package libtpu, but no TPU), or nodes of GPUs "
+        "such as a100-40:8, a100-80:8, h100:8 or h100:4x8 (simulated by CPU devices; not in a pipeline); empty: the "
+        "devices of this machine",
     )
-    prompt_tokens: int = setting(32, "tokens per prompt of a behaviour assumed for baseline and ablate", low=2)
+    prompt_tokens: int = setting(32, "assumed tokens per prompt of a behaviour", low=2)
     benchmark_tokens: int = setting(
-        1024, "tokens per benchmark prompt, worked examples included, assumed where answers are generated", low=2
+        1024, "assumed tokens per benchmark prompt, worked examples included, where answers are generated", low=2
     )
     active_features: int = setting(
         64,
-        "active features of a layer at a token assumed for attribution graphs whose transcoders do not say (topk do)",
+        "assumed active features per layer and token in attribution graphs; for topk transcoders it is known",
         low=1,
     )
-    parity: bool = setting(False, "run the decoder against transformers, in the dtype of --model.dtype")
+    parity: bool = setting(False, "compare the decoder with transformers, in --model.dtype")
     tolerance: float = setting(
-        1e-4, "largest relative error of a site or the logits that passes (in bfloat16, about 2e-2 is usual)", low=0.0
+        1e-4, "largest relative error of a site or of the logits that passes (about 2e-2 is usual in bfloat16)", low=0.0
     )
 
 
@@ -120,12 +120,12 @@ def _is_for_neuronpedia(unit: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig(Config):
-    """Trained dictionaries in the formats of other tools."""
+    """Export of trained dictionaries to the formats of other tools."""
 
     format: str = setting(
         "saelens",
-        "saelens (a folder for each dictionary), circuit_tracer (transcoders of all layers in one set) or neuronpedia "
-        "(what features are, for its importer and for viewers of graphs; needs --interpret.dictionaries)",
+        "format: saelens (a folder per dictionary), circuit_tracer (transcoders of all layers in one set) or "
+        "neuronpedia (features for its importer and for graph viewers; needs --interpret.dictionaries)",
         choices=("saelens", "circuit_tracer", "neuronpedia"),
     )
     dictionaries: tuple[str, ...] = setting(
@@ -136,15 +136,15 @@ class ExportConfig(Config):
     )
     model_id: str = setting(
         "",
-        "the model's id at Neuronpedia; empty: the last part of its name, in small letters",
+        "the model's id at Neuronpedia; empty: the last part of its name in lower case",
         only=_is_for_neuronpedia,
     )
     source_set: str = setting(
         "",
-        "name of the set of sources at Neuronpedia; empty: made of the site and the kind, such as res-topk",
+        "name of the source set at Neuronpedia; empty: site and kind, such as res-topk",
         only=_is_for_neuronpedia,
     )
-    creator: str = setting("saejax", "who made it, as Neuronpedia shows it", only=_is_for_neuronpedia)
+    creator: str = setting("saejax", "author shown at Neuronpedia", only=_is_for_neuronpedia)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,5 +152,5 @@ class ReportConfig(Config):
     """The written report."""
 
     title: str = setting("Which features cause these behaviours?", "title of the report")
-    examples: int = setting(5, "example contexts per shown feature", low=1)
-    features: int = setting(4, "top features shown per behaviour", low=1)
+    examples: int = setting(5, "number of example contexts per feature in the report", low=1)
+    features: int = setting(4, "number of top features per behaviour in the report", low=1)

@@ -1,4 +1,4 @@
-"""Names of many sites in short."""
+"""Short names of many sites."""
 
 import re
 
@@ -9,7 +9,7 @@ _MOST_LAYERS = 1000
 
 
 def expand_ranges(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Writes ranges of layers out: "mlp_in.0-2" is mlp_in.0, mlp_in.1 and mlp_in.2; other names stay.
+    """Return names with ranges of layers written out: "mlp_in.0-2" is mlp_in.0, mlp_in.1 and mlp_in.2.
 
     Raises:
       UserError: a range runs backwards or is too long for any model.

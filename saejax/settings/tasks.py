@@ -1,4 +1,4 @@
-"""What the model is asked, and the text whose activations are captured."""
+"""Settings of behaviours, benchmarks, the text and the capture of activations."""
 
 import dataclasses
 
@@ -28,20 +28,21 @@ class TaskConfig(Config):
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
     min_accuracy: float = setting(
         0.8,
-        "a behaviour below this share of correct above wrong is flagged as too weak",
+        "a behaviour is flagged as too weak if its two-way accuracy is below this",
         low=0.0,
         high=1.0,
         only=("",),
     )
     min_separation: float = setting(
         1.0,
-        "a behaviour whose mean logit difference over its standard deviation is below this is flagged",
+        "a behaviour is flagged if the mean of its logit differences, divided by their standard deviation, is below "
+        "this",
         only=("",),
     )
     gate: float = setting(
         0.05,
-        "a behaviour is left out of the causal tests unless the model is right on more than half of its train prompts, "
-        "by an exact binomial test at this level; 1: none is left out",
+        "level of an exact binomial test that the model is right on more than half of a behaviour's train prompts; a "
+        "behaviour that fails it is left out of the causal tests; 1: none is left out",
         low=0.0,
         high=1.0,
         only=("",),
@@ -84,12 +85,12 @@ class TaskConfig(Config):
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )
-    max_new_tokens: int = setting(256, "longest generated answer in tokens", low=1, only=BENCHMARKS)
-    batch: int = setting(16, "benchmark answers generated at the same time", low=1, changes_results=False)
+    max_new_tokens: int = setting(256, "maximum number of tokens of a generated answer", low=1, only=BENCHMARKS)
+    batch: int = setting(16, "number of benchmark answers generated together", low=1, changes_results=False)
 
     @property
     def has_behaviours(self) -> bool:
-        """Whether there are behaviours to test."""
+        """True if there are behaviours to test."""
         return bool(self.behaviours or self.prompts)
 
 
@@ -105,55 +106,54 @@ class CorpusConfig(Config):
         "solutions, none of those that are asked); empty: the embedded corpus",
         changes_results=False,  # its content counts, not its place
     )
-    field: str = setting("text", "the field of rows that holds the text")
+    field: str = setting("text", "name of the field that holds the text of a row")
     weights: tuple[float, ...] = setting(
         (),
         "shares of --corpus.max_tokens, one for each source of --corpus.path; empty: as much of each as there is",
         low=0.0,
     )
-    max_tokens: int = setting(0, "use documents, in seeded random order, until this many tokens; 0: all", low=0)
+    max_tokens: int = setting(0, "number of tokens to use, of documents in seeded random order; 0: all", low=0)
     stream: bool = setting(
         False,
-        "for text of many gigabytes: read from its front, once, into token ids on disk (the stage tokenize), never all "
-        "of it in memory; documents are held out by a hash of their group or text, and max_tokens are the first ones",
+        "for text of many gigabytes: tokenize it once to disk (the stage tokenize) without loading it into memory; "
+        "documents are held out by a hash of their group or text, and max_tokens counts from the beginning",
     )
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
-    context: int = setting(256, "longest document piece in tokens; longer documents are cut into pieces", low=2)
+    context: int = setting(256, "maximum number of tokens per document; longer documents are split", low=2)
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
     behaviours: bool = setting(
         False,
-        "the behaviours' train prompts join the training text; then other prompts mean other activations and other "
-        "dictionaries, which are captured and trained anew",
+        "add the behaviours' train prompts to the training text; changed prompts then mean new activations and new "
+        "dictionaries",
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptureConfig(Config):
-    """What is recorded from the model."""
+    """The activations that are recorded from the model."""
 
     sites: tuple[str, ...] = setting(
         ("resid_post.15",),
-        "sites to record in one pass, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
+        "sites to record, such as resid_post.15,mlp_in.15,mlp_out.15, or layers of one kind such as "
         "mlp_in.0-29; with --capture.backend=torch also modules of any transformers model: module:transformer.h.3.mlp "
         "(its output), module_in:transformer.h.3.mlp (its input)",
     )
-    last: int = setting(0, "record only the last n positions of every document; 0: every position", low=0)
+    last: int = setting(0, "number of last positions of every document to record; 0: all positions", low=0)
     tokens: int = setting(
         0,
-        "record only the first documents of each split until so many tokens, a random sample of the text: for what is "
-        "evaluated and shown of dictionaries that were trained with --train.source=model; 0: all",
+        "number of tokens of each split to record, a random sample of the text, for scores and examples of "
+        "dictionaries that were trained with --train.source=model; 0: all",
         low=0,
     )
     backend: str = setting(
         "jax",
-        "what runs the model: 'jax' (our decoder, on the mesh) or 'torch' (hooks in the transformers model, on a GPU "
-        "if torch has one), which make the same rows, with values equal within rounding",
+        "implementation that is captured: 'jax' (the JAX decoder, on the mesh) or 'torch' (hooks in the transformers "
+        "model, on a GPU if torch has one); both record the same rows, with values equal within rounding",
         choices=("torch", "jax"),
     )
     dtype: str = setting(
         "float32",
-        "dtype in which the model runs while it is captured, with either backend (--model.dtype is that of the other "
-        "stages)",
+        "dtype of the model during capture, with either backend (--model.dtype is for the other stages)",
         choices=("float32", "bfloat16"),
     )
     bos: str = setting(
@@ -161,7 +161,7 @@ class CaptureConfig(Config):
         "whether every document begins with a BOS token: 'auto' (as the tokenizer itself does), 'always' or 'never'",
         choices=("auto", "always", "never"),
     )
-    store_dtype: str = setting("bfloat16", "dtype on disk", choices=("float32", "bfloat16"))
+    store_dtype: str = setting("bfloat16", "dtype of activations on disk", choices=("float32", "bfloat16"))
     batch_tokens: int = setting(2048, "tokens per forward pass, padding included", low=1, changes_results=False)
     shard_rows: int = setting(65_536, "rows (tokens) per shard file", low=1)
     sink_factor: float = setting(
@@ -171,7 +171,7 @@ class CaptureConfig(Config):
     )
     max_sink_share: float = setting(
         0.01,
-        "largest share of tokens beyond position 0 that the sink rule may drop before it is an error",
+        "maximum share of the tokens after position 0 that the sink rule may drop; more is an error",
         low=0.0,
         high=1.0,
     )

@@ -264,19 +264,19 @@ class TrainConfig(Config):
             raise UserError(f"expansions and --train.{other} exclude each other: use --train.expansion")
 
     def features_of(self, width: int) -> int:
-        """How many features a dictionary of inputs of this width has."""
+        """Return the number of features of a dictionary whose inputs have this width."""
         return self.features or self.expansion * width
 
     def each_expansion(self) -> tuple["TrainConfig", ...]:
-        """What each of ``expansions`` is trained with, as a stack has one shape; the group itself if there are none."""
+        """Return a group for each of ``expansions``, because a stack has one shape; this group if there are none."""
         return tuple(dataclasses.replace(self, expansion=one) for one in self.expansions) or (self,)
 
     def of_kind(self, kind: str) -> Any:
-        """The settings that a kind alone has."""
+        """Return the settings that a single kind has."""
         return self.own.get(kind) or KIND_SETTINGS[kind].own()
 
     def also(self, unit: str) -> dict[str, Any]:
-        """The source of a plugin's kind, so that a changed one is trained anew."""
+        """Return the hash of a plugin's source, so that a changed kind is trained anew."""
         source = KIND_SETTINGS[unit].source if unit in KIND_SETTINGS else ""
         return dict(plugin=source) if source else {}
 

@@ -1,9 +1,12 @@
 """The stage ``ablate``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from saejax.errors import one_of
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import BASES, AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
 from saejax.tasks import identities
 
@@ -36,20 +39,44 @@ def _names(configs: Configs) -> tuple[str, ...]:
     return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.ablate.run import run_ablate
+
+    return run_ablate(run)
+
+
+def _results() -> Any:
+    from saejax.interventions.answers import AblateResults
+
+    return AblateResults
+
+
+def _rule(config: Any) -> str:
+    from saejax.causal.ablate.run import rule
+
+    return rule(config)
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.causal.ablate.run import ablate_programs
+
+    return ablate_programs(plan, mesh)
+
+
 ABLATE = Stage(
     name="ablate",
     summary="ablates top features beside random and placebo sets and says whether they cause the behaviours",
-    run="saejax.causal.ablate.run:run_ablate",
-    results="saejax.interventions.answers:AblateResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, AblateConfig),
     placement=(MeshConfig,),
-    after=("baseline", "train", "evaluate"),
+    reads=("baseline", "train"),
+    follows=("evaluate",),
     needs=lambda configs, name: ("baseline", *train_units(*_dictionaries(configs))),
     names=_names,
     identity=dict(model=identities.model, corpus=identities.corpus, bases=_bases),
     check=_check,
-    rule="saejax.causal.ablate.run:rule",
-    cost="saejax.causal.ablate.run:ablate_cost",
-    programs="saejax.causal.ablate.run:ablate_programs",
+    rule=_rule,
+    programs=_programs,
     processes="all",
 )

@@ -1,9 +1,12 @@
 """The stage ``algorithm``."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, setting
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
 
 ALGORITHMS = ("addition", "paths")
@@ -34,15 +37,32 @@ class AlgorithmConfig(Config):
     seed: int = setting(0, "seed of weights, questions and prompts", low=0, high=2**31 - 1)
 
 
+def _run(run: Run) -> Any:
+    from saejax.ground_truth.algorithms.run import run_algorithm
+
+    return run_algorithm(run)
+
+
+def _results() -> Any:
+    from saejax.ground_truth.algorithms.results import AlgorithmResults
+
+    return AlgorithmResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.ground_truth.algorithms.report import sections
+
+    return sections(findings, draw)
+
+
 ALGORITHM = Stage(
     name="algorithm",
     summary="trains a small transformer on an algorithm with known variables, and writes prompts that state them",
-    run="saejax.ground_truth.algorithms.run:run_algorithm",
-    results="saejax.ground_truth.algorithms.results:AlgorithmResults",
+    run=_run,
+    results=_results,
     groups=(AlgorithmConfig,),
     makes_model=True,
     placement=(MeshConfig,),
     names=lambda configs: configs[AlgorithmConfig].names,
-    cost="saejax.ground_truth.algorithms.cost:algorithm_cost",
-    section="saejax.ground_truth.algorithms.report:sections",
+    section=_sections,
 )

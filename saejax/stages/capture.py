@@ -1,34 +1,69 @@
 """The stages ``tokenize`` and ``capture``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
 from saejax.tasks import identities
+
+
+def _run_tokenize(run: Run) -> Any:
+    from saejax.activations.tokenize import run_tokenize
+
+    return run_tokenize(run)
+
+
+def _results_tokenize() -> Any:
+    from saejax.activations.results import TokenizeResults
+
+    return TokenizeResults
+
 
 TOKENIZE = Stage(
     name="tokenize",
     summary="turns text of any length into token ids on disk, with --corpus.stream=True",
-    run="saejax.activations.tokenize:run_tokenize",
-    results="saejax.activations.results:TokenizeResults",
+    run=_run_tokenize,
+    results=_results_tokenize,
     groups=(CorpusConfig,),
-    after=("baseline",),
+    placement=(ModelConfig, CaptureConfig),
+    reads=("baseline",),
     needs=lambda configs, name: identities.joining_prompts(configs),
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
     identity=dict(model=identities.model, corpus=identities.corpus, bos=lambda configs: configs[CaptureConfig].bos),
-    cost="saejax.activations.cost:tokenize_cost",
 )
+
+
+def _run_capture(run: Run) -> Any:
+    from saejax.activations.capture import run_capture
+
+    return run_capture(run)
+
+
+def _results_capture() -> Any:
+    from saejax.activations.results import CaptureResults
+
+    return CaptureResults
+
+
+def _programs_capture(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.activations.planned import capture_programs
+
+    return capture_programs(plan, mesh)
+
 
 CAPTURE = Stage(
     name="capture",
     summary="records activations of the model at the wanted sites",
-    run="saejax.activations.capture:run_capture",
-    results="saejax.activations.results:CaptureResults",
+    run=_run_capture,
+    results=_results_capture,
     groups=(ModelConfig, CorpusConfig, CaptureConfig),
     placement=(MeshConfig,),
-    after=("baseline", "tokenize"),
+    reads=("baseline", "tokenize"),
     needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
-    cost="saejax.activations.cost:capture_cost",
-    programs="saejax.activations.cost:capture_programs",
+    programs=_programs_capture,
     # --capture.dtype is read in place of the first; the others say which units are read.
     unread=lambda configs, name: ("model.dtype", "corpus.stream", "corpus.behaviours"),
     processes="all",

@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
 
@@ -27,7 +30,7 @@ class ClusterConfig(Config):
 
 
 def _folders(configs: Configs) -> str:
-    """The dictionaries that are named by their folders."""
+    """Return the identity of dictionaries that are named by their folders."""
     from saejax.dictionaries import stacks
     from saejax.runner.workspace import fingerprint
 
@@ -35,7 +38,7 @@ def _folders(configs: Configs) -> str:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The dictionaries, the store if they were trained on one, and the effects of all features if they are measured."""
+    """Return the units of the dictionaries, of their store, and of measured effects of all features."""
     asked, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
     trained = train_units(*asked)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
@@ -44,19 +47,37 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and own else []))
 
 
+def _run(run: Run) -> Any:
+    from saejax.matching.clusters.run import run_cluster
+
+    return run_cluster(run)
+
+
+def _results() -> Any:
+    from saejax.matching.clusters.results import ClusterResults
+
+    return ClusterResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.matching.clusters.report import sections
+
+    return sections(findings, draw)
+
+
 CLUSTER = Stage(
     name="cluster",
     summary="groups features by co-activation, by decoder rows and by effects, if --cluster.dictionaries names any",
-    run="saejax.matching.clusters.run:run_cluster",
-    results="saejax.matching.clusters.results:ClusterResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),
     placement=(MeshConfig,),
-    after=("capture", "train", "ablate", "interpret", "atlas"),
+    reads=("capture", "train", "ablate"),
+    follows=("interpret", "atlas"),
     needs=_needs,
+    inputs=trained_sites,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    cost="saejax.matching.clusters.cost:cluster_cost",
-    programs="saejax.matching.clusters.cost:cluster_programs",
     processes="items",
-    section="saejax.matching.clusters.report:sections",
+    section=_sections,
 )

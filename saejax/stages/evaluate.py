@@ -1,21 +1,45 @@
 """The stage ``evaluate``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig, TrainConfig
+from saejax.stages.train import trained_sites
 from saejax.tasks import identities
+
+
+def _run(run: Run) -> Any:
+    from saejax.evaluation.evaluate import run_evaluate
+
+    return run_evaluate(run)
+
+
+def _results() -> Any:
+    from saejax.evaluation.results import EvaluateResults
+
+    return EvaluateResults
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.evaluation.planned import evaluate_programs
+
+    return evaluate_programs(plan, mesh)
+
 
 EVALUATE = Stage(
     name="evaluate",
     summary="scores dictionaries on held-out text: fidelity, sparsity, cross-entropy recovered",
-    run="saejax.evaluation.evaluate:run_evaluate",
-    results="saejax.evaluation.results:EvaluateResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, EvaluateConfig),
     placement=(MeshConfig,),
-    after=("capture", "train"),
+    reads=("capture", "train"),
     needs=lambda configs, name: ("capture", f"train/{name}"),
+    inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),
     processes="items",
-    cost="saejax.evaluation.cost:evaluate_cost",
-    programs="saejax.evaluation.cost:evaluate_programs",
+    programs=_programs,
 )

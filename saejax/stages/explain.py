@@ -1,12 +1,16 @@
 """The stage ``explain``."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, unit_names
+from saejax.stages.train import trained_sites
 
 FOUND = "found"  # instead of a file: the labels of ``interpret``
 
@@ -79,18 +83,37 @@ def check(configs: Configs) -> None:
         raise UserError(f"--explain.given={config.given} cannot be read: name a .csv file of labels, or {FOUND}")
 
 
+def _run(run: Run) -> Any:
+    from saejax.interpret.explain import run_explain
+
+    return run_explain(run)
+
+
+def _results() -> Any:
+    from saejax.interpret.explain_results import ExplainResults
+
+    return ExplainResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.interpret.explain_report import sections
+
+    return sections(findings, draw)
+
+
 EXPLAIN = Stage(
     name="explain",
     summary="has a language model write labels of features and judge them on held-out text, if --explain.dictionaries "
     "names any",
-    run="saejax.interpret.explain:run_explain",
-    results="saejax.interpret.explain_results:ExplainResults",
+    run=_run,
+    results=_results,
     groups=(ExplainConfig,),
     placement=(MeshConfig,),
-    after=("interpret",),
+    reads=("capture", "train", "interpret"),
     needs=lambda configs, name: ("capture", f"train/{name}", f"interpret/{name}"),
+    inputs=trained_sites,
     names=lambda configs: configs[ExplainConfig].dictionaries,
     identity=dict(given=_given, judge=_judge),
     check=check,
-    section="saejax.interpret.explain_report:sections",
+    section=_sections,
 )

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, identity, setting
 from saejax.runner.stage import Stage
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import MeshConfig, TrainConfig
 
 CONTROLS = "controls"  # the unit of dictionaries that have learned no directions
@@ -54,7 +55,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _initial(configs: Configs) -> str:
-    """The dictionaries that training starts from."""
+    """Return the identity of the dictionaries that training starts from; "" without any."""
     from saejax.dictionaries import stacks
 
     folder = configs[TrainConfig].init_from if configs[TruthConfig].features else ""
@@ -62,22 +63,39 @@ def _initial(configs: Configs) -> str:
 
 
 def _of_controls(configs: Configs, name: str) -> str:
-    """The settings of the kind that the controls are of, which their own name does not tell."""
+    """Return a hash of the settings of the controls' kind, which the name of their unit does not tell."""
     train = configs[TrainConfig]
     return fingerprint(identity(train, train.kinds[0]) | dict(kind=train.kinds[0])) if name == CONTROLS else ""
+
+
+def _run(run: Run) -> Any:
+    from saejax.ground_truth.run import run_ground_truth
+
+    return run_ground_truth(run)
+
+
+def _results() -> Any:
+    from saejax.ground_truth.results import TruthResults
+
+    return TruthResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.ground_truth.report import sections
+
+    return sections(findings, draw)
 
 
 GROUND_TRUTH = Stage(
     name="ground_truth",
     summary="trains dictionaries on a synthetic world whose features are known, and says which of them they find",
-    run="saejax.ground_truth.run:run_ground_truth",
-    results="saejax.ground_truth.results:TruthResults",
+    run=_run,
+    results=_results,
     groups=(TruthConfig, TrainConfig),
     makes_model=True,
     placement=(MeshConfig,),
     names=_names,
     identity=dict(initial=_initial),
     unit_identity=dict(controls=_of_controls),
-    cost="saejax.ground_truth.cost:truth_cost",
-    section="saejax.ground_truth.report:sections",
+    section=_sections,
 )

@@ -3,17 +3,20 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
+from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
 
 @dataclasses.dataclass(frozen=True)
 class InterpretConfig(Config):
-    """What the features of trained dictionaries mean."""
+    """Descriptions of the features of trained dictionaries."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -33,7 +36,7 @@ class InterpretConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class AtlasConfig(Config):
-    """The pages that show what features mean."""
+    """Pages that describe features."""
 
     labels: str = setting(
         "",
@@ -44,7 +47,7 @@ class AtlasConfig(Config):
 
 
 def _labels(configs: Configs) -> str:
-    """The content of the file of labels."""
+    """Return the hash of the file of labels; "" without one."""
     from saejax.files import file_sha256
 
     path = configs[AtlasConfig].labels
@@ -58,7 +61,7 @@ def _check(configs: Configs) -> None:
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
-    """What was interpreted, labels by a language model, and effects of features where they were measured."""
+    """Return the units shown: descriptions, labels by a language model, and effects where they were measured."""
     from saejax.runner.registry import STAGES
 
     tested, judged = configs[AblateConfig].dictionary, f"explain/{name}"
@@ -74,33 +77,70 @@ def _names(configs: Configs) -> Sequence[str]:
     return configs[InterpretConfig].dictionaries
 
 
+def _run_interpret(run: Run) -> Any:
+    from saejax.interpret.run import run_interpret
+
+    return run_interpret(run)
+
+
+def _results_interpret() -> Any:
+    from saejax.interpret.results import InterpretResults
+
+    return InterpretResults
+
+
+def _sections_interpret(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.interpret.report import sections
+
+    return sections(findings, draw)
+
+
 INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
-    run="saejax.interpret.run:run_interpret",
-    results="saejax.interpret.results:InterpretResults",
+    run=_run_interpret,
+    results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),
     placement=(MeshConfig,),
-    after=("capture", "train"),
+    reads=("capture", "train"),
     needs=lambda configs, name: ("capture", f"train/{name}"),
+    inputs=trained_sites,
     names=_names,
     identity=dict(model=identities.model),
     processes="items",
-    cost="saejax.interpret.cost:interpret_cost",
-    programs="saejax.interpret.programs:interpret_programs",
-    section="saejax.interpret.report:sections",
+    section=_sections_interpret,
 )
+
+
+def _run_atlas(run: Run) -> Any:
+    from saejax.interpret.atlas import run_atlas
+
+    return run_atlas(run)
+
+
+def _results_atlas() -> Any:
+    from saejax.interpret.results import AtlasResults
+
+    return AtlasResults
+
+
+def _sections_atlas(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.interpret.report import links
+
+    return links(findings, draw)
+
+
 ATLAS = Stage(
     name="atlas",
     summary="writes pages of all features that were interpreted, with labels of one's own (--atlas.labels)",
-    run="saejax.interpret.atlas:run_atlas",
-    results="saejax.interpret.results:AtlasResults",
+    run=_run_atlas,
+    results=_results_atlas,
     groups=(AtlasConfig,),
-    after=("interpret", "explain", "ablate"),
+    reads=("interpret", "explain", "ablate"),
     needs=_shown,
     names=_names,
     identity=dict(labels=_labels),
     check=_check,
-    section="saejax.interpret.report:links",
+    section=_sections_atlas,
 )

@@ -1,9 +1,12 @@
 """The stage ``known_circuits``."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, setting
 from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
 
 CIRCUITS = ("chain", "induction", "logic")
@@ -28,15 +31,32 @@ class KnownConfig(Config):
     seed: int = setting(0, "seed of weights, prompts and texts", low=0, high=2**31 - 1)
 
 
+def _run(run: Run) -> Any:
+    from saejax.ground_truth.circuits.run import run_known_circuits
+
+    return run_known_circuits(run)
+
+
+def _results() -> Any:
+    from saejax.ground_truth.circuits.results import KnownCircuitResults
+
+    return KnownCircuitResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.ground_truth.circuits.report import sections
+
+    return sections(findings, draw)
+
+
 KNOWN_CIRCUITS = Stage(
     name="known_circuits",
     summary="writes transformers that are set by hand, and says whether graphs and causal tests find their circuits",
-    run="saejax.ground_truth.circuits.run:run_known_circuits",
-    results="saejax.ground_truth.circuits.results:KnownCircuitResults",
+    run=_run,
+    results=_results,
     groups=(KnownConfig,),
     makes_model=True,
     placement=(MeshConfig,),
     names=lambda configs: configs[KnownConfig].circuits,
-    cost="saejax.ground_truth.circuits.cost:known_cost",
-    section="saejax.ground_truth.circuits.report:sections",
+    section=_sections,
 )

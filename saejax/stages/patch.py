@@ -1,15 +1,17 @@
 """The stage ``patch``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, PatchConfig, TaskConfig
 from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    """The kinds of site that are patched, and the dictionary whose features are."""
+    """Return the kinds of site that are patched, and the dictionary whose features are patched."""
     patch = configs[PatchConfig]
     wanted = (*patch.kinds, *([folder_name(patch.dictionary)] if patch.dictionary else []))
     return wanted if configs[TaskConfig].has_behaviours else ()
@@ -24,20 +26,37 @@ def _dictionary(configs: Configs, name: str) -> str:
     return "" if name in configs[PatchConfig].kinds else identities.dictionary(configs, "patch")
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.patching.run import run_patch
+
+    return run_patch(run)
+
+
+def _results() -> Any:
+    from saejax.causal.patching.results import PatchResults
+
+    return PatchResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.causal.patching.report import sections
+
+    return sections(findings, draw)
+
+
 PATCH = Stage(
     name="patch",
     summary="patches activations between prompts and their counterparts, if --patch.kinds or --patch.dictionary is set",
-    run="saejax.causal.patching.run:run_patch",
-    results="saejax.causal.patching.results:PatchResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, PatchConfig),
     placement=(MeshConfig,),
-    after=("baseline", "train", "ablate"),
+    reads=("baseline", "train"),
+    follows=("ablate",),
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
-    cost="saejax.causal.patching.cost:patch_cost",
-    programs="saejax.causal.patching.stage_programs:patch_programs",
     processes="items",
-    section="saejax.causal.patching.report:sections",
+    section=_sections,
 )

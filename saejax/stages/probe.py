@@ -1,9 +1,11 @@
 """The stage ``probe``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, ProbeConfig, TaskConfig
 from saejax.tasks import identities
 
@@ -13,19 +15,36 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(configs[ProbeConfig].dictionary),) if asked else ()
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.probes.run import run_probe
+
+    return run_probe(run)
+
+
+def _results() -> Any:
+    from saejax.causal.probes.results import ProbeResults
+
+    return ProbeResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.causal.probes.report import sections
+
+    return sections(findings, draw)
+
+
 PROBE = Stage(
     name="probe",
     summary="probes features and raw activations for labels of the prompts, if --probe.labels names any",
-    run="saejax.causal.probes.run:run_probe",
-    results="saejax.causal.probes.results:ProbeResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, ProbeConfig),
     placement=(MeshConfig,),
-    after=("baseline", "train", "ablate"),
+    reads=("baseline", "train"),
+    follows=("ablate",),
     needs=lambda configs, name: ("baseline", *train_units(configs[ProbeConfig].dictionary)),
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
-    cost="saejax.causal.probes.cost:probe_cost",
-    programs="saejax.causal.probes.cost:probe_programs",
     processes="items",
-    section="saejax.causal.probes.report:sections",
+    section=_sections,
 )

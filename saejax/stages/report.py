@@ -1,9 +1,11 @@
 """The stage ``report``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, is_folder
+from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, MeshConfig, ReportConfig, TaskConfig
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
@@ -11,9 +13,9 @@ _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections 
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The units of these, and of every stage that writes a section of its own.
+    """Return the units of the stages in ``_READ``, and of every stage that writes a section.
 
-    A dictionary that is named by its folder was trained elsewhere, and what is told of it stands there.
+    A dictionary that is named by its folder was trained elsewhere, and is described there.
     """
     from saejax.runner.registry import STAGES
 
@@ -25,13 +27,25 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     return [unit for stage in read for unit in stage.units(configs)]
 
 
+def _run(run: Run) -> Any:
+    from saejax.report.run import run_report
+
+    return run_report(run)
+
+
+def _results() -> Any:
+    from saejax.report.results import ReportResults
+
+    return ReportResults
+
+
 REPORT = Stage(
     name="report",
     summary="writes the report: index.html, report.md, figures",
-    run="saejax.report.run:run_report",
-    results="saejax.report.results:ReportResults",
+    run=_run,
+    results=_results,
     groups=(ReportConfig,),
     placement=(MeshConfig,),
-    after=("*",),
+    reads=("*",),
     needs=_needs,
 )

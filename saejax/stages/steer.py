@@ -1,9 +1,11 @@
 """The stage ``steer``."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, folder_name, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
 from saejax.tasks import identities
 
@@ -13,14 +15,33 @@ def _names(configs: Configs) -> Sequence[str]:
     return (folder_name(dictionary),) if dictionary and configs[TaskConfig].has_behaviours else ()
 
 
+def _run(run: Run) -> Any:
+    from saejax.causal.steer.run import run_steer
+
+    return run_steer(run)
+
+
+def _results() -> Any:
+    from saejax.causal.steer.results import SteerResults
+
+    return SteerResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.causal.steer.report import sections
+
+    return sections(findings, draw)
+
+
 STEER = Stage(
     name="steer",
     summary="steers prompts to another answer by features, means and examples, if --steer.dictionary is set",
-    run="saejax.causal.steer.run:run_steer",
-    results="saejax.causal.steer.results:SteerResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, SteerConfig),
     placement=(MeshConfig,),
-    after=("baseline", "train", "ablate"),
+    reads=("baseline", "train"),
+    follows=("ablate",),
     needs=lambda configs, name: ("baseline", *train_units(configs[SteerConfig].dictionary)),
     names=_names,
     identity=dict(
@@ -28,8 +49,6 @@ STEER = Stage(
         corpus=identities.corpus,
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
-    cost="saejax.causal.steer.cost:steer_cost",
-    programs="saejax.causal.steer.stage_programs:steer_programs",
     processes="items",
-    section="saejax.causal.steer.report:sections",
+    section=_sections,
 )

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.stages.interpret import InterpretConfig
 from saejax.tasks import identities
@@ -44,7 +46,7 @@ class TrackConfig(Config):
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    """The unit of what is to be followed."""
+    """Return the unit of the texts that are followed; none if there are none."""
     from saejax.errors import UserError
 
     config = configs[TrackConfig]
@@ -58,14 +60,14 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
-    """The dictionaries, and what their features mean where this run says so."""
+    """Return the units of the dictionaries, and of their features' descriptions where this run makes them."""
     units = train_units(*configs[TrackConfig].dictionaries)
     labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in units]
     return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
 
 
 def _files(configs: Configs) -> str:
-    """What is in the files that flags name: texts, dictionaries and their labels."""
+    """Return the hash of the files that flags name: texts, dictionaries and their labels."""
     from saejax.dictionaries import stacks
     from saejax.dictionaries.labels import LABELS
     from saejax.files import file_sha256
@@ -79,20 +81,36 @@ def _files(configs: Configs) -> str:
     return fingerprint([*marks, *(stacks.identity(str(folder)) for folder in folders)])
 
 
+def _run(run: Run) -> Any:
+    from saejax.matching.track.run import run_track
+
+    return run_track(run)
+
+
+def _results() -> Any:
+    from saejax.matching.track.results import TrackResults
+
+    return TrackResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.matching.track.report import sections
+
+    return sections(findings, draw)
+
+
 TRACK = Stage(
     name="track",
     summary="follows prompts and worked solutions through the layers that have dictionaries, if --track.prompt or "
     "--track.prompts is set",
-    run="saejax.matching.track.run:run_track",
-    results="saejax.matching.track.results:TrackResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, TrackConfig),
     placement=(MeshConfig,),
-    after=("train", "interpret", "atlas"),
+    reads=("train", "interpret", "atlas"),
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    cost="saejax.matching.track.cost:track_cost",
-    programs="saejax.matching.track.stage_programs:track_programs",
     processes="items",
-    section="saejax.matching.track.report:sections",
+    section=_sections,
 )

@@ -3,18 +3,19 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Configs, identity
 from saejax.runner.stage import Stage
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
 from saejax.tasks import identities
 
 
 def _initial(configs: Configs) -> str:
-    """The dictionaries that training starts from."""
+    """Return the identity of the dictionaries that training starts from; "" without any."""
     from saejax.dictionaries import stacks
 
     folder = configs[TrainConfig].init_from
@@ -33,14 +34,14 @@ def _check(configs: Configs) -> None:
 
 
 def _pretrained(configs: Configs, name: str) -> str:
-    """The dictionaries that were there already."""
+    """Return the identity of the dictionaries that were trained elsewhere."""
     from saejax.dictionaries import stacks
 
     return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
 
 
 def _stream(configs: Configs) -> str:
-    """Model, text and settings of training straight from the model."""
+    """Return a hash of model, text and settings of training straight from the model; "" with a store."""
     if configs[TrainConfig].source != "model":
         return ""
     capture = dataclasses.replace(
@@ -54,6 +55,25 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
     if name == PRETRAINED:
         return ()
     return ("capture",) if configs[TrainConfig].source == "store" else identities.training_text(configs)
+
+
+def trained_sites(configs: Configs, name: str = "") -> Configs:
+    """Return the configuration with the captured sites that dictionaries of this run read, and no others.
+
+    A store's files of a site depend on no other site, so further sites leave dictionaries as they are.
+
+    Args:
+      configs: all settings.
+      name: name of the unit, which does not matter.
+    """
+    train, capture = configs[TrainConfig], configs[CaptureConfig]
+    if train.sites == ("all",) or PRETRAINED in train.kinds:
+        return configs
+    read = {part for site in train.sites for part in site.split("+")}
+    if train.form != "sae":
+        read |= {site.replace("mlp_in", "mlp_out") for site in read}
+    kept = tuple(site for site in capture.sites if site in read)
+    return configs if kept == capture.sites else configs | dataclasses.replace(capture, sites=kept)
 
 
 def _unread(configs: Configs, name: str) -> Sequence[str]:
@@ -74,21 +94,39 @@ def _unread(configs: Configs, name: str) -> Sequence[str]:
     return [f"train.{field}" for field, is_read in conditions.items() if not is_read]
 
 
+def _run(run: Run) -> Any:
+    from saejax.training.train import run_train
+
+    return run_train(run)
+
+
+def _results() -> Any:
+    from saejax.training.results import TrainResults
+
+    return TrainResults
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.training.planned import train_programs
+
+    return train_programs(plan, mesh)
+
+
 TRAIN = Stage(
     name="train",
     summary="trains sparse dictionaries on the captured activations",
-    run="saejax.training.train:run_train",
-    results="saejax.training.results:TrainResults",
+    run=_run,
+    results=_results,
     groups=(TrainConfig,),
     placement=(MeshConfig,),
-    after=("capture",),
+    reads=("baseline", "tokenize", "capture"),
     needs=_needs,
+    inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(initial=_initial, stream=_stream),
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
-    cost="saejax.training.cost:train_cost",
-    programs="saejax.training.cost:train_programs",
+    programs=_programs,
     unread=_unread,
     processes="all",
 )

@@ -1,9 +1,12 @@
 """The stage ``transfer``."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
 from saejax.tasks import identities
 
@@ -12,7 +15,7 @@ MEASURES = ("decoder", "encoder", "activity")
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(Config):
-    """What dictionaries of different layers, seeds, sizes and models have in common."""
+    """Comparison of dictionaries of different layers, seeds, sizes and models."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
@@ -64,19 +67,36 @@ def _folders(configs: Configs) -> str:
     )
 
 
+def _run(run: Run) -> Any:
+    from saejax.matching.transfer.run import run_transfer
+
+    return run_transfer(run)
+
+
+def _results() -> Any:
+    from saejax.matching.transfer.results import TransferResults
+
+    return TransferResults
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.matching.transfer.report import sections
+
+    return sections(findings, draw)
+
+
 TRANSFER = Stage(
     name="transfer",
     summary="compares dictionaries of different layers, seeds, sizes and models, if --transfer.dictionaries names any",
-    run="saejax.matching.transfer.run:run_transfer",
-    results="saejax.matching.transfer.results:TransferResults",
+    run=_run,
+    results=_results,
     groups=(ModelConfig, CorpusConfig, TransferConfig),
     placement=(MeshConfig,),
-    after=("train", "ablate", "interpret", "atlas"),
+    reads=("train",),
+    follows=("ablate", "interpret", "atlas"),
     needs=lambda configs, name: train_units(*configs[TransferConfig].dictionaries),
     names=lambda configs: ("",) if configs[TransferConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
-    cost="saejax.matching.transfer.cost:transfer_cost",
-    programs="saejax.matching.transfer.stage_programs:transfer_programs",
     processes="items",
-    section="saejax.matching.transfer.report:sections",
+    section=_sections,
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -179,9 +180,13 @@ def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
 
 
 def _resources(row: str, found: Findings) -> Iterator[ResourceFigures]:
-    needs = _needs(found)
+    needs, flops = _needs(found), dict[str, float]()
+    for program in needs.programs if needs else ():
+        stage = program.name.partition(":")[0]
+        flops[stage] = flops.get(stage, 0.0) + program.runs * program.flops
+    stages = Counter(unit.partition("/")[0] for unit in found.summaries)
     for unit, summary in found.summaries.items():
-        planned = needs.units[unit].flops if needs and unit in needs.units else None
+        planned = flops.get(unit.partition("/")[0], 0.0) / stages[unit.partition("/")[0]]
         used = summary.devices.count if summary.devices else 0
         yield ResourceFigures(
             row=row,

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from saejax.errors import UserError
 from saejax.runner import command, command_line
-from saejax.runner.stage import load
 from saejax.studies.rows import read_rows
 
 ABOUT = """\
@@ -44,8 +44,9 @@ def run(argv: Sequence[str]) -> int:
         if not own["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
         rows = read_rows(own["rows"].value, common)
-        run_rows = load("saejax.studies.study:run_study_rows")
-        more = {name: own[name].value for name in ("at_once", "take_over")}
-        run_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
+        from saejax.studies.study import run_study_rows
+
+        more: dict[str, Any] = {name: own[name].value for name in ("at_once", "take_over")}
+        run_study_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 
     return command.ended(work, own)

@@ -149,14 +149,14 @@ def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
     ],
 )
 def test_questions_that_cannot_be_end_in_one_line(flags, told, tmp_path, capsys):
-    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", "--task.behaviours=", *flags]) == 2
+    assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["addition", "paths"])
 def test_algorithms_are_learned_and_the_binaries_take_them(name, tmp_path):
-    flags = ["--task.behaviours=", f"--algorithm.names={name}"]
+    flags = [f"--algorithm.names={name}"]
     assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     unit = tmp_path / "algorithm" / name
     results = load_results(unit)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from runs import flag_file
 
 from saejax import load_model, load_results
 from saejax.attribution.local.transcoders import LayerTranscoders
@@ -129,7 +130,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
 
 @pytest.mark.slow
 def test_the_stage_finds_what_is_known(tmp_path):
-    flags = ["--task.behaviours=", "--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=8"]
+    flags = ["--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=8"]
     assert command.run(["known_circuits"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     results = load_results(tmp_path / "known_circuits" / "logic")
     assert holds(results) and results.logit_error < 1e-5 and results.accuracy == 1
@@ -144,12 +145,11 @@ def test_the_stage_finds_what_is_known(tmp_path):
         # Removing some directions does more harm than removing others, whatever they are: only both together count.
         assert results.sets[name].causal.shown == 0 and results.sets[name].causal.interchange.mean < 0.2
     assert "YES" in line(dict(logic=results))
-    assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
+    assert command.run(["report"], "", ["program", f"--workdir={tmp_path}", "--task.behaviours=", *flags]) == 0
     assert "Known circuits" in (tmp_path / "report" / "report.md").read_text()
     # The other binaries take the same folders.
     unit = tmp_path / "known_circuits" / "logic"
     own = [
-        f"--workdir={tmp_path / 'own'}",
         f"--model.path={unit / 'model'}",
         "--task.behaviours=",
         f"--task.prompts={unit / 'prompts.jsonl'}",
@@ -160,6 +160,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
         "--graph.kept_prompts=6",
         "--mesh.data=8",
     ]
+    own = [f"--workdir={tmp_path / 'own'}", flag_file(own)]
     for stage in ("baseline", "probe", "attribute"):
         assert command.run([stage], "", ["program", *own]) == 0
     graphs = load_results(tmp_path / "own" / "attribute" / "behaviours").graphs
@@ -186,7 +187,7 @@ def test_a_report_of_what_is_made_here_asks_for_no_baseline(asked):
 
 
 def test_settings_that_cannot_be_end_in_one_line(tmp_path, capsys):
-    flags = ["program", f"--workdir={tmp_path}", "--task.behaviours=", "--known.circuits=sorting"]
+    flags = ["program", f"--workdir={tmp_path}", "--known.circuits=sorting"]
     assert command.run(["known_circuits"], "", flags) == 2
     assert "expected one of chain, induction, logic" in capsys.readouterr().err.strip().splitlines()[-1]
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 from runs import make_configs
 
-from saejax.costs.cost import PlannedRun
+from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 from saejax.models.families import read_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SplitPoint
-from saejax.preflight import sums
-from saejax.settings import TrainConfig
+from saejax.parallel.mesh import make_mesh
+from saejax.preflight.plan import plan_run as plan_of_run
+from saejax.settings import MeshConfig, TrainConfig
 from saejax.training.members import SiteScale
 from saejax.training.step import Trainer
 
@@ -37,17 +39,13 @@ def plan_run(
     """A model's plan with its dictionary at a site; on one device, unless ``axes`` are given."""
     if site:
         changes |= dict(capture__sites=(site,), train__sites=(site,))
-    return sums.plan_run("model", model, make_configs(**changes), axes, documents=text[0], tokens=text[1])
-
-
-def make_needs(*arguments: Any, **changes: Any) -> sums.Needs:
-    """What the units of ``plan_run`` cost."""
-    return sums.Needs.of(plan_run(*arguments, **changes))
+    mesh = make_mesh(MeshConfig(**axes), jax.devices()[: prod(axes.values())])
+    return plan_of_run("model", model, make_configs(**changes), mesh, documents=text[0], tokens=text[1])
 
 
 def on_mesh(plan: PlannedRun, mesh: Mesh) -> PlannedRun:
     """The plan on these devices."""
-    return dataclasses.replace(plan, mesh=mesh, axes=mesh.shape)
+    return dataclasses.replace(plan, mesh=mesh)
 
 
 def make_trainer(plan: PlannedRun, mesh: Mesh) -> Trainer:

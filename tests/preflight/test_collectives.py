@@ -18,7 +18,7 @@ from saejax.preflight import topology
 from saejax.preflight.collectives import sent_bytes
 from saejax.settings import MeshConfig
 from saejax.settings.kinds import JumpReLUConfig
-from saejax.training.cost import train_programs
+from saejax.training.planned import train_programs
 
 LOOP = """
 HloModule jit_f

@@ -13,8 +13,7 @@ def test_each_member_of_a_stack_of_transcoders_has_its_own_sites():
         ablate__dictionary="topk/mlp_in.7",
     )
     places = [("mlp_in.3", "mlp_out.3"), ("mlp_in.7", "mlp_out.7")]
-    assert [(one.site, one.target) for one in plan.dictionaries(["topk"])] == places
-    (one,) = plan.dictionaries(["topk/mlp_in.7"])
-    assert (one.site, one.target) == places[1]
+    stack = plan.stacks["topk"]
+    assert [(one.site, one.target) for one in map(stack.of, stack.members)] == places
     tested = plan.dictionary("ablate")
     assert (tested.site, tested.target) == places[1]

@@ -1,7 +1,6 @@
 """What preflight compiles is what the stages run: the same functions, with arguments of the same shapes and places."""
 
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,19 +9,18 @@ from preflight_setup import arrays, assert_same_call, make_dictionary, make_trai
 
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
-from saejax.causal.cost import kept_prompts, prompt_length
-from saejax.costs.passes import pass_flops, step_flops
+from saejax.causal.programs import kept_prompts, prompt_length
+from saejax.costs.passes import head_flops, pass_flops, step_flops
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
-from saejax.interpret import attended, firings, neighbours
-from saejax.interpret.interpreter import NEAREST, OUTPUT
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site
-from saejax.preflight.sums import stage_programs
+from saejax.preflight import topology
+from saejax.preflight.plan import stage_programs
 from saejax.settings import AblateConfig, PreflightConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.training.step import Trainer
@@ -49,9 +47,6 @@ def plan(tiny_llama, mesh):
         task__batch=4,
         ablate__top=3,
         ablate__dictionary="standard",
-        interpret__dictionaries=("standard",),
-        interpret__batch_tokens=64,
-        interpret__attention_tokens=64,
     )
     return on_mesh(plan, mesh)
 
@@ -86,9 +81,11 @@ def test_ablation(programs, plan, lm, spy):
 
 
 def test_generation(programs, lm, spy):
-    calls = spy(decoding, "prefill")
+    prompts, tokens = spy(decoding, "prefill"), spy(decoding, "decode")
     lm.generate(lm.tokenize(["The cat near the dogs"] * 4), 32)
-    assert_same_call(programs["benchmark: prefill"], calls[-1])
+    assert_same_call(programs["benchmark: prefill"], prompts[-1])
+    expected, seen = arrays(programs["benchmark: decoding"].arguments), arrays(tokens[-1])
+    assert [shape for shape, *_ in expected] == [shape for shape, *_ in seen]
 
 
 def test_evaluation(programs, plan, lm, spy):
@@ -100,33 +97,6 @@ def test_evaluation(programs, plan, lm, spy):
     )
     for name, seen in calls.items():
         assert_same_call(programs[f"evaluate: {name}"], seen[-1])
-
-
-def test_interpretation(programs, plan, lm, mesh, spy, tmp_path):
-    from saejax.interpret.text import CodedText
-
-    calls = {
-        "encode": spy(firings, "encode_batch"),
-        "firings": spy(firings, "take_firings"),
-        "logit lens": spy(neighbours, "logit_lens"),
-        "neighbours": spy(neighbours, "nearest_block"),
-        "attention": spy(attended, "attended"),
-    }
-    dictionary, documents = make_dictionary(lm, plan), _documents(8, 32)
-    store = SimpleNamespace(
-        folder=tmp_path,
-        documents=documents,
-        rows=lambda split, site: np.arange(256),
-        read=lambda site, rows: np.ones((len(rows), 64), np.float32),
-        tokens=lambda rows: (rows // 32, rows % 32, documents.ids_T[rows]),
-    )
-    firings.record(store, "train", {tmp_path / "own": dictionary}, mesh, 64)
-    neighbours.output_tokens(lm, dictionary.W_dec_FxD[...], OUTPUT)
-    neighbours.nearest_rows(dictionary.W_dec_FxD[...], NEAREST)
-    attended.HeadShares(lm, documents, CodedText(documents, [str(i) for i in range(lm.config.vocab)]), 2, 64)
-    for name, seen in calls.items():
-        assert_same_call(programs[f"interpret: {name}"], seen[-1])
-    assert len(calls) == sum(name.startswith("interpret") for name in programs)
 
 
 def test_capture(programs, lm, mesh, spy, tiny_llama):
@@ -174,6 +144,13 @@ def test_flops_against_xla(plan, mesh):
 def test_flops_of_a_step():
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
     assert PreflightConfig().tolerance == 1e-4
+
+
+def test_decoding_compiles_and_its_flops_are_those_of_the_new_tokens(programs, plan):
+    program = programs["benchmark: decoding"]
+    assert topology.compile_for(program, 2**30, 8).fits
+    model = plan.model
+    assert program.flops == pass_flops(model, 4 * 32, 32 + 32, model.n_layers) + head_flops(model, 4 * 32)
 
 
 def test_training_from_the_model_keeps_all_of_it_on_the_devices(tiny_llama, mesh, lm):

@@ -13,7 +13,7 @@ from saejax.costs.programs import Program
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
-from saejax.preflight.sums import stage_programs
+from saejax.preflight.plan import stage_programs
 from saejax.runner import command
 from saejax.settings import MeshConfig
 

@@ -19,7 +19,7 @@ PREFLIGHT = dict(
 
 def fake_stages() -> dict:
     """The stages with ``fake_stage`` in place of their work, which read nothing from outside."""
-    changes = dict(run="fake_child:fake_stage", identity={}, unit_identity={}, results="")
+    changes = dict(run=fake_stage, identity={}, unit_identity={}, results=None)
     return {name: dataclasses.replace(stage, **changes) for name, stage in pipeline.STAGES.items()}
 
 

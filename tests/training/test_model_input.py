@@ -99,8 +99,7 @@ def test_it_is_evaluated_and_reported_with_a_sample_in_place_of_a_store(inputs, 
     store: CaptureResults = load_results(tmp_path / "run" / "capture")
     assert all(150 <= store.tokens[split] < 170 < text.tokens[split] for split in ("train", "held_out"))
     preflight: PreflightResults = load_results(tmp_path / "run" / "preflight")
-    sample, training = (preflight.models[0].units[unit] for unit in ("capture", "train/topk"))
-    assert sample.flops < training.flops / 4 and training.bytes.model == sample.bytes.model > 0
+    assert preflight.seconds and preflight.seconds["capture"] < preflight.seconds["train"] / 4
     (scores,) = load_results(tmp_path / "run" / "evaluate" / "topk").members
     assert scores.tokens <= store.tokens["held_out"]
     assert (tmp_path / "run" / "report" / "index.html").exists()

@@ -21,7 +21,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.runner import command
 from saejax.settings import TrainConfig
-from saejax.training.cost import planned_stacks
+from saejax.training.planned import planned_stacks
 from saejax.training.pretrained import find_pretrained
 
 pytestmark = pytest.mark.usefixtures("one_device")

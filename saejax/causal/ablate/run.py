@@ -13,17 +13,14 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from saejax.causal import parts
-from saejax.causal.cost import FIRING, causal_cost, edited_bytes, layers_above
 from saejax.causal.importance import Importance, measure_importance
 from saejax.causal.programs import SplitShapes
-from saejax.costs.cost import START, Cost, PlannedRun
-from saejax.costs.passes import pass_flops
+from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.errors import UserError
 from saejax.interventions import activity, positions
 from saejax.interventions.ablation import (
-    KL_FRACTIONS,
     BehaviourAblation,
     expected_rows,
     measure_behaviour,
@@ -43,10 +40,10 @@ from saejax.runner.workspace import Run
 from saejax.settings import BASES, AblateConfig, CorpusConfig, TaskConfig
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.tasks.behaviours import Prompt
-from saejax.tasks.cost import PROMPT, count_all_behaviours
+from saejax.tasks.planned import count_all_behaviours
 
 TEXT_LENGTH = 32  # tokens of a held-out document
-_COMPILE = 5.0  # seconds in which a behaviour's programs are compiled, whose prompts have a length of their own
+_FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,26 +186,6 @@ def _effects_folder(run: Run, behaviour: str) -> Path:
     return parts.part_file(run, behaviour, "-effects")
 
 
-def ablate_cost(plan: PlannedRun, name: str) -> Cost:
-    """Return what the unit takes: the layers above the site, forward for edits and backward for attribution."""
-    task, ablate, used = plan.configs[TaskConfig], plan.configs[AblateConfig], plan.dictionary("ablate")
-    behaviours, trainings = count_all_behaviours(task), 1 + ablate.untrained + len(ablate.repeats)
-    prompts = [Prompt("", "test", "", "", "")] * task.test_prompts
-    named: Mapping[str, Sequence[Prompt]] = {str(number): prompts for number in range(behaviours)}
-    rows = FIRING * expected_rows(ablate, named, "0", used.n_features)
-    ranked = min(ablate.attribution_prompts or task.train_prompts, task.train_prompts)
-    slopes = ranked * (3 * (trainings + len(ablate.baselines)) + trainings * (1 + 1 / TARGETS) * ablate.placebo_targets)
-    documents = ablate.text_documents * (len(KL_FRACTIONS) * (1 + len(ablate.baselines)) + trainings)
-    # The head of the vocabulary is as much again.
-    tokens = int(behaviours * ((rows + slopes) * PROMPT + 2 * documents * TEXT_LENGTH))
-    flops = pass_flops(plan.model, tokens, PROMPT, layers_above(plan, used))
-    more = dict(
-        host_seconds=START + _COMPILE * behaviours * (trainings + len(ablate.baselines) / 2),
-        batches=dict(prompts=PROMPTS, rows=ablate.batch_rows),
-    )
-    return causal_cost(plan, flops, edited_bytes(plan, used, _gathered(plan), ablate.batch_rows), used, **more)
-
-
 def _gathered(plan: PlannedRun) -> int:
     """Return the number of features whose activations are kept at once, with padding."""
     return filled_features(min(plan.dictionary("ablate").n_features, max(FEATURES, plan.configs[AblateConfig].top)))
@@ -219,11 +196,20 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     if not plan.configs[TaskConfig].has_behaviours:
         return []
     shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs[AblateConfig], _gathered(plan)
-    placebos = [shapes.placebos(ablate.replacement)] if ablate.placebo_targets else []
-    return [
-        shapes.head(error=ablate.error),
-        shapes.slopes("gradient", ablate.replacement),
+    task, behaviours = plan.configs[TaskConfig], count_all_behaviours(plan.configs[TaskConfig])
+    trainings = 1 + ablate.untrained + len(ablate.repeats)
+    prompts = [Prompt("", "test", "", "", "")] * task.test_prompts
+    named: Mapping[str, Sequence[Prompt]] = {str(number): prompts for number in range(behaviours)}
+    rows = _FIRING * behaviours * expected_rows(ablate, named, "0", plan.dictionary("ablate").n_features)
+    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
+    targets = trainings * ranked * ablate.placebo_targets / TARGETS
+    calls = dict(head=2 * ranked, slopes=ranked * (trainings + len(ablate.baselines)), tail=rows / ablate.batch_rows)
+    placebos = [(shapes.placebos(ablate.replacement), targets)] if ablate.placebo_targets else []
+    programs = [
+        (shapes.head(error=ablate.error), calls["head"]),
+        (shapes.slopes("gradient", ablate.replacement), calls["slopes"]),
         *placebos,
-        shapes.features(ablate.replacement, gathered),
-        shapes.tail(gathered, ablate.batch_rows),
+        (shapes.features(ablate.replacement, gathered), calls["slopes"]),
+        (shapes.tail(gathered, ablate.batch_rows), calls["tail"]),
     ]
+    return [dataclasses.replace(program, runs=runs) for program, runs in programs]

@@ -1,39 +1,37 @@
-"""What the stage ``train`` takes, and which dictionaries it will train."""
+"""The dictionaries that the stage ``train`` will train, and its programs with shapes in place of arrays."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax.activations.batches import sites_of
-from saejax.activations.cost import batch_shape, reading_cost, recorded_rows
 from saejax.activations.device_buffers import BY_DOCUMENT, buffer_shapes, buffer_writer
 from saejax.activations.joined import single_sites
-from saejax.costs.cost import WIDTH, Cost, DeviceBytes, PlannedRun, PlannedStack
-from saejax.costs.passes import dictionary_bytes, pass_flops, step_flops, weights_share
+from saejax.activations.planned import batch_shape, recorded_rows
+from saejax.costs.passes import pass_flops, step_flops, weights_share
+from saejax.costs.plan import WIDTH, PlannedRun, PlannedStack
 from saejax.costs.programs import Program, abstract_params, whole
 from saejax.dictionaries import DictionaryConfig
+from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
-from saejax.parallel.mesh import part_size
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
-from saejax.training.each_member import members_at_once
 from saejax.training.members import Member, SiteScale, members
 from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites, stack_shape
 from saejax.training.train import trainer_of
 
-_OVERHEAD = 0.45
-_START = 3.0  # seconds in which the step is compiled and the first batches are read
 _STEPS = 1000  # length of the run, of which only the schedules know
 
 
 def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderConfig) -> dict[str, PlannedStack]:
-    """The dictionaries that will be trained on a model, by kind.
+    """Return the dictionaries that will be trained on a model, by kind.
 
     Args:
       captured: the sites that will be in the store.
@@ -45,7 +43,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     sites = captured if train.sites == ("all",) else single_sites(train.sites)
 
     def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
-        """Of the sites that these members read and predict, all of which are captured."""
+        """Return the widths of the sites that members read and predict, all of which are captured."""
         needed = single_sites(site for member in stack for site in (member.site, member.target))
         found = {site: decoder_site(site).check(model).width(model) for site in needed}
         missing = [site for site in needed if site not in captured]
@@ -66,7 +64,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
 def _planned(
     train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
 ) -> PlannedStack:
-    """All members, those of the widest of several expansions last, with its shape."""
+    """Return all members, those of the widest of several expansions last, with its shape."""
     found = []
     for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
         own = members(config, kind, sites)
@@ -82,76 +80,51 @@ def _largest(found: Sequence[Pretrained], widths: Mapping[str, int]) -> Dictiona
     return max((one.config for one in found), key=lambda config: config.d_in * config.n_features)
 
 
-def train_cost(plan: PlannedRun, kind: str) -> Cost:
-    """All members of a stack, their features split over ``model``, themselves over ``member``; and the model they read.
+def checkpoint_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of dictionaries and of the checkpoints that are kept: parameters and Adam's two means each."""
+    train, total = plan.configs[TrainConfig], 0
+    for kind, stack in plan.stacks.items():
+        arrays = sum(prod(shape) for shape, _ in parameter_table(stack.dictionary).values()) * len(stack.members)
+        arrays = round(weights_share(train.form, len(stack.members)) * arrays)
+        means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
+        kept = 0 if kind == PRETRAINED else train.keep_checkpoints + bool(train.best)
+        total += arrays * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
+    return total
 
-    A cross-layer transcoder has ``weights_share`` times the weights of a stack of transcoders.
 
-    Raises:
-      UserError: the mesh does not divide the batch, the features or the members.
+def host_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of host memory that training takes: its buffer of shuffled rows, and a copy of the state.
+
+    The copy is what a checkpoint is written from while training goes on.
     """
-    train, stack = plan.configs[TrainConfig], plan.stacks[kind]
-    dictionary, count = stack.dictionary, len(stack.members)
-    if kind == PRETRAINED:
-        copied = sum(dictionary_bytes(one.config, "float32") for one in stack.members)
-        return Cost(DeviceBytes(), 0.0, "float32", 1.0, _START, disk=copied)
-    widths = [one.features_of(dictionary.d_in) for one in train.each_expansion()]
-    count //= len(widths)  # of each expansion
-    for width in widths:
-        check_divides(train, width, count, plan.axes)
-    here, (d, f) = -(-count // plan.axes["member"]), (dictionary.d_in, dictionary.n_features)
-    trainer_of(train, kind, stack.members, plan.axes)
-    at_once = here
-    if train.form != "cross_layer_transcoder":
-        at_once = members_at_once(train.members_at_once, count, train.batch, f, plan.axes, plan.platform)
-    share = weights_share(train.form, count)
-    arrays = round(share * here * dictionary_bytes(dictionary, train.state_dtype, plan.axes))
-    batch = part_size(plan.axes, (train.batch, d), "data", None)
-    batch += part_size(plan.axes, (train.batch, f), "data", "model")
-    rows = recorded_rows(plan)
-    seen = min(train.epochs * rows, train.max_steps * train.batch or train.epochs * rows)
-    read, flops = DeviceBytes(), share * count * sum(step_flops(seen, d, width) for width in widths)
-    if train.source == "model":
-        sites = [decoder_site(name) for name in single_sites(n for m in stack.members for n in (m.site, m.target))]
-        read, passes = reading_cost(plan, sites, seen)
-        by_member = "member" if plan.backend == "jax" else None
-        buffer = part_size(plan.axes, (len(sites), min(train.buffer_rows, rows), d), by_member, "data", None)
-        read = dataclasses.replace(
-            read, activations=read.activations + WIDTH[plan.configs[CaptureConfig].store_dtype] * buffer
-        )
-        flops += passes * len(widths)
-    return Cost(
-        DeviceBytes(
-            model=read.model,
-            dictionary=arrays,
-            optimizer=_optimizer_bytes(train, arrays, at_once / here, plan.axes),
-            activations=at_once * WIDTH[train.state_dtype] * 4 * batch + read.activations,
-        ),
-        flops,
-        train.matmul,
-        _OVERHEAD,
-        _START,
-        disk=round(
-            share * count * 7 * 4 * 2 * d * sum(widths)
-        ),  # two checkpoints, with the optimizer's moments, and the arrays
-    )
+    train = plan.configs[TrainConfig]
+    sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
+    width = sum(decoder_site(site).width(plan.model) for site in sites)
+    rows = min(train.buffer_rows, recorded_rows(plan) or train.buffer_rows)
+    states = [
+        3 * WIDTH[train.state_dtype] * len(stack.members) * sum(prod(shape) for shape, _ in table.values())
+        for stack, table in ((stack, parameter_table(stack.dictionary)) for stack in plan.stacks.values())
+    ]
+    return rows * width * WIDTH[plan.configs[CaptureConfig].store_dtype] + max(states, default=0)
 
 
-def _optimizer_bytes(train: TrainConfig, arrays: int, at_once: float, axes: Mapping[str, int]) -> int:
-    """Adam's two means of so many bytes of arrays, and the gradient of the share that is computed at once."""
-    means = 1.5 if train.mu_dtype == "bfloat16" and train.state_dtype == "float32" else 2.0
-    return round(arrays * (means / (axes["data"] if train.zero_optimizer else 1) + at_once))
+def resident_bytes(plan: PlannedRun) -> int:
+    """Return the bytes of a store on each device if all of its rows are resident there."""
+    sites = single_sites(site for stack in plan.stacks.values() for m in stack.members for site in (m.site, m.target))
+    width = sum(decoder_site(site).width(plan.model) for site in sites)
+    total = recorded_rows(plan) * width * WIDTH[plan.configs[CaptureConfig].store_dtype]
+    return -(-total // plan.mesh.shape["data"])
 
 
 def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """The step of every stack and, where the JAX decoder makes activations as they are needed, how a buffer is filled.
+    """Return the step of every stack and, where the JAX decoder makes activations as needed, how a buffer is filled.
 
     There the model, the buffer and the training state are on the devices all the time.
 
     Raises:
       UserError: the mesh does not divide the batch, the features or the members.
     """
-    filled = plan.configs[TrainConfig].source == "model" and plan.backend == "jax"
+    filled = plan.configs[TrainConfig].source == "model" and plan.configs[CaptureConfig].backend == "jax"
     programs: list[Program] = []
     for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
         step = _step(plan, stack, mesh)
@@ -170,7 +143,7 @@ def _joined(stack: PlannedStack) -> bool:
 
 
 def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
-    """Its arguments begin with the model's parameters, and the buffer's parts and norms."""
+    """Return the program that fills a buffer; its first arguments are the model's parameters, the buffer and norms."""
     parts, dtype = batch_parts(stack.members), plan.configs[CaptureConfig].store_dtype
     rows = min(plan.configs[TrainConfig].buffer_rows, recorded_rows(plan) or plan.configs[TrainConfig].buffer_rows)
     (count, length), layers = batch_shape(plan), 1 + max(Site.parse(site).layer for site in sites_of(parts))
@@ -190,11 +163,19 @@ def _fill(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         ),
         (),
         pass_flops(plan.model, count * length, length, layers),
+        _steps(plan) * plan.configs[TrainConfig].batch / (count * length),
     )
 
 
+def _steps(plan: PlannedRun) -> float:
+    """Estimate the number of steps."""
+    train = plan.configs[TrainConfig]
+    steps = train.epochs * recorded_rows(plan) / train.batch
+    return min(steps, train.max_steps or steps)
+
+
 def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
-    """Its arguments are the state, what is read of the members, and a batch."""
+    """Return the training step; its arguments are the state, the members' settings, and a batch."""
     each, dictionary = plan.configs[TrainConfig].each_expansion(), stack.dictionary
     config = max(each, key=lambda config: config.expansion)
     members = stack.members[-(len(stack.members) // len(each)) :]
@@ -214,4 +195,5 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
         (),
         weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
+        _steps(plan) * sum(one.expansion for one in each) / max(one.expansion for one in each),
     )

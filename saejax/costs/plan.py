@@ -1,0 +1,107 @@
+"""What programs follow from: a configuration, a model known by its shape, and devices that need not be there."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax import Device
+from jax.sharding import Mesh
+
+from saejax.dictionaries import DictionaryConfig, stacks
+from saejax.dictionaries.formats import read_config
+from saejax.errors import one_of
+from saejax.models.config import DecoderConfig
+from saejax.models.sites import Site
+from saejax.parallel.mesh import alone_config, make_mesh
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage, is_folder
+from saejax.settings import CaptureConfig, ModelConfig
+
+WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
+CHARACTERS_PER_TOKEN = 4.2  # English text under a vocabulary of about 50,000
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStack:
+    """Dictionaries that one program will train.
+
+    Attributes:
+      dictionary: the configuration that its members share.
+      members: the members, each with its ``name``, ``site`` and ``target``.
+    """
+
+    dictionary: DictionaryConfig
+    members: tuple[Any, ...]
+
+    def of(self, member: Any) -> DictionaryConfig:
+        """Return the configuration of a member, at its own sites."""
+        target = member.target if self.dictionary.target else ""
+        return dataclasses.replace(self.dictionary, site=member.site, target=target)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """A run that has not begun.
+
+    Attributes:
+      configs: the groups of configuration.
+      name: name of the model, for messages.
+      model: its decoder.
+      sites: sites of the decoder that are captured.
+      stacks: the dictionaries that are trained, by kind.
+      mesh: the devices.
+      documents: number of documents of the text; 0 where it was not looked at.
+      tokens: estimated number of its tokens.
+      own_devices: devices of each process where there are several; otherwise 0.
+      host: devices to compile for in place of a process's own, where the compiler of a slice takes no part of a slice.
+      stands_for: platform that the devices of the mesh stand for, such as "gpu"; "": they are what they are.
+    """
+
+    configs: Configs
+    name: str
+    model: DecoderConfig
+    sites: tuple[Site, ...]
+    stacks: Mapping[str, PlannedStack]
+    mesh: Mesh
+    documents: int = 0
+    tokens: int = 0
+    own_devices: int = 0
+    host: tuple[Device, ...] = ()
+    stands_for: str = ""
+
+    def placed(self, stage: Stage) -> "PlannedRun":
+        """Return the plan on the devices of a stage: those of one process, unless all processes run it together."""
+        if not self.own_devices or stage.processes == "all":
+            return self
+        config = alone_config(self.mesh.shape["model"], self.own_devices)
+        devices = self.host or self.mesh.devices.flat[: self.own_devices].tolist()
+        return dataclasses.replace(self, mesh=make_mesh(config, devices), own_devices=0)
+
+    @property
+    def platform(self) -> str:
+        """Platform of the devices: "cpu", "gpu" or "tpu"."""
+        return self.stands_for or self.mesh.devices.flat[0].platform
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the model's weights and products in JAX."""
+        return self.configs[ModelConfig].dtype
+
+    @property
+    def capture_dtype(self) -> str:
+        """Dtype in which the model runs while it is captured."""
+        return self.configs[CaptureConfig].dtype
+
+    def dictionary(self, stage: str) -> DictionaryConfig:
+        """Return the configuration of the dictionary that ``--<stage>.dictionary`` names.
+
+        Raises:
+          UserError: no dictionary of this name is trained, or the folder holds none.
+        """
+        name = self.configs.named(stage).dictionary
+        if is_folder(name):
+            return read_config(name)
+        kind, member = stacks.kind_and_member(name)
+        stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
+        stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
+        return stack.of(next(entry for entry in stack.members if entry.name == member))

@@ -1,0 +1,114 @@
+"""A configuration on a model that is known by its shape: its programs, and the bytes and hours that it takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from saejax.activations.planned import store_bytes
+from saejax.costs.plan import PlannedRun
+from saejax.costs.programs import Program
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.parameters import LAYERS, parameter_table
+from saejax.models.sites import ModuleSite, decoder_site
+from saejax.parallel.mesh import fitting_spec
+from saejax.preflight.results import CompiledProgram
+from saejax.runner.config import Configs
+from saejax.runner.registry import STAGES
+from saejax.settings import CaptureConfig, TrainConfig
+from saejax.training.planned import checkpoint_bytes, planned_stacks
+
+_DIMENSIONS = {
+    "H": "query heads",
+    "N": "key-value heads",
+    "F": "dimensions of the MLP",
+    "V": "entries of the vocabulary",
+}
+
+
+def plan_run(name: str, model: DecoderConfig, configs: Configs, mesh: Mesh, **more: Any) -> PlannedRun:
+    """Return the plan of a configuration on a model.
+
+    Args:
+      name: name of the model.
+      model: its decoder.
+      configs: all settings.
+      mesh: the devices.
+      more: other fields of ``PlannedRun``.
+
+    Raises:
+      UserError: a site does not exist in this model, or is trained on and not captured; k is above the features.
+    """
+    capture = configs[CaptureConfig]
+    try:
+        # Modules of the PyTorch model, which may be captured as well, have sizes that only it knows.
+        sites = tuple(decoder_site(site).check(model) for site in capture.sites if not ModuleSite.names(site))
+        stacks = planned_stacks(configs[TrainConfig], capture.sites, model)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return PlannedRun(configs, name, model, sites, stacks, mesh, **more)
+
+
+def check_dictionaries(plan: PlannedRun) -> None:
+    """Raise a ``UserError`` if a stage that is asked for names a dictionary that is not trained."""
+    for stage in ("ablate", "patch", "probe", "steer", "study"):
+        if STAGES[stage].units(plan.configs) and plan.configs.named(stage).dictionary:
+            plan.dictionary(stage)
+
+
+def stage_programs(plan: PlannedRun) -> list[Program]:
+    """Return the large programs of all stages that have any.
+
+    Raises:
+      UserError: the mesh does not divide the training batch or the features.
+    """
+    asked = [stage for stage in STAGES.values() if stage.programs and stage.units(plan.configs)]
+    if STAGES["study"].units(plan.configs) and STAGES["benchmark"] not in asked:
+        asked.append(STAGES["benchmark"])  # its programs are those of a study, too
+    placed = [(stage.programs, plan.placed(stage)) for stage in asked]
+    return [program for programs, where in placed if programs for program in programs(where, where.mesh)]
+
+
+def disk_bytes(plan: PlannedRun) -> int:
+    """Return the bytes that a run writes: the store, dictionaries and the checkpoints that are kept."""
+    units = {unit.partition("/")[0] for stage in ("capture", "train") for unit in STAGES[stage].units(plan.configs)}
+    return ("capture" in units) * store_bytes(plan) + ("train" in units) * checkpoint_bytes(plan)
+
+
+def stage_seconds(programs: Sequence[CompiledProgram], rates: Mapping[str, float], dtypes: Mapping[str, str]) -> dict:
+    """Return the expected seconds of each stage: the operations of its programs, divided by a measured rate.
+
+    Args:
+      programs: the programs, with how often each is called.
+      rates: FLOP/s of large matrix products of all devices, by dtype.
+      dtypes: dtype of the products of each stage; float32 for those that are not named.
+    """
+    seconds: dict[str, float] = {}
+    for program in programs:
+        stage = program.name.partition(":")[0]
+        rate = rates[dtypes.get(stage, "float32")]
+        seconds[stage] = seconds.get(stage, 0.0) + program.runs * program.flops / rate
+    return seconds
+
+
+def replicated(plan: PlannedRun) -> list[str]:
+    """Return the weights that the mesh does not divide, so that every device holds all of them; a line each."""
+    axes, names = plan.mesh.shape, dict[tuple[int, str], list[str]]()
+    over = axes["model"]
+    for name, (shape, spec) in parameter_table(plan.model).items():
+        label, _, letters = name.rpartition("_")
+        split = fitting_spec(axes, shape, *spec)
+        for size, letter, axis, kept in zip(shape, _letters(letters, len(spec)), spec, split, strict=True):
+            if axis and over > 1 and not kept:
+                names.setdefault((size, letter), []).append(label.removeprefix(LAYERS))
+    return [
+        f"{size:,} {_DIMENSIONS.get(letter, letter)} over {over} devices: {', '.join(sorted(labels))} are replicated"
+        for (size, letter), labels in names.items()
+    ]
+
+
+def _letters(letters: str, count: int) -> list[str]:
+    """Return the letters of "DxHxK", with "" for the layers in front of them."""
+    named = letters.split("x")
+    return [""] * (count - len(named)) + named

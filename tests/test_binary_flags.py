@@ -1,0 +1,99 @@
+"""Each binary accepts the flags of its stage and of the stages it reads, refuses others, and explains those it has."""
+
+import dataclasses
+
+import pytest
+import runs
+
+from saejax.runner import command, command_line
+from saejax.runner.config import Configs, group_name
+from saejax.runner.registry import GROUPS, STAGES, accepted_groups, with_inputs
+from saejax.runner.workplan import Workplan
+from saejax.settings import CaptureConfig, PatchConfig, TrainConfig
+
+
+def read(stages, *flags):
+    return command_line.read_configs(command_line.stage_flags(), ["program", *flags], stages)
+
+
+def test_stages_and_flags_are_those_of_a_stage_and_of_all_that_it_reads():
+    assert with_inputs(["evaluate"]) == ["baseline", "tokenize", "capture", "train", "evaluate"]
+    assert sorted(accepted_groups(["capture"])) == ["capture", "corpus", "mesh", "model", "task"]
+    for everything in (["report"], ["preflight"], list(STAGES)):
+        assert set(accepted_groups(everything)) == set(GROUPS)
+
+
+@pytest.mark.parametrize("flag", ["--patch.top=3", "--patch.top", "--notrain.tensorboard", "-train.k=3"])
+def test_another_stages_flag_is_refused_on_the_command_line(flag, tmp_path, capsys):
+    flags = [flag, "3"] if flag == "--patch.top" else [flag]
+    assert command.run(["capture"], "", ["program", f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    name, owner = flag.lstrip("-").partition("=")[0], "patch" if "patch" in flag else "train or ground_truth"
+    line = f"error: --{name} belongs to the stage {owner}, which capture does not read: "
+    assert capsys.readouterr().err == line + "leave it out (in a flag file it is ignored)\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_stages_flag_is_ignored_in_a_file(tmp_path):
+    file = tmp_path / "shared.flags"
+    file.write_text("--patch.top=0\n--train.k=3\n--capture.bos=never\n")
+    configs = read(["capture"], f"--flagfile={file}")
+    assert (configs[CaptureConfig].bos, configs[PatchConfig], configs[TrainConfig]) == (
+        "never",
+        PatchConfig(),
+        TrainConfig(),
+    )
+    assert read(["train"], f"--flagfile={file}")[TrainConfig].k == (3,)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_lists_the_accepted_flags_with_their_defaults(stage):
+    flag_values = command_line.stage_flags()
+    command_line.read_configs(flag_values, ["program", "--help"], [stage])
+    text = command_line.help_text([stage], "", flag_values)
+    for group, cls in GROUPS.items():
+        fields = [field.name for field in dataclasses.fields(cls) if "nested" not in field.metadata]
+        for field in fields:
+            assert (f"\n  --{group}.{field}  " in text) == (group in accepted_groups([stage])), (group, field)
+    lines = [line for line in text.splitlines() if line.startswith("  --")]
+    assert all("(default: " in line or "(required)" in line or "--flagfile" in line for line in lines)
+
+
+class Noting(Configs):
+    """Settings that note which groups are looked at."""
+
+    def __init__(self, configs):
+        super().__init__(*configs)
+        self.seen = set()
+
+    def __getitem__(self, group):
+        self.seen.add(group_name(group))
+        return super().__getitem__(group)
+
+    def named(self, name):
+        self.seen.add(name)
+        return super().named(name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_accepts(stage, inputs, tmp_path):
+    """Otherwise a binary, which ignores other flags, would make other units than the pipeline does."""
+    changes = {f"{group}__{field}": value for group, field, value in (
+        ("interpret", "dictionaries", "topk"), ("export", "dictionaries", "topk"), ("transfer", "dictionaries", "topk"),
+        ("crosscode", "dictionaries", "topk"), ("cluster", "dictionaries", "topk"), ("explain", "dictionaries", "topk"),
+        ("explain", "url", "http://localhost/v1"), ("explain", "model", "judge"), ("track", "prompt", "A cat sat."),
+        ("track", "dictionaries", "topk"), ("known", "circuits", "chain"), ("algorithm", "names", "addition"),
+        ("truth", "features", "64"), ("patch", "kinds", "mlp_out"), ("patch", "dictionary", "topk"),
+        ("probe", "labels", "answer"), ("steer", "dictionary", "topk"), ("ablate", "effects", "all"),
+        ("graph", "behaviours", "capital"), ("graph", "transcoders", str(tmp_path)), ("corpus", "stream", "True"),
+    )}  # fmt: skip
+    flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
+    configs = Noting(read(list(STAGES), *flags))
+    units = STAGES[stage].units(configs)
+    assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
+    STAGES[stage].check(configs)
+    plan = Workplan(configs)
+    if stage != "attribute":  # there is no set of transcoders
+        marks = [plan.fingerprint(unit) for unit in units]
+        alone = Workplan(read([stage], *flags))
+        assert [alone.fingerprint(unit) for unit in units] == marks
+    assert configs.seen <= set(accepted_groups([stage]))

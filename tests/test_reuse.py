@@ -1,0 +1,103 @@
+"""Which units a changed flag makes and which it reuses; docs/your_model.md shows the table."""
+
+import json
+import shutil
+
+import pytest
+import runs
+
+from saejax.runner import command, command_line
+from saejax.runner.registry import STAGES
+from saejax.runner.workplan import Workplan
+
+ASKED = ["baseline", "benchmark", "capture", "train", "evaluate", "ablate", "interpret", "report"]
+BASE = dict(interpret__dictionaries="topk")
+
+
+def marks(inputs, tmp_path, **changes) -> dict[str, str]:
+    """The hashes of all units of a small configuration."""
+    flags = runs.small_flags(*inputs, tmp_path / "run", **BASE | changes)
+    configs = command_line.read_configs(command_line.stage_flags(), ["program", *flags])
+    plan = Workplan(configs)
+    return {unit: plan.fingerprint(unit) for stage in ASKED for unit in STAGES[stage].units(configs)}
+
+
+DICTIONARIES = {"train/topk", "train/standard"}
+AFTER_TRAINING = {"evaluate/topk", "evaluate/standard", "interpret/topk", "ablate/topk", "report"}
+OF_TOPK = {"train/topk", "evaluate/topk", "interpret/topk", "ablate/topk", "report"}
+PROMPTS = {"baseline", "ablate/topk", "report"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "made"),
+    [
+        (dict(train__k="8,16", ablate__dictionary="topk/k8"), OF_TOPK - {"ablate/topk"} | {"ablate/topk-k8"}),  # member
+        (dict(train__k=16), OF_TOPK),
+        (dict(train__l1=0.1), {"train/standard", "evaluate/standard", "report"}),
+        (dict(train__kinds="topk,standard,gated"), {"train/gated", "evaluate/gated", "report"}),
+        (dict(capture__sites="resid_post.0,resid_post.1"), {"capture", "report"}),
+        (dict(corpus__context=64), {"capture", *DICTIONARIES, *AFTER_TRAINING}),
+        (dict(task__test_prompts=4), PROMPTS),
+        (dict(task__benchmarks="gsm8k", task__path="items.jsonl"), {"benchmark/gsm8k", "report"}),
+        (dict(evaluate__dense_above=0.2), {"evaluate/topk", "evaluate/standard", "report"}),
+        (dict(ablate__seed=1), {"ablate/topk", "report"}),
+        (dict(report__title="Another title"), {"report"}),
+        (dict(train__checkpoint_every=7, train__log_every=3, mesh__data=2, capture__batch_tokens=99), set()),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_a_changed_flag_makes_what_depends_on_it(inputs, tmp_path, monkeypatch, changes, made):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.jsonl").write_text(json.dumps(dict(question="1 + 1?", answer="2 #### 2")) + "\n")
+    before, after = marks(inputs, tmp_path), marks(inputs, tmp_path, **changes)
+    assert {unit for unit, mark in after.items() if before.get(unit) != mark} == made
+
+
+def test_setting_a_flag_back_finds_the_earlier_units(inputs, tmp_path):
+    before = marks(inputs, tmp_path)
+    assert marks(inputs, tmp_path, train__k=16) != before
+    assert marks(inputs, tmp_path, train__k=8) == before
+
+
+def test_the_same_model_and_text_elsewhere_change_nothing(inputs, tmp_path):
+    model, corpus = inputs
+    shutil.copytree(model, tmp_path / "moved")
+    shutil.copy(corpus, tmp_path / corpus.name)
+    assert marks((tmp_path / "moved", tmp_path / corpus.name), tmp_path) == marks(inputs, tmp_path)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_kind_of_device_changes_nothing(inputs, tmp_path, monkeypatch, platform):
+    before = marks(inputs, tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    assert marks(inputs, tmp_path) == before
+
+
+def test_one_more_site_captures_one_site(inputs, tmp_path, capsys, monkeypatch):
+    """The store of both sites is the bits of a store made at once, and the model is read for the new one alone."""
+    from saejax.activations.writer import StoreWriter
+
+    written = []
+    write_site = StoreWriter.write_site
+    monkeypatch.setattr(
+        StoreWriter, "write_site", lambda self, site, *rest: written.append(site) or write_site(self, site, *rest)
+    )
+
+    def capture(workdir, sites, stages=("capture", "train")):
+        written.clear()
+        flags = runs.small_flags(*inputs, workdir, capture__sites=sites, task__behaviours="", train__kinds="topk")
+        assert command.run(stages, "", ["program", *flags]) == 0, capsys.readouterr().err
+        return {*written}, capsys.readouterr().out
+
+    assert capture(tmp_path / "run", "resid_post.0")[0] == {"resid_post.0"}
+    sites, output = capture(tmp_path / "run", "resid_post.0,resid_post.1")
+    assert sites == {"resid_post.1"}
+    assert "train/topk: done before, unchanged" in output
+    capture(tmp_path / "whole", "resid_post.0,resid_post.1")
+    grown, whole = tmp_path / "run", tmp_path / "whole"
+    files = sorted(path.relative_to(whole / "capture") for path in (whole / "capture").rglob("*.npy"))
+    assert len(files) > 6
+    for file in files:
+        assert (grown / "capture" / file).read_bytes() == (whole / "capture" / file).read_bytes(), file
+    changed, _ = capture(tmp_path / "run", "resid_post.1", ["capture"])
+    assert changed == set(), "a store of fewer sites takes all of them"

@@ -1,0 +1,110 @@
+"""Options of a run that are no settings: --keep_going, --profile, --budget_device_hours, and log files."""
+
+import dataclasses
+import json
+
+import pytest
+import runs
+
+from saejax.errors import CheckFailed, UserError
+from saejax.runner import command, pipeline
+from saejax.runner.pipeline import RunOptions, run_stages
+from saejax.runner.profiling import Profiler
+from saejax.runner.registry import STAGES
+from saejax.runner.usage import check_budget, used_device_hours
+from saejax.runner.workspace import Workspace
+
+STAGE_NAMES = ["baseline", "capture", "train", "evaluate"]
+
+
+@pytest.fixture
+def fake(monkeypatch, inputs, tmp_path):
+    """Runs stages whose functions only note that they ran; ``broken`` maps stages to the errors they raise."""
+    ran = []
+
+    def run(broken=(), **options):
+        def work(run):
+            ran.append(f"{run.stage}/{run.name}" if run.name else run.stage)
+            run.say("working")
+            if run.stage in broken:
+                raise broken[run.stage]
+            return dict(value=1)
+
+        for stage in STAGE_NAMES:
+            monkeypatch.setitem(pipeline.STAGES, stage, dataclasses.replace(STAGES[stage], run=work))
+        model, corpus = inputs
+        configs = runs.make_configs(
+            model__path=str(model), corpus__path=str(corpus), task__behaviours=(), train__kinds=("topk", "standard")
+        )
+        lines: list[str] = []
+        ran.clear()
+        run_stages(STAGE_NAMES, configs, str(tmp_path / "run"), lines.append, options=RunOptions(**options))
+        return lines
+
+    run.ran, run.root = ran, tmp_path / "run"
+    return run
+
+
+def test_units_that_do_not_depend_on_a_failed_one_are_made(fake):
+    broken = dict(capture=UserError("no sites"))
+    with pytest.raises(CheckFailed) as failed:
+        fake(broken, keep_going=True)
+    assert fake.ran == ["baseline", "capture"]
+    told = str(failed.value)
+    assert told.startswith("5 of 6 units: capture: no sites; train/topk: left out, for capture failed; ")
+    assert "evaluate/standard: left out, for capture failed" in told
+    with pytest.raises(UserError, match="no sites"):
+        fake(broken)
+    assert fake.ran == ["capture"], "without the flag it ends at the first failure; what is done stays"
+
+
+def test_a_bug_leaves_the_rest_to_go_on_and_is_in_the_log(fake):
+    with pytest.raises(CheckFailed, match=r"2 of 6 units: evaluate/topk: a bug; evaluate/standard: a bug"):
+        fake(dict(evaluate=RuntimeError("a bug")), keep_going=True)
+    log = (fake.root / "logs" / "evaluate-topk.log").read_text()
+    assert "evaluate/topk: started" in log and "working" in log
+    assert "Traceback" in log and "RuntimeError: a bug" in log
+    assert "train/topk: done in" in (fake.root / "logs" / "train-topk.log").read_text()
+
+
+def test_failures_are_status_1_and_are_listed(inputs, tmp_path, capsys):
+    flags = runs.small_flags(*inputs, tmp_path / "run", capture__sites="resid_post.9")
+    assert command.run(STAGE_NAMES, "", ["program", *flags, "--keep_going"]) == 1
+    error = capsys.readouterr().err
+    assert "failed: 5 of 6 units: capture: " in error and error.count("\n") == 1
+    assert (tmp_path / "run" / "baseline" / "done.json").exists()
+    many = [*flags, "--keep_going", "--mesh.processes=2"]
+    assert command.run(STAGE_NAMES, "", ["program", *many]) == 2
+    assert "--keep_going works with one process" in capsys.readouterr().err
+
+
+def test_a_profile_of_a_few_steps(tmp_path):
+    lines: list[str] = []
+    profiler = Profiler(tmp_path / "profile", lambda: False, lines.append)
+    assert not any(profiler() for _ in range(20))
+    profiler.close()
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert lines[0].startswith("profile of steps 5 to 8 in ")
+    short = Profiler(tmp_path / "short", lambda: True, lines.append)
+    assert short() and not (tmp_path / "short").exists()
+    short.close()
+    assert lines[-1] == "no profile: 1 steps, at least 5 are needed"
+
+
+def test_a_budget_warns_and_then_ends_the_run(fake, tmp_path):
+    fake()
+    workspace, lines = Workspace(fake.root), []
+    folder = workspace.current("train/topk")
+    done = json.loads((folder / "done.json").read_text())
+    (folder / "done.json").write_text(json.dumps(done | dict(seconds=3600.0, devices=dict(count=4, kinds=[]))))
+    assert used_device_hours(workspace) == pytest.approx(4, abs=0.1)
+    check_budget(workspace, 0.0, lines.append)
+    check_budget(workspace, 100.0, lines.append)
+    assert lines == []
+    check_budget(workspace, 4.5, lines.append)
+    assert lines[0].endswith("of 4.5 device-hours are used")
+    with pytest.raises(UserError, match=r"--budget_device_hours=3 is used up \(4.0.* device-hours\)"):
+        check_budget(workspace, 3.0, lines.append)
+    with pytest.raises(UserError, match="is used up"):
+        fake(budget_device_hours=3.0)
+    assert fake.ran == []
