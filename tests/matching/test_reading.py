@@ -85,7 +85,7 @@ def planted(rng, tokens, features, rate):
 
 
 def test_a_dictionary_shares_all_with_itself_and_rare_features_are_left_out(tmp_path):
-    """Seen failing before: features that fire once or never counted as pairs of value 0 (80 % of itself)."""
+    """A defect of issue 50: features that fire once or never counted as pairs of value 0 (80 % of itself)."""
     rng = np.random.default_rng(0)
     rates = np.where(np.arange(24) < 16, 0.1, 0.004)
     f_NxF = planted(rng, TEXTS * TOKENS, 24, rates[None])
@@ -141,7 +141,7 @@ def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
 
 
 def test_models_of_equal_width_are_compared_by_activity_alone():
-    """Seen failing before: directions of two models were compared where their widths are equal."""
+    """A defect of issue 50: directions of two models were compared where their widths are equal."""
     first, second, unknown = (
         Compared(name, Path(), random_dictionary(16, 8, 0, name).config) for name in ("a", "b", "")
     )
@@ -165,7 +165,7 @@ def comparison(tmp_path, dictionaries, **settings):
 
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
-    """Seen failing before: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
+    """A defect of issue 50: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
     own, other = (random_dictionary(32, 200, seed) for seed in (0, 1))
     dead_F = np.arange(200) % 5 < 2
     rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, other)]

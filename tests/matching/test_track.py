@@ -197,7 +197,7 @@ def test_sentences():
 
 
 def test_abbreviations_end_no_sentence():
-    """Seen failing before: "Dr." was a step."""
+    """A defect of issue 50: "Dr." was a step."""
     text = "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. They left. 5 vs. 4 apples etc. remained."
     assert sentences(text) == (
         "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
@@ -233,14 +233,14 @@ def test_the_answer_is_followed_where_it_stands_last(lm):
     ],
 )
 def test_the_answer_is_not_found_inside_a_number_or_word(lm, steps, answer, before):
-    """Seen failing before: " 12" was found in "1200"."""
+    """A defect of issue 50: " 12" was found in "1200"."""
     text = encode(lm, Problem("x", "How many?", steps, answer))
     assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
     assert text.ids_T[text.position + 1] == text.answer
 
 
 def test_rows_of_gsm8k_are_followed(tmp_path):
-    """Seen failing before: its field names were refused."""
+    """A defect of issue 50: its field names were refused."""
     path = tmp_path / "test.jsonl"
     answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"
     path.write_text(json.dumps(dict(question="Ann sold 48 clips. How many?", answer=answer)))
