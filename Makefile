@@ -28,13 +28,12 @@ demo-atlas: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
 	@echo "Open runs/demo/atlas/topk/index.html"
 
-# After the demo: transcoders of all layers, and of each of two behaviours a graph and what n features keep of 8 answers, in the
-# demo's report.
+# After the demo: transcoders of all layers, and a graph of each of two behaviours, in the demo's report.
 demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.train --workdir=runs/demo_graphs --flagfile=configs/demo_graphs.flags
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital \
-	    --graph.kept_prompts=8
+	    --graph.doubled=32 --graph.circuits
 	@echo "Open runs/demo/report/index.html"
 
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.

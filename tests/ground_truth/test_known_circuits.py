@@ -157,7 +157,6 @@ def test_the_stage_finds_what_is_known(tmp_path):
         "--probe.labels=xor_0",
         f"--graph.transcoders={unit / 'transcoders/exact'}",
         "--graph.behaviours=xor",
-        "--graph.kept_prompts=6",
         "--mesh.data=8",
     ]
     own = [f"--workdir={tmp_path / 'own'}", flag_file(own)]
@@ -165,8 +164,6 @@ def test_the_stage_finds_what_is_known(tmp_path):
         assert command.run([stage], "", ["program", *own]) == 0
     graphs = load_results(tmp_path / "own" / "attribute" / "behaviours").graphs
     assert graphs["xor"].scores.replacement > 0.999
-    cpr, cmd = (graphs["xor"].kept.scores[name] for name in ("cpr", "cmd"))
-    assert cpr.difference.low > -0.01 and cmd.difference.high < 0.01 and cpr.effect.low > 0.8 > 0.4 > cpr.random.high
     probes = load_results(tmp_path / "own" / "probe" / unit_name(unit)).labels
     assert {one.label for one in probes} == {"xor_0"}
 

@@ -11,7 +11,7 @@ from saejax.attribution.forms.document import GraphDocument
 
 
 def link_scores(document: GraphDocument) -> np.ndarray:
-    """The score of each link, float64, in their order; all outputs together have the influence of their probabilities.
+    """Return the score of each link, float64 [E]; outputs have the influence of their probabilities.
 
     Args:
       document: ``check_document`` found nothing wrong with it.
@@ -35,7 +35,7 @@ def link_scores(document: GraphDocument) -> np.ndarray:
 
 
 def strongest(document: GraphDocument) -> np.ndarray:
-    """The links from the largest score to the smallest, by their places; of one score the larger weight first."""
+    """Return the indices of links from the largest score to the smallest, of equal ones the larger weight first."""
     return ranked(document, link_scores(document))
 
 

@@ -77,6 +77,10 @@ class TranscoderSet:
         """Read the transcoder of a layer; see ``Published.load``."""
         return self.layers[layer].load(matmul_dtype, dtype)
 
+    def load_encoder(self, layer: int) -> dict[str, Any] | None:
+        """Read the arrays of a layer but its decoder rows, in their file's dtype; see ``Published.load_encoder``."""
+        return self.layers[layer].load_encoder("auto")
+
     def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return the directions of features.
 

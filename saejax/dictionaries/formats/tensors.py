@@ -103,19 +103,31 @@ class Published:
           dtype: dtype of its matrices on the device, of ``DTYPES``; "auto": bfloat16 where the files are, else float32.
             Biases and thresholds are float32.
         """
-        one_of(dtype, DTYPES, "dtype")
         arrays = {name: self._read(name) for name in self.tensors}
         if self.fold:
             arrays = self.fold(arrays)
+        return Dictionary(self.config, matmul_dtype, **self._place(arrays, tuple(parameter_table(self.config)), dtype))
+
+    def load_encoder(self, dtype: str = "float32") -> dict[str, jax.Array] | None:
+        """Read all arrays but the decoder's rows; None where folding needs these. See ``load``."""
+        if self.fold:
+            return None
+        names = tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD")
+        return self._place({name: self._read(name) for name in self.tensors if name in names}, names, dtype)
+
+    def _place(self, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], dtype: str) -> dict[str, jax.Array]:
+        """Return the arrays of some names on the device, 0 where the file has none."""
+        one_of(dtype, DTYPES, "dtype")
         narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype in ("BF16", "bfloat16"))
-        placed = {}
-        for name, (shape, _) in parameter_table(self.config).items():
+        placed, table = {}, parameter_table(self.config)
+        for name in names:
+            shape, _ = table[name]
             array = arrays.get(name)
             if array is None:
                 array = np.zeros(shape, np.float32)
             array = np.broadcast_to(array, shape)
             placed[name] = jnp.asarray(array, jnp.bfloat16 if narrow and name in MATRICES else None)
-        return Dictionary(self.config, matmul_dtype, **placed)
+        return placed
 
     def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return rows of "W_dec" or columns of "W_enc", [U, D], of a dictionary that is not folded."""

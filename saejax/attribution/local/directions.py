@@ -21,7 +21,7 @@ READ_AT_ONCE = 1 << 26  # numbers that are read of a transcoder at once
 
 
 def read_directions(transcoders: LayerTranscoders, features: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """What features write: for each one after the other the rows of all layers that it writes to, fp32 [X, D].
+    """Return what features write: for each one after the other the rows of all layers that it writes to, fp32 [X, D].
 
     Args:
       transcoders: the set.
@@ -36,7 +36,7 @@ def read_directions(transcoders: LayerTranscoders, features: list[np.ndarray]) -
 
 
 def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], rows: int) -> jax.Array:
-    """A table of what is on the devices already and, after it, of what comes in parts; 0 where nothing comes.
+    """Return a table of what is on the devices already and, after it, of what comes in parts; 0 where nothing comes.
 
     Args:
       mesh: the devices, over whose axis ``model`` the table's width is split.
@@ -61,19 +61,19 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begun(where: NamedSharding, rows: int, first: list[jax.Array]) -> jax.Array:
-    """The table with its first rows, and so many empty ones."""
+    """Return the table with its first rows, and so many empty ones."""
     return lax.with_sharding_constraint(jnp.pad(jnp.concatenate(first), ((0, rows), (0, 0))), where)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _written(where: NamedSharding, table_UxD: jax.Array, chunk_CxD: jax.Array, start: jax.Array) -> jax.Array:
-    """The table with some rows in their place."""
+    """Return the table with some rows in their place."""
     table_UxD = lax.dynamic_update_slice_in_dim(table_UxD, chunk_CxD, start, 0)
     return lax.with_sharding_constraint(table_UxD, where)
 
 
 def _chunks(parts: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
-    """The rows of all parts by ``CHUNK``, the last ones filled up with 0."""
+    """Return the rows of all parts by ``CHUNK``, the last ones filled up with 0."""
     left_XxD = np.empty((0, width), np.float32)
     for part_XxD in parts:
         left_XxD = np.concatenate([left_XxD, part_XxD])

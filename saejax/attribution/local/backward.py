@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.attribution.local.frozen import FrozenModel
-from saejax.attribution.trace.sources import STEP, WIDTH, SourceBank
+from saejax.attribution.local.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
 from saejax.models.attention import whole_prompts
 from saejax.models.layers import einsum
@@ -60,7 +60,7 @@ def contributions(
     stops: jax.Array,
     batch: TargetBatch,
 ) -> jax.Array:
-    """The products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
+    """Return the products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
 
     What a layer fixes, attention weights above all, is computed once for all chunks, and a chunk joins at the layer
     where its highest target reads.
@@ -75,7 +75,7 @@ def contributions(
     tables, chunks = whole_prompts(frozen.config, length), jnp.arange(len(batch.start_N))
 
     def placed(chunk: jax.Array, layer: jax.Array) -> jax.Array:
-        """The directions of those targets of a chunk that are of a layer, at their positions; else 0; [R, T, D]."""
+        """Return the directions of a chunk's targets at a layer, at their positions, else 0; [R, T, D]."""
         at_RxT = jnp.arange(length)[None] == batch.position_NxR[chunk][:, None]
         here_RxT = at_RxT & (batch.layer_NxR[chunk] == layer)[:, None]
         return jnp.where(here_RxT[..., None], batch.vector_NxRxD[chunk][:, None], 0)
@@ -147,7 +147,7 @@ def _read_off(
 
 
 def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Pull]]:
-    """What the transpose of a layer holds, the matrices between the stream and heads turned over; and the way back.
+    """Return the residuals of a layer's transpose, matrices between stream and heads transposed; and the inverse.
 
     Their transposed products then read them in order. Otherwise XLA:CPU turns them over for each chunk, which takes a
     seventh of the time of the products.
@@ -164,7 +164,7 @@ def _turned(pull: Pull, width: int) -> tuple[list[jax.Array], Callable[[list[jax
 
 
 def _by_target(mesh: Mesh, cotangent_NxRxTxD: jax.Array, bank: SourceBank) -> tuple[jax.Array, jax.Array]:
-    """The cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
+    """Return the cotangents and the products, 0 at first, each chunk's targets split over ``data``."""
     chunks, targets = cotangent_NxRxTxD.shape[:2]
     read_BxNxRxW = jnp.zeros((len(bank.position_B), chunks, targets, WIDTH), cotangent_NxRxTxD.dtype)
     arrays = cotangent_NxRxTxD, read_BxNxRxW

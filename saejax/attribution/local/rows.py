@@ -1,21 +1,20 @@
 """Batches of targets, and the program run on them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.attribution.graph import Graph
-from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.backward import TargetBatch, contributions
-from saejax.attribution.trace.row_store import Put
-from saejax.attribution.trace.sources import Sources
+from saejax.attribution.local.backward import TargetBatch, contributions
+from saejax.attribution.local.sources import Sources
+from saejax.attribution.local.state import LocalState
 from saejax.models.config import DecoderConfig
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding
+
+Put = Callable[[np.ndarray, np.ndarray], None]  # takes indices of rows [B], and rows over all sources [B, S]
 
 _LENGTHS = 3  # most different numbers of positions that are worked on, each of which is compiled
 CHUNKS = 8  # chunks of targets in a batch
@@ -34,7 +33,7 @@ def chunk_size(platform: str, length: int, mesh: Mesh) -> int:
 
 
 def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.ndarray | float) -> float:
-    """What rows of a graph need at the least, in operations; a product of [m, k] and [k, n] has 2 m k n.
+    """Return the least number of operations of rows of a graph; a product of [m, k] and [k, n] has 2 m k n.
 
     That is the transposed projections of values and outputs of attention.
 
@@ -46,29 +45,22 @@ def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.nd
     return float(np.sum(np.asarray(layers, np.float64) * positions)) * per_token
 
 
-def graph_flops(graph: Graph, model: DecoderConfig) -> float:
-    """What all rows of a whole graph needed at the least, in operations."""
-    nodes = graph.nodes[graph.target_R]
-    layers_R = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, model.n_layers)
-    return row_flops(model, layers_R, nodes.position_N + 1)
-
-
 class RowTracer:
     """Attributes targets in batches.
 
     Args:
-      replacement: the model.
+      state: the model.
       sources: what contributions come from.
       count: number of targets that will come.
     """
 
-    def __init__(self, replacement: Replacement, sources: Sources, count: int):
-        self._replacement, self._sources = replacement, sources
-        mesh, length = replacement.model.mesh, replacement.stream_LxTxD.shape[1]
+    def __init__(self, state: LocalState, sources: Sources, count: int):
+        self._state, self._sources = state, sources
+        mesh, length = state.model.mesh, state.stream_LxTxD.shape[1]
         batches = count * length // (TOKENS[mesh.devices.flat[0].platform] * mesh.shape["data"] * CHUNKS)
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
-        self._streams = [replacement.stream_LxTxD[:, :length] for length in self._lengths]
+        self._streams = [state.stream_LxTxD[:, :length] for length in self._lengths]
         self._stops = [sources.stop_X(length) for length in self._lengths]
 
     def __call__(
@@ -79,7 +71,7 @@ class RowTracer:
         put: Put,
         in_stream: bool = False,
     ) -> None:
-        """Gives what each source contributes to each target.
+        """Compute what each source contributes to each target.
 
         Args:
           layer_R: int32 layer whose transcoder reads; or, of the stream, the layer that it enters.
@@ -97,7 +89,7 @@ class RowTracer:
 
         # One such program leaves cores of a CPU idle, so two run at a time, on other devices one beside its sorting.
         # Programs that speak with each other over several devices have to start in one order everywhere.
-        workers = 2 if self._replacement.model.mesh.size == 1 else 1
+        workers = 2 if self._state.model.mesh.size == 1 else 1
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(run, self._batches(layer_R, position_R, in_stream)))
 
@@ -122,7 +114,7 @@ class RowTracer:
                 yield index, chunks[start : start + CHUNKS]
 
     def _chunk_size(self, index: int) -> int:
-        mesh = self._replacement.model.mesh
+        mesh = self._state.model.mesh
         return chunk_size(mesh.devices.flat[0].platform, int(self._lengths[index]), mesh)
 
     def _start(
@@ -134,19 +126,19 @@ class RowTracer:
         vector_XxD: np.ndarray,
         in_stream: bool,
     ) -> jax.Array:
-        """Starts the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
+        """Start the program on a batch; chunks are filled up with copies, the batch with chunks that never start."""
         size = self._chunk_size(index)
         filled = np.stack([np.resize(targets, size) for targets in chunks])
         filled_NxR = filled[np.minimum(np.arange(CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(CHUNKS, np.int32)
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
-        model, sources = self._replacement.model, self._sources
+        model, sources = self._state.model, self._sources
         arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]
         vector_NxRxD, layer_NxR, position_NxR = (
             jax.device_put(array, fitting_sharding(model.mesh, array.shape, None, "data", *[None] * (array.ndim - 2)))
             for array in arrays
         )
         batch = TargetBatch(vector_NxRxD, layer_NxR, position_NxR, start_N)
-        fixed = model.params, self._streams[index], self._replacement.skip_LxDxD, sources.bank
+        fixed = model.params, self._streams[index], self._state.skip_LxDxD, sources.bank
         places = sources.first_X, self._stops[index]
-        return contributions(self._replacement.frozen, model.mesh, *fixed, *places, batch)
+        return contributions(self._state.frozen, model.mesh, *fixed, *places, batch)
