@@ -108,7 +108,7 @@ class ModelStream:
 
     def d(self, site: str) -> int:
         """Width of a site."""
-        return next(width for known, width in self._reader.widths.items() if str(known) == site)
+        return next(width for each, width in self._reader.widths.items() if str(each) == site)
 
     def max_norm(self, site: str) -> float:
         """Return the sink rule: rows with a larger norm are attention sinks."""

@@ -29,11 +29,11 @@ _GATHERED = 16  # tokens whose decoder rows are gathered at once: they fit into 
 _PACKED = 2**32  # numbers that 32 bits hold
 
 
-def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
+def choose_form(form: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
     """Return the form of a training step's products: "dense" or "rows" (sparse).
 
     Args:
-      asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
+      form: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
       mesh: the devices.
       matmul_dtype: dtype of the dense products; see ``matmul``.
       n_features: F.
@@ -44,12 +44,12 @@ def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: i
     """
     platform = mesh.devices.flat[0].platform
     one_cpu = platform == "cpu" and mesh.size == 1
-    if asked == "auto":
+    if form == "auto":
         return "rows" if one_cpu and n_features >= _WINS_FROM[matmul_dtype] * k else "dense"
-    if asked == "rows" and not one_cpu:
+    if form == "rows" and not one_cpu:
         devices = f"{mesh.size} of platform {platform}"
         raise UserError(f"--train.products=rows is for one CPU device, and there are {devices}: use dense or auto")
-    return asked
+    return form
 
 
 class FeatureOrder(NamedTuple):

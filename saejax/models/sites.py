@@ -126,6 +126,10 @@ class OtherSite:
     def __str__(self) -> str:
         return f"{_OTHER}{self.site}"
 
+    def check(self, config: DecoderConfig) -> Self:
+        """Raise a ``UserError``: each model has its own sites."""
+        raise UserError(f"{self} is a site of the second model: run that model and name the site {self.site}")
+
 
 AnySite = Site | ModuleSite | OtherSite
 _OTHER = "other:"

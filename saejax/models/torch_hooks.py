@@ -175,9 +175,9 @@ class HookedModel:
 
         mask = np.ones_like(ids_BxT) if mask is None else mask
         inputs = {name: self.tensor(array) for name, array in (("input_ids", ids_BxT), ("attention_mask", mask))}
-        given = {"use_cache": False, **inputs, **options}
+        arguments = {"use_cache": False, **inputs, **options}
         with contextlib.suppress(_Stop), self._hooked(sites, count_down, ids_BxT.shape):
-            return self.model(**{name: value for name, value in given.items() if name in self.accepted})
+            return self.model(**{name: value for name, value in arguments.items() if name in self.accepted})
         return None
 
     @contextlib.contextmanager
@@ -212,7 +212,7 @@ class HookedModel:
                 raise UserError(f"{site}: {self._name} has no such module; expected a path such as {', '.join(near)}")
             return
         if not isinstance(site, Site):
-            raise UserError(f"{site} is a site of a second model: capture it from that")
+            raise UserError(f"{site} is a site of the second model: run that model and name the site there")
         if not 0 <= site.layer < self.n_layers:
             raise UserError(
                 f"there is no site {site}: {self._name} has {self.n_layers} layers"
@@ -400,12 +400,12 @@ def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
         if threading.get_ident() != thread:
             return None
         name = None if args else next(iter(kwargs))
-        given = args[0] if name is None else kwargs[name]
-        value = _first(given)
+        arguments = args[0] if name is None else kwargs[name]
+        value = _first(arguments)
         new = use(value)
         if new is value:
             return None
-        changed = _with_first(given, new)
+        changed = _with_first(arguments, new)
         return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
 
     if after:

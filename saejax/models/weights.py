@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import Tensor, read_checkpoint
+from saejax.models.checkpoint import Tensor, not_finite, read_checkpoint
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
@@ -38,7 +39,7 @@ def load_params(
         which is enough for a pass that ends there. None: all. All tensors are checked either way.
 
     Raises:
-      UserError: tensors are missing, of another shape, or not floats; all of them are listed.
+      UserError: tensors are missing, of another shape, or not floats, or hold NaN or infinity; all are listed.
     """
     sources = _find_sources(config, read_checkpoint(folder))
     problems = _mismatches(config, sources)
@@ -47,13 +48,23 @@ def load_params(
         listed = "; ".join(problems[:_LISTED]) + more
         raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
     weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
-    tensors = {name: [tensor for _, tensor in found if tensor is not None] for name, found in sources.items()}
+    tensors = {name: [tensor for _, tensor in stored if tensor is not None] for name, stored in sources.items()}
     for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
         if name.startswith(LAYERS):
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
         params[name] = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
+    damaged = [name for name, finite in jax.device_get(_are_finite(params)).items() if not finite]
+    if damaged:
+        files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
+        raise not_finite(f"the weights in {folder}", sorted(files) or damaged, dtype)
     return {name: params[name] for name in table}
+
+
+@jax.jit
+def _are_finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return whether all values of each parameter are finite."""
+    return {name: jnp.isfinite(array).all() for name, array in params.items()}
 
 
 def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
@@ -88,7 +99,7 @@ def _find_sources(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> Sourc
     sources: Sources = {}
     for name, (shape, _) in parameter_table(config).items():
         names = [weights[name].name.format(*index) for index in np.ndindex(*shape[: weights[name].stacked])]
-        sources[name] = [(one, find(one)) for one in names]
+        sources[name] = [(stored_name, find(stored_name)) for stored_name in names]
         if name == "embed_VxD" and config.tied and sources[name][0][1] is None:
             head = find(weights["unembed_DxV"].name)  # tied the other way round
             sources[name] = [(names[0], head)]
@@ -103,8 +114,8 @@ def _prefixes(tensors: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> t
     """
     example = weights[f"{LAYERS}o_HxKxD"].name.format(0)
     prefix, _, body = example.partition(".")
-    known = [name.removesuffix(body) for name in tensors if name == body or name.endswith(f".{body}")]
-    chosen = f"{prefix}." if f"{prefix}." in known or not known else sorted(known, key=_is_other_tower)[0]
+    prefixes = [name.removesuffix(body) for name in tensors if name == body or name.endswith(f".{body}")]
+    chosen = f"{prefix}." if f"{prefix}." in prefixes or not prefixes else sorted(prefixes, key=_is_other_tower)[0]
     return f"{prefix}.", chosen
 
 
@@ -173,7 +184,7 @@ def _place(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         if str(index) not in parts:
             sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-            parts[str(index)] = _aligned(sizes, np.dtype(jax.numpy.dtype(dtype)))
+            parts[str(index)] = _aligned(sizes, np.dtype(jnp.dtype(dtype)))
             fill(index, parts[str(index)])
         arrays.append(jax.device_put(parts[str(index)], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -97,7 +97,9 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
         if name not in arrays or _describe_array(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    placed = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    host = {name: np.asarray(array) for name, array in arrays.items()}
+    tensors.check_finite(folder / ARRAYS, host)
+    placed = {name: jnp.asarray(array) for name, array in host.items()}
     for name in tensors.MATRICES if dtype != "auto" else ():
         if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
             placed[name] = placed[name].astype(dtype)
