@@ -9,7 +9,7 @@ import pytest
 from tiny_models import OTHER_FIELDS, save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig, check_dictionary
 from saejax.errors import UserError
 from saejax.models.edits import SiteEdit
 from saejax.models.language_model import forward
@@ -41,6 +41,11 @@ def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
     return Dictionary(
         config, **{name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
     )
+
+
+def unlimited(dictionary: Dictionary) -> Dictionary:
+    """The same without a sink rule, as dictionaries of others are loaded."""
+    return dictionary.with_config(dataclasses.replace(dictionary.config, max_norm=None, target_max_norm=None))
 
 
 def relative_error(ours, theirs) -> float:
@@ -208,11 +213,22 @@ def test_several_devices_are_refused(tmp_path):
 
 def test_the_sink_rule_of_a_dictionary_of_others(both):
     """A dictionary that does not know its sink rule gets that of the model, as it does on the decoder."""
-    sae = make_dictionary("resid_post.1")
-    foreign = sae.with_config(dataclasses.replace(sae.config, max_norm=None, target_max_norm=None))
+    foreign = unlimited(make_dictionary("resid_post.1"))
     check_same(both, [foreign.ablate([1, 5])], both[0].tokenize(TEXTS))
     ours, theirs = (lm.generate(lm.tokenize(TEXTS), 4, edits=[foreign.steer([3], 1.0)]) for lm in both)
     assert ours == theirs
+
+
+def test_a_dictionary_of_a_module_is_measured(both):
+    """As on the site that the module's output is."""
+    decoder, lm = both
+    if decoder.config.post_norms:
+        return
+    path = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp"}.get(decoder.config.family)
+    module = check_dictionary(lm, unlimited(make_dictionary(f"module:{path or 'model.layers.1.mlp'}")))
+    expected = check_dictionary(decoder, unlimited(make_dictionary("mlp_out.1")))
+    assert (module.l0, module.tokens) == (expected.l0, expected.tokens)
+    assert module.explained_variance == pytest.approx(expected.explained_variance, rel=1e-4)
 
 
 def test_the_second_models_sites_are_refused(both):

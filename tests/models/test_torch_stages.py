@@ -14,7 +14,48 @@ from saejax.activations.store import Store
 from saejax.runner import command
 
 pytestmark = pytest.mark.slow
-STAGES = ["baseline", "capture", "train", "evaluate", "interpret", "ablate", "report"]
+STAGES = [
+    "baseline",
+    "capture",
+    "train",
+    "evaluate",
+    "interpret",
+    "ablate",
+    "patch",
+    "steer",
+    "probe",
+    "atlas",
+    "report",
+]
+SETTINGS = dict(
+    train__kinds="topk",
+    train__epochs=2,
+    interpret__dictionaries="topk",
+    interpret__attention_tokens=0,
+    task__train_prompts=10,
+    task__test_prompts=6,
+    task__behaviours="agreement,addition",
+    ablate__baselines="pca,diff_means",
+    ablate__untrained=False,
+    patch__kinds="resid_pre,mlp_out",
+    patch__dictionary="topk",
+    patch__top=3,
+    patch__draws=2,
+    patch__bootstrap=200,
+    steer__dictionary="topk",
+    steer__top=3,
+    steer__doses="0.5",
+    steer__draws=40,
+    steer__draw_prompts=3,
+    steer__text_documents=2,
+    steer__bootstrap=200,
+    probe__labels="behaviour",
+    probe__sparse="1,2",
+    probe__strengths="0.1,1",
+    probe__folds=2,
+    probe__shuffles=2,
+    probe__permutations=200,
+)
 # Rotary parallel layers, ALiBi, a mixture of experts, and linear attention between layers of full attention.
 FAMILIES = {
     "olmo": dict(max_position_embeddings=256),
@@ -40,12 +81,7 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
     model, workdir = tmp_path / "model", tmp_path / "run"
     save_tiny(model, family, vocab_size=1024, **FAMILIES[family])
     runs.small_tokenizer().save_pretrained(model)
-    changes = dict(
-        train__kinds="topk", train__epochs=2, interpret__dictionaries="topk", interpret__attention_tokens=0,
-        task__train_prompts=2, task__test_prompts=2, task__behaviours="agreement,addition",
-        ablate__baselines="pca,diff_means", ablate__untrained=False,
-    )  # fmt: skip
-    flags = runs.small_flags(model, inputs[1], workdir, **changes)
+    flags = runs.small_flags(model, inputs[1], workdir, **SETTINGS)
     assert command.run(STAGES, "", ["program", *flags]) == 0
 
     # The scores follow from the store, and the store from transformers' own model.
@@ -60,7 +96,9 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
 
     verdict = load_results(workdir / "ablate" / "topk").verdict.dictionaries["tested"]
     assert set(verdict) == {"agreement", "addition"}
-    assert load_results(workdir / "interpret" / "topk").members[0].features == 128
+    assert load_results(workdir / "interpret" / "topk").members[0].features == dictionary.config.n_features
+    for stage in ("patch", "steer", "probe"):
+        assert all((unit / "done.json").exists() for unit in (workdir / stage).iterdir())
     assert "resid_post.0" in (workdir / "report" / "report.md").read_text()
 
 

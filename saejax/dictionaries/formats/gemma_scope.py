@@ -18,6 +18,7 @@ features active; words of their names choose.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -92,8 +93,8 @@ def parse_file(file: Path, site: str, target: str = "", model: str = "") -> tens
     """
     state = tensors.open_tensors(file)
     layout = layout_of(state)
-    facts = dict(kind="jumprelu", site=site, target=target, centred=False, bos="always", model=model)
-    return tensors.describe(file, state, layout, **facts)
+    facts: dict[str, Any] = dict(kind="jumprelu", centred=False, bos="always", model=model)
+    return tensors.describe(file, state, layout, None, site=site, target=target, **facts)
 
 
 def is_crosscoder(folder: Path) -> bool:
