@@ -111,9 +111,12 @@ def buffer_shapes(
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
     placements = [fitting_sharding(mesh, shape, "member", "data", None) for shape in shapes]
-    held = zip(shapes, placements, strict=True)
     norms = jax.ShapeDtypeStruct((len(sites_of(parts)), rows), jnp.float32, sharding=sharding(mesh))
-    return tuple(jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=where) for shape, where in held), norms
+    parts_of_buffer = tuple(
+        jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=placement)
+        for shape, placement in zip(shapes, placements, strict=True)
+    )
+    return parts_of_buffer, norms
 
 
 def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str) -> Callable:

@@ -156,8 +156,8 @@ def auxk(
         the branch: under vmap a member's own number cannot. None: that of ``dead_F``.
       all_columns: compute with all columns however few are dead, and gather none.
     """
-    most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
-    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, most
+    dead_count = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
+    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, dead_count
     return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
 
 
@@ -179,7 +179,7 @@ def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
 
 def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
     """Compute both in one branch: autodiff would carry all residuals of every branch from one switch to another."""
-    dead_F, error_BxD, metric_DxD, most = constants
+    dead_F, error_BxD, metric_DxD, dead_count = constants
 
     def explain(pre_BxC: jax.Array, W_dec_CxD: jax.Array) -> jax.Array:
         """Return the loss of some columns, of which all but dead ones are 0."""
@@ -198,10 +198,10 @@ def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_colu
 
     few = 0 if all_columns else dead_columns(len(dead_F), k)
     branches: list[Callable] = [nothing, with_all]
-    branch = jnp.int32(most > 0)
+    branch = jnp.int32(dead_count > 0)
     if few:
         branches.insert(1, functools.partial(_few_columns, explained, dead_F, few))
-        branch += jnp.int32(most > few)
+        branch += jnp.int32(dead_count > few)
     return lax.switch(branch, branches, pre_BxF, W_dec_FxD)
 
 

@@ -57,11 +57,13 @@ class Fields:
 
     def unread(self) -> list[str]:
         """Return the names of fields that are not null, were not read and could have an effect."""
-        left = [name for name in self._data if name in self and name not in self._known]
-        left = [
-            self._path + name for name in left if not any(fnmatch.fnmatch(name, pattern) for pattern in _WITHOUT_EFFECT)
+        unread = [name for name in self._data if name in self and name not in self._known]
+        effective = [
+            self._path + name
+            for name in unread
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in _WITHOUT_EFFECT)
         ]
-        return sorted(left + [name for part in self._parts for name in part.unread()])
+        return sorted(effective + [name for part in self._parts for name in part.unread()])
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """Return a field, or ``default`` if it is null; an error if that is None too, or if the type is wrong."""

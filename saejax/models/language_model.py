@@ -1,13 +1,13 @@
 """A language model that runs with sites captured and edits applied.
 
-``Model`` is the interface that stages use; ``LanguageModel`` implements it with the JAX decoder. An implementation for
-another backend returns the same ``Output`` and ``Generated`` and applies the same edits.
+``LanguageModel`` runs the JAX decoder; ``torch_model.TorchModel`` overrides what another backend does differently, and
+returns the same ``Output`` and ``Generated`` under the same edits.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -59,46 +59,6 @@ class Output:
             answer = continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
         return last_B if len(last_B) > 1 else last_B[0]
-
-
-class Model(Protocol):
-    """The interface that stages need of a language model, whichever library computes it.
-
-    Attributes:
-      config: sizes, and for a JAX family all choices of the decoder.
-      tokenizer: the model's own; None if it has none.
-      source: where it came from, with its fingerprint.
-      mesh: the devices on which arrays are placed.
-    """
-
-    config: DecoderConfig
-    tokenizer: Any
-    source: ModelSource
-    mesh: Mesh
-
-    def __call__(
-        self,
-        tokens: Tokens,
-        capture: Sequence[str | Site] | str | Site = (),
-        edits: Sequence[Edit] = (),
-        logits: bool = True,
-    ) -> Output:
-        """Run the prompts; see ``LanguageModel``."""
-
-    def generate(self, tokens: Tokens, max_new_tokens: int, **options: Any) -> list[Generated]:
-        """Continue the prompts; see ``LanguageModel.generate`` for the options."""
-
-    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
-        """Return the token ids of texts."""
-
-    def token_id(self, text: str) -> int:
-        """Return the id of the token with which an answer continues a text."""
-
-    def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the logits [B, T, V] of a stream leaving the last layer."""
-
-    def sink_norm(self, site: str, factor: float = sinks.SINK_FACTOR) -> float:
-        """Return the norm at a site above which a position is an attention sink; see ``models.sinks``."""
 
 
 class LanguageModel:

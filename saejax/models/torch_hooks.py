@@ -164,12 +164,12 @@ class HookedModel:
         Returns:
           The model's output; None if it was stopped.
         """
-        left = set(sites)
+        unvisited = set(sites)
 
         def count_down(site: AnySite, value: torch.Tensor) -> torch.Tensor:
             value = visit(site, value)
-            left.discard(site)
-            if not left and read_only:
+            unvisited.discard(site)
+            if not unvisited and read_only:
                 raise _Stop
             return value
 
@@ -355,11 +355,11 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
     pre, post = seen.get(("", False)), seen.get(("", True))
     if pre is None or post is None:
         return _Layer(None, None, mlp_input)
-    wide = {name: value for name, value in outputs.items() if value.shape == pre.shape}
-    for attention, mlp in itertools.permutations(wide, 2):
+    candidates = {name: value for name, value in outputs.items() if value.shape == pre.shape}
+    for attention, mlp in itertools.permutations(candidates, 2):
         if _is_mlp(attention) or _is_attention(mlp):
             continue
-        a, m = wide[attention], wide[mlp]
+        a, m = candidates[attention], candidates[mlp]
         for scale in dict.fromkeys((1.0, float(getattr(layer, "residual_multiplier", 1.0)))):
             sums = (pre + a * scale) + m * scale, (pre + m * scale) + a * scale, pre + (a * scale + m * scale)
             if any(torch.equal(total, post) for total in sums):

@@ -198,16 +198,16 @@ def _open_pickled(file: Path) -> dict[str, StoredTensor]:
     nest = read_pickled_tensors(file)
     if not isinstance(nest, Mapping):
         raise UserError(f"{file} holds no tensors by name: expected a state dict")
-    arrays = {str(name): np.asarray(value) for name, value in nest.items() if np.isscalar(value) or _is_array(value)}
+    arrays = {
+        str(name): np.asarray(value)
+        for name, value in nest.items()
+        if np.isscalar(value) or isinstance(value, np.ndarray)
+    }
 
     def tensor(array: np.ndarray) -> StoredTensor:
         return StoredTensor(file, array.shape, array.dtype.name, lambda rows: array if rows is None else array[rows])
 
     return {name: tensor(array) for name, array in arrays.items() if array.dtype.kind not in "US"}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 def _checked(tensor: StoredTensor, part: slice | None) -> np.ndarray:
