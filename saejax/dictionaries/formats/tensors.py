@@ -315,7 +315,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def positive(file: Path, name: str, value: Any) -> int:
-    """Return a setting of a file if it is a whole number above 0; a ``UserError`` otherwise."""
+    """Return the value of a file's setting of this name, a whole number above 0; a ``UserError`` for any other."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {name} is {value!r}: expected a whole number above 0")
     return value
