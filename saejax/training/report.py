@@ -142,7 +142,7 @@ def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
 
 
 def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
-    """A row for every part of every crosscoder; no table without crosscoders."""
+    """Return tables with a row for every part of every crosscoder; none without crosscoders."""
     rows = [
         (full_name(kind, member.name), part, scored, member.shared)
         for kind, members in scores.items()

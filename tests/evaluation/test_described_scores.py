@@ -38,7 +38,7 @@ def test_a_dictionary():
     config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=2, n_features=4)
     rows = jnp.array([[1.0, 0], [0, 0.5], [3, 0], [-1, 0]])
     dictionary = Dictionary(config, W_enc_DxF=rows.T, b_enc_F=jnp.zeros(4), W_dec_FxD=rows, b_dec_D=jnp.zeros(2))
-    sinks = LeftOutSinks(position_0=3, beyond=1, max_norm=9.0)
+    sinks = LeftOutSinks(position_0=3, beyond=1, share_beyond=0.01, max_norm=9.0)
     where = dict(name="k4", site="resid_post.0", target="resid_post.0", sinks=sinks)
     found = evaluate._describe(EvaluateConfig(dense_above=0.3), dictionary, SCORE, losses(), **where)
     assert {name: getattr(found, name) for name in SHARES} == pytest.approx(SHARES)
@@ -57,7 +57,9 @@ def test_a_dictionary():
 
 
 def test_the_parts_of_a_crosscoder():
-    parts = evaluate._parts("a.0+a.1", [0.3, 0.9], {"a.0": losses(), "a.1": losses()})
+    relative = np.array([[1.0, 0.95, 0.5, 0.02], [0.0, 0.05, 0.5, 0.98]])  # two features of the first part alone
+    parts = evaluate._parts("a.0+a.1", [0.3, 0.9], {"a.0": losses(), "a.1": losses()}, relative)
+    assert [part.private for part in parts.values()] == [2, 1]
     assert [part.explained_variance for part in parts.values()] == [0.3, 0.9]
     for part in parts.values():
         assert (part.ce_recovered_mean, part.kl_recovered_mean) == pytest.approx((0.75, 0.8))
