@@ -86,22 +86,6 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
 
 
-def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Return the sum over features of 1 - cos(encoder column, decoder row); a vector of length 0 has cosine 0.
-
-    Of features that overlap, decoder rows take on some of what fires with them and encoder columns what tells them
-    apart: a feature's own direction lies between.
-
-    Args:
-      W_enc_DxF: encoder of an SAE, whose encoder and decoder are of one space.
-      W_dec_FxD: its decoder.
-    """
-    encoder_FxD = W_enc_DxF.T
-    dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
-    squares_F = jnp.sum(jnp.square(encoder_FxD), axis=-1) * jnp.sum(jnp.square(W_dec_FxD), axis=-1)
-    return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
-
-
 def dead_pre_activation(pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, norms_F: jax.Array) -> jax.Array:
     """Return the mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|.
 

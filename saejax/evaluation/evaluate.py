@@ -20,9 +20,8 @@ from saejax.evaluation.cross_layer import evaluate_layers
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
-from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
-from saejax.evaluation.rows import blocks
 from saejax.files import read_json, write_array, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
@@ -125,7 +124,9 @@ def _score_site(
     # The rule of the store, whoever trained the dictionaries.
     dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
-    scores = reconstruct(dictionaries, blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens)
+    scores = reconstruct(
+        dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
+    )
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
     mean_D = store.mean(target, site)
@@ -134,7 +135,7 @@ def _score_site(
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
-        variances = part_variances(dictionaries, blocks(store, "held_out", sites, config.batch_tokens))
+        variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
         losses = [found["+".join(of_models[0].sites)] for found in all_losses]
         relative = [
             part_norms.relative_norms(

@@ -15,10 +15,8 @@ from saejax.parallel.mesh import fitting_sharding
 from saejax.runner.config import identity
 from saejax.runner.workspace import fingerprint
 from saejax.stages.ground_truth import TruthConfig
-from saejax.training.objective import Arrays
-from saejax.training.state import TrainState
-from saejax.training.step import Trainer
-from saejax.training.train import Source
+from saejax.training.inputs import Source
+from saejax.training.stack import TrainStack
 
 SITE = "synthetic.0"
 TRAIN, HELD_OUT = 1, 2  # splits; batches are numbered from 0 in each
@@ -72,34 +70,30 @@ class SyntheticRows:
 
 
 class Sampled:
-    """Batches of a synthetic world, drawn on the devices step by step; see ``inputs.Input``.
+    """Batches of a synthetic world, drawn on the devices step by step; see ``inputs.Batches``.
 
     Every epoch has the same batches; from the second on in a new order.
 
     Args:
-      trainer: the trainer that makes the steps.
+      stack: what is trained.
       config: settings of the world.
       world: the world.
     """
 
-    mode = "synthetic"
-
-    def __init__(self, trainer: Trainer, config: TruthConfig, world: World):
-        batch = trainer.config.batch
-        self._trainer, self._world, self._per_epoch = trainer, world, config.samples // batch
+    def __init__(self, stack: TrainStack, config: TruthConfig, world: World):
+        batch = stack.config.batch
+        self._config, self._world, self._per_epoch = stack.config, world, config.samples // batch
         self._key = functools.partial(batch_key, config.seed, TRAIN)
-        self._rows = fitting_sharding(trainer.mesh, (batch, 1), "data", None)
+        self._rows = fitting_sharding(stack.mesh, (batch, 1), "data", None)
 
-    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
-        """Make one step; see ``Input.advance``."""
+    def batch(self, step: int) -> tuple[jax.Array, ...]:
+        """Return the batch of a step."""
         key = self._key(np.int32(self._number(step)))
-        x_BxD = sample(self._world, key, self._trainer.config.batch, self._rows)
-        state, metrics = self._trainer.step(state, (x_BxD[None],))
-        return state, metrics, 1
+        return (sample(self._world, key, self._config.batch, self._rows)[None],)
 
     def _number(self, step: int) -> int:
         epoch, index = divmod(step, self._per_epoch)
-        return int(_batch_order(self._trainer.config.seed[0], epoch, self._per_epoch)[index])
+        return int(_batch_order(self._config.seed[0], epoch, self._per_epoch)[index])
 
 
 @functools.lru_cache(maxsize=2)
@@ -111,4 +105,4 @@ def _batch_order(seed: int, epoch: int, count: int) -> np.ndarray:
 def synthetic_source(config: TruthConfig, world: World, batch: int) -> Source:
     """Return the vectors of a world as a source for ``train.train_stack``."""
     rows = SyntheticRows(config, world, batch)
-    return Source(rows, config.samples // batch, lambda trainer, first_step, before: Sampled(trainer, config, world))
+    return Source(rows, config.samples // batch, lambda stack: Sampled(stack, config, world))

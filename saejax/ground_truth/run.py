@@ -23,8 +23,8 @@ from saejax.results import Interval, to_json
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
 from saejax.stages.ground_truth import CONTROLS, TruthConfig
-from saejax.training.members import Member, members
-from saejax.training.train import of_expansion, train_stack
+from saejax.training.stack import Member, make_members
+from saejax.training.train import for_expansion, train_stack
 
 _SHARE_RANGE = (0.0, 1.0)  # of shares and absolute cosines
 _RANGES = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}
@@ -80,8 +80,8 @@ def _judge(
     folder.mkdir(exist_ok=True)
     stack: list[Member] = []
     for config in train.each_expansion():
-        own = members(config, kind, [SITE])
-        inner = of_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
+        own = make_members(config, kind, [SITE])
+        inner = for_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
         train_stack(inner, own, synthetic_source(truth, world, train.batch))
         stack += own
     groups: dict[str, list[Member]] = {}

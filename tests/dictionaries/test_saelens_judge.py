@@ -16,6 +16,8 @@ from saejax.dictionaries import load_dictionary, save_dictionary
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 import small_stacks
 
+from saejax.training.state import finish_dictionary
+
 PYTHON = os.environ.get("SAEJAX_SAELENS_PYTHON") or (sys.executable if importlib.util.find_spec("sae_lens") else "")
 pytestmark = [
     pytest.mark.slow,
@@ -34,10 +36,10 @@ def judge(task: str, folder: Path) -> None:
 def trained(kind: str, form: str, mesh):
     """A dictionary after some steps, and inputs."""
     sites = dict(sites=("resid_post.1",) if form == "sae" else ("mlp_in.1",))
-    trainer = small_stacks.make_trainer(kind, mesh, steps=20, form=form, **sites)
+    stack = small_stacks.make_stack(kind, mesh, steps=20, form=form, **sites)
     data = small_stacks.batches(20)
-    state, _ = small_stacks.run(trainer, data)
-    return trainer.finish(state, 0), data[0]
+    state, _ = small_stacks.run(stack, data)
+    return finish_dictionary(stack, state, 0), data[0]
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,10 @@ from saejax.dictionaries.joined import split
 from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
-from saejax.training.members import members
-from saejax.training.scales import site_scales
-from saejax.training.stack_shape import batch_parts, describe_stack
-from saejax.training.step import Trainer
+from saejax.training.scales import estimate_scales
+from saejax.training.stack import TrainStack, describe_stack, make_members
+from saejax.training.state import finish_dictionary, init_state
+from saejax.training.step import compile_step
 
 SITE = "resid_post.0+other:resid_post.0"
 WIDTHS = (24, 16)
@@ -59,17 +59,18 @@ def trained(kind: str, steps: int = STEPS, mesh: Mesh | None = None, **changes) 
     usual = dict(sites=(SITE,), batch=BATCH, learning_rate=(3e-3,), k=(2,), clip=0.0, expansion=1, dead_tokens=50_000)
     config = TrainConfig(**usual | changes)
     store = with_joined(PlantedStore(), [SITE])
-    stack = members(config, kind, config.sites)
-    dictionary = dataclasses.replace(describe_stack(config, kind, store, stack), n_features=48)
+    members = make_members(config, kind, config.sites)
+    dictionary = dataclasses.replace(describe_stack(config, kind, store, members), n_features=48)
     mesh = mesh or Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-    trainer = Trainer(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
-    state = trainer.initial_state()
+    scales = estimate_scales(store, config, [(SITE, SITE)] * len(members))
+    stack = TrainStack(config, dictionary, members, scales, steps, mesh)
+    train_step, state = compile_step(stack), init_state(stack)
     for step in range(steps):
         rows = np.arange(BATCH) + BATCH * (step % 200)
-        raw = jax.device_put(store.read(SITE, rows)[None], trainer.batch_sharding)
-        state, metrics = trainer.step(state, (raw,))
+        raw = jax.device_put(store.read(SITE, rows)[None], stack.batch_sharding)
+        state, metrics = train_step(state, stack.hyperparams, (raw,))
         jax.block_until_ready(metrics)
-    return trainer.finish(state, 0), store
+    return finish_dictionary(stack, state, 0), store
 
 
 def held_out(dictionary: Dictionary, store) -> tuple[FeatureStatistics, np.ndarray]:

@@ -10,7 +10,7 @@ from saejax.dictionaries.losses import l1_norm_weighted
 from saejax.evaluation.part_norms import histogram, is_shared, private_part, relative_norms
 from saejax.models.sites import Site, decoder_site, is_joined, parse_site, site_parts
 from saejax.settings import TrainConfig
-from saejax.training.updates import constrained, turn_rows
+from saejax.training.optimizer import apply_constraints, project_out_radial_gradient
 
 WIDTHS = (3, 5)
 
@@ -35,7 +35,7 @@ def test_a_turned_gradient_leaves_the_length_as_it_is():
     rows_FxD = jnp.asarray(rng.normal(size=(4, 8)))
     rows_FxD /= row_lengths(rows_FxD, WIDTHS)[:, None]
     params, grads = dict(W_dec_FxD=rows_FxD), dict(W_dec_FxD=jnp.asarray(rng.normal(size=(4, 8))))
-    turn = turn_rows(WIDTHS)
+    turn = project_out_radial_gradient(WIDTHS)
     turned, _ = turn.update(grads, turn.init(params), params)
     step = 1e-3
     change = row_lengths(rows_FxD + step * turned["W_dec_FxD"], WIDTHS) - 1
@@ -44,7 +44,7 @@ def test_a_turned_gradient_leaves_the_length_as_it_is():
     from saejax.dictionaries.kinds import by_name
 
     longer = dict(W_dec_FxD=3 * rows_FxD)
-    after = constrained(config, by_name("topk"), longer, longer, WIDTHS)
+    after = apply_constraints(config, by_name("topk"), longer, longer, WIDTHS)
     np.testing.assert_allclose(row_lengths(after["W_dec_FxD"], WIDTHS), 1, rtol=1e-6)
 
 

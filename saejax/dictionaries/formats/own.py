@@ -51,10 +51,11 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     if is_first_process():
         shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
         folder.mkdir(parents=True, exist_ok=True)
-    arrays = dictionary.arrays
+    arrays = {name: to_host(array) for name, array in dictionary.arrays.items()}  # all processes have parts of an array
     with _quiet_absl():
+        # As numpy arrays: with those of JAX, Orbax writes down their devices, and opens the folder on no others.
         ocp.save(folder / ARRAYS, arrays)
-    facts = {name: _describe_array(array) for name, array in arrays.items()}  # all processes have parts of an array
+    facts = {name: _describe_array(array) for name, array in arrays.items()}
     if is_first_process():
         write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
 
@@ -106,6 +107,6 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
     return Dictionary(config, matmul_dtype, **placed)
 
 
-def _describe_array(array: jax.Array) -> dict:
-    host = np.ascontiguousarray(to_host(array))
+def _describe_array(array: jax.Array | np.ndarray) -> dict:
+    host = np.ascontiguousarray(array)
     return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())

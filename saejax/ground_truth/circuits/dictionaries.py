@@ -25,7 +25,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
-from saejax.training.members import members
+from saejax.training.stack import make_members
 from saejax.training.train import run_train
 
 EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
@@ -135,7 +135,7 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(capture=store.folder)
         run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=run.configs | config, inputs=inputs))
-        for member in members(config, _KIND, config.sites):
+        for member in make_members(config, _KIND, config.sites):
             (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
             _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
 

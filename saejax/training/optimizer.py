@@ -1,6 +1,7 @@
-"""How gradients change a member's arrays: one chain of optax, and what must hold after every step.
+"""The optimiser of a member: one chain of Optax, the constraints that hold after every step, and the schedules.
 
-    freeze -> turn unit rows -> measure norm -> (mean over ``accumulate`` steps) -> clip -> Adam -> weight decay -> rate
+    freeze -> project out radial gradient -> measure norm -> (mean over ``accumulate`` steps) -> clip -> Adam
+           -> weight decay -> learning rate
 
 Learning rates are the members' own, so the chain's update takes them as an argument: ``update(grads, state, params,
 learning_rate=...)``.
@@ -21,18 +22,20 @@ _FROZEN = {"none": (), "decoder": ("W_dec_FxD",), "encoder": ("W_enc_DxF",)}
 
 
 class GradientNorm(NamedTuple):
-    """State of ``measure_norm``: the global norm of the newest gradient."""
+    """State of ``measure_norm``: the global norm of the last gradient."""
 
     gradient_norm: jax.Array
 
 
 def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.GradientTransformationExtraArgs:
-    """What turns gradients into updates; weight decay is decoupled (Loshchilov and Hutter, 2019), of the encoder alone.
+    """Return the transformation of gradients into updates.
 
-    The decoder's rows have unit norm and its bias starts at the data's mean: to decay those would undo that.
+    Weight decay is decoupled (Loshchilov and Hutter, 2019) and applies to the encoder alone: the decoder's rows have
+    unit norm and its bias starts at the data's mean, which decay would undo.
 
     Args:
-      widths: of the parts of a joined site; (): one site.
+      config: the settings.
+      widths: widths of the parts of a joined site; (): one site.
     """
     frozen = _FROZEN[config.freeze]
     update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
@@ -47,17 +50,21 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
         whole = optax.GradientTransformationExtraArgs(steps.init, steps.update)
     first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":
-        first.append(turn_rows(widths))
+        first.append(project_out_radial_gradient(widths))
     return optax.chain(*first, measure_norm(), whole)
 
 
-def turn_rows(widths: Sequence[int] = ()) -> optax.GradientTransformation:
-    """Removes from the gradient of the decoder the part that changes its unit rows' length, which is undone anyway."""
+def project_out_radial_gradient(widths: Sequence[int] = ()) -> optax.GradientTransformation:
+    """Remove from the decoder's gradient the component along its unit rows, whose length is restored after each step.
+
+    Args:
+      widths: widths of the parts of a joined site, over which a row's length is a sum; (): one site.
+    """
 
     def update(grads: Arrays, params: Arrays | None) -> Arrays:
         assert params is not None
         grad_FxD, W_dec_FxD = grads["W_dec_FxD"], params["W_dec_FxD"]
-        if widths:  # no row itself is at a right angle to the rows of one length, but the sum of its parts' directions
+        if widths:  # the normal of the set of rows of one length is not the row, but its parts' directions
             normal_FxD = row_normals(W_dec_FxD, widths)
             square_Fx1 = jnp.sum(jnp.square(normal_FxD), axis=-1, keepdims=True)
             W_dec_FxD = normal_FxD / jnp.sqrt(jnp.maximum(square_Fx1, 1e-30))
@@ -68,7 +75,7 @@ def turn_rows(widths: Sequence[int] = ()) -> optax.GradientTransformation:
 
 
 def measure_norm() -> optax.GradientTransformation:
-    """Keeps the gradient's global norm; what is not finite in the gradient would be in the next state."""
+    """Record the gradient's global norm: values that are not finite in the gradient would enter the next state."""
     return optax.GradientTransformation(
         lambda params: GradientNorm(jnp.zeros((), jax.tree.leaves(params)[0].dtype)),
         lambda grads, state, params=None: (grads, GradientNorm(optax.global_norm(grads))),
@@ -76,7 +83,7 @@ def measure_norm() -> optax.GradientTransformation:
 
 
 def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
-    """Multiplies by minus the argument ``learning_rate``."""
+    """Multiply by minus the argument ``learning_rate`` of the update."""
 
     def update(updates: Arrays, state: Any, params: Any = None, *, learning_rate: jax.Array, **extra: Any) -> Any:
         return jax.tree.map(lambda update: -learning_rate * update, updates), state
@@ -84,8 +91,18 @@ def scale_by_learning_rate() -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays, widths: Sequence[int] = ()) -> Arrays:
-    """What holds after every step: unit rows if asked for, what the kind says, frozen arrays as they were."""
+def apply_constraints(
+    config: TrainConfig, kind: Kind, params: Arrays, before: Arrays, widths: Sequence[int] = ()
+) -> Arrays:
+    """Return the arrays with unit rows if asked for, the kind's constraints, and frozen arrays as they were.
+
+    Args:
+      config: the settings.
+      kind: the kind of dictionary.
+      params: arrays after an update.
+      before: arrays before it.
+      widths: widths of the parts of a joined site; (): one site.
+    """
     if config.decoder_norm == "unit":
         W_dec_FxD = params["W_dec_FxD"]
         norm_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
@@ -94,29 +111,27 @@ def constrained(config: TrainConfig, kind: Kind, params: Arrays, before: Arrays,
     return kind.constrain(params) | {name: before[name] for name in _FROZEN[config.freeze]}
 
 
-def penalty_share(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Rises linearly from 0 over the penalty's warm-up, so that features form before they are thinned out."""
-    return rising(config.penalty_warmup or config.warmup, steps)
+def penalty_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Return the weight of the penalty, which rises linearly so that features form before they are thinned out."""
+    return linear_warmup(config.penalty_warmup or config.warmup, steps)
 
 
-def rising(share: float, steps: int) -> optax.Schedule:
-    """Rises linearly from 0 to 1 over a share of the steps."""
+def linear_warmup(share: float, steps: int) -> optax.Schedule:
+    """Return a schedule that rises linearly from 0 to 1 over a share of the steps."""
     up = round(share * steps)
     return optax.join_schedules([lambda step: (step + 1) / max(up, 1), optax.constant_schedule(1.0)], [up])
 
 
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay`` of them; a factor between 0 and 1."""
+def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Return a factor in [0, 1]: it rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay``."""
     down = round(config.decay * steps)
     if config.decay_shape == "cosine":
         fall = optax.cosine_decay_schedule(1.0, max(down, 1))
     else:
         fall = lambda step: (down - step) / max(down, 1)  # noqa: E731
-    rise, whole = (
-        rising(config.warmup, steps),
-        optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down]),
-    )
-    return lambda step: jnp.clip(jnp.minimum(rise(step), whole(step)), 0.0, 1.0)
+    warmup = linear_warmup(config.warmup, steps)
+    decay = optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down])
+    return lambda step: jnp.clip(jnp.minimum(warmup(step), decay(step)), 0.0, 1.0)
 
 
 def _named(params: Arrays, names: Any) -> dict[str, bool]:
