@@ -85,7 +85,9 @@ class TaskConfig(Config):
         choices=("auto", "generate", "choice", "likelihood"),
         only=BENCHMARKS,
     )
-    max_new_tokens: int = setting(256, "maximum number of tokens of a generated answer", low=1, only=BENCHMARKS)
+    max_new_tokens: int = setting(
+        0, "maximum number of tokens of a generated answer; 0: 256 for gsm8k, 1,024 for math", low=0, only=BENCHMARKS
+    )
     batch: int = setting(16, "number of benchmark answers generated together", low=1, changes_results=False)
 
     @property

@@ -1,23 +1,28 @@
 r"""Final answers in what a model wrote, and whether they are right.
 
-Numbers are found and compared as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first
-"#### ", *flexible* the last number of the text; both are compared as text, without thousands commas, dollar signs, a
-full stop at the end, and case. So "18" and "18.00" are different answers, there and here.
+Numbers are found as lm-evaluation-harness does for gsm8k: *strict* takes the number after the first "#### ", *flexible*
+the last number of the text, whatever stands around it, so that "The answer is \boxed{18}" holds the answer 18. The
+strict rule compares text, as the harness does, without thousands commas, dollar signs, a full stop at the end, and
+case. The flexible rule compares values: "$29.00" is 29.
 
 Formulas are compared by the library math-verify, which knows that 1/2 and 0.5 are the same: *strict* takes the last
-``\boxed{}``, *flexible* what math-verify finds in the whole text.
+``\boxed{}``, *flexible* what math-verify finds in the whole text. math-verify drops subscripts, so numbers with a base
+are compared before: 2516_9 is not 2516_8.
 
-An answer that cannot be found is None. It counts as wrong, and is counted.
+The flexible rule judges; that the strict rule finds nothing is a failure of format, and is counted. An answer that
+cannot be found is None, and counts as wrong.
 """
 
 import dataclasses
 import re
 import threading
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 _STRICT_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 _ANY_NUMBER = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 _IGNORED = re.compile(r"[,$]")
+_BASED = re.compile(r"(?<![0-9A-Za-z])([0-9][0-9A-F,]*)_(?:\{\s*)?(?:\\text\{)?([0-9]+)")  # 2516_9, 2516_{9}
 _BOX = re.compile(r"\\(?:boxed|fbox)(?=[\s{])\s*")
 _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
@@ -42,10 +47,11 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right number, such as "1,250".
     """
-    return {
-        rule: Verdict(found, found is not None and _normal(found) == _normal(answer))
-        for rule, found in (("strict", strict_number(text)), ("flexible", flexible_number(text)))
-    }
+    strict, flexible = strict_number(text), flexible_number(text)
+    return dict(
+        strict=Verdict(strict, strict is not None and _normal(strict) == _normal(answer)),
+        flexible=Verdict(flexible, flexible is not None and _value(flexible) == _value(answer)),
+    )
 
 
 def strict_number(text: str) -> str | None:
@@ -68,6 +74,15 @@ def _normal(number: str) -> str:
     return _IGNORED.sub("", number).removesuffix(".").lower()
 
 
+def _value(number: str) -> Decimal | str:
+    """Return the value of a number; what is none, such as "...", as text."""
+    normal = _normal(number).rstrip(".")
+    try:
+        return Decimal(normal)
+    except InvalidOperation:
+        return normal
+
+
 def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
     """Verdicts by the strict and the flexible rule for formulas.
 
@@ -81,10 +96,21 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
         strict=(boxed if in_box or boxed == answer else None, in_box),
         flexible=(str(anywhere[-1]) if anywhere else None, anywhere),
     )
+    written = dict(strict=boxed, flexible=boxed or text)
     return {
-        rule: Verdict(found, found is not None and (found == answer or _same(gold, reading)))
+        rule: Verdict(
+            found,
+            found is not None
+            and (found == answer or (_has_same_base(written[rule] or "", answer) and _same(gold, reading))),
+        )
         for rule, (found, reading) in readings.items()
     }
+
+
+def _has_same_base(written: str, answer: str) -> bool:
+    """Return whether the last number with a base in a text has the base of the answer; True where either has none."""
+    bases = [list(_BASED.finditer(text)) for text in (written, answer)]
+    return not all(bases) or len({found[-1][2] for found in bases}) == 1
 
 
 def last_boxed(text: str) -> str | None:

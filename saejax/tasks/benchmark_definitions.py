@@ -76,6 +76,7 @@ class Benchmark:
       stop: texts that end a generated answer.
       parse: makes an item of a row.
       training: the hub's data set and its configurations whose split "train" goes with it; empty: there is none.
+      new_tokens: longest generated answer by default, in tokens; 0: none is generated.
       brief: the instruction where the final answer alone is asked for; "": it always is, or never.
       splits: names of the split that is asked, in local files; on the hub the first.
     """
@@ -91,6 +92,7 @@ class Benchmark:
     stop: tuple[str, ...]
     parse: Callable[[Row], Item]
     training: tuple[str, tuple[str, ...]] = ("", ())
+    new_tokens: int = 0
     brief: str = ""
     splits: tuple[str, ...] = TEST
 
@@ -201,6 +203,7 @@ DEFINITIONS = {
         stop=("Question:", "</s>", "<|im_end|>"),
         parse=_gsm8k,
         training=("openai/gsm8k", ("main",)),
+        new_tokens=256,
         brief="Answer with a number alone.",
     ),
     "math": Benchmark(
@@ -215,6 +218,7 @@ DEFINITIONS = {
         stop=("Problem:",),
         parse=_math,
         training=("EleutherAI/hendrycks_math", _SUBJECTS),
+        new_tokens=1024,  # a quarter of the reference solutions is longer than 256
     ),
     "logic": Benchmark(
         hub="SaylorTwift/bbh",
@@ -271,3 +275,8 @@ def way(name: str, task: TaskConfig) -> str:
     if task.score not in ways:
         raise UserError(f"--task.score={task.score} does not fit {name}: expected one of {', '.join(('auto', *ways))}")
     return task.score
+
+
+def answer_tokens(name: str, task: TaskConfig) -> int:
+    """Return the length in tokens at which a generated answer to a benchmark is cut off."""
+    return task.max_new_tokens or definition(name).new_tokens

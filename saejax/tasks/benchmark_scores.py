@@ -20,7 +20,7 @@ from saejax.models.tokens import pad
 from saejax.results import Interval
 from saejax.settings import TaskConfig
 from saejax.tasks.answers import Verdict, formula_verdicts, number_verdicts
-from saejax.tasks.benchmark_definitions import Item, definition, way
+from saejax.tasks.benchmark_definitions import Item, answer_tokens, definition, way
 from saejax.tasks.benchmark_prompts import Prompter, make_prompter
 from saejax.tasks.likelihood import Likelihood, encode_pair, loglikelihoods
 from saejax.tasks.results import BenchmarkResults, ChoiceScores, UnparsedExample
@@ -81,12 +81,13 @@ class _Asked(NamedTuple):
 def _generate(lm: LanguageModel, asked: _Asked) -> list[GeneratedItem]:
     prompter, task = asked.prompter, asked.task
     known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in asked.prompts]
+    most = answer_tokens(prompter.name, task)
     for item, prompt_ids in zip(asked.items, ids):
-        _check_length(lm, prompter, item, len(prompt_ids), task.max_new_tokens, " or --task.max_new_tokens")
+        _check_length(lm, prompter, item, len(prompt_ids), most, " or --task.max_new_tokens")
     rows = []
     for first in range(0, len(ids), task.batch):
         batch = slice(first, first + task.batch)
-        answers = lm.generate(pad(ids[batch]), task.max_new_tokens, stop=known.stop, edits=asked.edits)
+        answers = lm.generate(pad(ids[batch]), most, stop=known.stop, edits=asked.edits)
         for (item, about), answer in zip(asked.each()[batch], answers, strict=True):
             verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
             rows.append(GeneratedItem(*about, answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]))

@@ -14,7 +14,7 @@ from saejax.models import decoding
 from saejax.models.edits import fit_values
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import PreflightConfig, StudyConfig, TaskConfig
-from saejax.tasks.benchmark_definitions import definition, way
+from saejax.tasks.benchmark_definitions import answer_tokens, definition, way
 from saejax.tasks.own_prompts import count_behaviours
 
 PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
@@ -79,7 +79,8 @@ def generates(plan: PlannedRun) -> bool:
 def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     """Return rows, tokens of a prompt and new tokens of a batch of benchmark answers."""
     task, context = plan.configs[TaskConfig], plan.model.context
-    new = min(task.max_new_tokens, context - 1)
+    names = {*task.benchmarks, *plan.configs[StudyConfig].benchmarks}
+    new = min(max((answer_tokens(name, task) for name in names), default=1), context - 1)
     return task.batch, min(plan.configs[PreflightConfig].benchmark_tokens, context - new), new
 
 

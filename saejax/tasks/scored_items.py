@@ -24,7 +24,7 @@ class ScoredItem:
 
     @property
     def judged(self) -> tuple[str | None, bool | None]:
-        """The model's answer and whether it is right, by the strict or the raw rule; None where none is asked for."""
+        """Return the answer and whether it is right, by the flexible or the raw rule; None where none is asked for."""
         return None, None
 
 
@@ -45,8 +45,8 @@ class GeneratedItem(ScoredItem):
 
     @property
     def judged(self) -> tuple[str | None, bool | None]:
-        """All that the model wrote, and whether the strict rule finds the right answer in it."""
-        return self.output, self.strict.correct
+        """Return all that the model wrote, and whether the flexible rule finds the right answer in it."""
+        return self.output, self.flexible.correct
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,9 @@ def test_gsm8k(smollm2, harness, tmp_path):
             sample = theirs[number]
             assert sample["arguments"][0][0] == row.prompt
             assert sample["filtered_resps"][0] == (getattr(row, rule).found or "[invalid]"), row.id
-            assert sample["exact_match"] == getattr(row, rule).correct, row.id
+            # The flexible rule compares values where the harness compares text.
+            assert sample["exact_match"] <= getattr(row, rule).correct, row.id
+            assert rule == "flexible" or sample["exact_match"] == row.strict.correct, row.id
             same_text += sample["resps"][0][0] == row.output
     right = {rule: sum(getattr(row, rule).correct for row in rows) for rule in ("strict", "flexible")}
     print(f"gsm8k: {same_text // 2} of 20 texts are equal to the character; {right} are right")

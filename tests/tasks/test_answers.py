@@ -46,15 +46,29 @@ def test_numbers_are_found(text, strict, flexible):
         ("$18", "18", True),
         ("-5", "-5", True),
         ("5", "-5", False),
-        ("18.00", "18", False),
-        ("18..", "18", False),
+        ("18.00", "18", True),
+        ("$29.00", "29", True),
+        ("29", "$29.00", True),
+        ("18..", "18", True),
         ("1.8", "18", False),
-        ("018", "18", False),
+        ("018", "18", True),
+        ("...", "18", False),
+        ("...", "...", True),
     ],
 )
-def test_numbers_are_compared_as_text_without_what_does_not_count(found, answer, same):
+def test_the_flexible_rule_compares_values(found, answer, same):
     verdict = number_verdicts(f"so {found}", answer)["flexible"]
     assert verdict.found == found and verdict.correct == same
+
+
+@pytest.mark.parametrize(("found", "same"), [("18", True), ("18.", True), ("1,8", True), ("18.00", False)])
+def test_the_strict_rule_compares_text_as_the_harness_does(found, same):
+    assert number_verdicts(f"#### {found}", "18")["strict"].correct == same
+
+
+def test_an_answer_in_a_box_is_right_by_the_flexible_rule():
+    verdicts = number_verdicts(r"The answer is \boxed{18}", "18")
+    assert verdicts["flexible"].correct and verdicts["strict"].found is None
 
 
 def test_a_number_that_is_not_found_is_wrong():
@@ -106,6 +120,16 @@ def test_the_last_box_is_found(text, held):
         ("The answer is 3/4.", r"\frac{3}{4}", None, True),
         (r"The answer is $\frac{3}{5}$.", r"\frac{3}{4}", None, False),
         (r"Hence \boxed{7}", "8", False, False),
+        (r"Hence \boxed{2516_8}", "2516_8", True, True),
+        (r"Hence \boxed{2516_{8}}", "2516_8", True, True),
+        (r"Hence \boxed{2516_9}", "2516_8", False, False),
+        (r"Hence \boxed{2516_{9}}", "2516_8", False, False),
+        (r"The answer is $2516_9$.", "2516_8", None, False),
+        (r"The answer is $2516_8$.", "2516_8", None, True),
+        (r"Hence \boxed{2517_8}", "2516_8", False, False),
+        (r"Hence \boxed{2516}", "2516_8", True, True),  # the question names the base
+        (r"Hence \boxed{x_1 + x_2}", "x_2 + x_1", True, True),
+        (r"Hence \boxed{\$29.00}", "29", True, True),
         ("I do not know", "8", None, None),
         ("", "8", None, None),
     ],

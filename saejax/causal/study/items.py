@@ -10,7 +10,7 @@ from saejax.causal.study.results import ItemScore
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import TaskConfig
 from saejax.tasks import benchmark_scores
-from saejax.tasks.benchmark_definitions import Item, way
+from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
 from saejax.tasks.benchmark_prompts import make_prompter
 from saejax.tasks.scored_items import ChosenItem, ReferenceItem, ScoredItem
 
@@ -59,7 +59,7 @@ class ItemScores:
     def longest(self, items: Sequence[Item]) -> int:
         """The most tokens of an item's text: with an answer, its solution or what may be generated."""
         answered = [self.reference(0, item, answer) for item in items for answer in (*item.choices, item.solution)]
-        new = self._task.max_new_tokens if self._way == "generate" else 0
+        new = answer_tokens(self._name, self._task) if self._way == "generate" else 0
         return max(len(one.context) + max(len(one.answer), new) for one in answered)
 
     def score(self, condition: str, items: Sequence[Item], edits: EditsOf, accuracy: bool) -> list[ItemScore]:

@@ -20,7 +20,7 @@ class ItemScore:
     log_likelihood: float  #: of the reference solution, nats
     tokens: int  #: of the reference solution
     answer: str | None = None  #: the model's, where answers were judged
-    correct: bool | None = None  #: whether it is right, by the strict or the raw rule, where answers were judged
+    correct: bool | None = None  #: whether it is right, by the flexible or the raw rule, where answers were judged
 
 
 @dataclasses.dataclass(frozen=True)
