@@ -84,19 +84,19 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
         missing = count - sum(map(len, levels))
         if not (starts := min(_STARTS * missing, int(np.count_nonzero(size_N)))):
             break
-        token_C = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
-        w_CxD = errors_NxD[np.resize(token_C, starts + -starts % block)].astype(np.float32)
-        found = [_search(jnp.asarray(errors_NxD), w_BxD) for w_BxD in np.split(w_CxD, len(w_CxD) // block)]
-        rows_CxD, level_C, strength_C = (np.concatenate(parts)[:starts] for parts in zip(*found, strict=True))
-        new_C = (level_C > 0) & (np.abs(rows_CxD @ np.concatenate(directions).T).max(axis=1, initial=0.0) <= _SAME)
+        tokens = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
+        w = errors_NxD[np.resize(tokens, starts + -starts % block)].astype(np.float32)
+        found = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
+        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*found, strict=True))
+        is_new = (level > 0) & (np.abs(rows @ np.concatenate(directions).T).max(axis=1, initial=0.0) <= _SAME)
         taken: list[int] = []
-        for i in np.argsort(-strength_C):
-            if len(taken) < missing and new_C[i] and np.max(rows_CxD[taken] @ rows_CxD[i], initial=0.0) <= _SAME:
+        for i in np.argsort(-strength):
+            if len(taken) < missing and is_new[i] and np.max(rows[taken] @ rows[i], initial=0.0) <= _SAME:
                 taken.append(int(i))
-        directions.append(rows_CxD[taken])
-        levels.append(level_C[taken])
-        z_NxC = errors_NxD @ directions[-1].T
-        errors_NxD = errors_NxD - np.where(z_NxC >= levels[-1], z_NxC, 0.0).astype(np.float32) @ directions[-1]
+        directions.append(rows[taken])
+        levels.append(level[taken])
+        z = errors_NxD @ directions[-1].T
+        errors_NxD = errors_NxD - np.where(z >= levels[-1], z, 0.0).astype(np.float32) @ directions[-1]
     return np.concatenate(directions[1:]), np.concatenate(levels)
 
 

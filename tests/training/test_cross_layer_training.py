@@ -180,7 +180,7 @@ def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_dev
 
 
 def test_only_what_is_written_is_stored(one_device):
-    state = make(mesh=one_device).abstract_state
+    state = abstract_state(make(mesh=one_device))
     shapes = [arrays["W_dec_FxD"].shape for arrays in state.params]
     assert shapes == [(F, 3 * D), (F, 2 * D), (F, D)]
 

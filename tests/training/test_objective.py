@@ -123,7 +123,7 @@ def test_the_l0_penalty_moves_thresholds_only(penalty):
     stack, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
     with_penalty = jax.grad(loss_of(stack, x, y, hyper))(params)
     without, *_ = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, l0_coefficient=(0.0,), target_l0=(8.0,))
-    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyper)))(params)
+    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyperparams)))(params)
     for name in params:
         assert np.array_equal(with_penalty[name], plain[name]) == (name != "threshold_F"), name
     pre = np.asarray(_member(stack, params).pre_activations(x) + params["b_enc_F"][None])
