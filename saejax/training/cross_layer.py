@@ -163,8 +163,14 @@ def _unscaled(stack: TrainStack, state: TrainState, layer: int) -> tuple[Diction
     factor_X = np.repeat(np.array(factors, stack.config.state_dtype), stack.dictionary.d_in)
     arrays = rescale.unit_rows(kind, arrays | dict(W_dec_FxD=arrays["W_dec_FxD"] * factor_X[None]))
     member, scale = stack.members[layer], scales[layer]
-    rule = dict(max_norm=scale.max_norm, target_max_norm=scale.target_max_norm)
-    config = dataclasses.replace(stack.dictionary, site=member.site, target=member.target, k=0, **rule)
+    config = dataclasses.replace(
+        stack.dictionary,
+        site=member.site,
+        target=member.target,
+        k=0,
+        max_norm=scale.max_norm,
+        target_max_norm=scale.target_max_norm,
+    )
     if kind.jumprelu:
         config, arrays = dataclasses.replace(config, kind="jumprelu"), kind.as_jumprelu(arrays)
     return config, arrays

@@ -128,8 +128,8 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
 def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints) -> tuple[TrainState, Metrics]:
     """Return the final state with calibrated thresholds, from the newest checkpoint on or from the start."""
     config, names = stack.config, [member.name for member in stack.members]
-    described = dict(settings=identity(config, run.name), dictionary=identity(stack.dictionary), members=names)
-    described |= dict(steps=stack.steps, state=STATE_VERSION)
+    described: dict[str, object] = dict(settings=identity(config, run.name), dictionary=identity(stack.dictionary))
+    described |= dict(members=names, steps=stack.steps, state=STATE_VERSION)
     checkpoints.check_same_run(described)
     first_step = checkpoints.latest_step or 0
     if first_step:
