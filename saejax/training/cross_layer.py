@@ -122,8 +122,9 @@ def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparam
 
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
-        encoder, *pre = _pre_activations(stack, arrays, norms_F, x_BxD, "float32")
-        return stack.kind.encode_in_training(encoder, *pre, values, stack.config.of_kind(stack.kind.name))[1]
+        encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, "float32")
+        settings = stack.config.of_kind(stack.kind.name)
+        return stack.kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)[1]
 
     norms_LxF = joined_lengths([arrays["W_dec_FxD"] for arrays in layers])
     return lax.map(of_layer, (_encoders(stack, layers), norms_LxF, x_LxBxD, hyper.kind_params))
