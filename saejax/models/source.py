@@ -249,10 +249,16 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
         raise UserError(f"{source.folder} cannot be loaded by transformers ({error}): use another model") from error
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
-    damaged = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
-    if damaged:
+    if damaged := _damaged_parameters(model):
         raise not_finite(f"the weights in {source.folder}", damaged, dtype)
     return model.eval()
+
+
+def _damaged_parameters(model: Any) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity."""
+    import torch
+
+    return [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
 
 
 def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:

@@ -35,8 +35,8 @@ FLAGS = {
 
 def run(stage, workdir, **changes):
     values = FLAGS | {key.replace("__", "."): value for key, value in changes.items()}
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    return command.run([stage], "", ["program", f"--workdir={workdir}", *flags])
+    flags = runs.flag_file(f"--{name}={value}" for name, value in values.items())
+    return command.run([stage], "", ["program", f"--workdir={workdir}", flags])
 
 
 def dictionaries(workdir):

@@ -151,7 +151,7 @@ def test_bad_input(workdir, tmp_path, capsys):
         "name two at least": [f"--transfer.dictionaries={first}"],
         "names topk/": [f"--transfer.dictionaries=topk,{first}"],
         "there is no member": ["--transfer.dictionaries=topk/none,topk"],
-        "NaN or infinite": [f"--transfer.dictionaries={first},{tmp_path / 'nan'}"],
+        "NaN or infinity": [f"--transfer.dictionaries={first},{tmp_path / 'nan'}"],
         "add activity to": [f"--transfer.dictionaries={first},{tmp_path / 'narrow'}", "--transfer.measures=decoder"],
         "share": [f"--transfer.dictionaries={copies}", f"--corpus.path={short}", "--corpus.held_out=0.5"],
         "does not exist": [f"--transfer.ablations={tmp_path / 'none'}"],
