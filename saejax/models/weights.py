@@ -20,6 +20,7 @@ from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding
 
 _LISTED = 30  # problems of a checkpoint that a message lists
+_CHECKED = 1 << 20  # numbers at once, for NaN and infinity
 
 
 def load_params(
@@ -48,23 +49,32 @@ def load_params(
         listed = "; ".join(problems[:_LISTED]) + more
         raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
     weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
+    damaged: list[str] = []
     tensors = {name: [tensor for _, tensor in stored if tensor is not None] for name, stored in sources.items()}
     for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
         if name.startswith(LAYERS):
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
-        params[name] = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
-    damaged = [name for name, finite in jax.device_get(_are_finite(params)).items() if not finite]
+        fill = functools.partial(_fill_and_check, _reader(weights[name], shape, tensors[name]), name, damaged)
+        params[name] = _place(fill, shape, dtype, mesh, spec)
     if damaged:
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
         raise not_finite(f"the weights in {folder}", sorted(files) or damaged, dtype)
     return {name: params[name] for name in table}
 
 
-@jax.jit
-def _are_finite(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return whether all values of each parameter are finite."""
-    return {name: jnp.isfinite(array).all() for name, array in params.items()}
+def _fill_and_check(
+    fill: Callable[[tuple[slice, ...], np.ndarray], None],
+    name: str,
+    damaged: list[str],
+    index: tuple[slice, ...],
+    buffer: np.ndarray,
+) -> None:
+    """Fill a buffer, and add the parameter's name to ``damaged`` if it holds NaN or infinity."""
+    fill(index, buffer)
+    flat_N = buffer.reshape(-1)
+    if not all(np.isfinite(flat_N[i : i + _CHECKED]).all() for i in range(0, flat_N.size, _CHECKED)):
+        damaged.append(name)
 
 
 def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:

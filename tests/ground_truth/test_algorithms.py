@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import runs
 from scipy.sparse.csgraph import shortest_path
 
 from saejax import load_model, load_results
@@ -125,8 +126,8 @@ FLAGS = {
 def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
     made = []
     for name in ("first", "second"):
-        flags = [f"--{flag}={value}" for flag, value in FLAGS.items()]
-        assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path / name}", *flags]) == 0
+        flags = runs.flag_file(f"--{flag}={value}" for flag, value in FLAGS.items())
+        assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path / name}", flags]) == 0
         folder = tmp_path / name / "algorithm" / "addition"
         made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])
     assert made[0] == made[1]

@@ -118,7 +118,7 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     fill(opened, "#change-how", "set")
     fill(opened, "#change-amount", "2.5")
     opened.click_on("#change-form button")
-    assert text(opened, "#changes").count("Take back") == 2
+    assert text(opened, "#changes").count("Remove") == 2
     opened.js(
         "(() => { const s = document.getElementById('freeze'); s.value = 'attention'; s.onchange({target: s}); })()"
     )
@@ -135,11 +135,11 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     )
     show(opened, address)  # the state is in the address
     assert (
-        text(opened, "#changes").count("Take back") == 2
+        text(opened, "#changes").count("Remove") == 2
         and opened.js("document.getElementById('freeze').value") == "attention"
     )
     opened.click_on("#changes li button")
-    assert text(opened, "#changes").count("Take back") == 1
+    assert text(opened, "#changes").count("Remove") == 1
     show(opened, site[1] + PAGE + '#changes=[["scale",0,"nobody"],["x",0,"1_2_3"],3]&freeze=all<b>')
     assert text(opened, "#changes") == "" and opened.js("document.getElementById('run-changes').disabled")
 

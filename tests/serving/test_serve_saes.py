@@ -86,6 +86,6 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
 
 def test_nothing_can_be_held_and_the_page_says_so(asker, saes):
     page = asker.get(f"graph?id={GRAPH}")[1]
-    assert '"holds":["nothing"]' in page
+    assert '"freeze_modes":["none"]' in page
     body = dict(graph=GRAPH, changes=[["scale", 0, "0_1_1"]], freeze="all")
-    assert "expected nothing, as this graph is of SAEs" in asker.work("api/change", body)[-1]["error"]
+    assert "expected none, as this graph is of SAEs" in asker.work("api/change", body)[-1]["error"]
