@@ -43,7 +43,7 @@ class DocumentLink(TypedDict):
 
 
 class DocumentMetadata(TypedDict):
-    """What was asked of which model."""
+    """Model, prompt and settings of a graph."""
 
     slug: str
     scan: str
@@ -61,7 +61,7 @@ class DocumentMetadata(TypedDict):
 
 
 class QParams(TypedDict, total=False):
-    """What a reader has selected and pinned."""
+    """The reader's selection and pinned nodes."""
 
     pinnedIds: list[str]
     supernodes: list[list[str]]  # of each its label and the ids of its nodes
