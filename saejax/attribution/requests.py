@@ -1,4 +1,4 @@
-"""Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
+"""Prompts to trace and their targets: from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
 import json

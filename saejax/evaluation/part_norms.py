@@ -1,4 +1,4 @@
-"""Which parts of a joined site a crosscoder's features are written to, by the norms of their decoder rows."""
+"""Norms of a crosscoder's decoder rows by part of the joined site: private and shared features."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""What features are, in the files of Neuronpedia and of viewers of attribution graphs.
+"""Features as files for Neuronpedia and for viewers of attribution graphs.
 
 v1/<model>/<source>/      Neuronpedia's import bundle of a dictionary: release, model, sourceset and source (``.jsonl``,
                           one line each); features, activations and explanations in batches (``.jsonl.gz``). Its

@@ -1,4 +1,4 @@
-"""What the next token becomes when features of a prompt are changed, beside what as many random ones do."""
+"""Next-token effects of edited features of a prompt, beside as many random features."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""How dictionaries are trained and scored."""
+"""Settings of training and evaluation."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What is known of features: contexts, logits and labels, from files of other programs and of our own runs.
+"""Feature descriptions: contexts, logits and labels, from files of other programs and of our own runs.
 
 Three sources, of which the first that knows a feature is used:
 

@@ -1,4 +1,4 @@
-"""Where the boxes of a graph's figure stand.
+"""Layout of the boxes in a graph's figure.
 
 A box is as large as its text. The boxes of one layer and position form a cell, some to a line; columns of cells stand
 as close together as each row allows, so a position at which little happens takes little room. Labels are wrapped and

@@ -1,4 +1,4 @@
-"""How much the edges of a graph in Neuronpedia's format matter: one measure for all, whatever their targets are.
+"""Scores of the edges of a graph in Neuronpedia's format: one measure for all targets.
 
 Weights are in the units of their targets, pre-activations and logits, so those of different targets do not compare.
 The score of an edge is the share that it has of its target's input, by size, times the target's influence, as edges are

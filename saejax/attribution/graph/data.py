@@ -1,4 +1,4 @@
-"""What an attribution graph is made of: its nodes, the matrix of its edges, and of what it was traced.
+"""The attribution graph: its nodes, the matrix of its edges, and its prompt and model.
 
 The sources of edges are all nodes but the logits; their targets are the features and the logits. So a graph of N nodes
 has the first S of them as columns, and as rows the features and then the logits, R of them: ``adjacency_RxS[r, s]`` is

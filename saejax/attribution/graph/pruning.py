@@ -1,4 +1,4 @@
-"""How much each node matters for the logits, and the part of a graph that matters most.
+"""Influence of each node on the logits, and pruning by it.
 
 The influence of a node counts all paths from it to the logits. With N[r, s] = |A[r, s]| / sum_s |A[r, s]|, the share
 of target r's input that comes from source s, and w the weights of the logits (their probabilities),

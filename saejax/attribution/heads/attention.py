@@ -1,4 +1,4 @@
-"""What is requested of the attention of a graph: contributions of heads to its edges, and scores split over pairs."""
+"""Attention results of a graph on request: head contributions to edges, and scores split over pairs."""
 
 import dataclasses
 from collections.abc import Sequence

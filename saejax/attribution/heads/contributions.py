@@ -1,4 +1,4 @@
-"""What each attention head contributes to the edges of a graph.
+"""Contributions of attention heads to the edges of a graph.
 
 The contribution of a head to an edge is what the edge loses when that head's path, from the values it mixes to what it
 adds to the stream, is taken out of the local replacement model and all else stays. It is signed. A path through several

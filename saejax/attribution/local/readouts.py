@@ -1,4 +1,4 @@
-"""What is read of the stream: targets as directions, and programs that read them of edited runs."""
+"""Readouts of the residual stream: targets as directions, and programs that read them in edited runs."""
 
 import dataclasses
 import functools

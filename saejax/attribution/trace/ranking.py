@@ -1,4 +1,4 @@
-"""Which features matter most for what is explained, as far as the rows that there are say.
+"""Ranking of features by their influence on the targets, from the rows computed so far.
 
 Influences are those of ``graph.pruning``. Between two rounds they are looked for anew, while the devices wait: so a
 row's weights are summed once, when it is new, and read only where it may have any, from features of lower layers.

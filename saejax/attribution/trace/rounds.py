@@ -1,4 +1,4 @@
-"""Which features get rows, in rounds, and the graph that the rows make."""
+"""Tracing in rounds: choose features, compute their rows, and build the graph."""
 
 import threading
 from collections.abc import Callable, Sequence

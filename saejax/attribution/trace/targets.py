@@ -1,4 +1,4 @@
-"""What a graph explains: logits, differences of two, other directions of the stream.
+"""Targets of a graph: logits, differences of two, other directions of the stream.
 
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
 constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as

@@ -1,4 +1,4 @@
-"""Which features fire on a text, layer by layer, and which of them are shown."""
+"""Activations of features on a text, layer by layer, and the features that are shown."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How features pass on from layer to layer: links between those that are shown.
+"""Links between features of successive layers, for those that are shown.
 
 geometry      between two consecutive dictionaries, at one position. Feature i writes a_i d_i (its activation times its
               decoder row); of this a_i <d_i, e_j> goes into the pre-activation of feature j, whose encoder column is

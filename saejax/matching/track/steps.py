@@ -1,4 +1,4 @@
-"""Which features belong to a step, which of them carry over, and which return.
+"""Features of a step: those that belong to it, carry over from it, or return later.
 
 A feature *belongs* to the part of the text in which its mean activation is largest; of a part's features those come
 first whose mean there exceeds their mean over the other parts by most. It *carries over* to the steps right after its

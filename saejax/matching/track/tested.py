@@ -1,4 +1,4 @@
-"""Whether the features of a step matter to it: they are removed in the step, beside sets matched to them.
+"""Tests of a step's features: ablate them within the step, beside control sets.
 
 The step's features are set to zero at its own tokens, at one layer, and the log-likelihood of each of the step's tokens
 but the first (which is predicted before the step begins) is compared with that of the model as it is. The answer is

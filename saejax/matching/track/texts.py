@@ -1,4 +1,4 @@
-"""What is followed: prompts and worked solutions, their tokens, and the sentences that are their steps."""
+"""Texts to track: prompts and worked solutions, their tokens, and the sentences that are their steps."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""Whether shared features have the same effects, ablated one at a time by ``ablate`` in each dictionary."""
+"""Agreement of the effects of shared features, ablated one at a time in each dictionary."""
 
 import functools
 from collections.abc import Mapping, Sequence
