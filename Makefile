@@ -28,13 +28,12 @@ demo-atlas: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
 	@echo "Open runs/demo/atlas/topk/index.html"
 
-# After the demo: transcoders of all layers, and of each of two behaviours a graph and what n features keep of 8 answers, in the
-# demo's report.
+# After the demo: transcoders of all layers, and a graph of each of two behaviours, in the demo's report.
 demo-graphs: $(INSTALLED)
 	$(BIN)/python -m experiments.train --workdir=runs/demo_graphs --flagfile=configs/demo_graphs.flags
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags \
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital \
-	    --graph.kept_prompts=8
+	    --graph.doubled=32 --graph.circuits
 	@echo "Open runs/demo/report/index.html"
 
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
@@ -45,10 +44,13 @@ demo-clt: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline $(CLT) $(CLT_GRAPH) --graph.slug=cross-layer --graph.transcoders=runs/demo_clt/train/batchtopk
 	@echo "Open runs/demo_clt/report/index.html, and in runs/demo_clt/attribute/layers the graph of the other set"
 
-# A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and what its own features cause.
+# A model that is tuned to one habit more, a crosscoder of it and of what it was made from, and a causal test of features of the
+# tuned model.
 demo-crosscode: $(INSTALLED)
 	$(BIN)/python scripts/tuned_model.py runs/demo_crosscode/tuned
-	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags
+	$(BIN)/python -m experiments.evaluate --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo_crosscode --flagfile=configs/demo_crosscode.flags \
+	    --train.kinds=topk --train.sites=resid_post.25
 	@echo "Open runs/demo_crosscode/report/index.html"
 
 # After the demo: an SAE for every layer; what layers share, groups of features, and a worked solution followed through all of

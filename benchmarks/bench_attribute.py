@@ -5,7 +5,7 @@ The transcoders have 2,048 features a layer, of which 18 are active at each posi
 features. The first prompt compiles; two others of its length are timed, and what they compile is counted. The floor is
 the arithmetic of the transposed frozen layers, the output and value projections of attention, for the layers below each
 target and the positions up to its own, at the speed of one large product of matrices on the same machine. Beside the
-trace: the heads of the edges of the graph, pruned to 98 % of its influence and cut by ``heads.cut``, whose floor is
+trace: the heads of the edges of the graph, pruned to 98 % of its influence, whose floor is
 that of its targets, and of its sources on their way up; and the checks, doubling and curve. Times of the process on all
 cores stand beside those on the clock: they hold where others use the machine, too. With --growth, other lengths of
 prompts follow, each in a process of its own. Prints tables and, last, one line of JSON.
@@ -30,11 +30,10 @@ from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE, LOGIT
-from saejax.attribution.heads.cut import within
-from saejax.attribution.heads.edges import edge_heads
+from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.local.rows import row_flops
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import graph_flops, row_flops
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.config import DecoderConfig
 
@@ -60,6 +59,13 @@ def random_transcoders(config: DecoderConfig, seed: int = 0) -> LayerTranscoders
     key = jax.random.key(seed)
     dictionaries = [Dictionary.initial(kind, jax.random.fold_in(key, layer)) for layer, kind in enumerate(kinds)]
     return LayerTranscoders.of(dictionaries, "random transcoders")
+
+
+def graph_flops(graph: Graph, model: DecoderConfig) -> float:
+    """Return the operations that all rows of a whole graph need at least."""
+    nodes = graph.nodes[graph.target_R]
+    layers_R = np.where(nodes.kind_N == FEATURE, nodes.layer_N + 1, model.n_layers)
+    return row_flops(model, layers_R, nodes.position_N + 1)
 
 
 def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
@@ -123,17 +129,16 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
             events.clear()
         prompt = [lm.tokenizer.bos_token_id, *ids_P[start : start + tokens - 1].tolist()]
         with clock.times("trace"):
-            graph, replacement, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
+            graph, local, readouts = trace_prompt(lm, transcoders, prompt, max_features=rows)
         if not start:
             rows_gb = peak_gb()  # before heads and checks
         if checked:
-            whole = graph.prune(SHARE)
-            pruned, share = within(whole, graph, lm.config)
+            pruned = graph.prune(SHARE)
             with clock.times("heads"):
-                edge_heads(replacement, readouts, pruned)
+                head_contributions(local, readouts, pruned)
             with clock.times("checks"):
-                double(replacement, graph, readouts)
-                circuits.curve(replacement, graph, readouts)
+                double(local, graph, readouts)
+                circuits.faithfulness_curve(local, graph, readouts)
     compiled_later = events.count(COMPILED) if rounds else None
     speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
     found = dict(
@@ -151,9 +156,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
     if checked:
         found |= {part: clock.beside_trace(part) for part in ("heads", "checks")}
         ends = np.unique(np.concatenate(pruned.edges()[:2]))
-        found["heads"] |= dict(
-            nodes=len(ends), edges=len(pruned.edges()[0]), of_edges=len(whole.edges()[0]), within=share
-        )
+        found["heads"] |= dict(nodes=len(ends), edges=len(pruned.edges()[0]))
         found["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
     return found
 
@@ -195,8 +198,8 @@ def main() -> None:
     if "heads" in found:
         own = found["heads"]
         print(
-            f"heads: of {own['edges']:,} of {own['of_edges']:,} edges, between {own['nodes']:,} nodes, those of "
-            f"{own['within'] or SHARE:.0%} of the influence; {own['of_floor']:.0%} of floor"
+            f"heads: of {own['edges']:,} edges between {own['nodes']:,} nodes, those of {SHARE:.0%} of the influence; "
+            f"{own['of_floor']:.0%} of floor"
         )
     print(f"programs that later prompts compiled: {found['compiled_later']}")
     print(json.dumps(dict(bench="attribute", **found)))

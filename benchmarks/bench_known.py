@@ -1,12 +1,12 @@
-"""Of transformers that are set by hand: what circuits of growing size keep (CPR, CMD), and whether labels name neurons.
+"""Of transformers that are set by hand: whether graphs have the right edges, and labels name neurons.
 
 Run: python -m benchmarks.bench_known [--circuits logic,induction,chain] [--sets exact,trained,untrained,random]
-Transformers and transcoders are those of `experiments.known_circuits`, and features of each are kept in the order of
-their effect, of circuit-tracer's influence, and at random, as by --graph.kept_prompts. Then labels are searched on
-texts, as `experiments.interpret` does, for the feature that stands for each neuron by its decoder, and judged by the
-neuron: F1 of where the label says and where the neuron itself fires, on texts that the search did not see, beside the
-label of another neuron that fires about as often. Prints both tables with 95 % intervals (over prompts; over neurons)
-and, last, one line of JSON. Some minutes of processors; what is in the folder is not trained again.
+Transformers and transcoders are those of `experiments.known_circuits`. Edges of graphs are judged by the weights; then
+labels are searched on texts, as `experiments.interpret` does, for the feature that stands for each neuron by its
+decoder, and judged by the neuron: F1 of where the label says and where the neuron itself fires, on texts that the
+search did not see, beside the label of another neuron that fires about as often. Prints both tables with 95 %
+intervals (over prompts; over neurons) and, last, one line of JSON. Some minutes of processors; what is in the folder
+is not trained again.
 """
 
 import argparse
@@ -22,10 +22,8 @@ import numpy as np
 from saejax import load_model
 from saejax.activations.store import Store
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.run import compare_kept
 from saejax.dictionaries import Dictionary
-from saejax.ground_truth.circuits.cases.case import Case
-from saejax.ground_truth.circuits.catalogue import make_case
+from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.dictionaries import EXACT, TRAINED, UNTRAINED, untrained_sets, write_sets
 from saejax.ground_truth.circuits.graphs import judge_edges
 from saejax.ground_truth.circuits.run import matched_neurons
@@ -41,7 +39,6 @@ from saejax.models.language_model import LanguageModel
 from saejax.results import Interval
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
-from saejax.settings import GraphConfig
 from saejax.tasks.scoring import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
@@ -66,25 +63,14 @@ def made(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel,
     return case, model, {one: LayerTranscoders.of([layer[one] for layer in layers]) for one in (EXACT, *sets)}
 
 
-def kept(case: Case, model: LanguageModel, name: str, transcoders: LayerTranscoders) -> dict[str, dict[str, float]]:
-    """By behaviour, CPR and CMD of the graphs of a set of transcoders."""
+def judged(case: Case, model: LanguageModel, name: str, transcoders: LayerTranscoders) -> dict[str, float]:
+    """Print how well edges of graphs of a set are those of the weights, and return the AUROC."""
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
     neuron_of, _ = matched_neurons(case, transcoders, 0)
     edges = judge_edges(model, transcoders, case.model, tests[:: len(tests) // TRACED], neuron_of)
     shown = (f"{one} {said(getattr(edges, one))}" for one in ("auroc", "precision", "recall"))
     print(f"  {name:<10} edges: {', '.join(shown)}", flush=True)
-    found = {"edges": dict(auroc=round(edges.auroc.mean, 3))}
-    for behaviour in dict.fromkeys(prompt.behaviour for prompt in tests):
-        own = [prompt for prompt in tests if prompt.behaviour == behaviour]
-        results = compare_kept(model, transcoders, own, GraphConfig(), lambda done, of: None)
-        if results.reason:
-            print(f"  {name:<10} {behaviour:<10} no scores: {results.reason}")
-        for kind, score in results.scores.items():
-            areas = {order: getattr(score, order) for order in ("effect", "influence", "random")}
-            shown = "".join(f"{said(value):>24}" for value in areas.values())
-            print(f"  {name:<10} {behaviour:<10} {kind:<5}{shown}", flush=True)
-            found[f"{behaviour} {kind}"] = {order: round(value.mean, 3) for order, value in areas.items()}
-    return found
+    return dict(auroc=round(edges.auroc.mean, 3))
 
 
 def said(value: Interval) -> str:
@@ -189,10 +175,9 @@ def main() -> None:
     line: dict[str, dict] = {}
     for name in args.circuits.split(","):
         case, model, transcoders = made(args.folder.absolute() / name, name, sets)
-        print(f"{name}: by effect, by influence, at random", flush=True)
-        scored = {one: kept(case, model, one, transcoders[one]) for one in sets}
+        scored = {one: judged(case, model, one, transcoders[one]) for one in sets}
         print(f"{name}: F1 of labels, by sort of neuron", flush=True)
-        line[name] = dict(kept=scored, labels=named(model, case, transcoders, sets))
+        line[name] = dict(edges=scored, labels=named(model, case, transcoders, sets))
     print(json.dumps(dict(bench="known", circuits=line)))
 
 

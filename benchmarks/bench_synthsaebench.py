@@ -29,7 +29,7 @@ from benchmarks.tool_environments import saelens_python
 from saejax.dictionaries import load_dictionary, save_dictionary
 from saejax.files import read_json
 from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import draw, draw_with_code
+from saejax.ground_truth.sampling import sample, sample_with_code
 from saejax.ground_truth.world import World, make_world
 from saejax.stages.ground_truth import TruthConfig
 
@@ -68,7 +68,7 @@ def save_world(world: World, file: Path) -> None:
     arrays = {
         field.name: np.asarray(getattr(world, field.name))
         for field in dataclasses.fields(world)
-        if field.name not in ("roots", "branching", "depth", "noise", "room")
+        if field.name not in ("roots", "branching", "depth", "noise")
     }
     np.savez(file, rate_J=norm.sf(arrays.pop("threshold_J")).astype(np.float32), parent_J=world.parent_J, **arrays)
 
@@ -84,9 +84,9 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
     for number in range(max(count // BATCH, REPEATS + 1)):
         key = batch_key(seed, HELD_OUT, np.int32(number))
         start = time.process_time(), time.perf_counter()
-        jax.block_until_ready(draw(world, key, BATCH))  # as training does: nobody asks for the code
+        jax.block_until_ready(sample(world, key, BATCH))  # as training does: nobody asks for the code
         seconds.append((time.process_time() - start[0], time.perf_counter() - start[1]))
-        fires_J, squares = sums(*draw_with_code(world, key, BATCH))
+        fires_J, squares = sums(*sample_with_code(world, key, BATCH))
         fired_J, square = fired_J + np.asarray(fires_J), square + float(squares)
     seen = len(seconds) * BATCH
     processor, wall = (statistics.median(column) for column in zip(*seconds[1:], strict=True))

@@ -27,9 +27,11 @@ import numpy as np  # noqa: E402
 
 from benchmarks.bench_input import PARTS, SITE, WINDOW_ROWS, random_store  # noqa: E402
 from benchmarks.tool_environments import saelens_python  # noqa: E402
-from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
+from benchmarks.train_setup import Stepper, make_stack, matmul_rate, sparse_sums  # noqa: E402
 from saejax.activations.batches import READ_OPTIONS  # noqa: E402
 from saejax.activations.store import Store  # noqa: E402
+from saejax.training.state import init_state  # noqa: E402
+from saejax.training.step import compile_step  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 COMPARED = ("standard", "jumprelu", "topk", "batchtopk", "matryoshka")
@@ -71,9 +73,7 @@ class SaeLens:
 
 def measure_kind(kind: str, args: argparse.Namespace, batches: np.ndarray, theirs: SaeLens | None) -> dict:
     """Tokens per second of ours and theirs, and the share of the floor, of every precision: medians over rounds."""
-    ours = {
-        dtype: Stepper(make_trainer(kind, args.d, args.features, args.batch, K, dtype), batches) for dtype in DTYPES
-    }
+    ours = {dtype: Stepper(make_stack(kind, args.d, args.features, args.batch, K, dtype), batches) for dtype in DTYPES}
     compared = theirs is not None and kind in COMPARED
     shape, flops = (args.batch, args.d, args.features), FLOOR[kind] * args.d * args.features
     for dtype in DTYPES:  # compiles, and touches all memory
@@ -138,8 +138,8 @@ def ratio_of(found: dict) -> float:
 
 def standard_rate(args: argparse.Namespace) -> float:
     """Tokens per second of a standard dictionary with bf16 products."""
-    trainer = make_trainer("standard", args.d, args.features, args.batch, K, "bfloat16")
-    stepper = Stepper(trainer, sparse_sums(2, args.batch, args.d))
+    stack = make_stack("standard", args.d, args.features, args.batch, K, "bfloat16")
+    stepper = Stepper(stack, sparse_sums(2, args.batch, args.d))
     stepper.run(2)  # compiles
     return 4 * args.batch / stepper.run(4)
 
@@ -162,14 +162,14 @@ def measure_input(args: argparse.Namespace, training: float) -> float:
 def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namespace) -> float:
     """Train one dictionary for each seed on a store, as one stack; the seconds of a step, compiling left out."""
     store = Store.open(Path(store_folder))
-    trainer = make_trainer("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
-    state, times, metrics = trainer.initial_state(), [], None
+    stack = make_stack("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
+    train_step, state, times, metrics = compile_step(stack), init_state(stack), [], None
     batches = store.batches(PARTS, args.batch, 0, args.epochs, WINDOW_ROWS).to_iter_dataset(READ_OPTIONS)
     for (batch,) in batches:
-        placed = (jax.make_array_from_process_local_data(trainer.batch_sharding, batch),)
+        placed = (jax.make_array_from_process_local_data(stack.batch_sharding, batch),)
         jax.block_until_ready(metrics)  # one step ahead of the device, as the training loop
         times.append(time.perf_counter())
-        state, metrics = trainer.step(state, placed)
+        state, metrics = train_step(state, stack.hyperparams, placed)
     jax.block_until_ready(metrics)
     return float((times[-1] - times[2]) / (len(times) - 3))
 

@@ -21,7 +21,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
-from benchmarks.train_setup import Stepper, make_trainer, matmul_rate, sparse_sums  # noqa: E402
+from benchmarks.train_setup import Stepper, make_stack, matmul_rate, sparse_sums  # noqa: E402
+from saejax.training.state import finish_dictionary, init_state  # noqa: E402
+from saejax.training.step import train_step  # noqa: E402
 
 DENSE = ("standard", "jumprelu", "linear")
 STUDY = ((1024, 8192, 50_000), (2048, 16_384, 50_000), (2048, 16_384, 10_000), (2560, 20_480, 20_000))
@@ -38,7 +40,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, float]:
     found = {}
     for name, (kind, products) in wanted.items():
         shape_of = kind, args.d, args.features, args.batch, args.k, "bfloat16"
-        stepper = Stepper(make_trainer(*shape_of, products=products), batches)
+        stepper = Stepper(make_stack(*shape_of, products=products), batches)
         stepper.run(3)  # compiles
         rate = matmul_rate("bfloat16", *shape, repeats=20)
         speeds = [args.steps * args.batch / stepper.run(args.steps) for _ in range(3)]
@@ -60,12 +62,12 @@ def train_epochs(
     per_epoch = len(rows_NxD) // batch
     rate = 1e-3 * (batch / 32) ** 0.5  # Adam's with the root of the batch
     settings = dict(l1=(1e-4,), decorrelation=0.01, learning_rate=(rate,), steps=per_epoch * EPOCHS)
-    trainer = make_trainer("linear", d, features, batch, 1, matmul, **settings)
-    data_NxD, state, hyper = jnp.asarray(rows_NxD), trainer.initial_state(), trainer.hyper
+    stack = make_stack("linear", d, features, batch, 1, matmul, **settings)
+    data_NxD, state, hyper = jnp.asarray(rows_NxD), init_state(stack), stack.hyperparams
 
     def epoch(state, hyper, data_NxD, order_N):
         def step(state, place_B):
-            return trainer.pure_step(state, hyper, (data_NxD[place_B][None],))[0], None
+            return train_step(stack, state, hyper, (data_NxD[place_B][None],))[0], None
 
         return lax.scan(step, state, order_N[: per_epoch * batch].reshape(per_epoch, batch))[0]
 
@@ -77,7 +79,7 @@ def train_epochs(
         state = run(state, hyper, data_NxD, order_N)
     jax.block_until_ready(state)
     seconds = time.perf_counter() - compiled
-    error = np.asarray(held_out_NxD - trainer.finish(state, 0)(jnp.asarray(held_out_NxD)), np.float64)
+    error = np.asarray(held_out_NxD - finish_dictionary(stack, state, 0)(jnp.asarray(held_out_NxD)), np.float64)
     variance = np.square(held_out_NxD - held_out_NxD.mean(0), dtype=np.float64).sum()
     return dict(seconds=seconds, compiling=compiled - start, explained=1 - np.square(error).sum() / variance)
 

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from saejax.matching.match import match
+from saejax.matching.rows import independent_rows, unit
 from saejax.parallel.mesh import make_mesh
-from saejax.transfer.compared import chance, unit
-from saejax.transfer.matching import match
 
 
 def stack(count: int, features: int, width: int) -> list[np.ndarray]:
@@ -65,7 +65,7 @@ def main() -> None:
     chosen = pairs[:: max(1, len(pairs) // args.pairs)] if args.pairs else pairs
     one = product_seconds(rows)
     start = time.perf_counter()
-    nulls = [chance(own, [1, place]) for place, own in enumerate(rows)]
+    nulls = [independent_rows(own, [1, place]) for place, own in enumerate(rows)]
     drawn = time.perf_counter() - start
     list(match([(0, rows[0], rows[1])], mesh))  # compiles
     list(match([(0, rows[0], nulls[1])], mesh))

@@ -46,7 +46,7 @@ def main() -> None:
         tensor["std_J"],
         tensor["mean_J"],
         hierarchy_modifier(trees) if trees else None,
-        (tensor["loading_JxQ"], tensor["own_J"] ** 2),
+        (tensor["loading_JxQ"], tensor["latent_std_J"] ** 2),
     )
     seconds = []
     with torch.no_grad():

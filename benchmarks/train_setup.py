@@ -1,4 +1,4 @@
-"""What the training benchmarks share: trainers of any shape, activations to train on, and steps that are timed."""
+"""What the training benchmarks share: stacks of any shape, activations to train on, and steps that are timed."""
 
 import time
 from collections.abc import Sequence
@@ -11,13 +11,15 @@ from saejax.dictionaries import DictionaryConfig
 from saejax.dictionaries.kinds import by_name
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import TrainConfig
-from saejax.training.members import SiteScale, members
-from saejax.training.step import Trainer
+from saejax.training.scales import SiteScale
+from saejax.training.stack import TrainStack, make_members
+from saejax.training.state import init_state
+from saejax.training.step import compile_step
 
 SITE = "resid_post.0"
 
 
-def make_trainer(
+def make_stack(
     kind: str,
     d: int,
     features: int,
@@ -27,20 +29,21 @@ def make_trainer(
     seeds: Sequence[int] = (0,),
     steps: int = 1000,
     **settings,
-) -> Trainer:
-    """Return a trainer of a stack with a member for each seed, on all devices; top-k kinds have AuxK."""
+) -> TrainStack:
+    """Return a stack with a member for each seed, on all devices; top-k kinds have AuxK."""
     topk = kind in ("topk", "batchtopk", "matryoshka")
     usual = dict(k=(k,), l1=(0.5,), auxk=1 / 32 if topk else 0.0, dead_tokens=10_000_000)
     config = TrainConfig(sites=(SITE,), batch=batch, matmul=matmul, seed=tuple(seeds), **usual | settings)
-    stack = members(config, kind, config.sites)
+    members = make_members(config, kind, config.sites)
     dictionary = DictionaryConfig(
         kind=kind,
         site=SITE,
         d_in=d,
         n_features=features,
-        **by_name(kind).facts(stack[0].settings, config.of_kind(kind), features),
+        **by_name(kind).facts(members[0].settings, config.of_kind(kind), features),
     )
-    return Trainer(config, dictionary, stack, make_mesh(), steps, [SiteScale(1.0, 1.0, np.zeros(d))] * len(stack))
+    scales = [SiteScale(1.0, 1.0, np.zeros(d))] * len(members)
+    return TrainStack(config, dictionary, members, scales, steps, make_mesh())
 
 
 def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: int = 0) -> np.ndarray:
@@ -72,21 +75,21 @@ class Stepper:
     """A training run on batches in memory.
 
     Args:
-      trainer: of one site.
+      stack: of one site.
       batches: [N, B, D], taken in turn.
     """
 
-    def __init__(self, trainer: Trainer, batches: np.ndarray):
-        self._trainer, self._batches = trainer, batches
-        self._state, self._next = trainer.initial_state(), 0
+    def __init__(self, stack: TrainStack, batches: np.ndarray):
+        self._stack, self._batches, self._step = stack, batches, compile_step(stack)
+        self._state, self._next = init_state(stack), 0
 
     def run(self, steps: int) -> float:
         """Return the seconds of so many steps, the batches' way to the devices included."""
         start, metrics = time.perf_counter(), None
         for _ in range(steps):
             batch = self._batches[self._next % len(self._batches)][None]
-            placed = (jax.make_array_from_process_local_data(self._trainer.batch_sharding, batch),)
-            self._state, metrics = self._trainer.step(self._state, placed)
+            placed = (jax.make_array_from_process_local_data(self._stack.batch_sharding, batch),)
+            self._state, metrics = self._step(self._state, self._stack.hyperparams, placed)
             self._next += 1
         jax.block_until_ready((self._state, metrics))
         return time.perf_counter() - start

@@ -1,6 +1,10 @@
 """The names of the library: editors and type checkers read them here, and ``__init__.py`` where to load them from."""
 
 from saejax.attribution.graph.graph import Graph as Graph
+from saejax.attribution.local.edits import Change as Change
+from saejax.attribution.local.model import LocalModel as LocalModel
+from saejax.attribution.local.model import intervene as intervene
+from saejax.attribution.local.transcoders import open_transcoders as open_transcoders
 from saejax.attribution.trace.gradient import trace_gradient as trace_gradient
 from saejax.attribution.trace.prompt import trace as trace
 from saejax.dictionaries import Dictionary as Dictionary

@@ -79,7 +79,7 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
     """Otherwise a binary, which ignores other flags, would make other units than the pipeline does."""
     changes = {f"{group}__{field}": value for group, field, value in (
         ("interpret", "dictionaries", "topk"), ("export", "dictionaries", "topk"), ("transfer", "dictionaries", "topk"),
-        ("crosscode", "dictionaries", "topk"), ("cluster", "dictionaries", "topk"), ("explain", "dictionaries", "topk"),
+        ("cluster", "dictionaries", "topk"), ("explain", "dictionaries", "topk"),
         ("explain", "url", "http://localhost/v1"), ("explain", "model", "judge"), ("track", "prompt", "A cat sat."),
         ("track", "dictionaries", "topk"), ("known", "circuits", "chain"), ("algorithm", "names", "addition"),
         ("truth", "features", "64"), ("patch", "kinds", "mlp_out"), ("patch", "dictionary", "topk"),

@@ -46,8 +46,6 @@ INSIDE = {
         "programs",
         "planned",
         "report",
-        "report_curves",
-        "report_kept",
         "report_graphs",
         "requests",
         "forms",

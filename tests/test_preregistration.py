@@ -49,7 +49,7 @@ def test_a_rule_is_written_before_the_baseline_and_one_that_changed_after_it(tmp
 
 def test_stages_without_data_write_nothing_and_a_line_cut_off_is_left_out(tmp_path):
     shown = {stage for stage in STAGES if preregistration.shows_data(stage)}
-    assert shown == {"baseline", "benchmark", "ablate", "study", "crosscode"}
+    assert shown == {"baseline", "benchmark", "ablate", "study"}
     preregistration.write_rules(tmp_path, configs() | StudyConfig(benchmarks=("logic",)))
     assert [one.stage for one in preregistration.read_rules(tmp_path)] == ["ablate", "study"]
     whole = (tmp_path / preregistration.FILE).read_text()

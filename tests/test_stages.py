@@ -47,7 +47,6 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
         interpret=dict(dictionaries=("topk",)),
         export=dict(dictionaries=("topk",)),
         transfer=dict(dictionaries=("topk",)),
-        crosscode=dict(dictionaries=("topk",)),
         cluster=dict(dictionaries=("topk",)),
         explain=dict(dictionaries=("topk",), url="http://localhost/v1", model="m"),
         track=dict(prompt="a", dictionaries=("topk",)),

@@ -73,8 +73,10 @@ class ShardCapture:
         share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
         with alone():
             rate = self._make(share) if share else 0.0
-        left = [(part, shard) for shard, parts in missing.items() for part in parts]
-        while left := [(part, shard) for part, shard in left if not self.writer.has(part, shard, read=False)]:
+        waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
+        while waited_for := [
+            (part, shard) for part, shard in waited_for if not self.writer.has(part, shard, read=False)
+        ]:
             time.sleep(_POLL_SECONDS)
         return sum(map(self.plan.size, missing)) / (time.monotonic() - start) if rate else 0.0
 
@@ -98,8 +100,8 @@ class ShardCapture:
         def batches(shard: int, done: int) -> Iterator[Batch]:
             for batch in plan.batches(shard):
                 if self.run.stopping():
-                    kept = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
-                    raise Interrupted(f"stopped; {kept} are finished and kept: run the same command to go on")
+                    finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"
+                    raise Interrupted(f"stopped; {finished} are finished and kept: run the same command to go on")
                 yield batch
                 progress.add(batch.rows)
 

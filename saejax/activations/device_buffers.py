@@ -53,7 +53,7 @@ class DeviceBuffers:
         self._reader, self._sites, self._dtype = reader, sites_of(parts), DTYPES[dtype]
         shapes, norms = buffer_shapes(reader.config, reader.mesh, parts, rows, dtype)
         self._rows = norms.shape[1]
-        each = (math.prod(one.sharding.shard_shape(one.shape)) * one.dtype.itemsize for one in shapes)
+        each = (math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in shapes)
         check_room(reader.mesh, self._rows, sum(each))
         self.parts, self._norms_SxR = jax.tree.map(_zeros, (shapes, norms))
         self._places = {site: (i, part.index(site)) for i, part in enumerate(parts) for site in part}
@@ -70,8 +70,8 @@ class DeviceBuffers:
             for own_T, first, stop, rows in zip(rows_BxT, batch.first_B, batch.stop_B, batch.rows_B, strict=False):
                 own_T[first:stop] = rows
             placed = [everywhere(self._reader.mesh, array, BY_DOCUMENT) for array in (ids_BxT, lengths_B)]
-            given = (self._reader.params, self.parts, self._norms_SxR, *placed, rows_BxT)
-            self.parts, self._norms_SxR, done = self._write(*given)
+            arguments = (self._reader.params, self.parts, self._norms_SxR, *placed, rows_BxT)
+            self.parts, self._norms_SxR, done = self._write(*arguments)
             sent.append(done)
             if len(sent) > _AHEAD:
                 sent.popleft().block_until_ready()
@@ -111,9 +111,12 @@ def buffer_shapes(
     rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     shapes = [(len(part), rows, Site.parse(part[0]).width(config)) for part in parts]
     placements = [fitting_sharding(mesh, shape, "member", "data", None) for shape in shapes]
-    held = zip(shapes, placements, strict=True)
     norms = jax.ShapeDtypeStruct((len(sites_of(parts)), rows), jnp.float32, sharding=sharding(mesh))
-    return tuple(jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=where) for shape, where in held), norms
+    parts_of_buffer = tuple(
+        jax.ShapeDtypeStruct(shape, _BITS[dtype], sharding=placement)
+        for shape, placement in zip(shapes, placements, strict=True)
+    )
+    return parts_of_buffer, norms
 
 
 def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dtype: str) -> Callable:
@@ -154,13 +157,13 @@ def _write(
     rows_BxT: jax.Array,
 ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
     """Run a batch through the model and write it to its rows; the last result is ready when that is done."""
-    _, found = forward(config, sites, False, params, ids_BxT, lengths_B)
+    _, at_sites = forward(config, sites, False, params, ids_BxT, lengths_B)
     rows_N = rows_BxT.reshape(-1)
-    values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in found]
+    values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in at_sites]
     norms_SxN = jnp.stack([jnp.linalg.norm(value.astype(jnp.float32), axis=-1) for value in values])
     written = []
-    for part_SxRxD, own in zip(parts, where, strict=True):
-        for place, site in enumerate(own):
+    for part_SxRxD, sites_of_part in zip(parts, where, strict=True):
+        for place, site in enumerate(sites_of_part):
             bits_NxD = lax.bitcast_convert_type(values[site], part_SxRxD.dtype)
             part_SxRxD = part_SxRxD.at[place, rows_N].set(bits_NxD, mode="drop")
         written.append(part_SxRxD)

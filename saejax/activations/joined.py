@@ -49,8 +49,8 @@ class JoinedRows:
 
     def __init__(self, rows: Any, names: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None):
         self._rows, self.sites = rows, (*rows.sites, *names)
-        found = scales or self._estimated(names)
-        self.scales = {name: tuple(found[name]) for name in names}
+        all_scales = scales or self._estimated(names)
+        self.scales = {name: tuple(all_scales[name]) for name in names}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._rows, name)

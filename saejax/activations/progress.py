@@ -11,21 +11,21 @@ class TextProgress:
 
     Args:
       say: prints a line.
-      left: amount of work to do; 0: not known.
+      total: amount of work to do; 0: not known.
       unit: name of the unit that is counted.
     """
 
-    def __init__(self, say: Callable[[str], None], left: int, unit: str = "tokens"):
-        self._say, self._left, self._unit, self._done = say, left, unit, 0
-        self._start = self._said = time.monotonic()
+    def __init__(self, say: Callable[[str], None], total: int, unit: str = "tokens"):
+        self._say, self._total, self._unit, self._done = say, total, unit, 0
+        self._start = self._last_logged = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count the work done since the last call."""
         self._done += count
         now = time.monotonic()
-        if now - self._said >= SAY_EVERY:
-            self._said, rate, left = now, self.rate, max(self._left - self._done, 0)
-            of, to_go = (f" of {self._left:,}", f"  {left / rate:.0f} s to go") if self._left else ("", "")
+        if now - self._last_logged >= SAY_EVERY:
+            self._last_logged, rate, remaining = now, self.rate, max(self._total - self._done, 0)
+            of, to_go = (f" of {self._total:,}", f"  {remaining / rate:.0f} s to go") if self._total else ("", "")
             self._say(f"{self._done:,}{of} {self._unit}  {rate:,.0f} {self._unit}/s{to_go}")
 
     @property

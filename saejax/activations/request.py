@@ -47,7 +47,8 @@ class CaptureRequest:
         of_other: dict[AnySite, int] = {
             OtherSite(site): width for site, width in more.items() if isinstance(site, Site)
         }
-        return {site: of_other.get(site, self.decoder.d_model) for site in self.sites}
+        of_first: dict[AnySite, int] = {site: site.width(self.decoder) for site in self.sites if isinstance(site, Site)}
+        return {site: (of_first | of_other)[site] for site in self.sites}
 
 
 def read_request(configs: Configs) -> CaptureRequest:
@@ -57,25 +58,25 @@ def read_request(configs: Configs) -> CaptureRequest:
       UserError: the model cannot be found or read, or a site does not exist, is named twice or is not for the backend.
     """
     config = configs[CaptureConfig]
-    found = source.resolve(configs[ModelConfig])
+    model_source = source.resolve(configs[ModelConfig])
     in_torch = source.runs_in_torch(configs[ModelConfig])
     sites = parse_sites(config.sites, "torch" if in_torch else config.backend)
     of_other = tuple(site for site in sites if isinstance(site, OtherSite))
     if of_other:
-        own = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
-        if not own.sites:
+        first = dataclasses.replace(config, sites=tuple(str(site) for site in sites if site not in of_other))
+        if not first.sites:
             raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
-        request, second = read_request(configs | own), _other_request(configs, found, of_other)
+        request, second = read_request(configs | first), _other_request(configs, model_source, of_other)
         contexts = [each for each in (request.context, second.context) if each is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), other=second)
-    fields, where = source.read_model_config(found.folder), str(found.folder / "config.json")
+    fields, where = source.read_model_config(model_source.folder), str(model_source.folder / "config.json")
     if in_torch or all(isinstance(site, ModuleSite) for site in sites):
-        return CaptureRequest(found, sites, None, source.longest_input(found))
+        return CaptureRequest(model_source, sites, None, source.longest_input(model_source))
     decoder = read_config(fields, where)
     for site in sites:
         if isinstance(site, Site):
             site.check(decoder)
-    return CaptureRequest(found, sites, decoder, decoder.context)
+    return CaptureRequest(model_source, sites, decoder, decoder.context)
 
 
 def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[OtherSite]) -> CaptureRequest:
@@ -87,22 +88,25 @@ def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[
     model = source.other_model(configs[ModelConfig])
     if model is None:
         raise UserError(f"the site {sites[0]} is of a second model: name that by --model.other")
-    own = dataclasses.replace(configs[CaptureConfig], sites=tuple(str(site.site) for site in sites))
-    request = read_request(configs | model | own)
+    second = dataclasses.replace(configs[CaptureConfig], sites=tuple(str(site.site) for site in sites))
+    request = read_request(configs | model | second)
     check_one_tokenizer(first, request.source)
     return request
 
 
 def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -> None:
     """Raise a ``UserError`` unless two models read the same text as the same tokens; special ones may differ."""
-    one, other = source.load_tokenizer(first), source.load_tokenizer(second)
-    other_ids, special = other.get_vocab(), {*one.added_tokens_encoder, *other.added_tokens_encoder}
-    apart = [token for token, id in one.get_vocab().items() if token not in special and other_ids.get(token) != id]
-    if apart or one(_SAMPLE)["input_ids"] != other(_SAMPLE)["input_ids"]:
-        told = f"of {len(one.get_vocab())} tokens {len(apart)} differ" if apart else "they split text differently"
+    tokenizer, other = source.load_tokenizer(first), source.load_tokenizer(second)
+    other_ids, special = other.get_vocab(), {*tokenizer.added_tokens_encoder, *other.added_tokens_encoder}
+    apart = [
+        token for token, id in tokenizer.get_vocab().items() if token not in special and other_ids.get(token) != id
+    ]
+    if apart or tokenizer(_SAMPLE)["input_ids"] != other(_SAMPLE)["input_ids"]:
+        count = f"of {len(tokenizer.get_vocab())} tokens {len(apart)} differ"
+        difference = count if apart else "they split text differently"
         raise UserError(
-            f"{first.name} and {second.name} do not share a tokenizer ({told}): a crosscoder of two models reads both "
-            "on the same tokens; experiments.transfer compares models of different tokenizers"
+            f"{first.name} and {second.name} do not share a tokenizer ({difference}): a crosscoder of two models reads "
+            "both on the same tokens; experiments.transfer compares models of different tokenizers"
         )
 
 

@@ -81,7 +81,7 @@ class ModelStream:
         self._buffers = _buffers(self._reader, parts, largest, self._dtype)
         self._norms: dict[str, np.ndarray] = {}
         self._max_norms: dict[str, float] = {}
-        self._said = -math.inf
+        self._last_logged = -math.inf
 
     def __len__(self) -> int:
         """Return the number of buffers."""
@@ -108,7 +108,7 @@ class ModelStream:
 
     def d(self, site: str) -> int:
         """Width of a site."""
-        return next(width for known, width in self._reader.widths.items() if str(known) == site)
+        return next(width for each, width in self._reader.widths.items() if str(each) == site)
 
     def max_norm(self, site: str) -> float:
         """Return the sink rule: rows with a larger norm are attention sinks."""
@@ -136,8 +136,8 @@ class ModelStream:
     def _say(self, buffer: int, start: float) -> None:
         """Log how fast a buffer was made; not for each, as small models make several a second."""
         now = time.monotonic()
-        if now - self._said >= SAY_EVERY:
-            self._said, rate = now, self.size(buffer) / (now - start)
+        if now - self._last_logged >= SAY_EVERY:
+            self._last_logged, rate = now, self.size(buffer) / (now - start)
             self._run.say(f"buffer {buffer + 1} of {len(self)}: {self.size(buffer):,} tokens, {rate:,.0f} tokens/s")
 
     def rows(self, split: str, *sites: str) -> np.ndarray:

@@ -3,14 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from saejax.attribution.checks.kept import RUNS as KEPT_RUNS
-from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.requests import Request, read_requests
 from saejax.attribution.trace.memory import GraphSize, certain_active
 from saejax.costs.plan import CHARACTERS_PER_TOKEN, PlannedRun
 from saejax.dictionaries import DictionaryConfig
-from saejax.models.config import DecoderConfig
 from saejax.settings import GraphConfig, ModelConfig, PreflightConfig
 
 _PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
@@ -40,7 +37,7 @@ class PlannedGraphs:
 
 
 def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
-    """The graphs of a configuration on one model; None if they are of SAEs, or nothing is known of their transcoders.
+    """Return the graphs of a configuration on one model; None if they are of SAEs, or their transcoders are unknown.
 
     Raises:
       UserError: prompts or transcoders are not what the stage takes.
@@ -52,41 +49,20 @@ def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
         return None
     transcoder, cross_layer = found
     active = certain_active(transcoder) or plan.configs[PreflightConfig].active_features
-    size = graph_size(config, plan.model, transcoder, active, cross_layer)
+    most = config.max_features or None
+    size = GraphSize(plan.model, transcoder, active, most, config.max_logits, cross_layer)
     return PlannedGraphs(tuple(lengths), size)
 
 
-def graph_size(
-    config: GraphConfig, model: DecoderConfig, transcoder: DictionaryConfig, active: float, cross_layer: bool
-) -> GraphSize:
-    """What decides how much memory a graph takes.
-
-    Args:
-      config: the stage's settings.
-      model, transcoder, active, cross_layer: see ``GraphSize``.
-    """
-    return GraphSize(
-        model,
-        transcoder,
-        active,
-        config.max_features or None,
-        config.max_logits,
-        checked=bool(config.circuits or config.doubled or config.kept_prompts),
-        heads=config.heads,
-        cross_layer=cross_layer,
-        together=KEPT_RUNS if config.kept_prompts else RUNS,
-    )
-
-
 def _tokens(request: Request) -> int:
-    """About how many tokens a prompt has, one before it included."""
+    """Return about how many tokens a prompt has, one before it included."""
     if isinstance(request.prompt, str):
         return 2 + round(len(request.prompt) / CHARACTERS_PER_TOKEN)
     return len(request.prompt)
 
 
 def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig, bool] | None:
-    """One of the set's transcoders: of a folder that is there, or of those that the run will train into it.
+    """Return one of the set's transcoders: of a folder that is there, or of those that the run will train into it.
 
     Returns:
       What it is, and whether the set is a cross-layer one; None: nothing is known of it.
@@ -96,4 +72,4 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
         return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
     trained = (stack.dictionary for stack in plan.stacks.values())
-    return next(((own, False) for own in trained if own.target and own.kind == folder.name), None)
+    return next(((config, False) for config in trained if config.target and config.kind == folder.name), None)

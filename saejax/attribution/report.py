@@ -7,9 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from saejax.attribution.forms import figure as graph_figure
-from saejax.attribution.report_curves import pictured
 from saejax.attribution.report_graphs import ReportedGraph, meaning, missed, one_line, span, tables
-from saejax.attribution.report_kept import kept_blocks
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
 from saejax.files import write_text
@@ -24,7 +22,7 @@ _ENLARGED = 1.3  # the figures are for print, with text of 6.5 points
 
 
 def lead(graphs: Sequence[ReportedGraph]) -> str:
-    """A paragraph on all graphs for the beginning of the report."""
+    """Return a paragraph on all graphs for the beginning of the report."""
     explained = [graph.results.scores.replacement for graph in graphs]
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
     said = (
@@ -42,7 +40,7 @@ def lead(graphs: Sequence[ReportedGraph]) -> str:
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """A table of all graphs, their curves, and the figures of the first ones; no section if there are none.
+    """Return a table of all graphs, and the figures of the first ones; no section if there are none.
 
     Raises:
       UserError: the figure of a graph is missing.
@@ -61,14 +59,6 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         f"{several} pruned to the nodes and edges with the most influence on the answer."
     )
     blocks: list[Block] = [Text(intro), *tables(graphs), meaning(graphs)]
-    if any(graph.curve for graph in graphs):
-        blocks.append(pictured(graphs, draw))
-    undefined = [graph.name for graph in graphs if graph.results.circuits and not graph.curve]
-    if undefined:
-        blocks.append(
-            Text(f"No curves of {'; '.join(undefined)}: the answer is the same without any feature and error.")
-        )
-    blocks += kept_blocks(graphs)
     if graphs[SHOWN:]:
         blocks.append(Links("Pages of the other graphs", tuple(_link(graph, report) for graph in graphs[SHOWN:])))
     first = Section("Attribution graphs", tuple(blocks), lead=lead(graphs))
@@ -108,7 +98,7 @@ def _chance(target: GraphTarget) -> str:
 
 
 def _picture(graph: ReportedGraph, report: Path) -> Picture:
-    """The stage's own figure, with the page's colours in place of its own."""
+    """Return the stage's own figure, with the page's colours in place of its own."""
     name, results = f"graph_{graph.number}_{graph.slug}", graph.results
     path = graph.folder / f"{graph.slug}.svg"
     try:

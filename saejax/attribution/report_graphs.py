@@ -8,7 +8,7 @@ import numpy as np
 
 from saejax.attribution.results import CurveResults, GraphResults
 from saejax.page.blocks import Terms
-from saejax.page.tables import MISSING, Table, number, significant, visible
+from saejax.page.tables import MISSING, Table, number, percent, significant, visible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +49,16 @@ class ReportedGraph:
 
 
 def missed(graphs: Sequence[ReportedGraph]) -> str:
-    """What errors of the graphs are left over by: "transcoders", "SAEs" or both."""
+    """Return the kind of dictionaries of the graphs: "transcoders", "SAEs" or both."""
     kinds = {"SAEs" if graph.saes else "transcoders" for graph in graphs}
     return " or ".join(sorted(kinds, reverse=True))
 
 
 def tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
-    """A table for each set of transcoders or SAEs."""
+    """Return a table for each set of transcoders or SAEs."""
     columns = (
         "Graph", "Answer", "Active features", "Traced", "Features kept", "Errors kept", "Edges", "Replacement",
-        "Completeness", "Edges off by", "Correlation",
+        "Completeness", "Untraced input", "Edges off by", "Correlation",
     )  # fmt: skip
     sets = list(dict.fromkeys((graph.dictionaries, graph.saes) for graph in graphs))
     names = [name for name, _ in sets]
@@ -75,7 +75,7 @@ def tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
 
 
 def _short(name: str, names: Sequence[str]) -> str:
-    """The last two parts of each path, which all of a hub id are, unless others have the same."""
+    """Return the last two parts of each path, which all of a hub id are, unless others have the same."""
     short = [", ".join("/".join(Path(part).parts[-2:]) for part in other.split(",")) for other in names]
     return short[names.index(name)] if len(set(short)) == len(short) else name
 
@@ -83,26 +83,30 @@ def _short(name: str, names: Sequence[str]) -> str:
 def _row(graph: ReportedGraph) -> tuple[str, ...]:
     results, doubling = graph.results, graph.results.doubling
     labels = [one_line(target.label) for target in results.targets]
-    counts = results.active, results.traced, results.features, results.errors, results.edges
     return (
         f"{graph.number}: {graph.slug}",
         labels[0] + (f" and {len(labels) - 1} more" if labels[1:] else ""),
-        *(f"{count:,}" for count in counts),
+        f"{results.active:,}",
+        f"{results.traced:,} ({percent(results.traced / max(results.active, 1))})",
+        *(f"{count:,}" for count in (results.features, results.errors, results.edges)),
         number(results.scores.replacement),
         number(results.scores.completeness),
+        percent(results.untraced, 1),
         significant(doubling.held_error, 2) if doubling else MISSING,
         number(graph.correlation),
     )
 
 
 def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
-    """What the columns of the tables are."""
+    """Return what the columns of the tables are."""
     said = {
         "Traced": "active features that have a node, the most influential ones.",
         "Replacement": "of the influence on the answer, which starts at tokens and at errors, the share of the tokens: "
         "1 if features explain all, 0 if errors do.",
         "Completeness": "the share of the nodes' input, weighted by their influence, that no error gives. This score "
-        "and the last are of the whole graph, before pruning.",
+        "and the last are of the graph before pruning, and depend on the share of active features that was traced: "
+        "compare sets only where it is equal.",
+        "Untraced input": "what active features without a node add to targets, by size, over the targets' values.",
     }
     if any(graph.results.doubling for graph in graphs):
         held = dict(
@@ -120,14 +124,15 @@ def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
 
 
 def known(value: float | None) -> bool:
+    """Return whether a value is there and finite."""
     return value is not None and bool(np.isfinite(value))
 
 
 def span(values: Sequence[float], written: Callable[[float], str]) -> str:
-    """The smallest and the largest, or the one that both are."""
+    """Return the smallest and the largest value in words, once if they are equal."""
     return " to ".join(dict.fromkeys(written(value) for value in (min(values), max(values))))
 
 
 def one_line(text: str) -> str:
-    """A text on one line, spaces at its ends left out."""
+    """Return a text on one line, spaces at its ends left out."""
     return visible(text).strip() or "␣"

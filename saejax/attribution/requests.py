@@ -1,4 +1,4 @@
-"""Which prompts are traced, and what of them is explained: read from flags, a file, or the baseline's behaviours."""
+"""Prompts to trace and their targets: from flags, a file, or the baseline's behaviours."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from saejax.errors import UserError
 from saejax.files import file_sha256
 from saejax.models.identity import content_sha256
 from saejax.runner.workspace import fingerprint
-from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.settings.attribution import GraphConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.files import decode, json_lines, read_bytes
 
@@ -41,7 +41,7 @@ class Request:
 
 
 def unit_name(config: GraphConfig) -> str:
-    """The name of the folder that these settings' graphs are in; "" if none are asked for.
+    """Return the name of the folder that these settings' graphs are in; "" if none are asked for.
 
     Raises:
       UserError: prompts are given in two ways, or not with one of transcoders and SAEs, or a head is not written as
@@ -56,10 +56,6 @@ def unit_name(config: GraphConfig) -> str:
     named = [flag for flag, there in given.items() if there]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
-    if config.kept_prompts and not (config.behaviours and config.transcoders):
-        raise UserError(
-            "--graph.kept_prompts compares circuits of --graph.behaviours, with --graph.transcoders: name both"
-        )
     if not named:
         return ""
     if not config.transcoders and not config.dictionaries:
@@ -69,8 +65,8 @@ def unit_name(config: GraphConfig) -> str:
         )
     if config.transcoders and config.dictionaries:
         raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
-    if config.dictionaries and config.query_key not in ((), ("none",)):
-        raise UserError("--graph.query_key is for transcoders (--graph.transcoders), not for SAEs")
+    if config.dictionaries and (config.query_key or config.heads):
+        raise UserError("--graph.query_key and --graph.heads are for transcoders (--graph.transcoders), not for SAEs")
     if config.transcoders and (config.direct or config.estimate != "gradient"):
         raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     read_heads(config)
@@ -84,7 +80,7 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """A fingerprint of the files that graphs are made from beside the model's: dictionaries, prompts, supernodes."""
+    """Return a fingerprint of the files beside the model's: dictionaries, prompts, labels, supernodes."""
     if config.transcoders:
         from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
@@ -103,20 +99,20 @@ def identity(config: GraphConfig) -> str:
 
 
 def _given_files(config: GraphConfig) -> list[str]:
-    """What the files hold that the flags name; "" for one that is not there."""
-    files = [config.prompts, config.labels, "" if config.supernodes == CLUSTER else config.supernodes]
+    """Return what the files hold that the flags name; "" for one that is not there."""
+    files = [config.prompts, config.labels, config.supernodes]
     return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
 
 
 def _marks(folder: Path) -> list[str]:
-    """What the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
+    """Return what the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
     kinds = ("*.json", "*.yaml", "*.safetensors", "*.npz")
     found = sorted(path for kind in kinds for path in folder.rglob(kind))
     return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in found]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:
-    """The prompts that are to be traced, each under a name of its own.
+    """Return the prompts that are to be traced, each under a name of its own.
 
     Args:
       config: of the stage.
@@ -143,7 +139,7 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
-    """The names of features, by layer and number: those that a file gives before those of the dictionaries' workdir.
+    """Return labels of features by layer and index: a file's go before those of the dictionaries' workdir.
 
     Raises:
       UserError: a file cannot be read, or is no such file.
@@ -166,28 +162,23 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     return found | {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
 
 
-def read_heads(config: GraphConfig) -> list[tuple[int, int, int]] | None:
-    """The heads whose scores are to be split: layer, head, position of the query.
-
-    Returns:
-      None where none is named: the one that carries most is meant.
+def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:
+    """Return the heads whose scores are to be split: layer, head, position of the query.
 
     Raises:
       UserError: a text is no head.
     """
-    if config.query_key == ("none",):
-        return []
     found = []
     for text in config.query_key:
         parts = re.fullmatch(r"(\d+)\.(\d+)(?:@(-?\d+))?", text.strip())
         if not parts:
-            raise UserError(f"--graph.query_key={text}: expected layer.head, layer.head@position or none alone")
+            raise UserError(f"--graph.query_key={text}: expected layer.head or layer.head@position")
         found.append((int(parts[1]), int(parts[2]), int(parts[3] or -1)))
-    return list(dict.fromkeys(found)) or None
+    return list(dict.fromkeys(found))
 
 
 def of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...] = ()) -> Request:
-    """The first test prompt of a behaviour; its target is the difference of the answers if no other is named."""
+    """Return the first test prompt of a behaviour; its target is the difference of the answers if no other is named."""
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
         return Request(name, first.text, targets)
@@ -209,13 +200,13 @@ def _of_line(record: Any, targets: tuple[TargetText, ...], where: str) -> Reques
 
 
 def _target(text: str) -> TargetText:
-    """ " Paris", or " Paris> Rome" for the difference."""
+    """Return the target that a text names: " Paris", or " Paris> Rome" for the difference."""
     better, sign, worse = text.partition(">")
     return (better, worse) if sign and better and worse else text
 
 
 def _slug_of(text: str) -> str:
-    """A name made of a text."""
+    """Return a name made of a text."""
     words = re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:_LONGEST].strip("-") or "graph"
     return f"{words}-graph" if words in _TAKEN else words
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.attribution.graph.data import GraphScores
-from saejax.results import Interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,54 +49,24 @@ class CurveResults:
     incompleteness: tuple[float | None, ...]  #: ``complement`` likewise
     model: float  #: the first target of the whole model
     empty: float  #: the first target without any feature and error
-    #: what is left out becomes "zero", or "mean": each feature's mean activation over all positions but the first of
-    #: all prompts of the run, for features that are active in the prompt (the others stay at 0, and so do errors)
-    rest: str
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptScore:
-    """A score of circuits of equal numbers of features in two orders, CPR or CMD; see ``causal.faithfulness``."""
-
-    effect: Interval  #: of features by what they do to the answer: of CPR by elimination, of CMD that and influence
-    influence: Interval  #: of features by influence, as circuit-tracer prunes
-    difference: Interval  #: the first less the second, on the same draws of prompts
-    random: Interval  #: of random orders: mean, least and largest
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptResults:
-    """Circuits of growing numbers of features, errors kept, over prompts of a behaviour."""
-
-    prompts: int  #: how many
-    share: tuple[float, ...]  #: of the active features that is kept
-    features: tuple[int, ...]  #: that this is, mean over prompts
-    #: by order (elimination, mixed, influence, random) that of the mean answer at each share
-    faithfulness: Mapping[str, tuple[float, ...]]
-    scores: Mapping[str, KeptScore]  #: cpr and cmd
-    model: float  #: the answer's logit difference, mean over prompts
-    empty: float  #: the same without any feature
-    reason: str | None  #: why there are no scores; None where there are
-
-
-@dataclasses.dataclass(frozen=True)
-class LeadingHead:
-    """An attention head that carries much of a graph."""
+class LeadingHeadResults:
+    """An attention head with large contributions to a graph's edges; they are signed, and heads do not add up."""
 
     layer: int  #: of the head
-    head: int  #: its number in the layer
-    share: float  #: of its targets' inputs that vanishes without the head, mean over targets, 0 to 1
+    head: int  #: its index in the layer
+    logit: float  #: sum of its contributions to edges into the first target, in the target's units
+    mean: float  #: mean over targets of its contributions over the target's input by size
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadResults:
-    """The heads that carry the edges; ``heads/<slug>.json`` has those of each edge."""
+    """Contributions of heads to edges; ``heads/<slug>.json`` has those of each edge."""
 
-    edges: int  #: whose heads are known
-    leading: tuple[LeadingHead, ...]  #: the heads of the largest shares, at most ten
-    #: heads were looked for between the nodes of this share of influence, 0 to 1, as all would take longer than
-    #: tracing; None: of all edges
-    within: float | None = None
+    edges: int  #: to which a head contributes
+    leading: tuple[LeadingHeadResults, ...]  #: at most ten heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +107,13 @@ class GraphResults:
     tokens: tuple[str, ...]  #: their texts
     targets: tuple[GraphTarget, ...]  #: what is explained
     active: int  #: active features of the prompt
-    traced: int  #: those that have a node
+    traced: int  #: those that have a node; scores of graphs with different traced shares do not compare
+    #: input from active features without a node: sum of sizes over targets, over that of the targets' values
+    untraced: float
     features: int  #: that are kept by pruning
     errors: int  #: that are kept by pruning
     edges: int  #: that are kept by pruning
-    scores: GraphScores  #: of the whole graph
+    scores: GraphScores  #: of the graph before pruning; they depend on the share of active features that was traced
     #: what rows with bias nodes lack of their pre-activations: the largest by size, over the largest value
     unexplained: float
     #: groups of nodes in the document's ``qParams.supernodes``; their members and the logits are pinned
@@ -153,7 +124,6 @@ class GraphResults:
     heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
     #: of each head that is looked into: those asked for, or the one that carries most into the last position
     query_key: tuple[QueryScores, ...]
-    kept: KeptResults | None = None  #: orders of features compared; None: not asked for
 
 
 @dataclasses.dataclass(frozen=True)

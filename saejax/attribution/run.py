@@ -3,55 +3,47 @@
 A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its files.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from saejax.attribution.checks import circuit_runs, circuits, kept
+from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double, double_saes
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
-from saejax.attribution.groups.cluster import cluster
 from saejax.attribution.groups.supernodes import read_groups
-from saejax.attribution.heads.attention import Attention, attend
+from saejax.attribution.heads.attention import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.planned import graph_size
-from saejax.attribution.requests import Request, of_behaviour, read_heads, read_labels, read_requests
+from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
 from saejax.attribution.results import (
     AttributeResults,
     CurveResults,
     DoublingResults,
     GraphResults,
     GraphTarget,
-    KeptResults,
 )
 from saejax.attribution.trace.gradient import TracedSaes, trace_saes
-from saejax.attribution.trace.memory import certain_active
-from saejax.attribution.trace.prompt import Traced, prompt_ids, trace_prompt
-from saejax.attribution.trace.room import check_room
+from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
+from saejax.attribution.trace.prompt import Traced, trace_prompt
 from saejax.attribution.trace.targets import token_of
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent
 from saejax.runner.workspace import Run
-from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.settings.attribution import GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
-from saejax.tasks.behaviours import Prompt
 from saejax.tasks.run_inputs import load_run_model, read_behaviours
 
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
 
 def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
-    """The model that a run traces, and its transcoders or SAEs; they go together."""
+    """Return the model that a run traces, and its transcoders or SAEs; they go together."""
     dictionaries = open_set(run.configs[GraphConfig])
     model = load_run_model(run)
     dictionaries.check(model)
@@ -78,30 +70,16 @@ def run_attribute(
     behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
     requests = {request.slug: request for request in read_requests(config, behaviours)}
     groups, labels = read_groups(config, list(requests)), read_labels(config)
-    judged = {
-        name: [one for one in prompts if one.split == "test"][: config.kept_prompts]
-        for name, prompts in (behaviours or {}).items()
-        if config.transcoders and config.kept_prompts
-    }
 
     def begin() -> Measure:
         model, dictionaries = opened(run)
         dictionaries.check_labels(labels, config.labels or "its workdir")
-        of_judged = (of_behaviour(name, [prompt]) for name, prompts in judged.items() for prompt in prompts)
-        for request in (*requests.values(), *of_judged):  # before hours are spent on the first
+        for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
-        means = None
-        if config.circuits and config.circuit_rest == "mean" and isinstance(dictionaries, LayerTranscoders):
-            texts = [prompt_ids(model, request.prompt, chat=config.chat_template) for request in requests.values()]
-            means = circuit_runs.mean_activations(Replacement.of(model, dictionaries, ids_P) for ids_P in texts)
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            found = _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, means, trace)
-            if judged.get(slug):
-                compared = compare_kept(model, dictionaries, judged[slug], config, on_progress)
-                found = found._replace(results=dataclasses.replace(found.results, kept=compared))
-            return found
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, trace)
 
         return measure
 
@@ -110,7 +88,7 @@ def run_attribute(
 
 
 def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
-    """The transcoders or SAEs that are named, of which no array is read yet."""
+    """Return the transcoders or SAEs that are named, of which no array is read yet."""
     if config.dictionaries:
         return LayerSaes.of(config.dictionaries)
     return open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
@@ -128,17 +106,19 @@ def _check_request(
     try:
         ids_P = prompt_ids(model, request.prompt, chat=config.chat_template)
         _targets(model, request)
-        for head in read_heads(config) or []:
+        for head in read_heads(config):
             check_head(model.config, *head, tokens=len(ids_P))
         if isinstance(dictionaries, LayerTranscoders):
-            first, across = dictionaries.configs[0], dictionaries.cross_layer
-            check_room(graph_size(config, model.config, first, certain_active(first), across), len(ids_P), model.mesh)
+            first, most = dictionaries.configs[0], config.max_features or None
+            active, across = certain_active(first), dictionaries.cross_layer
+            size = GraphSize(model.config, first, active, most, config.max_logits, across)
+            check_memory(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
 
 
 def _targets(model: LanguageModel, request: Request) -> list[int | tuple[int, ...]]:
-    """The tokens that a request's targets mean.
+    """Return the tokens that a request's targets mean.
 
     Raises:
       UserError: a target is not one token, or an answer has no token of its own after the prompt.
@@ -157,23 +137,20 @@ def _measure(
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
-    means: Mapping[int, np.ndarray] | None,
     trace: Callable[..., Traced | TracedSaes] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
     start = time.monotonic()
     traced = (trace or trace_request)(model, dictionaries, request, config)
     seconds = time.monotonic() - start
-    graph, prompt_run, _ = traced
+    graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
-    if config.supernodes == CLUSTER:
-        groups = supernodes.as_groups(pruned, cluster(pruned, prompt_run, labels=labels))
     supernodes.named(pruned, groups)  # before anything is written
     attention = _NO_ATTENTION
     if isinstance(traced, Traced):
-        attention = attend(traced, pruned, config.heads, read_heads(config))
-    write_outputs(run, request.slug, pruned, groups, attention, labels)
-    doubling, curve = _checked(traced, config, means)
+        attention = read_attention(traced, pruned, config.heads, read_heads(config))
+    write_outputs(run, request.slug, graph, pruned, groups, attention, labels)
+    doubling, curve = _checked(traced, config)
     results = GraphResults(
         prompt=graph.prompt,
         tokens=graph.tokens,
@@ -183,6 +160,7 @@ def _measure(
         ),
         active=graph.settings["active_features"],
         traced=graph.count(FEATURE),
+        untraced=float(abs(graph.untraced_R).sum() / abs(graph.value_R).sum()),
         features=pruned.count(FEATURE),
         errors=pruned.count(ERROR),
         edges=int((pruned.adjacency_RxS != 0).sum()),
@@ -193,7 +171,7 @@ def _measure(
         doubling=doubling,
         circuits=curve,
         heads=attention.heads,
-        query_key=attention.query_key(pruned),
+        query_key=attention.query_key,
     )
     return Measured(results, _message(results))
 
@@ -205,7 +183,7 @@ def trace_request(
     config: GraphConfig,
     on_progress: OnProgress = silent,
 ) -> Traced | TracedSaes:
-    """The graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
+    """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
     options: dict[str, Any] = dict(
         targets=_targets(model, request),
         max_logits=config.max_logits,
@@ -220,35 +198,13 @@ def trace_request(
     return trace_prompt(model, dictionaries, request.prompt, **options)
 
 
-def compare_kept(
-    model: LanguageModel,
-    transcoders: LayerTranscoders,
-    prompts: Sequence[Prompt],
-    config: GraphConfig,
-    on_progress: OnProgress,
-) -> KeptResults:
-    """Circuits of growing numbers of features, in several orders, on prompts of a behaviour.
-
-    Args:
-      model, transcoders: of which graphs are traced.
-      prompts: with the answers whose difference is explained.
-      config: of the stage.
-      on_progress: called with how many prompts are done, and all.
-    """
-    found = []
-    for number, prompt in enumerate(prompts):
-        on_progress(number, len(prompts))
-        traced: Any = trace_request(model, transcoders, of_behaviour(prompt.behaviour, [prompt]), config)
-        found.append(kept.keep_features(traced.replacement, traced.graph, traced.readouts, config.seed))
-    return kept.compare_orders(found, [prompt.template for prompt in prompts], config.seed)
-
-
 def _message(results: GraphResults) -> str:
-    """A graph's results in a line."""
+    """Return a graph's results in a line."""
     message = (
         f"{results.active:,} active features, {results.traced:,} traced in {results.seconds:.1f} s; kept "
         f"{results.features} features, {results.errors} errors, {results.edges:,} edges; replacement "
-        f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f}"
+        f"{results.scores.replacement:.2f}, completeness {results.scores.completeness:.2f} with "
+        f"{results.traced / results.active:.0%} of the active features traced"
     )
     if doubling := results.doubling:
         pearson = doubling.free.pearson
@@ -257,14 +213,12 @@ def _message(results: GraphResults) -> str:
     return message
 
 
-def _checked(
-    traced: Traced | TracedSaes, config: GraphConfig, means: Mapping[int, np.ndarray] | None
-) -> tuple[DoublingResults | None, CurveResults | None]:
-    """What came of running the graph; None: not asked for."""
+def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> tuple[DoublingResults | None, CurveResults | None]:
+    """Return results of running the graph; None: not requested."""
     if isinstance(traced, TracedSaes):
         return (double_saes(*traced, config.doubled, config.seed).results if config.doubled else None), None
-    graph, replacement, readouts = traced
-    doubling = double(replacement, graph, readouts, config.doubled, config.seed).results if config.doubled else None
+    graph, local, readouts = traced
+    doubling = double(local, graph, readouts, config.doubled, config.seed).results if config.doubled else None
     if not config.circuits:
         return doubling, None
-    return doubling, circuits.curve(replacement, graph, readouts, means=means)
+    return doubling, circuits.faithfulness_curve(local, graph, readouts)

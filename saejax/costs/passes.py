@@ -33,9 +33,17 @@ def head_flops(model: DecoderConfig, positions: int) -> float:
     return 2.0 * positions * model.d_model * model.vocab
 
 
-def step_flops(tokens: int, d_in: int, features: int) -> float:
-    """Return the operations of a training step: encoder and decoder, each once forwards and twice backwards."""
-    return 12.0 * tokens * d_in * features
+def step_flops(tokens: int, d_in: int, features: int, active: int | None = None) -> float:
+    """Return the operations of a training step: encoder and decoder, each once forwards and twice backwards.
+
+    Args:
+      tokens: number of tokens.
+      d_in: width of the dictionary.
+      features: number of features.
+      active: with products of the active features only, their number per token: then the encoder's forward product
+        alone is of all features. None: dense products.
+    """
+    return 12.0 * tokens * d_in * features if active is None else tokens * d_in * (2.0 * features + 10.0 * active)
 
 
 def weights_share(form: str, layers: int) -> float:

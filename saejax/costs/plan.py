@@ -1,4 +1,4 @@
-"""What programs follow from: a configuration, a model known by its shape, and devices that need not be there."""
+"""A planned run: a configuration, a model known by its shape, and devices that need not be there."""
 
 import dataclasses
 from collections.abc import Mapping

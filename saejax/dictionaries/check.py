@@ -10,7 +10,7 @@ from absl import logging
 from saejax.dictionaries import joined
 from saejax.dictionaries.modules import Dictionary
 from saejax.errors import UserError
-from saejax.models.sites import OtherSite, Site, is_joined, parse_site, site_parts
+from saejax.models.sites import is_joined, site_parts
 from saejax.models.tokens import encode, pad
 
 TOKENS = 64
@@ -52,12 +52,13 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
       UserError: it reads what this model has not, or is of another width.
     """
     config = dictionary.config
-    if not _is_measurable(config.site, config.target):
-        raise UserError(f"a dictionary of {config.site} cannot be measured: this model has no such site")
     read, written = site_parts(config.site), site_parts(config.target or config.site)
     bos = config.bos if getattr(lm.tokenizer, "bos_token_id", None) is not None else "auto"
     tokens = pad([encode(lm.tokenizer, _TEXT, bos)[: min(TOKENS, lm.config.context)]])
-    sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
+    try:
+        sites = lm(tokens, capture=list(dict.fromkeys((*read, *written))), logits=False).sites
+    except UserError as error:
+        raise UserError(f"a dictionary of {config.site} cannot be measured: {error}") from None
     x_TxD, y_TxD = (
         joined.join(config, sites)[0] if is_joined(site) else jnp.asarray(sites[site][0], jnp.float32)
         for site in (config.site, config.target or config.site)
@@ -84,12 +85,3 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     else:
         logging.info("%s", line)
     return check
-
-
-def _is_measurable(site: str, target: str) -> bool:
-    """Return whether all parts are sites of the decoder of one model."""
-    try:
-        parsed = [parse_site(part) for name in (site, target or site) for part in site_parts(name)]
-    except UserError:
-        return False
-    return all(isinstance(part, Site) and not isinstance(part, OtherSite) for part in parsed)

@@ -78,6 +78,6 @@ def unjoin(config: DictionaryConfig, x_xD: Any) -> dict[str, Any]:
 def is_not_sink(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
     """Return True where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
     config.require_sink_norms()
-    limits = [most * scale for most, scale in zip(config.max_norms, config.scales, strict=True)]
+    limits = [max_norm * scale for max_norm, scale in zip(config.max_norms, config.scales, strict=True)]
     norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]
     return jnp.stack([norm_x <= limit for norm_x, limit in zip(norms, limits, strict=True)]).all(0)

@@ -86,22 +86,6 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
 
 
-def alignment(W_enc_DxF: jax.Array, W_dec_FxD: jax.Array) -> jax.Array:
-    """Return the sum over features of 1 - cos(encoder column, decoder row); a vector of length 0 has cosine 0.
-
-    Of features that overlap, decoder rows take on some of what fires with them and encoder columns what tells them
-    apart: a feature's own direction lies between.
-
-    Args:
-      W_enc_DxF: encoder of an SAE, whose encoder and decoder are of one space.
-      W_dec_FxD: its decoder.
-    """
-    encoder_FxD = W_enc_DxF.T
-    dots_F = jnp.sum(encoder_FxD * W_dec_FxD, axis=-1)
-    squares_F = jnp.sum(jnp.square(encoder_FxD), axis=-1) * jnp.sum(jnp.square(W_dec_FxD), axis=-1)
-    return jnp.sum(1 - dots_F * lax.rsqrt(jnp.maximum(squares_F, 1e-24)))  # a root has no gradient at 0
-
-
 def dead_pre_activation(pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, norms_F: jax.Array) -> jax.Array:
     """Return the mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|.
 
@@ -156,8 +140,8 @@ def auxk(
         the branch: under vmap a member's own number cannot. None: that of ``dead_F``.
       all_columns: compute with all columns however few are dead, and gather none.
     """
-    most = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
-    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, most
+    dead_count = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
+    constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, dead_count
     return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
 
 
@@ -179,7 +163,7 @@ def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
 
 def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
     """Compute both in one branch: autodiff would carry all residuals of every branch from one switch to another."""
-    dead_F, error_BxD, metric_DxD, most = constants
+    dead_F, error_BxD, metric_DxD, dead_count = constants
 
     def explain(pre_BxC: jax.Array, W_dec_CxD: jax.Array) -> jax.Array:
         """Return the loss of some columns, of which all but dead ones are 0."""
@@ -198,10 +182,10 @@ def _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_colu
 
     few = 0 if all_columns else dead_columns(len(dead_F), k)
     branches: list[Callable] = [nothing, with_all]
-    branch = jnp.int32(most > 0)
+    branch = jnp.int32(dead_count > 0)
     if few:
         branches.insert(1, functools.partial(_few_columns, explained, dead_F, few))
-        branch += jnp.int32(most > few)
+        branch += jnp.int32(dead_count > few)
     return lax.switch(branch, branches, pre_BxF, W_dec_FxD)
 
 

@@ -48,7 +48,7 @@ def _bracket(
     return low_1x1, high_1x1, above_high_1x1
 
 
-def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
     """Return a threshold just below the k-th largest activation of each token.
 
     XLA's own top-k sorts, which on a CPU takes ten times as long as the matrix products of the step and on a GPU is
@@ -59,15 +59,15 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
     Args:
       acts_xF: not negative.
       k: number to keep; may be traced.
-      most: the largest k there can be; k itself where that is a Python number.
+      max_k: the largest k there can be; k itself where that is a Python number.
 
     Returns:
       threshold_x1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
     """
     acts_xF = acts_xF.astype(jnp.promote_types(acts_xF.dtype, jnp.float32))
     keep, features = jnp.asarray(k, jnp.int32), acts_xF.shape[-1]
-    most = min(int(k) if most is None else most, features)
-    if features % _BLOCK or most >= features // _BLOCK:
+    max_k = min(int(k) if max_k is None else max_k, features)
+    if features % _BLOCK or max_k >= features // _BLOCK:
         highest_x1 = acts_xF.max(-1, keepdims=True)
         return _search(acts_xF, keep, jnp.zeros_like(highest_x1), highest_x1, _count_each)
 
@@ -79,7 +79,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
 
     def best_blocks(acts_xF: jax.Array) -> jax.Array:
         blocks_xNx16 = _blocks(acts_xF)
-        largest_xK, block_xK = lax.top_k(blocks_xNx16.max(-1), most)
+        largest_xK, block_xK = lax.top_k(blocks_xNx16.max(-1), max_k)
         chosen_xKx16 = jnp.take_along_axis(blocks_xNx16, block_xK[..., None], axis=-2, mode="promise_in_bounds")
         chosen = chosen_xKx16.reshape(*acts_xF.shape[:-1], -1)
         # Not by slices, which would keep XLA from taking its own top-k for the sort.
@@ -89,27 +89,27 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, most: int | None =
     return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 
 
-def largest(pre_BxF: jax.Array, k: int | jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
-    """Return the k largest positive values of each row, falling, and their positions, int32; both [B, most].
+def largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
+    """Return the k largest positive values of each row, falling, and their positions, int32; both [B, max_k].
 
     Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more. XLA:CPU
     sorts the values of a few blocks faster than whole rows, and all lie in the blocks of the k largest maxima.
 
     Args:
       pre_BxF: pre-activations.
-      k: 1 <= k <= most; may be traced.
-      most: the largest k there can be, at most F.
+      k: 1 <= k <= max_k; may be traced.
+      max_k: the largest k there can be, at most F.
     """
     count, features = pre_BxF.shape
-    if features % _BLOCK or most >= features // _BLOCK:
-        value_BxK, position_BxK = lax.top_k(pre_BxF, most)
+    if features % _BLOCK or max_k >= features // _BLOCK:
+        value_BxK, position_BxK = lax.top_k(pre_BxF, max_k)
     else:
         blocks_BxNx16 = _blocks(pre_BxF)
-        block_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), most)[1], axis=1)  # so that the first of equals is
+        block_BxK = jnp.sort(lax.top_k(blocks_BxNx16.max(-1), max_k)[1], axis=1)  # so that the first of equals is
         chosen_BxKx16 = jnp.take_along_axis(blocks_BxNx16, block_BxK[..., None], axis=1, mode="promise_in_bounds")
-        value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), most)
+        value_BxK, at_BxK = lax.top_k(chosen_BxKx16.reshape(count, -1), max_k)
         position_BxK = jnp.take_along_axis(block_BxK, at_BxK // _BLOCK, axis=1) * _BLOCK + at_BxK % _BLOCK
-    return jnp.where((jnp.arange(most)[None] < k) & (value_BxK > 0), value_BxK, 0.0), position_BxK
+    return jnp.where((jnp.arange(max_k)[None] < k) & (value_BxK > 0), value_BxK, 0.0), position_BxK
 
 
 def _blocks(acts_xF: jax.Array) -> jax.Array:

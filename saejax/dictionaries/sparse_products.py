@@ -29,11 +29,11 @@ _GATHERED = 16  # tokens whose decoder rows are gathered at once: they fit into 
 _PACKED = 2**32  # numbers that 32 bits hold
 
 
-def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
+def choose_form(form: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: int) -> str:
     """Return the form of a training step's products: "dense" or "rows" (sparse).
 
     Args:
-      asked: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
+      form: one of them, or "auto": "rows" where a step was measured to be faster with them, else "dense".
       mesh: the devices.
       matmul_dtype: dtype of the dense products; see ``matmul``.
       n_features: F.
@@ -44,12 +44,12 @@ def choose_form(asked: str, mesh: Mesh, matmul_dtype: str, n_features: int, k: i
     """
     platform = mesh.devices.flat[0].platform
     one_cpu = platform == "cpu" and mesh.size == 1
-    if asked == "auto":
+    if form == "auto":
         return "rows" if one_cpu and n_features >= _WINS_FROM[matmul_dtype] * k else "dense"
-    if asked == "rows" and not one_cpu:
+    if form == "rows" and not one_cpu:
         devices = f"{mesh.size} of platform {platform}"
         raise UserError(f"--train.products=rows is for one CPU device, and there are {devices}: use dense or auto")
-    return asked
+    return form
 
 
 class FeatureOrder(NamedTuple):
@@ -115,8 +115,8 @@ class SparseCode(NamedTuple):
 
     def product(self, W_FxD: jax.Array) -> jax.Array:
         """Return f @ W, [B, D]."""
-        count, most = self.value_BxK.shape
-        starts_X = jnp.arange(0, count * most + 1, most, dtype=jnp.int32)
+        count, max_k = self.value_BxK.shape
+        starts_X = jnp.arange(0, count * max_k + 1, max_k, dtype=jnp.int32)
         entries = self.value_BxK.reshape(-1), self.feature_BxK.reshape(-1), starts_X
         return BCSR(entries, shape=(count, len(W_FxD))) @ W_FxD
 
@@ -151,7 +151,7 @@ def explain(
     encoder: Encoder,
     W_dec_FxD: jax.Array,
     k: int | jax.Array,
-    most: int,
+    max_k: int,
     matmul_dtype: str = "float32",
     any_dead: bool | jax.Array = True,
 ) -> Explained:
@@ -162,32 +162,32 @@ def explain(
       y_BxD: targets without what is added to f @ W_dec.
       encoder: what makes the codes.
       W_dec_FxD: the decoder.
-      k: 1 <= k <= ``most``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
-      most: the largest k there can be, at most F; static.
+      k: 1 <= k <= ``max_k``; may be traced. Of values that tie with the k-th largest, the first ones are kept.
+      max_k: the largest k there can be, at most F; static.
       matmul_dtype: dtype of the encoder's product; the others are in the arrays' dtype.
       any_dead: False promises that the gradient of ``pre_for_auxk_BxF`` is 0. That of ``pre_BxF`` is always exact.
     """
-    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), most, matmul_dtype)
+    return _explain(x_BxD, y_BxD, encoder, W_dec_FxD, (jnp.asarray(k), jnp.asarray(any_dead)), max_k, matmul_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, most, matmul_dtype):
+def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, max_k, matmul_dtype):
     centred_BxD = x_BxD - encoder.centre_D[None]
     pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, matmul_dtype) + encoder.b_enc_F[None]
-    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], most)
+    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], max_k)
     code = SparseCode(value_BxK, feature_BxK, FeatureOrder.of(feature_BxK, pre_BxF.shape[1]))
     return Explained(code, pre_BxF, pre_BxF, y_BxD - code.product(W_dec_FxD))
 
 
 def _forward(*arguments):
-    *primals, most, matmul_dtype = arguments  # with symbolic zeros, arrays come with whether they are perturbed
+    *primals, max_k, matmul_dtype = arguments  # with symbolic zeros, arrays come with whether they are perturbed
     values = jax.tree.map(lambda primal: primal.value, tuple(primals), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     x_BxD, _, encoder, W_dec_FxD, (_, any_dead) = values
-    explained = _explain(*values, most, matmul_dtype)
+    explained = _explain(*values, max_k, matmul_dtype)
     return explained, (x_BxD - encoder.centre_D[None], encoder.W_enc_DxF, W_dec_FxD, explained.code, any_dead)
 
 
-def _backward(most, matmul_dtype, saved, to):
+def _backward(max_k, matmul_dtype, saved, to):
     x_BxD, W_enc_DxF, W_dec_FxD, code, any_dead = saved
     to_residual_BxD = _instantiated(to.residual_BxD)
     to_value_BxK = _instantiated(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)

@@ -19,7 +19,7 @@ def threshold(pre_xF: jax.Array, threshold_F: jax.Array) -> jax.Array:
     return jnp.where(pre_xF > row(threshold_F, pre_xF.ndim), pre_xF, jnp.zeros_like(pre_xF))
 
 
-def topk(pre_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.Array:
+def topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax.Array:
     """Keep the k largest positive pre-activations of each token; the rest are 0.
 
     A token with fewer than k positive pre-activations keeps those. Values that tie with the k-th largest
@@ -29,14 +29,14 @@ def topk(pre_xF: jax.Array, k: int | jax.Array, most: int | None = None) -> jax.
     Args:
       pre_xF: pre-activations, float32 or wider (a bfloat16 input is widened for the comparison).
       k: 1 <= k; k >= F keeps every positive one. May be traced; then
-      most: is the largest k there can be, as a Python number.
+      max_k: the largest k there can be, as a Python number.
     """
     acts_xF = jax.nn.relu(pre_xF)
-    below_x1 = selection.kth_largest_below(lax.stop_gradient(acts_xF), k, most)
+    below_x1 = selection.kth_largest_below(lax.stop_gradient(acts_xF), k, max_k)
     return jnp.where(acts_xF > below_x1, acts_xF, jnp.zeros_like(acts_xF))
 
 
-def signed_topk(pre_xF: jax.Array, k: int | jax.Array, most: int) -> jax.Array:
+def signed_topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int) -> jax.Array:
     """Keep the k largest pre-activations of each token whatever their sign, as ``torch.topk`` does; the rest are 0.
 
     For inference alone: XLA sorts for it, and ties with the k-th largest are all kept.
@@ -44,9 +44,9 @@ def signed_topk(pre_xF: jax.Array, k: int | jax.Array, most: int) -> jax.Array:
     Args:
       pre_xF: pre-activations.
       k: 1 <= k <= F; may be traced.
-      most: the largest k there can be, as a Python number.
+      max_k: the largest k there can be, as a Python number.
     """
-    largest_xK = lax.top_k(pre_xF, min(most, pre_xF.shape[-1]))[0]
+    largest_xK = lax.top_k(pre_xF, min(max_k, pre_xF.shape[-1]))[0]
     index_x1 = jnp.full((*pre_xF.shape[:-1], 1), jnp.minimum(k, largest_xK.shape[-1]) - 1, jnp.int32)
     kth_x1 = jnp.take_along_axis(largest_xK, index_x1, axis=-1)
     return jnp.where(pre_xF >= kth_x1, pre_xF, jnp.zeros_like(pre_xF))

@@ -104,12 +104,12 @@ def identity(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_member(name: str, known: list[str], flag: str) -> None:
-    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is among a unit's members, ``known``."""
+def check_member(name: str, members: list[str], flag: str) -> None:
+    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's ``members``."""
     kind, member = kind_and_member(name)
-    if member in known:
+    if member in members:
         return
-    if known == [""]:
+    if members == [""]:
         raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
-    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(known)} dictionaries"
-    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{known[0]}, of {', '.join(known)}")
+    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(members)} dictionaries"
+    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{members[0]}, of {', '.join(members)}")

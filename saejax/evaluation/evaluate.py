@@ -12,16 +12,16 @@ from saejax.activations.joined import single_sites, with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, load_dictionary, stacks
 from saejax.dictionaries.formats import circuit_tracer, read_config
+from saejax.dictionaries.joined import part_norms as decoder_part_norms
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
-from saejax.evaluation import neighbours
+from saejax.evaluation import neighbours, part_norms
 from saejax.evaluation.cross_layer import evaluate_layers
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.member_data import compiled_in
 from saejax.evaluation.parts import part_losses, part_variances, parts_by_model
-from saejax.evaluation.reconstruction import Reconstruction, reconstruct
+from saejax.evaluation.reconstruction import Reconstruction, read_blocks, reconstruct
 from saejax.evaluation.results import DictionaryScores, EvaluateResults, LeftOutSinks, PartScores, StandInMeans
-from saejax.evaluation.rows import blocks
 from saejax.files import read_json, write_array, write_json
 from saejax.models.language_model import LanguageModel
 from saejax.models.loading import load_configured_model
@@ -124,28 +124,40 @@ def _score_site(
     # The rule of the store, whoever trained the dictionaries.
     dictionaries = [load_dictionary(folder).with_sink_norms(store.max_norm, True) for folder in folders.values()]
     store = with_joined(store, [site], {site: dictionaries[0].config.scales})
-    scores = reconstruct(dictionaries, blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens)
+    scores = reconstruct(
+        dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens), mesh, config.batch_tokens
+    )
     documents = store.documents.of("held_out")
     documents = documents[: config.ce_documents] if config.ce_documents else documents
     mean_D = store.mean(target, site)
     parts: Sequence[dict[str, PartScores] | None] = [None] * len(dictionaries)
+    shared: Sequence[int | None] = [None] * len(dictionaries)
     if is_joined(site):
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
-        variances = part_variances(dictionaries, blocks(store, "held_out", sites, config.batch_tokens))
+        variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
         losses = [found["+".join(of_models[0].sites)] for found in all_losses]
-        parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, strict=True)]
+        relative = [
+            part_norms.relative_norms(
+                decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
+            )
+            for dictionary, score in zip(dictionaries, scores, strict=True)
+        ]
+        shared = [int(part_norms.is_shared(relative_PxF).sum()) for relative_PxF in relative]
+        parts = [_parts(site, *of_one) for of_one in zip(variances, all_losses, relative, strict=True)]
     else:
         losses = stand_in_losses(models[0], dictionaries, documents, mean_D, config.batch_tokens)
     sinks = _left_out(store, site)
     target_sinks = _left_out(store, target) if target != site else None
-    for name, dictionary, score, loss, of_parts in zip(folders, dictionaries, scores, losses, parts, strict=True):
+    for name, dictionary, score, loss, of_parts, of_shared in zip(
+        folders, dictionaries, scores, losses, parts, shared, strict=True
+    ):
         folder = run.folder / name
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
-        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks, parts=of_parts)
-        described = _describe(config, dictionary, score, loss, **where)
+        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
+        described = _describe(config, dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
         write_json(folder / SCORES, to_json(described))
         run.say(_line(described))
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
@@ -177,8 +189,11 @@ def _describe(
     )
 
 
-def _parts(site: str, variances: Sequence[float], losses: Mapping[str, Losses]) -> dict[str, PartScores]:
-    """Return a crosscoder's scores at each part."""
+def _parts(
+    site: str, variances: Sequence[float], losses: Mapping[str, Losses], relative_PxF: np.ndarray
+) -> dict[str, PartScores]:
+    """Return a crosscoder's scores at each part, with the relative norms of its live features."""
+    private_F = part_norms.private_part(relative_PxF)
     return {
         name: PartScores(
             variance,
@@ -186,8 +201,10 @@ def _parts(site: str, variances: Sequence[float], losses: Mapping[str, Losses]) 
             kl=_means(losses[name].kl),
             ce_recovered_mean=recovered(losses[name].ce, "mean_ablated"),
             kl_recovered_mean=recovered(losses[name].kl, "mean_ablated"),
+            private=int((private_F == part).sum()),
+            relative_norms=part_norms.histogram(relative_PxF[part]),
         )
-        for name, variance in zip(site_parts(site), variances, strict=True)
+        for part, (name, variance) in enumerate(zip(site_parts(site), variances, strict=True))
     }
 
 

@@ -18,7 +18,8 @@ from saejax.evaluation.member_data import MemberData
 from saejax.models.sites import Site, is_joined
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import fitting_sharding
-from saejax.settings import CorpusConfig, EvaluateConfig, TaskConfig, TrainConfig
+from saejax.runner.registry import STAGES
+from saejax.settings import CorpusConfig, EvaluateConfig, TrainConfig
 
 
 def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
@@ -27,7 +28,7 @@ def evaluate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         return []
     rows, length = _batch(plan)
     model, first = plan.model, next(iter(plan.stacks.values())).dictionary
-    used = plan.dictionary("ablate") if plan.configs[TaskConfig].has_behaviours else first
+    used = plan.dictionary("ablate") if STAGES["ablate"].units(plan.configs) else first
     if is_joined(used.site) or plan.configs[TrainConfig].form == FORM:
         return []  # whole passes with edits, or layer by layer: those of other stages
     site, d, f = Site.parse(used.site), used.d_in, used.n_features

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.evaluation.member_data import MemberData
@@ -179,3 +180,18 @@ def batches(blocks: Iterable[Sequence[np.ndarray]], batch: int) -> Iterator[tupl
             parts = [part[start : start + batch] for part in block]
             count = len(parts[0])
             yield [np.pad(part, ((0, batch - count), (0, 0))) for part in parts], count
+
+
+def read_blocks(store: Store, split: str, sites: Sequence[str], size: int) -> Iterator[list[np.ndarray]]:
+    """Yield blocks of activations at the distinct sites, with the same tokens row by row and without sinks of any site.
+
+    Args:
+      store: the activation store.
+      split: "train" or "held_out".
+      sites: names of the sites.
+      size: maximum number of rows of a block.
+    """
+    sites = list(dict.fromkeys(sites))
+    rows = store.rows(split, *sites)
+    for start in range(0, len(rows), size):
+        yield [store.read(site, rows[start : start + size]) for site in sites]

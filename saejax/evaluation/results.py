@@ -55,6 +55,8 @@ class PartScores:
     kl: StandInMeans  #: the same of KL divergence from that model
     ce_recovered_mean: float | None  #: as of a dictionary of one site
     kl_recovered_mean: float | None  #: likewise
+    private: int  #: live features written here alone: relative norms of their decoder rows above 0.9
+    relative_norms: tuple[int, ...]  #: live features by relative norm here: 20 bins from 0 to 1 (here alone)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class DictionaryScores:
     sinks: LeftOutSinks  #: left out, at the site
     target_sinks: LeftOutSinks | None = None  #: at the target, if that is another site
     parts: Mapping[str, PartScores] | None = None  #: of a crosscoder, by part
+    shared: int | None = None  #: of a crosscoder: live features with a relative norm between 0.4 and 0.6
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What features are, in the files of Neuronpedia and of viewers of attribution graphs.
+"""Features as files for Neuronpedia and for viewers of attribution graphs.
 
 v1/<model>/<source>/      Neuronpedia's import bundle of a dictionary: release, model, sourceset and source (``.jsonl``,
                           one line each); features, activations and explanations in batches (``.jsonl.gz``). Its
@@ -32,8 +32,7 @@ from saejax.exporting.rows import (
     feature_row,
 )
 from saejax.files import read_json, whole_file, write_text
-from saejax.interpret.feature_record import FeatureRecord
-from saejax.interpret.interpreter import FEATURES
+from saejax.interpret.feature_record import FEATURES, FeatureRecord
 from saejax.models.sites import Site
 from saejax.runner.workspace import Run
 from saejax.settings import ExportConfig

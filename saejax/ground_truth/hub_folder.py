@@ -1,4 +1,4 @@
-"""Models that are made here, as folders in the hub's format: any stage, or transformers, loads them like any other."""
+"""Folders in the hub's format for models made here, which any stage and transformers can load."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from saejax.files import whole_file, write_json
 def save_model(
     folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray], words: Sequence[str]
 ) -> None:
-    """Writes a model whose tokens are words with spaces between them.
+    """Write a model whose tokens are words separated by spaces.
 
     Args:
-      folder: where to; made if missing.
-      fields: of ``config.json``, without the vocabulary.
-      tensors: by their names in the checkpoint; they are written in fp32.
-      words: the vocabulary; the first is put before every text.
+      folder: folder to write to; made if missing.
+      fields: fields of ``config.json``, without the vocabulary.
+      tensors: tensors by their names in the checkpoint; written in fp32.
+      words: the vocabulary; the first is the BOS token.
     """
     from safetensors.numpy import save_file
 

@@ -1,4 +1,4 @@
-"""The report on the synthetic world: which of its features dictionaries of each kind find."""
+"""The report's section on the synthetic world: which of its features dictionaries of each kind recover."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,14 +9,14 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.stages.ground_truth import CONTROLS
 
-ENOUGH = 0.9  # share of the frequent directions that the best kind must find
+ENOUGH = 0.9  # share of the frequent directions that the best kind must recover
 
 _CONTROL_NAMES = {"frozen": "random decoder", "untrained": "untrained"}
 _COLUMNS: tuple[tuple[str, str, int, float], ...] = (
     ("Recovered, %", "recovered", 1, 100),
     ("MCC", "mcc", 3, 1),
     ("F1", "f1", 3, 1),
-    ("F1 of features", "f1_features", 3, 1),
+    ("F1 of latents", "f1_features", 3, 1),
     ("Split, %", "split", 1, 100),
     ("Merged, %", "merged", 1, 100),
     ("Absorbed, %", "absorbed", 1, 100),
@@ -26,51 +26,52 @@ _COLUMNS: tuple[tuple[str, str, int, float], ...] = (
     ("Explained variance", "explained_variance", 3, 1),
 )
 _NOTE = (
-    "Recovered: share of the frequent features whose own feature of the dictionary has a cosine above 0.9 with them. "
-    "MCC: mean cosine of features matched one to one. F1: of when a feature is there and when its own fires; F1 of "
-    "features: of each feature of the dictionary and the nearest of the world, as SynthSAEBench has it. Split, merged, "
-    "absorbed: shares of the frequent features that several features of the dictionary share, that share one, and "
-    "whose own falls silent where that of a child takes over. Invented: of the dictionary's features that fire, share "
-    "that has most of its length along no feature of the world. Best possible: the largest true activations, as many "
-    "as the dictionary above has, decoded by the true directions."
+    "Recovered: share of the frequent true features whose matched latent has a cosine above 0.9 with them. MCC: mean "
+    "cosine of features and latents matched one to one. F1: of a true feature being active and its matched latent "
+    "firing; F1 of latents: the same of each latent and its nearest true feature, as in SynthSAEBench. Split: several "
+    "latents share a true feature. Merged: several true features share a latent. Absorbed: the parent latent is "
+    "absorbed by a child latent. Invented: share of live latents that are close to no true feature. Best possible: the "
+    "largest true activations, as many as the dictionary above has, decoded by the true directions."
 )
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """The synthetic world; no section if there is none."""
+    """Return a section on the synthetic world; none if there is none."""
     units = found.each(TruthResults)
     return [section(list(units.values()), found.settings()["truth"]["frequent"])] if CONTROLS in units else []
 
 
 def section(results: Sequence[TruthResults], frequent: float) -> Section:
-    """What was found of the world, and by which kinds, beside the controls.
+    """Return the section: what dictionaries of each kind recovered of the world, and the controls.
 
     Args:
-      results: of all units.
-      frequent: share of vectors on which a feature must fire to be judged.
+      results: results of all units.
+      frequent: share of vectors in which a feature must be active to count.
     """
     world, some = results[0].world, results[0]
     judged = [(name, one) for each in results for name, one in _named(each)]
     seeds = len(judged[0][1].seeds)
-    spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "of one seed each, so without intervals"
+    spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "one seed each, so without intervals"
     intro = (
         f"This world is synthetic: its vectors, of {world.dimensions:,} dimensions, are sums of {world.features:,} "
-        f"known directions, of which {number(world.l0, 1)} are there at a time. A direction's nearest other has a "
-        f"cosine of {number(world.nearest_cosine)} with it, on average. Dictionaries of {some.features:,} features "
-        f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and judged on "
-        f"{some.held_out:,} others. {world.frequent:,} features fire on more than {percent(frequent, 2)} of the "
-        "vectors, and these must be found."
+        f"known directions, of which {number(world.l0, 1)} are active in a vector on average. The mean cosine of a "
+        f"direction and its nearest other is {number(world.nearest_cosine)}. Dictionaries of {some.features:,} latents "
+        f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and scored on "
+        f"{some.held_out:,} others. {world.frequent:,} features are active in more than {percent(frequent, 2)} of the "
+        "vectors, and these must be recovered."
     )
     verdict = line(judged)
     columns = ("Dictionary", *(heading for heading, *_ in _COLUMNS))
     rows = tuple(row for name, one in judged for row in _rows(name, one))
-    table = Table(f"What is known and what was found, {spread}", columns, rows, stack=False, note=_NOTE)
+    table = Table(
+        f"True features and what dictionaries recover of them, {spread}", columns, rows, stack=False, note=_NOTE
+    )
     blocks: tuple[Block, ...] = (Text(verdict, strong=True), Text(intro), table)
-    return Section("Features that are known to be there", blocks, lead=verdict)
+    return Section("Known features", blocks, lead=verdict)
 
 
 def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
-    """The verdict in a sentence or two."""
+    """Return the verdict in a sentence or two."""
     learned = [(name, one) for name, one in judged if not one.control]
     name, best = max(learned, key=lambda pair: pair[1].scores.recovered.mean)
     share = best.scores.recovered
@@ -78,9 +79,8 @@ def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
     answer = "YES" if share.mean >= ENOUGH and share.mean > above else "NO"
     told = interval(share, 1, 100) if share.low < share.high else number(100 * share.mean, 1)  # of one seed
     return (
-        f"Does the method find what is known to be there? {answer}: of the synthetic world's frequent features {name} "
-        f"recovers {told} % ({percent(ENOUGH)} were asked for), the best control "
-        f"{percent(above, 1)}."
+        f"Does training recover known features? {answer}: of the synthetic world's frequent features {name} recovers "
+        f"{told} % ({percent(ENOUGH)} are required), the best control {percent(above, 1)}."
     )
 
 
@@ -91,7 +91,7 @@ def _named(results: TruthResults) -> Iterator[tuple[str, JudgedDictionary]]:
 
 
 def _rows(name: str, one: JudgedDictionary) -> Iterator[tuple[str, ...]]:
-    """What a dictionary reaches, and below it what could be reached with as many activations."""
+    """Yield the row of a dictionary's scores and the row of the best possible scores with as many activations."""
 
     def cell(field: str, digits: int, scale: float) -> str:
         value = getattr(one.scores, field)

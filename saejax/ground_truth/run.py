@@ -1,8 +1,7 @@
-"""The stage ``ground_truth``: dictionaries are trained on a synthetic world, and judged by what is known of it.
+"""The stage ``ground_truth``: trains dictionaries on a synthetic world and compares them with what is known of it.
 
 Each kind of ``--train.kinds`` is a unit, trained by the same code as on a model's activations. One more, ``controls``,
-has dictionaries of the first kind that have learned no directions: with a random decoder that stays as it is, and
-without any training.
+has dictionaries of the first kind that have learned no directions: with a frozen random decoder, and without training.
 """
 
 import dataclasses
@@ -24,26 +23,26 @@ from saejax.results import Interval, to_json
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
 from saejax.stages.ground_truth import CONTROLS, TruthConfig
-from saejax.training.members import Member, members
-from saejax.training.train import of_expansion, train_stack
+from saejax.training.stack import Member, make_members
+from saejax.training.train import for_expansion, train_stack
 
-_OF_SHARES = (0.0, 1.0)  # the least and the most that a share, or a cosine's size, can be
-_ENDS = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}
+_SHARE_RANGE = (0.0, 1.0)  # of shares and absolute cosines
+_RANGES = {"l0": (0.0, np.inf), "explained_variance": (-np.inf, 1.0), "best_explained_variance": (-np.inf, 1.0)}
 
 
 def run_ground_truth(run: Run) -> TruthResults:
-    """Trains the members of kind ``run.name``, or the controls, and judges them.
+    """Train the members of kind ``run.name``, or the controls, and score them.
 
-    Writes what the stage ``train`` writes, and ``scores.json`` beside each dictionary. An interrupted run goes on at
-    its newest checkpoint and ends with the same bits as one that was not.
+    This writes the files of the stage ``train``, and ``scores.json`` beside each dictionary. An interrupted run
+    continues at its newest checkpoint and ends with the same bits.
 
     Raises:
-      UserError: there is no such world, or the trainer refuses its settings.
-      Interrupted: asked to stop; what was done is saved.
+      UserError: no world can have these settings, or the trainer refuses its own.
+      Interrupted: asked to stop; finished work is saved.
     """
     truth, train = run.configs[TruthConfig], run.configs[TrainConfig]
     if train.form != "sae":
-        raise UserError(f"--train.form={train.form}: a synthetic world has one site, so only --train.form=sae fits")
+        raise UserError(f"--train.form={train.form}: a synthetic world has one site: use --train.form=sae")
     world = make_world(truth)
     kind, judged = run.name, []
     if kind == CONTROLS:
@@ -67,7 +66,7 @@ def run_ground_truth(run: Run) -> TruthResults:
 
 
 def _controls(train: TrainConfig) -> dict[str, TrainConfig]:
-    """How controls are trained, by name. Without a learning rate nothing changes but what batchtopk measures."""
+    """Return the training settings of the controls by name. At learning rate 0 only BatchTopK's threshold changes."""
     frozen = dataclasses.replace(train, freeze="decoder", resample_every=0)
     return dict(frozen=frozen, untrained=dataclasses.replace(frozen, learning_rate=(0.0,), max_steps=10))
 
@@ -75,14 +74,14 @@ def _controls(train: TrainConfig) -> dict[str, TrainConfig]:
 def _judge(
     run: Run, world: World, kind: str, control: str, train: TrainConfig
 ) -> list[tuple[JudgedDictionary, Dictionary, Counts]]:
-    """Trains a stack and judges its members, those together that differ in their seed alone."""
+    """Train a stack and score its members; members that differ only in their seed are scored together."""
     truth = run.configs[TruthConfig]
     folder = run.folder / control
     folder.mkdir(exist_ok=True)
     stack: list[Member] = []
     for config in train.each_expansion():
-        own = members(config, kind, [SITE])
-        inner = of_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
+        own = make_members(config, kind, [SITE])
+        inner = for_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
         train_stack(inner, own, synthetic_source(truth, world, train.batch))
         stack += own
     groups: dict[str, list[Member]] = {}
@@ -93,14 +92,14 @@ def _judge(
         found = []
         for member in own:
             if run.stopping():
-                raise Interrupted("stopped while dictionaries were judged: run the same command to go on")
+                raise Interrupted("stopped while dictionaries were scored: run the same command again to continue")
             dictionary = load_dictionary(folder / member.name / "dictionary")
             matching = Matching.of(np.asarray(dictionary.W_dec_FxD[...]), np.asarray(world.directions_JxD))
             counts = count(dictionary, world, truth, matching)
             found.append(scores(counts, matching, world, truth.frequent))
             write_json(folder / member.name / "scores.json", found[-1])
         seeds = tuple(member.settings["seed"] for member in own)
-        ends = {score: _ENDS.get(score, _OF_SHARES) for score in found[0]}
+        ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in found[0]}
         spread = FoundFeatures(**{score: over_seeds([one[score] for one in found], ends[score]) for score in ends})
         judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
     return judged
@@ -110,12 +109,12 @@ def _without_seed(member: Member) -> str:
     return "-".join(part for part in member.name.split("-") if not part.startswith("seed"))
 
 
-def over_seeds(values: Sequence[float], ends: tuple[float, float] = _OF_SHARES) -> Interval:
-    """The mean and its 95 % t interval, cut off where no mean can be; one value has an interval of no length.
+def over_seeds(values: Sequence[float], ends: tuple[float, float] = _SHARE_RANGE) -> Interval:
+    """Return the mean and its 95 % t interval, clipped to the range of values; one value has an interval of length 0.
 
     Args:
-      values: of seeds or prompts.
-      ends: the least and the most that a value can be.
+      values: values of seeds or prompts.
+      ends: smallest and largest possible value.
     """
     mean, count = float(np.mean(values)), len(values)
     half = float(t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5) if count > 1 else 0.0

@@ -1,4 +1,4 @@
-"""How well the features of a dictionary are those of the world, on vectors that it was not trained on."""
+"""Scores of a dictionary against the known world, on held-out vectors."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.rows import HELD_OUT, batch_key
-from saejax.ground_truth.sampling import draw_with_code
+from saejax.ground_truth.sampling import sample_with_code
 from saejax.ground_truth.world import World
 from saejax.stages.ground_truth import TruthConfig
 
-RECOVERED = 0.9  # cosine above which a direction counts as found
+RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
 _BATCH = 1024
-_SEEN = 20  # times that a child must be there before it can be said to absorb its parent
-_CARRIES = 0.25  # cosine of the child's feature with the parent's direction from which on it carries the parent, too
+_MIN_CHILD = 20  # activations of a child before it can count as absorbing its parent
+_CARRIES = 0.25  # absolute cosine above which a child's feature carries the parent's direction, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,16 @@ class Counts:
 
     Attributes:
       tokens: N.
-      active_J: how often each direction is there; ``fired_F``: how often each feature fires.
-      nearest_F: how often a feature fires and its nearest direction is there.
-      matched_J: how often a direction is there and the feature that stands for it fires.
-      parent_J: how often a direction is there and the feature that stands for its parent fires.
-      kept_J: how often it is among the largest activations of the world, as many as the dictionary has.
-      error, kept_error: summed squares of what the dictionary, or the kept activations, leave of the vectors.
-      square, total_D: summed squares, and sum, of the vectors.
+      active_J: number of vectors in which each direction is active.
+      fired_F: number of vectors on which each feature fires.
+      nearest_F: vectors on which a feature fires and its nearest direction is active.
+      matched_J: vectors in which a direction is active and its matched feature fires.
+      parent_J: vectors in which a direction is active and the feature matched to its parent fires.
+      kept_J: vectors in which a direction is among the world's largest activations, as many as the dictionary has.
+      error: summed squared error of the dictionary's reconstruction.
+      kept_error: the same of the kept activations decoded by the true directions.
+      square: summed squares of the vectors.
+      total_D: sum of the vectors.
     """
 
     tokens: int
@@ -50,7 +53,7 @@ class Counts:
 
     @property
     def variance(self) -> float:
-        """Sum over the vectors of the squared distance from their mean."""
+        """Summed squared distance of the vectors from their mean."""
         return self.square - float(np.square(self.total_D).sum()) / self.tokens
 
 
@@ -63,7 +66,7 @@ def _count(
     places: Mapping[str, jax.Array],
     threshold: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The sums of one batch; ``places`` has ``nearest_F``, ``matched_J`` and ``parent_J`` of what is counted."""
+    """Return the sums of one batch; ``places``: nearest directions of features, matched features of directions."""
     f_BxF = dictionary.encode(x_BxD)
     fires_BxF, there_BxJ, kept_BxJ = dictionary.fires(f_BxF), code_BxJ > 0, code_BxJ > threshold
     kept_BxD = jnp.where(kept_BxJ, code_BxJ, 0.0) @ world.directions_JxD + world.bias_D[None]
@@ -87,7 +90,7 @@ def _count(
 
 
 def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: Matching) -> Counts:
-    """Runs a dictionary on the held-out vectors."""
+    """Return the sums of a dictionary over the held-out vectors."""
     feature_J, parent_J = matching.feature_J, world.parent_J
     places = dict(
         nearest_F=matching.nearest_F,
@@ -98,7 +101,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     sums: dict[str, Any] = {}
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
-        drawn = draw_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
+        drawn = sample_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
         found = _count(dictionary, world, *drawn, places, threshold)
         for name, value in found.items():
             value = np.asarray(value)
@@ -109,21 +112,21 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
 
 
 def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.float32:
-    """The activation above which the world has as many as the dictionary fires, on a batch; 0 if it has fewer."""
-    x_BxD, code_BxJ = draw_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
+    """Return the activation above which the world has as many as the dictionary, on one batch; 0 if it has fewer."""
+    x_BxD, code_BxJ = sample_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
     kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
     size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
     return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)
 
 
 def scores(counts: Counts, matching: Matching, world: World, frequent: float) -> dict[str, float]:
-    """The scores of ``results.FoundFeatures`` by their names.
+    """Return the scores of ``results.FoundFeatures`` by their names.
 
     Args:
-      counts: of ``count``.
-      matching: of the dictionary and the world.
+      counts: sums of ``count``.
+      matching: matching of the dictionary and the world.
       world: the world.
-      frequent: share of vectors; the directions that are there more often are those that must be found.
+      frequent: share of vectors; directions that are active more often must be found.
     """
     often_J = counts.active_J > frequent * counts.tokens
     fired_J = np.where(matching.feature_J < 0, 0, counts.fired_F[matching.feature_J])
@@ -150,17 +153,18 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
 
 
 def _f1(both: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """2 both / (one + other), the harmonic mean of precision and recall; 0 where both are 0."""
+    """Return 2 both / (one + other), the harmonic mean of precision and recall; 0 where both are 0."""
     return 2 * both / np.maximum(one + other, 1)
 
 
 def absorbed(counts: Counts, matching: Matching, world: World) -> np.ndarray:
-    """Where a direction's feature is put out by a child's feature, which carries the parent's direction as well [J].
+    """Return where a child's feature absorbs the feature of its parent, bool [J].
 
-    The feature fires on most vectors with the direction without that child, and less than half as often with it.
+    The parent's feature fires on most vectors with the parent but without that child, less than half as often with it,
+    and the child's feature carries the parent's direction as well.
     """
     found_J = np.zeros(len(world.parent_J), bool)
-    child_N = np.flatnonzero((world.parent_J >= 0) & (counts.active_J >= _SEEN) & (matching.feature_J >= 0))
+    child_N = np.flatnonzero((world.parent_J >= 0) & (counts.active_J >= _MIN_CHILD) & (matching.feature_J >= 0))
     parent_N = world.parent_J[child_N]
     with_N = counts.parent_J[child_N] / counts.active_J[child_N]
     rest_N = counts.active_J[parent_N] - counts.active_J[child_N]

@@ -1,13 +1,13 @@
-"""A synthetic world: known directions, and how often, how strongly and with which others each of them is there.
+"""A synthetic world: known directions, and how often, how strongly and with which others each of them is active.
 
-The construction is that of SynthSAEBench (Chanin et al., arXiv 2602.14687): Zipf rates, a hierarchy in which children
-fire only with their parents, exclusion among siblings, a low-rank Gaussian copula, and directions that were made more
-orthogonal. The draws are JAX's, so a world is like that benchmark's and not the same.
+The construction is that of SynthSAEBench (Chanin et al., arXiv 2602.14687): Zipf firing rates, a hierarchy in which
+children fire only with their parents, exclusion among siblings, a low-rank Gaussian copula, and directions that are
+made more orthogonal. The random numbers are JAX's, so a world follows the benchmark's distribution without being the
+published sample.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,38 +18,30 @@ from scipy.stats import norm
 from saejax.errors import UserError
 from saejax.stages.ground_truth import TruthConfig
 
-_LEAST_OWN = 0.01  # of a feature's latent variance, which no factors explain
-
-
-class EntryRoom(NamedTuple):
-    """How many roots of trees that fire, and free features that may, a vector has room for where few are looked at."""
-
-    roots: int
-    free: int
+_MIN_LATENT_VARIANCE = 0.01  # of a feature's latent, left unexplained by the factors
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What vectors are drawn from; a pytree.
+    """The distribution that vectors are sampled from; a pytree.
 
     Attributes:
       directions_JxD: unit vectors.
-      bias_D: what all vectors have in common.
-      threshold_J: a feature's own condition to fire is a standard normal latent above this.
-      loading_JxQ: of the latents on the factors.
-      own_J: standard deviation of the rest of a latent.
-      mean_J, std_J: of activations; those below 0 are 0.
+      bias_D: added to every vector.
+      threshold_J: a feature's condition to fire is a standard normal latent above this.
+      loading_JxQ: loadings of the latents on the factors.
+      latent_std_J: standard deviation of the part of a latent that the factors leave unexplained.
+      mean_J, std_J: mean and standard deviation of the activations; negative ones are set to 0.
       roots, branching, depth: shape of the trees.
       exclusive, scaled, noise: as in ``TruthConfig``.
-      room: enough for nearly every batch; one that needs more is drawn with room for all.
     """
 
     directions_JxD: jax.Array
     bias_D: jax.Array
     threshold_J: jax.Array
     loading_JxQ: jax.Array
-    own_J: jax.Array
+    latent_std_J: jax.Array
     mean_J: jax.Array
     std_J: jax.Array
     roots: int = dataclasses.field(metadata=dict(static=True))
@@ -58,26 +50,20 @@ class World:
     exclusive: bool = dataclasses.field(metadata=dict(static=True))
     scaled: bool = dataclasses.field(metadata=dict(static=True))
     noise: float = dataclasses.field(metadata=dict(static=True))
-    room: EntryRoom = dataclasses.field(metadata=dict(static=True))
-
-    @property
-    def in_trees(self) -> int:
-        """How many features are in trees; they come first."""
-        return in_trees(self.roots, self.branching, self.depth)
 
     @property
     def parent_J(self) -> np.ndarray:
-        """The parent of each feature; -1 of those that have none."""
+        """The parent of each feature; -1 for roots and free features."""
         return parents(self.directions_JxD.shape[0], self.roots, self.branching, self.depth)
 
 
 def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
-    """For every generation of trees below their roots, its first feature and how many parents it has.
+    """Yield for every level below the roots its first feature and the number of its parents.
 
     Args:
-      roots: how many trees.
+      roots: number of trees.
       branching: children of a parent.
-      depth: generations below the roots.
+      depth: levels below the roots.
     """
     first, count = 0, roots
     for _ in range(depth if roots else 0):
@@ -85,13 +71,13 @@ def levels(roots: int, branching: int, depth: int) -> Iterator[tuple[int, int]]:
         first, count = first + count, count * branching
 
 
-def in_trees(roots: int, branching: int, depth: int) -> int:
-    """How many features so many trees have. See ``levels``."""
+def count_tree_features(roots: int, branching: int, depth: int) -> int:
+    """Return the number of features in all trees; see ``levels``."""
     return roots * sum(branching**level for level in range(depth + 1))
 
 
 def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray:
-    """The parent of each of so many features [J], -1 of those that have none. See ``levels``."""
+    """Return the parent of each of ``features`` features, int [J]; -1 for roots and free features; see ``levels``."""
     parent_J = np.full(features, -1)
     for start, count in levels(roots, branching, depth):
         parent_J[start : start + count * branching] = np.repeat(np.arange(start - count, start), branching)
@@ -99,7 +85,7 @@ def parents(features: int, roots: int, branching: int, depth: int) -> np.ndarray
 
 
 def rates(config: TruthConfig) -> np.ndarray:
-    """How often features are meant to fire [J], in falling order."""
+    """Return the intended firing rates, [J], in descending order."""
     zipf_J = np.arange(1, config.features + 1, dtype=np.float64) ** -config.rate_exponent
     span = zipf_J[0] - zipf_J[-1]
     if not span:
@@ -107,62 +93,65 @@ def rates(config: TruthConfig) -> np.ndarray:
     return config.rate_min + (zipf_J - zipf_J[-1]) * (config.rate_max - config.rate_min) / span
 
 
-def own_rates(config: TruthConfig) -> np.ndarray:
-    """How often each feature's own condition to fire is met [J], so that with its parent's it fires as often as meant.
+def conditional_rates(config: TruthConfig) -> np.ndarray:
+    """Return the rates at which each feature's own condition is met, [J]: given its parent, it fires as intended.
 
-    A child that may be put out by a sibling is raised for that, by the siblings' rates: p = q / q_parent x (1 + the sum
-    of siblings' q / q_parent), which makes up for part of it.
+    A child that a sibling may silence is raised by the siblings' rates, which makes up for part of the exclusion:
+    p = q / q_parent * (1 + the sum of the siblings' q / q_parent).
     """
-    rate_J, own_J = rates(config), rates(config)
+    rate_J, conditional_J = rates(config), rates(config)
     for start, count in levels(config.roots, config.branching, config.depth):
         given = rate_J[start : start + count * config.branching].reshape(count, -1)
         given = given / rate_J[start - count : start, None]
         raised = given * (1 + given.sum(1, keepdims=True) - given) if config.exclusive else given
-        own_J[start : start + count * config.branching] = np.minimum(raised, 1).ravel()
-    return own_J
+        conditional_J[start : start + count * config.branching] = np.minimum(raised, 1).ravel()
+    return conditional_J
 
 
 def check(config: TruthConfig) -> None:
-    """A ``UserError`` unless there is such a world."""
-    tree = in_trees(config.roots, config.branching, config.depth)
-    if tree > config.features:
+    """Raise a ``UserError`` if no world can have these settings."""
+    in_trees = count_tree_features(config.roots, config.branching, config.depth)
+    if in_trees > config.features:
         raise UserError(
-            f"--truth.roots={config.roots} trees of --truth.depth={config.depth} have {tree:,} features, more than "
-            f"--truth.features={config.features:,}"
+            f"--truth.roots={config.roots} trees of --truth.depth={config.depth} have {in_trees:,} features, more than "
+            f"--truth.features={config.features:,}: lower one of the first two or raise the last"
         )
     if config.rate_min > config.rate_max:
-        raise UserError(f"--truth.rate_min={config.rate_min:g} is above --truth.rate_max={config.rate_max:g}")
+        raise UserError(
+            f"--truth.rate_min={config.rate_min:g} is above --truth.rate_max={config.rate_max:g}: swap them"
+        )
     active = rates(config).sum()
     if active > config.dimensions:
         raise UserError(
-            f"with these rates {active:.1f} features fire at a time, more than --truth.dimensions={config.dimensions} "
-            "can tell apart: lower --truth.rate_max, --truth.rate_min or --truth.features"
+            f"at these rates {active:.1f} features fire on a vector, more than --truth.dimensions={config.dimensions} "
+            "can separate: lower --truth.rate_max, --truth.rate_min or --truth.features"
         )
 
 
 def make_world(config: TruthConfig) -> World:
-    """The world that the settings and their seed describe.
+    """Return the world of the settings and their seed.
 
     Raises:
-      UserError: there is none.
+      UserError: no world can have these settings.
     """
     check(config)
     count, width = config.features, config.dimensions
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), 4)
     directions_JxD = _unit(jax.random.normal(keys[0], (count, width)))
     if config.orthogonalise:
-        directions_JxD = orthogonalised(directions_JxD, config.orthogonalise)
+        directions_JxD = orthogonalise(directions_JxD, config.orthogonalise)
     loading_JxQ = config.correlation * jax.random.normal(keys[1], (count, config.factors))
     explained_J = jnp.sum(loading_JxQ**2, -1)
-    shrink_J = jnp.where(explained_J > 1 - _LEAST_OWN, jnp.sqrt((1 - _LEAST_OWN) / jnp.maximum(explained_J, 1e-9)), 1.0)
+    limit = 1 - _MIN_LATENT_VARIANCE
+    shrink_J = jnp.where(explained_J > limit, jnp.sqrt(limit / jnp.maximum(explained_J, 1e-9)), 1.0)
     loading_JxQ = loading_JxQ * shrink_J[:, None]
     deviation_J = config.magnitude_std + config.magnitude_spread * jax.random.normal(keys[2], (count,))
     return World(
         directions_JxD=directions_JxD,
         bias_D=config.bias * _unit(jax.random.normal(keys[3], (width,))),
-        threshold_J=jnp.asarray(norm.isf(own_rates(config)), jnp.float32),
+        threshold_J=jnp.asarray(norm.isf(conditional_rates(config)), jnp.float32),
         loading_JxQ=loading_JxQ,
-        own_J=jnp.sqrt(1 - jnp.sum(loading_JxQ**2, -1)),
+        latent_std_J=jnp.sqrt(1 - jnp.sum(loading_JxQ**2, -1)),
         mean_J=jnp.linspace(config.magnitude_first, config.magnitude_last, count),
         std_J=jnp.abs(deviation_J),
         roots=config.roots,
@@ -171,20 +160,6 @@ def make_world(config: TruthConfig) -> World:
         exclusive=config.exclusive,
         scaled=config.scaled,
         noise=config.noise,
-        room=_room(config),
-    )
-
-
-def _room(config: TruthConfig) -> EntryRoom:
-    """A multiple of 16, far above what is expected; by its byte a 256th of free features may fire."""
-    own_J, trees = own_rates(config), in_trees(config.roots, config.branching, config.depth)
-    expected = own_J[: config.roots].sum(), np.minimum(own_J[trees:] + 1 / 256, 1).sum()
-    whole = config.roots, config.features - trees
-    return EntryRoom(
-        *(
-            min(16 * (int(1.5 * mean + 6 * mean**0.5 + 16) // 16), most)
-            for mean, most in zip(expected, whole, strict=True)
-        )
     )
 
 
@@ -193,10 +168,15 @@ def _unit(values_xD: jax.Array) -> jax.Array:
 
 
 @jax.jit(static_argnums=1)
-def orthogonalised(directions_JxD: jax.Array, steps: int, rate: float = 3e-4) -> jax.Array:
-    """Unit rows, the directions after steps of Adam on sum_(i != j) (d_i . d_j)^2 + J sum_i (|d_i|^2 - 1)^2.
+def orthogonalise(directions_JxD: jax.Array, steps: int, rate: float = 3e-4) -> jax.Array:
+    """Return unit rows after steps of Adam on sum_(i != j) (d_i . d_j)^2 + J sum_i (|d_i|^2 - 1)^2.
 
-    The first sum is |D^T D|^2 - sum_i |d_i|^4, so no J by J matrix is made. ``rate`` is Adam's.
+    The first sum equals |D^T D|^2 - sum_i |d_i|^4, so no J by J matrix is needed.
+
+    Args:
+      directions_JxD: unit rows to start from.
+      steps: number of steps.
+      rate: learning rate of Adam.
     """
     optimizer = optax.adam(rate)
 

@@ -14,9 +14,8 @@ from typing import Any
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
+from saejax.interpret.feature_record import FeatureMaps, FeatureRecord, iterate_records
 from saejax.interpret.heatmaps import MAPS
-from saejax.interpret.interpreter import FEATURES
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interventions.answers import AblateResults
@@ -31,7 +30,7 @@ _PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js")
 
 
 def run_atlas(run: Run) -> AtlasResults:
-    """Writes the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
+    """Write the pages of the dictionaries of ``interpret/<name>``, in folders of their names if there are several.
 
     Raises:
       UserError: the file of labels cannot be read, or names a feature that does not exist.
@@ -50,7 +49,7 @@ def run_atlas(run: Run) -> AtlasResults:
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | own
-        records = _judged(source / FEATURES, judged)
+        records = _with_scores(source, judged)
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
         write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}), maps)
         written = len(by_model.keys() - own.keys())
@@ -60,16 +59,15 @@ def run_atlas(run: Run) -> AtlasResults:
     return AtlasResults(run.name, tuple(made))
 
 
-def _judged(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
-    """The records in a folder, with how a language model judged their labels, by feature."""
-    for file in sorted(folder.glob("*.json")):
-        for record in read_json(file):
-            key = str(record["feature"])
-            yield record | (dict(judged=judged[key]) if key in judged else {})
+def _with_scores(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
+    """Yield the records in a folder, with the scores that a language model gave their labels, by feature."""
+    for record in iterate_records(folder):
+        scores = judged.get(str(record["feature"]))
+        yield record | dict(judged=scores) if scores else record
 
 
 def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:
-    """The labels that a language model wrote and that are kept, and how it judged labels, by feature; often empty."""
+    """Return the kept labels by a language model, and the scores of all judged ones, by feature; empty without any."""
     folder = run.inputs.get(f"explain/{run.name}")
     if not folder:
         return {}, {}
@@ -77,7 +75,7 @@ def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]
 
 
 def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
-    """Dictionary -> feature -> behaviour -> the logit difference that is lost without the feature."""
+    """Return dictionary -> feature -> behaviour -> drop in logit difference when the feature is ablated."""
     for unit, folder in run.inputs.items():
         if unit.startswith("ablate/"):
             results: AblateResults = load_results(folder)
@@ -97,13 +95,14 @@ def write_atlas(
     effects: Mapping[int, Mapping[str, float]],
     maps: FeatureMaps | None = None,
 ) -> None:
-    """Writes the atlas of a dictionary; what a run that was killed left there is replaced.
+    """Write the atlas of a dictionary; files of a killed run are replaced.
 
     Args:
-      folder: where to.
-      dictionary: its name, the beginning of addresses on the page.
-      records: of all features, in their order, as ``records`` makes them.
-      effects: feature -> behaviour -> the logit difference that is lost without it, where it was measured.
+      folder: folder to write to.
+      dictionary: its name, the prefix of addresses on the page.
+      records: records of all features in order.
+      labels: labels by feature.
+      effects: feature -> behaviour -> drop in logit difference when it is ablated, where it was measured.
       maps: heatmaps as ``interpret`` writes them, and the bar of cosines between layers.
     """
     shutil.rmtree(folder / "data", ignore_errors=True)
@@ -149,6 +148,6 @@ def _script(folder: Path, number: int, records: list[dict[str, Any]]) -> None:
 
 
 def _json(data: Any) -> str:
-    """JSON as an expression of JavaScript. Half characters, which tokens may be, become replacement characters."""
+    """Return JSON as a JavaScript expression; incomplete characters of tokens become replacement characters."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

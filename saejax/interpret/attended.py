@@ -1,10 +1,10 @@
-"""Which attention heads a feature goes with: its activation beside what heads look at, over tokens of the search text.
+"""Attention heads whose attention correlates with a feature's activation, over tokens of the search text.
 
-For every head of the layers that the feature's site comes after, and every token, the share of its attention that falls
-on some *classes* of keys, by distance and by what stands there. Features are correlated (Pearson) with these shares.
-The control moves activations to other documents, at the same positions, which keeps what positions alone explain: of
-``SHIFTS`` such moves the largest correlation of a feature with any head and class is its bar, so that a feature that
-goes with nothing passes it with a probability of 1 / (SHIFTS + 1).
+For every head before the feature's site and every token, we take the share of attention that falls on some *classes* of
+keys, by distance and by token. Features are correlated (Pearson) with these shares. The control moves activations to
+other documents at the same positions, which keeps what positions alone explain. The largest correlation of a feature
+with any head and class over ``SHIFTS`` such moves is its bar, so an unrelated feature exceeds it with probability
+1 / (SHIFTS + 1).
 """
 
 import functools
@@ -31,10 +31,10 @@ CLASSES = (
     *("itself", "the token before", "2 to 7 before", "8 or more before", "the first token"),
     *("the same token earlier", "the token after an earlier same one", "punctuation or a line break"),
 )
-SHIFTS = 19  # documents by which activations are moved in controls: 1 to SHIFTS
-LONGEST, AT_ONCE = 128, 8  # tokens of a document, and documents that are run at a time
-_SEEN = 20  # firings of a feature that is correlated, at least
-_KEPT = 4  # heads and classes listed for a feature, at most
+SHIFTS = 19  # controls move activations by 1 to SHIFTS documents
+LONGEST, AT_ONCE = 128, 8  # tokens of a document, documents in a batch
+_MIN_FIRINGS = 20  # of a correlated feature
+_KEPT = 4  # largest number of heads and classes listed for a feature
 _MARKS = [SHAPES.index(name) for name in ("punctuation", "line break")]
 
 
@@ -42,10 +42,12 @@ _MARKS = [SHAPES.index(name) for name in ("punctuation", "line break")]
 def attended(
     config: DecoderConfig, layers: int, params: decoder.Params, ids_BxT: jax.Array, marks_V: jax.Array
 ) -> jax.Array:
-    """The share of the attention of each head of the first layers on each class, [B, T, L, H, C].
+    """Return the share of attention of each head of the first layers on each class, [B, T, L, H, C].
 
     Args:
-      layers: how many of them.
+      config: configuration of the decoder.
+      layers: number of layers.
+      params: parameters of the decoder.
       ids_BxT: token ids.
       marks_V: whether a token is punctuation or a line break.
     """
@@ -70,13 +72,14 @@ def attended(
 
 
 class HeadShares:
-    """What the heads look at, at tokens of documents that are all cut to one length.
+    """Attention shares at tokens of documents, all truncated to one length.
 
     Args:
-      documents: of the store; those of the search text are taken.
-      text: of the store.
-      layers: how many of the model's, from the first.
-      tokens: to look at, about.
+      lm: the model.
+      documents: documents of the store; those of the search text are used.
+      text: text of the store.
+      layers: number of layers, from the first.
+      tokens: approximate number of tokens.
     """
 
     def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
@@ -94,7 +97,7 @@ class HeadShares:
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
         shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
             len(own), length - 1, -1
-        )  # the first token sees itself alone
+        )  # the first token attends only to itself
         self._heads, self._documents, self._length = lm.config.n_heads, len(own), length - 1
         flat_NxM = shares_DxXxM.reshape(-1, shares_DxXxM.shape[-1])
         spread_M = flat_NxM.std(axis=0)
@@ -104,7 +107,7 @@ class HeadShares:
         self._row[place_DxT[:, 1:].reshape(-1)] = np.arange(len(flat_NxM))
 
     def of(self, block: Block) -> list[HeadLooks | None]:
-        """What each feature of a block goes with; None where too little was seen."""
+        """Return the heads that correlate with each feature of a block; None for features that fire too rarely."""
         row = self._row[block.place]
         inside = row >= 0
         row, feature, value = row[inside], block.feature[inside], block.value[inside]
@@ -116,11 +119,12 @@ class HeadShares:
             moved = (row + shift * self._length) % len(self._shares_NxM)
             bar = np.maximum(bar, np.abs(self._correlations(moved, feature, value, block.size)).max(axis=1))
         return [
-            self._told(own_FxM[i], float(bar[i])) if able and count[i] >= _SEEN else None for i in range(block.size)
+            self._describe(own_FxM[i], float(bar[i])) if able and count[i] >= _MIN_FIRINGS else None
+            for i in range(block.size)
         ]
 
     def _correlations(self, row: np.ndarray, feature: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-        """Pearson's correlation of features with all shares, [size, M]."""
+        """Return the Pearson correlations of features with all shares, [size, M]."""
         n = len(self._shares_NxM)
         f_FxN = sparse.csr_array((value.astype(np.float32), (feature, row)), (size, n))
         mean, square = (
@@ -130,7 +134,7 @@ class HeadShares:
         spread = np.sqrt(np.maximum(square - mean**2, 1e-30))
         return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
 
-    def _told(self, own_M: np.ndarray, bar: float) -> HeadLooks:
+    def _describe(self, own_M: np.ndarray, bar: float) -> HeadLooks:
         best = np.argsort(-np.abs(own_M))[:_KEPT]
         listed: list[tuple[int, int, str, float]] = []
         for at in best[np.abs(own_M[best]) > bar].tolist():

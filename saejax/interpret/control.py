@@ -1,8 +1,8 @@
-"""The controls of labels: random directions that fire as often as features do, and a frozen-random dictionary.
+"""Controls of labels: random directions that fire as often as features, and a frozen-random dictionary.
 
-The first are the bar that a label has to beat. The second is a whole dictionary of the same size in which nothing was
-learnt of where features fire, the *frozen encoder* of Korznikov et al. (2026, arXiv 2602.14111): its directions are
-drawn and stay, and only what they write is fitted.
+Random directions are the bar that a label has to exceed. The frozen-random dictionary has the same size, but a random
+encoder that is not trained; only its decoder is fitted (the *frozen encoder* of Korznikov et al., 2026, arXiv
+2602.14111).
 """
 
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from saejax.activations.store import Store
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.kinds.topk import is_plain_topk
 
-MOST = 1024  # directions
-_ROWS = 32_768  # of the store, from which thresholds are taken
-_FITTED, _COUNTED = 16_384, 2048  # rows to which a decoder is fitted, and by which an L0 is matched
-_RIDGE, _STEPS = 1e-3, 10  # share of the mean of the Gram matrix's diagonal, and steps of conjugate gradients
-_CHUNK = 1024  # rows that are encoded at once
+MOST = 1024  # random directions
+_ROWS = 32_768  # rows of the store that set thresholds
+_FITTED, _COUNTED = 16_384, 2048  # rows that fit a decoder, and that match an L0
+_RIDGE, _STEPS = 1e-3, 10  # relative to the mean of the Gram matrix's diagonal; steps of conjugate gradients
+_CHUNK = 1024  # rows encoded at once
 
 
 def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, seed: int) -> Dictionary:
-    """A dictionary of random directions, uniform on the sphere, each with a threshold that gives it a firing rate.
+    """Return a dictionary of random directions, uniform on the sphere, with thresholds that set their firing rates.
 
     Args:
       store: activations of the dictionary's site.
-      dictionary: whose features it is compared with.
-      rate_F: how often these fire; the directions' rates are spread evenly over the ranks of those above 0.
-      seed: of the directions.
+      dictionary: the dictionary that they are a control of.
+      rate_F: its firing rates; the directions' rates are spread evenly over the ranks of those above 0.
+      seed: seed of the directions.
     """
     live = np.sort(rate_F[rate_F > 0])
     count = min(MOST, len(live))
@@ -51,16 +51,16 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
 
 
 def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary:
-    """A frozen-random dictionary as large and as sparse as another one, at its sites.
+    """Return a frozen-random dictionary of the size and sparsity of another one, at its sites.
 
-    Directions of the encoder are uniform on the sphere, of the input less its mean. A kind that keeps k of a token's
-    activations keeps as many; in place of any other stands one threshold for all features (a JumpReLU), with which as
-    many fire on a token as do of the dictionary, on the mean. The decoder is fitted by ``fitted_decoder``.
+    Encoder directions are uniform on the sphere and read the input minus its mean. A TopK kind keeps its k; any other
+    becomes a JumpReLU with one threshold for all features that gives the same mean L0. The decoder is fitted by
+    ``fit_decoder``.
 
     Args:
       store: activations of the dictionary's sites.
-      dictionary: which it is like.
-      seed: of the directions.
+      dictionary: the dictionary that it is a control of.
+      seed: seed of the directions.
     """
     own = dictionary.config
     rows = spread(store.rows("train", *{own.site, own.target or own.site}), _FITTED)
@@ -84,15 +84,15 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         arrays |= dict(threshold_F=np.full(own.n_features, threshold, np.float32))
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
     f_NxF = sparse.vstack(list(_codes(Dictionary(config, **arrays), x_NxD)), format="csr")
-    arrays |= dict(W_dec_FxD=jnp.asarray(fitted_decoder(f_NxF, y_NxD - np.asarray(arrays["b_dec_D"]))))
+    arrays |= dict(W_dec_FxD=jnp.asarray(fit_decoder(f_NxF, y_NxD - np.asarray(arrays["b_dec_D"]))))
     return Dictionary(config, **arrays)
 
 
-def fitted_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
-    """Decoder rows [F, D] that rebuild ``y_NxD`` from activations by ridge regression; 0 where a feature never fires.
+def fit_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
+    """Return decoder rows [F, D] that reconstruct ``y_NxD`` by ridge regression; 0 for a feature that never fires.
 
-    Conjugate gradients on the normal equations, scaled by their diagonal (Hestenes and Stiefel, 1952), one by one for
-    every output, ``_STEPS`` steps: each takes two sparse products, so that any number of features will do.
+    Conjugate gradients on the normal equations, preconditioned by their diagonal (Hestenes and Stiefel, 1952), for
+    every output separately, ``_STEPS`` steps of two sparse products, so that the number of features is not limited.
     """
     diagonal_F = np.asarray(f_NxF.power(2).sum(axis=0)).reshape(-1)
     ridge = np.float32(_RIDGE * diagonal_F.mean())
@@ -113,7 +113,7 @@ def fitted_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
 
 
 def _codes(dictionary: Dictionary, x_NxD: np.ndarray) -> Iterator[sparse.csr_array]:
-    """The activations of rows, chunk by chunk, in compressed rows."""
+    """Yield the activations of rows, chunk by chunk, as sparse rows."""
     for start in range(0, len(x_NxD), _CHUNK):
         rows = x_NxD[start : start + _CHUNK]
         f_BxF = _encode(dictionary, np.pad(rows, ((0, _CHUNK - len(rows)), (0, 0))))
@@ -122,17 +122,17 @@ def _codes(dictionary: Dictionary, x_NxD: np.ndarray) -> Iterator[sparse.csr_arr
 
 @jax.jit
 def _encode(dictionary: Dictionary, x_BxD: jax.Array) -> jax.Array:
-    """Activations, 0 where a feature does not fire."""
+    """Return activations, 0 where a feature does not fire."""
     f_BxF = dictionary.encode(x_BxD)
     return jnp.where(dictionary.kind.fires(f_BxF, dictionary.numbers), f_BxF, 0.0)
 
 
 def _directions(width: int, count: int, seed: int) -> np.ndarray:
-    """Unit columns [D, F], uniform on the sphere."""
+    """Return unit columns, uniform on the sphere, [D, F]."""
     W_enc_DxF = np.random.default_rng(seed).standard_normal((width, count), np.float32)
     return W_enc_DxF / np.linalg.norm(W_enc_DxF, axis=0)
 
 
 def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many rows, evenly spread."""
+    """Return at most ``most`` of the rows, evenly spaced."""
     return rows[:: -(-len(rows) // most)]

@@ -1,44 +1,41 @@
-"""What is said of every feature of a block, from all of its firings on the search text.
+"""Per-feature statistics, from all firings of a feature on the search text.
 
-Examples are the strongest firings, in contexts that differ, and draws from ten groups: a feature's firings in the order
-of their activation, cut into tenths (group 9 has the strongest). Of every group the firings with the largest *priority*
-are kept, a hash of the place, so that each draw is uniform in its group without a random state.
+A feature's firings are split by activation into ten groups of equal size (group 9 has the strongest). Samples of every
+group are the firings with the largest *priority*, a hash of the place, so that each sample is uniform in its group
+without a random state.
 """
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import norm
 
-from saejax.activations.store import Store
-from saejax.analysis.examples import Best, choose
 from saejax.interpret.detectors import PairCounts
-from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block
 from saejax.interpret.text import CodeCounts, CodedText
 
 GROUPS = 10
-BEFORE, AFTER = 10, 5  # tokens of a context before and after the firing
-LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # of the histogram: the first edge is 2^LOWEST
+LOWEST, BINS, PER_OCTAVE = -10, 40, 2  # histogram of activations: the first edge is 2^LOWEST
 _POSITIONS = 12  # bins of positions: 0, 1, 2 to 3, 4 to 7, ...
-_SPARE = 4  # candidates for each of the strongest examples, because contexts that repeat are passed over
-_JOINT = 13  # bits of a feature of a block and one of its groups
-_BLOCK_CODES = 64  # tokens of each feature with which associations are tested, those on which it fires most
+_JOINT = 13  # bits of a feature of a block and one of its groups in a sort key
+_BLOCK_CODES = 64  # most frequent codes of each feature whose associations are tested
 
 
 @dataclasses.dataclass(frozen=True)
 class Associations:
-    """Features and codes that go together: a row for each pair, sorted by feature.
+    """Associations of features and codes: a row for each pair, sorted by feature.
 
     Attributes:
-      feature, code: of each pair; the feature counted from the block's first.
+      feature: feature of each pair, counted from the block's first.
+      code: code of each pair.
       hits: places of the code at which the feature fires.
       there: places of the code.
-      total: summed activation on them.
+      total: summed activation on these.
       pmi: pointwise mutual information of firing and code, in bits.
-      odds, odds_low, odds_high: odds ratio with its 95 % interval (Woolf, 1955, half a count added to each cell).
-      p: of the odds ratio being 1 or below, one-sided.
+      odds: odds ratio (Woolf, 1955, half a count added to each cell).
+      odds_low: lower end of its 95 % interval.
+      odds_high: upper end of its 95 % interval.
+      p: one-sided p-value of the odds ratio being at most 1.
     """
 
     feature: np.ndarray
@@ -54,7 +51,7 @@ class Associations:
 
 
 def priority(place: np.ndarray) -> np.ndarray:
-    """A fixed random number, uint64, for every place (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
+    """Return a fixed random number for every place, uint64 (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
     z = place.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ z >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ z >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -62,43 +59,44 @@ def priority(place: np.ndarray) -> np.ndarray:
 
 
 def histogram(block: Block) -> np.ndarray:
-    """Firings by activation, int64 [features, BINS]; what lies beyond the edges is in the outermost bins."""
+    """Return histograms of activations, int64 [features, BINS]; values beyond the edges are in the outermost bins."""
     bin_ = np.floor((np.log2(block.value) - LOWEST) * PER_OCTAVE).astype(np.int64)
     joint = block.feature * BINS + np.clip(bin_, 0, BINS - 1)
     return np.bincount(joint, minlength=block.size * BINS).reshape(block.size, BINS)
 
 
 def sums(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and maximum of every feature's activations, float64 [features]; 0 where it never fires."""
+    """Return sum and maximum of every feature's activations, float64 [features]; 0 where it never fires."""
     total, largest = np.bincount(block.feature, block.value, block.size), np.zeros(block.size)
     np.maximum.at(largest, block.feature, block.value)
     return total, largest
 
 
 def position_bins(position: np.ndarray) -> np.ndarray:
-    """Bins of positions: 0, 1, 2 to 3, 4 to 7, ..."""
+    """Return bins of positions: 0, 1, 2 to 3, 4 to 7, ..."""
     return np.minimum(np.ceil(np.log2(position + 1)).astype(np.int64), _POSITIONS - 1)
 
 
 def positions(block: Block, text: CodedText) -> np.ndarray:
-    """Firings by bin of position, int64 [features, bins]."""
+    """Return firings by bin of position, int64 [features, bins]."""
     joint = block.feature * _POSITIONS + position_bins(text.position(block.place))
     return np.bincount(joint, minlength=block.size * _POSITIONS).reshape(block.size, _POSITIONS)
 
 
 def weakest_first(block: Block) -> np.ndarray:
-    """Indices of the firings, by feature, then by activation."""
+    """Return the indices of the firings sorted by feature, then by activation."""
     # One key sorts several times as fast as two. Bits of floats above 0 rise with them.
     return np.argsort(block.feature << 32 | block.value.view(np.int32), kind="stable")
 
 
 def tenths(block: Block, order: np.ndarray) -> np.ndarray:
-    """The activations between which each feature's ten groups lie, float32 [features, 11]; 0 where it never fires.
+    """Return the edges of each feature's ten groups, float32 [features, 11]; 0 where it never fires.
 
-    Group g goes from number g up to, but without, number g + 1, the last one up to its maximum.
+    Group g spans edge g up to, but without, edge g + 1; the last includes its maximum.
 
     Args:
-      order: of ``weakest_first``.
+      block: firings.
+      order: result of ``weakest_first``.
     """
     counts, edges = block.counts[:, None], np.zeros((block.size, GROUPS + 1), np.float32)
     if len(order):
@@ -108,11 +106,12 @@ def tenths(block: Block, order: np.ndarray) -> np.ndarray:
 
 
 def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws from each feature's ten groups.
+    """Return samples of each feature's ten groups.
 
     Args:
-      order: of ``weakest_first``.
-      draws: from every group, as far as it has so many.
+      block: firings.
+      order: result of ``weakest_first``.
+      draws: number of firings from every group, if it has as many.
 
     Returns:
       Indices in the block's firings, by feature, then by group, then by falling priority; and the group of each.
@@ -128,64 +127,14 @@ def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray
     return order[by_priority][kept], joint[kept] % GROUPS
 
 
-def strongest(block: Block, store: Store, text: CodedText, feature: int, count: int) -> list[int]:
-    """Places of a feature's ``count`` strongest firings, in contexts that differ as in ``analysis.examples``."""
-    own, best = block.of(feature), Best(_SPARE * count)
-    document = text.document(block.place[own])
-    best.add(block.value[own], block.place[own], document, store.documents.column("group")[document])
-    document = text.document(best.row_N)
-    windows = choose(store.documents, best, document, text.position(best.row_N), count, BEFORE, AFTER)
-    return [int(store.documents.starts_N[window.document] + window.position) for window in windows]
-
-
-def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The places of the contexts of some places, and which are in the document, both [places, BEFORE + 1 + AFTER].
-
-    Those that are not are the place itself.
-    """
-    steps = np.arange(-BEFORE, AFTER + 1)
-    inside = (text.position(place)[:, None] + steps >= 0) & (steps <= text.left(place)[:, None])
-    return np.where(inside, place[:, None] + steps, place[:, None]), inside
-
-
-def contexts(
-    block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
-) -> list[FeatureContext]:
-    """Contexts of a feature's firings.
-
-    Args:
-      text: that they stand in.
-      known: whether the store has an activation, for every place.
-      feature: counted from the block's first.
-      places: of the firings.
-    """
-    place = np.asarray(places, np.int64)
-    position, (around, inside) = text.position(place), surroundings(text, place)
-    acts = block.at(np.full(around.shape, feature), around)
-    ids = text.back(around.reshape(-1), 0).reshape(around.shape)
-    return [
-        FeatureContext(
-            tokens=[text.texts[i] for i in ids[n][inside[n]]],
-            acts=[
-                float(f"{act:.3g}") if there else None
-                for act, there in zip(acts[n][inside[n]], known[around[n][inside[n]]], strict=True)
-            ],
-            peak=int(inside[n][:BEFORE].sum()),
-            document=int(document),
-            position=int(position[n]),
-        )
-        for n, document in enumerate(text.document(place))
-    ]
-
-
 def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int) -> Associations:
-    """How every feature goes with the codes of a family on which it fires most often.
+    """Return the associations of every feature with the codes of a family on which it fires most often.
 
     Args:
       block: firings on the search text.
       pairs: the block's counts of the family.
-      base: how often each code stands in the search text.
-      places: of the search text.
+      base: frequency of each code in the search text.
+      places: number of places of the search text.
     """
     order = np.lexsort((-pairs.count, pairs.feature))
     rank = np.arange(len(order)) - np.searchsorted(pairs.feature, np.arange(block.size))[pairs.feature[order]]
@@ -210,14 +159,14 @@ def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int)
 
 
 def adjusted(p: np.ndarray, hypotheses: int) -> tuple[np.ndarray, np.ndarray]:
-    """Benjamini and Hochberg's q-values (1995).
+    """Return Benjamini and Hochberg's q-values (1995).
 
     Args:
-      p: p-values that were computed; those of the other hypotheses count as 1.
-      hypotheses: how many there are.
+      p: computed p-values; those of all other hypotheses count as 1.
+      hypotheses: number of hypotheses.
 
     Returns:
-      The p-values, rising, and the q-value of each.
+      The p-values in ascending order, and the q-value of each.
     """
     rising = np.sort(p)
     q = rising * hypotheses / np.arange(1, len(rising) + 1)

@@ -1,11 +1,10 @@
-"""Labels without a language model: which simple detector tells best where a feature fires.
+"""Labels without a language model: the simple rule (detector) that best predicts where a feature fires.
 
-A detector is a set of codes of one family of ``text``: it says that the feature fires where the text has one of them.
-For each family the set of at most ``MOST`` codes with the largest F1 on the search text is found exactly:
-F1 = 2 TP / (P + N), TP firings found, P places of the detector, N firings. For a given value v of F1 the set that
-maximises 2 TP - v P is that of the codes with the largest positive 2 TP - v P; raising v to the F1 of that set until
-it stays is Dinkelbach's method (Management Science 13, 1967), which ends at the maximum. Codes on which too little was
-seen take no part.
+A detector is a set of codes of one family of ``text``: it predicts firing where the text has one of them. For each
+family the set of at most ``MOST`` codes with the largest F1 on the search text is found exactly. F1 = 2 TP / (P + N),
+with TP firings predicted, P predictions, N firings. For a given value v of F1, the set that maximises 2 TP - v P has
+the codes with the largest positive 2 TP - v P; raising v to the F1 of that set until it no longer changes is
+Dinkelbach's method (Management Science 13, 1967), which ends at the maximum. Codes with too few firings are left out.
 """
 
 import dataclasses
@@ -19,21 +18,21 @@ from saejax.results import Interval
 from saejax.tasks.scoring import wilson_of
 
 MOST = 8  # codes of a detector
-_POSITIONS = 512  # positions of one: a range of them is one description
-_SEEN = 3  # firings on a code at least,
-_SHARE = 0.01  # and of all of the feature's this share
-OUTPUT = "output"  # the family of detectors of the next token that is not searched: the tokens that a feature raises
-_BITS = 54  # of a code below those of a feature's number in its block, if it has no more
+_POSITIONS = 512  # positions of a detector: a range counts as one description
+_SEEN = 3  # minimum firings on a code,
+_SHARE = 0.01  # and minimum share of all firings of the feature
+OUTPUT = "output"  # family of detectors of the next token that is not searched: the tokens that a feature promotes
+_BITS = 54  # of a code in a sort key, below the bits of the feature's index in its block
 Codes = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
-    """Where a feature is said to fire.
+    """A rule that predicts where a feature fires.
 
     Attributes:
-      family: of ``FAMILIES``, or ``OUTPUT``.
-      codes: any of them; those on which it fires most often first.
+      family: one of ``FAMILIES``, or ``OUTPUT``.
+      codes: codes on which it is predicted to fire, most frequent first.
     """
 
     family: str
@@ -45,7 +44,7 @@ class Detector:
         return "next" if self.family == OUTPUT else self.family
 
     def says(self, text: CodedText) -> str:
-        """The detector in words."""
+        """Return the detector in words."""
         if self.family == "position":
             return f"position {_ranges(self.codes)}"
         listed = ", ".join(text.says(self.looks_at, code) for code in self.codes)
@@ -55,15 +54,15 @@ class Detector:
 
 @dataclasses.dataclass(frozen=True)
 class DetectorScore:
-    """How well a detector tells where a feature fires."""
+    """Scores of a detector."""
 
-    precision: Interval  #: share of its places on which the feature fires, with its 95 % Wilson interval
-    recall: Interval  #: share of the feature's firings that it finds, likewise
+    precision: Interval  #: share of its predictions on which the feature fires, with its 95 % Wilson interval
+    recall: Interval  #: share of the feature's firings that it predicts, likewise
     f1: Interval  #: their harmonic mean, a function of TP / (TP + FP + FN), whose Wilson interval gives its ends
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Numbers as ranges: "0, 4 to 7"."""
+    """Return numbers as ranges: "0, 4 to 7"."""
     rising = sorted(numbers)
     starts = [n for n in rising if n - 1 not in numbers]
     ends = [n for n in rising if n + 1 not in numbers]
@@ -71,11 +70,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 class PairCounts:
-    """How often each feature of a block fires on each code of a family; pairs that occur, sorted.
+    """Number of firings of each feature of a block on each code of a family; pairs that occur, sorted.
 
     Attributes:
-      feature, code, count: of each pair; features counted from the block's first.
-      total: their summed activation.
+      feature: feature of each pair, counted from the block's first.
+      code: code of each pair.
+      count: number of firings.
+      total: summed activation.
     """
 
     def __init__(self, block: Block, code: np.ndarray):
@@ -91,19 +92,19 @@ class PairCounts:
         self.total = np.add.reduceat(value[order], at, dtype=np.float64) if len(at) else np.zeros(0)
 
     def of(self, feature: int, codes: Codes) -> int:
-        """Firings of a feature on any of some codes."""
+        """Return the number of firings of a feature on any of some codes."""
         own = slice(*np.searchsorted(self.feature, [feature, feature + 1]))
         return int(self.count[own][np.isin(self.code[own], codes)].sum())
 
 
 def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> list[tuple[Detector, float] | None]:
-    """The best detector of a family for every feature of a block, with its F1; None where there is none.
+    """Return the best detector of a family for every feature of a block, with its F1; None where there is none.
 
     Args:
       block: firings on the search text.
-      family: of ``FAMILIES``.
-      base: how often each code stands in the search text.
-      pairs: of the block and the family.
+      family: one of ``FAMILIES``.
+      base: frequency of each code in the search text.
+      pairs: counts of the block and the family.
     """
     fires, most = block.counts, _POSITIONS if family == "position" else MOST
     kept = pairs.count >= np.maximum(_SEEN, _SHARE * fires[pairs.feature])
@@ -136,16 +137,16 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
 def best_detectors(
     block: Block, text: CodedText, bases: Mapping[str, CodeCounts], output: Sequence[Codes]
 ) -> tuple[list[dict[str, tuple[Detector, float]]], PairCounts]:
-    """The best detectors of every feature of a block on the search text.
+    """Return the best detectors of every feature of a block on the search text, and the block's counts of tokens.
 
     Args:
       block: firings on the search text.
-      text: that they stand in.
-      bases: how often each code stands in the search text, for every family.
-      output: the tokens that each feature raises most; empty: they are not known.
+      text: the search text.
+      bases: frequency of each code in the search text, by family.
+      output: tokens that each feature promotes most; empty: unknown.
 
     Returns:
-      For every feature, family -> (detector, F1 on the search text); and the block's counts of tokens.
+      For every feature, family -> (detector, F1 on the search text); and the counts of tokens.
     """
     found: list[dict[str, tuple[Detector, float]]] = [{} for _ in range(block.size)]
     tokens = None
@@ -167,11 +168,13 @@ def best_detectors(
 def scores(
     block: Block, text: CodedText, bases: Mapping[str, CodeCounts], detectors: Sequence[Sequence[Detector]]
 ) -> list[list[DetectorScore]]:
-    """The scores of detectors on a text.
+    """Return the scores of detectors on a text.
 
     Args:
-      bases: how often each code stands there, for every family.
-      detectors: of each feature of the block.
+      block: firings on the text.
+      text: the text.
+      bases: frequency of each code there, by family.
+      detectors: detectors of each feature of the block.
     """
     wanted = {one.looks_at for some in detectors for one in some}
     pairs = {family: PairCounts(block, text.code(family, block.place)) for family in wanted}

@@ -1,7 +1,14 @@
-"""The record of a feature as types: the JSON that the page reads, whose keys are checked where code reads them."""
+"""The record of a feature: its JSON as types, which the page reads, and how records are read back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NotRequired, TypedDict
+
+from saejax.dictionaries.labels import labels_of
+from saejax.dictionaries.stacks import kind_and_member
+from saejax.files import read_json
+
+FEATURES = "features"  # folder of the records, in files of consecutive features
 
 
 class FeatureContext(TypedDict):
@@ -104,4 +111,36 @@ class FeatureRecord(TypedDict):
     detectors: NotRequired[list[DetectorRecord]]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]
-    judged: NotRequired[Mapping[str, Any]]  # of an atlas: ``explain.ExplainedFeature`` as JSON
+    judged: NotRequired[Mapping[str, Any]]  # in an atlas: ``explain_results.ExplainedFeature`` as JSON
+
+
+def iterate_records(folder: Path) -> Iterator[FeatureRecord]:
+    """Yield the records that ``interpret`` wrote to a dictionary's folder, in the order of the features."""
+    for path in sorted((folder / FEATURES).glob("*.json")):
+        yield from read_json(path)
+
+
+def read_records(folder: Path, wanted: set[int]) -> dict[int, FeatureRecord]:
+    """Return the records of some features by their index; features without a record are left out."""
+    return {record["feature"]: record for record in iterate_records(folder) if record["feature"] in wanted}
+
+
+def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
+    """Return the names of the features of an interpreted dictionary: the label, or else the top tokens in quotes.
+
+    Args:
+      workdir: workdir of the run.
+      dictionary: such as "topk" or "topk/k32".
+
+    Returns:
+      Names by feature; empty if the dictionary was not interpreted.
+    """
+    kind, member = kind_and_member(dictionary)
+    records = iterate_records(Path(workdir) / "interpret" / kind / member)
+    names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
+    return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}
+
+
+def top_tokens(record: FeatureRecord, count: int = 3) -> str:
+    """Return a name for a feature without a label: the tokens on which it is most active, in quotes."""
+    return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:count])

@@ -1,10 +1,10 @@
-"""The firings of all features on a store: one pass over its rows, and files that hold them feature by feature.
+"""The firings of all features on a store: one pass over its rows, and files from which they are read by feature.
 
 A *firing* is a feature, a place and an activation. A *place* is a token of the store's documents, counted through all
-of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices (f
-[B, F], dense), and packs the firings there, so that only they come to the host. They are appended to a file for every
-``BLOCK`` features. They are read back by feature, so that all that is said of a feature is computed exactly, from all
-of its firings; memory is that of a batch and of two million firings, and some hundred bytes for each token of the text.
+of them: ``documents.ids_T[place]`` is its token. The pass reads the shards in order, encodes a batch on the devices
+(f [B, F], dense), and packs the firings there, so that only firings are copied to the host. They are appended to a
+file for every ``BLOCK`` features and read back by feature, so that statistics of a feature use all of its firings.
+Memory is that of a batch, of two million firings, and some hundred bytes for each token of the text.
 
 The floor for T tokens, F features, d dimensions, L0 firings a token: 2 T d F operations to encode; T d x 2 bytes
 (bfloat16) read, 10 T L0 bytes written and read once. At T = 1e8, F = 131,072, d = 2,304, L0 = 64: 6e16 operations, 0.46
@@ -13,7 +13,7 @@ TB, 64 GB. Packing takes two further passes over f on the device; what is made o
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,20 +31,20 @@ from saejax.parallel.mesh import fitting_sharding, sharding
 
 BLOCK = 512  # features of a file
 _RECORD = np.dtype([("feature", "<u2"), ("place", "<u4"), ("value", "<f4")])  # the feature counted in its block
-ROOM = 2**22  # firings packed at a time, at most
-_MOST = 2**21  # firings of a block, unless a single feature has more
+ROOM = 2**22  # largest number of firings packed at a time
+_MOST = 2**21  # largest number of firings of a block, unless a single feature has more
 WORD = 32  # rows of a batch in a word of bits
 
 OnBatch = Callable[[np.ndarray, np.ndarray], None]  # feature and place of the firings of a batch
 
 
 def whole_words(batch: int) -> int:
-    """Rows of a batch of so many tokens, filled up to whole words of bits."""
+    """Return the rows of a batch, rounded up to whole words of bits."""
     return -(-batch // WORD) * WORD
 
 
 def places_of(store: Store, rows: np.ndarray) -> np.ndarray:
-    """The places of rows of a store, int64."""
+    """Return the places of rows of a store, int64."""
     document, position, _ = store.tokens(rows)
     return store.documents.starts_N[document] + position
 
@@ -58,20 +58,22 @@ def record(
     *,
     stopping: Callable[[], bool] = lambda: False,
     on_batch: OnBatch | None = None,
+    features: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Writes the firings of dictionaries of one site on a split of a store.
+    """Write the firings of dictionaries of one site on a split of a store.
 
     Args:
       store: activations of the dictionaries' site.
       split: "train" or "held_out".
-      dictionaries: by the folder that their files go to, which is made.
+      dictionaries: dictionaries by the folder of their files, which is made.
       mesh: tokens are split over ``data``, features over ``model``.
-      batch: tokens encoded at a time, rounded up to a multiple of 32.
-      stopping: whether the process was asked to stop.
-      on_batch: is called with the firings of the first dictionary, sorted by feature.
+      batch: tokens in a batch, rounded up to a multiple of 32.
+      stopping: returns whether the process was asked to stop.
+      on_batch: called with the firings of the first dictionary, sorted by feature.
+      features: features whose firings are written; None: all.
 
     Returns:
-      The places that were encoded (sinks are not), ascending, int64.
+      The encoded places (no attention sinks), ascending, int64.
 
     Raises:
       UserError: the split has no activations, or the store has more tokens than a place can count.
@@ -82,24 +84,33 @@ def record(
     if not len(rows):
         raise UserError(f"the {split} split of {store.folder} has no activations of {site}: capture more text")
     if len(store.documents.ids_T) >= 2**32:
-        raise UserError(f"{store.folder} has {len(store.documents.ids_T):,} tokens: at most 2^32 can be told apart")
+        raise UserError(f"{store.folder} has {len(store.documents.ids_T):,} tokens: at most 2^32 are supported")
     members = [MemberData.of([dictionary], mesh)[0] for dictionary in dictionaries.values()]
+    wanted = [_wanted(dictionary.config.n_features, features) for dictionary in dictionaries.values()]
     with contextlib.ExitStack() as opened:
         files = [_Files(opened, folder, d.config.n_features) for folder, d in dictionaries.items()]
         waiting: list[tuple[np.ndarray, list]] = []  # a batch is packed while the devices work on the next one
         for start in range(0, len(rows), batch):
             if stopping():
-                raise Interrupted("stopped: dictionaries that were finished are kept; run the same command to go on")
+                raise Interrupted("stopped: finished dictionaries are kept; run the same command again to continue")
             rows_N = rows[start : start + batch]
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
-            encoded = [encode_batch(mesh, member, placed_BxD, len(rows_N)) for member in members]
+            encoded = [
+                encode_batch(mesh, member, placed_BxD, len(rows_N), wanted_F)
+                for member, wanted_F in zip(members, wanted, strict=True)
+            ]
             waiting.append((places_of(store, rows_N), encoded))
             if len(waiting) > 1:
                 _write(files, *waiting.pop(0), on_batch)
         for place_N, encoded in waiting:
             _write(files, place_N, encoded, on_batch)
     return np.sort(places_of(store, rows))
+
+
+def _wanted(count: int, features: Sequence[int] | None) -> np.ndarray:
+    """Return the features whose firings are written, bool [F]."""
+    return np.isin(np.arange(count), np.arange(count) if features is None else features)
 
 
 class _Files:
@@ -112,7 +123,7 @@ class _Files:
         self._files: list[BinaryIO] = [opened.enter_context(path.open("wb")) for path in paths]
 
     def write(self, feature: np.ndarray, place: np.ndarray, value: np.ndarray) -> None:
-        """Appends firings, sorted by feature."""
+        """Append firings, sorted by feature."""
         bounds = [*np.searchsorted(feature, self._first), len(feature)]
         for file, first, start, stop in zip(self._files, self._first, bounds[:-1], bounds[1:], strict=True):
             firings = np.empty(stop - start, _RECORD)
@@ -135,21 +146,22 @@ def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: On
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode_batch(
-    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array
+    mesh: Mesh, member: MemberData, x_BxD: jax.Array, count: jax.Array, wanted_F: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sizes of activations [B, F]; where features fire, as bits of words [F B / 32]; how many fire up to each word.
+    """Return absolute activations [B, F], firings as bits of words [F B / 32], cumulative counts of firings by word.
 
-    Words go by feature, then by row, whole on each device; rows from ``count`` on fire nowhere.
+    Words are ordered by feature, then by row, whole on each device; rows from ``count`` on have no firings.
 
     Args:
       mesh: tokens are split over ``data``, features over ``model``.
       member: the dictionary.
-      x_BxD: what it reads.
-      count: how many rows are of tokens.
+      x_BxD: its inputs.
+      count: number of rows that are tokens.
+      wanted_F: features whose firings are wanted, bool.
     """
     f_BxF = member.encode(x_BxD)
     batch, features = f_BxF.shape
-    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count)
+    fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count) & wanted_F[None]
     bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
     split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
     words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
@@ -162,12 +174,14 @@ def encode_batch(
 def take_firings(
     size_BxF: jax.Array, words: jax.Array, ends: jax.Array, first: jax.Array, room: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Feature, row and size of the firings from number ``first`` on, ``room`` of them; beyond the last, anything.
+    """Return feature, row and size of ``room`` firings from number ``first`` on; beyond the last, undefined.
 
     Args:
-      size_BxF, words, ends: what ``encode_batch`` gives.
-      first: the number of the first.
-      room: how many, at least 1.
+      size_BxF: as returned by ``encode_batch``.
+      words: as returned by ``encode_batch``.
+      ends: as returned by ``encode_batch``.
+      first: number of the first firing.
+      room: number of firings, at least 1.
     """
     number = first + jnp.arange(room)
     at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
@@ -186,11 +200,12 @@ class Block:
     """All firings of some features, sorted by feature, then by place.
 
     Attributes:
-      first, size: the features are ``first`` to ``first + size - 1``.
+      first: the first feature.
+      size: number of features, from ``first`` on.
       feature: of each firing, counted from ``first``; int64.
       place: of each firing, int64.
-      value: its activation, above 0 (its size where activations have a sign), float32.
-      starts: where the firings of each feature begin, and the end of the last; int64 [size + 1].
+      value: its activation, positive (absolute where activations are signed), float32.
+      starts: index of the first firing of each feature, and the end of the last; int64 [size + 1].
     """
 
     def __init__(self, first: int, size: int, feature: np.ndarray, place: np.ndarray, value: np.ndarray):
@@ -203,15 +218,15 @@ class Block:
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each feature fires."""
+        """Number of firings of each feature."""
         return np.diff(self.starts)
 
     def of(self, feature: int) -> slice:
-        """The firings of a feature, counted from ``first``."""
+        """Return the slice of a feature's firings; the feature is counted from ``first``."""
         return slice(int(self.starts[feature]), int(self.starts[feature + 1]))
 
     def at(self, feature: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """The activations of features (counted from ``first``) at places; 0 where they do not fire."""
+        """Return the activations of features (counted from ``first``) at places; 0 where they do not fire."""
         wanted = feature.astype(np.int64) << 32 | place.astype(np.int64)
         if not len(self._key):
             return np.zeros(wanted.shape, np.float32)
@@ -220,7 +235,7 @@ class Block:
 
 
 def blocks(folder: Path, features: int) -> Iterator[Block]:
-    """The firings that ``record`` wrote to a folder: blocks of neighbouring features, all of them.
+    """Yield the firings that ``record`` wrote to a folder, in blocks of consecutive features.
 
     A block has at most ``BLOCK`` features, and at most ``_MOST`` firings unless a single feature has more.
     """

@@ -1,9 +1,9 @@
-"""Heatmaps: which features are active on which tokens of some documents, and what of a feature other layers write.
+"""Heatmaps of features by tokens of some documents, and the similarity of features to those of other layers.
 
-By token: of every document shown, the features that are more active in it than they are in all text. By layer: the
-largest cosine of a feature's decoder row with those of a dictionary of another layer. Of random directions one cosine
-squared has the distribution Beta(1/2, (d - 1)/2), and the largest of F is below c with the F-th power of its
-probability: ``layers_bar``.
+By token: for every document shown, the features that are more active in it than in all text. By layer: the largest
+cosine of a feature's decoder row with those of another layer's dictionary. A squared cosine of random directions has
+the distribution Beta(1/2, (d - 1)/2), and the largest of F is below c with the F-th power of its probability:
+``layers_bar``.
 """
 
 import jax
@@ -18,17 +18,17 @@ from saejax.interpret.firings import Block
 from saejax.interpret.text import CodedText
 
 MAPS = "heatmaps.json"
-TOKENS, SHOWN = 48, 24  # tokens of a document from its first, and features of a heatmap
-_ROWS = 256  # decoder rows at once
+TOKENS, SHOWN = 48, 24  # first tokens of a document, features of a heatmap
+_ROWS = 256  # decoder rows in a block
 
 
 class TokenMaps:
     """The firings on some documents of the search text.
 
     Args:
-      text: of the store.
-      place: the places that were encoded.
-      documents: how many of their documents are shown: those of the largest ``priority``.
+      text: text of the store.
+      place: encoded places.
+      documents: number of documents to show: those of the largest ``priority``.
     """
 
     def __init__(self, text: CodedText, place: np.ndarray, documents: int):
@@ -45,19 +45,19 @@ class TokenMaps:
         self._means: list[np.ndarray] = []
 
     def add(self, block: Block) -> None:
-        """Takes the firings of a block; blocks come in their order."""
+        """Add the firings of a block; blocks come in order."""
         own = self._wanted[block.place]
         self._firings.append((block.feature[own] + block.first, block.place[own], block.value[own]))
         self._means.append(np.bincount(block.feature, block.value, block.size) / self._count)
 
-    def made(self, length_F: np.ndarray) -> list[TokenMap]:
-        """The heatmaps, one a document.
+    def maps(self, length_F: np.ndarray) -> list[TokenMap]:
+        """Return the heatmaps, one for each document.
 
-        Features are those with the largest sum of activation over the tokens shown, less what the mean over all text
-        would be, times the length of the decoder row; only what is above 0.
+        Shown are the features with the largest summed activation over the tokens shown, minus the expectation from
+        their mean over all text, times the norm of the decoder row; only if positive.
 
         Args:
-          length_F: of the decoder rows.
+          length_F: norms of the decoder rows.
         """
         feature, place, value = (np.concatenate(part) for part in zip(*self._firings, strict=True))
         mean_F, found, first = np.concatenate(self._means), list[TokenMap](), 0
@@ -81,18 +81,21 @@ class TokenMaps:
 
 
 def layers_bar(features: int, width: int, level: float = 0.95) -> float:
-    """The cosine that the largest of random directions, as many as ``features``, of a ``width`` stays below with a
-    probability of ``level``."""
+    """Return the cosine that the nearest of ``features`` random directions in ``width`` dimensions stays below.
+
+    ``level`` is the probability with which it does.
+    """
     if width < 2:
         return 1.0
     return float(np.sqrt(beta.ppf(2 * level ** (1 / features) - 1, 0.5, (width - 1) / 2)))
 
 
 def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-    """The row of another dictionary (``other_GxD``) with the largest cosine with each of ``W_dec_FxD``, and the cosine,
-    both [F].
+    """Return for each decoder row the nearest row of another dictionary by cosine, and the cosine, both [F].
 
-    Of rows of length 0 the cosine is 0.
+    Args:
+      W_dec_FxD: decoder rows; the cosine of a zero row is 0.
+      other_GxD: decoder rows of the other dictionary.
     """
     rows = -(-len(W_dec_FxD) // _ROWS) * _ROWS
     padded_PxD = jnp.pad(_unit(W_dec_FxD), ((0, rows - len(W_dec_FxD)), (0, 0)))

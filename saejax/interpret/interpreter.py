@@ -1,4 +1,4 @@
-"""One dictionary interpreted: every feature described and labelled, beside the controls of labels."""
+"""Interpretation of one dictionary: a record and a label for every feature, with controls of the labels."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.control import frozen_random, random_directions, spread
 from saejax.interpret.detectors import Detector, PairCounts, best_detectors
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord
+from saejax.interpret.feature_record import FEATURES, FeatureMaps, FeatureRecord
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
@@ -34,16 +34,21 @@ from saejax.results import to_json
 from saejax.runner.workspace import Run
 from saejax.stages.interpret import InterpretConfig
 
-FEATURES = "features"
-_REBUILT = 4096  # tokens of held-out text at most, on which the control's fit is compared
+_REBUILT = 4096  # largest number of held-out tokens on which the control's fit is compared
 OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
-IN_STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")  # what is added to, or is, the stream
-Found = list[dict[str, tuple[Detector, float]]]  # of every feature: family -> detector and its F1 on the search text
-Searched = tuple[Found, np.ndarray]  # and how often each feature fires there, a share
+IN_STREAM = (
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+)  # added to the residual stream, or the stream itself
+Found = list[dict[str, tuple[Detector, float]]]  # for every feature: family -> detector and its F1 on the search text
+Searched = tuple[Found, np.ndarray]  # with the firing rate of each feature there
 
 
 def heads_before(site: str) -> int:
-    """How many layers, from the first, have heads before a site."""
+    """Return the number of layers whose attention heads come before a site."""
     parsed = Site.parse(site)
     return parsed.layer + (parsed.kind != "resid_pre")
 
@@ -53,9 +58,14 @@ class Interpreter:
     """Interprets one dictionary.
 
     Attributes:
-      run: of the stage; ``name``: of the member, "" for one alone.
-      store, text: what is read; ``lm``: the model; ``mesh``: the devices; ``dictionary``: what is interpreted.
-      layers: folders of the dictionaries of other layers that it is compared with, by their members' names.
+      run: the run of the stage.
+      store: the store.
+      text: its text.
+      lm: the model.
+      mesh: the devices.
+      name: name of the member; "" for a single dictionary.
+      dictionary: the dictionary.
+      layers: folders of the dictionaries of other layers to compare it with, by their members' names.
     """
 
     run: Run
@@ -68,7 +78,7 @@ class Interpreter:
     layers: Mapping[str, Path] = dataclasses.field(default_factory=dict)
 
     def interpret(self) -> InterpretedDictionary:
-        """Interprets the dictionary, and writes what there is to say of each feature."""
+        """Interpret the dictionary and write the records of its features."""
         folder, seed = self.run.folder / self.name, self.run.configs[InterpretConfig].seed
         scratch = folder / "firings"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -101,11 +111,11 @@ class Interpreter:
         )
 
     def _describe(self, folder: Path, scratch: Path, frozen: Dictionary) -> tuple[Describer, list[Searched]]:
-        """Writes the record of each feature, but for labels; what was found for them and for the frozen-random ones.
+        """Write the records of all features without labels; return the detectors of both dictionaries.
 
         Args:
-          folder: of the dictionary.
-          scratch: where firings are kept meanwhile.
+          folder: folder of the dictionary.
+          scratch: folder for firings.
           frozen: the frozen-random dictionary.
         """
         config, features = self.run.configs[InterpretConfig], self.dictionary.config.n_features
@@ -130,14 +140,14 @@ class Interpreter:
             self._search(scratch / "frozen", features, bases, self._output(frozen)),
         ]
         bar = round(layers_bar(*W_dec_FxD.shape), 3) if self.layers else None
-        told = maps.made(np.linalg.norm(W_dec_FxD, axis=1))
+        told = maps.maps(np.linalg.norm(W_dec_FxD, axis=1))
         write_text(folder / MAPS, json.dumps(FeatureMaps(texts=told, layers_bar=bar), ensure_ascii=False))
         return describer, searched
 
     def _score(
         self, scratch: Path, dictionaries: Sequence[Dictionary], searched: Sequence[Searched]
     ) -> tuple[int, list[Scored]]:
-        """How many tokens of held-out text were read, and what the detectors of each dictionary are worth there."""
+        """Return the number of held-out tokens, and the scores of each dictionary's detectors on them."""
         firings = {scratch / f"held_out_{i}": dictionary for i, dictionary in enumerate(dictionaries)}
         place = self._record("held_out", firings)
         bases = self._bases(place)
@@ -148,7 +158,7 @@ class Interpreter:
         return len(place), scores
 
     def _bases(self, place: np.ndarray) -> dict[str, CodeCounts]:
-        """How often each code of each family stands at these places."""
+        """Return the frequency of each code of each family at these places."""
         return {family: CodeCounts(self.text.code(family, place)) for family in FAMILIES}
 
     def _search(
@@ -159,13 +169,14 @@ class Interpreter:
         output: neighbours.OutputTokens | None,
         on_block: Callable[[int, Block, PairCounts], None] | None = None,
     ) -> Searched:
-        """The detectors of all features of a dictionary on the search text, and how often each fires there.
+        """Return the detectors of all features of a dictionary on the search text, and the firing rates there.
 
         Args:
-          firings: the folder with them; ``features``: how many there are.
-          bases: how often each code stands in the search text.
-          output: the tokens that features raise, if they are known.
-          on_block: called with each block of firings, its number, and its counts of tokens.
+          firings: folder of the firings.
+          features: number of features.
+          bases: frequency of each code in the search text.
+          output: tokens that features promote; None: unknown.
+          on_block: called with the number of each block of firings, the block, and its counts of tokens.
         """
         found: Found = []
         fires_F = np.zeros(features)
@@ -186,7 +197,7 @@ class Interpreter:
     def _frozen(
         self, frozen: Dictionary, scored: Scored, live: np.ndarray, labels: Mapping[int, Label]
     ) -> FrozenControl:
-        """What the control says, with its fit beside the dictionary's."""
+        """Return the results of the frozen-random control, with its fit and the dictionary's."""
         config = self.dictionary.config
         rows = spread(self.store.rows("held_out", *{config.site, config.target or config.site}), _REBUILT)
         sites = (config.site, config.target) if config.target else (config.site,)
@@ -201,26 +212,28 @@ class Interpreter:
         return record(self.store, split, dictionaries, self.mesh, config.batch_tokens, **options)
 
     def _output(self, dictionary: Dictionary) -> neighbours.OutputTokens | None:
-        """The tokens that features raise and lower; None where the dictionary does not write into the stream."""
+        """Return the tokens that features promote and suppress; None if they do not write to the residual stream."""
         target = self.dictionary.config.target or self.dictionary.site
         if Site.parse(target).kind not in IN_STREAM:
             return None
         return neighbours.output_tokens(self.lm, dictionary.W_dec_FxD[...], OUTPUT)
 
     def _layers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The feature of each other layer's dictionary with the nearest decoder row, and the cosine, of each own."""
+        """Return for each other layer's dictionary the features with the nearest decoder rows, and the cosines."""
         own = self.dictionary.W_dec_FxD[...]
         return {name: across_layers(own, load_dictionary(path).W_dec_FxD[...]) for name, path in self.layers.items()}
 
     def _heads(self) -> HeadShares | None:
-        """What the heads before the dictionary's site look at; None if that is not asked for, or there are none."""
+        """Return the attention shares of the heads before the site; None if not asked for, or without heads."""
         layers, tokens = heads_before(self.dictionary.site), self.run.configs[InterpretConfig].attention_tokens
-        if not tokens or not layers or isinstance(self.lm.config, TorchConfig):  # which shows no attention patterns
+        if (
+            not tokens or not layers or isinstance(self.lm.config, TorchConfig)
+        ):  # a TorchModel has no attention patterns
             return None
         return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
 
     def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
-        """Adds to the records what is known at the end: labels and their scores, and adjusted p-values."""
+        """Add labels, their scores and q-values to the records."""
         for path in sorted((folder / FEATURES).glob("*.json")):
             records: list[FeatureRecord] = read_json(path)
             for one in records:

@@ -1,4 +1,4 @@
-"""When a detector is a label, and labels that are given by hand."""
+"""The rule that makes a detector a label, and files of labels written by hand."""
 
 import csv
 import io
@@ -12,16 +12,17 @@ from saejax.errors import UserError
 from saejax.files import locked, write_text
 
 _COLUMNS = ("feature", "label", "note", "reviewer")
-_NEAR = 100  # random directions whose firing rates are nearest, which a feature's label has to beat
-_LEVEL = 0.95  # of them, so many
+_NEAR = 100  # random directions of the most similar firing rates, which a feature's label has to exceed
+_LEVEL = 0.95  # share of these that it exceeds
 
 
 def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np.ndarray:
-    """The F1 that a detector has to beat: what 95 % of the random directions that fire about as often stay below.
+    """Return the F1 that a label has to exceed: the 95 % quantile of random directions that fire about as often.
 
     Args:
-      rate: how often each feature fires.
-      random_rate, random_f1: of the random directions, with the F1 of the detector chosen for each.
+      rate: firing rate of each feature.
+      random_rate: firing rates of the random directions.
+      random_f1: F1 of the detector chosen for each of them.
     """
     if not len(random_rate):
         return np.ones(len(rate))
@@ -33,7 +34,7 @@ def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np
 
 
 def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
-    """For every feature, another one with a detector whose firing rate is next to its own; -1 where there is none."""
+    """Return for every feature another one with a detector and the next larger firing rate; -1 where there is none."""
     order = np.argsort(rate, kind="stable")
     has = np.flatnonzero(np.asarray(labelled)[order])
     found = np.full(len(rate), -1)
@@ -46,15 +47,15 @@ def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
 def read_labels(
     path: Path, dictionary: str, features: int, several: bool, flag: str = "--atlas.labels"
 ) -> dict[int, Label]:
-    """Labels given by hand.
+    """Return the labels of a file written by hand, by feature.
 
     Args:
       path: a .csv file with the columns feature, label, note, reviewer and, where there are several dictionaries,
         dictionary.
-      dictionary: whose labels are wanted, such as "topk/k32".
-      features: how many it has.
-      several: whether others are interpreted, too.
-      flag: that names the file, for messages.
+      dictionary: name of the dictionary, such as "topk/k32".
+      features: number of its features.
+      several: whether other dictionaries are interpreted, too.
+      flag: flag that names the file, for messages.
 
     Raises:
       UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
@@ -76,18 +77,18 @@ def read_labels(
 
 
 def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer: str, flag: str) -> None:
-    """Puts a label into a file that ``read_labels`` reads; other lines and columns stay. Several processes may write.
+    """Write a label to a file that ``read_labels`` reads; other lines and columns stay. Several processes may write.
 
     Args:
       path: the .csv file; made, with its folder, if it does not exist.
-      dictionary: whose feature it is, such as "topk/mlp_in.3".
-      feature: its number.
-      label: in words; "" takes the line away.
-      reviewer: who says so.
-      flag: that names the file, for messages.
+      dictionary: name of the dictionary, such as "topk/mlp_in.3".
+      feature: index of the feature.
+      label: the label; "" removes the line.
+      reviewer: who wrote it.
+      flag: flag that names the file, for messages.
 
     Raises:
-      UserError: the file that is there is no such file; it is left as it is.
+      UserError: the existing file is not a file of labels; it is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
@@ -106,12 +107,12 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
 
 
 def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:
-    """Whether a line is of this feature; one that names no dictionary is of any."""
+    """Return whether a line is of this feature; a line without a dictionary is of any."""
     return row["feature"].strip() == str(feature) and (row.get("dictionary") or dictionary) == dictionary
 
 
 def _rows(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, str]]:
-    """The lines of a file of labels, which has these columns and perhaps others.
+    """Return the lines of a file of labels, which has these columns and perhaps others.
 
     Raises:
       UserError: it cannot be read, a column is missing, or a line has another number of cells.

@@ -1,4 +1,4 @@
-"""What lies near a feature: tokens that it raises and lowers, like decoder rows, features that fire with it."""
+"""Neighbours of a feature: tokens that it promotes and suppresses, similar decoder rows, co-active features."""
 
 import dataclasses
 import functools
@@ -16,19 +16,20 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 
 BINS = 50  # of a histogram of logits
-ROWS = 256  # decoder rows at once
-_TOKENS = 2**18  # tokens at most from which it is counted which features fire together
+ROWS = 256  # decoder rows in a block
+_TOKENS = 2**18  # largest number of tokens on which co-activation is counted
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputTokens:
-    """What features do to logits by the direct path: final norm, then unembedding.
+    """Effects of features on logits by the direct path: final norm, then unembedding.
 
     The logits are those of the decoder row alone, without biases and soft cap, minus their mean over the vocabulary
     (VocabProj: Gur-Arieh et al., 2025, arXiv 2501.08319).
 
     Attributes:
-      ids, logits: of the tokens at either end, [F, 2 count]: the most raised first, the most lowered last.
+      ids: tokens at either end, [F, 2 count]: the most promoted first, the most suppressed last.
+      logits: their logits.
       counts: tokens by logit, int32 [F, BINS]: bins of one width from the lowest logit to the highest.
     """
 
@@ -37,16 +38,17 @@ class OutputTokens:
     counts: np.ndarray
 
     def raised(self, some: slice = slice(None)) -> list[tuple[int, ...]]:
-        """The tokens that each of some features raises most."""
+        """Return the tokens that each of some features promotes most."""
         return [tuple(own.tolist()) for own in self.ids[some, : self.ids.shape[1] // 2]]
 
 
 def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> OutputTokens:
-    """What features do to logits.
+    """Return the effects of features on logits.
 
     Args:
-      W_dec_FxD: what features add to the residual stream.
-      count: of tokens at either end; all where the model knows fewer.
+      lm: the model.
+      W_dec_FxD: decoder rows, which features add to the residual stream.
+      count: number of tokens at either end; at most the vocabulary.
     """
     count = min(count, lm.config.vocab)
     parts, block = [], min(ROWS, len(W_dec_FxD))
@@ -60,12 +62,13 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
 def logit_lens(
     config: DecoderConfig, count: int, params: dict[str, jax.Array], rows_RxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of decoder rows the tokens at either end, their logits, and counts by logit, as ``OutputTokens`` has them.
+    """Return the tokens at either end of decoder rows, their logits, and counts by logit; see ``OutputTokens``.
 
     Args:
-      config, params: of the decoder.
-      count: of tokens at either end.
-      rows_RxD: what features add to the residual stream.
+      config: configuration of the decoder.
+      count: number of tokens at either end.
+      params: parameters of the decoder.
+      rows_RxD: decoder rows.
     """
     plain = dataclasses.replace(config, unembed_bias=False, final_logit_softcap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
@@ -84,7 +87,7 @@ def logit_lens(
 
 
 def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features whose rows of ``W_dec_FxD`` have the largest cosine with each one's, and these, both [F, count]."""
+    """Return the features with the nearest rows of ``W_dec_FxD`` by cosine, and the cosines, both [F, count]."""
     features = len(W_dec_FxD)
     block, count = min(ROWS, features), min(count, features - 1)
     starts_N = np.minimum(np.arange(0, features, block), features - block)
@@ -96,11 +99,11 @@ def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarr
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def nearest_block(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array) -> list[jax.Array]:
-    """Cosines and numbers of the rows nearest to each of ``block`` rows from ``start`` on, [block, count].
+    """Return cosines and indices of the rows nearest to each of ``block`` rows from ``start`` on, [block, count].
 
     Args:
-      block: rows at once.
-      count: of nearest rows, itself not counted.
+      block: number of rows.
+      count: number of nearest rows, itself not counted.
       W_dec_FxD: all rows.
       start: the first of the block.
     """
@@ -108,11 +111,11 @@ def nearest_block(block: int, count: int, W_dec_FxD: jax.Array, start: jax.Array
 
 
 class Together:
-    """How often pairs of features fire on the same token, on all tokens or on a uniform sample of them.
+    """Number of tokens on which pairs of features fire together, of all tokens or a uniform sample.
 
     Args:
-      features: of the dictionary.
-      tokens: of the text; from more than ``_TOKENS`` those of the largest ``priority`` are taken, about as many.
+      features: number of features.
+      tokens: number of tokens of the text; of more than ``_TOKENS``, those of the largest ``priority`` are used.
     """
 
     def __init__(self, features: int, tokens: int):
@@ -122,16 +125,16 @@ class Together:
         self._fires: sparse.csc_array | None = None
 
     def add(self, feature: np.ndarray, place: np.ndarray) -> None:
-        """Takes firings: the ``feature`` and the ``place`` of each."""
+        """Add firings: the ``feature`` and the ``place`` of each."""
         kept = priority(place) >= self._least
         self._parts.append((feature[kept].astype(np.int32), place[kept].astype(np.uint32)))
 
     def partners(self, first: int, size: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The features that share the largest part of their tokens with each of ``first`` to ``first + size - 1``.
+        """Return the features with the largest co-activation with each of ``first`` to ``first + size - 1``.
 
         Returns:
-          Their numbers, on how many tokens both fire, and that over the tokens on which either does (Jaccard), each
-          [size, count]; the last is 0 where there is no further partner.
+          Their indices, the number of tokens on which both fire, and that divided by the tokens on which either fires
+          (Jaccard), each [size, count]; the last is 0 where there is no further partner.
         """
         fires = self._matrix()
         counts = np.diff(fires.indptr)

@@ -1,4 +1,4 @@
-"""The record of a feature: what there is to say of it, as JSON."""
+"""Records of features, as JSON."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from saejax.activations.store import Store
-from saejax.interpret import describe
+from saejax.interpret import contexts, describe
 from saejax.interpret.attended import HeadShares
 from saejax.interpret.describe import Associations
 from saejax.interpret.detectors import PairCounts
@@ -17,11 +17,11 @@ from saejax.interpret.text import CodeCounts, CodedText
 
 _TOGETHER = 6
 _BY_SUM, _BY_MEAN = 6, 6  # tokens listed, by summed and by mean activation
-_TIMES = 3  # that a token listed by its mean stands in the text, at least
+_TIMES = 3  # minimum frequency of a token that is listed by its mean activation
 
 
 def short(value: float) -> float:
-    """A number with four significant digits."""
+    """Return a number with four significant digits."""
     return float(f"{value:.4g}")
 
 
@@ -30,13 +30,17 @@ class Describer:
     """Makes the records of a dictionary's features, block by block.
 
     Attributes:
-      store, text: what was read; ``place``: the places that were encoded; ``bases``: of codes there.
-      examples, draws: contexts of the strongest firings, and from each tenth of all.
-      output: of the tokens that features raise and lower; None where there are none.
-      nearest: numbers and cosines of the nearest decoder rows, [F, n].
-      together: of features that fire on the same tokens.
-      heads: what attention heads look at; None: not asked for.
-      layers: by the name of another layer's dictionary, its feature with the nearest decoder row, and the cosine.
+      store: the store.
+      text: its text.
+      place: encoded places.
+      bases: frequency of codes there, by family.
+      examples: number of contexts of the strongest firings.
+      draws: number of contexts from each tenth of the firings.
+      output: tokens that features promote and suppress; None: unknown.
+      nearest: indices and cosines of the nearest decoder rows, [F, n].
+      together: co-activation of features.
+      heads: attention shares of heads; None: not asked for.
+      layers: name of another layer's dictionary -> its feature with the nearest decoder row, and the cosine.
     """
 
     store: Store
@@ -60,11 +64,11 @@ class Describer:
 
     @property
     def fires(self) -> np.ndarray:
-        """How often each feature of the blocks so far fires."""
+        """Number of firings of each feature of the blocks so far."""
         return np.concatenate(self._fires)
 
     def records(self, block: Block, tokens: PairCounts) -> list[FeatureRecord]:
-        """The records of a block's features, but for labels; p-values are in the place of q-values."""
+        """Return the records of a block's features, without labels, and with p-values in place of q-values."""
         shapes = PairCounts(block, self.text.code("shape", block.place))
         about = {
             family: describe.associations(block, pairs, self.bases[family], len(self.place))
@@ -83,7 +87,7 @@ class Describer:
     def _describe_firings(
         self, records: Sequence[FeatureRecord], block: Block, about: Mapping[str, Associations]
     ) -> None:
-        """Enters what is known of the features of a block that fire."""
+        """Add statistics of firings to the records of a block's live features."""
         total, largest = describe.sums(block)
         bins, position = describe.histogram(block), describe.positions(block, self.text)
         order = describe.weakest_first(block)
@@ -93,7 +97,7 @@ class Describer:
             if not one["fires"]:
                 continue
             own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
-            strongest = describe.strongest(block, self.store, self.text, i, self.examples)
+            strongest = contexts.strongest(block, self.store.documents, self.text, i, self.examples)
             grouped = zip(group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True)
             one["mean"], one["max"] = short(total[i] / one["fires"]), short(largest[i])
             one["tenths"] = [short(edge) for edge in edges[i]]
@@ -108,10 +112,10 @@ class Describer:
             ]
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
-        return describe.contexts(block, self.text, self._known, feature, places)
+        return contexts.contexts(block, self.text, self._known, feature, places)
 
     def _of_weights(self, block: Block, number: int) -> FeatureRecord:
-        """The record of a block's feature: how often it fires, and what follows from the weights."""
+        """Return the record of a block's feature with its firing rate and what follows from the weights."""
         feature, fires = block.first + number, int(block.counts[number])
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         nearest = [(int(other), short(cosine)) for other, cosine in near]
@@ -129,7 +133,7 @@ class Describer:
         return one
 
     def _codes(self, about: Associations, feature: int, family: str) -> list[FeatureCode]:
-        """The codes with the largest sums and the largest means of activation, by sum."""
+        """Return the codes with the largest sums and the largest means of activation, sorted by sum."""
         own = np.flatnonzero(about.feature == feature)
         mean = about.total[own] / about.there[own]
         often = np.flatnonzero(about.there[own] >= _TIMES)
@@ -153,7 +157,7 @@ class Describer:
         ]
 
     def adjust(self, record: FeatureRecord) -> None:
-        """Puts q-values (Benjamini and Hochberg) in the place of p-values; once all blocks are done."""
+        """Replace p-values by q-values (Benjamini and Hochberg) once all blocks are done."""
         rows = [*record.get("tokens", ()), *record.get("shapes", ())]
         if rows:
             q = self.q_values(np.array([row["p"] for row in rows]))
@@ -162,7 +166,7 @@ class Describer:
                 del row["p"]
 
     def q_values(self, p: np.ndarray) -> np.ndarray:
-        """Of p-values of pairs of a feature that fires and a token, or what a token looks like, that occurs."""
+        """Return q-values of p-values, over all pairs of a live feature and an occurring token or token shape."""
         if self._sorted_q is None:
             hypotheses = int((self.fires > 0).sum()) * sum(self.bases[family].codes for family in ("token", "shape"))
             self._sorted_q = describe.adjusted(np.concatenate(self._p), hypotheses)

@@ -1,4 +1,4 @@
-"""The report on what features mean: how many have a label, and how good labels are beside their controls."""
+"""The report's section on interpretation: how many features have a label, and how good labels and controls are."""
 
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
@@ -9,7 +9,7 @@ from saejax.page.tables import MISSING, Table, number, percent
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """A table of the dictionaries that were interpreted; no section if there are none."""
+    """Return a section with a table of the interpreted dictionaries; none if there are none."""
     members = [
         (stacks.full_name(results.kind, member.name), member)
         for results in found.each(InterpretResults).values()
@@ -18,19 +18,18 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     if not members:
         return []
     intro = (
-        "For every feature the simple detector that finds its firings best was searched on the training text: a few "
-        "tokens, what tokens look like, the tokens before, positions, the token that follows. F1 is that of the "
-        "detector on held-out text, which the search did not see. It is the feature's label if the lower end of its "
-        "95 % interval lies above the F1 of another feature's label, and above what 95 % of random directions that "
-        "fire about as often reach by the same search. A label says where a feature fires, not what it does."
+        "For every feature we searched, on training text, for the rule that best predicts where it fires: a few "
+        "tokens, token shapes, the tokens before, positions, the next token. Its F1 is measured on held-out text. "
+        "The rule is the feature's label if the lower end of the F1's 95 % interval is above the F1 of another "
+        "feature's label, and above that of 95 % of random directions that fire about as often, found by the same "
+        "search. A label says where a feature fires, not what it does."
     )
-    columns = ("Dictionary", "Features that fire", "With a label", "95 %", "Mean F1", "95 %", "Other labels")
+    columns = ("Dictionary", "Live features", "With a label", "95 %", "Mean F1", "95 %", "Other labels")
     note = (
-        "Mean F1: over all features that fire, labelled or not; intervals are over features. Other labels: with the "
-        "label of another feature that fires about as often. Random directions fire as often as the features do; their "
-        "labels are mistakes. Frozen-random: a dictionary as large and as sparse whose directions were drawn and whose "
-        "decoder alone was fitted, searched and judged like the dictionary itself. What it reaches owes nothing to "
-        "training."
+        "Mean F1: over all live features, labelled or not; intervals are over features. Other labels: with the label "
+        "of another feature that fires about as often. Random directions fire as often as the features; their labels "
+        "are false positives. Frozen-random: a dictionary of the same size and sparsity with a random encoder and a "
+        "fitted decoder, searched and scored in the same way. Its scores owe nothing to training."
     )
     rows = [row for name, member in members for row in _rows(name, member)]
     fits = [Text(_fit(name, member.frozen)) for name, member in members if member.frozen]
@@ -39,7 +38,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 
 
 def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:
-    """The dictionary's row, and those of its controls."""
+    """Return the dictionary's row and those of its controls."""
     rows = [_row(name, member.found, member.features, member.shuffled_f1)]
     if frozen := member.frozen:
         rows.append(_row(f"{name}: frozen-random", frozen.labels, member.features, frozen.shuffled_f1))
@@ -60,16 +59,16 @@ def _row(name: str, counts: LabelCounts, features: int, shuffled_f1: float | Non
 
 
 def _fit(name: str, frozen: FrozenControl) -> str:
-    """How like the frozen-random dictionary is to the one it stands beside."""
+    """Return a sentence on the fit of the frozen-random dictionary and the dictionary's own."""
     return (
-        f"{name} rebuilds {percent(frozen.own_explained_variance, 1)} of the variance of held-out tokens with "
-        f"{number(frozen.own_l0, 1)} features a token, the frozen-random dictionary "
-        f"{percent(frozen.explained_variance, 1)} with {number(frozen.l0, 1)}."
+        f"{name} explains {percent(frozen.own_explained_variance, 1)} of the variance of held-out tokens at L0 "
+        f"{number(frozen.own_l0, 1)}, the frozen-random dictionary {percent(frozen.explained_variance, 1)} at L0 "
+        f"{number(frozen.l0, 1)}."
     )
 
 
 def links(found: Findings, draw: Draw) -> list[Section]:
-    """Where the pages of all features are; no section if there are none."""
+    """Return links to the pages of all features; none if there are none."""
     items = []
     for unit, results in found.each(AtlasResults).items():
         for member in results.members:

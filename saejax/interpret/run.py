@@ -1,7 +1,7 @@
-"""The stage ``interpret``: what every feature of the members of a train unit means.
+"""The stage ``interpret``: records and labels of all features of the members of a train unit.
 
-All that describes a feature, the search of labels included, is made of training text; held-out text scores labels and
-does nothing else. The firings are written to the unit's folder while a member is worked on, and deleted afterwards.
+Records and the search for labels use training text; held-out text only scores labels. Firings are written to the
+unit's folder while a member is interpreted, and deleted afterwards.
 """
 
 import functools
@@ -30,10 +30,10 @@ DONE = "interpreted.json"
 
 
 def run_interpret(run: Run) -> InterpretResults:
-    """Interprets the dictionaries of the train unit ``run.name``, those left from an earlier run excepted.
+    """Interpret the dictionaries of the train unit ``run.name``; those finished in an earlier run are kept.
 
-    Writes for each member, in a folder of its name if there are several: ``features/00000.json`` and so on, up
-    to 512 features each, ``labels.json``, the labels that were found, and ``heatmaps.json``.
+    This writes for each member, in a folder of its name if there are several: ``features/00000.json`` and so on, up
+    to 512 features each, ``labels.json`` with the labels, and ``heatmaps.json``.
 
     Raises:
       UserError: the store belongs to another model, or a split has no text.
@@ -53,7 +53,7 @@ def run_interpret(run: Run) -> InterpretResults:
 
     def interpret(member: TrainedMember) -> None:
         if run.stopping():
-            raise Interrupted("stopped; the dictionaries that were finished are kept: run the same command to go on")
+            raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
         lm, mesh, text = read()
         dictionary = load_dictionary(trained / member.name)
         layers = {name: trained / name for name in other_layers(member, stack)}
@@ -67,9 +67,9 @@ def run_interpret(run: Run) -> InterpretResults:
 
 
 def other_layers(member: TrainedMember, stack: Sequence[TrainedMember]) -> list[str]:
-    """The names of a stack's members that are like one but for the layer, from the first layer; its own is not there.
+    """Return the names of a stack's members that differ from one only in the layer, in the order of layers.
 
-    Empty if they do not write into the residual stream, where directions of all layers are comparable.
+    Empty if they do not write to the residual stream, where directions of all layers are comparable.
     """
 
     def but_layer(one: TrainedMember) -> tuple[str, str, str]:
@@ -83,7 +83,7 @@ def other_layers(member: TrainedMember, stack: Sequence[TrainedMember]) -> list[
 
 
 def line(found: InterpretedDictionary) -> str:
-    """The figures of a dictionary in a line."""
+    """Return the figures of a dictionary as a log line."""
     name = f"{found.name}: " if found.name else ""
     controls = [("random directions", found.random)]
     if found.frozen:

@@ -1,4 +1,4 @@
-"""Detectors scored on held-out text, beside those of other features and of random directions."""
+"""Detectors scored on held-out text, compared with those of other features and of random directions."""
 
 import dataclasses
 from collections import Counter
@@ -28,11 +28,11 @@ class Scored:
     """The detectors of all features with their scores on held-out text.
 
     Attributes:
-      text: for words.
-      found: the detectors of each feature and their F1 on the search text.
-      score: of each feature and family.
-      chosen: the family with the largest F1 on the search text; "" where there is no detector.
-      rate: how often each feature fires on held-out text.
+      text: text, which puts codes into words.
+      found: detectors of each feature and their F1 on the search text.
+      score: scores of each feature by family.
+      chosen: family with the largest F1 on the search text; "" without a detector.
+      rate: firing rate of each feature on held-out text.
       shuffled: F1 of the detector of another feature that fires about as often.
     """
 
@@ -45,14 +45,14 @@ class Scored:
 
     @classmethod
     def of(cls, folder: Path, found: Found, text: CodedText, bases: Mapping[str, CodeCounts], rate: np.ndarray) -> Self:
-        """Scores detectors.
+        """Score detectors.
 
         Args:
-          folder: with the firings on held-out text.
-          found: the detectors of each feature, with their F1 on the search text.
-          text: of the store.
-          bases: how often each code stands in the held-out text.
-          rate: how often each feature fires on the search text, by which others are taken.
+          folder: folder with the firings on held-out text.
+          found: detectors of each feature, with their F1 on the search text.
+          text: text of the store.
+          bases: frequency of each code in the held-out text.
+          rate: firing rate of each feature on the search text, which selects other features.
         """
         chosen = [max(own, key=lambda family: own[family][1]) if own else "" for own in found]
         other = partners(rate, [bool(family) for family in chosen])
@@ -75,9 +75,9 @@ class Scored:
         return np.array([own[family].f1.mean if family else 0.0 for own, family in zip(self.score, self.chosen)])
 
     def labels(self, random: "Scored") -> dict[int, Label]:
-        """The labels that beat random directions and the label of another feature, by feature.
+        """Return the labels by feature: chosen detectors that exceed random directions and another feature's label.
 
-        The chosen detector is one if the lower end of its F1's interval lies above both.
+        The lower end of the F1's interval has to be above both.
         """
         bar = np.maximum(bars(self.rate, random.rate, random.f1), self.shuffled)
         return {
@@ -87,7 +87,7 @@ class Scored:
         }
 
     def counts(self, live: np.ndarray, labels: Mapping[int, Label]) -> LabelCounts:
-        """Shares and means over the features that are live, with intervals over these."""
+        """Return shares and means over live features, with intervals over these."""
         count, labelled = int(live.sum()), sum(bool(live[i]) for i in labels)
         share = labelled / max(count, 1)
         f1 = bootstrap_mean(self.f1[live], _RESAMPLES, _SEED) if count else None
@@ -96,15 +96,15 @@ class Scored:
         )
 
     def mean_shuffled(self, live: np.ndarray) -> float:
-        """Mean F1 of other features' detectors over the features that are live."""
+        """Return the mean F1 of other features' detectors over live features."""
         return float(self.shuffled[live].mean()) if live.any() else 0.0
 
     def families(self, labels: Mapping[int, Label]) -> dict[str, int]:
-        """Labels by what they look at."""
+        """Return the number of labels by family."""
         return dict(Counter(self.chosen[i] for i in labels).most_common())
 
     def describe(self, record: FeatureRecord) -> None:
-        """Enters what there is to say of a feature's detectors in its record: the chosen one first."""
+        """Add a feature's detectors to its record, the chosen one first."""
         feature = record["feature"]
         own, chosen, score = self.found[feature], self.chosen[feature], self.score[feature]
         record["detectors"] = [

@@ -1,8 +1,8 @@
-"""What stands at the places of a text, as codes: what detectors look at, and what features are associated with.
+"""Codes of the places of a text, which detectors read and features are associated with.
 
-A *family* gives every place one code, -1 where there is none: its token, what the token looks like, the token before,
-the pair or the triple of tokens that ends here, the position in the document, the next token. Codes of a family exclude
-each other, so that counts of a set of codes are sums.
+A *family* gives every place one code, -1 where there is none: its token, the token's shape, the token before, the pair
+or the triple of tokens that ends here, the position in the document, the next token. Codes of a family exclude each
+other, so that counts of a set of codes are sums.
 """
 
 import functools
@@ -24,11 +24,11 @@ _PATTERNS = {
     "punctuation": r"[.,;:!?'\"’‘“”…–—-]+",
     "symbol of code": r"[()\[\]{}<>=+*/\\|&^%$#@~_`;:,.\"'!?-]+",
 }
-_SIZE = 2**21  # of the largest vocabulary of which three ids are a code of 63 bits
+_SIZE = 2**21  # largest vocabulary for which three ids fit into a code of 63 bits
 
 
 def shape_of(text: str) -> int:
-    """What a token's text looks like: an index in ``SHAPES``, plus their number where it begins with a space."""
+    """Return the shape of a token: an index in ``SHAPES``, plus their number where it begins with a space."""
     spaced, body = text[:1] == " " and bool(text.strip()), text.strip() or text
     name = next((name for name, pattern in _PATTERNS.items() if re.fullmatch(pattern, body)), None)
     return SHAPES.index(name or _letters(body)) + len(SHAPES) * spaced
@@ -46,11 +46,11 @@ def _letters(body: str) -> str:
 
 
 class CodedText:
-    """The documents of a store, as codes of places.
+    """The documents of a store as codes of places.
 
     Args:
-      documents: of the store.
-      texts: the text of every token id.
+      documents: documents of the store.
+      texts: text of every token id.
     """
 
     def __init__(self, documents: Documents, texts: Sequence[str]):
@@ -68,47 +68,47 @@ class CodedText:
 
     @property
     def tokens(self) -> int:
-        """Of all documents."""
+        """Number of tokens of all documents."""
         return len(self._ids)
 
     def starts(self, document: np.ndarray) -> np.ndarray:
-        """The places of documents' first tokens."""
+        """Return the places of documents' first tokens."""
         return self._starts[document]
 
     def document(self, place: np.ndarray) -> np.ndarray:
-        """The documents that places stand in."""
+        """Return the documents of places."""
         return np.searchsorted(self._starts, place, side="right") - 1
 
     def position(self, place: np.ndarray) -> np.ndarray:
-        """The position in the document, from 0."""
+        """Return the positions of places in their documents, from 0."""
         return self._position[place].astype(np.int64)
 
     def left(self, place: np.ndarray) -> np.ndarray:
-        """How many tokens of the document follow."""
+        """Return the number of tokens of the document that follow each place."""
         return self._last[place].astype(np.int64)
 
     def back(self, place: np.ndarray, steps: int) -> np.ndarray:
-        """The token id so many steps before each ``place``, after it if it is below 0; -1 beyond the document."""
+        """Return the token id ``steps`` before each ``place``, after it if negative; -1 outside of the document."""
         inside = self._position[place] >= steps if steps > 0 else self._last[place] >= -steps
         return np.where(inside, self._ids[np.where(inside, place - steps, 0)], -1).astype(np.int64)
 
     def _tuple(self, place: np.ndarray, length: int) -> np.ndarray:
-        """The last tokens up to places, as one number; -1 where the document begins later."""
+        """Return the last ``length`` tokens up to places as one number; -1 where the document has fewer."""
         code = np.zeros(len(place), np.int64)
         for steps in reversed(range(length)):
             code = code * self._vocabulary + self.back(place, steps)
         return np.where(self._position[place] >= length - 1, code, -1)
 
     def code(self, family: str, place: np.ndarray) -> np.ndarray:
-        """The code of a family of ``FAMILIES`` at each ``place``, int64."""
+        """Return the code of a family of ``FAMILIES`` at each ``place``, int64."""
         return FAMILIES[family][0](self, place)
 
     def says(self, family: str, code: int) -> str:
-        """A code of a ``family`` in words."""
+        """Return a code of a ``family`` in words."""
         return FAMILIES[family][1](self, code)
 
     def quoted(self, *ids: int) -> str:
-        """Tokens as they stand in a text."""
+        """Return tokens in quotes."""
         return "“" + "".join(self.texts[i] for i in ids) + "”"
 
     def _ids_of(self, code: int, length: int) -> list[int]:
@@ -123,7 +123,7 @@ def _shape_in_words(text: CodedText, code: int) -> str:
 Codes = Callable[[CodedText, np.ndarray], np.ndarray]
 Words = Callable[[CodedText, int], str]
 
-# In the order in which the first of equals is taken.
+# The first of equally good families is used.
 FAMILIES: dict[str, tuple[Codes, Words]] = {
     "token": (lambda text, place: text.back(place, 0), lambda text, code: text.quoted(code)),
     "shape": (lambda text, place: text._shapes[text.back(place, 0)], _shape_in_words),
@@ -136,10 +136,10 @@ FAMILIES: dict[str, tuple[Codes, Words]] = {
 
 
 class CodeCounts:
-    """How often each code of a family stands at some places.
+    """Frequency of each code of a family at some places.
 
     Args:
-      code: at each of the places; -1 is not counted.
+      code: code at each of the places; -1 is not counted.
     """
 
     def __init__(self, code: np.ndarray):
@@ -148,11 +148,11 @@ class CodeCounts:
 
     @property
     def codes(self) -> int:
-        """How many different codes there are."""
+        """Number of distinct codes."""
         return len(self._code)
 
     def __getitem__(self, code: np.ndarray) -> np.ndarray:
-        """The counts of codes, 0 for one that does not occur."""
+        """Return the counts of codes, 0 for a code that does not occur."""
         if not len(self._code):
             return np.zeros(len(code), np.int64)
         found = np.minimum(np.searchsorted(self._code, code), len(self._code) - 1)

@@ -1,4 +1,4 @@
-"""What stages do, as functions for notebooks: arrays and objects in, arrays and small dataclasses out, no workdir.
+"""The stages as functions for notebooks: arrays and objects in, arrays and small dataclasses out, no workdir.
 
 They run what the stages run, with the same settings by the same names (``saejax.settings``), on what is in memory.
 """

@@ -19,8 +19,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.members import members
-from saejax.training.stack_shape import chosen_sites
+from saejax.training.stack import choose_sites, make_members
 from saejax.training.train import run_train
 
 
@@ -60,8 +59,8 @@ def train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
-        sites = chosen_sites(config, list(store.sites))
-        stack = [member for one in config.each_expansion() for member in members(one, kind, sites)]
+        sites = choose_sites(config, list(store.sites))
+        stack = [member for one in config.each_expansion() for member in make_members(one, kind, sites)]
         if len(stack) > 1:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "

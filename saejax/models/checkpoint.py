@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -27,6 +27,7 @@ WEIGHT_FILES = (
 )
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _UNUSABLE = np.dtype(np.void)
+_LISTED = 10  # names that a message lists
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -80,7 +81,7 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
     """
     index = _read_index(folder)
     tensors_of = {file.name: read_header(file) for file in weight_files(folder)}
-    tensors = {name: tensor for found in tensors_of.values() for name, tensor in found.items()}
+    tensors = {name: tensor for in_file in tensors_of.values() for name, tensor in in_file.items()}
     return tensors | {name: tensors_of[file][name] for name, file in index.items() if name in tensors_of[file]}
 
 
@@ -100,6 +101,21 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise UserError(f"{folder} has no {', '.join(missing)}, which {chosen} names: fetch the model again")
     return [folder / name for name in names]
+
+
+def not_finite(what: str, names: Sequence[str], dtype: str) -> UserError:
+    """Return the error for tensors that hold NaN or infinity, which would reach every result.
+
+    Args:
+      what: the model or dictionary, such as "the weights in FOLDER".
+      names: the tensors.
+      dtype: the dtype in which they were loaded, which may have a smaller range than the file's.
+    """
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return UserError(
+        f"{what} hold NaN or infinity in {dtype}: {', '.join(names[:_LISTED])}{more}; expected finite numbers: fetch "
+        "the files again, or use others, as training may have diverged"
+    )
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

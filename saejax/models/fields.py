@@ -57,11 +57,13 @@ class Fields:
 
     def unread(self) -> list[str]:
         """Return the names of fields that are not null, were not read and could have an effect."""
-        left = [name for name in self._data if name in self and name not in self._known]
-        left = [
-            self._path + name for name in left if not any(fnmatch.fnmatch(name, known) for known in _WITHOUT_EFFECT)
+        unread = [name for name in self._data if name in self and name not in self._known]
+        effective = [
+            self._path + name
+            for name in unread
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in _WITHOUT_EFFECT)
         ]
-        return sorted(left + [name for part in self._parts for name in part.unread()])
+        return sorted(effective + [name for part in self._parts for name in part.unread()])
 
     def take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         """Return a field, or ``default`` if it is null; an error if that is None too, or if the type is wrong."""
@@ -127,14 +129,14 @@ class Fields:
     def expect(self, name: str, value: Any) -> None:
         """Refuse a field that is neither absent, null nor ``value``."""
         self._known.add(name)
-        found = self._data.get(name)
-        if found is not None and found != value:
-            raise self.refuse(name, found, repr(value))
+        actual = self._data.get(name)
+        if actual is not None and actual != value:
+            raise self.refuse(name, actual, repr(value))
 
     def first_number(self, name: str, default: float, others: Iterable[tuple["Fields", str]] = ()) -> float:
         """Return a number of this object, else the first of those that other objects have, else ``default``."""
-        found = [fields.number(own) for fields, own in [(self, name), *others] if own in fields]
-        return found[0] if found else default
+        numbers = [fields.number(key) for fields, key in [(self, name), *others] if key in fields]
+        return numbers[0] if numbers else default
 
     def activation(self, name: str, default: str | None = None) -> str:
         """Return the decoder's name of an activation function, which a field holds or else ``default``."""

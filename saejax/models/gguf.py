@@ -66,11 +66,12 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
     reader = GGUFReader(gguf)
     architecture = reader.fields["general.architecture"].contents()
-    known = {_plain(name): keys for name, keys in GGUF_CONFIG_MAPPING.items() if name not in ("general", "tokenizer")}
-    if _plain(architecture) not in known:
+    not_models = ("general", "tokenizer")
+    architectures = {_plain(name): keys for name, keys in GGUF_CONFIG_MAPPING.items() if name not in not_models}
+    if _plain(architecture) not in architectures:
         raise UserError(
             f"{gguf} holds a model of the architecture {architecture!r}, which transformers cannot read in this "
-            f"format, expected one of {', '.join(sorted(known))}: use the model's safetensors"
+            f"format, expected one of {', '.join(sorted(architectures))}: use the model's safetensors"
         )
     prefix = f"{architecture}."
     settings = {
@@ -78,7 +79,7 @@ def _read(gguf: Path) -> tuple[dict[str, Any], dict[str, int]]:
     }
     if (architecture, settings.get("block_count")) in _OTHER_SCALE:
         raise UserError(f"{gguf} does not say how attention scores are scaled: use the model's safetensors")
-    unread = {name: value for name, value in settings.items() if not known[_plain(architecture)].get(name)}
+    unread = {name: value for name, value in settings.items() if not architectures[_plain(architecture)].get(name)}
     return unread, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
 
 

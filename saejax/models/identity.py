@@ -67,9 +67,9 @@ def content_sha256(path: Path) -> str:
     key = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     kept = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        known = kept.read_text(encoding="ascii").strip()
-        if _LFS_BLOB.fullmatch(known):
-            return known
+        cached = kept.read_text(encoding="ascii").strip()
+        if _LFS_BLOB.fullmatch(cached):
+            return cached
     except (OSError, UnicodeDecodeError):
         pass  # not hashed yet, or damaged
     content = file_sha256(real)

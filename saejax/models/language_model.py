@@ -1,13 +1,13 @@
 """A language model that runs with sites captured and edits applied.
 
-``Model`` is the interface that stages use; ``LanguageModel`` implements it with the JAX decoder. An implementation for
-another backend returns the same ``Output`` and ``Generated`` and applies the same edits.
+``LanguageModel`` runs the JAX decoder; ``torch_model.TorchModel`` overrides what another backend does differently, and
+returns the same ``Output`` and ``Generated`` under the same edits.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from saejax.models import decoder, decoding, generation, lens, sinks
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
+from saejax.models.decoding import SamplingParams
 from saejax.models.edits import Edit as Edit
 from saejax.models.edits import ForwardPass, edited_layers, fit_values
 from saejax.models.generation import Generated
 from saejax.models.lengths import round_length
 from saejax.models.lens import LensOutput
-from saejax.models.sites import Site
+from saejax.models.sites import AnySite, Site, parse_site
 from saejax.models.source import ModelSource
 from saejax.models.tokens import Tokens, continuation_ids, tokenize
 from saejax.parallel.mesh import fitting_sharding, sharding
@@ -58,46 +59,6 @@ class Output:
             answer = continuation_ids(self._tokenizer, answer if answer[:1].isspace() else " " + answer)[0]
         last_B = np.asarray(self.logits_BxTxV[np.arange(len(self.tokens.last_B)), self.tokens.last_B, answer])
         return last_B if len(last_B) > 1 else last_B[0]
-
-
-class Model(Protocol):
-    """The interface that stages need of a language model, whichever library computes it.
-
-    Attributes:
-      config: sizes, and for a JAX family all choices of the decoder.
-      tokenizer: the model's own; None if it has none.
-      source: where it came from, with its fingerprint.
-      mesh: the devices on which arrays are placed.
-    """
-
-    config: DecoderConfig
-    tokenizer: Any
-    source: ModelSource
-    mesh: Mesh
-
-    def __call__(
-        self,
-        tokens: Tokens,
-        capture: Sequence[str | Site] | str | Site = (),
-        edits: Sequence[Edit] = (),
-        logits: bool = True,
-    ) -> Output:
-        """Run the prompts; see ``LanguageModel``."""
-
-    def generate(self, tokens: Tokens, max_new_tokens: int, **options: Any) -> list[Generated]:
-        """Continue the prompts; see ``LanguageModel.generate`` for the options."""
-
-    def tokenize(self, texts: Sequence[str], bos: str = "auto") -> Tokens:
-        """Return the token ids of texts."""
-
-    def token_id(self, text: str) -> int:
-        """Return the id of the token with which an answer continues a text."""
-
-    def unembed(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Return the logits [B, T, V] of a stream leaving the last layer."""
-
-    def sink_norm(self, site: str, factor: float = sinks.SINK_FACTOR) -> float:
-        """Return the norm at a site above which a position is an attention sink; see ``models.sinks``."""
 
 
 class LanguageModel:
@@ -158,21 +119,17 @@ class LanguageModel:
         Raises:
           UserError: a site does not exist, or an edit does not fit it or the prompts.
         """
-        wanted = [capture] if isinstance(capture, str | Site) else capture
-        sites = tuple(site if isinstance(site, Site) else Site.parse(site) for site in wanted)
-        for site in (*sites, *(edit.site for edit in edits)):
-            site.check(self.config)
-        tokens.check(self.config.vocab, self.config.context)
-        edits = sinks.resolve_sinks(self, edits)
         length = tokens.ids_BxT.shape[1]
-        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, round_length(length) - length)))
+        padded = round_length(length)
+        sites, edits = self._prepare(tokens, capture, edits, padded)
+        ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
         on_data = fitting_sharding(self.mesh, ids_BxT.shape, "data", None)
         ids_BxT, lengths_B = jax.device_put(
             (ids_BxT, tokens.lengths_B), (on_data, fitting_sharding(self.mesh, tokens.lengths_B.shape, "data"))
         )
-        edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, ids_BxT.shape[1]))
-        output = forward(self.config, sites, logits, self.params, ids_BxT, lengths_B, edits)
-        if ids_BxT.shape[1] > length:
+        decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
+        output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
+        if padded > length:
             output = jax.tree.map(lambda value: value[:, :length], output)
         all_logits, values = output
         return Output(all_logits, dict(zip(map(str, sites), values, strict=True)), tokens, self.tokenizer)
@@ -205,20 +162,30 @@ class LanguageModel:
           UserError: a site does not exist, an edit does not fit, the context is too short, a setting is out of range,
             or logits are not finite.
         """
-        for edit in edits:
-            edit.site.check(self.config)
-        tokens.check(self.config.vocab, self.config.context)
+        _, edits = self._prepare(tokens, (), edits, self._length_with_cache(tokens))
         generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
         sampling = decoding.sampling_params(temperature, top_p, seed)
         eos = generation.eos_ids(self.source.folder, self.tokenizer)
         condition = generation.StopCondition(self.tokenizer, eos, stop)
-        shape = tokens.ids_BxT.shape
-        edits = sinks.resolve_sinks(self, edits)
-        placed = self._placed(fit_values(edits, shape, decoding.decoding_length(shape[1])))
+        chunks = self._decode(tokens, max_new_tokens, sampling, condition, edits)
+        return generation.collect(chunks, len(tokens.lengths_B), condition)
+
+    def _length_with_cache(self, tokens: Tokens) -> int:
+        """Return the length to which prompts are padded before generation."""
+        return decoding.decoding_length(tokens.ids_BxT.shape[1])
+
+    def _decode(
+        self,
+        tokens: Tokens,
+        max_new_tokens: int,
+        sampling: SamplingParams,
+        condition: generation.StopCondition,
+        edits: tuple[Edit, ...],
+    ) -> Iterator[np.ndarray]:
+        """Yield the new tokens of every prompt, some at a time, each [B, N]."""
         chunk = generation.CHUNK if condition.strings else max_new_tokens
         model = self.config, self.params, self.mesh
-        chunks = decoding.decode_in_chunks(*model, tokens, max_new_tokens, sampling, condition.ids, placed, chunk)
-        return generation.collect(chunks, shape[0], condition)
+        return decoding.decode_in_chunks(*model, tokens, max_new_tokens, sampling, condition.ids, edits, chunk)
 
     def sink_norm(self, site: str, factor: float = sinks.SINK_FACTOR) -> float:
         """Return the norm at a site above which a position is an attention sink; see ``models.sinks``."""
@@ -247,6 +214,28 @@ class LanguageModel:
         sites = self(tokens, capture=[Site("resid_post", layer) for layer in layers], logits=False).sites
         x_LxBxTxD = jnp.stack([sites[f"resid_post.{layer}"] for layer in layers])
         return lens.read_lens(self.config, self.params, x_LxBxTxD, tuple(answers), top, seed)
+
+    def _prepare(
+        self, tokens: Tokens, capture: Sequence[str | AnySite] | str | AnySite, edits: Sequence[Edit], length: int
+    ) -> tuple[tuple[AnySite, ...], tuple[Edit, ...]]:
+        """Check what a model is called with; return the captured sites, and the edits as they are applied.
+
+        Args:
+          tokens: the prompts.
+          capture: sites or their names, or a single one.
+          edits: as the user gave them.
+          length: length of the padded prompts, to which the edits' values are padded.
+        """
+        wanted = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
+        sites = tuple(parse_site(site) if isinstance(site, str) else site for site in wanted)
+        for site in (*sites, *(edit.site for edit in edits)):
+            self._check_site(site)
+        tokens.check(self.config.vocab, self.config.context)
+        return sites, self._placed(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
+
+    def _check_site(self, site: AnySite) -> None:
+        """Raise a ``UserError`` unless the model has the site."""
+        site.check(self.config)
 
     def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """Return the edits with their arrays on this model's devices."""

@@ -27,9 +27,9 @@ _TOKENS, _SEED = 64, 789
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
-def needs_check(found: ModelSource, dtype: str) -> bool:
+def needs_check(model_source: ModelSource, dtype: str) -> bool:
     """Return whether a config has unknown fields and the model has not been compared with transformers yet."""
-    return bool(_unread(found)) and not _record(found, dtype).is_file()
+    return bool(_unread(model_source)) and not _record(model_source, dtype).is_file()
 
 
 def check_parity(lm: Any, dtype: str) -> float:
@@ -73,14 +73,14 @@ def relative_error(ours_TxV: np.ndarray, theirs_TxV: np.ndarray) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def _unread(found: ModelSource) -> list[str]:
-    file = found.folder / "config.json"
+def _unread(model_source: ModelSource) -> list[str]:
+    file = model_source.folder / "config.json"
     return unread_fields(read_json(file), str(file))
 
 
-def _record(found: ModelSource, dtype: str) -> Path:
+def _record(model_source: ModelSource, dtype: str) -> Path:
     """Return the file that says that a model was compared."""
-    return cache_folder() / "parity" / f"{found.fingerprint}-{dtype}-{_REVISION}.json"
+    return cache_folder() / "parity" / f"{model_source.fingerprint}-{dtype}-{_REVISION}.json"
 
 
 def _write_record(file: Path, error: float, unread: Sequence[str]) -> None:

@@ -50,13 +50,14 @@ class Site:
         """
         if is_joined(text) or OtherSite.names(text):
             raise UserError(
-                f"{text} is a site of a crosscoder, which train, evaluate and crosscode can use: expected one site of "
+                f"{text} is a site of a crosscoder, which only train and evaluate use: expected one site of "
                 "one model, such as resid_post.15"
             )
         if ModuleSite.names(text):
             raise UserError(
-                f"the site {text} is a module of the PyTorch model, which only capture (with --capture.backend=torch) "
-                "and train can use: expected a site of the decoder, such as resid_post.15"
+                f"the site {text} is a module of the PyTorch model, which only capture (with --capture.backend=torch), "
+                "train, and lm(...) of a model loaded with backend='torch' can use: the other stages run a model up to "
+                "a site of a layer and on from there, and a module is no such place; expected one such as resid_post.15"
             )
         kind, _, layer = text.partition(".")
         if kind not in (*KINDS, *HEAD_KINDS) or not (layer.isascii() and layer.isdigit()):
@@ -125,6 +126,10 @@ class OtherSite:
 
     def __str__(self) -> str:
         return f"{_OTHER}{self.site}"
+
+    def check(self, config: DecoderConfig) -> Self:
+        """Raise a ``UserError``: each model has its own sites."""
+        raise UserError(f"{self} is a site of the second model: run that model and name the site {self.site}")
 
 
 AnySite = Site | ModuleSite | OtherSite

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import WEIGHT_FILES, list_shards, read_checkpoint, weight_files
+from saejax.models.checkpoint import WEIGHT_FILES, list_shards, not_finite, read_checkpoint, weight_files
 from saejax.models.families import check_family, has_family, read_config
 from saejax.models.gguf import dequantised
 from saejax.models.hub import hub_errors, hub_folder
@@ -233,8 +233,8 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
       dtype: "float32" or "bfloat16".
 
     Raises:
-      UserError: transformers does not know the architecture, or the checkpoint is damaged, does not fit it or lacks
-        weights. (transformers would draw those at random, and only warn.)
+      UserError: transformers does not know the architecture, or the checkpoint is damaged, does not fit it, lacks
+        weights or holds NaN. (transformers would draw those at random, and only warn.)
     """
     import torch
     from transformers import AutoModelForCausalLM, logging
@@ -249,7 +249,16 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
         raise UserError(f"{source.folder} cannot be loaded by transformers ({error}): use another model") from error
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
+    if damaged := _damaged_parameters(model):
+        raise not_finite(f"the weights in {source.folder}", damaged, dtype)
     return model.eval()
+
+
+def _damaged_parameters(model: Any) -> list[str]:
+    """Return the names of the parameters that hold NaN or infinity."""
+    import torch
+
+    return [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
 
 
 def torch_logits(model: Any, ids_BxT: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:

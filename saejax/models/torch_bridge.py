@@ -89,8 +89,8 @@ def run_layers(
             count = layer - start
             parts.append({kind: jnp.stack(values[n * count : (n + 1) * count]) for n, kind in enumerate(collect)})
         if layer < stop and hook:
-            x_xTxD, found = _run_hooked(config, layer, x_xTxD, hook, before_hook)
-            parts.append({kind: found[kind][None] for kind in collect})
+            x_xTxD, at_sites = _run_hooked(config, layer, x_xTxD, hook, before_hook)
+            parts.append({kind: at_sites[kind][None] for kind in collect})
         start = layer + 1
     return x_xTxD, {kind: jnp.concatenate([part[kind] for part in parts]) for kind in collect}
 
@@ -112,7 +112,7 @@ def _run_hooked(
     """
     sites = config.functions.sites_of(layer)
     put: dict[Site, jax.Array] = {}
-    found: dict[str, jax.Array] = {}
+    at_sites: dict[str, jax.Array] = {}
 
     def run() -> Sequence[jax.Array]:
         return _run(LayerSegment(config, layer, layer + 1, tuple(put), sites), (x, *put.values()))
@@ -120,11 +120,11 @@ def _run_hooked(
     values = run()
     for index, site in enumerate(sites):
         new = hook(site.kind, layer, values[index])
-        found[site.kind] = values[index] if before_hook else new
+        at_sites[site.kind] = values[index] if before_hook else new
         if new is not values[index]:
             put[site] = new
             values = run()
-    return values[-1], found
+    return values[-1], at_sites
 
 
 def restrict_unembedding(params: Params, ids_N: jax.Array) -> Params:

@@ -164,20 +164,20 @@ class HookedModel:
         Returns:
           The model's output; None if it was stopped.
         """
-        left = set(sites)
+        unvisited = set(sites)
 
         def count_down(site: AnySite, value: torch.Tensor) -> torch.Tensor:
             value = visit(site, value)
-            left.discard(site)
-            if not left and read_only:
+            unvisited.discard(site)
+            if not unvisited and read_only:
                 raise _Stop
             return value
 
         mask = np.ones_like(ids_BxT) if mask is None else mask
         inputs = {name: self.tensor(array) for name, array in (("input_ids", ids_BxT), ("attention_mask", mask))}
-        given = {"use_cache": False, **inputs, **options}
+        arguments = {"use_cache": False, **inputs, **options}
         with contextlib.suppress(_Stop), self._hooked(sites, count_down, ids_BxT.shape):
-            return self.model(**{name: value for name, value in given.items() if name in self.accepted})
+            return self.model(**{name: value for name, value in arguments.items() if name in self.accepted})
         return None
 
     @contextlib.contextmanager
@@ -212,7 +212,7 @@ class HookedModel:
                 raise UserError(f"{site}: {self._name} has no such module; expected a path such as {', '.join(near)}")
             return
         if not isinstance(site, Site):
-            raise UserError(f"{site} is a site of a second model: capture it from that")
+            raise UserError(f"{site} is a site of the second model: run that model and name the site there")
         if not 0 <= site.layer < self.n_layers:
             raise UserError(
                 f"there is no site {site}: {self._name} has {self.n_layers} layers"
@@ -355,11 +355,11 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
     pre, post = seen.get(("", False)), seen.get(("", True))
     if pre is None or post is None:
         return _Layer(None, None, mlp_input)
-    wide = {name: value for name, value in outputs.items() if value.shape == pre.shape}
-    for attention, mlp in itertools.permutations(wide, 2):
+    candidates = {name: value for name, value in outputs.items() if value.shape == pre.shape}
+    for attention, mlp in itertools.permutations(candidates, 2):
         if _is_mlp(attention) or _is_attention(mlp):
             continue
-        a, m = wide[attention], wide[mlp]
+        a, m = candidates[attention], candidates[mlp]
         for scale in dict.fromkeys((1.0, float(getattr(layer, "residual_multiplier", 1.0)))):
             sums = (pre + a * scale) + m * scale, (pre + m * scale) + a * scale, pre + (a * scale + m * scale)
             if any(torch.equal(total, post) for total in sums):
@@ -400,12 +400,12 @@ def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
         if threading.get_ident() != thread:
             return None
         name = None if args else next(iter(kwargs))
-        given = args[0] if name is None else kwargs[name]
-        value = _first(given)
+        arguments = args[0] if name is None else kwargs[name]
+        value = _first(arguments)
         new = use(value)
         if new is value:
             return None
-        changed = _with_first(given, new)
+        changed = _with_first(arguments, new)
         return ((changed, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: changed})
 
     if after:

@@ -15,14 +15,14 @@ import torch
 from jax.sharding import Mesh
 
 from saejax.errors import UserError
-from saejax.models import decoding, generation
+from saejax.models import decoding
 from saejax.models.config import RunRules, TorchConfig
 from saejax.models.decoding import SamplingParams
-from saejax.models.edits import Edit, ForwardPass, fit_values
-from saejax.models.generation import Generated
+from saejax.models.edits import Edit, ForwardPass
+from saejax.models.generation import StopCondition
 from saejax.models.language_model import LanguageModel, Output
 from saejax.models.lengths import round_length
-from saejax.models.sites import KINDS, AnySite, Site, parse_site
+from saejax.models.sites import KINDS, AnySite, Site
 from saejax.models.source import ModelSource, longest_input
 from saejax.models.tokens import Tokens
 from saejax.models.torch_bridge import LayerSegment
@@ -74,16 +74,11 @@ class TorchModel(LanguageModel):
         logits: bool = True,
     ) -> Output:
         """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
-        named = [capture] if isinstance(capture, str) or not isinstance(capture, Sequence) else capture
-        sites = [parse_site(site) if isinstance(site, str) else site for site in named]
-        for site in (*sites, *(edit.site for edit in edits)):
-            self.hooked.check(site)
-        tokens.check(self.config.vocab, self.config.context)
         length = tokens.ids_BxT.shape[1]
         padded = max(length, min(round_length(length), self.config.context))
+        sites, edits = self._prepare(tokens, capture, edits, padded)
         ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
         mask_BxT = np.arange(padded)[None] < tokens.lengths_B[:, None]
-        edits = self._placed(fit_values(edits, tokens.ids_BxT.shape, padded))
         position_BxT = np.where(mask_BxT, np.arange(padded, dtype=np.int32)[None], -1)
         pass_edits = _PassEdits(edits, self.mesh, position_BxT, tokens.lengths_B.astype(np.int32))
         values: dict[AnySite, jax.Array] = {}
@@ -104,42 +99,21 @@ class TorchModel(LanguageModel):
             of_tokens = _to_jax(output.logits[:, :length].float(), self.mesh)
         return Output(of_tokens, {str(site): values[site] for site in sites}, tokens, self.tokenizer)
 
-    def generate(
+    def _check_site(self, site: AnySite) -> None:
+        self.hooked.check(site)
+
+    def _length_with_cache(self, tokens: Tokens) -> int:
+        return tokens.ids_BxT.shape[1]  # the cache grows
+
+    def _decode(
         self,
         tokens: Tokens,
         max_new_tokens: int,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 789,
-        stop: Sequence[str] = (),
-        edits: Sequence[Edit] = (),
-        cache: bool = True,
-    ) -> list[Generated]:
-        """Continue the prompts; see ``LanguageModel``. Without ``cache`` all positions run anew for each token."""
-        for edit in edits:
-            self.hooked.check(edit.site)
-        tokens.check(self.config.vocab, self.config.context)
-        generation.check_limit(tokens.lengths_B, max_new_tokens, self.config.context)
-        sampling = decoding.sampling_params(temperature, top_p, seed)
-        eos = generation.eos_ids(self.source.folder, self.tokenizer)
-        condition = generation.StopCondition(self.tokenizer, eos, stop)
-        placed = self._placed(fit_values(edits, tokens.ids_BxT.shape, tokens.ids_BxT.shape[1]))
-        chunks = self._new_ids(tokens, max_new_tokens, sampling, placed, cache)
-        return generation.collect(chunks, len(tokens.lengths_B), condition)
-
-    def _new_ids(
-        self,
-        tokens: Tokens,
-        count: int,
         sampling: SamplingParams,
+        condition: StopCondition,
         edits: tuple[Edit, ...],
-        cache: bool,
     ) -> Iterator[np.ndarray]:
-        """Yield the next token of every prompt [B, 1].
-
-        Prompts are padded on the left, as transformers pads them.
-        """
+        """Yield the next token of every prompt, [B, 1]. Prompts are padded on the left, as transformers pads them."""
         width = int(tokens.lengths_B.max())
         ids_BxT = np.zeros((len(tokens.lengths_B), width), np.int32)
         for row, ids, length in zip(ids_BxT, tokens.ids_BxT, tokens.lengths_B, strict=True):
@@ -151,16 +125,16 @@ class TorchModel(LanguageModel):
             )
         past: dict[str, Any] = {}
         start = 0
-        for number in range(count):
+        for number in range(max_new_tokens):
             position_BxT = (np.maximum(np.arange(ids_BxT.shape[1])[None] - pad_Bx1, -1)).astype(np.int32)
             options = dict(
-                use_cache=cache, position_ids=self.hooked.tensor(np.maximum(position_BxT[:, start:], 0)), **past
+                use_cache=True, position_ids=self.hooked.tensor(np.maximum(position_BxT[:, start:], 0)), **past
             )
             run = _PassEdits(edits, self.mesh, position_BxT[:, start:], tokens.lengths_B.astype(np.int32))
             with torch.inference_mode():
                 output = self.hooked.run(ids_BxT[:, start:], position_BxT >= 0, run.sites, run.apply, **options)
-            if cache:
-                name = next(name for name in ("past_key_values", "cache_params") if name in output)
+            name = next((name for name in ("past_key_values", "cache_params") if output.get(name) is not None), None)
+            if name:  # without a cache, all positions run anew
                 past, start = {name: output[name]}, ids_BxT.shape[1]
             logits_BxV = _to_jax(output.logits[:, -1].float(), self.mesh)
             next_Bx1 = np.asarray(sampling(logits_BxV, jnp.int32(number)))[:, None]

@@ -8,17 +8,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import Tensor, read_checkpoint
+from saejax.models.checkpoint import Tensor, not_finite, read_checkpoint
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
 from saejax.parallel.mesh import fitting_sharding
 
 _LISTED = 30  # problems of a checkpoint that a message lists
+_CHECKED = 1 << 20  # numbers at once, for NaN and infinity
 
 
 def load_params(
@@ -38,7 +40,7 @@ def load_params(
         which is enough for a pass that ends there. None: all. All tensors are checked either way.
 
     Raises:
-      UserError: tensors are missing, of another shape, or not floats; all of them are listed.
+      UserError: tensors are missing, of another shape, or not floats, or hold NaN or infinity; all are listed.
     """
     sources = _find_sources(config, read_checkpoint(folder))
     problems = _mismatches(config, sources)
@@ -47,13 +49,32 @@ def load_params(
         listed = "; ".join(problems[:_LISTED]) + more
         raise UserError(f"the weights in {folder} do not fit its config.json: {listed}")
     weights, table, params = FAMILIES[config.family].weights, parameter_table(config), {}
-    tensors = {name: [tensor for _, tensor in found if tensor is not None] for name, found in sources.items()}
+    damaged: list[str] = []
+    tensors = {name: [tensor for _, tensor in stored if tensor is not None] for name, stored in sources.items()}
     for name in sorted(table, key=lambda name: -max(tensor.nbytes for tensor in tensors[name])):
         shape, spec = table[name]
         if name.startswith(LAYERS):
             shape = (min(layers or shape[0], shape[0]), *shape[1:])
-        params[name] = _place(_reader(weights[name], shape, tensors[name]), shape, dtype, mesh, spec)
+        fill = functools.partial(_fill_and_check, _reader(weights[name], shape, tensors[name]), name, damaged)
+        params[name] = _place(fill, shape, dtype, mesh, spec)
+    if damaged:
+        files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
+        raise not_finite(f"the weights in {folder}", sorted(files) or damaged, dtype)
     return {name: params[name] for name in table}
+
+
+def _fill_and_check(
+    fill: Callable[[tuple[slice, ...], np.ndarray], None],
+    name: str,
+    damaged: list[str],
+    index: tuple[slice, ...],
+    buffer: np.ndarray,
+) -> None:
+    """Fill a buffer, and add the parameter's name to ``damaged`` if it holds NaN or infinity."""
+    fill(index, buffer)
+    flat_N = buffer.reshape(-1)
+    if not all(np.isfinite(flat_N[i : i + _CHECKED]).all() for i in range(0, flat_N.size, _CHECKED)):
+        damaged.append(name)
 
 
 def untie_stored_head(folder: Path, config: DecoderConfig) -> DecoderConfig:
@@ -88,7 +109,7 @@ def _find_sources(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> Sourc
     sources: Sources = {}
     for name, (shape, _) in parameter_table(config).items():
         names = [weights[name].name.format(*index) for index in np.ndindex(*shape[: weights[name].stacked])]
-        sources[name] = [(one, find(one)) for one in names]
+        sources[name] = [(stored_name, find(stored_name)) for stored_name in names]
         if name == "embed_VxD" and config.tied and sources[name][0][1] is None:
             head = find(weights["unembed_DxV"].name)  # tied the other way round
             sources[name] = [(names[0], head)]
@@ -103,8 +124,8 @@ def _prefixes(tensors: Mapping[str, Tensor], weights: Mapping[str, Weight]) -> t
     """
     example = weights[f"{LAYERS}o_HxKxD"].name.format(0)
     prefix, _, body = example.partition(".")
-    known = [name.removesuffix(body) for name in tensors if name == body or name.endswith(f".{body}")]
-    chosen = f"{prefix}." if f"{prefix}." in known or not known else sorted(known, key=_is_other_tower)[0]
+    prefixes = [name.removesuffix(body) for name in tensors if name == body or name.endswith(f".{body}")]
+    chosen = f"{prefix}." if f"{prefix}." in prefixes or not prefixes else sorted(prefixes, key=_is_other_tower)[0]
     return f"{prefix}.", chosen
 
 
@@ -173,7 +194,7 @@ def _place(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         if str(index) not in parts:
             sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
-            parts[str(index)] = _aligned(sizes, np.dtype(jax.numpy.dtype(dtype)))
+            parts[str(index)] = _aligned(sizes, np.dtype(jnp.dtype(dtype)))
             fill(index, parts[str(index)])
         arrays.append(jax.device_put(parts[str(index)], device))
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

@@ -1,4 +1,4 @@
-"""What a report reports: the summaries of the units that it reads, with the results of each as its stage's class."""
+"""The input of a report: summaries of units, with the results of each as its stage's class."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What interactive pages share: one HTML file, complete in itself, and its script of elements, tokens and numbers."""
+"""The frame of interactive pages: one self-contained HTML file, and scripts for elements, tokens and numbers."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""What will run, whether it fits, and roughly how long it takes, before hours are spent.
+"""Checks before a run: does it fit, and roughly how long does it take?
 
 The stages' own jitted functions (``Stage.programs``) are compiled with shapes in place of arrays, for the devices at
 hand or for others that need not be there; the compiler says how much memory each takes.

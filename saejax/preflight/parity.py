@@ -1,4 +1,4 @@
-"""Whether the decoder gives what transformers gives, on random tokens and on real text, at every site.
+"""Parity of the decoder with transformers, on random tokens and on real text, at every site.
 
 The relative error of a site is max |a - b| / max |b| over the real positions of all prompts, b being transformers'.
 """

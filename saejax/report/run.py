@@ -11,10 +11,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from saejax.activations.store import Store
-from saejax.analysis.examples import top_examples
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
+from saejax.interpret.contexts import as_example, top_contexts
+from saejax.interpret.feature_record import FEATURES, read_records
 from saejax.interventions import ablate_report as ablation
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.table import TESTED
@@ -25,13 +26,14 @@ from saejax.page.blocks import Picture
 from saejax.page.document import Section, to_html, to_markdown
 from saejax.page.findings import Draw, Findings, read_findings
 from saejax.page.strips import Example
+from saejax.parallel.mesh import make_mesh
 from saejax.report import overview
 from saejax.report.results import ReportResults
 from saejax.runner.config import to_json
 from saejax.runner.registry import STAGES
 from saejax.runner.stage import is_folder
 from saejax.runner.workspace import SUMMARY, Run, package_versions
-from saejax.settings import AblateConfig, ModelConfig, ReportConfig
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig, ReportConfig
 from saejax.tasks import report as tasks
 from saejax.training import report as training
 
@@ -134,10 +136,21 @@ def _asked(found: Findings, draw: Draw) -> list[Section]:
 
 
 def contexts(run: Run, found: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
-    """Return the strongest contexts of the tested dictionary's features in the captured text; none without a text."""
+    """Return the strongest contexts of features of the tested dictionary; none without captured text.
+
+    They are those of ``interpret`` where it ran on the dictionary, and are otherwise searched in the training text.
+    """
     if not features or "capture" not in found.folders:
         return {}
-    store = Store.open(found.folders["capture"])
-    dictionary = stacks.load_trained(run.configs[AblateConfig].dictionary, run.inputs, "--ablate.dictionary")
-    tokenizer = load_tokenizer(resolve(run.configs[ModelConfig]))
-    return top_examples(store, dictionary, features, count, token_text(tokenizer))
+    tested, store = run.configs[AblateConfig].dictionary, Store.open(found.folders["capture"])
+    kind, _, member = tested.partition("/")
+    interpreted = run.inputs.get(f"interpret/{kind}")
+    if interpreted and (interpreted / member / FEATURES).is_dir():
+        records = read_records(interpreted / member, set(features))
+        searched = {feature: record.get("examples", [])[:count] for feature, record in records.items()}
+    else:
+        dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary")
+        as_text = token_text(load_tokenizer(resolve(run.configs[ModelConfig])))
+        texts = [as_text(token) for token in range(int(store.documents.ids_T.max()) + 1)]
+        searched = top_contexts(store, dictionary, features, count, texts, make_mesh(run.configs[MeshConfig]))
+    return {feature: [as_example(each, store.documents) for each in some] for feature, some in searched.items()}

@@ -12,7 +12,6 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             interpret/<kind> ─► atlas/<kind> ─┤   (explain/<kind> between the two)
             transfer ─────────────────────────┤
             cluster ──────────────────────────┤
-            crosscode ────────────────────────┤
             track/<slug> ─────────────────────┤
             attribute/<slug> ─────────────────┘
 """

@@ -2,6 +2,6 @@
 
 run      the binary                               guard    who may ask: a token, this host, this origin
 app      the addresses                            jobs     work in threads, told line by line, stopped with its request
-shelf    graphs, labels and groups of a folder    bench    the model and the prompts that are in memory
+store    graphs, labels and groups of a folder    session    the model and the prompts that are in memory
 tracing  new prompts, as ``experiments.attribute``          effects  the model with features changed
 """

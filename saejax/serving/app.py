@@ -10,16 +10,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from saejax.attribution.forms.difference import compare_graphs
 from saejax.attribution.forms.page import page_html
 from saejax.errors import UserError
 from saejax.results import to_json
 from saejax.runner.config import Configs
 from saejax.serving import pages
-from saejax.serving.bench import Bench, targets_of
-from saejax.serving.effects import HOLDS, effects
+from saejax.serving.effects import FREEZE_MODES, effects
 from saejax.serving.jobs import Job, Jobs
-from saejax.serving.shelf import Shelf, ShelvedGraph
+from saejax.serving.session import ModelSession, targets_of
+from saejax.serving.store import GraphStore, StoredGraph
 from saejax.serving.tracing import trace_typed
 from saejax.settings import GraphConfig, ModelConfig
 
@@ -27,17 +26,16 @@ _LARGEST = 1e30  # factor or activation
 
 
 class GraphServer:
-    """What is answered."""
+    """The answers to requests."""
 
-    def __init__(self, shelf: Shelf, bench: Bench, jobs: Jobs):
-        self._shelf, self._bench, self._jobs = shelf, bench, jobs
+    def __init__(self, store: GraphStore, session: ModelSession, jobs: Jobs):
+        self._store, self._session, self._jobs = store, session, jobs
 
     def application(self) -> Starlette:
-        """The ASGI application."""
+        """Return the ASGI application."""
         routes = [
             Route("/", self._page(self._list)),
             Route("/graph", self._page(self._graph)),
-            Route("/compare", self._page(self._compare)),
             Route("/api/trace", self._work(self._trace), methods=["POST"]),
             Route("/api/prune", self._work(self._prune), methods=["POST"]),
             Route("/api/change", self._work(self._change), methods=["POST"]),
@@ -76,7 +74,7 @@ class GraphServer:
         return answer
 
     def _list(self, asked: Mapping[str, str]) -> str:
-        graphs, why = list(self._shelf.graphs().values()), ""
+        graphs, why = list(self._store.graphs().values()), ""
         try:
             configs = self._configs()
             config = configs[GraphConfig]
@@ -84,37 +82,36 @@ class GraphServer:
                 f"With {configs[ModelConfig].path} and {_set_name(config)}. Checks are those of experiments.attribute."
             )
         except UserError as error:
-            config, note, why = self._bench.defaults[GraphConfig], "", _line(error)
-        return pages.list_page(self._shelf.root, graphs, config, note, why)
+            config, note, why = self._session.defaults[GraphConfig], "", _line(error)
+        return pages.list_page(self._store, graphs, config, note, why)
 
     def _graph(self, asked: Mapping[str, str]) -> str:
-        graph = self._shelf.find(asked.get("id", ""))
-        document, shown, note, why = self._shelf.document(graph), self._shelf.shown(graph), "", ""
-        holds: tuple[str, ...] = HOLDS
+        graph = self._store.find(asked.get("id", ""))
+        document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
+        freeze_modes: tuple[str, ...] = FREEZE_MODES
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
+        details: dict[tuple[int, int], Any] = {}
         if "nodes" in asked and "edges" in asked:
             nodes, edges = (_share(asked, name) for name in ("nodes", "edges"))
-            if pruned := self._bench.pruned(graph, nodes, edges):
+            if pruned := self._session.pruned(graph, nodes, edges):
                 document = pruned
             else:
                 note = "This is the graph as it was saved: press Prune again for the thresholds of this address. "
         try:
-            configs = self._bench.configs_of(graph)
-            labels = self._shelf.labels(graph, _folders(configs))
-            holds = HOLDS[:1] if configs[GraphConfig].dictionaries else HOLDS
+            configs = self._session.configs_of(graph)
+            labels = self._store.labels(graph, _folders(configs))
+            details = self._store.details(document, configs[GraphConfig])
+            freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
             note += f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
-            note += "" if self._bench.whole(graph) else " To be pruned again the prompt is traced again first."
+            note += "" if self._session.whole(graph) else " To be pruned again the prompt is traced again first."
         except UserError as error:
             why = _line(error)
-        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why, holds=holds)
-        return page_html(document, labels=labels, live=live, **shown)
-
-    def _compare(self, asked: Mapping[str, str]) -> str:
-        graphs = [self._shelf.find(asked.get(name, "")) for name in "ab"]
-        pair = [(graph, self._shelf.document(graph)) for graph in graphs]
-        return pages.comparison_page(pair, compare_graphs(pair[0][1], pair[1][1]))
+        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why, freeze_modes=freeze_modes)
+        if not details:  # of a graph without a known set
+            details = self._store.details(document, self._session.defaults[GraphConfig])
+        return page_html(document, labels=labels, details=details, live=live, **shown)
 
     def _trace(self, asked: Mapping[str, Any], job: Job) -> Any:
         prompt, target = _text(asked, "prompt"), _text(asked, "target")
@@ -127,29 +124,29 @@ class GraphServer:
         own = dict(
             prompt=prompt, target=target, max_features=most, chat_template=asked.get("chat") is True, **thresholds
         )
-        return dict(address=pages.address(trace_typed(self._bench, self._configs(), self._shelf.root, own, job)))
+        return dict(address=pages.address(trace_typed(self._session, self._configs(), self._store, own, job)))
 
     def _prune(self, asked: Mapping[str, Any], job: Job) -> Any:
         graph, nodes, edges = self._asked(asked), _share(asked, "nodes"), _share(asked, "edges")
-        self._bench.prune(graph, self._shelf.document(graph), nodes, edges, job)
+        self._session.prune(graph, self._store.document(graph), nodes, edges, job)
         return dict(address=pages.address(graph.id, nodes=nodes, edges=edges))
 
     def _change(self, asked: Mapping[str, Any], job: Job) -> Any:
         graph = self._asked(asked)
-        document, hold, changes = self._shelf.document(graph), asked.get("hold"), _changes(asked.get("changes"))
-        if hold not in HOLDS:
-            raise UserError(f"hold is {hold!r}: expected one of {', '.join(HOLDS)}")
-        run = self._bench.run(graph, document, job)
+        document, freeze, changes = self._store.document(graph), asked.get("freeze"), _changes(asked.get("changes"))
+        if freeze not in FREEZE_MODES:
+            raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(FREEZE_MODES)}")
+        run = self._session.run(graph, document, job)
         job.say("Running the model")
-        return to_json(effects(run, changes, hold, targets_of(document), job.progress))
+        return to_json(effects(run, changes, freeze, targets_of(document), job.progress))
 
     def _label(self, asked: Mapping[str, Any]) -> Any:
         graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()
-        nodes = {node["node_id"]: node["feature_type"] for node in self._shelf.document(graph)["nodes"]}
-        if nodes.get(name) != "cross layer transcoder" and not self._bench.has_feature(graph, name):
+        nodes = {node["node_id"]: node["feature_type"] for node in self._store.document(graph)["nodes"]}
+        if nodes.get(name) != "cross layer transcoder" and not self._session.has_feature(graph, name):
             raise UserError(f"{name!r} is no feature of the graph")
         layer, feature = map(int, name.split("_")[:2])
-        return self._shelf.save_label(_folders(self._bench.configs_of(graph)), layer, feature, label)
+        return self._store.save_label(_folders(self._session.configs_of(graph)), layer, feature, label)
 
     def _groups(self, asked: Mapping[str, Any]) -> Any:
         groups = asked.get("groups")
@@ -157,15 +154,15 @@ class GraphServer:
             isinstance(one, list) and set(map(type, one)) == {str} for one in groups
         ):
             raise UserError("groups are lists of a label and ids of nodes")
-        return self._shelf.save_groups(self._asked(asked), groups)
+        return self._store.save_groups(self._asked(asked), groups)
 
     def _configs(self) -> Configs:
-        """What prompts are traced with: what the command line names, or the newest graph was made with."""
-        own = [graph for graph in self._shelf.graphs().values() if graph.unit]
-        return self._bench.configs_of(own[0] if own else None)
+        """Return what prompts are traced with: what the command line names, or the newest graph was made with."""
+        own = [graph for graph in self._store.graphs().values() if graph.unit]
+        return self._session.configs_of(own[0] if own else None)
 
-    def _asked(self, asked: Mapping[str, Any]) -> ShelvedGraph:
-        return self._shelf.find(_text(asked, "graph"))
+    def _asked(self, asked: Mapping[str, Any]) -> StoredGraph:
+        return self._store.find(_text(asked, "graph"))
 
 
 def _line(error: UserError) -> str:
@@ -201,7 +198,7 @@ def _share(asked: Mapping[str, Any], name: str) -> float:
 
 
 def _changes(found: Any) -> list[tuple[str, float, list[str]]]:
-    """Changes as pages send them: ["scale", 0.0, "3_17_4", ...]."""
+    """Return changes from what pages send: ["scale", 0.0, "3_17_4", ...]."""
     changes: list[tuple[str, float, list[str]]] = []
     for item in found if isinstance(found, list) else [found]:
         match item:

@@ -1,4 +1,4 @@
-"""What the next token becomes when features of a prompt are changed, beside what as many random ones do."""
+"""Next-token effects of edited features of a prompt, beside as many random features."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from saejax.attribution.checks.changes import matched, set_to
-from saejax.attribution.checks.edits import Change
-from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.checks.sae_changes import changed_logits
 from saejax.attribution.graph.nodes import FEATURE, Nodes
+from saejax.attribution.local.edits import Change
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.replacement import Replacement
 from saejax.attribution.requests import TargetText
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import read_targets
@@ -19,7 +18,7 @@ from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 
-HOLDS = ("nothing", "attention", "all")  # with SAEs the first alone
+FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves as many rows as are run at once
 _SHOWN = 8  # most probable tokens, before and after
 
@@ -81,26 +80,26 @@ class ChangeEffects:
 
 
 def effects(
-    run: Replacement | SaeRun,
+    run: LocalModel | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
-    hold: str,
+    freeze: str,
     targets: Sequence[TargetText] = (),
     on_progress: OnProgress = silent,
 ) -> ChangeEffects:
-    """Runs a prompt with some features changed, and with random sets of as many other active ones changed alike.
+    """Run a prompt with some features changed, and with random sets of as many other active ones changed alike.
 
     Args:
       run: of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
-      hold: what stays as it was, with SAEs "nothing"; see ``interventions``.
+      freeze: what stays as it was, with SAEs "none"; see ``interventions``.
       targets: what the graph explains, which is shown beside the most probable tokens.
       on_progress: called with the layers done and of all; may raise to stop.
 
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
     """
-    if isinstance(run, SaeRun) and hold != "nothing":
-        raise UserError(f"hold is {hold!r}: expected nothing, as this graph is of SAEs")
+    if isinstance(run, SaeRun) and freeze != "none":
+        raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
     features, amount_N, is_factor_N = _changed(run, changes)
     try:
         sets, why = matched(run, features, DRAWS), ""
@@ -112,7 +111,7 @@ def effects(
         on_progress(0, 1)
         changed_RxV: np.ndarray | None = changed_logits(run, rows)
     else:
-        changed_RxV = intervene(run, rows, readouts, hold=hold, on_progress=on_progress, logits=True).logits_RxV
+        changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
     assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)
@@ -122,7 +121,7 @@ def effects(
 def _told(
     logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str], no_draws: str
 ) -> ChangeEffects:
-    """What ``effects`` says of logits: before, after, and with each random set changed.
+    """Return the effects of logits: before, after, and with each random set changed.
 
     Args:
       logits_RxV: in this order, fp64.
@@ -157,19 +156,19 @@ def _ends(value_R: np.ndarray) -> Pair:
 
 
 def _span(value_R: np.ndarray) -> Pair | None:
-    """The least and the largest with random sets changed."""
+    """Return the least and the largest with random sets changed."""
     return (float(value_R[2:].min()), float(value_R[2:].max())) if len(value_R) > 2 else None
 
 
 def _changed(
     run: PromptRun, changes: Sequence[tuple[str, float, Sequence[str]]]
 ) -> tuple[Nodes, np.ndarray, np.ndarray]:
-    """The features that are changed, in the order (layer, position, feature), by how much, and if this is a factor."""
+    """Return the changed features in the order of ``Active``, the amounts, and whether each is a factor."""
     active = run.active
     each = [(amount, how == "scale", name) for how, amount, ids in changes for name in ids]
     if not each:
         raise UserError("nothing is changed: name features")
-    place_N = active.places(*np.array([name.split("_") for *_, name in each], np.int64).T[[0, 2, 1]])
+    place_N = active.find(*np.array([name.split("_") for *_, name in each], np.int64).T[[0, 2, 1]])
     order_N = np.argsort(place_N)  # active features stand in that order, and random ones do
     chosen_N = place_N[order_N]
     if (np.diff(chosen_N) == 0).any():

@@ -33,6 +33,7 @@ class Guard:
         self._app, self._token, self._hosts = app, token, frozenset(hosts)
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        """Answer an ASGI request, or pass it on."""
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
@@ -52,7 +53,7 @@ class Guard:
         await self._app({**scope, "root_path": f"/{self._token}"}, receive, guarded)
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
-        """The status and the reason; None: the request may pass."""
+        """Return the status and the reason; None: the request may pass."""
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))

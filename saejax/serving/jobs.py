@@ -66,7 +66,7 @@ class Jobs:
         self._turn, self._going, self._closed = threading.Lock(), dict[Job, threading.Thread](), False
 
     async def lines(self, work: Callable[[Job], Any]) -> AsyncIterator[bytes]:
-        """Does the work and gives its lines; closing this iterator stops the work.
+        """Do work and yield its lines; closing this iterator stops the work.
 
         Args:
           work: gives the result, JSON data; a ``UserError`` is told.
@@ -91,7 +91,7 @@ class Jobs:
             job.stop()
 
     async def once(self, work: Callable[[], Any]) -> Any:
-        """What some work gives that tells nothing of itself, such as reading a file; exceptions come out here."""
+        """Return the result of work without progress, such as reading a file; exceptions are raised here."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[Any] = loop.create_future()
 
@@ -112,13 +112,13 @@ class Jobs:
         return await found
 
     def stop(self) -> None:
-        """Stops all work, and starts no more; does not wait."""
+        """Stop all work, and start no more, without waiting."""
         self._closed = True
         for job in list(self._going):
             job.stop()
 
     def close(self) -> None:
-        """Stops all work and waits for its threads."""
+        """Stop all work and wait for its threads."""
         self.stop()
         for thread in list(self._going.values()):
             thread.join(_JOIN)

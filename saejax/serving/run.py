@@ -15,7 +15,7 @@ from saejax.settings import GraphConfig
 
 ABOUT = """\
 serve: shows the attribution graphs of a folder in a browser on this machine, and works on them: traces prompts, prunes
-again, runs the model with features changed, saves labels and groups, compares two graphs.
+again, runs the model with features changed, saves labels and groups.
 
   serve DIR, --dir=DIR or --workdir=DIR  a workdir, or a folder of graphs in Neuronpedia's format (required)
   --port=N  of 127.0.0.1; 0: a free one (default: 8765)
@@ -27,7 +27,7 @@ else each graph's own are taken from its unit. It answers at an address with a r
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The binary: exits with its status."""
+    """Run the binary and exit with its status."""
     sys.exit(run(sys.argv if argv is None else argv))
 
 
@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _listen(port: int) -> socket.socket:
-    """A socket of this machine alone.
+    """Return a socket of this machine alone.
 
     Raises:
       UserError: the port is taken, or may not be used.

@@ -10,10 +10,10 @@ import uvicorn
 from saejax.errors import UserError
 from saejax.runner.config import Configs
 from saejax.serving.app import GraphServer
-from saejax.serving.bench import Bench
 from saejax.serving.guard import Guard
 from saejax.serving.jobs import Jobs
-from saejax.serving.shelf import Shelf
+from saejax.serving.session import ModelSession
+from saejax.serving.store import GraphStore
 
 _GRACE = 5  # seconds for answers that are under way when the server is to end
 
@@ -30,6 +30,7 @@ class StoppingServer(uvicorn.Server):
         self._jobs = jobs
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """Stop all work, then the server."""
         self._jobs.stop()
         super().handle_exit(sig, frame)
 
@@ -49,31 +50,31 @@ def serve(
     Raises:
       UserError: there is no graph, and nothing to make one with.
     """
-    shelf, jobs = Shelf(folder, labels), Jobs()
-    graphs = len(shelf.graphs())
+    store, jobs = GraphStore(folder, labels), Jobs()
+    graphs = len(store.graphs())
     if not graphs and not named:
         raise UserError(
             f"{folder} holds no graphs: expected a workdir in which experiments.attribute made some, or graphs in "
             "Neuronpedia's format; to make the first here, name --model.path=MODEL --graph.transcoders=SET"
         )
     port = listening.getsockname()[1]
-    server = make_server(shelf, Bench(configs, named), jobs, token, port)
+    server = make_server(store, ModelSession(configs, named), jobs, token, port)
     told = "1 graph" if graphs == 1 else f"{graphs} graphs"
     print(f"{told}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
         server.run(sockets=[listening])
 
 
-def make_server(shelf: Shelf, bench: Bench, jobs: Jobs, token: str, port: int) -> StoppingServer:
-    """The server, which is not running yet.
+def make_server(store: GraphStore, session: ModelSession, jobs: Jobs, token: str, port: int) -> StoppingServer:
+    """Return the server, which is not running yet.
 
     Args:
-      shelf, bench, jobs: see ``GraphServer``.
+      store, session, jobs: see ``GraphServer``.
       token, port: of its address.
     """
     hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
     config = uvicorn.Config(
-        Guard(GraphServer(shelf, bench, jobs).application(), token, hosts),
+        Guard(GraphServer(store, session, jobs).application(), token, hosts),
         http="h11",  # says when a reader has left, on which work ends
         loop="asyncio",
         ws="none",

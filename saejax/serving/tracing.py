@@ -14,22 +14,23 @@ from saejax.runner.config import Configs
 from saejax.runner.pipeline import run_stages
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import STARTED, SUMMARY, Workspace
-from saejax.serving.bench import Bench
 from saejax.serving.jobs import Job
+from saejax.serving.session import ModelSession
+from saejax.serving.store import GraphStore
 from saejax.settings import GraphConfig
 
-_UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=("none",))
+_UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=())
 _OTHERWISE: dict[str, Any] = dict(
     prompts="", behaviours=(), token_ids=(), supernodes="", slug=""
 )  # the reader's prompt alone
 
 
-def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, Any], job: Job) -> str:
-    """Traces a prompt into ``root``/attribute/, and keeps it in memory.
+def trace_typed(session: ModelSession, configs: Configs, store: GraphStore, asked: Mapping[str, Any], job: Job) -> str:
+    """Trace a prompt into its workdir's ``attribute/``, and keeps it in memory.
 
     Args:
       configs: with the model and the dictionaries.
-      root: the workdir.
+      store: of the workdir.
       asked: fields of ``GraphConfig``, ``prompt`` among them.
       job: is told how far the work is.
 
@@ -40,9 +41,11 @@ def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, 
       UserError: the prompt cannot be traced, or another process works in the workdir.
       Interrupted: it was stopped; nothing is left of it.
     """
+    root = store.root
     configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_UNCHECKED, **asked)
     configs, slug, folder = _with_free_slug(configs, root)
     traced: list[Any] = []
+    claimed: list[Any] = []  # runs of this request: only what they began may be discarded
 
     def trace(model: Any, dictionaries: Any, request: Request, config: GraphConfig) -> Any:
         job.say("Tracing")
@@ -51,17 +54,18 @@ def trace_typed(bench: Bench, configs: Configs, root: Path, asked: Mapping[str, 
         return traced[-1]
 
     def substitute(run: Any) -> Any:
-        return run_attribute(run, lambda of: bench.opened(of, job), trace)
+        claimed.append(run)
+        return run_attribute(run, lambda of: session.opened(of, job), trace)
 
     try:
         run_stages(["attribute"], configs, str(root), job.say, job.stopping, substitutes=dict(attribute=substitute))
     finally:
-        if (folder / STARTED).exists() and not (folder / SUMMARY).exists():
+        if claimed and (folder / STARTED).exists() and not (folder / SUMMARY).exists():
             workspace, unit = Workspace(root), f"attribute/{slug}"
             workspace.discard(unit, folder.name.rpartition("-")[2])
     graph = f"attribute/{slug}/graphs/{slug}"
     if traced:
-        bench.keep(graph, traced[0])
+        session.keep(store.find(graph), traced[0])
     return graph
 
 

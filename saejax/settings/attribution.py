@@ -5,7 +5,6 @@ import dataclasses
 from saejax.runner.config import Config, setting
 
 GRAPH_ESTIMATES = ("gradient", "relp")
-CLUSTER = "cluster"  # in place of a file of supernodes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +13,8 @@ class GraphConfig(Config):
 
     transcoders: str = setting(
         "",
-        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, of each layer or "
-        "cross-layer), or the folder of ours, such as runs/mine/train/topk",
+        "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
+        "cross-layer; org/name/subfolder, org/name@revision), or the folder of our own, such as runs/mine/train/topk",
     )
     revision: str = setting("main", "revision of a set on the hub")
     subfolder: str = setting("", "folder of the set within its repository")
@@ -67,34 +66,25 @@ class GraphConfig(Config):
     top_edges: int = setting(0, "maximum number of edges kept per target, the largest first; 0: all", low=0)
     slug: str = setting("", "name of the graph and of its folder; empty: derived from the prompt or the file name")
     doubled: int = setting(
-        32,
-        "number of features that are raised with everything frozen, and doubled with nothing frozen, to check the "
-        "graph's edges; 0: none",
+        0,
+        "number of features that are raised with everything frozen, and doubled with nothing frozen, to check edges "
+        "(0: no check)",
         low=0,
     )
     circuits: bool = setting(
-        True,
-        "check faithfulness: run the model with only parts of the graph, and without them (needs transcoders)",
-    )
-    circuit_rest: str = setting(
-        "zero",
-        "value of the features that such a check leaves out: zero, or their mean activation over all positions of this "
-        "run's prompts (mean)",
-        choices=("zero", "mean"),
-    )
-    kept_prompts: int = setting(
-        0,
-        "test prompts per behaviour on which circuits of increasing size are run, with features ordered by effect and "
-        "as circuit-tracer does, for CPR and CMD (needs transcoders); 0: none",
-        low=0,
+        False,
+        "run parts of the graph alone, and all the rest alone, to check whether they do the work (transcoders only)",
     )
     supernodes: str = setting(
         "",
-        'groups of features shown on the page and on Neuronpedia: empty for none, "cluster" for similar features, or a '
-        '.json file: {"paris": [["cities", "3_17_4", "5_208_4"]]} ("*": all graphs), or a state saved by the page',
+        'file of groups of nodes that the page and Neuronpedia show, .json: {"paris": [["cities", "3_17_4", '
+        '"5_208_4"]]} ("*": all graphs), or a state saved by the page; empty: none',
     )
-    labels: str = setting(
-        "", '.json file of feature names: {"3_17": "cities"}, by layer and feature; shown on pages and on Neuronpedia'
+    labels: str = setting("", 'file of labels of features, .json: {"3_17": "cities"}, by layer and index')
+    features: str = setting(
+        "",
+        "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's; those "
+        "of the set's own features/ and of interpret are shown anyway",
     )
     source_set: str = setting(
         "",
@@ -106,11 +96,12 @@ class GraphConfig(Config):
         "where a viewer looks up features; empty: the model's name in lower case, as on Neuronpedia, or without "
         "--graph.source_set the address of a set on the hub",
     )
-    heads: bool = setting(True, "find the attention heads through which each edge of the pruned graph runs")
+    heads: bool = setting(
+        False, "find what each attention head contributes to each edge of the pruned graph; takes longer than tracing"
+    )
     query_key: tuple[str, ...] = setting(
         (),
-        "heads whose attention scores are decomposed over pairs of sources, as layer.head or layer.head@query position "
-        "(default -1, the last), such as 12.3,14.0@5; empty: with --graph.heads the head that contributes most to the "
-        "last position; none: no head",
+        "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
+        "query (default -1, the last), such as 12.3,14.0@5",
     )
     seed: int = setting(456, "random seed of the choice of features that are doubled", low=0)

@@ -71,7 +71,7 @@ class KindSettings:
     Attributes:
       own: the class of those that it alone has, ``--train.<name>.<field>``. Fields made with ``setting(...,
         swept=True)`` are lists, and several values make as many members of a stack.
-      reads: those of ``--train`` that some kinds share and it reads: "k", "l1", "threshold_rate".
+      reads: those of ``--train`` that some kinds share and it reads: "k", "l1".
       source: hash of the file that it comes from, if it is a plugin's.
     """
 
@@ -86,8 +86,8 @@ KIND_SETTINGS = {
     "gated": KindSettings(reads=("l1",)),
     "jumprelu": KindSettings(JumpReLUConfig),
     "topk": KindSettings(reads=("k",)),
-    "batchtopk": KindSettings(reads=("k", "threshold_rate")),
-    "matryoshka": KindSettings(MatryoshkaConfig, reads=("k", "threshold_rate")),
+    "batchtopk": KindSettings(reads=("k",)),
+    "matryoshka": KindSettings(MatryoshkaConfig, reads=("k",)),
 }
 
 

@@ -1,4 +1,4 @@
-"""How dictionaries are trained and scored."""
+"""Settings of training and evaluation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -67,13 +67,6 @@ class TrainConfig(Config):
         "L1 coefficients of early, middle and late layers (thirds of the sites' layers); replaces l1",
         low=0.0,
         only=read_by_kind("l1"),
-    )
-    threshold_rate: float = setting(
-        0.01,
-        "weight of each batch in the running mean of the smallest kept activation, the threshold at inference",
-        low=0.0,
-        high=1.0,
-        only=read_by_kind("threshold_rate"),
     )
     own: Mapping[str, Config] = nested(settings_of_kinds)
     auxk: float = setting(
@@ -192,9 +185,8 @@ class TrainConfig(Config):
     )
     products: str = setting(
         "auto",
-        "products of topk, of all features (dense) or of those that are active: by compressed rows on one CPU device "
-        "(rows) or by Pallas kernels on one GPU (kernels), which nobody has timed yet: benchmarks/bench_train_gpu.py "
-        "does. auto: rows where they were measured to be faster, else dense. Equal within rounding",
+        "matrix products of topk: of all features (dense), or of the active ones, in compressed rows on one CPU device "
+        "(rows); auto: rows where they were measured to be faster, else dense. Equal within rounding",
         choices=("auto", "dense", "rows"),
         only=("topk",),
     )

@@ -33,7 +33,7 @@ def _dictionaries(configs: Configs) -> tuple[str, ...]:
 
 
 def _names(configs: Configs) -> tuple[str, ...]:
-    """Return the tested dictionary; none where only crosscoders are trained, which ``crosscode`` tests."""
+    """Return the tested dictionary; none where only crosscoders are trained."""
     own, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
     crosscoders = not is_folder(own) and all("+" in site for site in sites)
     return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()

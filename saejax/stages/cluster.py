@@ -14,20 +14,19 @@ from saejax.tasks import identities
 
 @dataclasses.dataclass(frozen=True)
 class ClusterConfig(Config):
-    """Groups of features that belong together."""
+    """Groups of similar features."""
 
     dictionaries: tuple[str, ...] = setting(
         (),
-        "dictionaries whose features are grouped: kinds trained here with all members of their stacks (topk), members "
+        "dictionaries whose features to group: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",
     )
-    smallest: int = setting(5, "features of a group at least", low=2)
-    groups: int = setting(32, "groups of spectral clustering, which puts every feature into one", low=2)
-    most: int = setting(8192, "features of a dictionary that are looked at, drawn from those that fire", low=2)
-    tokens: int = setting(32768, "text on which it is seen which features fire together, about so many tokens", low=64)
-    resamples: int = setting(10, "bootstrap samples on which groups are found again, and shuffled data", low=2)
-    batch_tokens: int = setting(2048, "tokens run at a time", low=32, changes_results=False)
-    seed: int = setting(789, "seed of samples, shuffles and matched sets", low=0)
+    smallest: int = setting(5, "number of features of the smallest group", low=2)
+    most: int = setting(8192, "largest number of features to group; more are sampled from those that fire", low=2)
+    tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
+    resamples: int = setting(10, "number of bootstrap samples, and of shuffled data sets", low=2)
+    batch_tokens: int = setting(2048, "tokens in a batch", low=32, changes_results=False)
+    seed: int = setting(789, "seed of samples, shuffled data and matched sets", low=0)
 
 
 def _folders(configs: Configs) -> str:
@@ -49,27 +48,26 @@ def _needs(configs: Configs, name: str) -> Sequence[str]:
 
 
 def _run(run: Run) -> Any:
-    from saejax.clusters.run import run_cluster
+    from saejax.matching.clusters.run import run_cluster
 
     return run_cluster(run)
 
 
 def _results() -> Any:
-    from saejax.clusters.results import ClusterResults
+    from saejax.matching.clusters.results import ClusterResults
 
     return ClusterResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.clusters.report import sections
+    from saejax.matching.clusters.report import sections
 
     return sections(findings, draw)
 
 
 CLUSTER = Stage(
     name="cluster",
-    summary="groups features by what fires together, by what they write and by what they cost, if "
-    "--cluster.dictionaries names any",
+    summary="groups features by co-activation, by decoder rows and by effects, if --cluster.dictionaries names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, ClusterConfig),

@@ -12,7 +12,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, unit_names
 from saejax.stages.train import trained_sites
 
-FOUND = "found"  # in the place of a file of labels: those of ``interpret``
+FOUND = "found"  # instead of a file: the labels of ``interpret``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,56 +21,53 @@ class ExplainConfig(Config):
 
     dictionaries: tuple[str, ...] = setting(
         (),
-        "kinds of dictionaries, interpreted before, whose features are labelled, each with all members; empty: none",
+        "kinds of interpreted dictionaries whose features to label, each with all members of its stack; empty: none",
         choices=unit_names,
         changes_results=False,
     )
     url: str = setting(
         "",
-        "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; the key, if it wants one, is "
-        "taken from the environment variable OPENAI_API_KEY; empty: --explain.model runs here",
+        "address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1; the environment variable "
+        "OPENAI_API_KEY has its key; empty: --explain.model runs here",
     )
-    model: str = setting("", "the model's name at the endpoint; without one a hub id, a folder or a GGUF file")
-    features: tuple[int, ...] = setting((), "numbers of the features; empty: a draw of --explain.sample", low=0)
-    sample: int = setting(100, "features drawn of those that fire on enough held-out text", low=1)
+    model: str = setting("", "name of the model at the endpoint; without one a hub id, a folder or a GGUF file")
+    features: tuple[int, ...] = setting((), "numbers of the features; empty: a random --explain.sample", low=0)
+    sample: int = setting(100, "number of random features among those that fire often enough on held-out text", low=1)
     given: str = setting(
         "",
-        "labels that are judged in place of written ones: a .csv file as --atlas.labels takes, or found, those of "
+        "labels to judge instead of writing new ones: a .csv file as for --atlas.labels, or found, the labels of "
         "interpret",
     )
     draws: int = setting(
-        1, "contexts drawn from each tenth of a feature's held-out firings; as many without it are shown", low=1
+        1, "contexts from each tenth of a feature's held-out firings; as many without it are shown", low=1
     )
-    scores: tuple[str, ...] = setting(
-        ("fuzzing", "intruder"),
-        "what is asked beside detection, which decides whether a label is kept",
-        choices=("fuzzing", "intruder"),
-    )
-    embedding_model: str = setting(
-        "",
-        "a model at the endpoint that embeds texts: labels are also scored by their closeness to contexts; empty: no",
+    intruder: bool = setting(True, "also ask, without a label, which of some contexts does not belong with the others")
+    answer_tokens: int = setting(
+        4096, "largest number of tokens of an endpoint's answer, reasoning included; a longer one is not used", low=16
     )
     most_tokens: int = setting(
         2_000_000,
-        "tokens that may be spent, prompts and answers together, those of earlier runs of the unit counted",
+        "largest number of tokens to spend, prompts and answers, earlier runs of the unit included",
         low=1,
         changes_results=False,
     )
-    concurrent: int = setting(8, "questions that are asked at a time", low=1, changes_results=False)
-    timeout: float = setting(60.0, "seconds that an answer of the endpoint may take", low=0.1, changes_results=False)
-    seed: int = setting(321, "seed of what is drawn: features, contexts without them, the order of contexts", low=0)
+    concurrent: int = setting(8, "questions asked at the same time", low=1, changes_results=False)
+    timeout: float = setting(
+        120.0, "longest time for an answer of the endpoint, in seconds", low=0.1, changes_results=False
+    )
+    seed: int = setting(321, "seed of the random features, silent contexts and order of contexts", low=0)
 
 
 def _given(configs: Configs) -> str:
-    """Return the hash of the file of labels; "" without one."""
+    """Return the hash of the file of labels; empty if there is none, which the run then reports."""
     from saejax.files import file_sha256
 
     path = Path(configs[ExplainConfig].given)
-    return file_sha256(path) if path.is_file() else ""  # what is missing is said when it runs
+    return file_sha256(path) if path.is_file() else ""
 
 
 def _judge(configs: Configs) -> str:
-    """Return the fingerprint of the model that runs here; "" for one at an endpoint."""
+    """Return the fingerprint of the model that runs here."""
     from saejax.models.source import resolve
 
     config = configs[ExplainConfig]
@@ -78,30 +75,28 @@ def _judge(configs: Configs) -> str:
 
 
 def check(configs: Configs) -> None:
-    """Raise a ``UserError`` unless a model is named that can judge, and the file of labels exists."""
+    """Raise a ``UserError`` unless a model is named, and the file of labels exists."""
     config = configs[ExplainConfig]
     if not config.model:
         raise UserError("--explain.model is missing: name a model of the endpoint, or one that can be loaded")
-    if config.embedding_model and not config.url:
-        raise UserError("--explain.embedding_model is a model of an endpoint: name that by --explain.url")
     if config.given not in ("", FOUND) and not Path(config.given).is_file():
         raise UserError(f"--explain.given={config.given} cannot be read: name a .csv file of labels, or {FOUND}")
 
 
 def _run(run: Run) -> Any:
-    from saejax.explain.run import run_explain
+    from saejax.interpret.explain import run_explain
 
     return run_explain(run)
 
 
 def _results() -> Any:
-    from saejax.explain.results import ExplainResults
+    from saejax.interpret.explain_results import ExplainResults
 
     return ExplainResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.explain.report import sections
+    from saejax.interpret.explain_report import sections
 
     return sections(findings, draw)
 

@@ -9,7 +9,7 @@ from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
 
-CIRCUITS = ("chain", "induction", "logic", "pattern")
+CIRCUITS = ("chain", "induction", "logic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,9 +18,8 @@ class KnownConfig(Config):
 
     circuits: tuple[str, ...] = setting(
         (),
-        "which: features passed on from layer to layer (chain), the word that came after this one before (induction), "
-        "functions of two bits (logic), whether the last words are some (pattern, compiled by Tracr, which must be "
-        "installed); empty: none",
+        "circuits: features passed on from layer to layer (chain), the word that followed this one before (induction), "
+        "functions of two bits (logic); empty: none",
         choices=CIRCUITS,
         changes_results=False,
     )

@@ -6,7 +6,7 @@ from typing import Any
 from saejax.runner.config import Configs
 from saejax.runner.stage import Stage, is_folder
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, ReportConfig, TaskConfig
+from saejax.settings import AblateConfig, MeshConfig, ReportConfig, TaskConfig
 
 _OF_DICTIONARY = ("capture", "train", "evaluate")
 _READ = ("baseline", "benchmark", *_OF_DICTIONARY, "ablate")  # by the sections there always are
@@ -45,6 +45,7 @@ REPORT = Stage(
     run=_run,
     results=_results,
     groups=(ReportConfig,),
+    placement=(MeshConfig,),
     reads=("*",),
     needs=_needs,
 )

@@ -81,19 +81,19 @@ def _files(configs: Configs) -> str:
 
 
 def _run(run: Run) -> Any:
-    from saejax.track.run import run_track
+    from saejax.matching.track.run import run_track
 
     return run_track(run)
 
 
 def _results() -> Any:
-    from saejax.track.results import TrackResults
+    from saejax.matching.track.results import TrackResults
 
     return TrackResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.track.report import sections
+    from saejax.matching.track.report import sections
 
     return sections(findings, draw)
 

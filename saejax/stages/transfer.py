@@ -10,7 +10,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
 from saejax.tasks import identities
 
-MEASURES = ("decoder", "encoder", "folded", "activity")
+MEASURES = ("decoder", "encoder", "activity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,32 +19,36 @@ class TransferConfig(Config):
 
     dictionaries: tuple[str, ...] = setting(
         (),
-        "dictionaries to compare, two at least: kinds trained here with all members of their stacks (topk), members "
+        "dictionaries to compare, at least two: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",
     )
     measures: tuple[str, ...] = setting(
         ("decoder", "encoder"),
-        "what features are matched by: cosines of decoder or encoder rows, folded (decoder rows times thresholds, of "
-        "jumprelu, batchtopk and gated), or activity: correlation on text that both models read",
+        "how features are matched: by cosines of decoder or encoder rows (within one model), or by activity, the "
+        "correlation of activations on text that both models read",
         choices=MEASURES,
     )
-    shared: float = setting(0.7, "cosine or correlation from which on matched features are shared", low=0.0, high=1.0)
-    reconstruction: bool = setting(False, "put each dictionary in the place of each other, with and without a map")
-    tokens: int = setting(8192, "held-out text, about so many tokens, for activity and reconstruction", low=64)
-    ce_documents: int = setting(0, "texts of it on which cross-entropy recovered is measured; 0: not", low=0)
-    tune_tokens: int = setting(
-        0,
-        "tokens on which each dictionary with a k goes on training in the place of each other, beside a random start: "
-        "how many does it save? Implies reconstruction, and wants --transfer.tokens of about twice as many; 0: none",
-        low=0,
+    between: int = setting(0, "number of random pairs of dictionaries of different models; 0: all such pairs", low=0)
+    shared: float = setting(0.7, "cosine or correlation from which matched features are shared", low=0.0, high=1.0)
+    reconstruction: bool = setting(
+        False, "evaluate each dictionary at the site of each other, unchanged and between affine maps"
+    )
+    tokens: int = setting(
+        8192,
+        "approximate number of tokens of held-out text for activity and reconstruction; maps need 8 per dimension of "
+        "the widest site",
+        low=64,
+    )
+    ce_documents: int = setting(
+        0, "documents on which cross-entropy recovered at another site is measured; 0: not measured", low=0
     )
     ablations: tuple[str, ...] = setting(
         (),
-        "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: whether shared "
-        "features of their dictionaries have the same effects",
+        "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: compare the "
+        "effects of shared features of their dictionaries",
     )
-    batch_tokens: int = setting(2048, "tokens run at a time", low=32, changes_results=False)
-    seed: int = setting(789, "seed of random directions, rotations and shuffled pairs", low=0)
+    batch_tokens: int = setting(2048, "tokens in a batch", low=32, changes_results=False)
+    seed: int = setting(789, "seed of random directions, rotations, pairs and the order of texts", low=0)
 
 
 def _folders(configs: Configs) -> str:
@@ -59,32 +63,31 @@ def _folders(configs: Configs) -> str:
     summaries = [Path(folder) / SUMMARY for folder in config.ablations]
     return fingerprint(
         [stacks.identity(name) for name in config.dictionaries if is_folder(name)]
-        + [file_sha256(path) if path.is_file() else "" for path in summaries]  # what is missing is said when it runs
+        + [file_sha256(path) if path.is_file() else "" for path in summaries]  # a missing file is an error when it runs
     )
 
 
 def _run(run: Run) -> Any:
-    from saejax.transfer.run import run_transfer
+    from saejax.matching.transfer.run import run_transfer
 
     return run_transfer(run)
 
 
 def _results() -> Any:
-    from saejax.transfer.results import TransferResults
+    from saejax.matching.transfer.results import TransferResults
 
     return TransferResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.transfer.report import sections
+    from saejax.matching.transfer.report import sections
 
     return sections(findings, draw)
 
 
 TRANSFER = Stage(
     name="transfer",
-    summary="says what dictionaries of different layers, seeds, sizes and models share, if --transfer.dictionaries "
-    "names any",
+    summary="compares dictionaries of different layers, seeds, sizes and models, if --transfer.dictionaries names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, TransferConfig),

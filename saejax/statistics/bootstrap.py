@@ -5,11 +5,10 @@ the cluster bootstrap over them covers 76 to 92 % instead of 95 %. What a mean t
 of these templates. Whether an effect holds beyond them is shown otherwise: by its sign in every template, the held-out
 one included (``has_same_sign``).
 
-References:
-- McCarthy and Snowden, The bootstrap and finite population sampling, Vital and Health Statistics 2(95), 1985: n - 1
-  draws from a stratum of n, so that the variance of a mean is estimated without bias.
-- Davison and Hinkley, Bootstrap Methods and their Application, 1997, sections 3.2, 4.2 and 5.3.
-- Schuirmann, A comparison of the two one-sided tests procedure and the power approach, 1987.
+From a stratum of n prompts n - 1 are drawn, so that the variance of a mean is estimated without bias (McCarthy and
+Snowden, The bootstrap and finite population sampling, 1985). Intervals and p-values are those of Davison and Hinkley
+(Bootstrap Methods and their Application, 1997, sections 3.2, 4.2 and 5.3), equivalence tests those of Schuirmann (A
+comparison of the two one-sided tests procedure and the power approach, 1987).
 """
 
 from collections.abc import Sequence

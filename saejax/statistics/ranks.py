@@ -1,8 +1,7 @@
 """Rank tests against control sets, and Holm's correction.
 
-References:
-  Phipson and Smyth, Permutation p-values should never be zero, 2010.
-  Holm, A simple sequentially rejective multiple test procedure, 1979.
+P-values are those of Phipson and Smyth (Permutation p-values should never be zero, 2010), the correction that of Holm
+(A simple sequentially rejective multiple test procedure, 1979).
 """
 
 import math

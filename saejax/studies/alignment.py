@@ -23,11 +23,11 @@ from saejax.files import read_json
 from saejax.interventions.study_results import BenchmarkFeature, StudyResults
 from saejax.interventions.study_run import RANKING
 from saejax.interventions.table import load_effects
+from saejax.matching.transfer.stability import compare, match_by_direction
 from saejax.page.findings import Findings
 from saejax.results import from_json
 from saejax.statistics.ranks import holm
 from saejax.studies.results import AlignmentFigures
-from saejax.transfer.stability import compare, match_by_direction
 
 LEVEL, LEAST = 0.05, 0.3
 RULE = (

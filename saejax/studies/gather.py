@@ -29,7 +29,7 @@ from saejax.studies.results import (
 from saejax.studies.rows import StudyRow
 from saejax.studies.units import ROWS, UnitState
 from saejax.tasks.results import BaselineResults, BenchmarkResults
-from saejax.training.records import recorded
+from saejax.training.metrics import read_metrics
 from saejax.training.results import TrainResults
 
 _MEASURES = {
@@ -157,7 +157,7 @@ def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], 
       UserError: its metrics are missing or damaged.
     """
     found: dict[tuple[str, int], list[float]] = {}
-    for record in recorded(unit, ("tokens", "loss")):
+    for record in read_metrics(unit, ("tokens", "loss")):
         epoch = min(math.ceil(record["tokens"] * epochs / tokens), epochs)
         found.setdefault((record["member"], epoch), []).append(record["loss"])
     return {key: float(np.mean(values)) for key, values in found.items()}

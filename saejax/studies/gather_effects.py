@@ -8,6 +8,8 @@ from saejax.interventions.answers import AblateResults
 from saejax.interventions.sentences import RESAMPLED
 from saejax.interventions.study_results import StudyResults
 from saejax.interventions.table import TESTED
+from saejax.matching.track.results import TrackResults
+from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings
 from saejax.studies import criteria
 from saejax.studies.results import (
@@ -17,8 +19,6 @@ from saejax.studies.results import (
     TrackingFigures,
     TransferFigures,
 )
-from saejax.track.results import TrackResults
-from saejax.transfer.results import TransferResults
 
 _COMPARED = ("matched", "shared")  # of ``MatchScores``
 
@@ -98,7 +98,6 @@ def tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
                 tokens=text.tokens,
                 sites=len(text.sites),
                 links=text.links,
-                random_links=text.random_links,
                 tests=sum(test.hurt != "not testable" for test in tests),
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

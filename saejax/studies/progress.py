@@ -1,4 +1,4 @@
-"""How long a study still takes: what preflight expects of each unit, corrected by what finished units took."""
+"""Time to go of a study: the expected time of each unit, corrected by that of finished units."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -158,7 +158,7 @@ class TransferFigures:
     row: str  #: of the study
     first: str  #: dictionary
     second: str  #: dictionary
-    measure: str  #: decoder, encoder, folded or activity
+    measure: str  #: decoder, encoder or activity
     matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum
     matched_null: Interval  #: the same by chance
     shared: Interval  #: share of these pairs that count as shared
@@ -174,9 +174,8 @@ class TrackingFigures:
     tokens: int  #: of it
     sites: int  #: of dictionaries
     links: int  #: between features that are shown
-    random_links: int | None  #: by the same rule, of random directions; None for attribution
-    tests: int  #: steps that were tested, at each site, with enough random sets
-    hurt: int  #: of them: those that ablating their features hurts more than random sets at equal dose
+    tests: int  #: steps tested, at each site, with enough random sets
+    hurt: int  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What of the host each of several units that run at once may use: some of its GPUs, or else of its cores."""
+"""Shares of the host for units that run at once: some of its GPUs, or else of its cores."""
 
 import dataclasses
 import os

@@ -1,6 +1,6 @@
 """The tables of what a study's rows found: effects, agreement, and what follows from them."""
 
-from saejax.page.tables import MISSING, answer, count, interval, number, percent
+from saejax.page.tables import MISSING, answer, interval, number, percent
 from saejax.studies.sheet import Sheet, points
 
 _EFFECTS_NOTE = (
@@ -105,7 +105,6 @@ FOUND = (
             "Tokens": lambda one: str(one.tokens),
             "Layers": lambda one: str(one.sites),
             "Links": lambda one: f"{one.links:,}",
-            "Random links": lambda one: count(one.random_links),
             "Steps tested": lambda one: str(one.tests),
             "Hurt": lambda one: str(one.hurt),
         },

@@ -9,6 +9,7 @@ r"""The benchmarks: how each is read, asked and scored.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -190,6 +191,17 @@ def _right_option(key: object, labels: Sequence[str]) -> int | None:
     return None
 
 
+# How multiple choice is asked and scored.
+_multiple_choice_benchmark = functools.partial(
+    Benchmark,
+    examples=200,
+    shots=3,
+    scores=("choice", "likelihood"),
+    question="Q: {}\nA:",
+    instruction="Answer with the right choice alone.",
+    stop=(),
+)
+
 DEFINITIONS = {
     "gsm8k": Benchmark(
         hub="openai/gsm8k",
@@ -220,41 +232,23 @@ DEFINITIONS = {
         training=("EleutherAI/hendrycks_math", _SUBJECTS),
         new_tokens=1024,  # a quarter of the reference solutions is longer than 256
     ),
-    "logic": Benchmark(
+    "logic": _multiple_choice_benchmark(
         hub="SaylorTwift/bbh",
         configurations=LOGIC_TASKS,
         parts=LOGIC_TASKS,
-        examples=200,
-        shots=3,
-        scores=("choice", "likelihood"),
-        question="Q: {}\nA:",
-        instruction="Answer with the right choice alone.",
-        stop=(),
         parse=_logic,
     ),
-    "logiqa": Benchmark(
+    "logiqa": _multiple_choice_benchmark(
         hub="lucasmccabe/logiqa",
         configurations=("default",),
         parts=("",),
-        examples=200,
-        shots=3,
-        scores=("choice", "likelihood"),
-        question="Q: {}\nA:",
-        instruction="Answer with the right choice alone.",
-        stop=(),
         parse=_multiple_choice,
         training=("lucasmccabe/logiqa", ("default",)),
     ),
-    "commonsense": Benchmark(
+    "commonsense": _multiple_choice_benchmark(
         hub="tau/commonsense_qa",
         configurations=("default",),
         parts=("",),
-        examples=200,
-        shots=3,
-        scores=("choice", "likelihood"),
-        question="Q: {}\nA:",
-        instruction="Answer with the right choice alone.",
-        stop=(),
         parse=_multiple_choice,
         training=("tau/commonsense_qa", ("default",)),
         splits=("validation", "dev", "test"),  # the answers of its test split are not published

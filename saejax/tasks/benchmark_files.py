@@ -109,9 +109,9 @@ class Origin:
           UserError: a file is missing or damaged, or the hub cannot be reached.
         """
         for part, paths in self.files.items():
-            names = [_stem(path) for path in paths]
-            for path, name in zip(paths, names, strict=True):
-                unique = name if names.count(name) == 1 and part in ("", name) else f"{path.parent.name}/{name}"
+            stems = [_stem(path) for path in paths]
+            for path, stem in zip(paths, stems, strict=True):
+                unique = stem if stems.count(stem) == 1 and part in ("", stem) else f"{path.parent.name}/{stem}"
                 yield from _local_rows(part, path, unique)
         commit = hub_commit(self.hub, self.revision) if self.hub else ""
         for part, names in self.configurations.items():

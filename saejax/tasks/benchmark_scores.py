@@ -1,4 +1,4 @@
-"""How benchmarks are scored: what the model answers, item by item, and the figures over all items.
+"""Scoring of benchmarks: the model's answer to each item, and the figures over all items.
 
 - ``generate``: greedy answers, right by exact match (``answers``), under a strict and a flexible rule.
 - ``choice``: every choice is scored by its log-likelihood after the prompt. The model's answer is the likeliest one

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from saejax.errors import UserError
 from saejax.files import file_sha256
-from saejax.models.offline import offline_if_unreachable
+from saejax.models.hub import offline_if_unreachable
 
 Found = TypeVar("Found")
 

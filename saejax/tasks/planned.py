@@ -79,7 +79,7 @@ def generates(plan: PlannedRun) -> bool:
 def generated_batch(plan: PlannedRun) -> tuple[int, int, int]:
     """Return rows, tokens of a prompt and new tokens of a batch of benchmark answers."""
     task, context = plan.configs[TaskConfig], plan.model.context
-    names = (*task.benchmarks, *plan.configs[StudyConfig].benchmarks)
+    names = {*task.benchmarks, *plan.configs[StudyConfig].benchmarks}
     new = min(max((answer_tokens(name, task) for name in names), default=1), context - 1)
     return task.batch, min(plan.configs[PreflightConfig].benchmark_tokens, context - new), new
 

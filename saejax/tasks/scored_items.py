@@ -1,4 +1,4 @@
-"""What a model makes of a benchmark's item, by the way in which it is scored; a line of ``items.jsonl`` each."""
+"""Scored items of a benchmark, a class for each way of scoring; each is a line of ``items.jsonl``."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Where training text comes from: what the parts of ``--corpus.path`` name, and the texts of each.
+"""Sources of training text: the parts of ``--corpus.path``, and the texts of each.
 
 FILE.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow
                                           a row per document, with the field ``--corpus.field`` and perhaps "group"

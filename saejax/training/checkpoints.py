@@ -1,4 +1,4 @@
-"""Training checkpoints by Orbax: written while training goes on, restored onto any mesh, the newest and best kept."""
+"""Training checkpoints by Orbax: written in the background, restored onto any mesh, the newest and best kept."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -22,9 +22,9 @@ class Checkpoints:
     """The checkpoints of one training run; a context manager that waits for what is being written.
 
     Args:
-      folder: where they are; made if missing. What a killed save left half-written is cleaned up.
-      keep: how many of the newest to keep.
-      best: a metric: the checkpoint with the best value of it is kept too. Empty: none.
+      folder: their folder; made if missing. What a killed save left half-written is cleaned up.
+      keep: number of the newest to keep.
+      best: a metric: the checkpoint with its best value is kept too. "": none.
     """
 
     def __init__(self, folder: Path, keep: int = 2, best: str = ""):
@@ -61,31 +61,28 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest step that was saved, or is being written; None if there is none."""
+        """The last step that was saved or is being written; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best value of the metric ``best``; None if none is looked for, or none was saved."""
+        """The step with the best value of the metric ``best``; None without such a metric or checkpoint."""
         with_metrics = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics]
         if not self._best or not with_metrics:
             return None
         sign = 1 if self._best in _HIGH_IS_GOOD else -1
         return max(with_metrics, key=lambda checkpoint: sign * checkpoint.metrics[self._best]).step
 
-    def agree(self, run: Mapping[str, Any]) -> dict[str, Any]:
-        """What was recorded of the run whose checkpoints these are; nothing if there are none.
+    def check_same_run(self, run: Mapping[str, Any]) -> None:
+        """Raise a ``UserError`` that lists the differences if the checkpoints belong to another run.
 
         Args:
-          run: what the run is that is to go on with them, JSON data.
-
-        Raises:
-          UserError: it is another one; the message lists the differences.
+          run: description of the run that is to resume from them, JSON data.
         """
         path = self._folder / RUN
         if self.latest_step is None or not path.exists():
-            return {}
+            return
         recorded = read_json(path)
         different = list(_differences(recorded, run))
         if different:
@@ -93,20 +90,19 @@ class Checkpoints:
                 f"{self._folder} holds checkpoints of another configuration: {'; '.join(different)}: give those "
                 "settings, or delete the folder to start anew"
             )
-        return recorded
 
-    def record(self, run: Mapping[str, Any]) -> None:
-        """Records what the run is, for ``agree``; the first process does."""
+    def record_run(self, run: Mapping[str, Any]) -> None:
+        """Record the description of the run, for ``check_same_run``; the first process does."""
         if is_first_process():
             write_json(self._folder / RUN, run)
 
     def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Starts to save; waits only for the save before and until the state's buffers may be donated.
+        """Start to save; wait only for the previous save and until the state's buffers may be donated.
 
         Args:
           step: number of the step.
-          state: arrays.
-          metrics: values of this checkpoint, of which ``best`` is one.
+          state: a tree of arrays.
+          metrics: metrics of this checkpoint, ``best`` among them.
 
         Raises:
           UserError: the disk is full, now or at the save before; earlier checkpoints stay.
@@ -120,7 +116,7 @@ class Checkpoints:
             self._writing = step, self._checkpointer.save_async(step, state, force=True, metrics=metrics)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk; errors as those of ``save``."""
+        """Wait until what was saved is on disk; raises as ``save`` does."""
         if self._writing is not None:
             (step, response), self._writing = self._writing, None
             with self._disk_errors(step):
@@ -128,18 +124,18 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _disk_errors(self, step: int) -> Iterator[None]:
-        """Says in one line that there is no room."""
+        """Turn the many forms of a full disk into a ``UserError``."""
         try:
             yield
         except Exception as error:  # TensorStore reports a full disk in words, under several types
-            if told := out_of_room(error):
+            if reason := out_of_room(error):
                 raise UserError(
-                    f"{told} while saving step {step} to {self._folder}: free space, then run again"
+                    f"{reason} while saving step {step} to {self._folder}: free space, then run again"
                 ) from error
             raise
 
     def restore(self, abstract_state: Any) -> Any:
-        """The newest state, placed as ``abstract_state``'s shardings say."""
+        """Return the last state, placed as the shardings of ``abstract_state`` say."""
         try:
             return self._checkpointer.load(self.latest_step, abstract_state)
         except Exception as error:
@@ -150,12 +146,12 @@ class Checkpoints:
             raise UserError(message) from error
 
     def close(self) -> None:
-        """Frees the threads."""
+        """Free the threads."""
         self._checkpointer.close()
 
 
 def _differences(recorded: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """In what the entries of ``wanted`` differ from what was recorded under the same names."""
+    """Yield the entries of ``wanted`` that differ from what was recorded under the same names."""
     for key, value in wanted.items():
         before, full = recorded.get(key), f"{name}.{key}" if name else key
         if isinstance(value, Mapping) and isinstance(before, Mapping):

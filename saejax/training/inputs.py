@@ -1,191 +1,282 @@
-"""Where the trainer's batches come from: a store, read from disk while it trains or resident on the devices.
+"""Training batches: from a store, read ahead by threads or resident on the devices; or straight from the model.
 
-Both give the same rows in the same order to the same step. On a CPU they give the same bits, on any mesh; on other
-devices XLA may choose other kernels for a step alone than for one of many in a program, and they agree to rounding.
+All give the same thing, ``batch(n)``: the raw values of step n (from 0), on the devices. What it holds is a function of
+n and the settings alone, so a run that resumes needs nothing but its step, and the same rows in the same order come
+from disk and from device memory: training gives the same bits with both.
 """
 
-import time
-from collections.abc import Callable, Iterable
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from saejax.activations.batches import READ_OPTIONS, BatchOrder, Parts, sites_of
+from saejax.activations.device_buffers import check_room
+from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
-from saejax.errors import UserError
-from saejax.parallel.collectives import from_first_process
-from saejax.parallel.mesh import free_bytes, sharding
-from saejax.training.members import Hyper
-from saejax.training.objective import Arrays
-from saejax.training.placement import placed, resident_bytes
-from saejax.training.step import Trainer, TrainState
+from saejax.activations.stream import BufferOrder, ModelStream
+from saejax.errors import Interrupted, UserError
+from saejax.parallel.collectives import from_first_process, process_count
+from saejax.parallel.mesh import free_bytes, part_size
+from saejax.runner.workspace import Run
+from saejax.settings import TrainConfig
+from saejax.training.scales import ScaledRows
+from saejax.training.stack import TrainStack, batch_parts
 
-_SHARE = 0.4  # of the memory that is free once the state is placed, which "auto" gives to activations
-_LONGEST = 64  # most steps of one program
-_SECONDS = 0.5  # that a program should take, so that a request to stop is heard soon
+Batch = tuple[jax.Array, ...]
+_RESIDENT_SHARE = 0.4  # share of the memory free once the state is placed that "auto" gives to activations
 
 
-class Input(Protocol):
-    """Runs the trainer's steps on its batches. ``mode`` is its name, as in ``--train.input``."""
+class Batches(Protocol):
+    """Batches by step."""
 
-    mode: str
+    def batch(self, step: int) -> Batch | None:
+        """Return the inputs [sites, B, D] of a step and, for transcoders, the targets.
 
-    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
-        """Runs at least one step and none beyond the ``last``; does not wait for them.
-
-        Args:
-          state: after ``step`` steps; donated.
-          step, last: step < last.
-
-        Returns:
-          The next state; metrics [M], or [N, M] of which the first rows are the steps that ran; how many ran: 0 only if
-          the process was asked to stop.
+        None if the process was asked to stop before the batch was made.
         """
         ...
 
 
-class Streamed:
-    """Batches that are read ahead by threads, a program for each step.
-
-    Args:
-      batches: of each batch the rows ``own_rows``, arrays [sites, rows, d], from the first step wanted on.
-    """
-
-    mode = "streamed"
-
-    def __init__(self, trainer: Trainer, batches: Iterable[tuple[np.ndarray, ...]]):
-        self._trainer, self._batches = trainer, iter(batches)
-        self._first = own_rows(trainer).start
-
-    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
-        """One step, as ``Input.advance`` says."""
-        state, metrics = self._trainer.step(state, tuple(self._placed(part) for part in next(self._batches)))
-        return state, metrics, 1
-
-    def _placed(self, part_SxRxD: np.ndarray) -> jax.Array:
-        """The whole batch on the devices, of which this process gives what its own hold."""
-        batch, first = self._trainer.config.batch, self._first
-
-        def held(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[1].indices(batch)
-            return part_SxRxD[index[0], start - first : stop - first, index[2]]
-
-        shape = (part_SxRxD.shape[0], batch, part_SxRxD.shape[2])
-        return jax.make_array_from_callback(shape, self._trainer.batch_sharding, held)
-
-
-def own_rows(trainer: Trainer) -> slice:
-    """The rows of each batch that this process's devices hold, and what lies between."""
-    batch, where = trainer.config.batch, trainer.batch_sharding
-    held = where.addressable_devices_indices_map((len(trainer.sites), batch, 1)).values()
-    ends = [index[1].indices(batch) for index in held if index]
-    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
-
-
-class Resident:
-    """Rows that stand on the devices.
-
-    The host sends the places of each batch's rows, and one program runs as many steps as take about half a second. How
-    many is an argument of the program: it compiles once, and the bits do not depend on where a run was interrupted.
-
-    Args:
-      parts: of ``placed``, for each part of a batch; bfloat16 may be uint16.
-      places: gives the places [batch] among those rows of the batch that a step, from 0, takes.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a stack's activations come from.
 
     Attributes:
-      parts: may be replaced by others of the same shapes.
+      rows: widths, norms, the model, and rows from which scales are estimated.
+      per_epoch: number of batches of an epoch.
+      open: returns the batches of a stack; called when the train state is on the devices.
+      close: frees memory.
     """
 
-    mode = "resident"
-
-    def __init__(self, trainer: Trainer, parts: tuple[jax.Array, ...], places: Callable[[int], np.ndarray]):
-        self._trainer, self.parts, self._places = trainer, parts, places
-        self._calls, self._count = 0, 1
-        shardings = (trainer.shardings, sharding(trainer.mesh))
-        self.compiled = jax.jit(self._steps, donate_argnums=0, out_shardings=shardings)
-
-    def advance(self, state: TrainState, step: int, last: int) -> tuple[TrainState, Arrays, int]:
-        """As many steps as take half a second, as ``Input.advance`` says. The first two calls are waited for."""
-        start, count = time.monotonic(), min(self._count, last - step)
-        places_NxB = np.zeros((_LONGEST, self._trainer.config.batch), np.int32)
-        for i in range(count):
-            places_NxB[i] = self._places(step + i)
-        state, metrics = self.compiled(state, self._trainer.hyper, self.parts, places_NxB, np.int32(count))
-        if self._calls < 2:  # the first compiles, the second is timed
-            jax.block_until_ready(metrics)
-            if self._calls == 1:
-                fitting = np.clip(_SECONDS / (time.monotonic() - start), 1, _LONGEST)
-                self._count = int(from_first_process(np.int32(fitting)))
-            self._calls += 1
-        return state, metrics, count
-
-    def _steps(
-        self, state: TrainState, hyper: Hyper, parts: tuple[jax.Array, ...], places_NxB: jax.Array, count: jax.Array
-    ) -> tuple[TrainState, Arrays]:
-        """The first ``count`` steps, in a loop whose length the compiler does not know."""
-        step = self._trainer.pure_step
-
-        def one(i: jax.Array, carry: tuple[TrainState, Arrays]) -> tuple[TrainState, Arrays]:
-            state, recorded = carry
-            state, metrics = step(state, hyper, self._batch(parts, places_NxB[i]))
-            return state, {name: recorded[name].at[i].set(value_M) for name, value_M in metrics.items()}
-
-        _, metrics = jax.eval_shape(lambda: step(state, hyper, self._batch(parts, places_NxB[0])))
-        empty = {name: jnp.zeros((_LONGEST, *leaf.shape), leaf.dtype) for name, leaf in metrics.items()}
-        return lax.fori_loop(0, count, one, (state, empty))
-
-    def _batch(self, parts: tuple[jax.Array, ...], places_B: jax.Array) -> tuple[jax.Array, ...]:
-        """The rows of a batch, placed as a streamed one is."""
-        picked = (jnp.take(rows_SxRxD, places_B, axis=1, mode="clip") for rows_SxRxD in parts)
-        placed = (lax.with_sharding_constraint(part, self._trainer.batch_sharding) for part in picked)
-        return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in placed)
+    rows: ScaledRows
+    per_epoch: int
+    open: Callable[[TrainStack], Batches]
+    close: Callable[[], None] = lambda: None
 
 
-def make_input(
-    trainer: Trainer,
-    store: Store,
-    parts: Parts,
-    first_step: int,
-    before: str = "",
-    say: Callable[[str], None] = lambda line: None,
-) -> Input:
-    """The input that ``--train.input`` asks for; to be called when the state is on the devices.
+def store_source(config: TrainConfig, store: Store, parts: Parts, say: Callable[[str], None]) -> Source:
+    """Return a store as a source.
 
     Args:
-      trainer: gives the step and the settings.
+      config: the settings.
+      store: the store, with any joined sites.
       parts: the sites of every part of a batch.
-      first_step: where training starts or goes on.
-      before: "resident" or "streamed", which "auto" was in the run that goes on: it stays that.
+      say: logs a line.
+    """
+    per_epoch = len(store.usable("train", *sites_of(parts))) // config.batch
+    return Source(store, per_epoch, lambda stack: open_store(stack, store, say))
+
+
+def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lambda line: None) -> Batches:
+    """Return the batches of a store as ``--train.input`` asks: streamed, or resident on the devices.
 
     Raises:
-      UserError: the activations are to be resident and are more than what is free.
+      UserError: the activations are to be resident and exceed the free memory.
     """
-    config = trainer.config
+    config, parts = stack.config, batch_parts(stack.members)
     usable = store.usable("train", *sites_of(parts))
-    needed, free = resident_bytes(trainer, store, parts, len(usable)), free_bytes(trainer.mesh)
+    needed, free = resident_bytes(stack, store, len(usable)), free_bytes(stack.mesh)
     mode = config.input
-    if mode == "auto":
-        fits = needed <= _SHARE * free and not _on_cpu(trainer.mesh)
-        mode = before or ("resident" if from_first_process(np.int32(fits)) else "streamed")
-    if mode == "resident" and not from_first_process(np.int32(needed <= free)):
+    if mode == "auto":  # the memory of CPU devices is the host's, where the page cache holds what was read
+        fits = needed <= _RESIDENT_SHARE * free and stack.platform != "cpu"
+        mode = "resident" if from_first_process(np.int32(fits)) else "streamed"
+    if mode == "streamed":
+        return StreamedBatches(stack, store)
+    if not from_first_process(np.int32(needed <= free)):
         raise UserError(
             f"--train.input=resident would put {needed / 1e9:.2f} GB of activations on each device, of which "
             f"{free / 1e9:.2f} GB are free: use --train.input=streamed, or more devices on --mesh.data"
         )
-    if mode == "streamed":
-        arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
-        batches = store.batches(parts, *arguments, own_rows(trainer))
-        return Streamed(trainer, iter(batches[first_step:].to_iter_dataset(READ_OPTIONS)))
     say(f"activations are resident: {needed / 1e9:.3f} GB on each device of {free / 1e9:.1f} GB free")
-    held = tuple(placed(trainer, store, part, usable.rows()) for part in parts)
+    arrays = tuple(place_rows(stack, store, part, usable.rows()) for part in parts)
     order = BatchOrder(usable, config.batch, config.seed[0], config.epochs, config.buffer_rows)
-    return Resident(trainer, held, order.ranks)
+    return ResidentBatches(stack, arrays, order.ranks)
 
 
-def _on_cpu(mesh: Mesh) -> bool:
-    """Whether the devices are CPUs: their memory is the host's, and XLA runs a step in a loop more slowly there."""
-    return mesh.devices.flat[0].platform == "cpu"
+class StreamedBatches:
+    """Batches of a store, read ahead by threads. Asked for in turn they are fast; any other can be asked for too."""
+
+    def __init__(self, stack: TrainStack, store: Store):
+        config = stack.config
+        self._stack, self._rows = stack, local_rows(stack)
+        arguments = (config.batch, config.seed[0], config.epochs, config.buffer_rows)
+        self._data = store.batches(batch_parts(stack.members), *arguments, self._rows)
+        self._ahead: Iterator[tuple[np.ndarray, ...]] = iter(())
+        self._next = -1
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        if step != self._next:
+            self._ahead = iter(self._data[step:].to_iter_dataset(READ_OPTIONS))
+        self._next = step + 1
+        return tuple(self._place(part) for part in next(self._ahead))
+
+    def _place(self, part_SxRxD: np.ndarray) -> jax.Array:
+        """Return the whole batch on the devices, of which this process has the rows of its own devices."""
+        batch, first = self._stack.config.batch, self._rows.start
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(batch)
+            return part_SxRxD[index[0], start - first : stop - first, index[2]]
+
+        shape = (part_SxRxD.shape[0], batch, part_SxRxD.shape[2])
+        return jax.make_array_from_callback(shape, self._stack.batch_sharding, shard)
+
+
+class ResidentBatches:
+    """Batches of rows that are on the devices.
+
+    Args:
+      stack: what is trained.
+      arrays: for each part of a batch the rows [sites, rows, d]; bfloat16 may come as uint16.
+      indices: returns the rows [B], among these, of the batch of a step.
+    """
+
+    def __init__(self, stack: TrainStack, arrays: Batch, indices: Callable[[int], np.ndarray]):
+        self.arrays, self.indices = arrays, indices
+        self._take = jax.jit(_take_rows, out_shardings=stack.batch_sharding)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        return self._take(self.arrays, self.indices(step).astype(np.int32))
+
+
+def _take_rows(arrays: Batch, index_B: jax.Array) -> Batch:
+    taken = (jnp.take(rows_SxRxD, index_B, axis=1, mode="clip") for rows_SxRxD in arrays)
+    return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
+
+
+def model_source(run: Run, parts: Parts) -> Source:
+    """Return the model's activations on the corpus's training text as a source, with the first buffer made.
+
+    Raises:
+      UserError: several processes with values that pass through the host, a buffer smaller than a batch, or what
+        ``ModelStream`` refuses.
+      Interrupted: asked to stop.
+    """
+    config = run.configs[TrainConfig]
+    if config.buffer_rows < config.batch:
+        raise UserError(f"--train.buffer_rows={config.buffer_rows} is less than one batch of {config.batch}: raise it")
+    several = process_count() > 1
+    if several:  # all make a buffer together: a request to stop is heard between buffers, where all agree on it
+        run = dataclasses.replace(run, stopping=lambda: False)
+    stream = ModelStream(run, parts, config.buffer_rows)
+    if several and stream.on_devices is None:
+        raise UserError(
+            "--train.source=model runs in several processes with --capture.backend=jax, one model and no joined sites "
+            "alone: use --mesh.processes=1, or capture a store"
+        )
+    if not stream.fill(0):
+        raise Interrupted("stopped before the first step: run the same command to start again")
+    stream = with_joined(stream, sites_of(parts))
+    per_epoch = _buffer_order(config, stream).per_epoch
+    return Source(stream, per_epoch, lambda stack: ModelBatches(stack, stream), stream.close)
+
+
+def _buffer_order(config: TrainConfig, stream: ModelStream) -> BufferOrder:
+    return BufferOrder([stream.size(i) for i in range(len(stream))], config.batch, config.seed[0])
+
+
+class ModelBatches:
+    """Batches straight from the model: buffer after buffer, each resident in its turn.
+
+    The step says which buffer it reads and which of its rows. A run that resumes makes the first buffer again, for
+    scales and the sink rule, and then the one it was in.
+
+    Args:
+      stack: what is trained.
+      stream: the stream, whose first buffer is made.
+
+    Raises:
+      UserError: a buffer does not fit on the devices.
+    """
+
+    def __init__(self, stack: TrainStack, stream: ModelStream):
+        self._stack, self._stream, self._parts = stack, stream, batch_parts(stack.members)
+        self._order = _buffer_order(stack.config, stream)
+        self._largest = max(stream.size(i) for i in range(len(stream)))
+        if stream.on_devices is None:
+            check_room(stack.mesh, self._largest, resident_bytes(stack, stream, self._largest))
+        self._resident = ResidentBatches(stack, (), lambda step: self._batches[step - self._first])
+        self._buffer, self._epoch, self._first = 0, -1, 0  # the first buffer is made, but not yet resident
+        self._batches = np.zeros((0, stack.config.batch), np.int64)
+
+    def batch(self, step: int) -> Batch | None:
+        """Return the batch of a step; None if the process was asked to stop while its buffer was made."""
+        epoch, buffer, first, _ = self._order.locate(step)
+        if (epoch, buffer) != (self._epoch, self._buffer) and not self._load(epoch, buffer, first):
+            return None
+        return self._resident.batch(step)
+
+    def _load(self, epoch: int, buffer: int, first: int) -> bool:
+        """Put a buffer on the devices; return False if the process was asked to stop."""
+        self._resident.arrays, self._epoch = (), -1  # its memory is for the next
+        if buffer != self._buffer and not self._stream.fill(buffer):
+            self._buffer = -1
+            return False
+        stack, stream = self._stack, self._stream
+        rows_R = stream.rows("train", *sites_of(self._parts))
+        if not len(rows_R):
+            raise UserError(
+                f"all {stream.size(buffer)} tokens of buffer {buffer + 1} are attention sinks: raise "
+                "--train.buffer_rows or --capture.sink_factor"
+            )
+        self._resident.arrays = stream.on_devices or tuple(
+            place_rows(stack, stream, part, np.arange(stream.size(buffer)), self._largest) for part in self._parts
+        )
+        self._batches = rows_R[self._order.places(epoch, buffer, len(rows_R))]
+        self._epoch, self._buffer, self._first = epoch, buffer, first
+        return True
+
+
+def local_rows(stack: TrainStack) -> slice:
+    """Return the rows of each batch that this process's devices hold, and what lies between."""
+    batch = stack.config.batch
+    shards = stack.batch_sharding.addressable_devices_indices_map((len(stack.sites), batch, 1)).values()
+    ends = [index[1].indices(batch) for index in shards if index]
+    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
+
+
+def resident_bytes(stack: TrainStack, rows: Store | ModelStream, count: int) -> int:
+    """Return the bytes of activations that each device would hold of this number of rows."""
+    shapes = [_resident_shape(stack, rows, part, count) for part in batch_parts(stack.members)]
+    spec = stack.batch_sharding.spec
+    return sum(part_size(stack.mesh.shape, shape, *spec) for shape in shapes) * rows.dtype.itemsize
+
+
+def _resident_shape(
+    stack: TrainStack, rows: Store | ModelStream, part: Sequence[str], count: int
+) -> tuple[int, int, int]:
+    devices = stack.mesh.shape["data"]
+    return len(part), -(-count // devices) * devices, rows.d(part[0])
+
+
+def place_rows(
+    stack: TrainStack, rows: Store | ModelStream, part: Sequence[str], rows_R: np.ndarray, size: int = 0
+) -> jax.Array:
+    """Return rows of a part's sites on the devices, [sites, rows, d], in the dtype of the store.
+
+    Rows are split over the ``data`` axis. Every process reads what its own devices hold. Zeros fill up to ``size``
+    rows, and to a multiple of the axis.
+    """
+    shape = _resident_shape(stack, rows, part, max(size, len(rows_R)))
+
+    @functools.lru_cache(maxsize=1)  # devices that differ in the ``model`` axis alone hold the same
+    def read(first_site: int, last_site: int, first_row: int, last_row: int) -> np.ndarray:
+        chosen = rows_R[first_row:last_row]
+        values = np.zeros((last_site - first_site, last_row - first_row, shape[2]), rows.dtype)
+        for index, site in enumerate(part[first_site:last_site]):
+            values[index, : len(chosen)] = rows.read(site, chosen)
+        return values
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        sites, own = (axis.indices(size)[:2] for axis, size in zip(index[:2], shape[:2], strict=True))
+        return read(*sites, *own)
+
+    return jax.make_array_from_callback(shape, stack.batch_sharding, shard)

@@ -22,10 +22,19 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
-from saejax.training.members import Member, SiteScale, members
 from saejax.training.pretrained import Pretrained, find_pretrained
-from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites, stack_shape
-from saejax.training.train import trainer_of
+from saejax.training.scales import SiteScale
+from saejax.training.stack import (
+    Member,
+    TrainStack,
+    batch_parts,
+    check_divides,
+    choose_sites,
+    make_members,
+    stack_shape,
+)
+from saejax.training.state import abstract_state
+from saejax.training.step import compile_step
 
 _STEPS = 1000  # length of the run, of which only the schedules know
 
@@ -34,7 +43,9 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
     """Return the dictionaries that will be trained on a model, by kind.
 
     Args:
+      train: the settings.
       captured: the sites that will be in the store.
+      model: the model.
 
     Raises:
       UserError: a site does not exist in this model, or is read and not captured, or has another width than a
@@ -57,7 +68,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
             found = find_pretrained(train.pretrained)
             planned[kind] = PlannedStack(_largest(found, widths("--train.pretrained", found)), tuple(found))
         else:
-            planned[kind] = _planned(train, kind, chosen_sites(train, sites), widths)
+            planned[kind] = _planned(train, kind, choose_sites(train, sites), widths)
     return planned
 
 
@@ -67,7 +78,7 @@ def _planned(
     """Return all members, those of the widest of several expansions last, with its shape."""
     found = []
     for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
-        own = members(config, kind, sites)
+        own = make_members(config, kind, sites)
         shape = stack_shape(config, kind, own, widths("--train.sites", own))
         found += own
     return PlannedStack(shape, tuple(found))
@@ -183,16 +194,15 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
-    make = trainer_of(config, dictionary.kind, members, mesh.shape)
-    trainer = make(config, dictionary, members, mesh, _STEPS, [scale] * len(members))
-    shape = (len(trainer.sites), config.batch, d_in)
-    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].store_dtype, sharding=trainer.batch_sharding)
+    trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
+    shape = (len(trained.sites), config.batch, d_in)
+    batch = jax.ShapeDtypeStruct(shape, plan.configs[CaptureConfig].store_dtype, sharding=trained.batch_sharding)
     many = f"{len(members)} members, " if len(members) > 1 else ""
     return Program(
         f"train: {dictionary.kind} step",
         f"{many}{config.batch} tokens, {d_in} -> {dictionary.n_features:,}",
-        trainer.compiled,
-        (trainer.abstract_state, trainer.abstract_hyper, (batch,) if config.form == "sae" else (batch, batch)),
+        compile_step(trained),
+        (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
         (),
         weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
         _steps(plan) * sum(one.expansion for one in each) / max(one.expansion for one in each),

@@ -1,6 +1,6 @@
-"""Dictionaries that are there already, in the place of trained ones: the unit ``train/pretrained``.
+"""Pretrained dictionaries in place of ones trained here: the unit ``train/pretrained``.
 
-They are copied in our own format, so every stage takes them as it takes what was trained here.
+They are copied in our own format, so every stage reads them as it reads dictionaries that were trained here.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ _FLAG = "--train.pretrained"
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A dictionary that is there already.
+    """A pretrained dictionary.
 
     Attributes:
-      name: among the members: its site and, where several read that, the end of its place; "" for one alone.
-      place: where it is, as its address and what is below that.
-      config: what it is.
-      load: reads it.
+      name: name of the member: its site and, where several read that, the end of its path; "" for one alone.
+      place: its address, with the path below it.
+      config: its configuration.
+      load: returns the dictionary.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Pretrained:
 
     @property
     def site(self) -> str:
-        """What it reads."""
+        """The site that is read."""
         return self.config.site
 
     @property
     def target(self) -> str:
-        """What it rebuilds or predicts."""
+        """The site that is reconstructed or predicted."""
         return self.config.target or self.config.site
 
 
 def run_pretrained(run: Run) -> TrainResults:
-    """Copies the dictionaries that ``--train.pretrained`` names, each to the folder that a trained one has.
+    """Copy the dictionaries that ``--train.pretrained`` names to the folders of trained ones.
 
     Raises:
       UserError: see ``find_pretrained``.
@@ -85,10 +85,10 @@ def run_pretrained(run: Run) -> TrainResults:
 
 
 def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
-    """The dictionaries in folders here or on the hub, all of a stack or set each.
+    """Return the dictionaries of folders, here or on the hub; of a stack or set all.
 
     Raises:
-      UserError: none is named or there, one is damaged, or does not say what it reads.
+      UserError: none is named or found, one is damaged, or does not say which site it reads.
     """
     if not addresses:
         raise UserError(f"--train.kinds={PRETRAINED} needs {_FLAG}=FOLDER,...: name what is to be taken")
@@ -104,7 +104,7 @@ def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
 
 
 def _names(found: Sequence[tuple[str, str]]) -> list[str]:
-    """The site of each and, as far as that is needed to tell it from the others, the last parts of its place."""
+    """Return the site of each and, as far as that is needed for distinct names, the last parts of its path."""
 
     def named(site: str, place: str, parts: int) -> str:
         end = "/".join(Path(place).parts[-parts:])
@@ -123,7 +123,7 @@ def _names(found: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _in(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
-    """Place, description and reader of each dictionary at an address."""
+    """Yield path, configuration and reader of each dictionary at an address."""
     try:
         folder = resolve_path(address)
         if folder.is_dir() and circuit_tracer.is_set(folder):

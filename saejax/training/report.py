@@ -1,4 +1,4 @@
-"""The report on the dictionaries: how well they rebuild what they read, how sparsely, and how training went."""
+"""The report on the dictionaries: reconstruction, sparsity and training curves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 from saejax.settings.kinds import PRETRAINED
 from saejax.training import report_figures
-from saejax.training.records import recorded
+from saejax.training.metrics import read_metrics
 from saejax.training.report_figures import TrainingCurve
 from saejax.training.results import TrainResults
 
@@ -44,15 +44,16 @@ _MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
 
 
 def scores_of(found: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
-    """Held-out scores of the members of each kind; of cross-layer transcoders there are none."""
+    """Return the held-out scores of the members of each kind, cross-layer transcoders left out."""
     return {kind: results.members for kind, results in found.each(EvaluateResults).items() if results.members}
 
 
 def section(found: Findings, draw: Draw, tested: str) -> Section:
-    """The measures, tables and figures of all dictionaries.
+    """Return the measures, tables and figures of all dictionaries.
 
     Args:
-      found: what to write of.
+      found: the results.
+      draw: saves a figure.
       tested: name of the dictionary that the causal tests use; "": there are none.
     """
     dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
@@ -69,6 +70,7 @@ def section(found: Findings, draw: Draw, tested: str) -> Section:
     tables = [_table(found, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, one) for kind, one in layers.items()]
+    tables += _parts_tables(scores)
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
     return Section("The dictionaries", blocks)
@@ -110,7 +112,7 @@ def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
 
 
 def _table(found: Findings, tested: str) -> Table:
-    """A column for every dictionary that stands alone, and for the one that was tested."""
+    """Return a table with a column for every dictionary that is no member of a stack, and for the tested one."""
     shown = {
         full_name(kind, member.name): (member, found.each(TrainResults)[kind])
         for kind, members in scores_of(found).items()
@@ -133,14 +135,38 @@ def _table(found: Findings, tested: str) -> Table:
 
 
 def _members_table(kind: str, members: Sequence[DictionaryScores]) -> Table:
-    """A row for every member of a stack."""
+    """Return a table with a row for every member of a stack."""
     rows = tuple((member.name, *(show(member) for show in _MEASURES.values())) for member in members[:_MEMBER_ROWS])
     note = f"The first {_MEMBER_ROWS} of {len(members)} members." if len(members) > _MEMBER_ROWS else ""
     return Table(f"The members of {kind}", ("Member", *_MEASURES), rows, stack=False, note=note)
 
 
+def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Table]:
+    """Return tables with a row for every part of every crosscoder; none without crosscoders."""
+    rows = [
+        (full_name(kind, member.name), part, scored, member.shared)
+        for kind, members in scores.items()
+        for member in members
+        for part, scored in (member.parts or {}).items()
+    ]
+    columns = {
+        "Crosscoder": lambda name, part, scored, shared: name,
+        "Part": lambda name, part, scored, shared: part,
+        "Explained variance": lambda name, part, scored, shared: number(scored.explained_variance, 3),
+        "Cross-entropy recovered (mean)": lambda name, part, scored, shared: number(scored.ce_recovered_mean, 3),
+        "Private features": lambda name, part, scored, shared: f"{scored.private:,}",
+        "Shared features": lambda name, part, scored, shared: MISSING if shared is None else f"{shared:,}",
+    }
+    note = (
+        "A live feature is private to a part if the relative norm of its decoder row is above 0.9 there (1: it writes "
+        "to this part alone), and shared if it is between 0.4 and 0.6 (0.5: equally long in both). A penalty on "
+        "activations makes private features of shared ones, so prefer batchtopk for this comparison."
+    )
+    return [Table.of("The parts of crosscoders", rows, columns, stack=False, note=note)] if rows else []
+
+
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
-    """A row for every layer of a cross-layer transcoder."""
+    """Return a table with a row for every layer of a cross-layer transcoder."""
     columns = {
         "Layer": lambda one: str(one.layer),
         "Explained variance": lambda one: number(one.explained_variance, 3),
@@ -161,7 +187,7 @@ def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
 
 
 def _frontier(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw) -> Picture:
-    """All dictionaries, those that stand alone as well, each kind in lines of one site."""
+    """Return the sparsity-fidelity figure of all dictionaries, each kind in lines of one site."""
     points: dict[str, list[list[DictionaryScores]]] = {}
     for kind, members in scores.items():
         sites: dict[tuple[str, str], list[DictionaryScores]] = {}
@@ -212,10 +238,10 @@ def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense
 
 
 def training_curves(unit: Path) -> list[TrainingCurve]:
-    """The training curve of every member of a train unit; a ``UserError`` if its file is missing or damaged."""
+    """Return the training curve of every member of a unit; a ``UserError`` if its file is missing or damaged."""
     names = ("tokens", "explained_variance", "l0")
     points: dict[str, list[list[float]]] = {}
-    for record in recorded(unit, names):
+    for record in read_metrics(unit, names):
         points.setdefault(record["member"], []).append([record[name] for name in names])
     return [TrainingCurve(*zip(*_thinned(own), strict=True)) for own in points.values()]
 

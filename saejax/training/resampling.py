@@ -1,18 +1,18 @@
-"""Dead features start again at what the dictionary explains worst, as in Bricken et al. (2023), "neuron resampling".
+"""Neuron resampling: dead features start again at the tokens of the highest loss (Bricken et al., 2023).
 
 Every ``resample_every`` steps, for each feature that has been silent for ``dead_tokens``:
 
-    a token of the batch is drawn with a probability in proportion to its squared loss, none for two features
+    a token of the batch is drawn with probability proportional to its squared loss, without replacement
     decoder row      the direction of the token's target, less the decoder's bias
-    encoder column   the direction of its input, less the bias, 0.2 times as long as the living columns' mean
-    other arrays     what they were at the start, most of them 0
-    Adam's moments   0, of all these
+    encoder column   the direction of its input, less the bias, 0.2 times the mean length of the live columns
+    other arrays     their initial values, most of them 0
+    Adam's moments   0, for all these
 
-They look at 819,200 tokens, we at one batch; features for which it has no token wait for the next time.
+Bricken et al. draw from 819,200 tokens, we from one batch; features for which it has no token wait for the next time.
 
-With ``resample_from=errors`` rows are directions of what the dictionary leaves of the targets. A token is a sum of many
-features, most of which the dictionary has: its error is nearer to one that it lacks. An SAE's encoder columns are the
-same directions, all of them as long as the living columns' mean, or hardly one would pass a threshold.
+With ``resample_from=errors`` rows are directions of the residuals. A token is a sum of many features, most of which the
+dictionary has: its residual is nearer to a feature that it lacks. An SAE's encoder columns are the same directions, of
+the live columns' mean length, or hardly one would pass a threshold.
 """
 
 import dataclasses
@@ -26,35 +26,37 @@ from saejax.dictionaries import DictionaryConfig, kinds
 from saejax.dictionaries.joined import row_lengths
 from saejax.dictionaries.modules import parameter_table
 from saejax.settings import TrainConfig
-from saejax.training.members import Hyper
+from saejax.training.stack import Hyperparams
 from saejax.training.state import TrainState
 
 _LENGTH = 0.2  # of an encoder column that starts at a token, in those of the living
 
 
-def due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
-    """Whether dead features start again after ``step`` steps; not while the learning rate falls, nor at the end."""
+def is_due(config: TrainConfig, steps: int, step: jax.Array) -> jax.Array:
+    """Return whether to resample after ``step`` steps; not while the learning rate falls, nor at the end."""
     last = steps - max(round(config.decay * steps), 1)
     return (step % config.resample_every == 0) & (step <= last)
 
 
-def resampled(
+def resample(
     config: TrainConfig,
     dictionary: DictionaryConfig,
     state: TrainState,
-    hyper: Hyper,
+    hyper: Hyperparams,
     x_BxD: jax.Array,
     y_BxD: jax.Array,
     error_BxD: jax.Array,
 ) -> TrainState:
-    """A member's state, a ``TrainState`` without member axis, with its dead features started again.
+    """Return a member's state, without member axis, with its dead features started again.
 
     Args:
-      dictionary: what the member is.
-      state: after the step on this batch.
-      hyper: the member's own settings.
-      x_BxD, y_BxD: scaled inputs and targets.
-      error_BxD: what the member leaves of the targets.
+      config: the settings.
+      dictionary: what the members have in common.
+      state: the member's state after the step on this batch.
+      hyper: the member's hyperparameters.
+      x_BxD: scaled inputs.
+      y_BxD: scaled targets.
+      error_BxD: the member's residuals of the targets.
     """
     params, rows = state.params, config.resample_from
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
@@ -63,40 +65,42 @@ def resampled(
     has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
     loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
     silent_F = state.silent_MxF >= config.dead_tokens
-    dead_F, chosen_F = _drawn(hyper, state.step_M, loss_B, silent_F)
-    length = (1.0 if rows == "errors" else _LENGTH) * _mean_length(params["W_enc_DxF"], silent_F)
+    dead_F, chosen_F = draw_tokens(hyper, state.step_M, loss_B, silent_F)
+    length = (1.0 if rows == "errors" else _LENGTH) * _mean_live_length(params["W_enc_DxF"], silent_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
     started |= dict(
-        W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=_rows(targets_BxD[chosen_F], dictionary.widths)
+        W_enc_DxF=length * inputs_BxD[chosen_F].T, W_dec_FxD=_unit_rows(targets_BxD[chosen_F], dictionary.widths)
     )
     table = parameter_table(dictionary)
     by_feature = {name: spec.index("model") for name, (_, spec) in table.items() if "model" in spec}
 
-    def replaced(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
+    def replace_dead(name: str, old: jax.Array, new: jax.Array) -> jax.Array:
         if name not in by_feature:
             return old
         shape = [1] * old.ndim
         shape[by_feature[name]] = dead_F.shape[0]
         return jnp.where(dead_F.reshape(shape), new, old)
 
-    def forgotten(path: Any, moment: jax.Array) -> jax.Array:
+    def reset_moment(path: Any, moment: jax.Array) -> jax.Array:
         name = next((key.key for key in path if getattr(key, "key", None) in by_feature), "")
-        return replaced(name, moment, jnp.zeros_like(moment))
+        return replace_dead(name, moment, jnp.zeros_like(moment))
 
     return dataclasses.replace(
         state,
-        params={name: replaced(name, value, started[name]) for name, value in params.items()},
-        optimizer=jax.tree_util.tree_map_with_path(forgotten, state.optimizer),
+        params={name: replace_dead(name, value, started[name]) for name, value in params.items()},
+        optimizer=jax.tree_util.tree_map_with_path(reset_moment, state.optimizer),
         silent_MxF=jnp.where(dead_F, 0, state.silent_MxF),
     )
 
 
-def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each dead feature a token of its own, drawn in proportion to the square of its loss; random in seed and step.
+def draw_tokens(
+    hyper: Hyperparams, step: jax.Array, loss_B: jax.Array, dead_F: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Draw a distinct token for each dead feature, in proportion to the square of its loss; random in seed and step.
 
     Returns:
-      Which features get one: where there are fewer tokens than dead features, the first ones; and which token.
+      Which features get a token (where there are fewer tokens than dead features, the first ones), and its index.
     """
     key = jax.random.fold_in(jax.random.key(hyper.seed), step)
     weight_B = jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30))
@@ -107,17 +111,17 @@ def _drawn(hyper: Hyper, step: jax.Array, loss_B: jax.Array, dead_F: jax.Array) 
 
 
 def _directions(values_BxD: jax.Array) -> jax.Array:
-    """Rows of length 1; 0 where they were."""
+    """Return rows of length 1; zero rows stay zero."""
     length_Bx1 = jnp.linalg.norm(values_BxD, axis=-1, keepdims=True)
     return values_BxD / jnp.maximum(length_Bx1, 1e-30)
 
 
-def _rows(rows_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
-    """Rows of length 1 of those of norm 1, which over the parts of a joined site is less."""
+def _unit_rows(rows_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
+    """Return rows of length 1, which over the parts of a joined site is not their norm, of rows of norm 1."""
     return rows_FxD / jnp.maximum(row_lengths(rows_FxD, widths), 1e-30)[:, None] if widths else rows_FxD
 
 
-def _mean_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
-    """Mean length of the living features' columns; of all where none lives."""
-    living_F = jnp.where(jnp.all(dead_F), True, ~dead_F)
-    return jnp.sum(jnp.linalg.norm(W_enc_DxF, axis=0) * living_F) / jnp.sum(living_F)
+def _mean_live_length(W_enc_DxF: jax.Array, dead_F: jax.Array) -> jax.Array:
+    """Return the mean length of the live features' columns; of all columns where no feature is live."""
+    live_F = jnp.where(jnp.all(dead_F), True, ~dead_F)
+    return jnp.sum(jnp.linalg.norm(W_enc_DxF, axis=0) * live_F) / jnp.sum(live_F)

@@ -1,92 +1,117 @@
-"""What the trainer knows of the activations before it starts: their scale, and where the decoder's bias begins."""
+"""Estimates from activations before training: their scale, the decoder bias to start from, the whitening matrix."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from saejax.activations.batches import Parts, sites_of
 from saejax.activations.joined import JoinedRows
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import losses
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
-from saejax.training.members import Member, SiteScale
 
 _SAMPLE = 65_536  # rows from which something is estimated
 
 
+@dataclasses.dataclass(frozen=True)
+class SiteScale:
+    """What training knows about the activations that a member reads and predicts.
+
+    Attributes:
+      input: factor that brings inputs to a mean norm of sqrt(d).
+      output: the same for targets.
+      bias_D: where the decoder's bias starts, in raw units.
+      max_norm, target_max_norm: norms of an input and a target above which it is an attention sink, in raw units.
+      metric_DxD: matrix that errors are multiplied with before they are squared; None: the identity.
+      scales, max_norms: of the parts of a joined site, as in ``DictionaryConfig``; (): one site.
+    """
+
+    input: float
+    output: float
+    bias_D: np.ndarray
+    max_norm: float | None = None
+    target_max_norm: float | None = None
+    metric_DxD: np.ndarray | None = None
+    scales: tuple[float, ...] = ()
+    max_norms: tuple[float, ...] = ()
+
+
 class ScaledRows(Protocol):
-    """What is known of the activations before training: a ``Store``, a ``ModelStream``, or what stands for one."""
+    """Activations as training reads them beforehand: a ``Store``, a ``ModelStream``, or a synthetic world's vectors."""
 
     @property
     def sites(self) -> Sequence[str]:
-        """Those that there are."""
+        """Sites that can be read."""
         ...
 
     @property
     def model(self) -> CapturedModel:
-        """Whose activations they are."""
+        """The model."""
         ...
 
     def d(self, site: str) -> int:
-        """Width of a site."""
+        """Return the width of a site."""
         ...
 
     def max_norm(self, site: str) -> float:
-        """The sink rule: rows with a larger norm are attention sinks."""
+        """Return the sink rule: rows with a larger norm are attention sinks."""
         ...
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
-        """Rows of a split that are sinks at none of the sites, ascending."""
+        """Return the rows of a split that are sinks at none of the sites, ascending."""
         ...
 
     def read(self, site: str, rows: np.ndarray) -> np.ndarray:
-        """The vectors [n, d] at a ``site``, of ``rows``."""
+        """Return the vectors [n, d] of rows at a site."""
         ...
 
 
-def sampled(rows: np.ndarray, seed: int) -> np.ndarray:
-    """Some of the rows, ascending: all that there are where they are few.
+def sample_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:
+    """Return at most 65,536 of the row numbers ``rows_N``, ascending, drawn by ``seed``."""
+    if len(rows_N) <= _SAMPLE:
+        return rows_N
+    return np.sort(np.random.default_rng(seed).choice(rows_N, _SAMPLE, replace=False))
+
+
+def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple[str, str]]) -> list[SiteScale]:
+    """Return the scale of each (input, target) pair of sites.
 
     Args:
-      rows: numbers of rows, ascending.
-      seed: of the draw.
+      rows: a store, whose training rows are sampled; or a stream, whose first buffer is.
+      config: the settings.
+      pairs: each member's pair.
+
+    Raises:
+      UserError: all activations of a site are zero.
     """
-    if len(rows) <= _SAMPLE:
-        return rows
-    return np.sort(np.random.default_rng(seed).choice(rows, _SAMPLE, replace=False))
-
-
-def site_scales(store: ScaledRows, config: TrainConfig, stack: Sequence[Member], parts: Parts) -> list[SiteScale]:
-    """For each member, the factors that bring its activations to a mean norm of sqrt(d), and its first bias.
-
-    Estimated from a sample of the store's training rows, or from the first buffer of a stream.
-    """
-    rows = sampled(store.rows("train", *sites_of(parts)), config.seed[0])
+    sites = list(dict.fromkeys(site for column in zip(*pairs, strict=True) for site in column))
+    targets = {target for _, target in pairs}
+    sampled_N = sample_rows(rows.rows("train", *sites), config.seed[0])
     factor, bias, metric = {}, {}, {}
-    for site in sites_of(parts):
-        acts_NxD = store.read(site, rows).astype(np.float64)
+    for site in sites:
+        acts_NxD = rows.read(site, sampled_N).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
         if norm == 0:
             raise UserError(f"all activations at {site} are zero: nothing can be learned from this store")
         factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
-        if any(site == member.target for member in stack):
+        if site in targets:
             bias[site] = _initial_bias(config.initial_bias, acts_NxD)
             if config.whiten_error:
                 metric[site] = losses.whitening(acts_NxD, config.whiten_error)
     return [
         SiteScale(
-            factor[m.site],
-            factor[m.target],
-            bias[m.target],
-            store.max_norm(m.site),
-            metric_DxD=metric.get(m.target),
-            target_max_norm=store.max_norm(m.target),
-            **(store.part_facts(m.site) if isinstance(store, JoinedRows) else {}),
+            factor[site],
+            factor[target],
+            bias[target],
+            rows.max_norm(site),
+            target_max_norm=rows.max_norm(target),
+            metric_DxD=metric.get(target),
+            **(rows.part_facts(site) if isinstance(rows, JoinedRows) else {}),
         )
-        for m in stack
+        for site, target in pairs
     ]
 
 
@@ -98,12 +123,12 @@ def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:
 
 
 def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50) -> np.ndarray:
-    """The point with the smallest sum of distances to all rows of ``acts``, by Weiszfeld's iteration.
+    """Return the point with the smallest sum of distances to all rows, by Weiszfeld's iteration.
 
     Args:
       acts_NxD: the rows.
-      start_D: where it starts.
-      rounds: at most; it ends where a round moves the point by less than a millionth of its length.
+      start_D: where the iteration starts.
+      rounds: maximum number of rounds; it ends where a round moves the point by less than a millionth of its length.
     """
     point_D = start_D
     for _ in range(rounds):

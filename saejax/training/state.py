@@ -1,116 +1,143 @@
-"""What a training step changes: its arrays before the first step, where they are on the mesh, what becomes of them."""
+"""Train state: initialisation, shardings, one optimiser update, and export of the finished dictionaries.
+
+Every array of a ``TrainState`` has a leading axis over the members of a stack. The layers of a cross-layer transcoder
+differ in shape: there, parameters and optimiser states are tuples over layers, without that axis.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, rescale
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding
-from saejax.settings import TrainConfig
-from saejax.training.members import Member, SiteScale
-from saejax.training.updates import make_optimizer
+from saejax.settings import MOST_TOKENS
+from saejax.training.optimizer import apply_constraints, learning_rate_schedule, make_optimizer
+from saejax.training.stack import TrainStack
 
-STATE_VERSION = 2  # of the tree below; a checkpoint of another is refused
+STATE_VERSION = 3  # version of the tree below; a checkpoint of another version is refused
+_THRESHOLD_RATE = 0.01  # weight of each batch in the running mean of the threshold, until it is calibrated at the end
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes; every array has a leading axis over the members, M.
+    """What a step changes.
 
     Attributes:
-      params: the dictionaries' arrays; of a cross-layer transcoder those of each layer, a tuple without that axis.
-      optimizer: optax state, or one of each layer.
+      params: arrays of the dictionaries, by name.
+      optimizer: state of the Optax chain.
       silent_MxF: tokens since each feature last fired, int32.
-      kept_M: running mean of the smallest activation that a batch kept (batchtopk, matryoshka; else 0).
-      step_M: steps done, int32; the same for all.
+      batch_topk_threshold_M: running mean of the smallest activation that a batch kept; 0 for kinds without one.
+      step_M: number of steps done, int32; the same for all members.
     """
 
     params: Any
     optimizer: Any
     silent_MxF: jax.Array
-    kept_M: jax.Array
+    batch_topk_threshold_M: jax.Array
     step_M: jax.Array
 
+    def layer(self, layer: int) -> "TrainState":
+        """Return the state of one layer of a cross-layer transcoder, as that of one member."""
+        rest = {name: getattr(self, name)[layer] for name in PER_MEMBER}
+        return TrainState(self.params[layer], self.optimizer[layer], **rest)
 
-def initial_state(
-    config: TrainConfig, dictionary: DictionaryConfig, members: Sequence[Member], scales: Sequence[SiteScale]
-) -> TrainState:
-    """The state before the first step; to be traced.
 
-    Random directions from each member's seed and, in a stack of several sites, its site's place among them; the
-    decoder's bias where its site's scale says, everything else 0. Were the directions the same at all sites, what
-    little training leaves of them would pass for features that the layers share.
+PER_MEMBER = ("silent_MxF", "batch_topk_threshold_M", "step_M")
+
+
+def init_state(stack: TrainStack) -> TrainState:
+    """Return the state before the first step, on the devices."""
+    return jax.jit(functools.partial(_initial_state, stack), out_shardings=state_shardings(stack))()
+
+
+def _initial_state(stack: TrainStack) -> TrainState:
+    """Return the initial state; to be traced.
+
+    Directions are random, from each member's seed and, in a stack of several sites, the index of its site: were they
+    the same at all sites, what little training leaves of them would pass for features that layers share. The decoder's
+    bias starts at the site's mean or median, everything else at 0.
     """
+    config, dictionary, members = stack.config, stack.dictionary, stack.members
+    vectors = stack.kind.start(config.of_kind(dictionary.kind))
 
-    start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
+    def init_member(key: jax.Array, bias_D: jax.Array) -> Arrays:
+        arrays = Dictionary.initial(dictionary, key, config.matmul, config.state_dtype).arrays | dict(b_dec_D=bias_D)
+        return arrays | {name: jnp.full_like(arrays[name], value) for name, value in vectors.items()}
 
-    def one(key: jax.Array, bias_D: jax.Array) -> Arrays:
-        member = Dictionary.initial(dictionary, key, config.matmul, config.state_dtype)
-        arrays = member.arrays | dict(b_dec_D=bias_D)
-        return arrays | {name: jnp.full_like(arrays[name], value) for name, value in start.items()}
-
-    bias_MxD = np.stack([scale.bias_D * scale.output for scale in scales]).astype(config.state_dtype)
+    bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
     sites = list(dict.fromkeys(member.site for member in members))
     keys = [(jax.random.key(member.settings["seed"]), sites.index(member.site)) for member in members]
-    key_M = jnp.stack([jax.random.fold_in(key, place) if place else key for key, place in keys])
+    key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
     # One by one, so that a member of the first site starts with the same bits alone and in a stack.
-    params = lax.map(lambda args: one(*args), (key_M, jnp.asarray(bias_MxD)))
+    params: Any = lax.map(lambda args: init_member(*args), (key_M, jnp.asarray(bias_MxD)))
+    optimizer = make_optimizer(config, dictionary.widths)
+    if stack.is_cross_layer:  # the stack's transcoders, which write nothing to later layers yet
+        params = tuple(_pad_decoder({name: array[i] for name, array in params.items()}, len(members) - 1 - i)
+                       for i in range(len(members)))  # fmt: skip
+        optimizer_state: Any = tuple(map(optimizer.init, params))
+    else:
+        optimizer_state = jax.vmap(optimizer.init)(params)
     return TrainState(
         params,
-        jax.vmap(make_optimizer(config, dictionary.widths).init)(params),
+        optimizer_state,
         jnp.zeros((len(members), dictionary.n_features), jnp.int32),
         jnp.zeros(len(members), config.state_dtype),
         jnp.zeros(len(members), jnp.int32),
     )
 
 
-def with_shardings(
-    state: TrainState, dictionary: DictionaryConfig, mesh: Mesh, zero_optimizer: bool = False
-) -> TrainState:
-    """The shapes of a state with the sharding of each: members over ``member``, features over ``model``.
+def _pad_decoder(arrays: Arrays, later_layers: int) -> Arrays:
+    columns = later_layers * arrays["W_dec_FxD"].shape[1]
+    return arrays | dict(W_dec_FxD=jnp.pad(arrays["W_dec_FxD"], ((0, 0), (0, columns))))
 
-    Arrays that stand alone, as those of a cross-layer transcoder's layers do, have no axis over members.
 
-    Args:
-      state: arrays, or their shapes.
-      dictionary: what the members have in common.
-      mesh: the devices.
-      zero_optimizer: whether the optimizer's matrices are split over ``data`` too, along their other axis.
+def abstract_state(stack: TrainStack) -> TrainState:
+    """Return shapes and shardings of the state: members over ``member``, features over ``model``.
+
+    With ``zero_optimizer`` the optimiser's matrices are split over ``data`` too, along their other axis.
     """
-    specs = {name: spec for name, (_, spec) in parameter_table(dictionary).items()}
+    specs = {name: spec for name, (_, spec) in parameter_table(stack.dictionary).items()}
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         spec = next((specs[name] for name in names if name in specs), (None,) * max(leaf.ndim - 1, 0))
         spec = ("model",) if names[0] == "silent_MxF" else spec
-        if zero_optimizer and names[0] == "optimizer":
+        if stack.config.zero_optimizer and names[0] == "optimizer":
             spec = _over_data(spec)
-        where = fitting_sharding(mesh, leaf.shape, *["member"] * (leaf.ndim - len(spec)), *spec)
+        where = fitting_sharding(stack.mesh, leaf.shape, *["member"] * (leaf.ndim - len(spec)), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    shapes = jax.eval_shape(functools.partial(_initial_state, stack))
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def placed_update(arrays: Arrays, dictionary: DictionaryConfig, mesh: Mesh, *, over_data: bool) -> Arrays:
-    """One member's gradients or parameters, placed as ``with_shardings`` places an optimizer that is split, or them.
+def state_shardings(stack: TrainStack) -> TrainState:
+    """Return the sharding of every array of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(stack))
 
-    Said both before and after an update it lets devices sum the part of the gradients that each needs, and send nothing
-    but new parameters.
+
+def place_update(arrays: Arrays, dictionary: DictionaryConfig, mesh: Mesh, *, over_data: bool) -> Arrays:
+    """Constrain one member's gradients or parameters to the placement of a ZeRO optimiser, or of parameters.
+
+    Constrained before and after an update, devices sum the part of the gradients that each needs, and send nothing but
+    new parameters (Rajbhandari et al., 2020).
 
     Args:
-      arrays: by name, without an axis over members; to be traced.
+      arrays: arrays by name, without an axis over members; to be traced.
       dictionary: what the members have in common.
       mesh: the devices.
-      over_data: as the optimizer is; else as parameters are.
+      over_data: True: as the optimiser is placed; False: as parameters are.
     """
     inside = jax.sharding.get_abstract_mesh()  # of a part of the mesh that another axis has split already
     mesh, table = (mesh if inside.empty else inside), parameter_table(dictionary)
@@ -124,33 +151,76 @@ def placed_update(arrays: Arrays, dictionary: DictionaryConfig, mesh: Mesh, *, o
 
 
 def _over_data(spec: Sequence[str | None]) -> tuple[str | None, ...]:
-    """Of matrices of features, split along their other axis too."""
+    """Split matrices of features along their other axis too."""
     return tuple(axis or "data" for axis in spec) if "model" in spec else tuple(spec)
 
 
-def finished(
-    config: TrainConfig, dictionary: DictionaryConfig, member: Member, scale: SiteScale, arrays: Arrays, kept: jax.Array
-) -> Dictionary:
-    """A member's trained dictionary, for raw activations; decoder rows that grew freely are brought to length 1.
+def apply_update(
+    stack: TrainStack,
+    state: TrainState,
+    grads: Arrays,
+    fired_F: jax.Array,
+    min_kept: jax.Array,
+    peak_rate: jax.Array,
+    tokens: int,
+) -> tuple[TrainState, Arrays]:
+    """Apply one member's gradient.
 
     Args:
-      config: how it was trained.
-      dictionary: what the members have in common.
-      member, scale: which one it is, and the scales of its site.
-      arrays: as trained, for scaled activations.
-      kept: running mean of the smallest activation that a batch kept.
+      stack: what is trained.
+      state: the member's state, without an axis over members.
+      grads: gradient of its loss.
+      fired_F: whether each feature fired on any of the tokens.
+      min_kept: the smallest activation that the batch kept, see ``Kind.encode_in_training``.
+      peak_rate: the member's peak learning rate.
+      tokens: tokens of the batch.
+
+    Returns:
+      The next state, and metrics of the update: learning_rate, gradient_norm, dead (share of features).
     """
-    kind = kinds.by_name(dictionary.kind)
-    arrays = rescale.unit_rows(kind, kind.finish(arrays, kept), dictionary.widths)
-    described = dataclasses.replace(
+    config, params, dictionary = stack.config, state.params, stack.dictionary
+    dead_F = state.silent_MxF >= config.dead_tokens
+    rate = peak_rate * learning_rate_schedule(config, stack.steps)(state.step_M).astype(min_kept.dtype)
+    place = functools.partial(place_update, dictionary=dictionary, mesh=stack.mesh)
+    if config.zero_optimizer:
+        grads, params = (place(place(arrays, over_data=False), over_data=True) for arrays in (grads, params))
+    optimizer = make_optimizer(config, dictionary.widths)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, params, learning_rate=rate)
+    moved = optax.apply_updates(params, updates)
+    after = apply_constraints(config, stack.kind, moved, before=params, widths=dictionary.widths)
+    if config.zero_optimizer:
+        after = place(place(after, over_data=True), over_data=False)
+    longest = MOST_TOKENS - tokens  # the count stops there, as int32 would overflow
+    silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
+    mean = state.batch_topk_threshold_M + _THRESHOLD_RATE * (min_kept - state.batch_topk_threshold_M)
+    threshold = jnp.where(state.step_M == 0, min_kept, mean)
+    norm = optax.tree.get(optimizer_state, "gradient_norm")
+    metrics = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
+    return TrainState(after, optimizer_state, silent_F, threshold, state.step_M + 1), metrics
+
+
+def finish_dictionary(stack: TrainStack, state: TrainState, index: int) -> Dictionary:
+    """Return a member's trained dictionary for raw activations; decoder rows that grew freely get length 1.
+
+    Args:
+      stack: what was trained.
+      state: the state after the last step.
+      index: index of the member.
+    """
+    arrays = {name: array[index] for name, array in state.params.items()}
+    dictionary, kind, member, scale = stack.dictionary, stack.kind, stack.members[index], stack.scales[index]
+    arrays = rescale.unit_rows(kind, kind.finish(arrays, state.batch_topk_threshold_M[index]), dictionary.widths)
+    is_sae = member.target == member.site
+    config = dataclasses.replace(
         dictionary,
         site=member.site,
-        target="" if member.target == member.site else member.target,
+        target="" if is_sae else member.target,
         k=member.settings.get("k", 0),
         fires_above=dictionary.fires_above / scale.output,
         max_norm=scale.max_norm,
-        target_max_norm=None if member.target == member.site else scale.target_max_norm,
+        target_max_norm=None if is_sae else scale.target_max_norm,
         scales=scale.scales,
         max_norms=scale.max_norms,
     )
-    return Dictionary(described, config.matmul, **rescale.fold_input_scaling(kind, arrays, scale.input, scale.output))
+    arrays = rescale.fold_input_scaling(kind, arrays, scale.input, scale.output)
+    return Dictionary(config, stack.config.matmul, **arrays)

@@ -1,208 +1,279 @@
-"""One training step of a stack as a pure, jit-compiled, sharded function of (state, batch).
+"""One training step of a stack: a pure function (state, hyperparameters, batch) -> (state, metrics).
 
-The step of one member is written once (``_member_step``); a stack is that function over a leading axis
-(``training.each_member``).
+The loss and the step of one member are written once; a stack is ``map_over_members`` of that step.
+
+    loss = squared error of each reconstruction          (whitened if asked for)
+         + penalty of the kind, and its further terms
+         + auxk * AuxK + decorrelation * decorrelation + alignment * alignment
+
+The terms are defined in ``dictionaries.losses`` and ``dictionaries.kinds``.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, PartitionSpec
 
-from saejax.dictionaries import Dictionary, DictionaryConfig, kinds, sparse_products
-from saejax.dictionaries.kinds.base import Arrays
-from saejax.dictionaries.kinds.topk import is_plain_topk
-from saejax.parallel.mesh import fitting_sharding, sharding
-from saejax.settings import MOST_TOKENS, TrainConfig
-from saejax.settings.kinds import KIND_SETTINGS
-from saejax.training import resampling
-from saejax.training.each_member import each_member, members_at_once
-from saejax.training.members import Hyper, Member, SiteScale
-from saejax.training.objective import Objective
-from saejax.training.state import TrainState, finished, initial_state, placed_update, with_shardings
-from saejax.training.updates import constrained, learning_rate, make_optimizer
+from saejax.dictionaries import Dictionary, losses
+from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
+from saejax.dictionaries.sparse_products import Encoder, SparseCode, explain
+from saejax.dictionaries.sparsity import row
+from saejax.parallel.mesh import sharding
+from saejax.training import cross_layer, resampling
+from saejax.training.optimizer import penalty_schedule
+from saejax.training.stack import Hyperparams, TrainStack
+from saejax.training.state import TrainState, apply_update, place_update, state_shardings
+from saejax.training.widening import alignment
+
+Batch = tuple[jax.Array, ...]
+Step = Callable[[TrainState, Hyperparams, Batch], tuple[TrainState, Arrays]]
 
 
-class Trainer:
-    """Makes the initial state and the step of a stack on one mesh.
+def compile_step(stack: TrainStack) -> Step:
+    """Return ``train_step`` of a stack, jitted; the state is donated."""
+    step = functools.partial(train_step, stack)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(stack), sharding(stack.mesh)))
+
+
+def train_step(stack: TrainStack, state: TrainState, hyper: Hyperparams, batch: Batch) -> tuple[TrainState, Arrays]:
+    """Do one step of all members.
 
     Args:
-      dictionary: what the members have in common.
-      members: who they are.
-      mesh: the devices; its ``member`` axis must divide the members.
-      steps: length of the whole run, for the schedules.
-      scales: of each member.
+      stack: what is trained.
+      state: the state before the step.
+      hyper: ``stack.hyperparams``.
+      batch: raw inputs [sites, B, D] in the order of ``stack.sites``, and for transcoders the targets.
 
-    Raises:
-      UserError: ``config.products`` is not for the mesh's devices.
+    Returns:
+      The next state, and metrics [M].
+    """
+    if stack.is_cross_layer:
+        return cross_layer.train_step(stack, state, hyper, batch)
+    with jax.sharding.use_abstract_mesh(stack.mesh.abstract_mesh):
+        # Members at the same time take one branch of AuxK's condition, because sums over the mesh's other axes stand in
+        # it; members in turn each take their own.
+        most_dead = []
+        if stack.members_at_once > 1 or stack.mesh.shape["member"] > 1:
+            most_dead = [jnp.max(jnp.sum(state.silent_MxF >= stack.config.dead_tokens, axis=-1))]
+        after, metrics = _map_over_batch(stack, _member_step, state, hyper, batch, *most_dead)
+        if stack.config.resample_every:
+            due = resampling.is_due(stack.config, stack.steps, after.step_M[0])
+
+            def resample(state: TrainState) -> tuple[TrainState, tuple[()]]:
+                return _map_over_batch(stack, _resample, state, hyper, batch)
+
+            after, _ = lax.cond(due, resample, lambda state: (state, ()), after)
+    return after, metrics
+
+
+def _member_step(
+    stack: TrainStack,
+    state: TrainState,
+    hyper: Hyperparams,
+    x_BxD: jax.Array,
+    y_BxD: jax.Array,
+    most_dead: jax.Array | None = None,
+) -> tuple[TrainState, Arrays]:
+    """Do the step of one member: gradient, then update; arrays have no axis over members here."""
+    params, dead_F = state.params, state.silent_MxF >= stack.config.dead_tokens
+    if stack.config.zero_optimizer:
+        params = place_update(params, stack.dictionary, stack.mesh, over_data=False)
+    gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
+    grads, (metrics, fired_F, min_kept) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
+    state, update_metrics = apply_update(stack, state, grads, fired_F, min_kept, hyper.learning_rate, len(x_BxD))
+    return state, metrics | update_metrics
+
+
+def _resample(
+    stack: TrainStack, state: TrainState, hyper: Hyperparams, x_BxD: jax.Array, y_BxD: jax.Array
+) -> tuple[TrainState, tuple[()]]:
+    error_BxD = member_residual(stack, state.params, x_BxD, y_BxD, hyper)
+    # Features on any device pick tokens of all: JAX 0.11's compiler crashes where it is to find out how.
+    batch = lax.with_sharding_constraint((x_BxD, y_BxD, error_BxD), sharding(stack.mesh))
+    return resampling.resample(stack.config, stack.dictionary, state, hyper, *batch), ()
+
+
+def member_loss(
+    stack: TrainStack,
+    params: Arrays,
+    x_BxD: jax.Array,
+    y_BxD: jax.Array,
+    hyper: Hyperparams,
+    step: jax.Array,
+    dead_F: jax.Array,
+    most_dead: jax.Array | None = None,
+) -> tuple[jax.Array, tuple[Arrays, jax.Array, jax.Array]]:
+    """Return the loss of one member on one batch.
+
+    Args:
+      stack: what is trained.
+      params: the member's arrays, as in ``parameter_table``.
+      x_BxD: scaled inputs.
+      y_BxD: scaled targets.
+      hyper: the member's hyperparameters, scalars.
+      step: number of steps done.
+      dead_F: True for features that have been silent for too long.
+      most_dead: the largest number of dead features among the members computed together; None: this member's.
+
+    Returns:
+      The loss, and (metrics, whether each feature fired on any token, the smallest activation that was kept).
+    """
+    config, member = stack.config, Dictionary(stack.dictionary, stack.config.matmul, **params)
+    kind, settings = member.kind, config.of_kind(member.kind.name)
+    most_dead = jnp.sum(dead_F) if most_dead is None else most_dead
+    pre_BxF, pre_for_auxk_BxF, acts, residuals, min_kept = _encode(stack, member, x_BxD, y_BxD, hyper, most_dead > 0)
+    if isinstance(acts, SparseCode):
+        f_BxF, firings_F = acts.dense(), acts.firings()
+    else:
+        # In floats, because XLA:CPU vectorises no sums of integers; exact up to 2^24 tokens.
+        f_BxF, firings_F = acts, jnp.sum(member.fires(acts).astype(jnp.float32), axis=0)
+    errors = [losses.squared_size(error_BxD, hyper.metric_DxD, config.matmul) for error_BxD in residuals]
+    error_BxD = residuals[-1]
+
+    batch = EncodedBatch(member, x_BxD, y_BxD, pre_BxF, f_BxF, dead_F, hyper.metric_DxD, hyper.kind_params, settings)
+    terms = dict(error=sum(errors[1:], errors[0]))
+    penalty = kind.penalty(batch)
+    if penalty is not None:
+        terms["sparsity"] = penalty * penalty_schedule(config, stack.steps)(step)
+    terms |= kind.losses(batch)
+    if config.auxk:
+        k = config.auxk_features or max(stack.dictionary.d_in // 2, 1)
+        # Split features stay on their devices, and a TPU's vector units move no single columns.
+        all_columns = stack.mesh.shape["model"] > 1 or stack.platform == "tpu"
+        fixed = error_BxD, k, config.matmul, hyper.metric_DxD, most_dead, all_columns
+        terms["auxk"] = config.auxk * losses.auxk(pre_for_auxk_BxF, dead_F, params["W_dec_FxD"], *fixed)
+    if config.decorrelation:
+        terms["decorrelation"] = config.decorrelation * losses.decorrelation(f_BxF)
+    if config.alignment:
+        terms["alignment"] = config.alignment * alignment(params["W_enc_DxF"], params["W_dec_FxD"])
+    loss = sum(terms.values(), jnp.zeros((), y_BxD.dtype))
+
+    metrics = terms | dict(
+        loss=loss,
+        mse=losses.squared_size(error_BxD),
+        l0=jnp.sum(firings_F) / x_BxD.shape[0],
+        explained_variance=losses.explained_variance(y_BxD, error_BxD),
+    )
+    return loss, (metrics, firings_F > 0, min_kept)
+
+
+def member_residual(
+    stack: TrainStack, params: Arrays, x_BxD: jax.Array, y_BxD: jax.Array, hyper: Hyperparams
+) -> jax.Array:
+    """Return targets ``y_BxD`` minus one member's reconstruction from ``x_BxD``, features chosen as in training."""
+    member = Dictionary(stack.dictionary, stack.config.matmul, **params)
+    return _encode(stack, member, x_BxD, y_BxD, hyper)[3][-1]
+
+
+def _encode(
+    stack: TrainStack,
+    member: Dictionary,
+    x_BxD: jax.Array,
+    y_BxD: jax.Array,
+    hyper: Hyperparams,
+    any_dead: jax.Array | bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array | SparseCode, list[jax.Array], jax.Array]:
+    """Encode and reconstruct as in training.
+
+    Returns:
+      Pre-activations, for the kind's losses and for AuxK; activations; the residual of each reconstruction; the
+      smallest activation that was kept.
+    """
+    arrays, kind = member.arrays, member.kind
+    if stack.products != "dense":
+        centre_D = arrays["b_dec_D"] if stack.dictionary.centred else jnp.zeros_like(arrays["b_dec_D"])
+        encoder = Encoder(centre_D, arrays["W_enc_DxF"], arrays["b_enc_F"])
+        rest = hyper.kind_params["k"], stack.dictionary.k, stack.config.matmul, any_dead
+        explained = explain(x_BxD, member.without_bias(y_BxD, x_BxD), encoder, arrays["W_dec_FxD"], *rest)
+        min_kept = jnp.zeros((), x_BxD.dtype)
+        return explained.pre_BxF, explained.pre_for_auxk_BxF, explained.code, [explained.residual_BxD], min_kept
+    projected_BxF = member.pre_activations(x_BxD)
+    pre_BxF, settings = projected_BxF + row(member.b_enc_F[...], 2), stack.config.of_kind(stack.dictionary.kind)
+    f_BxF, min_kept = kind.encode_in_training(member, pre_BxF, projected_BxF, hyper.kind_params, settings)
+    residuals = [y_BxD - y_hat_BxD for y_hat_BxD in kind.reconstructions(member, f_BxF, x_BxD)]
+    return pre_BxF, pre_BxF, f_BxF, residuals, min_kept
+
+
+# A stack: one member's function over the leading axis.
+
+
+def _map_over_batch(
+    stack: TrainStack, apply: Callable, state: TrainState, hyper: Hyperparams, batch: Batch, *common: jax.Array
+) -> tuple[TrainState, Any]:
+    """Map ``apply(stack, state, hyper, x_BxD, y_BxD, *common)`` over members, each with its scaled values."""
+    batch = tuple(values_SxBxD.astype(stack.config.state_dtype) for values_SxBxD in batch)
+    count = len(common)
+
+    def apply_to_member(state: TrainState, per_member: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
+        (hyper, values), common, shared = per_member, shared[:count], shared[count:]
+        if values is None:
+            values = [lax.dynamic_index_in_dim(value_SxBxD, hyper.site_index, keepdims=False) for value_SxBxD in shared]
+        x_BxD = values[0] * hyper.input_scale
+        y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
+        return apply(stack, state, hyper, x_BxD, y_BxD, *common)
+
+    placement = stack.mesh, stack.members_at_once
+    if len(stack.sites) == len(stack.members):  # each member has its own values, on its own devices
+        return map_over_members(apply_to_member, state, (hyper, batch), common, *placement)
+    return map_over_members(apply_to_member, state, (hyper, None), (*common, *batch), *placement)
+
+
+def map_over_members(
+    fn: Callable, state: Any, per_member: Any, broadcast: Sequence[jax.Array], mesh: Mesh, vmap_size: int
+) -> Any:
+    """Apply ``fn(state, per_member, *broadcast) -> (state, metrics)`` to every member.
+
+    Members are split over the mesh's ``member`` axis. On each device, ``vmap_size`` of them at a time are vectorised;
+    members in turn write their states in each other's place, so that no second copy of all states is made.
+
+    Args:
+      fn: a function of trees whose arrays have no axis over members.
+      state: a tree of arrays with a leading axis over members.
+      per_member: another such tree.
+      broadcast: arrays that all members read.
+      mesh: the devices.
+      vmap_size: a divisor of the number of members of a device.
+
+    Returns:
+      The states and the metrics, with that axis.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        dictionary: DictionaryConfig,
-        members: Sequence[Member],
-        mesh: Mesh,
-        steps: int,
-        scales: Sequence[SiteScale],
-    ):
-        self.config, self.dictionary, self.members, self.mesh = config, dictionary, list(members), mesh
-        self.scales = list(scales)
-        self._steps = steps
-        form, shape = "dense", (config.matmul, dictionary.n_features, dictionary.k)
-        if is_plain_topk(kinds.by_name(dictionary.kind)):
-            form = sparse_products.choose_form(config.products, mesh, *shape)
-        # Split features stay on their devices, and a TPU's vector units move no single columns.
-        all_columns = mesh.shape["model"] > 1 or mesh.devices.flat[0].platform == "tpu"
-        self._objective = Objective(config, dictionary, steps, form, all_columns)
-        self._optimizer, self._rate = make_optimizer(config, dictionary.widths), learning_rate(config, steps)
-        self.sites = list(dict.fromkeys((member.site, member.target) for member in members))  # of the batch, in order
-        hyper = Hyper.of(members, scales, self.sites, config.state_dtype)
-        self.abstract_hyper = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_member(array.shape)), hyper
-        )
-        self._host_hyper = hyper
-        self._at_once = members_at_once(
-            config.members_at_once,
-            len(members),
-            config.batch,
-            dictionary.n_features,
-            mesh.shape,
-            mesh.devices.flat[0].platform,
-        )
-        by_member = "member" if len(self.sites) == len(members) else None
-        self.batch_sharding = fitting_sharding(mesh, (len(self.sites), config.batch, 1), by_member, "data", None)
-        self.abstract_state = with_shardings(jax.eval_shape(self._initial), dictionary, mesh, config.zero_optimizer)
-        self.shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-        self.compiled = jax.jit(self.pure_step, donate_argnums=0, out_shardings=(self.shardings, sharding(mesh)))
+    def apply_together(state: Any, per_member: Any, *broadcast: jax.Array) -> Any:
+        if vmap_size > 1:
+            return jax.vmap(fn, in_axes=(0, 0, *[None] * len(broadcast)))(state, per_member, *broadcast)
+        state, per_member = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (state, per_member))
+        return jax.tree.map(lambda leaf: leaf[None], fn(state, per_member, *broadcast))
 
-    def step(self, state: TrainState, batch: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        """One step of all members.
+    def apply_on_device(state: Any, per_member: Any, *broadcast: jax.Array) -> Any:
+        count = jax.tree.leaves(state)[0].shape[0]
+        if count == vmap_size:
+            return apply_together(state, per_member, *broadcast)
 
-        Args:
-          state: donated.
-          batch: inputs [S, B, D] of the sites in ``self.sites``, raw; and for transcoders their targets.
+        def take(first: jax.Array, tree: Any) -> Any:
+            return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, vmap_size), tree)
 
-        Returns:
-          The next state, and metrics [M].
-        """
-        return self.compiled(state, self.hyper, batch)
+        def put(first: jax.Array, leaf: jax.Array, rows: jax.Array) -> jax.Array:
+            return lax.dynamic_update_slice_in_dim(leaf, rows, first, 0)
 
-    @functools.cached_property
-    def hyper(self) -> Hyper:
-        """What the step reads of the members, on the devices."""
-        return jax.tree.map(
-            lambda array, abstract: jax.device_put(array, abstract.sharding), self._host_hyper, self.abstract_hyper
-        )
+        def turn(state: Any, first: jax.Array) -> tuple[Any, Any]:
+            after, metrics = apply_together(take(first, state), take(first, per_member), *broadcast)
+            return jax.tree.map(functools.partial(put, first), state, after), metrics
 
-    def _by_member(self, shape: Sequence[int]) -> NamedSharding:
-        return fitting_sharding(self.mesh, shape, "member", *[None] * (len(shape) - 1))
+        state, metrics = lax.scan(turn, state, jnp.arange(0, count, vmap_size))
+        return state, jax.tree.map(lambda leaf: leaf.reshape(count, *leaf.shape[2:]), metrics)
 
-    def initial_state(self) -> TrainState:
-        """The state before the first step, sharded over the mesh."""
-        return jax.jit(self._initial, out_shardings=self.shardings)()
-
-    def finish(self, state: TrainState, index: int) -> Dictionary:
-        """A member's trained dictionary, for raw activations."""
-        arrays = {name: array[index] for name, array in state.params.items()}
-        member, scale = self.members[index], self.scales[index]
-        return finished(self.config, self.dictionary, member, scale, arrays, state.kept_M[index])
-
-    def _initial(self) -> TrainState:
-        return initial_state(self.config, self.dictionary, self.members, self.scales)
-
-    def pure_step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        """``step`` before it is compiled, for programs of many steps."""
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            return self._step(state, hyper, raw)
-
-    def _step(self, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...]) -> tuple[TrainState, Arrays]:
-        # Members at the same time take one branch, as sums over the mesh's other axes stand in it; else each its own.
-        most_dead = []
-        if self._at_once > 1 or self.mesh.shape["member"] > 1:
-            most_dead = [jnp.max(jnp.sum(state.silent_MxF >= self.config.dead_tokens, axis=-1))]
-        after, metrics = self._each_member(self._member_step, state, hyper, raw, *most_dead)
-        if self.config.resample_every:
-            now = resampling.due(self.config, self._steps, after.step_M[0])
-            resample = functools.partial(self._each_member, self._resample, hyper=hyper, raw=raw)
-            after, _ = lax.cond(now, resample, lambda state: (state, ()), after)
-        return after, metrics
-
-    def _each_member(
-        self, apply: Any, state: TrainState, hyper: Hyper, raw: tuple[jax.Array, ...], *same: jax.Array
-    ) -> tuple[TrainState, Any]:
-        """``apply(state, hyper, inputs, targets, *same)``, both scaled, for each member; what comes of it."""
-        raw = tuple(values_SxBxD.astype(self.config.state_dtype) for values_SxBxD in raw)
-        count = len(same)
-
-        def one(state: TrainState, own: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
-            (hyper, values), same, shared = own, shared[:count], shared[count:]
-            if values is None:
-                values = [lax.dynamic_index_in_dim(values_SxBxD, hyper.site, keepdims=False) for values_SxBxD in shared]
-            x_BxD = values[0] * hyper.input_scale
-            y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD
-            return apply(state, hyper, x_BxD, y_BxD, *same)
-
-        if len(self.sites) == len(self.members):  # each member has its own values, on its own devices
-            return each_member(one, state, (hyper, raw), same, self.mesh, self._at_once)
-        return each_member(one, state, (hyper, None), (*same, *raw), self.mesh, self._at_once)
-
-    def _resample(
-        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array
-    ) -> tuple[TrainState, tuple[()]]:
-        error_BxD = self._objective.error(state.params, x_BxD, y_BxD, hyper)
-        # Features on any device pick tokens of all: JAX 0.11's compiler crashes where it is to find out how.
-        batch = lax.with_sharding_constraint((x_BxD, y_BxD, error_BxD), sharding(self.mesh))
-        return resampling.resampled(self.config, self.dictionary, state, hyper, *batch), ()
-
-    def _member_step(
-        self, state: TrainState, hyper: Hyper, x_BxD: jax.Array, y_BxD: jax.Array, most_dead: jax.Array | None = None
-    ) -> tuple[TrainState, Arrays]:
-        """The step of one member; the state's arrays have no member axis here. ``most_dead``: see ``Objective``."""
-        config, params = self.config, self._placed(state.params)
-        dead_F = state.silent_MxF >= config.dead_tokens
-        gradient = jax.grad(self._objective, has_aux=True)
-        grads, (metrics, fired_F, smallest) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
-        state, told = self._moved(state, grads, fired_F, smallest, hyper.learning_rate, len(x_BxD))
-        return state, metrics | told
-
-    def _moved(
-        self,
-        state: TrainState,
-        grads: Arrays,
-        fired_F: jax.Array,
-        smallest: jax.Array,
-        learning_rate: jax.Array,
-        tokens: int,
-    ) -> tuple[TrainState, Arrays]:
-        """The state of one member after its gradient of so many tokens, and what there is to tell of the update."""
-        config, params, dtype = self.config, state.params, smallest.dtype
-        dead_F = state.silent_MxF >= config.dead_tokens
-        rate = learning_rate * self._rate(state.step_M).astype(dtype)
-        grads, params = (self._placed(self._placed(arrays), over_data=True) for arrays in (grads, params))
-        updates, optimizer = self._optimizer.update(grads, state.optimizer, params, learning_rate=rate)
-        kind = kinds.by_name(self.dictionary.kind)
-        moved = optax.apply_updates(params, updates)
-        after = constrained(config, kind, moved, before=params, widths=self.dictionary.widths)
-        after = self._placed(self._placed(after, over_data=True))
-        longest = MOST_TOKENS - tokens  # the count stops there
-        silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
-        # A unit's fingerprint covers the setting only for kinds that declare that they read it.
-        declared = "threshold_rate" in KIND_SETTINGS[self.dictionary.kind].reads
-        threshold_rate = config.threshold_rate if declared else TrainConfig.threshold_rate
-        mean = state.kept_M + threshold_rate * (smallest - state.kept_M)
-        kept = jnp.where(state.step_M == 0, smallest, mean)
-        norm = optax.tree.get(optimizer, "gradient_norm")
-        told = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
-        return TrainState(after, optimizer, silent_F, kept, state.step_M + 1), told
-
-    def _placed(self, arrays: Arrays, *, over_data: bool = False) -> Arrays:
-        """With ``zero_optimizer`` a member's arrays split over ``data`` too, or not; else as they are."""
-        if not self.config.zero_optimizer:
-            return arrays
-        return placed_update(arrays, self.dictionary, self.mesh, over_data=over_data)
+    if mesh.shape["member"] == 1:
+        return apply_on_device(state, per_member, *broadcast)
+    by_member, everywhere = PartitionSpec("member"), PartitionSpec()
+    return jax.shard_map(
+        apply_on_device,
+        mesh=mesh,
+        in_specs=(by_member, by_member, *[everywhere] * len(broadcast)),
+        out_specs=by_member,
+        axis_names={"member"},
+        check_vma=False,
+    )(state, per_member, *broadcast)

@@ -1,52 +1,56 @@
-"""The train stage: a stack of dictionaries of one kind on sites of a captured store."""
+"""The train stage: a stack of dictionaries of one kind, on a captured store or straight from the model."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.activations.batches import Parts, sites_of
+from saejax.activations.batches import sites_of
 from saejax.activations.joined import with_joined
 from saejax.activations.store import Store
 from saejax.dictionaries import save_dictionary
-from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.formats import circuit_tracer, own
 from saejax.dictionaries.results import TrainedMember
-from saejax.errors import UserError
-from saejax.parallel.collectives import is_first_process, process_count
+from saejax.errors import Interrupted, UserError
+from saejax.parallel.collectives import AgreedStop, is_first_process, process_count
 from saejax.parallel.mesh import make_mesh, sharding
 from saejax.results import MeshShape
 from saejax.runner.config import identity
 from saejax.runner.workspace import Run
 from saejax.settings import MOST_TOKENS, MeshConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.training import cross_layer
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.cross_layer import CrossLayerTrainer, check_layers
-from saejax.training.initial import state_from_dictionary
-from saejax.training.inputs import Input, make_input
-from saejax.training.loop import Metrics, train
-from saejax.training.members import Member, members
-from saejax.training.model_input import FromModel, buffer_order, open_stream
+from saejax.training.init_from import state_from_folder
+from saejax.training.inputs import Batches, Source, model_source, store_source
+from saejax.training.metrics import METRICS, Metrics, log_folder, make_writers
 from saejax.training.pretrained import run_pretrained
-from saejax.training.records import METRICS, log_folder
 from saejax.training.results import TrainResults
-from saejax.training.scales import ScaledRows, site_scales
-from saejax.training.stack_shape import batch_parts, check_divides, chosen_sites, describe_stack, named_sites
-from saejax.training.state import STATE_VERSION, TrainState
-from saejax.training.step import Trainer
-from saejax.training.writers import make_writers
+from saejax.training.scales import estimate_scales
+from saejax.training.stack import (
+    Member,
+    TrainStack,
+    batch_parts,
+    check_divides,
+    choose_sites,
+    describe_stack,
+    make_members,
+)
+from saejax.training.state import STATE_VERSION, TrainState, abstract_state, finish_dictionary, init_state
+from saejax.training.step import Step, compile_step
+from saejax.training.thresholds import calibrate_thresholds
 
 
 def run_train(run: Run) -> TrainResults:
-    """Trains the members of kind ``run.name`` and writes them to ``run.folder``, or copies those there are.
+    """Train the members of kind ``run.name`` and write them to ``run.folder``; copy existing ones for "pretrained".
 
-    Writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and, for each member,
-    ``dictionary/`` (in a folder of the member's name if there are several); a cross-layer transcoder is one set, in
-    circuit-tracer's format, in ``run.folder`` itself. An interrupted run goes on at its newest checkpoint and ends with
-    the same bits as one that was not.
+    This writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and, for each
+    member, ``dictionary/`` (in a folder of the member's name if there are several); a cross-layer transcoder is one
+    set, in circuit-tracer's format, in ``run.folder`` itself. An interrupted run goes on at its newest checkpoint and
+    ends with the same bits as an uninterrupted one.
     """
     config = run.configs[TrainConfig]
     if run.name == PRETRAINED:
@@ -55,165 +59,168 @@ def run_train(run: Run) -> TrainResults:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
         )
-    return TrainResults.of_all([_run_one(of_expansion(run, one)) for one in config.each_expansion()])
+    return TrainResults.of_all([_run_expansion(for_expansion(run, one)) for one in config.each_expansion()])
 
 
-def of_expansion(run: Run, config: TrainConfig) -> Run:
-    """The part of a run that trains the stack of one of ``each_expansion``."""
+def for_expansion(run: Run, config: TrainConfig) -> Run:
+    """Return the run of one of ``each_expansion``."""
     return dataclasses.replace(run, configs=run.configs | config)
 
 
-def _run_one(run: Run) -> TrainResults:
+def _run_expansion(run: Run) -> TrainResults:
     config = run.configs[TrainConfig]
-    if config.source == "store":
-        store = Store.open(run.inputs["capture"])
-        stack = members(config, run.name, chosen_sites(config, store.sites))
-        parts = batch_parts(stack)
-        return train_stack(run, stack, _stored(run, with_joined(store, sites_of(parts)), parts))
-    stack = members(config, run.name, named_sites(config))
-    return train_stack(run, stack, _streamed(run, batch_parts(stack)))
+    if config.source == "model":
+        members = make_members(config, run.name, choose_sites(config, None))
+        return train_stack(run, members, model_source(run, batch_parts(members)))
+    store = Store.open(run.inputs["capture"])
+    members = make_members(config, run.name, choose_sites(config, store.sites))
+    parts = batch_parts(members)
+    return train_stack(run, members, store_source(config, with_joined(store, sites_of(parts)), parts, run.say))
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a stack's activations come from.
+def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainResults:
+    """Train members together, and write each one's dictionary to ``run.folder / member.name / "dictionary"``.
 
-    Attributes:
-      rows: tells widths, norms and the model, and gives the rows from which scales are estimated.
-      per_epoch: batches of a pass.
-      open: makes the input of a trainer, given the first step and the mode that a run which goes on had.
-      close: gives its memory back.
-    """
+    Args:
+      run: the run, whose name is the kind.
+      members: the dictionaries; see ``make_members``.
+      source: their activations.
 
-    rows: ScaledRows
-    per_epoch: int
-    open: Callable[[Trainer, int, str], Input]
-    close: Callable[[], None] = lambda: None
-
-
-def _stored(run: Run, store: Store, parts: Parts) -> Source:
-    return Source(
-        store,
-        len(store.usable("train", *sites_of(parts))) // run.configs[TrainConfig].batch,
-        lambda trainer, first_step, before: make_input(trainer, store, parts, first_step, before, run.say),
-    )
-
-
-def _streamed(run: Run, parts: Parts) -> Source:
-    stream = open_stream(run, parts)
-    per_epoch = buffer_order(run.configs[TrainConfig], stream).per_epoch
-    return Source(
-        stream, per_epoch, lambda trainer, first_step, before: FromModel(trainer, stream, parts), stream.close
-    )
-
-
-def train_stack(run: Run, stack: Sequence[Member], source: Source) -> TrainResults:
-    """Trains the members of a stack, as ``run_train`` says.
+    Returns:
+      The results, with those of each member.
 
     Raises:
       UserError: there are fewer rows than a batch has, or settings that do not fit.
-      Interrupted: asked to stop; what was done is saved.
+      Interrupted: asked to stop; the state is saved.
     """
-    config = run.configs[TrainConfig]
-    mesh, store = make_mesh(run.configs[MeshConfig]), source.rows
-    dictionary = describe_stack(config, run.name, store, stack)
-    per_epoch = source.per_epoch
-    if per_epoch == 0:
+    config, mesh = run.configs[TrainConfig], make_mesh(run.configs[MeshConfig])
+    dictionary = describe_stack(config, run.name, source.rows, members)
+    if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
-    steps = min(per_epoch * config.epochs, config.max_steps or per_epoch * config.epochs)
-    check_divides(config, dictionary.n_features, len(stack), mesh.shape)
-    make = trainer_of(config, run.name, stack, mesh.shape)
-    trainer = make(config, dictionary, stack, mesh, steps, site_scales(store, config, stack, batch_parts(stack)))
+    steps = min(source.per_epoch * config.epochs, config.max_steps or source.per_epoch * config.epochs)
+    check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
+    stack = TrainStack(config, dictionary, members, scales, steps, mesh)
     folder = log_folder(run.folder, config)
     folder.mkdir(exist_ok=True)
-    with Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
-        state, metrics = _train(run, trainer, source, steps, checkpoints)
-        best_step = checkpoints.best_step
-    silent_for = min(min(per_epoch, steps) * config.batch, MOST_TOKENS)
-    silent = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= silent_for, axis=1), out_shardings=sharding(mesh))
-    results = _member_results(trainer, metrics, np.asarray(silent(state.silent_MxF)))
-    _save(run, trainer, state)
+    try:
+        with Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
+            state, metrics = _train(run, stack, source, checkpoints)
+            best_step = checkpoints.best_step
+    finally:
+        source.close()
+    _save(run, stack, state)
+    # A feature is dead if it did not fire in the last epoch.
+    dead_after = min(min(source.per_epoch, steps) * config.batch, MOST_TOKENS)
+    dead = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= dead_after, axis=1), out_shardings=sharding(mesh))
     return TrainResults(
         kind=run.name,
         steps=steps,
         tokens=steps * config.batch,
         tokens_per_second=metrics.tokens_per_second(),
         seconds=metrics.seconds,
-        members=results,
+        members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF))),
         mesh=MeshShape.of(mesh, process_count()),
         best_checkpoint=best_step if config.best else None,
     )
 
 
-def _save(run: Run, trainer: Trainer, state: TrainState) -> None:
-    """Writes the dictionaries, in place of those of a run that was killed between here and its summary."""
-    if isinstance(trainer, CrossLayerTrainer):
-        if is_first_process():
-            circuit_tracer.clear_cross_layer(run.folder)
-        return circuit_tracer.save_cross_layer(
-            run.folder, len(trainer.members), functools.partial(trainer.finished_layer, state)
-        )
-    for index, member in enumerate(trainer.members):
-        folder = run.folder / member.name / "dictionary"
-        if is_first_process():
-            (folder / own.DESCRIPTION).unlink(missing_ok=True)
-        save_dictionary(folder, trainer.finish(state, index))
-
-
-def trainer_of(config: TrainConfig, kind: str, stack: Sequence[Member], axes: Mapping[str, int]) -> type[Trainer]:
-    """The class that trains a stack.
-
-    Raises:
-      UserError: the members make no cross-layer transcoder, if they are to be one.
-    """
-    if config.form != FORM:
-        return Trainer
-    check_layers(config, kind, stack, axes)
-    return CrossLayerTrainer
-
-
-def _train(
-    run: Run, trainer: Trainer, source: Source, steps: int, checkpoints: Checkpoints
-) -> tuple[TrainState, Metrics]:
-    """The state after all steps, from the newest checkpoint on, or from the start."""
-    config, dictionary = trainer.config, trainer.dictionary
-    names = [member.name for member in trainer.members]
-    settings = identity(config, run.name)
-    described = dict(
-        settings=settings, dictionary=identity(dictionary), members=names, steps=steps, state=STATE_VERSION
+def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints) -> tuple[TrainState, Metrics]:
+    """Return the final state with calibrated thresholds, from the newest checkpoint on or from the start."""
+    config, names = stack.config, [member.name for member in stack.members]
+    described: dict[str, object] = dict(settings=identity(config, run.name), dictionary=identity(stack.dictionary))
+    described |= dict(members=names, steps=stack.steps, state=STATE_VERSION)
+    checkpoints.check_same_run(described)
+    first_step = checkpoints.latest_step or 0
+    if first_step:
+        state = checkpoints.restore(abstract_state(stack))
+    elif config.init_from:
+        state = state_from_folder(stack, config.init_from, source.rows, run.say)
+    else:
+        state = init_state(stack)
+    verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
+    count = f"{len(names)} members, " if len(names) > 1 else ""
+    axes = "x".join(str(size) for size in stack.mesh.shape.values())
+    run.say(
+        f"{verb}: {count}{stack.dictionary.d_in} -> {stack.dictionary.n_features}, {stack.steps} steps of "
+        f"{config.batch} tokens, mesh {axes}"
     )
-    recorded, first_step = checkpoints.agree(described), checkpoints.latest_step or 0
+    batches = source.open(stack)
+    checkpoints.record_run(described)
     folder = log_folder(run.folder, config)
     writers = make_writers(config, folder, run.name, first_step)
-    if first_step:
-        state = checkpoints.restore(trainer.abstract_state)
-    else:
-        if config.widen != "random":
-            run.say(f"looking for what {config.init_from} lacks, which may take minutes")
-        start = functools.partial(state_from_dictionary, trainer, config.init_from, source.rows, run.say)
-        state = start() if config.init_from else trainer.initial_state()
-    axes = "x".join(str(size) for size in trainer.mesh.shape.values())
-    verb = f"resuming {run.name} at step {first_step}" if first_step else f"training {run.name}"
-    many = f"{len(names)} members, " if len(names) > 1 else ""
-    run.say(
-        f"{verb}: {many}{dictionary.d_in} -> {dictionary.n_features}, {steps} steps of {config.batch} tokens, "
-        f"mesh {axes}"
-    )
-    given = source.open(trainer, first_step, recorded.get("input", ""))
-    checkpoints.record(described | dict(input=given.mode))
-    every, path = config.log_every, folder / METRICS
-    metrics = Metrics(path, first_step, config.batch, every, steps, names, run.say, writers)
+    metrics = Metrics(stack, folder / METRICS, first_step, run.say, writers)
     try:
-        state = train(given, state, first_step, steps, metrics, checkpoints, config.checkpoint_every, run.stopping)
+        state = train_loop(stack, state, batches, first_step, metrics, checkpoints, run.stopping)
     finally:
         for writer in writers:
             writer.close()
-        source.close()
-    return state, metrics
+    return calibrate_thresholds(stack, state, batches), metrics
 
 
-def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:
-    """What the summary says of each member."""
+def train_loop(
+    stack: TrainStack,
+    state: TrainState,
+    batches: Batches,
+    first_step: int,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    stopping: Callable[[], bool],
+    step_fn: Step | None = None,
+) -> TrainState:
+    """Run the remaining steps; the device never waits for the host.
+
+    Args:
+      stack: what is trained.
+      state: the state after ``first_step`` steps; donated.
+      batches: the training batches.
+      first_step: step at which training starts or resumes.
+      metrics: takes the metrics of each step.
+      checkpoints: takes the state every ``checkpoint_every`` steps, at the end, and when stopping.
+      stopping: returns whether the process was asked to stop.
+      step_fn: the compiled step; None: ``compile_step(stack)``.
+
+    Raises:
+      Interrupted: asked to stop; the state is saved.
+    """
+    step_fn, agreed_stop, every = step_fn or compile_step(stack), AgreedStop(stopping), stack.config.checkpoint_every
+    step = first_step
+    while step < stack.steps:
+        batch = batches.batch(step)
+        if batch is not None:
+            state, values = step_fn(state, stack.hyperparams, batch)
+            step += 1
+            metrics.push(step, values)
+        stop = agreed_stop() or batch is None
+        due = batch is not None and (step % every == 0 or step == stack.steps)
+        if due or (stop and step > first_step):
+            metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
+            metrics.write()
+            checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
+        if stop and step < stack.steps:
+            checkpoints.wait()
+            raise Interrupted(f"stopped at step {step} of {stack.steps}; saved: run the same command to go on")
+    checkpoints.wait()
+    return state
+
+
+def _save(run: Run, stack: TrainStack, state: TrainState) -> None:
+    """Write the dictionaries, in place of those of a run that was killed between here and its summary."""
+    if stack.is_cross_layer:
+        if is_first_process():
+            circuit_tracer.clear_cross_layer(run.folder)
+        layer = functools.partial(cross_layer.finish_layer, stack, state)
+        circuit_tracer.save_cross_layer(run.folder, len(stack.members), layer)
+        return
+    for index, member in enumerate(stack.members):
+        folder = run.folder / member.name / "dictionary"
+        if is_first_process():
+            (folder / own.DESCRIPTION).unlink(missing_ok=True)
+        save_dictionary(folder, finish_dictionary(stack, state, index))
+
+
+def _member_results(stack: TrainStack, metrics: Metrics, dead_M: np.ndarray) -> tuple[TrainedMember, ...]:
+    """Return the summary of each member."""
     return tuple(
         TrainedMember(
             name=member.name,
@@ -225,5 +232,5 @@ def _member_results(trainer: Trainer, metrics: Metrics, dead_M: np.ndarray) -> t
             dead_fraction=float(dead),
             final=metrics.last(member.name),
         )
-        for member, scale, dead in zip(trainer.members, trainer.scales, dead_M, strict=True)
+        for member, scale, dead in zip(stack.members, stack.scales, dead_M, strict=True)
     )

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 from capture_setup import RESUMED, files, relative_error
+from tiny_models import save_tiny, save_tiny_tokenizer
 
+from saejax import load_model
 from saejax.activations import capture, jax_capture
 from saejax.activations.jax_capture import DecoderReader
 from saejax.activations.plan import Plan
@@ -13,6 +15,7 @@ from saejax.files import read_json
 from saejax.models import source
 from saejax.models.families import read_config
 from saejax.models.sites import Site
+from saejax.models.tokens import pad
 from saejax.settings import MeshConfig, ModelConfig
 
 
@@ -151,3 +154,20 @@ def test_shapes_are_few_and_a_batch_is_read_when_the_next_one_runs(make_reader, 
     assert events == [*expected, ("read", len(batches) - 1)]
     assert len({batch.ids_BxT.shape for batch in batches}) > 5
     assert len(shapes) <= 2 and all(rows * length <= 64 for rows, length in shapes)
+
+
+def test_sites_of_heads_have_their_own_widths(setup, on_one_device, one_device, tmp_path):
+    """A model whose heads are together wider than its residual stream."""
+    save_tiny(tmp_path, "qwen3", vocab_size=384, max_position_embeddings=128)
+    save_tiny_tokenizer(tmp_path, 384)
+    sites = ("attn_z.1", "attn_k.0", "resid_post.1")
+    store, _ = setup.capture("heads", backend="jax", sites=sites, model=tmp_path)
+    assert {site: store.d(site) for site in sites} == {"attn_z.1": 48, "attn_k.0": 24, "resid_post.1": 40}
+    lm = load_model(str(tmp_path), mesh=one_device)
+    rows = np.arange(store.manifest.rows)
+    document_N, position_N, _ = store.tokens(rows)
+    document = int(np.argmax(store.documents.lengths_N))
+    values = lm(pad([store.documents[document].tolist()]), capture=sites).sites
+    for site in sites:
+        expected_NxD = np.asarray(values[site])[0, position_N[document_N == document]]
+        assert relative_error(store.read(site, rows[document_N == document]), expected_NxD) < 1e-5

@@ -40,7 +40,7 @@ def test_nothing_after_the_last_site_is_run(setup, captured, tiny_llama, tmp_pat
     poisoned = [name for name in weights if any(part in name for part in (unused, "layers.3", "model.norm", "lm_head"))]
     assert len(poisoned) > 3
     for name in poisoned:
-        weights[name] = np.full_like(weights[name], np.nan)
+        weights[name] = np.full_like(weights[name], 1e30)  # overflows where it is multiplied
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata=dict(format="pt"))
     store, _ = setup.capture("poisoned", model=tmp_path / "model", sites=(site,))
     rows = np.arange(store.manifest.rows)

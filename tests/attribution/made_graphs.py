@@ -29,7 +29,7 @@ def make_graph(features=7, layers=2, positions=3, logits=2, seed=0) -> Graph:
     )
     targets = features + logits
     adjacency_RxS = rng.normal(size=(targets, len(nodes) - logits)).astype(np.float32)
-    rest = {name: rng.normal(size=targets).astype(np.float32) for name in ("value_R", "constant_R", "unkept_R")}
+    rest = {name: rng.normal(size=targets).astype(np.float32) for name in ("value_R", "constant_R", "untraced_R")}
     return Graph(
         adjacency_RxS=adjacency_RxS,
         nodes=nodes,

@@ -14,6 +14,8 @@ FEATURE = "cross layer transcoder"
 def show(browser, address):
     browser.open(address)
     browser.wait("window.attributionGraph && attributionGraph.painted")
+    if "#" not in address:  # the first view has the most influential nodes alone
+        slide(browser, "nodes", 1)
     browser.settle()
 
 

@@ -10,9 +10,10 @@ from made_transcoders import made_set
 from saejax import load_model, save_transcoders
 from saejax.attribution import run as stage
 from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.requests import Request, read_requests, unit_name
 from saejax.attribution.results import AttributeResults
-from saejax.attribution.trace import room
+from saejax.attribution.trace import memory
 from saejax.errors import UserError
 from saejax.results import from_json, to_json
 from saejax.runner import command
@@ -24,7 +25,14 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     """The model and a set of transcoders for it."""
     folder = tmp_path_factory.mktemp("set") / "transcoders"
     save_transcoders(folder, made_set(load_model(str(tiny_llama), mesh=one_device)))
-    return [f"--model.path={tiny_llama}", f"--graph.transcoders={folder}", "--graph.doubled=4", "--mesh.data=8"]
+    return [
+        f"--model.path={tiny_llama}",
+        f"--graph.transcoders={folder}",
+        "--graph.doubled=4",
+        "--graph.circuits",
+        "--graph.heads",
+        "--mesh.data=8",
+    ]
 
 
 def attribute(tmp_path, *flags: str) -> int:
@@ -39,7 +47,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     ]
     prompts.write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "labels.json").write_text(json.dumps({f"0_{feature}": f"my {feature}" for feature in range(48)}))
-    flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9"]
+    flags = [*flags, f"--graph.labels={tmp_path / 'labels.json'}", "--graph.source_set=plt-9", "--graph.query_key=1.2"]
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 0
     folder = tmp_path / "run" / "attribute" / "some"
     results = json.loads((folder / "done.json").read_text())["results"]["graphs"]
@@ -50,7 +58,11 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     assert len(water["targets"]) == 1 and "way" in water["targets"][0]["label"]
     assert water["unexplained"] < 1e-5 and water["doubling"]["held_error"] < 1e-4
     assert water["circuits"]["faithfulness"][-1] == pytest.approx(1, abs=0.2)
-    graph = Graph.load(folder / "ids-graph")
+    whole = Graph.load(folder / "ids-graph")
+    graph = whole.prune()  # the whole graph is saved, so pruning again traces nothing
+    assert whole.pruning is None and len(whole.nodes) > len(graph.nodes)
+    assert results["ids"]["traced"] == whole.count(FEATURE) and results["ids"]["untraced"] < 1e-6
+    assert "with 100\u00a0% of the active features traced" in (folder / "ids.html").read_text()
     document = json.loads((folder / "graphs" / "ids.json").read_text())
     assert len(document["nodes"]) == len(graph.nodes) and len(document["links"]) == results["ids"]["edges"]
     assert document["metadata"]["feature_details"] == dict(neuronpedia_source_set="plt-9")
@@ -65,7 +77,7 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     links = {(link["source"], link["target"]) for link in document["links"]}
     assert {(edge["source"], edge["target"]) for edge in carried} <= links
     (split,) = water["query_key"]
-    assert split["query"] == len(water["tokens"]) - 1
+    assert split["query"] == len(water["tokens"]) - 1 and (split["layer"], split["head"]) == (1, 2)
     assert f"Head {split['layer']}.{split['head']} at " in (folder / "water.html").read_text()
     for ending in (".html", ".svg"):
         assert (folder / f"water{ending}").stat().st_size > 1000
@@ -76,14 +88,17 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
     again = json.loads((folder / "done.json").read_text())["results"]["graphs"]
     assert again["ids"] | dict(seconds=0) == results["ids"] | dict(seconds=0)
     assert "kept from an earlier run: water" in capsys.readouterr().out
-    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, graph.adjacency_RxS)
+    np.testing.assert_array_equal(Graph.load(folder / "ids-graph").adjacency_RxS, whole.adjacency_RxS)
 
 
 @pytest.mark.parametrize(
     "wrong,message",
     [
         (["--graph.prompt=The war", "--graph.token_ids=3,4"], "--graph.prompt and --graph.token_ids: expected one"),
-        (["--graph.prompt=The war", "--graph.transcoders=nowhere/at/all"], "no folder nowhere/at/all of transcoders"),
+        (
+            ["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"],
+            "no folder ./nowhere/at/all of transcoders",
+        ),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
         (["--graph.token_ids=3"], "a single token"),
@@ -96,7 +111,6 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
         (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
         (["--graph.token_ids=3,4", "--graph.labels=none.json"], "none.json does not exist"),
         (["--graph.token_ids=3,4", f"--graph.labels={__file__}"], "holds no labels: expected"),
-        (["--graph.token_ids=3,4", "--graph.kept_prompts=2"], "--graph.kept_prompts compares circuits of --graph.beh"),
         ([], "has nothing to do with these settings"),
     ],
 )
@@ -124,7 +138,7 @@ def test_all_prompts_are_looked_at_before_one_is_traced(flags, tmp_path, capsys,
     assert "error: the-water: the target ' and so on' is 6 tokens" in capsys.readouterr().err
     # And with less memory than the longest takes.
     prompts.write_text('{"prompt": "The war"}\n{"prompt": "The water near the war"}\n')
-    monkeypatch.setattr(room, "free_room", lambda mesh: room.Room(0, 2**28))
+    monkeypatch.setattr(memory, "free_memory", lambda mesh: memory.Memory(0, 2**28))
     assert attribute(tmp_path / "run", *flags, f"--graph.prompts={prompts}") == 2
     error = capsys.readouterr().err
     assert "error: the-war: no prompt fits into the memory that is free, 0.2 GiB, and " in error

@@ -9,7 +9,7 @@ from made_transcoders import made_set
 from saejax import load_model
 from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double
-from saejax.attribution.heads.attention import attend
+from saejax.attribution.heads.attention import read_attention
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
@@ -18,10 +18,10 @@ def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
     """Traces a random prompt, finds the heads of its edges, and runs it; the graph."""
     prompt = np.random.default_rng(seed).integers(1, lm.config.vocab, tokens)
     traced = trace_prompt(lm, transcoders, prompt, max_features=100, max_logits=logits, logit_mass=1.0)
-    graph, replacement, readouts = traced
-    attend(traced, graph.prune(), True, None)
-    double(replacement, graph, readouts, 16)
-    circuits.curve(replacement, graph, readouts, (0.3, 0.8))
+    graph, local, readouts = traced
+    read_attention(traced, graph.prune(), True, [(1, 1, -1)])
+    double(local, graph, readouts, 16)
+    circuits.faithfulness_curve(local, graph, readouts, (0.3, 0.8))
     return graph
 
 

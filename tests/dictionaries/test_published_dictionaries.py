@@ -17,7 +17,7 @@ import yaml
 from safetensors.numpy import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from saejax.dictionaries import load_dictionary, load_transcoders, stacks
+from saejax.dictionaries import Dictionary, load_dictionary, load_transcoders, save_dictionary, stacks
 from saejax.dictionaries.formats import circuit_tracer, load_all, place, read_config
 from saejax.dictionaries.input_norm import normalise
 from saejax.errors import UserError
@@ -515,7 +515,7 @@ def test_a_set_may_lack_its_description_and_k_of_one_set_is_known(described, tmp
     settings |= dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
     if described:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-        with pytest.raises(UserError, match="activation is topk, but k is 128: expected a number up to 40"):
+        with pytest.raises(UserError, match="k is 128: expected a whole number from 1 to the 40"):
             load_transcoders(folder)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings | dict(k=30)))
     for layer, (transcoder, w) in enumerate(zip(load_transcoders(folder), made, strict=True)):
@@ -675,7 +675,11 @@ def cut(file):
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),
         ("llama_scope_r1", settings("config.json", sae_type="lorsa"), "sae_type is 'lorsa'"),
         ("sparsify_skip_transcoder", settings("cfg.json", activation="groupmax"), "activation is 'groupmax'"),
-        ("sparsify_skip_transcoder", settings("cfg.json", k=F + 1), "k is 41: expected a whole number from 1 to 40"),
+        (
+            "sparsify_skip_transcoder",
+            settings("cfg.json", k=F + 1),
+            "k is 41: expected a whole number from 1 to the 40",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -698,3 +702,25 @@ def test_bfloat16_matrices_stay_so_when_asked_and_compute_the_same(dtype, stored
     np.testing.assert_array_equal(dictionary(jnp.asarray(X)), wide(jnp.asarray(X)))
     with pytest.raises(UserError, match="unknown dtype 'float8'"):
         load_dictionary(tmp_path, dtype="float8")
+
+
+def test_arrays_that_are_not_finite_are_refused_by_name(tmp_path):
+    """A threshold of infinity is a feature that never fires, as some publishers store dead ones."""
+    w = arrays(threshold=(0, 1))
+    w["threshold"][3] = np.inf
+    cfg = NEW | dict(architecture="jumprelu")
+    good, bad = (saelens(tmp_path / name, w, **cfg, metadata=META) for name in ("good", "bad"))
+    dictionary = load_dictionary(good)
+    assert not np.asarray(dictionary.encode(jnp.asarray(X)))[:, 3].any()
+    w["W_enc"][2, 5], w["b_dec"][1], w["threshold"][4] = np.nan, np.inf, np.nan
+    write_tensors(bad / "sae_weights.safetensors", **w)
+    with pytest.raises(UserError, match="hold NaN or infinity in float32: W_enc, b_dec, threshold;"):
+        load_dictionary(bad)
+
+
+def test_our_own_dictionaries_that_are_not_finite_are_refused(tmp_path):
+    dictionary = load_dictionary(saelens_before_version_3(tmp_path / "theirs")[0])
+    spoiled = dictionary.arrays | dict(W_dec_FxD=dictionary.W_dec_FxD[...].at[1, 2].set(jnp.nan))
+    save_dictionary(tmp_path / "ours", Dictionary(dictionary.config, **spoiled))
+    with pytest.raises(UserError, match="hold NaN or infinity in float32: W_dec;"):
+        load_dictionary(tmp_path / "ours")

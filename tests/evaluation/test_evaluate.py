@@ -120,6 +120,18 @@ def test_a_stack_stopped_and_gone_on_with(workdir, make_run, tmp_path, monkeypat
     assert evaluate.run_evaluate(make_run("topk", stopped)) == results
 
 
+def test_the_training_rows_are_not_read_for_their_mean(workdir, make_run, tmp_path, monkeypatch):
+    """Their sums were taken when the store was made; only rows that are sinks at another site are read."""
+    seen, read = [], Store.read
+    monkeypatch.setattr(
+        Store, "read", lambda self, site, rows, *rest: seen.append(rows) or read(self, site, rows, *rest)
+    )
+    evaluate.run_evaluate(make_run("topk", tmp_path))
+    store = Store.open(workdir / "capture")
+    training, held_out = (store.rows(split, "resid_post.0") for split in ("train", "held_out"))
+    assert np.isin(held_out, np.concatenate(seen)).all() and np.isin(training, np.concatenate(seen)).mean() < 0.1
+
+
 def test_a_linear_dictionary_alone_has_no_folder_of_its_own(workdir, make_run, tmp_path):
     (entry,) = evaluate.run_evaluate(make_run("linear", tmp_path)).members
     assert entry.name == ""

@@ -14,7 +14,7 @@ import known_dictionaries as known
 from made_up_records import BAD, made_up_record
 
 from saejax.activations.manifest import CapturedModel, Manifest, StoredDocuments
-from saejax.attribution.forms.neuronpedia import cantor_unpair
+from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries import save_dictionary
 from saejax.dictionaries.labels import FOUND, Label
 from saejax.errors import UserError
@@ -161,7 +161,7 @@ def test_rows_hold_what_was_found(bundle):
 def test_viewers_files_fit_their_schema(bundle):
     folder, _ = bundle
     found = {int(path.stem): json.loads(path.read_text()) for path in (folder / "features" / "res-topk").iterdir()}
-    assert {(3, one["index"]) for one in found.values()} == set(map(cantor_unpair, found))
+    assert {cantor_pair(3, one["index"]) for one in found.values()} == set(found)
     assert 2 not in [one["index"] for one in found.values()]  # it never fires
     for one in found.values():
         fits(one, FEATURE)

@@ -35,8 +35,8 @@ FLAGS = {
 
 def run(stage, workdir, **changes):
     values = FLAGS | {key.replace("__", "."): value for key, value in changes.items()}
-    flags = [f"--{name}={value}" for name, value in values.items()]
-    return command.run([stage], "", ["program", f"--workdir={workdir}", *flags])
+    flags = runs.flag_file(f"--{name}={value}" for name, value in values.items())
+    return command.run([stage], "", ["program", f"--workdir={workdir}", flags])
 
 
 def dictionaries(workdir):
@@ -89,7 +89,7 @@ def test_results_and_report(whole):
     assert [one.control for one in controls.dictionaries] == ["frozen", "untrained"]
     assert run("report", whole) == 0
     page = (whole / "report" / "report.md").read_text()
-    assert "Does the method find what is known to be there?" in page
+    assert "Does training recover known features?" in page
     assert "random decoder" in page and "best possible" in page
 
 

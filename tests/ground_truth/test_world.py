@@ -11,8 +11,8 @@ from absl import flags
 from scipy.stats import norm
 
 from saejax.errors import UserError
-from saejax.ground_truth.sampling import draw, draw_with_code
-from saejax.ground_truth.world import EntryRoom, check, make_world, orthogonalised, own_rates, parents, rates
+from saejax.ground_truth.sampling import sample, sample_with_code
+from saejax.ground_truth.world import check, conditional_rates, make_world, orthogonalise, parents, rates
 from saejax.parallel.mesh import fitting_sharding, make_mesh
 from saejax.runner import config
 from saejax.runner.registry import GROUPS
@@ -26,7 +26,7 @@ COUNT = 40_000
 
 def drawn(settings=SMALL, count=COUNT, seed=7):
     world = make_world(settings)
-    x_BxD, code_BxJ = draw_with_code(world, jax.random.key(seed), count)
+    x_BxD, code_BxJ = sample_with_code(world, jax.random.key(seed), count)
     return world, np.asarray(x_BxD), np.asarray(code_BxJ)
 
 
@@ -59,27 +59,12 @@ def test_rates_and_sizes_without_trees():
     assert np.all(np.abs(found_J - expected_J) < 6 * std_J / np.sqrt((code_BxJ > 0).sum(0)) + 1e-4)
 
 
-def test_where_few_are_looked_at_none_is_missing():
-    """A world of rare features: rates as meant; and what has no room is drawn as if there were room for all."""
-    rare = dataclasses.replace(SMALL, features=2000, dimensions=64, rate_max=0.02, rate_min=0.002, roots=160, depth=1)
-    rare = dataclasses.replace(rare, factors=0, exclusive=False)
-    world, x_BxD, code_BxJ = drawn(rare)
-    room, whole = world.room, EntryRoom(160, 2000 - 4 * 160)
-    assert room.roots < whole.roots and room.free < whole.free
-    close((code_BxJ > 0).mean(0), rates(rare), deviations=6)
-    key = jax.random.key(7)
-    np.testing.assert_allclose(draw(world, key, COUNT), x_BxD, atol=1e-5)
-    for few in (EntryRoom(1, whole.free), EntryRoom(whole.roots, 2)):
-        drawn_so, drawn_whole = (draw(dataclasses.replace(world, room=one), key, 200) for one in (few, whole))
-        np.testing.assert_allclose(drawn_so, drawn_whole, atol=1e-5)
-
-
 def test_eight_devices_draw_what_one_draws():
     world, _, code_BxJ = drawn(dataclasses.replace(SMALL, features=400, roots=20), count=64)
     rows = fitting_sharding(make_mesh(), (64, 1), "data", None)
-    sharded = draw(world, jax.random.key(7), 64, rows)
+    sharded = sample(world, jax.random.key(7), 64, rows)
     assert len(sharded.sharding.device_set) == 8 and (code_BxJ > 0).any()
-    np.testing.assert_allclose(sharded, draw(world, jax.random.key(7), 64), atol=1e-5)
+    np.testing.assert_allclose(sharded, sample(world, jax.random.key(7), 64), atol=1e-5)
 
 
 def test_children_fire_with_their_parent_alone_and_one_at_a_time():
@@ -101,7 +86,7 @@ def test_one_child_of_several_is_kept_with_equal_chances():
     """Against all outcomes of one family of three, written out."""
     settings = dataclasses.replace(SMALL, depth=1, factors=0)
     _, _, code_BxJ = drawn(settings)
-    p = own_rates(settings)
+    p = conditional_rates(settings)
     for parent, first in ((0, 2), (1, 5)):
         expected = np.zeros(3)
         for met in np.ndindex(2, 2, 2):
@@ -144,7 +129,7 @@ def test_orthogonalising_is_the_loss_written_out():
     gradient_JxD = 4 * gram_JxJ @ rows_JxD  # unit rows: the other sum has no gradient
     moved_JxD = rows_JxD - 1e-3 * np.sign(gradient_JxD)
     expected_JxD = moved_JxD / np.linalg.norm(moved_JxD, axis=1, keepdims=True)
-    found_JxD = orthogonalised(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
+    found_JxD = orthogonalise(jnp.asarray(rows_JxD, jnp.float32), 1, 1e-3)
     np.testing.assert_allclose(found_JxD, expected_JxD, atol=2e-5)
 
 
@@ -154,12 +139,12 @@ def test_statistics_of_synthsaebench_16k():
     config.define_flags(GROUPS, values)
     values(["", f"--flagfile={Path('configs/synthsaebench-16k.flags')}"])
     settings = dataclasses.replace(config.from_flags(GROUPS, values)[TruthConfig], orthogonalise=0)
-    own_J = own_rates(settings)
+    own_J = conditional_rates(settings)
     assert settings.features == 16_384 and rates(settings)[0] == 0.4 and np.isclose(rates(settings)[-1], 5e-4)
     parent_J = parents(settings.features, settings.roots, settings.branching, settings.depth)
     assert np.sum(parent_J >= 0) + 128 == 10_880 and abs(own_J.max() - 0.915) < 1e-3
     world = make_world(settings)
-    counts_J = sum(np.asarray(jnp.sum(draw_with_code(world, jax.random.key(i), 256)[1] > 0, 0)) for i in range(6))
+    counts_J = sum(np.asarray(jnp.sum(sample_with_code(world, jax.random.key(i), 256)[1] > 0, 0)) for i in range(6))
     rate_J = counts_J / (6 * 256)
     levels = [rate_J[start:stop].sum() for start, stop in ((0, 128), (128, 640), (640, 2688), (2688, 10880))]
     np.testing.assert_allclose([*levels, rate_J[10880:].sum()], [8.2, 7.4, 7.4, 7.2, 4.6], rtol=0.08)

@@ -12,7 +12,7 @@ from scipy import sparse
 from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.interpret import control
-from saejax.interpret.control import fitted_decoder, frozen_random
+from saejax.interpret.control import fit_decoder, frozen_random
 from saejax.interpret.heatmaps import layers_bar
 from saejax.interpret.report import _fit, _rows
 from saejax.interpret.results import InterpretedDictionary
@@ -65,9 +65,9 @@ def test_its_decoder_is_that_of_least_squares(monkeypatch):
     expected = np.linalg.solve(gram + 1e-3 * np.trace(gram) / 60 * np.eye(60), f.T @ y)
     for steps, near in ((10, 2e-3), (60, 2e-5)):
         monkeypatch.setattr(control, "_STEPS", steps)
-        found = fitted_decoder(sparse.csr_array(f.astype(np.float32)), y)
+        found = fit_decoder(sparse.csr_array(f.astype(np.float32)), y)
         assert not found[7].any() and np.abs(found - expected).max() < near * np.abs(expected).max()
-    assert not fitted_decoder(sparse.csr_array((900, 60), dtype=np.float32), y).any()  # nothing fires at all
+    assert not fit_decoder(sparse.csr_array((900, 60), dtype=np.float32), y).any()  # nothing fires at all
 
 
 def test_a_transcoders_control_predicts_its_target(store, monkeypatch):

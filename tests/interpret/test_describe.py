@@ -9,7 +9,8 @@ import pytest
 from scipy.stats import false_discovery_control
 
 from saejax.interpret import describe, neighbours
-from saejax.interpret.describe import AFTER, BEFORE, BINS, GROUPS, LOWEST
+from saejax.interpret.contexts import AFTER, BEFORE
+from saejax.interpret.describe import BINS, GROUPS, LOWEST
 from saejax.interpret.detectors import PairCounts
 from saejax.interpret.firings import Block, record
 from saejax.interpret.records import Describer

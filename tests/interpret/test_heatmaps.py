@@ -30,7 +30,7 @@ def test_features_by_tokens(tmp_path, monkeypatch, documents):
     for block in blocks(tmp_path / "own", FEATURES):
         maps.add(block)
     length_F = np.linspace(1, 2, FEATURES)
-    made = maps.made(length_F)
+    made = maps.maps(length_F)
     json.dumps(made, allow_nan=False)
     rows = store.rows("train", planted.SITE)
     document, position, _ = store.tokens(rows)

@@ -1,5 +1,7 @@
 """A transformers model behind ``LanguageModel``'s interface, against the JAX decoder with the same weights."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import pytest
 from tiny_models import OTHER_FIELDS, save_tiny, save_tiny_tokenizer
 
 from saejax import load_model
-from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.dictionaries import Dictionary, DictionaryConfig, check_dictionary
 from saejax.errors import UserError
 from saejax.models.edits import SiteEdit
 from saejax.models.language_model import forward
 from saejax.models.sites import KINDS, Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
+from saejax.models.tokens import pad
 
 TEXTS = ["The cat near the dogs runs.", "3 + 4 =", "The capital of France is"]
 FAMILIES = ("llama", "gpt2", "gpt_neox", "gemma2")
@@ -38,6 +41,11 @@ def make_dictionary(site: str, target: str = "", d: int = 40) -> Dictionary:
     return Dictionary(
         config, **{name: jnp.asarray(0.3 * rng.normal(size=s), jnp.float32) for name, s in weights.items()}
     )
+
+
+def unlimited(dictionary: Dictionary) -> Dictionary:
+    """The same without a sink rule, as dictionaries of others are loaded."""
+    return dictionary.with_config(dataclasses.replace(dictionary.config, max_norm=None, target_max_norm=None))
 
 
 def relative_error(ours, theirs) -> float:
@@ -180,8 +188,12 @@ def test_an_architecture_without_a_family(family, tmp_path, caplog):
     logits = lm(tokens).logits_BxTxV
     last_BxV = np.stack([lm(lm.tokenize([text])).logits_BxTxV[0, -1] for text in TEXTS])
     assert np.abs(last_BxV - np.asarray(logits)[np.arange(3), tokens.last_B]).max() < 1e-5 * np.abs(last_BxV).max()
-    made = lm.generate(tokens, 5, edits=[SiteEdit.ablate("mlp_out.1")])
-    assert made == lm.generate(tokens, 5, edits=[SiteEdit.ablate("mlp_out.1")], cache=False)
+    edits = [SiteEdit.ablate("mlp_out.1")]
+    for text, made in zip(TEXTS, lm.generate(tokens, 5, edits=edits), strict=True):
+        ids = lm.tokenize([text]).ids_BxT[0].tolist()  # by a pass over all tokens for each new one, without a cache
+        for _ in range(5):
+            ids.append(int(lm(pad([ids]), edits=edits).logits_BxTxV[0, -1].argmax()))
+        assert list(made.ids) == ids[-5:][: len(made.ids)]
     split, values = forward(lm.config, (Site("mlp_out", 1),), True, lm.params, tokens.ids_BxT, tokens.lengths_B)
     assert relative_error(split[tokens.mask_BxT], logits[tokens.mask_BxT]) < 1e-5 and values[0].shape[-1] > 1
 
@@ -197,3 +209,29 @@ def test_several_devices_are_refused(tmp_path):
     with pytest.raises(UserError, match="there is no site resid_post.3: OlmoForCausalLM has 3 layers"):
         lm = load_model(path)
         lm(lm.tokenize(TEXTS), capture="resid_post.3")
+
+
+def test_the_sink_rule_of_a_dictionary_of_others(both):
+    """A dictionary that does not know its sink rule gets that of the model, as it does on the decoder."""
+    foreign = unlimited(make_dictionary("resid_post.1"))
+    check_same(both, [foreign.ablate([1, 5])], both[0].tokenize(TEXTS))
+    ours, theirs = (lm.generate(lm.tokenize(TEXTS), 4, edits=[foreign.steer([3], 1.0)]) for lm in both)
+    assert ours == theirs
+
+
+def test_a_dictionary_of_a_module_is_measured(both):
+    """As on the site that the module's output is."""
+    decoder, lm = both
+    if decoder.config.post_norms:
+        return
+    path = {"gpt2": "transformer.h.1.mlp", "gpt_neox": "gpt_neox.layers.1.mlp"}.get(decoder.config.family)
+    module = check_dictionary(lm, unlimited(make_dictionary(f"module:{path or 'model.layers.1.mlp'}")))
+    expected = check_dictionary(decoder, unlimited(make_dictionary("mlp_out.1")))
+    assert (module.l0, module.tokens) == (expected.l0, expected.tokens)
+    assert module.explained_variance == pytest.approx(expected.explained_variance, rel=1e-4)
+
+
+def test_the_second_models_sites_are_refused(both):
+    for lm in both:
+        with pytest.raises(UserError, match="is a site of the second model: run that model"):
+            lm(lm.tokenize(TEXTS), capture="other:resid_post.1")

@@ -16,6 +16,7 @@ from saejax.files import read_json
 from saejax.models.checkpoint import weight_files
 from saejax.models.families import read_config
 from saejax.models.parameters import parameter_table
+from saejax.models.source import ModelSource, load_torch_model
 from saejax.models.weights import load_params, untie_stored_head
 from saejax.parallel.mesh import AXES
 
@@ -198,3 +199,24 @@ def test_every_device_holds_its_shard_only(tiny, shape):
         shards = params[name].addressable_shards
         assert len(shards) == np.prod(shape)
         assert {shard.data.size for shard in shards} == {params[name].size // part}
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(copy, value):
+    def spoil(tensors):
+        for name in ("model.layers.2.mlp.up_proj.weight", "model.norm.weight"):
+            tensors[name].flat[-1] = value
+
+    change(copy, spoil)
+    message = "hold NaN or infinity in float32: model.layers.2.mlp.up_proj.weight, model.norm.weight;"
+    with pytest.raises(UserError, match=message):
+        load_params(copy, config_of(copy), mesh_of(1, 2, 4), "float32")
+    with pytest.raises(UserError, match=message):
+        load_torch_model(ModelSource("copy", "", copy, ""))
+
+
+def test_values_beyond_the_range_of_a_dtype_are_refused(copy):
+    change(copy, lambda tensors: tensors["model.norm.weight"].fill(3.4e38))
+    load_params(copy, config_of(copy), mesh_of(1, 1, 1), "float32")
+    with pytest.raises(UserError, match="hold NaN or infinity in bfloat16: final_norm_D"):
+        load_params(copy, config_of(copy), mesh_of(1, 1, 1), "bfloat16")

@@ -21,8 +21,8 @@ from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight.plan import plan_run as plan_of_run
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.members import SiteScale
-from saejax.training.step import Trainer
+from saejax.training.scales import SiteScale
+from saejax.training.stack import TrainStack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ONE = dict(member=1, data=1, model=1)
@@ -48,11 +48,12 @@ def on_mesh(plan: PlannedRun, mesh: Mesh) -> PlannedRun:
     return dataclasses.replace(plan, mesh=mesh)
 
 
-def make_trainer(plan: PlannedRun, mesh: Mesh) -> Trainer:
-    """The trainer of the plan's first stack."""
+def make_stack(plan: PlannedRun, mesh: Mesh) -> TrainStack:
+    """What is trained of the plan's first stack."""
     stack = next(iter(plan.stacks.values()))
     scale = SiteScale(1.0, 1.0, np.zeros(stack.dictionary.d_in, np.float32))
-    return Trainer(plan.configs[TrainConfig], stack.dictionary, stack.members, mesh, 10, [scale] * len(stack.members))
+    scales = [scale] * len(stack.members)
+    return TrainStack(plan.configs[TrainConfig], stack.dictionary, stack.members, scales, 10, mesh)
 
 
 def arrays(arguments: Any) -> list[tuple]:

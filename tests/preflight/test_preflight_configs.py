@@ -24,7 +24,7 @@ from saejax.settings import (
     TaskConfig,
     TrainConfig,
 )
-from saejax.training.stack_shape import named_sites
+from saejax.training.stack import choose_sites
 
 FILES = sorted(CONFIGS.glob("*.flags"))
 OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before
@@ -117,7 +117,8 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     assert [(member.site, member.target) for member in stack.members] == [
         (f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in range(28)
     ]
-    assert named_sites(configs[TrainConfig]) == [member.site for member in stack.members]  # straight from the model
+    from_model = choose_sites(configs[TrainConfig], None)
+    assert from_model == [member.site for member in stack.members]
     steps = configs[CorpusConfig].max_tokens // configs[TrainConfig].batch
     assert 48_800 <= steps < 48_900 and "48,800 steps" in path.read_text()
     # The set is not trained yet, but its sizes are known.

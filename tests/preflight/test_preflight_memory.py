@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
-from preflight_setup import make_trainer, on_mesh, plan_run, shape
+from preflight_setup import make_stack, on_mesh, plan_run, shape
 
 from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
@@ -16,6 +16,7 @@ from saejax.preflight import rates, topology
 from saejax.preflight.plan import check_dictionaries, disk_bytes, replicated, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
 from saejax.training.planned import host_bytes, resident_bytes, train_programs
+from saejax.training.state import init_state
 
 
 def make_mesh(data: int, model: int) -> Mesh:
@@ -39,7 +40,7 @@ def test_memory_of_a_training_step_is_the_state_and_its_temporaries(tiny_llama, 
     mesh = make_mesh(data, model)
     plan = plan_run(load_model(str(tiny_llama)).config, "resid_post.1", axes(data, model), train__batch=64)
     program = next(program for program in train_programs(plan, mesh) if "topk" in program.name)
-    state = held(make_trainer(plan, mesh).initial_state())
+    state = held(init_state(make_stack(plan, mesh)))
     assert state < topology.compile_for(program, 2**30, 8).memory < 3 * state
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from preflight_setup import arrays, assert_same_call, make_dictionary, make_trainer, on_mesh, plan_run
+from preflight_setup import arrays, assert_same_call, make_dictionary, make_stack, on_mesh, plan_run
 
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
@@ -23,7 +23,8 @@ from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
 from saejax.settings import AblateConfig, PreflightConfig
 from saejax.tasks.behaviours import Prompt
-from saejax.training.step import Trainer
+from saejax.training.state import init_state
+from saejax.training.step import train_step
 
 K = 30
 
@@ -117,16 +118,16 @@ def _documents(count: int, length: int) -> Documents:
 
 
 def test_training(programs, plan, mesh):
-    trainer = make_trainer(plan, mesh)
-    batch = jax.make_array_from_process_local_data(trainer.batch_sharding, np.ones((1, 64, 64), np.float32))
-    assert_same_call(programs["train: topk step"], (trainer.initial_state(), trainer.hyper, (batch,)))
+    stack = make_stack(plan, mesh)
+    batch = jax.make_array_from_process_local_data(stack.batch_sharding, np.ones((1, 64, 64), np.float32))
+    assert_same_call(programs["train: topk step"], (init_state(stack), stack.hyperparams, (batch,)))
 
 
 def test_they_are_the_stages_own_functions(programs):
     assert programs["capture: forward"].function is language_model.forward is jax_capture.forward
     assert programs["evaluate: tail"].function is evaluation.tail
     assert programs["ablate: tail"].function is ablation.run_rows
-    assert programs["train: standard step"].function.__wrapped__.__func__ is Trainer.pure_step
+    assert programs["train: standard step"].function.__wrapped__.func is train_step
 
 
 def test_flops_against_xla(plan, mesh):
@@ -158,9 +159,9 @@ def test_training_from_the_model_keeps_all_of_it_on_the_devices(tiny_llama, mesh
     changes = dict(train__source="model", capture__backend="jax", corpus__context=32, capture__batch_tokens=256)
     plan = on_mesh(plan_run(lm.config, "resid_post.3", train__batch=64, train__buffer_rows=512, **changes), mesh)
     programs = {program.name: program for program in stage_programs(plan)}
-    trainer = make_trainer(plan, mesh)
+    stack = make_stack(plan, mesh)
     fill, step = programs["train: topk buffer"], programs["train: topk step"]
-    assert arrays(fill.kept) == arrays((trainer.initial_state(), trainer.hyper))
+    assert arrays(fill.kept) == arrays((init_state(stack), stack.hyperparams))
     model, parts, norms = step.kept
     assert sorted(arrays(model)) == sorted(arrays(lm.params))
     assert [place.shape for place in jax.tree.leaves(parts)] == [(1, 512, 64)]

@@ -51,11 +51,11 @@ class Asker:
 
 
 @contextlib.contextmanager
-def served(shelf, bench):
+def served(store, session):
     """A running server; at the end no thread of it is left."""
     listening, jobs = _listen(0), Jobs()
     port = listening.getsockname()[1]
-    server = make_server(shelf, bench, jobs, TOKEN, port)
+    server = make_server(store, session, jobs, TOKEN, port)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
     thread.start()
     try:
@@ -72,4 +72,4 @@ def served(shelf, bench):
 def serve():
     """Starts servers that end with the module."""
     with contextlib.ExitStack() as stack:
-        yield lambda shelf, bench: stack.enter_context(served(shelf, bench))
+        yield lambda store, session: stack.enter_context(served(store, session))

@@ -1,6 +1,7 @@
 """The server with a model: what it traces, prunes and changes is what the library gives."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -9,17 +10,22 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model, save_transcoders
+from saejax.attribution.forms.graph_folder import write_graph
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
+from saejax.errors import UserError
 from saejax.models.tokens import Tokens
 from saejax.results import load_results
 from saejax.runner import command_line
-from saejax.serving import bench as benches
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import STARTED, Workspace
+from saejax.serving import session as benches
 from saejax.serving import tracing
-from saejax.serving.bench import Bench, targets_of, token_ids
 from saejax.serving.jobs import THREAD
-from saejax.serving.shelf import Shelf
+from saejax.serving.session import ModelSession, targets_of, token_ids
+from saejax.serving.store import GraphStore
+from saejax.settings import GraphConfig
 
 PROMPT = "The war near"
 UNIT = "attribute/the-war-near"
@@ -39,7 +45,7 @@ def transcoders(lm):
 
 @pytest.fixture(scope="module")
 def place(tiny_llama, transcoders, tmp_path_factory):
-    """A workdir, and the bench of a server that is started with flags."""
+    """A workdir, and the session of a server that is started with flags."""
     folder = tmp_path_factory.mktemp("served")
     save_transcoders(folder / "set", transcoders)
     flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'set'}"]
@@ -54,7 +60,7 @@ def asker(place, lm, serve, one_device):
     root.mkdir()
     patch = pytest.MonkeyPatch()
     patch.setattr("saejax.tasks.run_inputs.make_mesh", lambda config: one_device)
-    yield serve(Shelf(root), Bench(configs, named=True))
+    yield serve(GraphStore(root), ModelSession(configs, named=True))
     patch.undo()
 
 
@@ -109,10 +115,11 @@ def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, 
     root, _ = place
     if forgotten:  # a server that was started anew, and finds model and set in the unit
         bare = command_line.read_configs(command_line.stage_flags(), ["serve"])
-        asker = request.getfixturevalue("serve")(Shelf(root), Bench(bare, named=False))
+        asker = request.getfixturevalue("serve")(GraphStore(root), ModelSession(bare, named=False))
     found = asker.work("api/prune", dict(graph=GRAPH, nodes=0.95, edges=0.6))
     assert found[-1]["result"]["address"].endswith("&nodes=0.95&edges=0.6")
-    assert any(line.get("say") == "Tracing the prompt again" for line in found) == forgotten
+    assert not any(line.get("say") == "Tracing the prompt again" for line in found)  # the unit has the whole graph
+    assert any(line.get("say") == "Reading the graph" for line in found) == forgotten
     _, page = asker.get(found[-1]["result"]["address"])
     data = page.split('id="graph-data">')[1].split("</script>")[0]
     pruned = wanted.graph.prune(0.95, 0.6)
@@ -122,13 +129,13 @@ def test_pruned_again_from_memory_or_traced_again(asker, traced, wanted, place, 
 
 def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, wanted):
     """Some features of one layer at one position, ablated; against the decoder with the transcoder's own edit."""
-    active, last = wanted.replacement.active, len(wanted.graph.ids_P) - 1
+    active, last = wanted.local.active, len(wanted.graph.ids_P) - 1
     features = active.feature_A[(active.layer_A == 1) & (active.position_A == last)].tolist()[:3]
     changes = [["scale", 0.0, *(f"1_{feature}_{last}" for feature in features)]]
-    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, hold="nothing"))[-1]["result"]
+    found = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]["result"]
     tokens = Tokens(wanted.graph.ids_P[None], np.array([last + 1], np.int32))
     edited = lm(tokens, edits=[transcoders[1].ablate(features, positions=(last, None))]).logits_BxTxV[0, last]
-    logits_2xV = np.stack([wanted.replacement.logits_V, np.asarray(edited)]).astype(np.float64)
+    logits_2xV = np.stack([wanted.local.logits_V, np.asarray(edited)]).astype(np.float64)
     p_2xV = np.exp(logits_2xV) / np.exp(logits_2xV).sum(axis=1, keepdims=True)
     assert len(features) > 1 and len(found["tokens"]) >= 8
     best = np.argsort(-p_2xV[1])[:3]
@@ -143,7 +150,7 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
     (difference,) = found["differences"]
     assert difference["text"] == [" way", " runs"]
     np.testing.assert_allclose(difference["value"], logits_2xV[:, way] - logits_2xV[:, runs], atol=3e-4)
-    nothing = asker.work("api/change", dict(graph=GRAPH, changes=[["scale", 1.0, changes[0][2]]], hold="nothing"))
+    nothing = asker.work("api/change", dict(graph=GRAPH, changes=[["scale", 1.0, changes[0][2]]], freeze="none"))
     assert abs(nothing[-1]["result"]["kl"]) < 1e-9 and max(map(abs, nothing[-1]["result"]["random_kl"])) < 1e-9
 
 
@@ -158,14 +165,14 @@ def test_changes_do_what_edits_of_the_model_do(asker, lm, transcoders, traced, w
         ("trace", ASKED | dict(chat=True), "has no chat template"),
         ("prune", dict(graph="../../etc/passwd", nodes=0.5, edges=0.5), "there is no graph"),
         ("prune", dict(graph=GRAPH, nodes="NaN", edges=0.5), "expected a share"),
-        ("change", dict(graph=GRAPH, changes=[], hold="nothing"), "nothing is changed"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_47_0"]], hold="nothing"), "is not active at position 0"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 1e999, "1_4_2"]], hold="nothing"), "changes are lists"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 10**400, "1_4_2"]], hold="nothing"), "changes are lists"),
+        ("change", dict(graph=GRAPH, changes=[], freeze="none"), "nothing is changed"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_47_0"]], freeze="none"), "is not active at position 0"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 1e999, "1_4_2"]], freeze="none"), "changes are lists"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 10**400, "1_4_2"]], freeze="none"), "changes are lists"),
         ("trace", ASKED | dict(prompt="\ud800"), "prompt holds half a character"),
         ("trace", ASKED | dict(nodes=10**400), "expected a share"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "<b>"]], hold="nothing"), "changes are lists"),
-        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_4_2"]], hold="me"), "hold is 'me'"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "<b>"]], freeze="none"), "changes are lists"),
+        ("change", dict(graph=GRAPH, changes=[["scale", 0, "1_4_2"]], freeze="me"), "freeze is 'me'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(asker, traced, place, path, body, said):
@@ -202,9 +209,47 @@ def test_a_request_that_is_killed_leaves_no_thread_and_no_files(asker, traced, p
 
 def test_another_model_than_the_graphs_is_refused(asker, traced, place, lm, monkeypatch):
     other = LayerTranscoders.of(made_set(lm, seed=5))
-    bench = Bench(place[1], named=True)
+    session = ModelSession(place[1], named=True)
     monkeypatch.setattr(benches, "open_parts", lambda run: (lm, other))
-    shelf = Shelf(place[0])
-    graph = shelf.find(GRAPH)
+    store = GraphStore(place[0])
+    graph = store.find(GRAPH)
     with pytest.raises(benches.UserError, match="features .* are active when"):
-        bench.run(graph, shelf.document(graph), type("J", (), dict(say=lambda self, words: None))())
+        session.run(graph, store.document(graph), type("J", (), dict(say=lambda self, words: None))())
+
+
+def test_a_prompt_that_is_traced_again_under_its_slug_is_run_anew(place, asker, traced, lm, transcoders, tmp_path):
+    """What is kept of a graph belongs to its document, not to its name."""
+    session, job = ModelSession(place[1], named=True), type("J", (), dict(say=lambda self, words: None))()
+    store = GraphStore(tmp_path)
+    runs = []
+    for prompt in (PROMPT, "The water near the war"):
+        graph = trace_prompt(lm, LayerTranscoders.of(transcoders), prompt, max_logits=1).graph
+        write_graph(tmp_path, to_document(graph.prune(), "same"), replace=True)
+        found = store.find("same")
+        runs.append(session.run(found, store.document(found), job))
+        assert runs[-1].ids_P.tolist() == graph.ids_P.tolist()
+    assert runs[0] is not runs[1]
+
+
+def test_a_unit_that_another_process_makes_is_left_alone(asker, traced, place, monkeypatch):
+    """A request that cannot have the unit deletes nothing of it."""
+    root, made = place[0], []
+
+    def refuse(stages, configs, workdir, *rest, **more):
+        unit = f"attribute/{configs[GraphConfig].slug}"
+        folder = Workspace(root).folder(unit, Workplan(configs).fingerprint(unit))
+        folder.mkdir(parents=True)
+        (folder / STARTED).write_text("{}")
+        (folder / "half.json").write_text("of another process")
+        made.append(folder)
+        raise UserError("another process works on it")
+
+    monkeypatch.setattr(tracing, "run_stages", refuse)
+    (line,) = [one for one in asker.work("api/trace", ASKED | dict(prompt="The way")) if "error" in one]
+    assert "another process" in line["error"] and (made[0] / "half.json").exists()
+    shutil.rmtree(made[0])
+
+
+def test_texts_of_differences_are_read_and_not_evaluated():
+    for text in (" Paris", "it's", 'say "x"', "\n\t\\", "é\u200b", "'\""):
+        assert benches._unquote(repr(text)) == text

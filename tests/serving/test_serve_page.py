@@ -9,7 +9,7 @@ from pages import FEATURE, click_node, needs_chromium, show, text
 
 from saejax.attribution.forms.graph_folder import write_graph
 from saejax.serving import app
-from saejax.serving.shelf import Shelf
+from saejax.serving.store import GraphStore
 
 pytestmark = needs_chromium
 GRAPH, EVIL = "graphs/first", "</script><script>window.hacked = 1</script>"
@@ -21,7 +21,7 @@ WIDE = """[...document.querySelectorAll('body *')].filter(e => e.getBoundingClie
 
 
 class FakeBench:
-    """In place of ``Bench``: prunes to a few features, and keeps what it was asked."""
+    """In place of ``ModelSession``: prunes to a few features, and keeps what it was asked."""
 
     def __init__(self, configs):
         self.defaults, self.asked, self.made = configs, [], {}
@@ -50,9 +50,9 @@ class FakeBench:
         return self
 
 
-def fake_effects(bench, changes, hold, targets, on_progress):
+def fake_effects(session, changes, freeze, targets, on_progress):
     """Two tokens, one of which would be a script; a change by 13 never ends."""
-    bench.asked.append((changes, hold))
+    session.asked.append((changes, freeze))
     while changes[0][1] == 13:
         on_progress(1, 2)
     token = dict(logit=[3.0, 1.5], probability=[0.5, 0.25], random=[0.4, 0.6])
@@ -73,14 +73,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(place, serve):
-    """The bench and the address of a server."""
+    """The session and the address of a server."""
     from saejax.runner import command_line
 
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", "--graph.transcoders=a/set"])
     patch = pytest.MonkeyPatch()
     patch.setattr(app, "effects", fake_effects)
-    bench = FakeBench(configs)
-    yield bench, serve(Shelf(place), bench).address
+    session = FakeBench(configs)
+    yield session, serve(GraphStore(place), session).address
     patch.undo()
 
 
@@ -118,9 +118,9 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     fill(opened, "#change-how", "set")
     fill(opened, "#change-amount", "2.5")
     opened.click_on("#change-form button")
-    assert text(opened, "#changes").count("Take back") == 2
+    assert text(opened, "#changes").count("Remove") == 2
     opened.js(
-        "(() => { const s = document.getElementById('hold'); s.value = 'attention'; s.onchange({target: s}); })()"
+        "(() => { const s = document.getElementById('freeze'); s.value = 'attention'; s.onchange({target: s}); })()"
     )
     address = opened.js("location.href")
     opened.click_on("#run-changes")
@@ -135,12 +135,12 @@ def test_features_are_ablated_and_steered_and_the_new_logits_shown(opened, site,
     )
     show(opened, address)  # the state is in the address
     assert (
-        text(opened, "#changes").count("Take back") == 2
-        and opened.js("document.getElementById('hold').value") == "attention"
+        text(opened, "#changes").count("Remove") == 2
+        and opened.js("document.getElementById('freeze').value") == "attention"
     )
     opened.click_on("#changes li button")
-    assert text(opened, "#changes").count("Take back") == 1
-    show(opened, site[1] + PAGE + '#changes=[["scale",0,"nobody"],["x",0,"1_2_3"],3]&hold=all<b>')
+    assert text(opened, "#changes").count("Remove") == 1
+    show(opened, site[1] + PAGE + '#changes=[["scale",0,"nobody"],["x",0,"1_2_3"],3]&freeze=all<b>')
     assert text(opened, "#changes") == "" and opened.js("document.getElementById('run-changes').disabled")
 
 
@@ -198,20 +198,19 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     assert saved == [group]
 
 
-@pytest.mark.parametrize("path", ["", PAGE + "#pinnedIds={}", "compare?a=graphs/first&b=graphs/second"])
+@pytest.mark.parametrize("path", ["", PAGE + "#pinnedIds={}"])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_narrow_screen_and_fingers(browser, site, features, path, dark):
     browser.view(400, 800, phone=True, dark=dark)
     browser.open(site[1] + path.format(",".join(features[:2])))
     browser.settle()
     assert browser.js("document.documentElement.scrollWidth") <= 400
-    if "compare" not in path:
-        assert browser.js(WIDE) == [] and browser.js(SMALL) == []
+    assert browser.js(WIDE) == [] and browser.js(SMALL) == []
     assert browser.js("document.body.innerText").count(EVIL) >= 1 and not browser.js("window.hacked")
     assert browser.errors == []
 
 
-def test_the_list_opens_graphs_compares_two_and_keeps_what_is_typed(browser, site):
+def test_the_list_opens_graphs_and_keeps_what_is_typed(browser, site):
     browser.view(1440, 900)
     browser.open(site[1])
     assert browser.js("document.querySelectorAll('#graphs li').length") == 2
@@ -219,12 +218,6 @@ def test_the_list_opens_graphs_compares_two_and_keeps_what_is_typed(browser, sit
     browser.type("The war & <b>")
     browser.js("location.reload()")
     browser.wait("document.getElementById('prompt') && document.getElementById('prompt').value === 'The war & <b>'")
-    for number in (1, 2):
-        browser.click_on(f"#graphs li:nth-child({number}) input")
-    browser.click_on("#compare-ticked")
-    browser.wait("location.pathname.endsWith('/compare') && document.readyState === 'complete'")
-    assert "Positions are aligned" in text(browser, "body") and EVIL in text(browser, "body")
-    browser.open(site[1])
     browser.click_on("#graphs a")
     browser.wait("window.attributionGraph && attributionGraph.painted")
     assert browser.errors == []

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from saejax import load_model, save_dictionary
-from saejax.attribution.trace.prompt import prompt_ids
+from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.models.tokens import Tokens
 from saejax.runner import command_line
-from saejax.serving.bench import Bench
-from saejax.serving.shelf import Shelf
+from saejax.serving.session import ModelSession
+from saejax.serving.store import GraphStore
 
 PROMPT, SITES = "The war near", ("resid_post.0", "mlp_out.2")
 GRAPH = "attribute/the-war-near/graphs/the-war-near"
@@ -47,7 +47,7 @@ def asker(tiny_llama, saes, serve, one_device, tmp_path_factory):
     configs = command_line.read_configs(command_line.stage_flags(), ["serve", *flags])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("saejax.tasks.run_inputs.make_mesh", lambda config: one_device)
-        asker = serve(Shelf(folder / "run"), Bench(configs, named=True))
+        asker = serve(GraphStore(folder / "run"), ModelSession(configs, named=True))
         asked = dict(prompt=PROMPT, target=" way> runs", max_features=0, nodes=0.99, edges=0.99, chat=False)
         assert "result" in asker.work("api/trace", asked)[-1]
         yield asker
@@ -65,7 +65,7 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
         ["scale", 0.0, *(f"0_{feature}_{at}" for feature in features[0])],
         ["set", 2.5, f"2_{features[1][0]}_{at}"],
     ]
-    last = asker.work("api/change", dict(graph=GRAPH, changes=changes, hold="nothing"))[-1]
+    last = asker.work("api/change", dict(graph=GRAPH, changes=changes, freeze="none"))[-1]
     assert "result" in last, last
     found = last["result"]
     edits = [
@@ -86,6 +86,6 @@ def test_changes_do_what_edits_of_the_saes_do(asker, lm, saes):
 
 def test_nothing_can_be_held_and_the_page_says_so(asker, saes):
     page = asker.get(f"graph?id={GRAPH}")[1]
-    assert '"holds":["nothing"]' in page
-    body = dict(graph=GRAPH, changes=[["scale", 0, "0_1_1"]], hold="all")
-    assert "expected nothing, as this graph is of SAEs" in asker.work("api/change", body)[-1]["error"]
+    assert '"freeze_modes":["none"]' in page
+    body = dict(graph=GRAPH, changes=[["scale", 0, "0_1_1"]], freeze="all")
+    assert "expected none, as this graph is of SAEs" in asker.work("api/change", body)[-1]["error"]

@@ -7,13 +7,13 @@ import pytest
 from scipy.stats import spearmanr
 
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer
+from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
+from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
 from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
-from saejax.track.results import StepTest, TrackedStep, TrackedText, TrackResults
-from saejax.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 
 
 def result(zero, resampled, random, fooled=3, sentence="It does.") -> BehaviourVerdict:
@@ -79,7 +79,7 @@ def match_scores(shared) -> MatchScores:
 
 
 def transfer(shared, null) -> TransferResults:
-    rows = dict(decoder=ComparedRows(match_scores(shared), match_scores(null)))
+    rows = dict(decoder=ComparedRows(match_scores(shared), match_scores(null), (8, 8), (0, 0)))
     return TransferResults((), "", (ComparedPair("topk", "standard", rows),), (), ())
 
 
@@ -89,7 +89,7 @@ def tracked(answers) -> TrackResults:
         for site, answer in enumerate(answers)
     }
     step = TrackedStep("step 1", "", 0, 3, {}, tests, {})
-    return TrackResults(dict(sum=TrackedText(9, " 4", 8, ("resid_post.0",), (step,), {}, "geometry", 7, 2, 0, 1.0)))
+    return TrackResults(dict(sum=TrackedText(9, " 4", 8, ("resid_post.0",), (step,), {}, "geometry", 7, 0, 1.0)))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers
     assert (pair.first, pair.second, pair.measure, pair.shared.mean, pair.shared_null.mean) == (
         "topk", "standard", "decoder", shared, null,
     )  # fmt: skip
-    assert (text.text, text.tests, text.hurt, text.links, text.random_links) == (
-        "sum", len(answers) - answers.count("not testable"), answers.count("yes"), 7, 2,
+    assert (text.text, text.tests, text.hurt, text.links) == (
+        "sum", len(answers) - answers.count("not testable"), answers.count("yes"), 7,
     )  # fmt: skip
     judged = {one.criterion: one for one in criteria.criteria(empty(transfer=(pair,), tracking=(text,)), [])}
     names = ["Dictionaries transfer", "Features are tracked through layers"]

@@ -310,7 +310,8 @@ def hub(monkeypatch):
     hub_module.hub_commit.cache_clear()
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision: list(tables[name]))
-    return calls
+    yield calls
+    hub_module.hub_commit.cache_clear()  # the commits of this hub
 
 
 def test_the_hub_is_asked_for_the_test_split_at_the_revision(hub):

@@ -1,17 +1,19 @@
 """Runs of the training loop in a folder, on rows that stand in memory in place of a store."""
 
 import numpy as np
-from small_stacks import B, D
-from small_stacks import make_trainer as make_small
+from small_stacks import B, D, compiled
+from small_stacks import make_stack as make_small
 
 from saejax.activations.batches import BatchOrder, RowRange
 from saejax.activations.store import Store
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.inputs import Resident, Streamed
-from saejax.training.loop import Metrics, train
-from saejax.training.placement import placed
+from saejax.training.inputs import ResidentBatches, StreamedBatches, place_rows
+from saejax.training.metrics import METRICS, Metrics
+from saejax.training.stack import batch_parts
+from saejax.training.state import abstract_state, init_state
+from saejax.training.train import train_loop
 
-STEPS, ROWS, SEED = 12, 5 * B + 7, 3  # three epochs of five batches, of which the last is not begun
+STEPS, ROWS, SEED = 12, 5 * B + 7, 123  # three epochs of five batches, of which the last is not begun
 ORDER = BatchOrder(RowRange(0, ROWS, np.zeros(0, np.int64), ROWS), B, SEED, epochs=3, window_rows=ROWS)
 
 
@@ -41,43 +43,34 @@ class Rows:
         return values
 
 
-def make_trainer(kind="topk", mesh=None, **changes):
-    return make_small(kind, mesh, steps=STEPS, **dict(auxk=0.03, dead_tokens=64) | changes)
+def make_stack(kind="topk", mesh=None, **changes):
+    usual = dict(auxk=0.03, dead_tokens=64, epochs=3, buffer_rows=ROWS, log_every=1, checkpoint_every=100)
+    return make_small(kind, mesh, steps=STEPS, **usual | changes)
 
 
-def site_parts(trainer):
-    inputs, targets = zip(*trainer.sites, strict=True)
-    return (inputs,) if inputs == targets else (inputs, targets)
+def streamed(stack, store):
+    return StreamedBatches(stack, store)
 
 
-def streamed(trainer, store, first=0):
-    batches = (
-        tuple(np.stack([store.read(site, ORDER.rows(step)) for site in part]) for part in site_parts(trainer))
-        for step in range(first, STEPS)
-    )
-    return Streamed(trainer, batches)
+def resident(stack, store):
+    arrays = tuple(place_rows(stack, store, part, store.rows("train")) for part in batch_parts(stack.members))
+    return ResidentBatches(stack, arrays, ORDER.ranks)
 
 
-def resident(trainer, store, first=0):
-    rows = store.rows("train")
-    return Resident(trainer, tuple(placed(trainer, store, part, rows) for part in site_parts(trainer)), ORDER.ranks)
-
-
-def go(folder, trainer, make_source=streamed, store=None, stop_after=None, every=100, log_every=1, writers=()):
+def go(folder, stack, make_batches=streamed, store=None, stop_after=None, writers=(), step_fn=None):
     """Trains in ``folder`` from where it was; gives the final state."""
     checkpoints = Checkpoints(folder / "checkpoints")
     first = checkpoints.latest_step or 0
-    state = checkpoints.restore(trainer.abstract_state) if first else trainer.initial_state()
-    names = [member.name for member in trainer.members]
-    metrics = Metrics(folder / "metrics.jsonl", first, B, log_every, STEPS, names, lambda line: None, writers)
+    state = checkpoints.restore(abstract_state(stack)) if first else init_state(stack)
+    metrics = Metrics(stack, folder / METRICS, first, lambda line: None, writers)
     asked = []
 
     def stopping():
         asked.append(1)
         return stop_after is not None and first + len(asked) >= stop_after
 
-    source = make_source(trainer, store or Rows(), first)
+    batches = make_batches(stack, store or Rows())
     try:
-        return train(source, state, first, STEPS, metrics, checkpoints, every, stopping)
+        return train_loop(stack, state, batches, first, metrics, checkpoints, stopping, step_fn or compiled(stack))
     finally:
         checkpoints.close()

@@ -1,6 +1,7 @@
-"""Small stacks for the training tests: a trainer of any kind, batches with planted directions, and runs."""
+"""Small stacks for the training tests: a stack of any kind, batches with planted directions, and runs."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,9 +12,10 @@ from saejax.dictionaries.kinds import by_name
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import settings_of_kinds
-from saejax.training.members import members
-from saejax.training.step import SiteScale, Trainer
-from saejax.training.train import trainer_of
+from saejax.training.scales import SiteScale
+from saejax.training.stack import TrainStack, make_members
+from saejax.training.state import init_state
+from saejax.training.step import compile_step
 
 D, F, B, STEPS = 16, 64, 32, 50
 GROUPS = dict(matryoshka=dict(groups=(16, 32, F)))
@@ -41,27 +43,25 @@ def make_config(**changes) -> TrainConfig:
     return TrainConfig(own=kinds, **{key: value for key, value in given.items() if key in names})
 
 
-def make_trainer(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> Trainer:
-    """A trainer of D -> F; lists among the changes make a stack."""
+def make_stack(kind="topk", mesh=None, scale=0.5, steps=STEPS, **changes) -> TrainStack:
+    """Dictionaries of D -> F; lists among the changes make several members."""
     config = make_config(**changes)
-    stack = members(config, kind, config.sites)
+    members = make_members(config, kind, config.sites)
     own = config.of_kind(kind)
-    each = [by_name(kind).facts(member.settings, own, config.features or F) for member in stack]
+    each = [by_name(kind).facts(member.settings, own, config.features or F) for member in members]
     facts = {name: max(facts[name] for facts in each) for name in each[0]} | GROUPS.get(kind, {})
     dictionary = DictionaryConfig(
         kind=kind,
-        site=stack[0].site,
-        target="" if config.form == "sae" else stack[0].target,
+        site=members[0].site,
+        target="" if config.form == "sae" else members[0].target,
         d_in=D,
         n_features=config.features or F,
         skip=config.form == "skip_transcoder",
         centred=config.form == "sae",
         **facts,
     )
-    mesh = mesh or first_device()
-    return trainer_of(config, kind, stack, mesh.shape)(
-        config, dictionary, stack, mesh, steps, [SiteScale(scale, scale, np.full(D, 0.7))] * len(stack)
-    )
+    scales = [SiteScale(scale, scale, np.full(D, 0.7))] * len(members)
+    return TrainStack(config, dictionary, members, scales, steps, mesh or first_device())
 
 
 def first_device() -> Mesh:
@@ -77,17 +77,25 @@ def batches(count=STEPS, seed=0) -> np.ndarray:
     return (codes @ directions + 0.7).astype(np.float32)
 
 
-def parts(trainer: Trainer, batch: np.ndarray) -> tuple[np.ndarray, ...]:
-    """A batch as the trainer takes it: the same inputs at every site; a transcoder has them reversed as targets."""
-    inputs = np.stack([batch] * len(trainer.sites))
-    return (inputs,) if trainer.config.form == "sae" else (inputs, np.ascontiguousarray(inputs[..., ::-1]))
+def parts(stack: TrainStack, batch: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A batch as a step takes it: the same inputs at every site; a transcoder has them reversed as targets."""
+    inputs = np.stack([batch] * len(stack.sites))
+    return (inputs,) if stack.config.form == "sae" else (inputs, np.ascontiguousarray(inputs[..., ::-1]))
 
 
-def run(trainer: Trainer, data: np.ndarray, state=None):
+compiled = functools.cache(compile_step)  # of one stack once, for the tests of a file
+
+
+def step(stack: TrainStack, state, batch):
+    """One step on a batch of ``parts``."""
+    placed = tuple(jax.device_put(part, stack.batch_sharding) for part in batch)
+    return compiled(stack)(state, stack.hyperparams, placed)
+
+
+def run(stack: TrainStack, data: np.ndarray, state=None):
     """The state after these batches, from the initial or another one, and the metrics [M] of the last."""
-    state = trainer.initial_state() if state is None else state
+    state = init_state(stack) if state is None else state
     for batch in data:
-        placed = tuple(jax.device_put(part, trainer.batch_sharding) for part in parts(trainer, batch))
-        state, metrics = trainer.step(state, placed)
+        state, metrics = step(stack, state, parts(stack, batch))
         jax.block_until_ready(metrics)  # eight devices on two cores must not queue up steps
     return state, metrics

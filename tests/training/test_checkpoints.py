@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from small_runs import STEPS, go, make_trainer
+from small_runs import STEPS, go, make_stack
 from small_stacks import first_device
 
 from saejax.errors import UserError
@@ -102,11 +102,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path, best, left):
 
 
 def test_the_loop_gives_means_since_the_checkpoint_before(tmp_path):
-    trainer, given = make_trainer(k=(2, 4)), []
+    stack, given = make_stack(k=(2, 4), checkpoint_every=5), []
     save = Checkpoints.save
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", lambda self, step, state, metrics: given.append((step, metrics)))
-        go(tmp_path, trainer, every=5)
+        go(tmp_path, stack)
     assert save is Checkpoints.save and [step for step, _ in given] == [5, 10, STEPS]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for (step, metrics), first in zip(given, (1, 6, 11), strict=True):
@@ -117,13 +117,13 @@ def test_the_loop_gives_means_since_the_checkpoint_before(tmp_path):
 def test_checkpoints_of_another_configuration(tmp_path):
     run = dict(settings=dict(k=[32], batch=64), steps=10)
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.agree(run) == {}
-        checkpoints.record(run | dict(input="resident"))
-        assert checkpoints.agree(dict(other=1)) == {}, "nothing was saved yet"
+        checkpoints.check_same_run(run)
+        checkpoints.record_run(run)
+        checkpoints.check_same_run(dict(other=1))  # nothing was saved yet
         checkpoints.save(1, state_of(1))
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.agree(run)["input"] == "resident"
+        checkpoints.check_same_run(run)
         with pytest.raises(
             UserError, match=r"configuration: settings.k was \[32\], is \[16\]; steps was 10, is 11: giv"
         ):
-            checkpoints.agree(dict(settings=dict(k=[16], batch=64), steps=11))
+            checkpoints.check_same_run(dict(settings=dict(k=[16], batch=64), steps=11))

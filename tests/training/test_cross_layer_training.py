@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import STEPS, go
-from small_runs import make_trainer as make_small_run
-from small_stacks import B, D, F, make_trainer
+from small_runs import make_stack as make_small_run
+from small_stacks import B, D, F, compiled, make_stack, step
 
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
-from saejax.training.cross_layer import CrossLayerObjective, CrossLayerTrainer
+from saejax.training.cross_layer import cross_layer_loss, finish_layer
+from saejax.training.stack import TrainStack
+from saejax.training.state import abstract_state, init_state
 
 LAYERS, SITES = 3, ("mlp_in.0", "mlp_in.1", "mlp_in.2")
 FORM = dict(form="cross_layer_transcoder", sites=SITES)
@@ -27,27 +29,20 @@ KINDS = {
 }
 
 
-def make(kind="jumprelu", mesh=None, maker=make_trainer, **changes) -> CrossLayerTrainer:
-    """A trainer of three layers, each with scales of its own."""
-    trainer = maker(kind, mesh, **FORM | KINDS[kind] | changes)
-    trainer.scales = [
+def make(kind="jumprelu", mesh=None, maker=make_stack, **changes) -> TrainStack:
+    """A stack of three layers, each with scales of its own."""
+    stack = maker(kind, mesh, **FORM | KINDS[kind] | changes)
+    scales = [
         dataclasses.replace(scale, input=0.5 + 0.1 * i, output=0.4 + 0.2 * i, max_norm=9.0 + i)
-        for i, scale in enumerate(trainer.scales)
+        for i, scale in enumerate(stack.scales)
     ]
-    arrays = {
-        name: np.array([getattr(s, name[:-6]) for s in trainer.scales]) for name in ("input_scale", "output_scale")
-    }
-    dtype = trainer.config.state_dtype
-    trainer._host_hyper = dataclasses.replace(
-        trainer._host_hyper, **{name: array.astype(dtype) for name, array in arrays.items()}
-    )
-    return trainer
+    return dataclasses.replace(stack, scales=scales)
 
 
-def random_layers(trainer: CrossLayerTrainer, seed=0) -> list[dict[str, np.ndarray]]:
+def random_layers(stack: TrainStack, seed=0) -> list[dict[str, np.ndarray]]:
     """Arrays of all layers that write everywhere, fp64."""
     rng = np.random.default_rng(seed)
-    start = [jax.tree.map(np.asarray, arrays) for arrays in trainer.initial_state().params]
+    start = [jax.tree.map(np.asarray, arrays) for arrays in init_state(stack).params]
     return [{name: array + 0.1 * rng.normal(size=array.shape) for name, array in arrays.items()} for arrays in start]
 
 
@@ -103,11 +98,12 @@ def plain(layers, x_LxBxD, y_LxBxD, kind, step_share):
 @pytest.mark.parametrize("kind", [pytest.param("standard", marks=pytest.mark.slow), "jumprelu", "batchtopk"])
 def test_loss_and_gradients_are_those_of_plain_numpy(kind, one_device):
     with jax.enable_x64(True):
-        trainer = make(kind, one_device, state_dtype="float64")
-        layers, (x, y) = random_layers(trainer), values()
-        objective = CrossLayerObjective(trainer.config, trainer.dictionary, 50, one_device)
+        stack = make(kind, one_device, state_dtype="float64")
+        layers, (x, y) = random_layers(stack), values()
         dead = jnp.zeros((LAYERS, F), bool)
-        loss = lambda layers: objective(layers, jnp.asarray(x), jnp.asarray(y), trainer.hyper, 0, dead)  # noqa: E731
+        loss = lambda layers: cross_layer_loss(  # noqa: E731
+            stack, layers, jnp.asarray(x), jnp.asarray(y), stack.hyperparams, 0, dead
+        )
         (total, (metrics, *_)), grads = jax.value_and_grad(loss, has_aux=True)(jax.tree.map(jnp.asarray, layers))
         wanted, plain_grads, errors = plain(layers, x, y, kind, step_share=1 / 2)  # of 50 steps 2 are warm-up
         (total, metrics, grads) = jax.tree.map(np.asarray, (total, metrics, grads))
@@ -137,10 +133,10 @@ def planted(steps, layers=LAYERS, features=6, seed=0, tokens=128):
     return (4 * x).astype(np.float32), (4 * y).astype(np.float32), reads, writes
 
 
-def train_on(trainer, x, y, state=None):
-    state = trainer.initial_state() if state is None else state
+def train_on(stack, x, y, state=None):
+    state = init_state(stack) if state is None else state
     for batch in zip(x, y, strict=True):
-        state, metrics = trainer.step(state, tuple(jax.device_put(part, trainer.batch_sharding) for part in batch))
+        state, metrics = step(stack, state, batch)
         jax.block_until_ready(metrics)
     return state, metrics
 
@@ -149,11 +145,11 @@ def test_features_that_write_across_layers_are_found_again(one_device):
     """A transcoder of the last layer alone cannot know what the first writes there: its own input does not tell."""
     x, y, _, writes = planted(600)
     settings = dict(steps=600, k=(1,), learning_rate=(1e-2,), batch=128, initial_bias="zero")
-    trainer = make_trainer("batchtopk", one_device, 1.0, sites=SITES, form="cross_layer_transcoder", **settings)
-    state, metrics = train_on(trainer, x, y)
-    alone = make_trainer("batchtopk", one_device, 1.0, sites=SITES, form="transcoder", **settings)
+    stack = make_stack("batchtopk", one_device, 1.0, sites=SITES, form="cross_layer_transcoder", **settings)
+    state, metrics = train_on(stack, x, y)
+    alone = make_stack("batchtopk", one_device, 1.0, sites=SITES, form="transcoder", **settings)
     _, of_stack = train_on(alone, x, y)
-    found = trainer.finished_layer(state, 0)[1].reshape(F, -1)
+    found = finish_layer(stack, state, 0)[1].reshape(F, -1)
     wanted = writes[0].reshape(len(writes[0]), -1)
     cosines = (
         wanted @ found.T / np.linalg.norm(wanted, axis=1)[:, None] / np.maximum(np.linalg.norm(found, axis=1), 1e-9)
@@ -171,31 +167,31 @@ def test_features_over_eight_devices_are_those_of_one(kind, shape, zero, one_dev
         x, y, *_ = planted(10, tokens=B)
         wanted, _ = train_on(make(kind, one_device, state_dtype="float64"), x, y)
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
-        trainer = make(kind, mesh, state_dtype="float64", zero_optimizer=zero)
-        found, _ = train_on(trainer, x, y)
+        stack = make(kind, mesh, state_dtype="float64", zero_optimizer=zero)
+        found, _ = train_on(stack, x, y)
         first = found.params[0]["W_dec_FxD"]
         assert first.sharding.shard_shape(first.shape) == (F // shape[2], LAYERS * D)
         for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
-        text = trainer.compiled.lower(trainer.abstract_state, trainer.hyper, (x[0], y[0])).compile().as_text()
+        text = compiled(stack).lower(abstract_state(stack), stack.hyperparams, (x[0], y[0])).compile().as_text()
         sums = [line for line in text.splitlines() if "all-reduce(" in line and f"{LAYERS * D}]" in line]
         gradients = shape[1] > 1  # of the first layer's decoder, over the tokens of all devices
         assert len(sums) == 1 + gradients, "what devices write to all layers meets once"
 
 
 def test_only_what_is_written_is_stored(one_device):
-    state = make(mesh=one_device).abstract_state
+    state = abstract_state(make(mesh=one_device))
     shapes = [arrays["W_dec_FxD"].shape for arrays in state.params]
     assert shapes == [(F, 3 * D), (F, 2 * D), (F, D)]
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", pytest.param("jumprelu", marks=pytest.mark.slow)])
 def test_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path):
-    trainer = make(kind, maker=make_small_run, auxk=0.0)
-    whole = go(tmp_path / "whole", trainer)
+    stack = make(kind, maker=make_small_run, auxk=0.0)
+    whole = go(tmp_path / "whole", stack)
     with pytest.raises(Interrupted, match=f"step 7 of {STEPS}"):
-        go(tmp_path / "broken", trainer, stop_after=7)
-    resumed = go(tmp_path / "broken", trainer)
+        go(tmp_path / "broken", stack, stop_after=7)
+    resumed = go(tmp_path / "broken", stack)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -204,10 +200,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(kind, tmp_path):
     "kind", ["batchtopk", *(pytest.param(k, marks=pytest.mark.slow) for k in ("standard", "jumprelu"))]
 )
 def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device):
-    trainer = make(kind, one_device)
+    stack = make(kind, one_device)
     x, y, *_ = planted(8, tokens=B)
-    state, _ = train_on(trainer, x, y)
-    load = lambda layer: trainer.finished_layer(state, layer)  # noqa: E731
+    state, _ = train_on(stack, x, y)
+    load = lambda layer: finish_layer(stack, state, layer)  # noqa: E731
     circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     opened = open_transcoders(tmp_path / "set")
     assert opened.cross_layer and [config.max_norm for config in opened.configs] == [9.0, 10.0, 11.0]
@@ -221,12 +217,18 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
             np.testing.assert_allclose(np.linalg.norm(writes_FxXxD.reshape(F, -1), axis=1), 1, rtol=1e-5)
             f_BxF = np.asarray(one.encode(x[0, l]), np.float64)
             raw_BxD = raw_BxD + f_BxF @ writes_FxXxD[:, m - l]
-            pre_BxF = x[0, l] * trainer.scales[l].input @ np.asarray(own["W_enc_DxF"]) + np.asarray(own["b_enc_F"])
-            above = own["threshold_F"] if kind == "jumprelu" else state.kept_M[l] if kind == "batchtopk" else 0
+            pre_BxF = x[0, l] * stack.scales[l].input @ np.asarray(own["W_enc_DxF"]) + np.asarray(own["b_enc_F"])
+            above = (
+                own["threshold_F"]
+                if kind == "jumprelu"
+                else state.batch_topk_threshold_M[l]
+                if kind == "batchtopk"
+                else 0
+            )
             acts_BxF = np.where(pre_BxF > np.asarray(above), np.maximum(pre_BxF, 0), 0)
             W_dec = np.asarray(own["W_dec_FxD"])[:, (m - l) * D : (m - l + 1) * D]
             scaled_BxD = scaled_BxD + acts_BxF @ W_dec
-        np.testing.assert_allclose(raw_BxD * trainer.scales[m].output, scaled_BxD, atol=2e-5)
+        np.testing.assert_allclose(raw_BxD * stack.scales[m].output, scaled_BxD, atol=2e-5)
     with pytest.raises(UserError, match="already holds"):
         circuit_tracer.save_cross_layer(tmp_path / "set", LAYERS, load)
     described = tmp_path / "set" / "config.yaml"
@@ -236,11 +238,11 @@ def test_the_set_that_is_written_predicts_raw_values(kind, tmp_path, one_device)
 
 
 def test_a_feature_that_never_fires_and_no_spread_are_no_trouble(one_device):
-    trainer = make("jumprelu", one_device)
-    state = trainer.initial_state()
+    stack = make("jumprelu", one_device)
+    state = init_state(stack)
     silent = tuple(arrays | dict(b_enc_F=arrays["b_enc_F"] - 100) for arrays in state.params)
     x = np.ones((3, LAYERS, B, D), np.float32)
-    state, metrics = train_on(trainer, x, 0 * x, dataclasses.replace(state, params=silent))
+    state, metrics = train_on(stack, x, 0 * x, dataclasses.replace(state, params=silent))
     assert not np.asarray(metrics["l0"]).any() and np.isfinite(jax.tree.leaves(metrics)).all()
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
 
@@ -260,4 +262,4 @@ def test_what_is_no_cross_layer_transcoder_is_refused(changes, told):
     given = dict(changes)
     kind, mesh = given.pop("kind", "batchtopk"), given.pop("mesh", None)
     with pytest.raises(UserError, match=told):
-        make_trainer(kind, make_mesh(mesh) if mesh else None, **FORM | given)
+        make_stack(kind, make_mesh(mesh) if mesh else None, **FORM | given)

@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 from every_kind import KINDS
 from safetensors.numpy import save_file
-from small_stacks import D, F, make_trainer
+from small_stacks import D, F, make_stack
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.dictionaries.formats import save_transcoders
 from saejax.dictionaries.stacks import identity
 from saejax.errors import UserError
-from saejax.training.initial import state_from_dictionary
+from saejax.training.init_from import state_from_folder
+from saejax.training.state import abstract_state, finish_dictionary, init_state
 
 SKIP = dict(form="skip_transcoder", sites=("mlp_in.1",))
 
 
 def random_dictionary(kind="topk", seed=0, described=None, **changes) -> Dictionary:
-    """One with decoder rows of length 1, as a trainer of these settings writes it."""
-    made = make_trainer(kind, **changes)
-    blank = made.finish(made.initial_state(), 0)
+    """One with decoder rows of length 1, as a stack of these settings writes it."""
+    made = make_stack(kind, **changes)
+    blank = finish_dictionary(made, init_state(made), 0)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(size=array.shape) for name, array in blank.arrays.items()}
     arrays["W_dec_FxD"] /= np.linalg.norm(arrays["W_dec_FxD"], axis=1, keepdims=True)
@@ -35,13 +36,13 @@ def random_dictionary(kind="topk", seed=0, described=None, **changes) -> Diction
 
 def started(kind, folder, index=0, scale=0.3, **changes) -> Dictionary:
     """What training from a folder would write after no step."""
-    trainer = make_trainer(kind, scale=scale, init_from=str(folder), **changes)
-    if trainer.config.form != "sae":
-        trainer.scales = [dataclasses.replace(one, output=0.7) for one in trainer.scales]
-    state = state_from_dictionary(trainer, str(folder))
-    for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(trainer.abstract_state), strict=True):
+    stack = make_stack(kind, scale=scale, init_from=str(folder), **changes)
+    if stack.config.form != "sae":
+        stack = dataclasses.replace(stack, scales=[dataclasses.replace(one, output=0.7) for one in stack.scales])
+    state = state_from_folder(stack, str(folder))
+    for leaf, abstract in zip(jax.tree.leaves(state), jax.tree.leaves(abstract_state(stack)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (abstract.shape, abstract.dtype, abstract.sharding)
-    return trainer.finish(state, index)
+    return finish_dictionary(stack, state, index)
 
 
 def assert_same(a: Dictionary, b: Dictionary, without=()) -> None:
@@ -62,8 +63,8 @@ def test_scaled_parameters_read_scaled_inputs(tmp_path):
     """By formula: on x times its scale, the parameters give features times the scale of the output."""
     dictionary = random_dictionary("standard")
     save_dictionary(tmp_path / "made", dictionary)
-    trainer = make_trainer("standard", scale=0.3, init_from=str(tmp_path / "made"))
-    state = state_from_dictionary(trainer, trainer.config.init_from)
+    stack = make_stack("standard", scale=0.3, init_from=str(tmp_path / "made"))
+    state = state_from_folder(stack, stack.config.init_from)
     params = {name: np.asarray(array[0]) for name, array in state.params.items()}
     x = np.random.default_rng(1).normal(size=(20, D)).astype(np.float32)
     pre = (0.3 * x - params["b_dec_D"]) @ params["W_enc_DxF"] + params["b_enc_F"]
@@ -115,8 +116,8 @@ def test_a_dictionary_is_widened(tmp_path, kind):
     narrow = random_dictionary(kind)
     save_dictionary(tmp_path / "narrow", narrow)
     wide, f = dict(features=70), narrow.config.n_features
-    found, random = started(kind, tmp_path / "narrow", **wide), make_trainer(kind, scale=0.3, **wide)
-    random = random.finish(random.initial_state(), 0)
+    found, random = started(kind, tmp_path / "narrow", **wide), make_stack(kind, scale=0.3, **wide)
+    random = finish_dictionary(random, init_state(random), 0)
     assert found.config.n_features == 70 > f
     for name, array in found.arrays.items():
         if name == "b_dec_D" or (name == "threshold_F" and kind == "matryoshka"):  # which starts anew
@@ -134,26 +135,26 @@ def test_what_does_not_fit_is_listed(tmp_path):
         started("standard", tmp_path / "topk", form="transcoder", sites=("mlp_in.1",))
     with pytest.raises(UserError, match="holds no dictionary"):
         started("topk", tmp_path / "nowhere")
-    trainer = make_trainer(init_from=str(tmp_path / "topk"))
+    stack = make_stack(init_from=str(tmp_path / "topk"))
     for changes, told in [
         (dict(n_features=63), "features is 64, expected at most 63$"),
         (dict(d_in=8), "width is 16, expected 8$"),
         (dict(model="some/model", fingerprint="13"), r"model is some/model \(12\), expected some/model \(13\)$"),
     ]:
-        trainer.dictionary = dataclasses.replace(make_trainer().dictionary, **changes)
+        stack = dataclasses.replace(stack, dictionary=dataclasses.replace(make_stack().dictionary, **changes))
         with pytest.raises(UserError, match=told):
-            state_from_dictionary(trainer, trainer.config.init_from)
+            state_from_folder(stack, stack.config.init_from)
     for other, fits in (
         ("SOME/Model/", True),
         ("gpt2", False),
         ("", True),
     ):  # a file of another tool has no fingerprint
-        trainer.dictionary = dataclasses.replace(make_trainer().dictionary, model=other)
+        stack = dataclasses.replace(stack, dictionary=dataclasses.replace(make_stack().dictionary, model=other))
         if fits:
-            state_from_dictionary(trainer, trainer.config.init_from)
+            state_from_folder(stack, stack.config.init_from)
         else:
             with pytest.raises(UserError, match="model is some/model, expected gpt2"):
-                state_from_dictionary(trainer, trainer.config.init_from)
+                state_from_folder(stack, stack.config.init_from)
 
 
 def test_rows_that_training_could_not_keep(tmp_path):

@@ -1,21 +1,20 @@
 """Resident and streamed inputs give the same training, bit for bit, wherever it is interrupted."""
 
 import json
-import types
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from every_kind import KINDS
-from small_runs import ORDER, STEPS, Rows, go, make_trainer, resident, site_parts
+from small_runs import ORDER, STEPS, Rows, go, make_stack, resident, streamed
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 from saejax.training import inputs
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.placement import resident_bytes
+from saejax.training.stack import TrainStack
 
 
 def assert_same_bits(a, b):
@@ -31,13 +30,22 @@ def losses(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resident_equals_streamed_also_when_interrupted(tmp_path, kind):
-    trainer = make_trainer(kind)
-    expected = go(tmp_path / "streamed", trainer)
-    source = resident(trainer, Rows())
-    with pytest.raises(Interrupted, match=f"stopped at step 5 of {STEPS}"):
-        go(tmp_path / "broken", trainer, lambda *args: source, every=5, stop_after=3)  # the third runs up to step 5
-    assert_same_bits(expected, go(tmp_path / "broken", trainer, lambda *args: source))
+    stack = make_stack(kind)
+    expected = go(tmp_path / "streamed", stack)
+    with pytest.raises(Interrupted, match=f"stopped at step 3 of {STEPS}"):
+        go(tmp_path / "broken", stack, resident, stop_after=3)
+    assert_same_bits(expected, go(tmp_path / "broken", stack, resident))
     assert losses(tmp_path / "streamed") == losses(tmp_path / "broken")
+
+
+@pytest.mark.parametrize("make_batches", [streamed, resident])
+def test_any_batch_can_be_asked_for(make_batches):
+    """Steps in any order, and the same one twice, give the rows of that step."""
+    store = Rows()
+    batches = make_batches(make_stack(), store)
+    for step in (3, 4, 0, STEPS - 1, STEPS - 1):
+        (x_SxBxD,) = batches.batch(step)
+        np.testing.assert_array_equal(x_SxBxD[0], store.read("resid_post.1", ORDER.rows(step)))
 
 
 @pytest.mark.parametrize(
@@ -51,24 +59,13 @@ def test_resident_equals_streamed_also_when_interrupted(tmp_path, kind):
 )
 def test_resident_equals_streamed_on_meshes(tmp_path, mesh, changes):
     mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), mesh, strict=True))))
-    trainer, store = make_trainer("batchtopk", mesh, **changes), Rows(ml_dtypes.bfloat16)
-    expected = go(tmp_path / "streamed", trainer, store=store)
-    assert_same_bits(expected, go(tmp_path / "resident", trainer, resident, store=store))
-    held = resident(trainer, store).parts[0]
-    assert held.dtype == ml_dtypes.bfloat16 and held.sharding == trainer.batch_sharding
-    per_device = sum(part.addressable_shards[0].data.nbytes for part in resident(trainer, store).parts)
-    assert resident_bytes(trainer, store, site_parts(trainer), len(store.values)) == per_device
-
-
-def test_one_compilation_whatever_the_number_of_steps(tmp_path):
-    trainer, made = make_trainer(), []
-
-    def source(*args):
-        made.append(resident(*args))
-        return made[0]
-
-    go(tmp_path, trainer, source, every=5)
-    assert made[0].compiled._cache_size() == 1 and made[0]._count > 1
+    stack, store = make_stack("batchtopk", mesh, **changes), Rows(ml_dtypes.bfloat16)
+    expected = go(tmp_path / "streamed", stack, store=store)
+    assert_same_bits(expected, go(tmp_path / "resident", stack, resident, store=store))
+    arrays = resident(stack, store).arrays
+    assert arrays[0].dtype == ml_dtypes.bfloat16 and arrays[0].sharding == stack.batch_sharding
+    per_device = sum(part.addressable_shards[0].data.nbytes for part in arrays)
+    assert inputs.resident_bytes(stack, store, len(store.values)) == per_device
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -76,7 +73,7 @@ def test_nan_stops_at_its_step(tmp_path, step):
     store = Rows()
     store.values[ORDER.rows(step - 1)[0]] = np.nan
     with pytest.raises(UserError, match=f"at step {step}:"):
-        go(tmp_path, make_trainer(), resident, store=store, every=3, log_every=1000)
+        go(tmp_path, make_stack(checkpoint_every=3, log_every=1000), resident, store=store)
     saved = Checkpoints(tmp_path / "checkpoints").latest_step
     assert saved == ((step - 1) // 3 * 3 or None)
 
@@ -84,27 +81,15 @@ def test_nan_stops_at_its_step(tmp_path, step):
 def test_what_fits_is_resident_and_what_does_not_is_streamed_or_refused(monkeypatch):
     store = Rows()
 
-    def made(free, input="auto", before="", on_cpu=False):
+    def made(free, mode="auto", platform="gpu"):
         monkeypatch.setattr(inputs, "free_bytes", lambda mesh: free)
-        monkeypatch.setattr(inputs, "_on_cpu", lambda mesh: on_cpu)
-        trainer = make_trainer(input=input)
-        return type(inputs.make_input(trainer, store, site_parts(trainer), 0, before))
+        monkeypatch.setattr(TrainStack, "platform", platform)
+        return type(inputs.open_store(make_stack(input=mode, products="dense"), store))
 
     size = store.values.nbytes
-    assert made(3 * size) is inputs.Resident and made(2 * size) is inputs.Streamed
-    assert made(3 * size, on_cpu=True) is inputs.Streamed
-    assert made(2 * size, "resident") is inputs.Resident and made(3 * size, "streamed") is inputs.Streamed
-    assert made(2 * size, before="resident") is inputs.Resident and made(3 * size, before="streamed") is inputs.Streamed
+    assert made(3 * size) is inputs.ResidentBatches and made(2 * size) is inputs.StreamedBatches
+    assert made(3 * size, platform="cpu") is inputs.StreamedBatches
+    assert made(2 * size, "resident") is inputs.ResidentBatches
+    assert made(3 * size, "streamed") is inputs.StreamedBatches
     with pytest.raises(UserError, match="would put 0.00 GB of activations on each device"):
         made(size - 1, "resident")
-
-
-def test_a_slow_step_makes_short_programs(monkeypatch):
-    trainer = make_trainer()
-    source, state, times = resident(trainer, Rows()), trainer.initial_state(), iter([0, 9.0, 9.2, 10])
-    monkeypatch.setattr(inputs, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
-    step = 0
-    for expected in (1, 1, 2):  # the first compiles, the second takes 0.2 s
-        state, _, count = source.advance(state, step, STEPS)
-        assert count == expected
-        step += count

@@ -1,20 +1,23 @@
 """The loop never waits for the step, compiles once, saves, resumes bit for bit, and stops on NaN and SIGTERM."""
 
 import json
+import types
 
 import jax
 import numpy as np
 import optax
 import pytest
 from every_kind import KINDS
-from small_runs import ORDER, STEPS, Rows, go, make_trainer
-from small_stacks import D
+from small_runs import ORDER, STEPS, Rows, go, make_stack
+from small_stacks import B, D, F, compiled
 
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
+from saejax.training import metrics as metrics_module
 from saejax.training.checkpoints import Checkpoints
-from saejax.training.loop import Metrics
+from saejax.training.metrics import Metrics
+from saejax.training.state import abstract_state
 
 
 def rows_with_nan(step):
@@ -37,30 +40,28 @@ class NotYet:
 
 
 def test_metrics_are_read_one_step_late(tmp_path):
-    trainer = make_trainer()
-    real_step, dispatched = trainer.step, []
+    stack, dispatched = make_stack(), []
 
-    def step(state, batch):
-        state, metrics = real_step(state, batch)
+    def step(state, hyper, batch):
+        state, metrics = compiled(stack)(state, hyper, batch)
         dispatched.append(len(dispatched) + 1)
         return state, {name: NotYet(dispatched[-1], dispatched) for name in metrics}
 
-    trainer.step = step
-    go(tmp_path, trainer)
+    go(tmp_path, stack, step_fn=step)
     assert len(dispatched) == STEPS
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == STEPS
 
 
 def test_the_stand_in_catches_a_stall(tmp_path, monkeypatch):
-    monkeypatch.setattr(Metrics, "push", lambda self, step, values, count: [np.asarray(v) for v in values.values()])
+    monkeypatch.setattr(Metrics, "push", lambda self, step, values: [np.asarray(v) for v in values.values()])
     with pytest.raises(AssertionError, match="was read while"):
         test_metrics_are_read_one_step_late(tmp_path)
 
 
 def test_one_compilation(tmp_path):
-    trainer = make_trainer()
-    go(tmp_path, trainer)
-    assert trainer.compiled._cache_size() == 1
+    stack = make_stack()
+    go(tmp_path, stack)
+    assert compiled(stack)._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -68,11 +69,11 @@ def test_one_compilation(tmp_path):
     [*((kind, 7, "auto") for kind in KINDS), ("topk", 1, "rows"), ("topk", 7, "rows")],
 )
 def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, products):
-    trainer = make_trainer(kind, products=products, resample_every=5)
-    whole = go(tmp_path / "whole", trainer)
+    stack = make_stack(kind, products=products, resample_every=5)
+    whole = go(tmp_path / "whole", stack)
     with pytest.raises(Interrupted, match=f"step {stop_after} of {STEPS}"):
-        go(tmp_path / "broken", trainer, stop_after=stop_after)
-    resumed = go(tmp_path / "broken", trainer)
+        go(tmp_path / "broken", stack, stop_after=stop_after)
+    resumed = go(tmp_path / "broken", stack)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     records = [
@@ -85,12 +86,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path, kind, stop_after, pr
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero):
-    trainer = make_trainer()
+    stack = make_stack()
     with pytest.raises(Interrupted):
-        go(tmp_path, trainer, stop_after=5)
-    other = make_trainer(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
+        go(tmp_path, stack, stop_after=5)
+    other = make_stack(mesh=make_mesh(MeshConfig(data=2, model=4)), zero_optimizer=zero)
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    state, same = checkpoints.restore(other.abstract_state), checkpoints.restore(trainer.abstract_state)
+    state, same = checkpoints.restore(abstract_state(other)), checkpoints.restore(abstract_state(stack))
     checkpoints.close()
     assert state.params["W_enc_DxF"].sharding.shard_shape((1, D, 64)) == (1, D, 16)
     moment = optax.tree.get(state.optimizer, "nu")["W_enc_DxF"]
@@ -98,7 +99,7 @@ def test_restoring_onto_another_mesh_goes_on_from_the_same_state(tmp_path, zero)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(same)):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     # From there on both see the same batches, and end with the same numbers but for rounding.
-    whole, moved = go(tmp_path / "whole", trainer), go(tmp_path, other)
+    whole, moved = go(tmp_path / "whole", stack), go(tmp_path, other)
     for name, value in whole.params.items():
         a, b = np.asarray(value), np.asarray(moved.params[name])
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a), name
@@ -115,7 +116,7 @@ def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
     rows = Rows()
     rows.values[ORDER.rows(3)] *= 2e17
     with pytest.raises(UserError, match="gradient_norm is .* at step 4: .* the last checkpoint is kept"):
-        go(tmp_path, make_trainer(), store=rows, every=every, log_every=1000)
+        go(tmp_path, make_stack(checkpoint_every=every, log_every=1000), store=rows)
     latest = Checkpoints(tmp_path / "checkpoints").latest_step
     assert latest == {1: 3, 2: 2, 4: None}[every]
 
@@ -123,25 +124,25 @@ def test_a_gradient_that_overflows_is_not_saved(tmp_path, every):
 @pytest.mark.parametrize("log_every", [1, 1000])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, log_every):
     with pytest.raises(UserError, match="at step 4"):
-        go(tmp_path, make_trainer(), store=rows_with_nan(4), every=3, log_every=log_every)
+        go(tmp_path, make_stack(checkpoint_every=3, log_every=log_every), store=rows_with_nan(4))
     assert Checkpoints(tmp_path / "checkpoints").latest_step == 3
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    trainer = make_trainer()
+    stack = make_stack()
     with pytest.raises(Interrupted):
-        go(tmp_path, trainer, stop_after=3)
+        go(tmp_path, stack, stop_after=3)
     for path in (tmp_path / "checkpoints").rglob("*"):
         if path.is_file() and path.stat().st_size > 300:
             path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(UserError, match="cannot be restored"):
-        go(tmp_path, trainer)
+        go(tmp_path, stack)
 
 
 def test_nan_names_the_member_and_keeps_the_others_apart(tmp_path):
-    trainer = make_trainer(learning_rate=(1e-3, 1e30))
+    stack = make_stack(learning_rate=(1e-3, 1e30))
     with pytest.raises(UserError, match="of member learning_rate1e\\+30 is (nan|inf|-inf) at step"):
-        go(tmp_path, trainer, every=100)
+        go(tmp_path, stack)
 
 
 def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
@@ -157,19 +158,19 @@ def test_metrics_are_added_to_their_file(tmp_path, monkeypatch):
         assert path.read_bytes().startswith(before) and before != path.read_bytes()
 
     monkeypatch.setattr(Metrics, "write", watched)
-    go(tmp_path, make_trainer(), every=2)
+    go(tmp_path, make_stack(checkpoint_every=2))
     assert held == [2] + [4] * (STEPS // 2 - 1) and sizes == sorted(set(sizes))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(1, STEPS + 1))
 
 
 def test_a_record_that_was_cut_off_is_made_again(tmp_path):
-    go(tmp_path / "whole", make_trainer())
+    go(tmp_path / "whole", make_stack())
     with pytest.raises(Interrupted):
-        go(tmp_path / "broken", make_trainer(), stop_after=5)
+        go(tmp_path / "broken", make_stack(), stop_after=5)
     path = tmp_path / "broken" / "metrics.jsonl"
     with path.open("a") as file:  # the disk was full, say, when the next records came
         file.write(path.read_text().splitlines()[-1].replace('"step": 5', '"step": 6') + '\n{"step": 7, "tok')
-    go(tmp_path / "broken", make_trainer())
+    go(tmp_path / "broken", make_stack())
     steps = [
         [json.loads(line)["step"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("whole", "broken")
@@ -178,8 +179,26 @@ def test_a_record_that_was_cut_off_is_made_again(tmp_path):
 
 
 def test_every_member_has_its_own_metrics(tmp_path):
-    go(tmp_path, make_trainer(k=(2, 4)), log_every=4)
+    go(tmp_path, make_stack(k=(2, 4), log_every=4))
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["member"], r["l0"]) for r in records] == [
         (step, f"k{k}", k) for step in (4, 8, 12) for k in (2, 4)
     ]
+
+
+def test_records_say_how_fast_it_goes(tmp_path, monkeypatch):
+    """By a clock that stands at 10 s for each step: of two members, and their share of a device's peak."""
+    stack, said = make_stack("standard", k=(4,), seed=(1, 2), auxk=0.0), []
+    monkeypatch.setattr(metrics_module, "peak_flops", lambda device, dtype: 1e6)
+    ticks = iter([0.0, *(10.0 * (1 + i // 2) for i in range(100))])
+    monkeypatch.setattr(metrics_module, "time", types.SimpleNamespace(monotonic=lambda: next(ticks)))
+    metrics = Metrics(stack, tmp_path / "metrics.jsonl", 0, said.append)
+    values = {name: np.ones(2) for name in ("loss", "l0", "explained_variance")}
+    for step in (1, 2, 3):
+        metrics.push(step, values)
+    metrics.flush()
+    first, *_, last = metrics.records
+    assert "mfu" not in first and last["tokens_per_second"] == pytest.approx(B / 10)
+    flops = 2 * 12 * B * D * F / 10  # encoder and decoder, once forwards and twice backwards, of both members
+    assert last["tflop_per_second"] == pytest.approx(flops / 1e12, rel=1e-3)
+    assert last["mfu"] == pytest.approx(flops / 1e6, rel=1e-3) and "of peak" in said[-1]

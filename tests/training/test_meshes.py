@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 from every_kind import KINDS, MADE_UP
-from small_stacks import STEPS, D, F, batches, make_trainer, run
+from small_stacks import STEPS, D, F, batches, make_stack, run, step
 
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
+from saejax.training.state import init_state
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.
@@ -25,15 +26,15 @@ EXTRAS = dict(auxk=0.03, decorrelation=0.01)
 
 @functools.cache
 def on_one_device(kind, dtype, one_device):
-    return run(make_trainer(kind, one_device, state_dtype=dtype, **SWEEP, **EXTRAS), batches())[0]
+    return run(make_stack(kind, one_device, state_dtype=dtype, **SWEEP, **EXTRAS), batches())[0]
 
 
 def check(kind, shape, dtype, tolerance, one_device, zero=False):
     with jax.enable_x64(dtype == "float64"):
         expected = on_one_device(kind, dtype, one_device)
         mesh = make_mesh(MeshConfig(**dict(zip(("member", "data", "model"), shape, strict=True))))
-        trainer = make_trainer(kind, mesh, state_dtype=dtype, zero_optimizer=zero, **SWEEP, **EXTRAS)
-        state, _ = run(trainer, batches())
+        stack = make_stack(kind, mesh, state_dtype=dtype, zero_optimizer=zero, **SWEEP, **EXTRAS)
+        state, _ = run(stack, batches())
         moments = optax.tree.get(state.optimizer, "mu"), optax.tree.get(state.optimizer, "nu")
         for moment in moments:
             part = (4 // shape[0], D // (shape[1] if zero else 1), F // shape[2])
@@ -69,7 +70,7 @@ def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
         together = on_one_device(kind, "float64", one_device)
         pairs = [(rate, seed) for rate in SWEEP["learning_rate"] for seed in SWEEP["seed"]]
         for index, (rate, seed) in enumerate(pairs):
-            alone = make_trainer(kind, one_device, state_dtype="float64", learning_rate=(rate,), seed=(seed,), **EXTRAS)
+            alone = make_stack(kind, one_device, state_dtype="float64", learning_rate=(rate,), seed=(seed,), **EXTRAS)
             state, _ = run(alone, batches())
             for name, value in state.params.items():
                 np.testing.assert_allclose(
@@ -80,18 +81,16 @@ def test_a_stack_of_four_equals_four_single_runs(kind, one_device):
 
 def test_layers_of_a_stack_train_on_their_own_values(one_device):
     """Members with their own sites, split over `member`: each equals a single run on its site."""
-    trainer = make_trainer(
-        mesh=make_mesh(MeshConfig(member=4, data=2)), sites=tuple(f"resid_post.{i}" for i in range(4))
-    )
+    stack = make_stack(mesh=make_mesh(MeshConfig(member=4, data=2)), sites=tuple(f"resid_post.{i}" for i in range(4)))
     data = np.stack([batches(6, seed) for seed in range(4)], axis=1)  # [steps, sites, B, D]
-    state = trainer.initial_state()
+    state = init_state(stack)
     start = jax.tree.map(np.asarray, state.params)  # other directions at each site
     for batch in data:
-        state, metrics = trainer.step(state, (jax.device_put(batch, trainer.batch_sharding),))
+        state, metrics = step(stack, state, (batch,))
         jax.block_until_ready(metrics)
     for index in range(4):
-        single = make_trainer(mesh=one_device)
+        single = make_stack(mesh=one_device)
         own = {name: jax.device_put(value[index : index + 1]) for name, value in start.items()}
-        alone, _ = run(single, data[:, index], dataclasses.replace(single.initial_state(), params=own))
+        alone, _ = run(single, data[:, index], dataclasses.replace(init_state(single), params=own))
         for name, value in alone.params.items():
             np.testing.assert_allclose(state.params[name][index], value[0], rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import runs
-from small_runs import STEPS, go, make_trainer
+from small_runs import go, make_stack
 from small_stacks import B, D
 
 from saejax.activations import stream
@@ -18,8 +18,7 @@ from saejax.preflight.results import PreflightResults
 from saejax.results import load_results
 from saejax.runner import command
 from saejax.runner.workplan import Workplan
-from saejax.training.inputs import Streamed
-from saejax.training.model_input import FromModel
+from saejax.training.inputs import ModelBatches
 
 pytestmark = pytest.mark.usefixtures("two_devices")
 CHANGES = dict(train__source="model", train__buffer_rows=200, train__epochs=2, train__kinds="batchtopk")
@@ -140,31 +139,30 @@ class Buffers:
 
 
 def test_each_step_takes_its_rows_of_its_buffer(tmp_path):
-    trainer, stream = make_trainer(), Buffers()
-    order = BufferOrder(stream.sizes, B, trainer.config.seed[0])
+    stack, stream = make_stack(), Buffers()
+    order = BufferOrder(stream.sizes, B, stack.config.seed[0])
 
-    def batches(first):
-        for step in range(first, STEPS):
+    class Expected:
+        def batch(self, step):
             epoch, buffer, begin, _ = order.locate(step)
             at_hand = Buffers(buffer)
             rows = at_hand.rows("train")
             places = order.places(epoch, buffer, len(rows))[step - begin]
-            yield (at_hand.read("", rows[places])[None],)
+            return (jax.device_put(at_hand.read("", rows[places])[None], stack.batch_sharding),)
 
-    expected = go(tmp_path / "streamed", trainer, lambda trainer, store, first: Streamed(trainer, batches(first)))
+    expected = go(tmp_path / "expected", stack, lambda *args: Expected())
     sources = []
 
-    def from_model(trainer, store, first):
-        sources.append(FromModel(trainer, Buffers(), (("resid_post.1",),)))
+    def from_model(stack, store):
+        sources.append(ModelBatches(stack, Buffers()))
         return sources[-1]
 
     with pytest.raises(Interrupted, match="at step 1 of"):
-        go(tmp_path / "model", trainer, from_model, stop_after=1)  # within the first buffer
-    found = go(tmp_path / "model", trainer, from_model)
+        go(tmp_path / "model", stack, from_model, stop_after=1)  # within the first buffer
+    found = go(tmp_path / "model", stack, from_model)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(a, b)
     assert sources[1]._stream.filled[:3] == [0, 1, 2], "the first is not made twice"
-    assert sources[1]._runner.compiled._cache_size() == 1
 
 
 @pytest.mark.slow

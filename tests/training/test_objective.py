@@ -8,14 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every_kind import KINDS
-from small_stacks import B, D, F, batches, make_trainer
+from small_stacks import B, D, F, batches, make_stack
 
 from saejax.dictionaries import joined, losses, sparsity
 from saejax.dictionaries.kinds.base import EncodedBatch
 from saejax.dictionaries.losses import auxk, dead_columns
 from saejax.dictionaries.matmul import centred_matmul, matmul
 from saejax.errors import UserError
-from saejax.training.updates import penalty_share
+from saejax.training.optimizer import penalty_schedule
+from saejax.training.state import init_state
+from saejax.training.step import member_loss
+from saejax.training.widening import alignment
 
 DECODER = ("W_dec_FxD", "b_dec_D")
 
@@ -27,22 +30,22 @@ def float64():
 
 
 def setting(kind, form="sae", **changes):
-    """A trainer in fp64, its member's arrays (moved off their symmetric start), one batch, and hyperparameters."""
-    trainer = make_trainer(kind, None, form=form, sites=("mlp_in.1",), state_dtype="float64", **changes)
+    """A stack in fp64, its member's arrays (moved off their symmetric start), one batch, and hyperparameters."""
+    stack = make_stack(kind, None, form=form, sites=("mlp_in.1",), state_dtype="float64", **changes)
     rng = np.random.default_rng(1)
-    params = {name: jnp.asarray(array[0]) for name, array in trainer.initial_state().params.items()}
+    params = {name: jnp.asarray(array[0]) for name, array in init_state(stack).params.items()}
     params = {name: array + 0.1 * rng.normal(size=array.shape) for name, array in params.items()}
     if "threshold_F" in params:
         params["threshold_F"] = jnp.abs(params["threshold_F"]) + 0.2
     x = jnp.asarray(batches(1)[0], jnp.float64) * 0.5
     y = x if form == "sae" else x[:, ::-1]
-    hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), trainer.hyper)
-    return trainer, params, x, y, hyper
+    hyper = jax.tree.map(lambda array: jnp.asarray(array[0]), stack.hyperparams)
+    return stack, params, x, y, hyper
 
 
-def loss_of(trainer, x, y, hyper, dead=None):
+def loss_of(stack, x, y, hyper, dead=None):
     dead = jnp.zeros(F, bool) if dead is None else dead
-    return lambda params: trainer._objective(params, x, y, hyper, jnp.int32(1000), dead)[0]
+    return lambda params: member_loss(stack, params, x, y, hyper, jnp.int32(1000), dead)[0]
 
 
 def slope(function, params, direction, step=1e-6):
@@ -56,8 +59,8 @@ def slope(function, params, direction, step=1e-6):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls_as_its_gradient_says(kind, form):
     """Along random directions; thresholds, whose gradients are straight-through, stay where they are here."""
-    trainer, params, x, y, hyper = setting(kind, form, decorrelation=0.1)
-    function = jax.jit(loss_of(trainer, x, y, hyper))
+    stack, params, x, y, hyper = setting(kind, form, decorrelation=0.1)
+    function = jax.jit(loss_of(stack, x, y, hyper))
     gradient = jax.grad(function)(params)
     rng = np.random.default_rng(2)
     for name in params:
@@ -71,18 +74,18 @@ def test_the_loss_falls_as_its_gradient_says(kind, form):
         np.testing.assert_allclose(slope(function, params, direction), expected, rtol=2e-5, atol=1e-7, err_msg=name)
 
 
-def _member(trainer, params):
+def _member(stack, params):
     from saejax.dictionaries import Dictionary
 
-    return Dictionary(trainer.dictionary, **params)
+    return Dictionary(stack.dictionary, **params)
 
 
 @pytest.mark.parametrize("name", ["W_dec_FxD", "b_dec_D"])
 def test_the_gates_own_error_reaches_the_encoder_only(name):
-    trainer, params, x, y, _ = setting("gated")
+    stack, params, x, y, _ = setting("gated")
 
     def gate_error(params):
-        member = _member(trainer, params)
+        member = _member(stack, params)
         pre, none = member.pre_activations(x) + params["b_enc_F"][None], jnp.zeros(F, bool)
         batch = EncodedBatch(member, x, y, pre, member.encode(x), none, None, {}, None)
         return member.kind.losses(batch)["gate_error"]
@@ -117,13 +120,13 @@ def test_jumprelu_gradients_are_the_written_formula():
 
 @pytest.mark.parametrize("penalty", ["step", "target"])
 def test_the_l0_penalty_moves_thresholds_only(penalty):
-    trainer, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
-    with_penalty = jax.grad(loss_of(trainer, x, y, hyper))(params)
+    stack, params, x, y, hyper = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, target_l0=(8.0,))
+    with_penalty = jax.grad(loss_of(stack, x, y, hyper))(params)
     without, *_ = setting("jumprelu", l0_penalty=penalty, bandwidth=0.5, l0_coefficient=(0.0,), target_l0=(8.0,))
-    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyper)))(params)
+    plain = jax.grad(loss_of(without, x, y, jax.tree.map(lambda a: jnp.asarray(a[0]), without.hyperparams)))(params)
     for name in params:
         assert np.array_equal(with_penalty[name], plain[name]) == (name != "threshold_F"), name
-    pre = np.asarray(_member(trainer, params).pre_activations(x) + params["b_enc_F"][None])
+    pre = np.asarray(_member(stack, params).pre_activations(x) + params["b_enc_F"][None])
     theta = np.asarray(params["threshold_F"])
     per_feature = -(np.abs(pre - theta) < 0.25).sum(0) / 0.5 / B
     l0 = (pre > theta).sum(1).mean()
@@ -247,17 +250,17 @@ def test_alignment_is_one_less_the_cosine_of_encoder_and_decoder():
     encoder[:, 0] = 0
     cosines = np.einsum("df,fd->f", encoder, decoder) / np.linalg.norm(decoder, axis=1)
     cosines[1:] /= np.linalg.norm(encoder, axis=0)[1:]
-    got, gradients = jax.value_and_grad(losses.alignment, argnums=(0, 1))(jnp.asarray(encoder), jnp.asarray(decoder))
+    got, gradients = jax.value_and_grad(alignment, argnums=(0, 1))(jnp.asarray(encoder), jnp.asarray(decoder))
     np.testing.assert_allclose(got, (1 - cosines).sum(), rtol=1e-12)
     assert all(jnp.all(jnp.isfinite(gradient)) for gradient in gradients)
 
 
 def test_alignment_brings_encoder_and_decoder_together():
     """In the loss of every kind, and only if asked for; gradients of both are checked with the whole loss above."""
-    trainer, params, x, y, hyper = setting("standard", alignment=0.3)
+    stack, params, x, y, hyper = setting("standard", alignment=0.3)
     plain = setting("standard")[0]
-    change = loss_of(trainer, x, y, hyper)(params) - loss_of(plain, x, y, hyper)(params)
-    np.testing.assert_allclose(change, 0.3 * losses.alignment(params["W_enc_DxF"], params["W_dec_FxD"]), rtol=1e-9)
+    change = loss_of(stack, x, y, hyper)(params) - loss_of(plain, x, y, hyper)(params)
+    np.testing.assert_allclose(change, 0.3 * alignment(params["W_enc_DxF"], params["W_dec_FxD"]), rtol=1e-9)
 
 
 def test_the_pull_on_dead_features_is_its_formula():
@@ -270,9 +273,9 @@ def test_the_pull_on_dead_features_is_its_formula():
 
 
 def test_matryoshka_sums_the_errors_of_its_groups():
-    trainer, params, x, y, hyper = setting("matryoshka")
-    _, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
-    member = _member(trainer, params)
+    stack, params, x, y, hyper = setting("matryoshka")
+    _, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    member = _member(stack, params)
     f, _ = sparsity.batch_topk(member.pre_activations(x) + params["b_enc_F"][None], 4)
     f, W_dec = np.asarray(f), np.asarray(params["W_dec_FxD"])
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
@@ -281,16 +284,16 @@ def test_matryoshka_sums_the_errors_of_its_groups():
 
 
 def test_jumprelu_sums_the_errors_of_its_groups_too():
-    trainer, params, x, y, hyper = setting("jumprelu", nested=(0.25, 0.5, 1.0))
-    _, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
-    member = _member(trainer, params)
+    stack, params, x, y, hyper = setting("jumprelu", nested=(0.25, 0.5, 1.0))
+    _, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    member = _member(stack, params)
     f, W_dec = np.asarray(member.encode(x)), np.asarray(params["W_dec_FxD"])
     nested = [np.square(f[:, :n] @ W_dec[:n] + np.asarray(params["b_dec_D"]) - y).sum(1).mean() for n in (16, 32, F)]
     np.testing.assert_allclose(metrics["error"], sum(nested), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], nested[-1], rtol=1e-10)
     penalty = [(f[:, :n] > 0).sum(1).mean() for n in (16, 32, F)]
     assert metrics["sparsity"] > 0
-    coefficient = float(hyper.own["l0_coefficient"]) * float(penalty_share(trainer.config, trainer._steps)(0))
+    coefficient = float(hyper.kind_params["l0_coefficient"]) * float(penalty_schedule(stack.config, stack.steps)(0))
     np.testing.assert_allclose(metrics["sparsity"], coefficient * sum(penalty), rtol=1e-6)
     with pytest.raises(UserError, match=r"--train.jumprelu.nested=\(0.5, 0.25\) gives groups of"):
         setting("jumprelu", nested=(0.5, 0.25))
@@ -307,11 +310,11 @@ def test_whitening_evens_out_the_variances_and_keeps_their_sum(power):
 
 
 def test_a_whitened_error_is_measured_after_its_matrix():
-    trainer, params, x, y, hyper = setting("topk")
+    stack, params, x, y, hyper = setting("topk")
     metric = np.random.default_rng(8).normal(size=(D, D))
     hyper = dataclasses.replace(hyper, metric_DxD=jnp.asarray(metric))
-    loss, (metrics, _, _) = trainer._objective(params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
-    error = np.asarray(y) - np.asarray(_member(trainer, params)(x))
+    loss, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))
+    error = np.asarray(y) - np.asarray(_member(stack, params)(x))
     np.testing.assert_allclose(loss, np.square(error @ metric).sum(1).mean(), rtol=1e-10)
     np.testing.assert_allclose(metrics["mse"], np.square(error).sum(1).mean(), rtol=1e-10)
 

@@ -1,5 +1,7 @@
 """Products of fp32 arrays are fp32 products: GPUs and TPUs would round their operands, unless they are told not to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import runs
 from every_kind import KINDS
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from small_stacks import B, D, make_trainer
+from small_stacks import B, D, make_stack
 
 from saejax.dictionaries import Dictionary
 from saejax.evaluation import reconstruction
@@ -19,6 +21,8 @@ from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
 from saejax.models.split import SplitPoint
 from saejax.results import load_results
+from saejax.training.state import init_state
+from saejax.training.step import train_step
 
 
 def products(jaxpr):
@@ -45,13 +49,13 @@ def check(function, *args, least=1):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training(kind, one_device):
-    trainer = make_trainer(kind, one_device, auxk=0.03, decorrelation=0.01, matmul="float32")
+    stack = make_stack(kind, one_device, auxk=0.03, decorrelation=0.01, matmul="float32")
     batch = (jnp.ones((1, B, D)),)
-    check(trainer.pure_step, trainer.initial_state(), trainer.hyper, batch, least=5)
+    check(functools.partial(train_step, stack), init_state(stack), stack.hyperparams, batch, least=5)
 
 
 def test_evaluation(one_device):
-    dictionary = make_trainer("topk", one_device).dictionary
+    dictionary = make_stack("topk", one_device).dictionary
     (member,) = MemberData.of([Dictionary.initial(dictionary, jax.random.key(0))], one_device)
     check(reconstruction._score, member, jnp.ones((B, D)), jnp.ones((B, D)), 3, least=2)
 

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import STEPS, go, resident
-from small_runs import make_trainer as make_run
-from small_stacks import B, D, F, batches, make_trainer, parts
+from small_runs import make_stack as make_run
+from small_stacks import B, D, F, batches, make_stack, parts, step
 
 from saejax.errors import Interrupted
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
-from saejax.training.resampling import _drawn, due
+from saejax.training.resampling import draw_tokens, is_due
+from saejax.training.state import init_state, state_shardings
+from saejax.training.step import member_residual
 
 DEAD = [3, 10, 40]
 PER_FEATURE = dict(W_enc_DxF=1, W_dec_FxD=0, b_enc_F=0, threshold_F=0, r_mag_F=0, b_mag_F=0)
@@ -21,15 +23,14 @@ PER_FEATURE = dict(W_enc_DxF=1, W_dec_FxD=0, b_enc_F=0, threshold_F=0, r_mag_F=0
 
 def step_with_dead(kind, data, scale=1.0, steps=1, **changes):
     """The state after steps from one in which the features ``DEAD`` have been silent for long."""
-    trainer = make_trainer(kind, scale=scale, dead_tokens=10**6, decay=0.0, **changes)
-    state = trainer.initial_state()
+    stack = make_stack(kind, scale=scale, dead_tokens=10**6, decay=0.0, **changes)
+    state = init_state(stack)
     state = dataclasses.replace(state, silent_MxF=state.silent_MxF.at[:, DEAD].set(10**7))
     moments = jax.tree.map(lambda leaf: leaf + 1 if leaf.ndim > 1 else leaf, state.optimizer)  # none is 0
     state = dataclasses.replace(state, optimizer=moments)
     state.params["b_enc_F"] = state.params["b_enc_F"].at[:, DEAD].set(-1e6)
     for batch in data[:steps]:
-        placed = tuple(jax.device_put(part, trainer.batch_sharding) for part in parts(trainer, batch))
-        state, _ = trainer.step(jax.device_put(state, trainer.shardings), placed)
+        state, _ = step(stack, jax.device_put(state, state_shardings(stack)), parts(stack, batch))
     return state
 
 
@@ -79,11 +80,11 @@ def test_tokens_of_high_loss_are_drawn_none_twice():
 def test_where_more_are_dead_than_there_are_tokens_some_wait():
     (batch,) = batches(1)
     batch[5:] = batch[:1]  # five directions, the rest is at the decoder's bias
-    trainer = make_trainer("standard", dead_tokens=1, decay=0.0, resample_every=1)
-    hyper = jax.tree.map(lambda leaf: leaf[0], trainer.hyper)
+    stack = make_stack("standard", dead_tokens=1, decay=0.0, resample_every=1)
+    hyper = jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)
     losses = np.where(np.arange(B) < 5, 1.0, 0.0)
     dead = np.arange(F) % 2 == 0
-    drawn, tokens = _drawn(hyper, 3, jnp.asarray(losses), jnp.asarray(dead))
+    drawn, tokens = draw_tokens(hyper, 3, jnp.asarray(losses), jnp.asarray(dead))
     assert np.flatnonzero(drawn).tolist() == np.flatnonzero(dead)[:5].tolist()
     assert sorted(np.asarray(tokens)[np.asarray(drawn)]) == [0, 1, 2, 3, 4]
 
@@ -92,10 +93,10 @@ def test_where_more_are_dead_than_there_are_tokens_some_wait():
 def test_rows_may_be_directions_of_errors(kind):
     (batch,) = batches(1)
     state = step_with_dead(kind, [batch], resample_every=1, resample_from="errors")
-    trainer = make_trainer(kind, dead_tokens=10**6, decay=0.0)
+    stack = make_stack(kind, dead_tokens=10**6, decay=0.0)
     params = {name: array[0] for name, array in step_with_dead(kind, [batch]).params.items()}  # before they start again
     x = jnp.asarray(batch)
-    error = np.asarray(trainer._objective.error(params, x, x, jax.tree.map(lambda leaf: leaf[0], trainer.hyper)))
+    error = np.asarray(member_residual(stack, params, x, x, jax.tree.map(lambda leaf: leaf[0], stack.hyperparams)))
     directions = error / np.linalg.norm(error, axis=1, keepdims=True)
     W_enc, W_dec = (np.asarray(state.params[name][0]) for name in ("W_enc_DxF", "W_dec_FxD"))
     assert np.abs(W_dec[DEAD][:, None] - directions).max(-1).min(1).max() < 1e-5
@@ -129,10 +130,10 @@ def test_a_transcoder_takes_the_directions_of_its_targets():
 
 
 def test_when_it_is_due():
-    trainer = make_trainer(resample_every=10, decay=0.2)
-    assert [step for step in range(1, 51) if due(trainer.config, 50, step)] == [10, 20, 30, 40]
-    trainer = make_trainer(resample_every=10, decay=0.0)
-    assert [step for step in range(1, 51) if due(trainer.config, 50, step)] == [10, 20, 30, 40], "never the last"
+    stack = make_stack(resample_every=10, decay=0.2)
+    assert [step for step in range(1, 51) if is_due(stack.config, 50, step)] == [10, 20, 30, 40]
+    stack = make_stack(resample_every=10, decay=0.0)
+    assert [step for step in range(1, 51) if is_due(stack.config, 50, step)] == [10, 20, 30, 40], "never the last"
 
 
 def test_members_draw_as_they_would_alone_and_on_a_mesh():
@@ -147,11 +148,11 @@ def test_members_draw_as_they_would_alone_and_on_a_mesh():
 
 def test_resumed_and_resident_give_the_same_bits(tmp_path):
     changes = dict(dead_tokens=2 * B, k=(1,))
-    trainer = make_run(resample_every=2, **changes)
-    whole = go(tmp_path / "whole", trainer)
+    stack = make_run(resample_every=2, **changes)
+    whole = go(tmp_path / "whole", stack)
     with pytest.raises(Interrupted):
-        go(tmp_path / "broken", trainer, stop_after=3)
-    resumed = go(tmp_path / "broken", trainer, resident)
+        go(tmp_path / "broken", stack, stop_after=3)
+    resumed = go(tmp_path / "broken", stack, resident)
     without = go(tmp_path / "without", make_run(**changes))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,6 +1,7 @@
 """The training step: Adam's formula, constraints, the input scale, frozen halves, thresholds, schedules."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,15 @@ import numpy as np
 import optax
 import pytest
 from every_kind import KINDS
-from small_stacks import STEPS, B, D, F, batches, make_config, make_trainer, parts, run
+from small_stacks import STEPS, B, D, F, batches, make_config, make_stack, parts, run, step
 
 from saejax.dictionaries import Dictionary, kinds
 from saejax.dictionaries.kinds.topk import TopK
 from saejax.parallel.mesh import make_mesh
 from saejax.settings.kinds import KIND_SETTINGS, KindSettings
-from saejax.training import updates
+from saejax.training import optimizer as updates
+from saejax.training.state import finish_dictionary, init_state
+from saejax.training.step import member_loss
 
 FORMS = ("sae", "transcoder", "skip_transcoder")
 
@@ -25,21 +28,21 @@ def host(state) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_falls_and_decoder_rows_keep_unit_norm(kind, one_device):
-    trainer = make_trainer(kind, one_device, auxk=0.03)
+    stack = make_stack(kind, one_device, auxk=0.03)
     data = batches()
-    _, first = run(trainer, data[:1])
-    state, last = run(trainer, data)
+    _, first = run(stack, data[:1])
+    state, last = run(stack, data)
     assert last["mse"][0] < 0.7 * first["mse"][0]
     np.testing.assert_allclose(np.linalg.norm(state.params["W_dec_FxD"][0], axis=1), 1, rtol=1e-6)
     assert int(state.step_M[0]) == STEPS
 
 
 def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
-    trainer = make_trainer("standard", one_device, warmup=0.0, decay=0.0)
-    before = trainer.initial_state()
+    stack = make_stack("standard", one_device, warmup=0.0, decay=0.0)
+    before = init_state(stack)
     old = host(before)
     x = batches(1)[0]
-    after, metrics = trainer.step(before, tuple(map(jnp.asarray, parts(trainer, x))))
+    after, metrics = step(stack, before, parts(stack, x))
     x = x.astype(np.float64) * 0.5
     pre = (x - old["b_dec_D"]) @ old["W_enc_DxF"] + old["b_enc_F"]
     f = np.maximum(pre, 0)
@@ -71,9 +74,9 @@ def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
 
 def test_weight_decay_shrinks_the_encoder_and_nothing_else(one_device):
     data = batches(1)
-    plain, decayed = (make_trainer(mesh=one_device, warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5))
-    before = host(plain.initial_state())["W_enc_DxF"]
-    one, other = (host(run(trainer, data)[0]) for trainer in (plain, decayed))
+    plain, decayed = (make_stack(mesh=one_device, warmup=0.0, decay=0.0, weight_decay=value) for value in (0.0, 0.5))
+    before = host(init_state(plain))["W_enc_DxF"]
+    one, other = (host(run(stack, data)[0]) for stack in (plain, decayed))
     for name in ("b_enc_F", "W_dec_FxD", "b_dec_D"):
         np.testing.assert_array_equal(one[name], other[name])
     np.testing.assert_allclose(one["W_enc_DxF"] - other["W_enc_DxF"], 3e-3 * 0.5 * before, atol=1e-7)
@@ -81,7 +84,7 @@ def test_weight_decay_shrinks_the_encoder_and_nothing_else(one_device):
 
 def test_means_of_gradients_in_bfloat16_train_as_well(one_device):
     data = batches()
-    whole, half = (make_trainer(mesh=one_device, mu_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    whole, half = (make_stack(mesh=one_device, mu_dtype=dtype) for dtype in ("float32", "bfloat16"))
     (_, expected), (state, got) = run(whole, data), run(half, data)
     assert {array.dtype.name for array in optax.tree.get(state.optimizer, "mu").values()} == {"bfloat16"}
     assert {array.dtype.name for array in optax.tree.get(state.optimizer, "nu").values()} == {"float32"}
@@ -90,8 +93,8 @@ def test_means_of_gradients_in_bfloat16_train_as_well(one_device):
 
 @pytest.mark.parametrize(("freeze", "name"), [("decoder", "W_dec_FxD"), ("encoder", "W_enc_DxF")])
 def test_a_frozen_half_keeps_its_bits_and_the_rest_learns(freeze, name, one_device):
-    trainer = make_trainer(mesh=one_device, freeze=freeze, weight_decay=0.1)
-    before, (state, _) = host(trainer.initial_state()), run(trainer, batches(5))
+    stack = make_stack(mesh=one_device, freeze=freeze, weight_decay=0.1)
+    before, (state, _) = host(init_state(stack)), run(stack, batches(5))
     for key, value in host(state).items():
         assert np.array_equal(value, before[key]) == (key == name), key
 
@@ -102,9 +105,7 @@ def test_codes_of_the_active_features_train_what_all_features_train(form, one_de
     if form != "sae":
         changes |= dict(sites=("mlp_in.1",))
     forms = (dict(products=asked) for asked in ("dense", "rows"))
-    (dense, wanted), (state, metrics) = (
-        run(make_trainer("topk", one_device, **changes | f), batches(12)) for f in forms
-    )
+    (dense, wanted), (state, metrics) = (run(make_stack("topk", one_device, **changes | f), batches(12)) for f in forms)
     assert wanted["dead"].min() > 0 and wanted["auxk"].min() > 0  # the auxiliary loss moves dead features
     for name, values_M in wanted.items():
         np.testing.assert_allclose(metrics[name], values_M, rtol=1e-4, err_msg=name)
@@ -115,11 +116,11 @@ def test_codes_of_the_active_features_train_what_all_features_train(form, one_de
 
 def test_losses_of_a_run_are_those_of_dense_products(one_device):
     # Eight devices take the dense products unasked.
-    trainers = dict(dense=make_trainer("topk", make_mesh()), rows=make_trainer("topk", one_device, products="rows"))
-    states, losses = {form: trainer.initial_state() for form, trainer in trainers.items()}, {}
+    stacks = dict(dense=make_stack("topk", make_mesh()), rows=make_stack("topk", one_device, products="rows"))
+    states, losses = {form: init_state(stack) for form, stack in stacks.items()}, {}
     for x in batches(20):
-        for form, trainer in trainers.items():
-            states[form], metrics = run(trainer, x[None], states[form])
+        for form, stack in stacks.items():
+            states[form], metrics = run(stack, x[None], states[form])
             losses.setdefault(form, []).append(float(metrics["loss"][0]))
     np.testing.assert_allclose(losses["rows"], losses["dense"], rtol=1e-5)
     assert losses["dense"][-1] < 0.7 * losses["dense"][0]
@@ -149,18 +150,18 @@ def test_a_kind_has_the_same_gradients_by_every_form_of_products(kind, one_devic
     monkeypatch.setitem(KIND_SETTINGS, kind.name, KindSettings(reads=("k",)))
     gradients, x = {}, jnp.asarray(batches(1)[0])
     for products in ("dense", "rows"):
-        trainer = make_trainer(kind.name, one_device, products=products)
-        params, hyper = jax.tree.map(lambda array: array[0], (trainer.initial_state().params, trainer.hyper))
-        dead_F, step = jnp.zeros(F, bool), jnp.int32(1000)
-        gradient = jax.grad(trainer._objective, has_aux=True)
-        gradients[products], _ = gradient(params, x, x, hyper, step, dead_F)
+        stack = make_stack(kind.name, one_device, products=products)
+        params, hyper = jax.tree.map(lambda array: array[0], (init_state(stack).params, stack.hyperparams))
+        dead_F, steps = jnp.zeros(F, bool), jnp.int32(1000)
+        gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
+        gradients[products], _ = gradient(params, x, x, hyper, steps, dead_F)
     for name, gradient in gradients["dense"].items():
         scale = np.abs(gradient).max()
         np.testing.assert_allclose(gradients["rows"][name], gradient, atol=1e-5 * scale, err_msg=name)
 
 
 def test_silent_features_are_counted_in_tokens(one_device):
-    state, _ = run(make_trainer("topk", one_device), batches(3))
+    state, _ = run(make_stack("topk", one_device), batches(3))
     silent = np.asarray(state.silent_MxF)
     assert set(np.unique(silent)) <= {0, B, 2 * B, 3 * B}
     assert (silent == 3 * B).any() and (silent == 0).any()
@@ -169,17 +170,17 @@ def test_silent_features_are_counted_in_tokens(one_device):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_finished_dictionary_takes_raw_activations(kind, form, one_device):
-    trainer = make_trainer(kind, one_device, form=form, sites=("mlp_in.1",))
-    trainer.scales = [dataclasses.replace(trainer.scales[0], input=0.25, output=0.25 if form == "sae" else 0.4)]
-    state, _ = run(trainer, batches(10))
+    stack = make_stack(kind, one_device, form=form, sites=("mlp_in.1",))
+    scale = dataclasses.replace(stack.scales[0], input=0.25, output=0.25 if form == "sae" else 0.4)
+    stack = dataclasses.replace(stack, scales=[scale])
+    state, _ = run(stack, batches(10))
     x = jnp.asarray(batches(1)[0])
-    scale = trainer.scales[0]
     arrays = {name: array[0] for name, array in state.params.items()}
     if kind in ("batchtopk", "matryoshka"):
-        arrays["threshold_F"] = jnp.full(F, state.kept_M[0])
-    inside = Dictionary(trainer.dictionary, **arrays)
+        arrays["threshold_F"] = jnp.full(F, state.batch_topk_threshold_M[0])
+    inside = Dictionary(stack.dictionary, **arrays)
     f, y = inside.encode(x * scale.input) / scale.output, inside(x * scale.input) / scale.output
-    finished = trainer.finish(state, 0)
+    finished = finish_dictionary(stack, state, 0)
     assert float(jnp.abs(f).sum()) > 0
     np.testing.assert_allclose(finished.encode(x), f, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(finished(x), y, rtol=1e-4, atol=1e-4)
@@ -188,59 +189,59 @@ def test_the_finished_dictionary_takes_raw_activations(kind, form, one_device):
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])
 def test_rows_that_grew_freely_are_folded_to_unit_length(kind, one_device):
-    trainer = make_trainer(kind, one_device, decoder_norm="free")
-    state, _ = run(trainer, batches(20))
+    stack = make_stack(kind, one_device, decoder_norm="free")
+    state, _ = run(stack, batches(20))
     assert np.abs(np.linalg.norm(state.params["W_dec_FxD"][0], axis=1) - 1).max() > 1e-3
-    finished, x = trainer.finish(state, 0), jnp.asarray(batches(1)[0])
+    finished, x = finish_dictionary(stack, state, 0), jnp.asarray(batches(1)[0])
     np.testing.assert_allclose(np.linalg.norm(finished.W_dec_FxD[...], axis=1), 1, rtol=1e-5)
-    inside = Dictionary(trainer.dictionary, **{name: array[0] for name, array in state.params.items()})
+    inside = Dictionary(stack.dictionary, **{name: array[0] for name, array in state.params.items()})
     np.testing.assert_allclose(finished(x), inside(x * 0.5) / 0.5, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka"])
 def test_the_inference_threshold_is_the_running_mean_of_the_smallest_kept(kind, one_device):
     data, seen = batches(4), []
-    trainer = make_trainer(kind, one_device, threshold_rate=0.25)
-    state = trainer.initial_state()
+    stack = make_stack(kind, one_device)
+    state = init_state(stack)
     for batch in data:
         arrays = {name: jnp.asarray(array[0]) for name, array in state.params.items()}
-        member = Dictionary(trainer.dictionary, **arrays)
+        member = Dictionary(stack.dictionary, **arrays)
         pre = np.asarray(member.pre_activations(batch * 0.5) + arrays["b_enc_F"][None])
         seen.append(np.sort(np.maximum(pre, 0).ravel())[-4 * B])
-        state, _ = trainer.step(state, tuple(map(jnp.asarray, parts(trainer, batch))))
+        state, _ = step(stack, state, parts(stack, batch))
     expected = seen[0]
     for smallest in seen[1:]:
-        expected += 0.25 * (smallest - expected)
-    np.testing.assert_allclose(state.kept_M[0], expected, rtol=1e-5)
-    np.testing.assert_allclose(trainer.finish(state, 0).threshold_F[...], expected / 0.5, rtol=1e-5)
+        expected += 0.01 * (smallest - expected)
+    np.testing.assert_allclose(state.batch_topk_threshold_M[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(finish_dictionary(stack, state, 0).threshold_F[...], expected / 0.5, rtol=1e-5)
 
 
 def test_schedules():
     config = make_config(warmup=0.1, decay=0.2)
-    rate = [updates.learning_rate(config, 100)(s) for s in (0, 4, 9, 50, 80, 90, 99)]
+    rate = [updates.learning_rate_schedule(config, 100)(s) for s in (0, 4, 9, 50, 80, 90, 99)]
     np.testing.assert_allclose(rate, [0.1, 0.5, 1, 1, 1, 0.5, 0.05], rtol=1e-6)
-    penalty = [updates.penalty_share(config, 100)(s) for s in (0, 4, 9, 99)]
+    penalty = [updates.penalty_schedule(config, 100)(s) for s in (0, 4, 9, 99)]
     np.testing.assert_allclose(penalty, [0.1, 0.5, 1, 1], rtol=1e-6)
-    later = updates.penalty_share(make_config(warmup=0.1, penalty_warmup=1.0), 100)
+    later = updates.penalty_schedule(make_config(warmup=0.1, penalty_warmup=1.0), 100)
     np.testing.assert_allclose([later(s) for s in (0, 49, 99)], [0.01, 0.5, 1], rtol=1e-6)
     flat = make_config(warmup=0.0, decay=0.0)
-    np.testing.assert_allclose([updates.learning_rate(flat, 5)(s) for s in range(5)], 1.0)
+    np.testing.assert_allclose([updates.learning_rate_schedule(flat, 5)(s) for s in range(5)], 1.0)
 
 
 def test_the_learning_rate_may_fall_as_a_cosine():
-    rate = updates.learning_rate(make_config(warmup=0.1, decay=0.2, decay_shape="cosine"), 100)
+    rate = updates.learning_rate_schedule(make_config(warmup=0.1, decay=0.2, decay_shape="cosine"), 100)
     expected = [0.1, 1, 1, *(0.5 + 0.5 * np.cos(np.pi * np.array([0.25, 0.5, 0.95])))]
     np.testing.assert_allclose([rate(step) for step in (0, 9, 80, 85, 90, 99)], expected, rtol=1e-5)
 
 
 def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
     data, fixed = batches(4), dict(mesh=one_device, warmup=0.0, decay=0.0)
-    state, _ = run(make_trainer("standard", accumulate=2, **fixed), data)
-    large, _ = run(make_trainer("standard", batch=2 * B, **fixed), data.reshape(2, 2 * B, D))
+    state, _ = run(make_stack("standard", accumulate=2, **fixed), data)
+    large, _ = run(make_stack("standard", batch=2 * B, **fixed), data.reshape(2, 2 * B, D))
     for name, array in host(state).items():
         np.testing.assert_allclose(array, host(large)[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    first, _ = run(make_trainer("standard", accumulate=2, **fixed), data[:1])
-    start = host(make_trainer("standard", **fixed).initial_state())
+    first, _ = run(make_stack("standard", accumulate=2, **fixed), data[:1])
+    start = host(init_state(make_stack("standard", **fixed)))
     for name, array in host(first).items():
         np.testing.assert_allclose(array, start[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
@@ -259,10 +260,10 @@ def test_a_gradient_is_clipped_to_the_limit():
 def test_settings_of_adam_are_its_own(one_device):
     """Without memory each update is the gradient over its size and epsilon."""
     fixed = dict(mesh=one_device, warmup=0.0, decay=0.0, clip=0.0, decoder_norm="free")
-    trainer = make_trainer("standard", b1=0.0, b2=0.0, eps=1e-2, **fixed)
-    start, data = host(trainer.initial_state()), batches(1)
-    state, _ = run(trainer, data)
-    other, _ = run(make_trainer("standard", b1=0.0, b2=0.0, eps=1e-20, **fixed), data)
+    stack = make_stack("standard", b1=0.0, b2=0.0, eps=1e-2, **fixed)
+    start, data = host(init_state(stack)), batches(1)
+    state, _ = run(stack, data)
+    other, _ = run(make_stack("standard", b1=0.0, b2=0.0, eps=1e-20, **fixed), data)
     for name, array in host(state).items():
         small, whole = (np.abs(each - start[name]) / 3e-3 for each in (array, host(other)[name]))
         assert np.all((np.abs(whole - 1) < 1e-2) | (whole < 1e-2)) and np.all(small <= whole + 1e-3)
@@ -270,17 +271,17 @@ def test_settings_of_adam_are_its_own(one_device):
 
 
 def test_members_of_several_sites_start_apart(one_device):
-    together = make_trainer(mesh=one_device, sites=("resid_post.1", "resid_post.2")).initial_state().params
-    alone = make_trainer(mesh=one_device).initial_state().params
+    together = init_state(make_stack(mesh=one_device, sites=("resid_post.1", "resid_post.2"))).params
+    alone = init_state(make_stack(mesh=one_device)).params
     first, second = np.asarray(together["W_dec_FxD"])
     np.testing.assert_array_equal(first, np.asarray(alone["W_dec_FxD"])[0])
     assert np.abs((first * second).sum(-1)).max() < 0.95 and not np.allclose(first, second)
 
 
 def test_members_of_a_stack_start_as_they_would_alone(one_device):
-    together = make_trainer(mesh=one_device, seed=(1, 2), k=(3, 5)).initial_state()
+    together = init_state(make_stack(mesh=one_device, seed=(1, 2), k=(3, 5)))
     for index, (seed, k) in enumerate([(1, 3), (1, 5), (2, 3), (2, 5)]):
-        alone = make_trainer(mesh=one_device, seed=(seed,), k=(k,)).initial_state()
+        alone = init_state(make_stack(mesh=one_device, seed=(seed,), k=(k,)))
         for a, b in zip(jax.tree.leaves(together.params), jax.tree.leaves(alone.params), strict=True):
             np.testing.assert_array_equal(a[index], b[0])
     assert D < F

@@ -14,9 +14,10 @@ from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import JumpReLUConfig
-from saejax.training.cross_layer import CrossLayerTrainer
-from saejax.training.members import SiteScale, members
-from saejax.training.step import Trainer
+from saejax.training.scales import SiteScale
+from saejax.training.stack import TrainStack, make_members
+from saejax.training.state import abstract_state
+from saejax.training.step import compile_step
 
 GIB = 2**30
 LAYERS = 24
@@ -39,12 +40,12 @@ def test_the_step_compiles_and_fits(kind, shape, name, quick_compiler, capsys):
     config = TrainConfig(sites=tuple(f"resid_post.{i}" for i in range(count)), batch=BATCH, matmul="bfloat16")
     k = config.k[0] if kind == "topk" else 0
     dictionary = DictionaryConfig(kind=kind, site=config.sites[0], d_in=d, n_features=features, k=k)
-    stack = members(config, kind, config.sites)
-    trainer = Trainer(config, dictionary, stack, mesh, 1000, [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count)
-    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=trainer.batch_sharding)
-    arguments = (trainer.abstract_state, trainer.abstract_hyper, (batch,))
+    scales = [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count
+    stack = TrainStack(config, dictionary, make_members(config, kind, config.sites), scales, 1000, mesh)
+    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=stack.batch_sharding)
+    arguments = (abstract_state(stack), stack.abstract_hyperparams(), (batch,))
     flops = count * step_flops(BATCH, d, features)
-    program = Program(kind, shape, trainer.compiled, arguments, (), flops)
+    program = Program(kind, shape, compile_step(stack), arguments, (), flops)
     compiled = topology.compile_for(program, found.limit, found.of_node)
     state = 3 * 2 * count * d * features * 4 / 8  # parameters and two moments, an eighth of them on each device
     assert compiled.fits and state < compiled.memory
@@ -62,13 +63,12 @@ def test_the_step_of_a_cross_layer_transcoder_compiles_and_fits(quick_compiler, 
     mesh, sites = make_mesh(MeshConfig(model=8), found.devices), tuple(f"mlp_in.{i}" for i in range(count))
     own = dict(jumprelu=JumpReLUConfig(l0_penalty="tanh"))
     config = TrainConfig(sites=sites, form=FORM, batch=BATCH, matmul="bfloat16", decoder_norm="free", own=own)
-    stack = members(config, "jumprelu", sites)
     dictionary = DictionaryConfig(kind="jumprelu", site=sites[0], d_in=d, n_features=features, centred=False)
     scales = [SiteScale(1.0, 1.0, np.zeros(d, np.float32))] * count
-    trainer = CrossLayerTrainer(config, dictionary, stack, mesh, 1000, scales)
-    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=trainer.batch_sharding)
-    arguments = (trainer.abstract_state, trainer.abstract_hyper, (batch, batch))
-    program = Program("jumprelu", FORM, trainer.compiled, arguments, (), 1.0)
+    stack = TrainStack(config, dictionary, make_members(config, "jumprelu", sites), scales, 1000, mesh)
+    batch = jax.ShapeDtypeStruct((count, BATCH, d), "bfloat16", sharding=stack.batch_sharding)
+    arguments = (abstract_state(stack), stack.abstract_hyperparams(), (batch, batch))
+    program = Program("jumprelu", FORM, compile_step(stack), arguments, (), 1.0)
     compiled = topology.compile_for(program, found.limit, found.of_node)
     state = 3 * (count + count * (count + 1) // 2) * d * features * 4 / 8
     assert compiled.fits and state < compiled.memory < 8 * state

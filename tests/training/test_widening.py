@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from every_kind import KINDS
-from small_stacks import make_trainer
+from small_stacks import make_stack
 from test_initial import random_dictionary
 
 from saejax.dictionaries import Dictionary, rescale, save_dictionary
-from saejax.training.initial import state_from_dictionary
-from saejax.training.widening import missing_features, widened
+from saejax.training.init_from import state_from_folder
+from saejax.training.state import finish_dictionary, init_state
+from saejax.training.widening import missing_features, widen
 
 D, J, N = 96, 128, 40_000
 
@@ -27,7 +28,8 @@ def world(rate=0.01, noise=0.0, seed=0):
 
 def half_of(directions, kind="jumprelu", threshold=1.0):
     """A dictionary of the first half of the directions."""
-    blank = make_trainer(kind).finish(make_trainer(kind).initial_state(), 0)
+    stack = make_stack(kind)
+    blank = finish_dictionary(stack, init_state(stack), 0)
     count = J // 2
     config = dataclasses.replace(blank.config, d_in=D, n_features=count, site="resid_post.0")
     known = jnp.asarray(directions[:count], jnp.float32)
@@ -42,7 +44,7 @@ def cosines(rows, directions):
 def test_the_other_half_is_found():
     directions, acts = world(rate=0.003, noise=0.5)
     dictionary = half_of(directions, threshold=1.8)
-    wide = widened(dictionary, J, acts)
+    wide = widen(dictionary, J, acts, 0, False, print)
     count = wide.config.n_features
     near = cosines(np.asarray(wide.W_dec_FxD)[J // 2 :], directions)
     found = np.unique(near.argmax(1)[near.max(1) > 0.8])
@@ -63,8 +65,8 @@ def test_dead_features_give_way():
     arrays = {name: np.array(array) for name, array in dictionary.arrays.items()}
     arrays["threshold_F"][dead] = 1e9
     dictionary = Dictionary(dictionary.config, **{name: jnp.asarray(array) for name, array in arrays.items()})
-    same = widened(dictionary, J // 2, acts, replace=True, say=said.append)
-    wide = widened(dictionary, J // 2 + 6, acts, replace=True)
+    same = widen(dictionary, J // 2, acts, 0, True, said.append)
+    wide = widen(dictionary, J // 2 + 6, acts, 0, True, print)
     assert same.config.n_features == J // 2 and wide.config.n_features == J // 2 + 6
     assert said == ["found 4 of 4 features in errors, 4 for dead ones"]
     new = cosines(np.asarray(wide.W_dec_FxD)[[*dead, *range(J // 2, J // 2 + 6)]], directions)
@@ -73,7 +75,7 @@ def test_dead_features_give_way():
         assert (np.asarray(one.threshold_F)[dead] < 100).all()
         kept = np.delete(np.asarray(one.W_dec_FxD)[: J // 2], dead, axis=0)
         np.testing.assert_array_equal(kept, np.delete(arrays["W_dec_FxD"], dead, axis=0))
-    plain = widened(dictionary, J // 2 + 6, acts)
+    plain = widen(dictionary, J // 2 + 6, acts, 0, False, print)
     np.testing.assert_array_equal(np.asarray(plain.W_dec_FxD)[dead], arrays["W_dec_FxD"][dead])
 
 
@@ -86,7 +88,7 @@ def test_new_features_read_what_is_beside_the_decoders_bias():
     centred = half_of(directions, threshold=1.8)
     arrays = {**centred.arrays, "b_dec_D": jnp.asarray(mean, jnp.float32)}
     centred = Dictionary(dataclasses.replace(centred.config, centred=True), **arrays)
-    wide = [widened(one, J, acts) for one in (centred, rescale.uncentred(centred))]
+    wide = [widen(one, J, acts, 0, False, print) for one in (centred, rescale.uncentred(centred))]
     before, *after = (np.square(acts - np.asarray(one(jnp.asarray(acts)))).mean() for one in (centred, *wide))
     assert max(after) < before and after[0] == pytest.approx(after[1], rel=0.01)
 
@@ -110,7 +112,7 @@ def test_the_same_seed_finds_the_same():
 
 
 class Rows:
-    """Tokens for a trainer of the small stacks."""
+    """Tokens for a stack of the small stacks."""
 
     def __init__(self, values):
         self.values = values
@@ -141,10 +143,10 @@ def test_every_kind_starts_from_it(kind, tmp_path):
     values = np.random.default_rng(5).normal(size=(3000, width)).astype(np.float32)
     values[:, : width // 2] = 0
     values *= 100
-    trainer = make_trainer(kind, init_from=str(tmp_path / "narrow"), widen="errors")
-    state = state_from_dictionary(trainer, str(tmp_path / "narrow"), Rows(values))
-    plain = make_trainer(kind, init_from=str(tmp_path / "narrow"))
-    random = state_from_dictionary(plain, str(tmp_path / "narrow"))
+    stack = make_stack(kind, init_from=str(tmp_path / "narrow"), widen="errors")
+    state = state_from_folder(stack, str(tmp_path / "narrow"), Rows(values))
+    plain = make_stack(kind, init_from=str(tmp_path / "narrow"))
+    random = state_from_folder(plain, str(tmp_path / "narrow"))
     new, old = (np.asarray(one.params["W_dec_FxD"][0]) for one in (state, random))
     np.testing.assert_allclose(new[: F // 2], old[: F // 2], rtol=1e-5, atol=1e-6)
     assert not np.allclose(new[F // 2], old[F // 2])

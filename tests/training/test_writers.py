@@ -6,11 +6,11 @@ import sys
 import types
 
 import pytest
-from small_runs import STEPS, go, make_trainer
+from small_runs import STEPS, go, make_stack
 
 from saejax.errors import UserError
 from saejax.settings import TrainConfig
-from saejax.training.writers import make_writers
+from saejax.training.metrics import make_writers
 
 
 def events(folder) -> dict[tuple[str, int], float]:
@@ -37,14 +37,14 @@ def config(**changes) -> TrainConfig:
 def test_event_files_have_every_record_of_every_member(tmp_path):
     pytest.importorskip("tensorboardX")
     writers = make_writers(config(tensorboard=True), tmp_path, "topk", 0)
-    go(tmp_path, make_trainer(k=(2, 4)), log_every=4, writers=writers)
+    go(tmp_path, make_stack(k=(2, 4), log_every=4), writers=writers)
     writers[0].close()
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [4, 4, 8, 8, 12, 12]
     for member in ("k2", "k4"):
         found = events(tmp_path / "tensorboard" / member)
         own = [record for record in records if record["member"] == member]
-        names = set(own[0]) - {"step", "tokens", "seconds", "member"}
+        names = set(own[0]) - {"step", "tokens", "seconds", "tokens_per_second", "tflop_per_second", "mfu", "member"}
         assert set(found) == {(name, record["step"]) for record in own for name in names} and len(names) > 5
         for record in own:
             assert found["loss", record["step"]] == pytest.approx(record["loss"], rel=1e-6)
@@ -91,7 +91,7 @@ def test_wandb_takes_every_record(tmp_path, monkeypatch):
     (first, again) = wandb.runs
     assert (first["entity"], first["project"], first["name"]) == ("people", "saes", "topk")
     assert first["id"] == again["id"] and first["resume"] == "allow" and first["config"]["k"] == [32]
-    go(tmp_path, make_trainer(k=(2, 4)), log_every=6, writers=[writer])
+    go(tmp_path, make_stack(k=(2, 4), log_every=6), writers=[writer])
     assert [step for step, _ in wandb.logged] == [6, 6, STEPS, STEPS] and wandb.finished == 2
     assert "k2/loss" in wandb.logged[0][1] and "k4/loss" in wandb.logged[1][1]
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.checks.edits import Change
 from saejax.attribution.local.active import activations
+from saejax.attribution.local.edits import Change
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.dictionaries import Dictionary
 from saejax.models import decoder
@@ -38,7 +38,7 @@ class PlacedEdit:
     site: Site = dataclasses.field(metadata=dict(static=True))
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
-        """The edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
+        """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
         x_MxD = value_BxTxD[self.row_M, self.position_M]
         own_M = jnp.take_along_axis(activations(self.dictionary, x_MxD), self.feature_M[:, None], axis=1)[:, 0]
         change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - own_M, 0)
@@ -47,7 +47,7 @@ class PlacedEdit:
 
 
 def changed_logits(run: SaeRun, rows: Sequence[Sequence[Change]]) -> np.ndarray:
-    """The logits [R, V] after the last token when features are changed, fp32.
+    """Return the logits [R, V] after the last token when features are changed, fp32.
 
     Each activation is set in the changed run: SAEs of later layers read what the changes below made.
 

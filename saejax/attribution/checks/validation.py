@@ -1,12 +1,12 @@
-"""Whether a graph says what the model does.
+"""Validate a graph by running the prompt again.
 
-Three questions, each answered by running the prompt again (with SAEs the first two):
+1. Is the arithmetic right? A feature's activation is raised with everything frozen: every target must move by the
+   weight of its edge, times how often the activation was added. With SAEs the same to first order, by forward
+   differentiation.
+2. Does the local linear model predict the real one? A feature is doubled with nothing frozen: how well do the edges
+   predict the effects?
 
-1. Is the arithmetic right? A feature's activation is raised with all frozen as it was (``interventions``): every target
-   must move by the weight of its edge, times how often the activation was added. With SAEs the same to first order, by
-   differentiation forwards.
-2. Does the local picture hold? A feature is doubled with nothing frozen: how well do the edges foretell what happens?
-3. Does the part that is shown do the work? ``circuits.curve``.
+``circuits.faithfulness_curve`` asks whether the shown part does the work.
 """
 
 import dataclasses
@@ -18,34 +18,34 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from saejax.attribution.checks.changes import scale
-from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.results import DoublingResults, EdgeCorrelation
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import Places
 from saejax.attribution.trace.sae_run import SaeRun
-from saejax.attribution.trace.targets import Readouts, logit_directions
+from saejax.attribution.trace.targets import logit_directions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.parallel.collectives import to_host
 
 _RUNS = 8  # changes that are made in one call
-# How often an activation is added with all frozen. The model is then affine, so this is doubling many times over; what
-# it spares is the rounding of fp32: a difference of two streams is as far off whether it is small or large.
-_HELD_TIMES = 64
+# How often an activation is added with all frozen. The model is then affine, and the rounding of a difference of two
+# fp32 streams matters less the larger the difference is.
+_FROZEN_TIMES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Doubling:
-    """What became of the targets when features were doubled, one by one.
+    """Changes of the targets when features were doubled, one by one.
 
     Attributes:
-      node_E: which nodes of the graph were doubled.
-      edge_ExR: what the graph says.
-      frozen_ExR: what happened with all frozen, per activation added; with SAEs to first order.
-      free_ExR: what happened with nothing frozen; with SAEs and direct edges, the sites of other SAEs frozen.
+      node_E: nodes of the graph that were doubled.
+      edge_ExR: the weights of their edges.
+      frozen_ExR: changes with all frozen, per activation added; with SAEs to first order.
+      free_ExR: changes with nothing frozen; with SAEs and direct edges, the sites of other SAEs frozen.
     """
 
     node_E: np.ndarray
@@ -55,12 +55,12 @@ class Doubling:
 
     @property
     def held_error(self) -> float:
-        """The largest difference of edges and what happened with all frozen, over the largest edge (1 if all are 0)."""
+        """The largest difference of edges and changes with all frozen, over the largest edge (1 if all are 0)."""
         largest = np.abs(self.edge_ExR).max()
         return float(np.abs(self.frozen_ExR - self.edge_ExR).max() / (largest or 1.0))
 
     def correlations(self) -> EdgeCorrelation:
-        """Of edges and what happened with nothing frozen, over all targets that an edge reaches."""
+        """Return correlations of edges and changes with nothing frozen, over all targets that an edge reaches."""
         reached_ExR = self.edge_ExR != 0
         edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
         if len(edges) < 3 or not edges.std() or not free.std():
@@ -73,37 +73,37 @@ class Doubling:
 
     @property
     def results(self) -> DoublingResults:
-        """What the stage says of it."""
+        """The figures that the stage reports."""
         return DoublingResults(len(self.node_E), self.held_error, self.correlations())
 
 
-def double(replacement: Replacement, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
-    """Doubles features of a whole graph one by one.
+def double(local: LocalModel, graph: Graph, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
+    """Double features of a whole graph one by one.
 
     Args:
-      replacement: of the prompt.
-      graph: of the replacement model and the readouts, not pruned.
+      local: of the prompt.
+      graph: of the local model and the readouts, not pruned.
       readouts: what the graph explains.
-      count: how many features, drawn by the seed; all if there are fewer.
-      seed: of the choice.
+      count: number of features, sampled by the seed; all if there are fewer.
+      seed: of the sample.
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
-    place_F = replacement.active.places(features.layer_N, features.position_N, features.index_N)
+    index_F = local.active.find(features.layer_N, features.position_N, features.index_N)
     node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
-    clean_R = np.concatenate([replacement.active.value_A[place_F], readouts.value_K]).astype(np.float64)
+    clean_R = np.concatenate([local.active.value_A[index_F], readouts.value_K]).astype(np.float64)
 
-    def moved(times: int, hold: str) -> np.ndarray:
-        """By how much targets [E, R] move when ``times`` a feature's activation is added to it, over ``times``."""
+    def effects(times: int, freeze: str) -> np.ndarray:
+        """Return by how much targets [E, R] move when a feature's activation is added ``times`` times, over that."""
         rows = [scale(features[np.array([node])], 1 + times) for node in node_E]
-        changed = intervene(replacement, rows, readouts, place_F, hold)
+        changed = local.run(rows, freeze, readouts=readouts, features=index_F, logits=False)
         return (np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - clean_R) / times
 
     edge_ExR = graph.adjacency_RxS[:, node_E].T.astype(np.float64)
-    return Doubling(node_E, edge_ExR, moved(_HELD_TIMES, "all"), moved(1, "nothing"))
+    return Doubling(node_E, edge_ExR, effects(_FROZEN_TIMES, "all"), effects(1, "none"))
 
 
 def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, seed: int = 456) -> Doubling:
-    """Doubles features of a whole graph of SAEs one by one.
+    """Double features of a whole graph of SAEs one by one.
 
     The targets are the graph's features and its readouts of the stream leaving the last layer.
 
@@ -111,8 +111,8 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
       graph: of the run and the readouts, not pruned.
       run: of the prompt.
       readouts: what the graph explains.
-      count: how many features, drawn by the seed; all if there are fewer.
-      seed: of the choice.
+      count: number of features, sampled by the seed; all if there are fewer.
+      seed: of the sample.
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
@@ -150,7 +150,7 @@ def _moved(
     vector_KxD: jax.Array,
     delta_RxSxTxD: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """By how much reads [R, S, T, D] and readouts [R, K] move with each row's changes: to first order, and really.
+    """Return how much reads [R, S, T, D] and readouts [R, K] change with each row: to first order, and really.
 
     Args:
       pair_Kx2, normed_K, vector_KxD: the readouts; see ``Readouts``.

@@ -7,15 +7,17 @@ a viewer relies on without saying so: ids that are unique, links between nodes t
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, NotRequired, TypedDict
 
 from saejax.errors import UserError
 
+FEATURE_TYPE, ERROR_TYPE = "cross layer transcoder", "mlp reconstruction error"
+
 
 class DocumentNode(TypedDict):
-    """A node, under the keys of the format; what other programs leave out is ``NotRequired``."""
+    """A node under the keys of the format; keys that other programs leave out are ``NotRequired``."""
 
     node_id: str
     feature: int | None  # ``neuronpedia.cantor_pair`` of layer and number
@@ -41,7 +43,7 @@ class DocumentLink(TypedDict):
 
 
 class DocumentMetadata(TypedDict):
-    """What was asked of which model."""
+    """Model, prompt and settings of a graph."""
 
     slug: str
     scan: str
@@ -59,7 +61,7 @@ class DocumentMetadata(TypedDict):
 
 
 class QParams(TypedDict, total=False):
-    """What a reader has selected and pinned."""
+    """The reader's selection and pinned nodes."""
 
     pinnedIds: list[str]
     supernodes: list[list[str]]  # of each its label and the ids of its nodes
@@ -92,8 +94,105 @@ _NODE_OPTIONAL = {"influence": (Real, type(None)), "activation": (Real, type(Non
 _LINK = {"source": str, "target": str, "weight": Real}
 
 
+def read_document(document: Any) -> GraphDocument:
+    """Return a graph document of any program, such as a file's JSON, with ids that are unique.
+
+    Raises:
+      UserError: names the first thing that is not as it must be.
+    """
+    return check_document(_with_unique_errors(document))
+
+
+def _with_unique_errors(document: Any) -> Any:
+    """Return a document whose errors have our ids, ``{layer}_-1_{position}``; anything else is returned as it is.
+
+    circuit-tracer calls an error ``0_{layer}_{position}``, which is also the id of the feature of layer 0 whose index
+    is the error's layer. Its links come target by target, and a target's sources in the order of the nodes, features
+    first; so where a graph has both, the link's neighbours tell which of the two it starts from. Where they do not, it
+    is the error, unless the target is too low for that.
+    """
+    try:
+        nodes = list(document["nodes"])
+        errors = {
+            f"0_{node['layer']}_{node['ctx_idx']}": index
+            for index, node in enumerate(nodes)
+            if node["feature_type"] == ERROR_TYPE and node["node_id"] == f"0_{node['layer']}_{node['ctx_idx']}"
+        }
+        if not errors:
+            return document
+        place = {node["node_id"]: index for index, node in enumerate(nodes) if node["feature_type"] != ERROR_TYPE}
+        links = _resolve_links(nodes, document["links"], errors, place)
+        renamed = {old: f"{nodes[index]['layer']}_-1_{nodes[index]['ctx_idx']}" for old, index in errors.items()}
+        for old, index in errors.items():
+            nodes[index] = {**nodes[index], "node_id": renamed[old]}
+        names = {old: new for old, new in renamed.items() if old not in place}  # of collisions, pins are the features
+        params = dict(document["qParams"])
+        for key in ("pinnedIds", "clickedId"):
+            if isinstance(params.get(key), list):
+                params[key] = [names.get(name, name) for name in params[key]]
+            elif isinstance(params.get(key), str):
+                params[key] = names.get(params[key], params[key])
+        if isinstance(params.get("supernodes"), list):
+            params["supernodes"] = [
+                [group[0], *(names.get(name, name) for name in group[1:])] for group in params["supernodes"]
+            ]
+        return {**document, "qParams": params, "nodes": nodes, "links": links}
+    except (KeyError, TypeError, AttributeError, IndexError):
+        return document  # ``check_document`` says what is wrong with it
+
+
+def _resolve_links(
+    nodes: Sequence[Any], links: Sequence[Any], errors: Mapping[str, int], place: Mapping[str, int]
+) -> list[Any]:
+    """Return the links with our ids of errors as sources; see ``_with_unique_errors``.
+
+    Args:
+      nodes, links: of the document.
+      errors: index of each error, by circuit-tracer's id.
+      place: index of each other node, by id.
+    """
+    # The index of the next source that is certain, for each link, within its target's links.
+    following: list[int] = [len(nodes)] * len(links)
+    for e in range(len(links) - 2, -1, -1):
+        after = links[e + 1]
+        if after["target"] == links[e]["target"]:
+            is_open = after["source"] in errors and after["source"] in place
+            following[e] = following[e + 1] if is_open else _index(after["source"], errors, place)
+    resolved, previous, target = [], -1, ""
+    for e, link in enumerate(links):
+        source = link["source"]
+        if link["target"] != target:
+            previous, target = -1, link["target"]
+        if source not in errors:
+            index = place[source]
+        elif source not in place:
+            index = errors[source]
+        else:
+            as_feature, as_error = place[source], errors[source]
+            again = e + 1 < len(links) and any(
+                one["source"] == source for one in links[e + 1 : e + 1 + len(nodes)] if one["target"] == target
+            )
+            above = _height(nodes[place[target]]) > _height(nodes[as_error]) if target in place else True
+            fits = [previous < candidate < following[e] for candidate in (as_feature, as_error)]
+            is_error = above and not again and (fits[1] or not fits[0])
+            index = as_error if is_error else as_feature
+        previous = index
+        node = nodes[index]
+        is_error_node = node["feature_type"] == ERROR_TYPE
+        resolved.append({**link, "source": f"{node['layer']}_-1_{node['ctx_idx']}"} if is_error_node else link)
+    return resolved
+
+
+def _index(source: str, errors: Mapping[str, int], place: Mapping[str, int]) -> int:
+    return place[source] if source in place else errors[source]
+
+
+def _height(node: Mapping[str, Any]) -> int:
+    return int(node["layer"]) if str(node["layer"]).isdigit() else -1
+
+
 def check_document(document: Any) -> GraphDocument:
-    """Checks a graph document, such as a file's JSON, and returns it.
+    """Check a graph document and return it.
 
     Raises:
       UserError: names the first thing that is not as it must be.

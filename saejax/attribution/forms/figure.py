@@ -64,21 +64,20 @@ def draw_graph(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as its name ends: .svg, .pdf or .png (300 dpi), whole or not at all; same figure, same bytes."""
+    """Write a figure as .svg or .pdf, by its name's ending, whole or not at all; same figure, same bytes."""
     kind = Path(path).suffix[1:]
-    empty = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
-    empty["pdf"] = {"CreationDate": None, "Creator": None, "Producer": None}
+    empty = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
     if kind not in empty:
-        raise UserError(f"{path}: a figure is written as .svg, .pdf or .png")
+        raise UserError(f"{path}: a figure is written as .svg or .pdf")
     made = io.BytesIO()
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        figure.savefig(made, format=kind, dpi=300, metadata=empty[kind])
+        figure.savefig(made, format=kind, metadata=empty[kind])
     with whole_file(Path(path)) as beside:
         beside.write_bytes(made.getvalue())
 
 
 def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[DocumentNode], list[DocumentLink]]:
-    """The nodes and edges that are drawn."""
+    """Return the nodes and edges that are drawn."""
     fixed = ("embedding", "logit")
     inner = [node for node in document["nodes"] if node["feature_type"] not in fixed]
     inner.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
@@ -99,7 +98,7 @@ def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[li
 
 
 def _edge(source: Box, target: Box, excites: bool, strength: float) -> PathPatch:
-    """An edge; ``strength``, by its rank, is above 0 and at most 1."""
+    """Return an edge; ``strength``, by its rank, is above 0 and at most 1."""
     below, above = source.y + source.height / 2, target.y - target.height / 2
     bend = max(0.12, 0.45 * (above - below))
     points = [(source.x, below), (source.x, below + bend), (target.x, above - bend), (target.x, above)]

@@ -1,4 +1,4 @@
-"""Where the boxes of a graph's figure stand.
+"""Layout of the boxes in a graph's figure.
 
 A box is as large as its text. The boxes of one layer and position form a cell, some to a line; columns of cells stand
 as close together as each row allows, so a position at which little happens takes little room. Labels are wrapped and
@@ -44,7 +44,7 @@ class Box:
 
 
 def fitted(nodes: list[DocumentNode], document: GraphDocument) -> tuple[dict[str, Box], list[Row], tuple[float, float]]:
-    """The boxes of nodes by their ids, the rows, and the figure's width and height."""
+    """Return the boxes of nodes by their ids, the rows, and the figure's width and height."""
     best: tuple = (float("inf"),)
     for spread, (letters, lines) in itertools.product(_SPREADS, _LABELS):
         boxes = {node["node_id"]: _box(node, document, letters, lines) for node in nodes}
@@ -56,7 +56,7 @@ def fitted(nodes: list[DocumentNode], document: GraphDocument) -> tuple[dict[str
 
 
 def visible_token(text: str) -> str:
-    """A token as people can see it: spaces, line ends and invisible characters have signs."""
+    """Return a token as people can see it: spaces, line ends and invisible characters have signs."""
     known = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
     invisible = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
     signs = (known.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in invisible else c) for c in text)
@@ -64,7 +64,7 @@ def visible_token(text: str) -> str:
 
 
 def _output_text(node: DocumentNode) -> str:
-    """An output's token and its probability, or the two tokens of a difference of logits."""
+    """Return an output's token and its probability, or the two tokens of a difference of logits."""
     quoted = node["clerp"].removeprefix('Output "').rsplit('" (p=', 1)[0]
     if pair := _DIFFERENCE.fullmatch(quoted):
         return f"{visible_token(pair[2])} − {visible_token(pair[4])}"
@@ -110,7 +110,7 @@ def _tall(cell: Cell) -> float:
 
 
 def _place(boxes: list[Box], spread: float) -> tuple[list[Row], tuple[float, float]]:
-    """Gives each box its place."""
+    """Place each box."""
     found: dict[tuple[int, int], list[Box]] = {}
     for box in boxes:
         if box.kind != "output":
@@ -166,7 +166,7 @@ def _place_cell(cell: Cell, top: float) -> None:
 
 
 def _place_outputs(outputs: list[Box], width: float, y: float) -> float:
-    """Outputs side by side, the last one at the right edge, in as many lines as they need; where they end."""
+    """Place outputs side by side, the last one at the right edge, in as many lines as needed; return where they end."""
     lines: Cell = [[]]
     for box in outputs:
         if lines[-1] and _wide([*lines[-1], box]) > width - GUTTER - 2 * GAP:

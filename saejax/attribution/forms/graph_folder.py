@@ -14,7 +14,7 @@ _LISTED = ("slug", "scan", "transcoder_list", "prompt_tokens", "prompt", "node_t
 
 
 def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False) -> Path:
-    """Writes ``folder/<slug>.json`` and enters the graph in ``folder/graph-metadata.json``.
+    """Write ``folder/<slug>.json`` and enter the graph in ``folder/graph-metadata.json``.
 
     The entries of other graphs stay, also when several processes write at once.
 
@@ -49,7 +49,7 @@ def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False)
 
 
 def _listed(path: Path) -> dict[str, Any]:
-    """The list of a folder's graphs; what is no such list is left alone."""
+    """Return the list of a folder's graphs; what is no such list is left alone."""
     try:
         listed = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"graphs": []}
     except ValueError:

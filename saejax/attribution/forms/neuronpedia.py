@@ -4,7 +4,6 @@
 (``Nodes.ids`` says why).
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,7 +43,7 @@ def to_document(
     pinned: Sequence[str] = (),
     info: Mapping[str, Any] | None = None,
 ) -> GraphDocument:
-    """A pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
+    """Return a pruned graph as Neuronpedia's JSON: ``metadata``, ``qParams``, ``nodes``, ``links``.
 
     Args:
       graph: a pruned graph, since the format holds cumulative influences and has no bias nodes.
@@ -88,13 +87,6 @@ def to_document(
 def cantor_pair(layer: int, feature: int) -> int:
     """One number for a layer and a feature, as the viewers look features up: (l + f)(l + f + 1) / 2 + f."""
     return (layer + feature) * (layer + feature + 1) // 2 + feature
-
-
-def cantor_unpair(number: int) -> tuple[int, int]:
-    """Layer and feature of ``cantor_pair``, exactly, however large."""
-    total = (math.isqrt(8 * number + 1) - 1) // 2
-    feature = number - total * (total + 1) // 2
-    return total - feature, feature
 
 
 def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[DocumentNode]:

@@ -1,12 +1,13 @@
-"""The files of a graph, in the folder of its run:
+"""Write the files of a graph, in the folder of its run.
 
 <slug>.html          the interactive page
-<slug>.svg           a figure for print
-<slug>-graph/        the pruned graph, for ``Graph.load``
-heads/<slug>.json    the attention heads that carry each edge
-graphs/<slug>.json   the same as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
+<slug>.svg           a figure
+<slug>-graph/        the whole graph, for ``Graph.load``: to prune it again, nothing has to be traced
+heads/<slug>.json    on request: contributions of attention heads to edges, and the page's tables of attention
+graphs/<slug>.json   the pruned graph as Neuronpedia and circuit-tracer's viewer read it, listed in graph-metadata.json
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,60 +15,113 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.attention_tables import attention_tables
+from saejax.attribution.forms.document import FEATURE_TYPE, GraphDocument
+from saejax.attribution.forms.features import FeatureDetails, read_details
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.forms.page import write_page
+from saejax.attribution.forms.page import PageTable, write_page
 from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
-from saejax.attribution.heads.edges import named_heads
-from saejax.files import write_text
+from saejax.errors import UserError
+from saejax.files import read_json, write_text
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 
 _HEADS_ON_PAGE = 20_000  # edges, the strongest ones, whose heads the page has; the file has all
+_DETAILS_ON_PAGE = 300  # features, the most influential ones, whose contexts the page has
 
 
 def write_outputs(
     run: Run,
     slug: str,
+    whole: Graph,
     pruned: Graph,
     groups: Sequence[Sequence[str]],
     attention: Attention,
     labels: Mapping[tuple[int, int], str],
 ) -> None:
-    """Writes a graph in all its forms, over what a run that was killed may have left; the first process does.
+    """Write a graph in all its forms, over what a run that was killed may have left; the first process does.
 
     Args:
       run: of the stage.
       slug: the graph's name.
+      whole, pruned: the graph.
       groups: its supernodes, as ``supernodes.as_groups`` gives them.
-      attention: the heads of its edges.
+      attention: what was requested of its attention.
       labels: (layer, feature) -> what the feature is called.
     """
     if not is_first_process():
         return
     folder: Path = part_file(run, slug, "-graph")
     shutil.rmtree(folder, ignore_errors=True)
-    pruned.save(folder)
+    whole.save(folder)
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     config = run.configs[GraphConfig]
     names: Any = dict(scan=config.scan, source_set=config.source_set, labels=labels)
     document = to_document(pruned, slug, supernodes=groups, pinned=pinned, **names)
     write_graph(run.folder / "graphs", document, replace=True)
-    carried = named_heads(attention.carried, ids) if attention.carried else {}
-    if carried:
-        edges = [dict(source=source, target=target, heads=heads) for (source, target), heads in carried.items()]
-        lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
-        (run.folder / "heads").mkdir(exist_ok=True)
-        write_text(run.folder / "heads" / f"{slug}.json", f'{{"edges":[\n{lines}\n]}}\n')
-    first = [document["links"][place] for place in strongest(document)[:_HEADS_ON_PAGE]]
-    ends = [(link["source"], link["target"]) for link in first]
-    shown = {edge: carried[edge] for edge in ends if edge in carried}
-    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=attention_tables(attention, pruned))
+    heads = attention.contributions.named() if attention.contributions else {}
+    tables = attention_tables(attention, pruned)
+    if heads or tables:
+        write_shown(run.folder / "heads" / f"{slug}.json", heads, tables)
+    strong = [document["links"][place] for place in strongest(document)[:_HEADS_ON_PAGE]]
+    ends = [(link["source"], link["target"]) for link in strong]
+    shown = {edge: heads[edge] for edge in ends if edge in heads}
+    details = details_of(config, document)
+    write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
     save_figure(draw_graph(document), part_file(run, slug, ".svg"))
+
+
+def details_of(
+    config: GraphConfig, document: GraphDocument, folders: Sequence[Path] = ()
+) -> dict[tuple[int, int], FeatureDetails]:
+    """Return what is known of the most influential features of a graph.
+
+    Args:
+      config: names the set and a folder of feature files.
+      document: of the graph.
+      folders: more folders of feature files.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    nodes = [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
+    nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
+    keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in nodes]
+    features = [(layer, index) for layer, index in dict.fromkeys(keys)][:_DETAILS_ON_PAGE]
+    dictionaries = [config.transcoders] if config.transcoders else list(config.dictionaries)
+    named = [Path(config.features).expanduser()] if config.features else []
+    return read_details(dictionaries, [*named, *folders], features)
+
+
+def write_shown(
+    path: Path, heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]], tables: Sequence[PageTable]
+) -> None:
+    """Write what a page shows beside its document: contributions of heads, an edge to a line, and tables."""
+    edges = [dict(source=source, target=target, heads=some) for (source, target), some in heads.items()]
+    lines = ",\n".join(json.dumps(edge, separators=(",", ":")) for edge in edges)
+    below = json.dumps([dataclasses.asdict(table) for table in tables])
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, f'{{"edges":[\n{lines}\n],\n"tables":{below}}}\n')
+
+
+def read_shown(path: Path) -> dict[str, Any]:
+    """Return what ``write_shown`` wrote, as ``page_html`` takes it; {} if there is no such file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    try:
+        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in found["edges"][:_HEADS_ON_PAGE]}
+        return dict(heads=heads, tables=[PageTable(**table) for table in found["tables"]])
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged: trace the prompt again") from None

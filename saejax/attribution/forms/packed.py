@@ -16,7 +16,7 @@ _KEYS = {"source", "target", "weight"}
 
 
 def packed_edges(document: GraphDocument) -> dict[str, Any]:
-    """The links of a document as ``source``, ``target`` (places of nodes), ``weight`` and ``score``.
+    """Return the links of a document as ``source``, ``target`` (places of nodes), ``weight`` and ``score``.
 
     Args:
       document: ``check_document`` found nothing wrong with it.

@@ -6,14 +6,14 @@ What they read is the document that Neuronpedia reads, so any graph in that form
 """
 
 import dataclasses
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, check_document
+from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
+from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.packed import packed_edges
 from saejax.files import write_text
 from saejax.page.scripts import interactive
@@ -25,8 +25,6 @@ _SCRIPTS = [
     *("tables", "app", "main"),
 ]
 _LIVE = ["stream", "effects", "live"]  # scripts where a server answers
-_DATA = re.compile(r'<script type="application/json" id="graph-data">(.*?)</script>', re.DOTALL)
-Feature = tuple[int, int]  # layer, number of the feature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class PageTable:
 
 
 def write_page(path: Path, document: GraphDocument, **shown: Any) -> None:
-    """Writes the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
+    """Write the page of a graph, whole or not at all; its arguments are those of ``page_html``."""
     write_text(Path(path), page_html(document, **shown))
 
 
@@ -55,18 +53,17 @@ def page_html(
     document: GraphDocument,
     *,
     labels: Mapping[Feature, str] | None = None,
-    examples: Mapping[Feature, Sequence[Any]] | None = None,
+    details: Mapping[Feature, FeatureDetails] | None = None,
     heads: Mapping[tuple[str, str], Sequence[tuple[int, int, float]]] | None = None,
     tables: Sequence[PageTable] = (),
     live: Mapping[str, Any] | None = None,
 ) -> str:
-    """The page of a graph.
+    """Return the page of a graph.
 
     Args:
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
-      labels: what features are called; goes before the document's own ``clerp``.
-      examples: the contexts in which features fire most strongly, strongest first. Each has ``tokens`` and
-        ``activations``, as attributes or as keys; an activation that is not known is NaN or None.
+      labels: of features; they go before the document's own ``clerp``, and that before the labels of ``details``.
+      details: contexts, logits and labels of features.
       heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
         (layer, head, part of the weight that vanishes without it).
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
@@ -75,12 +72,13 @@ def page_html(
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
     """
-    check_document(document)
+    document, details = read_document(document), details or {}
     data = {
         "document": {key: value for key, value in document.items() if key != "links"},
         "edges": packed_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
-        "examples": {_key(feature): [_example(one) for one in some] for feature, some in (examples or {}).items()},
+        "details": {_key(feature): dataclasses.asdict(known) for feature, known in details.items()},
+        "source": _source(document["metadata"]),
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],
         "live": live,
@@ -101,25 +99,24 @@ def page_html(
     )
 
 
-def read_shown(path: Path) -> dict[str, Any]:
-    """What a page that ``write_page`` wrote shows beside its document, as ``page_html`` takes it; {} if there is none.
-
-    A page is the only file that has its tables and, of edges, the heads that it names.
-    """
-    found = _DATA.search(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if not found:
-        return {}
-    data = json.loads(found[1])
-    heads = {tuple(key.split(" ")): carried for key, carried in data["heads"].items()}
-    return dict(heads=heads, tables=[PageTable(**table) for table in data["tables"]])
+def _source(metadata: DocumentMetadata) -> str:
+    """Return the address of features at Neuronpedia, with {layer} and {index} in it; "": the set is not there."""
+    source_set = (metadata.get("feature_details") or {}).get("neuronpedia_source_set", "")
+    if not source_set or not re.fullmatch(r"[A-Za-z0-9._-]+", source_set) or "/" in metadata["scan"]:
+        return ""
+    return f"https://www.neuronpedia.org/{quote(metadata['scan'])}/{{layer}}-{source_set}/{{index}}"
 
 
 def _about(metadata: DocumentMetadata) -> str:
-    """One line below the heading: the model, the graph's name, its scores, and what was kept."""
+    """Return one line below the heading: the model, the graph's name, its scores, and what was kept."""
     parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
     for name in ("replacement_score", "completeness_score"):
         if isinstance(metadata.get(name), int | float):
             parts.append(f"{name.replace('_', ' ')} {metadata[name]:.2f}")
+    made = metadata.get("generation_settings") or {}
+    active, traced = made.get("active_features"), made.get("traced_features")
+    if isinstance(active, int) and isinstance(traced, int) and active:
+        parts.append(f"with {percent(traced / active)} of the active features traced")
     settings = metadata.get("pruning_settings") or {}
     kept = settings.get("node_threshold", metadata.get("node_threshold"))
     if isinstance(kept, int | float):
@@ -127,16 +124,6 @@ def _about(metadata: DocumentMetadata) -> str:
     if isinstance(settings.get("edge_threshold"), int | float):
         parts.append(f"{percent(settings['edge_threshold'])} of that of edges")
     return ", ".join(parts) + "."
-
-
-def _example(example: Any) -> dict[str, list]:
-    tokens, values = (
-        (example["tokens"], example["activations"])
-        if isinstance(example, Mapping)
-        else (example.tokens, example.activations)
-    )
-    known = [None if value is None or not math.isfinite(value) else float(value) for value in values]
-    return {"tokens": list(tokens), "activations": known}
 
 
 def _key(feature: Feature) -> str:

@@ -1,4 +1,4 @@
-"""How much the edges of a graph in Neuronpedia's format matter: one measure for all, whatever their targets are.
+"""Scores of the edges of a graph in Neuronpedia's format: one measure for all targets.
 
 Weights are in the units of their targets, pre-activations and logits, so those of different targets do not compare.
 The score of an edge is the share that it has of its target's input, by size, times the target's influence, as edges are
@@ -11,7 +11,7 @@ from saejax.attribution.forms.document import GraphDocument
 
 
 def link_scores(document: GraphDocument) -> np.ndarray:
-    """The score of each link, float64, in their order; all outputs together have the influence of their probabilities.
+    """Return the score of each link, float64 [E]; outputs have the influence of their probabilities.
 
     Args:
       document: ``check_document`` found nothing wrong with it.
@@ -35,7 +35,7 @@ def link_scores(document: GraphDocument) -> np.ndarray:
 
 
 def strongest(document: GraphDocument) -> np.ndarray:
-    """The links from the largest score to the smallest, by their places; of one score the larger weight first."""
+    """Return the indices of links from the largest score to the smallest, of equal ones the larger weight first."""
     return ranked(document, link_scores(document))
 
 

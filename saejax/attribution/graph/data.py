@@ -1,4 +1,4 @@
-"""What an attribution graph is made of: its nodes, the matrix of its edges, and of what it was traced.
+"""The attribution graph: its nodes, the matrix of its edges, and its prompt and model.
 
 The sources of edges are all nodes but the logits; their targets are the features and the logits. So a graph of N nodes
 has the first S of them as columns, and as rows the features and then the logits, R of them: ``adjacency_RxS[r, s]`` is
@@ -73,7 +73,8 @@ class GraphSettings(TypedDict, total=False):
     max_logits: int
     logit_mass: float
     max_features: int | None  # None: no limit was given
-    active_features: int  # that the prompt has
+    active_features: int  # of the prompt
+    traced_features: int  # those with a node
     edges: str  # of SAEs: what an edge estimates
 
 
@@ -86,7 +87,7 @@ class GraphData:
       nodes: the N nodes.
       value_R: float32 pre-activation of each feature, and each logit less the mean over the vocabulary, before capping.
       constant_R: float32 part of it that the target's own biases are (encoder, norm, unembedding).
-      unkept_R: float32 part of it that active features without a node add.
+      untraced_R: float32 part of it that active features without a node add.
       ids_P: int32 token ids of the prompt.
       tokens: their texts.
       logit_K: float32 logits of the targets, as the model gives them.
@@ -103,7 +104,7 @@ class GraphData:
     nodes: Nodes
     value_R: np.ndarray
     constant_R: np.ndarray
-    unkept_R: np.ndarray
+    untraced_R: np.ndarray
     ids_P: np.ndarray
     tokens: tuple[str, ...]
     logit_K: np.ndarray
@@ -116,7 +117,7 @@ class GraphData:
     pruning: Pruning | None = None
 
     def count(self, *kinds: int) -> int:
-        """Number of nodes of these kinds."""
+        """Return number of nodes of these kinds."""
         return int(np.isin(self.nodes.kind_N, kinds).sum())
 
     def slice_of(self, kind: int) -> slice:
@@ -137,11 +138,11 @@ class GraphData:
     @property
     def unexplained_R(self) -> np.ndarray:
         """What is missing from each target's value, float64: rounding alone where the graph has bias nodes."""
-        parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.unkept_R
+        parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.untraced_R
         return self.value_R - sum(part.astype(np.float64) for part in parts)
 
     def edges(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The edges: node of the source, node of the target, weight, each [E]; target by target."""
+        """Return the edges: node of the source, node of the target, weight, each [E]; target by target."""
         row_E, source_E = np.nonzero(self.adjacency_RxS)
         return source_E, self.target_R[row_E], self.adjacency_RxS[row_E, source_E]
 

@@ -1,6 +1,7 @@
-"""The files of a graph: the arrays in safetensors, all else in JSON.
+"""The files of a graph: arrays in safetensors, all else in JSON.
 
-graph.safetensors   the arrays of ``Graph`` and, under names such as "nodes.layer_N", the table of nodes
+graph.safetensors   the edges, as a bit for each place in the matrix and the weights of those that are there; the other
+                    arrays of ``Graph``; and, under names such as "nodes.layer_N", the table of nodes
 graph.json          schema version, texts, settings, scores, SHA-256 of the other file. Written last.
 """
 
@@ -20,13 +21,12 @@ from saejax.files import file_sha256, read_json, write_json
 
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
 DESCRIPTION, ARRAYS = "graph.json", "graph.safetensors"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _TEXTS = ("tokens", "labels", "prompt", "n_layers", "model", "transcoders", "settings")
 _ARRAYS = dict(  # of ``GraphData`` -> under which name in the file
-    adjacency_RxS="adjacency_TxS",
     value_R="value_T",
     constant_R="constant_T",
-    unkept_R="unkept_T",
+    untraced_R="untraced_T",
     ids_P="ids_P",
     logit_K="logit_K",
 )
@@ -35,12 +35,14 @@ _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N
 
 
 def save(folder: Path, graph: GraphData) -> None:
-    """Writes a graph; it appears whole or not at all.
+    """Write a graph; it appears whole or not at all.
 
     Raises:
       UserError: the folder holds a graph already.
     """
+    is_edge_RxS = graph.adjacency_RxS != 0
     arrays = {stored: getattr(graph, name) for name, stored in _ARRAYS.items()}
+    arrays |= dict(edge_bits=np.packbits(is_edge_RxS.reshape(-1)), edge_weights=graph.adjacency_RxS[is_edge_RxS])
     arrays |= {f"nodes.{name}": getattr(graph.nodes, name) for name in _COLUMNS}
     description = dict(schema_version=SCHEMA_VERSION, **{name: getattr(graph, name) for name in _TEXTS})
     if pruning := graph.pruning:
@@ -53,7 +55,7 @@ def save(folder: Path, graph: GraphData) -> None:
 
 
 def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
-    """Reads what ``save`` wrote, as a graph of a class.
+    """Read what ``save`` wrote, as a graph of the class ``kind``.
 
     Raises:
       UserError: a file is missing or damaged, or was written by a later version.
@@ -83,18 +85,26 @@ def _made(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[
         top_edges = found.get("top_edges", 0)
         pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
-    return kind(nodes=nodes, pruning=pruning, **texts | {name: arrays[stored] for name, stored in _ARRAYS.items()})
+    logits = int((nodes.kind_N == LOGIT).sum())
+    shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits
+    is_edge = np.unpackbits(arrays["edge_bits"])[: shape[0] * shape[1]].astype(bool)
+    if is_edge.size != shape[0] * shape[1] or is_edge.sum() != len(arrays["edge_weights"]):
+        raise KeyError("edge_weights")
+    adjacency_RxS = np.zeros(shape, np.float32)
+    adjacency_RxS.reshape(-1)[is_edge] = arrays["edge_weights"]
+    stored = {name: arrays[stored] for name, stored in _ARRAYS.items()}
+    return kind(adjacency_RxS=adjacency_RxS, nodes=nodes, pruning=pruning, **texts | stored)
 
 
 def _problem(graph: GraphData) -> str:
-    """The first thing that does not fit in a graph that was read; "" if all does."""
+    """Return the first thing that does not fit in a graph that was read; "" if all does."""
     nodes, logits = graph.nodes, graph.count(LOGIT)
     count, positions = len(nodes), len(graph.ids_P)
     targets = graph.count(FEATURE) + logits
     shapes = {
         **{name: (getattr(nodes, name), (count,)) for name in _COLUMNS},
         "adjacency_RxS": (graph.adjacency_RxS, (targets, count - logits)),
-        **{name: (getattr(graph, name), (targets,)) for name in ("value_R", "constant_R", "unkept_R")},
+        **{name: (getattr(graph, name), (targets,)) for name in ("value_R", "constant_R", "untraced_R")},
         "ids_P": (graph.ids_P, (positions,)),
         "logit_K": (graph.logit_K, (logits,)),
     }

@@ -13,15 +13,15 @@ class Graph(GraphData):
     """A graph, as ``saejax.trace`` makes it; its fields are those of ``GraphData``."""
 
     def scores(self) -> GraphScores:
-        """Replacement and completeness scores, of the whole graph where this is a part of one."""
+        """Return replacement and completeness scores, of the whole graph where this is a part of one."""
         return self.pruning.scores if self.pruning else scores(self)
 
     def prune(self, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> Self:
-        """The most influential part of the graph: ``pruning.prune``, which has the same arguments."""
+        """Return the most influential part of the graph: ``pruning.prune``, which has the same arguments."""
         return prune(self, nodes, edges, top_edges)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes ``graph.json`` and ``graph.safetensors``; the folder is made.
+        """Write ``graph.json`` and ``graph.safetensors``; the folder is made.
 
         Raises:
           UserError: it holds a graph already; nothing is replaced.
@@ -30,7 +30,7 @@ class Graph(GraphData):
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Reads what ``save`` wrote.
+        """Read what ``save`` wrote.
 
         Raises:
           UserError: a file is missing or damaged, or was written by a later version.

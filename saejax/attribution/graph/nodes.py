@@ -56,12 +56,12 @@ class Nodes:
 
     @classmethod
     def joined(cls, *parts: "Nodes") -> "Nodes":
-        """The parts' nodes, one after the other."""
+        """Return the parts' nodes, one after the other."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def ids(self, n_layers: int) -> list[str]:
-        """The ids of the nodes, in the order of the table.
+        """Return the ids of the nodes, in the order of the table.
 
         They are circuit-tracer's with one difference. There an error's id is ``0_{layer}_{position}``, which is also
         the id of a feature of layer 0, the one whose number is the error's layer: a graph that holds both has two nodes

@@ -1,4 +1,4 @@
-"""How much each node matters for the logits, and the part of a graph that matters most.
+"""Influence of each node on the logits, and pruning by it.
 
 The influence of a node counts all paths from it to the logits. With N[r, s] = |A[r, s]| / sum_s |A[r, s]|, the share
 of target r's input that comes from source s, and w the weights of the logits (their probabilities),
@@ -34,7 +34,7 @@ def influence(
     column_R: np.ndarray,
     weight_R: np.ndarray,
 ) -> np.ndarray:
-    """The influence of every source, float64 [S].
+    """Return the influence of every source, float64 [S].
 
     Args:
       adjacency_RxS: rows with edges from layers below their own only.
@@ -54,7 +54,7 @@ def influence(
 
 
 def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScores:
-    """Replacement and completeness scores of a whole graph, and ``source_influence`` if it is known."""
+    """Return replacement and completeness scores of a whole graph, and ``source_influence`` if it is known."""
     adjacency_RxS = _scored(graph)
     influence_S = source_influence(graph) if influence_S is None else influence_S
     tokens, errors = influence_S[graph.slice_of(TOKEN)].sum(), influence_S[graph.slice_of(ERROR)].sum()
@@ -78,7 +78,7 @@ def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
 
 
 def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: int = 0) -> AnyGraph:
-    """The most influential nodes of a graph, and the most influential edges between them.
+    """Return the most influential nodes of a graph, and the most influential edges between them.
 
     1. Nodes are kept, the most influential first, until they have the share ``nodes`` of all influence; tokens and
        logits always.
@@ -102,7 +102,7 @@ def prune(graph: AnyGraph, nodes: float = 0.8, edges: float = 0.98, top_edges: i
 
 
 def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, top_edges: int = 0) -> Iterator[AnyGraph]:
-    """What ``prune`` gives for each of several shares of the influence of nodes; the whole graph is looked at once.
+    """Yield what ``prune`` returns for each of several shares of the influence of nodes.
 
     Args:
       graph: a whole one.
@@ -137,7 +137,7 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
 
 
 def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) -> float:
-    """The smallest of the largest values that together have a share of the sum of all; infinity if all are 0.
+    """Return the smallest of the largest values that together have a share of the sum of all; infinity if all are 0.
 
     Values are not sorted: a first pass sums them by their leading bits, a second one sorts those whose leading bits are
     the threshold's.
@@ -178,7 +178,7 @@ def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
 
 
 def _largest_edges(graph: GraphData, count: int) -> np.ndarray:
-    """True at the ``count`` largest weights of each row by size, [R, S]."""
+    """Return True at the ``count`` largest weights of each row by size, [R, S]."""
     size_RxS, edge_RxS = np.abs(graph.adjacency_RxS), np.ones(graph.adjacency_RxS.shape, bool)
     if count < size_RxS.shape[1]:
         np.put_along_axis(edge_RxS, np.argpartition(-size_RxS, count - 1, axis=1)[:, count:], False, axis=1)
@@ -200,21 +200,21 @@ def _connected(graph: GraphData, edge_RxS: np.ndarray) -> np.ndarray:
 
 
 def _cut(graph: AnyGraph, keep_N: np.ndarray) -> AnyGraph:
-    """The graph of some of the nodes, all logits among them, with a matrix of its own."""
+    """Return the graph of some of the nodes, all logits among them, with a matrix of its own."""
     rows, columns = graph.target_R[keep_N[graph.target_R]], np.flatnonzero(keep_N[: graph.adjacency_RxS.shape[1]])
     row_R = np.searchsorted(graph.target_R, rows)
-    of_targets = {name: getattr(graph, name)[row_R] for name in ("value_R", "constant_R", "unkept_R")}
+    of_targets = {name: getattr(graph, name)[row_R] for name in ("value_R", "constant_R", "untraced_R")}
     adjacency_RxS = graph.adjacency_RxS[np.ix_(row_R, columns)]
     return dataclasses.replace(graph, adjacency_RxS=adjacency_RxS, nodes=graph.nodes[keep_N], **of_targets)
 
 
 def _scored(graph: GraphData) -> np.ndarray:
-    """The matrix with the columns that take part in influences: features, errors and tokens."""
+    """Return the matrix with the columns that take part in influences: features, errors and tokens."""
     return graph.adjacency_RxS[:, : graph.slice_of(TOKEN).stop]
 
 
 def source_influence(graph: GraphData) -> np.ndarray:
-    """The influence of the graph's features, errors and tokens, in this order, float64."""
+    """Return the influence of the graph's features, errors and tokens, in this order, float64."""
     features = graph.count(FEATURE)
     column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
     return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, _row_weights(graph))
@@ -231,6 +231,6 @@ def _row_weights(graph: GraphData) -> np.ndarray:
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:
-    """The rows in parts of about ``_BLOCK`` numbers."""
+    """Return the rows in parts of about ``_BLOCK`` numbers."""
     size = max(1, _BLOCK // max(width, 1))
     return [rows[start : start + size] for start in range(0, len(rows), size)]

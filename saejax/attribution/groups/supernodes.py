@@ -1,19 +1,13 @@
-"""Supernodes of a graph: groups of nodes that do one thing together, named by hand or found by ``cluster``.
+"""Supernodes of a graph: groups of nodes that do one thing together, named by hand or in a file."""
 
-All is linear, so what a group does to another is the sum of the edges between their nodes (``collapse``).
-"""
-
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from saejax.attribution.graph.data import GraphData
 from saejax.errors import UserError
-from saejax.settings.attribution import CLUSTER, GraphConfig
+from saejax.settings.attribution import GraphConfig
 from saejax.tasks.files import decode, read_bytes
 
 _GROUPS = '{"paris": [["cities", "3_17_4", "5_208_4"]]}, or a state that the page saved'
@@ -26,47 +20,8 @@ class Supernode(NamedTuple):
     nodes: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Collapsed:
-    """A graph whose nodes are groups, and the nodes that are in none.
-
-    Attributes:
-      labels: names of the groups, then ids of the other nodes in the graph's order.
-      members: the nodes of each, as places in the graph's table.
-      weight_UxU: float64 sums of the edges from one to another, targets by sources; 0 within a group.
-    """
-
-    labels: tuple[str, ...]
-    members: tuple[tuple[int, ...], ...]
-    weight_UxU: np.ndarray
-
-
-def collapse(graph: GraphData, supernodes: Sequence[Supernode]) -> Collapsed:
-    """Sums a graph's edges between groups; edges within a group are left out.
-
-    Edges can go both ways between two groups whose layers overlap.
-
-    Raises:
-      UserError: a node is in two groups.
-    """
-    check_apart(graph, supernodes)
-    grouped = {node for group in supernodes for node in group.nodes}
-    ids = graph.ids
-    alone = [node for node in range(len(ids)) if node not in grouped]
-    members = [group.nodes for group in supernodes] + [(node,) for node in alone]
-    unit_N = np.empty(len(ids), np.int64)
-    for unit, nodes in enumerate(members):
-        unit_N[list(nodes)] = unit
-    source_E, target_E, weight_E = graph.edges()
-    weight_UxU = np.zeros((len(members), len(members)))
-    np.add.at(weight_UxU, (unit_N[target_E], unit_N[source_E]), weight_E)
-    np.fill_diagonal(weight_UxU, 0)
-    labels = [group.label for group in supernodes] + [ids[node] for node in alone]
-    return Collapsed(tuple(labels), tuple(members), weight_UxU)
-
-
 def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
-    """The groups of Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
+    """Return the groups of Neuronpedia's ``qParams.supernodes``, each a label and ids of nodes.
 
     Raises:
       UserError: the graph has no node of an id, or a node is in two groups.
@@ -86,13 +41,13 @@ def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
 
 
 def as_groups(graph: GraphData, supernodes: Sequence[Supernode]) -> list[list[str]]:
-    """The form of Neuronpedia's ``qParams.supernodes``: of each the label, then the ids of its nodes."""
+    """Return Neuronpedia's ``qParams.supernodes``: of each group the label, then the ids of its nodes."""
     ids = graph.ids
     return [[group.label, *(ids[node] for node in group.nodes)] for group in supernodes]
 
 
 def check_apart(graph: GraphData, supernodes: Sequence[Supernode]) -> None:
-    """A ``UserError`` if a node is in two groups, or twice in one."""
+    """Refuse, with a ``UserError``, groups that share a node, or have one twice."""
     owner: dict[int, str] = {}
     for label, nodes in supernodes:
         for node in nodes:
@@ -105,7 +60,7 @@ def check_apart(graph: GraphData, supernodes: Sequence[Supernode]) -> None:
 
 
 def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[list[str]]]:
-    """The supernodes of a file that ``--graph.supernodes`` names, by graph: of each its label and the ids of its nodes.
+    """Return the supernodes in the file of ``--graph.supernodes`` by graph: label and ids of nodes of each.
 
     The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
 
@@ -115,10 +70,10 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
     Raises:
       UserError: the file cannot be read, is no such file, or is for none of these graphs.
     """
-    if config.supernodes in ("", CLUSTER):
+    if not config.supernodes:
         return {}
     path = Path(config.supernodes)
-    text = decode(read_bytes(path, "--graph.supernodes", f"name a file of supernodes, or {CLUSTER!r}"), path)
+    text = decode(read_bytes(path, "--graph.supernodes", "name a file of supernodes"), path)
     found = _by_graph(text)
     if not all(map(_are_groups, found.values())) or not found:
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
@@ -128,7 +83,7 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
 
 
 def _by_graph(text: str) -> dict[str, Any]:
-    """What stands for each graph in a file of supernodes, whatever it is."""
+    """Return what a file of supernodes holds for each graph, unchecked."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,29 +1,38 @@
-"""Why a head looks where it looks: its scores, split over pairs of sources.
+"""QK attribution: decompose an attention score over pairs of sources.
 
-With the factors of norms and the attention weights of earlier layers frozen, the stream that enters a layer is the
-sum of what the graph's sources add to it. So are the query at a position and the key at another, after their norms
-and their rotation, but for a part of their own that biases of the head's layer give. The score before its softmax and
-before any capping is then a sum over pairs, exactly:
+With norm scales and the attention weights of earlier layers frozen, the stream that enters a layer is the sum of what
+the graph's sources add to it. So are the query at a position and the key at another, after their norms and their
+rotation, but for a part that biases of the head's own layer give. The score before its softmax and before any capping
+is then exactly a sum over pairs:
 
     score = scale q . k = sum over a, b of scale q[a] . k[b]
 
 with q[a] the part of the query that comes from source a and k[b] that of the key from source b. The parts are what the
-sources contribute to 2 K directions of the stream, which the program that attributes features reads off.
+sources add to 2 K directions of the stream, one for each dimension of the query and the key (``LocalModel.pullback``).
 """
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from saejax.attribution.heads.opened import Opened, open_head
-from saejax.attribution.local.replacement import Replacement
-from saejax.attribution.trace.rows import RowTracer
-from saejax.attribution.trace.sources import Sources
+from saejax.attribution.graph import Graph
+from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.results import KeyScore, QueryScores, SourcePair
 from saejax.errors import UserError
+from saejax.models import decoder
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
 from saejax.models.config import DecoderConfig
+from saejax.models.parameters import LAYERS
 from saejax.parallel.collectives import to_host
 
+OWN_BIAS = "own_bias"  # stands for the biases of the head's own layer, beside ids of nodes
 _BLOCK = 1 << 22  # pairs that are in memory at once
 
 
@@ -32,14 +41,14 @@ class HeadScore:
     """The score of a query with a key, and the pairs of sources that make it.
 
     Attributes:
-      layer, head: which head.
+      layer, head: of the head.
       query, key: positions.
       weight: how much the query attends to the key, 0 to 1.
       value: the score as the model has it: scaled, before capping and softmax.
-      query_N, key_N: sources of the largest pairs, by their place in ``Sources.nodes``; its length stands for the
-        biases of the head's own layer.
-      part_N: float64 what each pair adds to the score, the largest by size first.
-      rest: what all other pairs add.
+      query_N, key_N: sources of the largest pairs, as indices of ``Sources.nodes``; its length stands for the biases of
+        the head's own layer.
+      part_N: float64 contribution of each pair to the score, the largest by size first.
+      rest: contribution of all other pairs.
     """
 
     layer: int
@@ -54,8 +63,27 @@ class HeadScore:
     rest: float
 
 
+class Opened(NamedTuple):
+    """A head's query at one position and its keys at those positions that it attends to most.
+
+    Attributes:
+      weight_J, key_J: attention weights, falling, and positions of the keys.
+      score_J: scores.
+      query_KxD, key_KxJxD: the directions of the stream, at their own positions, that each dimension reads.
+      bias_query_K, bias_key_JxK: parts that biases of the head's layer give.
+    """
+
+    weight_J: jax.Array
+    key_J: jax.Array
+    score_J: jax.Array
+    query_KxD: jax.Array
+    key_KxJxD: jax.Array
+    bias_query_K: jax.Array
+    bias_key_JxK: jax.Array
+
+
 def check_head(config: DecoderConfig, layer: int, head: int, position: int, tokens: int) -> int:
-    """The position from the start, if there is such a head and such a position.
+    """Return the position counted from the start, if there is such a head and such a position.
 
     Args:
       config: of the decoder.
@@ -80,23 +108,21 @@ def check_head(config: DecoderConfig, layer: int, head: int, position: int, toke
 
 
 def split_scores(
-    replacement: Replacement,
-    sources: Sources,
+    local: LocalModel,
     layer: int,
     head: int,
     position: int = -1,
     keys: int = 3,
     pairs: int = 10,
 ) -> list[HeadScore]:
-    """Splits the scores of a query with the keys that it attends to most.
+    """Decompose the scores of a query with the keys that it attends to most.
 
     Args:
-      replacement: the local replacement model of a prompt, such as ``trace_prompt(...).replacement``.
-      sources: ``Sources.of(replacement)``.
-      layer, head: which head.
+      local: of the prompt.
+      layer, head: of the head.
       position: of the query; below 0, from the end.
-      keys: most keys.
-      pairs: how many pairs of each score are told apart.
+      keys: maximum number of keys.
+      pairs: number of pairs of each score that are listed.
 
     Returns:
       A score for each key, that of the largest attention weight first.
@@ -104,13 +130,13 @@ def split_scores(
     Raises:
       UserError: there is no such head or position.
     """
-    config, model, tokens = replacement.frozen.config, replacement.model, len(replacement.ids_P)
+    config, model, tokens = local.frozen.config, local.model, len(local.ids_P)
     position = check_head(config, layer, head, position, tokens)
     where = np.int32(layer), np.int32(head), np.int32(position)
-    x_TxD = replacement.stream_LxTxD[layer]
-    opened = Opened(*map(to_host, open_head(replacement.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
+    x_TxD = local.stream_LxTxD[layer]
+    opened = Opened(*map(to_host, open_head(local.frozen, min(keys, len(x_TxD)), model.params, *where, x_TxD)))
     count = int((np.asarray(opened.weight_J) > 0).sum())  # fewer at early positions
-    part_GxKxS = _parts(replacement, sources, opened, layer, position, count)
+    part_GxKxS = _parts(local, opened, layer, position, count)
     scores = []
     for j, part_KxS in enumerate(part_GxKxS[1:]):
         query_N, key_N, part_N = _largest(part_GxKxS[0], part_KxS, pairs)
@@ -121,10 +147,8 @@ def split_scores(
     return scores
 
 
-def _parts(
-    replacement: Replacement, sources: Sources, opened: Opened, layer: int, position: int, count: int
-) -> np.ndarray:
-    """The parts of the query, and of the first ``count`` keys, that each source gives, the head's own last.
+def _parts(local: LocalModel, opened: Opened, layer: int, position: int, count: int) -> np.ndarray:
+    """Return the parts of the query, and of the first ``count`` keys, that each source gives, the biases' last.
 
     Returns:
       fp32 [1 + count, K, S + 1].
@@ -132,16 +156,14 @@ def _parts(
     vector_GxKxD = np.stack([opened.query_KxD, *np.moveaxis(opened.key_KxJxD, 1, 0)[:count]])
     groups, width = vector_GxKxD.shape[:2]
     position_G = np.array([position, *opened.key_J[:count]], np.int32)
-    part_RxS = np.zeros((groups * width, len(sources.nodes)), np.float32)
-    rows = RowTracer(replacement, sources, len(part_RxS))
-    layer_R, position_R = np.full(len(part_RxS), layer, np.int32), np.repeat(position_G, width)
-    rows(layer_R, position_R, vector_GxKxD.reshape(len(part_RxS), -1), part_RxS.__setitem__, in_stream=True)
-    own_GxK = np.stack([opened.own_query_K, *opened.own_key_JxK[:count]])
-    return np.concatenate([part_RxS.reshape(groups, width, -1), own_GxK[..., None]], axis=2)
+    layer_R, position_R = np.full(groups * width, layer, np.int32), np.repeat(position_G, width)
+    part_RxS = local.pullback(layer_R, position_R, vector_GxKxD.reshape(groups * width, -1), in_stream=True)
+    bias_GxK = np.stack([opened.bias_query_K, *opened.bias_key_JxK[:count]])
+    return np.concatenate([part_RxS.reshape(groups, width, -1), bias_GxK[..., None]], axis=2)
 
 
 def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs with the largest products by size: the query's source, the key's, and the product, each [N].
+    """Return the pairs with the largest products by size: the query's source, the key's, and the product, each [N].
 
     No product is larger than that of the lengths, so sources of the query go from long ones to short ones until none
     that is left can make a larger pair.
@@ -165,3 +187,76 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
         kept = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
         best = joined[0][kept], joined[1][kept], joined[2][kept]
     return best
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def open_head(
+    frozen: FrozenModel,
+    keys: int,
+    params: decoder.Params,
+    layer: jax.Array,
+    head: jax.Array,
+    query: jax.Array,
+    x_TxD: jax.Array,
+) -> Opened:
+    """Return what a head's query and keys read of the stream.
+
+    Args:
+      frozen: the model (static).
+      keys: number of keys (static).
+      params, layer, head: of the head.
+      query: its position.
+      x_TxD: the stream entering the layer, that of the prompt.
+    """
+    config, tables = frozen.config, whole_prompts(frozen.config, len(x_TxD))
+
+    def meets(params: decoder.Params, x_TxD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        """Return the head's scaled queries and its keys, both [T, K], and its weights at the query [T]."""
+        seen: list[tuple[tuple[jax.Array, jax.Array], jax.Array]] = []
+
+        def look(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+            weights_NxGxTxS = attention_weights(config, RELP, q, k, tables)
+            weight_HxTxS = weights_NxGxTxS.reshape(config.n_heads, *weights_NxGxTxS.shape[-2:])
+            of_key = head * config.n_kv_heads // config.n_heads
+            seen.append(((q[:, head] * tables.scale, k[:, of_key]), weight_HxTxS[head, query]))
+            return jnp.zeros_like(q)  # what comes after is not asked for
+
+        frozen.layer(params, layer, tables, x_TxD, None, look)
+        return seen[0]
+
+    (q_TxK, k_TxK), pull, weight_S = jax.vjp(functools.partial(meets, params), x_TxD, has_aux=True)
+    weight_J, key_J = lax.top_k(weight_S, keys)
+
+    def read_by(unit_K: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the directions of a dimension: a query or a key reads nothing but its own position."""
+        all_TxK, none_TxK = jnp.broadcast_to(unit_K, q_TxK.shape), jnp.zeros_like(q_TxK)
+        return pull((all_TxK, none_TxK))[0][query], pull((none_TxK, all_TxK))[0][key_J]
+
+    query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
+    own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
+    own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+    if own:  # linear in the biases, so it is its own derivative along them
+        with_biases = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
+        own_q_TxK, own_k_TxK = jax.jvp(with_biases, (own,), (own,))[1]
+    score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
+    return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])
+
+
+def query_scores(scores: Sequence[HeadScore], names: Sequence[str]) -> QueryScores:
+    """Return results of the scores of one head at one position.
+
+    Args:
+      scores: of its keys.
+      names: ids of all sources, and of the biases of the head's own layer.
+    """
+    keys = []
+    for score in scores:
+        parts = zip(score.query_N.tolist(), score.key_N.tolist(), score.part_N.tolist(), strict=True)
+        pairs = tuple(SourcePair(names[query], names[key], part) for query, key, part in parts)
+        keys.append(KeyScore(score.key, score.weight, score.value, pairs, score.rest))
+    return QueryScores(scores[0].layer, scores[0].head, scores[0].query, tuple(keys))
+
+
+def source_names(local: LocalModel, graph: Graph) -> list[str]:
+    """Return the ids of all sources, in the graph or not, and of the biases of a head's own layer."""
+    return [*local.sources.nodes.ids(graph.n_layers), OWN_BIAS]

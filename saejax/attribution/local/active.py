@@ -1,4 +1,4 @@
-"""Which features of a prompt are active, and what the transcoder of a layer leaves over."""
+"""The active features of a prompt, found by running each layer's encoder on what it reads."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class Active:
     """The features that are active in a prompt, in the order (layer, position, feature).
 
     Attributes:
-      layer_A, position_A, feature_A: int32, where.
+      layer_A, position_A, feature_A: int32 layer, position and index of each.
       value_A: fp32 activation, which for active features is the pre-activation.
       b_enc_A: fp32 bias of the encoder, a part of it.
     """
@@ -35,87 +35,75 @@ class Active:
         return len(self.layer_A)
 
     @classmethod
-    def joined(cls, parts: Sequence["Active"]) -> "Active":
-        """The features of several layers, given in their order."""
+    def concatenate(cls, parts: Sequence["Active"]) -> "Active":
+        """Return the features of several layers, given in the order of layers."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    @functools.cached_property
-    def place_of(self) -> dict[tuple[int, int, int], int]:
-        """The place of each, by layer, position and feature."""
-        own = zip(self.layer_A.tolist(), self.position_A.tolist(), self.feature_A.tolist(), strict=True)
-        return {key: place for place, key in enumerate(own)}
+    def of_layer(self, layer: int) -> slice:
+        """Return the slice of a layer's features."""
+        return slice(*np.searchsorted(self.layer_A, [layer, layer + 1]))
 
-    def places(self, layer_J: np.ndarray, position_J: np.ndarray, feature_J: np.ndarray) -> np.ndarray:
-        """Which of them some features at positions are, int64 [J].
+    @functools.cached_property
+    def index_of(self) -> dict[tuple[int, int, int], int]:
+        """The index of each feature, by layer, position and feature."""
+        keys = zip(self.layer_A.tolist(), self.position_A.tolist(), self.feature_A.tolist(), strict=True)
+        return {key: index for index, key in enumerate(keys)}
+
+    def find(self, layer_J: np.ndarray, position_J: np.ndarray, feature_J: np.ndarray) -> np.ndarray:
+        """Return the indices of some features, int64 [J].
 
         Raises:
-          UserError: one of those is not active.
+          UserError: one of them is not active.
         """
-        wanted = zip(layer_J.tolist(), position_J.tolist(), feature_J.tolist(), strict=True)
-        place_J = np.array([self.place_of.get(key, -1) for key in wanted], np.int64)
-        for missing in np.flatnonzero(place_J < 0)[:1]:
+        keys = zip(layer_J.tolist(), position_J.tolist(), feature_J.tolist(), strict=True)
+        index_J = np.array([self.index_of.get(key, -1) for key in keys], np.int64)
+        for missing in np.flatnonzero(index_J < 0)[:1]:
             raise UserError(
                 f"feature {feature_J[missing]} of layer {layer_J[missing]} is not active at position "
                 f"{position_J[missing]}: is the graph one of this prompt and set?"
             )
-        return place_J
+        return index_J
 
 
-def active_features(
-    transcoder: Dictionary, layer: int, read_TxD: jax.Array, out_TxD: jax.Array, used_T: np.ndarray
-) -> tuple[Active, dict[str, jax.Array]]:
-    """What a layer's transcoder makes of its input.
+def active_features(encoder: Dictionary, layer: int, read_TxD: jax.Array, used_T: np.ndarray) -> Active:
+    """Return a layer's active features.
 
     Args:
-      transcoder: or an SAE.
+      encoder: of the layer; its decoder is not used.
       layer: its number.
-      read_TxD: what it reads.
-      out_TxD: what it predicts: the MLP's output, or of an SAE what it reads.
-      used_T: True where features are used, from some position on.
-
-    Returns:
-      Its active features; and the layer's parts of ``replacement.Streams``, by the names of their stacks.
+      read_TxD: what the encoder reads.
+      used_T: True where features are used.
     """
-    length, features = len(read_TxD), transcoder.config.n_features
-    size = max(1, min(length, AT_ONCE // features))
-    active, errors, rest = [], [], []
+    length = len(read_TxD)
+    size = max(1, min(length, AT_ONCE // encoder.config.n_features))  # positions that are encoded at once
+    positions, features, values = [], [], []
     for start in range(0, length, size):
         chunk = slice(start, start + size)
-        acts_TxF, error_TxD, left_TxD = explain(transcoder, read_TxD[chunk], out_TxD[chunk], used_T[chunk])
-        acts_TxF = to_host(acts_TxF)
+        acts_TxF = to_host(encode_used(encoder, read_TxD[chunk], used_T[chunk]))
         position_A, feature_A = np.nonzero(acts_TxF)
-        active.append((position_A + start, feature_A, acts_TxF[position_A, feature_A]))
-        errors.append(error_TxD)
-        rest.append(left_TxD)
-    position_A, feature_A, value_A = map(np.concatenate, zip(*active, strict=True))
-    b_enc_A = to_host(transcoder.b_enc_F[...])[feature_A]
-    first_UxD = jnp.concatenate(rest)[: int(np.argmax(used_T))]
-    part = dict(error_LxTxD=jnp.concatenate(errors), first_LxUxD=first_UxD, b_dec_LxD=transcoder.b_dec_D[...])
-    if transcoder.config.skip:
-        part["skip_LxDxD"] = transcoder.W_skip_DxD[...]
-    layer_A = np.full(len(value_A), layer, np.int32)
-    return Active(layer_A, position_A.astype(np.int32), feature_A.astype(np.int32), value_A, b_enc_A), part
+        positions.append(position_A + start)
+        features.append(feature_A)
+        values.append(acts_TxF[position_A, feature_A])
+    feature_A, value_A = np.concatenate(features), np.concatenate(values)
+    return Active(
+        np.full(len(value_A), layer, np.int32),
+        np.concatenate(positions).astype(np.int32),
+        feature_A.astype(np.int32),
+        value_A,
+        to_host(encoder.b_enc_F[...])[feature_A],
+    )
 
 
-def activations(dictionary: Dictionary, read_xD: jax.Array) -> jax.Array:
-    """Activations [..., F]: at attention sinks, where no feature is used, 0."""
-    acts_xF = dictionary.encode(read_xD)
-    return jnp.where(dictionary.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
+def activations(encoder: Dictionary, read_xD: jax.Array) -> jax.Array:
+    """Return activations [..., F], 0 at attention sinks, where no feature is used."""
+    acts_xF = encoder.encode(read_xD)
+    return jnp.where(encoder.is_not_sink(read_xD)[..., None], acts_xF, jnp.zeros_like(acts_xF))
 
 
 @jax.jit
-def explain(
-    transcoder: Dictionary, read_TxD: jax.Array, out_TxD: jax.Array, used_T: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Activations [T, F], errors [T, D], and where no features are used the MLP's output less the skip path [T, D].
-
-    Args:
-      read_TxD, out_TxD: what it reads, and what the MLP adds.
-      used_T: where features are used; elsewhere activations and errors are 0.
-    """
-    acts_TxF = activations(transcoder, read_TxD)
-    acts_TxF = jnp.where(used_T[:, None], acts_TxF, jnp.zeros_like(acts_TxF))
-    left_TxD = out_TxD - transcoder.decode(acts_TxF, read_TxD)
-    error_TxD = jnp.where(used_T[:, None], left_TxD, jnp.zeros_like(left_TxD))
-    return acts_TxF, error_TxD, left_TxD + transcoder.b_dec_D[...][None]
+def encode_used(encoder: Dictionary, read_xTxD: jax.Array, used_T: jax.Array) -> jax.Array:
+    """Return activations [..., T, F] of what is read [..., T, D], 0 at sinks and where ``used_T`` is False."""
+    acts_xTxF = activations(encoder, read_xTxD)
+    used = used_T.reshape((1,) * (acts_xTxF.ndim - 2) + (-1, 1))
+    return jnp.where(used, acts_xTxF, jnp.zeros_like(acts_xTxF))

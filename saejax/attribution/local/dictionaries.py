@@ -1,12 +1,19 @@
-"""Dictionaries of several layers of a model, one of each: what transcoders and SAEs have in common."""
+"""Dictionaries of several layers of a model, one of each: what transcoders and SAEs have in common.
+
+Encoders are read whole, since every feature has to be encoded to know which are active; of decoders only the rows of
+active features are read, where the format has them as rows.
+"""
 
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
+from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.attribution.graph.data import GraphSet
@@ -20,12 +27,45 @@ from saejax.models.sinks import NO_SINKS
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
+AnyDictionary = TypeVar("AnyDictionary", bound=Dictionary)
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
-KEPT_SHARE = 4  # of what is free, dictionaries that were read may take one part in so many
+LoadEncoder = Callable[[int], dict[str, jax.Array] | None]
+KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
+
+
+class EncoderOnly(Dictionary):
+    """A dictionary without decoder rows, of which only those in use are read; it can encode and not decode."""
+
+    def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
+        self.config = nnx.static(config)
+        self.matmul_dtype = nnx.static(matmul_dtype)
+        for name, array in arrays.items():
+            if name != "W_dec_FxD":
+                setattr(self, name, nnx.Param(array))
+
+    def restrict(self, feature_U: np.ndarray) -> tuple["EncoderOnly", np.ndarray]:
+        """Return an encoder of some features where their activations depend on their own columns, and their columns.
+
+        Of kinds that compare features with each other, such as TopK, that is the whole encoder.
+
+        Args:
+          feature_U: indices of the features.
+        """
+        if not self.kind.is_elementwise():
+            return self, feature_U
+        axes = {
+            name: spec.index("model") for name, (_, spec) in parameter_table(self.config).items() if "model" in spec
+        }
+        arrays = {
+            name: jnp.take(array, feature_U, axis=axes[name]) if name in axes else array
+            for name, array in self.arrays.items()
+        }
+        config = dataclasses.replace(self.config, n_features=len(feature_U), groups=())
+        return EncoderOnly(config, self.matmul_dtype, **arrays), np.arange(len(feature_U))
 
 
 class LayerDictionaries(abc.ABC):
-    """Dictionaries of several layers, one of each, which stay on the devices as far as a quarter of what is free goes.
+    """Dictionaries of several layers, one of each, whose encoders stay on the devices as far as there is room.
 
     Args:
       name: where the set comes from, for messages and results.
@@ -35,9 +75,10 @@ class LayerDictionaries(abc.ABC):
         [U, D]; None: by loading the layer.
       reads: see ``FrozenModel``.
       revision: of a hub repository.
+      load_encoder: reads the arrays of a layer but its decoder rows; None, or if it returns None: by loading the layer.
 
     Attributes:
-      sizes: to which arrays of earlier prompts were filled up; see ``Replacement.filled``.
+      sizes: to which arrays of earlier prompts were padded; see ``LocalState.padded_size``.
     """
 
     def __init__(
@@ -48,49 +89,75 @@ class LayerDictionaries(abc.ABC):
         rows: ReadRows | None = None,
         reads: str = "mlp_in",
         revision: str = "",
+        load_encoder: LoadEncoder | None = None,
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
+        self._load, self._kept = load, dict[tuple[int, Mesh], EncoderOnly]()
+        self._hosts: dict[int, Dictionary] = {}  # of sets whose files have no rows to read
         self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
-        stored = not any(config.centred or config.kind == "gated" for config in configs)
-        self._rows = rows if rows and stored else self._rows_of_layer
+        # Folding changes encoders, so rows in files are not those of the folded dictionary.
+        is_stored = not any(config.centred or config.kind == "gated" for config in configs)
+        self._rows = rows if rows and is_stored else self._rows_of_layer
+        self._load_encoder = load_encoder if is_stored else None
 
     def load(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
-        """The dictionary of a layer, with features that are relu, threshold or topk of x W_enc + b_enc.
+        """Return the dictionary of a layer, decoder included, in fp32, or in fp64 if it is that in its file.
 
-        It comes by way of the host, so no device ever holds more of it than its part, and stays on the devices in its
-        file's dtype for the next time. Everything here goes through the layers in order, again and again, so where not
-        all fit, the one that was read last makes room: all others are found again.
+        Its features are relu, threshold or topk of x W_enc + b_enc.
 
         Args:
           layer: its number.
           mesh: the devices, over whose axis ``model`` features are split; None: the first of this process.
-
-        Returns:
-          The dictionary in fp32, or in fp64 if it is that in its file.
         """
-        mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
+        return _place(_widen(self._on_host(layer)), mesh or _first_device())
+
+    def encoder(self, layer: int, mesh: Mesh | None = None) -> EncoderOnly:
+        """Return the encoder of a layer, as ``load`` has it, which stays on the devices in its file's dtype.
+
+        Everything here goes through the layers in order, again and again, so where not all fit, the one that was read
+        last makes room: all others are found again.
+        """
+        mesh = mesh or _first_device()
         if (layer, mesh) not in self._kept:
-            dictionary = _placed(self._on_host(layer), mesh)
-            room = free_bytes(mesh) // KEPT_SHARE // _part_bytes(dictionary, mesh)
+            encoder = _place(self._encoder_on_host(layer), mesh)
+            room = free_bytes(mesh) // KEPT_SHARE // max(_bytes_per_device(encoder, mesh), 1)
             while len(self._kept) >= max(room, 1):
                 self._kept.popitem()
-            self._kept[layer, mesh] = dictionary
-        return _widened(self._kept[layer, mesh])
+            self._kept[layer, mesh] = encoder
+        return _widen(self._kept[layer, mesh])
 
     def _on_host(self, layer: int) -> Dictionary:
-        """The dictionary of a layer, read anew, in the dtype of its file unless it had to be folded."""
-        with on_host():
-            dictionary = self._load(layer)
-            if self._sink_norm:
-                dictionary = dictionary.with_sink_norms(self._sink_norm)
-            return _of_any_layer(_plain(dictionary))
+        """Return the dictionary of a layer in the dtype of its file, unless it had to be folded; some are kept."""
+        if layer not in self._hosts:
+            with on_host():
+                dictionary = self._load(layer)
+                if self._sink_norm:
+                    dictionary = dictionary.with_sink_norms(self._sink_norm)
+                dictionary = _without_layer(_fold(dictionary))
+            size = sum(array.nbytes for array in dictionary.arrays.values())
+            while len(self._hosts) >= max(free_host_bytes() // KEPT_SHARE // size, 1):
+                self._hosts.popitem()  # as in ``encoder``
+            self._hosts[layer] = dictionary
+        return self._hosts[layer]
+
+    def _encoder_on_host(self, layer: int) -> EncoderOnly:
+        arrays = None
+        if self._load_encoder:
+            with on_host():
+                arrays = self._load_encoder(layer)
+        if arrays is None:
+            dictionary = self._on_host(layer)
+            return EncoderOnly(dictionary.config, dictionary.matmul_dtype, **dictionary.arrays)
+        config = self.configs[layer]
+        if self._sink_norm:
+            config = config.with_sink_norms(self._sink_norm)
+        return _without_layer(EncoderOnly(config, **arrays))
 
     def resolve_sinks(self, model: LanguageModel) -> None:
         """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded."""
         if self._sink_norm is None:
-            self._kept.clear()
+            self.forget()
         normed = (hooks.NORMED, "mlp_in") if self.reads == hooks.NORMED else ()
 
         def sink_norm(site: str) -> float:
@@ -102,37 +169,39 @@ class LayerDictionaries(abc.ABC):
             config.with_sink_norms(sink_norm)  # runs the model now, not while a dictionary is read on the host
 
     def forget(self) -> None:
-        """Gives up what is kept in memory."""
+        """Free what is kept in memory."""
         self._kept.clear()
+        self._hosts.clear()
 
-    def rows(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        """Rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
-        return np.asarray(self._rows(layer, name, features_U), np.float32)
+    def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
+        """Return rows of a layer's "W_dec", or columns of its "W_enc", fp32 [U, D]."""
+        return np.asarray(self._rows(layer, name, feature_U), np.float32)
 
     def rows_of(self, name: str, layer_F: np.ndarray, feature_F: np.ndarray) -> np.ndarray:
-        """Rows of "W_dec" or columns of "W_enc" of features of several layers; each layer is read once.
+        """Return rows of "W_dec" or columns of "W_enc" of features of several layers; each layer is read once.
 
         Args:
           name: "W_enc" or "W_dec".
-          layer_F, feature_F: int32, the features.
+          layer_F, feature_F: int32 layer and index of each feature.
 
         Returns:
           fp32 [F, D].
         """
         vector_FxD = np.empty((len(layer_F), self.configs[0].d_in), np.float32)
         for layer in np.unique(layer_F):
-            own = np.flatnonzero(layer_F == layer)
-            vector_FxD[own] = self.rows(int(layer), name, feature_F[own])
+            here = np.flatnonzero(layer_F == layer)
+            feature_U, index = np.unique(feature_F[here], return_inverse=True)
+            vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
 
     def check_labels(self, labels: Iterable[tuple[int, int]], origin: str) -> None:
-        """Refuses labels of features that the set does not have, by layer and number; they are those of another one.
+        """Refuse labels of features that the set does not have: they are those of another set.
 
         Args:
-          labels: what is labelled.
+          labels: layers and indices of the features that are labelled.
           origin: of the labels, for the message.
         """
-        features = {hooks.layer_of(one.target or one.site): one.n_features for one in self.configs}
+        features = {hooks.layer_of(config.target or config.site): config.n_features for config in self.configs}
         for layer, feature in labels:
             if feature >= features.get(layer, 0):
                 raise UserError(
@@ -142,18 +211,17 @@ class LayerDictionaries(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> GraphSet:
-        """What a graph says of the set."""
+        """Return what a graph says of the set."""
 
-    def _rows_of_layer(self, layer: int, name: str, features_U: np.ndarray) -> np.ndarray:
-        kept = next((own for (number, _), own in self._kept.items() if number == layer), None)
-        arrays = (kept or self._on_host(layer)).arrays
-        if name == "W_dec":
-            return to_host(arrays["W_dec_FxD"])[features_U]
-        return to_host(arrays["W_enc_DxF"])[:, features_U].T
+    def _rows_of_layer(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
+        kept = next((encoder for (number, _), encoder in self._kept.items() if number == layer), None)
+        if name == "W_enc":
+            return to_host((kept or self._on_host(layer)).arrays["W_enc_DxF"])[:, feature_U].T
+        return to_host(self._on_host(layer).arrays["W_dec_FxD"])[feature_U]
 
 
 def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) -> None:
-    """A ``UserError`` that begins with ``what`` unless features of such a dictionary can be traced in a model."""
+    """Refuse, in a message that begins with ``what``, a dictionary whose features cannot be traced in a model."""
     check_width(config, model.config, model.source.name, what)
     config.check_model(model.source.name, model.source.fingerprint, what)
     if config.input_norm not in ("", "center"):
@@ -166,7 +234,7 @@ def check_dictionary(config: DictionaryConfig, model: LanguageModel, what: str) 
 
 
 def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what: str) -> None:
-    """A ``UserError`` unless a dictionary reads a model's width.
+    """Refuse a dictionary that reads another width than the model's.
 
     Args:
       config, model: of the dictionary and the decoder.
@@ -179,50 +247,55 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
         )
 
 
-def _plain(dictionary: Dictionary) -> Dictionary:
-    """The same function with features that are relu, threshold or topk of x W_enc + b_enc, and above 0.
-
-    What negative activations of a signed topk dictionary add becomes part of its error.
-    """
-    if dictionary.config.signed:
-        config = dataclasses.replace(dictionary.config, signed=False)
-        dictionary = Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+def _fold(dictionary: Dictionary) -> Dictionary:
+    """Return the same function with features that are relu, threshold or topk of x W_enc + b_enc."""
     if dictionary.config.kind == "gated":
         dictionary = rescale.as_jumprelu(dictionary)
     return rescale.without_mean(rescale.uncentred(dictionary))
 
 
-def _of_any_layer(dictionary: Dictionary) -> Dictionary:
-    """The same arrays, of no layer.
+def _without_layer(dictionary: AnyDictionary) -> AnyDictionary:
+    """Return the same arrays without their layer, so that programs are compiled once for all layers.
 
-    Programs that run it are compiled once for all layers: its sink rule is an array.
+    The sink rule, which differs between layers, becomes an array.
     """
     config, arrays = dictionary.config, dictionary.arrays
     if config.max_norm is not None:
         arrays |= dict(max_norm=np.float32(config.max_norm))
     plain = dataclasses.replace(config, site="", target="", max_norm=None, target_max_norm=None)
-    return Dictionary(plain, dictionary.matmul_dtype, **arrays)
+    return type(dictionary)(plain, dictionary.matmul_dtype, **arrays)
 
 
-def _widened(dictionary: Dictionary) -> Dictionary:
-    """The same with arrays of 32 bits, or more."""
+def _widen(dictionary: AnyDictionary) -> AnyDictionary:
+    """Return the same with arrays of 32 bits, or more."""
     arrays = dictionary.arrays
     wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in arrays.items()}
-    return Dictionary(dictionary.config, dictionary.matmul_dtype, **wide)
+    return type(dictionary)(dictionary.config, dictionary.matmul_dtype, **wide)
 
 
-def _placed(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
-    """The same on a mesh's devices, features split over ``model``."""
+def _place(dictionary: AnyDictionary, mesh: Mesh) -> AnyDictionary:
+    """Return the same on a mesh's devices, features split over ``model``; it comes by way of the host.
+
+    So no device ever holds more of it than its part.
+    """
     table = parameter_table(dictionary.config)
     arrays = {
         name: jax.device_put(array, fitting_sharding(mesh, array.shape, *table[name][1] if name in table else ()))
         for name, array in dictionary.arrays.items()
     }
-    return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)
+    return type(dictionary)(dictionary.config, dictionary.matmul_dtype, **arrays)
 
 
-def _part_bytes(dictionary: Dictionary, mesh: Mesh) -> int:
-    """What each device has of it."""
+def free_host_bytes() -> int:
+    """Return the memory of the host that is free."""
+    return psutil.virtual_memory().available
+
+
+def _first_device() -> Mesh:
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+def _bytes_per_device(dictionary: Dictionary, mesh: Mesh) -> int:
     table, arrays = parameter_table(dictionary.config), dictionary.arrays
     sizes = {name: part_size(mesh.shape, shape, *spec) for name, (shape, spec) in table.items() if name in arrays}
     return sum(size * arrays[name].dtype.itemsize for name, size in sizes.items())

@@ -54,7 +54,7 @@ class FrozenModel:
         skip_DxD: jax.Array | None = None,
         function: AttentionFunction | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The frozen layer.
+        """Return the frozen layer.
 
         Args:
           layer: its number.
@@ -95,7 +95,7 @@ class FrozenModel:
         seen: Mapping[str, jax.Array],
         rules: RunRules = RELP,
     ) -> jax.Array:
-        """What the transcoder reads, from the values at a layer's sites.
+        """Return what the transcoder reads, from the values at a layer's sites.
 
         Args:
           seen: values [..., T, D] by kind of site.
@@ -122,7 +122,7 @@ class FrozenModel:
         x_TxD: jax.Array,
         skip_DxD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
+        """Return the constant part of ``layer``, both [T, D]: what its biases add to the stream and to what is read.
 
         It is linear in the biases, so it is its own derivative along them.
 
@@ -140,7 +140,7 @@ class FrozenModel:
 
 @jax.custom_vjp
 def _weighted(weights_NxGxTxS: jax.Array, v_SxNxK: jax.Array) -> jax.Array:
-    """The mean of the values with given weights, [T, N, G, K]."""
+    """Return the mean of the values with given weights, [T, N, G, K]."""
     return einsum("ngts,snk->tngk", weights_NxGxTxS, v_SxNxK)
 
 

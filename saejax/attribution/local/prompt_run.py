@@ -1,29 +1,30 @@
-"""A model that was run on a prompt with transcoders or SAEs, as targets, graphs and groups see it."""
+"""A prompt that was run with transcoders or SAEs, as targets and graphs see it, and the tokens of a prompt."""
 
-import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from saejax.attribution.local.active import Active
 from saejax.attribution.local.dictionaries import LayerDictionaries
+from saejax.errors import UserError
 from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import Tokens
 
 
-@dataclasses.dataclass(frozen=True)
 class PromptRun:
     """A model that was run on a prompt with dictionaries.
 
     Attributes:
       model: the model.
       dictionaries: the transcoders or SAEs whose features are nodes.
-      rules: those by which gradients go through the model.
+      rules: by which gradients go through the model.
       ids_P: int32 token ids.
       active: the active features.
       logits_V: fp32 logits at the last position.
-      last_D: fp32, the stream leaving the last layer at the prompt's last position.
-      stream_LxTxD: fp32, the stream entering each layer.
+      last_D: fp32 stream leaving the last layer at the prompt's last position.
+      stream_LxTxD: fp32 stream entering each layer.
     """
 
     model: LanguageModel
@@ -36,5 +37,48 @@ class PromptRun:
     stream_LxTxD: jax.Array
 
     def constants(self, chosen_F: np.ndarray) -> np.ndarray:
-        """What biases of no source add to the pre-activations of some active features: the encoder's, fp32 [F]."""
+        """Return what biases of no source add to the pre-activations of some active features, fp32 [F]."""
         return self.active.b_enc_A[chosen_F]
+
+
+def prompt_ids(
+    model: LanguageModel, prompt: str | Sequence[int] | np.ndarray, prepend: bool = True, chat: bool = False
+) -> np.ndarray:
+    """Return the token ids of a prompt, int32 [P].
+
+    Args:
+      model: whose tokenizer reads a text.
+      prompt: the text, or its token ids, which are taken as they are.
+      prepend: put the tokenizer's first special token before a text that begins with none.
+      chat: put a text into the tokenizer's chat template.
+
+    Raises:
+      UserError: the tokenizer has no chat template, or there are no ids, more than the model reads, or one that it
+        does not know.
+    """
+    if not len(prompt):
+        raise UserError("the prompt is empty: expected a text, or token ids")
+    if chat and isinstance(prompt, str):
+        prompt = _apply_chat_template(model, prompt)
+    if not isinstance(prompt, str):
+        ids = np.asarray(prompt, np.int32).reshape(-1)
+    else:
+        ids = model.tokenize([prompt]).ids_BxT[0]
+        tokenizer = model.tokenizer
+        specials = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
+        specials = [token for token in specials if token is not None]
+        if prepend and specials and not set(ids[:1].tolist()) & set(tokenizer.all_special_ids):
+            ids = np.concatenate([specials[:1], ids]).astype(np.int32)
+        while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text began with it, too
+            ids = ids[1:]
+    Tokens(ids[None], np.array([len(ids)], np.int32)).check(model.config.vocab, model.config.context)
+    return ids
+
+
+def _apply_chat_template(model: LanguageModel, prompt: str) -> list[int]:
+    """Return the ids of a user's turn and the beginning of the answer; the template writes special tokens itself."""
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise UserError(f"the tokenizer of {model.source.name} has no chat template: leave --graph.chat_template out")
+    messages = [dict(role="user", content=prompt)]
+    text = model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -45,7 +45,7 @@ class LayerSaes(LayerDictionaries):
 
     @classmethod
     def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
-        """A set of SAEs in memory, or in folders; a folder of several, such as a trained stack, stands for all."""
+        """Return a set of SAEs in memory or in folders; a folder of several, such as a stack, means all of them."""
         if isinstance(saes, LayerSaes):
             return saes
         found: list[tuple[str, Dictionary]] = []
@@ -54,7 +54,7 @@ class LayerSaes(LayerDictionaries):
         return cls(found)
 
     def check(self, model: LanguageModel) -> "LayerSaes":
-        """The set, if it belongs to a model.
+        """Return the set, if it belongs to a model.
 
         Raises:
           UserError: a site does not exist there, or an SAE has another width or was trained on another model.
@@ -66,7 +66,7 @@ class LayerSaes(LayerDictionaries):
         return self
 
     def describe(self) -> GraphSet:
-        """What a graph says of the set."""
+        """Return what a graph says of the set."""
         first = self.configs[0]
         return GraphSet(
             name=self.name, revision=self.revision, sites=list(map(str, self.sites)), layers=len(self.sites),

@@ -1,16 +1,22 @@
 """The transcoders of all layers of a model, read layer by layer and row by row.
 
-Where they come from makes no difference here: a circuit-tracer set, Gemma Scope's files, our own checkpoints, or
-dictionaries that are in memory already. Of a set on disk nothing but descriptions is kept, and the layer read last.
+A set may be circuit-tracer's, Gemma Scope's files, our own checkpoints, or dictionaries in memory.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from saejax.attribution.graph.data import GraphSet
-from saejax.attribution.local.dictionaries import LayerDictionaries, ReadRows, check_dictionary, check_width
+from saejax.attribution.local.dictionaries import (
+    LayerDictionaries,
+    LoadEncoder,
+    ReadRows,
+    check_dictionary,
+    check_width,
+)
 from saejax.dictionaries import Dictionary, DictionaryConfig, formats
 from saejax.dictionaries.formats import circuit_tracer, gemma_scope, hooks, place
 from saejax.errors import UserError
@@ -19,6 +25,8 @@ from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
 
 _READS = ("mlp_in", "resid_mid", hooks.NORMED)  # kinds of site that transcoders of a graph may read
+# A reference of circuit-tracer: repository, folder in it, revision.
+_REFERENCE = re.compile(r"(?![./~])[^/@:]+/[^/@:]+(/[^@:]+)?(@.+)?")
 _FILES = ("layer_*.safetensors", "W_enc_*.safetensors", "W_dec_*.safetensors", "params_layer_*.safetensors")
 
 ReadWrites = Callable[[int, np.ndarray], np.ndarray]
@@ -28,8 +36,8 @@ class LayerTranscoders(LayerDictionaries):
     """A transcoder for every layer, from layer 0; or a cross-layer one, whose features write to later layers, too.
 
     Args:
-      name, configs, load, rows, reads, revision: see ``LayerDictionaries``; of a cross-layer transcoder a dictionary's
-        decoder is what its features write to their own layer.
+      name, configs, load, rows, reads, revision, load_encoder: see ``LayerDictionaries``; in a cross-layer set, the
+        decoder of a layer is what its features write to their own layer.
       writes: given a layer and features [U], reads what these write to their own layer and to each later one,
         [U, L - layer, D]; None: they write to their own alone.
     """
@@ -43,34 +51,35 @@ class LayerTranscoders(LayerDictionaries):
         reads: str = "mlp_in",
         revision: str = "",
         writes: ReadWrites | None = None,
+        load_encoder: LoadEncoder | None = None,
     ):
-        super().__init__(name, configs, load, rows, reads, revision)
+        super().__init__(name, configs, load, rows, reads, revision, load_encoder)
         self._writes = writes
 
     @property
     def cross_layer(self) -> bool:
-        """Whether features write to later layers than their own."""
+        """Whether features also write to later layers than their own."""
         return self._writes is not None
 
     def written_layers(self, layer: int) -> int:
-        """How many layers the features of a layer write to, from their own on."""
+        """Return the number of layers that the features of a layer write to, from their own on."""
         return len(self.configs) - layer if self.cross_layer else 1
 
     def writes(self, layer: int, features_U: np.ndarray) -> np.ndarray:
-        """What features of a layer write to each layer that they write to, fp32 [U, X, D]."""
+        """Return what features of a layer write to each layer that they write to, fp32 [U, X, D]."""
         if self._writes is None:
             return self.rows(layer, "W_dec", features_U)[:, None]
         return np.asarray(self._writes(layer, features_U), np.float32)
 
     @classmethod
     def of(cls, dictionaries: Sequence[Dictionary], name: str = "dictionaries in memory") -> "LayerTranscoders":
-        """The set of some transcoders that are in memory, in the order of layers."""
+        """Return the set of some transcoders in memory, in the order of layers."""
         configs = [dictionary.config for dictionary in dictionaries]
         reads = configs[0].site.partition(".")[0] if configs else "mlp_in"
         return cls(name, configs, dictionaries.__getitem__, reads=reads)
 
     def check(self, model: LanguageModel) -> "LayerTranscoders":
-        """The set, if it belongs to a model.
+        """Return the set if it belongs to a model.
 
         Raises:
           UserError: it lacks a layer, has another width, or was trained on another model or at other sites.
@@ -82,7 +91,7 @@ class LayerTranscoders(LayerDictionaries):
         return self
 
     def check_shape(self, model: DecoderConfig, name: str) -> "LayerTranscoders":
-        """The set, if it has a transcoder for each layer of a model of this name and shape.
+        """Return the set if it has a transcoder for each layer of a model of this name and shape.
 
         Raises:
           UserError: it lacks a layer, has another width, or reads and predicts other sites.
@@ -105,7 +114,7 @@ class LayerTranscoders(LayerDictionaries):
         return self
 
     def describe(self) -> GraphSet:
-        """What a graph says of the set."""
+        """Return what a graph says of the set."""
         first = self.configs[0]
         own = GraphSet(
             name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs),
@@ -150,7 +159,8 @@ def _opened(name: str, opened: circuit_tracer.TranscoderSet, commit: str) -> Lay
         return opened.load(layer, dtype="auto")
 
     writes = opened.writes if opened.decoders else None
-    return LayerTranscoders(name, opened.configs, load, opened.rows, opened.reads, commit, writes)
+    encoder = opened.load_encoder
+    return LayerTranscoders(name, opened.configs, load, opened.rows, opened.reads, commit, writes, encoder)
 
 
 def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] = ()) -> tuple[str, Path, str]:
@@ -159,8 +169,11 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
 
     Args:
-      path, revision, subfolder, choice: see ``open_transcoders``; hf://ORG/NAME is the same as ORG/NAME.
+      path, revision, subfolder, choice: see ``open_transcoders``; ORG/NAME/SUBFOLDER@REVISION is the same with hf://
+        before it or without.
     """
+    if _REFERENCE.fullmatch(path) and not Path(path).exists():
+        path = f"hf://{path}"
     path, revision, subfolder = place.split_address(path, revision, subfolder)
     name = f"{path}/{subfolder}" if subfolder else path
     local = Path(path).expanduser()

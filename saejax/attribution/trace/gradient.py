@@ -26,15 +26,16 @@ import numpy as np
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
+from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.rows import TOKENS, Put
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import IN_STREAM, Readings
-from saejax.attribution.trace.prompt import check_max_features, prompt_ids
-from saejax.attribution.trace.rounds import attributed, graph_of
-from saejax.attribution.trace.row_store import Put
-from saejax.attribution.trace.rows import TOKENS
+from saejax.attribution.trace.prompt import check_max_features
+from saejax.attribution.trace.rounds import attribute_in_rounds, make_graph
 from saejax.attribution.trace.sae_run import SaeRun
-from saejax.attribution.trace.targets import Readouts, Target, read_targets
+from saejax.attribution.trace.targets import Target, read_targets
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
@@ -54,7 +55,7 @@ class TracedSaes(NamedTuple):
 
 
 def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
-    """The graph of a prompt with SAEs: that of ``trace_saes``, which has the same arguments."""
+    """Return the graph of a prompt with SAEs: that of ``trace_saes``, which has the same arguments."""
     return trace_saes(model, saes, prompt, **options).graph
 
 
@@ -106,12 +107,12 @@ def trace_saes(
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
-    chosen_F, store = attributed(run, rows.nodes, readouts, fill, count, round_rows, on_progress)
+    chosen_F, store = attribute_in_rounds(run, rows.nodes, readouts, fill, count, round_rows, on_progress)
     if not np.isfinite(store.row_BxC).all():
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
-    return TracedSaes(graph_of(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
+    return TracedSaes(make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
 
 
 class _Rows:
@@ -142,7 +143,7 @@ class _Rows:
         self._bias_SxD = np.stack([to_host(b_dec_D) for b_dec_D in biases])
 
     def __call__(self, readings: Readings, top_B: np.ndarray, put: Put) -> None:
-        """Gives what each source contributes to each target.
+        """Compute what each source contributes to each target.
 
         Args:
           readings: any number of targets.

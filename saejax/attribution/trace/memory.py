@@ -1,67 +1,73 @@
-"""How much memory a graph takes: known before the work starts.
+"""Estimate the memory of an attribution graph before the work starts.
 
-A graph is made in phases, and what the first leaves stays in the others:
+A graph is made in two phases, and the larger one counts:
 
-    layers    one transcoder after the other beside its layer, with the activations of all its features
-    rows      directions of the sources, batches of cotangents and their products; on the host the rows of the graph
-    heads     sources and targets of the pruned graph, some at a time, and what they do to the values of attention
-    checks    features doubled, parts of the graph run alone, several prunings
+1. Layers: each transcoder's encoder beside its layer, with the activations of all its features.
+2. Rows: the directions of the sources, batches of cotangents and their products; on the host, the rows of the graph.
 
-The largest arrays that are alive at once are counted, so a run may take a quarter more or less. Arrays are fp32, and
-sizes below are numbers of them until they are given out as bytes.
+The largest arrays that are alive at once are counted, so a run may take a quarter more or less. Arrays are fp32.
 """
 
 import dataclasses
-from math import prod
 from typing import NamedTuple
 
+import psutil
 from jax.sharding import Mesh
 
-from saejax.attribution.graph.pruning import RUNS
 from saejax.attribution.local.active import AT_ONCE
-from saejax.attribution.local.replacement import padded
-from saejax.attribution.trace.directions import READ_AT_ONCE
+from saejax.attribution.local.directions import READ_AT_ONCE
+from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.rows import batch_tokens
+from saejax.attribution.local.sources import WIDTH
 from saejax.attribution.trace.row_store import WHOLE, columns_kept
-from saejax.attribution.trace.rows import batch_tokens
-from saejax.attribution.trace.sources import WIDTH
 from saejax.dictionaries import DictionaryConfig
-from saejax.dictionaries.modules import parameter_table
+from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import parameter_table as model_table
-from saejax.parallel.mesh import part_size
+from saejax.parallel.mesh import free_bytes, part_size
 
 GIB = 2**30
 _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
-_COPIES = 3  # of the activations of a layer: before and after the sparsity function, and masked
-_SCORES = 2.5  # attention weights, and what they are made of
-_ROUND = 2048  # features that are attributed between two rankings, at the most
-_CHANGED = 8  # least sets of changed features that go through a layer together
-_HEADS = {"cpu": 1 << 10, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of the sources of a block, together
-_HEADS_STEP, _HEADS_MOST = 16, 256  # sources of a block: a multiple, and the most
+_ACTS_COPIES = 3  # activations of a layer: before and after the sparsity function, and masked
+_SCORES_COPIES = 2.5  # attention weights, and what they are computed from
+_ROUND = 2048  # features that are attributed between two rankings, at most
 
 
-class Bytes(NamedTuple):
-    """What a phase takes on each device, and on the host beside."""
+class Memory(NamedTuple):
+    """Bytes on each device, and on the host beside them; CPU devices share the host's memory."""
 
     device: int
     host: int
 
+    def total(self, mesh: Mesh) -> int:
+        """Return the bytes of all devices and the host together."""
+        return self.device * mesh.size + self.host
+
+    def fits(self, free: "Memory", mesh: Mesh) -> bool:
+        """Return whether a need fits into what is free."""
+        if _is_cpu(mesh):
+            return self.total(mesh) <= free.host
+        return self.device <= free.device and self.host <= free.host
+
+    def describe(self, mesh: Mesh) -> str:
+        """Return the amounts in words."""
+        if _is_cpu(mesh):
+            return f"{self.total(mesh) / GIB:.1f} GiB"
+        return f"{self.device / GIB:.1f} GiB a device and {self.host / GIB:.1f} on the host"
+
 
 @dataclasses.dataclass(frozen=True)
 class GraphSize:
-    """What decides how much memory a graph takes, beside the number of tokens.
+    """What decides the memory of a graph, beside the number of tokens.
 
     Attributes:
       model: the decoder.
       transcoder: one of the set's, which all have one size.
-      active: active features of a layer at a position, a mean.
-      max_features: most features that get rows; None: all active ones.
-      logits: most targets that are no features.
-      checked: whether the graph is checked by running it.
-      heads: whether the heads of its edges are looked for.
-      cross_layer: whether features write to later layers, too.
-      together: most parts of the graph that are run side by side.
+      active: active features of a layer at a position, mean.
+      max_features: maximum number of features with rows; None: all active ones.
+      logits: maximum number of targets that are no features.
+      cross_layer: whether features also write to later layers.
     """
 
     model: DecoderConfig
@@ -69,48 +75,72 @@ class GraphSize:
     active: float
     max_features: int | None = None
     logits: int = 10
-    checked: bool = False
-    heads: bool = False
     cross_layer: bool = False
-    together: int = RUNS
 
     @property
     def writes(self) -> float:
-        """Layers that a feature writes to, a mean."""
+        """Mean number of layers that a feature writes to."""
         return (self.model.n_layers + 1) / 2 if self.cross_layer else 1.0
 
     def active_features(self, tokens: int) -> int:
-        """Of a prompt; at its first position there are none."""
+        """Return the active features of a prompt; its first position has none."""
         return int(self.active * self.model.n_layers * (tokens - 1))
 
     def traced(self, tokens: int) -> int:
-        """Features that get rows."""
+        """Return the number of features with rows."""
         active = self.active_features(tokens)
         return min(self.max_features or active, active)
 
 
 def certain_active(transcoder: DictionaryConfig) -> float:
-    """Active features of a layer at a position of which one can be sure before a prompt is run."""
+    """Return the active features of a layer at a position that are certain before a prompt is run."""
     return transcoder.k if transcoder.kind == "topk" else 0.0
 
 
-def graph_bytes(size: GraphSize, tokens: int, mesh: Mesh) -> dict[str, Bytes]:
-    """What a graph takes beside the model, by phase.
+def estimate_memory(size: GraphSize, tokens: int, mesh: Mesh) -> Memory:
+    """Return what a graph takes beside the model; see the top of this module.
 
     Args:
+      size: of the graph.
       tokens: of the prompt, its special first one included.
       mesh: the devices.
     """
-    phases = dict(layers=_layers(size, tokens, mesh), rows=_rows(size, tokens, mesh))
-    if size.heads:
-        phases["heads"] = _heads(size, tokens, mesh)
-    if size.checked:
-        phases["checks"] = _checks(size, tokens, mesh)
-    return {name: Bytes(int(_FP32 * on), int(_FP32 * beside) + _PROGRAMS) for name, (on, beside) in phases.items()}
+    model, length, width = size.model, padded(tokens), size.model.d_model
+    features = size.transcoder.n_features
+    active, traced = size.active_features(tokens), size.traced(tokens)
+    has_bias = any("_bias" in name for name in model_table(model))
+    streams = model.n_layers * width * ((4 if has_bias else 2) * length + (width if size.transcoder.skip else 0))
+    heads = model.d_head * (2 * model.n_heads + 2 * model.n_kv_heads)
+    inside = 6 * width + max(heads, (3 if model.gated else 2) * model.d_mlp)  # of a position in a layer
+    attention = _SCORES_COPIES * model.n_heads * length**2
+
+    # 1. Layers: two encoders, the one that is left and the next; streams are copied when they are stacked.
+    encoder = part_size(mesh.shape, (width, features), None, "model")
+    acts = features * max(1, min(length, AT_ONCE // features))
+    in_layer = 2 * encoder + _ACTS_COPIES * acts + inside * length + attention
+    layers_device = streams + model.n_layers * length * width + in_layer
+    layers_host = 2 * width * features + acts + 8 * active
+
+    # 2. Rows.
+    directions, blocks = bank_sizes(size, tokens)
+    positions = batch_tokens(mesh.devices.flat[0].platform, length)
+    batch = positions * (2 * width + WIDTH * blocks / length) + inside * positions / 8 + attention
+    at_once = 2 if mesh.size == 1 else 1
+    rows_device = streams + part_size(mesh.shape, (width,), "model") * directions + at_once * batch
+    sources = active + model.n_layers * (tokens + 2) + tokens
+    entries = sources + active * (size.writes - 1)
+    targets = traced + size.logits
+    columns = columns_kept(targets, active, sources - active)
+    # Rows are copied when columns are given up while they are computed.
+    adjacency = targets * columns + (WHOLE if columns < sources else 0)
+    encoders = width * (min(traced, _ROUND) if traced < active else traced)
+    rows_host = adjacency + 2 * at_once * positions / length * entries + encoders
+    rows_host += min(READ_AT_ONCE, width * directions)
+    return Memory(int(_FP32 * max(layers_device, rows_device)), int(_FP32 * max(layers_host, rows_host)) + _PROGRAMS)
 
 
 def bank_sizes(size: GraphSize, tokens: int) -> tuple[int, int]:
-    """Rows of the table of directions of a graph's sources, and its blocks; see ``sources.SourceBank``."""
+    """Return the rows of the table of directions of a graph's sources, and its blocks; see ``sources.SourceBank``."""
     layers, active = size.model.n_layers, size.active_features(tokens)
     of_features = min(active, layers * size.transcoder.n_features) * size.writes
     entries = active * size.writes + layers * (tokens + 2) + tokens
@@ -119,91 +149,42 @@ def bank_sizes(size: GraphSize, tokens: int) -> tuple[int, int]:
     return int(of_features + (2 * layers + 1) * padded(tokens)), int(-(-slots // WIDTH))
 
 
-def heads_block(platform: str, length: int) -> int:
-    """How many sources, or targets, go through the layers together when the heads of edges are looked for.
+def free_memory(mesh: Mesh) -> Memory:
+    """Return what is free now."""
+    return Memory(free_bytes(mesh), psutil.virtual_memory().available)
+
+
+def fitting_tokens(size: GraphSize, mesh: Mesh, free: Memory) -> int:
+    """Return the maximum number of tokens of a prompt whose graph fits, up to the model's context; below 2: none."""
+    low, high = 1, size.model.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = estimate_memory(size, middle, mesh).fits(free, mesh)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def check_memory(size: GraphSize, tokens: int, mesh: Mesh, free: Memory | None = None) -> None:
+    """Refuse a prompt whose graph does not fit.
 
     Args:
-      platform: of the devices.
-      length: of the prompt, padded.
+      size, tokens, mesh: see ``estimate_memory``.
+      free: what is free; None: what is free now.
+
+    Raises:
+      UserError: it does not fit; the message says first how many tokens would.
     """
-    return min(max(_HEADS[platform] // length // _HEADS_STEP * _HEADS_STEP, _HEADS_STEP), _HEADS_MOST)
+    free, need = free or free_memory(mesh), estimate_memory(size, tokens, mesh)
+    if need.fits(free, mesh):
+        return
+    limit = fitting_tokens(size, mesh, free)
+    fitting = f"about {limit:,} tokens fit" if limit > 1 else "no prompt fits"
+    fewer = f", or trace fewer features than {size.traced(tokens):,} (max_features)" if size.traced(tokens) else ""
+    raise UserError(
+        f"{fitting} into the memory that is free, {free.describe(mesh)}, and the prompt has {tokens:,} tokens, whose "
+        f"graph would take {need.describe(mesh)}: shorten it{fewer}"
+    )
 
 
-def _kept(size: GraphSize, length: int) -> float:
-    """The streams, errors and biases of all layers, and skip paths."""
-    model, width = size.model, size.model.d_model
-    streams = 4 if any("_bias" in name for name in model_table(model)) else 2
-    return model.n_layers * width * (streams * length + 2 + (width if size.transcoder.skip else 0))
-
-
-def _attention(size: GraphSize, length: int) -> float:
-    return _SCORES * size.model.n_heads * length**2
-
-
-def _inside(size: GraphSize) -> int:
-    """Of a position in a layer: the streams, queries, keys and values; the MLP's own."""
-    model = size.model
-    heads = model.d_head * (2 * model.n_heads + 2 * model.n_kv_heads)
-    return 6 * model.d_model + max(heads, (3 if model.gated else 2) * model.d_mlp)
-
-
-def _transcoders(size: GraphSize, mesh: Mesh) -> int:
-    """A device's part of two of them: the one that is left, and the next."""
-    table = parameter_table(size.transcoder).values()
-    return 2 * sum(part_size(mesh.shape, shape, *spec) for shape, spec in table)
-
-
-def _layers(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    length, features = padded(tokens), size.transcoder.n_features
-    acts = features * max(1, min(length, AT_ONCE // features))
-    stacked = size.model.n_layers * length * size.model.d_model  # streams are copied when they are put together
-    running = _inside(size) * length + _attention(size, length)
-    device = _transcoders(size, mesh) + _COPIES * acts + running + _kept(size, length) + stacked
-    # The next one, as it is read and as it is placed, whatever the devices' number.
-    read = 2 * sum(prod(shape) for shape, _ in parameter_table(size.transcoder).values())
-    return device, read + acts + 8 * size.active_features(tokens)
-
-
-def _rows(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    model, length, width = size.model, padded(tokens), size.model.d_model
-    active, traced = size.active_features(tokens), size.traced(tokens)
-    targets = traced + size.logits
-    sources = active + model.n_layers * (tokens + 2) + tokens
-    entries = sources + active * (size.writes - 1)
-    directions, blocks = bank_sizes(size, tokens)
-    bank = part_size(mesh.shape, (width,), "model") * directions
-    slots = WIDTH * blocks
-    positions = batch_tokens(mesh.devices.flat[0].platform, length)
-    batch = positions * (2 * width + slots / length) + _inside(size) * positions / 8 + _attention(size, length)
-    at_once = 2 if mesh.size == 1 else 1
-    # Rows are copied when columns are given up while they come.
-    columns = columns_kept(targets, active, sources - active)
-    adjacency = targets * columns + (WHOLE if columns < sources else 0)
-    read = 2 * at_once * positions / length * entries
-    encoders = width * (min(traced, _ROUND) if traced < active else traced)
-    device = _kept(size, length) + bank + at_once * batch
-    return device, adjacency + read + encoders + min(READ_AT_ONCE, width * directions)
-
-
-def _heads(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    """A block of sources kept in all layers, as more are only where they fit; and those that are on their way."""
-    model, length = size.model, padded(tokens)
-    positions = heads_block(mesh.devices.flat[0].platform, length) * length
-    values = model.n_layers * model.n_kv_heads * model.d_head
-    mixed = 3 * model.n_heads * model.d_head
-    ends = model.d_model * (size.traced(tokens) + model.n_layers * tokens)  # vectors of the graph's nodes
-    at_once = 2 if mesh.size == 1 else 1
-    running = positions * (mixed + _inside(size)) + _attention(size, length)
-    return _kept(size, length) + positions * values + at_once * running, ends
-
-
-def _checks(size: GraphSize, tokens: int, mesh: Mesh) -> tuple[float, float]:
-    model, length, features = size.model, padded(tokens), size.transcoder.n_features
-    circuits = min(max(AT_ONCE // (length * features), 1), size.together)
-    running = _inside(size) * length + _attention(size, length)
-    acts = _COPIES * circuits * length * features
-    device = _kept(size, length) + _transcoders(size, mesh) + max(acts + circuits * running, _CHANGED * running)
-    traced = size.traced(tokens)
-    graph = (traced + size.logits) * (traced + model.n_layers * (tokens + 2) + tokens)
-    # The graph, its part while it is cut, its edges (bits of a byte each) and the part that is left.
-    return device, 3.25 * graph
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"

@@ -78,7 +78,7 @@ def run(
     delta_SxTxD: jax.Array,
     frozen_SxTxD: jax.Array | None = None,
 ) -> Ran:
-    """Runs the model.
+    """Run the model.
 
     Args:
       x_TxD: the stream entering layer 0.
@@ -134,7 +134,7 @@ def gradients(
     at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
 
     def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:
-        """The directions that are read at a layer and a kind, [B, T, D]; else 0."""
+        """Return the directions that are read at a layer and a kind, [B, T, D]; else 0."""
         here_B = (readings.layer_B == layer) & (readings.kind_B == kind)
         return jnp.where(here_B[:, None, None], at_BxTxD, 0)
 
@@ -146,7 +146,7 @@ def gradients(
         slot_K = places.slot_LxK[layer]
 
         def own(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-            """The stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
+            """Return the stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
             read = {}
 
             def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ def _changed(
     delta_KxTxD: jax.Array,
     frozen_SxTxD: jax.Array | None,
 ) -> jax.Array:
-    """What the model goes on with at a site: its value, or the one at which it is frozen, and the change."""
+    """Return what the model goes on with at a site: its value, or the one at which it is frozen, and the change."""
     if kind not in places.kinds:
         return value_TxD
     index = places.kinds.index(kind)
@@ -186,5 +186,5 @@ def _changed(
 
 
 def _at(array_SxTxD: jax.Array, slots: jax.Array) -> jax.Array:
-    """The entries of sites, 0 for slots without one."""
+    """Return the entries of sites, 0 for slots without one."""
     return array_SxTxD.at[slots].get(mode="fill", fill_value=0)

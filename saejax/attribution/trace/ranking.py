@@ -1,4 +1,4 @@
-"""Which features matter most for what is explained, as far as the rows that there are say.
+"""Ranking of features by their influence on the targets, from the rows computed so far.
 
 Influences are those of ``graph.pruning``. Between two rounds they are looked for anew, while the devices wait: so a
 row's weights are summed once, when it is new, and read only where it may have any, from features of lower layers.
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.trace.row_store import RowStore
-from saejax.attribution.trace.targets import Readouts
 
 _SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 16  # numbers of the rows that are worked on at once: they stay in a core's cache
@@ -33,7 +33,7 @@ class Ranking:
         self._sum_K = self._sums(np.arange(len(store.row_BxC) - len(self._weight_K), len(store.row_BxC)))
 
     def __call__(self, chosen_F: np.ndarray) -> np.ndarray:
-        """The features that may get a row, the most influential first.
+        """Return the features that may get a row, the most influential first.
 
         Args:
           chosen_F: places of the features that have one, in the order of their rows.
@@ -54,7 +54,7 @@ class Ranking:
         return store.column_C[order]
 
     def _sums(self, rows: np.ndarray) -> np.ndarray:
-        """Sums of the absolute weights of some rows, float64."""
+        """Return sums of the absolute weights of some rows, float64."""
         store, scored = self._store, int(np.searchsorted(self._store.column_C, self._scored))
         sums, elsewhere_R = np.empty(len(rows)), store.size_R[: len(store.row_BxC)]
         for part, size_BxC in self._sizes(rows, scored):
@@ -62,13 +62,13 @@ class Ranking:
         return np.maximum(sums, _SMALLEST)
 
     def _add(self, influence_C: np.ndarray, rows: np.ndarray, factor_R: np.ndarray) -> None:
-        """Adds what sources have of the influence of some rows, in place."""
+        """Add what sources have of the influence of some rows, in place."""
         for part, size_BxC in self._sizes(rows, len(influence_C)):
             # Not ``@``: for so few numbers BLAS wakes threads, which then wait busily while the devices' work.
             influence_C += np.einsum("b,bc->c", factor_R[part].astype(np.float32), size_BxC)
 
     def _sizes(self, rows: np.ndarray, columns: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """The absolute weights of some rows in the first columns, a few rows at a time."""
+        """Return the absolute weights of some rows in the first columns, a few rows at a time."""
         step = max(_BLOCK // max(columns, 1), 1)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)

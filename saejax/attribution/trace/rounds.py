@@ -1,4 +1,4 @@
-"""Which features get rows, in rounds, and the graph that the rows make."""
+"""Tracing in rounds: choose features, compute their rows, and build the graph."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -9,9 +9,10 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import GraphModel, GraphSettings
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.readouts import Readouts
+from saejax.attribution.local.rows import Put
 from saejax.attribution.trace.ranking import Ranking
-from saejax.attribution.trace.row_store import Put, RowStore
-from saejax.attribution.trace.targets import Readouts
+from saejax.attribution.trace.row_store import RowStore
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 
@@ -22,7 +23,7 @@ FillRows = Callable[[np.ndarray | None, Put], None]
 _ROUNDS, ROUND_ROWS = 4, 2048  # rankings, at the least, and features that are attributed between two, at the most
 
 
-def attributed(
+def attribute_in_rounds(
     run: PromptRun,
     nodes: Nodes,
     readouts: Readouts,
@@ -50,7 +51,7 @@ def attributed(
     store = RowStore(count, len(readouts.labels), len(active), len(nodes))
     round_rows = round_rows or min(-(-count // _ROUNDS), ROUND_ROWS)
     scored = int(np.isin(nodes.kind_N, (FEATURE, ERROR, TOKEN)).sum())
-    put = _counted(count + len(readouts.labels), on_progress)
+    put = _counting(count + len(readouts.labels), on_progress)
     fill(None, put(store.put(None)))
     ranking = Ranking(run, readouts, store, scored)
     chosen = np.empty(0, np.int64)
@@ -69,7 +70,7 @@ def attributed(
     return chosen[order], store
 
 
-def _counted(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
+def _counting(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
     """Has what writes rows say how many of all there are by now; rows come from several threads."""
     done, lock = 0, threading.Lock()
 
@@ -86,7 +87,7 @@ def _counted(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
     return counted
 
 
-def graph_of(
+def make_graph(
     run: PromptRun,
     nodes: Nodes,
     readouts: Readouts,
@@ -95,7 +96,7 @@ def graph_of(
     prompt: str | Sequence[int],
     settings: GraphSettings,
 ) -> Graph:
-    """The graph of the rows, with the columns of the features that have one.
+    """Return the graph of the rows, with the columns of the features that have one.
 
     Args:
       run: of the prompt.
@@ -116,7 +117,7 @@ def graph_of(
         nodes=Nodes.joined(nodes[store.column_C], of_logits),
         value_R=np.concatenate([active.value_A[chosen_F], readouts.value_K]),
         constant_R=np.concatenate([run.constants(chosen_F), readouts.constant_K]),
-        unkept_R=store.dropped_R,
+        untraced_R=store.dropped_R,
         ids_P=run.ids_P,
         tokens=tuple(text(int(token)) for token in run.ids_P),
         logit_K=readouts.logit_K,
@@ -128,5 +129,5 @@ def graph_of(
             family=model.config.family,
         ),
         transcoders=run.dictionaries.describe(),
-        settings=GraphSettings(**settings, active_features=len(active)),
+        settings=GraphSettings(**settings, active_features=len(active), traced_features=len(chosen_F)),
     )  # fmt: skip

@@ -7,11 +7,9 @@ far, several times as many as rows are wanted; no other gets a row any more. Wha
 contribute to a row is kept as one sum. Errors, tokens and biases always have their columns.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
-Put = Callable[[np.ndarray, np.ndarray], None]  # which rows [B], and what they are over all sources [B, S]
+from saejax.attribution.local.rows import Put
 
 WHOLE = 1 << 28  # numbers that whole rows may have together: 1 GiB
 _SPARE = 4  # features with a column for each that gets a row
@@ -78,7 +76,7 @@ class RowStore:
         self.dropped_R[row_B], self.size_R[row_B] = left_BxX.sum(axis=1), np.abs(left_BxX).sum(axis=1)
 
     def narrow(self, ranked_A: np.ndarray, done: int) -> None:
-        """Gives up columns of features, and makes room for the rows that are left.
+        """Give up columns of features, and make room for the remaining rows.
 
         Args:
           ranked_A: active features, those that are to keep their column first.
@@ -95,7 +93,7 @@ class RowStore:
             self._write_narrow(np.array([row]), old[row][None])
 
     def sort(self, order_F: np.ndarray) -> None:
-        """Puts the rows of features in another order, each moved once: there is no room for a second copy.
+        """Reorder the rows of features in place: there is no room for a second copy.
 
         Args:
           order_F: which row comes to each place.
@@ -113,7 +111,7 @@ class RowStore:
             sum_R[: self._count] = sum_R[: self._count][order_F]
 
     def leave_out(self, left_X: np.ndarray) -> None:
-        """Gives up columns when all rows are there, in place: there is no room for a second copy.
+        """Drop columns when all rows are there, in place: there is no room for a second copy.
 
         Args:
           left_X: the places of those that go; ``dropped_R`` gets what they contribute.

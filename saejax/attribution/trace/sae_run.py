@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.attribution.local.active import Active, active_features
+from saejax.attribution.local.active import AT_ONCE, Active, active_features, encode_used
 from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.layers import embed
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.replacement import embed, padded
+from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
 from saejax.attribution.trace.perturbed import Places
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.models import decoder
 from saejax.models.config import RunRules
@@ -32,7 +34,14 @@ class SaeRun(PromptRun):
       direct: whether sites are frozen at their values.
     """
 
+    model: LanguageModel
     dictionaries: LayerSaes
+    rules: RunRules
+    ids_P: np.ndarray
+    active: Active
+    logits_V: np.ndarray
+    last_D: jax.Array
+    stream_LxTxD: jax.Array
     places: Places
     read_SxTxD: jax.Array
     error_SxTxD: np.ndarray
@@ -42,7 +51,7 @@ class SaeRun(PromptRun):
     def of(
         cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
     ) -> "SaeRun":
-        """Runs the model on a prompt and each SAE on its site.
+        """Run the model on a prompt and each SAE on its site.
 
         Args:
           model: the language model.
@@ -68,18 +77,28 @@ class SaeRun(PromptRun):
         found, errors = [], []
         for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
-            own, part = active_features(sae, site.layer, read_TxD, read_TxD, np.arange(length) < len(ids_P))
+            used_T = np.arange(length) < len(ids_P)
+            own = active_features(sae, site.layer, read_TxD, used_T)
             found.append(own)
-            errors.append(to_host(part["error_LxTxD"]))
-        active = Active.joined(found)
+            size = max(1, min(length, AT_ONCE // sae.config.n_features))
+            chunks = [slice(start, start + size) for start in range(0, length, size)]
+            errors.append(np.concatenate([to_host(_errors(sae, read_TxD[one], used_T[one])) for one in chunks]))
+        active = Active.concatenate(found)
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
         return cls(
-            model, saes, rules, ids_P, active, logits_V, ran.last_D, ran.stream_LxTxD,
-            places=places, read_SxTxD=ran.read_SxTxD, error_SxTxD=np.stack(errors), direct=direct,
+            model, saes, rules, ids_P, active, logits_V, ran.last_D, ran.stream_LxTxD, places, ran.read_SxTxD,
+            np.stack(errors), direct,
         )  # fmt: skip
 
     @property
     def frozen_SxTxD(self) -> jax.Array | None:
         """The values at which sites are frozen; None: they are not."""
         return self.read_SxTxD if self.direct else None
+
+
+@jax.jit
+def _errors(sae: Dictionary, read_TxD: jax.Array, used_T: jax.Array) -> jax.Array:
+    """Return what an SAE does not explain of what it reads, 0 where it is not used."""
+    error_TxD = read_TxD - sae.decode(encode_used(sae, read_TxD, used_T), read_TxD)
+    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD))

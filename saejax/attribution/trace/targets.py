@@ -1,4 +1,4 @@
-"""What a graph explains: logits, differences of two, other directions of the stream.
+"""Targets of a graph: logits, differences of two, other directions of the stream.
 
 A logit is read from the stream leaving the last layer, at the last position, through the final norm, whose factor is
 constant where the model is frozen. Its direction is its column of the unembedding less the mean over the vocabulary, as
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.attribution.local.prompt_run import PromptRun
-from saejax.attribution.local.replacement import padded
+from saejax.attribution.local.readouts import Readouts, padded
 from saejax.errors import UserError
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, RunRules
@@ -47,38 +47,8 @@ _STEP = 16  # least size to which logits are filled up
 Target = str | int | tuple[str | int, str | int] | Direction
 
 
-@dataclasses.dataclass(frozen=True)
-class Readouts:
-    """K targets as directions of the stream; tokens and differences first, other directions last.
-
-    Attributes:
-      layer_K, position_K: int32, which stream, by the layer it enters, and where.
-      token_K: int32 token of a logit; -1 for others.
-      pair_Kx2: int32 tokens of a logit or a difference, -1 where there is none.
-      vector_KxD: fp32 directions.
-      value_K: fp32 dot product with the stream, plus biases.
-      normed_K: whether they were pulled back through the final norm.
-      constant_K: fp32 part of it that biases of the final norm and the unembedding are.
-      weight_K: fp32 weight in influences: the probability of a token, 1 for others.
-      logit_K: fp32 logit, or difference of two; the value for other directions.
-      labels: names.
-    """
-
-    layer_K: np.ndarray
-    position_K: np.ndarray
-    token_K: np.ndarray
-    pair_Kx2: np.ndarray
-    vector_KxD: np.ndarray
-    value_K: np.ndarray
-    normed_K: np.ndarray
-    constant_K: np.ndarray
-    weight_K: np.ndarray
-    logit_K: np.ndarray
-    labels: tuple[str, ...]
-
-
 def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, logit_mass: float) -> Readouts:
-    """The targets that are asked for.
+    """Return the requested targets.
 
     Args:
       targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, directions; none:

@@ -304,5 +304,5 @@ def _hint(folder: Path) -> str:
     inside = [child.name for child in _find_all(folder) if child != folder]
     if inside:
         return f"but folders of such: name one, such as {folder / inside[0]}, of {', '.join(inside)}"
-    known = ", ".join(format.name for format in FORMATS)
-    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, or one of {known}"
+    names = ", ".join(format.name for format in FORMATS)
+    return f"({own.DESCRIPTION} is missing): name a folder that the train stage finished, or one of {names}"

@@ -77,6 +77,10 @@ class TranscoderSet:
         """Read the transcoder of a layer; see ``Published.load``."""
         return self.layers[layer].load(matmul_dtype, dtype)
 
+    def load_encoder(self, layer: int) -> dict[str, Any] | None:
+        """Read the arrays of a layer but its decoder rows, in their file's dtype; see ``Published.load_encoder``."""
+        return self.layers[layer].load_encoder("auto")
+
     def rows(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return the directions of features.
 
@@ -180,26 +184,24 @@ def _parse_layer(
     site, target = _sites(settings, layer, site, target)
     if gemma_scope.is_file_of_set(file):
         return gemma_scope.parse_file(file, site, target, model)
-    found = tensors.open_tensors(file)
+    state = tensors.open_tensors(file)
     layout = dict(W_enc_DxF="W_enc.T", b_enc_F="b_enc", W_dec_FxD="W_dec", b_dec_D="b_dec")
-    layout |= {"threshold_F": _THRESHOLD} if _THRESHOLD in found else {}
-    layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in found else {}
-    width, features = tensors.sizes(file, found, layout)
-    kind = _kind(folder, settings, layer, _THRESHOLD in found)
+    layout |= {"threshold_F": _THRESHOLD} if _THRESHOLD in state else {}
+    layout |= {"W_skip_DxD": "W_skip.T"} if "W_skip" in state else {}
+    kind = _kind(folder, settings, layer, _THRESHOLD in state)
     facts = settings.get(FACTS) if isinstance(settings.get(FACTS), dict) else {}
-    config = DictionaryConfig(
+    return tensors.describe(
+        file,
+        state,
+        layout,
         kind=kind,
         site=site,
         target=target,
-        d_in=width,
-        n_features=features,
-        k=_k(folder, settings, features) if kind == "topk" else 0,
+        k=_k(folder, settings) if kind == "topk" else 0,
         signed=kind == "topk" and bool((facts or {}).get("signed", True)),
-        skip="W_skip_DxD" in layout,
         centred=False,
         model=model,
     )
-    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
 
 
 def _listed(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
@@ -238,33 +240,29 @@ def _kind(folder: Path, settings: Mapping[str, Any], layer: int, has_threshold: 
     return kind
 
 
-def _k(folder: Path, settings: Mapping[str, Any], features: int) -> int:
+def _k(folder: Path, settings: Mapping[str, Any]) -> int:
     k = settings.get("k")
     if k is None:
-        k = next((known for name, known in _KNOWN_K.items() if name in folder.absolute().as_posix()), None)
-    if not isinstance(k, int) or isinstance(k, bool) or not 0 < k <= features:
-        raise UserError(
-            f"{folder / DESCRIPTION}: activation is topk, but k is {k!r}: expected a number up to {features}"
-        )
-    return k
+        k = next((value for name, value in _KNOWN_K.items() if name in folder.absolute().as_posix()), None)
+    return tensors.positive(folder / DESCRIPTION, "k", k)
 
 
 def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
     """Return what a layer's transcoder reads and predicts; ``site`` and ``target`` are kinds in place of the hooks."""
     model = str(settings.get("model_name") or "")
 
-    def named(hook: str, given: str) -> str:
-        return str(Site.parse(f"{given}.{layer}")) if given else hooks.to_site(f"blocks.{layer}.{hook}", model)
+    def site_of(hook: str, kind: str) -> str:
+        return str(Site.parse(f"{kind}.{layer}")) if kind else hooks.to_site(f"blocks.{layer}.{hook}", model)
 
-    return named(settings[_HOOKS[0]], site), named(settings[_HOOKS[1]], target)
+    return site_of(settings[_HOOKS[0]], site), site_of(settings[_HOOKS[1]], target)
 
 
 def _check_same(folder: Path, layers: Sequence[tensors.Published]) -> tuple[tensors.Published, ...]:
     """Return the layers of a set if they are of one size."""
     sizes = [(layer.config.d_in, layer.config.n_features) for layer in layers]
     if len(set(sizes)) > 1:
-        told = ", ".join(f"{width} to {features}" for width, features in sizes)
-        raise UserError(f"{folder} has layers of different sizes ({told}): a set has one")
+        listed = ", ".join(f"{width} to {features}" for width, features in sizes)
+        raise UserError(f"{folder} has layers of different sizes ({listed}): a set has one")
     return tuple(layers)
 
 
@@ -292,24 +290,24 @@ def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
     all_layers = "w_enc" in opened[0][1]  # whether decoders have a row for layers below their own, too
     facts = _facts(folder, settings, len(opened))
     layers, written = [], []
-    for layer, (file, found) in enumerate(opened):
-        names = {re.sub(r"_\d+$", "", name): name for name in found}
+    for layer, (file, state) in enumerate(opened):
+        names = {re.sub(r"_\d+$", "", name): name for name in state}
         if all_layers:
-            layout = gemma_scope.layout_of(found)
+            layout = gemma_scope.layout_of(state)
         else:
             layout = {"W_enc_DxF": f"{names.get('W_enc', 'W_enc')}.T", "b_enc_F": names.get("b_enc", "b_enc")}
             layout |= {"b_dec_D": names.get("b_dec", "b_dec"), "W_dec_FxD": names.get("W_dec", "W_dec")}
             layout |= {"threshold_F": names["threshold"]} if "threshold" in names else {}
-        layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in found}
-        decoder = tensors.arrange(file, found, {"W_dec_FxD": layout.pop("W_dec_FxD")})[0]["W_dec_FxD"]
-        config = _cross_layer_config(file, found, layout, decoder, (layer, len(opened)), all_layers)
+        layout = {ours: name for ours, name in layout.items() if ours != "threshold_F" or name in state}
+        decoder = tensors.arrange(file, state, {"W_dec_FxD": layout.pop("W_dec_FxD")})[0]["W_dec_FxD"]
+        config = _cross_layer_config(file, state, layout, decoder, (layer, len(opened)), all_layers)
         config = dataclasses.replace(
             config,
             site=_sites(settings, layer, site, "")[0],
             model=str(settings.get("model_name") or ""),
             **facts[layer],
         )
-        arranged, transposed = tensors.arrange(file, found, layout, config)
+        arranged, transposed = tensors.arrange(file, state, layout, config)
         layers.append(_own_layer(config, arranged, transposed, decoder, layer, len(opened)))
         written.append(decoder)
     if len({(c.kind, c.d_in, c.n_features, c.skip) for c in (layer.config for layer in layers)}) > 1:
@@ -341,7 +339,7 @@ def _own_layer(
 
 def _cross_layer_config(
     file: Path,
-    found: Mapping[str, tensors.StoredTensor],
+    state: Mapping[str, tensors.StoredTensor],
     layout: tensors.Layout,
     decoder: tensors.StoredTensor,
     number: tuple[int, int],
@@ -349,7 +347,7 @@ def _cross_layer_config(
 ) -> DictionaryConfig:
     """Return a layer's configuration; ``number`` is its own, and the number of layers."""
     layer, count = number
-    encoder, transposed = tensors.arrange(file, found, {"W_enc_DxF": layout["W_enc_DxF"]})
+    encoder, transposed = tensors.arrange(file, state, {"W_enc_DxF": layout["W_enc_DxF"]})
     shape = encoder["W_enc_DxF"].shape
     if len(shape) != 2 or len(decoder.shape) != 3:
         raise UserError(f"{file} is no layer of a cross-layer transcoder: W_enc is {shape}, W_dec {decoder.shape}")
@@ -520,8 +518,8 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
     layers = sorted(hooks.layer_of(config.target) for config in configs)
     if layers != list(range(len(layers))):
         missing = sorted(set(range(layers[-1] + 1)) - set(layers))
-        told = f"layers {missing} are missing" if missing else f"the layers are {layers}"
-        raise UserError(f"a transcoder set has one transcoder for every layer from 0, but {told}")
+        problem = f"layers {missing} are missing" if missing else f"the layers are {layers}"
+        raise UserError(f"a transcoder set has one transcoder for every layer from 0, but {problem}")
     same: dict[str, set] = {
         "model": {config.model for config in configs},
         "width": {config.d_in for config in configs},

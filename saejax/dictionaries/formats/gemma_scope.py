@@ -18,6 +18,7 @@ features active; words of their names choose.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +45,9 @@ _VERSION_2 = {"W_enc_DxF": "w_enc", "W_dec_FxD": "w_dec"}
 _VECTORS = {"b_enc_F": "b_enc", "b_dec_D": "b_dec", "threshold_F": "threshold"}
 
 
-def layout_of(found: Iterable[str]) -> dict[str, str]:
+def layout_of(state: Iterable[str]) -> dict[str, str]:
     """Return the layout of a file with tensors of these names."""
-    names = set(found)
+    names = set(state)
     skip = {"W_skip_DxD": SKIP} if SKIP in names else {}
     return (_VERSION_2 if "w_enc" in names else _VERSION_1) | _VECTORS | skip
 
@@ -90,21 +91,10 @@ def parse_file(file: Path, site: str, target: str = "", model: str = "") -> tens
       target: the site that a transcoder predicts.
       model: name of the language model.
     """
-    found = tensors.open_tensors(file)
-    layout = layout_of(found)
-    width, features = tensors.sizes(file, found, layout)
-    config = DictionaryConfig(
-        kind="jumprelu",
-        site=site,
-        target=target,
-        d_in=width,
-        n_features=features,
-        skip="W_skip_DxD" in layout,
-        centred=False,
-        bos="always",
-        model=model,
-    )
-    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
+    state = tensors.open_tensors(file)
+    layout = layout_of(state)
+    facts: dict[str, Any] = dict(kind="jumprelu", centred=False, bos="always", model=model)
+    return tensors.describe(file, state, layout, None, site=site, target=target, **facts)
 
 
 def is_crosscoder(folder: Path) -> bool:
@@ -130,7 +120,7 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
     layers = named[1].split("_")
     files = [folder / PARAMS.format(index) for index in range(len(layers))]
     opened = [tensors.open_tensors(file) for file in files]
-    parts = [tensors.arrange(file, found, layout_of(found))[0] for file, found in zip(files, opened, strict=True)]
+    parts = [tensors.arrange(file, state, layout_of(state))[0] for file, state in zip(files, opened, strict=True)]
     width, features = parts[0]["W_enc_DxF"].shape[0], parts[0]["W_enc_DxF"].shape[-1]
     wanted = dict(W_enc_DxF=(width, features), W_dec_FxD=(features, len(layers), width))
     wanted |= dict(b_enc_F=(features,), b_dec_D=(width,), threshold_F=(features,))
@@ -210,9 +200,9 @@ def choose_layers(files: Iterable[str], choice: Sequence[str], where: str) -> li
         kept = _match_words(list(names), choice) if len(names) > 1 else list(names)
         if len(kept) != 1:
             has = f"{len(names)} transcoders of layer {layer} ({', '.join(sorted(names))})"
-            told = f"none of them is {' '.join(choice)}" if not kept else "words of their names tell which"
+            hint = f"none of them is {' '.join(choice)}" if not kept else "words of their names tell which"
             example = ",".join(re.split("[_/]", min(names))[1::2])
-            raise UserError(f"{where} holds {has}: {told}, such as --graph.l0={example}")
+            raise UserError(f"{where} holds {has}: {hint}, such as --graph.l0={example}")
         chosen.append(names[kept[0]])
     return chosen
 

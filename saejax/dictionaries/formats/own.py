@@ -51,10 +51,11 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     if is_first_process():
         shutil.rmtree(folder / ARRAYS, ignore_errors=True)  # what a killed save left, never described
         folder.mkdir(parents=True, exist_ok=True)
-    arrays = dictionary.arrays
+    arrays = {name: to_host(array) for name, array in dictionary.arrays.items()}  # all processes have parts of an array
     with _quiet_absl():
+        # As numpy arrays: with those of JAX, Orbax writes down their devices, and opens the folder on no others.
         ocp.save(folder / ARRAYS, arrays)
-    facts = {name: _describe_array(array) for name, array in arrays.items()}  # all processes have parts of an array
+    facts = {name: _describe_array(array) for name, array in arrays.items()}
     if is_first_process():
         write_json(folder / DESCRIPTION, dict(config=to_json(dictionary.config), arrays=facts))
 
@@ -97,13 +98,15 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
         if name not in arrays or _describe_array(arrays[name]) != description["arrays"][name]:
             raise UserError(f"{folder / ARRAYS}: {name} does not match {DESCRIPTION}: the files are damaged")
     # From the host, and so committed to no device: it goes with activations on whatever devices they are.
-    placed = {name: jnp.asarray(np.asarray(array)) for name, array in arrays.items()}
+    host = {name: np.asarray(array) for name, array in arrays.items()}
+    tensors.check_finite(folder / ARRAYS, host)
+    placed = {name: jnp.asarray(array) for name, array in host.items()}
     for name in tensors.MATRICES if dtype != "auto" else ():
         if name in placed and (dtype == "bfloat16" or placed[name].dtype == jnp.bfloat16):
             placed[name] = placed[name].astype(dtype)
     return Dictionary(config, matmul_dtype, **placed)
 
 
-def _describe_array(array: jax.Array) -> dict:
-    host = np.ascontiguousarray(to_host(array))
+def _describe_array(array: jax.Array | np.ndarray) -> dict:
+    host = np.ascontiguousarray(array)
     return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())

@@ -88,8 +88,8 @@ def _fetch(address: str) -> Path:
     folder = PurePosixPath(named["folder"] or ".")
     fetch = functools.partial(hub.hub_folder, repository, revision, what="dictionary")
     if folder.suffix in _SUFFIXES:
-        beside = [(folder.parent / name).as_posix() for name in (folder.name, "config.json", "cfg.json")]
-        return fetch(beside) / folder
+        files = [(folder.parent / name).as_posix() for name in (folder.name, "config.json", "cfg.json")]
+        return fetch(files) / folder
     prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
     below = [f"{prefix}*/*"]  # in patterns a star stands for slashes, too
     run = (folder.parent / "config.json").as_posix()  # sparsify says there which model it was
@@ -125,8 +125,8 @@ def find_release(address: str) -> tuple[str, dict[str, Any]]:
     listed = entry.get("saes") or []
     chosen = next((sae for sae in listed if sae["id"] == sae_id), None)
     if chosen is None:
-        known = ", ".join(sae["id"] for sae in listed[:5]) or "none"
-        raise UserError(f"{address}: the release {release} has no dictionary {sae_id!r}: expected one such as {known}")
+        ids = ", ".join(sae["id"] for sae in listed[:5]) or "none"
+        raise UserError(f"{address}: the release {release} has no dictionary {sae_id!r}: expected one such as {ids}")
     overrides = dict(entry.get("config_overrides") or {}) | dict(chosen.get("config_overrides") or {})
     if "norm_scaling_factor" in chosen:
         overrides["norm_scaling_factor"] = chosen["norm_scaling_factor"]

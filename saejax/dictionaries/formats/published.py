@@ -18,29 +18,12 @@ from saejax.dictionaries.kinds import by_name
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import DictionaryConfig
 from saejax.errors import UserError
-from saejax.files import read_json
 
 _LINEAR = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "decoder.weight.T"}
 _PLAIN = {"W_enc_DxF": "W_enc", "b_enc_F": "b_enc", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
 _L0 = re.compile(r"-L0_(\d+)")
 _QWEN = re.compile(r"layer(\d+)\.sae\.pt")
 _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """Return the settings of a JSON file that holds an object."""
-    settings = read_json(file)
-    if not isinstance(settings, dict):
-        raise UserError(f"{file} is not the description of a dictionary: expected an object")
-    return settings
-
-
-def _positive(file: Path, settings: Mapping[str, Any], key: str, most: int | None = None) -> int:
-    """Return a whole number above 0 of the settings."""
-    value = settings.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most and value > most):
-        raise UserError(f"{file}: {key} is {value!r}: expected a whole number from 1" + (f" to {most}" if most else ""))
-    return value
 
 
 # --- sparsify (EleutherAI)
@@ -61,33 +44,32 @@ def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Pu
     """
     folder = folder.absolute()
     file, weights = folder / "cfg.json", folder / "sae.safetensors"
-    settings, found = read_settings(file), tensors.open_tensors(weights)
+    settings, state = tensors.read_settings(file), tensors.open_tensors(weights)
     if (activation := settings.get("activation", "topk")) != "topk":
         raise UserError(f"{file}: activation is {activation!r}, which no dictionary here has: expected 'topk'")
     skip, transcoder = (bool(settings.get(key, False)) for key in ("skip_connection", "transcode"))
     layout = _SPARSIFY | ({"W_skip_DxD": "W_skip.T"} if skip else {})
-    width, features = tensors.sizes(weights, found, layout)
-    for key, size in (("d_in", width), ("num_latents", features)):
-        if settings.get(key) and settings[key] != size:
-            raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {weights.name} have {size}")
     run = folder.parent / "config.json"  # of the run that trained all folders beside this one
-    model = str(read_settings(run).get("model") or "") if run.is_file() else ""
+    model = str(tensors.read_settings(run).get("model") or "") if run.is_file() else ""
     output = hooks.to_site(folder.name, model) if "." in folder.name and not site else hooks.UNKNOWN
     kind, _, layer = output.partition(".")
     read = f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN
-    config = DictionaryConfig(
+    parsed = tensors.describe(
+        weights,
+        state,
+        layout,
         kind="topk",
         site=read if transcoder else output,
         target=output if transcoder else "",
-        d_in=width,
-        n_features=features,
-        k=_positive(file, settings, "k", features),
+        k=tensors.positive(file, "k", settings.get("k")),
         signed=bool(settings.get("signed", False)),
-        skip=skip,
         centred=not transcoder,
         model=model,
     )
-    return tensors.Published(config, *tensors.arrange(weights, found, layout, config))
+    for key, size in (("d_in", parsed.config.d_in), ("num_latents", parsed.config.n_features)):
+        if settings.get(key) and settings[key] != size:
+            raise UserError(f"{file}: {key} is {settings[key]!r}, but the arrays of {weights.name} have {size}")
+    return parsed
 
 
 # --- dictionary_learning (Marks, Karvonen, Mueller)
@@ -121,49 +103,49 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
       target: the site predicted, in place of the one that the files name.
     """
     file, weights = folder / "config.json", folder / "ae.pt"
-    trainer = read_settings(file).get("trainer") if file.is_file() else {}
+    trainer = tensors.read_settings(file).get("trainer") if file.is_file() else {}
     if not isinstance(trainer, dict):
         raise UserError(f"{file} has no trainer: it is not the description of a dictionary_learning folder")
-    found = tensors.open_tensors(weights)
-    name = str(trainer.get("dict_class") or _class_of(found))
+    state = tensors.open_tensors(weights)
+    name = str(trainer.get("dict_class") or _class_of(state))
     if name.endswith("CrossCoder"):
-        return _parse_crosscoder(weights, found, trainer, site)
+        return _parse_crosscoder(weights, state, trainer, site)
     if name not in _CLASSES:
         raise UserError(f"{file}: dict_class is {name!r}, which cannot be read: expected one of {', '.join(_CLASSES)}")
     kind, layout, centred = _CLASSES[name]
-    if name == "AutoEncoder" and "bias" not in found and "b_dec" in found:
+    if name == "AutoEncoder" and "bias" not in state and "b_dec" in state:
         layout = layout | {"b_dec_D": "b_dec"}
-    width, features = tensors.sizes(weights, found, layout)
     model = str(trainer.get("lm_name") or "")
     if not site:
-        site, target = _dictionary_learning_sites(folder, read_settings(file) if file.is_file() else {}, model)
-    sizes = _group_sizes(trainer, found) if kind == "matryoshka" else ()
-    config = DictionaryConfig(
+        site, target = _dictionary_learning_sites(folder, tensors.read_settings(file) if file.is_file() else {}, model)
+    sizes = _group_sizes(trainer, state) if kind == "matryoshka" else ()
+
+    def fold(arrays: Arrays) -> Arrays:
+        if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
+            arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], arrays["b_enc_F"].shape), 0)
+        if name not in _LENGTHS:
+            return arrays
+        return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
+
+    return tensors.describe(
+        weights,
+        state,
+        layout,
+        fold,
         kind=kind,
         site=site,
         target=target,
-        d_in=width,
-        n_features=features,
-        k=_k(weights, trainer, found, features) if kind in ("topk", "batchtopk", "matryoshka") else 0,
+        k=_k(weights, trainer, state) if kind in ("topk", "batchtopk", "matryoshka") else 0,
         groups=tuple(int(end) for end in np.cumsum(sizes)),
         centred=centred,
         model=model,
     )
 
-    def fold(arrays: Arrays) -> Arrays:
-        if "threshold_F" in arrays:  # activations are those of a ReLU, whatever the threshold
-            arrays["threshold_F"] = np.maximum(np.broadcast_to(arrays["threshold_F"], (features,)), 0)
-        if name not in _LENGTHS:
-            return arrays
-        return rescale.scale_features(by_name(kind), arrays, rescale.decoder_lengths(arrays["W_dec_FxD"]))
 
-    return tensors.Published(config, *tensors.arrange(weights, found, layout, config), fold)
-
-
-def _class_of(found: Mapping[str, Any]) -> str:
+def _class_of(state: Mapping[str, Any]) -> str:
     """Return the class of a folder without a description, by its tensors' names, where they tell."""
     for name, (_, layout, _) in _CLASSES.items():
-        if {tensor.removesuffix(".T") for tensor in layout.values()} == set(found) - {"k", "group_sizes"}:
+        if {tensor.removesuffix(".T") for tensor in layout.values()} == set(state) - {"k", "group_sizes"}:
             return name
     return "missing"
 
@@ -182,16 +164,15 @@ def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model:
     return (f"mlp_in.{layer}", f"mlp_out.{layer}") if kind in ("mlp_in", "mlp_out") else (hooks.UNKNOWN, hooks.UNKNOWN)
 
 
-def _k(file: Path, settings: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor], features: int) -> int:
+def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> int:
+    """Return k from the settings, or from the tensors, where some versions keep it."""
     k = settings.get("k")
-    if k is None and "k" in found:
-        k = int(found["k"].load(None))
-    return _positive(file, dict(k=k), "k", features)
+    return tensors.positive(file, "k", int(state["k"].load(None)) if k is None and "k" in state else k)
 
 
-def _group_sizes(trainer: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor]) -> list[int]:
-    if "group_sizes" in found:
-        return [int(size) for size in found["group_sizes"].load(None)]
+def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> list[int]:
+    if "group_sizes" in state:
+        return [int(size) for size in state["group_sizes"].load(None)]
     return [int(size) for size in trainer.get("group_sizes") or ()]
 
 
@@ -207,7 +188,7 @@ _CROSSCODER = {
 
 def is_crosscoder(folder: Path) -> bool:
     """Return whether a folder holds a crosscoder: by ``num_layers`` in its description."""
-    return (folder / "model.safetensors").is_file() and "num_layers" in read_settings(folder / "config.json")
+    return (folder / "model.safetensors").is_file() and "num_layers" in tensors.read_settings(folder / "config.json")
 
 
 def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.Published:
@@ -219,18 +200,20 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
       target: the site predicted, in place of the one that the files name.
     """
     weights = folder / "model.safetensors"
-    return _parse_crosscoder(weights, tensors.open_tensors(weights), read_settings(folder / "config.json"), site)
+    return _parse_crosscoder(
+        weights, tensors.open_tensors(weights), tensors.read_settings(folder / "config.json"), site
+    )
 
 
 def _parse_crosscoder(
-    weights: Path, found: dict[str, tensors.StoredTensor], settings: Mapping[str, Any], site: str
+    weights: Path, state: dict[str, tensors.StoredTensor], settings: Mapping[str, Any], site: str
 ) -> tensors.Published:
     """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
 
     Its parts are a base model and one that was tuned from it, at the layer that the repository's name gives as "L13".
     """
-    batch_topk = "threshold" in found
-    arranged, _ = tensors.arrange(weights, found, _CROSSCODER | ({"threshold_F": "threshold"} if batch_topk else {}))
+    batch_topk = "threshold" in state
+    arranged, _ = tensors.arrange(weights, state, _CROSSCODER | ({"threshold_F": "threshold"} if batch_topk else {}))
     shape = arranged["W_enc_DxF"].shape
     if len(shape) != 3:
         raise UserError(f"{weights} is no crosscoder: encoder.weight has the shape {shape}, expected 3 axes")
@@ -255,7 +238,7 @@ def _parse_crosscoder(
         site=site,
         d_in=count * width,
         n_features=features,
-        k=_k(weights, settings, found, features) if batch_topk else 0,
+        k=_k(weights, settings, state) if batch_topk else 0,
         centred=False,
         widths=(width,) * count,
         scales=(1.0,) * count,
@@ -285,7 +268,7 @@ def find_llama_scope(folder: Path) -> str:
     if (folder / "hyperparams.json").is_file():
         return "hyperparams.json"
     file = folder / "config.json"
-    return file.name if file.is_file() and "sae_type" in read_settings(file) else ""
+    return file.name if file.is_file() and "sae_type" in tensors.read_settings(file) else ""
 
 
 def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors.Published:
@@ -303,7 +286,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
     """
     name = find_llama_scope(folder)
     file, weights = folder / name, folder / _LLAMA_SCOPE[name]
-    settings, found = read_settings(file), tensors.open_tensors(weights)
+    settings, state = tensors.read_settings(file), tensors.open_tensors(weights)
     first_release = name == "hyperparams.json"
     followed: dict[str, tuple[Any, ...]] = {
         "use_glu_encoder": (False, None),
@@ -315,14 +298,14 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
         if (value := settings.get(key, values[0])) not in values:
             raise UserError(f"{file}: {key} is {value!r}, which no dictionary here has: expected {values[0]!r}")
     kind = "jumprelu" if first_release else {"relu": "standard"}.get(settings["act_fn"], settings["act_fn"])
-    layout = dict(_NEW_NAMES if "W_E" in found else _LINEAR | {"b_dec_D": "decoder.bias"})
+    layout = dict(_NEW_NAMES if "W_E" in state else _LINEAR | {"b_dec_D": "decoder.bias"})
     if not settings.get("use_decoder_bias", True):
         layout.pop("b_dec_D")
     if kind == "jumprelu" and not first_release:
         layout["threshold_F"] = next(
-            (name for name in found if name.endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
+            (name for name in state if name.endswith("log_jumprelu_threshold")), "log_jumprelu_threshold"
         )
-    width, features = tensors.sizes(weights, found, layout)
+    width, features = tensors.sizes(weights, state, layout)
     read, written = (settings.get(f"hook_point_{side}") for side in ("in", "out"))
     if not site:
         site, target = hooks.to_site(read), "" if written in (read, None) else hooks.to_site(written)
@@ -332,12 +315,12 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
         target=target,
         d_in=width,
         n_features=features,
-        k=_positive(file, settings, "top_k", features) if kind == "topk" else 0,
+        k=tensors.positive(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
         centred=bool(settings.get("apply_decoder_bias_to_pre_encoder", False)),
         bos="always" if first_release else "auto",
     )
-    arranged, transposed = tensors.arrange(weights, found, layout, config)
-    inputs, outputs = _average_norms(file, settings, found, read, written)
+    arranged, transposed = tensors.arrange(weights, state, layout, config)
+    inputs, outputs = _average_norms(file, settings, state, read, written)
     threshold = settings.get("jump_relu_threshold")
     if first_release and not (isinstance(threshold, int | float) and threshold > 0):
         raise UserError(f"{file}: jump_relu_threshold is {threshold!r}: expected a number above 0")
@@ -364,7 +347,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
 
 
 def _average_norms(
-    file: Path, settings: Mapping[str, Any], found: Mapping[str, tensors.StoredTensor], read: Any, written: Any
+    file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor], read: Any, written: Any
 ) -> tuple[float, float]:
     """Return the factors that bring inputs and outputs to a mean norm of sqrt(d)."""
     if settings.get("norm_activation", "dataset-wise") == "inference":
@@ -373,9 +356,9 @@ def _average_norms(
         settings.get(_NORM)
         if _NORM in settings
         else {
-            side: float(found[f"{_NORM}.{hook}"].read().mean())
+            side: float(state[f"{_NORM}.{hook}"].read().mean())
             for side, hook in (("in", read), ("out", written or read))
-            if f"{_NORM}.{hook}" in found
+            if f"{_NORM}.{hook}" in state
         }
     )
     if not isinstance(norms, dict) or not all(norms.get(side, 0) > 0 for side in ("in", "out")):
@@ -419,44 +402,40 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
     """
     file = find_pickled(path)
     assert file is not None
-    found = tensors.open_tensors(file)
+    state = tensors.open_tensors(file)
     if file.with_name(f"{file.stem}_cfg.json").is_file():
         raise UserError(
             f"{file} is of Kissane et al., whose SAEs SAELens has in its own format: load those, such as "
             "saelens:gpt2-small-hook-z-kk/blocks.0.hook_z"
         )
-    if "encoder_linear.weight" in found:
+    if "encoder_linear.weight" in state:
         layout = {
             name: tensor.replace("coder.", "coder_linear.")
             for name, tensor in (_LINEAR | {"b_dec_D": "decoder.bias"}).items()
         }
-        named, centred = _site_of_suffix(file), False
-    elif {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= set(found):
-        named, layout, centred = _site_of_suffix(file), _LINEAR | {"b_dec_D": "decoder.bias"}, False
+        named_site = _site_of_suffix(file)
+    elif {"encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"} <= set(state):
+        named_site, layout = _site_of_suffix(file), _LINEAR | {"b_dec_D": "decoder.bias"}
     elif match := _QWEN.fullmatch(file.name):
-        named, layout, centred = (
-            f"resid_post.{match[1]}",
-            _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"},
-            False,
-        )
+        named_site = f"resid_post.{match[1]}"
+        layout = _PLAIN | {"W_enc_DxF": "W_enc.T", "W_dec_FxD": "W_dec.T"}
     else:
-        has = ", ".join(sorted(found)) or "no tensors"
+        has = ", ".join(sorted(state)) or "no tensors"
         raise UserError(
             f"{file} holds {has}, which no dictionary that can be read has: expected a file of Qwen-Scope, "
             "Goodfire or qresearch, or a folder of dictionary_learning or SAELens"
         )
     topk = bool(_QWEN.fullmatch(file.name))
-    width, features = tensors.sizes(file, found, layout)
-    config = DictionaryConfig(
+    return tensors.describe(
+        file,
+        state,
+        layout,
         kind="topk" if topk else "standard",
-        site=site or named,
-        d_in=width,
-        n_features=features,
-        k=_k_beside(file, features) if topk else 0,
+        site=site or named_site,
+        k=_qwen_k(file) if topk else 0,
         signed=topk,
-        centred=centred,
+        centred=False,
     )
-    return tensors.Published(config, *tensors.arrange(file, found, layout, config))
 
 
 def _site_of_suffix(file: Path) -> str:
@@ -464,9 +443,10 @@ def _site_of_suffix(file: Path) -> str:
     return f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN
 
 
-def _k_beside(file: Path, features: int) -> int:
+def _qwen_k(file: Path) -> int:
+    """Return k from the file ``config.json`` of the folder, or from the repository's name."""
     description = file.with_name("config.json")
-    settings = read_settings(description) if description.is_file() else {}
+    settings = tensors.read_settings(description) if description.is_file() else {}
     named = _L0.findall(file.absolute().as_posix())
     k = settings.get("k", int(named[-1]) if named else None)
-    return _positive(file.with_name("config.json") if "k" in settings else file, dict(k=k), "k", features)
+    return tensors.positive(description if "k" in settings else file, "k", k)

@@ -77,14 +77,14 @@ def parse(
     """
     file = Path(folder) / DESCRIPTION
     settings = read_settings(file, overrides or {})
-    found = tensors.open_tensors(file.with_name(WEIGHTS))
-    sizes = tensors.sizes(file.with_name(WEIGHTS), found, _layout("standard", False))
+    state = tensors.open_tensors(file.with_name(WEIGHTS))
+    sizes = tensors.sizes(file.with_name(WEIGHTS), state, _layout("standard", False))
     config = parse_config(file, settings, sizes, site, target)
     layout = _layout(config.kind, config.skip)
-    layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in found}
-    if "log_threshold" in found and "threshold" not in found:  # a checkpoint of training
+    layout |= {name: name for name in ("scaling_factor", "finetuning_scaling_factor") if name in state}
+    if "log_threshold" in state and "threshold" not in state:  # a checkpoint of training
         layout["threshold_F"] = "log_threshold"
-    arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), found, layout, config)
+    arranged, transposed = tensors.arrange(file.with_name(WEIGHTS), state, layout, config)
     log_threshold = layout.get("threshold_F") == "log_threshold"
     return tensors.Published(config, arranged, transposed, lambda arrays: _fold(file, settings, arrays, log_threshold))
 
@@ -134,7 +134,10 @@ def parse_config(
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
     if kind == "topk":
-        facts |= dict(k=_k(file, settings, features))
+        k = tensors.positive(file, "k", settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k"))
+        if k > features:
+            raise UserError(f"{file}: k is {k}: expected a whole number from 1 to the {features} features")
+        facts |= dict(k=k)
     context = settings.get("context_size")
     return DictionaryConfig(
         **facts,
@@ -179,8 +182,8 @@ def check(config: DictionaryConfig) -> None:
     """Raise a ``UserError`` for a dictionary that SAELens cannot express."""
     architecture(config)
     if config.signed or config.widths:
-        told = "TopK that keeps negative activations" if config.signed else "crosscoders"
-        raise UserError(f"SAELens has no {told}: keep the dictionary in the format saejax")
+        feature = "TopK that keeps negative activations" if config.signed else "crosscoders"
+        raise UserError(f"SAELens has no {feature}: keep the dictionary in the format saejax")
     hooks.to_hook(config.site), hooks.to_hook(config.target)
 
 
@@ -257,13 +260,6 @@ def _input_norm(file: Path, settings: Mapping[str, Any], model: str, site: str, 
         )
     # What the heads and an MLP read is centred by their norms already.
     return "center" if layer_norms and site.partition(".")[0] not in ("attn_z", "mlp_in", hooks.NORMED) else ""
-
-
-def _k(file: Path, settings: Mapping[str, Any], features: int) -> int:
-    k = settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k")
-    if not isinstance(k, int) or isinstance(k, bool) or not 0 < k <= features:
-        raise UserError(f"{file}: k is {k!r}: expected a whole number from 1 to the {features} features")
-    return k
 
 
 def _training_facts(settings: Mapping[str, Any], features: int) -> dict[str, Any]:

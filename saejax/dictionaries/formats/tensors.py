@@ -28,7 +28,8 @@ from safetensors.numpy import save_file
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError, one_of
-from saejax.files import WRITING
+from saejax.files import WRITING, read_json
+from saejax.models.checkpoint import not_finite
 from saejax.models.pickled import read_pickled_tensors
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
@@ -103,19 +104,32 @@ class Published:
           dtype: dtype of its matrices on the device, of ``DTYPES``; "auto": bfloat16 where the files are, else float32.
             Biases and thresholds are float32.
         """
-        one_of(dtype, DTYPES, "dtype")
         arrays = {name: self._read(name) for name in self.tensors}
         if self.fold:
             arrays = self.fold(arrays)
+        return Dictionary(self.config, matmul_dtype, **self._place(arrays, tuple(parameter_table(self.config)), dtype))
+
+    def load_encoder(self, dtype: str = "float32") -> dict[str, jax.Array] | None:
+        """Read all arrays but the decoder's rows; None where folding needs these. See ``load``."""
+        if self.fold:
+            return None
+        names = tuple(name for name in parameter_table(self.config) if name != "W_dec_FxD")
+        return self._place({name: self._read(name) for name in self.tensors if name in names}, names, dtype)
+
+    def _place(self, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], dtype: str) -> dict[str, jax.Array]:
+        """Return the arrays of some names on the device, 0 where the file has none."""
+        one_of(dtype, DTYPES, "dtype")
+        check_finite(next(iter(self.tensors.values())).file, arrays)
         narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype in ("BF16", "bfloat16"))
-        placed = {}
-        for name, (shape, _) in parameter_table(self.config).items():
+        placed, table = {}, parameter_table(self.config)
+        for name in names:
+            shape, _ = table[name]
             array = arrays.get(name)
             if array is None:
                 array = np.zeros(shape, np.float32)
             array = np.broadcast_to(array, shape)
             placed[name] = jnp.asarray(array, jnp.bfloat16 if narrow and name in MATRICES else None)
-        return Dictionary(self.config, matmul_dtype, **placed)
+        return placed
 
     def directions(self, name: str, feature_U: np.ndarray) -> np.ndarray:
         """Return rows of "W_dec" or columns of "W_enc", [U, D], of a dictionary that is not folded."""
@@ -184,16 +198,16 @@ def _open_pickled(file: Path) -> dict[str, StoredTensor]:
     nest = read_pickled_tensors(file)
     if not isinstance(nest, Mapping):
         raise UserError(f"{file} holds no tensors by name: expected a state dict")
-    arrays = {str(name): np.asarray(value) for name, value in nest.items() if np.isscalar(value) or _is_array(value)}
+    arrays = {
+        str(name): np.asarray(value)
+        for name, value in nest.items()
+        if np.isscalar(value) or isinstance(value, np.ndarray)
+    }
 
     def tensor(array: np.ndarray) -> StoredTensor:
         return StoredTensor(file, array.shape, array.dtype.name, lambda rows: array if rows is None else array[rows])
 
     return {name: tensor(array) for name, array in arrays.items() if array.dtype.kind not in "US"}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 def _checked(tensor: StoredTensor, part: slice | None) -> np.ndarray:
@@ -207,13 +221,13 @@ def _checked(tensor: StoredTensor, part: slice | None) -> np.ndarray:
 
 
 def arrange(
-    file: Path, found: Mapping[str, StoredTensor], layout: Layout, config: DictionaryConfig | None = None
+    file: Path, state: Mapping[str, StoredTensor], layout: Layout, config: DictionaryConfig | None = None
 ) -> tuple[dict[str, StoredTensor], frozenset[str]]:
     """Return the tensors that a layout names, by our names, and which of these are stored transposed.
 
     Args:
       file: for messages.
-      found: the tensors of the file.
+      state: the tensors of the file.
       layout: our names and the file's; shapes of names beyond ``parameter_table`` are not looked at.
       config: gives the shapes that are expected; None: shapes are not looked at.
 
@@ -222,38 +236,89 @@ def arrange(
     """
     plain = {ours: name.removesuffix(".T") for ours, name in layout.items()}
     transposed = frozenset(ours for ours, name in layout.items() if name.endswith(".T"))
-    missing = sorted(name for name in plain.values() if name not in found)
+    missing = sorted(name for name in plain.values() if name not in state)
     if missing:
-        has = ", ".join(sorted(found)) or "nothing"
+        has = ", ".join(sorted(state)) or "nothing"
         raise UserError(f"{file} lacks {', '.join(missing)}: it has {has}; fetch the dictionary again")
     wrong = []
     for ours, (shape, _) in parameter_table(config).items() if config else ():
         stored = shape[::-1] if ours in transposed else shape
         accepted = (stored, ()) if ours == "threshold_F" else (stored,)  # some have one threshold for all features
-        if ours in plain and found[plain[ours]].shape not in accepted:
-            wrong.append(f"{plain[ours]} has the shape {found[plain[ours]].shape}, expected {stored}")
+        if ours in plain and state[plain[ours]].shape not in accepted:
+            wrong.append(f"{plain[ours]} has the shape {state[plain[ours]].shape}, expected {stored}")
     if wrong:
         raise UserError(f"{file} does not fit its description: {'; '.join(wrong)}")
-    return {ours: found[name] for ours, name in plain.items()}, transposed
+    return {ours: state[name] for ours, name in plain.items()}, transposed
 
 
-def sizes(file: Path, found: Mapping[str, StoredTensor], layout: Layout) -> tuple[int, int]:
+def sizes(file: Path, state: Mapping[str, StoredTensor], layout: Layout) -> tuple[int, int]:
     """Return width D and number of features F, from the shape of the encoder.
 
     Raises:
       UserError: there is no encoder, or the decoder is of another width.
     """
-    tensors, transposed = arrange(file, found, {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")})
+    tensors, transposed = arrange(file, state, {name: layout[name] for name in ("W_enc_DxF", "W_dec_FxD")})
     shapes = {name: tensor.shape[::-1] if name in transposed else tensor.shape for name, tensor in tensors.items()}
     if any(len(shape) != 2 for shape in shapes.values()):
-        told = ", ".join(f"{layout[name].removesuffix('.T')} {tensors[name].shape}" for name in tensors)
-        raise UserError(f"{file} has no encoder and decoder matrix: its shapes are {told}")
+        shapes_text = ", ".join(f"{layout[name].removesuffix('.T')} {tensors[name].shape}" for name in tensors)
+        raise UserError(f"{file} has no encoder and decoder matrix: its shapes are {shapes_text}")
     (width, features), (_, written) = shapes["W_enc_DxF"], shapes["W_dec_FxD"]
     if written != width:
         raise UserError(
             f"{file} reads width {width} and writes width {written}: here a transcoder's output is as wide as its input"
         )
     return width, features
+
+
+def check_finite(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise a ``UserError`` if arrays hold NaN or infinity. A threshold may be infinite: its feature never fires."""
+    damaged = []
+    for name, array in arrays.items():
+        # The sum of finite weights does not overflow float32, and unlike ``isfinite`` it needs no array of its own.
+        if np.isfinite(np.sum(array, dtype=np.float32)):
+            continue
+        allowed = np.isposinf(array) if name == "threshold_F" else False
+        if not (np.isfinite(array) | allowed).all():
+            damaged.append(name.rpartition("_")[0])
+    if damaged:
+        raise not_finite(f"the dictionary's arrays in {file}", damaged, "float32")
+
+
+def describe(
+    file: Path, state: Mapping[str, StoredTensor], layout: Layout, fold: Fold | None = None, **facts: Any
+) -> Published:
+    """Return the dictionary whose tensors a layout names.
+
+    Args:
+      file: the file of the tensors, for messages.
+      state: the tensors of the file.
+      layout: our names and the file's.
+      fold: see ``Published``.
+      facts: fields of ``DictionaryConfig`` besides its sizes and ``skip``, which the tensors tell.
+
+    Raises:
+      UserError: tensors are missing or of other shapes, or k is larger than the number of features.
+    """
+    width, features = sizes(file, state, layout)
+    config = DictionaryConfig(d_in=width, n_features=features, skip="W_skip_DxD" in layout, **facts)
+    if config.k > features:
+        raise UserError(f"{file}: k is {config.k}: expected a whole number from 1 to the {features} features")
+    return Published(config, *arrange(file, state, layout, config), fold)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """Return the settings of a JSON file that holds an object."""
+    settings = read_json(file)
+    if not isinstance(settings, dict):
+        raise UserError(f"{file} is not the description of a dictionary: expected an object")
+    return settings
+
+
+def positive(file: Path, name: str, value: Any) -> int:
+    """Return the value of a file's setting of this name, a whole number above 0; a ``UserError`` for any other."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{file}: {name} is {value!r}: expected a whole number above 0")
+    return value
 
 
 def plain_names(config: DictionaryConfig) -> dict[str, str]:

@@ -24,7 +24,7 @@ def register(kind: _Class) -> _Class:
     Raises:
       ValueError: the name belongs to a kind of this package, or is no word.
     """
-    if kind.name in {PRETRAINED, *(known.name for known in _PACKAGE)} or not kind.name.replace("_", "").isalnum():
+    if kind.name in {PRETRAINED, *(each.name for each in _PACKAGE)} or not kind.name.replace("_", "").isalnum():
         raise ValueError(f"a kind cannot be called {kind.name!r}: expected a word, and none of the package's own kinds")
     KIND_SETTINGS[kind.name] = KindSettings(kind.Settings, tuple(kind.reads))
     KINDS[kind.name] = kind()

@@ -1,1 +1,1 @@
-"""Transformers trained here on algorithms whose variables are known: addition with carries, shortest paths."""
+"""Transformers trained on algorithms with known variables: addition with carries, shortest paths."""

@@ -1,27 +1,27 @@
-"""Addition: "3 4 7 + 5 8 6 = 3 3 9 0", the answer's lowest digit first. Its variables are the carries.
+"""Addition: "3 4 7 + 5 8 6 = 3 3 9 0", lowest digit of the answer first. The variables are the carries.
 
-The question of a digit has a wrong answer that is right with the other carry, and a counterpart in which the columns
-below make that other carry and everything else is the same.
+A prompt asks for one digit. Its wrong answer is the digit with the opposite carry, and its counterpart changes only
+the column below, so that it makes the opposite carry.
 """
 
 from typing import ClassVar
 
 import numpy as np
 
-from saejax.ground_truth.algorithms.questions import START, Algorithm, Questions, kept_fresh
+from saejax.ground_truth.algorithms.questions import START, Algorithm, Questions, is_fresh
 from saejax.tasks.behaviours import Prompt
 
-_NINES = 0.3  # share of columns that are made to sum to 9, through which a carry goes on
+_NINES = 0.3  # share of columns made to sum to 9, which pass a carry on
 
 
 class Addition(Algorithm):
     """Sums of two numbers.
 
     Args:
-      digits: of each.
+      digits: digits of each number.
     """
 
-    wanted: ClassVar = dict(addition=0.99)
+    required: ClassVar = dict(addition=0.99)
 
     def __init__(self, digits: int):
         self._digits = digits
@@ -29,11 +29,13 @@ class Addition(Algorithm):
 
     @property
     def behaviours(self) -> tuple[str, ...]:
+        """Names of the behaviours; see ``Algorithm``."""
         return ("units", *(f"digit{place}" for place in range(1, self._digits)))
 
-    def draw(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
+    def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return random questions; see ``Algorithm.draw``."""
         first_BxN, second_BxN = self._columns(count, rng)
-        sum_BxM, _ = added(first_BxN, second_BxN)
+        sum_BxM, _ = add(first_BxN, second_BxN)
         plus_Bx1, equals_Bx1 = (np.full((count, 1), word) for word in self.number("+="))
         digits = (self.number("0123456789")[part] for part in (first_BxN[:, ::-1], second_BxN[:, ::-1], sum_BxM))
         first, second, answer = digits
@@ -44,20 +46,21 @@ class Addition(Algorithm):
         return Questions(ids_BxT.astype(np.int32), place_BxM, right_BxMxV, self._fresh(first_BxN, second_BxN))
 
     def _columns(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Digits of both numbers, lowest first, [B, N]."""
+        """Return random digits of both numbers, lowest first, [B, N]."""
         first_BxN, second_BxN = rng.integers(10, size=(2, count, self._digits))
         return first_BxN, np.where(rng.random(first_BxN.shape) < _NINES, 9 - first_BxN, second_BxN)
 
     def _fresh(self, first_BxN: np.ndarray, second_BxN: np.ndarray) -> np.ndarray:
         power_N = 10 ** np.arange(self._digits)
-        return kept_fresh(first_BxN @ power_N * 10**self._digits + second_BxN @ power_N)
+        return is_fresh(first_BxN @ power_N * 10**self._digits + second_BxN @ power_N)
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
+        """Return a prompt; see ``Algorithm.prompt``."""
         first_1xN, second_1xN = self._columns(1, rng)
         if not self._fresh(first_1xN, second_1xN)[0]:
             return None
         place = self.behaviours.index(behaviour)
-        sum_M, carry_M = (part[0] for part in added(first_1xN, second_1xN))
+        sum_M, carry_M = (part[0] for part in add(first_1xN, second_1xN))
         right = int(sum_M[place])
         others_2xN = np.stack([first_1xN[0], second_1xN[0]])
         if place:
@@ -84,8 +87,11 @@ class Addition(Algorithm):
         )
 
 
-def added(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Digits of sums, and what is carried into each column [B, N + 1], lowest first, as in ``first`` and ``second``."""
+def add(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the digits of ``first_BxN`` + ``second_BxN`` and the carries into each column, [B, N + 1].
+
+    The lowest place comes first.
+    """
     count, digits = first_BxN.shape
     sum_BxM, carry_BxM = np.zeros((2, count, digits + 1), np.int64)
     for place in range(digits):
@@ -96,6 +102,6 @@ def added(first_BxN: np.ndarray, second_BxN: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _text(first_N: np.ndarray, second_N: np.ndarray, place: int) -> str:
-    """The question, and the digits of the answer below a place."""
-    sum_M = added(first_N[None], second_N[None])[0][0]
+    """Return the question followed by the digits of the answer below a place."""
+    sum_M = add(first_N[None], second_N[None])[0][0]
     return " ".join([*map(str, first_N[::-1]), "+", *map(str, second_N[::-1]), "=", *map(str, sum_M[:place])])

@@ -1,7 +1,7 @@
 """Shortest paths: "A-B C-D B-C A> >D next" asks for the node after A on a shortest path to D, "far" for its length.
 
-Edges stand in any order. Variables of a question are the nodes at one step from the start, and at two: the frontiers of
-a breadth-first search.
+Edges come in random order. The variables of a question are the nodes at one and at two steps from the start: the
+frontiers of a breadth-first search.
 """
 
 import itertools
@@ -10,31 +10,31 @@ from typing import ClassVar
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.ground_truth.algorithms.questions import START, Algorithm, Questions, kept_fresh
+from saejax.ground_truth.algorithms.questions import START, Algorithm, Questions, is_fresh
 from saejax.tasks.behaviours import Prompt
 
-_FAR = 99  # distance of nodes without a path
+_FAR = 99  # distance between nodes without a path
 
 
 class Paths(Algorithm):
     """Questions on random graphs.
 
     Args:
-      nodes: of a graph.
-      edges: at most; the least is one less than there are nodes.
+      nodes: number of nodes.
+      edges: largest number of edges; the smallest is nodes - 1.
 
     Raises:
-      UserError: so few edges leave nodes without paths, or there are fewer pairs of nodes.
+      UserError: a connected graph cannot have so few or so many edges.
     """
 
-    wanted: ClassVar = dict(next=0.95, far=0.95)
+    required: ClassVar = dict(next=0.95, far=0.95)
 
     def __init__(self, nodes: int, edges: int):
         self._pair_Ex2 = np.array(list(itertools.combinations(range(nodes), 2)))
         if not nodes - 1 <= edges <= len(self._pair_Ex2):
             raise UserError(
-                f"--algorithm.edges={edges}: {nodes} nodes take {nodes - 1} to {len(self._pair_Ex2)} edges, or there "
-                "are nodes without a path, or no such graph"
+                f"--algorithm.edges={edges}: a connected graph of {nodes} nodes has {nodes - 1} to "
+                f"{len(self._pair_Ex2)} edges"
             )
         self._nodes, self._most = nodes, edges
         self._names = [chr(ord("A") + node) for node in range(nodes)]
@@ -45,20 +45,22 @@ class Paths(Algorithm):
 
     @property
     def behaviours(self) -> tuple[str, ...]:
+        """Names of the behaviours; see ``Algorithm``."""
         return ("next", "far")
 
-    def draw(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
+    def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return random questions; see ``Algorithm.draw``."""
         edge_BxM, size_B, far_BxNxN = self._graphs(count, rng)
         start_B = rng.integers(self._nodes, size=count)
         goal_B = (start_B + rng.integers(1, self._nodes, size=count)) % self._nodes
         rows = np.arange(count)
         ids_BxT = np.zeros((count, 1 + self._most + 3), np.int32)
         ids_BxT[:, 1 : 1 + self._most] = np.where(np.arange(self._most)[None] < size_B[:, None], 1 + edge_BxM, 0)
-        query = (self._word("start", start_B), self._word("goal", goal_B), self.number([sort])[0])
+        query = (self._word("start", start_B), self._word("goal", goal_B), self.number([kind])[0])
         for offset, word in enumerate(query):
             ids_BxT[rows, 1 + size_B + offset] = word
         right_BxV = np.zeros((count, len(self.words)), bool)
-        if sort == "far":
+        if kind == "far":
             right_BxV[rows, self._word("length", far_BxNxN[rows, start_B, goal_B] - 1)] = True
         else:
             right_BxV[:, self._word("node", np.arange(self._nodes))] = _steps(far_BxNxN, start_B, goal_B)
@@ -67,12 +69,12 @@ class Paths(Algorithm):
         )
 
     def _word(self, kind: str, index: np.ndarray) -> np.ndarray:
-        """The numbers of words of a kind."""
+        """Return the token ids of words of a kind (start, goal, node, length)."""
         first = {"start": "A>", "goal": ">A", "node": "A", "length": "1"}[kind]
         return self.words.index(first) + index
 
     def _graphs(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Connected graphs: their edges in random order [B, M], how many are there [B], and distances [B, N, N]."""
+        """Return connected graphs: edges in random order [B, M], their number [B] and distances [B, N, N]."""
         kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         while sum(len(part[1]) for part in kept) < count:
             size_B = rng.integers(self._nodes - 1, self._most + 1, size=2 * count)
@@ -84,7 +86,7 @@ class Paths(Algorithm):
         return edge_BxM, size_B, far_BxNxN
 
     def _distances(self, edge_BxM: np.ndarray, size_B: np.ndarray) -> np.ndarray:
-        """Of all nodes from all others, by breadth-first search, [B, N, N]."""
+        """Return the distances between all nodes, by breadth-first search, [B, N, N]."""
         there_BxM = np.arange(self._most)[None] < size_B[:, None]
         near_BxNxN = np.zeros((len(size_B), self._nodes, self._nodes), bool)
         row_K, column_K = np.nonzero(there_BxM)
@@ -98,11 +100,12 @@ class Paths(Algorithm):
         return far_BxNxN
 
     def _fresh(self, edge_BxM: np.ndarray, size_B: np.ndarray) -> np.ndarray:
-        """By the set of edges, in whatever order."""
+        """Return which graphs are kept from training, by their set of edges."""
         there_BxM = np.arange(self._most)[None] < size_B[:, None]
-        return kept_fresh((there_BxM << edge_BxM).sum(1))
+        return is_fresh((there_BxM << edge_BxM).sum(1))
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
+        """Return a prompt; see ``Algorithm.prompt``."""
         edges, size_1, far_1xNxN = self._graphs(1, rng)
         if not self._fresh(edges, size_1)[0]:
             return None
@@ -122,7 +125,7 @@ class Paths(Algorithm):
     def _next(
         self, edge_M: np.ndarray, far_NxN: np.ndarray, start: int, goal: int, rng: np.random.Generator
     ) -> tuple[str, str, np.ndarray] | None:
-        """The one next node, another neighbour, and the graph in which these two have changed places."""
+        """Return the next node, another neighbour, and the graph with these two swapped; None without such a pair."""
         (steps,) = np.nonzero(_steps(far_NxN[None], np.array([start]), np.array([goal]))[0])
         others = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in steps]
         if len(steps) != 1 or far_NxN[start, goal] < 2 or not others:
@@ -137,7 +140,7 @@ class Paths(Algorithm):
     def _length(
         self, edge_M: np.ndarray, far_NxN: np.ndarray, start: int, goal: int, rng: np.random.Generator
     ) -> tuple[str, str, np.ndarray] | None:
-        """The distance, and another graph with as many edges in which it is another."""
+        """Return the distance, another distance, and a graph with as many edges that has it; None without one."""
         others, size_B, others_BxNxN = self._graphs(20, rng)
         length, length_B = far_NxN[start, goal], others_BxNxN[:, start, goal]
         for place in np.flatnonzero((size_B == len(edge_M)) & (length_B != length)):
@@ -150,7 +153,7 @@ class Paths(Algorithm):
 
 
 def _steps(far_BxNxN: np.ndarray, start_B: np.ndarray, goal_B: np.ndarray) -> np.ndarray:
-    """Which nodes come next on a shortest path, bool [B, N]."""
+    """Return which nodes come next on a shortest path, bool [B, N]."""
     rows = np.arange(len(start_B))
     left_BxN = far_BxNxN[rows, :, goal_B]
     return (far_BxNxN[rows, start_B] == 1) & (left_BxN == left_BxN[rows, start_B][:, None] - 1)

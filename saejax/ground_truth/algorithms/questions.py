@@ -1,4 +1,4 @@
-"""What an algorithm is to its transformer: questions to train on, fresh ones to be judged by, and prompts."""
+"""Questions of an algorithm: for training, kept from training, and as prompts."""
 
 import abc
 import dataclasses
@@ -11,7 +11,7 @@ from saejax.errors import UserError
 from saejax.tasks.behaviours import SPLITS, Prompt
 
 START = "<s>"  # the first word of every text
-_TRIES = 500  # draws for each that is wanted, before it is said that there are too few
+_TRIES = 500  # draws for each wanted question before giving up
 _ADVICE = "lower --algorithm.prompts, or raise --algorithm.digits, nodes or edges"
 
 
@@ -20,9 +20,9 @@ class Questions:
     """Questions and their answers.
 
     Attributes:
-      ids_BxT: int32 words, with answers that stand before others; padded on the right.
-      place_BxN: int32 positions from which an answer is read.
-      right_BxNxV: bool, which words are right there.
+      ids_BxT: int32 token ids, earlier answers included, padded on the right.
+      place_BxN: int32 positions whose logits give an answer.
+      right_BxNxV: bool, the correct words at each of these positions.
       fresh_B: bool, whether the question is kept from training.
     """
 
@@ -32,81 +32,89 @@ class Questions:
     fresh_B: np.ndarray
 
     @classmethod
-    def joined(cls, parts: Sequence["Questions"], count: int) -> "Questions":
-        """The first ``count`` questions of the parts, one part after the other."""
+    def concatenate(cls, parts: Sequence["Questions"], count: int) -> "Questions":
+        """Return the first ``count`` questions of the parts in order."""
         columns = [[getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)]
         return cls(*(np.concatenate(column)[:count] for column in columns))
+
+    def select_fresh(self) -> "Questions":
+        """Return the questions that are kept from training."""
+        return Questions(*(getattr(self, field.name)[self.fresh_B] for field in dataclasses.fields(Questions)))
 
 
 class Algorithm(abc.ABC):
     """An algorithm.
 
     Attributes:
-      wanted: sort of question -> the share of fresh ones that must be answered.
+      required: kind of question -> share of fresh ones that training aims to answer correctly.
       words: the vocabulary, ``START`` first.
     """
 
-    wanted: ClassVar[Mapping[str, float]]
+    required: ClassVar[Mapping[str, float]]
     words: tuple[str, ...]
 
     @abc.abstractmethod
-    def draw(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
-        """``count`` questions of a sort, fresh ones among them."""
+    def draw(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return ``count`` random questions of a kind, fresh ones among them."""
 
     @abc.abstractmethod
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
-        """A prompt of a behaviour and split from a fresh question; None if the draw has none."""
+        """Return a prompt of a behaviour and split from a fresh question; None if this draw gives none."""
 
     @property
     @abc.abstractmethod
     def behaviours(self) -> tuple[str, ...]:
-        """What prompts test."""
+        """Names of the behaviours that prompts test."""
 
     def batch(self, count: int, rng: np.random.Generator) -> Questions:
-        """Questions of all sorts."""
-        sorts = list(self.wanted)
-        return Questions.joined([self.draw(sort, -(-count // len(sorts)), rng) for sort in sorts], count)
+        """Return random questions of all kinds in equal numbers."""
+        kinds = list(self.required)
+        return Questions.concatenate([self.draw(kind, -(-count // len(kinds)), rng) for kind in kinds], count)
 
-    def fresh(self, sort: str, count: int, rng: np.random.Generator) -> Questions:
-        """``count`` fresh questions of a sort; a ``UserError`` if there are next to none."""
-        kept: list[Questions] = []
+    def fresh(self, kind: str, count: int, rng: np.random.Generator) -> Questions:
+        """Return ``count`` fresh questions of a kind.
+
+        Raises:
+          UserError: there are next to none.
+        """
+        parts: list[Questions] = []
         for _ in range(_TRIES):
-            drawn = self.draw(sort, 4 * count, rng)
-            arrays = (getattr(drawn, field.name)[drawn.fresh_B] for field in dataclasses.fields(Questions))
-            kept.append(Questions(*arrays))
-            if sum(len(part.fresh_B) for part in kept) >= count:
-                break
-        else:
-            raise UserError(f"there are too few questions of the sort {sort} to keep some from training: {_ADVICE}")
-        return Questions.joined(kept, count)
+            parts.append(self.draw(kind, 4 * count, rng).select_fresh())
+            if sum(len(part.fresh_B) for part in parts) >= count:
+                return Questions.concatenate(parts, count)
+        raise UserError(f"there are too few questions of the kind {kind} to keep some from training: {_ADVICE}")
 
     def prompts(self, count: int, rng: np.random.Generator) -> list[Prompt]:
-        """So many prompts of each behaviour and split, no text twice in a behaviour.
+        """Return ``count`` prompts of each behaviour and split, no text twice in a behaviour.
 
         Raises:
           UserError: there are too few.
         """
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         for behaviour in self.behaviours:
-            own: dict[str, Prompt] = {}
+            by_text: dict[str, Prompt] = {}
             for split in SPLITS:
-                wanted = len(own) + count
+                wanted = len(by_text) + count
                 for _ in range(_TRIES * count):
                     if prompt := self.prompt(behaviour, split, rng):
-                        own.setdefault(prompt.text, prompt)
-                    if len(own) == wanted:
+                        by_text.setdefault(prompt.text, prompt)
+                    if len(by_text) == wanted:
                         break
                 else:
                     raise UserError(f"there are too few different prompts of {behaviour}: {_ADVICE}")
-            found += own.values()
-        return found
+            prompts += by_text.values()
+        return prompts
 
     def number(self, words: Sequence[str]) -> np.ndarray:
-        """The words' numbers, int32."""
-        place = {word: index for index, word in enumerate(self.words)}
-        return np.array([place[word] for word in words], np.int32)
+        """Return the token ids of words, int32."""
+        id_of = {word: index for index, word in enumerate(self.words)}
+        return np.array([id_of[word] for word in words], np.int32)
 
 
-def kept_fresh(key_B: np.ndarray) -> np.ndarray:
-    """Which questions are kept from training, a tenth of them, by whole numbers that say which they are; bool."""
+def is_fresh(key_B: np.ndarray) -> np.ndarray:
+    """Return which questions are kept from training, bool [B]: a tenth of them, by a hash of what they ask.
+
+    Args:
+      key_B: integers that identify the questions.
+    """
     return (key_B.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) % np.uint64(10) == 0

@@ -1,4 +1,4 @@
-"""The transformer of an algorithm: Llama's architecture, trained on the project's own decoder, saved for any tool."""
+"""The transformer of an algorithm: Llama's architecture, trained with the project's decoder, saved for any tool."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,34 +13,39 @@ from saejax.errors import UserError
 from saejax.ground_truth.algorithms.questions import Questions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
-from saejax.models.decoder import Hook, run_layers
+from saejax.models.decoder import run_layers
 from saejax.models.families import FAMILIES, read_config
 from saejax.models.families.table import linear, linear_of_heads
 from saejax.models.parameters import LAYERS, parameter_table
 
-HEADS, PLAIN = 4, "answers"
+HEADS = 4
+_BATCH = 500  # questions of a forward pass that measures accuracy
 Params = dict[str, jax.Array]
-Answers = Mapping[str, tuple[jax.Array, jax.Array]]  # of each test the logits, and which words are right [B, N, V]
-Tests = Callable[[DecoderConfig, Params, jax.Array, jax.Array, jax.Array], Answers]
 
 
 class Schedule(NamedTuple):
-    """How it is trained: AdamW, its rate rising over a twentieth of the steps and then falling to 0 as a cosine."""
+    """AdamW; the learning rate rises over a twentieth of the steps and then falls to 0 as a cosine."""
 
     steps: int
     learning_rate: float
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Of the parameters."""
+        """Return the optimizer of the parameters."""
         rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, max(self.steps // 20, 1), self.steps)
         return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05))
 
 
 def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any]:
-    """The fields of ``config.json``, for so many words, positions of a context and layers of a width.
+    """Return the fields of ``config.json``.
+
+    Args:
+      words: size of the vocabulary.
+      context: number of positions.
+      layers: number of layers.
+      width: of the residual stream.
 
     Raises:
-      UserError: the width is none that four heads with rotary embeddings can share.
+      UserError: four heads with rotary embeddings cannot share the width.
     """
     if width % (2 * HEADS):
         raise UserError(f"--algorithm.width={width}: expected a multiple of {2 * HEADS}, for {HEADS} heads")
@@ -60,54 +65,42 @@ def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any
 
 
 def read(fields: Mapping[str, Any]) -> DecoderConfig:
-    """What the decoder has to know of it."""
+    """Return the decoder's configuration."""
     return read_config(dict(fields), "config.json")
 
 
 def initial(config: DecoderConfig, seed: int) -> Params:
-    """Random weights: norms 1, the others normal with a variance of one over the number of their inputs."""
+    """Return random weights: norms 1, all others normal with variance 1 / (number of inputs)."""
     params = {}
     for number, (name, (shape, _)) in enumerate(parameter_table(config).items()):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        own = shape[1:] if name.startswith(LAYERS) else shape
-        inputs = own[0] * own[1] if name.endswith("o_HxKxD") else config.d_model if "embed" in name else own[0]
-        normal = jax.random.normal(key, shape) * inputs**-0.5
-        params[name] = jnp.ones(shape) if "norm" in name else normal
+        layer_shape = shape[1:] if name.startswith(LAYERS) else shape
+        fan_in = layer_shape[0] * layer_shape[1] if name.endswith("o_HxKxD") else layer_shape[0]
+        fan_in = config.d_model if "embed" in name else fan_in
+        params[name] = jnp.ones(shape) if "norm" in name else jax.random.normal(key, shape) * fan_in**-0.5
     return params
 
 
-def answers(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, hook: Hook | None = None
-) -> jax.Array:
-    """Logits at each place of texts given by their ids, [B, N, V], with all sites changed by a hook; to be traced."""
-    start_BxTxD, hooked = decoder.embed(config, params, ids_BxT), None if hook else ()
-    x_BxTxD = run_layers(config, params, start_BxTxD, 0, config.n_layers, hook, hooked).x
+def answer_logits(config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array) -> jax.Array:
+    """Return the logits of ``ids_BxT`` at the answers' positions ``place_BxN``, [B, N, V]; traceable."""
+    x_BxTxD = run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, config.n_layers).x
     x_BxNxD = jnp.take_along_axis(x_BxTxD, place_BxN[..., None], axis=1)
     return decoder.unembed(config, params, x_BxNxD)
 
 
-def plain(
-    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
-) -> Answers:
-    """The one test of a transformer that is free how to answer: its answers; ids, place, right: of ``Questions``."""
-    return {PLAIN: (answers(config, params, ids_BxT, place_BxN), right_BxNxV)}
-
-
 def trainer(
-    config: DecoderConfig, schedule: Schedule, tests: Tests = plain
+    config: DecoderConfig, schedule: Schedule
 ) -> Callable[[Params, Any, Questions], tuple[Params, Any, jax.Array]]:
-    """A function that makes a step: parameters, the optimizer's state and questions in, both and the loss out.
+    """Return a function that makes one step: (parameters, optimizer state, questions) -> (both updated, loss).
 
-    The loss is the cross-entropy of an even choice among right answers, summed over the tests; fresh questions have no
-    part in it.
+    The loss is the cross-entropy with a uniform distribution over the correct answers. Fresh questions have weight 0.
     """
     optimizer = schedule.optimizer()
 
     def loss(params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array, weight_B: jax.Array):
-        loss_B = jnp.zeros_like(weight_B)
-        for logits_BxNxV, wanted_BxNxV in tests(config, params, ids_BxT, place_BxN, right_BxNxV).values():
-            target_BxNxV = wanted_BxNxV / wanted_BxNxV.sum(-1, keepdims=True)
-            loss_B -= (target_BxNxV * jax.nn.log_softmax(logits_BxNxV)).sum(-1).mean(-1)
+        target_BxNxV = right_BxNxV / right_BxNxV.sum(-1, keepdims=True)
+        log_p_BxNxV = jax.nn.log_softmax(answer_logits(config, params, ids_BxT, place_BxN))
+        loss_B = -(target_BxNxV * log_p_BxNxV).sum(-1).mean(-1)
         return (loss_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1.0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -116,43 +109,37 @@ def trainer(
         update, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, update), state, value
 
-    def run(params: Params, state: Any, some: Questions) -> tuple[Params, Any, jax.Array]:
-        weight_B = (~some.fresh_B).astype(np.float32)
-        return step(params, state, some.ids_BxT, some.place_BxN, some.right_BxNxV.astype(np.float32), weight_B)
+    def run(params: Params, state: Any, questions: Questions) -> tuple[Params, Any, jax.Array]:
+        weight_B = (~questions.fresh_B).astype(np.float32)
+        right_BxNxV = questions.right_BxNxV.astype(np.float32)
+        return step(params, state, questions.ids_BxT, questions.place_BxN, right_BxNxV, weight_B)
 
     return run
 
 
-def right(
-    config: DecoderConfig,
-    params: Params,
-    questions: Questions,
-    batch: int = 500,
-    *,
-    tests: Tests = plain,
-    test: str = PLAIN,
-) -> np.ndarray:
-    """Which questions, run a batch at a time, pass a test at all of their places, bool [B].
+@functools.partial(jax.jit, static_argnums=0)
+def _correct(
+    config: DecoderConfig, params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array
+) -> jax.Array:
+    best_BxN = answer_logits(config, params, ids_BxT, place_BxN).argmax(-1)
+    return jnp.take_along_axis(right_BxNxV, best_BxN[..., None], axis=2)[..., 0].all(1)
 
-    Answers that stand before others are the right ones; where all are right, so would those be that it gives by itself.
+
+def correct(config: DecoderConfig, params: Params, questions: Questions) -> np.ndarray:
+    """Return which questions are answered correctly at all of their positions, bool [B].
+
+    Earlier answers in a text are the correct ones: where all argmaxes are correct, so is the generated text.
     """
-
-    @jax.jit
-    def passed(params: Params, *arrays: jax.Array) -> jax.Array:
-        logits_BxNxV, right_BxNxV = tests(config, params, *arrays)[test]
-        best_BxN = logits_BxNxV.argmax(-1)
-        return (jnp.take_along_axis(right_BxNxV, best_BxN[..., None], axis=2)[..., 0] > 0).all(1)
-
-    found = []
-    for start in range(0, len(questions.fresh_B), batch):
-        rows_B = np.minimum(np.arange(start, start + batch), len(questions.fresh_B) - 1)
-        arrays = (questions.ids_BxT[rows_B], questions.place_BxN[rows_B], questions.right_BxNxV[rows_B])
-        found.append(np.asarray(passed(params, *arrays)))
-    return np.concatenate(found)[: len(questions.fresh_B)]
+    parts, count = [], len(questions.fresh_B)
+    for start in range(0, count, _BATCH):
+        rows_B = np.minimum(np.arange(start, start + _BATCH), count - 1)  # one shape: the last batch repeats a row
+        arrays = questions.ids_BxT[rows_B], questions.place_BxN[rows_B], questions.right_BxNxV[rows_B]
+        parts.append(np.asarray(_correct(config, params, *arrays)))
+    return np.concatenate(parts)[:count]
 
 
 def tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors: parameters the other way round from how ``weights.load_params`` reads them."""
+    """Return the checkpoint's tensors by name: the inverse of ``weights.load_params``."""
     made = {}
     for name, weight in FAMILIES[config.family].weights.items():
         if name not in params:

@@ -1,6 +1,6 @@
-"""The causal stages on a transformer that is set by hand, with the features of one of its layers.
+"""The causal stages on a transformer set by hand, with the features of one of its layers.
 
-The stages run as they are, each in a folder of its own in which it leaves what it always leaves.
+The stages run unchanged, each in its own folder with its usual files.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from saejax.causal.probes.run import run_probe
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
-from saejax.ground_truth.circuits.cases.case import Case
+from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.results import CausalScores
 from saejax.interventions.ablate_run import run_ablate
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
@@ -44,8 +44,8 @@ class KnownStages:
     """The causal stages on one transformer.
 
     Args:
-      run: of the stage ``known_circuits``; the transformer is in its folder.
-      case: what is known.
+      run: the run of the stage ``known_circuits``; the transformer is in its folder.
+      case: the case.
       model: the transformer.
     """
 
@@ -59,19 +59,19 @@ class KnownStages:
         self.baseline: BaselineResults = self._stage("baseline", "", run_baseline, task)
 
     def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]], das: bool) -> CausalScores:
-        """What the stages say with a transcoder's features.
+        """Return the results of the stages with a transcoder's features.
 
         Args:
-          name: of the set that it is of, for the stages' folders.
+          name: name of its set, for the stages' folders.
           transcoder: its folder.
-          features: idle variable -> the features that stand for it.
-          das: also learn a subspace of as many dimensions as there are top features, which no transcoder has a part in.
+          features: idle variable -> the features that represent it.
+          das: also learn a subspace of as many dimensions as there are top features, which uses no transcoder.
         """
         known, count = self._known, max(map(len, self._case.causes.values()))
-        # There are few neurons: any that fires may stand beside the tested ones.
+        # There are few neurons: every active one may be a match of the tested ones.
         shared: dict[str, Any] = dict(matches=self._case.model.width - 2 * count + 1, bootstrap=_BOOTSTRAP)
         settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count)
-        # The tokens of these models are few, and most are answers: there are no placebo targets.
+        # The vocabulary is small and mostly answers, so there are no placebo targets.
         quick: dict[str, Any] = dict(baselines=(), text_documents=0, placebo_targets=0, untrained=False)
         refused: list[str] = []
 
@@ -115,7 +115,7 @@ class KnownStages:
         )
 
     def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], config: Config) -> T:
-        """Runs a stage in a folder of its own, with these settings."""
+        """Run a stage in its own folder with these settings."""
         folder = self._run.folder / stage / name
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(baseline=self._run.folder / "baseline")
@@ -126,7 +126,7 @@ class KnownStages:
     def _idle(
         self, transcoder: Path, features: Mapping[str, list[int]], options: Mapping[str, Any], refused: list[str]
     ) -> int | None:
-        """Of how many variables without a part in any answer it is claimed that they cause that of a behaviour."""
+        """Return the number of idle variables whose features have an effect on a behaviour when ablated."""
         dictionary, claimed = load_dictionary(transcoder), 0
         behaviour = next(iter(self._case.causes))
         prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
@@ -141,7 +141,7 @@ class KnownStages:
 
 
 def _interchange(found: PatchResults) -> tuple[Interval, float]:
-    """Of the top features and of random ones, pooled over behaviours."""
+    """Return the interchange accuracy of the top features and of random ones, pooled over behaviours."""
     assert isinstance(found, FeaturePatchResults)
     flipped = prompts = 0
     random = []
@@ -154,9 +154,9 @@ def _interchange(found: PatchResults) -> tuple[Interval, float]:
 
 
 def _carried(found: PatchResults) -> set[str]:
-    """The behaviours most of whose answers the top features carry over, and more than matched features do.
+    """Return the behaviours most of whose answers the top features carry over, and more than matched features do.
 
-    Most: the interval lies above a half. More: the randomisation test, after Holm's correction over the behaviours.
+    Most: the interval is above one half. More: the randomisation test, after Holm's correction over the behaviours.
     """
     assert isinstance(found, FeaturePatchResults)
     last = {name: one.interchange.top[-1] for name, one in found.behaviours.items() if one.interchange.top}
@@ -167,7 +167,7 @@ def _carried(found: PatchResults) -> set[str]:
 
 
 def _subspace(found: PatchResults, method: str) -> Interval:
-    """The share of answers that a subspace carries over, pooled over behaviours."""
+    """Return the share of answers that a subspace carries over, pooled over behaviours."""
     assert isinstance(found, FeaturePatchResults)
     pairs = [
         (row.cause.mean, one.interchange.prompts)
@@ -203,7 +203,7 @@ def _has_effect(result: BehaviourVerdict) -> bool:
 
 
 def _probes(found: ProbeResults) -> tuple[Interval, float]:
-    """Accuracy of probes of all features, pooled over labels and behaviours, and with shuffled labels."""
+    """Return the accuracy of probes of all features, pooled over labels and behaviours, and with shuffled labels."""
     fits = [
         (probe, sum(counts["test"] for counts in label.classes.values()))
         for label in found.labels

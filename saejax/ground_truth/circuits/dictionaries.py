@@ -1,9 +1,9 @@
-"""Transcoders of a transformer that is set by hand: those that are exact, and those that are not, to compare with.
+"""Transcoders of a transformer set by hand: exact ones, and others for comparison.
 
-exact       the neurons themselves, in another order
+exact       the neurons themselves, in random order
 wrong       the same encoders, each with the decoder of another neuron
-random      directions drawn at random, as many active as there are neurons that fire
-untrained   trained with a learning rate so small that next to nothing is learned
+random      random directions, as many active as neurons fire
+untrained   trained at a learning rate so small that almost nothing is learned
 trained     trained by the code that trains on any model's activations
 """
 
@@ -18,14 +18,14 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from saejax.dictionaries.formats.own import DESCRIPTION
-from saejax.ground_truth.circuits.cases.case import Case
+from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.weights import frame, neuron_arrays
 from saejax.library.activations import capture
 from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
-from saejax.training.members import members
+from saejax.training.stack import make_members
 from saejax.training.train import run_train
 
 EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"
@@ -34,7 +34,7 @@ _KIND, _BATCH, _TEXTS, _TOKENS = "topk", 256, 4000, 600_000
 
 
 def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[str, Path]:
-    """A folder for each set, with a transcoder of every layer in a folder of its own; those that are there are kept."""
+    """Write a folder for each set, with a folder for each layer's transcoder; existing ones are kept. Return them."""
     folders = {name: run.folder / "transcoders" / name for name in (EXACT, WRONG, RANDOM, UNTRAINED, TRAINED)}
     for layer in range(len(case.model.layers)):
         for name, dictionary in untrained_sets(case, model, layer, seed).items():
@@ -49,17 +49,18 @@ def write_sets(run: Run, case: Case, model: LanguageModel, seed: int) -> dict[st
 
 
 def order(case: Case, layer: int, seed: int) -> np.ndarray:
-    """The neuron that each feature of a layer's exact transcoder is, [F], for a seed."""
+    """Return the neuron of each feature of a layer's exact transcoder, [F], shuffled with ``seed``."""
     return np.random.default_rng([seed, layer]).permutation(case.model.width)
 
 
 def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> dict[str, Dictionary]:
-    """The sets that need no training.
+    """Return a layer's transcoders of the sets that need no training.
 
     Args:
-      case, model: of which they are.
-      layer: of which, from 0.
-      seed: of their order and of what is drawn.
+      case: the case.
+      model: its transformer.
+      layer: number of the layer.
+      seed: seed of the order and of random directions.
     """
     neuron_F = order(case, layer, seed)
     arrays = neuron_arrays(case.model, layer, frame(case.model, seed))
@@ -68,7 +69,7 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
     count = len(case.model.layers[layer].neurons)
     ring_N = np.random.default_rng([seed, layer, 1]).permutation(count)
     other_F = np.arange(case.model.width)
-    other_F[ring_N] = np.roll(ring_N, 1)  # every neuron has the decoder of another
+    other_F[ring_N] = np.roll(ring_N, 1)  # every neuron has another's decoder
     wrong = exact | dict(W_dec_FxD=arrays["W_dec_FxD"][other_F[neuron_F]])
     config = DictionaryConfig(
         kind="standard",
@@ -94,12 +95,12 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
 
 
 def _expansion(case: Case, model: LanguageModel) -> int:
-    """Features of a trained dictionary, by dimension: at least as many as a layer has neurons."""
+    """Return the expansion of a trained dictionary: at least as many features as a layer has neurons."""
     return math.ceil(case.model.width / model.config.d_model)
 
 
 def _firing(case: Case, layer: int) -> int:
-    """Neurons of a layer that fire at the last position of a text, at least one."""
+    """Return the number of neurons of a layer that fire at the last position of a text, at least 1."""
     from saejax.ground_truth.circuits.handset import run as run_known
 
     act_TxF = run_known(case.model, case.prompts[0].text).acts[layer]
@@ -107,11 +108,11 @@ def _firing(case: Case, layer: int) -> int:
 
 
 def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mapping[str, Path]) -> None:
-    """Trains both sets on random texts, a layer's as one stack with as many active as neurons that fire there."""
+    """Train both sets on random texts, each layer's as one stack, with as many active features as neurons fire."""
     layers = range(len(case.model.layers))
     texts = list(dict.fromkeys(case.texts(_TEXTS, seed)))
     acts = capture(model, texts, [f"mlp_{part}.{layer}" for layer in layers for part in ("in", "out")])
-    # Where no layer's neurons fire there is nothing to learn, and that may be nearly everywhere.
+    # Tokens on which no layer's neurons fire have nothing to learn from, and may be the majority.
     some_N = np.any([np.abs(acts.values[f"mlp_out.{layer}"]).max(axis=1) > 0 for layer in layers], axis=0)
     values = {site: value_NxD[some_N] for site, value_NxD in acts.values.items()}
     acts = dataclasses.replace(acts, values=values, index_Nx3=acts.index_Nx3[some_N])
@@ -134,7 +135,7 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(capture=store.folder)
         run_train(dataclasses.replace(run, name=_KIND, folder=folder, configs=run.configs | config, inputs=inputs))
-        for member in members(config, _KIND, config.sites):
+        for member in make_members(config, _KIND, config.sites):
             (name,) = (name for name, rate in _RATES.items() if rate == member.settings["learning_rate"])
             _save(folders[name] / f"layer{layer}", load_dictionary(folder / member.name / "dictionary"))
 

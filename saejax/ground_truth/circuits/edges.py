@@ -1,4 +1,4 @@
-"""The edges of a transformer that is set by hand: products of its weights, in float64, along every path but neurons."""
+"""Edges of a transformer set by hand: products of its weights along all paths between neurons, in float64."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -7,8 +7,8 @@ import numpy as np
 
 from saejax.ground_truth.circuits.handset import HandSet, run
 
-# Of a graph's largest edge, below which there is none: a neuron may fire by its bias alone. And of the largest
-# activation, below which a neuron does not fire: some compiled ones rest at exactly 0, where rounding decides.
+# Relative to a graph's largest edge: smaller edges count as 0, because a neuron may fire by its bias alone. Relative to
+# the largest activation: smaller activations count as 0, because at exactly 0 rounding decides.
 NOTHING = 1e-5
 
 Node = tuple[int, int, int]  # layer, position, neuron; layer -1: the word there; behind the last layer: the logit
@@ -17,11 +17,12 @@ Edge = tuple[Node, Node]  # source, target
 
 @dataclasses.dataclass(frozen=True)
 class Edges:
-    """Edges between nodes, sources by targets.
+    """Edges between nodes.
 
     Attributes:
-      sources, targets: the nodes.
-      weight_SxR: what each source adds to each target: to a neuron before its relu, or to the logit.
+      sources: source nodes.
+      targets: target nodes; the last is the logit.
+      weight_SxR: contribution of each source to each target: to a neuron before its relu, or to the logit.
     """
 
     sources: tuple[Node, ...]
@@ -35,10 +36,10 @@ class Edges:
 
 
 def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
-    """The edges of a text, between its words, the neurons that fire, and the logit of the better minus the worse word.
+    """Return the edges of a text between its words, active neurons, and the logit of the better minus the worse word.
 
-    A source's output goes through the heads of every later layer, which look where they look on this text, and is read
-    by neurons and logits. As in attribution graphs, neurons of the first position are left out.
+    A source's output passes through the heads of every later layer, with their attention weights on this text, and is
+    read by neurons and logits. As in attribution graphs, neurons at the first position are left out.
     """
     found = run(model, text)
     length, last = len(found.start_TxJ), len(found.start_TxJ) - 1
@@ -69,11 +70,11 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
 
 
 def circuit(edges: Edges, share: float) -> set[Edge]:
-    """The edges from which the logit is made: of each target that counts those that are not small, sources to words.
+    """Return the edges that lead to the logit: from each target that leads there, its large edges back to the words.
 
     Args:
-      edges: all.
-      share: of a target's largest edge that an edge must have to count, above 0.
+      edges: all edges.
+      share: smallest size of an edge, relative to its target's largest; above 0.
     """
     share_SxR, column = shares(edges), {node: place for place, node in enumerate(edges.targets)}
     open_nodes, seen, found = [edges.root], {edges.root}, set[Edge]()
@@ -89,26 +90,26 @@ def circuit(edges: Edges, share: float) -> set[Edge]:
 
 
 def shares(edges: Edges) -> np.ndarray:
-    """The size of each edge over that of its target's largest, or where that is next to nothing over this, [S, R]."""
+    """Return the size of each edge relative to its target's largest, [S, R]; tiny targets use a floor instead."""
     size_SxR = np.abs(edges.weight_SxR)
     largest_1xR = size_SxR.max(axis=0, initial=0.0, keepdims=True)
     return size_SxR / np.maximum(largest_1xR, NOTHING * largest_1xR.max())
 
 
 def renamed(edges: Edges, names: Callable[[Node], Node]) -> Edges:
-    """The same edges between nodes of other names."""
+    """Return the same edges between renamed nodes."""
     return Edges(tuple(map(names, edges.sources)), tuple(map(names, edges.targets)), edges.weight_SxR)
 
 
 def aligned(edges: Edges, sources: Sequence[Node], targets: Sequence[Node]) -> np.ndarray:
-    """The weights between some nodes [S, R]; 0 where a node is not there."""
+    """Return the weights between some nodes, [S, R]; 0 where a node does not exist."""
     row, column = ({node: place for place, node in enumerate(side)} for side in (edges.sources, edges.targets))
-    padded_SxR = np.pad(edges.weight_SxR, ((0, 1), (0, 1)))  # the last row and column are of nodes that are not there
+    padded_SxR = np.pad(edges.weight_SxR, ((0, 1), (0, 1)))  # the last row and column stand for missing nodes
     return padded_SxR[np.ix_([row.get(node, -1) for node in sources], [column.get(node, -1) for node in targets])]
 
 
 def possible(edges: Edges) -> np.ndarray:
-    """Where a source can reach a target: an earlier layer, and no later position; bool [S, R]."""
+    """Return where a source can reach a target: in an earlier layer and at no later position; bool [S, R]."""
     sources_Sx3, targets_Rx3 = np.array(edges.sources), np.array(edges.targets)
     earlier_SxR = sources_Sx3[:, None, 0] < targets_Rx3[None, :, 0]
     return earlier_SxR & (sources_Sx3[:, None, 1] <= targets_Rx3[None, :, 1])

@@ -1,4 +1,4 @@
-"""Attribution graphs of a transformer that is set by hand, beside the edges that it has."""
+"""Attribution graphs of a transformer set by hand, compared with its known edges."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,14 @@ from saejax.ground_truth.run import over_seeds
 from saejax.models.language_model import LanguageModel
 from saejax.tasks.behaviours import Prompt
 
-SHARE = 0.01  # of a target's largest edge, below which an edge is in no circuit
-_UNKNOWN = 1 << 20  # added to the number of a feature that stands for no neuron
+SHARE = 0.01  # of a target's largest edge; smaller edges are in no circuit
+_UNMATCHED = 1 << 20  # added to the index of a feature that matches no neuron
 
 
 def graph_edges(graph: Graph) -> Edges:
-    """The edges of a whole graph between words, features and the logit; ``Node``s have features' numbers."""
+    """Return a graph's edges between words, features and the logit; nodes have the indices of features."""
     nodes, silent_N = graph.nodes, np.zeros(len(graph.nodes.kind_N), bool)
-    for layer in range(graph.n_layers):  # the same rule as for what is known, layer by layer
+    for layer in range(graph.n_layers):  # the same rule as in known_edges, layer by layer
         own_N = (nodes.kind_N == FEATURE) & (nodes.layer_N == layer)
         silent_N |= own_N & (nodes.value_N <= NOTHING * nodes.value_N[own_N].max(initial=0.0))
     kept_N = np.isin(nodes.kind_N, (FEATURE, TOKEN)) & ~silent_N
@@ -58,19 +58,19 @@ def judge_edges(
     prompts: Sequence[Prompt],
     neuron_of: Mapping[tuple[int, int], int],
 ) -> EdgeScores:
-    """Traces prompts and compares their graphs with what is known.
+    """Trace prompts and compare their graphs with the known edges.
 
     Args:
       model: the transformer.
-      transcoders: of all its layers.
+      transcoders: transcoders of all its layers.
       spec: its description.
-      prompts: whose better and worse answers are explained.
-      neuron_of: layer and feature -> the neuron that it stands for; others stand for none.
+      prompts: prompts whose correct minus wrong answer is traced.
+      neuron_of: (layer, feature) -> the neuron that it matches; other features match none.
     """
 
     def named(node: Node) -> Node:
         layer, position, index = node
-        return (layer, position, neuron_of.get((layer, index), _UNKNOWN + index)) if index >= 0 else node
+        return (layer, position, neuron_of.get((layer, index), _UNMATCHED + index)) if index >= 0 else node
 
     rows = []
     for prompt in prompts:
@@ -84,7 +84,7 @@ def judge_edges(
 
 
 def _scores(found: Edges, known: Edges) -> tuple[float, float, float, float]:
-    """Error, AUROC, precision and recall of one graph."""
+    """Return error, AUROC, precision and recall of one graph."""
     every = (dict.fromkeys([*getattr(known, side), *getattr(found, side)]) for side in ("sources", "targets"))
     sources, targets = map(tuple, every)
     weight_NxM = aligned(known, sources, targets)

@@ -1,11 +1,11 @@
 """A transformer described by what its parts read and write, in named directions of the residual stream.
 
-    embedding of a word or position      which directions, how much of each
-    head                                 looks at keys that fit its query, and moves directions from there to here
+    embedding of a word or position      an amount of each of some directions
+    head                                 attends to keys that match its query, and moves directions from there to here
     neuron                               relu(what it reads + bias), times what it writes
     logit of a word                      what it reads
 
-Nothing else is there, so every path from a word to a logit is known, and ``edges`` says what goes along it.
+There is nothing else, so every path from a word to a logit is known; ``edges`` computes what each path carries.
 """
 
 import dataclasses
@@ -15,36 +15,32 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 START = "<s>"  # the first word of every text
-_SURE = 240.0  # by how much a head's score for its key exceeds others': their weights are 0 in fp32
+_MATCH = 240.0  # score of a matching key: the softmax weights of all others are 0 in fp32
 
 Directions = Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A head. Where no key fits its query it looks at the first word, from which it must move nothing.
+    """An attention head. Where no key matches its query it attends to the first word and must move nothing from there.
 
     Attributes:
-      looks: pairs of directions, of a query and of the keys that fit it; "" is every query.
-      moves: pairs of directions, read where it looks and written where it stands.
-      given: what ``scores`` is, in place of ``looks``.
-      amounts: how much of each move is written; empty: all of it.
+      looks: pairs of directions, of a query and of the keys that match it; "" is every query.
+      moves: pairs of directions: read at the key's position and written at the query's.
     """
 
     looks: tuple[tuple[str, str], ...]
     moves: tuple[tuple[str, str], ...]
-    given: tuple[tuple[str, str, float], ...] = ()
-    amounts: tuple[float, ...] = ()
 
     @property
     def scores(self) -> tuple[tuple[str, str, float], ...]:
-        """What is added to the score of a query and a key that have these directions."""
-        return self.given or (*((query, key, _SURE) for query, key in self.looks), ("", START, _SURE / 2))
+        """Scores added where the query has the first and the key the second direction."""
+        return (*((query, key, _MATCH) for query, key in self.looks), ("", START, _MATCH / 2))
 
 
 @dataclasses.dataclass(frozen=True)
 class Neuron:
-    """A neuron: relu(bias + reads) of ``writes``."""
+    """A neuron: writes relu(bias + reads) of its directions."""
 
     name: str
     reads: Directions
@@ -54,7 +50,7 @@ class Neuron:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Heads, which act together, and neurons, which see what these moved."""
+    """Heads, which act in parallel, followed by neurons."""
 
     heads: tuple[Head, ...] = ()
     neurons: tuple[Neuron, ...] = ()
@@ -62,13 +58,13 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class HandSet:
-    """A transformer set by hand.
+    """A transformer with weights set by hand.
 
     Attributes:
       words: word -> its embedding; the first is ``START``.
-      positions: embedding of each position, the first word's first.
-      layers: from the first.
-      logits: word -> what its logit reads; that of others is 0.
+      positions: embedding of each position.
+      layers: the layers in order.
+      logits: word -> what its logit reads; the logits of other words are 0.
     """
 
     words: Mapping[str, Directions]
@@ -78,16 +74,15 @@ class HandSet:
 
     @functools.cached_property
     def directions(self) -> tuple[str, ...]:
-        """Names of all directions."""
+        """Names of all directions, in the order of their first use."""
         every: list[Iterable[str]] = [*self.words.values(), *self.positions, *self.logits.values()]
         for layer in self.layers:
-            pairs = [(*head.looks, *head.moves, *(one[:2] for one in head.given)) for head in layer.heads]
-            every += [dict.fromkeys(pair) for own in pairs for pair in own]
+            every += [dict.fromkeys(pair) for head in layer.heads for pair in (*head.looks, *head.moves)]
             every += [part for neuron in layer.neurons for part in (neuron.reads, neuron.writes)]
         return tuple(name for name in dict.fromkeys(name for part in every for name in part) if name)
 
     def vectors(self, parts: Sequence[Directions]) -> np.ndarray:
-        """Coordinates of N parts in the named directions, float64 [N, J]."""
+        """Return the coordinates of N parts in the named directions, float64 [N, J]."""
         place = {name: index for index, name in enumerate(self.directions)}
         found_NxJ = np.zeros((len(parts), len(place)))
         for row, part in enumerate(parts):
@@ -97,24 +92,24 @@ class HandSet:
 
     @property
     def width(self) -> int:
-        """Neurons of the layer that has most."""
+        """Number of neurons of the widest layer."""
         return max(len(layer.neurons) for layer in self.layers)
 
     def ids(self, text: str) -> np.ndarray:
-        """Numbers of a text's words, with ``START`` before them, [T]."""
+        """Return the ids of a text's words with ``START`` before them, [T]."""
         number = {word: index for index, word in enumerate(self.words)}
         return np.array([number[word] for word in (START, *text.split())])
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """What a transformer set by hand does with a text, in float64.
+class HandSetRun:
+    """A run on one text, in float64.
 
     Attributes:
-      start_TxJ: the stream entering layer 0.
-      moves: of each layer's heads, how much each position gets of each other, [T, S], and moved directions [J, J].
-      acts: of each layer's neurons [T, F].
-      logits_V: at the last position.
+      start_TxJ: the residual stream entering layer 0.
+      moves: for each head of each layer its attention weights [T, S] and the map of moved directions [J, J].
+      acts: activations of each layer's neurons, [T, F].
+      logits_V: logits at the last position.
     """
 
     start_TxJ: np.ndarray
@@ -123,8 +118,8 @@ class Known:
     logits_V: np.ndarray
 
 
-def run(model: HandSet, text: str) -> Known:
-    """Runs a text through what the description says, in float64 and in named directions."""
+def run(model: HandSet, text: str) -> HandSetRun:
+    """Run a text through the description, in float64 and in named directions."""
     ids_T = model.ids(text)
     start_TxJ = stream_TxJ = (
         model.vectors(list(model.words.values()))[ids_T] + model.vectors(model.positions)[: len(ids_T)]
@@ -140,11 +135,11 @@ def run(model: HandSet, text: str) -> Known:
         acts.append(np.maximum(stream_TxJ @ reads_FxJ.T + bias_F[None], 0))
         stream_TxJ = stream_TxJ + acts[-1] @ writes_FxJ
     logits_VxJ = model.vectors([model.logits.get(word, {}) for word in model.words])
-    return Known(start_TxJ, tuple(moves), tuple(acts), logits_VxJ @ stream_TxJ[-1])
+    return HandSetRun(start_TxJ, tuple(moves), tuple(acts), logits_VxJ @ stream_TxJ[-1])
 
 
 def _attention(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> np.ndarray:
-    """How much each position looks at each, [T, S]."""
+    """Return a head's attention weights, [T, S]."""
     scores = head.scores
     query_TxN = stream_TxJ @ model.vectors([{query: 1.0} if query else {} for query, _, _ in scores]).T
     query_TxN += np.array([not query for query, _, _ in scores])[None]
@@ -155,6 +150,6 @@ def _attention(model: HandSet, head: Head, stream_TxJ: np.ndarray) -> np.ndarray
 
 
 def _moved(model: HandSet, head: Head) -> np.ndarray:
-    """Directions read to directions written, [J, J]."""
+    """Return the map from directions read to directions written, [J, J]."""
     read_NxJ, written_NxJ = (model.vectors([{pair[side]: 1.0} for pair in head.moves]) for side in (0, 1))
-    return (read_NxJ * np.array(head.amounts or [1.0] * len(head.moves))[:, None]).T @ written_NxJ
+    return read_NxJ.T @ written_NxJ

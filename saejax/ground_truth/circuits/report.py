@@ -1,4 +1,4 @@
-"""The report on transformers that are set by hand: what of their circuits is found, and with which transcoders."""
+"""The report's section on transformers set by hand: what graphs and causal tests recover."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,66 +9,65 @@ from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent, significant
 
-_EDGE = 1e-5  # largest error of an edge
+_EDGE = 1e-5  # largest relative error of an edge
 _ABOUT = {
-    "chain": "Features are passed on by known weights from layer to layer, some past one, and from the word before.",
-    "induction": "The word that came after this one before: a head finds it, and neurons above it say which it is.",
-    "pattern": "Whether the last three words are a, b and c: a program compiled by Tracr.",
-    "logic": "A function of two of sixteen bits, which the last word names; other pairs are worked out for nothing.",
+    "chain": "Features are passed on by known weights, some past a layer, and from the word before.",
+    "induction": "The word that followed this one before: a head finds it, and neurons of the layer above name it.",
+    "logic": "A function of two of sixteen bits, which the last word asks for; other pairs are computed for nothing.",
 }
 _SETS = {
     EXACT: "exact",
     TRAINED: "trained",
-    UNTRAINED: "hardly trained",
-    WRONG: "exact, decoders of other neurons",
+    UNTRAINED: "almost untrained",
+    WRONG: "exact, decoders permuted",
     RANDOM: "random",
 }
-_EDGES = ("Transcoders", "Neurons, %", "Edges off by", "AUROC", "Precision", "Recall", "Not by errors, %")
+_EDGES = ("Transcoders", "Neurons, %", "Edge error", "AUROC", "Precision", "Recall", "Replacement score, %")
 _CAUSAL = (
     "Transcoder",
-    "Carried over, %",
+    "Interchange, %",
     "Random, %",
-    "Lost, %",
-    "Others lose, %",
-    "Claimed",
-    "And carried over",
-    "Idle claimed",
+    "Accuracy drop, %",
+    "Others' drop, %",
+    "Ablation effect",
+    "And interchange",
+    "Idle variables",
     "Probes, %",
     "Shuffled, %",
 )
 _EDGE_NOTE = (
-    "Neurons: share that have a feature with a cosine above 0.9. Edges off by: largest difference between an edge and "
-    "the products of weights along its paths, over the largest edge. AUROC: of the size of edges as a sign of which "
-    "pairs of neurons, words and the logit have one. Precision and recall: of the edges that lead to the logit, each "
-    "at least 1 % of its target's largest. Not by errors: influence that goes through no error. 95 % t intervals over "
-    "prompts."
+    "Neurons: share with a feature of cosine above 0.9. Edge error: largest difference between an edge and the "
+    "products of weights along its paths, relative to the largest edge. AUROC: edge size as a predictor of which "
+    "pairs of neurons, words and the logit have an edge. Precision and recall: of the edges that lead to the logit, "
+    "each at least 1 % of its target's largest. Replacement score: influence that passes through no error node. 95 % "
+    "t intervals over prompts."
 )
 _CAUSAL_NOTE = (
-    "Carried over: prompts whose answer becomes the counterpart's when the top features do (interchange accuracy), "
-    "beside as many matched random features; Wilson intervals. Lost: accuracy without the top features, mean over "
-    "behaviours; others lose: the largest loss of a behaviour that the features were not chosen for. Claimed: "
-    "behaviours of which the rule says that removing the features costs them, beyond matched ones; idle claimed: the "
-    "same of features of a variable that no answer depends on. Of any directions some do more harm than others, so "
-    "this may be true of those of a random transcoder, too. And carried over: of the claimed those most of whose "
-    "answers are carried over, beyond matched features; only of these may it be said that the features stand for the "
-    "variable. DAS: a subspace of as many dimensions, learned on train pairs, beside a random one. Probes: test "
-    "prompts whose variables a linear probe reads off the features; a probe reads idle ones, too."
+    "Interchange: prompts whose answer becomes the counterpart's when the top features are patched from it "
+    "(interchange accuracy), and the same of as many matched random features; Wilson intervals. Accuracy drop: when "
+    "the top features are ablated, mean over behaviours; others' drop: the largest of a behaviour that the features "
+    "were not selected for. Ablation effect: behaviours on which ablating the features has more effect than ablating "
+    "matched ones; idle variables: the same for features of a variable that no answer depends on. Some directions "
+    "always have more effect than others, so a random transcoder may pass this test. And interchange: of these, "
+    "behaviours in which patching carries most answers over, more than matched features do; only then do the "
+    "features represent the variable. DAS: a subspace of as many dimensions, learned on train pairs, and a random "
+    "one. Probes: accuracy of linear probes of the variables on test prompts; probes read idle variables, too."
 )
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """The transformers that are set by hand; no section if there are none."""
+    """Return a section on the transformers set by hand; none if there are none."""
     units = found.each(KnownCircuitResults)
     return [section(units)] if units else []
 
 
 def section(units: Mapping[str, KnownCircuitResults]) -> Section:
-    """What was found of each, by name."""
+    """Return the section, with two tables for each transformer."""
     verdict = line(units)
     intro = (
-        "These transformers are set by hand: every weight is known, and so is every path from a word to an answer. "
-        "They are run, traced and tested by the code that judges language models, with transcoders that are exact and "
-        "with others to compare with."
+        "The weights of these transformers are set by hand, so every path from a word to an answer is known. They "
+        "are run, traced and tested by the code for language models, with exact transcoders and with others for "
+        "comparison."
     )
     blocks: list[Block] = [Text(verdict, strong=True), Text(intro), Terms(tuple(_terms(units)))]
     for name, results in units.items():
@@ -87,11 +86,11 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
         if causal:
             causal += _das_rows(ordered[EXACT].causal)
             blocks.append(Table(f"{name}: causal tests", _CAUSAL, causal, stack=False, note=_CAUSAL_NOTE))
-    return Section("Circuits that are known to be there", tuple(blocks), lead=verdict)
+    return Section("Known circuits", tuple(blocks), lead=verdict)
 
 
 def holds(results: KnownCircuitResults) -> bool:
-    """Whether with exact transcoders all that is known was found, and nothing else."""
+    """Return whether exact transcoders recover everything that is known, and nothing else."""
     exact = results.sets[EXACT]
     edges, causal = exact.edges, exact.causal
     found = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
@@ -102,7 +101,7 @@ def holds(results: KnownCircuitResults) -> bool:
 
 
 def line(units: Mapping[str, KnownCircuitResults]) -> str:
-    """The verdict in a sentence or two."""
+    """Return the verdict in a sentence or two."""
     right = [name for name, results in units.items() if holds(results)]
     worst = max(results.sets[EXACT].edges.error for results in units.values())
     answer = "YES" if len(right) == len(units) else "NO"
@@ -115,17 +114,17 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
     ]
     learned = [results.sets[TRAINED].edges.auroc.mean for results in units.values() if TRAINED in results.sets]
     said = (
-        f"Does the method find circuits that are known? {answer}, with exact transcoders: {len(right)} of {len(units)} "
-        f"hand-set transformers are read without a fault, edges off by at most {significant(worst, 2)}"
+        f"Are known circuits recovered? {answer}, with exact transcoders: {len(right)} of {len(units)} hand-set "
+        f"transformers are recovered exactly, with edge errors of at most {significant(worst, 2)}"
     )
     said += f"; not {failed}." if failed else "."
     if wrong:
         shown, claimed = (sum(getattr(one, of) or 0 for one in wrong) for of in ("shown", "claimed"))
         said += (
-            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with wrong, random and hardly trained "
-            f"transcoders {claimed} pass the test by removal, {shown} that and interchange."
+            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with permuted, random and almost untrained "
+            f"transcoders {claimed} pass the ablation test, {shown} ablation and interchange."
         )
-    return f"{said} With trained ones the AUROC of edges is {number(min(learned), 3)} or more." if learned else said
+    return f"{said} With trained ones the AUROC of edges is at least {number(min(learned), 3)}." if learned else said
 
 
 def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]]:
@@ -133,7 +132,7 @@ def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]
         yield (
             name,
             f"{_ABOUT[name]} {results.layers} layers, {results.neurons} neurons, {results.circuit:.0f} edges in a "
-            f"circuit; right on {percent(results.accuracy)} of its prompts, logits off by "
+            f"circuit; accuracy {percent(results.accuracy)}, largest relative error of its logits "
             f"{significant(results.logit_error, 2)}.",
         )
 
@@ -167,7 +166,7 @@ def _causal_row(name: str, causal: CausalScores) -> tuple[str, ...]:
 
 
 def _das_rows(exact: CausalScores | None) -> tuple[tuple[str, ...], ...]:
-    """The subspace that was learned, which needs no transcoder."""
+    """Return the row of the learned subspace, which needs no transcoder."""
     if exact is None or exact.das is None or exact.das_random is None:
         return ()
     blank = ("",) * (len(_CAUSAL) - 3)

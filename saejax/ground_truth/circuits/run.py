@@ -1,14 +1,13 @@
-"""The stage ``known_circuits``: a transformer is set by hand, and attribution graphs and causal stages judge it.
+"""The stage ``known_circuits``: attribution graphs and causal stages on a transformer whose weights are set by hand.
 
-Its folder is in the hub's format, and its transcoders in the project's, so that every other binary takes them, too.
+Its folder is in the hub's format and its transcoders are in the project's, so that every other binary takes them, too.
 """
 
 import numpy as np
 
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.errors import Interrupted
-from saejax.ground_truth.circuits.cases.case import Case
-from saejax.ground_truth.circuits.catalogue import make_case
+from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
 from saejax.ground_truth.circuits.dictionaries import EXACT, write_sets
 from saejax.ground_truth.circuits.edges import circuit, known_edges
@@ -29,10 +28,10 @@ from saejax.tasks.behaviours import Prompt
 
 
 def run_known_circuits(run: Run) -> KnownCircuitResults:
-    """Writes the transformer ``run.name`` and its transcoders, and compares what is said of it with what is known.
+    """Write the transformer ``run.name`` and its transcoders, and compare graphs and causal tests with the truth.
 
     Raises:
-      Interrupted: asked to stop; transcoders and what a stage has finished are kept.
+      Interrupted: asked to stop; transcoders and finished stages are kept.
     """
     config = run.configs[KnownConfig]
     case = make_case(run.name, config.prompts, config.seed)
@@ -43,7 +42,7 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     judged = {}
     for name, folder in sets.items():
         if run.stopping():
-            raise Interrupted("stopped while transcoders were judged: run the same command to go on")
+            raise Interrupted("stopped while transcoders were tested: run the same command again to continue")
         transcoders = open_transcoders(folder)
         neuron_of, recovered = matched_neurons(case, transcoders, config.seed)
         edges = judge_edges(model, transcoders, case.model, traced, neuron_of)
@@ -69,18 +68,19 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
 
 
 def _traced(case: Case, count: int) -> list[Prompt]:
-    """The first test prompts of each behaviour."""
+    """Return the first test prompts of each behaviour."""
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
     behaviours = dict.fromkeys(prompt.behaviour for prompt in tests)
     return [one for name in behaviours for one in [one for one in tests if one.behaviour == name][:count]]
 
 
 def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
-    """Layer and feature -> the neuron that it stands for, by their decoders; and the share of neurons that have one.
+    """Return (layer, feature) -> the neuron with the matching decoder, and the share of neurons that are recovered.
 
     Args:
-      case, transcoders: what is known, and what is judged.
-      seed: of the transformer's weights.
+      case: the case.
+      transcoders: the transcoders to match.
+      seed: seed of the transformer's weights.
     """
     found: dict[tuple[int, int], int] = {}
     cosines: list[np.ndarray] = []
@@ -95,7 +95,7 @@ def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tup
 
 
 def _logit_error(case: Case, model: LanguageModel, prompts: list[Prompt]) -> float:
-    """The largest difference between the transformer's logits and those of its description, over the largest."""
+    """Return the largest difference of the transformer's logits from its description's, relative to the largest."""
     output = model(model.tokenize([prompt.text for prompt in prompts]))
     assert output.logits_BxTxV is not None
     logits_BxV = np.asarray(output.logits_BxTxV)[np.arange(len(prompts)), output.tokens.last_B]

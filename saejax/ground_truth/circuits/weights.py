@@ -1,8 +1,8 @@
-"""The weights of a transformer that is set by hand: GPT-2's architecture with ReLU, and norms that change nothing.
+"""The weights of a transformer set by hand: GPT-2's architecture with ReLU, and layer norms without effect.
 
-Named directions become orthonormal vectors, drawn at random among those whose entries sum to 0, so that no dimension of
-the stream means anything by itself and subtracting the mean, as a layer norm does, leaves the stream as it is. Dividing
-by the deviation is undone: with an epsilon of 2^32 and a gain of 2^16 the factor is 1 to the last bit of fp32.
+Named directions become random orthonormal vectors whose entries sum to 0, so that no single dimension of the stream has
+a meaning, and subtracting the mean, as a layer norm does, has no effect. Dividing by the standard deviation is undone:
+with an epsilon of 2^32 and a gain of 2^16 the factor is 1 to the last bit of fp32.
 """
 
 import math
@@ -13,11 +13,11 @@ import numpy as np
 from saejax.ground_truth.circuits.handset import HandSet, Head
 
 _EPSILON, _GAIN = 2.0**32, 2.0**16
-SILENT = -1.0  # bias of neurons that fill a layer up
+SILENT = -1.0  # bias of neurons that pad a layer
 
 
 def frame(model: HandSet, seed: int) -> np.ndarray:
-    """The vector of each named direction, float64 [J, D]."""
+    """Return the vector of each named direction, float64 [J, D]."""
     width = _shape(model)[2]
     rng = np.random.default_rng(seed)
     drawn_DxD = np.concatenate([np.ones((width, 1)), rng.normal(size=(width, width - 1))], axis=1)
@@ -25,7 +25,7 @@ def frame(model: HandSet, seed: int) -> np.ndarray:
 
 
 def _shape(model: HandSet) -> tuple[int, int, int]:
-    """Heads of a layer, width of each, width of the stream."""
+    """Return the number of heads of a layer, the width of each, and the width of the stream."""
     heads = [head for layer in model.layers for head in layer.heads]
     count = max(max(len(layer.heads) for layer in model.layers), 1)
     least = max((max(len(head.scores), len(head.moves)) for head in heads), default=1)
@@ -34,7 +34,7 @@ def _shape(model: HandSet) -> tuple[int, int, int]:
 
 
 def neuron_arrays(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, np.ndarray]:
-    """What a layer's neurons read, add and write in a frame, named as a dictionary's arrays; F is ``model.width``."""
+    """Return a layer's neurons in a frame, under the names of a dictionary's arrays; F is ``model.width``."""
     neurons = model.layers[layer].neurons
     silent = model.width - len(neurons)
     reads_FxJ = model.vectors([*(neuron.reads for neuron in neurons), *[{}] * silent])
@@ -48,7 +48,7 @@ def neuron_arrays(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str
 
 
 def checkpoint(model: HandSet, seed: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The fields of ``config.json`` and the tensors of GPT-2's checkpoint, float64."""
+    """Return the fields of ``config.json`` and the tensors of GPT-2's checkpoint, float64."""
     frame_JxD = frame(model, seed)
     count, _, width = _shape(model)
     norm = dict(weight=np.full(width, _GAIN), bias=np.zeros(width))
@@ -79,7 +79,7 @@ def checkpoint(model: HandSet, seed: int) -> tuple[dict[str, Any], dict[str, np.
 
 
 def _attention(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, np.ndarray]:
-    """GPT-2's tensors of a layer's attention; heads that are left over move nothing."""
+    """Return GPT-2's tensors of a layer's attention; unused heads move nothing."""
     count, d_head, width = _shape(model)
     weight_DxSxHxK, bias_SxHxK = np.zeros((width, 3, count, d_head)), np.zeros((3, count, d_head))
     out_HxKxD = np.zeros((count, d_head, width))
@@ -96,7 +96,7 @@ def _attention(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, n
             weight_DxSxHxK[:, 1, number, place] = score * d_head**0.5 * vector(key)
         for place, (source, target) in enumerate(head.moves):
             weight_DxSxHxK[:, 2, number, place] = vector(source)
-            out_HxKxD[number, place] = (head.amounts[place] if head.amounts else 1.0) * vector(target)
+            out_HxKxD[number, place] = vector(target)
 
     for number, head in enumerate(model.layers[layer].heads):
         set_head(number, head)

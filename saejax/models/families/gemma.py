@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import FULL, MODULES, SLIDING, WEIGHTS, read_sliding, rms_decoder
+from saejax.models.families.llama import FULL, SLIDING, WEIGHTS, read_sliding, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
-from saejax.models.families.table import Family, Modules, Weight
+from saejax.models.families.table import Family, Weight
 from saejax.models.fields import Fields
 
 
@@ -104,23 +104,17 @@ _GEMMA3 = _LATER | dict(
     sliding_window_pattern=6,
 )
 
-_MODULES = Modules(
-    "model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "pre_feedforward_layernorm"
-)
-
 FAMILIES = {
     "gemma": Family(
         _read_gemma,
         WEIGHTS,
         _SHARED | dict(hidden_act="gelu_pytorch_tanh", num_key_value_heads=16, max_position_embeddings=8192),
-        MODULES,
     ),
-    "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2, _MODULES),
-    "gemma3_text": Family(_read_gemma3_text, _LATER_WEIGHTS, _GEMMA3, _MODULES),
+    "gemma2": Family(_read_gemma2, _LATER_WEIGHTS, _GEMMA2),
+    "gemma3_text": Family(_read_gemma3_text, _LATER_WEIGHTS, _GEMMA3),
     "gemma3": Family(
         _read_gemma3,
         _LATER_WEIGHTS,
         dict(tie_word_embeddings=True),
-        dataclasses.replace(_MODULES, layers="model.language_model.layers"),
     ),
 }

@@ -3,7 +3,7 @@
 import numpy as np
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.table import Family, Modules, View, Weight, expect, linear
+from saejax.models.families.table import Family, View, Weight, expect, linear
 from saejax.models.fields import Fields
 
 
@@ -94,6 +94,5 @@ FAMILIES = {
             scale_attn_by_inverse_layer_idx=False,
             tie_word_embeddings=True,
         ),
-        Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
     ),
 }

@@ -1,7 +1,7 @@
 """GPT-Neo (TinyStories): GPT-2's layers with local attention in some, and scores that are not scaled."""
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.table import Family, Modules, Weight, linear, linear_of_heads
+from saejax.models.families.table import Family, Weight, linear, linear_of_heads
 from saejax.models.fields import Fields
 
 
@@ -75,6 +75,5 @@ FAMILIES = {
             layer_norm_epsilon=1e-5,
             tie_word_embeddings=True,
         ),
-        Modules("transformer.h", "attn", "mlp", "mlp", "ln_2"),
     ),
 }

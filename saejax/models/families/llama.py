@@ -5,7 +5,7 @@ from typing import Any, TypedDict
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.rotary import read_rope
-from saejax.models.families.table import Family, Modules, Weight, linear, linear_of_heads, vector
+from saejax.models.families.table import Family, Weight, linear, linear_of_heads, vector
 from saejax.models.fields import Fields
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -20,8 +20,8 @@ def rms_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfi
       differences: fields of ``DecoderConfig`` in which this family differs from Llama.
     """
     n_heads, context = fields.size("num_attention_heads"), fields.size("max_position_embeddings")
-    given = "head_dim" in fields
-    d_head = fields.size("head_dim") if given else fields.quotient("hidden_size", "num_attention_heads")
+    has_head_dim = "head_dim" in fields
+    d_head = fields.size("head_dim") if has_head_dim else fields.quotient("hidden_size", "num_attention_heads")
     shared: dict[str, Any] = dict(
         n_layers=fields.size("num_hidden_layers"),
         d_model=fields.size("hidden_size"),
@@ -141,21 +141,17 @@ _QWEN = _SHARED | dict(
     max_window_layers=28,
     use_sliding_window=False,
 )
-MODULES = Modules("model.layers", "self_attn", "mlp", "mlp", "post_attention_layernorm")
-
 FAMILIES = {
     "llama": Family(
         _read_llama,
         WEIGHTS,
         _SHARED | dict(max_position_embeddings=2048, attention_bias=False, mlp_bias=False),
-        MODULES,
     ),
     "mistral": Family(
         _read_mistral,
         WEIGHTS,
         _SHARED | dict(num_key_value_heads=8, max_position_embeddings=131_072, sliding_window=4096),
-        MODULES,
     ),
-    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN, MODULES),
-    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False), MODULES),
+    "qwen2": Family(_read_qwen2, WEIGHTS, _QWEN),
+    "qwen3": Family(_read_qwen3, WEIGHTS, _QWEN | dict(head_dim=128, attention_bias=False)),
 }

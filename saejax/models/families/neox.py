@@ -1,14 +1,12 @@
 """GPT-NeoX (Pythia) and Phi: layer norms, a rotary embedding of part of each head, a plain MLP, parallel layers."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.llama import MODULES
 from saejax.models.families.rotary import read_rope
-from saejax.models.families.table import Family, Modules, View, Weight, expect, linear, linear_of_heads, vector
+from saejax.models.families.table import Family, View, Weight, expect, linear, linear_of_heads, vector
 from saejax.models.fields import Fields
 
 
@@ -145,12 +143,10 @@ FAMILIES = {
         _read_gpt_neox,
         _NEOX_WEIGHTS,
         _SHARED | dict(hidden_act="gelu", attention_bias=True, use_parallel_residual=True),
-        Modules("gpt_neox.layers", "attention", "mlp", "mlp", "post_attention_layernorm"),
     ),
     "phi": Family(
         _read_phi,
         _PHI_WEIGHTS,
         _SHARED | dict(hidden_act="gelu_new", qk_layernorm=False),
-        dataclasses.replace(MODULES, mid=None),
     ),
 }

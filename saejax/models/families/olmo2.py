@@ -2,7 +2,7 @@
 
 from saejax.models.config import DecoderConfig
 from saejax.models.families.llama import WEIGHTS, rms_decoder
-from saejax.models.families.table import Family, Modules, Weight, vector
+from saejax.models.families.table import Family, Weight, vector
 from saejax.models.fields import Fields
 
 
@@ -38,6 +38,5 @@ FAMILIES = {
             attention_bias=False,
             tie_word_embeddings=False,
         ),
-        Modules("model.layers", "post_attention_layernorm", "mlp", "post_feedforward_layernorm", "mlp"),
     ),
 }

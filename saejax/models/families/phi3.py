@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import MODULES, WEIGHTS, read_sliding_everywhere, rms_decoder
+from saejax.models.families.llama import WEIGHTS, read_sliding_everywhere, rms_decoder
 from saejax.models.families.rotary import make_rope, rope_object
 from saejax.models.families.table import Family, View, Weight, expect
 from saejax.models.fields import Fields
@@ -100,6 +100,5 @@ FAMILIES = {
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
         ),
-        MODULES,
     ),
 }

@@ -1,7 +1,7 @@
 """Qwen 3's mixtures of experts: Qwen 3 with a router and experts in place of each MLP."""
 
 from saejax.models.config import DecoderConfig
-from saejax.models.families.llama import MODULES, WEIGHTS, read_sliding_everywhere, rms_decoder
+from saejax.models.families.llama import WEIGHTS, read_sliding_everywhere, rms_decoder
 from saejax.models.families.table import Family, Weight, linear
 from saejax.models.fields import Fields
 
@@ -58,6 +58,5 @@ FAMILIES = {
             norm_topk_prob=False,
             tie_word_embeddings=False,
         ),
-        MODULES,
     ),
 }

@@ -135,10 +135,11 @@ def _yarn_scaling(rope: Fields, factor: float) -> float:
     def mscale(strength: float) -> float:
         return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
-    given, one, other = (rope.number_or_null(name) for name in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return given
-    return mscale(one) / mscale(other) if one and other else mscale(1.0)
+    scaling = rope.number_or_null("attention_factor")
+    if scaling is not None:
+        return scaling
+    numerator, denominator = (rope.number_or_null(name) for name in ("mscale", "mscale_all_dim"))
+    return mscale(numerator) / mscale(denominator) if numerator and denominator else mscale(1.0)
 
 
 _KINDS: dict[str, _Kind] = {

@@ -3,7 +3,7 @@
 import dataclasses
 
 from saejax.models.config import DecoderConfig, Rope
-from saejax.models.families.llama import FULL, MODULES, SLIDING, WEIGHTS, rms_decoder
+from saejax.models.families.llama import FULL, SLIDING, WEIGHTS, rms_decoder
 from saejax.models.families.rotary import read_rope
 from saejax.models.families.table import Family
 from saejax.models.fields import Fields
@@ -52,6 +52,5 @@ FAMILIES = {
             mlp_bias=False,
             tie_word_embeddings=True,
         ),
-        MODULES,
     ),
 }

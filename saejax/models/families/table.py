@@ -1,4 +1,4 @@
-"""Descriptions of model families: a reader of the configuration, and the names of weights and sites."""
+"""Descriptions of model families: a reader of the configuration, and the names of weights."""
 
 import dataclasses
 import math
@@ -56,25 +56,6 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Modules:
-    """Modules of a family's transformers model at which sites are computed, for capture by hooks.
-
-    Attributes:
-      layers: path from the model to its layers; the others start at a layer.
-      attn_out, mlp_out: modules whose output is added to the stream.
-      mlp: module that reads ``mlp_in``.
-      mid: module that reads the stream between attention and MLP; None if there is none, because both are added at
-        once.
-    """
-
-    layers: str
-    attn_out: str
-    mlp: str
-    mlp_out: str
-    mid: str | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Family:
     """Description of one ``model_type``.
 
@@ -82,10 +63,8 @@ class Family:
       read_config: from the fields of its ``config.json``.
       weights: the place of every parameter of ``parameters.parameter_table``.
       defaults: what transformers takes for fields that are absent.
-      modules: where its PyTorch model has the values of sites.
     """
 
     read_config: Callable[[Fields], DecoderConfig]
     weights: Mapping[str, Weight]
     defaults: Mapping[str, Any]
-    modules: Modules

@@ -1,5 +1,5 @@
-// The list of graphs, the form that traces a prompt, and the choice of two to compare. What is typed stands in the
-// address, so that reloading the page keeps it.
+// The list of graphs, and the form that traces a prompt. What is typed stands in the address, so that reloading the
+// page keeps it.
 
 const given = JSON.parse(document.getElementById("page-data").textContent);
 const at = (id) => document.getElementById(id);
@@ -27,21 +27,11 @@ at("trace").onsubmit = async (event) => {
   if (found) location.assign(found.address);
 };
 
-const ticked = () => [...document.querySelectorAll("#graphs input:checked")].map((box) => box.value);
-const showTicked = () => {
-  at("compare-ticked").disabled = ticked().length !== 2;
-};
 at("graphs").replaceChildren(
   ...given.graphs.map((graph) => {
-    const box = element("input", { type: "checkbox", value: graph.id, onchange: showTicked, "aria-label": `Compare ${graph.id}` });
     const link = element("a", { href: graph.address }, graph.id);
     const texts = [element("div", {}, graph.prompt), element("small", {}, graph.about)];
-    return element("li", {}, box, element("div", {}, link, texts));
+    return element("li", {}, element("div", {}, link, texts));
   }),
 );
-at("compare").onsubmit = (event) => {
-  event.preventDefault();
-  const [a, b] = ticked();
-  location.assign(`compare?${new URLSearchParams({ a, b })}`);
-};
-showTicked();
+at("problems").replaceChildren(...given.problems.map((problem) => element("li", {}, problem)));

@@ -21,5 +21,5 @@ def traced(lm, request):
     skip = request.param == "skip"
     transcoders = made_set(lm, kind="jumprelu" if skip else request.param, skip=skip)
     targets = [7, 9, (7, 11), Direction(np.eye(lm.config.d_model)[3], layer=2, position=4)]
-    graph, replacement, readouts = trace_prompt(lm, LayerTranscoders.of(transcoders), IDS, targets=targets)
-    return replacement, transcoders, readouts, graph
+    graph, local, readouts = trace_prompt(lm, LayerTranscoders.of(transcoders), IDS, targets=targets)
+    return local, transcoders, readouts, graph

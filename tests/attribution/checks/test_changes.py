@@ -8,11 +8,11 @@ import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.checks import interventions
-from saejax.attribution.checks.changes import ablate, features_of, matched, moved, scale, set_to, steer, swap
-from saejax.attribution.checks.interventions import intervene
+from saejax.attribution.checks.changes import ablate, features_of, matched, scale, set_to, steer
 from saejax.attribution.graph.nodes import TOKEN, Nodes
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local import edits
+from saejax.attribution.local.edits import Change
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction, read_targets
@@ -27,8 +27,8 @@ TARGETS = [7, (9, 11)]
 class Setting:
     """A prompt, its graph and another prompt, and the model in PyTorch with its transcoders' arrays."""
 
-    here: Replacement
-    there: Replacement
+    here: LocalModel
+    there: LocalModel
     transcoders: list
     readouts: object
     graph: object
@@ -92,7 +92,7 @@ def setting(tiny_llama, one_device):
     transcoders = made_set(lm, kind="topk")
     opened = LayerTranscoders.of(transcoders)
     graph, here, readouts = trace_prompt(lm, opened, IDS, targets=TARGETS)
-    there = Replacement.of(lm, opened, np.array(OTHER))
+    there = LocalModel(lm, opened, np.array(OTHER))
     torch_model = source.load_torch_model(lm.source, "float32").double()
     return Setting(here, there, transcoders, readouts, graph, torch_model)
 
@@ -102,7 +102,7 @@ def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):
     groups = [np.arange(0, 40, 3), np.arange(len(here.active)), np.array([7])]
     rows = [ablate(features_of(graph, group)) for group in groups]
     every_A = np.arange(len(here.active))
-    changed = intervene(here, rows, setting.readouts, every_A, hold="all")
+    changed = here.run(rows, "all", readouts=setting.readouts, features=every_A)
     after_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1).astype(np.float64)
     moved_RxT = after_RxT - np.concatenate([here.active.value_A, setting.readouts.value_K])
     edges_RxT = np.stack([graph.adjacency_RxS[:, group].sum(axis=1, dtype=np.float64) for group in groups])
@@ -113,9 +113,14 @@ def test_with_all_held_ablation_takes_the_sum_of_the_edges_away(setting):
 
 def test_with_nothing_held_the_model_runs_as_with_hooks_in_torch(setting):
     here, group = setting.here, setting.group()
-    rows = [ablate(group), scale(group, -1.5), set_to(group, np.linspace(0, 2, len(group))), swap(here, setting.there)]
-    rows += [swap(here, here)]
-    ours_RxK = intervene(here, rows, setting.readouts).readout_RxK
+    # A swap: what is active here is ablated, and what is active in the other prompt is set at aligned positions.
+    theirs, shift = setting.there.active, len(OTHER) - len(IDS)
+    keys = zip(theirs.layer_A, theirs.position_A - shift, theirs.feature_A, theirs.value_A, strict=True)
+    fresh = {tuple(map(int, key[:3])): Change(*map(int, key[:3]), float(key[3])) for key in keys if key[1] > 0}
+    own = {change[:3]: change for change in ablate(features_of(setting.graph, np.arange(len(here.active))))}
+    rows = [ablate(group), scale(group, -1.5), set_to(group, np.linspace(0, 2, len(group))), [*(own | fresh).values()]]
+    rows += [scale(group, 1.0)]
+    ours_RxK = here.run(rows, readouts=setting.readouts).readout_RxK
     for row, ours_K in zip(rows[:4], ours_RxK, strict=False):
         wanted_K = setting.plain(setting.making(row))
         assert np.abs(wanted_K - setting.readouts.value_K).max() > 0.01
@@ -126,10 +131,10 @@ def test_with_nothing_held_the_model_runs_as_with_hooks_in_torch(setting):
 def test_above_the_last_held_layer_the_model_runs_freely(setting):
     here, row, until = setting.here, ablate(setting.group(2, 24)), 2
     assert {change.layer for change in row} == {0, 1, 2, 3}
-    ways = {u: intervene(here, [row], setting.readouts, hold="all", hold_until=u).readout_RxK[0] for u in range(5)}
-    ways |= {hold: intervene(here, [row], setting.readouts, hold=hold).readout_RxK[0] for hold in ("nothing", "all")}
-    np.testing.assert_array_equal(ways[0], ways["nothing"])
-    np.testing.assert_allclose(ways[1], ways["nothing"], atol=5e-6)  # nothing has changed when layer 0 runs
+    ways = {u: here.run([row], "all", readouts=setting.readouts, freeze_until=u).readout_RxK[0] for u in range(5)}
+    ways |= {freeze: here.run([row], freeze, readouts=setting.readouts).readout_RxK[0] for freeze in ("none", "all")}
+    np.testing.assert_array_equal(ways[0], ways["none"])
+    np.testing.assert_allclose(ways[1], ways["none"], atol=5e-6)  # nothing has changed when layer 0 runs
     assert all(np.abs(ways[u] - ways[v]).max() > 1e-3 for u, v in ((1, 2), (2, 3), (3, 4), (4, "all")))
     # The stream that enters layer 2 is the prompt's and what all changes below add to it, number by number.
     width = here.model.config.d_model
@@ -139,47 +144,19 @@ def test_above_the_last_held_layer_the_model_runs_freely(setting):
         for axis_D in np.eye(width, dtype=np.float32)
     ]
     below = [change for change in row if change.layer < until]
-    entering_TxD = intervene(here, [below], read_targets(here, axes, 10, 0.95), hold="all").readout_RxK
+    entering_TxD = here.run([below], "all", readouts=read_targets(here, axes, 10, 0.95)).readout_RxK
     entering = until, entering_TxD.reshape(len(IDS), width).astype(np.float64)
     np.testing.assert_allclose(ways[until], setting.plain(setting.making(row, until), entering), atol=2e-5)
-
-
-def test_a_swap_gives_features_the_other_prompts_activations(setting):
-    here, there = setting.here, setting.there
-    assert swap(here, here) == scale(features_of(setting.graph, np.arange(len(here.active))), 1.0)
-    dense = [np.zeros((4, len(ids), 48)) for ids in (IDS, OTHER)]
-    for one, into_LxPxF in zip((here, there), dense, strict=True):
-        into_LxPxF[one.active.layer_A, one.active.position_A, one.active.feature_A] = one.active.value_A
-    own_LxPxF, theirs_LxPxF = dense[0], dense[1][:, 2:]  # aligned from the end
-    either_LxPxF = (own_LxPxF != 0) | (theirs_LxPxF != 0)
-    either_LxPxF[:, 0] = False
-    wanted = [(*map(int, key), float(theirs_LxPxF[tuple(key)])) for key in np.argwhere(either_LxPxF)]
-    assert [tuple(change) for change in swap(here, there)] == wanted
-    fresh = [change for change in wanted if not own_LxPxF[change[:3]]]
-    assert fresh and len({change[1] for change in wanted}) == 5 and any(change[3] == 0 for change in wanted)
-
-
-def test_a_swap_the_other_way_round_leaves_positions_without_a_counterpart(setting):
-    # The longer prompt runs: its positions 1 and 2 would be the shorter one's -1 and 0.
-    assert {change.position for change in swap(setting.there, setting.here)} == {3, 4, 5, 6, 7}
-    first = setting.group()[:1]
-    at_two = dataclasses.replace(first, position_N=np.array([2], np.int32))
-    with pytest.raises(UserError, match="position 2 has no counterpart in the other prompt, of 6 tokens: expected 3"):
-        swap(setting.there, setting.here, at_two)
-    theirs = moved(first, setting.there, setting.here)
-    assert theirs.position_N[0] == first.position_N[0] + 2
-    (change,) = swap(setting.there, setting.here, theirs)
-    assert change.value == pytest.approx(first.value_N[0])
 
 
 def test_curves_of_sets_and_of_others_like_them(setting):
     group, value_K = setting.group(), setting.readouts.value_K
     controls = matched(setting.here, group, 3)
-    found = steer(setting.here, [group, *controls], setting.readouts, (-1, 0, 1, 2), hold="all")
+    found = steer(setting.here, [group, *controls], setting.readouts, (-1, 0, 1, 2), freeze="all")
     curve_SxMxK = found.readout_SxMxK
     np.testing.assert_allclose(curve_SxMxK[:, 2], np.tile(value_K, (4, 1)), atol=1e-6)
     for members, curve_MxK in zip((group, *controls), curve_SxMxK, strict=True):
-        places = setting.here.active.places(members.layer_N, members.position_N, members.index_N)
+        places = setting.here.active.find(members.layer_N, members.position_N, members.index_N)
         sum_K = setting.graph.adjacency_RxS[-2:, places].sum(axis=1)
         np.testing.assert_allclose(curve_MxK - value_K, (found.factor_M - 1)[:, None] * sum_K[None], atol=5e-6)
     own, every = keys_of(group), keys_of(features_of(setting.graph, np.arange(len(setting.here.active))))
@@ -209,24 +186,22 @@ def test_random_sets_are_all_different(setting):
 def test_thousands_of_rows_in_one_call_are_those_of_single_calls(setting, monkeypatch):
     here, count = setting.here, len(setting.here.active)
     rows = [ablate(features_of(setting.graph, [node % count])) for node in range(2048)]
-    monkeypatch.setattr(interventions, "_CHUNK", 2**18)  # 512 rows at once
-    together_RxK = intervene(here, rows, setting.readouts).readout_RxK
+    monkeypatch.setattr(edits, "_CHUNK", 2**18)  # 512 rows at once
+    together_RxK = here.run(rows, readouts=setting.readouts).readout_RxK
     assert len(np.unique(together_RxK[:count, 0])) > count / 2
     some = [0, 511, 512, 1999]
-    alone_RxK = intervene(here, [rows[number] for number in some], setting.readouts).readout_RxK
+    alone_RxK = here.run([rows[number] for number in some], readouts=setting.readouts).readout_RxK
     np.testing.assert_allclose(together_RxK[some], alone_RxK, atol=5e-6)
 
 
-def test_bad_input(setting, tiny_llama, one_device):
+def test_bad_input(setting):
     graph, here = setting.graph, setting.here
     with pytest.raises(UserError, match="is of the kind token: features alone can be changed"):
         features_of(graph, [0, graph.slice_of(TOKEN).start])
     with pytest.raises(UserError, match="cannot be set to nan"):
-        intervene(here, [scale(setting.group(), float("nan"))], setting.readouts)
-    with pytest.raises(UserError, match="hold_until is 5: expected a layer, 0 to 3, or 4"):
-        intervene(here, [], setting.readouts, hold="all", hold_until=5)
+        here.run([scale(setting.group(), float("nan"))], readouts=setting.readouts)
+    with pytest.raises(UserError, match="freeze_until is 5: expected a layer, 0 to 3, or 4"):
+        here.run([], "all", readouts=setting.readouts, freeze_until=5)
     with pytest.raises(UserError, match="other active features: expected"):
         matched(here, features_of(graph, np.arange(len(here.active))), 1)
-    with pytest.raises(UserError, match="different models or transcoders"):
-        swap(here, dataclasses.replace(setting.there, model=load_model(str(tiny_llama), mesh=one_device)))
     assert ablate(setting.group(count=0)) == [] and steer(here, [], setting.readouts).readout_SxMxK.size == 0

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 from made_transcoders import IDS
 
-from saejax.attribution.checks.continued import continue_prompt
-from saejax.attribution.checks.edits import Change
-from saejax.attribution.checks.interventions import intervene
+from saejax.attribution.local.edits import Change
 from saejax.errors import UserError
 from saejax.models.tokens import Tokens
 
@@ -16,9 +14,9 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, lm):
 
     from saejax.models import source
 
-    replacement, transcoders, *_ = traced
+    local, transcoders, *_ = traced
     changes = [Change(1, slice(3, None), 3, 2.0), Change(2, 2, 5, 1.5), Change(2, slice(0, 2), 5, 1.0)]
-    found = continue_prompt(replacement, changes, 4)
+    found = local.generate(changes, 4)
     assert found.ids_N.tolist() == found.logits_NxV.argmax(axis=1).tolist() and len(found.ids_N) == 4
     model = source.load_torch_model(lm.source, "float32").double()
 
@@ -43,15 +41,15 @@ def test_a_prompt_is_continued_with_changes_as_with_hooks_in_torch(traced, lm):
 
 
 def test_attention_may_be_held_while_a_prompt_is_continued(traced, lm):
-    replacement, _, readouts, _ = traced
+    local, _, readouts, _ = traced
     row = [Change(0, 2, 3, 4.0), Change(1, 3, 5, 3.0)]
-    free, held = (continue_prompt(replacement, row, 2, hold) for hold in ("nothing", "attention"))
-    for found, hold in ((free, "nothing"), (held, "attention")):
-        wanted_V = intervene(replacement, [row], readouts, hold=hold, logits=True).logits_RxV[0]
+    free, held = (local.generate(row, 2, freeze) for freeze in ("none", "attention"))
+    for found, freeze in ((free, "none"), (held, "attention")):
+        wanted_V = local.run([row], freeze, readouts=readouts).logits_RxV[0]
         np.testing.assert_allclose(found.logits_NxV[0], wanted_V, atol=1e-5)
     assert np.abs(free.logits_NxV[0] - held.logits_NxV[0]).max() > 1e-4
     tokens = Tokens(np.array([IDS], np.int32), np.array([len(IDS)], np.int32))
     (plain,) = lm.generate(tokens, 3)
-    assert continue_prompt(replacement, [], 3, "attention").ids_N.tolist()[: len(plain.ids)] == list(plain.ids)
-    with pytest.raises(UserError, match="hold is 'all'"):
-        continue_prompt(replacement, row, 2, "all")
+    assert local.generate([], 3, "attention").ids_N.tolist()[: len(plain.ids)] == list(plain.ids)
+    with pytest.raises(UserError, match="freeze is 'all'"):
+        local.generate(row, 2, "all")

@@ -5,17 +5,16 @@ import numpy as np
 import pytest
 from made_transcoders import IDS
 
-from saejax.attribution.checks import interventions
-from saejax.attribution.checks.edits import Change
-from saejax.attribution.checks.interventions import HOLDS, intervene
 from saejax.attribution.checks.validation import double
-from saejax.attribution.local.replacement import embed
+from saejax.attribution.local import layers
+from saejax.attribution.local.edits import Change
+from saejax.attribution.local.layers import FREEZE_MODES, embed
 from saejax.errors import UserError
 
 
-def some_rows(replacement, rng):
+def some_rows(local, rng):
     """Rows of one change and of three, of active features and of others."""
-    active, rows = replacement.active, []
+    active, rows = local.active, []
     for count in (1, 1, 3, 3):
         chosen = rng.permutation(len(active))[:count]
         rows.append(
@@ -32,10 +31,10 @@ def test_the_model_runs_on_as_with_hooks_in_torch(traced, lm):
 
     from saejax.models import source
 
-    replacement, transcoders, readouts, _ = traced
+    local, transcoders, readouts, _ = traced
     model = source.load_torch_model(lm.source, "float32").double()
-    rows = some_rows(replacement, np.random.default_rng(1))
-    ours_RxK = intervene(replacement, rows, readouts).readout_RxK
+    rows = some_rows(local, np.random.default_rng(1))
+    ours_RxK = local.run(rows, readouts=readouts).readout_RxK
     for row, ours_K in zip(rows, ours_RxK, strict=True):
         handles, streams = [], {}
         for layer, block in enumerate(model.model.layers):
@@ -61,37 +60,42 @@ def test_the_model_runs_on_as_with_hooks_in_torch(traced, lm):
         np.testing.assert_allclose(ours_K, wanted_K, atol=2e-5)
 
 
-@pytest.mark.parametrize("hold", HOLDS)
-def test_a_feature_set_to_its_own_value_changes_nothing(traced, hold):
-    replacement, _, readouts, _ = traced
-    active = replacement.active
+@pytest.mark.parametrize("freeze", FREEZE_MODES)
+def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
+    local, _, readouts, _ = traced
+    active = local.active
     own = [
         Change(int(active.layer_A[a]), int(active.position_A[a]), int(active.feature_A[a]), float(active.value_A[a]))
         for a in (0, len(active) // 2, len(active) - 1)
     ]
-    changed = intervene(replacement, [own, []], readouts, range(len(active)), hold)
+    changed = local.run([own, []], freeze, readouts=readouts, features=range(len(active)))
     np.testing.assert_allclose(changed.readout_RxK, np.tile(readouts.value_K, (2, 1)), atol=5e-6)
     np.testing.assert_allclose(changed.feature_RxJ, np.tile(active.value_A, (2, 1)), atol=5e-6)
-    assert (intervene(replacement, [[]], readouts, [0], hold).readout_RxK == readouts.value_K).all()
+    assert (local.run([[]], freeze, readouts=readouts, features=[0]).readout_RxK == readouts.value_K).all()
 
 
 def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
-    replacement, _, readouts, graph = traced
-    active = replacement.active
-    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, replacement.stream_LxTxD.shape[1] - len(IDS)))
-    other_TxD = embed(replacement.frozen, replacement.model.params, other_T)
+    local, _, readouts, graph = traced
+    active = local.active
+    other_T = np.pad([88, 3, 61, 12, 240, 7], (0, local.stream_LxTxD.shape[1] - len(IDS)))
+    other_TxD = embed(local.frozen, local.model.params, other_T)
 
-    def swapped(replacement, rows, first):
-        assert first == 0
-        return jnp.tile(other_TxD[None], (rows, 1, 1))
+    real, starts = layers.run_layer, []
 
-    monkeypatch.setattr(interventions, "_unchanged", swapped)
+    def run_layer(frozen, freeze, params, layer, x_BxTxD, *rest):
+        if not starts:  # the rows enter layer 0 with the other prompt's tokens
+            starts.append(layer)
+            x_BxTxD = jnp.concatenate([x_BxTxD[:1], jnp.tile(other_TxD[None], (len(x_BxTxD) - 1, 1, 1))])
+        return real(frozen, freeze, params, layer, x_BxTxD, *rest)
+
+    monkeypatch.setattr(layers, "run_layer", run_layer)
     chosen = np.linspace(0, len(active) - 1, 8).astype(int)
     columns = zip(
         *(getattr(active, name)[chosen].tolist() for name in ("layer_A", "position_A", "feature_A")), strict=True
     )
     raised = [[Change(*place, 65 * float(active.value_A[a]))] for a, place in zip(chosen, columns, strict=True)]
-    changed = intervene(replacement, [[], *raised], readouts, range(len(active)), hold="all")
+    changed = local.run([[], *raised], "all", readouts=readouts, features=range(len(active)))
+    assert starts == [0]
     seen_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1)
     assert np.abs(seen_RxT[0, -4:] - readouts.value_K).max() > 0.05  # the tokens do make a difference
     edge_RxT = graph.adjacency_RxS[:, chosen].T
@@ -101,8 +105,8 @@ def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_sa
 
 
 def test_with_all_held_a_change_is_its_edge(traced):
-    replacement, _, readouts, graph = traced
-    doubling = double(replacement, graph, readouts, 12)
+    local, _, readouts, graph = traced
+    doubling = double(local, graph, readouts, 12)
     assert doubling.held_error < 3e-6
     assert np.abs(doubling.edge_ExR).max() > 0.01
     assert np.abs(doubling.free_ExR - doubling.edge_ExR).max() > 1e-3  # norms, attention and MLPs do react
@@ -111,13 +115,13 @@ def test_with_all_held_a_change_is_its_edge(traced):
 
 
 def test_attention_can_be_held_alone(traced):
-    replacement, _, readouts, _ = traced
-    rows = some_rows(replacement, np.random.default_rng(2))
-    free, attention, held = (intervene(replacement, rows, readouts, hold=hold).readout_RxK for hold in HOLDS[:3])
+    local, _, readouts, _ = traced
+    rows = some_rows(local, np.random.default_rng(2))
+    free, attention, held = (local.run(rows, freeze, readouts=readouts).readout_RxK for freeze in FREEZE_MODES[:3])
     assert np.abs(free - attention).max() > 1e-4 and np.abs(held - attention).max() > 1e-4
     at_last = [[change for change in row if change.position == len(IDS) - 1 and change.layer == 3] for row in rows]
     # A change in the last layer at the last position meets no further attention.
-    free, attention = (intervene(replacement, at_last, readouts, hold=hold).readout_RxK for hold in HOLDS[:2])
+    free, attention = (local.run(at_last, freeze, readouts=readouts).readout_RxK for freeze in FREEZE_MODES[:2])
     np.testing.assert_allclose(free, attention, atol=1e-6)
 
 
@@ -134,9 +138,9 @@ def test_attention_can_be_held_alone(traced):
 )
 def test_bad_input(traced, rows, message):
     with pytest.raises(UserError, match=message):
-        intervene(traced[0], rows, traced[2])
-    with pytest.raises(UserError, match="expected one of nothing, attention, all, constrained"):
-        intervene(traced[0], [], traced[2], hold="most")
+        traced[0].run(rows, readouts=traced[2])
+    with pytest.raises(UserError, match="expected one of none, attention, all, constrained"):
+        traced[0].run([], "most", readouts=traced[2])
 
 
 def test_slices_the_first_position_and_all_logits_as_with_hooks_in_torch(traced, lm):
@@ -145,9 +149,9 @@ def test_slices_the_first_position_and_all_logits_as_with_hooks_in_torch(traced,
 
     from saejax.models import source
 
-    replacement, transcoders, readouts, _ = traced
+    local, transcoders, readouts, _ = traced
     row = [Change(1, slice(None), 3, 2.0)]
-    changed = intervene(replacement, [row, []], readouts, logits=True)
+    changed = local.run([row, []], readouts=readouts)
     model = source.load_torch_model(lm.source, "float32").double()
 
     def change(module, inputs, output):
@@ -161,7 +165,7 @@ def test_slices_the_first_position_and_all_logits_as_with_hooks_in_torch(traced,
         np.testing.assert_allclose(changed.logits_RxV[0], model(torch.tensor([IDS])).logits[0, -1], atol=2e-5)
         handle.remove()
         np.testing.assert_allclose(changed.logits_RxV[1], model(torch.tensor([IDS])).logits[0, -1], atol=2e-5)
-    np.testing.assert_allclose(intervene(replacement, [[]], readouts, logits=True).logits_RxV[0], replacement.logits_V)
+    np.testing.assert_allclose(local.run([[]], readouts=readouts).logits_RxV[0], local.logits_V)
 
 
 def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, lm):
@@ -170,18 +174,18 @@ def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, lm):
 
     from saejax.models import source
 
-    replacement, transcoders, readouts, _ = traced
+    local, transcoders, readouts, _ = traced
     rows = [[Change(0, 2, 3, 2.0)], [Change(1, 3, 5, 1.0), Change(0, 4, 1, 0.5)]]
-    held, constrained = (intervene(replacement, rows, readouts, hold=hold) for hold in ("all", "constrained"))
+    held, constrained = (local.run(rows, freeze, readouts=readouts) for freeze in ("all", "constrained"))
     np.testing.assert_array_equal(held.readout_RxK, constrained.readout_RxK)
-    some = intervene(replacement, rows[:1], readouts, hold="constrained", hold_until=2)
+    some = local.run(rows[:1], "constrained", readouts=readouts, freeze_until=2)
     if transcoders[0].config.skip:
         return
     model = source.load_torch_model(lm.source, "float32").double()
     model.set_attn_implementation("eager")
     clean, patterns = {}, []
     softmax = torch.nn.functional.softmax
-    active = replacement.active
+    active = local.active
     own_A = (active.layer_A == 0) & (active.position_A == 2) & (active.feature_A == 3)
     before = float(active.value_A[own_A].sum())
 
@@ -217,4 +221,4 @@ def test_constrained_is_all_held_below_a_layer_but_for_norms(traced, lm):
     wanted_K = [logits_V[7] - logits_V.mean(), logits_V[9] - logits_V.mean(), logits_V[7] - logits_V[11]]
     np.testing.assert_allclose(some.readout_RxK[0, :3], wanted_K, atol=2e-5)
     with pytest.raises(UserError, match="a feature of layer 1 is changed, and layers below 1 are constrained"):
-        intervene(replacement, rows[1:], readouts, hold="constrained", hold_until=1)
+        local.run(rows[1:], "constrained", readouts=readouts, freeze_until=1)

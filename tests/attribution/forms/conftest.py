@@ -5,6 +5,7 @@ from browser import chromium
 from made_up_documents import made_up_document
 from pages import FEATURE, show
 
+from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.forms.page import write_page
 
 
@@ -17,12 +18,12 @@ def document():
 def page(document, tmp_path_factory):
     """The address of the page of a small graph; its features have examples, and one a label that is HTML."""
     path = tmp_path_factory.mktemp("page") / "graph.html"
-    first = dict(tokens=["The", " city\n", "</script><i>", " Austin"], activations=[0.0, None, 1.5, float("nan")])
+    first = dict(tokens=["The", " city\n", "</script><i>", " Austin"], activations=[0.0, 0.0, 1.5, 0.0])
+    known = FeatureDetails((first,), (" Austin", "</script>"), (" Dallas",))
     features = [node for node in document["nodes"] if node["feature_type"] == FEATURE]
     keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in features]
-    write_page(
-        path, document, labels={keys[0]: "<img src=x onerror=alert(1)>"}, examples={key: [first] for key in keys}
-    )
+    labels = {keys[0]: "<img src=x onerror=alert(1)>"}
+    write_page(path, document, labels=labels, details=dict.fromkeys(keys, known))
     return path.as_uri()
 
 

@@ -15,7 +15,7 @@ import saejax
 from saejax.attribution.forms.document import check_document
 from saejax.attribution.forms.graph_folder import INDEX, write_graph
 from saejax.attribution.forms.network import to_networkx
-from saejax.attribution.forms.neuronpedia import cantor_pair, cantor_unpair, to_document
+from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.forms.page import write_page
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
@@ -32,7 +32,7 @@ def reference_graph(folder: Path) -> Graph:
         nodes=nodes_of(ref),
         value_R=zeros,
         constant_R=zeros,
-        unkept_R=zeros,
+        untraced_R=zeros,
         ids_P=ref["ids"].astype(np.int32),
         tokens=tuple(described["metadata"]["prompt_tokens"]),
         logit_K=np.zeros(len(logits), np.float32),
@@ -182,12 +182,6 @@ def test_what_cannot_be_written_is_refused(graph):
     graph.nodes.index_N[graph.slice_of(LOGIT)] = 7
     with pytest.raises(UserError, match="not unique"):
         to_document(graph, "a")
-
-
-def test_pairs_come_apart_again():
-    for layer, feature in [(0, 0), (0, 5), (25, 16383), (35, 163_839), (10**6, 10**9), (3, 10**15 + 1)]:
-        assert cantor_unpair(cantor_pair(layer, feature)) == (layer, feature)
-    assert cantor_pair(2, 125) == 8253
 
 
 def test_the_list_of_graphs_keeps_the_others(graph, tmp_path):

@@ -1,4 +1,4 @@
-"""The file of the page: what it may hold, and what is refused."""
+"""The file of the page: what it may freeze, and what is refused."""
 
 import json
 

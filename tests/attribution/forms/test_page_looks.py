@@ -1,4 +1,4 @@
-"""How the page looks: for every reader, on every screen, whatever the graph holds."""
+"""How the page looks: for every reader, on every screen, whatever the graph freeze_modes."""
 
 import json
 

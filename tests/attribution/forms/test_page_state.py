@@ -4,11 +4,14 @@ import html
 import json
 import re
 import time
+from collections import Counter
 from urllib.parse import parse_qs
 
 import pytest
+from made_up_documents import made_up_document
 from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, strongest, text
 
+from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.forms.page import write_page
 
 
@@ -135,3 +138,62 @@ def test_a_notebook_can_show_it_in_a_frame(browser, document, tmp_path):
     assert browser.js_in_frame("document.querySelector('#pin').innerText") == "Pin"
     assert browser.js_in_frame("document.querySelectorAll('#panel .inputs .row').length") > 0
     assert browser.errors == []
+
+
+@needs_chromium
+def test_the_first_view_has_the_most_influential_nodes_and_groups_alone(browser, tmp_path):
+    large = made_up_document(features=400, edges=3000)
+    write_page(tmp_path / "large.html", large)
+    browser.view(1440, 900, still=True)
+    browser.open((tmp_path / "large.html").as_uri())
+    browser.wait("window.attributionGraph && attributionGraph.painted")
+    fixed = sum(node["feature_type"] in ("embedding", "logit") for node in large["nodes"])
+    assert 30 <= int(text(browser, "#counts").split()[0]) - fixed <= 50
+    listed = rows_of_start(browser)
+    assert len(listed) == 12 and max(Counter((one.split("_")[0], one.split("_")[2]) for one in listed).values()) <= 2
+    members = [node["node_id"] for node in large["nodes"] if node["activation"] is not None][:3]
+    params = large["qParams"] | dict(supernodes=[["a", *members]], pinnedIds=members)
+    write_page(tmp_path / "groups.html", {**large, "qParams": params})
+    browser.open((tmp_path / "groups.html").as_uri())
+    browser.wait("window.attributionGraph && attributionGraph.painted")
+    assert int(text(browser, "#counts").split()[0]) - fixed == 3 and browser.errors == []
+
+
+def rows_of_start(browser):
+    """The features that the panel lists before one is selected."""
+    found = browser.js("[...document.querySelectorAll('#panel .rows:last-of-type .row')].map(row => row.dataset.node)")
+    return [one for one in found if not one.startswith("13_")]
+
+
+@needs_chromium
+def test_nodes_of_other_programs_have_their_kind_and_row(browser, tmp_path):
+    """An error of another transcoder is an error, and a node in layer E that is no token spoils no row."""
+    other = made_up_document(features=20, edges=60)
+    features = [node for node in other["nodes"] if node["activation"] is not None]
+    features[0]["feature_type"], features[1]["layer"] = "lorsa error", "E"
+    write_page(tmp_path / "other.html", other)
+    browser.view(1440, 900, still=True)
+    show(browser, (tmp_path / "other.html").as_uri())
+    places = [browser.js(f"attributionGraph.place({json.dumps(node['node_id'])})") for node in other["nodes"]]
+    assert all(place["y"] is not None and place["y"] > 0 for place in places)
+    click_node(browser, features[0]["node_id"])
+    assert "Feature\n" not in text(browser, "#panel .facts") and browser.errors == []
+
+
+@needs_chromium
+def test_contexts_logits_and_a_link_to_neuronpedia_are_shown(browser, document, tmp_path):
+    """Of a set that is hosted there; labels of files name nodes that have no other label."""
+    node = busy_feature(document)
+    layer, index = map(int, node.split("_")[:2])
+    nodes = [{**one, "clerp": "" if one["node_id"] == node else one["clerp"]} for one in document["nodes"]]
+    metadata = document["metadata"] | dict(feature_details=dict(neuronpedia_source_set="plt-9"))
+    first = dict(tokens=["The", " city", " Austin"], activations=[0.0, 0.5, 1.5])
+    details = {(layer, index): FeatureDetails((first,), (" Austin",), (" Dallas",), "cities of Texas")}
+    write_page(tmp_path / "known.html", {**document, "metadata": metadata, "nodes": nodes}, details=details)
+    browser.view(1440, 900, still=True)
+    show(browser, (tmp_path / "known.html").as_uri())
+    click_node(browser, node)
+    panel = text(browser, "#panel")
+    assert all(part in panel for part in ("cities of Texas", "Top contexts", "Raises: ␣Austin", "Lowers: ␣Dallas"))
+    link = browser.js("document.querySelector('#panel a').href")
+    assert link == f"https://www.neuronpedia.org/made-up-model/{layer}-plt-9/{index}" and browser.errors == []

@@ -47,7 +47,7 @@ def test_nodes_rows_and_columns(tmp_path):
     source_E, target_E, weight_E = graph.edges()
     assert source_E.tolist() == list(range(9)) and set(target_E) == {0}
     assert np.array_equal(weight_E, graph.adjacency_RxS[0])
-    missing = graph.value_R[0] - graph.constant_R[0] - graph.unkept_R[0] - graph.adjacency_RxS[0].sum()
+    missing = graph.value_R[0] - graph.constant_R[0] - graph.untraced_R[0] - graph.adjacency_RxS[0].sum()
     assert graph.unexplained_R[0] == pytest.approx(missing, abs=1e-6)
 
 
@@ -75,7 +75,7 @@ def damaged(folder, how):
         ("removed", "graph.safetensors is missing or damaged"),
         ("no json", "graph.json is not valid JSON"),
         ("prompt", "graph.json is damaged .'prompt' is missing"),
-        ("schema_version", "schema version None: expected 1"),
+        ("schema_version", "schema version None: expected 2"),
     ],
 )
 def test_damaged_files_are_refused(how, message, tmp_path):

@@ -128,7 +128,7 @@ def test_circuit_tracer_prunes_its_graphs_alike(folder):
     nodes, adjacency_RxS = nodes_of(ref), adjacency_of(ref)
     graph = dataclasses.replace(
         make_graph(), nodes=nodes, adjacency_RxS=adjacency_RxS,
-        **dict.fromkeys(("value_R", "constant_R", "unkept_R"), np.zeros(len(adjacency_RxS), np.float32)),
+        **dict.fromkeys(("value_R", "constant_R", "untraced_R"), np.zeros(len(adjacency_RxS), np.float32)),
     )  # fmt: skip
     pruned = check(graph, ref["node_mask"], ref["edge_mask"], ref["scores"])
     assert np.abs(pruned.pruning.influence_N - ref["cumulative"][ref["node_mask"]]).max() < 1e-6

@@ -12,8 +12,8 @@ from saejax import load_model
 from saejax.attribution.forms import outputs
 from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.neuronpedia import to_document
-from saejax.attribution.heads import edges as heads
-from saejax.attribution.heads.attention import OWN, attend
+from saejax.attribution.heads.attention import read_attention
+from saejax.attribution.heads.query_key import OWN_BIAS
 from saejax.attribution.requests import read_heads
 from saejax.attribution.results import HeadResults
 from saejax.attribution.trace.prompt import trace_prompt
@@ -35,39 +35,12 @@ def pruned(traced):
     return traced.graph.prune(0.9, 0.98)
 
 
-def test_shares_are_means_over_targets_of_all_heads(traced, pruned):
-    """Not of the three of each edge that are told apart."""
-    few = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=1)
-    carried = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
-    source_E, target_E, weight_E = pruned.edges()
-    for position in (None, 4):
-        targets = [
-            t for t in np.unique(target_E).tolist() if position is None or pruned.nodes.position_N[t] == position
-        ]
-        best = few.leading(position)
-        assert len(best) > 5 and [one.share for one in best] == sorted((one.share for one in best), reverse=True)
-        for one in best[:5]:
-            shares, edge = [], (0.0, (-1, -1))
-            for target in targets:
-                through = 0.0
-                for source in source_E[target_E == target].tolist():
-                    if position is not None and pruned.nodes.position_N[source] == position:
-                        continue
-                    parts = {(layer, head): part for layer, head, part in carried.get((source, target), [])}
-                    part = parts.get((one.layer, one.head), 0.0)
-                    through += abs(part)
-                    edge = max(edge, (abs(part), (source, target)))
-                shares.append(through / np.abs(weight_E[target_E == target]).sum())
-            assert one.share == pytest.approx(np.mean(shares), rel=1e-5)
-            assert position is not None or one.edge == edge[1]
-
-
 def test_results_and_tables(traced, pruned):
-    found = attend(traced, pruned, True, None)
-    assert found.heads.edges == len(found.carried.by_edge()) > 10
+    found = read_attention(traced, pruned, True, [(2, 1, -1)])
+    assert found.heads.edges == len(found.contributions.by_edge()) > 10
     leading, score = attention_tables(found, pruned)
     assert leading.rows[0][0] == f"{found.heads.leading[0].layer}.{found.heads.leading[0].head}"
-    (split,) = found.query_key(pruned)
+    (split,) = found.query_key
     assert split.query == len(IDS) - 1 and len(split.keys) == 3
     assert score.title.startswith(f"Head {split.layer}.{split.head} at ")
     # Every block of the table is a score, its pairs and the others; pairs and others add up.
@@ -81,45 +54,45 @@ def test_results_and_tables(traced, pruned):
                 kind = name.split("_")[0]
                 expected = {"own": "biases of the head", "first": "MLP of layer", "bias": "biases of layer"}
                 assert cell == name if name in ids else cell.startswith(expected.get(kind, ("feature", "error", "␣")))
-    assert any(pair.query == OWN or "_" in pair.query for key in split.keys for pair in key.pairs)
-
-
-def test_what_is_not_asked_for_is_not_there(traced, pruned):
-    assert attention_tables(attend(traced, pruned, False, None), pruned) == []
-    assert attend(traced, pruned, False, []).heads is None
-    asked = attend(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
-    assert [(one.layer, one.head, one.query) for one in asked.query_key(pruned)] == [(1, 2, 3), (0, 0, 0)]
+    assert any(pair.query == OWN_BIAS or "_" in pair.query for key in split.keys for pair in key.pairs)
 
 
 def test_a_graph_without_edges_has_no_heads(traced):
     graph = traced.graph.prune(0.0, 0.0)
     bare = dataclasses.replace(graph, adjacency_RxS=np.zeros_like(graph.adjacency_RxS))
-    found = attend(traced, bare, True, None)
+    found = read_attention(traced, bare, True, [])
     assert found.heads == HeadResults(edges=0, leading=())
-    assert found.query_key(bare) == () and attention_tables(found, bare) == []
-
-
-def test_heads_as_they_are_written():
-    def read(*texts):
-        return read_heads(GraphConfig(query_key=texts))
-
-    assert read() is None and read("none") == []
-    assert read("12.3", " 0.0@5", "1.2@-3", "12.3") == [(12, 3, -1), (0, 0, 5), (1, 2, -3)]
-    for wrong in (("12",), ("a.b",), ("1.2@",), ("1.2", "none"), ("-1.0",)):
-        with pytest.raises(UserError, match="--graph.query_key=.*expected layer.head"):
-            read(*wrong)
+    assert found.query_key == () and attention_tables(found, bare) == []
 
 
 def test_the_page_has_the_heads_of_the_strongest_edges(monkeypatch, tmp_path, traced, pruned):
     written = {}
     monkeypatch.setattr(outputs, "_HEADS_ON_PAGE", 5)
     monkeypatch.setattr(outputs, "write_page", lambda path, document, **rest: written.update(rest))
-    attention = attend(traced, pruned, True, None)
+    attention = read_attention(traced, pruned, True, [])
     (tmp_path / "heads").mkdir()
     run = SimpleNamespace(folder=tmp_path, configs=Configs(GraphConfig()))
-    outputs.write_outputs(run, "one", pruned, [], attention, {})
+    outputs.write_outputs(run, "one", traced.graph, pruned, [], attention, {})
     ids, (source_E, target_E, _) = pruned.ids, pruned.edges()
     score_E = np.array(scores(to_document(pruned, "one")))
     strongest = {(ids[source_E[edge]], ids[target_E[edge]]) for edge in np.argsort(-score_E, kind="stable")[:5]}
-    assert set(written["heads"]) == strongest & set(heads.named_heads(attention.carried, ids))
-    assert 0 < len(written["heads"]) < len(attention.carried.by_edge())
+    assert set(written["heads"]) == strongest & set(attention.contributions.named())
+    assert 0 < len(written["heads"]) < len(attention.contributions.by_edge())
+
+
+def test_what_is_not_requested_is_not_there(traced, pruned):
+    nothing = read_attention(traced, pruned, False, [])
+    assert attention_tables(nothing, pruned) == [] and nothing.heads is None and nothing.query_key == ()
+    split = read_attention(traced, pruned, False, [(1, 2, 3), (0, 0, 0)])
+    assert [(one.layer, one.head, one.query) for one in split.query_key] == [(1, 2, 3), (0, 0, 0)]
+
+
+def test_heads_are_read_from_a_flag():
+    def read(*texts):
+        return read_heads(GraphConfig(query_key=texts))
+
+    assert read() == []
+    assert read("12.3", " 0.0@5", "1.2@-3", "12.3") == [(12, 3, -1), (0, 0, 5), (1, 2, -3)]
+    for wrong in (("12",), ("a.b",), ("1.2@",), ("1.2", "none"), ("-1.0",)):
+        with pytest.raises(UserError, match="--graph.query_key=.*expected layer.head"):
+            read(*wrong)

@@ -1,20 +1,18 @@
 """Parts of edges that go through heads: what is gone when a head is taken out."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
-from saejax.attribution.graph.nodes import FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads import cut
-from saejax.attribution.heads import edges as heads
-from saejax.attribution.heads.passes import Placed
+from saejax.attribution.graph.nodes import FEATURE, LOGIT
+from saejax.attribution.heads import contributions
+from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.local.rows import RowTracer
+from saejax.attribution.local.sources import Sources
 from saejax.attribution.trace.prompt import trace_prompt
-from saejax.attribution.trace.rows import RowTracer
-from saejax.attribution.trace.sources import Sources
 from saejax.attribution.trace.targets import Direction
 
 IDS = [5, 17, 33, 8, 41]
@@ -33,14 +31,15 @@ def edges_of(graph):
 
 def edges_without(traced, layer, head):
     """The whole matrix of a replacement model in which a head adds nothing; its weights elsewhere are as they were."""
-    replacement, readouts = traced.replacement, traced.readouts
-    model = copy.copy(replacement.model)
+    local, readouts = traced.local, traced.readouts
+    model = copy.copy(local.model)
     params = dict(model.params)
     params["layers.o_HxKxD"] = params["layers.o_HxKxD"].at[layer, head].set(0)
     model.params = params
-    changed = dataclasses.replace(replacement, model=model)
-    sources = Sources.of(replacement)
-    active = replacement.active
+    changed = copy.copy(local)
+    changed.model = model
+    sources = Sources.of(local)
+    active = local.active
     matrix_TxS = np.zeros((len(active) + len(readouts.labels), len(sources.nodes)), np.float32)
     rows = RowTracer(changed, sources, len(matrix_TxS))
     rows(active.layer_A, active.position_A, changed.encoder_rows(np.arange(len(active))), matrix_TxS.__setitem__)
@@ -56,10 +55,10 @@ def edges_without(traced, layer, head):
 
 def test_a_part_is_what_vanishes_without_the_head(traced):
     graph = traced.graph
-    if traced.replacement.skip_LxDxD is not None:
+    if traced.local.skip_LxDxD is not None:
         pytest.skip("a head that is taken out changes the norm before its layer's skip path, which is to be held")
     pruned = graph.prune(1.0, 1.0)
-    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
+    found = head_contributions(traced.local, traced.readouts, pruned, top=100).by_edge()
     edges, whole = edges_of(pruned), pruned.pruning.node_N
     row_of = {node: row for row, node in enumerate(graph.target_R.tolist())}
     scale, compared = max(abs(weight) for *_, weight in edges), 0
@@ -79,7 +78,7 @@ def test_a_part_is_what_vanishes_without_the_head(traced):
 def test_heads_alone_move_between_positions(traced):
     """From what enters a layer to what reads in it, heads of that layer are the only way to another position."""
     pruned = traced.graph.prune(1.0, 1.0)
-    found = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=100).by_edge()
+    found = head_contributions(traced.local, traced.readouts, pruned, top=100).by_edge()
     nodes, compared = pruned.nodes, 0
     for source, target, weight in edges_of(pruned):
         moves = nodes.position_N[source] != nodes.position_N[target]
@@ -92,72 +91,42 @@ def test_heads_alone_move_between_positions(traced):
     assert compared > 10
 
 
-def test_groups_and_blocks_of_sources_and_targets_change_nothing(traced, monkeypatch):
+def test_blocks_and_groups_of_sources_and_targets_change_nothing(traced, monkeypatch):
     pruned = traced.graph.prune(1.0, 1.0)
-    whole = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
-    assert len(np.unique([source for source, _ in whole])) > 32
-    monkeypatch.setattr(heads, "heads_block", lambda platform, length: 16)
-    monkeypatch.setattr(heads, "free_bytes", lambda mesh: 0)  # as many groups as blocks
-    parts = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=4).by_edge()
-    assert parts.keys() == whole.keys()
-    for edge, carried in whole.items():
-        assert [head[:2] for head in parts[edge]] == [head[:2] for head in carried]
-        np.testing.assert_allclose([head[2] for head in parts[edge]], [head[2] for head in carried], atol=1e-6)
+    whole = head_contributions(traced.local, traced.readouts, pruned, top=4)
+    assert len(np.unique(whole.source_E)) > 32
+    monkeypatch.setattr(contributions, "_BLOCK", (16, 16))
+    monkeypatch.setattr(contributions, "free_bytes", lambda mesh: 0)  # as many groups as blocks
+    parts = head_contributions(traced.local, traced.readouts, pruned, top=4)
+    by_edge = parts.by_edge()
+    assert by_edge.keys() == whole.by_edge().keys()
+    for edge, heads in whole.by_edge().items():
+        assert [head[:2] for head in by_edge[edge]] == [head[:2] for head in heads]
+        np.testing.assert_allclose([head[2] for head in by_edge[edge]], [head[2] for head in heads], atol=1e-6)
+    ids = pruned.ids
+    assert whole.named().keys() == {(ids[source], ids[target]) for source, target in whole.by_edge()}
 
 
-def test_of_a_dense_graph_the_most_influential_nodes_edges_are_left_and_their_parts_are_the_same(traced, monkeypatch):
-    pruned, config = traced.graph.prune(1.0, 1.0), traced.replacement.model.config
-    assert cut.within(pruned, traced.graph, config) == (pruned, None)
-    monkeypatch.setattr(cut, "_LEAST", 0.0)
-    rows = cut.graph_flops(traced.graph, config)
-    monkeypatch.setattr(cut, "graph_flops", lambda graph, model: 0.4 * rows)
-    left, share = cut.within(pruned, traced.graph, config)
-    edges, nodes = edges_of(left), left.nodes
-    ends = np.unique([edge[:2] for edge in edges])
-    others = ends[~np.isin(nodes.kind_N[ends], (TOKEN, LOGIT))]
-    influence_N = pruned.pruning.influence_N
-    assert 0 < share < 1 and len(others) > 5 and share == pytest.approx(float(influence_N[others].max()), abs=0.02)
-    kept = influence_N <= share
-    assert edges == [
-        edge for edge in edges_of(pruned) if all(kept[n] or nodes.kind_N[n] in (TOKEN, LOGIT) for n in edge[:2])
-    ]
-    length, each = len(IDS), 2 * config.d_model * config.d_head * (config.n_heads + config.n_kv_heads)
-    need = 0.0
-    for source in {source for source, *_ in edges}:
-        need += each * (config.n_layers - 1 - nodes.layer_N[source]) * (length - nodes.position_N[source])
-    for target in {target for _, target, _ in edges}:
-        layers = config.n_layers if nodes.kind_N[target] == LOGIT else nodes.layer_N[target] + 1
-        need += each * layers * (nodes.position_N[target] + 1)
-    assert 0.2 * rows < need < 0.4 * rows
-    found = {name: heads.edge_heads(traced.replacement, traced.readouts, one).by_edge() for name, one in
-             dict(left=left, all=pruned).items()}  # fmt: skip
-    assert 20 < len(found["left"]) < len(found["all"])
-    for edge, carried in found["left"].items():
-        assert [head[:2] for head in carried] == [head[:2] for head in found["all"][edge]]
-        np.testing.assert_allclose([head[2] for head in carried], [head[2] for head in found["all"][edge]], atol=1e-6)
-
-
-def test_blocks_of_sources_leave_out_what_is_before_them():
-    layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:6, :16])
-    entries = Placed(np.arange(96), layer_S, position_S, np.zeros((96, 1), np.float32))
-    blocks = heads.source_blocks(entries, 6, 16, 12)
-    assert np.array_equal(np.sort(np.concatenate([block.chosen_B for block in blocks])), np.arange(96))
-    for block in blocks:
-        assert len(block.chosen_B) == 12 and np.ptp(position_S[block.chosen_B]) < 4
-        assert layer_S[block.chosen_B].min() == block.layer and position_S[block.chosen_B].min() >= block.position
-    assert {block.position for block in blocks} == {0, 4, 8, 12} and max(block.layer for block in blocks) == 3
-    # Of all the values, 6 layers at 16 positions of 96 sources, less than a half is kept.
-    assert sum((6 - block.layer) * (16 - block.position) * len(block.chosen_B) for block in blocks) < 96 * 6 * 16 / 2
-
-
-def test_named_heads(traced):
-    pruned = traced.graph.prune(0.99, 0.999)
-    carried = heads.edge_heads(traced.replacement, traced.readouts, pruned, top=2)
-    found = carried.by_edge()
-    assert all(len(some) <= 2 for some in found.values())
-    ids = [f"n{place}" for place in range(len(pruned.nodes))]
-    named = heads.named_heads(carried, ids)
-    assert len(named) == len(found) and all(source.startswith("n") for source, _ in named)
-    for some, own in zip(found.values(), named.values(), strict=True):
-        assert [part[:2] for part in some] == [part[:2] for part in own]
-        assert [part[2] for part in some] == pytest.approx([part[2] for part in own], rel=1e-3)
+def test_leading_heads_are_signed_sums(traced):
+    """No share is reported: one head can reach more than a target's input, and heads do not add up."""
+    pruned = traced.graph.prune(0.9, 0.98)
+    every = head_contributions(traced.local, traced.readouts, pruned, top=100)
+    few = head_contributions(traced.local, traced.readouts, pruned, top=1)
+    _, target_E, weight_E = pruned.edges()
+    input_N = np.bincount(target_E, np.abs(weight_E), len(pruned.nodes))
+    net = np.zeros((len(pruned.nodes), 4, 4))
+    largest = {}
+    for (source, target), heads in every.by_edge().items():
+        for layer, head, value in heads:
+            net[target, layer, head] += value
+            if abs(value) > abs(largest.get((layer, head), (0,))[0]):
+                largest[layer, head] = value, (source, target)
+    targets = np.unique(target_E)
+    mean = (net[targets] / input_N[targets, None, None]).mean(axis=0)
+    size = (np.abs(net[targets]) / input_N[targets, None, None]).mean(axis=0)
+    found = few.leading(5)
+    assert [size[h.layer, h.head] for h in found] == sorted((size[h.layer, h.head] for h in found), reverse=True)
+    for h in found:
+        assert h.mean == pytest.approx(mean[h.layer, h.head], abs=1e-6)
+        assert h.logit == pytest.approx(net[pruned.slice_of(LOGIT).start, h.layer, h.head], abs=1e-6)
+        assert (h.contribution, h.edge) == (pytest.approx(largest[h.layer, h.head][0]), largest[h.layer, h.head][1])

@@ -13,9 +13,8 @@ from transformers.models.qwen3 import modeling_qwen3
 from saejax.attribution.graph.nodes import ERROR, FEATURE, TOKEN
 from saejax.attribution.heads import query_key
 from saejax.attribution.heads.query_key import split_scores
-from saejax.attribution.local.replacement import Replacement
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.trace.sources import Sources
 from saejax.errors import UserError
 
 IDS = [0, 17, 230, 5, 42, 99, 7]
@@ -33,8 +32,8 @@ def opened(request, kept, tmp_path, one_device):
     if request.param not in kept:
         lm = load_tiny(tmp_path, request.param, one_device)
         made = make_transcoders(lm.config, skip=request.param in ("qwen3", "gemma2"))
-        replacement = Replacement.of(lm, LayerTranscoders.of(made), np.array(IDS))
-        kept[request.param] = tmp_path, made, replacement, Sources.of(replacement)
+        local = LocalModel(lm, LayerTranscoders.of(made), np.array(IDS))
+        kept[request.param] = tmp_path, made, local, local.sources
     return kept[request.param]
 
 
@@ -56,12 +55,12 @@ def torch_scores(folder):
 
 
 def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
-    folder, _, replacement, sources = opened
+    folder, _, local, _ = opened
     score_LxHxTxT, weight_LxHxTxT = torch_scores(folder)
     for layer, head, position in CASES:
         wanted_T = score_LxHxTxT[layer, head, position][: position % len(IDS) + 1]
         weight_T, size = weight_LxHxTxT[layer, head, position], np.abs(wanted_T).max()
-        scores = split_scores(replacement, sources, layer, head, position, keys=2)
+        scores = split_scores(local, layer, head, position, keys=2)
         assert [score.key for score in scores] == np.argsort(-weight_T)[: min(2, len(wanted_T))].tolist()
         for score in scores:
             assert score.weight == pytest.approx(weight_T[score.key], rel=1e-5)
@@ -73,7 +72,7 @@ def test_all_pairs_add_up_to_the_scores_of_transformers(opened):
 
 @pytest.mark.parametrize("opened", ["qwen3"], indirect=True)
 def test_pairs_are_those_of_an_explicit_jacobian(opened):
-    folder, made, replacement, sources = opened
+    folder, made, local, sources = opened
     seen, rotate = [], modeling_qwen3.apply_rotary_pos_emb
 
     def record(*args, **kwargs):
@@ -87,7 +86,7 @@ def test_pairs_are_those_of_an_explicit_jacobian(opened):
     scale = dense.model.config.head_dim**-0.5
     query_KxS = np.stack([dense._row(x) for x in q_HxTxK[head, position]])
     count, told = len(sources.nodes), np.isin(sources.nodes.kind_N, (FEATURE, ERROR, TOKEN))
-    for score in split_scores(replacement, sources, layer, head, position, keys=3, pairs=10**6):
+    for score in split_scores(local, layer, head, position, keys=3, pairs=10**6):
         key_KxS = np.stack([dense._row(x) for x in k_NxTxK[head // 2, score.key]])
         wanted_SxS = scale * query_KxS.T @ key_KxS
         pair_SxS = np.zeros((count + 1, count + 1))

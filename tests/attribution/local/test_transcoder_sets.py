@@ -1,6 +1,8 @@
 """Sets of transcoders of every format are the same set, read layer by layer; what does not fit is refused."""
 
+import dataclasses
 import re
+from collections import Counter
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,8 +14,10 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import save_dictionary, save_transcoders, trace
 from saejax.attribution.local import dictionaries
+from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
-from saejax.attribution.trace.prompt import Replacement
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.dictionaries.formats import tensors
 from saejax.dictionaries.formats.gemma_scope import choose_layers
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
@@ -164,18 +168,19 @@ def test_a_set_is_fetched_from_the_hub_with_revision_and_subfolder(tiny, tmp_pat
     opened = open_transcoders("org/plts", revision="v1", subfolder="small")
     assert (opened.revision, asked["name"], asked["revision"]) == ("abc", "org/plts", "v1")
     assert "small/config.yaml" in asked["allow_patterns"] and opened.check(tiny)
-    with pytest.raises(UserError, match="no folder a/b/c of transcoders"):
-        open_transcoders("a/b/c")
+    with pytest.raises(UserError, match="no folder ./a/b of transcoders"):
+        open_transcoders("./a/b")
 
 
 @pytest.mark.parametrize("room,read_again", [(2, []), (1, [0, 1]), (0, [0, 1])])
 def test_as_many_layers_are_kept_as_fit(room, read_again, tiny, monkeypatch):
     made, loaded = make_transcoders(tiny.config), []
-    size = sum(array.nbytes for array in made[0].arrays.values())
+    size = 8 + sum(array.nbytes for array in made[0].arrays.values())  # the rule of sinks has a number more
     opened = LayerTranscoders("made", [t.config for t in made], lambda layer: loaded.append(layer) or made[layer])
     monkeypatch.setattr(dictionaries, "free_bytes", lambda mesh: dictionaries.KEPT_SHARE * room * size)
+    monkeypatch.setattr(dictionaries, "free_host_bytes", lambda: dictionaries.KEPT_SHARE * room * size)
     for _ in range(2):
-        Replacement.of(tiny, opened, IDS)
+        LocalModel(tiny, opened, IDS)
     assert loaded == [0, 1, *read_again]
 
 
@@ -187,14 +192,15 @@ def test_each_device_has_its_part_in_the_dtype_of_the_file(tiny, tmp_path):
         save_file({name: array.astype(ml_dtypes.bfloat16) for name, array in load_file(file).items()}, file)
     opened, mesh = open_transcoders(tmp_path / "set"), make_mesh(MeshConfig(model=8))
     for layer, transcoder in enumerate(made):
-        loaded = opened.load(layer, mesh)
+        loaded, encoder = opened.load(layer, mesh), opened.encoder(layer, mesh)
         kept = opened._kept[layer, mesh].arrays
-        assert {name for name, array in kept.items() if array.dtype.name == "bfloat16"} == {"W_enc_DxF", "W_dec_FxD"}
+        assert {name for name, array in kept.items() if array.dtype.name == "bfloat16"} == {"W_enc_DxF"}
+        assert "W_dec_FxD" not in encoder.arrays and encoder.arrays["W_enc_DxF"].dtype == np.float32
         for name, array in transcoder.arrays.items():
             assert loaded.arrays[name].dtype == np.float32 and np.array_equal(loaded.arrays[name], array), name
             share = 1 if name == "b_dec_D" else 8
-            for part in (*kept[name].addressable_shards, *loaded.arrays[name].addressable_shards):
-                assert part.data.size == array.size // share, name
+            placed = [one[name].addressable_shards for one in (kept, loaded.arrays) if name in one]
+            assert all(part.data.size == array.size // share for parts in placed for part in parts), name
     chosen = np.array([5, 0, 41])
     opened._rows = opened._rows_of_layer
     for layer, transcoder in enumerate(made):
@@ -273,3 +279,68 @@ def test_damaged_files_are_refused(tiny, tmp_path):
     next(folder.rglob("layer_0/**/params.npz")).rename(folder / "layer_2.npz")
     with pytest.raises(UserError, match="no transcoder of layer 0"):
         open_transcoders(folder)
+
+
+def test_of_decoders_only_rows_of_active_features_are_read(tiny, tmp_path, monkeypatch):
+    """And of encoders, each is read once for a trace."""
+    save_transcoders(tmp_path / "set", make_transcoders(tiny.config, "jumprelu"))
+    opened, numbers, real = open_transcoders(tmp_path / "set"), Counter(), tensors.StoredTensor.read
+
+    def read(self):
+        numbers["whole"] += int(np.prod(self.shape))
+        return real(self)
+
+    def rows(self, index):
+        found = real_rows(self, index)
+        numbers["rows"] += found.size
+        return found
+
+    real_rows = tensors.StoredTensor.rows
+    monkeypatch.setattr(tensors.StoredTensor, "read", read)
+    monkeypatch.setattr(tensors.StoredTensor, "rows", rows)
+    traced = trace_prompt(tiny, opened, IDS, max_logits=2)
+    width, features = tiny.config.d_model, FEATURES
+    encoders = 2 * (width * features + 2 * features + width)  # of two layers, with vectors
+    assert encoders <= numbers["whole"] < encoders + width * features
+    used = len(set(zip(traced.local.active.layer_A.tolist(), traced.local.active.feature_A.tolist(), strict=True)))
+    assert 0 < numbers["rows"] <= 4 * used * width  # once to decode, once as directions, and encoders' rows
+
+
+def test_topk_transcoders_keep_negative_values_as_circuit_tracer_does(tiny):
+    """The k largest pre-activations whatever their sign: of few positive ones, some are negative."""
+    made = []
+    for transcoder in make_transcoders(tiny.config, "topk"):
+        arrays = transcoder.arrays | dict(b_enc_F=transcoder.arrays["b_enc_F"] - 3.0)
+        made.append(type(transcoder)(dataclasses.replace(transcoder.config, signed=True), **arrays))
+    local = LocalModel(tiny, made, IDS)
+    assert (local.active.value_A < 0).sum() > 5
+    per_position = Counter(zip(local.active.layer_A.tolist(), local.active.position_A.tolist(), strict=True))
+    assert set(per_position.values()) == {made[0].config.k}
+    graph = trace(tiny, made, IDS, max_logits=2)
+    assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
+
+
+@pytest.mark.parametrize("address", ["org/plts/small", "hf://org/plts/small@v1", "org/plts@v1"])
+def test_references_name_a_subfolder_and_a_revision(address, tiny, tmp_path, monkeypatch):
+    root, inner = tmp_path / "abc", "small" if "small" in address else ""
+    save_transcoders(root / inner, make_transcoders(tiny.config))
+    asked = {}
+
+    def snapshot(name, **options):
+        asked.update(options, name=name)
+        return str(root)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    opened = open_transcoders(address)
+    assert asked["name"] == "org/plts" and asked["revision"] == ("v1" if "@" in address else "main")
+    assert opened.check(tiny).revision == "abc"
+
+
+def test_crv_transcoders_have_the_k_of_circuit_tracer(tmp_path):
+    folder = tmp_path / "crv-8b-instruct-transcoders"
+    folder.mkdir()
+    hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out", activation="topk")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(model_name="m", model_kind="transcoder_set", **hooks)))
+    arrays = dict(W_enc=np.zeros((256, 8)), W_dec=np.zeros((256, 8)), b_enc=np.zeros(256), b_dec=np.zeros(8))
+    save_file({name: array.astype(np.float32) for name, array in arrays.items()}, folder / "layer_0.safetensors")
+    assert (open_transcoders(folder).configs[0].k, open_transcoders(folder).configs[0].signed) == (128, True)

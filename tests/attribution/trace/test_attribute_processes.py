@@ -11,8 +11,8 @@ from saejax import load_model, save_transcoders
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
 
-CHECKED = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
-BARE = (*CHECKED, "--graph.doubled=0", "--graph.circuits=false", "--graph.heads=false")
+BARE = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
+CHECKED = (*BARE, "--graph.doubled=8", "--graph.circuits", "--graph.heads")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,10 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_cross_layer
 from safetensors.numpy import save_file
 
-from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
-from saejax.attribution.checks.continued import continue_prompt
-from saejax.attribution.checks.edits import Change
-from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.checks.validation import double
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
-from saejax.attribution.heads import edges as heads
+from saejax.attribution.heads.contributions import head_contributions
+from saejax.attribution.local.edits import Change, Circuit
 from saejax.attribution.local.transcoders import open_transcoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.dictionaries import Dictionary
@@ -41,7 +38,7 @@ def relative(a, b) -> float:
 def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, reads, tmp_path, one_device):
     lm = load_tiny(tmp_path, family, one_device)
     transcoders, made, writes = make_cross_layer(lm.config, kind, skip, reads)
-    graph, replacement, readouts = trace_prompt(lm, transcoders, IDS, max_logits=3)
+    graph, local, readouts = trace_prompt(lm, transcoders, IDS, max_logits=3)
     dense = Dense(tmp_path, made, IDS, reads == "mlp_normed", writes, reads == "resid_mid")
     nodes, features = graph.nodes, graph.count(FEATURE)
     found = np.stack([nodes.layer_N, nodes.position_N, nodes.index_N], axis=1)[:features]
@@ -53,7 +50,7 @@ def test_rows_are_those_of_an_explicit_jacobian(family, kind, skip, reads, tmp_p
     logits = np.stack([dense.logit_row(token) for token in nodes.index_N[graph.slice_of(LOGIT)]])
     errors = relative(rows_RxS[sample], wanted), relative(rows_RxS[features:], logits)
     left = np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()
-    doubling = double(replacement, graph, readouts, 8)
+    doubling = double(local, graph, readouts, 8)
     print(family, "rows {:.1e}, logits {:.1e}".format(*errors), f"sums {left:.1e}, held {doubling.held_error:.1e}")
     # A feature is one node, whose writes to all layers are in its edges; raised with all held, it does what they say.
     assert max(errors) < 1e-5 and left < 1e-5 and doubling.held_error < 1e-5
@@ -82,7 +79,7 @@ def test_with_nothing_held_writes_are_added_to_what_mlps_compute_anew(tiny, made
 
     _, dictionaries, writes = made
     row = [Change(0, 2, 3, 2.0), Change(0, 4, 5, 1.0), Change(1, 3, 4, 1.5)]
-    ours_V = intervene(traced.replacement, [row], traced.readouts, logits=True).logits_RxV[0]
+    ours_V = traced.local.run([row], readouts=traced.readouts).logits_RxV[0]
     model, changes = source.load_torch_model(tiny.source, "float32").double(), {}
 
     def write(layer):
@@ -104,8 +101,8 @@ def test_with_nothing_held_writes_are_added_to_what_mlps_compute_anew(tiny, made
     with torch.no_grad():
         wanted_V = model(torch.tensor([IDS])).logits[0, -1].numpy()
     np.testing.assert_allclose(ours_V, wanted_V, atol=2e-5)
-    assert np.abs(ours_V - traced.replacement.logits_V).max() > 1e-2
-    continued = continue_prompt(traced.replacement, row, 1)
+    assert np.abs(ours_V - traced.local.logits_V).max() > 1e-2
+    continued = traced.local.generate(row, 1)
     np.testing.assert_allclose(continued.logits_NxV[0], wanted_V, atol=2e-5)
 
 
@@ -114,13 +111,13 @@ def test_parts_run_alone_and_everything_kept_is_the_model(made, traced):
 
     from saejax.models import source
 
-    replacement, readouts = traced.replacement, traced.readouts
-    active, layers = replacement.active, len(made[2])
+    local, readouts = traced.local, traced.readouts
+    active, layers = local.active, len(made[2])
     every = Circuit(np.ones(len(active), bool), np.ones((layers, len(IDS)), bool))
     some = Circuit(np.random.default_rng(2).random(len(active)) < 0.5, np.zeros((layers, len(IDS)), bool))
-    kept, part = run_circuits(replacement, [every, some], readouts)[:, 0]
+    kept, part = local.run([every, some], readouts=readouts).readout_RxK[:, 0]
     np.testing.assert_allclose(kept, readouts.value_K[0], atol=1e-5)
-    model, acts = source.load_torch_model(replacement.model.source, "float32").double(), {}
+    model, acts = source.load_torch_model(local.model.source, "float32").double(), {}
 
     def write(layer):
         def hook(module, inputs, output):
@@ -147,7 +144,7 @@ def test_parts_run_alone_and_everything_kept_is_the_model(made, traced):
 def test_heads_carry_all_writes_of_a_feature(traced):
     """Into another position there is no way but heads: with one layer between, their parts are the edge."""
     graph = traced.graph.prune(1.0, 1.0)
-    found = heads.edge_heads(traced.replacement, traced.readouts, graph, top=100).by_edge()
+    found = head_contributions(traced.local, traced.readouts, graph, top=100).by_edge()
     nodes, compared = graph.nodes, 0
     for source, target, weight in zip(*(part.tolist() for part in graph.edges()), strict=True):
         ends = nodes.layer_N[[source, target]]

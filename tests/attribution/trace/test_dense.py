@@ -6,9 +6,8 @@ from dense_reference import Dense
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution.checks.edits import Change
-from saejax.attribution.checks.interventions import intervene
 from saejax.attribution.graph.nodes import ERROR, FEATURE, LOGIT, TOKEN
+from saejax.attribution.local.edits import Change
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 
@@ -66,14 +65,14 @@ def test_doubling_a_feature_adds_its_column(family, skip, tmp_path, one_device):
     transcoders = LayerTranscoders(
         "made", [t.config for t in made], made.__getitem__, reads="mlp_normed" if family == "gemma2" else "mlp_in"
     )
-    graph, replacement, readouts = trace_prompt(lm, transcoders, IDS, max_logits=5)
+    graph, local, readouts = trace_prompt(lm, transcoders, IDS, max_logits=5)
     nodes, features = graph.nodes, graph.count(FEATURE)
     doubled = np.random.default_rng(1).permutation(features)[:8]
     rows = [
         [Change(*(int(a[i]) for a in (nodes.layer_N, nodes.position_N, nodes.index_N)), 2 * float(nodes.value_N[i]))]
         for i in doubled
     ]
-    changed = intervene(replacement, rows, readouts, np.arange(features), hold="all")
+    changed = local.run(rows, "all", readouts=readouts, features=np.arange(features))
     moved_RxT = np.concatenate([changed.feature_RxJ, changed.readout_RxK], axis=1) - graph.value_R[None]
     error = relative(moved_RxT, graph.adjacency_RxS[:, doubled].T)
     print(family, skip, f"{error:.1e}")

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.attribution.trace import directions
-from saejax.attribution.trace.directions import fill_table, read_directions
+from saejax.attribution.local import directions
+from saejax.attribution.local.directions import fill_table, read_directions
 from saejax.parallel.mesh import make_mesh
 from saejax.settings import MeshConfig
 

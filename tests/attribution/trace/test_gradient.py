@@ -286,7 +286,7 @@ def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, caps
     targets = [link["target"] for link in document["links"]]
     assert targets and max(map(targets.count, targets)) <= 6
     assert document["metadata"]["generation_settings"]["edges"].startswith("total gradient x activation")
-    pruned, whole = Graph.load(folder / "mine-graph"), trace_gradient(lm, folders, IDS, max_logits=3)
+    pruned, whole = Graph.load(folder / "mine-graph").prune(top_edges=6), trace_gradient(lm, folders, IDS, max_logits=3)
     again = whole.prune(top_edges=6)
     assert np.array_equal(pruned.pruning.node_N, again.pruning.node_N) and pruned.pruning.top_edges == 6
     assert relative(pruned.adjacency_RxS, again.adjacency_RxS) < 1e-4

@@ -9,12 +9,12 @@ from jax.sharding import AxisType, Mesh
 from made_graphs import load_tiny, make_transcoders
 
 from saejax import trace
-from saejax.attribution.checks.circuit_runs import Circuit, run_circuits
 from saejax.attribution.graph import pruning
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, FIRST_MLP, LOGIT, TOKEN, Nodes
-from saejax.attribution.local import replacement
+from saejax.attribution.local import rows, state
 from saejax.attribution.local.active import Active
-from saejax.attribution.trace import rounds, row_store, rows
+from saejax.attribution.local.edits import Circuit
+from saejax.attribution.trace import rounds, row_store
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
 from saejax.errors import UserError
@@ -78,7 +78,7 @@ def test_columns_that_are_given_up_change_no_row(tiny, made, monkeypatch):
     assert narrowed == [len(whole.nodes) - 44 + whole.settings["active_features"]]  # once, when all had a column
     assert np.array_equal(graph.nodes.index_N, whole.nodes.index_N)
     assert np.array_equal(graph.adjacency_RxS, whole.adjacency_RxS)
-    assert relative(graph.unkept_R, whole.unkept_R) < 1e-5
+    assert relative(graph.untraced_R, whole.untraced_R) < 1e-5
 
 
 def test_the_most_influential_features_are_kept(tiny, made, graph):
@@ -126,7 +126,7 @@ def test_biases_have_no_part_in_the_choice_and_rounds_see_more_than_one_ranking(
             own = np.array([40]) if new_F is None else new_F
             put(np.arange(len(own)), rows[own])
 
-        return rounds.attributed(run, nodes, readouts, fill, 12, round_rows)[0].tolist()
+        return rounds.attribute_in_rounds(run, nodes, readouts, fill, 12, round_rows)[0].tolist()
 
     assert chosen() == chosen(biases=1e4)
     assert len(best & set(chosen())) > len(best & set(chosen(12)))
@@ -214,14 +214,14 @@ def test_no_active_feature_is_an_error(tiny, made):
 def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tmp_path, one_device, monkeypatch):
     """Of Gemma 3's template the first four tokens; biases and decoders go on from the fifth."""
     lm = load_tiny(tmp_path, "gemma3_text", one_device, num_hidden_layers=2)
-    assert replacement.CHAT_STARTS[lm.config.family] == (2, 105, 2364, 107)
+    assert state.CHAT_STARTS[lm.config.family] == (2, 105, 2364, 107)
     made = make_transcoders(lm.config)
     ids = [0, 17, 230, 5, 42, 99, 7]
     plain = trace(lm, made, ids, max_logits=2)
-    monkeypatch.setitem(replacement.CHAT_STARTS, lm.config.family, tuple(ids[:4]))
+    monkeypatch.setitem(state.CHAT_STARTS, lm.config.family, tuple(ids[:4]))
     found = trace_prompt(lm, made, ids, max_logits=2)
     graph = found.graph
-    assert (plain.nodes.position_N[plain.slice_of(FEATURE)].min(), found.replacement.first) == (1, 4)
+    assert (plain.nodes.position_N[plain.slice_of(FEATURE)].min(), found.local.first) == (1, 4)
     features, errors = (graph.nodes[graph.slice_of(kind)] for kind in (FEATURE, ERROR))
     assert features.position_N.min() == 4
     assert not graph.adjacency_RxS[:, graph.slice_of(ERROR)][:, errors.position_N < 4].any()
@@ -229,8 +229,8 @@ def test_a_chat_prefix_of_sinks_has_no_features_and_sums_stay_whole(tmp_path, on
     assert np.abs(graph.unexplained_R).max() < 1e-5 * np.abs(graph.value_R).max()
     with pytest.raises(UserError, match="no feature is used at the first 4 tokens"):
         trace(lm, made, ids[:4])
-    every = Circuit(np.ones(len(found.replacement.active), bool), np.ones((2, len(ids)), bool))
-    kept, none = run_circuits(found.replacement, [every, every.complement()], found.readouts)[:, 0]
+    every = Circuit(np.ones(len(found.local.active), bool), np.ones((2, len(ids)), bool))
+    kept, none = found.local.run([every, every.complement()], readouts=found.readouts).readout_RxK[:, 0]
     assert kept == pytest.approx(found.readouts.value_K[0], abs=1e-5) and abs(none - kept) > 1e-3
 
 

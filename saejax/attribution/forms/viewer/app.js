@@ -2,7 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const given = JSON.parse(at("graph-data").textContent);
-const graph = readGraph(given.document, given.labels, given.edges);
+const graph = readGraph(given.document, namesOf(given), given.edges);
 const [stage, view, world] = ["stage", "view", "world"].map(at);
 const picture = new Picture(graph, at("lower"), at("upper"));
 
@@ -91,7 +91,7 @@ function reveal(i) {
 
 showTables(graph, given.tables, app);
 const panel = makePanel(graph, given, app);
-const tip = makeTip(graph, given.examples, app);
+const tip = makeTip(graph, given.details, app);
 const search = makeSearch(graph, app);
 const subgraph = makeSubgraph(graph, app);
 const live = given.live ? makeLive(graph, given, app) : null;
@@ -117,7 +117,7 @@ function refresh() {
     if (!sameNodes) show("place");
     else if (old.edges !== app.visible.edges) show("edges");
   }
-  if (live) now.live = `${now.subgraph} ${JSON.stringify(state.changes)} ${state.hold}`;
+  if (live) now.live = `${now.subgraph} ${JSON.stringify(state.changes)} ${state.freeze}`;
   for (const part of ["panel", "subgraph", "search", "live"]) if (now[part] !== shown[part]) show(part);
   shown = now;
   show("nodes", "controls");
@@ -142,9 +142,13 @@ function draw() {
   if (live && dirty.has("live")) live.show();
   dirty.clear();
   view.classList.toggle("lit", state.clicked >= 0 || hovered >= 0);
-  const { found, marked, edgesShown: edges } = app;
+  picture.drawNodes(lookOf(app));
+}
+
+/** What the upper canvas shows. */
+function lookOf({ state, hovered, found, marked, edgesShown: edges }) {
   const look = { focus: state.clicked, hovered, pinned: new Set(state.pinned), found, marked, edgesShown: edges };
-  picture.drawNodes({ ...look, linkType: state.linkType });
+  return { ...look, linkType: state.linkType };
 }
 
 /** Gives nodes their places. The world may be wider than the stage, which then scrolls. */

@@ -4,6 +4,7 @@
 
 const FRAME = 9; // milliseconds of drawing at a time, so that the page answers while thousands of edges appear
 const BURST = 250; // milliseconds: edges that change again within them wait
+const NAMED_AT_MOST = 60; // features and errors
 const AT_ONCE = 2500; // of them, after this many of the strongest
 
 class Picture {
@@ -131,7 +132,7 @@ class Picture {
         this.drawNode(context, i, look, touched);
     }
     context.globalAlpha = 1;
-    for (const i of new Set([...pinned, focus])) this.drawName(context, i);
+    for (const i of new Set([...pinned, focus, ...this.namedNodes()])) this.drawName(context, i);
     for (const box of layout.pills.boxes) this.drawPill(context, box, look, touched);
     context.restore();
     paintGutters(context, graph, layout, scroll, this.ink);
@@ -172,6 +173,15 @@ class Picture {
     if (i === focus) ring(ink.link, 2.5, 3.5);
   }
 
+  /** Labelled features, where few enough nodes are shown for their names to be read. */
+  namedNodes() {
+    const { graph, visible } = this;
+    const shown = [];
+    for (let i = 0; i < graph.n && shown.length <= NAMED_AT_MOST; i++)
+      if (visible.node[i] && graph.kind[i] !== TOKEN && graph.kind[i] !== LOGIT) shown.push(i);
+    return shown.length > NAMED_AT_MOST ? [] : shown.filter((i) => graph.named[i]);
+  }
+
   /** Names what is selected or pinned; tokens and outputs have their names already. */
   drawName(context, i) {
     const { graph, layout } = this;
@@ -202,7 +212,7 @@ class Picture {
     const context = canvas.getContext("2d");
     context.fillStyle = this.ink.paper;
     context.fillRect(0, 0, canvas.width, canvas.height);
-    context.globalAlpha = Number(getComputedStyle(this.lower).opacity);
+    context.globalAlpha = 1;
     context.drawImage(this.lower, 0, 0);
     context.globalAlpha = 1;
     context.drawImage(this.upper, 0, 0);

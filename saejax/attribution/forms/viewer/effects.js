@@ -1,6 +1,6 @@
 // What changes did to the next token: old beside new, and beside what random features do.
 
-function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hold }, names) {
+function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, freeze }, names) {
   const nats = (x) => `${magnitude(x)} nats`;
   const span = (values, written) => [...new Set([Math.min(...values), Math.max(...values)].map(written))].join(" to ");
   const row = (token) => {
@@ -29,7 +29,7 @@ function effectsTable({ tokens, differences, kl, random_kl, draws, no_draws, hol
     element("h3", {}, `The next token, with ${names}`),
     element("p", {}, `Divergence from the model as it is (KL): ${nats(kl)}. ${said}`),
     ...named,
-    hold === "all" ? element("p", { class: "note" }, "With all else held this is what the edges say, not the model.") : [],
+    freeze === "all" ? element("p", { class: "note" }, "With all else frozen this is what the edges say, not the model.") : [],
     element(
       "div",
       { class: "wide", tabindex: 0, role: "region", "aria-label": "Tokens" },

@@ -44,13 +44,13 @@ function makeLive(graph, { live, labels }, app) {
     const remove = (k) => app.change({ changes: changes.filter((_, other) => other !== k) }, true);
     list.replaceChildren(
       ...changes.map((change, k) => {
-        const label = `Take back ${words(change)}`;
-        const button = element("button", { type: "button", "aria-label": label, onclick: () => remove(k) }, "Take back");
+        const label = `Remove ${words(change)}`;
+        const button = element("button", { type: "button", "aria-label": label, onclick: () => remove(k) }, "Remove");
         return element("li", {}, element("span", {}, words(change)), button);
       }),
     );
     here("run-changes").disabled = !changes.length || Boolean(live.why);
-    here("hold").value = app.state.hold;
+    here("freeze").value = app.state.freeze;
   };
   const clearEffects = () => here("effects").replaceChildren();
 
@@ -64,17 +64,17 @@ function makeLive(graph, { live, labels }, app) {
     clearEffects();
     app.change({ changes: [...others, { how: how.value, amount: Number(amount.value), members }] }, true);
   };
-  for (const option of here("hold").options) option.hidden = option.disabled = !live.holds.includes(option.value);
-  here("hold").onchange = (event) => {
+  for (const option of here("freeze").options) option.hidden = option.disabled = !live.freeze_modes.includes(option.value);
+  here("freeze").onchange = (event) => {
     clearEffects();
-    app.change({ hold: event.target.value }, true);
+    app.change({ freeze: event.target.value }, true);
   };
   here("run-changes").onclick = async () => {
-    const { changes, hold } = app.state;
+    const { changes, freeze } = app.state;
     const names = changes.map(words).join("; ");
-    const found = await job.run("api/change", { graph: live.graph, changes: plainChanges(graph, changes), hold });
+    const found = await job.run("api/change", { graph: live.graph, changes: plainChanges(graph, changes), freeze });
     if (!found) return;
-    here("effects").replaceChildren(...effectsTable({ ...found, hold }, names));
+    here("effects").replaceChildren(...effectsTable({ ...found, freeze }, names));
     here("effects").focus({ preventScroll: true });
     say(`The next token is now ${found.tokens[0].text}.`);
   };
@@ -118,7 +118,7 @@ function makeLive(graph, { live, labels }, app) {
         const label = field.value.trim();
         saving("api/label", { node: graph.ids[i], label }, () => {
           labels[key] = label;
-          nameNodes(graph, labels);
+          nameNodes(graph, namesOf(given));
           shown = {}; // names stand everywhere
           refresh();
         });

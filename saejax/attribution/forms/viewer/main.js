@@ -97,7 +97,18 @@ at("save-graph").onclick = () => {
   const links = linksOf(graph, given.edges.more);
   saveJson(`${slug}.json`, { ...given.document, qParams: qParamsOf(graph, app.state), links });
 };
-at("save-picture").onclick = () => picture.toCanvas().toBlob((blob) => download(`${slug}.png`, blob));
+/** The whole picture, also where the view shows a part of it. */
+at("save-picture").onclick = () => {
+  const whole = new Picture(graph, document.createElement("canvas"), document.createElement("canvas"));
+  whole.place(app.visible, picture.layout.worldWidth, stage.clientHeight, 1);
+  whole.drawEdges();
+  const finish = () => {
+    if (!whole.painted) return requestAnimationFrame(finish);
+    whole.drawNodes(lookOf(app));
+    whole.toCanvas().toBlob((blob) => download(`${slug}.png`, blob));
+  };
+  finish();
+};
 at("save-subgraph").onclick = () =>
   download(`${slug}-subgraph.svg`, new Blob([subgraphFile()], { type: "image/svg+xml" }));
 

@@ -27,6 +27,13 @@ function visibleText(text) {
   });
 }
 
+/** The kind of a node of another program: "lorsa error" is an error, "lorsa" a feature. */
+const kindNamed = (type) =>
+  /error/i.test(type) ? ERROR : /transcoder|feature|lorsa|sae/i.test(type) ? FEATURE : OTHER;
+
+/** The layer of a node that is no token; "E" stands below layer 0. */
+const layerOf = (node) => (Number.isFinite(Number(node.layer)) ? Number(node.layer) : -1);
+
 /** What nodes are called and found by; ``labels`` go before the document's own. */
 function nameNodes(graph, labels) {
   const { doc, kind, tokens, pos } = graph;
@@ -35,6 +42,16 @@ function nameNodes(graph, labels) {
   graph.searchable = doc.nodes.map((node, i) =>
     `${graph.labels[i]}\n${node.node_id}\n${visibleToken(tokens[pos[i]] ?? "")}\n${tokens[pos[i]] ?? ""}`.toLowerCase(),
   );
+}
+
+/** Labels of features by layer and number: those that were saved, then the document's own, then those of files. */
+function namesOf({ document: doc, labels, details }) {
+  const names = { ...labels };
+  for (const node of doc.nodes) {
+    const key = featureKey(node);
+    if (!names[key] && !node.clerp && details[key]?.label) names[key] = details[key].label;
+  }
+  return names;
 }
 
 function readGraph(doc, labels, edges) {
@@ -48,14 +65,14 @@ function readGraph(doc, labels, edges) {
   const index = new Map(doc.nodes.map((node, i) => [node.node_id, i]));
   let layers = 0;
   doc.nodes.forEach((node, i) => {
-    kind[i] = KIND_OF[node.feature_type] ?? (/transcoder|feature|lorsa|sae/i.test(node.feature_type) ? FEATURE : OTHER);
+    kind[i] = KIND_OF[node.feature_type] ?? kindNamed(node.feature_type);
     pos[i] = node.ctx_idx;
     share[i] = node.influence ?? -1; // below every threshold: always shown
     activation[i] = node.activation ?? NaN;
-    if (kind[i] !== TOKEN && kind[i] !== LOGIT) layers = Math.max(layers, Number(node.layer) + 1);
+    if (kind[i] !== TOKEN && kind[i] !== LOGIT) layers = Math.max(layers, layerOf(node) + 1);
   });
   doc.nodes.forEach((node, i) => {
-    row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : Number(node.layer) + 1;
+    row[i] = kind[i] === TOKEN ? 0 : kind[i] === LOGIT ? layers + 1 : layerOf(node) + 1;
   });
   const graph = {
     n,

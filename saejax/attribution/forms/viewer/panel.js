@@ -31,7 +31,7 @@ function describe(graph, i) {
   return facts;
 }
 
-function makePanel(graph, { examples, heads }, app) {
+function makePanel(graph, { details: known, heads, source }, app) {
   const panel = document.getElementById("panel");
 
   /** The attention heads that carry an edge, in words; null where they are not known. */
@@ -77,6 +77,17 @@ function makePanel(graph, { examples, heads }, app) {
     const body = all.length ? [rows, more] : [element("p", { class: "note" }, nothing(i, into))];
     return element("section", { class: into ? "inputs" : "outputs" }, title, body);
   };
+  /** Where Neuronpedia shows a feature; "" where the set is not there. */
+  const addressOf = (i) => {
+    const [layer, index] = graph.ids[i].split("_");
+    return source.replace("{layer}", layer).replace("{index}", index);
+  };
+  const aboutFeature = (about, address) => [
+    ...(about.examples?.length ? [element("h3", {}, "Top contexts"), exampleList(about.examples, 8)] : []),
+    ...(about.top_logits?.length ? [element("p", {}, `Raises: ${about.top_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
+    ...(about.bottom_logits?.length ? [element("p", {}, `Lowers: ${about.bottom_logits.slice(0, 8).map(visibleToken).join(" ")}`)] : []),
+    ...(address ? [element("p", {}, element("a", { href: address, target: "_blank", rel: "noreferrer" }, "This feature at Neuronpedia"))] : []),
+  ];
   const nothing = (i, into) => {
     if (!into) return "It feeds nothing that was kept.";
     const target = graph.kind[i] === FEATURE || graph.kind[i] === LOGIT;
@@ -85,7 +96,13 @@ function makePanel(graph, { examples, heads }, app) {
 
   const overview = () => {
     const all = [...Array(graph.n).keys()];
-    const best = all.filter((i) => graph.kind[i] === FEATURE).sort((a, b) => graph.share[a] - graph.share[b]);
+    const ranked = all.filter((i) => graph.kind[i] === FEATURE).sort((a, b) => graph.share[a] - graph.share[b]);
+    const listed = new Map(); // at most two features of a layer and position, so that one token does not fill the list
+    const best = ranked.filter((i) => {
+      const place = graph.row[i] * graph.columns + graph.pos[i];
+      listed.set(place, (listed.get(place) || 0) + 1);
+      return listed.get(place) <= 2;
+    });
     const outputs = all.filter((i) => graph.kind[i] === LOGIT);
     return [
       element("h2", {}, "Where to start"),
@@ -98,7 +115,7 @@ function makePanel(graph, { examples, heads }, app) {
   };
   const details = (i) => {
     const pinned = app.state.pinned.includes(i);
-    const known = examples[featureKey(graph.doc.nodes[i])] || [];
+    const about = known[featureKey(graph.doc.nodes[i])] || {};
     const group = app.state.groups.find(([, members]) => members.includes(i));
     const directions = { input: [true], output: [false], both: [true, false] }[app.state.linkType];
     const pin = { type: "button", id: "pin", "aria-pressed": String(pinned), onclick: () => app.togglePin(i) };
@@ -110,7 +127,7 @@ function makePanel(graph, { examples, heads }, app) {
       element("div", { class: "head" }, title, element("div", { class: "buttons" }, buttons)),
       factList(group ? [...describe(graph, i), ["Group", visibleText(group[0])]] : describe(graph, i)),
       live && graph.kind[i] === FEATURE ? [live.labelForm(i)] : [],
-      known.length ? [element("h3", {}, "Top examples"), exampleList(known, 8)] : [],
+      graph.kind[i] === FEATURE ? aboutFeature(about, addressOf(i)) : [],
       element("div", { class: "lists" }, directions.map((into) => edgeList(i, into))),
       carried ? element("p", { class: "note" }, VIA) : [],
     ].flat();

@@ -2,6 +2,7 @@
 // same view; names and forms are those of the document's qParams where it has them.
 
 const LINK_TYPES = ["both", "input", "output"];
+const NODES_AT_FIRST = 40; // features and errors that a first look can take in
 const EDGES_AT_FIRST = 1500; // what a first look can take in; the slider shows the rest
 const AT_LEAST = 40; // of the edges of a node that is looked at
 
@@ -14,11 +15,11 @@ function firstState(graph) {
     pinned: [],
     groups: [],
     linkType: "both",
-    nodes: 1,
+    nodes: firstNodes(graph, q),
     edges: Math.max(share, 0.01),
     query: "",
     changes: [], // what a run of the model changes: {how, amount, members}
-    hold: "nothing", // what stays in it as it was
+    freeze: "none", // what stays in it as it was
   };
   return {
     ...state,
@@ -26,6 +27,16 @@ function firstState(graph) {
     ...checkedPins(graph, q.pinnedIds, q.supernodes),
     linkType: LINK_TYPES.includes(q.linkType) ? q.linkType : "both",
   };
+}
+
+/** The share of nodes of the first view: none but those of groups if there are any, else the most influential ones. */
+function firstNodes(graph, { supernodes }) {
+  if (Array.isArray(supernodes) && supernodes.length) return 0;
+  const shares = [];
+  for (let i = 0; i < graph.n; i++) if (graph.kind[i] !== TOKEN && graph.kind[i] !== LOGIT && graph.share[i] >= 0) shares.push(graph.share[i]);
+  if (shares.length <= NODES_AT_FIRST || graph.mostShare <= 0) return 1;
+  shares.sort((a, b) => a - b);
+  return Math.min(1, Math.ceil((1000 * shares[NODES_AT_FIRST - 1]) / graph.mostShare) / 1000);
 }
 
 /** Pins and groups of a document or address, which may be wrong: unknown nodes go, no node is in two groups. */
@@ -44,7 +55,7 @@ function checkedPins(graph, ids, supernodes) {
 }
 
 const HOWS = ["scale", "set"];
-const HOLDS = ["nothing", "attention", "all"];
+const FREEZE_MODES = ["none", "attention", "all"];
 
 /** Changes of an address, which may be wrong: only of features that are there, of each only one. */
 function checkedChanges(graph, list) {
@@ -94,7 +105,7 @@ function toHash(graph, state) {
   params.set("edges", state.edges);
   if (state.query) params.set("q", state.query);
   if (state.changes.length) params.set("changes", JSON.stringify(plainChanges(graph, state.changes)));
-  if (state.hold !== HOLDS[0]) params.set("hold", state.hold);
+  if (state.freeze !== FREEZE_MODES[0]) params.set("freeze", state.freeze);
   return "#" + params;
 }
 
@@ -144,7 +155,7 @@ function fromHash(graph, hash) {
     Object.assign(state, checkedPins(graph, ids, listIn(params.get("supernodes"))));
   }
   state.changes = checkedChanges(graph, listIn(params.get("changes")));
-  if (HOLDS.includes(params.get("hold"))) state.hold = params.get("hold");
+  if (FREEZE_MODES.includes(params.get("freeze"))) state.freeze = params.get("freeze");
   if (LINK_TYPES.includes(params.get("linkType"))) state.linkType = params.get("linkType");
   return Object.assign(state, { nodes: number("nodes"), edges: number("edges"), query: params.get("q") || "" });
 }

@@ -1,6 +1,6 @@
 // What the pointer is on, said beside the pointer.
 
-function makeTip(graph, examples, app) {
+function makeTip(graph, details, app) {
   const tip = document.getElementById("tip");
   const margin = 14;
 
@@ -19,7 +19,7 @@ function makeTip(graph, examples, app) {
       tip.hidden = true;
     },
     show(i, x, y) {
-      const known = examples[featureKey(graph.doc.nodes[i])] || [];
+      const known = details[featureKey(graph.doc.nodes[i])]?.examples || [];
       tip.replaceChildren(
         element("strong", {}, graph.labels[i]),
         factList(describe(graph, i)),

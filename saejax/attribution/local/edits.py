@@ -1,0 +1,274 @@
+"""Edits of a run: features set to other activations, or all features left out but those of a circuit.
+
+Both change what a layer's MLP adds to the stream, so an edit is a difference that is added to the stream leaving the
+layer:
+
+    set      sum over edited features of (value - f) W_dec
+    circuit  sum over kept features of f W_dec + b_dec + skip(read) + error if it is kept - mlp_out
+
+with f the activation in the edited run (with MLPs frozen: in the prompt) and error what the transcoder leaves of the
+run's own MLP output. Features of cross-layer transcoders write to later layers, too.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.attribution.local.active import AT_ONCE, activations, encode_used
+from saejax.attribution.local.dictionaries import EncoderOnly
+from saejax.attribution.local.layers import FIXED
+from saejax.attribution.local.outputs import FeatureOutputs
+from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.state import LocalState
+from saejax.errors import UserError
+from saejax.models.layers import einsum
+from saejax.parallel.collectives import to_host
+
+_CHUNK = 2**21  # numbers of the streams of the rows that go through a layer at once
+_ROWS = 8  # least size to which rows are padded
+
+
+class Change(NamedTuple):
+    """Sets a feature to an activation, at a position or at all positions of a slice."""
+
+    layer: int
+    position: int | slice
+    feature: int
+    value: float
+
+
+class Circuit(NamedTuple):
+    """Which features are kept [A], of ``LocalState.active``, and which errors [L, P]."""
+
+    features_A: np.ndarray
+    errors_LxP: np.ndarray
+
+    def complement(self) -> "Circuit":
+        """Return all that is not in it."""
+        return Circuit(~self.features_A, ~self.errors_LxP)
+
+
+class LayerChanges(NamedTuple):
+    """The changes of R rows in one layer, arrays [R, M]; padding sets features to 0 where they are: position 0.
+
+    Attributes:
+      position_RxM, feature_RxM: int32.
+      value_RxM: fp32 new activations.
+      old_RxM: fp32 activations in the prompt.
+    """
+
+    position_RxM: np.ndarray
+    feature_RxM: np.ndarray
+    value_RxM: np.ndarray
+    old_RxM: np.ndarray
+
+
+class ChangeEdits:
+    """Rows of changes to a prompt, made in runs side by side.
+
+    Args:
+      state: of the prompt.
+      rows: of each row, the changes that are made together.
+      tokens: of the run, which slices of positions refer to.
+
+    Attributes:
+      chunks: the rows that go through a layer at once.
+      padded: the size to which the rows of each chunk are padded.
+      first_layer: the lowest that is changed; None: nothing is.
+
+    Raises:
+      UserError: a feature or a position does not exist, or is changed twice in a row.
+    """
+
+    def __init__(self, state: LocalState, rows: Sequence[Sequence[Change]], tokens: int):
+        self._state, self._by_layer = state, _changes_by_layer(state, rows, tokens)
+        self.first_layer = min(self._by_layer, default=None)
+        _, length, width = state.stream_LxTxD.shape
+        most = max((part.position_RxM.shape[1] for part in self._by_layer.values()), default=1)
+        size = max(_CHUNK // (max(length, most) * width) // _ROWS, 1) * _ROWS
+        self.chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
+        self.padded = [padded(chunk.stop - chunk.start, _ROWS) for chunk in self.chunks]
+        self._outputs: dict[int, FeatureOutputs] = {}
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers in which features are changed."""
+        return set(self._by_layer)
+
+    def difference(
+        self, number: int, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array
+    ) -> np.ndarray | None:
+        """Return what the edits of a chunk add to the stream leaving a layer, [R, T, D]; None: nothing.
+
+        Args:
+          number: of the chunk.
+          layer: its number.
+          freeze: what the layer keeps of the prompt, one of ``layers.FREEZE_MODES``.
+          read_RxTxD, out_RxTxD: what the transcoder reads and the MLP adds in the runs.
+        """
+        rows, length = read_RxTxD.shape[:2]
+        outputs = self._outputs.setdefault(number, FeatureOutputs(self._state.dictionaries, rows, length))
+        if layer in self._by_layer:
+            chunk = self.chunks[number]
+            filler = ((0, rows - (chunk.stop - chunk.start)), (0, 0))
+            changes = LayerChanges(*(np.pad(array[chunk], filler) for array in self._by_layer[layer]))
+            old_RxM = changes.old_RxM
+            if freeze not in FIXED:
+                acts_RxM = self._activations(layer, changes, read_RxTxD)
+                old_RxM = np.where(changes.position_RxM >= self._state.first, acts_RxM, 0)
+            places = np.arange(rows)[:, None] * length + changes.position_RxM
+            outputs.add(layer, places, changes.feature_RxM, changes.value_RxM - old_RxM)
+        return outputs.pop(layer)
+
+    def _activations(self, layer: int, changes: LayerChanges, read_RxTxD: jax.Array) -> np.ndarray:
+        """Return the activations of the changed features in each row, of which only these are encoded if possible."""
+        feature_U, index = np.unique(changes.feature_RxM, return_inverse=True)
+        room = padded(len(feature_U), 16) - len(feature_U)  # so that layers share programs
+        encoder, columns = self._state.encoder(layer).restrict(np.pad(feature_U, (0, room), mode="edge"))
+        column_RxM = columns[index.reshape(changes.feature_RxM.shape)].astype(np.int32)
+        return to_host(_encode_places(encoder, changes.position_RxM, column_RxM, read_RxTxD))
+
+
+class CircuitEdits:
+    """Circuits run side by side; see ``ChangeEdits`` for its interface.
+
+    Args:
+      state: of the prompt.
+      circuits: what is kept; a feature that is not active in the prompt is in none.
+    """
+
+    first_layer = 0
+
+    def __init__(self, state: LocalState, circuits: Sequence[Circuit]):
+        self._state, self._circuits = state, circuits
+        length = state.stream_LxTxD.shape[1]
+        size = max(AT_ONCE // (length * state.dictionaries.configs[0].n_features), 1)
+        self.chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
+        self.padded = [min(size, len(circuits))] * len(self.chunks)
+        self._outputs: dict[int, FeatureOutputs] = {}
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers that are edited: all."""
+        return set(range(self._state.model.config.n_layers))
+
+    def difference(
+        self, number: int, layer: int, freeze: str, read_RxTxD: jax.Array, out_RxTxD: jax.Array
+    ) -> jax.Array:
+        """Return what leaving out all but the circuits adds to the stream leaving a layer, [R, T, D]."""
+        state, (rows, length) = self._state, read_RxTxD.shape[:2]
+        circuits = self._circuits[self.chunks[number]]
+        outputs = self._outputs.setdefault(number, FeatureOutputs(state.dictionaries, 2, rows, length))
+        used_T = (np.arange(length) >= state.first) & (np.arange(length) < len(state.ids_P))
+        acts_RxTxF = to_host(encode_used(state.encoder(layer), read_RxTxD, used_T))
+        row_E, position_E, feature_E = np.nonzero(acts_RxTxF)
+        value_E = acts_RxTxF[row_E, position_E, feature_E]
+
+        # Which of the run's active features are active in the prompt and kept, by (position, feature).
+        here = state.active.of_layer(layer)
+        width = acts_RxTxF.shape[2]
+        key_A = state.active.position_A[here].astype(np.int64) * width + state.active.feature_A[here]
+        key_E = position_E.astype(np.int64) * width + feature_E
+        index_E = np.minimum(np.searchsorted(key_A, key_E), max(len(key_A) - 1, 0))
+        known_E = key_A[index_E] == key_E if len(key_A) else np.zeros(len(key_E), bool)
+        kept_RxA = np.zeros((rows, max(len(key_A), 1)), bool)
+        error_RxT = np.zeros((rows, length), bool)
+        for row, circuit in enumerate(circuits):
+            kept_RxA[row, : len(key_A)] = circuit.features_A[here]
+            error_RxT[row, : len(state.ids_P)] = circuit.errors_LxP[layer]
+        kept_E = known_E & kept_RxA[row_E, index_E]
+
+        # One sum has all features, the other the kept ones.
+        place_E = row_E * length + position_E
+        places = np.concatenate([place_E, place_E[kept_E] + rows * length])
+        features, values = (np.concatenate([part, part[kept_E]]) for part in (feature_E, value_E))
+        outputs.add(layer, places, features, values)
+        sums = outputs.pop(layer)
+        if sums is None:
+            sums = np.zeros((2, *out_RxTxD.shape), np.float32)
+        return _circuit_difference(
+            state.b_dec_LxD[layer], state.skip(layer), read_RxTxD, out_RxTxD, sums, error_RxT, used_T
+        )
+
+
+@jax.jit
+def _circuit_difference(
+    b_dec_D: jax.Array,
+    skip_DxD: jax.Array | None,
+    read_RxTxD: jax.Array,
+    out_RxTxD: jax.Array,
+    sums_2xRxTxD: jax.Array,
+    error_RxT: jax.Array,
+    used_T: jax.Array,
+) -> jax.Array:
+    all_RxTxD, kept_RxTxD = sums_2xRxTxD
+    fixed_RxTxD = jnp.broadcast_to(b_dec_D, out_RxTxD.shape)
+    if skip_DxD is not None:
+        fixed_RxTxD += einsum("rtd,de->rte", read_RxTxD, skip_DxD)
+    error_RxTxD = jnp.where(error_RxT[..., None], out_RxTxD - all_RxTxD - fixed_RxTxD, 0)
+    return jnp.where(used_T[None, :, None], kept_RxTxD + fixed_RxTxD + error_RxTxD - out_RxTxD, 0)
+
+
+@jax.jit
+def _encode_places(
+    encoder: EncoderOnly, position_RxM: jax.Array, column_RxM: jax.Array, read_RxTxD: jax.Array
+) -> jax.Array:
+    """Return the activations of columns of the encoder at positions of each row, [R, M]."""
+    row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
+    if position_RxM.shape[1] <= length:
+
+        def encode_change(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+            position_R, column_R = place
+            acts_RxF = activations(encoder, read_RxTxD[row_R, position_R])
+            return jnp.take_along_axis(acts_RxF, column_R[:, None], axis=1)[:, 0]
+
+        return lax.map(encode_change, (position_RxM.T, column_RxM.T)).T
+
+    # With more changes than positions, each position is encoded once.
+    def encode_position(acts_RxM: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
+        here_RxM = jnp.take_along_axis(activations(encoder, read_RxTxD[:, position]), column_RxM, axis=1)
+        return jnp.where(position_RxM == position, here_RxM.astype(acts_RxM.dtype), acts_RxM), None
+
+    return lax.scan(encode_position, jnp.zeros(position_RxM.shape, read_RxTxD.dtype), jnp.arange(length))[0]
+
+
+def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], tokens: int) -> dict[int, LayerChanges]:
+    """Return the changes of all rows by layer, slices as their positions."""
+    active, configs = state.active, state.dictionaries.configs
+    by_layer: dict[int, list[list[tuple[int, int, float]]]] = {}
+    for row, changes in enumerate(rows):
+        single = [
+            (change.layer, position, change.feature, change.value)
+            for change in changes
+            for position in (
+                range(*change.position.indices(tokens)) if isinstance(change.position, slice) else [change.position]
+            )
+        ]
+        if len({change[:3] for change in single}) != len(single):
+            raise UserError(f"row {row} changes a feature twice at one position: give it one value")
+        for layer, position, feature, value in single:
+            exists = 0 <= layer < len(configs) and 0 <= feature < configs[layer].n_features
+            if not (exists and np.isfinite(value)):
+                raise UserError(
+                    f"feature {feature} of layer {layer} cannot be set to {value}: expected one of {len(configs)} "
+                    f"layers, of {configs[0].n_features} features, and a finite number"
+                )
+            if not 0 <= position < tokens:
+                raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
+            by_layer.setdefault(int(layer), [[] for _ in rows])[row].append((int(position), int(feature), value))
+    found = {}
+    most = max((len(entries) for lists in by_layer.values() for entries in lists), default=0)
+    for changed_layer, lists in by_layer.items():
+        arrays = LayerChanges(*(np.zeros((len(rows), most), dtype) for dtype in [np.int32] * 2 + [np.float32] * 2))
+        for row, entries in enumerate(lists):
+            for m, (place, number, new) in enumerate(entries):
+                index = active.index_of.get((changed_layer, place, number))
+                old = 0.0 if index is None else active.value_A[index]
+                for array, entry in zip(arrays, (place, number, new, old), strict=True):
+                    array[row, m] = entry
+        found[changed_layer] = arrays
+    return found

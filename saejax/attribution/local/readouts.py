@@ -1,0 +1,130 @@
+"""Readouts of the residual stream: targets as directions, and programs that read them in edited runs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from saejax.attribution.local.frozen import FrozenModel
+from saejax.models import decoder
+from saejax.models.config import RunRules
+from saejax.models.layers import einsum
+from saejax.parallel.collectives import to_host
+
+_READ = 128  # directions that are read at once, so that layers and prompts share a program
+
+
+def padded(count: int, least: int = 4) -> int:
+    """Return the size to which tokens, features or rows are padded, so that similar prompts share compiled programs.
+
+    Args:
+      count: their number.
+      least: the size is a multiple of this, and at most a quarter larger where there are many.
+    """
+    step = max(least, (1 << count.bit_length()) >> 3)
+    return max(-(-count // step), 1) * step
+
+
+@dataclasses.dataclass(frozen=True)
+class Readouts:
+    """K targets as directions of the stream; tokens and differences first, other directions last.
+
+    Attributes:
+      layer_K, position_K: int32 layer whose entering stream is read, and position.
+      token_K: int32 token of a logit; -1 for others.
+      pair_Kx2: int32 tokens of a logit or a difference, -1 where there is none.
+      vector_KxD: fp32 directions.
+      value_K: fp32 dot product with the stream, plus biases.
+      normed_K: whether they were pulled back through the final norm.
+      constant_K: fp32 part of it that biases of the final norm and the unembedding are.
+      weight_K: fp32 weight in influences: the probability of a token, 1 for others.
+      logit_K: fp32 logit, or difference of two; the value for other directions.
+      labels: names.
+    """
+
+    layer_K: np.ndarray
+    position_K: np.ndarray
+    token_K: np.ndarray
+    pair_Kx2: np.ndarray
+    vector_KxD: np.ndarray
+    value_K: np.ndarray
+    normed_K: np.ndarray
+    constant_K: np.ndarray
+    weight_K: np.ndarray
+    logit_K: np.ndarray
+    labels: tuple[str, ...]
+
+    @classmethod
+    def none(cls, width: int) -> "Readouts":
+        """Return no targets."""
+        index, number = np.empty(0, np.int32), np.empty(0, np.float32)
+        pairs, vectors = np.empty((0, 2), np.int32), np.empty((0, width), np.float32)
+        return cls(index, index, index, pairs, vectors, number, np.empty(0, bool), number, number, number, ())
+
+
+def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, vector_JxD: np.ndarray) -> np.ndarray:
+    """Return how much dot products of directions with a stream differ from the prompt's, [R, J].
+
+    Args:
+      x_TxD, x_RxTxD: that stream, of the prompt and of the rows.
+      position_J, vector_JxD: positions and directions.
+    """
+    count, parts = len(position_J), []
+    for start in range(0, count, _READ):
+        room = max(start + _READ - count, 0)
+        position_X = np.pad(position_J[start : start + _READ], (0, room))
+        vector_XxD = np.pad(vector_JxD[start : start + _READ], ((0, room), (0, 0)))
+        parts.append(to_host(_read_changes(x_TxD, x_RxTxD, position_X, vector_XxD)))
+    return np.concatenate(parts, axis=1)[:, :count]
+
+
+@jax.jit
+def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
+    return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
+
+
+def read_last(
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: np.ndarray, normed_K: np.ndarray
+) -> np.ndarray:
+    """Return how much readouts of the stream leaving the last layer differ from the prompt's, [R, K].
+
+    Their directions were pulled back through the final norm with the prompt's scale. Unless that norm is frozen, each
+    row has its own scale, which multiplies what is read.
+
+    Args:
+      frozen: the model.
+      freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
+      last_D, x_RxD: the stream of the prompt and of the rows, at the last position.
+      vector_KxD, normed_K: the readouts' directions, and whether they were pulled back.
+    """
+    count, room = len(vector_KxD), padded(len(vector_KxD), 16) - len(vector_KxD)
+    filled = np.pad(vector_KxD, ((0, room), (0, 0))), np.pad(normed_K, (0, room))
+    return to_host(_read_last(frozen, freeze, last_D, x_RxD, *filled))[:, :count]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read_last(
+    frozen: FrozenModel, freeze: str, last_D: jax.Array, x_RxD: jax.Array, vector_KxD: jax.Array, normed_K: jax.Array
+) -> jax.Array:
+    config = frozen.config
+    if freeze == "all":
+        return einsum("rd,kd->rk", x_RxD - last_D[None], vector_KxD)
+
+    def scale(x_RxD: jax.Array) -> jax.Array:
+        centred_RxD = x_RxD - jnp.mean(x_RxD, axis=-1, keepdims=True) if config.norm == "layer" else x_RxD
+        return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
+
+    ratio_RxK = jnp.where(normed_K[None], scale(x_RxD) / scale(last_D[None]), 1.0)
+    return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def read_logits(
+    frozen: FrozenModel, freeze: str, params: decoder.Params, last_D: jax.Array, x_RxD: jax.Array
+) -> jax.Array:
+    """Return the logits of the rows at the last position, [R, V]; see ``read_last``."""
+    x_BxD = jnp.concatenate([last_D[None], x_RxD])  # the prompt comes first: its scale may be frozen
+    return decoder.unembed(frozen.config, params, x_BxD[:, None], RunRules(first_fixes=freeze == "all"))[1:, 0]

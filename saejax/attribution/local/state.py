@@ -1,0 +1,192 @@
+"""The state of a local replacement model: a prompt's streams, active features and errors.
+
+At every layer and every position but the first,
+
+    mlp_out = sum over active features of activation * W_dec + b_dec + skip(read) + error
+
+exactly; features of cross-layer transcoders are active in this layer or below. Attention weights and scales of norms
+are those of the prompt (``frozen``), so all that comes after is linear in these terms. At the first position, an
+attention sink in most models, features are not used: there the MLP's output stands as it is, but for the skip path. In
+prompts that begin as Gemma 3's chat template does, that is so at its first four positions, as in circuit-tracer.
+
+The model is run once, layer by layer:
+
+1. The layer gives what its transcoder reads and what its MLP adds.
+2. The encoder gives the layer's active features.
+3. The decoder rows of these features, read from the file, give what they write; what is left is the error.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.attribution.local import layers
+from saejax.attribution.local.active import Active, active_features
+from saejax.attribution.local.dictionaries import EncoderOnly
+from saejax.attribution.local.frozen import RELP, FrozenModel
+from saejax.attribution.local.outputs import FeatureOutputs
+from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.readouts import padded
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.errors import UserError
+from saejax.models.config import DecoderConfig
+from saejax.models.language_model import LanguageModel
+from saejax.models.layers import einsum
+from saejax.parallel.collectives import to_host
+
+# How chat templates begin whose tokens are all sinks: of Gemma 3 "<bos><start_of_turn>user" and a line end.
+CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
+
+
+class LocalState(PromptRun):
+    """What is frozen of one prompt; arrays are on the devices, in fp32.
+
+    Args:
+      model: the language model.
+      transcoders: of all its layers.
+      ids: token ids of the prompt, two at least.
+
+    Attributes:
+      frozen: the frozen layers.
+      error_LxTxD: what transcoders do not explain; 0 at the first positions and at padding.
+      first_LxUxD: the MLP's output at the first positions, those without features, less the skip path.
+      b_dec_LxD: biases of the decoders.
+      skip_LxDxD: skip paths of the transcoders, applied as x @ skip; None: there are none.
+      bias_LxTxD, read_bias_LxTxD: what the model's own biases in each layer add to the stream and to what is read;
+        None: it has none in its layers.
+
+    Raises:
+      UserError: the set does not belong to the model, the prompt has a single token, a value is not finite, or no
+        feature is active.
+    """
+
+    dictionaries: LayerTranscoders
+    skip_LxDxD: jax.Array | None = None
+    bias_LxTxD: jax.Array | None = None
+    read_bias_LxTxD: jax.Array | None = None
+
+    def __init__(self, model: LanguageModel, transcoders: LayerTranscoders, ids: np.ndarray):
+        transcoders.check(model)
+        self.model, self.dictionaries, self.rules = model, transcoders, RELP
+        self.ids_P = np.asarray(ids, np.int32)
+        first = first_used(model.config, self.ids_P)
+        if len(self.ids_P) < 2:
+            raise UserError("the prompt is a single token, at which no feature is used: expected two at least")
+        if len(self.ids_P) <= first:
+            raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
+        self.frozen = FrozenModel(model.config, transcoders.reads)
+        ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))
+        x_TxD = layers.embed(self.frozen, model.params, ids_T)
+        self._run_layers(x_TxD, first)
+        if any("_bias" in name for name in model.params):
+            biases = layers.run_biases(self.frozen, model.params, self.stream_LxTxD, self.skip_LxDxD)
+            self.bias_LxTxD, self.read_bias_LxTxD = biases
+
+    def _run_layers(self, x_TxD: jax.Array, first: int) -> None:
+        model, transcoders, length = self.model, self.dictionaries, len(x_TxD)
+        used_T = (np.arange(length) >= first) & (np.arange(length) < len(self.ids_P))
+        outputs, found, broken = FeatureOutputs(transcoders, length), list[Active](), list[int]()
+        parts: dict[str, list[jax.Array]] = {}
+        for layer in range(model.config.n_layers):
+            # 1. The layer.
+            given = np.int32(layer), x_TxD[None]
+            leaving, read, out = layers.run_layer(self.frozen, "none", model.params, *given)
+            # 2. Its active features.
+            encoder = transcoders.encoder(layer, model.mesh)
+            active = active_features(encoder, layer, read[0], used_T)
+            # 3. What they write, and the error.
+            outputs.add(layer, active.position_A, active.feature_A, active.value_A)
+            written_TxD = outputs.pop(layer)
+            if written_TxD is None:
+                written_TxD = np.zeros((length, model.config.d_model), np.float32)
+            error_TxD, other_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
+            if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
+                broken.append(layer)
+            found.append(active)
+            values = dict(stream=x_TxD, error=error_TxD, first=other_TxD[:first], b_dec=encoder.b_dec_D[...])
+            if encoder.config.skip:
+                values["skip"] = encoder.W_skip_DxD[...]
+            for name, value in values.items():
+                parts.setdefault(name, []).append(value)
+            x_TxD = leaving[0]
+        self.last_D, logits_V = layers.read_out(self.frozen, model.params, x_TxD, np.int32(len(self.ids_P) - 1))
+        self.logits_V = to_host(logits_V)
+        if not np.isfinite(self.logits_V).all():
+            raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
+        if broken:
+            raise UserError(
+                f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
+                "fetch or train it again"
+            )
+        self.active = Active.concatenate(found)
+        if not len(self.active):
+            raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
+        stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}
+        self.stream_LxTxD, self.error_LxTxD = stacks["stream"], stacks["error"]
+        self.first_LxUxD, self.b_dec_LxD = stacks["first"], stacks["b_dec"]
+        self.skip_LxDxD = stacks.get("skip")
+
+    @property
+    def first(self) -> int:
+        """The first position at which features are used."""
+        return self.first_LxUxD.shape[1]
+
+    def encoder(self, layer: int) -> EncoderOnly:
+        """Return a layer's encoder, on the model's devices."""
+        return self.dictionaries.encoder(layer, self.model.mesh)
+
+    def skip(self, layer: int) -> jax.Array | None:
+        """Return the skip path of a layer's transcoder [D, D]; None: there is none."""
+        return None if self.skip_LxDxD is None else self.skip_LxDxD[layer]
+
+    def padded_size(self, name: str, count: int, least: int) -> int:
+        """Return the size to which arrays that grow with the active features are padded.
+
+        It is that of an earlier prompt of this length and set, if that holds them and is at most twice as large: then
+        the programs that were compiled for that prompt run this one, too. Otherwise an eighth is left for later ones.
+
+        Args:
+          name: of the arrays.
+          count: their size.
+          least: see ``padded``.
+        """
+        sizes, key = self.dictionaries.sizes, (name, self.stream_LxTxD.shape[1])
+        if not count <= sizes.get(key, 0) <= 2 * count:
+            sizes[key] = padded(count + count // 8, least)
+        return sizes[key]
+
+    def encoder_rows(self, chosen_F: np.ndarray) -> np.ndarray:
+        """Return the directions that some of the active features read, fp32 [F, D]; each layer is read once."""
+        return self.dictionaries.rows_of("W_enc", self.active.layer_A[chosen_F], self.active.feature_A[chosen_F])
+
+    def constants(self, chosen_F: np.ndarray) -> np.ndarray:
+        """Return the encoder's bias, and that of the norm behind which the transcoder reads, fp32 [F]."""
+        constant_F = super().constants(chosen_F)
+        if self.read_bias_LxTxD is None:
+            return constant_F
+        layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
+        read_FxD = to_host(self.read_bias_LxTxD)[layer_F, position_F]
+        return constant_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
+
+
+def first_used(config: DecoderConfig, ids_P: np.ndarray) -> int:
+    """Return the first position of a prompt at which features are used."""
+    start = CHAT_STARTS.get(config.family, ())
+    return len(start) if start and tuple(ids_P[: len(start)].tolist()) == start else 1
+
+
+@jax.jit
+def _errors(
+    encoder: EncoderOnly,
+    read_TxD: jax.Array,
+    out_TxD: jax.Array,
+    written_TxD: jax.Array,
+    used_T: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return what features do not explain, 0 where they are not used, and the MLP's output less the skip path."""
+    if encoder.config.skip:
+        out_TxD = out_TxD - einsum("td,de->te", read_TxD, encoder.W_skip_DxD[...])
+    error_TxD = out_TxD - encoder.b_dec_D[...][None] - written_TxD
+    return jnp.where(used_T[:, None], error_TxD, jnp.zeros_like(error_TxD)), out_TxD

@@ -1,0 +1,267 @@
+"""The stage ``explain``: a language model writes labels of features and judges them.
+
+Labels are written from what ``interpret`` keeps, which is training text; held-out text only judges them. Each label is
+judged beside that of another feature that fires about as often, on the same contexts.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.activations.store import Store
+from saejax.dictionaries import load_dictionary, stacks
+from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
+from saejax.dictionaries.results import TrainedMember
+from saejax.errors import Interrupted, UserError
+from saejax.files import read_json, write_json
+from saejax.interpret import label_scores, questions
+from saejax.interpret.answers import Answers
+from saejax.interpret.explain_results import ExplainedDictionary, ExplainedFeature, ExplainResults, LabelScores
+from saejax.interpret.feature_record import FeatureRecord, read_records
+from saejax.interpret.firings import blocks, record
+from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, held_out
+from saejax.interpret.judges import Endpoint, LocalJudge
+from saejax.interpret.labels import partners, read_labels
+from saejax.interpret.text import CodedText
+from saejax.models.source import load_tokenizer, resolve
+from saejax.models.tokens import token_text
+from saejax.parallel.mesh import make_mesh
+from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig, ModelConfig
+from saejax.stages.explain import FOUND, ExplainConfig, check
+from saejax.tasks.scoring import bootstrap_mean
+
+DONE = "done.json"
+_BATCH, _RESAMPLES = 4096, 2000
+_PROMOTED = 10  # tokens made more likely that a question for a label lists
+
+
+def run_explain(run: Run) -> ExplainResults:
+    """Label features of the dictionaries of the train unit ``run.name``.
+
+    This writes for each member, in a folder of its name if there are several: ``explained.json`` with every judged
+    feature, ``labels.json`` with the labels that are kept, and ``answers.jsonl`` with all questions and answers.
+
+    Raises:
+      UserError: a feature does not exist, the given labels cannot be read, the model does not answer, or the limit of
+        tokens is reached.
+      Interrupted: asked to stop.
+    """
+    check(run.configs)
+    config = run.configs[ExplainConfig]
+    stack = stacks.members(run.inputs[f"train/{run.name}"])
+    given = [_given_labels(run, member, len(stack) > 1) for member in stack]  # refused before anything is asked
+    results, text, judge = [], None, None
+    for member, labels in zip(stack, given, strict=True):
+        path = run.folder / member.name / DONE
+        if not path.exists():
+            if run.stopping():
+                raise Interrupted("stopped; answers so far are kept: run the same command again to continue")
+            text, judge = text or _Text.of(run), judge or _make_judge(config, run)
+            write_json(path, to_json(_Explainer(run, member, text, judge, labels).explain()))
+        results.append(from_json(ExplainedDictionary, read_json(path), path))
+        run.say(_line(results[-1]))
+    return ExplainResults(run.name, config.model, not config.given, tuple(results))
+
+
+def _line(results: ExplainedDictionary) -> str:
+    """Return a dictionary's figures as a log line."""
+    scores = [
+        f"{name} {scores.mean.mean:.2f} (control {'none' if scores.control is None else f'{scores.control:.2f}'})"
+        if scores.mean
+        else f"{name} unparsed"
+        for name, scores in results.scores.items()
+    ]
+    name = f"{results.name}: " if results.name else ""
+    kept = f"{name}{results.kept} of {results.judged} features keep a label"
+    tokens = f"{results.questions:,} answers, {results.prompt_tokens + results.answer_tokens:,} tokens"
+    return ", ".join([kept, *scores, tokens])
+
+
+def _make_judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
+    if config.url:
+        return Endpoint(config.url, config.model, config.concurrent, config.timeout)
+    return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]), config.concurrent)
+
+
+def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
+    """Return the labels of a member that are to be judged; None: they are to be written."""
+    config = run.configs[ExplainConfig]
+    if not config.given:
+        return None
+    if config.given == FOUND:
+        return load_labels(run.inputs[f"interpret/{run.name}"] / member.name / LABELS)
+    several = several or len(config.dictionaries) > 1
+    features = load_dictionary(run.inputs[f"train/{run.name}"] / member.name).config.n_features
+    name = stacks.full_name(run.name, member.name)
+    return read_labels(Path(config.given), name, features, several, "--explain.given")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """The store and its text, shared by all members."""
+
+    store: Store
+    coded: CodedText
+
+    @classmethod
+    def of(cls, run: Run) -> "_Text":
+        store, source = Store.open(run.inputs["capture"]), resolve(run.configs[ModelConfig])
+        store.check_model(source)
+        as_text, documents = token_text(load_tokenizer(source)), store.documents
+        return cls(store, CodedText(documents, [as_text(token) for token in range(int(documents.ids_T.max()) + 1)]))
+
+
+@dataclasses.dataclass
+class _Explainer:
+    """Labels the features of one dictionary.
+
+    Attributes:
+      run: the run of the stage.
+      member: the dictionary.
+      text: store and text.
+      judge: the language model.
+      given: labels to judge; None: they are to be written.
+    """
+
+    run: Run
+    member: TrainedMember
+    text: _Text
+    judge: Endpoint | LocalJudge
+    given: Mapping[int, Label] | None
+
+    def __post_init__(self) -> None:
+        self._config = self.run.configs[ExplainConfig]
+        self._folder = self.run.folder / self.member.name
+
+    def explain(self) -> ExplainedDictionary:
+        """Write and judge labels, and write the files of ``run_explain``."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        chosen, skipped, features = self._choose_features(self._folder / "firings")
+        answers = Answers(self.run, self._folder, self.judge)
+        interpreted = self.run.inputs[f"interpret/{self.run.name}"] / self.member.name
+        records = read_records(interpreted, {held.feature for held in chosen})
+        labels = self._write_labels(answers, chosen, records) if self.given is None else self.given
+        rates = np.array([records[held.feature]["rate"] for held in chosen])
+        partner_N = partners(rates, [held.feature in labels for held in chosen])
+        texts = [labels[held.feature].label if held.feature in labels else None for held in chosen]
+        control = [texts[i] if i >= 0 else None for i in partner_N]
+        explained, summaries = self._judge_labels(answers, chosen, texts, control)
+        kept = {feature: labels[feature] for feature, each in explained.items() if each.kept}
+        write_json(self._folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
+        write_json(self._folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
+        prompt_tokens, answer_tokens = answers.spent
+        return ExplainedDictionary(
+            name=self.member.name,
+            features=features,
+            judged=len(chosen),
+            skipped=skipped,
+            labelled=sum(map(bool, texts)),
+            kept=len(kept),
+            scores=summaries,
+            questions=len(answers),
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
+        )
+
+    def _choose_features(self, scratch: Path) -> tuple[list[HeldOut], int, int]:
+        """Return the held-out contexts of the features to judge, the number skipped, and of the dictionary."""
+        config, store = self._config, self.text.store
+        dictionary = load_dictionary(self.run.inputs[f"train/{self.run.name}"] / self.member.name)
+        features, mesh = dictionary.config.n_features, make_mesh(self.run.configs[MeshConfig])
+        if unknown := [feature for feature in config.features if feature >= features]:
+            raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=self.run.stopping)
+        fires_F = np.concatenate([block.counts for block in blocks(scratch, features)])
+        able = np.flatnonzero(fires_F >= MIN_FIRINGS)
+        if self.given is not None:
+            able = np.intersect1d(able, list(self.given))
+        wanted = np.intersect1d(able, config.features or able)
+        if not config.features and len(wanted) > config.sample:
+            wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
+        wanted_set = set(wanted.tolist())
+        chosen = list(held_out(scratch, features, wanted_set, place, self.text.coded, config.draws, config.seed))
+        shutil.rmtree(scratch)
+        return chosen, len(set(config.features)) - len(wanted) if config.features else 0, features
+
+    def _write_labels(
+        self, answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, FeatureRecord]
+    ) -> dict[int, Label]:
+        """Return the labels that the model writes from training text."""
+        asked = []
+        for held in chosen:
+            record = records[held.feature]
+            contexts = record["examples"] + record["groups"]
+            distinct = {(context["document"], context["position"]): context for context in contexts}
+            promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
+            asked.append(questions.explain(list(distinct.values()), promoted, self._config.answer_tokens))
+        labels = map(questions.read_label, answers.all(asked, "labels"))
+        model = self._config.model
+        return {held.feature: Label(label, model) for held, label in zip(chosen, labels, strict=True) if label}
+
+    def _judge_labels(
+        self,
+        answers: Answers,
+        chosen: Sequence[HeldOut],
+        texts: Sequence[str | None],
+        control: Sequence[str | None],
+    ) -> tuple[dict[int, ExplainedFeature], dict[str, LabelScores]]:
+        """Return each feature's scores, and the means over all features.
+
+        Args:
+          answers: the language model's answers.
+          chosen: contexts of the features.
+          texts: label of each; None: it has none.
+          control: label of another feature; None: there is none.
+        """
+        seed, limit = self._config.seed, self._config.answer_tokens
+
+        def detect(labels: Sequence[str | None]) -> tuple[list[Any], float]:
+            exams = [
+                label_scores.detection(held, label, seed, limit) if label else None
+                for held, label in zip(chosen, labels, strict=True)
+            ]
+            return _take_exams(answers, "detection", exams, label_scores.detection_score)
+
+        detection, unparsed = detect(texts)
+        detection_control, _ = detect(control)
+        accuracies = [score.accuracy for score in detection if score]
+        controls = [score.accuracy for score in detection_control if score]
+        by_chance = float(np.mean(controls)) if controls else None
+        summaries = dict(detection=_summarize(accuracies, by_chance, unparsed, seed))
+        intruder: list[float | None] = [None] * len(chosen)
+        if self._config.intruder:
+            exams = [label_scores.intruders(held, seed, limit) for held in chosen]
+            intruder, unparsed = _take_exams(answers, "intruder", exams, label_scores.intruder_score)
+            shares = [share for share in intruder if share is not None]
+            summaries["intruder"] = _summarize(shares, label_scores.INTRUDER_CHANCE, unparsed, seed)
+        columns = zip(chosen, texts, detection, detection_control, intruder, strict=True)
+        explained = {
+            held.feature: ExplainedFeature(label or "", label_scores.is_kept(score, other), score, other, share)
+            for held, label, score, other, share in columns
+        }
+        return explained, summaries
+
+
+def _take_exams(
+    answers: Answers, name: str, exams: Sequence[label_scores.Exam | None], score: Any
+) -> tuple[list[Any], float]:
+    """Return the score of each exam, None without one, and the share of replies that could not be parsed."""
+    replies = iter(answers.all([question for exam in exams if exam for question in exam.questions], name))
+    values, unparsed, count = [], 0, 0
+    for exam in exams:
+        read = [exam.read(next(replies), correct) for correct in exam.correct] if exam else []
+        values.append(score(exam.correct, read) if exam else None)
+        unparsed, count = unparsed + read.count(None), count + len(read)
+    return values, unparsed / max(count, 1)
+
+
+def _summarize(values: Sequence[float], control: float | None, unparsed: float, seed: int) -> LabelScores:
+    mean = bootstrap_mean(np.array(values), _RESAMPLES, seed) if values else None
+    return LabelScores(mean, control, len(values), unparsed)

@@ -1,0 +1,101 @@
+"""Scores of labels: questions about a feature's held-out contexts, and what the replies say."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from saejax.interpret.explain_results import FeatureScore
+from saejax.interpret.held_out import HeldOut
+from saejax.interpret.questions import GROUP, Question, active_positions, detect, intrude, read_choice, read_judgements
+from saejax.tasks.scoring import wilson_of
+
+CHANCE, INTRUDER_CHANCE = 0.5, 1 / GROUP
+_PER_INTRUDER = 2  # contexts without the feature for each question with an intruder
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """Questions with their correct answers.
+
+    Attributes:
+      questions: the questions.
+      correct: for each, whether the feature fires in each of its contexts; of an intruder, its index.
+      read: (reply, correct answer) -> the answer in the reply; None: unparsed.
+    """
+
+    questions: list[Question]
+    correct: list[Any]
+    read: Callable[[str | None, Any], Any]
+
+
+def detection(held: HeldOut, label: str, seed: int, max_tokens: int) -> Exam:
+    """Return an exam: in which contexts does the feature with a label fire?
+
+    Args:
+      held: contexts of the feature.
+      label: its label, or another feature's.
+      seed: seed of the order of contexts, which is the same for every label.
+      max_tokens: limit of a reply.
+    """
+    contexts, fires = [*held.active, *held.silent], held.fires
+    order = np.random.default_rng((seed, held.feature, 0)).permutation(len(contexts))
+    groups = [order[start : start + GROUP].tolist() for start in range(0, len(contexts), GROUP)]
+    questions = [detect(label, [contexts[i] for i in group], max_tokens) for group in groups]
+    return Exam(
+        questions, [[fires[i] for i in group] for group in groups], lambda reply, of: read_judgements(reply, len(of))
+    )
+
+
+def intruders(held: HeldOut, seed: int, max_tokens: int) -> Exam:
+    """Return an exam: which of some contexts, similarly strong but for one without the feature, does not belong?
+
+    Args:
+      held: contexts of the feature.
+      seed: seed of the intruders' places.
+      max_tokens: limit of a reply.
+    """
+    rng, others = np.random.default_rng((seed, held.feature, 1)), GROUP - 1
+    starts = range(0, len(held.active) - others + 1, others)
+    questions, correct = [], []
+    for number in range(len(held.silent) // _PER_INTRUDER if starts else 0):
+        start, index = starts[number % len(starts)], int(rng.integers(GROUP))
+        shown = held.active[start : start + others]
+        positions = list(map(active_positions, shown))
+        shown.insert(index, held.silent[number])
+        positions.insert(index, held.wrong[number])
+        questions.append(intrude(shown, positions, max_tokens))
+        correct.append(index)
+    return Exam(questions, correct, lambda reply, _: read_choice(reply, GROUP))
+
+
+def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> FeatureScore | None:
+    """Return the score of yes and no; None if only contexts of one class were scored.
+
+    Args:
+      correct: for each question whether the feature fires in each of its contexts.
+      read: the parsed replies; None: unparsed.
+    """
+    pairs = [pair for of, said in zip(correct, read, strict=True) if said for pair in zip(of, said, strict=True)]
+    count = Counter(pairs)  # (fires, called active)
+    hit, missed, false, true = (count[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
+    if not (hit + missed and false + true):
+        return None
+    recall, specificity = hit / (hit + missed), true / (false + true)
+    f1 = 2 * hit / max(1, 2 * hit + false + missed)
+    return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
+
+
+def intruder_score(correct: Sequence[int], read: Sequence[int | None]) -> float | None:
+    """Return the share of intruders found; None if no reply could be parsed."""
+    hits = [said == index for index, said in zip(correct, read, strict=True) if said is not None]
+    return sum(hits) / len(hits) if hits else None
+
+
+def is_kept(score: FeatureScore | None, control: FeatureScore | None) -> bool:
+    """Return whether the lower end of the 95 % Wilson interval of accuracy is above the control's, and above chance."""
+    if score is None:
+        return False
+    return wilson_of(score.accuracy, score.contexts).low > max(CHANCE, control.accuracy if control else CHANCE)

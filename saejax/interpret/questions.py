@@ -1,0 +1,153 @@
+"""Questions to a language model about features, and how its replies are parsed.
+
+The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928; intruder: arXiv 2507.08473), in
+our own words. *Explanation*: write a label from contexts in which the active tokens are marked. *Detection*: in which
+contexts does the feature with this label fire? *Intruder*: which context does not belong with the others, without a
+label? A reply that cannot be parsed counts as unparsed and nowhere else.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+
+from saejax.interpret.feature_record import FeatureContext
+
+MARKED = 0.3  # of a context's largest activation: tokens that reach it are marked
+GROUP = 5  # contexts in a question
+_LONGEST = 300  # characters of a label
+_EXPLAIN = """A feature of a language model is active on some tokens of a text and silent on all others. You are \
+shown pieces of text in which one feature is active; the active tokens stand between << and >>. Say in a short phrase \
+what these tokens, in their contexts, have in common: be specific, leave out the marks, and do not list the examples. \
+End with one line of the form
+[EXPLANATION]: the phrase"""
+_DETECT = """A feature of a language model is active on some pieces of text. You are given a description of the \
+feature and numbered texts. For each text say whether the feature is active somewhere in it: 1 for yes, 0 for no. \
+Answer with a JSON list of {count} numbers, such as {example}, and nothing else."""
+_INTRUDE = """You are shown numbered texts with tokens marked by << and >>. In all of them but one the marked tokens \
+have something in common. Find the one that does not belong to the others. End with one line of the form
+[RESPONSE]: its number"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+      task: the instruction.
+      text: the material.
+      max_tokens: limit of the reply at an endpoint, whose model may reason first.
+      short_tokens: limit of the reply of a local model, which answers without reasoning.
+    """
+
+    task: str
+    text: str
+    max_tokens: int
+    short_tokens: int
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """One user message: some templates refuse a system message."""
+        return [dict(role="user", content=f"{self.task}\n\n{self.text}")]
+
+
+def plain(context: FeatureContext) -> str:
+    """Return a context as text."""
+    return _clean("".join(context["tokens"]))
+
+
+def marked(context: FeatureContext, positions: Sequence[int]) -> str:
+    """Return a context with tokens between << and >>, neighbours in one pair."""
+    text, inside = "", False
+    for position, token in enumerate([*context["tokens"], ""]):
+        if (position in positions) != inside:
+            text, inside = text + ("<<" if not inside else ">>"), not inside
+        text += token
+    return _clean(text)
+
+
+def active_positions(context: FeatureContext) -> list[int]:
+    """Return the positions at which the feature has at least ``MARKED`` of its largest activation in the context."""
+    acts = [act or 0.0 for act in context["acts"]]
+    return [position for position, act in enumerate(acts) if act > 0 and act >= MARKED * max(acts)]
+
+
+def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tokens: int) -> Question:
+    """Return a question for a label.
+
+    Args:
+      contexts: contexts in which the feature fires.
+      promoted: tokens that it makes more likely; empty: unknown.
+      max_tokens: limit of the reply.
+    """
+    text = _numbered([marked(context, active_positions(context)) for context in contexts])
+    listed = json.dumps(list(map(_clean, promoted)), ensure_ascii=False)
+    text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
+    return Question(_EXPLAIN, text, max_tokens, 200)
+
+
+def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Question:
+    """Return the question in which contexts the feature with a label fires; ``max_tokens`` limits the reply."""
+    example = json.dumps([number % 2 for number in range(len(contexts))])
+    task = _DETECT.format(count=len(contexts), example=example)
+    text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
+    return Question(task, text, max_tokens, 40)
+
+
+def intrude(contexts: Sequence[FeatureContext], positions: Sequence[Sequence[int]], max_tokens: int) -> Question:
+    """Return the question which context, with tokens marked at ``positions``, does not belong with the others."""
+    text = _numbered([marked(*pair) for pair in zip(contexts, positions, strict=True)])
+    return Question(_INTRUDE, text, max_tokens, 200)
+
+
+def read_label(reply: str | None) -> str | None:
+    """Return the label in a reply; None: there is none."""
+    label = _read_field(reply, "EXPLANATION")
+    return label[:_LONGEST] if label else None
+
+
+def read_judgements(reply: str | None, count: int) -> list[bool] | None:
+    """Return the yes and no of a reply; None: unparsed.
+
+    Read is the last list of ``count`` values 0, 1, true or false; failing that, a line "Text N: 0 or 1" for each text.
+    """
+    text = _without_thinking(reply)
+    for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
+        try:
+            values = json.loads(found.lower())
+        except json.JSONDecodeError:
+            continue
+        if len(values) == count and all(isinstance(value, bool | int) and value in (0, 1) for value in values):
+            return [bool(value) for value in values]
+    lines = re.findall(r"^\W*text\s*(\d+)\W+([01])\W*$", text, re.IGNORECASE | re.MULTILINE)
+    if [int(number) for number, _ in lines] == list(range(1, count + 1)):
+        return [value == "1" for _, value in lines]
+    return None
+
+
+def read_choice(reply: str | None, count: int) -> int | None:
+    """Return the index of the context, of ``count``, that a reply names ("[RESPONSE]: Text 3"); None: unparsed."""
+    found = re.match(r"(?:text|number|no\.?)?\W*(\d+)\b", _read_field(reply, "RESPONSE") or "", re.IGNORECASE)
+    return int(found[1]) - 1 if found and 1 <= int(found[1]) <= count else None
+
+
+def _read_field(reply: str | None, name: str) -> str | None:
+    """Return the last value after "[NAME]:", whatever Markdown surrounds name or value; None: there is none."""
+    mark = r"[\s*_`]*"
+    found = re.findall(rf"{mark}\[?\b{name}\b\]?{mark}:{mark}(\S.*)", _without_thinking(reply), re.IGNORECASE)
+    return found[-1].strip().strip("*_`").strip() or None if found else None
+
+
+def _without_thinking(reply: str | None) -> str:
+    """Return a reply without the reasoning before it; empty if the reasoning never ended."""
+    text = (reply or "").rpartition("</think>")[2]
+    return "" if "<think>" in text else text
+
+
+def _numbered(texts: Sequence[str]) -> str:
+    return "\n\n".join(f"Text {number}: {text}" for number, text in enumerate(texts, 1))
+
+
+def _clean(text: str) -> str:
+    """Return text without the incomplete characters that a token may hold."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")

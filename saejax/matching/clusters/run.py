@@ -1,0 +1,190 @@
+"""The stage ``cluster``: groups of similar features of a dictionary, in three views of them (``views``).
+
+A dictionary is a part of the run. Every feature of every group is in ``<part>-groups.parquet``.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saejax.interpret.feature_record import feature_names
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.columns import Columns
+from saejax.matching.clusters import primitives, views
+from saejax.matching.clusters.groups import DISSOLVED, StableGroups, find_groups
+from saejax.matching.clusters.primitives import BehaviourEffects
+from saejax.matching.clusters.results import ClusteredDictionary, ClusterResults, FeatureGroup, Grouping
+from saejax.matching.clusters.text import ClusterText
+from saejax.matching.clusters.views import View
+from saejax.matching.transfer.compared import Compared, load_compared
+from saejax.results import load_results
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import Run
+from saejax.stages.cluster import ClusterConfig
+
+_FLAG = "--cluster.dictionaries"
+_LISTED = 20  # groups of a view in the results
+_RULE = (
+    "A group is stable if its largest Jaccard overlap with a group found on a bootstrap sample, mean over samples, is "
+    f"above {DISSOLVED:g} and above that of every group of shuffled data"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedFeatures(Columns):
+    """Features that were looked at, a row for each view.
+
+    Attributes:
+      view: name of the view.
+      group: number of the group; -1: none.
+      feature: index of the feature.
+      centrality: mean similarity to the others of its group; NaN where there is none.
+    """
+
+    view: np.ndarray
+    group: np.ndarray
+    feature: np.ndarray
+    centrality: np.ndarray
+
+
+def run_cluster(run: Run) -> ClusterResults:
+    """Group the features of ``--cluster.dictionaries``; dictionaries finished in an earlier run are kept.
+
+    Raises:
+      UserError: dictionaries, text or effects are missing.
+      Interrupted: asked to stop.
+    """
+    compared = load_compared(run.configs[ClusterConfig].dictionaries, run.inputs, _FLAG)
+    parts = [f"{number:03d}-{folder_name(each.name)}" for number, each in enumerate(compared)]
+
+    def begin() -> Measure:
+        text = ClusterText(run, compared)
+        return lambda part, on_progress: _measure(run, compared[parts.index(part)], text, part, on_progress)
+
+    results = each_part(run, parts, begin, ClusteredDictionary, "groupings")
+    return ClusterResults(_RULE, tuple(results[part] for part in parts))
+
+
+def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_progress: OnProgress) -> Measured:
+    """Group the features of a dictionary in every view."""
+    config, features = run.configs[ClusterConfig], compared.config.n_features
+    behaviours = _load_effects(run, compared)
+    made, without, tokens = _make_views(compared, text, behaviours, config.seed, config.most)
+    total, done = len(made) * (1 + 3 * config.resamples), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    names = feature_names(*compared.trained_in(run.folder.parent))
+    groupings: list[Grouping] = []
+    tables: list[GroupedFeatures] = []
+    for number, (name, view) in enumerate(made.items()):
+        groups, similarity_FxF = find_groups(view, config.smallest, config.resamples, [config.seed, number], step)
+        centrality_F = _centrality(groups.group_F, similarity_FxF)
+        groupings.append(_describe(name, view, groups, centrality_F, names))
+        view_F = np.full(len(view.feature_F), name)
+        tables.append(GroupedFeatures(view_F, groups.group_F, view.feature_F, centrality_F))
+    empty = GroupedFeatures(*(np.zeros(0, kind) for kind in ("U1", int, int, float)))
+    columns = [table.columns for table in (empty, *tables)]
+    whole = GroupedFeatures(**{name: np.concatenate([part[name] for part in columns]) for name in empty.columns})
+    whole.save(part_file(run, part, "-groups.parquet"))
+    groupings = _with_costs(groupings, behaviours, features, config.seed)
+    results = ClusteredDictionary(compared.name, compared.config.site, features, tokens, tuple(groupings), without)
+    return Measured(results, _line(results))
+
+
+def _load_effects(run: Run, compared: Compared) -> dict[str, BehaviourEffects]:
+    """Return the effects of ablating features of a dictionary by behaviour; empty where they were not measured."""
+    for unit, folder in run.inputs.items():
+        results = load_results(folder) if unit.startswith("ablate/") else None
+        if isinstance(results, AblateResults) and results.dictionary == compared.name:
+            return {name: BehaviourEffects.load(folder, name) for name in results.importance or {}}
+    return {}
+
+
+def _make_views(
+    compared: Compared, text: ClusterText, behaviours: Mapping[str, BehaviourEffects], seed: int, most: int
+) -> tuple[dict[str, View], dict[str, str], int]:
+    """Return the views of a dictionary's features, the skipped ones with the reason, and the tokens of the text."""
+    activity, text_N = text.of(compared)
+    made = dict(
+        coactivation=views.coactivation(activity, text_N),
+        decoder=views.decoder(np.asarray(compared.dictionary.W_dec_FxD[...], np.float32), activity),
+    )
+    without = {}
+    if behaviours:
+        made["effects"] = views.effects(*primitives.profiles(behaviours))
+    else:
+        without["effects"] = "effects of all features were not measured (--ablate.effects=all)"
+    for name in [name for name, view in made.items() if len(view.feature_F) < 2]:
+        without[name] = f"only {len(made.pop(name).feature_F)} features fire often enough"
+    rng = np.random.default_rng(seed)
+    return {name: view.among(most, rng) for name, view in made.items()}, without, int(activity.real_N.sum())
+
+
+def _centrality(group_F: np.ndarray, similarity_FxF: np.ndarray) -> np.ndarray:
+    """Return the mean similarity of each feature to the others of its group; NaN without a group."""
+    centrality_F = np.full(len(group_F), np.nan)
+    for group in range(int(group_F.max(initial=-1)) + 1):
+        members = np.flatnonzero(group_F == group)
+        inside = similarity_FxF[np.ix_(members, members)]
+        if len(members) > 1:
+            centrality_F[members] = (inside.sum(axis=1) - inside.diagonal()) / (len(members) - 1)
+    return centrality_F
+
+
+def _describe(
+    name: str, view: View, groups: StableGroups, centrality_F: np.ndarray, names: Mapping[int, str]
+) -> Grouping:
+    """Return the results of a view."""
+    described = []
+    for group, overlap in enumerate(groups.overlap_U.tolist()):
+        members = np.flatnonzero(groups.group_F == group)
+        members = members[np.argsort(-centrality_F[members], kind="stable")]
+        features = tuple(view.feature_F[members].tolist())
+        group_name = next((names[feature] for feature in features if feature in names), f"feature {features[0]}")
+        similarity = float(np.nan_to_num(centrality_F[members]).mean())
+        described.append(FeatureGroup(group_name, features, similarity, overlap, overlap > groups.bar, {}, ()))
+    described.sort(key=lambda group: (-group.stable, -len(group.features), -group.overlap))
+    return Grouping(
+        view=name,
+        features=len(view.feature_F),
+        grouped=int((groups.group_F >= 0).sum()),
+        count=len(described),
+        stable_groups=sum(group.stable for group in described),
+        bar=groups.bar,
+        count_null=groups.null_groups,
+        largest=tuple(described),
+    )
+
+
+def _with_costs(
+    groupings: Sequence[Grouping], behaviours: Mapping[str, BehaviourEffects], features: int, seed: int
+) -> list[Grouping]:
+    """Return the groupings with the effects of their stable groups, and no more groups than are listed."""
+    stable = [(index, group) for index, each in enumerate(groupings) for group in each.largest if group.stable]
+    all_costs = primitives.costs([group.features for _, group in stable], behaviours, features, seed)
+    tested: list[list[FeatureGroup]] = [[] for _ in groupings]
+    for (index, group), costs in zip(stable, all_costs, strict=True):
+        tested[index].append(dataclasses.replace(group, costs=costs, primitives=primitives.primitives(costs)))
+    listed = []
+    for grouping, groups in zip(groupings, tested, strict=True):
+        groups.sort(key=lambda group: -len(group.primitives))  # the others keep their order
+        largest = (*groups, *(group for group in grouping.largest if not group.stable))
+        listed.append(dataclasses.replace(grouping, largest=largest[:_LISTED]))
+    return listed
+
+
+def _line(results: ClusteredDictionary) -> str:
+    """Return the figures of a dictionary as a log line."""
+    if not results.groupings:
+        return f"{results.name}: nothing to group: {'; '.join(results.without.values())}"
+    figures = [
+        f"{each.view}: {each.stable_groups} of {each.count} groups stable (overlap above {each.bar:.2f})"
+        for each in results.groupings
+    ]
+    return f"{results.name}: {'; '.join(figures)}"

@@ -1,0 +1,240 @@
+"""Matching of the features of two dictionaries by their rows: products on the devices, assignment on the host.
+
+1. One program multiplies the rows of a block of pairs of dictionaries, a few hundred rows at a time, and keeps the
+   largest products of each row and, the first time, of each column. The pairs of a block are split over the devices.
+2. An ``Auction`` assigns rows to columns on the host from these candidates.
+3. For the rows that wait there, the program looks again at the present prices, until none waits.
+
+Rows of unit length give cosines; centred activations of unit length give Pearson's correlations. Rows of zeros stay
+unassigned: zero the rows of features that must not be compared.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saejax.matching.assignment import Auction
+from saejax.parallel.mesh import AXES
+
+_ROWS = 512  # rows whose products are in memory at once
+CANDIDATES = 64  # columns that a row is shown at a time
+_VMAPPED = 4  # pairs that an accelerator multiplies side by side
+
+Key = TypeVar("Key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """The matching of the rows of two dictionaries.
+
+    Attributes:
+      nearest_F: largest product of each row of the first.
+      nearest_G: largest product of each row of the second.
+      mutual_F: whether a row of the first is the nearest of its nearest.
+      partner_F: row of the second assigned to each row of the first, none twice, with the largest sum of products (the
+        Hungarian method's assignment); -1: unassigned, which counts 0.
+      value_F: products of the pairs; NaN where there is none.
+      gap: upper bound of the distance of the mean product of the pairs to the optimum; at most ``assignment.STEP``.
+    """
+
+    nearest_F: np.ndarray
+    nearest_G: np.ndarray
+    mutual_F: np.ndarray
+    partner_F: np.ndarray
+    value_F: np.ndarray
+    gap: float
+
+    def with_values(self, value_F: np.ndarray) -> "Matched":
+        """Return the same assignment with other values of its pairs."""
+        return dataclasses.replace(self, value_F=value_F)
+
+
+def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) -> Iterator[tuple[Key, Matched]]:
+    """Match the rows of pairs of dictionaries.
+
+    While assignments are solved on the host, the devices multiply other pairs.
+
+    Args:
+      problems: (key, rows of the first [F, D], rows of the second [G, D]), fp32 of length at most 1; read a few at a
+        time, so that memory does not grow with their number.
+      mesh: pairs are split over all its devices.
+
+    Yields:
+      (key, matching), in the order in which they finish.
+    """
+    waiting = iter(problems)
+    block = mesh.devices.size * side_by_side(jax.default_backend())
+    ready, solving = list[_Problem](), dict[Future, _Problem]()
+    with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
+        while True:
+            while len(ready) + len(solving) < 2 * block and (given := next(waiting, None)) is not None:
+                ready.append(_Problem(*given))
+            if not ready and not solving:
+                return
+            now = [one for one in ready if one.kind == ready[0].kind][:block]
+            ready = [one for one in ready if one not in now]
+            for problem in _look(now, block, mesh):
+                solving[pool.submit(problem.auction.bid)] = problem
+            done, _ = wait(solving, timeout=0 if ready else None, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                problem = solving.pop(future)
+                if len(problem.auction.waiting):
+                    ready.append(problem)
+                else:
+                    yield problem.key, problem.result()
+
+
+def side_by_side(platform: str) -> int:
+    """Return the number of pairs that a device multiplies together."""
+    return 1 if platform == "cpu" else _VMAPPED
+
+
+class _Problem:
+    """The assignment of one pair in progress; the pair is swapped so that the first dictionary has fewer rows."""
+
+    def __init__(self, key: Any, first: np.ndarray, second: np.ndarray):
+        self.key, self._swapped = key, len(first) > len(second)
+        self._few_FxD, self.many_GxD = (second, first) if self._swapped else (first, second)
+        self.auction = Auction(len(self._few_FxD), len(self.many_GxD))
+        self._nearest: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether no products are known yet."""
+        return self._nearest is None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows to look next: four times those that wait, rounded up to one of few sizes of programs."""
+        rows, wanted = len(self._few_FxD), 4 * len(self.auction.waiting)
+        return min(rows, _ROWS * 2 ** max(0, math.ceil(math.log2(wanted / _ROWS))))
+
+    @property
+    def rows_NxD(self) -> np.ndarray:
+        """The rows to look next."""
+        self._looking = self.auction.urgent(self.rows)
+        return self._few_FxD[self._looking]
+
+    @property
+    def kind(self) -> tuple[bool | int, ...]:
+        """Shapes that problems in one block share."""
+        return (self.fresh, self.rows, *self._few_FxD.shape, len(self.many_GxD))
+
+    def look(
+        self,
+        top_NxC: np.ndarray,
+        column_NxC: np.ndarray,
+        top_G: np.ndarray | None = None,
+        row_G: np.ndarray | None = None,
+    ) -> None:
+        """Take the results of ``_best_of_pair``."""
+        if top_G is not None and row_G is not None:
+            best_G = column_NxC[row_G.astype(np.int64), 0] == np.arange(len(top_G))
+            best_N = row_G[column_NxC[:, 0]] == np.arange(len(top_NxC))
+            self._nearest = top_NxC[:, 0], top_G, best_N, best_G
+        self.auction.look(self._looking, top_NxC, column_NxC)
+
+    def result(self) -> Matched:
+        """Return the matching of the dictionaries in the given order."""
+        assert self._nearest is not None
+        few_F, many_G, mutual_F, mutual_G = self._nearest
+        paired = np.flatnonzero(self.auction.column_F >= 0)
+        column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
+        own_F[paired] = np.einsum("fd,fd->f", self._few_FxD[paired], self.many_GxD[column], dtype=np.float64)
+        gap = self.auction.gap(own_F)
+        if not self._swapped:
+            partner_F, value_F = np.full(len(few_F), -1), np.full(len(few_F), np.nan)
+            partner_F[paired], value_F[paired] = column, own_F[paired]
+            return Matched(few_F, many_G, mutual_F, partner_F, value_F, gap)
+        partner_G, value_G = np.full(len(many_G), -1), np.full(len(many_G), np.nan)
+        partner_G[column], value_G[column] = paired, own_F[paired]
+        return Matched(many_G, few_F, mutual_G, partner_G, value_G, gap)
+
+
+def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
+    """Run the program on problems of one kind and hand them the results; the last one is repeated to fill the block."""
+    if not problems:
+        return []
+    filled = [*problems, *[problems[-1]] * (block - len(problems))]
+    parts = [np.stack(part) for part in zip(*((one.rows_NxD, one.many_GxD, one.auction.price_G) for one in filled))]
+    placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
+    vmapped = side_by_side(jax.default_backend())
+    found = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))
+    for number, problem in enumerate(problems):
+        problem.look(*(values[number] for values in found))
+    return problems
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def best_rows(
+    mesh: Mesh,
+    vmapped: int,
+    count: int,
+    both: bool,
+    first_PxNxD: jax.Array,
+    second_PxGxD: jax.Array,
+    price_PxG: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Return ``_best_of_pair`` of every pair of a block, each on its device.
+
+    Args:
+      mesh: the devices.
+      vmapped: pairs that a device multiplies together.
+      count: as for ``_best_of_pair``.
+      both: as for ``_best_of_pair``.
+      first_PxNxD: rows of the first dictionaries.
+      second_PxGxD: rows of the second dictionaries.
+      price_PxG: prices of the latter.
+    """
+
+    def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return lax.map(lambda pair: _best_of_pair(count, both, *pair), arrays, batch_size=vmapped)
+
+    own = PartitionSpec(AXES)
+    split = jax.shard_map(here, mesh=mesh, in_specs=own, out_specs=own)
+    return split(first_PxNxD, second_PxGxD, price_PxG)
+
+
+def _best_of_pair(
+    count: int, both: bool, first_NxD: jax.Array, second_GxD: jax.Array, price_G: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Return the ``count`` largest products minus price of each row [N, C], and their columns.
+
+    If ``both``, also return the largest product of each column [G], without price, and its row.
+    """
+    features, rows = len(first_NxD), min(_ROWS, len(first_NxD))
+    chunks = -(-features // rows)
+    padded = jnp.pad(first_NxD, ((0, chunks * rows - features), (0, 0))).reshape(chunks, rows, -1)
+    of_row = min(count, len(second_GxD))
+
+    def chunk(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple:
+        number, rows_RxD = part
+        value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
+        if both:
+            real_R = number * rows + jnp.arange(rows) < features
+            known_RxG = jnp.where(real_R[:, None], value_RxG, -jnp.inf)
+            top_G, row_G = best
+            larger_G = known_RxG.max(axis=0) > top_G
+            best = (
+                jnp.where(larger_G, known_RxG.max(axis=0), top_G),
+                jnp.where(larger_G, known_RxG.argmax(axis=0) + number * rows, row_G),
+            )
+        return best, tuple(lax.top_k(value_RxG - price_G[None], of_row))
+
+    # Derived from an array that differs between devices, as the scan's carry must be in shard_map.
+    nothing_G = jnp.zeros_like(price_G) * price_G
+    lowest = nothing_G - jnp.inf, nothing_G.astype(jnp.int32)
+    best, (top, column) = lax.scan(chunk, lowest, (jnp.arange(chunks), padded))
+    top_NxC, column_NxC = (part.reshape(chunks * rows, of_row)[:features] for part in (top, column))
+    return (top_NxC, column_NxC, *best) if both else (top_NxC, column_NxC)

@@ -1,0 +1,59 @@
+"""Rows by which the features of dictionaries are matched, and rows that share nothing with them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, rescale
+
+
+def unit(rows_NxD: np.ndarray) -> np.ndarray:
+    """Return rows divided by their length, fp32; rows of length 0 stay 0."""
+    rows_NxD = np.asarray(rows_NxD, np.float32)
+    length_Nx1 = np.linalg.norm(rows_NxD, axis=1, keepdims=True)
+    return np.divide(rows_NxD, length_Nx1, out=np.zeros_like(rows_NxD), where=length_Nx1 > 0)
+
+
+def weight_rows(measure: str, dictionary: Dictionary) -> np.ndarray:
+    """Return the unit rows of a dictionary's features, fp32 [F, D]; their products are cosines.
+
+    Args:
+      measure: "decoder" or "encoder".
+      dictionary: the dictionary.
+    """
+    if measure == "encoder":
+        return unit(np.asarray(dictionary.W_enc_DxF[...]).T)
+    return unit(np.asarray(dictionary.W_dec_FxD[...]))
+
+
+def independent_rows(rows_FxD: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """Return random directions with the mean and covariance of some rows, each as long as its row.
+
+    They are the null of a comparison of directions. Directions of a residual stream lie in few dimensions, so uniform
+    directions would be too far from everything, and any two dictionaries would seem to share features.
+    """
+    mean_D = rows_FxD.mean(axis=0)
+    centred_FxD = (rows_FxD - mean_D[None]).astype(np.float64)
+    rng = np.random.default_rng(seed)
+    value_D, vector_DxD = np.linalg.eigh(centred_FxD.T @ centred_FxD / len(centred_FxD))
+    root_DxD = (vector_DxD * np.sqrt(np.maximum(value_D, 0))[None]).astype(np.float32)
+    random_FxD = rng.standard_normal(rows_FxD.shape, np.float32) @ root_DxD.T + mean_D[None]
+    return unit(random_FxD) * np.linalg.norm(rows_FxD, axis=1, keepdims=True)
+
+
+def random_rotation(width: int, seed: Sequence[int]) -> np.ndarray:
+    """Return a rotation drawn uniformly, fp32 [width, width]."""
+    q_DxD, r_DxD = np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))
+    return (q_DxD * np.sign(np.diag(r_DxD))[None]).astype(np.float32)  # the signs make the distribution uniform
+
+
+def rotate(dictionary: Dictionary, seed: Sequence[int]) -> Dictionary:
+    """Return a dictionary whose features are rotated together about the decoder's bias, by a random rotation.
+
+    It explains the rotated activations as well, and is as sparse, as the dictionary itself; what it explains of the
+    unrotated ones is chance.
+    """
+    centred = rescale.centred(dictionary)
+    turn_DxD, arrays = random_rotation(dictionary.config.d_in, seed), centred.arrays
+    rotated = dict(W_enc_DxF=turn_DxD @ arrays["W_enc_DxF"], W_dec_FxD=arrays["W_dec_FxD"] @ turn_DxD.T)
+    return Dictionary(centred.config, centred.matmul_dtype, **arrays | rotated)

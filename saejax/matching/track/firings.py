@@ -1,0 +1,90 @@
+"""Activations of features on a text, layer by layer, and the features that are shown."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions.split_model import active_features
+from saejax.matching.track.stack import Stack
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import pad
+from saejax.parallel.mesh import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFirings:
+    """The A firings of a layer's features on a text, by position and then by strength.
+
+    Attributes:
+      position_A, feature_A, value_A: where, which, and the activation.
+      tokens: of the text, T.
+    """
+
+    position_A: np.ndarray
+    feature_A: np.ndarray
+    value_A: np.ndarray
+    tokens: int
+
+    @classmethod
+    def of(cls, f_TxF: np.ndarray) -> "LayerFirings":
+        """The firings of activations, 0 where a feature does not fire."""
+        position_A, feature_A = np.nonzero(f_TxF)
+        value_A = f_TxF[position_A, feature_A]
+        order_A = np.lexsort((feature_A, -np.abs(value_A), position_A))
+        return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32), len(f_TxF))
+
+    def strongest(self, count: int) -> "LayerFirings":
+        """The ``count`` strongest of each position."""
+        start_A = np.searchsorted(self.position_A, self.position_A, side="left")
+        return self[np.arange(len(self.position_A)) - start_A < count]
+
+    def at(self, position: int) -> "LayerFirings":
+        """Those of one position."""
+        start, stop = np.searchsorted(self.position_A, [position, position + 1])
+        return self[np.arange(start, stop)]
+
+    def mean_by_segment(self, segment_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean activation over the tokens of each segment.
+
+        Args:
+          segment_T: which segment each token belongs to, from 0 on; none is empty.
+
+        Returns:
+          The U features that fire, rising, and their means [U, S], float64.
+        """
+        features_U, place_A = np.unique(self.feature_A, return_inverse=True)
+        count = int(segment_T.max()) + 1
+        cell_A = place_A * count + segment_T[self.position_A]
+        sums = np.bincount(cell_A, np.abs(self.value_A).astype(np.float64), len(features_U) * count)
+        return features_U, sums.reshape(len(features_U), count) / np.bincount(segment_T, minlength=count)
+
+    def __getitem__(self, chosen: np.ndarray) -> "LayerFirings":
+        columns = self.position_A[chosen], self.feature_A[chosen], self.value_A[chosen]
+        return LayerFirings(*columns, self.tokens)
+
+
+def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFirings]:
+    """What fires on a text in each layer of a stack; nothing at attention sinks, which dictionaries leave out.
+
+    Raises:
+      UserError: an activation is not finite.
+    """
+    sites = [each.reads for each in stack.layers]
+    values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
+    found = []
+    for each in stack.layers:
+        f_TxF = activations(lm, each.load().with_sink_norms(lm.sink_norm), values[str(each.reads)])
+        if not np.isfinite(f_TxF).all():
+            raise UserError(f"features of {each.name} are not finite on this text: try --model.dtype=float32")
+        found.append(LayerFirings.of(f_TxF))
+    return found
+
+
+def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:
+    """Activations of a text where features fire, else 0, [T, F]."""
+    dictionary = jax.device_put(dictionary, sharding(lm.mesh))
+    f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
+    return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)

@@ -1,0 +1,187 @@
+"""An interactive page of texts that were followed: one HTML file, complete in itself, that loads nothing.
+
+Layers by positions; a cell's features can be followed up and down, and every step has its features and their test.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.dictionaries.labels import Label
+from saejax.files import write_text
+from saejax.matching.track.firings import LayerFirings
+from saejax.matching.track.links import FeatureLinks
+from saejax.matching.track.results import TrackResults
+from saejax.matching.track.stack import Stack
+from saejax.matching.track.steps import StepFeature
+from saejax.matching.track.texts import EncodedText
+from saejax.models.lens import LensOutput
+from saejax.page.scripts import elements_script, interactive
+from saejax.results import to_json
+
+_VIEWER = Path(__file__).parent / "viewer"
+_SCRIPTS = ("grid", "panel", "main")
+_NAMING = 3  # tokens that name a feature without a label
+
+
+Numbers = tuple[int | float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownLayer:
+    """A dictionary on the page."""
+
+    name: str  #: of the dictionary
+    site: str  #: that it reads
+    target: str  #: that it writes to; "" for an SAE
+    layer: int  #: of the site
+    atlas: str  #: address of a feature's page, but for the number; "": there is none
+    labels: Mapping[str, str]  #: feature -> its label, or else the tokens of the text on which it is most active
+    peaks: Mapping[str, float]  #: feature -> its largest activation on the text
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownReading:
+    """What a lens reads at each layer with a dictionary and each position."""
+
+    said: tuple[tuple[Numbers, ...], ...]  #: place among the texts and probability of the likeliest tokens, in turn
+    kl: tuple[Numbers, ...]  #: divergence from the model's prediction, nats
+    control_kl: tuple[Numbers, ...]  #: of the control
+    answer: tuple[Numbers, ...]  #: probability of the answer
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownText:
+    """What the page shows of a text, besides its results."""
+
+    prompt: str  #: before the solution
+    tokens: tuple[str, ...]  #: of the text
+    texts: tuple[str, ...]  #: tokens that lenses name
+    layers: tuple[ShownLayer, ...]  #: the dictionaries
+    cells: tuple[tuple[Numbers, ...], ...]  #: of layer and position: features and activations in turn
+    links: tuple[Numbers, ...]  #: layer, position and feature of the lower and of the upper one, weight
+    belongs: tuple[tuple[tuple[StepFeature, ...], ...], ...]  #: features of layer and segment
+    readings: Mapping[str, ShownReading]  #: by lens
+
+
+def shown_text(
+    stack: Stack,
+    text: EncodedText,
+    shown: Sequence[LayerFirings],
+    links: FeatureLinks,
+    chosen: Sequence[Sequence[Sequence[StepFeature]]],
+    readings: Mapping[str, LensOutput],
+    as_text: Callable[[int], str],
+    firings: Sequence[LayerFirings],
+) -> ShownText:
+    """What the page shows of a text.
+
+    Args:
+      stack: the dictionaries; ``shown``: of each the features of each position.
+      links: between the features.
+      chosen: of each dictionary the features that belong to each segment.
+      readings: what the lenses read.
+      as_text: gives a token's text.
+      firings: of each dictionary all features that fire.
+    """
+    words: dict[int, int] = {}
+    readings_of = {name: _reading(stack, reading, words) for name, reading in readings.items()}
+    return ShownText(
+        prompt=text.problem.prompt,
+        tokens=tuple(text.tokens),
+        texts=tuple(as_text(token) for token in words),
+        layers=tuple(
+            ShownLayer(
+                name=each.name,
+                site=each.config.site,
+                target=each.config.target,
+                layer=each.layer,
+                atlas=each.atlas.resolve().as_uri() + f"#{each.name}/" if each.atlas else "",
+                **_names(each.labels, every, _shown_features(cells, parts), text.tokens),
+            )
+            for each, every, cells, parts in zip(stack.layers, firings, shown, chosen, strict=True)
+        ),
+        cells=tuple(tuple(_cell(one, position) for position in range(len(text.tokens))) for one in shown),
+        links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links.links),
+        belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
+        readings=readings_of,
+    )
+
+
+def _shown_features(cells: LayerFirings, parts: Sequence[Sequence[StepFeature]]) -> list[int]:
+    """Return the features of a layer that the page shows."""
+    return sorted({*cells.feature_A.tolist(), *(each.feature for part in parts for each in part)})
+
+
+def _names(
+    labels: Mapping[int, Label], firings: LayerFirings, features: Sequence[int], tokens: Sequence[str]
+) -> dict[str, Any]:
+    """Return the fields ``labels`` and ``peaks`` of a layer.
+
+    Args:
+      labels: labels of the dictionary's features.
+      firings: all firings of the layer on the text.
+      features: features to name; each fires on the text.
+      tokens: tokens of the text.
+    """
+    names: dict[str, str] = {}
+    peaks: dict[str, float] = {}
+    for feature in features:
+        own = firings[np.flatnonzero(firings.feature_A == feature)]
+        order = np.argsort(-np.abs(own.value_A), kind="stable")
+        distinct = dict.fromkeys(tokens[position].strip() for position in own.position_A[order])
+        quoted = " ".join(f"“{token}”" for token in list(distinct)[:_NAMING])
+        names[str(feature)] = labels[feature].label if feature in labels else quoted
+        peaks[str(feature)] = float(f"{np.abs(own.value_A).max():.4g}")
+    return dict(labels=names, peaks=peaks)
+
+
+def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
+    """What a lens reads; ``words``, token id -> its place among the texts, is added to."""
+
+    def said(layer: int) -> tuple[Numbers, ...]:
+        ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
+        return tuple(
+            tuple(
+                one
+                for token, p in zip(ids, ps, strict=True)
+                for one in (words.setdefault(token, len(words)), round(p, 4))
+            )
+            for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
+        )
+
+    layers = [each.layer for each in stack.layers]
+    return ShownReading(
+        said=tuple(said(layer) for layer in layers),
+        kl=tuple(_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers),
+        control_kl=tuple(_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers),
+        answer=tuple(_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers),
+    )
+
+
+def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText], model: str) -> None:
+    """Writes the page.
+
+    Args:
+      path: the HTML file.
+      cells: slug -> what ``shown_text`` gave.
+      model: its name.
+    """
+    texts = [dict(slug=slug) | to_json(results.texts[slug]) | to_json(shown) for slug, shown in cells.items()]
+    data = dict(model=model, texts=texts)  # in place of how many tokens and links there are, all of them
+    scripts = [elements_script(), *((_VIEWER / f"{name}.js").read_text("utf-8") for name in _SCRIPTS)]
+    write_text(path, interactive(_VIEWER, "track", scripts, data, title=f"Through the layers: {', '.join(cells)}"))
+
+
+def _cell(firings: LayerFirings, position: int) -> Numbers:
+    """Features of a cell and their activations, in turn, the strongest first."""
+    own = firings.at(position)
+    pairs = zip(own.feature_A.tolist(), own.value_A.tolist(), strict=True)
+    return tuple(number for feature, value in pairs for number in (feature, float(f"{value:.4g}")))
+
+
+def _rounded(values: np.ndarray) -> Numbers:
+    return tuple(float(f"{value:.3g}") for value in np.nan_to_num(values, posinf=1e9).tolist())

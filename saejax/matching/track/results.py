@@ -1,0 +1,69 @@
+"""Results of the stage ``track``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTest:
+    """Effects of ablating a step's features on the step's tokens, beside random sets at equal dose."""
+
+    features: tuple[int, ...]  #: that were ablated together, at the step's tokens
+    tokens: int  #: that were judged: all of the step but its first
+    drop: float  #: of their mean log-likelihood, nats
+    sets: int  #: number of disjoint random sets
+    needed: int  #: number below which no answer is given
+    equal_drop: float | None  #: drop at the doses of the random sets, or the smaller own one, mean; None without sets
+    random_drop: float | None  #: drop of the random sets at the same doses, mean
+    p_value: float | None  #: before correction
+    p_holm: float | None  #: after Holm's correction over the steps of the text
+    hurt: str  #: whether the step's features do more than random sets: yes, no or not testable
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedStep:
+    """A part of the text."""
+
+    name: str  #: "prompt", or "step 1" and so on
+    text: str  #: its text
+    start: int  #: its first token
+    stop: int  #: the token after its last
+    only_here: Mapping[
+        str, tuple[float, float]
+    ]  #: by tested site, how many features fire here alone; with shifted steps
+    tests: Mapping[str, StepTest]  #: by site
+    untested: Mapping[str, str]  #: site -> why
+
+
+@dataclasses.dataclass(frozen=True)
+class LensLayers:
+    """What a lens says of the answer where it is the next token, layer by layer; and of all tokens."""
+
+    answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
+    rank: tuple[int, ...]  #: how many tokens are likelier
+    control: tuple[float, ...]  #: probability, on streams turned by a random rotation
+    agreement: tuple[float, ...]  #: share of all positions at which the likeliest token is the model's
+    control_agreement: tuple[float, ...]  #: the same of the control
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackedText:
+    """A prompt or a worked solution, followed through the layers; also in `<slug>.json`."""
+
+    tokens: int  #: of the text
+    answer: str  #: the token whose probability is followed
+    position: int  #: where it is the next token
+    sites: tuple[str, ...]  #: of the dictionaries, in the order of layers
+    steps: tuple[TrackedStep, ...]  #: the prompt, and the steps
+    lenses: Mapping[str, LensLayers]  #: by lens: logit
+    link_kind: str  #: attribution, or geometry: by directions alone
+    links: int  #: between shown features
+    same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
+    seconds: float  #: that it took
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackResults:
+    """What was followed."""
+
+    texts: Mapping[str, TrackedText]  #: by slug

@@ -1,0 +1,203 @@
+"""The stage ``track``: texts followed through the layers, one after the other, and the page that shows them.
+
+A text is a part in the sense of ``causal.parts``: its results are in ``<slug>.json``, what the page shows of it in
+``<slug>-cells.json``. ``index.html`` and ``track.txt`` have all texts.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.files import read_json, write_json, write_text
+from saejax.matching.track import links, terminal
+from saejax.matching.track.firings import LayerFirings, follow
+from saejax.matching.track.links import FeatureLinks
+from saejax.matching.track.page import ShownText, shown_text, write_page
+from saejax.matching.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
+from saejax.matching.track.stack import Stack, open_stack
+from saejax.matching.track.steps import StepFeature, only_here, step_features
+from saejax.matching.track.tested import StepTester, tested_steps
+from saejax.matching.track.texts import EncodedText, encode, read_problems
+from saejax.models.language_model import LanguageModel
+from saejax.models.lens import LensOutput
+from saejax.models.sites import Site
+from saejax.models.tokens import pad, token_text
+from saejax.results import from_json, to_json
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part
+from saejax.runner.workspace import Run
+from saejax.settings import ModelConfig
+from saejax.stages.track import TrackConfig
+from saejax.tasks.run_inputs import load_run_model
+
+LENS_TOP = 3  # tokens that a lens gives of each place
+
+
+def run_track(run: Run) -> TrackResults:
+    """Follows each text, tests the features of its steps, and writes the page.
+
+    Raises:
+      UserError: texts, dictionaries and model do not go together.
+    """
+    config = run.configs[TrackConfig]
+    problems = {problem.slug: problem for problem in read_problems(config)}
+    model = run.configs[ModelConfig]
+
+    def begin() -> Measure:
+        lm = load_run_model(run)
+        stack = open_stack(config.dictionaries, run.inputs, lm)
+        tested = tested_places(stack, config)
+        texts = {slug: encode(lm, problem) for slug, problem in problems.items()}  # all, before the first is followed
+
+        def measure(slug: str, on_progress: OnProgress) -> Measured:
+            found, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
+            write_json(_cells(run, slug), to_json(cells))
+            return Measured(found, terminal.summary(found))
+
+        return measure
+
+    texts = each_part(run, list(problems), begin, TrackedText, unit="steps")
+    results = TrackResults(texts)
+    cells = {slug: from_json(ShownText, read_json(_cells(run, slug)), _cells(run, slug)) for slug in texts}
+    write_page(run.folder / "index.html", results, cells, model.path)
+    written = "\n".join(terminal.text_lines(slug, results.texts[slug], cells[slug]) for slug in texts)
+    write_text(run.folder / "track.txt", written)
+    run.say(written)
+    run.say(f"open {run.folder / 'index.html'}")
+    return results
+
+
+def _cells(run: Run, slug: str) -> Path:
+    """Where it is kept what the page shows of a text."""
+    return run.folder / f"{slug}-cells.json"
+
+
+def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
+    """The places in the stack of the dictionaries whose features are removed.
+
+    Raises:
+      UserError: a layer has no dictionary.
+    """
+    layers = [each.layer for each in stack.layers]
+    for layer in config.test_layers:
+        if layer not in layers:
+            raise UserError(f"--track.test_layers={layer}: that layer has no dictionary: expected one of {layers}")
+    return [layers.index(layer) for layer in config.test_layers] or [len(layers) // 2]
+
+
+def follow_text(
+    lm: LanguageModel,
+    stack: Stack,
+    text: EncodedText,
+    tested: Sequence[int],
+    config: TrackConfig,
+    on_progress: OnProgress,
+) -> tuple[TrackedText, ShownText]:
+    """Follows one text.
+
+    Args:
+      lm, stack: the model and its dictionaries.
+      tested: places in the stack of the dictionaries whose features are removed.
+      on_progress: called with the tests of steps done and of all; may raise to stop.
+
+    Returns:
+      The results, and what the page shows.
+    """
+    start = time.monotonic()
+    firings = follow(lm, stack, text.ids_T)
+    shown = [one.strongest(config.top) for one in firings]
+    readings = {"logit": _read_lens(lm, text, config.seed)}
+    answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
+    found = _links(lm, stack, text, answer, shown)
+    chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
+    steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
+    as_text = token_text(lm.tokenizer)
+    results = TrackedText(
+        tokens=len(text.ids_T),
+        answer=as_text(answer),
+        position=text.position,
+        sites=tuple(str(each.reads) for each in stack.layers),
+        steps=steps,
+        lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
+        link_kind=found.kind,
+        links=len(found.links),
+        same_number=found.same_number,
+        seconds=round(time.monotonic() - start, 2),
+    )
+    cells = shown_text(stack, text, shown, found, chosen, readings, as_text, firings)
+    return results, cells
+
+
+def _test_steps(
+    lm: LanguageModel,
+    stack: Stack,
+    text: EncodedText,
+    firings: Sequence[LayerFirings],
+    chosen: Sequence[Sequence[Sequence[StepFeature]]],
+    tested: Sequence[int],
+    config: TrackConfig,
+    on_progress: OnProgress,
+) -> tuple[TrackedStep, ...]:
+    """The text's steps, with what removing the features chosen for each does, by the site of the dictionary."""
+    testers = {place: _tester(lm, stack, place, text, config) for place in tested}
+    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
+    tests, untested = tested_steps(testers, text, numbers, config, on_progress)
+    sites = {place: str(stack.layers[place].reads) for place in tested}
+    alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
+    return tuple(
+        TrackedStep(
+            part.name,
+            part.text,
+            part.start,
+            part.stop,
+            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
+            {site: tests[place, number] for place, site in sites.items() if (place, number) in tests},
+            {site: untested[place, number] for place, site in sites.items() if (place, number) in untested},
+        )
+        for number, part in enumerate(text.segments)
+    )
+
+
+def _tester(
+    lm: LanguageModel, stack: Stack, place: int, text: EncodedText, config: TrackConfig
+) -> Callable[[], StepTester]:
+    each = stack.layers[place]
+    writes = Site.parse(each.config.target or each.config.site)
+    return lambda: StepTester(lm, each.load().with_sink_norms(lm.sink_norm), each.reads, writes, text, config)
+
+
+def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
+    """Read the logit lens for the answer, or for the model's own answer where none was given."""
+    tokens = pad([text.ids_T.tolist()])
+    answer = text.answer
+    if answer is None:
+        last = lm.lens(tokens, top=1, seed=seed)
+        answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
+    return lm.lens(tokens, answers=[answer], top=LENS_TOP, seed=seed)
+
+
+def _links(
+    lm: LanguageModel, stack: Stack, text: EncodedText, answer: int, shown: Sequence[LayerFirings]
+) -> FeatureLinks:
+    if stack.transcoders is None:
+        return links.geometry(stack, shown)
+    return links.attribution(lm, stack.transcoders, text.ids_T[: text.position + 1], answer, shown)
+
+
+def _layers(reading: LensOutput, text: EncodedText, answer: int) -> LensLayers:
+    """What a lens says of the answer at its position, and how often it says what the model says."""
+    at = text.position
+    own_T = reading.ids_LxBxTxC[-1, 0, :, 0]
+
+    def agreement(ids_LxBxTxC: np.ndarray) -> tuple[float, ...]:
+        return tuple((ids_LxBxTxC[:, 0, :, 0] == own_T).mean(axis=1).tolist())
+
+    return LensLayers(
+        answer=tuple(np.exp(reading.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
+        rank=tuple(reading.answer_rank_LxBxTxN[:, 0, at, 0].tolist()),
+        control=tuple(np.exp(reading.control.answer_logp_LxBxTxN[:, 0, at, 0]).tolist()),
+        agreement=agreement(reading.ids_LxBxTxC),
+        control_agreement=agreement(reading.control.ids_LxBxTxC),
+    )

@@ -1,0 +1,224 @@
+"""Texts to track: prompts and worked solutions, their tokens, and the sentences that are their steps."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import encode as encode_text
+from saejax.models.tokens import token_text
+from saejax.runner.stage import folder_name
+from saejax.stages.track import TrackConfig
+from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.files import decode, json_lines, read_bytes
+
+MOST = 4  # texts side by side
+_EXAMPLE = '{"slug": "apples", "prompt": "Ann has 3 apples ...", "solution": "She buys 4. ...", "answer": " 7"}'
+_KEYS = ("slug", "prompt", "solution", "answer")
+_GSM8K = {"question", "answer"}  # its fields: the answer is the solution, and ends in "#### 7"
+# Words whose full stop ends no sentence, and initials such as "J.".
+_ABBREVIATION = re.compile(
+    r"""(?:^|[\s(“"'])(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Mt|No|Fig|Eq|vs|etc|approx|ca|cf|"""
+    r"""e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z])\.\s*$"""
+)
+_SENTENCE = re.compile(r"""(?:[.!?…؟।]+["'”’)\]]*(?=\s)|[。！？]+["'”’)\]」』]*|(?=\n))\s*""")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A text to follow.
+
+    Attributes:
+      slug: its name.
+      prompt: the text before the solution; without a solution its sentences are the steps.
+      steps: texts of the solution's steps, which stand one after the other; none without a solution.
+      answer: as it is written; "": the model's most probable next token.
+    """
+
+    slug: str
+    prompt: str
+    steps: tuple[str, ...] = ()
+    answer: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of a text: the prompt, or a step; tokens ``start`` to ``stop`` - 1."""
+
+    name: str
+    text: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedText:
+    """A text as the model reads it.
+
+    Attributes:
+      problem: the text.
+      ids_T: token ids; ``tokens``: their texts.
+      segments: its parts, which cover all tokens; ``first``: which of them is the first step.
+      answer: id of the answer's first token, None where the model's own most probable token is meant.
+      position: where the answer is the next token.
+    """
+
+    problem: Problem
+    ids_T: np.ndarray
+    tokens: tuple[str, ...]
+    segments: tuple[Segment, ...]
+    first: int
+    answer: int | None
+    position: int
+
+    @property
+    def steps(self) -> tuple[Segment, ...]:
+        """The segments that are steps."""
+        return self.segments[self.first :]
+
+    @property
+    def segment_T(self) -> np.ndarray:
+        """The segment that each token belongs to."""
+        return np.repeat(np.arange(len(self.segments)), [part.stop - part.start for part in self.segments])
+
+
+def sentences(text: str) -> tuple[str, ...]:
+    """Return the sentences of a text, each with the space after it; joined they are the text.
+
+    A sentence ends at a mark such as ``.`` before a space, at 。 and the like, or at a line end. Abbreviations such as
+    "Dr." end none, and a number alone ("2. ") belongs to the next sentence.
+    """
+    ends = [match.end() for match in _SENTENCE.finditer(text) if match.end() > match.start()]
+    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
+    joined: list[str] = []
+    for part in parts:
+        if joined and (not part.strip() or _continues(joined[-1])):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
+def _continues(part: str) -> bool:
+    """Return whether a sentence goes on after a part of a text that ends in a mark."""
+    if part.endswith("\n"):
+        return bool(re.fullmatch(r"\W*\d{0,3}\W*", part))
+    return bool(re.fullmatch(r"\W*\d{0,3}\W*", part) or _ABBREVIATION.search(part))
+
+
+def read_problems(config: TrackConfig) -> list[Problem]:
+    """The texts that flags ask for, each under a name of its own.
+
+    Raises:
+      UserError: the file cannot be read, a line is no such text, there are more than four, or a step is empty.
+    """
+    if not config.prompts:
+        return [Problem(folder_name(config.prompt[:40]), config.prompt, answer=config.answer)]
+    path, found = Path(config.prompts), dict[str, Problem]()
+    text = decode(read_bytes(path, "--track.prompts", "name a file of prompts"), path)
+    for number, record in json_lines(text, path, _EXAMPLE):
+        problem = _problem(record, f"{path}, line {number}", config.answer)
+        if problem.slug in found:
+            raise UserError(f"{path}, line {number} has the slug {problem.slug!r} of an earlier line")
+        found[problem.slug] = problem
+    if not 1 <= len(found) <= MOST:
+        raise UserError(f"--track.prompts={path} holds {len(found)} prompts: expected 1 to {MOST}, shown side by side")
+    return list(found.values())
+
+
+def _problem(record: Any, where: str, answer: str) -> Problem:
+    if isinstance(record, dict) and set(record) == _GSM8K:
+        record = _from_gsm8k(record)
+    known = isinstance(record, dict) and not set(record) - set(_KEYS)
+    if not known or not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("answer", ""), str):
+        raise UserError(f"{where} is no prompt to follow: expected {_EXAMPLE}")
+    solution, prompt = record.get("solution", ""), record.get("prompt", "")
+    if not (isinstance(solution, str) or (isinstance(solution, list) and all(isinstance(s, str) for s in solution))):
+        raise UserError(f"{where}: the solution is neither a text nor a list of texts: expected {_EXAMPLE}")
+    steps = sentences(solution) if isinstance(solution, str) else tuple(solution)
+    for number, step in enumerate(steps, 1):
+        if not step.strip():
+            raise UserError(f"{where}: step {number} of the solution is empty: expected a text for each step")
+    if not prompt.strip() and not steps:
+        raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
+    slug = folder_name(str(record.get("slug") or prompt[:40] or steps[0][:40]))
+    return Problem(slug, prompt, steps, record.get("answer", "") or answer)
+
+
+def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of GSM8K as a prompt to follow: calculator annotations are removed, the answer follows the steps."""
+    solution, _, answer = str(record["answer"]).rpartition("####")
+    solution = re.sub(r"<<[^>]*>>", "", solution or str(record["answer"]))
+    steps = f"{solution.rstrip()}\nThe answer is {answer.strip()}."
+    return dict(prompt=record["question"], solution=steps, answer=f" {answer.strip()}")
+
+
+def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
+    """The tokens of a text, and the steps that they belong to.
+
+    Raises:
+      UserError: the text is longer than the model's context, a step has no token of its own, or the answer cannot be
+        followed.
+    """
+    steps = problem.steps or sentences(problem.prompt)
+    parts = [(f"step {number}", step) for number, step in enumerate(steps, 1)]
+    if problem.steps and problem.prompt.strip():
+        parts.insert(0, ("prompt", problem.prompt))
+    spaced = [(name, text if text[-1:].isspace() else f"{text} ") for name, text in parts[:-1]]
+    parts = [*spaced, parts[-1]]
+    whole = "".join(text for _, text in parts)
+    ids_T = lm.tokenize([whole]).ids_BxT[0]
+    ends_T = _ends(lm.tokenizer, whole, len(ids_T))
+    bounds = np.cumsum([len(text) for _, text in parts])
+    of_T = np.minimum(np.searchsorted(bounds, np.maximum.accumulate(ends_T), side="left"), len(parts) - 1)
+    starts = np.searchsorted(of_T, np.arange(len(parts) + 1))
+    starts[0] = 0
+    for (name, text), start, stop in zip(parts, starts, starts[1:], strict=False):
+        if start == stop:
+            raise UserError(f"{problem.slug}: {name} ({text.strip()!r}) has no token of its own: join it with another")
+    segments = tuple(
+        Segment(name, text.strip(), int(start), int(stop))
+        for (name, text), start, stop in zip(parts, starts, starts[1:], strict=False)
+    )
+    answer, position = _answer(lm.tokenizer, problem, whole, ends_T)
+    as_text = token_text(lm.tokenizer)
+    tokens = tuple(as_text(int(token)) for token in ids_T)
+    first = int(parts[0][0] == "prompt")
+    return EncodedText(problem, ids_T, tokens, segments, first, answer if answer is None else int(answer), position)
+
+
+def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
+    """Where each token's characters end; 0 of special tokens."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError("the model's tokenizer does not say which characters a token stands for: no steps can be told")
+    read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return np.array([0] * (count - len(read)) + [end for _, end in read], np.int64)
+
+
+def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> tuple[int | None, int]:
+    """Return the id of the answer's first token and the position before it.
+
+    The answer is followed at its last occurrence in the solution as a whole word or number (" 12" is not in "1200"), or
+    where there is none at the text's end.
+    """
+    last = len(ends_T) - 1
+    answer = problem.answer
+    if not answer:
+        return None, last
+    ids = encode_text(tokenizer, text)
+    word = answer.strip()
+    # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
+    whole = re.compile(rf"(?<![\w])(?<!\d[.,]){re.escape(word)}(?![\w])(?![.,]\d)")
+    places = [match.start() for match in whole.finditer(text)] if problem.steps and word else []
+    if places:
+        token = int(np.searchsorted(ends_T, places[-1], side="right"))
+        if token > 0:
+            return int(ids[token]), token - 1
+    kept = text.rstrip() if answer[:1].isspace() else text
+    if kept != text:
+        raise UserError(f"{problem.slug}: the text ends in a space and the answer {answer!r} begins with one: drop one")
+    return answer_ids(tokenizer, text, answer)[0], last

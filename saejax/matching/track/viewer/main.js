@@ -1,0 +1,67 @@
+// Puts the page together: a grid, a panel, the answer's curve and the steps for each text.
+
+const data = JSON.parse(document.getElementById('track-data').textContent);
+const grids = [];
+
+function show(text) {
+  const panel = make('div', {class: 'panel', tabindex: '-1', 'aria-live': 'polite'},
+    make('p', {class: 'note'}, 'Choose a cell to see its features, and a feature to follow it up and down.'));
+  const follow = (node) => {
+    const way = chainOf(text, node);
+    grid.select(node[0], node[1], true);
+    grid.follow(way);
+    panel.replaceChildren(...wayPanel(text, node, way, follow, end));
+  };
+  const end = () => {
+    grid.follow(null);
+    if (grid.at()) grid.select(...grid.at());
+    grid.scroll.focus();
+  };
+  const grid = makeGrid(text, (l, t) => {
+    grid.follow(null);
+    panel.replaceChildren(...cellPanel(text, l, t, follow));
+  });
+  grid.scroll.addEventListener('keydown', (event) => {
+    if (event.key === 'Enter') (panel.querySelector('button') || panel).focus();
+  });
+  panel.addEventListener('keydown', (event) => { if (event.key === 'Escape') end(); });
+  grids.push(grid);
+  const links = text.link_kind === 'attribution' ? 'edges of the attribution graph'
+    : 'by the similarity of their directions' +
+      (text.same_number > text.links.length / 2 ? '; most join features of the same number: the dictionaries were trained from one initialisation, so these links mean nothing' : '');
+  const about = `${number(text.tokens.length, 9)} tokens, ${text.layers.length} layers with dictionaries (${text.layers[0].name} and on), ` +
+    `${number(text.links.length, 9)} links between shown features (${text.link_kind}: ${links}).`;
+  const chooser = make('select', {'aria-label': 'Layer whose features are listed'});
+  text.layers.forEach((one, l) => chooser.append(make('option', {value: l}, one.site)));
+  const tested = Object.keys(text.steps[text.steps.length - 1].only_here)[0];
+  chooser.value = Math.max(0, text.layers.findIndex((one) => one.site === tested));
+  const table = make('div');
+  const steps = () => {
+    const layer = Number(chooser.value);
+    table.replaceChildren(stepsTable(text, layer, (l, step, feature) => {
+      const own = text.cells[l].slice(step.start, step.stop).map((cell, i) => [cell[cell.findIndex((one, j) => j % 2 === 0 && one === feature) + 1], i])
+        .filter(([, i]) => text.cells[l][step.start + i].some((one, j) => j % 2 === 0 && one === feature));
+      if (!own.length) return;
+      own.sort((a, b) => b[0] - a[0]);
+      follow([l, step.start + own[0][1], feature]);
+      panel.scrollIntoView({block: 'nearest'});
+    }));
+  };
+  chooser.addEventListener('change', steps);
+  steps();
+  const section = make('section', {class: 'text'}, make('h2', {}, text.slug), make('p', {class: 'note'}, about), grid.element, panel,
+    ...answerCurve(text), make('h3', {}, 'Steps, by features of ', chooser), table);
+  document.getElementById('texts').append(section);
+  grid.draw();
+}
+
+document.getElementById('about').textContent = `Model ${data.model}. Layers by positions; the strip below has the tokens, and a line where a step begins.`;
+const colour = document.getElementById('colour');
+const lenses = Object.keys(data.texts[0].readings);
+const choices = [['strength:logit', 'strongest feature'],
+  ...lenses.flatMap((lens) => [[`answer:${lens}`, `${lens} lens: probability of the answer`], [`agrees:${lens}`, `${lens} lens: agreement with the model`]])];
+for (const [value, says] of choices) colour.append(make('option', {value}, says));
+colour.addEventListener('change', () => { for (const grid of grids) grid.paint(...colour.value.split(':')); });
+data.texts.forEach(show);
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { for (const grid of grids) grid.draw(); });
+document.body.dataset.ready = 'true';

@@ -1,0 +1,102 @@
+// What is said of a cell, of a feature that is followed, and of the steps.
+
+const nameOf = (text, l, f) => {
+  const label = text.layers[l].labels[f];
+  return label ? `${f} ${visible(label)}` : `${f}`;
+};
+
+function lensLines(text, l, t) {
+  return Object.entries(text.readings).map(([lens, reading]) => {
+    const said = reading.said[l][t], words = [];
+    for (let i = 0; i < said.length; i += 2) words.push(token(text.texts[said[i]]), ` ${number(said[i + 1], 2)} `);
+    return make('p', {}, `${lens} lens: `, ...words,
+      make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
+  });
+}
+
+function cellPanel(text, l, t, follow) {
+  const cell = text.cells[l][t], rows = [];
+  for (let i = 0; i < cell.length; i += 2) {
+    const button = make('button', {type: 'button', 'aria-pressed': 'false'}, nameOf(text, l, cell[i]));
+    button.addEventListener('click', () => follow([l, t, cell[i]]));
+    const bar = make('span', {class: 'bar'});
+    bar.style.width = `${80 * Math.abs(cell[i + 1] / cell[1])}px`;
+    const page = text.layers[l].atlas;
+    rows.push(make('li', {}, button, bar, `${number(cell[i + 1])} (${percent(Math.abs(cell[i + 1]) / text.layers[l].peaks[cell[i]])} of its maximum here)`, ...(page ? [make('a', {href: `${page}${cell[i]}`}, 'atlas')] : [])));
+  }
+  const none = make('p', {class: 'note'}, 'No feature is active here, or the token is an attention sink, where dictionaries are not applied.');
+  return [make('h3', {}, `${text.layers[l].site}, position ${t} `, token(text.tokens[t])), ...lensLines(text, l, t),
+    rows.length ? make('ul', {}, ...rows) : none];
+}
+
+function wayPanel(text, node, way, select, end) {
+  const [l, t, f] = node;
+  const others = text.cells[l].flatMap((cell, s) => cell.some((one, i) => i % 2 === 0 && one === f) && s !== t ? [s] : []);
+  const into = new Map();
+  for (const link of way.links) {
+    const key = link.slice(3, 6).join();
+    into.set(key, [...(into.get(key) || []), link]);
+  }
+  const nodes = [...way.nodes].sort((a, b) => b[0] - a[0] || b[1] - a[1]);
+  const items = nodes.map((one) => {
+    const button = make('button', {type: 'button', 'aria-pressed': String(one.join() === node.join())}, nameOf(text, one[0], one[2]));
+    button.addEventListener('click', () => select(one));
+    const from = (into.get(one.join()) || []).map((link) => `${nameOf(text, link[0], link[2])} (${text.link_kind} ${number(link[6])})`);
+    return make('li', {}, make('small', {}, `${text.layers[one[0]].site} at ${one[1]}`), button,
+      make('small', {}, from.length ? `from ${from.join(', ')}` : ''));
+  });
+  const stop = make('button', {type: 'button'}, 'End following');
+  stop.addEventListener('click', end);
+  const places = others.length ? make('p', {}, 'Also at ', ...others.slice(0, 30).flatMap((s) => [token(text.tokens[s]), ` ${s} `])) : '';
+  const alone = way.links.length ? '' : make('p', {class: 'note'}, 'It has no links.');
+  return [make('h3', {}, `Following ${nameOf(text, l, f)} of ${text.layers[l].site} `), stop, places, alone, make('ul', {}, ...items)];
+}
+
+// The answer's probability layer by layer, beside the control's.
+function answerCurve(text) {
+  const svg = (tag, attributes, ...inside) => {
+    const element = document.createElementNS('http://www.w3.org/2000/svg', tag);
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    element.append(...inside);
+    return element;
+  };
+  const wide = 420, high = 130, left = 34, down = 18;
+  const layers = text.lenses.logit.answer.length;
+  const x = (i) => left + (wide - left - 6) * (layers > 1 ? i / (layers - 1) : 0.5), y = (p) => 6 + (high - down - 6) * (1 - p);
+  const path = (values) => values.map((p, i) => `${i ? 'L' : 'M'}${x(i).toFixed(1)} ${y(p).toFixed(1)}`).join('');
+  const lines = Object.entries(text.lenses).flatMap(([name, one]) => [
+    svg('path', {class: name, d: path(one.answer)}), svg('path', {class: `${name} control`, d: path(one.control)})]);
+  const axis = [0, 0.5, 1].flatMap((p) => [svg('line', {x1: left, x2: wide - 6, y1: y(p), y2: y(p)}), svg('text', {x: 4, y: y(p) + 4}, `${p}`)]);
+  const ends = [svg('text', {x: left, y: high - 4}, 'layer 0'), svg('text', {x: wide - 6, y: high - 4, 'text-anchor': 'end'}, `layer ${layers - 1}`)];
+  const last = text.lenses.logit;
+  const says = Object.keys(text.lenses).map((name) => `${name} lens`).join(' and ');
+  return [make('h3', {}, 'Probability of ', token(text.answer), ` after position ${text.position}, by layer`),
+    svg('svg', {viewBox: `0 0 ${wide} ${high}`, width: wide, height: high, role: 'img', 'aria-label': 'Probability of the answer by layer'}, ...axis, ...ends, ...lines),
+    make('p', {class: 'note'}, `${says}; dashed: on randomly rotated streams. At the last layer ${number(last.answer[layers - 1])}; ${number(last.rank[layers - 1], 9)} tokens are more likely.`)];
+}
+
+function stepsTable(text, layer, follow) {
+  const heads = ['', 'Text', 'Its features', 'Carried over to steps (number)', 'Back in steps', 'Effect of ablating them'];
+  const name = (s) => text.steps[s].name;
+  const rows = text.steps.map((step, s) => {
+    const chips = text.belongs[layer][s].slice(0, 6).map((one) => {
+      const button = make('button', {type: 'button'}, nameOf(text, layer, one.feature));
+      button.title = `mean ${one.mean.toPrecision(3)}, ${one.contrast.toPrecision(3)} above its mean elsewhere`;
+      button.addEventListener('click', () => follow(layer, step, one.feature));
+      return button;
+    });
+    const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
+      .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
+    const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
+      make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
+      ` at ${site}: ${number(test.drop, 2)} nats per token; at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random sets, ${test.needed} needed`));
+    const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
+    const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
+      make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire only here; ${number(shifted, 3)} with shifted boundaries`));
+    const cells = [[step.name], [visible(step.text)], [make('div', {class: 'chips'}, ...chips), ...alone],
+      [later('carries') || '–'], [later('returns') || '–'], tests.length + not.length ? [...tests, ...not] : ['–']];
+    return make('tr', {}, ...cells.map((inside, i) => make('td', {'data-head': heads[i]}, make('div', {}, ...inside))));
+  });
+  return make('div', {class: 'wide', tabindex: '0', role: 'region', 'aria-label': 'Steps'}, make('table', {},
+    make('thead', {}, make('tr', {}, ...heads.map((head) => make('th', {scope: 'col'}, head)))), make('tbody', {}, ...rows)));
+}

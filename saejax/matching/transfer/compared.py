@@ -1,0 +1,121 @@
+"""The dictionaries that are compared; each is loaded when it is used, and not kept."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, load_dictionary, stacks
+from saejax.dictionaries.formats import folders_of, read_config
+from saejax.errors import UserError
+from saejax.matching.transfer.results import ComparedDictionary
+from saejax.models.sites import Site
+from saejax.runner.stage import is_folder
+
+WEIGHTS = ("decoder", "encoder")  # measures that need no text
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A dictionary by its name.
+
+    Attributes:
+      name: such as "topk/k32", or its folder.
+      folder: its folder.
+      config: its configuration.
+    """
+
+    name: str
+    folder: Path
+    config: DictionaryConfig
+
+    @property
+    def dictionary(self) -> Dictionary:
+        """The dictionary, loaded anew each time.
+
+        Raises:
+          UserError: it is damaged.
+        """
+        dictionary = load_dictionary(self.folder)
+        if not np.isfinite(np.asarray(dictionary.W_dec_FxD[...])).all():
+            raise UserError(f"{self.folder} has NaN or infinite decoder rows: train it again")
+        return dictionary
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of its model; "" where its files do not state it."""
+        return self.config.fingerprint
+
+    @property
+    def target(self) -> str:
+        """The site that its features write to."""
+        return self.config.target or self.config.site
+
+    @property
+    def layer(self) -> int:
+        """The layer of the target."""
+        return Site.parse(self.target).layer
+
+    def trained_in(self, workdir: Path) -> tuple[Path, str]:
+        """Return the workdir that trained it, or else another one, and its name there."""
+        parts = self.folder.absolute().parts
+        if "train" not in parts:
+            return workdir, self.name
+        index = len(parts) - 1 - parts[::-1].index("train")
+        return Path(*parts[:index]), "/".join(parts[index + 1 :])
+
+    def live(self, workdir: Path) -> np.ndarray | None:
+        """Return which features fire on held-out text, bool [F], if ``evaluate`` measured it in the same workdir."""
+        root, name = self.trained_in(workdir)
+        path = root / "evaluate" / name / "firing_rate.npy"
+        return np.load(path) > 0 if path.is_file() else None
+
+    def described(self) -> ComparedDictionary:
+        """Return its description in the results."""
+        return ComparedDictionary(self.name, self.config.model, self.config.site, self.target, self.config.n_features)
+
+
+def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) -> list[Compared]:
+    """Find the dictionaries that a flag names, in its order; of a stack all members.
+
+    Args:
+      names: kinds, members or folders.
+      units: folders of the train units, such as that of "train/topk".
+      flag: the flag, for messages.
+
+    Raises:
+      UserError: one does not exist or is named twice.
+    """
+    compared: list[Compared] = []
+    for name in names:
+        if is_folder(name):
+            compared += [Compared(str(folder), folder, read_config(folder)) for folder in folders_of(name)]
+            continue
+        kind, member = stacks.kind_and_member(name)
+        unit = units[f"train/{kind}"]
+        known = [entry.name for entry in stacks.members(unit)]
+        if member:
+            stacks.check_member(name, known, flag)
+        chosen = [member] if member else known
+        compared += [Compared(stacks.full_name(kind, one), unit / one, read_config(unit / one)) for one in chosen]
+    folders = [each.folder.resolve() for each in compared]
+    for each, folder in zip(compared, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(f"{flag}={','.join(names)} names {each.name} twice: name each dictionary once")
+    return compared
+
+
+def same_model(first: Compared, second: Compared) -> bool:
+    """Return whether two dictionaries can be of one model: their files state the same one, or one states none."""
+    return first.fingerprint == second.fingerprint or not (first.fingerprint and second.fingerprint)
+
+
+def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> list[str]:
+    """Return the measures by which two dictionaries can be compared.
+
+    Directions of two models have nothing to do with each other, whatever their widths: across models only activity on
+    shared text is compared.
+    """
+    one_space = same_model(first, second) and first.config.d_in == second.config.d_in
+    return [measure for measure in wanted if measure not in WEIGHTS or one_space]

@@ -1,0 +1,165 @@
+"""Reconstruction transfer: a dictionary evaluated at another site, of another layer, seed or model.
+
+*Directly* it reads and reconstructs the other site as it is. *Between affine maps* the other site's values are mapped
+to the dictionary's own site, and its reconstruction is mapped back (Chen et al., 2025, arXiv 2506.06609, who learn both
+maps together; here each is a ridge regression on half of the text, its ridge chosen by cross-validation there). Both
+are compared with the same dictionary after a random rotation, which shares nothing with the site but its sparsity.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.dictionaries import Dictionary, rescale
+from saejax.evaluation.reconstruction import reconstruct
+from saejax.matching.rows import rotate
+from saejax.matching.transfer.results import FittedMap, Rebuilt, ReconstructionTransfer
+
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # relative to the mean variance of the input's dimensions
+_FOLDS = 3
+ROWS_PER_DIMENSION = 4  # below this many rows per dimension a map is not to be trusted
+LossesOf = Callable[[Sequence[Dictionary]], list[float | None]]  # cross-entropy recovered by each at the site at hand
+
+
+class AffineMap(NamedTuple):
+    """x -> x matrix + shift, and the ridge that it was fitted with, relative to the mean variance."""
+
+    matrix_DxK: np.ndarray
+    shift_K: np.ndarray
+    ridge: float
+
+    @classmethod
+    def fit(cls, x_NxD: np.ndarray, y_NxK: np.ndarray) -> "AffineMap":
+        """Return the ridge regression from x to y, its ridge chosen by 3-fold cross-validation over consecutive rows.
+
+        Consecutive rows are of the same texts, so that folds are of different texts.
+        """
+        fold_N = np.arange(len(x_NxD)) * _FOLDS // max(len(x_NxD), 1)
+        error_R = np.zeros(len(_RIDGES))
+        for fold in range(_FOLDS):
+            inside = fold_N != fold
+            solver = _RidgeSolver(x_NxD[inside], y_NxK[inside])
+            for number, ridge in enumerate(_RIDGES):
+                error_R[number] += np.square(y_NxK[~inside] - solver.solve(ridge).apply(x_NxD[~inside])).sum()
+        return _RidgeSolver(x_NxD, y_NxK).solve(_RIDGES[int(error_R.argmin())])
+
+    def apply(self, x_NxD: np.ndarray) -> np.ndarray:
+        """Return the mapped rows, float64 [N, K]."""
+        return x_NxD @ self.matrix_DxK + self.shift_K[None]
+
+    def r2(self, x_NxD: np.ndarray, y_NxK: np.ndarray) -> float:
+        """Return the share of y's variance that the map explains on some rows."""
+        total = np.square(y_NxK - y_NxK.mean(0, dtype=np.float64)[None]).sum(dtype=np.float64)
+        return 1 - float(np.square(y_NxK - self.apply(x_NxD)).sum() / max(total, 1e-30))
+
+
+class _RidgeSolver:
+    """Ridge regressions on the same rows: one eigendecomposition serves every ridge."""
+
+    def __init__(self, x_NxD: np.ndarray, y_NxK: np.ndarray):
+        self._mean_D, self._mean_K = x_NxD.mean(0, dtype=np.float64), y_NxK.mean(0, dtype=np.float64)
+        x_NxD, y_NxK = x_NxD - self._mean_D[None], y_NxK - self._mean_K[None]
+        value_D, self._vector_DxD = np.linalg.eigh(x_NxD.T @ x_NxD)
+        self._value_D = np.maximum(value_D, 0)
+        self._target_DxK = self._vector_DxD.T @ (x_NxD.T @ y_NxK)
+
+    def solve(self, ridge: float) -> AffineMap:
+        damped_D = self._value_D + ridge * self._value_D.mean() + 1e-12
+        matrix_DxK = self._vector_DxD @ (self._target_DxK / damped_D[:, None])
+        return AffineMap(matrix_DxK, self._mean_K - self._mean_D @ matrix_DxK, ridge)
+
+
+class DictionaryOnText(NamedTuple):
+    """A dictionary and the values of its site [N, D], on the half of the text that fits maps and on the other."""
+
+    dictionary: Dictionary
+    fit_NxD: np.ndarray
+    measure_NxD: np.ndarray
+
+
+def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, there: Dictionary) -> Dictionary:
+    """Return the dictionary of another site that maps values in, encodes, decodes, and maps back.
+
+    Args:
+      dictionary: an SAE of D dimensions.
+      into: map from the other site to the dictionary's.
+      back: map from the dictionary's site to the other.
+      there: dictionary of the other site, whose site and sink rule are used.
+    """
+    plain = rescale.uncentred(dictionary)
+    arrays = {name: np.asarray(array, np.float64) for name, array in plain.arrays.items()}
+    moved = plain.kind.move_bias(arrays, into.shift_K @ arrays["W_enc_DxF"])
+    moved |= dict(
+        W_enc_DxF=into.matrix_DxK @ arrays["W_enc_DxF"],
+        W_dec_FxD=arrays["W_dec_FxD"] @ back.matrix_DxK,
+        b_dec_D=arrays["b_dec_D"] @ back.matrix_DxK + back.shift_K,
+    )
+    config = dataclasses.replace(
+        plain.config, d_in=len(back.shift_K), site=there.config.site, target="", max_norm=there.config.max_norm
+    )
+    arrays_fp32 = {name: jnp.asarray(array, jnp.float32) for name, array in moved.items()}
+    return Dictionary(config, plain.matmul_dtype, **arrays_fp32)
+
+
+def evaluate_at_home(place: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None) -> Rebuilt:
+    """Return the scores of a dictionary at its own site."""
+    return _evaluate([place.dictionary], place, mesh, batch, losses)[0]
+
+
+def evaluate_at_other_site(
+    moved: DictionaryOnText,
+    there: DictionaryOnText,
+    own: Rebuilt,
+    mesh: Mesh,
+    batch: int,
+    seed: Sequence[int],
+    losses: LossesOf | None,
+) -> ReconstructionTransfer:
+    """Return the scores of a dictionary at another site.
+
+    Args:
+      moved: the dictionary and the values of its own site.
+      there: the dictionary of the other site and its values, on the same tokens.
+      own: scores of the latter at its own site.
+      mesh: the devices.
+      batch: tokens in a batch.
+      seed: seed of the rotation.
+      losses: measures cross-entropy recovered at the other site; None: not wanted.
+    """
+    straight, rotated = rescale.centred(moved.dictionary), rotate(moved.dictionary, seed)
+    into = AffineMap.fit(there.fit_NxD, moved.fit_NxD)
+    back = AffineMap.fit(moved.fit_NxD, there.fit_NxD)
+    maps = (
+        FittedMap(len(there.fit_NxD), into.r2(there.measure_NxD, moved.measure_NxD), into.ridge),
+        FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, there.measure_NxD), back.ridge),
+    )
+    mapped = [insert_maps(each, into, back, there.dictionary) for each in (straight, rotated)]
+    affine, affine_null = _evaluate(mapped, there, mesh, batch, losses)
+    if moved.fit_NxD.shape[1] != there.fit_NxD.shape[1]:
+        return ReconstructionTransfer(own, None, None, affine, affine_null, *maps)
+    as_they_are = [_at_site(each, there.dictionary) for each in (straight, rotated)]
+    direct, direct_null = _evaluate(as_they_are, there, mesh, batch, losses)
+    return ReconstructionTransfer(own, direct, direct_null, affine, affine_null, *maps)
+
+
+def has_few_rows(width: int, rows: int) -> bool:
+    """Return whether a map from a site of a width is fitted on too few rows."""
+    return rows < ROWS_PER_DIMENSION * width
+
+
+def _at_site(dictionary: Dictionary, there: Dictionary) -> Dictionary:
+    """Return a dictionary unchanged at the site of another, with its sink rule."""
+    config = dataclasses.replace(dictionary.config, site=there.config.site, target="", max_norm=there.config.max_norm)
+    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
+
+
+def _evaluate(
+    dictionaries: Sequence[Dictionary], there: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None
+) -> list[Rebuilt]:
+    scores = reconstruct(dictionaries, [(there.measure_NxD,)], mesh, batch)
+    ce = losses(dictionaries) if losses else [None] * len(scores)
+    return [Rebuilt(one.explained_variance, one.l0, share) for one, share in zip(scores, ce, strict=True)]

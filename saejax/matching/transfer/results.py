@@ -1,0 +1,152 @@
+"""Results of the stage ``transfer``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.results import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedDrops:
+    """The drops of matched features of two dictionaries."""
+
+    matched: int  #: pairs
+    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
+    similarity: float | None  #: median over the pairs; None without any
+    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
+    #: the same
+    rank_correlation: Interval | None
+    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
+    #: where each partner is one of the ten features nearest to it in firing rate and activation; None, too, where the
+    #: drops of these are all the same
+    alike: Interval | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedDictionary:
+    """A compared dictionary."""
+
+    name: str  #: such as "topk/k32", or its folder
+    model: str  #: of its training activations
+    site: str  #: that it reads
+    target: str  #: that it writes to
+    features: int  #: of the dictionary
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchScores:
+    """Similarity of the compared features of two dictionaries by one measure; intervals over features."""
+
+    nearest: Interval  #: mean over the first's features of the largest value among the second's (MMCS, signed)
+    nearest_back: Interval  #: the same from the second to the first
+    matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum (PW-MCC)
+    shared: Interval  #: share of these pairs whose value is at least `transfer.shared`; Wilson's interval
+    close: Interval  #: share at or above 0.9; likewise
+    mutual: float  #: features that are each other's nearest, over the features of the smaller side
+    gap: float  #: upper bound of the distance of the mean of the pairs to the best assignment's
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRows:
+    """Two dictionaries by one measure, with a null."""
+
+    found: MatchScores  #: of the two
+    #: the same where nothing is shared: random directions with the mean and covariance of the second's rows; for
+    #: activity, the second's on text shifted by half
+    null: MatchScores
+    #: features compared, of the first and of the second: live ones; for activity, those with enough firings
+    compared: tuple[int, int]
+    left_out: tuple[int, int]  #: features not compared, of the first and of the second
+    #: for activity: `shared` of the first dictionary matched with itself on the same tokens, the most there can be
+    ceiling: float | None = None
+    #: for activity: mean correlation with each partner replaced by the feature of the most similar firing rate; None:
+    #: no feature has a partner
+    rate_matched: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuilt:
+    """Scores of a dictionary at a site."""
+
+    explained_variance: float  #: on the half of the text that measures
+    l0: float  #: features active per token, mean
+    ce_recovered: float | None = None  #: cross-entropy recovered against the mean; None: not measured
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedMap:
+    """An affine map between the values of two sites."""
+
+    rows: int  #: tokens that it was fitted on
+    r2: float  #: share of variance explained on the half of the text that measures
+    ridge: float  #: chosen by cross-validation, relative to the mean variance of the input's dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionTransfer:
+    """One dictionary at the site of another."""
+
+    own: Rebuilt  #: the dictionary of that site
+    direct: Rebuilt | None  #: the other one unchanged; None where widths differ
+    direct_null: Rebuilt | None  #: the same after a random rotation
+    affine: Rebuilt  #: the other one between affine maps to its own site and back
+    affine_null: Rebuilt  #: the rotated one between these maps
+    into: FittedMap  #: the map from that site to the dictionary's own
+    back: FittedMap  #: the map back
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedPair:
+    """Two dictionaries."""
+
+    first: str  #: name
+    second: str  #: name
+    measures: Mapping[str, ComparedRows]  #: by measure: decoder, encoder, activity
+    agreeing: float | None = None  #: share of the pairs by decoder that the assignment by encoder has, too
+    tokens: int | None = None  #: tokens on which activity was compared
+    onto_second: ReconstructionTransfer | None = None  #: the first dictionary at the second's site
+    onto_first: ReconstructionTransfer | None = None  #: the second at the first's
+    causal: Mapping[str, MatchedDrops] | None = None  #: behaviour -> whether shared features have the same effects
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureShares:
+    """Shares of a dictionary's features that are shared with others."""
+
+    name: str  #: of the dictionary
+    everywhere: Interval  #: shared with every compared dictionary; Wilson's interval, as for the others
+    somewhere: Interval  #: shared with at least one
+    nowhere: Interval  #: shared with none
+    everywhere_null: float  #: the share under the null
+    somewhere_null: float  #: likewise
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """A feature that persists through layers: in each dictionary shared with the one before."""
+
+    first: str  #: name of the first dictionary
+    features: tuple[int, ...]  #: the feature in each, from that dictionary on
+    value: float  #: cosine or correlation of the weakest link
+    label: str | None = None  #: label or top tokens of the first feature that has any
+
+
+@dataclasses.dataclass(frozen=True)
+class Chains:
+    """Chains of shared features through the layers of a model."""
+
+    dictionaries: tuple[str, ...]  #: in the order of their layers
+    lengths: Mapping[int, int]  #: number of dictionaries of a chain, at least 2 -> number of chains
+    lengths_null: Mapping[int, int]  #: the same under the null
+    longest: tuple[Chain, ...]  #: longest first; all are in `chains.parquet`
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferResults:
+    """What dictionaries have in common."""
+
+    dictionaries: tuple[ComparedDictionary, ...]  #: in the order of the matrices
+    rule: str  #: when two features count as shared
+    pairs: tuple[ComparedPair, ...]  #: that were compared, each once
+    shares: tuple[FeatureShares, ...]  #: of each dictionary
+    chains: tuple[Chains, ...]  #: of each model with dictionaries at several layers

@@ -1,0 +1,268 @@
+"""``ModelSession``: one model with its dictionaries in memory, and the prompts that were run last.
+
+Both are loaded when they are first needed. What a graph was made with stands in its unit's summary, unless the command
+line names a model and a set for all. What is kept of a graph is keyed by its document's hash, the model and the set: a
+graph that is traced again under its slug is another graph.
+"""
+
+import dataclasses
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saejax.attribution.forms.document import DocumentNode, GraphDocument
+from saejax.attribution.forms.neuronpedia import to_document
+from saejax.attribution.graph import Graph
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.saes import LayerSaes
+from saejax.attribution.requests import Request, TargetText, read_labels
+from saejax.attribution.run import open_parts, trace_request
+from saejax.attribution.trace.prompt import Traced
+from saejax.attribution.trace.sae_run import SaeRun
+from saejax.errors import UserError
+from saejax.results import load_summary
+from saejax.runner import config as configuration
+from saejax.runner.config import Configs, group_name
+from saejax.runner.workspace import Run
+from saejax.serving.jobs import Job
+from saejax.serving.store import StoredGraph
+from saejax.settings import GraphConfig, MeshConfig, ModelConfig
+
+Key = tuple[str, Any]  # hash of a graph's document; model and set
+_KEPT = 2  # prompts, and pruned graphs, that stay in memory
+_SAME = 0.9  # share of a graph's features that must be active when its prompt is run again
+_DIFFERENCE = re.compile(r"^Output \"((?:'|\").*(?:'|\")) - ((?:'|\").*(?:'|\"))\" \(p=[\d.e+-]+\)$", re.DOTALL)
+
+
+class ModelSession:
+    """A model, its dictionaries, and prompts.
+
+    Args:
+      configs: every group of configuration, of the command line.
+      named: whether the command line names a set of dictionaries, which then goes for all graphs.
+
+    Attributes:
+      defaults: every group of configuration, of the command line.
+    """
+
+    def __init__(self, configs: Configs, named: bool):
+        self.defaults, self._named = configs, named
+        self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
+        self._runs: OrderedDict[Key, LocalModel | SaeRun] = OrderedDict()
+        self._graphs: OrderedDict[Key, Graph] = OrderedDict()  # whole ones
+        self._pruned: OrderedDict[tuple[Key, float, float], GraphDocument] = OrderedDict()
+
+    def configs_of(self, graph: StoredGraph | None) -> Configs:
+        """Return the configuration that a graph was made with; of None, that of the command line.
+
+        Raises:
+          UserError: nothing says with which model and dictionaries it was made.
+        """
+        if self._named:
+            return self.defaults
+        if graph is None or graph.unit is None:
+            what = (
+                "nothing names" if graph is None else f"{graph.id} was not made by experiments.attribute, which names"
+            )
+            raise UserError(f"{what} its model and transcoders: start with --model.path=MODEL --graph.transcoders=SET")
+        saved = load_summary(graph.unit).config
+        model, graph_config = (configuration.from_json(of, saved[group_name(of)]) for of in (ModelConfig, GraphConfig))
+        return self.defaults | model | graph_config
+
+    def opened(self, run: Run, job: Job) -> tuple[Any, Any]:
+        """Return what ``run.open_parts`` does, from memory where the last call was for the same."""
+        key = _parts_key(run.configs)
+        if self._parts is None or self._parts[0] != key:
+            self.forget()
+            job.say("Loading the model")
+            self._parts = key, open_parts(run)
+            job.say("The model is loaded")  # stops here if the work was cancelled meanwhile
+        return self._parts[1]
+
+    def forget(self) -> None:
+        """Free all memory."""
+        self._parts = None
+        self._runs.clear()
+        self._graphs.clear()
+
+    def run(self, graph: StoredGraph, document: GraphDocument, job: Job) -> LocalModel | SaeRun:
+        """Return the model that was run on a graph's prompt, with what its set makes of it.
+
+        Raises:
+          UserError: its model and set do not make its features.
+        """
+        key = self._key(graph)
+        if key not in self._runs:
+            model, dictionaries = self.opened(self._run_of(graph), job)
+            job.say("Running the prompt")
+            run = _run_prompt(model, dictionaries, np.array(token_ids(document), np.int32))
+            _check_same(document, run)
+            _keep(self._runs, key, run)
+        return self._runs[key]
+
+    def whole(self, graph: StoredGraph) -> bool:
+        """Return whether the whole graph is at hand, in memory or in its unit."""
+        return self._key(graph) in self._graphs or _saved(graph) is not None
+
+    def keep(self, graph: StoredGraph, traced: Any) -> None:
+        """Keep what was traced of a graph."""
+        key = self._key(graph)
+        _keep(self._runs, key, traced.local if isinstance(traced, Traced) else traced.run)
+        _keep(self._graphs, key, traced.graph)
+
+    def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
+        """Prune the whole graph again; it is traced again only if it is not at hand. ``pruned`` has the result.
+
+        Raises:
+          UserError: the prompt cannot be traced again, or nothing is left.
+        """
+        run, key = self._run_of(graph), self._key(graph)
+        config = run.configs[GraphConfig]
+        if key not in self._graphs:
+            if folder := _saved(graph):
+                job.say("Reading the graph")
+                _keep(self._graphs, key, Graph.load(folder))
+            else:
+                model, dictionaries = self.opened(run, job)
+                job.say("Tracing the prompt again")
+                request = _request(document, config)
+                self.keep(graph, trace_request(model, dictionaries, *request, on_progress=job.progress))
+        job.say("Pruning")
+        whole = dataclasses.replace(self._graphs[key], prompt=document["metadata"]["prompt"])
+        pruned = whole.prune(nodes, edges, config.top_edges)
+        known = {_feature(node): node["clerp"] for node in _features(document) if node["clerp"]}
+        ids, params = set(pruned.ids), document["qParams"]
+        groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
+        made = to_document(
+            pruned,
+            document["metadata"]["slug"],
+            scan=document["metadata"]["scan"],
+            source_set=config.source_set,
+            labels=read_labels(config) | known,
+            supernodes=[group for group in groups if len(group) > 1],
+            pinned=[name for name in params.get("pinnedIds", []) if name in ids],
+        )
+        _keep(self._pruned, (key, nodes, edges), made)
+
+    def has_feature(self, graph: StoredGraph, node: str) -> bool:
+        """Return whether the node is a feature of a graph that was pruned here, which may have others."""
+        key = self._key(graph)
+        pruned = [document for (own, _, _), document in list(self._pruned.items()) if own == key]
+        return any(feature["node_id"] == node for document in pruned for feature in _features(document))
+
+    def pruned(self, graph: StoredGraph, nodes: float, edges: float) -> GraphDocument | None:
+        """Return what ``prune`` made, if it is still in memory."""
+        return self._pruned.get((self._key(graph), nodes, edges))
+
+    def _key(self, graph: StoredGraph) -> Key:
+        return graph.fingerprint, _parts_key(self.configs_of(graph))
+
+    def _run_of(self, graph: StoredGraph) -> Run:
+        return Run("attribute", "", graph.path.parent, self.configs_of(graph), {})
+
+
+def _run_prompt(model: Any, dictionaries: Any, ids_P: np.ndarray) -> LocalModel | SaeRun:
+    if isinstance(dictionaries, LayerSaes):
+        return SaeRun.of(model, dictionaries, ids_P)
+    return LocalModel(model, dictionaries, ids_P)
+
+
+def token_ids(document: GraphDocument) -> list[int]:
+    """Return the prompt's token ids, from the ids of a graph's token nodes.
+
+    Raises:
+      UserError: a token has no node.
+    """
+    found = {}
+    for node in document["nodes"]:
+        parts = re.fullmatch(r"E_(\d+)_(\d+)", node["node_id"])
+        if parts:
+            found[int(parts[2])] = int(parts[1])
+    if sorted(found) != list(range(len(document["metadata"]["prompt_tokens"]))):
+        raise UserError("the graph does not name all tokens of its prompt, which cannot be run again therefore")
+    return [found[position] for position in sorted(found)]
+
+
+def targets_of(document: GraphDocument) -> list[TargetText]:
+    """Return what a graph explains: ids of tokens, and pairs of texts for differences.
+
+    Raises:
+      UserError: it explains another direction.
+    """
+    found: list[TargetText] = []
+    for node in document["nodes"]:
+        if node["feature_type"] == "logit":
+            token = node["node_id"].split("_")[1]
+            pair = _DIFFERENCE.match(node["clerp"])
+            if token.isdecimal() and not pair:
+                found.append(int(token))
+            elif pair:
+                found.append((_unquote(pair[1]), _unquote(pair[2])))
+            else:
+                raise UserError(f"the graph explains {node['clerp'] or 'a direction'}, which is no token to trace")
+    return found
+
+
+def _unquote(text: str) -> str:
+    """Return the text that ``repr`` wrote; a file is data, so nothing of it is evaluated."""
+    known = {"n": "\n", "r": "\r", "t": "\t"}
+    escape = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))", re.DOTALL)
+
+    def plain(match: re.Match[str]) -> str:
+        code = match[1] or match[2] or match[3]
+        return chr(int(code, 16)) if code else known.get(match[4], match[4])
+
+    return escape.sub(plain, text[1:-1])
+
+
+def _parts_key(configs: Configs) -> Any:
+    """Return what decides which model and dictionaries are opened."""
+    graph = configs[GraphConfig]
+    names = graph.transcoders, graph.revision, graph.subfolder, graph.l0, graph.dictionaries
+    return configs[ModelConfig], configs[MeshConfig], names
+
+
+def _saved(graph: StoredGraph) -> Path | None:
+    """Return the folder of the whole graph in its unit; None: there is none."""
+    folder = graph.unit / f"{graph.path.stem}-graph" if graph.unit else None
+    return folder if folder and (folder / "graph.json").exists() else None
+
+
+def _request(document: GraphDocument, config: GraphConfig) -> tuple[Request, GraphConfig]:
+    """Return what traces a graph's prompt again."""
+    metadata = document["metadata"]
+    most = (metadata.get("generation_settings") or {}).get("max_feature_nodes") or 0
+    request = Request(metadata["slug"], tuple(token_ids(document)), tuple(targets_of(document)))
+    return request, dataclasses.replace(config, max_features=int(most))
+
+
+def _check_same(document: GraphDocument, run: PromptRun) -> None:
+    """Refuse a model or set that is not the graph's."""
+    own = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
+    again = sum((layer, position, feature) in run.active.index_of for layer, feature, position in own)
+    if again < _SAME * len(own):
+        raise UserError(
+            f"of the graph's {len(own)} features {again} are active when {run.model.source.name} runs its "
+            f"prompt with {run.dictionaries.name}: are these the model and the set that it was made with?"
+        )
+
+
+def _features(document: GraphDocument) -> list[DocumentNode]:
+    return [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"]
+
+
+def _feature(node: DocumentNode) -> tuple[int, int]:
+    layer, feature = node["node_id"].split("_")[:2]
+    return int(layer), int(feature)
+
+
+def _keep(kept: OrderedDict, key: Any, value: Any) -> None:
+    """Keep a value as the newest, and forget the oldest."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)

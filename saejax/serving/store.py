@@ -1,0 +1,244 @@
+"""The graphs of a folder, and what readers say of them: labels of features and groups of nodes.
+
+A graph is a file that a list ``graph-metadata.json`` names, as every ``attribute`` unit and circuit-tracer write one; a
+folder without such lists may hold graphs in Neuronpedia's format themselves. Units are only read: what readers save is
+kept in ``DIR/serve/``, in files that the stages take.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
+from saejax.attribution.forms.graph_folder import INDEX
+from saejax.attribution.forms.outputs import details_of, read_shown
+from saejax.dictionaries.labels import trained_of_folders
+from saejax.errors import UserError
+from saejax.files import file_sha256, locked, read_json, write_json
+from saejax.interpret.labels import read_labels, write_label
+from saejax.runner.stage import folder_name
+from saejax.runner.workspace import STARTED, SUMMARY, current_units
+from saejax.settings import GraphConfig
+
+_SAVED = "serve"  # the folder for what readers save
+_ANY = 1 << 40  # features that a dictionary may have; which there are is not known here
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredGraph:
+    """A graph of the folder.
+
+    Attributes:
+      id: its path in the folder, without ".json"; what pages call it.
+      path: its file.
+      entry: what a list says of it, such as ``slug`` and ``prompt``.
+    """
+
+    id: str
+    path: Path
+    entry: Mapping[str, Any]
+
+    @property
+    def unit(self) -> Path | None:
+        """The folder of the unit that made it; None: another program did."""
+        folder = self.path.parent.parent
+        return folder if self.path.parent.name == "graphs" and (folder / SUMMARY).exists() else None
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of its file."""
+        return _sha256(self.path, self.path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(64)
+def _sha256(path: Path, changed: int) -> str:
+    return file_sha256(path)
+
+
+class GraphStore:
+    """The graphs of a folder.
+
+    Args:
+      root: a workdir, or any folder with graphs.
+      labels: a file of labels to read and write; None: one for each set of dictionaries, in ``serve/``.
+
+    Attributes:
+      problems: what is wrong with files and units that are not listed, a line each, by path; as of the last ``graphs``.
+    """
+
+    def __init__(self, root: Path, labels: Path | None = None):
+        self.root, self._labels, self.problems = root, labels, dict[str, str]()
+        self._read: dict[str, tuple[float, GraphDocument]] = {}
+        self._looked: dict[tuple[Path, float], DocumentMetadata | str | None] = {}  # metadata of files without a list
+
+    def graphs(self) -> dict[str, StoredGraph]:
+        """Return all graphs by id, those changed last first; one damaged file or unit hides no other."""
+        self.problems = {}
+        found = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
+        found.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
+        return {graph.id: graph for graph in found}
+
+    def _lists(self) -> list[Path]:
+        """Return the lists of graphs: those of current units, by paths that stay when settings change, and others."""
+        units: Mapping[str, Path] = {}
+        try:
+            units = current_units(self.root)
+        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            self._note(self.root, error)
+        places = [self.root / name if (self.root / name).exists() else folder for name, folder in units.items()]
+        lists = [path for place in places for path in sorted(place.rglob(INDEX))]
+        for path in sorted(self.root.rglob(INDEX)):
+            within = path.relative_to(self.root).parents
+            if not any((self.root / folder / STARTED).exists() for folder in within):
+                lists.append(path)
+        return lists
+
+    def find(self, graph: str) -> StoredGraph:
+        """Return the graph of an id.
+
+        Raises:
+          UserError: there is none.
+        """
+        if not (found := self.graphs().get(graph)):
+            raise UserError(f"there is no graph {graph!r} in {self.root}")
+        return found
+
+    def document(self, graph: StoredGraph) -> GraphDocument:
+        """Return the graph, with the groups that were saved in place of its own.
+
+        Raises:
+          UserError: the file is no graph.
+        """
+        changed = graph.path.stat().st_mtime
+        if self._read.get(graph.id, (0.0,))[0] != changed:
+            document = read_document(read_json(graph.path))
+            self._read = {graph.id: (changed, document)}  # of one: they are large
+        document = self._read[graph.id][1]
+        saved = self._saved_groups(graph).get(document["metadata"]["slug"])
+        if saved is None:
+            return document
+        return {**document, "qParams": {**document["qParams"], "supernodes": saved}}
+
+    def shown(self, graph: StoredGraph) -> dict[str, Any]:
+        """Return what the graph's own page shows beside it: heads and tables."""
+        return read_shown(graph.unit / "heads" / f"{graph.path.stem}.json") if graph.unit else {}
+
+    def details(self, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
+        """Return what is known of a graph's features, also from ``features/`` in the folder."""
+        return details_of(config, document, [self.root / "features"])
+
+    def save_groups(self, graph: StoredGraph, groups: Sequence[Sequence[str]]) -> Path:
+        """Save groups, of each its label and the ids of its nodes, for ``--graph.supernodes``; returns the file.
+
+        Raises:
+          UserError: these are no groups of nodes of the graph.
+        """
+        document = self.document(graph)
+        ids = {node["node_id"] for node in document["nodes"]}
+        members = [member for group in groups for member in group[1:]]
+        if not all(len(group) > 1 for group in groups) or len(set(members)) < len(members) or set(members) - ids:
+            raise UserError("these are no groups: expected of each a label and nodes of the saved graph, each once")
+        path = self._groups_file(graph)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f".{path.name}.lock")):
+            write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: [list(one) for one in groups]})
+        return path
+
+    def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:
+        """Return what readers call features, by layer and index.
+
+        Args:
+          folders: the set's, or those of SAEs.
+
+        Raises:
+          UserError: the file of labels is damaged.
+        """
+        path, document = self._labels_file(folders), self.document(graph)
+        if not path.exists():
+            return {}
+        layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
+        names = self._names(folders, layers)
+        read = {layer: read_labels(path, name, _ANY, several=False, flag="--labels") for layer, name in names.items()}
+        return {(layer, feature): one.label for layer, labels in read.items() for feature, one in labels.items()}
+
+    def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
+        """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
+        path = self._labels_file(folders)
+        write_label(path, self._names(folders, {layer})[layer], feature, label, "by hand", "--labels")
+        return path
+
+    def _labels_file(self, folders: Sequence[str]) -> Path:
+        return self._labels or self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
+
+    def _names(self, folders: Sequence[str], layers: set[int]) -> dict[int, str]:
+        """Return the names of dictionaries of layers: those of the atlas, or "layer 3" for other sets."""
+        trained = trained_of_folders(folders)
+        return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
+
+    def _groups_file(self, graph: StoredGraph) -> Path:
+        return self.root / _SAVED / folder_name(graph.id.rpartition("/graphs/")[0] or "graphs") / "groups.json"
+
+    def _saved_groups(self, graph: StoredGraph) -> dict[str, Any]:
+        path = self._groups_file(graph)
+        return read_json(path) if path.exists() else {}
+
+    def _of_list(self, path: Path) -> list[StoredGraph]:
+        """Return the graphs of a list that are there; entries that lead elsewhere are left out."""
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+            slugs = [(entry, entry["slug"]) for entry in entries]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._note(path, f"is no list of graphs ({type(error).__name__})")
+            return []
+        found = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
+        for graph in found:
+            if not _is_whole(graph.path):
+                self._note(graph.path, "is damaged: it does not end as JSON does")
+        return [graph for graph in found if _is_whole(graph.path)]
+
+    def _note(self, path: Path, error: object) -> None:
+        name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
+        self.problems[name] = " ".join(str(error).split())
+
+    def _loose(self) -> list[StoredGraph]:
+        """Return graphs of the folder without a list."""
+        found = []
+        for path in sorted(self.root.glob("*.json")):
+            key = path, path.stat().st_mtime
+            if key not in self._looked:
+                self._looked[key] = self._read_loose(path)
+            entry = self._looked[key]
+            if isinstance(entry, str):
+                self._note(path, entry)
+            elif entry is not None and (graph := self._at(path, entry)):
+                found.append(graph)
+        return found
+
+    @staticmethod
+    def _read_loose(path: Path) -> DocumentMetadata | str | None:
+        """Return a graph's metadata; what is wrong with it; None: it is something else."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return "is not JSON, or is cut off"
+        if not isinstance(found, dict) or "nodes" not in found:
+            return None
+        try:
+            return read_document(found)["metadata"]
+        except UserError as error:
+            return str(error)
+
+    def _at(self, path: Path, entry: Mapping[str, Any]) -> StoredGraph | None:
+        inside = path.is_file() and path.resolve().is_relative_to(self.root.resolve()) and isinstance(entry, Mapping)
+        return StoredGraph(path.relative_to(self.root).with_suffix("").as_posix(), path, entry) if inside else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file begins and ends as a JSON object does: most damaged files were cut off."""
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(max(path.stat().st_size - 64, 0))
+        return first == b"{" and file.read().rstrip().endswith(b"}")

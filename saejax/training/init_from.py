@@ -1,0 +1,164 @@
+"""Training that starts from dictionaries of ours or of other tools (``--train.init_from``).
+
+A dictionary reads raw activations, training scaled ones: here the scales go into the arrays, the inverse of
+``state.finish_dictionary``. Optimiser, counters and running thresholds start anew.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
+from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
+from saejax.errors import UserError
+from saejax.parallel.collectives import to_host
+from saejax.training.scales import ScaledRows, sample_rows
+from saejax.training.stack import Member, TrainStack
+from saejax.training.state import TrainState, init_state
+from saejax.training.widening import widen
+
+
+def state_from_folder(
+    stack: TrainStack, folder: str, rows: ScaledRows | None = None, say: Callable[[str], None] = lambda line: None
+) -> TrainState:
+    """Return the state before the first step, with the parameters of the dictionaries in a folder.
+
+    Args:
+      stack: what is trained.
+      folder: one dictionary, from which all members start; or a train unit, each of whose members starts its namesake;
+        or a circuit-tracer set, of which each member takes its layer. Sites may differ from the members'.
+      rows: the activations; only read where features are looked for in errors (``--train.widen=errors``).
+      say: logs what such a search finds.
+
+    Raises:
+      UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
+    """
+    dictionaries = [_load(Path(folder), member) for member in stack.members]
+    if stack.config.widen != "random":
+        assert rows is not None
+        say(f"looking for what {stack.config.init_from} lacks, which may take minutes")
+        dictionaries = [_widen(stack, index, one, rows, say) for index, one in enumerate(dictionaries)]
+    return state_from_dictionaries(stack, dictionaries)
+
+
+def _widen(
+    stack: TrainStack, index: int, dictionary: Dictionary, rows: ScaledRows, say: Callable[[str], None]
+) -> Dictionary:
+    """Return a member's dictionary with features that it lacked on a sample of the rows."""
+    _check(stack, index, dictionary)
+    site, seed = stack.members[index].site, int(stack.members[index].settings["seed"])
+    acts_NxD = rows.read(site, sample_rows(rows.rows("train", site), stack.config.seed[0]))
+    return widen(dictionary, stack.dictionary.n_features, acts_NxD, seed, stack.config.widen == "replace", say)
+
+
+def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary | None]) -> TrainState:
+    """Return the state before the first step, with the parameters of dictionaries.
+
+    Args:
+      stack: what is trained.
+      dictionaries: one for each member; None: the member starts at random.
+
+    Raises:
+      UserError: one differs from its member in kind, form, width or model, or has more features.
+    """
+    starts = [dictionary and _scale(stack, index, dictionary) for index, dictionary in enumerate(dictionaries)]
+    state = init_state(stack)
+    for name, array in state.params.items():
+        host_Mx = to_host(array).copy()
+        for member_x, start in zip(host_Mx, starts, strict=True):
+            if start:  # its features come first; those that it does not have stay random
+                member_x[tuple(map(slice, start[name].shape))] = start[name]
+        state.params[name] = jax.make_array_from_callback(array.shape, array.sharding, host_Mx.__getitem__)
+    return state
+
+
+def _load(folder: Path, member: Member) -> Dictionary:
+    """Return the dictionary from which a member starts."""
+    target = "" if member.target == member.site else member.target
+    if (folder / circuit_tracer.DESCRIPTION).exists():
+        kinds = [site.partition(".")[0] for site in (member.site, target)]
+        layers, layer = circuit_tracer.open_set(folder, *kinds), int(member.site.rpartition(".")[2])
+        if layer >= len(layers.layers):
+            raise UserError(
+                f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"
+            )
+        return layers.load(layer)
+    if member.name and (folder / member.name).is_dir():
+        folder = folder / member.name
+    described_here = any((place / own.DESCRIPTION).exists() for place in (folder, folder / "dictionary"))
+    # Other tools may name sites that do not exist here; ours describe themselves.
+    return load_dictionary(folder) if described_here else load_dictionary(folder, site=member.site, target=target)
+
+
+def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, np.ndarray]:
+    """Return the member's parameters, float64, of which ``finish_dictionary`` makes this dictionary."""
+    _check(stack, index, dictionary)
+    dictionary = _with_unit_rows(stack, dictionary)
+    dictionary = rescale.centred(dictionary, stack.dictionary.centred)
+    arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
+    scale, kind = stack.scales[index], dictionary.kind
+    return kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))
+
+
+def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
+    """Return the dictionary with decoder rows of the length that training keeps them at."""
+    if stack.config.decoder_norm == "free":
+        return dictionary
+    name = f"--train.init_from={stack.config.init_from}"
+    length_F = np.linalg.norm(np.asarray(dictionary.W_dec_FxD[...], np.float64), axis=1)
+    if not length_F.all():
+        remedy = "give them directions" if dictionary.kind.no_free_decoder else "use --train.decoder_norm=free"
+        raise UserError(
+            f"{name}: {np.sum(length_F == 0)} decoder rows are zero, such as {np.argmin(length_F)}, and training keeps "
+            f"them at length 1: {remedy}"
+        )
+    try:
+        return rescale.unit_decoder(dictionary)
+    except UserError:
+        raise UserError(
+            f"{name}: its decoder rows have lengths from {length_F.min():.3g} to {length_F.max():.3g}; training keeps "
+            "them at one length, with which it would choose other features"
+        ) from None
+
+
+def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
+    """Raise a ``UserError`` that lists in what the dictionary differs from the member that is to be trained."""
+    found, expected = dictionary.config, stack.dictionary
+    pairs = dict(
+        kind=(found.kind, expected.kind),
+        form=tuple(_form(bool(config.target), config.skip) for config in (found, expected)),
+        width=(found.d_in, expected.d_in),
+        features=(found.n_features, f"at most {expected.n_features}"),
+        model=tuple(_model(config, found.model == expected.model) for config in (found, expected)),
+    )
+    different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
+    if found.n_features > expected.n_features:
+        different.append("features")
+    if found.fingerprint and expected.fingerprint:
+        same_model = found.fingerprint == expected.fingerprint
+    else:
+        same_model = not found.model or not expected.model or _short(found.model) == _short(expected.model)
+    if not same_model:
+        different.append("model")
+    if different:
+        told = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
+        member = stack.members[index].name
+        of = f" for {member}" if member else ""
+        raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {told}")
+
+
+def _model(config: DictionaryConfig, twice: bool) -> str:
+    """Return the name of a dictionary's model, and its fingerprint if the other model has the same name."""
+    return f"{config.model or 'unnamed'}{f' ({config.fingerprint})' if twice and config.fingerprint else ''}"
+
+
+def _form(transcoder: bool, skip: bool) -> str:
+    return ("skip " if skip else "") + ("transcoder" if transcoder else "SAE")
+
+
+def _short(model: str) -> str:
+    """Return a model's name without its owner; TransformerLens calls the smallest GPT-2 "gpt2-small"."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return "gpt2" if name == "gpt2-small" else name

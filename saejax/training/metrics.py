@@ -1,0 +1,339 @@
+"""Metrics of training: recorded one step late; written as ``metrics.jsonl``, TensorBoard events and wandb runs.
+
+A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
+``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
+of the devices' peak, where that is known; and the metrics of the step.
+"""
+
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from saejax.costs.passes import step_flops, weights_share
+from saejax.costs.peaks import peak_flops
+from saejax.errors import UserError
+from saejax.files import whole_file
+from saejax.parallel.collectives import is_first_process
+from saejax.runner.config import to_json
+from saejax.runner.workspace import fingerprint
+from saejax.settings import TrainConfig
+from saejax.training.stack import TrainStack
+
+METRICS = "metrics.jsonl"
+_PROGRESS_SECONDS = 5.0
+_HEAD = ("step", "tokens", "seconds", "tokens_per_second", "tflop_per_second", "mfu", "member")  # before the metrics
+
+
+class Writer(Protocol):
+    """Takes metrics as they are recorded."""
+
+    def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
+        """Take the metrics of a member after a step."""
+        ...
+
+    def close(self) -> None:
+        """Flush and close."""
+        ...
+
+
+class Metrics:
+    """Records of one run. Metrics are read one step late, so that reading them never holds up the device.
+
+    Args:
+      stack: what is trained.
+      path: ``metrics.jsonl``; lines after ``first_step``, which a killed run wrote, are dropped.
+      first_step: step at which training starts or resumes.
+      say: logs a progress line.
+      writers: take each record too.
+    """
+
+    def __init__(
+        self,
+        stack: TrainStack,
+        path: Path,
+        first_step: int,
+        say: Callable[[str], None],
+        writers: Sequence[Writer] = (),
+    ):
+        self._stack, self._path, self._say, self._writers = stack, path, say, writers
+        self._members, self._steps = [member.name for member in stack.members], stack.steps
+        self._step_flops = flops_of_step(stack)
+        self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
+        self.records = [record for record in complete if record["step"] <= first_step]
+        if len(self.records) < len(lines) and is_first_process():
+            with whole_file(path) as temporary:
+                temporary.write_text("".join(map(_line, self.records)))
+        self._old, self._new = 0, len(self.records)  # indices of the first record since each of the last two writes
+        self._seconds_before = self.seconds
+        self._start = self._last_line = time.monotonic()
+        self._warm: tuple[int, float] | None = None  # step and seconds at which the program was compiled
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training up to the last record, over all runs that led to it."""
+        return self.records[-1]["seconds"] if self.records else 0.0
+
+    def last(self, member: str) -> dict[str, float]:
+        """Return the last metrics of a member."""
+        record = next(record for record in reversed(self.records) if record["member"] == member)
+        return {key: value for key, value in record.items() if key not in _HEAD}
+
+    def means(self, after: int) -> dict[str, float] | None:
+        """Return means over the members and over the records after a step; None without records."""
+        records = [record for record in self.records if record["step"] > after]
+        names = [name for name in records[0] if name not in _HEAD] if records else []
+        return {name: float(np.mean([record[name] for record in records])) for name in names} or None
+
+    def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take the metrics [M] of the step just dispatched, and read those of the step before.
+
+        This waits for the step before, so that the host runs one step ahead of the device and no further: batches do
+        not pile up in the device's memory.
+        """
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self, check: bool = False) -> None:
+        """Read what is pending: the loss, and the other metrics if they are due for a record.
+
+        Args:
+          check: read all in any case, to know that they are finite.
+
+        Raises:
+          UserError: a metric is not finite; the message names it, the member and the step.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        seconds = time.monotonic() - self._start
+        due = step % self._stack.config.log_every == 0 or step == self._steps
+        finite = np.isfinite(np.asarray(metrics["loss"])).all()
+        if due or check or self._warm is None or not finite:
+            values = {name: np.asarray(value_M, np.float64) for name, value_M in metrics.items()}
+            self._check(step, values)
+            if due:
+                self._record(step, seconds, values)
+        if self._warm is None:
+            self._warm = (step, seconds)  # the first step was compiled: it says nothing about speed
+
+    def _check(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Raise a ``UserError`` for the first value that is not finite."""
+        wrong = [(i, name) for name, value_M in values.items() for i in np.flatnonzero(~np.isfinite(value_M))]
+        if wrong:
+            index, name = min(wrong)
+            member = f" of member {self._members[index]}" if self._members[index] else ""
+            raise UserError(
+                f"{name}{member} is {values[name][index]} at step {step}: lower --train.learning_rate; "
+                "the last checkpoint is kept"
+            )
+
+    def _record(self, step: int, seconds: float, values: dict[str, np.ndarray]) -> None:
+        batch = self._stack.config.batch
+        head: dict[str, Any] = dict(step=step, tokens=step * batch, seconds=round(self._seconds_before + seconds, 3))
+        head |= self._throughput(step, seconds)
+        for index, member in enumerate(self._members):
+            metrics = {name: float(value_M[index]) for name, value_M in values.items()}
+            self.records.append(head | dict(member=member) | metrics)
+            for writer in self._writers:
+                writer.write(step, member, metrics)
+        now = time.monotonic()
+        if now - self._last_line >= _PROGRESS_SECONDS or step == self._steps:
+            self._last_line = now
+            self._say(_progress_line(self._steps, batch, head, {name: float(v.mean()) for name, v in values.items()}))
+
+    def _throughput(self, step: int, seconds: float) -> dict[str, float]:
+        """Return the rates since the first step of this process; empty before there are any."""
+        rate = self.tokens_per_second(step, seconds)
+        if not rate:
+            return {}
+        flops = rate / self._stack.config.batch * self._step_flops
+        rates = dict(tokens_per_second=rate, tflop_per_second=flops / 1e12)
+        if self._peak_flops:
+            rates["mfu"] = flops / (self._peak_flops * self._stack.mesh.size)
+        return {name: float(f"{value:.4g}") for name, value in rates.items()}
+
+    def tokens_per_second(self, step: int | None = None, seconds: float | None = None) -> float:
+        """Return each member's speed since the first step of this process, compilation left out; 0 before there is any.
+
+        Args:
+          step: number of steps done; None: those of the last record.
+          seconds: seconds of this process; None: up to the last record.
+        """
+        step = self.records[-1]["step"] if step is None else step
+        seconds = self.seconds - self._seconds_before if seconds is None else seconds
+        if self._warm is None or step <= self._warm[0] or seconds <= self._warm[1]:
+            return 0.0
+        return (step - self._warm[0]) * self._stack.config.batch / (seconds - self._warm[1])
+
+    def write(self) -> None:
+        """Append the records since the last time to the file (the first process does), and forget older ones."""
+        if self._new == len(self.records):
+            return
+        if is_first_process():
+            with open(self._path, "a") as file:
+                file.write("".join(map(_line, self.records[self._new :])))
+                file.flush()
+                os.fsync(file.fileno())
+        del self.records[: self._old]
+        self._old, self._new = self._new - self._old, len(self.records)
+
+
+def flops_of_step(stack: TrainStack) -> float:
+    """Return the floating-point operations of a step of all members, by formula."""
+    d_in, features, count = stack.dictionary.d_in, stack.dictionary.n_features, len(stack.members)
+    active = stack.dictionary.k if stack.products == "rows" else None
+    return weights_share(stack.config.form, count) * count * step_flops(stack.config.batch, d_in, features, active)
+
+
+def _progress_line(steps: int, batch: int, head: Mapping[str, float], means: Mapping[str, float]) -> str:
+    rate = head.get("tokens_per_second")
+    speed = "timing"
+    if rate:
+        mfu = f" ({head['mfu']:.0%} of peak)" if "mfu" in head else ""
+        left = (steps - head["step"]) * batch / rate
+        speed = f"{rate:,.0f} tokens/s  {head['tflop_per_second']:.2f} TFLOP/s{mfu}  {left:.0f} s to go"
+    return (
+        f"step {head['step']}/{steps}  {speed}  loss {means['loss']:.1f}  "
+        f"L0 {means['l0']:.1f}  explained variance {means['explained_variance']:.3f}"
+    )
+
+
+def _line(record: Mapping[str, float | str]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def log_folder(unit: Path, config: TrainConfig) -> Path:
+    """Return where a unit's checkpoints and metrics are: in the unit, or in a folder for each of several expansions."""
+    return unit / f"expansion{config.expansion}" if config.expansions else unit
+
+
+def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the metrics of all members of a train unit, in the order of steps of each.
+
+    Args:
+      unit: folder of the unit.
+      names: names of the metrics.
+
+    Yields:
+      For each recorded step and member these metrics as floats, and "member".
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    for path in sorted(unit.glob(f"expansion*/{METRICS}")) or [unit / METRICS]:
+        try:
+            for line in path.read_text(encoding="utf-8").splitlines():
+                record = json.loads(line)
+                yield dict(member=record["member"]) | {name: float(record[name]) for name in names}
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "
+                f"delete {unit} and run the same command again"
+            ) from None
+
+
+def make_writers(config: TrainConfig, folder: Path, name: str, first_step: int) -> Sequence[Writer]:
+    """Return the writers that the settings ask for; none in processes other than the first.
+
+    Args:
+      config: the settings.
+      folder: folder of the train unit.
+      name: name of the train unit, such as "topk".
+      first_step: step at which training starts or resumes; what a killed run wrote after it does not count.
+
+    Raises:
+      UserError: a library is not installed.
+    """
+    made: list[Writer] = []
+    if is_first_process():
+        if config.tensorboard:
+            made.append(TensorBoard(folder / "tensorboard", first_step))
+        if config.wandb:
+            made.append(Wandb(config, folder, name))
+    return made
+
+
+class TensorBoard:
+    """Event files, by tensorboardX: look at them with ``tensorboard --logdir``.
+
+    Args:
+      folder: folder of the files; each member of a stack has a folder of its name there.
+      first_step: events of a killed run after this step are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self._make = _library("tensorboardX", "--train.tensorboard", "tensorboard").SummaryWriter
+        self._folder, self._first_step = folder, first_step
+        self._members: dict[str, Any] = {}
+
+    def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
+        """Add a scalar for each metric."""
+        if member not in self._members:
+            purge = self._first_step + 1 if self._first_step else None
+            self._members[member] = self._make(
+                str(self._folder / member), purge_step=purge, filename_suffix=f".{self._first_step}"
+            )
+        for name, value in metrics.items():
+            self._members[member].add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._members.values():
+            writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases; offline with WANDB_MODE=offline in the environment. Members are prefixes of metrics.
+
+    An interrupted run goes on in the same run of wandb.
+
+    Args:
+      config: ``config.wandb`` is the project, or "entity/project".
+      folder: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run.
+      name: name of the train unit.
+    """
+
+    def __init__(self, config: TrainConfig, folder: Path, name: str):
+        library = _library("wandb", "--train.wandb", "wandb")
+        entity, _, project = config.wandb.rpartition("/")
+        self._run = library.init(
+            project=project,
+            entity=entity or None,
+            name=name,
+            id=fingerprint(dict(folder=str(folder.absolute()), started=(folder / "started.json").read_text())),
+            resume="allow",
+            dir=str(folder.parents[1]),
+            config=to_json(config),
+            settings=library.Settings(silent=True),
+        )
+
+    def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a member under the step."""
+        prefix = f"{member}/" if member else ""
+        self._run.log({f"{prefix}{name}": value for name, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def _library(name: str, flag: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{flag} takes the package {name}, which cannot be imported ({error}): pip install 'saejax[{extra}]', or "
+            "leave the flag out"
+        ) from None

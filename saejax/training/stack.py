@@ -1,0 +1,411 @@
+"""A stack: dictionaries of one kind and shape that one program trains.
+
+What members share is static and shapes the program (``TrainStack``). What differs between them is data: the site, the
+seed and the hyperparameters are arrays with a leading axis over members (``Hyperparams``), so a sweep compiles once.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from saejax.activations.batches import Parts
+from saejax.activations.joined import single_sites
+from saejax.dictionaries import DictionaryConfig, kinds, sparse_products
+from saejax.dictionaries.cross_layer import FORM
+from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
+from saejax.dictionaries.kinds.topk import is_plain_topk
+from saejax.errors import UserError, one_of
+from saejax.models.sites import KINDS as SITE_KINDS
+from saejax.models.sites import ModuleSite, is_joined, site_parts
+from saejax.parallel.mesh import fitting_sharding
+from saejax.settings import TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS
+from saejax.training.scales import ScaledRows, SiteScale
+
+_AT_ONCE = 2**26  # values of tokens x features of members that are vectorised: 256 MB in float32, times a few
+# Settings that a cross-layer transcoder does not support, and the values that turn them off.
+_NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One dictionary of a stack.
+
+    Attributes:
+      name: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
+      site, target: what it reads and predicts; the same for an SAE.
+      settings: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
+    """
+
+    name: str
+    site: str
+    target: str
+    settings: Mapping[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hyperparams:
+    """What the step reads of its members: arrays with a leading axis M, or without it for one member.
+
+    Attributes:
+      learning_rate, seed: as in ``Member.settings``; ``kind_params``: the other settings there.
+      input_scale, output_scale: as in ``SiteScale``.
+      site_index: index in the batch of the (input, target) pair that the member reads.
+      metric_DxD: as in ``SiteScale``; None if no member has one.
+    """
+
+    learning_rate: jax.Array
+    kind_params: dict[str, jax.Array]
+    input_scale: jax.Array
+    output_scale: jax.Array
+    site_index: jax.Array
+    seed: jax.Array
+    metric_DxD: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStack:
+    """What is trained, and on which devices; everything that the step's program depends on.
+
+    Attributes:
+      config: how to train.
+      dictionary: what the members have in common; its ``k`` is the largest of theirs.
+      members: the dictionaries; the mesh's ``member`` axis divides their number.
+      scales: each member's ``SiteScale``.
+      steps: length of the whole run, for the schedules.
+      mesh: the devices.
+
+    Raises:
+      UserError: ``config.products`` is not for these devices, or the members make no cross-layer transcoder.
+    """
+
+    config: TrainConfig
+    dictionary: DictionaryConfig
+    members: Sequence[Member]
+    scales: Sequence[SiteScale]
+    steps: int
+    mesh: Mesh
+
+    def __post_init__(self):
+        if self.is_cross_layer:
+            check_cross_layer(self.config, self.dictionary.kind, self.members, self.mesh.shape)
+        self.products  # noqa: B018 (raises if the setting does not fit the devices)
+
+    @property
+    def is_cross_layer(self) -> bool:
+        """Whether the members are the layers of one cross-layer transcoder."""
+        return self.config.form == FORM
+
+    @property
+    def kind(self) -> kinds.Kind:
+        """The kind of all members."""
+        return kinds.by_name(self.dictionary.kind)
+
+    @property
+    def platform(self) -> str:
+        """Platform of the devices, such as "cpu"."""
+        return self.mesh.devices.flat[0].platform
+
+    @functools.cached_property
+    def sites(self) -> list[tuple[str, str]]:
+        """The distinct (input, target) pairs, in the order of a batch."""
+        return list(dict.fromkeys((member.site, member.target) for member in self.members))
+
+    @functools.cached_property
+    def products(self) -> str:
+        """Form of the matrix products: "dense", or "rows" for a plain TopK; see ``sparse_products``."""
+        if not is_plain_topk(self.kind):
+            return "dense"
+        shape = self.config.matmul, self.dictionary.n_features, self.dictionary.k
+        return sparse_products.choose_form(self.config.products, self.mesh, *shape)
+
+    @functools.cached_property
+    def members_at_once(self) -> int:
+        """Number of members that a device vectorises, see ``choose_members_at_once``."""
+        sizes = len(self.members), self.config.batch, self.dictionary.n_features
+        return choose_members_at_once(self.config.members_at_once, *sizes, self.mesh.shape, self.platform)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of a batch [sites, B, D]: tokens over ``data``; sites over ``member`` if each member has its own."""
+        by_member = "member" if len(self.sites) == len(self.members) else None
+        return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, 1), by_member, "data", None)
+
+    def host_hyperparams(self) -> Hyperparams:
+        """Return the members' hyperparameters as numpy arrays."""
+        dtype, members, scales = self.config.state_dtype, self.members, self.scales
+
+        def column(name: str) -> np.ndarray:
+            values = [member.settings[name] for member in members]
+            return np.array(values, np.int32 if all(isinstance(value, int) for value in values) else dtype)
+
+        metrics = [scale.metric_DxD for scale in scales if scale.metric_DxD is not None]
+        return Hyperparams(
+            learning_rate=column("learning_rate").astype(dtype),
+            kind_params={name: column(name) for name in members[0].settings if name not in ("learning_rate", "seed")},
+            input_scale=np.array([scale.input for scale in scales], dtype),
+            output_scale=np.array([scale.output for scale in scales], dtype),
+            site_index=np.array([self.sites.index((member.site, member.target)) for member in members], np.int32),
+            seed=column("seed"),
+            metric_DxD=np.stack(metrics).astype(dtype) if metrics else None,
+        )
+
+    def abstract_hyperparams(self) -> Hyperparams:
+        """Return shapes and shardings of the hyperparameters: members over ``member``."""
+
+        def place(array: np.ndarray) -> jax.ShapeDtypeStruct:
+            where = fitting_sharding(self.mesh, array.shape, "member", *[None] * (array.ndim - 1))
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+        return jax.tree.map(place, self.host_hyperparams())
+
+    @functools.cached_property
+    def hyperparams(self) -> Hyperparams:
+        """The hyperparameters, on the devices."""
+        abstract = self.abstract_hyperparams()
+        return jax.tree.map(lambda array, a: jax.device_put(array, a.sharding), self.host_hyperparams(), abstract)
+
+
+def choose_members_at_once(
+    asked: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
+) -> int:
+    """Return how many members a device vectorises; the others wait for their turn.
+
+    On a CPU members go one by one: batched matrix products are slower there than their parts. Accelerators take as many
+    as hold ``_AT_ONCE`` values of tokens by features: small products leave them idle between launches, products of that
+    size do not.
+
+    Args:
+      asked: maximum number; 0: what is best.
+      members: number of members, which ``axes["member"]`` divides.
+      tokens: tokens of a step, over all devices.
+      features: features of a member, over all devices.
+      axes: sizes of the mesh's axes.
+      platform: platform of the devices, such as "cpu".
+
+    Returns:
+      A divisor of the number of members of a device.
+    """
+    local = members // axes["member"]
+    if not asked:
+        values = math.ceil(tokens / axes["data"]) * math.ceil(features / axes["model"])
+        asked = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
+    return max(size for size in range(1, min(asked, local) + 1) if local % size == 0)
+
+
+def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
+    """Return a member for every site and combination of the swept settings.
+
+    Args:
+      config: settings with one expansion, as from ``each_expansion``.
+      kind: kind of the dictionaries.
+      sites: sites that they read.
+
+    Raises:
+      UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
+        the same.
+    """
+    lists = swept_settings(config, kind)
+    swept = [name for name, values in lists.items() if len(values) > 1]
+    depth_l1 = _l1_by_depth(config, kind, sites)
+    made = []
+    for site in sites:
+        for values in itertools.product(*lists.values()):
+            settings = dict(zip(lists, values, strict=True))
+            parts = [site] if len(sites) > 1 else []
+            parts += [f"expansion{config.expansion}"] if config.expansions else []
+            parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
+            made.append(Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {})))
+    names = [member.name for member in made]
+    if len(set(names)) < len(made):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
+    return made
+
+
+def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each setting that can be swept and that a kind reads, in the order of members' names."""
+    read = ("learning_rate", "seed", *KIND_SETTINGS[kind].reads)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    kind_config = config.of_kind(kind)
+    return {name: getattr(config, name) for name in read if fields[name].metadata["swept"]} | {
+        field.name: getattr(kind_config, field.name)
+        for field in dataclasses.fields(kind_config)
+        if field.metadata["swept"]
+    }
+
+
+def _target(config: TrainConfig, site: str) -> str:
+    if config.form == "sae":
+        return site
+    kind, _, layer = site.partition(".")
+    if kind != "mlp_in" or is_joined(site):
+        raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
+    return f"mlp_out.{layer}"
+
+
+def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
+    if "l1" not in KIND_SETTINGS[kind].reads or not config.l1_by_depth:
+        return {}
+    if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
+        raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
+    for site in sites:
+        if ModuleSite.names(site) or is_joined(site):
+            raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not name one: use --train.l1")
+    layers = sorted({int(site.rpartition(".")[2]) for site in sites})
+    third = {layer: min(3 * rank // len(layers), 2) for rank, layer in enumerate(layers)}
+    return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}
+
+
+def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[str]:
+    """Return the sites that ``--train.sites`` names; "all" are those of one kind, in order of layers.
+
+    Args:
+      config: the settings.
+      captured: sites of the store; None with ``--train.source=model``, where any site can be read and "all" has no
+        meaning.
+
+    Raises:
+      UserError: no site is named, or one that is not captured.
+    """
+    if captured is None:
+        if not config.sites or config.sites == ("all",):
+            raise UserError(f"--train.sites={','.join(config.sites)} with --train.source=model: name the sites to read")
+        return list(config.sites)
+    if config.sites == ("all",):
+        found_kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
+        kind = found_kinds.pop() if len(found_kinds) == 1 else "resid_post"
+        kind = "mlp_in" if config.form != "sae" else kind
+        sites = [site for site in captured if site.partition(".")[0] == kind]
+        if not sites:
+            raise UserError(f"the store has no {kind} sites for --train.sites=all: it has {', '.join(captured)}")
+        return sorted(sites, key=lambda site: int(site.rpartition(".")[2]))
+    if not config.sites:
+        raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
+    for site in single_sites(config.sites):
+        one_of(site, captured, "site in this store (--train.sites)")
+    return list(config.sites)
+
+
+def batch_parts(members: Sequence[Member]) -> Parts:
+    """Return the sites of each part of a batch: the inputs and, if they differ, the targets."""
+    pairs = list(dict.fromkeys((member.site, member.target) for member in members))
+    inputs, targets = zip(*pairs, strict=True)
+    return (inputs,) if inputs == targets else (inputs, targets)
+
+
+def describe_stack(config: TrainConfig, kind: str, rows: ScaledRows, members: Sequence[Member]) -> DictionaryConfig:
+    """Return what the members have in common, with the largest of their k and the model of the activations."""
+    sites = single_sites(site for member in members for site in (member.site, member.target))
+    widths = {site: rows.d(one_of(site, rows.sites, "site in this store")) for site in sites}
+    return dataclasses.replace(
+        stack_shape(config, kind, members, widths),
+        max_norm=rows.max_norm(members[0].site),
+        model=rows.model.name,
+        revision=rows.model.revision,
+        fingerprint=rows.model.fingerprint,
+        bos=getattr(rows, "bos", "auto"),  # synthetic vectors are of no text
+    )
+
+
+def stack_shape(
+    config: TrainConfig, kind: str, members: Sequence[Member], widths: Mapping[str, int]
+) -> DictionaryConfig:
+    """Return what the members have in common before there are activations.
+
+    Args:
+      config: the settings.
+      kind: kind of the dictionaries.
+      members: the dictionaries.
+      widths: width of each of their sites, and of the parts of joined ones.
+
+    Raises:
+      UserError: their sites differ in width, k or the groups do not fit the features, or two settings exclude each
+        other.
+    """
+    sites = dict.fromkeys(site for member in members for site in (member.site, member.target))
+    shapes = {site: tuple(widths[part] for part in site_parts(site)) for site in sites}
+    if len(set(shapes.values())) > 1:
+        listed = {site: shape if len(shape) > 1 else shape[0] for site, shape in shapes.items()}
+        raise UserError(f"the sites of a stack must have one width, but have {listed}: train them in several runs")
+    shape = next(iter(shapes.values()))
+    d_in, kind_object = sum(shape), kinds.by_name(kind)
+    features = config.features_of(d_in)
+    each = [kind_object.facts(member.settings, config.of_kind(kind), features) for member in members]
+    facts = max(each, key=lambda facts: facts.get("k", 0))
+    _check_settings(config, kind_object, facts.get("k", 0), features)
+    return DictionaryConfig(
+        kind=kind,
+        site=members[0].site,
+        target="" if config.form == "sae" else members[0].target,
+        d_in=d_in,
+        n_features=features,
+        skip=config.form == "skip_transcoder",
+        centred=config.form == "sae",
+        widths=shape if len(shape) > 1 else (),
+        **facts,
+    )
+
+
+def _check_settings(config: TrainConfig, kind: kinds.Kind, k: int, features: int) -> None:
+    """Raise a ``UserError`` for settings that do not fit the shape or each other."""
+    if k > features:
+        raise UserError(f"--train.k={k} is more than the {features} features: lower it")
+    if config.auxk and config.auxk_features > features:
+        raise UserError(f"--train.auxk_features={config.auxk_features} is more than the {features} features: lower it")
+    if kind.no_free_decoder and config.decoder_norm == "free":
+        raise UserError(f"--train.decoder_norm=free {kind.no_free_decoder}: use unit")
+    if config.resample_every and config.freeze != "none":
+        raise UserError(f"--train.resample_every replaces what --train.freeze={config.freeze} keeps: use one of them")
+    if config.widen != "random" and (not config.init_from or config.form != "sae"):
+        raise UserError(
+            f"--train.widen={config.widen} looks for what the SAE of --train.init_from={config.init_from} lacks, with "
+            f"--train.form={config.form}: name an SAE, or use random"
+        )
+    if config.alignment and config.form != "sae":
+        raise UserError(
+            f"--train.alignment={config.alignment} draws encoder and decoder together, which in a {config.form} are of "
+            "different sites: leave it out"
+        )
+
+
+def check_divides(config: TrainConfig, n_features: int, members: int, axes: Mapping[str, int]) -> None:
+    """Raise a ``UserError`` unless the mesh divides the batch, each member's ``n_features`` and the ``members``."""
+    if config.batch % axes["data"]:
+        raise UserError(f"--train.batch={config.batch} is not divisible by the {axes['data']} devices on the data axis")
+    if n_features % axes["model"]:
+        raise UserError(f"{n_features} features are not divisible by --mesh.model={axes['model']}")
+    if members % axes["member"]:
+        devices = math.prod(axes.values())
+        fitting = [n for n in range(1, devices + 1) if members % n == 0 and devices % n == 0]
+        raise UserError(
+            f"--mesh.member={axes['member']} does not divide the stack's {members} members: with {devices} devices it "
+            f"can be {', '.join(map(str, fitting))}"
+        )
+
+
+def check_cross_layer(config: TrainConfig, kind: str, members: Sequence[Member], axes: Mapping[str, int]) -> None:
+    """Raise a ``UserError`` unless the members make a cross-layer transcoder that a mesh of these axes can train."""
+    if kind not in CROSS_LAYER_KINDS:
+        allowed = ", ".join(CROSS_LAYER_KINDS)
+        raise UserError(f"--train.kinds={kind}: a {FORM} is one of {allowed}, which circuit-tracer can read")
+    sites, expected = [member.site for member in members], [f"mlp_in.{layer}" for layer in range(len(members))]
+    if sites != expected:
+        flags = f"--train.sites=mlp_in.0-{max(len({*sites}) - 1, 1)}, and one value of each setting"
+        raise UserError(f"a {FORM} has one encoder of every layer from 0, in order: give {flags}")
+    if len(members) < 2:
+        raise UserError(f"a {FORM} of one layer is a transcoder: use --train.form=transcoder, or name more sites")
+    used = [f"--train.{name}={getattr(config, name)}" for name, off in _NOT_CROSS_LAYER.items()
+            if getattr(config, name) != off]  # fmt: skip
+    if used:
+        raise UserError(f"{', '.join(used)}: not for a {FORM}: leave it out")
+    if axes["member"] > 1:
+        raise UserError(f"--mesh.member={axes['member']}: the layers of a {FORM} are one dictionary: use --mesh.model")

@@ -1,0 +1,69 @@
+"""Thresholds of BatchTopK at inference, calibrated on training rows after the last step.
+
+While a dictionary trains, the running mean of each batch's smallest kept activation lags behind the parameters: after
+78 steps a dictionary trained with k = 32 would fire 20 features a token. So when training ends, the threshold is set to
+the smallest of the N k largest activations of the final parameters on N training tokens: L0 is k on these.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from saejax.dictionaries import Dictionary
+from saejax.dictionaries.kinds.base import Arrays, Kind
+from saejax.dictionaries.sparsity import row
+from saejax.errors import Interrupted
+from saejax.training import cross_layer
+from saejax.training.inputs import Batches
+from saejax.training.stack import Hyperparams, TrainStack
+from saejax.training.state import TrainState
+
+_TOKENS = 16_384  # tokens that L0 is measured on: its relative error is below 1 %
+_VALUES = 2**26  # maximum number of pre-activations: 256 MB in float32
+
+
+def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches) -> TrainState:
+    """Return the final state with calibrated thresholds, for kinds that have one.
+
+    Args:
+      stack: what was trained.
+      state: the state after the last step.
+      batches: the training batches, of which the last ones are taken again.
+
+    Raises:
+      Interrupted: asked to stop while a batch was made.
+    """
+    if type(stack.kind).finish is Kind.finish:  # the kind does not use the smallest kept activation
+        return state
+    config = stack.config
+    fitting = _VALUES // (config.batch * stack.dictionary.n_features)
+    count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, stack.steps))
+    pooled = [batches.batch(step) for step in range(stack.steps - count, stack.steps)]
+    if any(batch is None for batch in pooled):
+        raise Interrupted("stopped after the last step; saved: run the same command to go on")
+    inputs = [batch[0] for batch in pooled if batch is not None]
+    calibrate = jax.jit(functools.partial(_calibrate, stack), out_shardings=state.batch_topk_threshold_M.sharding)
+    return dataclasses.replace(state, batch_topk_threshold_M=calibrate(state.params, stack.hyperparams, inputs))
+
+
+def _calibrate(stack: TrainStack, params: Arrays, hyper: Hyperparams, inputs: list[jax.Array]) -> jax.Array:
+    """Return the smallest activation [M] that each member keeps of all tokens of these batches together."""
+    dtype, settings = stack.config.state_dtype, stack.config.of_kind(stack.kind.name)
+    x_SxNxD = jnp.concatenate(inputs, axis=1)
+    if stack.is_cross_layer:
+        x_LxNxD = x_SxNxD.astype(dtype) * hyper.input_scale[:, None, None]
+        return cross_layer.smallest_kept(stack, params, hyper, x_LxNxD)  # type: ignore[arg-type]
+
+    def of_member(args: tuple[Arrays, Hyperparams]) -> jax.Array:
+        arrays, hyper = args
+        x_NxD = lax.dynamic_index_in_dim(x_SxNxD, hyper.site_index, keepdims=False).astype(dtype) * hyper.input_scale
+        member = Dictionary(stack.dictionary, "float32", **arrays)  # as finished dictionaries are read
+        projected_NxF = member.pre_activations(x_NxD)
+        pre_NxF = projected_NxF + row(member.b_enc_F[...], 2)
+        return stack.kind.encode_in_training(member, pre_NxF, projected_NxF, hyper.kind_params, settings)[1]
+
+    return lax.map(of_member, (params, hyper))  # one by one: memory is that of one member

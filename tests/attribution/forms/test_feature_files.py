@@ -1,0 +1,78 @@
+"""Contexts, logits and labels of features from files of circuit-tracer, Neuronpedia and our own runs."""
+
+import gzip
+import json
+
+import pytest
+
+from saejax.attribution.forms.features import EXAMPLES, FeatureDetails, parse_feature, read_details
+from saejax.attribution.forms.neuronpedia import cantor_pair
+from saejax.errors import UserError
+
+CONTEXT = dict(tokens=["The", " city", " of"], tokens_acts_list=[0.0, 2.5, 0.5], train_token_ind=1)
+WEAKER = dict(tokens=["a", " town"], tokens_acts_list=[0.0, 1.0], train_token_ind=1)
+TRACER = dict(
+    index=7, top_logits=[" Paris"], bottom_logits=[" the"],
+    examples_quantiles=[
+        dict(quantile_name="Subsample", examples=[WEAKER] * 9), dict(quantile_name="Top", examples=[CONTEXT]),
+    ],
+)  # fmt: skip
+NEURONPEDIA = dict(
+    modelId="m", layer="3-plt", index="7", pos_str=[" Paris"], neg_str=[" the"],
+    activations=[dict(tokens=["The", " city"], values=[0, 3], maxValue=3)], explanations=[dict(description="cities")],
+)  # fmt: skip
+
+
+def pack(folder, features: dict[int, dict | None], layer=3):
+    """Write circuit-tracer's packed files: of None, a feature that never fired."""
+    folder.mkdir(parents=True)
+    offsets, content = [0], b""
+    for data in features.values():
+        if data is not None:
+            part = gzip.compress(json.dumps(data).encode())
+            content += len(part).to_bytes(4, "little") + part
+        offsets.append(len(content))
+    (folder / f"layer_{layer}.bin").write_bytes(content)
+    index = {str(layer): dict(filename=f"layer_{layer}.bin", offsets=offsets)}
+    (folder / "index.json.gz").write_bytes(gzip.compress(json.dumps(index).encode()))
+
+
+def test_packed_files_beside_a_set_are_read(tmp_path):
+    pack(tmp_path / "set" / "features", {0: None, 1: TRACER, 2: dict(TRACER, label="towns")})
+    found = read_details([tmp_path / "set"], [], [(3, 0), (3, 1), (3, 2), (3, 3), (4, 1)])
+    assert found.keys() == {(3, 1), (3, 2)} and found[3, 2].label == "towns"
+    first = found[3, 1]
+    assert first.examples[0] == dict(tokens=CONTEXT["tokens"], activations=CONTEXT["tokens_acts_list"])
+    assert len(first.examples) == EXAMPLES and first.top_logits == (" Paris",) and first.bottom_logits == (" the",)
+
+
+@pytest.mark.parametrize("name", [f"{cantor_pair(3, 7)}.json", "3_7.json", f"plt/{cantor_pair(3, 7)}.json"])
+def test_single_files_are_read(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(NEURONPEDIA))
+    found = read_details([], [tmp_path], [(3, 7), (2, 7)])
+    contexts = (dict(tokens=["The", " city"], activations=[0.0, 3.0]),)
+    assert found == {(3, 7): FeatureDetails(contexts, (" Paris",), (" the",), "cities")}
+
+
+def test_long_contexts_are_cut_around_their_strongest_token():
+    values = [0.0] * 200
+    values[150] = 1.0
+    data = dict(activations=[dict(tokens=[str(k) for k in range(200)], values=values)])
+    (context,) = parse_feature(data).examples
+    assert len(context["tokens"]) < 60 and context["tokens"][context["activations"].index(1.0)] == "150"
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    pack(tmp_path / "features", {0: TRACER})
+    whole = (tmp_path / "features" / "layer_3.bin").read_bytes()
+    (tmp_path / "features" / "layer_3.bin").write_bytes(whole[:-9])
+    with pytest.raises(UserError, match=r"layer_3\.bin is damaged: fetch") as error:
+        read_details([tmp_path], [], [(3, 0)])
+    assert "\n" not in str(error.value)
+    (tmp_path / "features" / "index.json.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match=r"index\.json\.gz is damaged"):
+        read_details([tmp_path], [], [(3, 0)])
+    for other in ({}, dict(examples_quantiles=[{}]), dict(activations=[dict(tokens=[])])):
+        with pytest.raises(UserError, match="no feature of circuit-tracer or Neuronpedia"):
+            parse_feature(other)

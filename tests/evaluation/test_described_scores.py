@@ -1,0 +1,74 @@
+"""The figures in ``scores.json`` are those that were measured, and shares are of the right differences."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.evaluation import cross_layer, evaluate
+from saejax.evaluation.loss_recovered import VARIANTS, Losses
+from saejax.evaluation.reconstruction import Reconstruction
+from saejax.evaluation.results import LeftOutSinks
+from saejax.settings import EvaluateConfig
+
+CE = dict(clean=2.0, mean_ablated=6.0, zero_ablated=10.0, reconstructed=3.0)
+KL = dict(clean=0.0, mean_ablated=5.0, zero_ablated=20.0, reconstructed=1.0)
+SHARES = dict(
+    ce_recovered_mean=0.75,  # (6 - 3) / (6 - 2)
+    ce_recovered_zero=0.875,  # (10 - 3) / (10 - 2)
+    kl_recovered_mean=0.8,  # (5 - 1) / (5 - 0)
+    kl_recovered_zero=0.95,  # (20 - 1) / (20 - 0)
+)
+SCORE = Reconstruction(
+    tokens=200,
+    explained_variance=0.4,
+    cosine=0.7,
+    l0=0.75,
+    firing_rate_F=np.array([0.5, 0.25, 0.0, 0.0]),
+    mean_activation_F=np.array([2.0, 4.0, 0.0, 0.0]),
+)
+
+
+def losses() -> Losses:
+    values = [np.array([each[name] for name in VARIANTS]) for each in (CE, KL)]
+    return Losses.of(57, *values)
+
+
+def test_a_dictionary():
+    config = DictionaryConfig(kind="standard", site="resid_post.0", d_in=2, n_features=4)
+    rows = jnp.array([[1.0, 0], [0, 0.5], [3, 0], [-1, 0]])
+    dictionary = Dictionary(config, W_enc_DxF=rows.T, b_enc_F=jnp.zeros(4), W_dec_FxD=rows, b_dec_D=jnp.zeros(2))
+    sinks = LeftOutSinks(position_0=3, beyond=1, share_beyond=0.01, max_norm=9.0)
+    where = dict(name="k4", site="resid_post.0", target="resid_post.0", sinks=sinks)
+    found = evaluate._describe(EvaluateConfig(dense_above=0.3), dictionary, SCORE, losses(), **where)
+    assert {name: getattr(found, name) for name in SHARES} == pytest.approx(SHARES)
+    assert (found.tokens, found.explained_variance, found.cosine, found.l0) == (200, 0.4, 0.7, 0.75)
+    assert found.fvu == pytest.approx(0.6) and found.dead_fraction == 0.5 and found.dense_fraction == 0.25
+    assert (found.ce.clean, found.ce.reconstructed, found.ce.mean_ablated, found.ce.zero_ablated) == (2, 3, 6, 10)
+    assert (found.kl.clean, found.kl.reconstructed, found.kl.mean_ablated, found.kl.zero_ablated) == (0, 1, 5, 20)
+    assert found.ce.tokens == 57 and found.sinks == sinks
+    near = found.decoder_neighbours  # largest cosines 1, 0, 1 and 0
+    assert (near.mean, near.median, near.max, near.near, near.looked_at) == (0.5, 0.5, 1.0, 0.5, None)
+    assert near.p90 == near.p99 == 1.0
+    histogram = found.density_histogram  # log10 of 0.5 and 0.25, from 0.001 on in quarters of a decade
+    assert histogram.never == 2 and sum(histogram.counts) == 2 and histogram.log10_edges[0] == -3
+    assert [histogram.counts[i] for i in (-2, -3)] == [1, 1]
+    assert "cross-entropy 0.750, KL 0.800, on 57" in evaluate._line(found)
+
+
+def test_the_parts_of_a_crosscoder():
+    relative = np.array([[1.0, 0.95, 0.5, 0.02], [0.0, 0.05, 0.5, 0.98]])  # two features of the first part alone
+    parts = evaluate._parts("a.0+a.1", [0.3, 0.9], {"a.0": losses(), "a.1": losses()}, relative)
+    assert [part.private for part in parts.values()] == [2, 1]
+    assert [part.explained_variance for part in parts.values()] == [0.3, 0.9]
+    for part in parts.values():
+        assert (part.ce_recovered_mean, part.kl_recovered_mean) == pytest.approx((0.75, 0.8))
+
+
+def test_a_cross_layer_transcoder():
+    other = Reconstruction(200, 0.8, 0.9, 1.25, np.array([0.5, 0.5, 0.25, 0.0]), np.ones(4))
+    found = cross_layer._describe(EvaluateConfig(dense_above=0.3), [SCORE, other], losses())
+    assert found.explained_variance == pytest.approx(0.6) and found.l0 == 2.0 and found.dead_fraction == 0.375
+    assert (found.ce_recovered_mean, found.kl_recovered_mean) == pytest.approx((0.75, 0.8))
+    assert [layer.dense_fraction for layer in found.layers] == [0.25, 0.5]
+    assert [(layer.layer, layer.l0, layer.cosine) for layer in found.layers] == [(0, 0.75, 0.7), (1, 1.25, 0.9)]

@@ -1,0 +1,230 @@
+"""Labels written and judged by a stand-in for a language model, on a store whose features are planted."""
+
+import json
+import re
+import zlib
+
+import numpy as np
+import planted
+import protocol
+import pytest
+from runs import write_members
+
+from saejax.dictionaries import save_dictionary
+from saejax.dictionaries.labels import load_labels
+from saejax.errors import UserError
+from saejax.interpret import explain
+from saejax.interpret.explain_results import ExplainedFeature
+from saejax.interpret.held_out import MIN_FIRINGS
+from saejax.interpret.label_scores import detection_score, is_kept
+from saejax.interpret.text import CodedText
+from saejax.results import from_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig
+from saejax.stages.explain import ExplainConfig
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+FEATURES = 40
+TOKENS = planted.TEXTS
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, tiny_llama):
+    """A store, a dictionary and what was interpreted."""
+    from saejax.models.loading import load_model
+
+    folder = tmp_path_factory.mktemp("explain")
+    store, dictionary = planted.make_store(folder / "capture"), planted.dictionary(FEATURES)
+    save_dictionary(folder / "train" / "standard" / "dictionary", dictionary)
+    write_members(folder / "train" / "standard", ("", planted.SITE, planted.SITE))
+    lm = load_model(str(tiny_llama))
+    planted.interpreter(folder / "interpret" / "standard", store, lm, dictionary).interpret()
+    return folder, store, dictionary
+
+
+@pytest.fixture(autouse=True)
+def planted_text(workdir, monkeypatch):
+    _, store, _ = workdir
+    monkeypatch.setattr(explain._Text, "of", lambda run: explain._Text(store, CodedText(store.documents, TOKENS)))
+
+
+def go(workdir, folder, url, **settings):
+    """The results of a run, and each feature's."""
+    config = ExplainConfig(url=url, model="judge", dictionaries=("standard",), **settings)
+    inputs = {f"{stage}/standard": workdir[0] / stage / "standard" for stage in ("train", "interpret")}
+    inputs["capture"] = workdir[0] / "capture"
+    run = Run("explain", "standard", folder, Configs(config, MeshConfig()), inputs, lambda line: None)
+    (member,) = explain.run_explain(run).members
+    every = json.loads((folder / "explained.json").read_text())
+    return member, {int(i): from_json(ExplainedFeature, one, "explained") for i, one in every.items()}
+
+
+class Place:
+    """Where the contexts of questions stand, and what is active there, from dense activations."""
+
+    def __init__(self, workdir):
+        _, store, dictionary = workdir
+        self.f, self.split = {}, {}
+        for split in ("train", "held_out"):
+            rows = store.rows(split, planted.SITE)
+            document, position, _ = store.tokens(rows)
+            f_BxF = np.maximum(np.asarray(dictionary.encode(store.read(planted.SITE, rows))), 0)
+            for d, p, f in zip(document.tolist(), position.tolist(), f_BxF, strict=True):
+                self.f[d, p], self.split[d] = f, split
+        self.documents = ["".join(TOKENS[i] for i in store.documents[d]) for d in range(len(store.documents))]
+        self.starts = [
+            np.cumsum([0] + [len(TOKENS[i]) for i in store.documents[d]]) for d in range(len(self.documents))
+        ]
+
+    def find(self, text):
+        """Document, and first and last position of a context."""
+        (found,) = (d for d, whole in enumerate(self.documents) if text in whole)
+        at = self.documents[found].index(text)
+        first, last = np.searchsorted(self.starts[found], [at, at + len(text)])
+        return found, int(first), int(last)
+
+    def active(self, text, feature):
+        document, first, last = self.find(text)
+        return [self.f.get((document, p), np.zeros(FEATURES))[feature] for p in range(first, last)]
+
+
+def parts(prompt):
+    """The number in a question's label, -1 without one, and its texts without marks."""
+    label = re.search(r"Description: concept (\d+)", prompt)
+    texts = [text.strip("\n") for text in protocol.texts_of(prompt)]
+    return int(label[1]) if label else -1, [text.replace("<<", "").replace(">>", "") for text in texts]
+
+
+def is_of(prompt):
+    """Which question it is."""
+    words = dict(detection="somewhere in it", intruder="does not belong")
+    return next((name for name, some in words.items() if some in prompt), "labels")
+
+
+def noise(text):
+    return zlib.crc32(text.encode()) % 2
+
+
+def judge(place):
+    """Knows the planted concepts, guesses about all other labels, and says nothing that can be read about number 11."""
+
+    def answer(prompt):
+        feature, texts = parts(prompt)
+        if is_of(prompt) == "labels":
+            return f"Well.\n[EXPLANATION]: concept {zlib.crc32(prompt.encode()) % 1000}"
+        if is_of(prompt) == "intruder":
+            return f"[RESPONSE]: {1 + zlib.crc32(prompt.encode()) % 5}"
+        if feature == 11:
+            return "I would rather not say [1]"
+        if is_of(prompt) == "detection" and feature < len(planted.CONCEPTS):
+            return f"Sure: {[int(max(place.active(text, feature)) > 0) for text in texts]}"
+        return json.dumps([noise(f"{feature} {text}") for text in texts])
+
+    return answer
+
+
+def balanced(pairs):
+    """Of (whether it is active, whether it was called so), by counting."""
+    shares = [[said == there for there, said in pairs if there == which] for which in (True, False)]
+    return sum(sum(share) / len(share) for share in shares) / 2
+
+
+def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(workdir, tmp_path):
+    """What is active is known from dense activations at the places where the texts are found."""
+    place = Place(workdir)
+    given = tmp_path / "given.csv"
+    given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
+    with protocol.Server(judge(place)) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, given=str(given), draws=2, concurrent=1)
+    able = [
+        i
+        for i in range(20)
+        if sum(f[i] > 0 for (d, _), f in place.f.items() if place.split[d] == "held_out") >= MIN_FIRINGS
+    ]
+    assert sorted(found) == able and len(able) > 12 and member.judged == member.labelled == len(able)
+    assert member.questions == len(server.asked) and member.prompt_tokens == sum(len(p.split()) for p in server.asked)
+    asked = [prompt for prompt in server.asked if is_of(prompt) == "detection"]
+    own = asked[: len(asked) // 2]  # those with labels of other features follow
+    for feature in able:
+        prompts = [prompt for prompt in own if parts(prompt)[0] == feature]
+        texts = [text for prompt in prompts for text in parts(prompt)[1]]
+        there = [max(place.active(text, feature)) > 0 for text in texts]
+        assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
+        assert sum(there) == 20 and len(there) <= 40
+        score = found[feature].detection
+        if feature == 11 or len(there) == 20:  # no reply that can be parsed, or it fires everywhere
+            assert score is None and not found[feature].kept
+            continue
+        said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
+        assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
+        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 20)
+        if feature < len(planted.CONCEPTS):
+            assert score.accuracy == score.f1 == 1 and found[feature].kept
+    assert member.scores["detection"].unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
+    for text, marked in (
+        pair for prompt in server.asked if is_of(prompt) == "intruder" for pair in marked_texts(prompt)
+    ):
+        assert marked and {place.split[place.find(text)[0]]} == {"held_out"}
+    assert load_labels(tmp_path / "unit" / "labels.json").keys() == {i for i, one in found.items() if one.kept}
+
+
+def marked_texts(prompt):
+    """Texts without marks, and the places of their marked characters."""
+    for text in protocol.texts_of(prompt):
+        characters, count = [], 0
+        for piece in re.split("(<<.*?>>)", text.strip("\n")):
+            length = len(piece.replace("<<", "").replace(">>", ""))
+            characters += range(count, count + length) if piece.startswith("<<") else []
+            count += length
+        yield text.strip("\n").replace("<<", "").replace(">>", ""), characters
+
+
+def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdir, tmp_path):
+    place = Place(workdir)
+    with protocol.Server(judge(place)) as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, sample=8)
+        again, _ = go(workdir, tmp_path / "unit", server.url, sample=8)  # is done
+    assert member == again and member.labelled == 8 and len({one.label for one in found.values()}) > 4
+    asked = [prompt for prompt in server.asked if is_of(prompt) == "labels"]
+    assert len(asked) == 8
+    for prompt in server.asked:
+        split = "train" if prompt in asked else "held_out"
+        assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
+    assert 0.2 < member.scores["detection"].mean.mean < 0.8 and member.scores["intruder"].control == 0.2
+    assert member.kept <= 2  # the judge guesses
+
+
+def test_a_judge_that_guesses_keeps_few_labels():
+    """Worlds in which nothing is true: 20 contexts, answers by a coin, for the label and for the other one."""
+    rng, kept = np.random.default_rng(0), 0
+    right = [[True] * 5, [True] * 5, [False] * 5, [False] * 5]
+    for _ in range(2000):
+        own, other = (detection_score(right, rng.integers(0, 2, (4, 5)).astype(bool).tolist()) for _ in range(2))
+        kept += is_kept(own, other)
+    assert kept / 2000 < 0.05
+
+
+def test_no_answer_that_can_be_read(workdir, tmp_path):
+    with protocol.Server(lambda prompt: "") as server:
+        member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
+    assert member.labelled == member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
+    assert member.scores["intruder"].unparsed == 1 and member.scores["intruder"].mean is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (dict(features=(3, 40)), "--explain.features names 40: expected numbers from 0 to 39"),
+        (dict(given="nowhere.csv"), "--explain.given=nowhere.csv cannot be read"),
+        (dict(model=""), "--explain.model is missing"),
+        (dict(url="nowhere"), "--explain.url=nowhere is not a URL"),
+    ],
+)
+def test_what_is_refused(workdir, tmp_path, settings, said):
+    settings = dict(model="judge", url="http://127.0.0.1:9/v1") | settings
+    config = ExplainConfig(dictionaries=("standard",), **settings)
+    inputs = {unit: workdir[0] / unit for unit in ("train/standard", "interpret/standard", "capture")}
+    made = Run("explain", "standard", tmp_path, Configs(config, MeshConfig()), inputs, lambda line: None)
+    with pytest.raises(UserError, match=re.escape(said)):
+        explain.run_explain(made)

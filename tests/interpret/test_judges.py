@@ -1,0 +1,209 @@
+"""The endpoint against a real server, parsing of replies, and answers that are kept."""
+
+import json
+import time
+from types import SimpleNamespace
+
+import protocol
+import pytest
+
+from saejax.errors import Interrupted, UserError
+from saejax.interpret.answers import ANSWERS, Answers
+from saejax.interpret.judges import KEY, Answer, Endpoint
+from saejax.interpret.questions import Question, read_choice, read_judgements, read_label
+from saejax.parallel.share import ProcessShare
+from saejax.runner.config import Configs
+from saejax.stages.explain import ExplainConfig
+
+ASK = [Question("Say it.", f"number {i}", 4096, 20) for i in range(6)]
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The client's waits before it asks again, in seconds; they are not waited for."""
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def ask(server, questions=ASK, at_once=1, timeout=60.0):
+    found = {}
+    Endpoint(server.url, "judge", at_once, timeout).ask(questions, found.__setitem__)
+    return [found[i] for i in range(len(questions))]
+
+
+def test_answers_come_in_their_places_however_many_are_asked_at_once(monkeypatch):
+    monkeypatch.setenv(KEY, "secret")
+    with protocol.Server(lambda prompt: prompt[-1]) as server:
+        answers = ask(server, at_once=4)
+        _, body, headers, path = server.tries[0]
+    assert [answer.text for answer in answers] == list("012345") and answers[0].tokens == (4, 7)
+    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert body["model"] == "judge" and body["temperature"] == 0 and body["max_tokens"] == 4096
+    assert body["chat_template_kwargs"] == dict(enable_thinking=False)
+
+
+@pytest.mark.parametrize("trouble", [500, 503, 408, 429, "closed", "slow"])
+def test_what_may_succeed_later_is_asked_again(trouble, waits):
+    with protocol.Server(lambda prompt: "yes", [trouble, trouble]) as server:
+        assert ask(server, ASK[:1], timeout=1.0 if trouble == "slow" else 60.0)[0].text == "yes"
+        assert len(server.tries) == 3 and len(waits) == 2 and all(0 < wait <= 8 for wait in waits)
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(waits):
+    with protocol.Server(lambda prompt: "yes", [429], retry_after="55") as server:
+        ask(server, ASK[:1])
+    assert waits == [55]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 422])
+def test_what_would_not_help_is_refused_at_once(status):
+    with protocol.Server(lambda prompt: "yes", [status]) as server:
+        with pytest.raises(UserError, match=f"refuses the question: status {status}"):
+            ask(server, ASK[:1])
+        assert len(server.tries) == 1
+
+
+def test_parameters_that_a_model_refuses_are_renamed_or_dropped():
+    """As OpenAI's reasoning models and strict servers word it; later questions are sent so at once."""
+    refusals = [
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+        "Unrecognized request argument supplied: chat_template_kwargs",
+    ]
+    with protocol.Server(lambda prompt: "yes", refusals) as server:
+        assert [answer.text for answer in ask(server, ASK[:2])] == ["yes", "yes"]
+        bodies = [body for _, body, *_ in server.tries]
+    assert len(bodies) == 5
+    for body in bodies[3:]:
+        assert not {"max_tokens", "temperature", "chat_template_kwargs"} & body.keys()
+        assert body["max_completion_tokens"] == 4096
+    with (
+        protocol.Server(lambda prompt: "yes", ["this model is sold out"]) as server,
+        pytest.raises(UserError, match="refuses the question: status 400: .*sold out"),
+    ):
+        ask(server, ASK[:1])
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "[RESPONSE]: 3",
+        "[RESPONSE]: Text 3",
+        "**[RESPONSE]**: 3",
+        "**[RESPONSE]: Text 3**",
+        "[RESPONSE]: **3**",
+        "Text 1 and Text 2 are about food.\n\n[RESPONSE]: #3.",
+        "RESPONSE: 3 (the only one in French)",
+        "<think>[RESPONSE]: 1? No.</think>\n[RESPONSE]: 3",
+        "it is [RESPONSE]: 1? No.</think>\n[RESPONSE]: 3",
+    ],
+)
+def test_the_choice_of_a_reply_is_read(reply):
+    assert read_choice(reply, 5) == 2
+
+
+@pytest.mark.parametrize("reply", [None, "", "3", "[RESPONSE]: none", "[RESPONSE]: 6", "<think>[RESPONSE]: 3"])
+def test_a_reply_without_a_choice_is_unparsed(reply):
+    assert read_choice(reply, 5) is None
+
+
+def test_labels_and_judgements_of_a_reply_are_read():
+    for reply in ("[EXPLANATION]: past tense", "**[EXPLANATION]:** past tense", "Explanation: `past tense`\n"):
+        assert read_label(reply) == "past tense"
+    assert read_label("I cannot tell.") is None and read_label("[EXPLANATION]: ") is None
+    for reply in (
+        "[1, 0, 1]",
+        "Texts [1] and [3] are active: [1, 0, 1]",
+        "```json\n[true, false, true]\n```",
+        "<think>[0, 0, 0]</think>[1, 0, 1]",
+        "Text 1: 1\nText 2: 0\n**Text 3**: 1",
+    ):
+        assert read_judgements(reply, 3) == [True, False, True], reply
+    for reply in (None, "[1, 0]", "[1, 0, 2]", '["a", 0, 1]', "Text 1: 1\nText 3: 1", "[1, 0, 0.5]"):
+        assert read_judgements(reply, 3) is None, reply
+
+
+def test_an_endpoint_that_never_answers_is_given_up(waits):
+    with (
+        protocol.Server(lambda prompt: "yes", [500] * 6) as server,
+        pytest.raises(UserError, match=r"no answer after 5 retries \(status 500"),
+    ):
+        ask(server, ASK[:1])
+    with pytest.raises(UserError, match="no answer after 5 retries"):
+        ask(SimpleNamespace(url=server.url), ASK[:1])
+    with pytest.raises(UserError, match="is not a URL"):
+        Endpoint("localhost:8000", "judge", 1, 1)
+
+
+@pytest.mark.parametrize("trouble", ["nonsense", "no choices"])
+def test_a_reply_that_is_no_chat_completion_is_said(trouble):
+    with (
+        protocol.Server(lambda prompt: "yes", [trouble]) as server,
+        pytest.raises(UserError, match="gave no answer"),
+    ):
+        ask(server, ASK[:1])
+
+
+def test_no_answer_and_one_that_is_truncated_are_none():
+    with protocol.Server(lambda prompt: "yes", ["null", "cut"]) as server:
+        assert [answer.text for answer in ask(server, ASK[:3])] == [None, None, "yes"]
+
+
+class Counting:
+    """Answers with the question's text, and fails at a question."""
+
+    def __init__(self, fails_at=""):
+        self.fails_at, self.asked = fails_at, []
+
+    def ask(self, questions, on_answer):
+        for number, question in enumerate(questions):
+            if question.text == self.fails_at:
+                raise UserError("no more")
+            self.asked.append(question.text)
+            on_answer(number, Answer(question.text, (10, 1)))
+
+
+def run_of(limit=10_000, stopping=lambda: False, model="judge"):
+    config = ExplainConfig(most_tokens=limit, model=model)
+    return SimpleNamespace(configs=Configs(config), say=lambda line: None, stopping=stopping, share=ProcessShare())
+
+
+def test_what_was_answered_is_never_asked_again(tmp_path):
+    judge = Counting(fails_at="number 3")
+    with pytest.raises(UserError, match="no more"):
+        Answers(run_of(), tmp_path, judge).all(ASK, "labels")
+    with (tmp_path / ANSWERS).open("a") as file:
+        file.write('{"question": "half a li')  # killed
+    again = Counting()
+    answers = Answers(run_of(), tmp_path, again)
+    assert answers.all([*ASK, ASK[0]], "labels") == [*(q.text for q in ASK), ASK[0].text]
+    assert judge.asked == ["number 0", "number 1", "number 2"] and again.asked == ["number 3", "number 4", "number 5"]
+    assert answers.spent == (60, 6)
+    third = Counting()
+    Answers(run_of(), tmp_path, third).all(ASK, "labels")
+    assert not third.asked
+    other = Counting()
+    Answers(run_of(model="other"), tmp_path, other).all(ASK[:1], "labels")
+    assert other.asked == ["number 0"]
+
+
+def test_the_limit_of_tokens_holds_and_can_be_raised(tmp_path):
+    judge = Counting()
+    with pytest.raises(
+        UserError, match=r"most_tokens=230: \d+ tokens are spent and \d questions of about [\d,]+ tokens are left"
+    ):
+        Answers(run_of(limit=230), tmp_path, judge).all(ASK, "labels")
+    assert 0 < len(judge.asked) < len(ASK)
+    assert len(Answers(run_of(), tmp_path, judge).all(ASK, "labels")) == len(ASK) == len(judge.asked)
+
+
+def test_a_run_that_is_to_stop_stops(tmp_path):
+    with pytest.raises(Interrupted, match="what was measured is kept"):
+        Answers(run_of(stopping=lambda: True), tmp_path, Counting()).all(ASK, "labels")
+
+
+def test_kept_answers_are_lines_of_json(tmp_path):
+    Answers(run_of(), tmp_path, Counting()).all(ASK[:1], "labels")
+    (line,) = (tmp_path / ANSWERS).read_text().splitlines()
+    assert json.loads(line)["answer"] == "number 0"

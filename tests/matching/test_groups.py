@@ -1,0 +1,106 @@
+"""Groups of features: planted ones are found again, shuffled ones are not, and figures are what they say."""
+
+import numpy as np
+import pytest
+from planted_groups import made_activity
+from scipy import sparse
+from sklearn.metrics import adjusted_rand_score
+
+from saejax.matching.clusters import views
+from saejax.matching.clusters.groups import find_groups, group_features, overlaps
+from saejax.matching.rows import unit
+from saejax.matching.transfer.activity import Activity
+
+GROUPS, MEMBERS = 6, 8
+
+
+def made_view(name):
+    """A view with planted groups, and the group of each of its features."""
+    rng = np.random.default_rng(1)
+    if name == "coactivation":
+        activity, text_N, group_F = made_activity(GROUPS, MEMBERS, 10)
+        view = views.coactivation(activity, text_N)
+        return view, group_F[view.feature_F]
+    centre = rng.normal(size=(GROUPS, 64))
+    group_F = np.repeat(np.arange(GROUPS), MEMBERS)
+    rows_FxD = centre[group_F] + 0.6 * rng.normal(size=(len(group_F), 64))
+    if name == "effects":
+        return views.effects(np.arange(len(group_F)), rows_FxD), group_F
+    everywhere = Activity(sparse.csr_array(np.ones((3, len(group_F)), np.float32)), np.ones(3, bool))
+    return views.decoder(rows_FxD, everywhere), group_F
+
+
+@pytest.mark.parametrize("name", ["coactivation", "effects", "decoder"])
+def test_planted_groups_are_found_and_those_of_shuffled_data_are_not_stable(name):
+    view, group_F = made_view(name)
+    planted = group_F >= 0
+    assert planted.sum() == GROUPS * MEMBERS
+    found, similarity_FxF = find_groups(view, 5, 5, [0])
+    assert similarity_FxF.shape == (len(group_F),) * 2
+    assert adjusted_rand_score(group_F[planted], found.group_F[planted]) > 0.99
+    assert (np.sort(found.overlap_U)[-GROUPS:] > 0.6).all()
+    in_stable_F = np.isin(found.group_F, np.flatnonzero(found.overlap_U > found.bar))
+    if name != "decoder":  # random directions in the six dimensions of the planted centres have groups as firm
+        assert in_stable_F[planted].all() and in_stable_F[~planted].sum() <= 2
+    shuffled, _ = find_groups(view.shuffled(np.random.default_rng(0)), 5, 5, [1])
+    assert not (shuffled.overlap_U > shuffled.bar).any()
+
+
+def test_worlds_in_which_nothing_is_true():
+    """Features that fire where they like: 24 worlds, of which few have a group that passes for stable."""
+    passed = []
+    for seed in range(24):
+        activity, text_N, _ = made_activity(0, 0, 40, tokens=600, seed=seed)
+        found, _ = find_groups(views.coactivation(activity, text_N), 3, 6, [seed])
+        passed.append((found.overlap_U > found.bar).any())
+    assert np.mean(passed) < 0.1
+
+
+def test_a_view_compares_as_numpy_does():
+    """With columns counted as a bootstrap sample counts them, which is the same as having them so often."""
+    rng = np.random.default_rng(2)
+    rows_FxN = (rng.random((7, 90)) < 0.3).astype(np.float32)
+    block_N = np.repeat(np.arange(9), 10)
+    view = views.View(np.arange(7), sparse.csr_array(rows_FxN), block_N, True, lambda rows, rng: rows)
+    times_N = view.bootstrap(rng)
+    assert times_N.sum() == 90 and (times_N.reshape(9, 10) == times_N[::10, None]).all()
+    repeated = np.repeat(rows_FxN.astype(np.float64), times_N.astype(int), axis=1)
+    np.testing.assert_allclose(view.similarity(times_N), np.corrcoef(repeated), atol=1e-5)
+    dense = views.View(np.arange(7), rows_FxN, block_N, False, lambda rows, rng: rows)
+    np.testing.assert_allclose(dense.similarity(), unit(rows_FxN) @ unit(rows_FxN).T, atol=1e-5)
+    constant = views.View(np.arange(2), np.ones((2, 90), np.float32), block_N, True, lambda rows, rng: rows)
+    assert not constant.similarity().any()
+
+
+def test_shuffles_keep_each_feature_as_it_is():
+    view, _ = made_view("coactivation")
+    other = view.shuffled(np.random.default_rng(3))
+    assert (np.diff(other.rows.indptr) == np.diff(view.rows.indptr)).all()
+    gaps = [np.sort(np.diff(np.r_[one, one[:1] + 3000])) for one in (view.rows[[0]].indices, other.rows[[0]].indices)]
+    np.testing.assert_array_equal(*gaps)
+    effects, _ = made_view("effects")
+    moved = effects.shuffled(np.random.default_rng(3))
+    np.testing.assert_array_equal(np.sort(moved.rows, axis=1), np.sort(effects.rows, axis=1))
+
+
+def test_figures_of_groupings():
+    rng = np.random.default_rng(4)
+    first, second = rng.integers(5, size=60), rng.integers(4, size=60)
+    half = np.where(np.arange(60) < 30, first, -1)
+    sets = [[set(np.flatnonzero(of == u)) for u in range(of.max() + 1)] for of in (half, second)]
+    wanted = [max(len(a & b) / len(a | b) for b in sets[1]) for a in sets[0]]
+    np.testing.assert_allclose(overlaps(half, second), wanted)
+    assert not overlaps(half, np.full(60, -1)).any() and not len(overlaps(np.full(3, -1), np.zeros(3, int)))
+
+
+def test_few_features_and_none():
+    silent = Activity(sparse.csr_array((600, 4), dtype=np.float32), np.ones(600, bool))
+    assert not len(views.coactivation(silent, np.arange(600) // 30).feature_F)
+    assert not len(views.decoder(np.eye(4), silent).feature_F)
+    alone = views.View(np.array([3]), np.ones((1, 8), np.float32), np.arange(8), False, lambda rows, rng: rows)
+    found, _ = find_groups(alone, 5, 2, [0])
+    assert found.group_F.tolist() == [-1] and not len(found.overlap_U)
+    assert group_features(np.zeros((0, 0)), 5).tolist() == []
+    activity, text_N, _ = made_activity(1, 3, 0, tokens=300)
+    seldom = views.coactivation(Activity(activity.f_NxF, np.arange(300) < 40), text_N)  # two texts
+    assert not len(seldom.feature_F)

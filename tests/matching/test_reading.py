@@ -1,0 +1,250 @@
+"""Comparison over text: planted features of models and tokenizers, rare and dead features, and attention sinks."""
+
+import dataclasses
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
+from saejax.files import write_array
+from saejax.matching.match import match
+from saejax.matching.transfer import compared as compared_file
+from saejax.matching.transfer import reading
+from saejax.matching.transfer.activity import MIN_FIRINGS, encode
+from saejax.matching.transfer.compared import Compared, measures_of
+from saejax.matching.transfer.effects import AblationEffects
+from saejax.matching.transfer.reading import Reading, SharedText
+from saejax.matching.transfer.run import Comparison, RowCache, score, select_pairs
+from saejax.matching.transfer.text import ReadText
+from saejax.parallel.mesh import make_mesh
+from saejax.runner.config import Configs
+from saejax.settings import MeshConfig
+from saejax.stages.transfer import TransferConfig
+
+SITE, TEXTS, TOKENS = "resid_post.0", 60, 20
+
+
+def random_dictionary(width, features, seed, fingerprint="a", **changes):
+    config = DictionaryConfig(
+        kind="standard", site=SITE, d_in=width, n_features=features, max_norm=50.0, fingerprint=fingerprint,
+        centred=False,
+    )  # fmt: skip
+    return Dictionary(config, **{**Dictionary.initial(config, jax.random.key(seed)).arrays, **changes})
+
+
+def reader(rows_FxD, fingerprint, threshold=0.5):
+    """A dictionary that reads planted directions off: the encoder is the pseudo-inverse."""
+    count, width = rows_FxD.shape
+    arrays = dict(W_enc_DxF=np.linalg.pinv(rows_FxD), W_dec_FxD=rows_FxD, b_enc_F=np.full(count, -threshold))
+    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+    return random_dictionary(width, count, 0, fingerprint, b_dec_D=jnp.zeros(width), **arrays)
+
+
+def made_reading(folder, *parts, **settings):
+    """A reading of dictionaries: (dictionary, values [N, D], tokens as their model reads them)."""
+    found, reads, norms = [], {}, {}
+    (folder / "text").mkdir(parents=True)
+    for number, (dictionary, values_NxD, read) in enumerate(parts):
+        path = folder / "train" / f"d{number}" / "dictionary"
+        save_dictionary(path, dictionary)
+        found.append(Compared(f"d{number}", path, dictionary.config))
+        reads[dictionary.config.fingerprint] = read
+        norms[dictionary.config.fingerprint, SITE] = 50.0
+        encode(dictionary, values_NxD, 64).save(folder / "text" / f"activity-{number:04d}.npz")
+        np.save(folder / "text" / f"values-{dictionary.config.fingerprint}-{SITE}.npy", values_NxD)
+    run = SimpleNamespace(configs=Configs(TransferConfig(**settings)), folder=folder)
+    return Reading(run, found, make_mesh(), SharedText(folder / "text", reads, norms)), found
+
+
+def read_of(ends=None):
+    """Texts of twenty tokens, of which each ends a character further, or at given places."""
+    text_N = np.repeat(np.arange(TEXTS), TOKENS)
+    end_N = np.tile(np.arange(1, TOKENS + 1), TEXTS) if ends is None else ends[1]
+    text_N = text_N if ends is None else ends[0]
+    return ReadText((np.arange(TOKENS),) * TEXTS, 0, text_N, end_N)
+
+
+def shared_share(found, first=0, second=1):
+    """The share of pairs by activity that are shared, and the ceiling, as the stage computes them."""
+    (_, matched), *_ = match([("x", *found.rows(first, second, False, False))], make_mesh())
+    rows = found.rows(first, second, False, True)
+    paired = np.flatnonzero(matched.partner_F >= 0)
+    value_F = np.full(len(matched.partner_F), np.nan)
+    value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
+    scores = score(matched.with_values(value_F), found.compared_features(first, second), 0.7)
+    return scores
+
+
+def planted(rng, tokens, features, rate):
+    return (rng.random((tokens, features)) < rate) * (1 + rng.random((tokens, features)))
+
+
+def test_a_dictionary_shares_all_with_itself_and_rare_features_are_left_out(tmp_path):
+    """A defect of issue 50: features that fire once or never counted as pairs of value 0 (80 % of itself)."""
+    rng = np.random.default_rng(0)
+    rates = np.where(np.arange(24) < 16, 0.1, 0.004)
+    f_NxF = planted(rng, TEXTS * TOKENS, 24, rates[None])
+    rows_FxD = rng.normal(size=(24, 32))
+    part = reader(rows_FxD, "a"), (f_NxF @ rows_FxD).astype(np.float32), read_of()
+    found, _ = made_reading(tmp_path, part, part)
+    scores, (first_F, second_G) = shared_share(found), found.compared_features(0, 1)
+    assert scores.shared.mean == 1 and scores.matched.mean > 0.999
+    halves = [f_NxF[read_of().text_N % 2 == half] > 0 for half in (0, 1)]
+    expected_F = np.all([fires.sum(0) >= MIN_FIRINGS for fires in halves], axis=0)
+    np.testing.assert_array_equal(first_F, expected_F)
+    np.testing.assert_array_equal(second_G, expected_F)
+    assert 16 <= expected_F.sum() < 24
+
+
+def test_a_split_in_five_percent_of_the_words_leaves_a_match_above_nine_tenths(tmp_path):
+    """The other side has one token more where a word is split; both parts carry noise of their own."""
+    rng = np.random.default_rng(1)
+    f_NxF, rows_FxD = planted(rng, TEXTS * TOKENS, 16, 0.1), rng.normal(size=(16, 24))
+    split_N = rng.random(len(f_NxF)) < 0.05
+    first = read_of()
+    text_N, end_N, source_N = [], [], []
+    for number, split in enumerate(split_N):
+        end = 2 * first.end_N[number]
+        for offset in [1, 0] if split else [0]:
+            text_N.append(first.text_N[number])
+            end_N.append(end - offset)
+            source_N.append(number if offset == 0 else -1)
+    source_N = np.array(source_N)
+    g_NxF = np.where((source_N >= 0)[:, None], f_NxF[source_N], planted(rng, len(source_N), 16, 0.1))
+    doubled = dataclasses.replace(first, end_N=2 * first.end_N)
+    values = [(f @ rows_FxD + 0.05 * rng.normal(size=(len(f), 24))).astype(np.float32) for f in (f_NxF, g_NxF)]
+    found, _ = made_reading(
+        tmp_path,
+        (reader(rows_FxD, "a"), values[0], doubled),
+        (reader(rows_FxD, "b"), values[1], read_of((np.array(text_N), np.array(end_N)))),
+    )
+    scores = shared_share(found)
+    assert scores.shared.mean > 0.9 and scores.matched.mean > 0.9 and found.tokens(0, 1) == len(f_NxF)
+
+
+def test_two_models_of_other_widths_share_what_was_planted(tmp_path):
+    """Half of the features of each are of both: the share is within a tenth of that."""
+    rng = np.random.default_rng(2)
+    common, others = planted(rng, TEXTS * TOKENS, 12, 0.1), [planted(rng, TEXTS * TOKENS, 12, 0.1) for _ in range(2)]
+    parts = []
+    for width, fingerprint, own in zip((32, 48), "ab", others, strict=True):
+        rows_FxD, f_NxF = rng.normal(size=(24, width)), np.concatenate([common, own], axis=1)
+        parts.append((reader(rows_FxD, fingerprint), (f_NxF @ rows_FxD).astype(np.float32), read_of()))
+    found, compared = made_reading(tmp_path, *parts)
+    assert abs(shared_share(found).shared.mean - 0.5) < 0.1
+    assert measures_of(("decoder", "encoder", "activity"), *compared) == ["activity"]
+
+
+def test_models_of_equal_width_are_compared_by_activity_alone():
+    """A defect of issue 50: directions of two models were compared where their widths are equal."""
+    first, second, unknown = (
+        Compared(name, Path(), random_dictionary(16, 8, 0, name).config) for name in ("a", "b", "")
+    )
+    assert measures_of(("decoder", "activity"), first, second) == ["activity"]
+    assert measures_of(("decoder",), first, second) == []
+    assert measures_of(("decoder",), first, first) == measures_of(("decoder",), first, unknown) == ["decoder"]
+
+
+def comparison(tmp_path, dictionaries, **settings):
+    compared = []
+    for number, dictionary in enumerate(dictionaries):
+        path = tmp_path / "train" / f"d{number}"
+        save_dictionary(path, dictionary)
+        compared.append(Compared(f"d{number}", path, dictionary.config))
+    unit = tmp_path / "transfer"
+    unit.mkdir(exist_ok=True)
+    configs = Configs(TransferConfig(**settings), MeshConfig())
+    run = SimpleNamespace(configs=configs, folder=unit, say=lambda line: None)
+    pairs = select_pairs(compared, 0, 0)
+    return Comparison(run, compared, pairs, AblationEffects({}, {})), compared
+
+
+def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
+    """A defect of issue 50: identical dictionaries of which 40 % is dead, at random, had a PW-MCC of 0.72."""
+    own, other = (random_dictionary(32, 200, seed) for seed in (0, 1))
+    dead_F = np.arange(200) % 5 < 2
+    rows = [np.asarray(one.W_dec_FxD[...]) for one in (own, other)]
+    copy = Dictionary(own.config, **own.arrays | dict(W_dec_FxD=jnp.asarray(np.where(dead_F[:, None], *rows[::-1]))))
+    for number in range(2):
+        folder = tmp_path / "evaluate" / f"d{number}"
+        folder.mkdir(parents=True)
+        write_array(folder / "firing_rate.npy", np.where(dead_F, 0, 0.01).astype(np.float32))
+    made, _ = comparison(tmp_path, [own, copy], measures=("decoder",))
+    (pair,) = made.measure("000-d0", 0, lambda done, total: None).results
+    scores = pair.measures["decoder"]
+    assert scores.found.matched.mean > 0.999 and scores.found.shared.mean == 1
+    assert scores.compared == (120, 120) and scores.left_out == (80, 80)
+
+
+def test_dictionaries_are_dropped_after_use(tmp_path, monkeypatch):
+    """However many are compared, few are in memory at once, and rows stay within a limit."""
+    alive, most = weakref.WeakSet(), [0]
+    load = compared_file.load_dictionary
+
+    def counted(folder):
+        dictionary = load(folder)
+        alive.add(dictionary)
+        most[0] = max(most[0], len(alive))
+        return dictionary
+
+    monkeypatch.setattr(compared_file, "load_dictionary", counted)
+    made, _ = comparison(tmp_path, [random_dictionary(16, 24, seed) for seed in range(12)], measures=("decoder",))
+    made._cache = RowCache(limit=4 * 24 * 16 * 4)
+    for first in range(11):
+        made.measure(f"{first:03d}-d{first}", first, lambda done, total: None)
+    assert most[0] <= 3
+    assert sum(rows.nbytes for rows in made._cache._rows.values()) <= 4 * 24 * 16 * 4
+
+
+def test_pairs_between_models_are_sampled():
+    compared = [Compared(f"d{n}", Path(), random_dictionary(8, 4, 0, "ab"[n % 2]).config) for n in range(8)]
+    assert len(select_pairs(compared, 0, 0)) == 28
+    pairs = select_pairs(compared, 5, 0)
+    across = [pair for pair in pairs if (pair[0] + pair[1]) % 2]
+    assert len(across) == 5 and len(pairs) == 12 + 5
+
+
+def test_the_mean_that_stands_in_has_no_sinks(tmp_path, monkeypatch):
+    """As evaluate takes it: sinks keep their values where the mean takes the place of the others."""
+    values_NxD = np.random.default_rng(0).normal(1.0, 1.0, (TEXTS * TOKENS, 16)).astype(np.float32)
+    values_NxD[::TOKENS] = 1000.0
+    means = []
+    monkeypatch.setattr(
+        reading, "stand_in_losses", lambda lm, some, documents, mean_D, batch: means.append(mean_D) or []
+    )
+    monkeypatch.setattr(reading, "load_model_of", lambda run, each, mesh: None)
+    found, _ = made_reading(tmp_path, (random_dictionary(16, 24, 0), values_NxD, read_of()), ce_documents=2)
+    found._losses(0)([])
+    ordinary = np.delete(values_NxD, np.s_[::TOKENS], axis=0)
+    np.testing.assert_allclose(means[0], ordinary.mean(0, dtype=np.float64), rtol=1e-6)
+
+
+def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
+    values_NxD = np.random.default_rng(0).normal(size=(TEXTS * TOKENS, 16)).astype(np.float32)
+    dead = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32))
+    found, _ = made_reading(
+        tmp_path, (dead, values_NxD, read_of()), (random_dictionary(16, 24, 1), values_NxD, read_of())
+    )
+    assert found.rate_matched(0, 1, np.full(24, -1)) is None
+    assert -1 <= found.rate_matched(1, 1, np.arange(24)) < 1
+    scores = shared_share(found)
+    assert scores.matched.mean == scores.shared.mean == 0 and not found.compared_features(0, 1)[0].any()
+
+
+@pytest.mark.parametrize("sizes", [(3, 5), (5, 3)])
+def test_scores_leave_features_out_on_both_sides(sizes):
+    rng = np.random.default_rng(4)
+    first, second = (rng.normal(size=(size, 8)).astype(np.float32) for size in sizes)
+    first /= np.linalg.norm(first, axis=1, keepdims=True)
+    second /= np.linalg.norm(second, axis=1, keepdims=True)
+    masks = np.arange(sizes[0]) != 1, np.arange(sizes[1]) != 0
+    ((_, found),) = match([("x", first * masks[0][:, None], second * masks[1][:, None])], make_mesh())
+    scores = score(found, masks, 0.7)
+    table = (first @ second.T)[np.ix_(*masks)]
+    assert scores.nearest.mean == pytest.approx(np.maximum(table.max(1), 0).mean(), abs=1e-6)
+    assert scores.nearest_back.mean == pytest.approx(np.maximum(table.max(0), 0).mean(), abs=1e-6)

@@ -1,0 +1,75 @@
+"""Tokens of different tokenizers that end at one place, beside the texts that they have read by then."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saejax.matching.transfer.text import aligned, first_texts, read_text
+
+_SPEC = importlib.util.spec_from_file_location("kinds", Path(__file__).parents[1] / "tasks" / "tokenizer_kinds.py")
+KINDS = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(KINDS)
+TEXTS = [
+    "The capital of France is the city of Paris, Paris.",
+    "  naïve café, Ünïcode — 東京 is 12,345 km away.\n\nNew\tline  two  spaces ",
+    "Emoji 👩‍👩‍👧 and 🇫🇷 and 🎉🎉; 1732 + 19 = 1751.\r\n(end)... ",
+    "",
+]
+PAIRS = [("gpt2", "llama3"), ("gpt2", "gemma"), ("llama3", "mistral"), ("gemma", "pythia"), ("qwen3", "qwen3")]
+
+
+def prefixes(tokenizer, text):
+    """How many characters of a text are wholly read after each token, by decoding; and after which it reads no more."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = []
+    for stop in range(1, len(ids) + 1):
+        read = tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
+        found.append(len(read.rstrip("\ufffd")) if read.endswith("\ufffd") else len(read))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama3", "pythia", "qwen3", "gemma"])
+def test_tokens_end_where_what_was_decoded_ends(kind):
+    tokenizer = KINDS.tokenizer(kind)
+    read = read_text(tokenizer, TEXTS, 64)
+    for number, text in enumerate(TEXTS):
+        ends = read.end_N[read.text_N == number]
+        wholly = [end for end, seen in zip(ends.tolist(), prefixes(tokenizer, text), strict=True) if end == seen]
+        parts = [(end, seen) for end, seen in zip(ends.tolist(), prefixes(tokenizer, text), strict=True) if end != seen]
+        # Bytes of a character that is not read to its end are said to end where the character does.
+        assert all(end > seen for end, seen in parts), parts
+        assert not text or (wholly and ends[-1] == len(text))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_pairs_have_read_the_same_text(pair):
+    reads = [read_text(KINDS.tokenizer(kind), TEXTS, 64) for kind in pair]
+    one, two = aligned(*reads)
+    assert len(one) == len(two) > 20 and (np.diff(one) > 0).all() and (np.diff(two) > 0).all()
+    assert (reads[0].text_N[one] == reads[1].text_N[two]).all() and (reads[0].end_N[one] == reads[1].end_N[two]).all()
+    for number, text in enumerate(TEXTS[:3]):
+        for kind, read, at in zip(pair, reads, (one, two), strict=True):
+            tokenizer = KINDS.tokenizer(kind)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            first = int(np.flatnonzero(read.text_N == number)[0])
+            for token in at[read.text_N[at] == number]:
+                decoded = tokenizer.decode(ids[: token - first + 1], clean_up_tokenization_spaces=False)
+                assert decoded.strip() == text[: read.end_N[token]].strip()
+    if pair[0] == pair[1]:
+        whole = {(text, end) for text, end in zip(reads[0].text_N.tolist(), reads[0].end_N.tolist(), strict=True)}
+        assert len(one) == len(whole)  # all tokens but the first bytes of characters
+
+
+def test_pieces_hold_all_tokens_behind_the_special_ones():
+    tokenizer = KINDS.tokenizer("llama3")
+    read = read_text(tokenizer, TEXTS, 8)
+    assert read.front == 1 and all(piece[0] == tokenizer.bos_token_id and len(piece) <= 8 for piece in read.pieces)
+    ids = [id for text in TEXTS for id in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert np.concatenate([piece[1:] for piece in read.pieces]).tolist() == ids and len(ids) == len(read.text_N)
+
+
+def test_first_texts():
+    assert first_texts(["a" * 50, "b" * 50, "c" * 50], 12) == ["a" * 50, "b" * 50]
+    assert first_texts(["a"], 1000) == ["a"]

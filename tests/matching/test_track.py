@@ -1,0 +1,301 @@
+"""Planted chains are followed, planted steps told apart, and removing features costs what it should."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+from made_transcoders import IDS, made_set
+
+from saejax import load_model
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.errors import UserError
+from saejax.matching.track.firings import LayerFirings, follow
+from saejax.matching.track.links import ATTRIBUTION, attribution, chain, geometry
+from saejax.matching.track.stack import LayerDictionary, Stack
+from saejax.matching.track.steps import only_here, step_features
+from saejax.matching.track.tested import StepTester, judged
+from saejax.matching.track.texts import Problem, encode, read_problems, sentences
+from saejax.models.sites import Site
+from saejax.models.tokens import pad
+from saejax.stages.track import TrackConfig
+
+D, F = 64, 48
+CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each
+
+
+@pytest.fixture(scope="module")
+def carrying(tiny_llama, tmp_path_factory, one_device):
+    """The tiny Llama without what its layers add: the stream carries every direction on, unchanged."""
+    folder = tmp_path_factory.mktemp("carrying")
+    for path in tiny_llama.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = np.zeros_like(weights[name])
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return load_model(str(folder), mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_llama, one_device):
+    return load_model(str(tiny_llama), mesh=one_device)
+
+
+def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):
+    """An SAE whose encoder is its decoder's transpose."""
+    kind = "topk" if k else "standard"
+    config = DictionaryConfig(
+        kind=kind, site=f"resid_post.{layer}", d_in=D, n_features=len(W_dec_FxD), k=k, centred=False,
+        model=lm.source.name, fingerprint=lm.source.fingerprint, max_norm=1e9,
+    )  # fmt: skip
+    arrays = dict(W_enc_DxF=W_dec_FxD.T, b_enc_F=np.full(len(W_dec_FxD), -threshold), W_dec_FxD=W_dec_FxD)
+    return Dictionary(config, **{n: np.asarray(a, np.float32) for n, a in (arrays | dict(b_dec_D=np.zeros(D))).items()})
+
+
+def stack_of(*dictionaries):
+    layers = [LayerDictionary(f"made/{one.site}", one.config, lambda one=one: one, None, {}) for one in dictionaries]
+    return Stack(tuple(layers), None)
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_planted_chains_are_followed_and_nothing_else(carrying):
+    rng = np.random.default_rng(3)
+    tables = [unit(rng.standard_normal((F, D))) for _ in range(4)]
+    for places in CHAINS:
+        direction = rng.standard_normal(D)
+        for layer, feature in places.items():
+            tables[layer][feature] = unit(unit(direction) + 0.03 * rng.standard_normal(D))
+    made = stack_of(*(sae(carrying, layer, table, threshold=0) for layer, table in enumerate(tables)))
+    ids_T = np.array(carrying.tokenizer("The cat near the dogs runs to Paris")["input_ids"])
+    shown = [one.strongest(F) for one in follow(carrying, made, ids_T)]
+    found = geometry(made, shown)
+    active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
+    wanted = {
+        ((layer, t, places[layer]), (layer + 1, t, places[layer + 1]))
+        for places in CHAINS
+        for layer in places
+        if layer + 1 in places
+        for t in range(len(ids_T))
+        if (t, places[layer]) in active[layer] and (t, places[layer + 1]) in active[layer + 1]
+    }
+    assert len(wanted) > 10 and {(a, b) for a, b, _ in found.links} == wanted  # precision and recall are 1
+    for source, target, weight in found.links[:5]:
+        at = shown[source[0]].at(source[1])
+        value = at.value_A[at.feature_A == source[2]][0]
+        row, column = tables[source[0]][source[2]], tables[target[0]][target[2]]
+        np.testing.assert_allclose(weight, value * (row @ column), rtol=1e-4)
+    start = next(a for a, _ in wanted if a[0] == 0 and a[2] == 3)
+    whole = chain(found.links, start)
+    assert whole >= {start} and {node[0] for node in whole} <= {0, 1, 2, 3} and len({n[1] for n in whole}) == 1
+    assert all(node[2] == CHAINS[0][node[0]] for node in whole)
+
+
+@pytest.fixture(scope="module")
+def by_token(carrying):
+    """A dictionary of which each feature is a token: its embedding."""
+    embed_VxD = np.asarray(carrying.params["embed_VxD"])
+    return sae(carrying, 1, unit(embed_VxD), threshold=0, k=1)
+
+
+def test_planted_steps_are_told_apart(carrying, by_token):
+    cat, war = carrying.token_id(" cat"), carrying.token_id(" war")
+    problem = Problem(
+        "x", "One day:", ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
+    )
+    text = encode(carrying, problem)
+    assert [part.name for part in text.segments] == ["prompt", "step 1", "step 2", "step 3", "step 4"]
+    assert "".join(text.tokens[text.steps[2].start : text.steps[2].stop]).strip() == "The war lasted."
+    (firings,) = follow(carrying, stack_of(by_token), text.ids_T)
+    assert firings.feature_A.tolist() == text.ids_T.tolist()  # each token is its own feature
+    found = step_features(firings, text.segment_T, 100)
+    for number, part in enumerate(text.segments):
+        inside, outside = (
+            {int(i) for i, s in zip(text.ids_T, text.segment_T, strict=True) if (s == number) == own}
+            for own in (True, False)
+        )
+        mine = {one.feature for one in found[number]}
+        assert inside - outside <= mine <= inside, part.name  # all that are nowhere else, and none that is not here
+    of_cat = next(one for part in found for one in part if one.feature == cat)
+    assert (of_cat.carries, of_cat.returns) == ((2,), (4,))
+    of_war = next(one for one in found[3] if one.feature == war)
+    assert (of_war.carries, of_war.returns) == ((), ())
+    own_S, shifted_S = only_here(firings, text.segment_T, 0)
+    alone = [sum(text.segment_T[text.ids_T == i].min() == text.segment_T[text.ids_T == i].max() == s
+                 for i in set(text.ids_T.tolist())) for s in range(5)]  # fmt: skip
+    assert own_S.tolist() == alone and shifted_S.tolist() != alone
+
+
+def made_tester(lm, dictionary, text, **changes):
+    config = dataclasses.replace(TrackConfig(prompt="x", dictionaries=("made",)), **changes)
+    site = Site.parse(dictionary.site)
+    return StepTester(lm, dictionary, site, site, text, config)
+
+
+def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
+    table = unit(np.random.default_rng(5).standard_normal((F, D)))
+    dictionary = sae(lm, 2, table, threshold=0.3)
+    text = encode(lm, Problem("x", "One day the cat", ("runs near the dogs. ", "She said that it was far.")))
+    step = text.steps[0]
+    made = made_tester(lm, dictionary, text)
+    features = np.argsort(-np.abs(made._f_TxF[step.start : step.stop - 1]).sum(0))[:3].tolist()
+    top, random = made.test(step, features)
+    tokens = pad([text.ids_T.tolist()])
+
+    def scores(edits):
+        logp = np.asarray(jax.nn.log_softmax(lm(tokens, edits=edits).logits_BxTxV[0]), np.float64)
+        at = np.arange(step.start, step.stop - 1)
+        return logp[at, text.ids_T[at + 1]]
+
+    where = (step.start, step.stop - 1)
+    clean_P = scores([])
+    expected_P = clean_P - scores([dictionary.ablate(features, positions=where)])
+    np.testing.assert_allclose(top.drop_AxP[-1], expected_P, atol=2e-4)
+    half = top.dose_A.tolist().index(top.dose_A[-1] * 0.5)
+    expected_P = clean_P - scores([dictionary.scale(features, 0.5, positions=where)])
+    np.testing.assert_allclose(top.drop_AxP[half], expected_P, atol=2e-4)
+    f_WxF = made._f_TxF[step.start : step.stop - 1][:, features].astype(np.float64)
+    assert top.reach == pytest.approx(np.linalg.norm(f_WxF @ table[features]), rel=1e-4)
+    assert np.abs(top.drop_AxP).max() > 1e-2 and len(random) > 3
+    assert all(curve.drop_AxP.shape[1] == len(clean_P) for curve in random)
+
+
+def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
+    """Random directions, chosen blindly: p is at most 0.05 in about as many cases, or fewer."""
+    rng, small = np.random.default_rng(7), []
+    words = ["cat", "dogs", "year", "Paris", "water", "way", "went", "near", "said", "capital", "war", "France"]
+    for trial in range(40):
+        dictionary = sae(lm, 2, unit(rng.standard_normal((F, D))), threshold=0.2)
+        body = " ".join(rng.choice(words, 8))
+        text = encode(lm, Problem("x", "One day the", (f"{body}. ", "That was there.")))
+        made = made_tester(lm, dictionary, text, seed=trial)
+        step = text.steps[0]
+        fires = np.flatnonzero((made._f_TxF[step.start : step.stop - 1] != 0).any(0))
+        features = rng.choice(fires, 3, replace=False).tolist()
+        effects = {(0, 1): (features, *made.test(step, features))}
+        result = judged(effects)[0, 1]
+        assert result.needed == 19 and (result.hurt == "not testable") == (result.sets < 19)
+        small.append(result.p_value <= 0.05)
+    assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
+
+
+def test_sentences():
+    text = "Ann has 3.5 apples. “Two?” she asks!  1. Buy one.\nDone"
+    assert sentences(text) == ("Ann has 3.5 apples. ", "“Two?” ", "she asks!  ", "1. Buy one.\n", "Done")
+    assert "".join(sentences(text)) == text
+    assert sentences("我有三个苹果。她吃了一个。") == ("我有三个苹果。", "她吃了一个。")
+    assert sentences("एक सेब है। दो हैं।") == ("एक सेब है। ", "दो हैं।")
+    assert sentences("no end") == ("no end",)
+
+
+def test_abbreviations_end_no_sentence():
+    """A defect of issue 50: "Dr." was a step."""
+    text = "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. They left. 5 vs. 4 apples etc. remained."
+    assert sentences(text) == (
+        "Dr. Smith met Mr. J. Doe at 3 p.m. in St. Louis, e.g. twice. ",
+        "They left. ",
+        "5 vs. 4 apples etc. remained.",
+    )
+    assert sentences("So it is Dr.\nNext") == ("So it is Dr.\n", "Next")
+
+
+def test_prompts_of_other_scripts_and_of_one_token(lm):
+    for prompt in ("我有三个苹果。她吃了一个。还剩几个？", "مرحبا. كيف حالك؟ 👍🏽 نعم.", "a"):
+        text = encode(lm, Problem("x", prompt))
+        assert text.segments[0].start == 0 and text.segments[-1].stop == len(text.ids_T) == len(text.segment_T)
+        assert text.position == len(text.ids_T) - 1 and text.answer is None
+    firings = LayerFirings.of(np.zeros((4, 5)))
+    assert step_features(firings, np.zeros(4, int), 3) == [[]] and only_here(firings, np.zeros(4, int), 0)[0].sum() == 0
+
+
+def test_the_answer_is_followed_where_it_stands_last(lm):
+    steps = ("The year was 1732. ", "So it is the year 1741.")
+    text = encode(lm, Problem("x", "When?", steps, " 1741"))
+    assert "".join(text.tokens[: text.position + 1]).endswith("the year") or text.tokens[text.position] == " "
+    assert text.ids_T[text.position + 1] == text.answer
+    assert encode(lm, Problem("x", "The capital of France is", (), " Paris")).answer == lm.token_id(" Paris")
+
+
+@pytest.mark.parametrize(
+    ("steps", "answer", "before"),
+    [
+        (("He has 12 coins. ", "They cost 1200 cents."), " 12", "He has"),
+        (("She ate 12. ", "Now 12.5 and 3,012 and 112 are left."), " 12", "She ate"),
+        (("The cat sat. ", "It concatenates."), " cat", "The"),
+    ],
+)
+def test_the_answer_is_not_found_inside_a_number_or_word(lm, steps, answer, before):
+    """A defect of issue 50: " 12" was found in "1200"."""
+    text = encode(lm, Problem("x", "How many?", steps, answer))
+    assert "".join(text.tokens[: text.position + 1]).rstrip().endswith(before)
+    assert text.ids_T[text.position + 1] == text.answer
+
+
+def test_rows_of_gsm8k_are_followed(tmp_path):
+    """A defect of issue 50: its field names were refused."""
+    path = tmp_path / "test.jsonl"
+    answer = "Ann sells 48/2 = <<48/2=24>>24 clips.\nShe sells 48+24 = <<48+24=72>>72.\n#### 72"
+    path.write_text(json.dumps(dict(question="Ann sold 48 clips. How many?", answer=answer)))
+    (problem,) = read_problems(TrackConfig(prompts=str(path)))
+    assert problem.prompt == "Ann sold 48 clips. How many?" and problem.answer == " 72"
+    assert problem.steps == ("Ann sells 48/2 = 24 clips.\n", "She sells 48+24 = 72.\n", "The answer is 72.")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "holds 0 prompts"),
+        ([dict(slug=f"a{i}", prompt="One.") for i in range(5)], "holds 5 prompts: expected 1 to 4"),
+        ([dict(prompt="One.", solution=["Two.", " "])], "line 1: step 2 of the solution is empty"),
+        ([dict(prompt=" ")], "the prompt is empty"),
+        ([dict(prompt="One.", other=1)], "is no prompt to follow"),
+        ([dict(prompt="One.", solution=3)], "neither a text nor a list"),
+        ([dict(prompt="One."), dict(prompt="One.")], "line 2 has the slug 'One' of an earlier line"),
+    ],
+)
+def test_prompts_that_are_refused(tmp_path, lines, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=said):
+        read_problems(TrackConfig(prompts=str(path)))
+
+
+def test_links_by_attribution_are_the_strongest_edges_between_shown_features(lm):
+    """Beside the graph of the same prompt, node by node; links join shown features alone, at most three into each."""
+    made = made_set(lm)
+    transcoders, ids_T = LayerTranscoders.of(made).check(lm), np.array(IDS)
+    shown = [one.strongest(3) for one in follow(lm, stack_of(*made), ids_T)]
+    found = attribution(lm, transcoders, ids_T, 7, shown)
+    assert found.kind == ATTRIBUTION and len(found.links) > 10
+    graph = trace(lm, transcoders, ids_T.tolist(), targets=[7])
+    nodes = graph.nodes[graph.slice_of(FEATURE)]
+    place = {
+        key: n for n, key in enumerate(zip(nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist()))
+    }
+    cells = {
+        (layer, position, feature): value
+        for layer, one in enumerate(shown)
+        for position, feature, value in zip(one.position_A.tolist(), one.feature_A.tolist(), one.value_A.tolist())
+    }
+    into = {}
+    for source, target, weight in found.links:
+        assert source in cells and target in cells and source[0] < target[0] and source[1] <= target[1]
+        assert abs(graph.adjacency_RxS[place[target], place[source]] - weight) < 1e-5
+        into.setdefault(target, []).append(abs(weight))
+    for target in cells.keys() & place.keys():  # at the first position a graph has none
+        edges = [abs(graph.adjacency_RxS[place[target], place[source]]) for source in cells.keys() & place.keys()]
+        strongest = sorted((one for one in edges if one > 0), reverse=True)[:3]
+        np.testing.assert_allclose(sorted(into.get(target, []), reverse=True), strongest, atol=1e-5)

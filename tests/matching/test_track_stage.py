@@ -1,0 +1,118 @@
+"""The stage ``track`` as a program on a tiny model, its page in a real browser, and what is refused."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+sys.path.append(str(Path(__file__).parent.parent / "attribution"))
+from browser import CHROMIUM, chromium
+
+from saejax import load_results
+from saejax.files import write_json
+from saejax.runner import command
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
+BAD = "</script><script>alert(1)</script>"
+PROMPTS = [
+    dict(slug="river", prompt="How many rivers?", solution="There are 3 rivers. Then 4 more come. So 7.", answer=" 7"),
+    dict(slug="bad", prompt=f"See {BAD} here. 我有三个苹果。还剩几个？"),
+]
+
+
+@pytest.fixture(scope="module")
+def tracked(inputs, tmp_path_factory):
+    """A workdir with a stack of both layers and two texts that were followed; and the flags of its run."""
+    folder = tmp_path_factory.mktemp("tracked")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    flags = runs.small_flags(
+        *inputs, folder / "run", train__kinds="topk", train__sites="resid_post.0,resid_post.1", train__k=4,
+        train__source="model", train__epochs=1, track__prompts=folder / "prompts.jsonl", track__dictionaries="topk",
+        track__top=4, track__step_features=2, task__train_prompts=2, task__test_prompts=2,
+    )  # fmt: skip
+    assert command.run(["baseline", "train"], "", ["test", *flags]) == 0
+    labels = folder / "run" / "atlas" / "topk" / "resid_post.1"
+    labels.mkdir(parents=True)
+    named = {str(feature): dict(label=f"all {BAD}", by="Ada", note="", f1=None) for feature in range(128)}
+    write_json(labels / "labels.json", named)
+    assert command.run(["track"], "", ["test", *flags]) == 0
+    shutil.copy(folder / "run" / "track" / "prompts" / "index.html", folder)  # other flags move the unit aside
+    return folder, flags
+
+
+def test_texts_are_followed_and_kept(tracked, capsys):
+    folder, flags = tracked
+    unit = folder / "run" / "track" / "prompts"
+    results = load_results(unit)
+    river = results.texts["river"]
+    assert list(results.texts) == ["river", "bad"] and river.sites == ("resid_post.0", "resid_post.1")
+    assert [step.name for step in river.steps] == ["prompt", "step 1", "step 2", "step 3"]
+    assert river.answer == " 7" or river.answer == "7"
+    assert river.link_kind == "geometry"
+    assert set(river.lenses) == {"logit"} and len(river.lenses["logit"].answer) == 2
+    assert all(set(step.tests) | set(step.untested) == {"resid_post.1"} for step in river.steps[1:])
+    cells = json.loads((unit / "river-cells.json").read_text())
+    assert len(cells["cells"]) == 2 and {len(row) for row in cells["cells"]} == {river.tokens}
+    assert all(len(cell) <= 8 and cell[1::2] == sorted(cell[1::2], reverse=True) for r in cells["cells"] for cell in r)
+    text = (unit / "track.txt").read_text()
+    assert "river:" in text and "  resid_post.1  " in text and "\033" not in text
+    assert command.run(["track"], "", ["test", *flags]) == 0
+    assert "done before, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(track__dictionaries=""), "--track.dictionaries is missing"),
+        (dict(track__dictionaries="/nowhere/at/all"), "/nowhere/at/all"),
+        (dict(track__dictionaries="topk/resid_post.0,topk/resid_post.0"), "are both of layer 0"),
+        (dict(track__dictionaries="topk/resid_post.7"), "resid_post.7"),
+        (dict(track__test_layers="5"), "that layer has no dictionary: expected one of [0, 1]"),
+        (dict(track__prompt="both"), "expected one of them"),
+    ],
+)
+def test_what_is_refused_in_one_line(tracked, tmp_path, capsys, changes, said):
+    _, flags = tracked
+    more = [f"--{name.replace('__', '.')}={value}" for name, value in changes.items()]
+    assert command.run(["track"], "", ["test", *flags, *more]) == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+
+
+def test_one_layer_only_and_one_sentence(tracked, tmp_path, capsys):
+    folder, flags = tracked
+    one = folder / "run" / "train" / "topk" / "resid_post.0"
+    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={one}", f"--workdir={tmp_path}"]
+    assert command.run(["track"], "", ["test", *flags, *more]) == 0
+    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
+    assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
+
+
+@needs_chromium
+@pytest.mark.parametrize(("width", "dark"), [(400, False), (1300, True)])
+def test_the_page(tracked, tmp_path, width, dark):
+    page = tracked[0] / "index.html"
+    with chromium(tmp_path / "profile") as browser:
+        browser.view(width, 900, dark=dark, phone=width == 400)
+        browser.open(page.as_uri())
+        browser.wait("document.body.dataset.ready === 'true'")
+        assert browser.js("document.documentElement.scrollWidth <= innerWidth")
+        shown = browser.js("document.body.innerText")
+        assert BAD in shown and "我有三个苹果" in shown and "geometry" in shown
+        browser.js("document.querySelector('.scroll').focus()")
+        for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
+            browser.key(key)
+        panel = "document.querySelector('.panel').innerText"
+        assert "resid_post.1, position 1" in browser.js(panel) and "logit lens" in browser.js(panel)
+        assert f"all {BAD}" in browser.js(panel)
+        browser.key("Enter")
+        browser.js("document.activeElement.click()")
+        assert "Following" in browser.js(panel)
+        assert int(browser.js("document.querySelector('canvas').dataset.marked")) >= 1
+        browser.js("document.querySelector('.panel button').focus()")
+        browser.key("Escape")
+        assert "Following" not in browser.js(panel) and browser.errors == []

@@ -1,0 +1,166 @@
+"""The stage ``transfer`` as a program: layers and sizes of a tiny model, copies, and a model of another tokenizer."""
+
+import csv
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+from tiny_models import save_tiny_llama, save_tiny_tokenizer
+
+from saejax import load_results
+from saejax.dictionaries import Dictionary, load_dictionary, save_dictionary
+from saejax.matching.assignment import STEP
+from saejax.matching.transfer.summary import FeaturePairs
+from saejax.runner import command
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+SITES = "resid_post.0,resid_post.1"
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, tmp_path_factory):
+    """A workdir with a stack of two layers and two sizes of k; the flags of its run."""
+    folder = tmp_path_factory.mktemp("transfer")
+    flags = runs.small_flags(
+        *inputs, folder, capture__sites=SITES, train__sites=SITES, train__k="4,8", train__kinds="topk",
+        train__epochs=10, task__behaviours="", transfer__dictionaries="topk", transfer__tokens=600,
+        transfer__measures="decoder,encoder,activity", transfer__batch_tokens=128,
+    )  # fmt: skip
+    assert command.run(["capture", "train", "transfer"], "", ["test", *flags]) == 0
+    return folder, flags
+
+
+def test_every_two_members_are_compared(workdir):
+    folder, _ = workdir
+    results = load_results(folder / "transfer")
+    names = [one.name for one in results.dictionaries]
+    assert len(names) == 4 and len(results.pairs) == 6 == len({(pair.first, pair.second) for pair in results.pairs})
+    for pair in results.pairs:
+        assert pair.measures.keys() == {"decoder", "encoder", "activity"} and pair.tokens > 200
+        for both in pair.measures.values():
+            for one in (both.found, both.null):
+                assert -1 <= one.matched.low <= one.matched.mean <= one.matched.high <= 1.000001
+                assert one.gap <= STEP + 1e-6
+        first, second = (load_dictionary(folder / "train" / name) for name in (pair.first, pair.second))
+        unit = [np.asarray(one.W_dec_FxD[...]) for one in (first, second)]
+        unit = [one / np.linalg.norm(one, axis=1, keepdims=True) for one in unit]
+        nearest = (unit[0] @ unit[1].T).max(1).mean()
+        assert abs(pair.measures["decoder"].found.nearest.mean - nearest) < 1e-5
+    same = [pair for pair in results.pairs if pair.first.split("/")[1][:12] == pair.second.split("/")[1][:12]]
+    assert all(pair.measures["decoder"].found.matched.low > pair.measures["decoder"].null.matched.high for pair in same)
+    assert [len(chains.dictionaries) for chains in results.chains] == [2]
+
+
+def test_the_pairs_of_features_are_written(workdir):
+    folder, _ = workdir
+    results = load_results(folder / "transfer")
+    (path,) = (folder / "transfer").glob("000-*-decoder.parquet")
+    table = FeaturePairs.load(path)
+    assert sorted(set(table.second.tolist())) == [1, 2, 3] and len(table.feature) == 3 * 128
+    own = table.second == 1
+    assert abs(table.value[own].mean() - results.pairs[0].measures["decoder"].found.matched.mean) < 1e-5
+    shared = (table.value[own] >= 0.7).mean()
+    assert abs(shared - results.pairs[0].measures["decoder"].found.shared.mean) < 1e-9
+    rows = list(csv.DictReader((folder / "transfer" / "pairs.csv").open()))
+    assert len(rows) == 18 and {row["measure"] for row in rows} == {"decoder", "encoder", "activity"}
+
+
+def test_copies_are_found_wholly_and_what_was_done_is_kept(workdir, tmp_path, capsys):
+    """A permuted copy shares all; a finished part is not compared again."""
+    folder, flags = workdir
+    name = load_results(folder / "transfer").dictionaries[0].name
+    own = load_dictionary(folder / "train" / name)
+    order = np.random.default_rng(0).permutation(own.config.n_features)
+    arrays = {
+        k: np.asarray(v)[..., order] if k in ("W_enc_DxF", "b_enc_F") else np.asarray(v) for k, v in own.arrays.items()
+    }
+    arrays["W_dec_FxD"] = np.asarray(own.W_dec_FxD[...])[order]
+    copy = Dictionary(own.config, own.matmul_dtype, **{k: jnp.asarray(v) for k, v in arrays.items()})
+    save_dictionary(tmp_path / "copy", copy)
+    flags = [
+        *flags,
+        f"--workdir={tmp_path / 'work'}",
+        f"--transfer.dictionaries={folder / 'train' / name},{tmp_path / 'copy'}",
+        "--transfer.reconstruction=true",
+        "--transfer.ce_documents=2",
+    ]
+    assert command.run(["transfer"], "", ["test", *flags]) == 0
+    results = load_results(tmp_path / "work" / "transfer")
+    (pair,) = results.pairs
+    for measure in ("decoder", "encoder"):
+        found, null = pair.measures[measure].found, pair.measures[measure].null
+        assert found.matched.mean > 0.9999 and found.shared.mean == found.close.mean == found.mutual == 1
+        assert null.shared.mean < 0.2 and null.matched.mean < 0.7
+    assert pair.agreeing == 1
+    activity = pair.measures["activity"]
+    assert activity.found.shared.mean > 0.9 > activity.null.shared.mean + 0.1 and activity.ceiling > 0.9
+    assert activity.compared[0] + activity.left_out[0] == own.config.n_features and activity.compared[0] > 5
+    for onto in (pair.onto_second, pair.onto_first):
+        for name in ("explained_variance", "l0", "ce_recovered"):
+            assert getattr(onto.direct, name) == pytest.approx(getattr(onto.own, name), abs=1e-4)
+        assert onto.own.explained_variance > onto.direct_null.explained_variance + 0.2
+        assert onto.affine.explained_variance > onto.affine_null.explained_variance + 0.2
+        assert onto.into.rows == onto.back.rows > 100 and onto.into.r2 > 0.99
+    assert results.shares[0].everywhere.mean == 1 and results.shares[0].nowhere.mean == 0
+    (tmp_path / "work" / "transfer" / "done.json").unlink()
+    capsys.readouterr()
+    assert command.run(["transfer"], "", ["test", *flags]) == 0
+    assert "kept from an earlier run" in capsys.readouterr().out
+    assert load_results(tmp_path / "work" / "transfer") == results
+
+
+def test_a_model_with_another_tokenizer(workdir, inputs, tmp_path):
+    folder, flags = workdir
+    save_tiny_llama(tmp_path / "model", max_position_embeddings=512)
+    save_tiny_tokenizer(tmp_path / "model", 384)
+    other = runs.small_flags(
+        tmp_path / "model", inputs[1], tmp_path / "other", train__k=8, train__kinds="topk", task__behaviours="",
+        train__epochs=1,
+    )  # fmt: skip
+    assert command.run(["capture", "train"], "", ["test", *other]) == 0
+    names = f"{load_results(folder / 'transfer').dictionaries[0].name},{tmp_path / 'other' / 'train' / 'topk'}"
+    runs.copy_units(folder, tmp_path / "work", "train", "capture")
+    flags = [
+        *flags,
+        f"--workdir={tmp_path / 'work'}",
+        f"--transfer.dictionaries={names}",
+        "--transfer.reconstruction=true",
+    ]
+    assert command.run(["transfer"], "", ["test", *flags]) == 0
+    (pair,) = load_results(tmp_path / "work" / "transfer").pairs
+    assert pair.measures.keys() == {"activity"} and 100 < pair.tokens < 600
+    assert pair.onto_second.direct is None and pair.onto_second.affine.explained_variance < 1
+    assert pair.measures["activity"].rate_matched is not None
+
+
+def test_bad_input(workdir, tmp_path, capsys):
+    folder, flags = workdir
+    first = load_results(folder / "transfer").dictionaries[0].name
+    short = tmp_path / "short.txt"
+    short.write_text("One text.\n\nAnother one.\n\nA third.")
+    broken = load_dictionary(folder / "train" / first)
+    arrays = broken.arrays | dict(W_dec_FxD=broken.W_dec_FxD[...].at[3].set(jnp.nan))
+    save_dictionary(tmp_path / "nan", Dictionary(broken.config, broken.matmul_dtype, **arrays))
+    narrow = dataclasses.replace(broken.config, d_in=8, fingerprint="")
+    save_dictionary(tmp_path / "narrow", Dictionary.initial(narrow, jax.random.key(0)))
+    copies = ",".join(str(folder / "train" / one.name) for one in load_results(folder / "transfer").dictionaries[:2])
+    cases = {
+        "name two at least": [f"--transfer.dictionaries={first}"],
+        "names topk/": [f"--transfer.dictionaries=topk,{first}"],
+        "there is no member": ["--transfer.dictionaries=topk/none,topk"],
+        "NaN or infinity": [f"--transfer.dictionaries={first},{tmp_path / 'nan'}"],
+        "add activity to": [f"--transfer.dictionaries={first},{tmp_path / 'narrow'}", "--transfer.measures=decoder"],
+        "share": [f"--transfer.dictionaries={copies}", f"--corpus.path={short}", "--corpus.held_out=0.5"],
+        "does not exist": [f"--transfer.ablations={tmp_path / 'none'}"],
+        "expected one of decoder": ["--transfer.measures=colour"],
+    }
+    for told, changed in cases.items():
+        work = tmp_path / "work"
+        if not work.exists():
+            runs.copy_run(folder, work)
+        status = command.run(["transfer"], "", ["test", *flags, f"--workdir={work}", *changed])
+        error = capsys.readouterr().err
+        assert status == 2 and told in error and len(error.strip().splitlines()) == 1, (told, error)

@@ -1,0 +1,154 @@
+"""The graphs of a folder, and what readers save: nothing outside it is reached, nothing of a unit is changed."""
+
+import json
+import os
+
+import pytest
+from made_up_documents import made_up_document
+
+from saejax.attribution.forms.graph_folder import INDEX, write_graph
+from saejax.attribution.groups.supernodes import read_groups
+from saejax.errors import UserError
+from saejax.interpret.labels import read_labels
+from saejax.serving.pages import list_page
+from saejax.serving.store import GraphStore
+from saejax.settings import GraphConfig
+
+SET = ["runs/other set"]
+
+
+def made(slug, seed=0):
+    document = made_up_document(features=12, edges=30, layers=4, seed=seed, errors=3, outputs=2)
+    document["metadata"]["slug"] = slug
+    return document
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A workdir with two graphs, one that was replaced, and one beside it that it must not show."""
+    root = tmp_path / "run"
+    for mark, graphs in (("m0", [made("old")]), ("m1", [made("water"), made("war", 1)])):
+        for graph in graphs:
+            write_graph(root / "attribute" / f"p-{mark}" / "graphs", graph)
+        for file in ("started.json", "done.json"):
+            (root / "attribute" / f"p-{mark}" / file).write_text("{}")
+    os.symlink("p-m1", root / "attribute" / "p")
+    write_graph(tmp_path / "beside", made("secret"))
+    return root
+
+
+def test_graphs_are_found_by_their_lists(root):
+    store = GraphStore(root)
+    assert set(store.graphs()) == {"attribute/p/graphs/water", "attribute/p/graphs/war"}
+    graph = store.find("attribute/p/graphs/war")
+    assert graph.unit == root / "attribute" / "p" and graph.entry["slug"] == "war"
+    assert store.document(graph)["metadata"]["slug"] == "war"
+
+
+def test_nothing_outside_the_folder_is_reached(root):
+    folder = root / "attribute" / "p" / "graphs"
+    listed = json.loads((folder / INDEX).read_text())
+    listed["graphs"] += [dict(slug="../../../../beside/secret"), dict(slug="linked"), dict(slug=str(root.parent / "x"))]
+    (folder / INDEX).write_text(json.dumps(listed))
+    os.symlink(root.parent / "beside" / "secret.json", folder / "linked.json")
+    store = GraphStore(root)
+    assert set(store.graphs()) == {"attribute/p/graphs/water", "attribute/p/graphs/war"}
+    for name in (
+        "../beside/secret",
+        "attribute/p/graphs/../graphs/war",
+        "attribute/p/graphs/linked",
+        "/etc/passwd",
+        "",
+    ):
+        with pytest.raises(UserError, match="there is no graph"):
+            store.find(name)
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"graphs": [3]}', '{"graphs": {"slug": "a"}}'])
+def test_a_damaged_list_hides_no_other(root, damaged):
+    (root / "broken").mkdir()
+    (root / "broken" / INDEX).write_text(damaged)
+    store = GraphStore(root)
+    assert len(store.graphs()) == 2 and list(store.problems) == [f"broken/{INDEX}"]
+
+
+def test_a_damaged_graph_or_unit_is_one_line_and_hides_no_other(root, tmp_path):
+    path = root / "attribute" / "p" / "graphs" / "war.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    store = GraphStore(root)
+    assert list(store.graphs()) == ["attribute/p/graphs/water"]
+    (problem,) = store.problems.items()
+    assert problem == ("attribute/p/graphs/war.json", "is damaged: it does not end as JSON does")
+    # The unit's results are those of an older version.
+    (root / "attribute" / "p" / "water.json").write_text('{"prompt": "x"}')
+    page = list_page(store, list(store.graphs().values()), GraphConfig(), "", "")
+    assert '"problems":["attribute/p/graphs/war.json: is damaged' in page and "attribute/p/graphs/water: " in page
+
+
+def test_another_graph_under_the_same_slug_has_another_fingerprint(root):
+    store = GraphStore(root)
+    first = store.find("attribute/p/graphs/war").fingerprint
+    write_graph(root / "attribute" / "p" / "graphs", made("war", 3), replace=True)
+    assert store.find("attribute/p/graphs/war").fingerprint != first
+
+
+def test_a_folder_of_files_without_a_list(tmp_path):
+    (tmp_path / "mine.v2.json").write_text(json.dumps(made("mine")))
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    (tmp_path / "cut.json").write_text(json.dumps(made("cut"))[:900])
+    store = GraphStore(tmp_path)
+    assert list(store.graphs()) == ["mine.v2"] and store.find("mine.v2").unit is None
+    assert store.problems == {"cut.json": "is not JSON, or is cut off"}
+    (tmp_path / "mine.v2.json").write_text(json.dumps(made("changed", 2)))
+    os.utime(tmp_path / "mine.v2.json", (1, 1))
+    assert store.document(store.find("mine.v2"))["metadata"]["slug"] == "changed"
+    assert not GraphStore(tmp_path / "nothing").graphs()
+
+
+def test_groups_are_saved_for_the_stage_and_shown(root):
+    store = GraphStore(root)
+    graph = store.find("attribute/p/graphs/war")
+    before, ids = graph.path.read_bytes(), [node["node_id"] for node in store.document(graph)["nodes"]]
+    groups = [["<script>alert(1)</script>", *ids[:2]], ["pair", ids[3]]]
+    path = store.save_groups(graph, groups)
+    assert GraphStore(root).document(graph)["qParams"]["supernodes"] == groups
+    assert read_groups(GraphConfig(supernodes=str(path)), ["war"]) == {"war": groups}
+    assert graph.path.read_bytes() == before  # units are as they were, or they would be made again
+    assert store.document(store.find("attribute/p/graphs/water"))["qParams"]["supernodes"] == []
+    for wrong in ([["a", "nobody"]], [["a"]], [["a", ids[0]], ["b", ids[0]]]):
+        with pytest.raises(UserError, match="no groups"):
+            store.save_groups(graph, wrong)
+    store.save_groups(graph, [])
+    assert GraphStore(root).document(graph)["qParams"]["supernodes"] == []
+
+
+def test_labels_are_saved_for_the_atlas_and_shown(root):
+    store = GraphStore(root)
+    graph = store.find("attribute/p/graphs/war")
+    path = store.save_label(SET, 3, 17, '=cmd|"<b>", "line\n2"')
+    store.save_label(SET, 2, 17, "other layer")
+    store.save_label(SET, 3, 17, "cities, towns")
+    store.save_label(SET, 3, 18, "gone")
+    store.save_label(SET, 3, 18, "")
+    assert store.labels(graph, SET) == {(3, 17): "cities, towns", (2, 17): "other layer"}
+    assert {feature: one.label for feature, one in read_labels(path, "layer 3", 20, several=True).items()} == {
+        17: "cities, towns"
+    }
+    assert store.labels(graph, ["another set"]) == {}
+
+
+def test_labels_of_ones_own_keep_their_lines_and_columns(root, tmp_path):
+    own = tmp_path / "own.csv"
+    own.write_text('feature,label,note,reviewer,seen\n17,"old, one",a note,me,yes\n5,keep,,you,no\n')
+    store = GraphStore(root, own)
+    graph = store.find("attribute/p/graphs/war")
+    assert store.labels(graph, SET)[3, 5] == "keep"
+    assert store.save_label(SET, 3, 17, "new") == own
+    assert own.read_text() == (
+        "feature,label,note,reviewer,dictionary,seen\n5,keep,,you,,no\n17,new,a note,by hand,layer 3,yes\n"
+    )
+    own.write_text("feature;label\n17;x\n")
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="--labels=.* has no column"):
+        store.save_label(SET, 3, 17, "new")
+    assert own.read_bytes() == before

@@ -1,0 +1,149 @@
+"""Crosscoders by the binaries: two layers of a model, and two models; killed and resumed; bad input."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+import saejax
+from saejax.activations.store import Store
+from saejax.errors import UserError
+from saejax.results import load_results
+from saejax.runner import command
+from saejax.runner.registry import STAGES
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+LAYERS, MODELS = "resid_post.0+resid_post.1", "resid_post.1+other:resid_post.1"
+CHANGES = dict(
+    capture__backend="jax",
+    capture__sites="resid_post.0,resid_post.1,other:resid_post.1",
+    train__sites=f"{LAYERS},{MODELS}",
+    train__kinds="batchtopk",
+    train__epochs=2,
+    task__behaviours="agreement,capital",
+    task__train_prompts=8,
+    task__test_prompts=8,
+)
+
+
+@pytest.fixture(scope="module")
+def other(inputs, tmp_path_factory):
+    """The second model: random too, but near the first."""
+    return runs.save_model(tmp_path_factory.mktemp("other") / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return runs.save_corpus(tmp_path_factory.mktemp("text") / "corpus.jsonl.gz", documents=90)
+
+
+def go(stages, inputs, corpus, workdir, **changes):
+    flags = runs.small_flags(inputs[0], corpus, workdir, **CHANGES | changes)
+    return command.run(stages, "", ["program", *flags])
+
+
+@pytest.fixture(scope="module")
+def workdir(inputs, corpus, other, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("crosscoder") / "run"
+    stages = ["baseline", "capture", "train", "evaluate"]
+    assert go(stages, inputs, corpus, workdir, model__other=other) == 0
+    return workdir
+
+
+def test_the_pipeline_goes_on_to_its_report(workdir, inputs, corpus, other):
+    """Preflight knows joined sites, and nothing is ablated where all that is trained are crosscoders."""
+    assert go(list(STAGES), inputs, corpus, workdir, model__other=other) == 0
+    (page,) = (workdir / "report").glob("*.md")
+    assert "The parts of crosscoders" in page.read_text()
+    assert (workdir / "preflight" / "done.json").exists() and not (workdir / "ablate").exists()
+
+
+def test_scores_by_part(workdir, inputs, other):
+    scores = {one.site: one for one in load_results(workdir / "evaluate" / "batchtopk").members}
+    for site in (LAYERS, MODELS):
+        assert list(scores[site].parts) == site.split("+")
+        for part in scores[site].parts.values():
+            assert sum(part.relative_norms) >= part.private + scores[site].shared
+            assert part.explained_variance > 0 and abs(part.kl.clean) < 1e-6 < part.kl.reconstructed
+    parts = scores[MODELS].parts
+    assert parts["resid_post.1"].ce.clean != parts["other:resid_post.1"].ce.clean
+    assert scores[MODELS].ce == parts["resid_post.1"].ce  # the first model has that part alone
+    # Whatever is read after the last layer is its own part alone.
+    np.testing.assert_allclose(scores[LAYERS].ce.reconstructed, scores[LAYERS].parts["resid_post.1"].ce.reconstructed)
+    # Explained variance again, from the store and the files, part by part in fp64.
+    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / MODELS)
+    store = Store.open(workdir / "capture")
+    rows = store.rows("held_out", *MODELS.split("+"))
+    x = [np.float64(store.read(part, rows)) for part in MODELS.split("+")]
+    joined = np.concatenate([part * scale for part, scale in zip(x, sae.config.scales, strict=True)], axis=1)
+    made = np.split(np.float64(sae(joined.astype(np.float32))), 2, axis=1)
+    for part, own, scale, name in zip(x, made, sae.config.scales, parts, strict=True):
+        left = np.square(part - own / scale).sum() / np.square(part - part.mean(0)).sum()
+        assert parts[name].explained_variance == pytest.approx(1 - left, abs=1e-4)
+
+
+def test_killed_it_ends_with_the_same_bits(workdir, inputs, corpus, other, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "run"
+    runs.copy_units(workdir, broken, "baseline", "capture")
+    asked = itertools.count()
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: next(asked) >= 7)
+    assert go(["train"], inputs, corpus, broken, model__other=other) == 143
+    monkeypatch.setattr(command, "install_signal_handlers", lambda: lambda: False)
+    assert go(["train"], inputs, corpus, broken, model__other=other) == 0
+    assert "resuming batchtopk at step" in capsys.readouterr().out
+    assert runs.dictionary_checksums(broken) == runs.dictionary_checksums(workdir) != {}
+
+
+def test_straight_from_the_models_it_is_the_same_rows(inputs, corpus, other, tmp_path):
+    changes = dict(model__other=other, train__source="model", train__buffer_rows=300, train__sites=MODELS)
+    assert go(["train"], inputs, corpus, tmp_path / "run", **changes) == 0
+    trained = json.loads((tmp_path / "run/train/batchtopk/done.json").read_text())["results"]["members"]
+    assert trained[0]["site"] == MODELS and trained[0]["final"]["explained_variance"] > 0
+
+
+def test_bad_input_is_one_line(workdir, inputs, corpus, other, tmp_path, capsys):
+    def fails(stages, told, folder=tmp_path / "bad", **changes):
+        assert go(stages, inputs, corpus, folder, **changes) == 2
+        error = capsys.readouterr().err
+        assert told in error and "Traceback" not in error, error
+
+    from tiny_models import save_tiny_llama, save_tiny_tokenizer
+
+    odd = tmp_path / "odd"
+    save_tiny_llama(odd, num_hidden_layers=2)
+    save_tiny_tokenizer(odd, 384)
+    fails(["capture"], "do not share a tokenizer", model__other=odd)
+    fails(["capture"], "is of a second model: name that by --model.other")
+    fails(["capture"], "all sites are of the second model", model__other=other, capture__sites="other:resid_post.0")
+    fails(
+        ["capture"], "there is no site resid_post.9", model__other=other, capture__sites="mlp_in.0,other:resid_post.9"
+    )
+    runs.copy_run(workdir, tmp_path / "there")
+    there = dict(folder=tmp_path / "there", model__other=other)
+    fails(["train"], "has an empty part, or one twice", train__sites="resid_post.1+resid_post.1", **there)
+    fails(["train"], "has an empty part", train__sites="resid_post.1+", **there)
+    fails(["train"], "resid_post.7", train__sites="resid_post.1+resid_post.7", **there)
+    fails(["train"], "a transcoder reads mlp_in.L", train__form="transcoder", **there)
+
+
+def test_a_crosscoder_is_read_back_and_edits_nothing_by_itself(workdir):
+    sae = saejax.load_dictionary(workdir / "train" / "batchtopk" / LAYERS)
+    assert sae.config.site == LAYERS
+    with pytest.raises(UserError, match="crosscoder"):
+        sae.ablate([1])
+    from saejax.dictionaries.joined import is_not_sink, join, unjoin
+
+    values = {name: np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32) for name in LAYERS.split("+")}
+    x = join(sae.config, values)
+    for name, value in unjoin(sae.config, x).items():
+        np.testing.assert_allclose(value, values[name], rtol=1e-5)
+    values[LAYERS.split("+")[1]][1, 2] *= 1e6
+    assert np.asarray(is_not_sink(sae.config, join(sae.config, values))).tolist() == [[True] * 3, [True, True, False]]
+    with pytest.raises(UserError, match="needs the values at resid_post.1"):
+        join(sae.config, {"resid_post.0": values["resid_post.0"]})
+    with pytest.raises(UserError, match="wide"):
+        join(sae.config, {name: value[..., :5] for name, value in values.items()})
+    assert jax.numpy.isfinite(sae(x)).all()
