@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from saejax.causal.results import ControlMatch
 from saejax.errors import UserError
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics
 
 ADVICE = "lower --ablate.top or --ablate.matches, raise --task.test_prompts"
 

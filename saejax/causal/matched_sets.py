@@ -7,7 +7,7 @@ import numpy as np
 
 from saejax.causal import controls
 from saejax.causal.results import ControlMatch
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics
 
 SPARE = 4  # sets drawn for each that is kept: those that change the site most nearly as much as the tested one
 

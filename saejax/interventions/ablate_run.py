@@ -7,31 +7,20 @@ which the verdict is a pure function.
 
 import dataclasses
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jax.sharding import Mesh
-
-from saejax.costs.plan import PlannedRun
-from saejax.costs.programs import Program
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.errors import UserError
 from saejax.interventions import positions
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
     describe_top,
-    expected_rows,
     measure_behaviour,
     measure_text,
     verdict_config,
 )
 from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
-from saejax.interventions.engine import FEATURES
 from saejax.interventions.importance import Importance, measure_importance
-from saejax.interventions.programs import SplitShapes
-from saejax.interventions.rows import filled_features
-from saejax.interventions.slopes import TARGETS
-from saejax.interventions.split_model import PROMPTS
 from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
@@ -40,10 +29,6 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import BASES, AblateConfig, CorpusConfig, TaskConfig
 from saejax.tasks import run_inputs
-from saejax.tasks.behaviours import Prompt
-from saejax.tasks.planned import count_all_behaviours
-
-_FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +75,7 @@ def run_ablate(run: Run) -> AblateResults:
                 save_effects(text_folder, table)
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            folder = parts.partial_folder(run, name)
-            table, ablation = measure_behaviour(
-                lm, dictionary, name, prompts, config, text, repeats, on_progress, folder
-            )
+            table, ablation = measure_behaviour(lm, dictionary, name, prompts, config, text, repeats, on_progress)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():
                 save_effects(_effects_folder(run, name), table)
@@ -145,32 +127,3 @@ def summarise(answers: CausalVerdict, behaviour: str) -> str:
 
 def _effects_folder(run: Run, behaviour: str) -> Path:
     return parts.part_file(run, behaviour, "-effects")
-
-
-def _gathered(plan: PlannedRun) -> int:
-    """Return the number of features whose activations are kept at once, with padding."""
-    return filled_features(min(plan.dictionary("ablate").n_features, max(FEATURES, plan.configs[AblateConfig].top)))
-
-
-def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """Return the programs of the stage: clean runs, attribution, changes of features, and the layers above the site."""
-    if not plan.configs[TaskConfig].has_behaviours:
-        return []
-    shapes, ablate, gathered = SplitShapes(plan, mesh, "ablate"), plan.configs[AblateConfig], _gathered(plan)
-    task, behaviours = plan.configs[TaskConfig], count_all_behaviours(plan.configs[TaskConfig])
-    trainings = 1 + ablate.untrained + len(ablate.repeats)
-    prompts = [Prompt("", "test", "", "", "")] * task.test_prompts
-    named: Mapping[str, Sequence[Prompt]] = {str(number): prompts for number in range(behaviours)}
-    rows = _FIRING * behaviours * expected_rows(ablate, named, "0", plan.dictionary("ablate").n_features)
-    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
-    targets = trainings * ranked * ablate.placebo_targets / TARGETS
-    calls = dict(head=2 * ranked, slopes=ranked * (trainings + len(ablate.baselines)), tail=rows / ablate.batch_rows)
-    placebos = [(shapes.placebos(ablate.replacement), targets)] if ablate.placebo_targets else []
-    programs = [
-        (shapes.head(error=ablate.error), calls["head"]),
-        (shapes.slopes("gradient", ablate.replacement), calls["slopes"]),
-        *placebos,
-        (shapes.features(ablate.replacement, gathered), calls["slopes"]),
-        (shapes.tail(gathered, ablate.batch_rows), calls["tail"]),
-    ]
-    return [dataclasses.replace(program, runs=runs) for program, runs in programs]

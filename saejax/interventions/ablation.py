@@ -16,9 +16,7 @@ simpler basis as many directions, by the same attribution, as reach T's dose, ab
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +24,10 @@ import numpy as np
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
+from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
 from saejax.interventions.edits import mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
-from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
 from saejax.interventions.split_model import SplitModel
@@ -151,7 +149,6 @@ class BehaviourAblation:
       prompts: prompts of both splits.
       config: settings of the ablation.
       progress: progress of the behaviour.
-      folder: where measurements are kept, so that a killed run does not repeat them; None: nowhere.
       features: T, if it is not chosen by attribution.
 
     Raises:
@@ -164,7 +161,6 @@ class BehaviourAblation:
     prompts: Sequence[Prompt]
     config: AblateConfig
     progress: RowProgress
-    folder: Path | None = None
     features: Sequence[int] | None = None
 
     def __post_init__(self):
@@ -207,9 +203,9 @@ class BehaviourAblation:
         self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
     ) -> LogitDiffs:
         """Run edits on the test prompts, or on others."""
-        runs, counterparts, folder = self.runs, self.counterparts, self.folder
+        runs, counterparts = self.runs, self.counterparts
         if prompts is not None:
-            runs, folder = self.split.run(prompts), None
+            runs = self.split.run(prompts)
             counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
         count = len(edits) * sum(len(run.index_P) for run in runs)
         return run_edits(
@@ -220,7 +216,6 @@ class BehaviourAblation:
             self.progress.of_call(count),
             counterparts=counterparts,
             readouts=readouts,
-            folder=folder,
         )
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -314,7 +309,6 @@ def measure_behaviour(
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = lambda done, total: None,
-    folder: Path | None = None,
     features: Sequence[int] | None = None,
 ) -> tuple[EffectsTable, BehaviourAblation]:
     """Measure what the verdict on a behaviour needs.
@@ -328,7 +322,6 @@ def measure_behaviour(
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.
-      folder: where measurements are kept until all are done; None: nowhere.
       features: T of the tested dictionary, if it is not chosen by attribution.
 
     Returns:
@@ -339,18 +332,17 @@ def measure_behaviour(
     """
     progress = RowProgress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
 
-    def ablation(basis: Dictionary, name: str) -> BehaviourAblation:
-        partial = folder / re.sub(r"\W+", "-", name) if folder else None
-        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, partial)
+    def ablation(basis: Dictionary) -> BehaviourAblation:
+        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress)
 
-    tested = ablation(dictionary, TESTED)
+    tested = ablation(dictionary)
     tested.features = features
     return measure_all(tested, ablation, prompts, text, repeats), tested
 
 
 def measure_all(
     tested: "BehaviourAblation",
-    ablation: Callable[[Dictionary, str], "BehaviourAblation"],
+    ablation: Callable[[Dictionary], "BehaviourAblation"],
     prompts: Mapping[str, Sequence[Prompt]],
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
@@ -359,7 +351,7 @@ def measure_all(
 
     Args:
       tested: the tested dictionary on the behaviour.
-      ablation: puts another basis, by its name, on the behaviour.
+      ablation: puts another basis on the behaviour.
       prompts: prompts of the other behaviours; T is ablated there, too.
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
@@ -373,7 +365,7 @@ def measure_all(
     baselines = config.baselines if keeps_error else ()
     untrained = None
     if keeps_error and (config.untrained or "untrained" in baselines):
-        untrained = ablation(_untrained(tested, dictionary), UNTRAINED)
+        untrained = ablation(_untrained(tested, dictionary))
         if config.untrained:
             _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
     for name in baselines:
@@ -383,7 +375,7 @@ def measure_all(
     for name, other in (repeats or {}).items():
         if not keeps_error:
             raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-        _measure_dictionary(ablation(other, name), name, prompts, text, rows)
+        _measure_dictionary(ablation(other), name, prompts, text, rows)
     return rows.table()
 
 
@@ -545,12 +537,12 @@ def _basis(
     name: str,
     tested: BehaviourAblation,
     dictionary: Dictionary,
-    ablation: Callable[[Dictionary, str], BehaviourAblation],
+    ablation: Callable[[Dictionary], BehaviourAblation],
 ) -> BehaviourAblation | None:
     """Return a basis on the behaviour; None where it cannot be had."""
     basis: Dictionary | None
     if name not in BASES:
-        return ablation(load_dictionary(name), BASIS + name)
+        return ablation(load_dictionary(name))
     if name == "neurons":
         if isinstance(tested.lm.config, TorchConfig):  # which has no table of its weights
             return None
@@ -558,7 +550,7 @@ def _basis(
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
         if tested.lm.config.post_norms or site.kind == "mlp_in":
             return None
-        return ablation(bases.Neurons(tested.lm, site.layer), BASIS + name)
+        return ablation(bases.Neurons(tested.lm, site.layer))
     values_NxD = tested.site_values()
     if not len(values_NxD):
         return None
@@ -567,7 +559,7 @@ def _basis(
     else:
         means_GxD = tested.answer_means()
         basis = bases.difference_of_means(dictionary, means_GxD, values_NxD) if len(means_GxD) > 1 else None
-    return ablation(basis, BASIS + name) if basis is not None else None
+    return ablation(basis) if basis is not None else None
 
 
 def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:

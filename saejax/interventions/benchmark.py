@@ -11,7 +11,6 @@ every item another item's reference of equal length (``placebo_references``). Be
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -19,12 +18,12 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablation import BehaviourAblation, RowProgress, TableRows, expected_rows, measure_all
+from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.engine import OnProgress
-from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.references import Reference, References, placebo_references
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.table import TESTED, EditDefinition, EffectsTable, PromptDefinition
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 from saejax.models.language_model import Edit, LanguageModel
 from saejax.settings import AblateConfig, StudyConfig, TaskConfig
 from saejax.tasks import benchmark_scores
@@ -129,7 +128,7 @@ class BenchmarkAblation(BehaviourAblation):
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the log-likelihood of the reference answers, clean [1, P] and under each edit [E, P]."""
         on_progress = self.progress.of_call(len(edits) * len(self.test))
-        clean_P, edited_ExP = self.test_references.log_likelihoods(self.edits(edits), self.folder, on_progress)
+        clean_P, edited_ExP = self.test_references.log_likelihoods(self.edits(edits), on_progress)
         return dict(answer_log_prob=(clean_P[None], edited_ExP))
 
     def definitions(self) -> list[PromptDefinition]:
@@ -199,7 +198,6 @@ def measure_benchmark(
     config: StudyConfig,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = lambda done, total: None,
-    folder: Path | None = None,
 ) -> tuple[EffectsTable, BenchmarkAblation]:
     """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
 
@@ -209,7 +207,6 @@ def measure_benchmark(
       config: settings of the study.
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.
-      folder: where measurements are kept until all are done; None: nowhere.
 
     Returns:
       The table, and the tested dictionary's ablation for further measurements.
@@ -223,7 +220,7 @@ def measure_benchmark(
         on_progress, expected_rows(settings, cast(Mapping, known), items.name, dictionary.config.n_features)
     )
 
-    def ablation(basis: Dictionary, name: str) -> BenchmarkAblation:
+    def ablation(basis: Dictionary) -> BenchmarkAblation:
         return BenchmarkAblation(
             items.lm,
             basis,
@@ -231,12 +228,11 @@ def measure_benchmark(
             [],
             settings,
             progress,
-            folder / "".join(c if c.isalnum() else "-" for c in name) if folder else None,
             items=items,
             batch_tokens=config.batch_tokens,
         )
 
-    tested = ablation(dictionary, TESTED)
+    tested = ablation(dictionary)
     return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
 
 

@@ -21,7 +21,6 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -32,7 +31,6 @@ from saejax.interventions.edits import FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
 from saejax.interventions.references import Reference, References
 from saejax.interventions.replacement import ZERO, ActivationReplacement
-from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel
@@ -159,7 +157,6 @@ def ablate_sets(
     source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
-    folder: Path | None = None,
 ) -> LogitDiffs:
     """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
 
@@ -173,11 +170,10 @@ def ablate_sets(
       source: what replaces ablated activations.
       counterparts: as for ``run_edits``.
       readouts: as for ``run_edits``.
-      folder: as for ``run_edits``.
     """
     members = tuple(np.asarray(s, np.int64) for s in sets)
     edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
-    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts, folder)
+    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts)
 
 
 def run_edits(
@@ -189,7 +185,6 @@ def run_edits(
     plain: bool = False,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
-    folder: Path | None = None,
 ) -> LogitDiffs:
     """Run S edits on prompts whose clean run is given.
 
@@ -202,7 +197,6 @@ def run_edits(
       plain: run every row on all its tokens, sharing none: a check of what is left out otherwise.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
-      folder: where finished batches are kept, so that the same call goes on there after it was killed; None: nowhere.
 
     Returns:
       The logit differences and, if asked for, the other readouts.
@@ -217,12 +211,10 @@ def run_edits(
     plans = [RowPlan.of(split, prompts, amounts, batch_rows, plain) for prompts in edited]
     batches = [(plan.edited.run.index_P, batch) for plan in plans for batch in plan.batches]
     names = READOUTS if readouts else READOUTS[:1]
-    shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
-    chunks = Chunks(folder, shapes, _decisive(plans, amounts))
-    _measure(split, plans, amounts, readouts, chunks, on_progress)
+    measured = _measure(split, plans, amounts, readouts, on_progress)
     count, prompts = len(edits), sum(len(run.index_P) for run in runs)
     values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
-    for (index_Q, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
+    for (index_Q, batch), values_SxRxM in zip(batches, measured, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
     rows = sum(int((shard.set_N != count).sum()) for _, batch in batches for shard in batch.shards)
@@ -315,58 +307,39 @@ class RowPlan(NamedTuple):
         return cls(edited, prompts, batches_of(first_SxP, prompts, amounts, batch_rows * length, FEATURES, shards))
 
 
-def _decisive(plans: Sequence[RowPlan], amounts: Amounts) -> Iterator[np.ndarray]:
-    """Yield what determines each batch's values besides the model, the dictionary, the prompts and the replacement."""
-    yield from (*amounts.sets, *amounts.fractions, *(amounts.addends or ()))
-    for plan in plans:
-        for batch in plan.batches:
-            yield np.array([batch.size, batch.length, batch.tokens])
-            for shard in batch.shards:
-                yield from (shard.set_N, shard.place_N, shard.first_N)
-
-
 def _measure(
-    split: SplitModel,
-    plans: Sequence[RowPlan],
-    amounts: Amounts,
-    readouts: bool,
-    chunks: Chunks,
-    on_progress: OnProgress,
-) -> None:
-    """Run the batches that ``chunks`` lacks."""
-    before = len(chunks.values)
-    left = [batch for plan in plans for batch in plan.batches][before:]
-    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
+    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, on_progress: OnProgress
+) -> list[np.ndarray]:
+    """Run all batches; return the readouts of each, float32 ``[S, R, M]``."""
+    batches = [batch for plan in plans for batch in plan.batches]
+    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
     on_progress(0, total)
-    with chunks:
-        started = prefetch(_dispatched(split, plans, amounts, readouts, before))
-        for batch, device_SxRxM in zip(left, started, strict=True):
-            values_SxRxM = np.asarray(device_SxRxM)
-            real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
-            if not np.isfinite(values_SxRxM[real_SxR]).all():
-                raise UserError(
-                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
-                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-                )
-            chunks.add(values_SxRxM)
-            done += batch.tokens * len(batch.shards)
-            on_progress(done, total)
+    values = []
+    for batch, device_SxRxM in zip(batches, prefetch(_dispatched(split, plans, amounts, readouts)), strict=True):
+        values_SxRxM = np.asarray(device_SxRxM)
+        real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
+        if not np.isfinite(values_SxRxM[real_SxR]).all():
+            raise UserError(
+                f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
+                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+            )
+        values.append(values_SxRxM)
+        done += batch.tokens * len(batch.shards)
+        on_progress(done, total)
+    return values
 
 
-def _dispatched(
-    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, before: int
-) -> Iterator[jax.Array]:
-    """Start the program on all batches but the first ``before``; yield the readouts of each."""
+def _dispatched(split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool) -> Iterator[jax.Array]:
+    """Start the program on every batch; yield the readouts of each."""
     for edited, prompts, batches in plans:
-        left, before = batches[before:], max(before - len(batches), 0)
-        if not left:
+        if not batches:
             continue
         run = edited.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
         editable_BxT = None if amounts.addends is None else run.domain_BxT
         clean, features_K = None, None
-        for batch in left:
+        for batch in batches:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 fall_BxTxK, W_dec_KxD = gather(

@@ -16,7 +16,6 @@ the layers below the site are run once more for each call, not kept.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,10 +25,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
-from saejax.interventions.activity import fires_and_sizes, total
+from saejax.interventions.activity import FeatureStatistics, fires_and_sizes
 from saejax.interventions.edits import FeatureEdits
-from saejax.interventions.feature_statistics import FeatureStatistics
-from saejax.interventions.resume import Chunks
 from saejax.interventions.rows import Amounts
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
@@ -132,7 +129,7 @@ class References:
         split = self._split
         counts = [_count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self.batches()]
         fires_F = np.sum([np.asarray(count[-1], np.int64) for count in counts], axis=0)
-        return total(split, (count[:-1] for count in counts)), fires_F
+        return FeatureStatistics.total(count[:-1] for count in counts), fires_F
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
@@ -186,38 +183,26 @@ class References:
     def log_likelihoods(
         self,
         edits: FeatureEdits,
-        folder: Path | None = None,
         on_progress: OnProgress = lambda done, total: None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the log-likelihood of each reference without an edit [N] and with each edit [E, N], in nats.
 
         Args:
           edits: masks of features, which are set to zero.
-          folder: where finished batches are kept, so that the same call goes on there after it was killed; None:
-            nowhere.
           on_progress: called with the rows done and in total; may raise to stop.
 
         Raises:
           UserError: a log-likelihood is not finite.
         """
         amounts = _amounts(edits).with_clean_rows(1)  # the last edit changes nothing
-        chunks_of = list(amounts.chunks(FEATURES))
-        planned = self.planned()
-        shapes = [(len(chosen), len(places_N)) for places_N, *_ in planned for chosen, _ in chunks_of]
-        plan = [np.array([*places_N, *shape]) for places_N, *shape in planned]
-        value_ExN = np.full((len(amounts.sets), len(self._references)), np.nan)
-        rows = value_ExN.size
-        with Chunks(folder, shapes, [*plan, *amounts.sets, *amounts.fractions]) as chunks:
-            for number, (places_N, *shape) in enumerate(planned):
-                left = chunks_of[max(len(chunks.values) - number * len(chunks_of), 0) :]
-                batch = self.batch(places_N, *shape) if left else None
-                for chosen, features_K in left:
-                    assert batch is not None
-                    on_progress(sum(values.size for values in chunks.values), rows)
-                    chunks.add(self._run(batch, len(places_N), amounts, chosen, features_K))
-        for index, values in enumerate(chunks.values):
-            places_N, (chosen, _) = planned[index // len(chunks_of)][0], chunks_of[index % len(chunks_of)]
-            value_ExN[np.array(chosen)[:, None], places_N] = values
+        value_ExN, done = np.full((len(amounts.sets), len(self._references)), np.nan), 0
+        for places_N, *shape in self.planned():
+            batch = self.batch(places_N, *shape)
+            for chosen, features_K in amounts.chunks(FEATURES):
+                on_progress(done, value_ExN.size)
+                value_MxN = self._run(batch, len(places_N), amounts, chosen, features_K)
+                value_ExN[np.array(chosen)[:, None], places_N] = value_MxN
+                done += value_MxN.size
         if not np.isfinite(value_ExN).all():
             raise UserError(
                 "log-likelihoods under edits are not finite: the model or the dictionary holds NaN or overflows; try "

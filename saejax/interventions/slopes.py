@@ -6,13 +6,10 @@ The attribution of feature i on a prompt is activation x gradient,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
 (attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). With a replacement r of
-activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Two other estimates have another
-slope in the gradient's place: ``integrated`` takes the mean gradient between the clean value and that with all features
-replaced, at the middles of 10 equal steps (integrated gradients; Sundararajan et al., 2017); ``relp`` goes back through
-the model by the rules of relevance patching. Attribution chooses features; their effects are then measured exactly.
+activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Attribution chooses features;
+their effects are then measured exactly.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -35,7 +32,6 @@ from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-STEPS = 10  # of integrated gradients
 TARGETS = 8  # targets whose slopes are computed together: as many times the tokens of a batch
 
 
@@ -197,20 +193,9 @@ def score_targets(
     return jax.lax.with_sharding_constraint(scores_CxF, sharding(point.mesh))
 
 
-def points(estimate: str) -> int:
-    """Return the number of site values at which an estimate takes a slope."""
-    return STEPS if estimate == "integrated" else 1
-
-
-def backward_of(estimate: str) -> str:
-    """Return the rules of differentiation of an estimate."""
-    return "relp" if estimate == "relp" else "gradient"
-
-
 def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
-    estimate: str = "gradient",
     source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
@@ -219,7 +204,6 @@ def attribution(
     Args:
       split: the model, split at the site that the dictionary writes to.
       runs: from ``split.run``; N prompts in all.
-      estimate: one of ``settings.ESTIMATES``.
       source: what replaces activations.
       counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 
@@ -230,8 +214,6 @@ def attribution(
     Raises:
       UserError: the result is not finite.
     """
-    rules = dataclasses.replace(split.point.rules, backward=backward_of(estimate))
-    point = dataclasses.replace(split.point, rules=rules)
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):
@@ -240,7 +222,7 @@ def attribution(
             rows = split.placed(run.rows(own))
             lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()
             attribution_BxF = score_features(
-                point, points(estimate), split.params, split.dictionary, rows, source, sums or (*split.by_row(*lent),)
+                split.point, split.params, split.dictionary, rows, source, sums or (*split.by_row(*lent),)
             )
             index_P = run.index_P[own]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
@@ -255,10 +237,9 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def score_features(
     point: SplitPoint,
-    points: int,
     params: decoder.Params,
     dictionary: Dictionary,
     rows: SiteRows,
@@ -269,7 +250,6 @@ def score_features(
 
     Args:
       point: where the model is split (static).
-      points: number of values of the site whose gradients are averaged; 1: the clean one alone (static).
       params: parameters of the decoder.
       dictionary: the dictionary of the features.
       rows: clean values of the prompts.
@@ -286,14 +266,7 @@ def score_features(
         x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
         return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
-    slope = jax.grad(difference)
-
-    if points == 1:
-        slope_BxTxD = slope(value_BxTxD)
-    else:
-        all_BxTxD = matmul(removed_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
-        shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
-        slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
+    slope_BxTxD = jax.grad(difference)(value_BxTxD)
     return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 

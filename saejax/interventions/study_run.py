@@ -54,7 +54,6 @@ from saejax.tasks.scoring import wilson
 FEATURES, RANKING = "features.json", "feature_importance_ranking.json"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
-_PARTIAL = "log-likelihoods-partial"
 _ACCURACY = READOUTS.index("accuracy")
 _GROUPS = ("clean", "top", "resample", "random", "placebo")
 
@@ -86,7 +85,7 @@ def run_study(run: Run) -> StudyResults:
 
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
-        table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress, run.folder / _PARTIAL)
+        table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
         chosen = ChosenFeatures(
             top=describe_top(table, ablation),
             pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
@@ -95,7 +94,6 @@ def run_study(run: Run) -> StudyResults:
         write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
         save_effects(run.folder / _MEASURED, table)
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
-        shutil.rmtree(run.folder / _PARTIAL, ignore_errors=True)
 
     run.each([FEATURES], lambda name: run.folder / name, measure, last=False)
     table = load_effects(run.folder / _MEASURED)

@@ -1,12 +1,10 @@
 """Results that a stage keeps part by part, and its progress.
 
 A *part* is what a stage finishes at a time: a behaviour, or a label of probes. Its results go to ``<part>.json`` as
-soon as they are there, so that a run that was killed goes on with the next part. What a part keeps until then is in
-``<part>-partial/``.
+soon as they are there, so that a run that was killed goes on with the next part.
 """
 
 import functools
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,11 +46,6 @@ def part_file(run: Run, part: str, ending: str = ".json") -> Path:
     return run.folder / f"{part}{ending}"
 
 
-def partial_folder(run: Run, part: str) -> Path:
-    """Return the folder in which a part keeps what is measured until it is done."""
-    return part_file(run, part, "-partial")
-
-
 def each_part(
     run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any, unit: str = "tokens"
 ) -> dict[str, Any]:
@@ -74,8 +67,6 @@ def each_part(
     there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
     kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
     found = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
-    for part in found:
-        _drop_partial(run, part)
     if found:
         run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
     left = [part for part in parts if part not in found]
@@ -86,7 +77,6 @@ def each_part(
         found[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
         if is_first_process():
             write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
-            _drop_partial(run, part)
         run.say(f"{label}: {message}")
 
     if run.share.processes:
@@ -98,12 +88,6 @@ def each_part(
         if part not in found:  # another process made it
             found[part] = from_json(results, read_json(part_file(run, part)), part_file(run, part))
     return {part: found[part] for part in parts}
-
-
-def _drop_partial(run: Run, part: str) -> None:
-    """Remove what was kept to go on from; the first process does."""
-    if is_first_process() and partial_folder(run, part).exists():
-        shutil.rmtree(partial_folder(run, part), ignore_errors=True)  # another process may do so, too
 
 
 class Progress:

@@ -58,7 +58,7 @@ def _rule(config: Any) -> str:
 
 
 def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.interventions.ablate_run import ablate_programs
+    from saejax.interventions.planned import ablate_programs
 
     return ablate_programs(plan, mesh)
 

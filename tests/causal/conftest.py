@@ -161,30 +161,18 @@ class PlainRun:
             self.run(lambda x_1xTxD: kept.append(x_1xTxD) or x_1xTxD)
         return kept[0][0].numpy()
 
-    def attribution(self, shares=(0.0,), counterpart=None):
-        """Activation x gradient of every feature, [F]: the mean gradient where such shares of all features are gone.
+    def attribution(self, counterpart=None):
+        """Activation x gradient of every feature, [F].
 
         With a counterpart, another PlainRun of as many tokens, its activations stand in their place.
         """
-        import torch
-
-        W_dec_FxD, slopes = np.asarray(self.dictionary.W_dec_FxD[...], np.float64), []
+        W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...], np.float64)
         x_TxD = self.clean()
         f_TxF = self.features(x_TxD)
         if counterpart is not None:
             in_domain_T = np.linalg.norm(x_TxD, axis=1) <= self.dictionary.config.max_norm
             f_TxF = (f_TxF - counterpart.features(counterpart.clean())) * in_domain_T[:, None]
-        for share in shares:
-            kept = []
-
-            def change(x_1xTxD, kept=kept, share=share):
-                removed_TxD = share * f_TxF @ W_dec_FxD
-                kept.append((x_1xTxD.detach() - torch.from_numpy(removed_TxD)[None]).requires_grad_())
-                return kept[0]
-
-            self.run(change).backward()
-            slopes.append(kept[0].grad[0].numpy())
-        return (f_TxF * (np.mean(slopes, axis=0) @ W_dec_FxD.T)).sum(axis=0)
+        return (f_TxF * (self.slopes() @ W_dec_FxD.T)).sum(axis=0)
 
     def slopes(self):
         """The gradient of the logit difference with respect to the site's value, [T, D]."""

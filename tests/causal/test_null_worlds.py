@@ -11,7 +11,7 @@ from scipy.stats import binom, norm
 
 from saejax.causal.claims import Rule, SetEffects, claims, randomisation_p
 from saejax.causal.controls import draw_alike, draw_controls
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics
 
 BEHAVIOURS, SIZE, PROMPTS, TEMPLATES = 4, 20, 20, 3
 RULE = Rule(resamples=200, min_accuracy_drop=0.0)

@@ -8,7 +8,6 @@ import pytest
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
 from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
@@ -29,21 +28,20 @@ def test_attribution_equals_torch_autograd(tiny, prompts, make_dictionary, plain
         np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
 
 
-@pytest.mark.parametrize("estimate,shares", [("gradient", (0.0,)), ("integrated", np.arange(0.05, 1, 0.1))])
-def test_with_counterparts_their_activations_stand_in(tiny, prompts, make_dictionary, plain, estimate, shares):
+def test_with_counterparts_their_activations_stand_in(tiny, prompts, make_dictionary, plain):
     dictionary = make_dictionary("resid_post.1")
     split = SplitModel(tiny, dictionary)
     lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
     others = {length: prompt for length, prompt in zip(lengths, prompts, strict=True)}  # the last of each length
     few = [dataclasses.replace(p, counterpart=others[n].text) for n, p in zip(lengths[:6], prompts, strict=False)]
     runs = split.run(few), split.run_counterparts(few)
-    attribution_NxF = screening.attribution(split, runs[0], estimate, ActivationReplacement("counterpart"), runs[1])
+    attribution_NxF = screening.attribution(split, runs[0], ActivationReplacement("counterpart"), runs[1])
     for p in range(0, len(few), 2):
         other = plain(dictionary, dataclasses.replace(few[p], text=few[p].counterpart))
-        wanted_F = plain(dictionary, few[p]).attribution(shares, other)
+        wanted_F = plain(dictionary, few[p]).attribution(other)
         assert np.abs(wanted_F).max() > 0.01
         np.testing.assert_allclose(attribution_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
-    same_NxF = screening.attribution(split, runs[0], estimate, ActivationReplacement("counterpart"), runs[0])
+    same_NxF = screening.attribution(split, runs[0], ActivationReplacement("counterpart"), runs[0])
     assert (same_NxF == 0).all()
 
 
@@ -62,7 +60,7 @@ def test_the_ranking_follows_the_replacement(tiny, prompts, make_dictionary, pla
     fires_F = (f_NxF != 0).sum(axis=0)
     mean_F = f_NxF.mean(axis=0)
     source = ActivationReplacement("mean", mean_F=mean_F) if kind == "mean" else ActivationReplacement("random", seed=3)
-    attribution_NxF = screening.attribution(split, [run], "gradient", source)
+    attribution_NxF = screening.attribution(split, [run], source)
     for p in range(0, len(few), 3):
         gradient_TxF = values[p].slopes() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T
         f_TxF, read_Tx1 = f_PxTxF[p, : len(gradient_TxF)], read_PxT[p, : len(gradient_TxF), None]
@@ -102,8 +100,9 @@ def test_relevance_goes_by_its_rules(tiny, prompts, make_dictionary, plain, site
     dictionary = make_dictionary(site)
     split = SplitModel(tiny, dictionary)
     few = prompts[:12]
-    relevance_NxF = screening.attribution(split, split.run(few), "relp")
     gradient_NxF = screening.attribution(split, split.run(few))
+    split.point = dataclasses.replace(split.point, rules=RunRules(backward="relp"))
+    relevance_NxF = screening.attribution(split, split.run(few))
     for p in range(0, len(few), 4):
         run = plain(dictionary, few[p])
         with run.relevance_rules():
@@ -117,22 +116,6 @@ def test_the_rules_change_no_value(tiny):
     fixed = tiny.config, (), True, tiny.params, tokens.ids_BxT, tokens.lengths_B
     plain, again = (language_model.forward(*fixed, rules=rules)[0] for rules in (RunRules(), RunRules(backward="relp")))
     np.testing.assert_allclose(again, plain, atol=2e-6 * np.abs(plain).max())
-
-
-def test_integrated_gradients_are_means_on_the_way_to_no_feature(tiny, prompts, make_dictionary, plain, monkeypatch):
-    dictionary = make_dictionary("resid_post.1")
-    split = SplitModel(tiny, dictionary)
-    few = prompts[:6]
-    integrated_NxF = screening.attribution(split, split.run(few), "integrated")
-    for p in range(0, len(few), 3):
-        wanted_F = plain(dictionary, few[p]).attribution([(step + 0.5) / 10 for step in range(10)])
-        np.testing.assert_allclose(integrated_NxF[p], wanted_F, atol=1e-4 * np.abs(wanted_F).max())
-    # They share out the effect of all features together among the features.
-    every = list(range(dictionary.config.n_features))
-    joint_P = ablation.ablate_sets(split, split.run(few), [every]).drop_SxP[0]
-    monkeypatch.setattr(screening, "STEPS", 100)
-    shared_P = screening.attribution(split, split.run(few), "integrated").sum(axis=1, dtype=np.float64)
-    np.testing.assert_allclose(shared_P, joint_P, atol=2e-3 * np.abs(joint_P).max())
 
 
 def test_leaders_are_positive_and_in_order():

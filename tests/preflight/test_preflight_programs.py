@@ -15,7 +15,7 @@ from saejax.evaluation import programs as evaluation
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
-from saejax.interventions.programs import kept_prompts, prompt_length
+from saejax.interventions.planned import kept_prompts, prompt_length
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics, coordinates
 from saejax.interventions.importance import Importance, load_drops
 from saejax.matching.clusters.results import GroupCost
 from saejax.statistics.ranks import rank_p
@@ -99,9 +99,9 @@ def _matched_sets(statistics: FeatureStatistics, group: Sequence[int], seed: Seq
       group: K features that fire.
       seed: seed of the draws.
     """
-    firing = np.flatnonzero(statistics.fires_at_all_F)
+    firing = np.flatnonzero(statistics.fires_F)
     others = np.setdiff1d(firing, group)
-    place_XxC = statistics.coordinates(firing)
+    place_XxC = coordinates(statistics.firing_rate_F[firing], statistics.mean_activation_F[firing])
     group_KxC, other_AxC = (place_XxC[np.searchsorted(firing, some)] for some in (np.asarray(group), others))
     # K + matches - 1 candidates: so many stay free whatever the set has taken.
     near = [

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from saejax.interventions.feature_statistics import coordinates, nearest_others
+from saejax.interventions.activity import coordinates, nearest_others
 from saejax.matching.rows import unit
 from saejax.matching.transfer.results import MatchedDrops
 from saejax.results import Interval
