@@ -94,11 +94,11 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
 
 def summary_sentences(
     verdicts: Mapping[str, BehaviourVerdict],
-    objective: str = "The logit difference",
+    objective: str = "the logit difference",
     readout: str = "top1",
-    accuracy: str = "Top-1 accuracy",
+    accuracy: str = "top-1 accuracy",
 ) -> dict[str, str]:
-    """Return one sentence for each question, over all behaviours.
+    """Return each question with one plain sentence, over all behaviours.
 
     Args:
       verdicts: the verdict on each behaviour or benchmark.
@@ -110,6 +110,8 @@ def summary_sentences(
     def listed(answers: Mapping[str, str]) -> str:
         """Group behaviours by their answer: "yes for A, B; no for C"."""
         groups = dict.fromkeys(answers.values())
+        if len(groups) == 1 and len(answers) > 1:
+            return f"{next(iter(groups))} for all {len(answers)}"
         return "; ".join(
             f"{group} for {', '.join(behaviour(name) for name, each in answers.items() if each == group)}"
             for group in groups
@@ -123,29 +125,49 @@ def summary_sentences(
         for name, each in verdicts.items()
         if each.fooled is not None and each.placebo_sets
     ]
-    bases = [f"{behaviour(name)}: {_bases_cell(each)}" for name, each in verdicts.items()]
+    passing = (
+        f" Of placebo sets, chosen for unrelated tokens, as many pass this: {', '.join(fooled)}." if fooled else ""
+    )
+    bases = [f"{behaviour(name)}: {_bases_phrase(each)}" for name, each in verdicts.items()]
     return {
-        "1. Effect of ablation": (
-            f"{objective} falls: {ablation(next(iter(next(iter(verdicts.values())).ablation)))}. "
-            f"{accuracy} falls: {ablation(readout)}."
+        "1. Does ablating the top features have an effect?": (
+            f"On {objective}: {ablation(next(iter(next(iter(verdicts.values())).ablation)))}. "
+            f"On {accuracy}: {ablation(readout)}."
         ),
-        "2. More than random sets at equal dose": (
-            sentence(listed({name: each.random.answer for name, each in verdicts.items()}))
-            + (f" Placebo sets, chosen for unrelated tokens, pass this too: {', '.join(fooled)}." if fooled else "")
+        "2. Do they do more than random features at the same dose?": (
+            sentence(listed({name: each.random.answer for name, each in verdicts.items()})) + passing
         ),
-        "3. Specific to the answer (more than placebo sets at equal dose)": sentence(
+        "3. Is the effect specific to this answer: larger than that of placebo sets at the same dose?": sentence(
             listed({name: each.placebo.answer for name, each in verdicts.items()})
         ),
-        "4. More than simpler bases at equal dose": f"{'. '.join(bases)}.",
-        "5. Selective": (
-            "Other behaviours and held-out text are spared: "
-            f"{listed({name: each.selective.answer for name, each in verdicts.items()})}."
+        "4. Do they do more than simpler directions at the same dose?": f"{'. '.join(bases)}.",
+        "5. Are other behaviours and held-out text spared?": sentence(
+            listed({name: each.selective.answer for name, each in verdicts.items()})
         ),
     }
 
 
-def _bases_with(result: BehaviourVerdict, answer: str) -> list[str]:
-    return [basis for basis, comparison in result.bases.items() if comparison.answer == answer]
+def _bases_phrase(result: BehaviourVerdict) -> str:
+    """Return the answers to question 4: "more than MLP neurons; no significant difference from ..."."""
+    words = {
+        "more": "more than",
+        "less": "less than",
+        "equivalent": "equivalent to",
+        "no significant difference": "no significant difference from",
+        "contradictory": "contradictory against",
+    }
+    phrases = [
+        f"{words.get(answer, f'{answer} against')} {', '.join(sentences.BASES.get(basis, basis) for basis in bases)}"
+        for answer, bases in _bases_by_answer(result).items()
+    ]
+    return "; ".join(phrases) or "not tested"
+
+
+def _bases_by_answer(result: BehaviourVerdict) -> dict[str, list[str]]:
+    by_answer: dict[str, list[str]] = {}
+    for basis, comparison in result.bases.items():
+        by_answer.setdefault(comparison.answer, []).append(basis)
+    return by_answer
 
 
 def _pictures(found: Findings, draw: Draw) -> list[Picture]:
@@ -264,10 +286,9 @@ def _fooled_cell(result: BehaviourVerdict) -> str:
 
 
 def _bases_cell(result: BehaviourVerdict) -> str:
-    by_answer = {comparison.answer: _bases_with(result, comparison.answer) for comparison in result.bases.values()}
     listed = [
         f"{answer}: {', '.join(sentences.BASES.get(basis, basis) for basis in bases)}"
-        for answer, bases in by_answer.items()
+        for answer, bases in _bases_by_answer(result).items()
     ]
     return "; ".join(listed) or "not tested"
 

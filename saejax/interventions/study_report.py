@@ -65,7 +65,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
             f"The unedited model is at chance on {', '.join(at_chance)}, so only log-likelihoods are compared there."
         )
         blocks.append(Text(chance, strong=True))
-    summary = summary_sentences(judged[TESTED], "The log-likelihood of the reference answer", "accuracy", "Accuracy")
+    summary = summary_sentences(judged[TESTED], "the log-likelihood of the reference answer", "accuracy", "accuracy")
     blocks.append(Terms(tuple((title, signed(text)) for title, text in summary.items())))
     rule = f"{describe_rule(found.report.parent, 'study', first.rule)}."
     blocks.append(Code("The rule in full", "\n".join([*textwrap.wrap(rule, 96), "", *textwrap.wrap(first.rule, 96)])))
