@@ -107,7 +107,7 @@ class StepTester:
         return self._effects(step, firing, sets, rule), sets.match
 
     def _effects(self, step: Segment, firing: Sequence[int], matched: MatchedSets, rule: Rule) -> SetEffects:
-        """Runs the tested set and the drawn ones, until all are run or none could change a no."""
+        """Run the tested set and the matched ones, until all are run or none could change a no."""
         sets = [(), firing, *matched.draws_MxC.tolist()]
         score = functools.partial(self._scores, step, np.unique([*firing, *matched.draws_MxC.ravel().tolist()]))
 
@@ -125,7 +125,7 @@ class StepTester:
         return run_draws(without, effects, len(matched.draws_MxC), rule)[1]
 
     def _statistics(self, f_WxF: np.ndarray) -> FeatureStatistics:
-        """How often, how strongly and how late features fire in a step."""
+        """Return how often, how strongly and how late features fire in a step."""
         fires_WxF = f_WxF != 0
         place_W = np.arange(len(f_WxF), 0, -1)
         norm_F = np.linalg.norm(to_host(self._dictionary.W_dec_FxD[...]).astype(np.float64), axis=1)
@@ -133,7 +133,7 @@ class StepTester:
         return FeatureStatistics.total([part], norm_F)
 
     def _scores(self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
-        """Of the step's tokens but the first, without each set, log-likelihood and whether it is first, [N, 2, P]."""
+        """Return log-likelihood and top-1 hits of the step's tokens but the first, without each set, [N, 2, P]."""
         count = step.stop - step.start - 1
         window, pool = filled(count, len(pool_K))
         padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
@@ -155,12 +155,12 @@ class StepTester:
 
 
 def filled(tokens: int, features: int) -> tuple[int, int]:
-    """Numbers of ``tokens`` of a step and of ``features``, filled up."""
+    """Return the numbers of ``tokens`` of a step and of ``features``, rounded up."""
     return -(-tokens // _WINDOW) * _WINDOW, -(-features // _POOL) * _POOL
 
 
 def rows_at_once(platform: str, data: int) -> int:
-    """Sets that are removed together on a ``platform``, as many on each of ``data`` parts."""
+    """Return how many sets are removed together on a ``platform``, as many on each of ``data`` parts."""
     return -(-ROWS.get(platform, _MANY) // data) * data
 
 
@@ -178,13 +178,20 @@ def run_rows(
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W].
+    """Run W tokens from ``start`` on, in each row without a set of features, and return their scores, both [R, W].
 
     Args:
-      stream_1xTxD, value_1xTxD, past: of the text as it is.
-      removed_WxX, features_K: activations of the features that sets are drawn from.
+      point: where the model is split.
+      params: of the model.
+      dictionary: whose features are removed.
+      stream_1xTxD: the stream of the text as it is.
+      value_1xTxD: what the dictionary changes there.
+      past: keys and values of the text as it is.
+      removed_WxX: activations of the features that sets are drawn from.
+      features_K: their numbers.
       members_RxX: which of them each row is without.
       targets_W: the next tokens.
+      start: position of the first token.
     """
     rows, window = len(members_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
@@ -203,10 +210,11 @@ def run_rows(
 
 
 def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]], rule: Rule) -> dict[Key, StepTest]:
-    """What the rule says of all steps of a text that were tested.
+    """Apply the rule to all steps of a text that were tested.
 
     Args:
-      effects: of each the features that were removed, what that cost, and how well the others matched.
+      effects: of each the features that were removed, what that changed, and how well the control sets matched.
+      rule: of the verdict.
     """
     said = claims({f"{place}/{segment}": part for (place, segment), (_, part, _) in effects.items()}, rule)
     return {
@@ -225,7 +233,7 @@ def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]]
 
 
 def draws_for(config: TrackConfig, tests: int) -> int:
-    """How many draws, so that a step could pass at all."""
+    """Return the number of control sets, enough that a step could pass at all."""
     return max(config.draws, Rule().least_draws(tests))
 
 
@@ -236,12 +244,13 @@ def tested_steps(
     config: TrackConfig,
     on_step: Callable[[int, int], None],
 ) -> tuple[dict[Key, StepTest], dict[Key, str]]:
-    """Tests every step at every layer that is to be tested.
+    """Test every step at every layer that is to be tested.
 
     Args:
       testers: place of the dictionary in the stack -> makes its tester.
       text: what is followed.
       chosen: place -> the features of each segment.
+      config: of the stage.
       on_step: called with the tests done and of all; may raise to stop.
 
     Returns:
