@@ -50,9 +50,9 @@ class Nodes:
         Args:
           kind: its place in ``KINDS``.
           layer: the column of layers [N]; in all columns a number stands for an array of it.
-        position: of tokens [N].
-        index: of features [N], or the node's number among those of its kind.
-        value: activations [N].
+          position: of tokens [N].
+          index: of features [N], or the node's number among those of its kind.
+          value: activations [N].
         """
         arrays: Any = np.broadcast_arrays(*map(np.atleast_1d, (kind, layer, position, index, value)))
         return cls(*(array.astype(dtype) for array, dtype in zip(arrays, DTYPES, strict=True)))

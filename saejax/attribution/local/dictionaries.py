@@ -183,7 +183,7 @@ class LayerDictionaries(abc.ABC):
         Args:
           name: "W_enc" or "W_dec".
           layer_F: int32 layer of each feature.
-        feature_F: int32 index of each feature.
+          feature_F: int32 index of each feature.
 
         Returns:
           fp32 [F, D].
