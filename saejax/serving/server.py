@@ -38,10 +38,11 @@ class StoppingServer(uvicorn.Server):
 def serve(
     folder: Path, configs: Configs, named: bool, labels: Path | None, token: str, listening: socket.socket
 ) -> None:
-    """Answers until the process is asked to stop.
+    """Answer requests until the process is stopped.
 
     Args:
       folder: with the graphs.
+      configs: of the model and the dictionaries.
       named: whether they name a set of dictionaries, which then goes for all graphs.
       labels: a file of labels; None: in the folder.
       token: in the address.
@@ -69,8 +70,11 @@ def make_server(store: GraphStore, session: ModelSession, jobs: Jobs, token: str
     """Return the server, which is not running yet.
 
     Args:
-      store, session, jobs: see ``GraphServer``.
-      token, port: of its address.
+      store: the graphs.
+      session: the model and what it runs.
+      jobs: the work in progress.
+      token: in the address.
+      port: of the address.
     """
     hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
     config = uvicorn.Config(

@@ -151,6 +151,7 @@ class GraphStore:
         """Return what readers call features, by layer and index.
 
         Args:
+          graph: whose features are labelled.
           folders: the set's, or those of SAEs.
 
         Raises:

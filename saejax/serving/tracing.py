@@ -26,9 +26,10 @@ _OTHERWISE: dict[str, Any] = dict(
 
 
 def trace_typed(session: ModelSession, configs: Configs, store: GraphStore, asked: Mapping[str, Any], job: Job) -> str:
-    """Trace a prompt into its workdir's ``attribute/``, and keeps it in memory.
+    """Trace a prompt into its workdir's ``attribute/``, and keep it in memory.
 
     Args:
+      session: the model and what it runs.
       configs: with the model and the dictionaries.
       store: of the workdir.
       asked: fields of ``GraphConfig``, ``prompt`` among them.

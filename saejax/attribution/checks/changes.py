@@ -83,8 +83,9 @@ def steer(
     Args:
       local: of the prompt.
       sets: of features of the prompt; some of ``matched`` are controls.
-      readouts, freeze: see ``LocalModel.run``.
+      readouts: what is read at the end.
       factors: M factors.
+      freeze: what stays as in the prompt, see ``LocalModel.run``.
     """
     rows = [scale(features, factor) for features in sets for factor in factors]
     changed = local.run(rows, freeze, readouts=readouts, logits=False)

@@ -153,7 +153,17 @@ def _moved(
     """Return how much reads [R, S, T, D] and readouts [R, K] change with each row: to first order, and really.
 
     Args:
-      pair_Kx2, normed_K, vector_KxD: the readouts; see ``Readouts``.
+      config: of the decoder (static).
+      rules: of the run (static).
+      params: of the model.
+      places: the sites that are read and changed.
+      x_TxD: the stream entering layer 0.
+      last: position at which readouts are.
+      frozen_SxTxD: values at which sites are frozen; None: they are not.
+      pair_Kx2: tokens of the readouts, as in ``Readouts``.
+      normed_K: which of them pass the final norm.
+      vector_KxD: their directions.
+      delta_RxSxTxD: what each row adds at the sites.
     """
 
     def seen(delta_SxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:

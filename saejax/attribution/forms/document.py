@@ -147,7 +147,8 @@ def _resolve_links(
     """Return the links with our ids of errors as sources; see ``_with_unique_errors``.
 
     Args:
-      nodes, links: of the document.
+      nodes: of the document.
+      links: of the document.
       errors: index of each error, by circuit-tracer's id.
       place: index of each other node, by id.
     """

@@ -50,7 +50,8 @@ def write_outputs(
     Args:
       run: of the stage.
       slug: the graph's name.
-      whole, pruned: the graph.
+      whole: the graph before pruning.
+      pruned: the graph that is shown.
       groups: its supernodes, as ``supernodes.as_groups`` gives them.
       attention: what was requested of its attention.
       labels: (layer, feature) -> what the feature is called.

@@ -45,11 +45,14 @@ class Nodes:
 
     @classmethod
     def of(cls, kind: int, layer: Any, position: Any, index: Any = -1, value: Any = 0) -> "Nodes":
-        """Nodes of one kind.
+        """Return nodes of one kind.
 
         Args:
           kind: its place in ``KINDS``.
-          layer, position, index, value: the columns [N]; a number stands for an array of it.
+          layer: the column of layers [N]; in all columns a number stands for an array of it.
+          position: of tokens [N].
+          index: of features [N], or the node's number among those of its kind.
+          value: activations [N].
         """
         arrays: Any = np.broadcast_arrays(*map(np.atleast_1d, (kind, layer, position, index, value)))
         return cls(*(array.astype(dtype) for array, dtype in zip(arrays, DTYPES, strict=True)))

@@ -107,7 +107,8 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
     Args:
       graph: a whole one.
       shares: of the influence of all nodes, 0 to 1.
-      edges, top_edges: see ``prune``.
+      edges: share of the influence of all edges, 0 to 1.
+      top_edges: maximum number of edges of each target, 0 for all.
     """
     if top_edges < 0:
         raise UserError(f"prune: top_edges is {top_edges}: expected a number of edges, or 0 for all")

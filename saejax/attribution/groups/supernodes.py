@@ -65,6 +65,7 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
     The file holds supernodes by graph, "*" for all others; or what the page saves, its state or the whole graph.
 
     Args:
+      config: of the stage.
       slugs: the graphs of this run.
 
     Raises:

@@ -132,7 +132,8 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph, top:
     """Return the contributions of all heads to each edge.
 
     Args:
-      local, readouts: of which the graph is.
+      local: the local replacement model of which the graph is.
+      readouts: the targets of the graph.
       graph: a pruned one; bias and first_mlp nodes have no edges here.
       top: heads that are kept of each edge.
     """

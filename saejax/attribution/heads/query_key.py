@@ -87,7 +87,8 @@ def check_head(config: DecoderConfig, layer: int, head: int, position: int, toke
 
     Args:
       config: of the decoder.
-      layer, head: which head.
+      layer: of the head.
+      head: its index in the layer.
       position: below 0, from the end.
       tokens: of the prompt.
 
@@ -119,7 +120,8 @@ def split_scores(
 
     Args:
       local: of the prompt.
-      layer, head: of the head.
+      layer: of the head.
+      head: its index in the layer.
       position: of the query; below 0, from the end.
       keys: maximum number of keys.
       pairs: number of pairs of each score that are listed.
@@ -204,7 +206,9 @@ def open_head(
     Args:
       frozen: the model (static).
       keys: number of keys (static).
-      params, layer, head: of the head.
+      params: of the model.
+      layer: of the head.
+      head: its index in the layer.
       query: its position.
       x_TxD: the stream entering the layer, that of the prompt.
     """

@@ -66,10 +66,15 @@ def contributions(
     where its highest target reads.
 
     Args:
-      frozen, mesh: static.
+      frozen: the model (static).
+      mesh: the devices (static).
+      params: of the model.
       stream_LxTxD: the stream entering each layer, at no more positions than the targets need.
       skip_LxDxD: skip paths of the transcoders; None: there are none.
-      first_X, stops: the first block of each place, and the end of those at these positions.
+      bank: the sources' vectors in blocks.
+      first_X: the first block of each place.
+      stops: the end of those at these positions.
+      batch: the targets.
     """
     length = stream_LxTxD.shape[1]
     tables, chunks = whole_prompts(frozen.config, length), jnp.arange(len(batch.start_N))

@@ -182,7 +182,8 @@ class LayerDictionaries(abc.ABC):
 
         Args:
           name: "W_enc" or "W_dec".
-          layer_F, feature_F: int32 layer and index of each feature.
+          layer_F: int32 layer of each feature.
+          feature_F: int32 index of each feature.
 
         Returns:
           fp32 [F, D].
@@ -237,7 +238,8 @@ def check_width(config: DictionaryConfig, model: DecoderConfig, name: str, what:
     """Refuse a dictionary that reads another width than the model's.
 
     Args:
-      config, model: of the dictionary and the decoder.
+      config: of the dictionary.
+      model: of the decoder.
       name: of the model.
       what: how the message begins.
     """

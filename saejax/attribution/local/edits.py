@@ -108,7 +108,8 @@ class ChangeEdits:
           number: of the chunk.
           layer: its number.
           freeze: what the layer keeps of the prompt, one of ``layers.FREEZE_MODES``.
-          read_RxTxD, out_RxTxD: what the transcoder reads and the MLP adds in the runs.
+          read_RxTxD: what the transcoder reads in the runs.
+          out_RxTxD: what the MLP adds in the runs.
         """
         rows, length = read_RxTxD.shape[:2]
         outputs = self._outputs.setdefault(number, FeatureOutputs(self._state.dictionaries, rows, length))

@@ -57,6 +57,7 @@ class FrozenModel:
         """Return the frozen layer.
 
         Args:
+          params: of the model.
           layer: its number.
           tables: of the prompt.
           x_TxD: the stream entering the layer, that of the prompt: it fixes what is constant.
@@ -98,6 +99,8 @@ class FrozenModel:
         """Return what the transcoder reads, from the values at a layer's sites.
 
         Args:
+          params: of the model.
+          layer: its number.
           seen: values [..., T, D] by kind of site.
           rules: of the run.
         """
@@ -127,7 +130,11 @@ class FrozenModel:
         It is linear in the biases, so it is its own derivative along them.
 
         Args:
-          layer, tables, x_TxD, skip_DxD: see ``layer``.
+          params: of the model.
+          layer: its number.
+          tables: of the prompt.
+          x_TxD: the stream entering the layer, that of the prompt.
+          skip_DxD: skip path of the layer's transcoder; None: there is none.
         """
         own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 

@@ -115,7 +115,9 @@ def push_layer(
     """Push changes of the stream through the linear part of a layer.
 
     Args:
-      frozen, params, layer: of the model.
+      frozen: the model (static).
+      params: of the model.
+      layer: its number.
       x_TxD: the prompt's stream entering the layer.
       skip_DxD: skip path of its transcoder; None: there is none.
       change_SxTxD: changes of that stream.
@@ -145,8 +147,13 @@ def pull_layer(
     """Pull cotangents back through the linear part of a layer.
 
     Args:
-      frozen, params, layer, x_TxD, skip_DxD: as in ``push_layer``.
-      leaving_RxTxD, read_RxTxD: cotangents of the stream leaving it, and of what its transcoder reads.
+      frozen: the model (static).
+      params: of the model.
+      layer: its number.
+      x_TxD: the prompt's stream entering the layer.
+      skip_DxD: skip path of its transcoder; None: there is none.
+      leaving_RxTxD: cotangents of the stream leaving it.
+      read_RxTxD: cotangents of what its transcoder reads.
 
     Returns:
       The cotangents of the stream entering it [R, T, D], and of the values by the head that mixes them,

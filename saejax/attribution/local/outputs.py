@@ -30,7 +30,8 @@ class FeatureOutputs:
         Args:
           layer: of the features.
           places: flat indices into ``shape``, where the features are active.
-          features, values: indices and activations of the features, in the same shape.
+          features: indices of the features, in the same shape.
+          values: their activations, in the same shape.
         """
         if not places.size:
             return

@@ -69,8 +69,10 @@ def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, v
     """Return how much dot products of directions with a stream differ from the prompt's, [R, J].
 
     Args:
-      x_TxD, x_RxTxD: that stream, of the prompt and of the rows.
-      position_J, vector_JxD: positions and directions.
+      x_TxD: the stream of the prompt.
+      x_RxTxD: the same stream in the rows.
+      position_J: positions that are read.
+      vector_JxD: directions that are read there.
     """
     count, parts = len(position_J), []
     for start in range(0, count, _READ):
@@ -97,8 +99,10 @@ def read_last(
     Args:
       frozen: the model.
       freeze: what the final norm keeps, one of ``layers.FREEZE_MODES``.
-      last_D, x_RxD: the stream of the prompt and of the rows, at the last position.
-      vector_KxD, normed_K: the readouts' directions, and whether they were pulled back.
+      last_D: the stream of the prompt at the last position.
+      x_RxD: the same stream in the rows.
+      vector_KxD: the readouts' directions.
+      normed_K: whether they were pulled back.
     """
     count, room = len(vector_KxD), padded(len(vector_KxD), 16) - len(vector_KxD)
     filled = np.pad(vector_KxD, ((0, room), (0, 0))), np.pad(normed_K, (0, room))

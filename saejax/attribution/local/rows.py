@@ -38,6 +38,7 @@ def row_flops(model: DecoderConfig, layers: np.ndarray | float, positions: np.nd
     That is the transposed projections of values and outputs of attention.
 
     Args:
+      model: of the decoder.
       layers: how many layers each target goes down through, [R] or one number.
       positions: the positions up to its own.
     """

@@ -66,9 +66,10 @@ class Sources:
 
     @classmethod
     def of(cls, state: LocalState, bias_nodes: bool = True) -> "Sources":
-        """Lays out the sources of a state model.
+        """Lay out the sources of a local replacement model.
 
         Args:
+          state: of the local replacement model.
           bias_nodes: whether there are nodes for biases and for the MLP's output at the first position.
         """
         of_features, features = _features(state)

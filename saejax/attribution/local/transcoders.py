@@ -169,8 +169,10 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.
 
     Args:
-      path, revision, subfolder, choice: see ``open_transcoders``; ORG/NAME/SUBFOLDER@REVISION is the same with hf://
-        before it or without.
+      path: a folder, or ORG/NAME/SUBFOLDER@REVISION with hf:// before it or without.
+      revision: on the hub, where the path names none.
+      subfolder: within the folder or repository, where the path names none.
+      choice: among several transcoders of each layer, see ``open_transcoders``.
     """
     if _REFERENCE.fullmatch(path) and not Path(path).exists():
         path = f"hf://{path}"

@@ -75,16 +75,22 @@ def trace_saes(
     round_rows: int | None = None,
     on_progress: OnProgress = silent,
 ) -> TracedSaes:
-    """Traces a prompt with SAEs.
+    """Trace a prompt with SAEs; features are used at all positions but attention sinks.
 
     Args:
       model: the language model.
       saes: SAEs, or folders of such or of trained stacks; at most one of each layer, at any of its sites.
-      prompt, targets, max_logits, logit_mass, max_features, prepend, chat, round_rows, on_progress: as in
-        ``trace_prompt``.
-        Features are used at all positions but attention sinks.
+      prompt: the text, or its token ids.
+      targets: what is explained, as in ``trace_prompt``.
+      max_logits: maximum number of tokens that are explained, if no targets are named.
+      logit_mass: total probability of these tokens, 0 to 1.
+      max_features: maximum number of features with nodes; None: all active ones.
       estimate: "gradient", or "relp", by the rules of relevance patching.
       direct: whether edges are direct; see the top of this module.
+      prepend: put the tokenizer's first special token before a text that begins with none.
+      chat: put a text into the tokenizer's chat template, as a user's turn.
+      round_rows: features that are attributed between two rankings; None: as in ``trace_prompt``.
+      on_progress: called with the rows of the graph that are done and of all; may raise to stop.
 
     Raises:
       UserError: SAEs, model, prompt or targets do not go together; the message says why.

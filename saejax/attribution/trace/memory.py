@@ -168,7 +168,9 @@ def check_memory(size: GraphSize, tokens: int, mesh: Mesh, free: Memory | None =
     """Refuse a prompt whose graph does not fit.
 
     Args:
-      size, tokens, mesh: see ``estimate_memory``.
+      size: of the graph.
+      tokens: of the prompt.
+      mesh: the devices.
       free: what is free; None: what is free now.
 
     Raises:

@@ -81,6 +81,10 @@ def run(
     """Run the model.
 
     Args:
+      config: of the decoder (static).
+      rules: of the run (static).
+      params: of the model.
+      places: the sites that are read and changed.
       x_TxD: the stream entering layer 0.
       last: position whose last stream is returned.
       delta_SxTxD: what is added at each site.
@@ -122,7 +126,13 @@ def gradients(
     """Gradients of what a batch of targets reads, with respect to changes at sites and to the embedded tokens.
 
     Args:
-      stream_LxTxD, frozen_SxTxD: of the clean run, and as in ``run``.
+      config: of the decoder (static).
+      rules: of the run (static).
+      params: of the model.
+      places: the sites that are read and changed.
+      stream_LxTxD: the stream entering each layer in the clean run.
+      frozen_SxTxD: values at which sites are frozen; None: they are not.
+      readings: the targets.
       top: no target reads above the stream entering this layer.
 
     Returns:

@@ -19,11 +19,12 @@ _MOVED = -1  # in place of a row that is where it belongs
 
 
 def columns_kept(rows: int, active: int, others: int) -> int:
-    """How many columns the rows have in the end.
+    """Return how many columns the rows have in the end.
 
     Args:
       rows: their number.
-      active, others: how many active features there are, and other sources.
+      active: number of active features.
+      others: number of other sources.
     """
     if rows * (active + others) <= WHOLE:
         return active + others

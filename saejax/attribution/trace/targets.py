@@ -51,8 +51,11 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     """Return the requested targets.
 
     Args:
+      run: of the prompt.
       targets: tokens (ids, or texts of one token), pairs of them for the difference of their logits, directions; none:
-        the most probable tokens, as few as have the probability ``logit_mass`` together, at most ``max_logits``.
+        the most probable tokens.
+      max_logits: maximum number of tokens, where no targets are named.
+      logit_mass: the smallest set of tokens with this total probability is taken, 0 to 1.
 
     Raises:
       UserError: a token does not exist, a text is not one token, or a direction does not fit the model.
@@ -159,12 +162,15 @@ def logit_directions(
     first_K: jax.Array,
     second_K: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Differences of logits, before capping, as directions of the stream that leaves the last layer.
+    """Return differences of logits, before capping, as directions of the stream that leaves the last layer.
 
     Args:
+      config: of the decoder (static).
       rules: say whether the final norm's factor is constant.
+      params: of the model.
       last_D: that stream at the last position.
-      first_K, second_K: token ids; -1 for the mean over the vocabulary.
+      first_K: token ids.
+      second_K: token ids that are subtracted; -1 for the mean over the vocabulary.
 
     Returns:
       The directions [K, D], the differences [K], and the part of them [K] that biases are.

@@ -30,24 +30,24 @@ class LayerFirings:
 
     @classmethod
     def of(cls, f_TxF: np.ndarray) -> "LayerFirings":
-        """The firings of activations, 0 where a feature does not fire."""
+        """Return the firings in activations [T, F], which are 0 where a feature does not fire."""
         position_A, feature_A = np.nonzero(f_TxF)
         value_A = f_TxF[position_A, feature_A]
         order_A = np.lexsort((feature_A, -np.abs(value_A), position_A))
         return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32), len(f_TxF))
 
     def strongest(self, count: int) -> "LayerFirings":
-        """The ``count`` strongest of each position."""
+        """Return the ``count`` strongest of each position."""
         start_A = np.searchsorted(self.position_A, self.position_A, side="left")
         return self[np.arange(len(self.position_A)) - start_A < count]
 
     def at(self, position: int) -> "LayerFirings":
-        """Those of one position."""
+        """Return those of one position."""
         start, stop = np.searchsorted(self.position_A, [position, position + 1])
         return self[np.arange(start, stop)]
 
     def mean_by_segment(self, segment_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean activation over the tokens of each segment.
+        """Return the mean activation over the tokens of each segment.
 
         Args:
           segment_T: which segment each token belongs to, from 0 on; none is empty.
@@ -67,7 +67,7 @@ class LayerFirings:
 
 
 def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFirings]:
-    """What fires on a text in each layer of a stack; nothing at attention sinks, which dictionaries leave out.
+    """Return what fires on a text in each layer of a stack; attention sinks, which dictionaries leave out, have none.
 
     Raises:
       UserError: an activation is not finite.
@@ -84,7 +84,7 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
 
 
 def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:
-    """Activations of a text where features fire, else 0, [T, F]."""
+    """Return the activations of a text where features fire, else 0, [T, F]."""
     dictionary = jax.device_put(dictionary, sharding(lm.mesh))
     f_1xTxF = active_features(dictionary, x_1xTxD, dictionary.is_not_sink(x_1xTxD))
     return np.asarray(jax.numpy.where(dictionary.fires(f_1xTxF), f_1xTxF, 0.0))[0].astype(np.float32)

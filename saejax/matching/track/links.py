@@ -104,7 +104,7 @@ class _Cosines:
         return cls(lower_U, upper_J, dot_UxJ, cosine_UxJ, spread_J)
 
     def links(self, place: int, low: LayerFirings, high: LayerFirings) -> Iterator[Link]:
-        """The links into the dictionary at a place of the stack, of each target the strongest."""
+        """Yield the links into the dictionary at a place of the stack, of each target the strongest."""
         for position in np.intersect1d(low.position_A, high.position_A).tolist():
             sources, targets = low.at(position), high.at(position)
             own_K, into_E = (
@@ -124,10 +124,11 @@ class _Cosines:
 def attribution(
     lm: LanguageModel, transcoders: LayerTranscoders, ids_T: np.ndarray, target: int, shown: Sequence[LayerFirings]
 ) -> FeatureLinks:
-    """FeatureLinks by the attribution graph of a text, of which the answer is the target.
+    """Return links by the attribution graph of a text, of which the answer is the target.
 
     Args:
-      lm, transcoders: the model and its transcoders, one for each layer.
+      lm: the language model.
+      transcoders: its transcoders, one for each layer.
       ids_T: the text, up to where the answer is predicted.
       target: the answer's token.
       shown: the features that are shown, of each layer.
@@ -153,7 +154,7 @@ def attribution(
 
 
 def chain(links: Sequence[Link], node: Node) -> set[Node]:
-    """The nodes that a feature passes on to, and those from which it comes, itself included."""
+    """Return the nodes that a feature passes on to, and those from which it comes, itself included."""
     down: dict[Node, list[Node]] = {}
     up: dict[Node, list[Node]] = {}
     for source, target, _ in links:
@@ -172,5 +173,5 @@ def _reached(steps: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:
 
 
 def _evenly(count: int) -> np.ndarray:
-    """Places of at most ``_SAMPLE`` rows, evenly spread."""
+    """Return the indices of at most ``_SAMPLE`` rows, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, _SAMPLE)).astype(np.int64))

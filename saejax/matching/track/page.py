@@ -77,10 +77,12 @@ def shown_text(
     as_text: Callable[[int], str],
     firings: Sequence[LayerFirings],
 ) -> ShownText:
-    """What the page shows of a text.
+    """Return what the page shows of a text.
 
     Args:
-      stack: the dictionaries; ``shown``: of each the features of each position.
+      stack: the dictionaries.
+      text: the tokens and steps.
+      shown: of each dictionary the features of each position.
       links: between the features.
       chosen: of each dictionary the features that belong to each segment.
       readings: what the lenses read.
@@ -140,7 +142,7 @@ def _names(
 
 
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
-    """What a lens reads; ``words``, token id -> its place among the texts, is added to."""
+    """Return what a lens reads; tokens that ``words`` lacks (token id -> index of its text) are added there."""
 
     def said(layer: int) -> tuple[Numbers, ...]:
         ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
@@ -163,10 +165,11 @@ def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownR
 
 
 def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText], model: str) -> None:
-    """Writes the page.
+    """Write the page.
 
     Args:
       path: the HTML file.
+      results: of the stage.
       cells: slug -> what ``shown_text`` gave.
       model: its name.
     """
@@ -177,7 +180,7 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText]
 
 
 def _cell(firings: LayerFirings, position: int) -> Numbers:
-    """Features of a cell and their activations, in turn, the strongest first."""
+    """Return the features of a cell and their activations, in turn, the strongest first."""
     own = firings.at(position)
     pairs = zip(own.feature_A.tolist(), own.value_A.tolist(), strict=True)
     return tuple(number for feature, value in pairs for number in (feature, float(f"{value:.4g}")))

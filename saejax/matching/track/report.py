@@ -8,7 +8,7 @@ from saejax.page.tables import Table, number
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """A table of the texts, and links to their pages; no section if there are none."""
+    """Return a table of the texts, and links to their pages; no section if there are none."""
     units = found.each(TrackResults)
     if not units:
         return []

@@ -36,7 +36,7 @@ LENS_TOP = 3  # tokens that a lens gives of each place
 
 
 def run_track(run: Run) -> TrackResults:
-    """Follows each text, tests the features of its steps, and writes the page.
+    """Follow each text, test the features of its steps, and write the page.
 
     Raises:
       UserError: texts, dictionaries and model do not go together.
@@ -70,12 +70,12 @@ def run_track(run: Run) -> TrackResults:
 
 
 def _cells(run: Run, slug: str) -> Path:
-    """Where it is kept what the page shows of a text."""
+    """Return the file of what the page shows of a text."""
     return run.folder / f"{slug}-cells.json"
 
 
 def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
-    """The places in the stack of the dictionaries whose features are removed.
+    """Return the indices in the stack of the dictionaries whose features are removed.
 
     Raises:
       UserError: a layer has no dictionary.
@@ -95,11 +95,14 @@ def follow_text(
     config: TrackConfig,
     on_progress: OnProgress,
 ) -> tuple[TrackedText, ShownText]:
-    """Follows one text.
+    """Follow one text.
 
     Args:
-      lm, stack: the model and its dictionaries.
+      lm: the language model.
+      stack: its dictionaries.
+      text: the tokens and steps.
       tested: places in the stack of the dictionaries whose features are removed.
+      config: of the stage.
       on_progress: called with the tests of steps done and of all; may raise to stop.
 
     Returns:
@@ -140,7 +143,7 @@ def _test_steps(
     config: TrackConfig,
     on_progress: OnProgress,
 ) -> tuple[TrackedStep, ...]:
-    """The text's steps, with what removing the features chosen for each does, by the site of the dictionary."""
+    """Return the text's steps, with what removing the features of each does, by the site of the dictionary."""
     testers = {place: _tester(lm, stack, place, text, config) for place in tested}
     numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
     tests, untested = tested_steps(testers, text, numbers, config, on_progress)
@@ -187,7 +190,7 @@ def _links(
 
 
 def _layers(reading: LensOutput, text: EncodedText, answer: int) -> LensLayers:
-    """What a lens says of the answer at its position, and how often it says what the model says."""
+    """Return what a lens reads of the answer at its position, and how often its first token is the model's."""
     at = text.position
     own_T = reading.ids_LxBxTxC[-1, 0, :, 0]
 

@@ -54,7 +54,7 @@ class Stack:
 
 
 def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageModel) -> Stack:
-    """The dictionaries that a flag names.
+    """Return the dictionaries that a flag names.
 
     Args:
       names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
@@ -86,7 +86,7 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageM
 
 
 def _of_mlp(layer: int) -> tuple[str, str]:
-    """What the transcoder of a layer reads and predicts."""
+    """Return the sites that the transcoder of a layer reads and predicts."""
     return f"mlp_in.{layer}", f"mlp_out.{layer}"
 
 
@@ -124,7 +124,7 @@ def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
 
 
 def _of_set(folder: Path) -> list[LayerDictionary]:
-    """The transcoders of a circuit-tracer set."""
+    """Return the transcoders of a circuit-tracer set."""
     opened = open_transcoders(folder)
     if opened.reads != "mlp_in":
         raise UserError(

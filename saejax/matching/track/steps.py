@@ -33,9 +33,10 @@ class StepFeature:
 
 
 def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> list[list[StepFeature]]:
-    """The features that belong to each segment, ``count`` at the most, first those that set it apart most.
+    """Return the features that belong to each segment, at most ``count``, first those that set it apart most.
 
     Args:
+      firings: of a layer on the text.
       segment_T: which segment each token belongs to.
       count: of features of a segment.
     """
@@ -59,9 +60,10 @@ def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> l
 
 
 def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many features fire in each segment and nowhere else, and how many would if its place were another.
+    """Count the features that fire in each segment and nowhere else, and those that would if its place were another.
 
     Args:
+      firings: of a layer on the text.
       segment_T: which segment each token belongs to.
       seed: of the shifts.
 
@@ -82,7 +84,7 @@ def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[
 
 
 def _later(fires_S: Sequence[bool], own: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The segments after one's own to which a feature carries over, and those in which it returns."""
+    """Return the later segments to which a feature carries over, and those in which it returns."""
     later = [segment for segment in range(own + 1, len(fires_S)) if fires_S[segment]]
     carries = tuple(segment for n, segment in enumerate(later) if segment == own + 1 + n)
     return carries, tuple(later[len(carries) :])

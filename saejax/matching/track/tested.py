@@ -150,12 +150,12 @@ class StepTester:
 
 
 def filled(tokens: int, features: int) -> tuple[int, int]:
-    """Numbers of ``tokens`` of a step and of ``features``, filled up."""
+    """Return the numbers of ``tokens`` of a step and of ``features``, rounded up."""
     return -(-tokens // _WINDOW) * _WINDOW, -(-features // _POOL) * _POOL
 
 
 def rows_at_once(platform: str, data: int) -> int:
-    """Sets that are removed together on a ``platform``, as many on each of ``data`` parts."""
+    """Return how many sets are removed together on a ``platform``, as many on each of ``data`` parts."""
     return -(-ROWS.get(platform, _MANY) // data) * data
 
 
@@ -173,13 +173,20 @@ def run_rows(
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Rows of W tokens from ``start`` on, each without a set of features: its tokens' scores, both [R, W].
+    """Run W tokens from ``start`` on, in each row without a set of features, and return their scores, both [R, W].
 
     Args:
-      stream_1xTxD, value_1xTxD, past: of the text as it is.
-      removed_WxX, features_K: activations of the features that sets are drawn from.
-      fraction_RxX: share of each that every row ablates.
+      point: where the model is split.
+      params: of the model.
+      dictionary: whose features are removed.
+      stream_1xTxD: the stream of the text as it is.
+      value_1xTxD: what the dictionary changes there.
+      past: keys and values of the text as it is.
+      removed_WxX: activations of the features that sets are drawn from.
+      features_K: their numbers.
+      fraction_RxX: share of each feature that every row ablates.
       targets_W: the next tokens.
+      start: position of the first token.
     """
     rows, window = len(fraction_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
@@ -237,12 +244,13 @@ def tested_steps(
     config: TrackConfig,
     on_step: Callable[[int, int], None],
 ) -> tuple[dict[Key, StepTest], dict[Key, str]]:
-    """Tests every step at every layer that is to be tested.
+    """Test every step at every layer that is to be tested.
 
     Args:
       testers: place of the dictionary in the stack -> makes its tester.
       text: what is followed.
       chosen: place -> the features of each segment.
+      config: of the stage.
       on_step: called with the tests done and of all; may raise to stop.
 
     Returns:

@@ -111,7 +111,7 @@ def _continues(part: str) -> bool:
 
 
 def read_problems(config: TrackConfig) -> list[Problem]:
-    """The texts that flags ask for, each under a name of its own.
+    """Return the texts that flags ask for, with distinct names.
 
     Raises:
       UserError: the file cannot be read, a line is no such text, there are more than four, or a step is empty.
@@ -158,7 +158,7 @@ def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
-    """The tokens of a text, and the steps that they belong to.
+    """Return the tokens of a text, and the steps that they belong to.
 
     Raises:
       UserError: the text is longer than the model's context, a step has no token of its own, or the answer cannot be
@@ -192,7 +192,7 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
 
 
 def _ends(tokenizer: Any, text: str, count: int) -> np.ndarray:
-    """Where each token's characters end; 0 of special tokens."""
+    """Return where each token's characters end; 0 for special tokens."""
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the model's tokenizer does not say which characters a token stands for: no steps can be told")
     read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]

@@ -1,4 +1,4 @@
-"""How far the importance of features depends on the dictionary.
+"""Agreement of dictionaries on the importance of features.
 
 Between dictionaries of one site, which may differ in seed or kind, features must be matched first: two features are a
 pair if each is the other's nearest by the cosine of their decoder rows, and the cosine is at least a threshold (Paulo
@@ -43,29 +43,35 @@ class Matches(NamedTuple):
 
 
 class RankedFeatures(Protocol):
-    """Features that fire, with what each is worth; arrays [N].
-
-    Attributes:
-      feature: their numbers, rising.
-      drop: by what they are ranked.
-      firing_rate, mean_activation: how often and how strongly each fires.
-    """
+    """Features that fire, with their effects; arrays [N]."""
 
     @property
-    def feature(self) -> np.ndarray: ...
+    def feature(self) -> np.ndarray:
+        """Indices of the features, rising."""
+        ...
+
     @property
-    def drop(self) -> np.ndarray: ...
+    def drop(self) -> np.ndarray:
+        """The effect by which they are ranked."""
+        ...
+
     @property
-    def firing_rate(self) -> np.ndarray: ...
+    def firing_rate(self) -> np.ndarray:
+        """How often each fires."""
+        ...
+
     @property
-    def mean_activation(self) -> np.ndarray: ...
+    def mean_activation(self) -> np.ndarray:
+        """How strongly each fires."""
+        ...
 
 
 def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEAST) -> Matches:
-    """Features whose decoder rows are each other's nearest by cosine.
+    """Return the features whose decoder rows are each other's nearest by cosine.
 
     Args:
-      first, second: decoder rows, of any length; rows of length 0 match nothing.
+      first: decoder rows of the first dictionary, of any length; rows of length 0 match nothing.
+      second: decoder rows of the second.
       least: smallest cosine of a match, above 0.
 
     Raises:
@@ -79,10 +85,11 @@ def match_by_direction(first: np.ndarray, second: np.ndarray, least: float = LEA
 def compare(
     first: RankedFeatures, second: RankedFeatures, matches: Matches, resamples: int = 1000, seed: int = 0
 ) -> MatchedDrops:
-    """Whether two dictionaries give matched features the same importance for one behaviour.
+    """Return how far two dictionaries agree on the importance of matched features for one behaviour.
 
     Args:
-      first, second: what the features of each are worth, on the same prompts.
+      first: effects of the first dictionary's features.
+      second: effects of the second's, on the same prompts.
       matches: between all features of the two; those count whose features are in both tables.
       resamples: of the bootstrap over pairs.
       seed: of the bootstrap and the controls.
@@ -112,13 +119,13 @@ def compare(
 
 
 def _spread(values_R: np.ndarray, mean: float | None = None) -> Interval | None:
-    """Mean, unless another is given, and the middle 95 % of those that are defined; None: none is."""
+    """Return the mean, unless another is given, and the middle 95 % of the defined values; None if there are none."""
     defined = values_R[~np.isnan(values_R)]
     return middle(defined, mean) if len(defined) else None
 
 
 def _mutual(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> Matches:
-    """Pairs of rows that have their largest product, of at least ``least``, with each other."""
+    """Return pairs of rows that have their largest product, of at least ``least``, with each other."""
     if not len(first_FxD) or not len(second_GxD):
         return Matches(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     best_F, best_G = np.zeros(len(first_FxD), np.int64), np.zeros(len(second_GxD), np.int64)
