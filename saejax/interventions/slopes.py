@@ -219,7 +219,7 @@ def attribution(
     Args:
       split: the model, split at the site that the dictionary writes to.
       runs: from ``split.run``; N prompts in all.
-      estimate: one of ``settings.ESTIMATES``.
+      estimate: ``gradient``, ``integrated`` or ``relp``.
       source: what replaces activations.
       counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 

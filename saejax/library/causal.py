@@ -4,20 +4,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.causal.patching.pairs import fitting_pairs
-from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
 from saejax.interventions import positions
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
 from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import KINDS
 from saejax.settings import BASES, AblateConfig
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
@@ -112,19 +110,36 @@ def ablate(
     return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
 
 
-def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post", split: str = "test") -> Patched:
-    """Patch a kind of site between prompts and their counterparts, at every layer and position.
+def patch(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    kind: str = "resid_post",
+    positions: str = EACH,
+    layers: Sequence[int] | None = None,
+    split: str = "test",
+) -> PatchEffects:
+    """Patch a kind of site between prompts and their counterparts, in every layer and in both directions.
 
     Args:
       lm: the model.
       prompts: those of ``split`` with a counterpart of as many tokens are used.
-      kind: one of ``saejax.models.sites.KINDS``.
+      kind: a kind of site, such as resid_post; of attn_q, attn_k, attn_v and attn_z every head by itself.
+      positions: "each" for every position by itself, or positions that are patched together: all, last, or a slice such
+        as 1:4 or -3:.
+      layers: the layers; None: all.
       split: "train" or "test".
 
+    Returns:
+      The logit differences with each patch; ``effect_DxLxHxPxC`` has the effects.
+
     Raises:
-      UserError: no prompt has such a counterpart.
+      UserError: no prompt has such a counterpart, or there is no such site.
     """
     pairs, left_out = fitting_pairs(lm, prompts, split)
     if not pairs:
-        raise UserError(f"no {split} prompt has a counterpart of as many tokens: {left_out}")
-    return patch_sites(lm, one_of(kind, KINDS, "kind of site"), pairs)
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in left_out.items())
+        raise UserError(
+            f"no {split} prompt has a counterpart of as many tokens (left out: {reasons}): give prompts a counterpart, "
+            "as those of make_prompts have"
+        )
+    return patch_sites(lm, kind, pairs, positions, layers)
