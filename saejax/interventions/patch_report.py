@@ -1,4 +1,4 @@
-"""The report on activation patching: heatmaps of sites, and what features carry over."""
+"""The report on activation patching: a heatmap of each kind of site, and interchange accuracy of features."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,12 +17,12 @@ from saejax.page import style
 from saejax.page.blocks import Block, Picture, Terms
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, interval, percent
+from saejax.page.tables import Table, interval, percent
 from saejax.page.words import behaviour
 
 _TITLES = dict(
-    denoising="denoising: from prompt to counterpart",
-    noising="noising: from counterpart to prompt",
+    denoising="denoising: prompt's value in the counterpart's run",
+    noising="noising: counterpart's value in the prompt's run",
 )
 
 
@@ -48,22 +48,22 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: PatchGrid, draw: Draw) -> Picture:
     scale = "as a share of clean - corrupted" if result.pairs.reason is None else "in logits"
     if results.positions == "each":
-        where = "at one layer and position"
+        where = "of one layer at one position"
     else:
-        where = f"in one layer{' and head' if 'head' in _axis(grid) else ''}, at positions {results.positions} together"
+        where = f"of one {'head' if _axis(grid) == 'head' else 'layer'} at positions {results.positions} together"
     caption = (
-        f"{behaviour(name)}: the value of {results.kind} {where} is replaced, on {result.pairs.prompts} pairs of "
-        f"prompts. Colour is the mean effect on the logit difference, {scale}."
+        f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
+        f"{result.pairs.prompts} pairs of prompts. Colour is the mean effect on the logit difference, {scale}."
     )
     if results.positions == "each":
         caption += (
-            " Positions are counted from the end and named by their most frequent token; where prompt and counterpart "
-            "differ, the name is bold."
+            " Positions are counted from the end and labelled with their most frequent token; labels are bold where "
+            "prompt and counterpart differ."
         )
     if result.pairs.reason:
         caption += f" Not normalised: {result.pairs.reason}."
     strongest = [f"{describe_strongest(direction, best)}." for direction, best in result.strongest.items()]
-    text = " ".join(strongest or ["No train prompts chose a strongest place: none was tested."])
+    text = " ".join(strongest or ["No position was tested: there are no train prompts with counterparts to choose it."])
     alt = f"Patching {results.kind}, {behaviour(name)}. {text}"
     return draw(f"patching-{results.kind}-{name}", heatmap(grid, result), f"{caption} {text}", alt)
 
@@ -108,35 +108,25 @@ def _label(token: str) -> str:
 
 
 def _carried_table(results: FeaturePatchResults) -> Table:
-    rows = []
-    for name, result in results.behaviours.items():
-        shares = result.interchange
-        cells = (
-            (
-                str(shares.prompts),
-                interval(shares.top, 0, 100),
-                percent(shares.random),
-                interval(shares.all, 0, 100),
-                interval(shares.site, 0, 100),
-            )
-            if shares
-            else ("0", *[MISSING] * 4)
-        )
-        rows.append((behaviour(name), *cells, interval(result.removed), interval(result.restored)))
+    columns = {
+        "Behaviour": lambda name, row: behaviour(name),
+        "Pairs": lambda name, row: str(row.interchange.prompts if row.interchange else 0),
+        "Top features, %": lambda name, row: interval(row.interchange and row.interchange.top, 0, 100),
+        "Random sets, %": lambda name, row: percent(row.interchange and row.interchange.random),
+        "Whole site, %": lambda name, row: interval(row.interchange and row.interchange.site, 0, 100),
+        "Removed": lambda name, row: interval(row.removed),
+        "Restored": lambda name, row: interval(row.restored),
+    }
     note = (
-        f"Features of {results.dictionary} at {results.site} take the values that they have in the counterpart. The "
-        "shares are of the pairs on which the model prefers the right answer of both: how often its preference becomes "
-        "the counterpart's (interchange intervention; Geiger et al., 2021), with 95 % Wilson intervals. Random sets: "
-        "the mean share over random sets of as many features, whose doses differ; the comparison at equal dose is "
-        "below. The whole site, at all positions, is the ceiling of its parts. Removed: fall of the logit difference "
-        "when the top features take the counterpart's values; restored: its rise in the counterpart when they take the "
-        "prompt's; logits, 95 % bootstrap intervals over prompts within templates."
+        f"Features of {results.dictionary} at {results.site} take the activations that they have in the counterpart. "
+        "The three shares are interchange accuracies (Geiger et al., 2021): of the pairs on which the model prefers "
+        "the right answer of both prompts, how often its preference becomes the counterpart's; 95 % Wilson intervals. "
+        "Random sets: mean over random sets of as many features, whose doses differ; the comparison at equal dose is "
+        "below. Whole site: all positions patched together, the most that features at this site can reach. Removed: "
+        "fall of the logit difference when the top features take the counterpart's activations. Restored: its rise in "
+        "the counterpart when they take the prompt's. Logits, 95 % bootstrap intervals over prompts within templates."
     )
-    columns = (
-        "Behaviour", "Pairs", "Top features, %", "Random sets, %", "All features, %", "Whole site, %", "Removed",
-        "Restored",
-    )  # fmt: skip
-    return Table(f"Interchange of the top {results.k} features", columns, tuple(rows), note=note)
+    return Table.of(f"Interchange of the top {results.k} features", results.behaviours.items(), columns, note=note)
 
 
 def _answers(results: FeaturePatchResults) -> dict[str, str]:

@@ -15,7 +15,7 @@ from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.ablate_run import summarise
 from saejax.interventions.ablation import BehaviourAblation, measure_behaviour
-from saejax.interventions.answers import CausalVerdict, VerdictConfig
+from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
 from saejax.interventions.columns import Columns
 from saejax.interventions.patching import (
     DIRECTIONS,
@@ -24,7 +24,6 @@ from saejax.interventions.patching import (
     TokenColumn,
     describe_columns,
     fitting_pairs,
-    patch_all_features,
     patch_features,
     patch_sites,
 )
@@ -37,7 +36,7 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, PatchConfig
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm
+from saejax.statistics.ranks import holm_by_key
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -103,7 +102,6 @@ class Interchange:
     prompts: int  #: number of these pairs
     top: Interval  #: with the top features, 95 % Wilson interval
     random: float | None  #: mean over random sets of as many features, at their own doses; None without any
-    all: Interval  #: with all features of the dictionary
     site: Interval  #: with the whole site at all positions, the ceiling of its parts
 
 
@@ -267,9 +265,8 @@ def _measure_features(
     interchange = results.interchange
     if interchange is None:
         return parts.Measured(results, "on no pair is the model right about both the prompt and its counterpart")
-    shares = dict(top=interchange.top, all=interchange.all, site=interchange.site)
-    listed = ", ".join(f"{each} {100 * share.mean:.0f} %" for each, share in shares.items())
-    return parts.Measured(results, f"answers carried over by the top features, all features, the site: {listed}")
+    line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, whole site "
+    return parts.Measured(results, f"{line}{100 * interchange.site.mean:.0f} %")
 
 
 def ablate_config(config: PatchConfig) -> AblateConfig:
@@ -308,14 +305,13 @@ def describe_features(
             prompts=int(both_P.sum()),
             top=wilson((noised_P < 0)[both_P]),
             random=float((random_ExP[:, both_P] < 0).mean()) if whole_random else None,
-            all=wilson((patch_all_features(split, pairs.tests)[1] < 0)[both_P]),
             site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
         )
     return PatchedFeatures(
         pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
         features=tuple(top),
-        restored=_interval(denoised_P - patched.corrupted_P, weight_RxP),
-        removed=_interval(patched.clean_P - noised_P, weight_RxP),
+        restored=mean_interval(denoised_P - patched.corrupted_P, weight_RxP),
+        removed=mean_interval(patched.clean_P - noised_P, weight_RxP),
         interchange=interchange,
     )
 
@@ -420,7 +416,7 @@ def find_strongest(
         effect_P = test_effect[layer, head, :, column - columns]
         interval, p_value = None, None
         if weight_RxP is not None:
-            interval, p_value = _interval(effect_P, weight_RxP), bootstrap.two_sided_p(weight_RxP @ effect_P)
+            interval, p_value = mean_interval(effect_P, weight_RxP), bootstrap.two_sided_p(weight_RxP @ effect_P)
         strongest[direction] = StrongestPatch(
             layer=tests.layers[layer],
             head=int(head) if heads > 1 else None,
@@ -449,35 +445,33 @@ def describe_strongest(direction: str, best: StrongestPatch) -> str:
 
 def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
     """Correct the p-values of the strongest places over behaviours and directions by Holm's method."""
-    tested = [
-        (name, direction, best.p_value)
-        for name, patched in behaviours.items()
-        for direction, best in patched.strongest.items()
-        if best.p_value is not None
-    ]
-    p_holm = holm(np.array([p for _, _, p in tested])).tolist()
-    corrected = {(name, direction): p for (name, direction, _), p in zip(tested, p_holm, strict=True)}
-    return {
-        name: dataclasses.replace(
-            patched,
-            strongest={
-                direction: dataclasses.replace(best, p_holm=corrected.get((name, direction)))
-                for direction, best in patched.strongest.items()
-            },
-        )
-        for name, patched in behaviours.items()
-    }
+    p_holm = holm_by_key(
+        {
+            (name, direction): best.p_value
+            for name, patched in behaviours.items()
+            for direction, best in patched.strongest.items()
+            if best.p_value is not None
+        }
+    )
+    corrected = {}
+    for name, patched in behaviours.items():
+        strongest = {
+            direction: dataclasses.replace(best, p_holm=p_holm.get((name, direction)))
+            for direction, best in patched.strongest.items()
+        }
+        corrected[name] = dataclasses.replace(patched, strongest=strongest)
+    return corrected
 
 
 def _describe_pairs(
     clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray | None
 ) -> PatchedPairs:
-    difference = _interval(clean_P - corrupted_P, weight_RxP)
+    difference = mean_interval(clean_P - corrupted_P, weight_RxP)
     return PatchedPairs(
         prompts=len(clean_P),
         left_out=dict(left_out),
-        clean=_interval(clean_P, weight_RxP),
-        corrupted=_interval(corrupted_P, weight_RxP),
+        clean=mean_interval(clean_P, weight_RxP),
+        corrupted=mean_interval(corrupted_P, weight_RxP),
         difference=difference,
         reason=None if _is_measurable(clean_P - corrupted_P, weight_RxP) else AT_CHANCE,
     )
@@ -492,12 +486,4 @@ def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray | Non
 
 def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray | None) -> bool:
     """Return whether clean - corrupted is above 0 with its whole interval; not of one prompt, which has none."""
-    return weight_RxP is not None and _interval(difference_P, weight_RxP).low > 0
-
-
-def _interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
-    """Return the mean and its bootstrap interval; of one prompt, its value three times."""
-    mean = float(values_P.mean())
-    if weight_RxP is None:
-        return Interval(mean, mean, mean)
-    return Interval(mean, *bootstrap.percentile_interval(weight_RxP @ values_P))
+    return weight_RxP is not None and mean_interval(difference_P, weight_RxP).low > 0

@@ -18,20 +18,18 @@ difference of the prompt's answers is read:
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary
-from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
 from saejax.interventions.positions import parse, where
-from saejax.interventions.split_model import SiteRows, SplitModel, active_features, groups_by_length, in_order, slices
+from saejax.interventions.split_model import SplitModel, groups_by_length
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -423,40 +421,3 @@ def patch_features(
         for base, source in (sides, sides[::-1])
     )
     return PatchedSets(noised.clean_P, denoised.clean_P, np.stack([denoised.ablated_SxP, noised.ablated_SxP]))
-
-
-def patch_all_features(split: SplitModel, prompts: Sequence[Prompt]) -> np.ndarray:
-    """Return logit differences with all of a dictionary's features patched, float64 [2, P], by direction.
-
-    Some prompts go through the program at a time, so that no array of all prompts' features exists.
-    """
-    sides = split.run(prompts), split.run_counterparts(prompts)
-
-    def patched(base: Sequence, source: Sequence) -> Iterator[np.ndarray]:
-        for clean, other in zip(base, source, strict=True):
-            parts = (
-                swap_all(
-                    split.point,
-                    split.params,
-                    split.dictionary,
-                    split.placed(clean.rows(own)),
-                    split.placed(other.rows(own)),
-                )
-                for own in slices(clean)
-            )
-            yield np.concatenate([to_host(part).astype(np.float64) for part in parts])
-
-    return np.stack([in_order(patched(*sides[::-1]), sides[0]), in_order(patched(*sides), sides[0])])
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def swap_all(
-    point: SplitPoint, params: decoder.Params, dictionary: Dictionary, base: SiteRows, source: SiteRows
-) -> jax.Array:
-    """Return the logit difference of each base prompt with all features of the source, [B]."""
-    f_BxTxF, other_BxTxF = (active_features(dictionary, rows.read_BxTxD, rows.domain_BxT) for rows in (base, source))
-    change_BxTxD = matmul(other_BxTxF - f_BxTxF, dictionary.W_dec_FxD[...])
-    change_BxTxD = jnp.where(base.domain_BxT[..., None], change_BxTxD, 0.0).astype(base.value_BxTxD.dtype)
-    x_BxTxD = point.run_suffix(params, base.stream_BxTxD, base.value_BxTxD + change_BxTxD)
-    diff_B = point.logit_difference(params, x_BxTxD, base.last_B, base.answers_Bx2)
-    return jax.lax.with_sharding_constraint(diff_B, sharding(point.mesh))

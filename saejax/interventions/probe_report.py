@@ -1,4 +1,4 @@
-"""The report on linear probes: what can be read off features and off raw activations, and whether the model uses it."""
+"""The report on linear probes: probe accuracy with controls, and whether ablating selected features has an effect."""
 
 from collections.abc import Mapping, Sequence
 
@@ -38,15 +38,16 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
 def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     learned = [label for label in results.labels if label.probes]
     intro = (
-        f"A linear probe (logistic regression) was given the features of {results.dictionary}, or the raw "
-        f"activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; probe accuracy "
-        "is the share of test prompts whose class it names. A sparse probe sees only the few features, or dimensions, "
-        "whose class means differ most on train prompts. What can be read off, the model need not use."
+        f"A linear probe (logistic regression) predicts a label from the features of {results.dictionary}, or from the "
+        f"raw activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; probe "
+        "accuracy is the share of test prompts whose class it predicts. A sparse probe sees only the few features, or "
+        "dimensions, whose class means differ most on train prompts. A label that a probe can read need not be used by "
+        "the model."
     )
     if congruent := [label for label in learned if label.congruent]:
         intro += (
-            f" Where the number of the subject is read, {sum(label.congruent for label in congruent)} prompts had the "
-            "noun next to the verb put into the subject's number, so that this noun does not give the number away."
+            f" For the number of the subject, the noun next to the verb was given the subject's number in "
+            f"{sum(label.congruent for label in congruent)} prompts, so that this noun does not predict the label."
         )
     without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
     blocks: list[Block] = [Text(intro)]
@@ -68,9 +69,9 @@ def _title(label: ProbedLabel) -> str:
 def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:
     shown = {_title(label): label.probes for label in learned}
     caption = (
-        "Probe accuracy on the test prompts of probes that see a few features, or dimensions, or all of them, with "
-        "95 % Wilson intervals. Grey: probes of shuffled labels, the 5th to 95th percentile over "
-        f"{shuffles} shuffles of either input. Dotted: always naming the largest class."
+        "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, with "
+        f"95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over {shuffles} "
+        "shuffles. Dotted: accuracy of always predicting the largest class."
     )
     alt = "Probe accuracy of probes of all inputs. " + " ".join(
         f"{title}: "
@@ -138,40 +139,41 @@ def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
         "Largest class": lambda label, row: percent(row.majority),
         "Shuffled labels, %": lambda label, row: interval(row.shuffled, 0, 100),
         "Controls, %": lambda label, row: interval(row.control, 0, 100),
-        "Less dense, points": lambda label, row: interval(row.against_dense, 0, 100),
+        "Minus dense, points": lambda label, row: interval(row.against_dense, 0, 100),
         "p": lambda label, row: number(row.p_holm, 4),
         "Inputs": lambda label, row: ", ".join(map(str, (row.inputs or ())[:3])) or MISSING,
     }
     note = (
-        "Probe accuracy: share of test prompts whose class is named, with its 95 % Wilson interval. F1: mean over "
-        "classes. AUC: area under the ROC curve, of two classes. Controls: as many features matched in firing rate, or "
-        f"as many random directions of the raw activations. Shuffled labels and controls: mean over {shuffles} draws, "
-        "5th and 95th percentile. Less dense: probe accuracy less that of the dense probe, of all raw dimensions, on "
-        "the same prompts. p: share of permutations of the test labels that agree with the probe as often, after "
-        "Holm's correction over the labels. Inputs: the first three that a sparse probe sees."
+        "Probe accuracy: 95 % Wilson interval. F1: mean over classes. AUC: area under the ROC curve, for two classes. "
+        "Shuffled labels: accuracy of probes fitted on them. Controls: accuracy of probes of as many features matched "
+        f"in firing rate, or of as many random directions of the raw activations. Both: mean over {shuffles} draws, "
+        "5th and 95th percentile. Minus dense: probe accuracy minus that of the probe of all raw dimensions, on the "
+        "same prompts. p: share of permutations of the test labels with at least this accuracy, after Holm's "
+        "correction over the labels. Inputs: the first three that a sparse probe sees."
     )
     rows = [(label, row) for label in learned for row in label.probes]
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
 
 
 def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
-    """Write whether the features that probes select are those whose ablation has an effect."""
+    """Return the table that says whether the features that probes select are those whose ablation has an effect."""
     columns = {
         "Label": lambda label, row: _title(label),
         "Feature": lambda label, row: str(row.feature),
         "Drop when ablated": lambda label, row: interval(row.drop),
         "p": lambda label, row: number(row.p_holm, 4),
-        "Matched, larger": lambda label, row: (
+        "Controls at least as large": lambda label, row: (
             f"{sum(drop >= row.drop.mean for drop in label.selected.matched)} of {len(label.selected.matched)}"
         ),
     }
     note = (
-        "The features that the sparse probe selects, each ablated alone on the behaviour's test prompts: fall of the "
-        "logit difference, 95 % bootstrap interval over prompts within templates; p after Holm's correction over all "
-        "features of this table. Matched, larger: features of similar firing rate whose ablation costs as much or more."
+        "The features that the sparse probe selects, each ablated alone on test prompts. Drop: fall of the logit "
+        "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
+        "bootstrap interval over prompts within templates. p: two-sided, after Holm's correction over all features of "
+        "this table. Controls: features that fire on about as many of these prompts, ablated alone."
     )
     rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
-    return Table.of("Does the model use what probes select?", rows, columns, {"Feature"}, note=note)
+    return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)
 
 
 def _answers(labels: Sequence[ProbedLabel]) -> Terms:

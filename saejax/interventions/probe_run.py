@@ -8,34 +8,34 @@ beside features matched in firing rate: what a probe reads, the model need not u
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
 from saejax.errors import UserError
-from saejax.files import read_lines, whole_file
-from saejax.interventions import activity
-from saejax.interventions.answers import VerdictConfig
+from saejax.files import read_lines
+from saejax.interventions.answers import VerdictConfig, mean_interval
+from saejax.interventions.benchmark import BenchmarkItems
 from saejax.interventions.probing import (
+    UNITS,
+    FeatureAblation,
     ProbeFit,
     ProbeTask,
-    feature_effects,
+    ablation_on_prompts,
+    ablation_on_references,
     match_firing_rates,
     paired_difference,
     pool_inputs,
     run_probes,
 )
 from saejax.interventions.split_model import SplitModel
-from saejax.results import Interval, from_json, to_json
+from saejax.results import Interval, from_json
 from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import ProbeConfig, TaskConfig
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm
+from saejax.statistics.ranks import holm_by_key
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import SPLITS, Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.benchmark_definitions import way
@@ -44,11 +44,10 @@ from saejax.tasks.benchmarks import read_items
 from saejax.tasks.labels import LABELS, Labelled, label_prompts
 from saejax.tasks.scored_items import WAYS, GeneratedItem
 
-TABLE = "probes.parquet"
 ABLATED = 10  # features of a probe that are ablated, at most
+BENCHMARK_ITEMS = 40  # test items of a benchmark on which they are ablated, at most
 _RESAMPLES = 10_000
 _CONTROLS = 2  # matched features of each ablated one
-_INTERVALS = ("accuracy", "shuffled", "control", "against_dense")
 _CALCULATION = re.compile(r"<<([^=>]*)=[^>]*>>")  # in solutions of GSM8K
 
 
@@ -57,7 +56,7 @@ class SelectedFeature:
     """A feature that a probe selects, ablated alone on the behaviour's test prompts."""
 
     feature: int  #: its index
-    drop: Interval  #: fall of the logit difference, 95 % bootstrap interval over prompts within templates
+    drop: Interval  #: fall of the readout, logits or nats, 95 % bootstrap interval over prompts within templates
     p_value: float  #: two-sided, of no effect
     p_holm: float  #: corrected by Holm's method over all ablated features of the run
 
@@ -67,8 +66,9 @@ class SelectedFeatures:
     """Whether the features that a probe selects are those whose ablation has an effect."""
 
     k: int  #: size of the probe that selected them
+    readout: str  #: the readout whose fall is measured: logit difference, or log-likelihood of the reference answer
     features: tuple[SelectedFeature, ...]  #: in the order of the probe
-    matched: tuple[float, ...]  #: mean fall of the logit difference for each feature matched in firing rate
+    matched: tuple[float, ...]  #: mean fall of the readout for each feature matched in firing rate
     sentence: str  #: the answer in words
 
 
@@ -104,7 +104,7 @@ def run_probe(run: Run) -> ProbeResults:
     """Probe a dictionary's features, and the raw activations, for every label.
 
     Args:
-      run: of the unit; ``probes.parquet``, a row for each probe, is written into its folder.
+      run: of the unit.
 
     Returns:
       The results of the unit.
@@ -113,11 +113,56 @@ def run_probe(run: Run) -> ProbeResults:
       UserError: there are no prompts of a split, the dictionary belongs to another model, or an activation is not
         finite.
     """
-    config = run.configs[ProbeConfig]
+    config, task = run.configs[ProbeConfig], run.configs[TaskConfig]
+    benchmarks = {unit.partition("/")[2]: unit for unit in run.inputs if unit.startswith("benchmark/")}
+    groups = [read_benchmark_prompts(run, unit) for unit in benchmarks.values()]
+    wanted = label_all(config, _behaviour_prompts(run) if "baseline" in run.inputs else ([], []), groups)
+    dictionary = run_inputs.load_run_dictionary(run)
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        split = SplitModel(lm, dictionary)
+        pooled = functools.cache(lambda prompts: pool_inputs(split, prompts, config.pool))
+
+        def ablation(name: str) -> FeatureAblation | None:
+            labelled = wanted[name]
+            if labelled.behaviour not in benchmarks:
+                return ablation_of(split, labelled)
+            ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
+            items = {item.id: item for item in read_items(labelled.behaviour, task)}
+            chosen = [items[each] for each in ids]
+            return ablation_on_references(
+                split, BenchmarkItems(lm, labelled.behaviour, task, (), chosen).references(chosen)
+            )
+
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+            inputs = pooled(wanted[name].prompts)
+            results = probe_label(config, wanted[name], *inputs, lambda: ablation(name), lambda: on_progress(0, 0))
+            return parts.Measured(results, _line(results))
+
+        return measure
+
+    measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
+    return ProbeResults(config.dictionary, dictionary.site, config.pool, correct(tuple(measured.values())))
+
+
+def label_all(
+    config: ProbeConfig,
+    behaviours: tuple[Sequence[Prompt], Sequence[float]],
+    benchmarks: Sequence[tuple[Sequence[Prompt], Sequence[float]]] = (),
+) -> dict[str, Labelled]:
+    """Return the labelled prompts of each label and behaviour or benchmark, by name.
+
+    Args:
+      config: settings of the stage.
+      behaviours: prompts of behaviours and their logit differences.
+      benchmarks: questions of each benchmark, with 1 where the model is right and -1 elsewhere.
+
+    Raises:
+      UserError: there is no strength, no such label, or no prompt that has one.
+    """
     if not config.strengths:
         raise UserError("--probe.strengths is empty: name at least one inverse strength, such as 0.01")
-    behaviours = _behaviour_prompts(run) if "baseline" in run.inputs else ([], [])
-    benchmarks = [read_benchmark_prompts(run, unit) for unit in run.inputs if unit.startswith("benchmark/")]
     of_benchmarks = {name for prompts, _ in benchmarks for prompt in prompts for name, _ in prompt.labels}
     wanted: dict[str, Labelled] = {}
     for label in dict.fromkeys(config.labels):
@@ -130,22 +175,7 @@ def run_probe(run: Run) -> ProbeResults:
                 wanted |= {each.name: each for each in label_prompts(label, prompts, diffs)}
     if not wanted:
         raise UserError(f"no prompt has a label of --probe.labels={','.join(config.labels)}: name one that some have")
-    dictionary = run_inputs.load_run_dictionary(run)
-
-    def begin() -> parts.Measure:
-        split = SplitModel(run_inputs.load_run_model(run), dictionary)
-        pooled = functools.cache(lambda prompts: pool_inputs(split, prompts, config.pool))
-
-        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            return _probe_label(config, split, wanted[name], *pooled(wanted[name].prompts), on_progress)
-
-        return measure
-
-    measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
-    results = correct(tuple(measured.values()))
-    with whole_file(run.folder / TABLE) as beside:
-        pq.write_table(make_table(results), beside)
-    return ProbeResults(config.dictionary, dictionary.site, config.pool, results)
+    return wanted
 
 
 def _behaviour_prompts(run: Run) -> tuple[list[Prompt], list[float]]:
@@ -186,20 +216,31 @@ def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[floa
             operators = re.findall(r"[-+*/]", calculations[-1].lstrip("-"))
             labels |= {"operation": operators[-1]} if operators else {}
         split = "train" if train else "test"
-        prompts.append(Prompt(name, split, item.prompt, item.reference, "", labels=tuple(labels.items())))
+        fields = dict(items=(item.id,), labels=tuple(labels.items()))
+        prompts.append(Prompt(name, split, item.prompt, item.reference, "", **fields))
     if not prompts:
         raise UserError(f"{path} has no items: run the stage benchmark again")
     return prompts, [1.0 if dict(prompt.labels).get("correct") == "right" else -1.0 for prompt in prompts]
 
 
-def _probe_label(
+def probe_label(
     config: ProbeConfig,
-    split: SplitModel,
     labelled: Labelled,
     inputs: Mapping[str, np.ndarray],
-    is_read_N: np.ndarray,
-    on_progress: parts.OnProgress,
-) -> parts.Measured:
+    is_read_P: np.ndarray,
+    ablation: Callable[[], FeatureAblation | None],
+    check_stop: Callable[[], None] = lambda: None,
+) -> ProbedLabel:
+    """Fit the probes of a label, and ablate the features that one of them selects.
+
+    Args:
+      config: settings of the stage.
+      labelled: the labelled prompts.
+      inputs: from ``pool_inputs``.
+      is_read_P: from ``pool_inputs``.
+      ablation: returns the test prompts on which features are ablated; None where there are none.
+      check_stop: called now and then; may raise to stop.
+    """
     fits, rights = [], []
     with threadpool_limits(1):  # threads of products this small only wait for each other
         for name, x_PxC in inputs.items() if not labelled.reason else ():
@@ -208,14 +249,14 @@ def _probe_label(
             for fit, right_M in run_probes(task, config, [*f"{labelled.name} {name}".encode()], name):
                 fits.append(fit)
                 rights.append(right_M)
-                on_progress(0, 0)
+                check_stop()
     # The last one is the dense probe, of all raw activations.
     gaps = [paired_difference(right_M, rights[-1], config.seed) for right_M in rights[:-1]]
     fits = [
         dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*gaps, None][: len(fits)], strict=True)
     ]
     used_P = np.concatenate([labelled.train_N, labelled.test_M])
-    results = ProbedLabel(
+    return ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,
         reason=labelled.reason or None,
@@ -223,63 +264,55 @@ def _probe_label(
         left_out=dict(labelled.left_out),
         unlabelled=labelled.unlabelled,
         congruent=labelled.congruent,
-        unread=int((~is_read_N[used_P]).sum()),
+        unread=int((~is_read_P[used_P]).sum()),
         probes=tuple(fits),
-        selected=_ablate_selected(config, split, labelled, fits, on_progress),
+        selected=ablate_selected(config, fits, ablation),
     )
-    return parts.Measured(results, _line(labelled, fits))
 
 
-def _ablate_selected(
-    config: ProbeConfig,
-    split: SplitModel,
-    labelled: Labelled,
-    fits: Sequence[ProbeFit],
-    on_progress: parts.OnProgress,
+def ablation_of(split: SplitModel, labelled: Labelled) -> FeatureAblation | None:
+    """Return the ablation of features on a behaviour's test prompts; None with fewer than 2 of them."""
+    tests = [p for p in labelled.prompts if p.split == "test" and p.wrong and labelled.behaviour == p.behaviour]
+    return ablation_on_prompts(split, tests) if len(tests) > 1 else None
+
+
+def ablate_selected(
+    config: ProbeConfig, fits: Sequence[ProbeFit], ablation: Callable[[], FeatureAblation | None]
 ) -> SelectedFeatures | None:
     """Ablate the features of the largest sparse probe that sees at most ``ABLATED``, and matched ones."""
     sparse = [fit for fit in fits if fit.input == "features" and fit.k and fit.k <= ABLATED and fit.inputs]
-    tests = [p for p in labelled.prompts if p.split == "test" and p.wrong and labelled.behaviour == p.behaviour]
-    if not sparse or len(tests) < 2:
+    tests = ablation() if sparse else None
+    if tests is None:
         return None
     features = list(sparse[-1].inputs or ())
-    active_F = activity.firing_prompts(split, split.run(tests))
-    rng, matched = np.random.default_rng(config.seed), list[int]()
-    for _ in range(_CONTROLS):
-        free_F = np.where(np.isin(np.arange(len(active_F)), matched), np.iinfo(np.int64).max // 2, active_F)
-        matched += [int(f) for f in match_firing_rates(free_F, features, rng) if f not in matched]
-    drop_SxP = feature_effects(split, tests, [*features, *matched], on_progress=on_progress)
-    weight_RxP = bootstrap.resampling_weights([prompt.template for prompt in tests], _RESAMPLES, config.seed)
+    matched = match_firing_rates(tests.fires_F, _CONTROLS * features, np.random.default_rng(config.seed))
+    drop_SxP = tests.measure_drop([*features, *matched.tolist()])
+    weight_RxP = bootstrap.resampling_weights(tests.templates, _RESAMPLES, config.seed)
     selected = []
     for feature, drop_P in zip(features, drop_SxP, strict=False):
-        sample_R = weight_RxP @ drop_P
-        p_value = bootstrap.two_sided_p(sample_R)
-        interval = Interval(float(drop_P.mean()), *bootstrap.percentile_interval(sample_R))
-        selected.append(SelectedFeature(feature, interval, p_value, p_value))
+        p_value = bootstrap.two_sided_p(weight_RxP @ drop_P)
+        selected.append(SelectedFeature(feature, mean_interval(drop_P, weight_RxP), p_value, p_value))
     matched_drops = tuple(drop_SxP[len(features) :].mean(axis=1).tolist())
-    return SelectedFeatures(len(features), tuple(selected), matched_drops, "")
+    return SelectedFeatures(len(features), tests.readout, tuple(selected), matched_drops, "")
 
 
 def correct(labels: Sequence[ProbedLabel]) -> tuple[ProbedLabel, ...]:
     """Correct p-values by Holm's method: of probes over the labels, of ablated features over all of them."""
-    places = [(n, m) for n, label in enumerate(labels) for m in range(len(label.probes))]
-    groups: dict[tuple[str, int | None], list[tuple[int, int]]] = {}
-    for n, m in places:
-        probe = labels[n].probes[m]
-        groups.setdefault((probe.input, probe.k), []).append((n, m))
-    p_holm: dict[tuple[int, int], float] = {}
-    for group in groups.values():
-        p_holm |= zip(group, holm(np.array([labels[n].probes[m].p_value for n, m in group])).tolist(), strict=True)
-    ablated = [(n, m) for n, label in enumerate(labels) if label.selected for m in range(len(label.selected.features))]
-    p_N = np.array([_selected(labels[n]).features[m].p_value for n, m in ablated], np.float64)
-    p_ablated = dict(zip(ablated, holm(p_N).tolist(), strict=True))
+    p_fits = {(n, fit.input, fit.k): fit.p_value for n, label in enumerate(labels) for fit in label.probes}
+    for inputs in {key[1:] for key in p_fits}:
+        p_fits |= holm_by_key({key: p for key, p in p_fits.items() if key[1:] == inputs})
+    p_features = {
+        (n, each.feature): each.p_value
+        for n, label in enumerate(labels)
+        for each in (label.selected.features if label.selected else ())
+    }
+    p_features = holm_by_key(p_features)
     corrected = []
     for n, label in enumerate(labels):
-        probes = tuple(dataclasses.replace(fit, p_holm=p_holm[n, m]) for m, fit in enumerate(label.probes))
-        selected = label.selected
-        if selected:
+        probes = tuple(dataclasses.replace(fit, p_holm=p_fits[n, fit.input, fit.k]) for fit in label.probes)
+        if selected := label.selected:
             features = tuple(
-                dataclasses.replace(each, p_holm=p_ablated[n, m]) for m, each in enumerate(selected.features)
+                dataclasses.replace(each, p_holm=p_features[n, each.feature]) for each in selected.features
             )
             selected = dataclasses.replace(selected, features=features)
             selected = dataclasses.replace(selected, sentence=describe_selected(selected))
@@ -294,47 +327,24 @@ def describe_selected(selected: SelectedFeatures) -> str:
     lowering = [each for each in effective if each.drop.low > 0]
     text = (
         f"Of {count} feature{'' if count == 1 else 's'} that the probe selects, {len(effective)} "
-        f"change{'s' if len(effective) == 1 else ''} the logit difference significantly when ablated alone, "
+        f"change{'s' if len(effective) == 1 else ''} the {selected.readout} significantly when ablated alone, "
         f"{len(lowering)} of them lowering it"
     )
     if not selected.matched:
-        return f"{text}; compared with features of equal firing rate: not tested, there are none."
+        return f"{text}. There are no features of similar firing rate to compare with."
     largest = max(selected.features, key=lambda each: each.drop.mean)
-    above = sum(drop >= largest.drop.mean for drop in selected.matched)
+    above, unit = sum(drop >= largest.drop.mean for drop in selected.matched), UNITS[selected.readout]
     return (
-        f"{text}; the largest drop is {largest.drop.mean:.2f} logits (feature {largest.feature}), and {above} of "
-        f"{len(selected.matched)} features of similar firing rate have a larger one."
+        f"{text}. The largest drop is {largest.drop.mean:.2f} {unit} (feature {largest.feature}); {above} of "
+        f"{len(selected.matched)} features of similar firing rate have one at least as large."
     )
 
 
-def _selected(label: ProbedLabel) -> SelectedFeatures:
-    assert label.selected is not None
-    return label.selected
-
-
-def _line(labelled: Labelled, fits: Sequence[ProbeFit]) -> str:
-    if labelled.reason:
-        return f"no probe: {labelled.reason}"
-    shares = {fit.input: fit.accuracy * 100 for fit in fits if fit.k is None}
+def _line(result: ProbedLabel) -> str:
+    if result.reason:
+        return f"no probe: {result.reason}"
+    shares = {fit.input: fit.accuracy * 100 for fit in result.probes if fit.k is None}
     dense = [f"{name} {each.mean:.0f} % [{each.low:.0f}, {each.high:.0f}]" for name, each in shares.items()]
-    majority = f"largest class {100 * fits[0].majority:.0f} %"
-    return f"probe accuracy on {len(labelled.test_M)} test prompts from all inputs: {', '.join(dense)}; {majority}"
-
-
-def make_table(results: Sequence[ProbedLabel]) -> pa.Table:
-    """Return a row for each probe, and one for each label without; intervals are three columns, ends _low and _high."""
-    text, number = pa.string(), pa.float64()
-    columns = dict(label=text, behaviour=text, reason=text, input=text, k=pa.int64(), inputs=pa.list_(pa.int64()))
-    columns |= {f"{name}{end}": number for name in _INTERVALS for end in ("", "_low", "_high")}
-    scores = ("balanced_accuracy", "f1", "auc", "majority", "control_p", "p_value", "p_holm", "strength")
-    columns |= dict.fromkeys(scores, number)
-    rows = []
-    for result in results:
-        for probe in result.probes or (None,):
-            row: dict[str, Any] = dict(label=result.label, behaviour=result.behaviour, reason=result.reason)
-            row |= to_json(probe) if probe else {}
-            for name in _INTERVALS:
-                spread = row.get(name) or {}
-                row |= {f"{name}_low": spread.get("low"), f"{name}_high": spread.get("high"), name: spread.get("mean")}
-            rows.append(row)
-    return pa.Table.from_pylist(rows, schema=pa.schema(columns))
+    tests = sum(counts["test"] for counts in result.classes.values())
+    majority = f"largest class {100 * result.probes[0].majority:.0f} %"
+    return f"probe accuracy on {tests} test prompts from all inputs: {', '.join(dense)}; {majority}"

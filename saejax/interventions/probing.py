@@ -14,13 +14,13 @@ Controls of each probe:
 - of a sparse probe of raw activations, as many random directions of the dense space;
 - a permutation test on the test labels.
 
-A probe reads what is there; whether the model uses it is another question, which ``feature_effects`` asks of the
-features that a probe selects, by ablation.
+A probe reads what is there; whether the model uses it is another question, which ``FeatureAblation`` asks of the
+features that a probe selects.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,11 @@ from sklearn.preprocessing import StandardScaler
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.engine import BATCH_ROWS, OnProgress, ablate_sets
-from saejax.interventions.split_model import SplitModel, in_order, of_features
+from saejax.interventions import activity
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import ablate_sets
+from saejax.interventions.references import Reference, References
+from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
 from saejax.results import Interval
@@ -45,6 +48,8 @@ from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
 MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
+LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
+UNITS = {LOGIT_DIFFERENCE: "logits", LOG_LIKELIHOOD: "nats"}  # of the readouts whose fall is measured
 _RESAMPLES = 2_000  # of test prompts
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 
@@ -313,24 +318,43 @@ def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> In
     return Interval(mean, *percentile_interval(weight_RxM @ difference_M))
 
 
-def feature_effects(
-    split: SplitModel,
-    prompts: Sequence[Prompt],
-    features: Sequence[int],
-    batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
-) -> np.ndarray:
-    """Return by how much the logit difference falls when each feature is ablated alone, float64 [S, P].
+class FeatureAblation(NamedTuple):
+    """Test prompts on which features are ablated one by one.
 
-    Args:
-      split: the model, split at the dictionary's site.
-      prompts: P test prompts.
-      features: S features.
-      batch_rows: as for ``effects``.
-      on_progress: called with the tokens done and in total; may raise to stop.
+    Attributes:
+      readout: the readout whose fall is measured.
+      fires_F: number of prompts on which each feature fires.
+      templates: template of each of the P prompts.
+      measure_drop: takes S features, returns the fall of the readout without each, float64 [S, P].
     """
-    sets = [[feature] for feature in features]
-    return ablate_sets(split, split.run(prompts), sets, batch_rows, on_progress).drop_SxP
+
+    readout: str
+    fires_F: np.ndarray
+    templates: Sequence[str]
+    measure_drop: Callable[[Sequence[int]], np.ndarray]
+
+
+def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> FeatureAblation:
+    """Return the ablation of features on prompts with two answers; the readout is the logit difference."""
+    runs = split.run(prompts)
+    return FeatureAblation(
+        LOGIT_DIFFERENCE,
+        activity.firing_prompts(split, runs),
+        [prompt.template for prompt in prompts],
+        lambda features: ablate_sets(split, runs, [[feature] for feature in features]).drop_SxP,
+    )
+
+
+def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -> FeatureAblation:
+    """Return the ablation of features on reference answers; the readout is their log-likelihood, in nats."""
+    answers = References(split, references, GROUP_TOKENS)
+
+    def measure_drop(features: Sequence[int]) -> np.ndarray:
+        clean_N, edited_SxN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
+        return clean_N - edited_SxN
+
+    templates = [""] * len(references)
+    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics()[1], templates, measure_drop)
 
 
 def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) -> ProbeTask:

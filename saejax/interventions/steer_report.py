@@ -1,4 +1,4 @@
-"""The report on steering: how far answers move at which dose, beside controls, and what it costs other text."""
+"""The report on steering: effect against dose, compared with controls, and the rise of cross-entropy on other text."""
 
 from collections.abc import Mapping
 
@@ -27,12 +27,14 @@ def _section(results: SteerResults, draw: Draw) -> Section:
     steered = {name: result for name, result in results.behaviours.items() if not result.reason}
     where = "at every position" if results.positions == "all" else "at the last position"
     intro = (
-        f"Prompts that the model answers rightly are steered to the answer of their counterparts by a change of "
-        f"{place(results.site)}, {where}. What is changed was learned on train prompts and their counterparts: the "
-        f"difference between the site's mean values on texts with either answer, or that of the top features of "
-        f"{results.dictionary}, which are added, or clamped to a multiple of their mean on texts of the target answer. "
-        "A dose is the root mean square over prompts of the norm of the change. Continuations are examples and were "
-        "not scored."
+        f"Prompts that the model answers correctly are steered to the answer of their counterpart by changing "
+        f"{place(results.site)} {where}. Three methods are compared. Features added: the top features of "
+        f"{results.dictionary} are raised or lowered by the mean difference of their activations between texts with "
+        "either answer. Features clamped: the same features are set to a multiple of their mean activation on texts "
+        "with the target answer. Difference of means: the difference between the site's mean values on the two kinds "
+        "of text is added. The texts are train prompts and their counterparts. The dose is the root mean square over "
+        "prompts of the norm of the change. Controls are random changes of the same dose: random sets of as many "
+        "features, or differences of means after the answers were shuffled among the texts."
     )
     blocks: list[Block] = [Text(intro)]
     if steered:
@@ -49,8 +51,9 @@ def _section(results: SteerResults, draw: Draw) -> Section:
 
 def _picture(steered: Mapping[str, BehaviourSteering], draw: Draw) -> Picture:
     caption = (
-        "Fall of the logit difference on test prompts against the dose, with 95 % bootstrap intervals. Large marks: "
-        "the strengths chosen on train prompts. Grey: the largest and the mean effect of the controls at that dose."
+        "Drop of the logit difference on test prompts against the dose, with 95 % bootstrap intervals. Large marks: "
+        "the strengths chosen on train prompts. Grey lines run from the mean to the largest drop of the controls at "
+        "the same dose."
     )
     alt = "Steering. " + " ".join(
         f"{behaviour(name)}: "
@@ -125,15 +128,15 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
             )
     columns = (
         "Behaviour", "Changed by", "Strength", "Dose", "Drop", "Controls", "More than controls", "Turned, %",
-        "Controls turn", "Text",
+        "Controls turned", "Text",
     )  # fmt: skip
     note = (
-        "The strength of each method is the one that turns most train prompts, of those that cost little text. Drop: "
-        "fall of logit(answer) - logit(target) on test prompts. Controls: mean and largest drop, and number, of random "
-        "sets of as many features (for features) or of differences of means of shuffled answers (for the difference of "
-        "means), added at the same dose; p is the share of controls with at least the method's drop, after Holm's "
-        "correction over the behaviours. Turned: share of test prompts whose target has the higher logit, 95 % Wilson "
-        "interval. Text: rise of cross-entropy on held-out text, nats per token."
+        "The strength of each method is the one that turns most train prompts, among those that raise the "
+        "cross-entropy of held-out text by at most --steer.max_ce_rise. Drop: of logit(answer) - logit(target) on test "
+        "prompts, logits. Controls: mean and largest drop, and their number, at the same dose; p is the share of "
+        "controls with at least the method's drop, after Holm's correction over the behaviours. Turned: share of test "
+        "prompts whose target has the higher logit, 95 % Wilson interval. Controls turned: the same share, mean over "
+        "controls. Text: rise of the cross-entropy of held-out text, nats per token."
     )
     return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 6}), stack=False, note=note)
 

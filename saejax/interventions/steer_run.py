@@ -13,7 +13,7 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions.ablation import spread_over_templates
-from saejax.interventions.answers import CausalAnswer, VerdictConfig
+from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     METHODS,
@@ -41,7 +41,7 @@ from saejax.runner import parts
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm, min_controls, rank_p
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 from saejax.tasks import run_inputs
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
@@ -115,10 +115,7 @@ def run_steer(run: Run) -> SteerResults:
       UserError: the dictionary belongs to another model, there are no doses, or a logit is not finite.
     """
     config = run.configs[SteerConfig]
-    if not config.doses:
-        raise UserError("--steer.doses is empty: name at least one, such as 0.4")
-    config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
-    prompts, dictionary = run_inputs.read_behaviours(run), parts.load_run_dictionary(run)
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
@@ -146,6 +143,9 @@ class SteeringTest:
       text: held-out text, if there is any.
       config: settings of the stage.
       on_progress: called with the tokens done and in total of each measurement; may raise to stop.
+
+    Raises:
+      UserError: there are no doses.
     """
 
     def __init__(
@@ -155,8 +155,11 @@ class SteeringTest:
         prompts: Sequence[Prompt],
         text: HeldOutText | None,
         config: SteerConfig,
-        on_progress: parts.OnProgress,
+        on_progress: parts.OnProgress = parts.silent,
     ):
+        if not config.doses:
+            raise UserError("--steer.doses is empty: name at least one, such as 0.4")
+        config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
         self._lm, self._split, self._text, self._config, self._on_progress = lm, split, text, config, on_progress
         train = [prompt for prompt in prompts if prompt.split == "train"]
         test = [prompt for prompt in prompts if prompt.split == "test"]
@@ -191,7 +194,7 @@ class SteeringTest:
             reason=None,
             prompts=len(self._test),
             left_out=self._left_out,
-            clean=_interval(clean.diff_SxP[0], weight_RxP),
+            clean=mean_interval(clean.diff_SxP[0], weight_RxP),
             example=self._test[0].text,
             continuation=self._continue(SteeringChange()),
             methods=methods,
@@ -257,7 +260,7 @@ class SteeringTest:
             SteeringPoint(
                 strength=strength,
                 dose=float(np.sqrt(np.mean(np.square(steered.norm_SxP[s])))),
-                drop=_interval(clean_P - steered.diff_SxP[s], weight_RxP),
+                drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
                 turned=wilson(steered.diff_SxP[s] < 0),
                 top1=float(steered.top1_SxP[s].mean()),
                 ce_rise=rises[s] if rises else None,
@@ -321,7 +324,7 @@ class SteeringTest:
         if rise_SxN.shape[1] > 1:
             documents = [""] * rise_SxN.shape[1]
             weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
-        return [_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
+        return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
 
     def _continue(self, change: SteeringChange) -> str:
         """Return what the steered model writes after the first test prompt, greedily."""
@@ -338,55 +341,48 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
 
     p-values are corrected by Holm's method over the behaviours, for each method by itself.
     """
-    level = VerdictConfig().level
-    answers: dict[tuple[str, str], CausalAnswer] = {}
-    for method in METHODS:
-        tested = {
-            name: result.methods[method]
-            for name, result in behaviours.items()
-            if method in result.methods and result.methods[method].answer.p_value is not None
-        }
-        p_holm_N = holm(np.array([each.answer.p_value for each in tested.values()], np.float64))
-        needed = min_controls(max(len(tested), 1), level)
-        for (name, each), p_holm in zip(tested.items(), p_holm_N.tolist(), strict=True):
-            answers[name, method] = _conclude(method, each, p_holm, needed, len(tested), level)
-    return {
-        name: dataclasses.replace(
-            result,
-            methods={
-                method: dataclasses.replace(each, answer=answers.get((name, method)) or _not_tested(each))
-                for method, each in result.methods.items()
-            },
-        )
+    p_values = {
+        (method, name): each.answer.p_value
         for name, result in behaviours.items()
+        for method, each in result.methods.items()
+        if each.answer.p_value is not None
     }
+    p_holm: dict[tuple[str, str], float] = {}
+    for method in METHODS:
+        p_holm |= holm_by_key({key: p for key, p in p_values.items() if key[0] == method})
+    judged = {}
+    for name, result in behaviours.items():
+        methods = {}
+        for method, each in result.methods.items():
+            tests = sum(key[0] == method for key in p_holm)
+            answer = _conclude(each, p_holm.get((method, name)), tests)
+            methods[method] = dataclasses.replace(each, answer=answer)
+        judged[name] = dataclasses.replace(result, methods=methods)
+    return judged
 
 
-def _conclude(
-    method: str, result: SteeringMethod, p_holm: float, needed: int, behaviours: int, level: float
-) -> CausalAnswer:
-    effect, point = result.answer.effect, result.points[result.chosen]
-    assert effect is not None and result.control_mean is not None and result.control_max is not None
-    answer = "yes" if p_holm <= level and effect.low > 0 else "no"
+def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> CausalAnswer:
+    """Return the answer of a method on a behaviour, given its corrected p-value and the number of tests."""
+    effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
+    if p_holm is None or effect is None:
+        reason = f"Not tested: there are no {result.control} to compare with."
+        return CausalAnswer("not tested", reason, effect)
+    level = VerdictConfig().level
+    answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
     if result.controls < needed:
         answer = "not testable"
         sentence = f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
     else:
-        corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
+        corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
         verb = "more than" if answer == "yes" else "not shown to be more than"
         sentence = (
-            f"Lowers the logit difference by {effect.mean:.2f} logits [{effect.low:.2f}, {effect.high:.2f}] and turns "
-            f"{100 * point.turned.mean:.0f} % of the prompts; at equal dose {verb} {result.controls} {result.control} "
-            f"(mean {result.control_mean:.2f}, maximum {result.control_max:.2f}; p = {result.answer.p_value:.2g}"
-            f"{corrected})."
+            f"Changes the logit difference by {-effect.mean:+.2f} logits [{-effect.high:+.2f}, {-effect.low:+.2f}] and "
+            f"turns {100 * point.turned.mean:.0f} % of the prompts. At equal dose the drop is {verb} that of "
+            f"{result.controls} {result.control} (mean {result.control_mean:.2f}, maximum {result.control_max:.2f}; "
+            f"p = {p_value:.2g}{corrected})."
         )
     numbers = dict(controls=float(result.controls), needed=float(needed))
-    return CausalAnswer(answer, sentence, effect, result.answer.p_value, p_holm, numbers)
-
-
-def _not_tested(result: SteeringMethod) -> CausalAnswer:
-    reason = f"Not tested: there are no {result.control} to compare with."
-    return CausalAnswer("not tested", reason, result.answer.effect)
+    return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
 
 
 def _line(result: BehaviourSteering) -> str:
@@ -395,11 +391,3 @@ def _line(result: BehaviourSteering) -> str:
     chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
     listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
     return f"{result.prompts} test prompts: {', '.join(listed)}"
-
-
-def _interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
-    """Return the mean and its bootstrap interval; of one value, that value three times."""
-    mean = float(values_P.mean())
-    if weight_RxP is None:
-        return Interval(mean, mean, mean)
-    return Interval(mean, *bootstrap.percentile_interval(weight_RxP @ values_P))

@@ -3,23 +3,25 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 import torch
 
 import saejax
 from saejax.errors import UserError
+from saejax.interventions.engine_programs import first_change, gather
 from saejax.interventions.patch_run import PatchGrid, find_strongest
 from saejax.interventions.patching import (
     DIRECTIONS,
     PatchEffects,
     count_heads,
     fitting_pairs,
-    patch_all_features,
     patch_features,
     patch_sites,
 )
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights
 
 
@@ -171,8 +173,7 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
     dictionary = make_dictionary(site)
     split = SplitModel(tiny, dictionary)
     sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
-    patched, every = patch_features(split, pairs, sets), patch_all_features(split, pairs)
-    np.testing.assert_allclose(patched.diff_DxSxP[:, -1], every, atol=1e-5)
+    patched = patch_features(split, pairs, sets)
     W_dec_FxD = np.asarray(dictionary.W_dec_FxD[...], np.float64)
     for p, pair in enumerate(pairs[:2]):
         runs = [plain(dictionary, pair), plain(dictionary, dataclasses.replace(pair, text=pair.counterpart))]
@@ -186,6 +187,27 @@ def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
                 with torch.no_grad():
                     wanted = float(runs[base].run(lambda x_1xTxD, moved_TxD=moved_TxD: x_1xTxD + moved_TxD))
                 np.testing.assert_allclose(patched.diff_DxSxP[direction, s, p], wanted, atol=2e-5)
+
+
+def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
+    """Activations of all features exist of ``PROMPTS`` prompts at a time, however many are patched."""
+    split = SplitModel(tiny, make_dictionary("resid_post.1"))
+    length, features, width = 16, split.dictionary.config.n_features, tiny.config.d_model
+    source = ActivationReplacement("counterpart")
+
+    def temporaries(prompts):
+        read_BxTxD = jax.ShapeDtypeStruct((prompts, length, width), np.float32)
+        domain_BxT = jax.ShapeDtypeStruct((prompts, length), bool)
+        arrays, chosen = [read_BxTxD, domain_BxT] * 2, jax.ShapeDtypeStruct((1,), np.int32)
+        programs = (
+            first_change.lower(split.point, split.dictionary, source, arrays),
+            gather.lower(split.point, split.dictionary, source, arrays, chosen, np.int32(prompts)),
+        )
+        return max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)
+
+    more = 32 * PROMPTS * length
+    growth = temporaries(33 * PROMPTS) - temporaries(PROMPTS)
+    assert growth < more * features  # a tenth of float32 [B, T, F], in bytes
 
 
 def weights(prompts, resamples=300):

@@ -5,7 +5,6 @@ import importlib.resources
 import json
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from runs import changed, write_members
 from scipy.stats import binomtest
@@ -19,10 +18,13 @@ from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.files import write_lines
 from saejax.interventions import probe_run as stage
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import effects
 from saejax.interventions.probing import (
     ProbeTask,
+    ablation_on_prompts,
+    ablation_on_references,
     choose_strength,
-    feature_effects,
     fit_probe,
     match_firing_rates,
     mean_differences,
@@ -32,6 +34,7 @@ from saejax.interventions.probing import (
     run_probes,
     select_inputs,
 )
+from saejax.interventions.references import Reference
 from saejax.interventions.split_model import SplitModel
 from saejax.results import Interval, from_json, to_json
 from saejax.runner.config import Configs
@@ -39,6 +42,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig, TaskConfig
 from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
 from saejax.tasks.labels import LABELS, label_prompts
+from saejax.tasks.likelihood import encode_pair
 
 CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
 
@@ -241,22 +245,12 @@ def test_the_stage_end_to_end_killed_and_resumed(make_run):
         assert label.reason == "fewer than two classes with 5 train prompts: right 14" and not label.probes
     assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
 
-    rows = pq.read_table(whole.folder / stage.TABLE).to_pylist()
-    assert len(rows) == 6 + 6 + 1 + 1
-    for row, result in zip(rows[:6], answer.probes, strict=True):
-        assert (row["label"], row["behaviour"], row["input"], row["k"]) == (
-            "answer",
-            "first",
-            result.input,
-            result.k,
-        )
-        assert [row[f"accuracy{end}"] for end in ("", "_low", "_high")] == list(vars(result.accuracy).values())
-        dense = answer.probes[-1].accuracy.mean
-        if result is not answer.probes[-1]:
-            assert row["against_dense"] == pytest.approx(result.accuracy.mean - dense)
-        assert (row["auc"], row["f1"]) == (result.auc, result.f1)
-        assert (row["p_value"], row["inputs"]) == (result.p_value, list(result.inputs) if result.inputs else None)
-    assert rows[-1]["reason"] == second.reason and rows[-1]["accuracy"] is None
+    dense = answer.probes[-1]
+    for probe in answer.probes[:-1]:
+        assert probe.against_dense.mean == pytest.approx(probe.accuracy.mean - dense.accuracy.mean)
+    assert dense.against_dense is None
+    assert answer.selected.k == 2 and answer.selected.readout == "logit difference"
+    assert [each.feature for each in answer.selected.features] == list(answer.probes[1].inputs)
 
     folder = whole.folder.parent / "stopped"
     stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())
@@ -364,7 +358,7 @@ def test_raw_controls_are_random_directions():
 
 def test_effects_of_selected_features_equal_a_hook(tiny, make_dictionary, prompts, plain):
     dictionary = make_dictionary("resid_post.1")
-    drop_SxP = feature_effects(SplitModel(tiny, dictionary), prompts[:3], [3, 50])
+    drop_SxP = ablation_on_prompts(SplitModel(tiny, dictionary), prompts[:3]).measure_drop([3, 50])
     for p, prompt in enumerate(prompts[:3]):
         run = plain(dictionary, prompt)
         for s, feature in enumerate((3, 50)):
@@ -379,7 +373,7 @@ def test_p_values_are_corrected_and_sentences_say_what_was_tested():
     )
     labels = []
     for number, matched in enumerate(((0.2, 1.2), ())):
-        selected = stage.SelectedFeatures(2, features, matched, "")
+        selected = stage.SelectedFeatures(2, "logit difference", features, matched, "")
         probe = dataclasses.replace(fit, p_value=(0.01, 0.04)[number])
         labels.append(stage.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
     first, second = stage.correct(labels)
@@ -387,33 +381,44 @@ def test_p_values_are_corrected_and_sentences_say_what_was_tested():
     assert [each.p_holm for each in first.selected.features] == pytest.approx([0.04, 0.6])
     assert first.selected.sentence == (
         "Of 2 features that the probe selects, 1 changes the logit difference significantly when ablated alone, 1 of "
-        "them lowering it; the largest drop is 1.00 logits (feature 3), and 1 of 2 features of similar firing rate "
-        "have a larger one."
+        "them lowering it. The largest drop is 1.00 logits (feature 3); 1 of 2 features of similar firing rate have "
+        "one at least as large."
     )
-    assert "not tested, there are none" in second.selected.sentence
+    assert "no features of similar firing rate to compare with" in second.selected.sentence
 
 
-def test_questions_of_benchmarks_have_labels(tmp_path, make_run):
+def test_effects_on_reference_answers_are_those_of_the_engine(tiny, make_dictionary, prompts):
+    dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
+    references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
+    drop_SxP = ablation_on_references(SplitModel(tiny, dictionary), references).measure_drop([3, 50])
+    value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
+    np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
+    assert np.abs(drop_SxP).max() > 1e-3
+
+
+def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
     solution = "He buys <<3*4=12>>12 and then <<12-5=7>>7.\n#### 7"
     items = tmp_path / "gsm8k.jsonl"
-    write_lines(items, [dict(question=f"What of {n}?", answer=solution) for n in range(8)])
+    write_lines(items, [dict(question=f"What of {n}?", answer=solution) for n in range(40)])
     run, _ = make_run("benchmarks")
-    task = TaskConfig(benchmarks=("gsm8k",), path=str(items), examples=8)
+    task = TaskConfig(benchmarks=("gsm8k",), path=str(items), examples=40, shots=0)
     unit = tmp_path / "benchmark"
     unit.mkdir()
-    verdicts = [dict(found="7", correct=n < 6) for n in range(8)]
     rows = [
         dict(id=item.id, task="", prompt=f"Q {n}", reference="7", output="7", finished="eos",
-             strict=dict(found=None, correct=False), flexible=verdicts[n])
+             strict=dict(found=None, correct=False), flexible=dict(found="7", correct=n % 2 == 0))
         for n, item in enumerate(stage.read_items("gsm8k", task))
     ]  # fmt: skip
     write_lines(unit / "items.jsonl", rows)
     run = dataclasses.replace(run, configs=run.configs | task, inputs={**run.inputs, "benchmark/gsm8k": unit})
     prompts, diffs = stage.read_benchmark_prompts(run, "benchmark/gsm8k")
     assert [dict(p.labels) for p in prompts] == [
-        dict(correct="right" if n < 6 else "wrong", steps="2", operation="-") for n in range(8)
+        dict(correct="wrong" if n % 2 else "right", steps="2", operation="-") for n in range(40)
     ]
-    assert [diff > 0 for diff in diffs] == [True] * 6 + [False] * 2
-    assert sorted(p.split for p in prompts) == ["test"] * 4 + ["train"] * 4 and {p.behaviour for p in prompts} == {
-        "gsm8k"
-    }
+    assert [diff > 0 for diff in diffs] == [n % 2 == 0 for n in range(40)]
+    assert sorted(p.split for p in prompts) == ["test"] * 20 + ["train"] * 20
+    assert {p.behaviour for p in prompts} == {"gsm8k"}
+    *_, asked = stage.run_probe(changed(run, labels=("correct",))).labels
+    assert asked.behaviour == "gsm8k" and asked.reason is None and len(asked.probes) == 6
+    assert asked.selected.readout == "log-likelihood of the reference answer"
+    assert "nats" in asked.selected.sentence and len(asked.selected.features) == 2

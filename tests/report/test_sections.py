@@ -71,7 +71,7 @@ def test_without_benchmarks_there_is_no_section():
 
 
 def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
-    carried = some(prompts=12, top=interval(0.5), random=0.1, all=interval(0.7), site=interval(0.9))
+    carried = some(prompts=12, top=interval(0.5), random=0.1, site=interval(0.9))
     moved = dict(restored=interval(0.4), removed=interval(2.0))
     answers = {"logit_diff": some(sentence="Ablating the 7 top features lowers the logit difference by 2 logits.")}
     verdict = some(ablation=answers, random=some(sentence="Not testable."), placebo=some(sentence="Not tested."),
@@ -81,10 +81,10 @@ def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
     results["verdict"] = some(dictionaries=dict(tested=dict(capital=verdict)))
     made = findings(topk=partly(FeaturePatchResults, **results))
     table, terms, without = patching.sections(made, None)[0].blocks
-    shares = ("50 [40,\u00a060]", "10\u00a0%", "70 [60,\u00a080]", "90 [80,\u00a0100]")
+    shares = ("50 [40,\u00a060]", "10\u00a0%", "90 [80,\u00a0100]")
     effects = ("2.00 [1.90,\u00a02.10]", "0.40 [0.30,\u00a00.50]")
     assert table.rows[0] == ("Capital of a country", "12", *shares, *effects)
-    assert table.rows[1] == ("Subject-verb agreement", "0", *["–"] * 4, *effects)
+    assert table.rows[1] == ("Subject-verb agreement", "0", *["–"] * 3, *effects)
     ((name, text),) = terms.items
     assert name == "Capital of a country" and text.startswith("Patching the 7 top features") and "Not tested." in text
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
