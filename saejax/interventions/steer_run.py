@@ -305,7 +305,7 @@ class SteeringTest:
         drawn = {swap: [scale_change(change, norm) for change in draw(swap)] for swap in has_change}
         count = min(len(changes) for changes in drawn.values())
         if not count:
-            return Steered(*np.zeros((4, 0, len(self._test))))
+            return Steered(*np.zeros((3, 0, len(self._test))))
         return self._steer(self._test, self._groups, lambda swap: drawn.get(swap, [SteeringChange()] * count)[:count])
 
     @functools.cached_property

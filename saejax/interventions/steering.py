@@ -218,13 +218,11 @@ class Steered(NamedTuple):
 
     Attributes:
       diff_SxP: logit(answer) - logit(target).
-      log_prob_SxP: log-probability of the prompt's answer, nats.
       top1_SxP: 1 where the prompt's answer is the likeliest token.
       norm_SxP: norm of the change at the site, over all positions.
     """
 
     diff_SxP: np.ndarray
-    log_prob_SxP: np.ndarray
     top1_SxP: np.ndarray
     norm_SxP: np.ndarray
 
@@ -252,7 +250,7 @@ def steer(
     Raises:
       UserError: a logit difference is not finite.
     """
-    values_4xSxP = np.zeros((4, len(changes), len(prompts)))
+    values_3xSxP = np.zeros((3, len(changes), len(prompts)))
     vectors = [s for s, change in enumerate(changes) if change.vector_D is not None]
     of_features = [s for s in range(len(changes)) if s not in set(vectors)]
     for chosen in (of_features, vectors):
@@ -264,9 +262,9 @@ def steer(
         edits = feature_edits(own.dictionary, [changes[s] for s in chosen])
         runs = own.run(prompts)
         measured = run_edits(own, runs, edits, batch_rows, on_progress, readouts=True)
-        values = [measured.ablated_SxP, measured.readouts["log_prob"][1], measured.readouts["top1"][1]]
-        values_4xSxP[:, chosen] = [*values, change_norms(own, runs, edits)]
-    return Steered(*values_4xSxP)
+        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(own, runs, edits)]
+        values_3xSxP[:, chosen] = values
+    return Steered(*values_3xSxP)
 
 
 def feature_edits(dictionary: Dictionary, changes: Sequence[SteeringChange]) -> FeatureEdits:

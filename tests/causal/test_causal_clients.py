@@ -16,7 +16,17 @@ from saejax.interventions.steer_run import run_steer
 from saejax.results import to_json
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
-from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, PatchConfig, ProbeConfig, SteerConfig, TaskConfig
+from saejax.settings import (
+    AblateConfig,
+    CorpusConfig,
+    MeshConfig,
+    ModelConfig,
+    PatchConfig,
+    ProbeConfig,
+    SteerConfig,
+    StudyConfig,
+    TaskConfig,
+)
 from saejax.tasks.behaviours import PromptScore, write_prompts
 
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
@@ -100,6 +110,10 @@ def test_results_are_not_empty(on_one_device):
     answer, correct = on_one_device["probe"]
     assert len(answer["probes"]) == 6 and answer["selected"]["matched"]
     assert correct["reason"].startswith("fewer than two classes")
+
+
+def test_controls_are_drawn_by_the_seed_of_interventions():
+    assert {config().seed for config in (AblateConfig, PatchConfig, SteerConfig, ProbeConfig, StudyConfig)} == {456}
 
 
 CONFIGS = dict(
