@@ -26,6 +26,8 @@ from saejax.library.causal import Ablation as Ablation
 from saejax.library.causal import ablate as ablate
 from saejax.library.causal import make_prompts as make_prompts
 from saejax.library.causal import patch as patch
+from saejax.library.causal import probe as probe
+from saejax.library.causal import steer as steer
 from saejax.library.dictionaries import Evaluation as Evaluation
 from saejax.library.dictionaries import evaluate as evaluate
 from saejax.library.dictionaries import export as export

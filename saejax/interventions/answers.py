@@ -3,7 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +118,16 @@ class AblateResults:
     top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, one by one
     verdict: CausalVerdict  #: the five answers
     importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
+
+
+def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
+    """Return a mean and its 95 % bootstrap interval.
+
+    Args:
+      values_P: the values.
+      weight_RxP: their weights in bootstrap samples; None: both ends are the mean.
+    """
+    mean = float(values_P.mean())
+    if weight_RxP is None:
+        return Interval(mean, mean, mean)
+    return Interval(mean, *percentile_interval(weight_RxP @ values_P))

@@ -91,20 +91,22 @@ class HeldOutText:
 
         Args:
           split: the model, split at the site that the edits' dictionary writes to.
-          edits: they must not add anything to activations.
+          edits: edits of the split's dictionary.
         """
         amounts = Amounts.of(edits)
-        assert amounts.addends is None
         source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
         ((_, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
-        fraction_SxK = np.zeros((len(edits), len(features_K)), np.float32)
-        for fraction_K, members, fraction in zip(fraction_SxK, amounts.sets, amounts.fractions, strict=True):
-            fraction_K[np.searchsorted(features_K, members)] = fraction
+        fraction_SxK, addend_SxK = np.zeros((2, len(edits), len(features_K)), np.float32)
+        for s, members in enumerate(amounts.sets):
+            place_M = np.searchsorted(features_K, members)
+            fraction_SxK[s, place_M] = amounts.fractions[s]
+            addend_SxK[s, place_M] = amounts.addends[s] if amounts.addends is not None else 0.0
 
         def edited(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
             real = jnp.int32((number_B < len(self.documents)).sum())  # the others pad the batch
             fall = _fall(split.point, split.dictionary, source, read, domain, features_K, real)
-            return (_edited_value(split.point, value, *fall, fraction_K) for fraction_K in fraction_SxK)
+            changes = zip(fraction_SxK, addend_SxK, strict=True)
+            return (_edited_value(split.point, value, domain, *fall, *change) for change in changes)
 
         return self.edited(split, edited)
 
@@ -153,11 +155,18 @@ def _fall(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _edited_value(
-    point: SplitPoint, value_BxTxD: jax.Array, fall_BxTxK: jax.Array, W_dec_KxD: jax.Array, fraction_K: jax.Array
+    point: SplitPoint,
+    value_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    fall_BxTxK: jax.Array,
+    W_dec_KxD: jax.Array,
+    fraction_K: jax.Array,
+    addend_K: jax.Array,
 ) -> jax.Array:
-    """Return the site's value without fractions of K features."""
-    fraction_1x1xK = fraction_K.astype(fall_BxTxK.dtype)[None, None, :]
+    """Return the site's value without fractions of K features, and with addends to them at editable positions."""
+    fraction_1x1xK, addend_1x1xK = (amount.astype(fall_BxTxK.dtype)[None, None, :] for amount in (fraction_K, addend_K))
     fall_BxTxK = jnp.where(fraction_1x1xK != 0, fall_BxTxK * fraction_1x1xK, 0.0)
+    fall_BxTxK -= jnp.where(domain_BxT[..., None], addend_1x1xK, 0.0)
     fall_BxTxD = matmul(fall_BxTxK.astype(W_dec_KxD.dtype), W_dec_KxD)
     edited_BxTxD = (value_BxTxD.astype(fall_BxTxD.dtype) - fall_BxTxD).astype(value_BxTxD.dtype)
     return jax.lax.with_sharding_constraint(edited_BxTxD, sharding(point.mesh))

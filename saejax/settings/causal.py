@@ -6,7 +6,6 @@ from saejax.runner.config import Config, setting
 from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
-ESTIMATES = ("gradient", "integrated", "relp")
 BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
 _MATCHES = (
@@ -14,7 +13,7 @@ _MATCHES = (
     "each control is drawn from"
 )
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
-HEADS = "heads"
+HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,11 @@ class ProbeConfig(Config):
         (),
         "labels to probe for: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
-        "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
+        "(number, of agreement), and what 'labels' of --task.prompts say; of benchmarks correct, steps, operation and "
+        "task; empty: no probes",
+    )
+    benchmarks: bool = setting(
+        False, "probe the questions of --task.benchmarks, too; half of them train the probes, half judge"
     )
     dictionary: str = setting(
         "topk",
@@ -111,25 +114,21 @@ class ProbeConfig(Config):
         choices=("last", "max", "mean"),
     )
     sparse: tuple[int, ...] = setting(
-        (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
-    )
-    ranking: str = setting(
-        "mean_difference",
-        "what ranks the inputs of sparse probes on the train prompts: the difference of their class means "
-        "(mean_difference, as sae-probes do), or F, its square in units of the variance within classes (f_statistic)",
-        choices=("mean_difference", "f_statistic"),
+        (1, 2, 5, 10, 20), "sizes of sparse probes: number of features, or dimensions, that each sees", low=1
     )
     strengths: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
         low=1e-9,
     )
-    folds: int = setting(5, "number of folds of that cross-validation", low=2, high=5)
+    folds: int = setting(5, "parts of that cross-validation", low=2, high=5)
     shuffles: int = setting(
-        20, "number of control probes on shuffled labels, and on random features, for each probe", low=1
+        20,
+        "probes of shuffled labels, and of matched features or random directions, that each probe is compared with",
+        low=1,
     )
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
-    seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)
+    seed: int = setting(456, "seed of the folds, the shuffled labels, the controls and the permutations", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +137,15 @@ class PatchConfig(Config):
 
     kinds: tuple[str, ...] = setting(
         (),
-        f"kinds of site to patch, each at every layer and position: {', '.join(PATCHABLE)}; {HEADS}: queries, keys, "
-        "values and outputs of attention heads at every position, estimated by AtP and AtP*, and some of them patched; "
-        "empty: none",
-        choices=(*PATCHABLE, HEADS),
+        f"kinds of site to patch in every layer: {', '.join(PATCHABLE)}, or of attention heads, each by itself, "
+        f"{', '.join(HEAD_KINDS)}; empty: none",
+        choices=(*PATCHABLE, *HEAD_KINDS),
         changes_results=False,
     )
-    paths: int = setting(
-        0,
-        "for heads: number of top queries, keys and values by AtP* to which, like to the logits, the direct path from "
-        "every earlier head and MLP is patched; 0: none",
-        low=0,
+    positions: str = setting(
+        "each",
+        "where kinds of site are patched: at every position by itself (each; of heads, at all positions together), or "
+        "at these together: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
     )
     dictionary: str = setting(
         "",
@@ -157,30 +154,16 @@ class PatchConfig(Config):
         changes_results=False,
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
-    top: int = setting(
-        20,
-        "number of features, ranked on train prompts, that are patched one by one and together; for heads, number of "
-        "nodes by each estimate",
-        low=1,
+    top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
     )
-    estimate: str = setting(
-        "gradient",
-        "what ranks the features: change of activation between a prompt and its counterpart x a slope, as for "
-        "--ablate.estimate",
-        choices=ESTIMATES,
+    placebo_targets: int = setting(
+        199, "pairs of likely tokens that are no answers, whose top features the top ones are compared with", low=0
     )
-    draws: int = setting(20, "number of control sets of as many matched random features", low=2)
-    matches: int = setting(10, _MATCHES, low=1)
-    seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
+    seed: int = setting(456, "seed of the random sets, the placebo targets and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    das: int = setting(
-        0,
-        "for features: dimensions of a subspace learned on train prompts (DAS), with which cause and isolate scores "
-        "are compared; 0: no subspace",
-        low=0,
-    )
-    das_steps: int = setting(100, "steps of learning the DAS subspace, with 16 pairs each", low=1)
-    batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
+    batch_rows: int = setting(64, "patched prompts per batch of the program", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +176,17 @@ class SteerConfig(Config):
         "one; empty: no steering",
         changes_results=False,
     )
-    top: int = setting(20, "features of each pair of answers, ranked on train texts, that steer together", low=1)
+    top: int = setting(10, "features of each pair of answers, ranked on train texts, that steer together", low=1)
     doses: tuple[float, ...] = setting(
         (0.1, 0.2, 0.4, 0.6, 0.8),
-        "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
-        "their mean on texts of the target instead",
+        "norms of what is added, in mean norms of the site's values; features are clamped to 1, 2, 4 and 8 times their "
+        "mean on texts of the target answer instead",
         low=1e-6,
     )
     positions: str = setting(
         "all", "positions of a prompt that are steered; in held-out text all are", choices=("all", "last")
     )
+    prompts: int = setting(40, "test prompts of each behaviour, spread evenly over templates; 0: all", low=0)
     max_ce_rise: float = setting(
         1.0,
         "largest rise of cross-entropy on held-out text, nats per token; of the strengths within it, the one that "
@@ -212,18 +196,15 @@ class SteerConfig(Config):
     text_documents: int = setting(
         16, "number of held-out documents, 64 tokens each, on which that rise is measured; 0: none", low=0
     )
-    draws: int = setting(
-        320,
-        "number of random directions at the same dose; a positive verdict needs 20 per behaviour and method, minus "
-        "one; fewer are run if no further one could change a negative verdict",
-        low=2,
+    random_sets: int = setting(
+        99,
+        "maximum number of random sets of features, or random directions, that each method is compared with at equal "
+        "dose; a yes takes 20 for each behaviour, less one",
+        low=1,
     )
-    draw_prompts: int = setting(
-        20, "number of test prompts on which random directions are tried, spread evenly over templates; 0: all", low=0
-    )
-    seed: int = setting(456, "seed of the random directions, the examples, the continuations and the bootstrap", low=0)
+    seed: int = setting(456, "seed of the random sets, the random directions and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    batch_rows: int = setting(64, "steered prompts per batch", low=1, changes_results=False)
+    batch_rows: int = setting(64, "steered prompts per batch of the program", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""The report on linear probes: what can be read off features and off raw activations."""
+"""The report on linear probes: probe accuracy with controls, and whether ablating selected features has an effect."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from saejax.causal.probes.results import ProbedLabel, ProbeFit, ProbeResults
+from saejax.interventions.probe_run import ProbedLabel, ProbeFit, ProbeResults
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -19,12 +19,10 @@ _LABELS = {
     "parity": "Answer even or odd",
     "correct": "Model right or wrong",
     "number": "Number of the subject",
+    "steps": "Number of steps",
+    "operation": "Last operation",
 }
 _INPUTS = {"features": "features", "raw": "raw dimensions"}
-_RANKINGS = {
-    "mean_difference": "whose class means differ most",
-    "f_statistic": "that separate the classes best (F statistic)",
-}
 _POOLS = {
     "last": "at a prompt's last position",
     "max": "as the maximum over a prompt's positions",
@@ -33,47 +31,49 @@ _POOLS = {
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
-    """The probes; no section if none was asked for."""
+    """Return the section on probes; none if none was asked for."""
     return [_section(results, found, draw) for results in found.each(ProbeResults).values()]
 
 
 def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     learned = [label for label in results.labels if label.probes]
     intro = (
-        f"A linear probe (logistic regression) was given the features of {results.dictionary}, or the raw "
-        f"activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; the "
-        "accuracy is that on test prompts. A sparse probe sees only the few features, or dimensions, "
-        f"{_RANKINGS[found.settings()['probe']['ranking']]} on train prompts. What can be read off, the model need not "
-        "use."
+        f"A linear probe (logistic regression) predicts a label from the features of {results.dictionary}, or from the "
+        f"raw activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; probe "
+        "accuracy is the share of test prompts whose class it predicts. A sparse probe sees only the few features, or "
+        "dimensions, whose class means differ most on train prompts. A label that a probe can read need not be used by "
+        "the model."
     )
     if congruent := [label for label in learned if label.congruent]:
         intro += (
-            f" Where the number of the subject is read, {sum(label.congruent for label in congruent)} prompts had the "
-            "noun beside the verb put into the subject's number, so that this noun does not give the number away."
+            f" For the number of the subject, the noun next to the verb was given the subject's number in "
+            f"{sum(label.congruent for label in congruent)} prompts, so that this noun does not predict the label."
         )
     without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
     blocks: list[Block] = [Text(intro)]
     if learned:
         shuffles = found.settings()["probe"]["shuffles"]
-        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles), _beside_dense(learned, shuffles)]
+        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+    if selected := [label for label in learned if label.selected]:
+        blocks += [_selected_table(selected), _answers(selected)]
     if without:
         blocks.append(Terms(tuple(without)))
     return Section("Linear probes", tuple(blocks))
 
 
 def _title(label: ProbedLabel) -> str:
-    own = f": {behaviour(label.behaviour)}" if label.behaviour else ""
-    return f"{_LABELS.get(label.label, label.label)}{own}"
+    of_behaviour = f": {behaviour(label.behaviour)}" if label.behaviour else ""
+    return f"{_LABELS.get(label.label, label.label)}{of_behaviour}"
 
 
 def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:
     shown = {_title(label): label.probes for label in learned}
     caption = (
-        "Accuracy on the test prompts of probes that see a few features, or dimensions, or all of them, with 95 % "
-        "Wilson intervals. Grey: what probes of shuffled labels reach, the 5th to 95th percentile over "
-        f"{shuffles} shuffles of either input. Dotted: always naming the largest class."
+        "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, with "
+        f"95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over {shuffles} "
+        "shuffles. Dotted: accuracy of always predicting the largest class."
     )
-    alt = "Accuracy of probes of all inputs. " + " ".join(
+    alt = "Probe accuracy of probes of all inputs. " + " ".join(
         f"{title}: "
         + ", ".join(f"{_INPUTS[row.input]} {interval(row.accuracy, 0, 100)} %" for row in rows if row.k is None)
         + "."
@@ -84,7 +84,7 @@ def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Pictu
 
 @styled
 def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
-    """How well labels are read off features and raw activations, by how many of them a probe sees.
+    """Draw probe accuracy against the number of inputs that a probe sees, of features and of raw activations.
 
     Args:
       labels: title -> its probes; those of an input stand in order of k.
@@ -124,7 +124,7 @@ def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
     return figure
 
 
-def _seen(row: ProbeFit) -> str:
+def _inputs(row: ProbeFit) -> str:
     name = _INPUTS[row.input]
     return f"1 {name.removesuffix('s')}" if row.k == 1 else f"{row.k or 'all'} {name}"
 
@@ -132,38 +132,49 @@ def _seen(row: ProbeFit) -> str:
 def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
     columns = {
         "Label": lambda label, row: _title(label),
-        "Probe sees": lambda label, row: _seen(row),
-        "Accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
-        "Balanced": lambda label, row: percent(row.balanced_accuracy),
+        "Probe sees": lambda label, row: _inputs(row),
+        "Probe accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
+        "F1": lambda label, row: number(row.f1),
+        "AUC": lambda label, row: number(row.auc),
         "Largest class": lambda label, row: percent(row.majority),
         "Shuffled labels, %": lambda label, row: interval(row.shuffled, 0, 100),
-        "Random inputs, %": lambda label, row: interval(row.random, 0, 100),
-        "p": lambda label, row: number(row.p_value, 4),
+        "Controls, %": lambda label, row: interval(row.control, 0, 100),
+        "Minus dense, points": lambda label, row: interval(row.against_dense, 0, 100),
+        "p": lambda label, row: number(row.p_holm, 4),
         "Inputs": lambda label, row: ", ".join(map(str, (row.inputs or ())[:3])) or MISSING,
     }
     note = (
-        "Accuracy: on test prompts, with its 95 % Wilson interval. Balanced: mean over classes. Shuffled labels and "
-        f"random inputs: mean over {shuffles} draws, and the 5th and 95th percentile. p: share of permutations of the "
-        "test labels that agree with the probe as often, not adjusted for the number of probes. Inputs: the first "
-        "three that a sparse probe sees."
+        "Probe accuracy: 95 % Wilson interval. F1: mean over classes. AUC: area under the ROC curve, for two classes. "
+        "Shuffled labels: accuracy of probes fitted on them. Controls: accuracy of probes of as many features matched "
+        f"in firing rate, or of as many random directions of the raw activations. Both: mean over {shuffles} draws, "
+        "5th and 95th percentile. Minus dense: probe accuracy minus that of the probe of all raw dimensions, on the "
+        "same prompts. p: share of permutations of the test labels with at least this accuracy, after Holm's "
+        "correction over the labels. Inputs: the first three that a sparse probe sees."
     )
     rows = [(label, row) for label in learned for row in label.probes]
     return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
 
 
-def _beside_dense(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
-    """What features are worth beside all raw dimensions."""
+def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
+    """Return the table that says whether the features that probes select are those whose ablation has an effect."""
     columns = {
         "Label": lambda label, row: _title(label),
-        "Probe sees": lambda label, row: _seen(row),
-        "AUC": lambda label, row: interval(row.auc),
-        "Shuffled labels": lambda label, row: interval(row.auc_shuffled),
-        "Accuracy less dense, points": lambda label, row: interval(row.against_dense, 0, 100),
+        "Feature": lambda label, row: str(row.feature),
+        "Drop when ablated": lambda label, row: interval(row.drop),
+        "p": lambda label, row: number(row.p_holm, 4),
+        "Controls at least as large": lambda label, row: (
+            f"{sum(drop >= row.drop.mean for drop in label.selected.matched)} of {len(label.selected.matched)}"
+        ),
     }
     note = (
-        "The dense probe sees all raw dimensions. AUC: area under the ROC curve on test prompts where there are two "
-        f"classes, 95 % score interval; with shuffled labels the mean over {shuffles} draws, 5th and 95th percentile. "
-        "Last column: the difference of accuracies on the same prompts, 95 % bootstrap interval."
+        "The features that the sparse probe selects, each ablated alone on test prompts. Drop: fall of the logit "
+        "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
+        "bootstrap interval over prompts within templates. p: two-sided, after Holm's correction over all features of "
+        "this table. Controls: features that fire on about as many of these prompts, ablated alone."
     )
-    rows = [(label, row) for label in learned for row in label.probes if row.input == "features" or row.k is None]
-    return Table.of("Features beside the dense probe", rows, columns, {"Probe sees"}, stack=False, note=note)
+    rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
+    return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)
+
+
+def _answers(labels: Sequence[ProbedLabel]) -> Terms:
+    return Terms(tuple((_title(label), label.selected.sentence) for label in labels if label.selected))
