@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,22 +34,21 @@ class FeatureStatistics:
     sum_F: np.ndarray
 
     @classmethod
-    def total(cls, parts: Iterable[tuple[int, np.ndarray, np.ndarray]]) -> "FeatureStatistics":
-        """Add up (positions, fires_F, sum_F) of disjoint sets of positions, in float64.
+    def total(cls, counts: Iterable["Firings"]) -> "FeatureStatistics":
+        """Add up the counts of disjoint sets of positions, in float64.
 
         Raises:
           UserError: a feature's activation is not finite.
         """
-        positions, fires_F, sum_F = 0, np.int64(0), np.float64(0)
-        for count, part_fires_F, part_sum_F in parts:
-            positions += int(count)
-            fires_F, sum_F = fires_F + np.asarray(part_fires_F, np.int64), sum_F + np.asarray(part_sum_F, np.float64)
+        counts = list(counts)
+        fires_F = np.sum([np.asarray(count.fires_F, np.int64) for count in counts], axis=0)
+        sum_F = np.sum([np.asarray(count.size_F, np.float64) for count in counts], axis=0)
         if not np.isfinite(sum_F).all():
             raise UserError(
                 f"feature {int(np.argmin(np.isfinite(sum_F)))} has an activation that is not finite: the dictionary "
                 "holds NaN or overflows; train it again"
             )
-        return cls(positions, np.asarray(fires_F), np.asarray(sum_F))
+        return cls(sum(int(count.positions) for count in counts), fires_F, sum_F)
 
     @property
     def firing_rate_F(self) -> np.ndarray:
@@ -71,31 +71,79 @@ class FeatureStatistics:
         )
 
 
+class Firings(NamedTuple):
+    """Sums over some positions, of each feature.
+
+    Attributes:
+      positions: number of positions.
+      fires_F: positions at which it fires.
+      size_F: the sizes of its activations there.
+      nonzero_F: positions at which it is not 0.
+      total_F: its activations.
+      rows_F: rows in which it fires.
+    """
+
+    positions: jax.Array
+    fires_F: jax.Array
+    size_F: jax.Array
+    nonzero_F: jax.Array
+    total_F: jax.Array
+    rows_F: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def count_firings(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> Firings:
+    """Return sums over the editable positions of some rows.
+
+    Args:
+      point: where the model is split (static).
+      dictionary: the dictionary of the features.
+      read_BxTxD: what it reads.
+      domain_BxT: True at editable positions.
+    """
+
+    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
+        fires_PxTxF = dictionary.fires(f_PxTxF)
+        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # NaN where an activation is NaN
+        over_positions = (fires_PxTxF, size_PxTxF, f_PxTxF != 0, f_PxTxF)
+        return *(array.sum(axis=1) for array in over_positions), fires_PxTxF.any(axis=1)
+
+    per_row = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
+    counts = Firings(domain_BxT.sum(), *(array.sum(axis=0) for array in per_row))
+    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
+
+
+def _count(split: SplitModel, run: CleanRun) -> Firings:
+    """Return ``count_firings`` of the prompts of a clean run."""
+    kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
+    return count_firings(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT & kept_B[:, None])
+
+
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
     """Return firing statistics of every feature on the prompts of clean runs.
 
     Raises:
       UserError: a feature's activation is not finite.
     """
-    counts = (_count(split, run) for run in runs)
-    return FeatureStatistics.total((int(count[0]), np.asarray(count[1]), np.asarray(count[2])) for count in counts)
+    return FeatureStatistics.total(_count(split, run) for run in runs)
 
 
 def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return the number of prompts on which each feature fires at an editable position, int64 [F]."""
-    return np.sum([np.asarray(_count(split, run)[5], np.int64) for run in runs], axis=0)
+    return np.sum([np.asarray(_count(split, run).rows_F, np.int64) for run in runs], axis=0)
 
 
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return every feature's mean activation over all editable positions, fp64 [F]; 0 without such positions."""
     counts = [_count(split, run) for run in runs]
-    total_F = np.sum([np.asarray(count[4], np.float64) for count in counts], axis=0)
-    return total_F / max(sum(int(count[0]) for count in counts), 1)
+    total_F = np.sum([np.asarray(count.total_F, np.float64) for count in counts], axis=0)
+    return total_F / max(sum(int(count.positions) for count in counts), 1)
 
 
 def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
     """Return each feature's number of non-zero positions in a clean run, and its summed activations, [F] each."""
-    return _count(split, run)[3:5]
+    count = _count(split, run)
+    return count.nonzero_F, count.total_F
 
 
 def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
@@ -110,39 +158,6 @@ def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
 def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> jax.Array:
     max_BxF = of_features(dictionary, (read_BxTxD, domain_BxT), lambda f_PxTxF: f_PxTxF.max(axis=1, initial=0.0))
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
-
-
-def fires_and_sizes(dictionary: Dictionary, f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return where activations [..., F] fire, and their sizes there: 0 elsewhere, NaN where they are NaN."""
-    fires = dictionary.fires(f)
-    return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
-
-
-def _count(split: SplitModel, run: CleanRun) -> tuple[jax.Array, ...]:
-    """Return the number of positions, and ``_sums`` of each feature over the prompts of a clean run, [F] each."""
-    kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    return _sums(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sums(
-    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> tuple[jax.Array, ...]:
-    """Return the number of positions and, of each feature, five sums over the kept rows.
-
-    The sums are: positions at which the feature fires; its sizes there; positions at which it is not 0; its
-    activations; rows in which it fires.
-    """
-    domain_BxT = domain_BxT & kept_B[:, None]
-
-    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
-        fires_PxTxF, size_PxTxF = fires_and_sizes(dictionary, f_PxTxF)
-        over_positions = (fires_PxTxF, size_PxTxF, f_PxTxF != 0, f_PxTxF)
-        return *(array.sum(axis=1) for array in over_positions), fires_PxTxF.any(axis=1)
-
-    per_row = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
-    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in per_row)
-    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
 
 
 def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:

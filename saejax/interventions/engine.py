@@ -240,14 +240,8 @@ def change_norms(
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         for chosen, features_K in amounts.chunks(FEATURES):
             fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
-            fall_PxTxK, W_dec_KxD = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD, np.float64)
-            for s in chosen:
-                place_M = np.searchsorted(features_K, amounts.sets[s])
-                change_PxTxM = fall_PxTxK[:, :, place_M].astype(np.float64) * amounts.fractions[s]
-                if amounts.addends is not None:
-                    change_PxTxM -= editable_PxT[:, :, None] * amounts.addends[s]
-                change_PxTxD = change_PxTxM @ W_dec_KxD[place_M]
-                norm_SxP[s, run.index_P] = np.sqrt(np.square(change_PxTxD).sum(axis=(1, 2)))
+            arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
+            norm_SxP[np.array(chosen)[:, None], run.index_P] = amounts.norms(chosen, features_K, *arrays)
     return norm_SxP
 
 

@@ -19,14 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from saejax.dictionaries import Dictionary
-from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
-from saejax.interventions.activity import FeatureStatistics, fires_and_sizes
+from saejax.interventions.activity import FeatureStatistics, count_firings
 from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.engine_programs import edit_value, gather
+from saejax.interventions.replacement import ZERO
 from saejax.interventions.rows import Amounts
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head
@@ -127,9 +127,11 @@ class References:
           UserError: a feature's activation is not finite.
         """
         split = self._split
-        counts = [_count(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self.batches()]
-        fires_F = np.sum([np.asarray(count[-1], np.int64) for count in counts], axis=0)
-        return FeatureStatistics.total(count[:-1] for count in counts), fires_F
+        counts = [
+            count_firings(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self.batches()
+        ]
+        fires_F = np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
+        return FeatureStatistics.total(counts), fires_F
 
     def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
@@ -146,12 +148,12 @@ class References:
           most: maximum number of activations of a feature.
           seed: seed of the draws; each feature has its own.
         """
-        split, features_K = self._split, np.asarray(features, np.int32)
         parts: list[list[np.ndarray]] = [[] for _ in features]
         for batch in self.batches() if len(features) else ():
-            f_BxTxK = _firing(self._point, split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT)
-            for part, f_BxT in zip(parts, np.moveaxis(np.asarray(f_BxTxK), -1, 0), strict=True):
-                part.append(f_BxT[f_BxT != 0])
+            f_BxTxK, _ = self._gather(batch, np.asarray(features, np.int32))
+            fires_BxTxK = np.asarray(self._split.dictionary.fires(f_BxTxK))
+            for k, part in enumerate(parts):
+                part.append(np.asarray(f_BxTxK)[:, :, k][fires_BxTxK[:, :, k]])
         pools = {}
         for feature, part in zip(features, parts, strict=True):
             pool = np.concatenate(part)
@@ -165,20 +167,17 @@ class References:
         amounts = _amounts(edits)
         norm_ExN = np.zeros((len(edits), len(self._references)))
         for places_N, *shape in self.planned():
-            batch = self.batch(places_N, *shape)
+            batch, count = self.batch(places_N, *shape), len(places_N)
             for chosen, features_K in amounts.chunks(FEATURES):
-                f_BxTxK, W_dec_KxD = gather_features(
-                    self._point, self._split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT
-                )
-                f_NxTxK, W_dec_KxD = np.asarray(f_BxTxK)[: len(places_N)], np.asarray(W_dec_KxD, np.float64)
-                for e in chosen:
-                    column_M = np.searchsorted(features_K, amounts.sets[e])
-                    f_NxTxM = f_NxTxK[:, :, column_M].astype(np.float64) * amounts.fractions[e]
-                    # |f W|^2 = f (W W^T) f^T: positions are many, features of a set are few.
-                    gram_MxM = W_dec_KxD[column_M] @ W_dec_KxD[column_M].T
-                    square_N = np.einsum("ntm,mk,ntk->n", f_NxTxM, gram_MxM, f_NxTxM, optimize=True)
-                    norm_ExN[e, places_N] = np.sqrt(np.maximum(square_N, 0.0))
+                f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
+                arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
+                norm_ExN[np.array(chosen)[:, None], places_N] = amounts.norms(chosen, features_K, *arrays)
         return norm_ExN
+
+    def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""
+        arrays = [batch.read_BxTxD, batch.domain_BxT]
+        return gather(self._point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
     def log_likelihoods(
         self,
@@ -216,13 +215,9 @@ class References:
     ) -> np.ndarray:
         """Return the log-likelihood of a batch's first ``count`` references under some edits, float32 [M, N]."""
         split, rows = self._split, len(batch.domain_BxT)
-        f_BxTxK, W_dec_KxD = gather_features(
-            self._point, split.dictionary, features_K, batch.read_BxTxD, batch.domain_BxT
-        )
+        f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
         fires_NxK = np.asarray((f_BxTxK != 0).any(axis=1))[:count]
-        fraction_MxK = np.zeros((len(chosen), len(features_K)), np.float32)
-        for fraction_K, e in zip(fraction_MxK, chosen, strict=True):
-            fraction_K[np.searchsorted(features_K, amounts.sets[e])] = amounts.fractions[e]
+        fraction_MxK, _ = amounts.over(chosen, features_K)
         # An edit of features that are silent on a reference is not run there.
         runs_MxN = (fraction_MxK != 0).astype(np.float32) @ fires_NxK.T.astype(np.float32) > 0
         runs_MxN |= np.array([not len(amounts.sets[e]) for e in chosen])[:, None]
@@ -339,23 +334,6 @@ def attribute(point: SplitPoint, params: decoder.Params, dictionary: Dictionary,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def gather_features(
-    point: SplitPoint, dictionary: Dictionary, features_K: jax.Array, read_BxTxD: jax.Array, domain_BxT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return activations [B, T, K] and directions [K, D] of K features.
-
-    Args:
-      point: where the model is split (static).
-      dictionary: the dictionary of the features.
-      features_K: the features.
-      read_BxTxD: as in a batch.
-      domain_BxT: as in a batch.
-    """
-    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K]
-    return jax.lax.with_sharding_constraint((f_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def run_answers(
     point: SplitPoint,
     params: decoder.Params,
@@ -371,43 +349,13 @@ def run_answers(
       point: where the model is split (static).
       params: parameters of the decoder.
       batch: the references.
-      f_BxTxK: activations from ``gather_features``.
-      W_dec_KxD: directions from ``gather_features``.
+      f_BxTxK: activations from ``engine_programs.gather``.
+      W_dec_KxD: directions from ``engine_programs.gather``.
       some_R: the reference of each row.
       fraction_RxK: share of each feature that each row ablates.
     """
     rows = ReferenceBatch(*(array[some_R] for array in batch))
-    fraction_Rx1xK = fraction_RxK[:, None, :].astype(f_BxTxK.dtype)
-    # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
-    fall_RxTxK = jnp.where(fraction_Rx1xK != 0, f_BxTxK[some_R] * fraction_Rx1xK, 0.0)
-    fall_RxTxD = matmul(fall_RxTxK.astype(W_dec_KxD.dtype), W_dec_KxD)
-    edited_RxTxD = (rows.value_BxTxD.astype(fall_RxTxD.dtype) - fall_RxTxD).astype(rows.value_BxTxD.dtype)
+    edited_RxTxD = edit_value(rows.value_BxTxD, f_BxTxK[some_R], W_dec_KxD, fraction_RxK[:, None, :])
     x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)
     logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
     return jax.lax.with_sharding_constraint((rows.weight_BxC * logp_RxC).sum(axis=1), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count(
-    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return the positions and for each feature: at how many it fires, its summed sizes, in how many rows it fires."""
-    f_BxTxF = active_features(dictionary, read_BxTxD, domain_BxT)
-    fires_BxTxF, size_BxTxF = fires_and_sizes(dictionary, f_BxTxF)
-    rows_F = fires_BxTxF.any(axis=1).sum(axis=0)
-    counts = domain_BxT.sum(), fires_BxTxF.sum(axis=(0, 1)), size_BxTxF.sum(axis=(0, 1)), rows_F
-    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _firing(
-    point: SplitPoint,
-    dictionary: Dictionary,
-    features_K: jax.Array,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-) -> jax.Array:
-    """Return activations [B, T, K] of some features where they fire, 0 elsewhere."""
-    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[..., features_K]
-    fires_BxTxK = dictionary.fires(f_BxTxK)
-    return jax.lax.with_sharding_constraint(jnp.where(fires_BxTxK, f_BxTxK, 0.0), sharding(point.mesh))

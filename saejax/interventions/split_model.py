@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -268,14 +269,15 @@ def record(
 
 
 def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
-    """Map ``use(f_PxTxF, *rest)`` over ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
+    """Map ``use(f_PxTxF, *rest)`` over at most ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
 
     Args:
       dictionary: the dictionary of the features.
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
-    chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
+    size = math.gcd(len(arrays[0]), PROMPTS)
+    chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
     found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
     return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
 
