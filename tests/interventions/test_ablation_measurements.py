@@ -5,11 +5,14 @@ import pytest
 
 import saejax
 from saejax.errors import UserError
+from saejax.interventions import ablation as ablation_module
 from saejax.interventions import edits, engine
-from saejax.interventions.ablation import FRACTIONS, spread_over_templates
+from saejax.interventions.ablation import FRACTIONS, BehaviourAblation, RowProgress, spread_over_templates
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.table import TESTED, TEXT, UNTRAINED
 from saejax.interventions.verdict import verdict
+from saejax.settings import AblateConfig
+from saejax.statistics.partition import disjoint_sets
 from saejax.tasks.behaviours import Prompt
 
 TOP = 4
@@ -58,6 +61,48 @@ def test_placebo_targets_are_two_tokens_and_no_answers(ablation):
         assert right != wrong
         for answer in ("runs", "the", "far", "way"):
             assert not answer.startswith(right) and not answer.startswith(wrong)
+
+
+def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary, make_prompt, monkeypatch):
+    """The likely tokens are made to be the answers and ten others; only these are drawn."""
+    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
+    ids = {word: tiny.token_id(word) for prompt in prompts for word in (prompt.correct, prompt.wrong)}
+    others = [token for token in range(100, 383) if tiny.tokenizer.decode([token]).strip().isalpha()]
+    others = [token for token in others if token not in ids.values()][:30]
+    monkeypatch.setattr(ablation_module, "likely_tokens", lambda *_: np.unique([*ids.values(), *others]))
+    config = AblateConfig(top=TOP, placebo_targets=500)
+    one = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress())
+    drawn = {tiny.tokenizer.decode([token]).strip() for token in one.placebo_targets().ravel().tolist()}
+    assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
+
+
+def broken_random_sets(self, top):
+    """Random sets drawn from a pool that holds the tested features."""
+    pool = np.flatnonzero(self.firing_share() >= 0.05)
+    first = [*top[:1], *np.setdiff1d(pool, top)[: len(top) - 1]]
+    rest = disjoint_sets(np.setdiff1d(pool, first), len(top), 12, 0)
+    return np.concatenate([[first], rest])
+
+
+def broken_placebo_targets(self):
+    """Placebo targets of which the last is the answer."""
+    answers = [self.lm.token_id(text) for text in (self.prompts[0].correct, self.prompts[0].wrong)]
+    return np.array([[301, 302], answers])
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        ("random_sets", broken_random_sets, "random set 0 of only shares feature .* with the top features"),
+        ("placebo_targets", broken_placebo_targets, "placebo target 1 of only is an answer"),
+    ],
+)
+def test_a_run_that_breaks_the_rule_gets_no_verdict(tiny, dictionary, make_prompt, monkeypatch, name, broken, message):
+    prompts = [make_prompt(i, "train" if i < 10 else "test", "only") for i in range(18)]
+    monkeypatch.setattr(BehaviourAblation, name, broken)
+    options = dict(top=TOP, placebo_targets=2, baselines=(), untrained=False, bootstrap=200)
+    with pytest.raises(UserError, match=message):
+        saejax.ablate(tiny, dictionary, prompts, **options)
 
 
 @pytest.mark.parametrize("group", ["random", "placebo"])
