@@ -115,14 +115,14 @@ def run_ablate(run: Run) -> AblateResults:
 def summarise(answers: CausalVerdict, behaviour: str) -> str:
     """Return the answers on a behaviour in one line."""
     result = answers.dictionaries[TESTED][behaviour]
-    said = dict(
+    answer_of = dict(
         effect=result.ablation["logit_diff"].answer,
         more_than_random=result.random.answer,
         specific=result.placebo.answer,
         selective=result.selective.answer,
         **{f"more_than_{name}": answer.answer for name, answer in result.bases.items()},
     )
-    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in said.items())
+    return "; ".join(f"{question.replace('_', ' ')}: {answer}" for question, answer in answer_of.items())
 
 
 def _effects_folder(run: Run, behaviour: str) -> Path:

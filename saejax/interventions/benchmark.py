@@ -215,9 +215,9 @@ def measure_benchmark(
       UserError: a dictionary does not fit the model, or no feature has an attribution above zero.
     """
     settings = ablate_config(config)
-    known = {items.name: items.definitions()}
+    definitions = {items.name: items.definitions()}
     progress = RowProgress(
-        on_progress, expected_rows(settings, cast(Mapping, known), items.name, dictionary.config.n_features)
+        on_progress, expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
     )
 
     def ablation(basis: Dictionary) -> BenchmarkAblation:

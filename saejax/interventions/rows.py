@@ -146,16 +146,16 @@ class RowBatch:
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
-            own, count = slice(len(rows.set_N)), len(at_U)
-            tree.prompt_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
-            token_ExT = tree.token_index_SxRxT[shard, own]
+            filled_rows, count = slice(len(rows.set_N)), len(at_U)
+            tree.prompt_SxR[shard, filled_rows], tree.first_SxR[shard, filled_rows] = rows.place_N, rows.first_N
+            token_ExT = tree.token_index_SxRxT[shard, filled_rows]
             token_ExT[real_ExT] = token_M
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
-            end_SxR[shard, own] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
-            fraction_SxRxK[shard, own], addend_ExK = amounts.over(rows.set_N, self.features_K)
+            end_SxR[shard, filled_rows] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
+            fraction_SxRxK[shard, filled_rows], addend_ExK = amounts.over(rows.set_N, self.features_K)
             if addend_SxRxK is not None:
-                addend_SxRxK[shard, own] = addend_ExK
+                addend_SxRxK[shard, filled_rows] = addend_ExK
         return tree, end_SxR, fraction_SxRxK, addend_SxRxK
 
 
@@ -234,9 +234,9 @@ def batches_of(
         lengths = bucket_lengths(np.bincount(length_N), _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
-            own, length = rows[shape_N == shape], int(lengths[shape])
-            parts = _parts(own, prompts, length, max(most // shards, 1))
-            parts += [own[:0]] * (-len(parts) % shards)
+            same_shape, length = rows[shape_N == shape], int(lengths[shape])
+            parts = _parts(same_shape, prompts, length, max(most // shards, 1))
+            parts += [same_shape[:0]] * (-len(parts) % shards)
             size = few_rows(max(len(part.set_N) for part in parts))
             full = full_batch(max(most // shards, 1), length)
             tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)

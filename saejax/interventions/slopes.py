@@ -101,10 +101,10 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
       most: number of tokens of each prompt.
     """
     most = min(most, split.point.config.vocab)
-    found = [
+    likeliest = [
         np.asarray(_likeliest(split.point, most, split.params, split.past(run)[0]))[: len(run.index_P)] for run in runs
     ]
-    return np.unique(np.concatenate(found))
+    return np.unique(np.concatenate(likeliest))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -139,9 +139,9 @@ def target_attributions(
     total_CxF = np.zeros((len(padded_Cx2), split.dictionary.config.n_features))
     for run in runs:
         sums = firing_sums(split, run) if source.kind == "random" else ()
-        for own in slices(run):
-            rows = split.placed(run.rows(own))
-            real_B = np.arange(own.start, own.stop) < len(run.index_P)
+        for part in slices(run):
+            rows = split.placed(run.rows(part))
+            real_B = np.arange(part.start, part.stop) < len(run.index_P)
             for first in range(0, len(padded_Cx2), TARGETS):
                 check()
                 chunk = slice(first, first + TARGETS)
@@ -164,13 +164,13 @@ def score_targets(
     real_B: jax.Array,
     targets_Cx2: jax.Array,
     source: ActivationReplacement = ZERO,
-    lent: tuple[jax.Array, ...] = (),
+    source_arrays: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature for C targets, summed over the real ones of some rows: [C, F].
 
     The layers above the site run forward once and backward once per target.
     """
-    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
+    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
     removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
@@ -218,13 +218,13 @@ def attribution(
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):
         sums = firing_sums(split, run) if source.kind == "random" else ()
-        for own in slices(run):
-            rows = split.placed(run.rows(own))
-            lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()
+        for part in slices(run):
+            rows = split.placed(run.rows(part))
+            source_arrays = (other.read_BxTxD[part], other.domain_BxT[part]) if source.kind == "counterpart" else ()
             attribution_BxF = score_features(
-                split.point, split.params, split.dictionary, rows, source, sums or (*split.by_row(*lent),)
+                split.point, split.params, split.dictionary, rows, source, sums or (*split.by_row(*source_arrays),)
             )
-            index_P = run.index_P[own]
+            index_P = run.index_P[part]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(_not_finite(split.point))
@@ -244,7 +244,7 @@ def score_features(
     dictionary: Dictionary,
     rows: SiteRows,
     source: ActivationReplacement = ZERO,
-    lent: tuple[jax.Array, ...] = (),
+    source_arrays: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature on one batch of rows: [B, F].
 
@@ -254,11 +254,11 @@ def score_features(
       dictionary: the dictionary of the features.
       rows: clean values of the prompts.
       source: what replaces activations.
-      lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
-        positions of the clean run each feature is not 0, and the sum of its activations.
+      source_arrays: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at
+        how many positions of the clean run each feature is not 0, and the sum of its activations.
     """
     value_BxTxD = rows.value_BxTxD
-    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
+    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
@@ -271,13 +271,13 @@ def score_features(
 
 
 def _mean_fall(
-    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, lent: tuple[jax.Array, ...]
+    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, source_arrays: tuple[jax.Array, ...]
 ) -> jax.Array:
     """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
     f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
     if source.kind == "random":
-        return removed_on_average(f_BxTxF, *lent)
-    other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
+        return removed_on_average(f_BxTxF, *source_arrays)
+    other_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
     every_F = jnp.arange(f_BxTxF.shape[-1])
     return source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
 

@@ -152,7 +152,7 @@ class SplitModel:
 
     def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
         """Return the stream leaving the last layer at each prompt's end [B, D], and keys and values above the site."""
-        placed = (self.placed(run.rows(own)) for own in slices(run))
+        placed = (self.placed(run.rows(part)) for part in slices(run))
         parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
         if len(parts) == 1:
             return parts[0]
@@ -165,8 +165,8 @@ class SplitModel:
         """Return the arrays of a ``CleanRun`` that devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
-            own = slice(first, first + PROMPTS)
-            rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
+            rows_B = slice(first, first + PROMPTS)
+            rows = self.by_row(ids_BxT[rows_B], last_B[rows_B], wanted_BxT[rows_B])
             *part, finite_P = run_head(self.point, self.error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_P))[:1]:
                 raise UserError(
@@ -254,8 +254,8 @@ def run_head(
     if error == "drop":
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
-    found = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
-    return jax.lax.with_sharding_constraint(found, sharding(point.mesh))  # edited rows pick theirs from all of these
+    outputs = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
+    return jax.lax.with_sharding_constraint(outputs, sharding(point.mesh))  # edited rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -278,8 +278,8 @@ def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callab
     """
     size = math.gcd(len(arrays[0]), PROMPTS)
     chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+    mapped = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), mapped)
 
 
 @jax.jit
