@@ -11,7 +11,6 @@ from pathlib import Path
 
 from saejax.dictionaries import load_dictionary, stacks
 from saejax.errors import UserError
-from saejax.interventions import positions
 from saejax.interventions.ablation import (
     TEXT_LENGTH,
     describe_top,
@@ -21,6 +20,7 @@ from saejax.interventions.ablation import (
 )
 from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.split_model import parse_positions
 from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
@@ -53,7 +53,7 @@ def run_ablate(run: Run) -> AblateResults:
       UserError: a setting names what does not exist, or prompts or dictionaries do not fit the model.
     """
     config = run.configs[AblateConfig]
-    positions.parse(config.positions)
+    parse_positions(config.positions)
     if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
         raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
     if config.repeats and config.error == "drop":

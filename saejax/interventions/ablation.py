@@ -26,9 +26,8 @@ from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
-from saejax.interventions.edits import mask
+from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
-from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import (

@@ -27,10 +27,9 @@ import jax
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
 from saejax.interventions.references import Reference, References
-from saejax.interventions.replacement import ZERO, ActivationReplacement
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
 from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel

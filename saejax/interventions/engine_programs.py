@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint

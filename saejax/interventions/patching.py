@@ -28,8 +28,7 @@ import numpy as np
 from saejax.errors import UserError, one_of
 from saejax.interventions.edits import swap
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
-from saejax.interventions.positions import parse, where
-from saejax.interventions.split_model import SplitModel, groups_by_length
+from saejax.interventions.split_model import SplitModel, editable_positions, groups_by_length, parse_positions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig, TorchConfig
 from saejax.models.decoder import run_layers
@@ -145,7 +144,7 @@ def patch_sites(
     for layer in layers:
         Site(kind, layer).check(lm.config)
     if positions != EACH:
-        parse(positions)
+        parse_positions(positions)
     point = SplitPoint(lm.config, Site(kind, 0), Site(kind, 0), lm.mesh, lm.rules)
     sides = _tokenize(lm, prompts)
     lengths_P = sides[0].lengths_B
@@ -306,7 +305,7 @@ def _rows_to_run(
         first_PxC = np.broadcast_to(np.arange(length), (len(last_P), length))
         stop_PxC = first_PxC + (first_PxC <= last_P[:, None])
     else:
-        wanted_PxT = where(positions, last_P, length)
+        wanted_PxT = editable_positions(positions, last_P, length)
         first_PxC = wanted_PxT.argmax(axis=1)[:, None]
         stop_PxC = first_PxC + wanted_PxT.sum(axis=1)[:, None]
     place_Px1 = np.arange(len(last_P))[:, None]

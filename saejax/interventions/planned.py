@@ -15,9 +15,9 @@ from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
 from saejax.interventions import slopes
 from saejax.interventions.ablation import expected_rows
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.engine import FEATURES
 from saejax.interventions.engine_programs import CleanValues, gather, run_rows
-from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.rows import few_rows, filled_features, full_batch
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
 from saejax.models.config import RunRules

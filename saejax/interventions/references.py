@@ -24,9 +24,8 @@ import numpy as np
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions.activity import FeatureStatistics, count_firings
-from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.edits import ZERO, FeatureEdits
 from saejax.interventions.engine_programs import edit_value, gather
-from saejax.interventions.replacement import ZERO
 from saejax.interventions.rows import Amounts
 from saejax.interventions.slopes import weighted
 from saejax.interventions.split_model import SplitModel, active_features, run_head

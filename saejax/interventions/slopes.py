@@ -21,7 +21,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.activity import firing_sums
-from saejax.interventions.replacement import ZERO, ActivationReplacement, removed_on_average
+from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
 from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.positions import where
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -71,7 +71,7 @@ class SplitModel:
 
     Args:
       dictionary: an SAE, a transcoder, or another basis of directions (``saejax.interventions.bases``).
-      positions: the editable positions; see ``positions.where``.
+      positions: the editable positions; see ``editable_positions``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
 
     Attributes:
@@ -121,7 +121,7 @@ class SplitModel:
             kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
-            wanted_BxT = where(self._positions, last_B, ids_BxT.shape[1])
+            wanted_BxT = editable_positions(self._positions, last_B, ids_BxT.shape[1])
             texts = [prompts[index].text for index in rows_B]
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
             prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # editable positions are part of it
@@ -183,6 +183,36 @@ class SplitModel:
     def placed(self, rows: SiteRows) -> SiteRows:
         """Return the rows placed by ``by_row``."""
         return SiteRows(*self.by_row(*rows))
+
+
+def editable_positions(positions: str, last_B: np.ndarray, length: int) -> np.ndarray:
+    """Return True at the named positions of prompts, bool [B, T].
+
+    Args:
+      positions: "all"; "last", each prompt's last token; or a slice of its tokens as in Python, such as "1:4" or "-3:".
+      last_B: the index of each prompt's last token.
+      length: T.
+
+    Raises:
+      UserError: ``positions`` is none of these.
+    """
+    start, stop = parse_positions(positions)
+    ends_Bx1, position_1xT = last_B[:, None] + 1, np.arange(length)[None, :]
+
+    def bound(value: int | None, default: np.ndarray) -> np.ndarray:
+        return default if value is None else np.clip(value + (value < 0) * ends_Bx1, 0, ends_Bx1)
+
+    return (position_1xT >= bound(start, 0 * ends_Bx1)) & (position_1xT < bound(stop, ends_Bx1))
+
+
+def parse_positions(positions: str) -> tuple[int | None, int | None]:
+    """Return the slice (start, stop) that a text such as ``1:4`` means, None for an open end."""
+    if positions in ("all", "last"):
+        return (None, None) if positions == "all" else (-1, None)
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", positions):
+        raise UserError(f"there are no positions {positions!r}: expected all, last, or a slice such as 1:4 or -3:")
+    start, _, stop = positions.partition(":")
+    return (int(start) if start else None, int(stop) if stop else None)
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:

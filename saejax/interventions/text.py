@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.evaluation import programs
-from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.edits import ZERO, FeatureEdits
 from saejax.interventions.engine_programs import edit_value, gather
-from saejax.interventions.replacement import ZERO
 from saejax.interventions.rows import Amounts
 from saejax.interventions.split_model import SplitModel, run_head
 from saejax.models.language_model import LanguageModel

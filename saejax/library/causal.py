@@ -7,7 +7,6 @@ from typing import Any
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
-from saejax.interventions import positions
 from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
 from saejax.interventions.engine import ablate_sets
@@ -15,7 +14,7 @@ from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
 from saejax.interventions.probing import pool_inputs
-from saejax.interventions.split_model import SplitModel
+from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steer_run import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
@@ -93,7 +92,7 @@ def ablate(
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         settings["top"] = len(features)
     config = configured(AblateConfig, **settings)
-    positions.parse(config.positions)
+    parse_positions(config.positions)
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")

@@ -7,7 +7,7 @@ from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.ablate_report import held_out
 from saejax.interventions.answers import AblateResults
-from saejax.interventions.replacement import WORDS
+from saejax.interventions.edits import WORDS
 from saejax.page.blocks import Code, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Findings

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 
 from saejax.errors import UserError
 from saejax.interventions.edits import FeatureEdits
-from saejax.interventions.positions import where
+from saejax.interventions.split_model import editable_positions
 from saejax.models.edits import SiteEdit
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -49,7 +49,7 @@ def effects_by_full_passes(
         rebuilt_BxTxD = basis.decode(basis.encode(read_BxTxD), read_BxTxD)
         value_BxTxD = jnp.where(usable_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
         clean = lm(tokens, edits=[SiteEdit.patch(writes, value_BxTxD)])
-    editable_BxT = np.asarray(usable_BxT) & where(positions, tokens.last_B, tokens.mask_BxT.shape[1])
+    editable_BxT = np.asarray(usable_BxT) & editable_positions(positions, tokens.last_B, tokens.mask_BxT.shape[1])
     f_BxTxF = jnp.where(editable_BxT[..., None], basis.encode(read_BxTxD), 0.0)
     other_BxTxF = f_BxTxF
     if source.kind == "counterpart":

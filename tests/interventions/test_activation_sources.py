@@ -9,7 +9,7 @@ import pytest
 from saejax.errors import UserError
 from saejax.interventions import activity
 from saejax.interventions import engine as ablation
-from saejax.interventions.replacement import WORDS, ActivationReplacement
+from saejax.interventions.edits import WORDS, ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.settings import REPLACEMENTS
 

@@ -9,7 +9,7 @@ from full_passes import effects_by_full_passes
 from saejax import load_model
 from saejax.errors import UserError
 from saejax.interventions import edits, engine, slopes
-from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.tasks.likelihood import encode_pair, loglikelihoods
 

@@ -10,6 +10,7 @@ import torch
 
 import saejax
 from saejax.errors import UserError
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.engine_programs import first_change, gather
 from saejax.interventions.patch_run import PatchGrid, find_strongest
 from saejax.interventions.patching import (
@@ -20,7 +21,6 @@ from saejax.interventions.patching import (
     patch_features,
     patch_sites,
 )
-from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import PROMPTS, SplitModel
 from saejax.statistics.bootstrap import resampling_weights
 

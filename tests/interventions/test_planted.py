@@ -10,7 +10,7 @@ from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.tasks.behaviours import Prompt
 

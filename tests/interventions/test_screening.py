@@ -9,7 +9,7 @@ import pytest
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.interventions import slopes as screening
-from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 from saejax.models import language_model
 from saejax.models.config import RunRules

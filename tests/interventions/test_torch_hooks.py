@@ -9,8 +9,8 @@ import torch
 
 from saejax.dictionaries import Dictionary
 from saejax.interventions import edits, engine
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.engine_programs import gather
-from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.split_model import SplitModel
 
 SETS = [[3], [40], [7, 90, 120], list(range(0, 160, 2)), []]
