@@ -100,7 +100,9 @@ def count_firings(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Arr
       dictionary: the dictionary of the features.
       read_BxTxD: what it reads.
       domain_BxT: True at editable positions.
+      kept_B: True for the rows that count: not for copies that pad a batch.
     """
+    domain_BxT = domain_BxT & kept_B[:, None]
 
     def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
         fires_PxTxF = dictionary.fires(f_PxTxF)
@@ -115,8 +117,8 @@ def count_firings(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Arr
 
 def _count(split: SplitModel, run: CleanRun) -> Firings:
     """Return ``count_firings`` of the prompts of a clean run."""
-    kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    return count_firings(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT & kept_B[:, None])
+    kept_B = np.arange(len(run.last_B)) < len(run.index_P)
+    return count_firings(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:

@@ -125,10 +125,11 @@ class References:
         Raises:
           UserError: a feature's activation is not finite.
         """
-        split = self._split
-        counts = [
-            count_firings(self._point, split.dictionary, batch.read_BxTxD, batch.domain_BxT) for batch in self.batches()
-        ]
+        counts = []
+        for batch in self.batches():
+            kept_B = np.ones(len(batch.domain_BxT), bool)  # nothing is editable in copies
+            arrays = batch.read_BxTxD, batch.domain_BxT, kept_B
+            counts.append(count_firings(self._point, self._split.dictionary, *arrays))
         fires_F = np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
         return FeatureStatistics.total(counts), fires_F
 
