@@ -92,8 +92,10 @@ class Firings(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def count_firings(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array) -> Firings:
-    """Return sums over the editable positions of some rows.
+def count_firings(
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+) -> Firings:
+    """Return sums over the editable positions of the kept rows.
 
     Args:
       point: where the model is split (static).
