@@ -8,10 +8,6 @@ from saejax.settings.tasks import BENCHMARKS
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
 BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
-_MATCHES = (
-    "how many features, the nearest by firing rate, activation size, decoder norm and the position at which they fire, "
-    "each control is drawn from"
-)
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 
