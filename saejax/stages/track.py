@@ -110,6 +110,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
+    revision=2,
     processes="items",
     section=_sections,
 )
