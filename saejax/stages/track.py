@@ -41,7 +41,7 @@ class TrackConfig(Config):
     random_sets: int = setting(
         199, "maximum number of disjoint random sets of features that the features of a step are compared with", low=1
     )
-    seed: int = setting(456, "seed of random sets, of random links and of the lenses' control", low=0)
+    seed: int = setting(456, "seed of random sets and of the lenses' control", low=0)
 
 
 def _names(configs: Configs) -> Sequence[str]:
