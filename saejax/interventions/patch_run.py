@@ -257,9 +257,8 @@ def _measure_features(
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
     prompts = {each: [*found.train, *found.tests] for each, found in pairs.items() if found.tests}
-    folder = parts.partial_folder(run, name)
     settings = ablate_config(config)
-    table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, None, None, on_progress, folder)
+    table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
     results = describe_features(lm, table, ablation, pairs[name], config)
     interchange = results.interchange
@@ -386,7 +385,12 @@ class PatchGrid(Columns):
         )
 
     def matrix(self, name: str, direction: str) -> np.ndarray:
-        """Return one of the columns as [L, H x C], for one direction."""
+        """Return one of the columns as [L, H x C].
+
+        Args:
+          name: the column.
+          direction: one of ``DIRECTIONS``.
+        """
         chosen = getattr(self, name)[self.direction == direction]
         return chosen.reshape(len(np.unique(self.layer)), -1)
 

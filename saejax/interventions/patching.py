@@ -18,7 +18,7 @@ difference of the prompt's answers is read:
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -345,7 +345,8 @@ def _start_rows(
     start = int(rows.layer_R[0])
     filled = PatchRows(*(np.resize(array, size) for array in rows))
     arrays = by_row(point.mesh, *filled, last_B[filled.place_R], answers_Bx2[filled.place_R])
-    program, first = patched_rows, np.int32(start)
+    program: Callable[..., jax.Array] = patched_rows
+    first: int | np.integer = np.int32(start)
     if isinstance(point.config, TorchConfig):
         program, first = _patched_rows_of_layer, start
     heads = count_heads(point.config, point.site.kind)

@@ -216,8 +216,8 @@ def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[floa
             operators = re.findall(r"[-+*/]", calculations[-1].lstrip("-"))
             labels |= {"operation": operators[-1]} if operators else {}
         split = "train" if train else "test"
-        fields = dict(items=(item.id,), labels=tuple(labels.items()))
-        prompts.append(Prompt(name, split, item.prompt, item.reference, "", **fields))
+        prompt = Prompt(name, split, item.prompt, item.reference, "", items=(item.id,), labels=tuple(labels.items()))
+        prompts.append(prompt)
     if not prompts:
         raise UserError(f"{path} has no items: run the stage benchmark again")
     return prompts, [1.0 if dict(prompt.labels).get("correct") == "right" else -1.0 for prompt in prompts]

@@ -189,9 +189,8 @@ def run_probes(
         strength = choose_strength(task, k, config, int(rng.integers(2**31)))
         answers = fit_probe(task, k, strength)
         right_M = answers.class_M == class_M
-        controls = [
-            fit_probe(_control_task(task, k, name, rng), None, strength) for _ in range(config.shuffles if k else 0)
-        ]
+        control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
+        controls = [fit_probe(control, None, strength) for control in control_tasks]
         shuffled = [
             fit_probe(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
             for _ in range(config.shuffles)
@@ -221,7 +220,13 @@ def run_probes(
 
 
 def fit_probe(task: ProbeTask, k: int | None, strength: float) -> ProbeAnswers:
-    """Fit a probe of k inputs (None: all) and return its answers on the test prompts."""
+    """Fit a probe and return its answers on the test prompts.
+
+    Args:
+      task: the inputs and classes.
+      k: number of inputs that the probe sees; None: all.
+      strength: inverse strength of the penalty.
+    """
     train_NxR, test_MxR = _prepare(task, k)
     model = _fit(train_NxR, task.train_class_N, strength)
     score_M = model.decision_function(test_MxR) if len(model.classes_) == 2 else None
@@ -263,6 +268,10 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
 
     Of two classes the absolute value, so that both have the same order. Of more classes it is signed: an input that one
     class raises would otherwise seem to separate each of the others, too.
+
+    Args:
+      x_NxC: the inputs.
+      class_N: the class of each prompt, K in all.
     """
     member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
     weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
@@ -303,13 +312,25 @@ def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np
 
     It is the share of permutations of the classes, the true order among them, with at least as many right answers
     (Phipson and Smyth, 2010).
+
+    Args:
+      answer_M: the answers.
+      class_M: the classes.
+      draws: number of permutations.
+      rng: source of the permutations.
     """
     right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
     return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
 
 
 def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
-    """Return how much more often one probe is right than another on the same prompts, 95 % bootstrap interval."""
+    """Return how much more often one probe is right than another on the same prompts, 95 % bootstrap interval.
+
+    Args:
+      right_M: where the first is right.
+      other_M: where the second is.
+      seed: seed of the bootstrap.
+    """
     difference_M = right_M.astype(float) - other_M
     mean = float(difference_M.mean())
     if len(difference_M) < 2:

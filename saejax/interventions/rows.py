@@ -34,10 +34,6 @@ class Amounts(NamedTuple):
         """Return the amounts of some edits."""
         return cls(edits.sets, edits.fractions, edits.addends)
 
-    def with_addends(self) -> "Amounts":
-        """Return the amounts with addends, of 0 where there are none."""
-        return self if self.addends is not None else self._replace(addends=tuple(0 * each for each in self.fractions))
-
     def with_clean_rows(self, count: int) -> "Amounts":
         """Return the amounts with ``count`` edits behind them that change nothing."""
         nothing = (np.zeros(0),) * count

@@ -165,8 +165,8 @@ class SplitModel:
         """Return the arrays of a ``CleanRun`` that devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
-            rows_B = slice(first, first + PROMPTS)
-            rows = self.by_row(ids_BxT[rows_B], last_B[rows_B], wanted_BxT[rows_B])
+            batch = slice(first, first + PROMPTS)
+            rows = self.by_row(ids_BxT[batch], last_B[batch], wanted_BxT[batch])
             *part, finite_P = run_head(self.point, self.error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_P))[:1]:
                 raise UserError(

@@ -201,7 +201,14 @@ def random_feature_changes(
 
 
 def random_direction_changes(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: int) -> list[SteeringChange]:
-    """Return changes of norm 1 that add differences of means of texts whose answers were shuffled."""
+    """Return changes of norm 1 that add differences of means of texts whose answers were shuffled.
+
+    Args:
+      texts: the texts and their answers.
+      swap: the answers whose means are compared.
+      count: number of changes.
+      seed: seed of the shuffles.
+    """
     drawn = (texts.shuffled(np.random.default_rng([seed, number])) for number in range(count))
     return [SteeringChange(vector_D=_unit(each.mean_difference(each.value_NxD, swap))) for each in drawn]
 

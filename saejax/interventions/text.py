@@ -108,7 +108,9 @@ class HeldOutText:
         source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
         changes = gather(point, split.dictionary, source, [read, domain], features_K, real)
         values = [value]
-        for fraction_K, addend_K in zip(*amounts.with_addends().over(chosen, features_K), strict=True):
+        fraction_SxK, addend_SxK = amounts.over(chosen, features_K)
+        addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
+        for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
             values.append(_edited(point, value, domain, *changes, fraction_K, addend_K))
         end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
         sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
