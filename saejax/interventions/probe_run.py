@@ -1,8 +1,8 @@
 """The stage ``probe``: linear probes of a dictionary's features, and of the raw activations at its site.
 
-Labels (``saejax.tasks.labels``) are read off prompts of behaviours and, with ``--probe.benchmarks``, off the questions
-of benchmarks. The features that a sparse probe selects are then ablated one by one on the behaviour's test prompts,
-beside features matched in firing rate: what a probe reads, the model need not use.
+Labels (``saejax.tasks.labels``) are predicted for prompts of behaviours and, with ``--probe.benchmarks``, for the
+questions of benchmarks. The features that a sparse probe selects are then ablated one by one on test prompts, and
+compared with features matched in firing rate: a label that a probe can read need not be used by the model.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class ProbedLabel:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResults:
-    """What can be read off a dictionary's features, and off raw activations."""
+    """Linear probes of a dictionary's features and of raw activations."""
 
     dictionary: str  #: its name
     site: str  #: that it reads: of a transcoder, its input

@@ -1,7 +1,8 @@
 """The stage ``steer``: prompts steered to the answers of their counterparts.
 
-Changes are learned on train prompts, which also choose the strength of each method among those that cost held-out text
-little. Test prompts judge it, beside random features or random directions at equal dose.
+Changes are learned on train prompts, which also choose the strength of each method among those that raise the
+cross-entropy of held-out text little. Test prompts judge it, compared with random features or random directions at
+equal dose.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_inter
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     METHODS,
+    MIN_TEXTS,
     TEXT_SWAPS,
     AnswerSwap,
     AnswerTexts,
@@ -175,7 +177,7 @@ class SteeringTest:
         }
 
     def results(self) -> BehaviourSteering:
-        """Measure every method at every strength, and the chosen ones beside their controls."""
+        """Measure every method at every strength, and the controls of the chosen ones."""
         if reason := self._reason():
             return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
         weight_RxP = bootstrap.resampling_weights(
@@ -210,13 +212,13 @@ class SteeringTest:
         for split, prompts in (("train", self._train), ("test", self._test)):
             if len(prompts) < MIN_PROMPTS:
                 return (
-                    f"{len(prompts)} of its {split} prompts are answered rightly and have two answers that enough "
-                    f"train texts have, too; {MIN_PROMPTS} are needed"
+                    f"{len(prompts)} of its {split} prompts are answered correctly and have two answers that "
+                    f"at least {MIN_TEXTS} train texts have, too; expected at least {MIN_PROMPTS}"
                 )
         return ""
 
     def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
-        """Return prompts that are answered rightly and whose answers the texts have; the number of others by reason."""
+        """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
         swaps = group_by_swap(self._lm, prompts)
         texts = self._texts
         known = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
@@ -234,9 +236,9 @@ class SteeringTest:
         """Run the changes that ``changes_of(swap)`` gives, as many for each swap, on the prompts of that swap."""
         config = self._config
 
-        def run(swap: AnswerSwap, own: list[Prompt]) -> Steered:
+        def run(swap: AnswerSwap, group: list[Prompt]) -> Steered:
             return steer(
-                self._lm, self._split, own, changes_of(swap), config.positions, config.batch_rows, self._on_progress
+                self._lm, self._split, group, changes_of(swap), config.positions, config.batch_rows, self._on_progress
             )
 
         return map_swaps(groups, prompts, run)

@@ -247,11 +247,11 @@ def steer(
             continue
         edits = make_edits(split.dictionary, [changes[s] for s in places])
         # A vector is an edit of another basis at the same site.
-        own = SplitModel(lm, edits.dictionary, positions) if adds_S[places[0]] else split
-        runs = own.run(prompts)
-        edits = dataclasses.replace(edits, dictionary=own.dictionary)
-        measured = run_edits(own, runs, edits, batch_rows, on_progress, readouts=True)
-        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(own, runs, edits)]
+        edited = SplitModel(lm, edits.dictionary, positions) if adds_S[places[0]] else split
+        runs = edited.run(prompts)
+        edits = dataclasses.replace(edits, dictionary=edited.dictionary)
+        measured = run_edits(edited, runs, edits, batch_rows, on_progress, readouts=True)
+        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(edited, runs, edits)]
         values_3xSxP[:, places] = values
     return Steered(*values_3xSxP)
 
@@ -282,8 +282,8 @@ def rise_on_text(
       changes: S changes of one kind, all with a vector or none.
     """
     edits = make_edits(split.dictionary, changes)
-    own = SplitModel(lm, edits.dictionary)
-    diffs = text.effects(own, dataclasses.replace(edits, dictionary=own.dictionary))
+    edited = SplitModel(lm, edits.dictionary)
+    diffs = text.effects(edited, dataclasses.replace(edits, dictionary=edited.dictionary))
     return diffs.rise_SxN / diffs.tokens_N
 
 

@@ -260,7 +260,7 @@ def test_a_behaviour_whose_answers_are_new_is_named(make_run, inputs, tmp_path, 
     write_prompts(baseline / "prompts.jsonl", unknown)
     run = make_run("new")
     result = stage.run_steer(dataclasses.replace(run, inputs=run.inputs | dict(baseline=baseline))).behaviours["first"]
-    assert result.reason.startswith("0 of its test prompts are answered rightly") and not result.methods
+    assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
     assert len(group_by_swap(tiny, unknown)) > 1
 
 
