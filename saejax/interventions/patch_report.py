@@ -26,14 +26,14 @@ _TITLES = dict(
 )
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on patching; none if nothing was patched."""
     blocks: list[Block] = []
-    for unit, summary in found.summaries.items():
+    for unit, summary in findings.summaries.items():
         results = summary.results
         if isinstance(results, SitePatchResults):
             for name, result in results.behaviours.items():
-                grid = PatchGrid.load(PatchGrid.file(found.folders[unit], name))
+                grid = PatchGrid.load(PatchGrid.file(findings.folders[unit], name))
                 blocks.append(_picture(results, name, result, grid, draw))
         elif isinstance(results, FeaturePatchResults):
             blocks += [_carried_table(results), Terms(tuple(_answers(results).items()))]
@@ -133,8 +133,7 @@ def _answers(results: FeaturePatchResults) -> dict[str, str]:
     """Return the answers of the verdict, for each behaviour; ablation here means taking the counterpart's values."""
     answers = {}
     for name, result in results.verdict.dictionaries[TESTED].items():
-        said = [result.ablation["logit_diff"].sentence, result.random.sentence]
-        said += [sentences.fooled(result.fooled, result.placebo_sets), result.placebo.sentence]
-        said = [text.replace("Ablating the", "Patching the") for text in said]
-        answers[behaviour(name)] = " ".join(said)
+        answer = [result.ablation["logit_diff"].sentence, result.random.sentence]
+        answer += [sentences.fooled(result.fooled, result.placebo_sets), result.placebo.sentence]
+        answers[behaviour(name)] = " ".join(answer).replace("Ablating the", "Patching the")
     return answers

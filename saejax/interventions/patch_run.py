@@ -1,8 +1,9 @@
 """The stage ``patch``: activation patching between prompts and their counterparts.
 
 A unit for each kind of site patches it in every layer, at every position or, at sites of attention heads, in every
-head. The unit of a dictionary patches features: the top ones of each behaviour, beside random and placebo sets, as
-``ablate`` does with other replacements. Test prompts judge; train prompts choose features and the strongest place.
+head. The unit of a dictionary patches features: the top ones of each behaviour, compared with random and placebo
+sets, as ``ablate`` does with other replacements. Test prompts judge; train prompts choose features and the strongest
+location: layer, head and position.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ class PatchedPairs:
 
 @dataclasses.dataclass(frozen=True)
 class StrongestPatch:
-    """The place of largest effect on train prompts, judged on test prompts."""
+    """The location of largest effect on train prompts, judged on test prompts."""
 
     layer: int  #: counted from 0
     head: int | None  #: counted from 0; None at sites of the whole stream
@@ -160,7 +161,7 @@ def run_patch(run: Run) -> PatchResults:
     """Patch a kind of site, or features of a dictionary, on every behaviour.
 
     Args:
-      run: of the unit. Its folder gets ``<behaviour>-patching.parquet`` with every place of a kind of site, or
+      run: of the unit. Its folder gets ``<behaviour>-patching.parquet`` with every location of a kind of site, or
         ``<behaviour>-effects/``, the effects table of features.
 
     Returns:
@@ -175,7 +176,7 @@ def run_patch(run: Run) -> PatchResults:
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
-        pairs = {name: _fit(lm, own) for name, own in prompts.items()}
+        pairs = {name: _fit(lm, each) for name, each in prompts.items()}
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
             missing = pairs[name].missing
@@ -236,7 +237,7 @@ def _measure_sites(
     weight_RxP = _weights(pairs.tests, config)
     grid = PatchGrid.of(patched, weight_RxP)
     grid.save(grid.file(run.folder, name))
-    chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest place as judge it
+    chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest location as judge it
     strongest = find_strongest(patched, patch(chosen), weight_RxP) if chosen else {}
     results = PatchedSites(
         pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
@@ -244,7 +245,9 @@ def _measure_sites(
         strongest=strongest,
     )
     line = "; ".join(describe_strongest(direction, best) for direction, best in strongest.items())
-    return parts.Measured(results, line or "no strongest place: no train prompts with counterparts choose it")
+    return parts.Measured(
+        results, line or "no strongest location: there are no train prompts with counterparts to choose it"
+    )
 
 
 def _measure_features(
@@ -256,7 +259,12 @@ def _measure_features(
     on_progress: parts.OnProgress,
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
+<<<<<<< HEAD
     prompts = {each: [*found.train, *found.tests] for each, found in pairs.items() if found.tests}
+=======
+    prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
+    folder = parts.partial_folder(run, name)
+>>>>>>> causal-a
     settings = ablate_config(config)
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
@@ -317,7 +325,7 @@ def describe_features(
 
 @dataclasses.dataclass(frozen=True)
 class PatchGrid(Columns):
-    """The mean effect at every place; arrays [N], sorted by direction, layer, head and position.
+    """The mean effect at every location; arrays [N], sorted by direction, layer, head and position.
 
     Attributes:
       direction: one of ``DIRECTIONS``.
@@ -326,7 +334,7 @@ class PatchGrid(Columns):
       position: from the end, -1 is the last token; null where several positions were patched together.
       effect: mean over the prompts, logits.
       low: lower end of its 95 % bootstrap interval over prompts within templates; null with fewer than 2 prompts.
-      high: upper end, likewise.
+      high: its upper end.
       normalised: effect / (clean - corrupted), a ratio of means over the same prompts; null where clean - corrupted is
         not clearly above 0.
       prompts: number of prompts with a token there.
@@ -398,7 +406,7 @@ class PatchGrid(Columns):
 def find_strongest(
     tests: PatchEffects, train: PatchEffects, weight_RxP: np.ndarray | None
 ) -> dict[str, StrongestPatch]:
-    """Return, for each direction, the place of largest mean effect on train prompts, with its effect on test prompts.
+    """Return, by direction, the location of largest mean effect on train prompts, with its effect on test prompts.
 
     The largest of many effects is large by chance, too: on the prompts that chose it, it would seem larger than it is.
 
@@ -435,11 +443,11 @@ def find_strongest(
 
 
 def describe_strongest(direction: str, best: StrongestPatch) -> str:
-    """Return the sentence on the strongest place of a direction."""
-    place = f"layer {best.layer}" + (f", head {best.head}" if best.head is not None else "")
-    place += f", position {best.position}" if best.position is not None else ""
+    """Return the sentence on the strongest location of a direction."""
+    location = f"layer {best.layer}" + (f", head {best.head}" if best.head is not None else "")
+    location += f", position {best.position}" if best.position is not None else ""
     verb = "restores" if direction == "denoising" else "removes"
-    text = f"{direction.capitalize()} at {place}, chosen on train prompts, {verb} "
+    text = f"{direction.capitalize()} at {location}, chosen on train prompts, {verb} "
     if best.effect is None or best.p_holm is None:
         return f"{text}{best.train_effect:.2f} logits there; not tested: fewer than 2 test prompts"
     text += f"{best.effect.mean:.2f} logits [{best.effect.low:.2f}, {best.effect.high:.2f}] on test prompts"
@@ -448,7 +456,7 @@ def describe_strongest(direction: str, best: StrongestPatch) -> str:
 
 
 def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
-    """Correct the p-values of the strongest places over behaviours and directions by Holm's method."""
+    """Correct the p-values of the strongest locations over behaviours and directions by Holm's method."""
     p_holm = holm_by_key(
         {
             (name, direction): best.p_value
@@ -489,5 +497,5 @@ def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray | Non
 
 
 def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray | None) -> bool:
-    """Return whether clean - corrupted is above 0 with its whole interval; not of one prompt, which has none."""
+    """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none."""
     return weight_RxP is not None and mean_interval(difference_P, weight_RxP).low > 0

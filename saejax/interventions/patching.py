@@ -81,7 +81,7 @@ class PatchEffects:
 
 
 class PatchRows(NamedTuple):
-    """R rows: layer, head, place of the pair in its group, and the first patched position and the one after the last.
+    """R rows: layer, head, index of the pair in its group, and the first patched position and the one after the last.
 
     Each is int32 [R].
     """
@@ -148,10 +148,10 @@ def patch_sites(
     point = SplitPoint(lm.config, Site(kind, 0), Site(kind, 0), lm.mesh, lm.rules)
     sides = _tokenize(lm, prompts)
     lengths_P = sides[0].lengths_B
-    for place in np.flatnonzero(lengths_P != sides[1].lengths_B)[:1]:
+    for index in np.flatnonzero(lengths_P != sides[1].lengths_B)[:1]:
         raise UserError(
-            f"{prompts[place].text!r} has another number of tokens than its counterpart "
-            f"{prompts[place].counterpart!r}: give pairs of one length (see fitting_pairs)"
+            f"{prompts[index].text!r} has another number of tokens than its counterpart "
+            f"{prompts[index].counterpart!r}: give pairs of one length (see fitting_pairs)"
         )
     answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
     columns = int(lengths_P.max()) if positions == EACH else 1
@@ -296,7 +296,7 @@ def _rows_to_run(
     last_P: np.ndarray,
     length: int,
 ) -> tuple[PatchRows, np.ndarray]:
-    """Return the rows in which the two runs differ, by rising layer, and the place of each among the positions."""
+    """Return the rows in which the two runs differ, by rising layer, and the column of each among the positions."""
     heads = count_heads(point.config, point.site.kind)
     differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
     # Number of differing positions before each position, and before the end.

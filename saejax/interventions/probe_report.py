@@ -30,12 +30,12 @@ _POOLS = {
 }
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on probes; none if none was asked for."""
-    return [_section(results, found, draw) for results in found.each(ProbeResults).values()]
+    return [_section(results, findings, draw) for results in findings.each(ProbeResults).values()]
 
 
-def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
+def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
     learned = [label for label in results.labels if label.probes]
     intro = (
         f"A linear probe (logistic regression) predicts a label from the features of {results.dictionary}, or from the "
@@ -52,7 +52,7 @@ def _section(results: ProbeResults, found: Findings, draw: Draw) -> Section:
     without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
     blocks: list[Block] = [Text(intro)]
     if learned:
-        shuffles = found.settings()["probe"]["shuffles"]
+        shuffles = findings.settings()["probe"]["shuffles"]
         blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
     if selected := [label for label in learned if label.selected]:
         blocks += [_selected_table(selected), _answers(selected)]

@@ -1,8 +1,8 @@
 """The stage ``probe``: linear probes of a dictionary's features, and of the raw activations at its site.
 
-Labels (``saejax.tasks.labels``) are read off prompts of behaviours and, with ``--probe.benchmarks``, off the questions
-of benchmarks. The features that a sparse probe selects are then ablated one by one on the behaviour's test prompts,
-beside features matched in firing rate: what a probe reads, the model need not use.
+Labels (``saejax.tasks.labels``) are predicted for prompts of behaviours and, with ``--probe.benchmarks``, for the
+questions of benchmarks. The features that a sparse probe selects are then ablated one by one on test prompts, and
+compared with features matched in firing rate: a label that a probe can read need not be used by the model.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class ProbedLabel:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeResults:
-    """What can be read off a dictionary's features, and off raw activations."""
+    """Linear probes of a dictionary's features and of raw activations."""
 
     dictionary: str  #: its name
     site: str  #: that it reads: of a transcoder, its input
@@ -113,7 +113,7 @@ def run_probe(run: Run) -> ProbeResults:
       UserError: there are no prompts of a split, the dictionary belongs to another model, or an activation is not
         finite.
     """
-    config, task = run.configs[ProbeConfig], run.configs[TaskConfig]
+    config = run.configs[ProbeConfig]
     benchmarks = {unit.partition("/")[2]: unit for unit in run.inputs if unit.startswith("benchmark/")}
     groups = [read_benchmark_prompts(run, unit) for unit in benchmarks.values()]
     wanted = label_all(config, _behaviour_prompts(run) if "baseline" in run.inputs else ([], []), groups)
@@ -128,6 +128,7 @@ def run_probe(run: Run) -> ProbeResults:
             labelled = wanted[name]
             if labelled.behaviour not in benchmarks:
                 return ablation_of(split, labelled)
+            task = run.configs[TaskConfig]
             ids = [prompt.items[0] for prompt in labelled.prompts if prompt.split == "test"][:BENCHMARK_ITEMS]
             items = {item.id: item for item in read_items(labelled.behaviour, task)}
             chosen = [items[each] for each in ids]
@@ -255,7 +256,6 @@ def probe_label(
     fits = [
         dataclasses.replace(fit, against_dense=gap) for fit, gap in zip(fits, [*gaps, None][: len(fits)], strict=True)
     ]
-    used_P = np.concatenate([labelled.train_N, labelled.test_M])
     return ProbedLabel(
         label=labelled.label,
         behaviour=labelled.behaviour,
@@ -264,7 +264,7 @@ def probe_label(
         left_out=dict(labelled.left_out),
         unlabelled=labelled.unlabelled,
         congruent=labelled.congruent,
-        unread=int((~is_read_P[used_P]).sum()),
+        unread=sum(int((~is_read_P[places]).sum()) for places in (labelled.train_N, labelled.test_M)),
         probes=tuple(fits),
         selected=ablate_selected(config, fits, ablation),
     )

@@ -175,7 +175,7 @@ def run_probes(
     Args:
       task: inputs and classes.
       config: settings of the stage.
-      seed: seed of folds, shuffles, controls and permutations, beside ``config.seed``.
+      seed: seed of folds, shuffles, controls and permutations, in addition to ``config.seed``.
       name: the inputs, "features" or "raw".
     """
     varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)

@@ -18,9 +18,9 @@ _LOOKS = dict(
 )  # fmt: skip
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return the section on steering; none if it was not asked for."""
-    return [_section(results, draw) for results in found.each(SteerResults).values()]
+    return [_section(results, draw) for results in findings.each(SteerResults).values()]
 
 
 def _section(results: SteerResults, draw: Draw) -> Section:

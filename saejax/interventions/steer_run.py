@@ -1,7 +1,8 @@
 """The stage ``steer``: prompts steered to the answers of their counterparts.
 
-Changes are learned on train prompts, which also choose the strength of each method among those that cost held-out text
-little. Test prompts judge it, beside random features or random directions at equal dose.
+Changes are learned on train prompts, which also choose the strength of each method among those that raise the
+cross-entropy of held-out text little. Test prompts judge it, compared with random features or random directions at
+equal dose.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_inter
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     METHODS,
+    MIN_TEXTS,
     TEXT_SWAPS,
     AnswerSwap,
     AnswerTexts,
@@ -25,17 +27,15 @@ from saejax.interventions.steering import (
     choose_strength,
     group_by_swap,
     map_swaps,
-    random_direction_changes,
-    random_feature_changes,
+    random_directions,
+    random_feature_vectors,
     rise_on_text,
-    scale_change,
     steer,
     steering_change,
     strengths_of,
 )
 from saejax.interventions.text import HeldOutText
 from saejax.models.language_model import LanguageModel
-from saejax.parallel.collectives import to_host
 from saejax.results import Interval
 from saejax.runner import parts
 from saejax.runner.workspace import Run
@@ -177,7 +177,7 @@ class SteeringTest:
         }
 
     def results(self) -> BehaviourSteering:
-        """Measure every method at every strength, and the chosen ones beside their controls."""
+        """Measure every method at every strength, and the controls of the chosen ones."""
         if reason := self._reason():
             return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
         weight_RxP = bootstrap.resampling_weights(
@@ -212,13 +212,13 @@ class SteeringTest:
         for split, prompts in (("train", self._train), ("test", self._test)):
             if len(prompts) < MIN_PROMPTS:
                 return (
-                    f"{len(prompts)} of its {split} prompts are answered rightly and have two answers that enough "
-                    f"train texts have, too; {MIN_PROMPTS} are needed"
+                    f"{len(prompts)} of its {split} prompts are answered correctly and have two answers that "
+                    f"at least {MIN_TEXTS} train texts have, too; expected at least {MIN_PROMPTS}"
                 )
         return ""
 
     def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
-        """Return prompts that are answered rightly and whose answers the texts have; the number of others by reason."""
+        """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
         swaps = group_by_swap(self._lm, prompts)
         texts = self._texts
         known = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
@@ -236,9 +236,9 @@ class SteeringTest:
         """Run the changes that ``changes_of(swap)`` gives, as many for each swap, on the prompts of that swap."""
         config = self._config
 
-        def run(swap: AnswerSwap, own: list[Prompt]) -> Steered:
+        def run(swap: AnswerSwap, group: list[Prompt]) -> Steered:
             return steer(
-                self._lm, self._split, own, changes_of(swap), config.positions, config.batch_rows, self._on_progress
+                self._lm, self._split, group, changes_of(swap), config.positions, config.batch_rows, self._on_progress
             )
 
         return map_swaps(groups, prompts, run)
@@ -259,7 +259,7 @@ class SteeringTest:
         points = tuple(
             SteeringPoint(
                 strength=strength,
-                dose=float(np.sqrt(np.mean(np.square(steered.norm_SxP[s])))),
+                dose=_root_mean_square(steered.norm_SxP[s]),
                 drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
                 turned=wilson(steered.diff_SxP[s] < 0),
                 top1=float(steered.top1_SxP[s].mean()),
@@ -290,23 +290,27 @@ class SteeringTest:
         """Run the controls of a method, scaled so that their dose is the method's."""
         assert self._texts
         texts, config = self._texts, self._config
-        positions = [to_host(run.domain_BxT)[: len(run.index_P)].sum(axis=1) for run in self._split.run(self._test)]
-        norm = dose / max(float(np.sqrt(np.mean(np.concatenate(positions)))), 1.0)
-
-        def draw(swap: AnswerSwap) -> list[SteeringChange]:
-            if CONTROLS[method] == "random directions":
-                return random_direction_changes(texts, swap, config.random_sets, config.seed)
-            return random_feature_changes(
-                texts, self._firing_share_F, self._tops[swap], config.random_sets, config.seed
-            )
+        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
+        unit_D = np.eye(1, texts.value_NxD.shape[1])[0]
+        unit = self._steer(self._test, self._groups, lambda swap: [SteeringChange(unit_D)])
+        norm = dose / max(_root_mean_square(unit.norm_SxP[0]), 1.0)
 
         # The method changes nothing in prompts of a swap without top features, and neither do its controls.
-        has_change = [swap for swap in self._groups if CONTROLS[method] == "random directions" or self._tops[swap]]
-        drawn = {swap: [scale_change(change, norm) for change in draw(swap)] for swap in has_change}
-        count = min(len(changes) for changes in drawn.values())
+        drawn: dict[AnswerSwap, list[np.ndarray]] = {}
+        for swap in self._groups:
+            if CONTROLS[method] == "random directions":
+                drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
+            elif top := self._tops[swap]:
+                drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
+        count = min(map(len, drawn.values()))
         if not count:
             return Steered(*np.zeros((3, 0, len(self._test))))
-        return self._steer(self._test, self._groups, lambda swap: drawn.get(swap, [SteeringChange()] * count)[:count])
+
+        def changes(swap: AnswerSwap) -> list[SteeringChange]:
+            vectors = drawn.get(swap, [])[:count]
+            return [SteeringChange(norm * vector_D) for vector_D in vectors] or [SteeringChange()] * count
+
+        return self._steer(self._test, self._groups, changes)
 
     @functools.cached_property
     def _firing_share_F(self) -> np.ndarray:
@@ -391,3 +395,7 @@ def _line(result: BehaviourSteering) -> str:
     chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
     listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
     return f"{result.prompts} test prompts: {', '.join(listed)}"
+
+
+def _root_mean_square(values_P: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values_P))))

@@ -29,12 +29,11 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interventions.ablation import MIN_FIRING
-from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.edits import FeatureEdits, add
 from saejax.interventions.engine import BATCH_ROWS, OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import leaders, slopes
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.text import HeldOutText
-from saejax.models.edits import SiteEdit
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.statistics.partition import disjoint_sets
@@ -128,28 +127,25 @@ class AnswerTexts:
 
 @dataclasses.dataclass(frozen=True)
 class SteeringChange:
-    """A change of one site, in units of a dictionary's features or as a vector.
+    """A change of one site: a vector is added, or features are set to values.
 
     Attributes:
-      features: the features that are changed; none if a vector is added.
-      amounts: added to the activations, or with ``clamp`` their new values.
-      vector_D: what is added to the site, if no feature is named.
-      clamp: whether activations are set, not added to.
+      vector_D: the vector; None: features are set.
+      features: the features.
+      values: their activations, at every position.
     """
 
-    features: tuple[int, ...] = ()
-    amounts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
     vector_D: np.ndarray | None = None
-    clamp: bool = False
+    features: tuple[int, ...] = ()
+    values: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
     def edit(self, dictionary: Dictionary, positions: str = "all") -> Any:
         """Return the change at "all" or the "last" positions as an edit for ``lm.generate`` and ``lm(...)``."""
         if self.vector_D is not None:
-            return SiteEdit.steer(dictionary.config.target or dictionary.site, self.vector_D, positions=positions)
+            return _basis(dictionary, [self.vector_D]).steer([0], 1.0, positions)
         if not self.features:
             return dictionary.scale([0], 1.0)
-        change = dictionary.set if self.clamp else dictionary.steer
-        return change(list(self.features), self.amounts, positions)
+        return dictionary.set(list(self.features), self.values, positions)
 
 
 def strengths_of(method: str, doses: Sequence[float]) -> tuple[float, ...]:
@@ -170,20 +166,21 @@ def steering_change(
       strength: norm of what is added, in mean norms of the site's values; for ``clamp`` the factor of the features'
         mean activations on texts of the target answer.
     """
-    if method == "mean_difference":
-        return SteeringChange(vector_D=strength * texts.norm * _unit(texts.mean_difference(texts.value_NxD, swap)))
     chosen = list(features)
     if method == "clamp":
         level_K = texts.f_NxF[texts.answer_N == swap.target][:, chosen].mean(axis=0, dtype=np.float64)
-        return SteeringChange(tuple(chosen), strength * level_K, clamp=True)
-    change_K = texts.mean_difference(texts.f_NxF[:, chosen], swap)
-    return _scaled_features(texts, chosen, change_K, strength * texts.norm)
+        return SteeringChange(None, tuple(chosen), strength * level_K)
+    if method == "add":
+        vector_D = texts.mean_difference(texts.f_NxF[:, chosen], swap) @ texts.W_dec_FxD[chosen]
+    else:
+        vector_D = texts.mean_difference(texts.value_NxD, swap)
+    return SteeringChange(strength * texts.norm * _unit(vector_D))
 
 
-def random_feature_changes(
+def random_feature_vectors(
     texts: AnswerTexts, share_F: np.ndarray, top: Sequence[int], count: int, seed: int
-) -> list[SteeringChange]:
-    """Return changes of norm 1 that add disjoint random sets of as many features as the top ones.
+) -> list[np.ndarray]:
+    """Return vectors of norm 1 that add disjoint random sets of as many features as the top ones.
 
     Args:
       texts: their mean activations weight the features of a set.
@@ -195,29 +192,22 @@ def random_feature_changes(
     pool = np.setdiff1d(np.flatnonzero(share_F >= MIN_FIRING), np.asarray(top, np.int64))
     mean_F = texts.f_NxF.mean(axis=0, dtype=np.float64)
     # A feature that fires on no text at the last position still gets a share.
-    floor = max(float(mean_F[pool].max(initial=0.0)) * 1e-3, 1e-6)
+    mean_F = np.maximum(mean_F, max(float(mean_F[pool].max(initial=0.0)) * 1e-3, 1e-6))
     sets = disjoint_sets(pool, len(top), count, seed)
-    return [_scaled_features(texts, members.tolist(), np.maximum(mean_F[members], floor), 1.0) for members in sets]
+    return [_unit(mean_F[members] @ texts.W_dec_FxD[members]) for members in sets]
 
 
-def random_direction_changes(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: int) -> list[SteeringChange]:
-    """Return changes of norm 1 that add differences of means of texts whose answers were shuffled.
+def random_directions(texts: AnswerTexts, swap: AnswerSwap, count: int, seed: int) -> list[np.ndarray]:
+    """Return differences of means of texts whose answers were shuffled, of norm 1.
 
     Args:
       texts: the texts and their answers.
       swap: the answers whose means are compared.
-      count: number of changes.
+      count: number of directions.
       seed: seed of the shuffles.
     """
     drawn = (texts.shuffled(np.random.default_rng([seed, number])) for number in range(count))
-    return [SteeringChange(vector_D=_unit(each.mean_difference(each.value_NxD, swap))) for each in drawn]
-
-
-def scale_change(change: SteeringChange, norm: float) -> SteeringChange:
-    """Return a change of norm 1 that is added, at another norm."""
-    assert not change.clamp
-    vector_D = None if change.vector_D is None else norm * change.vector_D
-    return SteeringChange(change.features, norm * change.amounts, vector_D)
+    return [_unit(each.mean_difference(each.value_NxD, swap)) for each in drawn]
 
 
 class Steered(NamedTuple):
@@ -258,37 +248,33 @@ def steer(
       UserError: a logit difference is not finite.
     """
     values_3xSxP = np.zeros((3, len(changes), len(prompts)))
-    vectors = [s for s, change in enumerate(changes) if change.vector_D is not None]
-    of_features = [s for s in range(len(changes)) if s not in set(vectors)]
-    for chosen in (of_features, vectors):
-        if not chosen:
+    adds_S = np.array([change.vector_D is not None for change in changes])
+    for places in (np.flatnonzero(adds_S), np.flatnonzero(~adds_S)):
+        if not len(places):
             continue
-        own = split
-        if chosen is vectors:
-            own = SplitModel(lm, _basis(split.dictionary, [changes[s].vector_D for s in vectors]), positions)
-        edits = feature_edits(own.dictionary, [changes[s] for s in chosen])
-        runs = own.run(prompts)
-        measured = run_edits(own, runs, edits, batch_rows, on_progress, readouts=True)
-        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(own, runs, edits)]
-        values_3xSxP[:, chosen] = values
+        edits = make_edits(split.dictionary, [changes[s] for s in places])
+        # A vector is an edit of another basis at the same site.
+        edited = SplitModel(lm, edits.dictionary, positions) if adds_S[places[0]] else split
+        runs = edited.run(prompts)
+        edits = dataclasses.replace(edits, dictionary=edited.dictionary)
+        measured = run_edits(edited, runs, edits, batch_rows, on_progress, readouts=True)
+        values = [measured.ablated_SxP, measured.readouts["top1"][1], change_norms(edited, runs, edits)]
+        values_3xSxP[:, places] = values
     return Steered(*values_3xSxP)
 
 
-def feature_edits(dictionary: Dictionary, changes: Sequence[SteeringChange]) -> FeatureEdits:
-    """Return changes as batched edits; the n-th change with a vector adds the n-th direction of ``dictionary``."""
-    sets, fractions, addends = [], [], []
-    vectors = 0
-    for change in changes:
-        if change.vector_D is not None:
-            sets.append(np.array([vectors]))
-            fractions.append(np.zeros(1))
-            addends.append(np.ones(1))
-            vectors += 1
-        else:
-            sets.append(np.asarray(change.features, np.int64))
-            fractions.append(np.full(len(change.features), float(change.clamp)))
-            addends.append(np.asarray(change.amounts, np.float64))
-    return FeatureEdits(dictionary, tuple(sets), tuple(fractions), tuple(addends))
+def make_edits(dictionary: Dictionary, changes: Sequence[SteeringChange]) -> FeatureEdits:
+    """Return changes as batched edits.
+
+    Args:
+      dictionary: the dictionary at whose site changes act.
+      changes: all of them add a vector, or all set features.
+    """
+    vectors = [change.vector_D for change in changes if change.vector_D is not None]
+    if vectors:
+        return add(_basis(dictionary, vectors), [[number] for number in range(len(vectors))], 1.0)
+    sets = tuple(np.asarray(change.features, np.int64) for change in changes)
+    return FeatureEdits(dictionary, sets, tuple(np.ones(len(s)) for s in sets), tuple(c.values for c in changes))
 
 
 def rise_on_text(
@@ -302,10 +288,9 @@ def rise_on_text(
       text: N documents.
       changes: S changes of one kind, all with a vector or none.
     """
-    vectors = [change.vector_D for change in changes if change.vector_D is not None]
-    dictionary = _basis(split.dictionary, vectors) if vectors else split.dictionary
-    own = SplitModel(lm, dictionary)
-    diffs = text.effects(own, feature_edits(own.dictionary, changes))
+    edits = make_edits(split.dictionary, changes)
+    edited = SplitModel(lm, edits.dictionary)
+    diffs = text.effects(edited, dataclasses.replace(edits, dictionary=edited.dictionary))
     return diffs.rise_SxN / diffs.tokens_N
 
 
@@ -340,21 +325,15 @@ def map_swaps(
     return Steered(*(np.concatenate(column, axis=1)[:, order] for column in columns))
 
 
-def _scaled_features(texts: AnswerTexts, features: Sequence[int], amount_K: np.ndarray, norm: float) -> SteeringChange:
-    """Return the change that adds amounts to features, scaled so that the site changes by this norm."""
-    length = float(np.linalg.norm(amount_K @ texts.W_dec_FxD[list(features)].astype(np.float64)))
-    return SteeringChange(tuple(features), amount_K * (norm / length if length > 0 else 0.0))
-
-
 def _unit(vector_D: np.ndarray) -> np.ndarray:
     """Return a vector of norm 1, or 0 if it has none."""
     norm = float(np.linalg.norm(vector_D))
     return vector_D / norm if norm > 0 else vector_D
 
 
-def _basis(dictionary: Dictionary, vectors: Sequence[np.ndarray | None]) -> Dictionary:
+def _basis(dictionary: Dictionary, vectors: Sequence[np.ndarray]) -> Dictionary:
     """Return vectors as a basis at the site that a dictionary writes to, with its rule for attention sinks."""
-    directions_FxD = jnp.asarray(np.stack([np.asarray(vector) for vector in vectors]), jnp.float32)
+    directions_FxD = jnp.asarray(np.stack(vectors), jnp.float32)
     count, width = directions_FxD.shape
     used = dictionary.config
     max_norm = used.target_max_norm if used.target else used.max_norm

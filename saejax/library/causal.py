@@ -154,7 +154,7 @@ def steer(
     documents: Sequence[str] = (),
     **settings: Any,
 ) -> dict[str, BehaviourSteering]:
-    """Steer prompts to the answers of their counterparts, beside controls of equal dose.
+    """Steer prompts to the answers of their counterparts, and compare with controls of equal dose.
 
     Features are added or clamped, or the difference between the site's mean values is added. Nothing is written.
 
@@ -180,7 +180,7 @@ def steer(
 def probe(
     lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt], labels: str | Sequence[str], **settings: Any
 ) -> tuple[ProbedLabel, ...]:
-    """Fit linear probes of a dictionary's features and of raw activations, beside controls.
+    """Fit linear probes of a dictionary's features and of raw activations, and compare with controls.
 
     The features that a sparse probe selects are ablated one by one. Nothing is written to disk.
 

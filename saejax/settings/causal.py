@@ -90,13 +90,13 @@ class ProbeConfig(Config):
 
     labels: tuple[str, ...] = setting(
         (),
-        "labels to probe for: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
+        "labels to probe for: which behaviour a prompt asks for (behaviour); within each behaviour its answer "
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
-        "(number, of agreement), and what 'labels' of --task.prompts say; of benchmarks correct, steps, operation and "
-        "task; empty: no probes",
+        "(number, of agreement), and 'labels' of --task.prompts; of benchmarks correct, steps, operation and task; "
+        "empty: no probes",
     )
     benchmarks: bool = setting(
-        False, "probe the questions of --task.benchmarks, too; half of them train the probes, half judge"
+        False, "also probe the questions of --task.benchmarks; half of them train the probes, half judge them"
     )
     dictionary: str = setting(
         "topk",
@@ -110,17 +110,17 @@ class ProbeConfig(Config):
         choices=("last", "max", "mean"),
     )
     sparse: tuple[int, ...] = setting(
-        (1, 2, 5, 10, 20), "sizes of sparse probes: number of features, or dimensions, that each sees", low=1
+        (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
     )
     strengths: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
         low=1e-9,
     )
-    folds: int = setting(5, "parts of that cross-validation", low=2, high=5)
+    folds: int = setting(5, "number of folds of that cross-validation", low=2, high=5)
     shuffles: int = setting(
         20,
-        "probes of shuffled labels, and of matched features or random directions, that each probe is compared with",
+        "number of control probes on shuffled labels, and on matched features or random directions, for each probe",
         low=1,
     )
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
@@ -175,8 +175,8 @@ class SteerConfig(Config):
     top: int = setting(10, "features of each pair of answers, ranked on train texts, that steer together", low=1)
     doses: tuple[float, ...] = setting(
         (0.1, 0.2, 0.4, 0.6, 0.8),
-        "norms of what is added, in mean norms of the site's values; features are clamped to 1, 2, 4 and 8 times their "
-        "mean on texts of the target answer instead",
+        "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
+        "their mean on texts of the target answer instead",
         low=1e-6,
     )
     positions: str = setting(
@@ -195,7 +195,7 @@ class SteerConfig(Config):
     random_sets: int = setting(
         99,
         "maximum number of random sets of features, or random directions, that each method is compared with at equal "
-        "dose; a yes takes 20 for each behaviour, less one",
+        "dose; a positive answer needs 20 per behaviour, minus one",
         low=1,
     )
     seed: int = setting(456, "seed of the random sets, the random directions and the bootstrap", low=0)

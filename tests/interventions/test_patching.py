@@ -207,7 +207,7 @@ def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary)
 
     more = 32 * PROMPTS * length
     growth = temporaries(33 * PROMPTS) - temporaries(PROMPTS)
-    assert growth < more * features  # a tenth of float32 [B, T, F], in bytes
+    assert growth < more * features  # a quarter of float32 [B, T, F], in bytes
 
 
 def weights(prompts, resamples=300):

@@ -21,10 +21,9 @@ from saejax.interventions.steering import (
     SteeringChange,
     choose_strength,
     group_by_swap,
-    random_direction_changes,
-    random_feature_changes,
+    random_directions,
+    random_feature_vectors,
     rise_on_text,
-    scale_change,
     steer,
     steering_change,
 )
@@ -45,11 +44,10 @@ def dictionary(make_dictionary):
 def make_changes(width):
     rng = np.random.default_rng(0)
     return [
-        SteeringChange((3, 50, 120), rng.uniform(0.5, 2.0, 3)),
-        SteeringChange(vector_D=rng.normal(size=width)),
-        SteeringChange((7, 50), np.array([1.5, 0.3]), clamp=True),
+        SteeringChange(rng.normal(size=width)),
+        SteeringChange(None, (7, 50), np.array([1.5, 0.3])),
         SteeringChange(),
-        SteeringChange(vector_D=rng.normal(size=width)),
+        SteeringChange(rng.normal(size=width)),
     ]
 
 
@@ -61,9 +59,8 @@ def plain_change(run, change):
         x_TxD = x_1xTxD[0].numpy()
         moved_TxD = np.zeros_like(x_TxD) + (0.0 if change.vector_D is None else np.float32(change.vector_D))
         f_TxF = run.features(x_TxD)
-        for feature, amount in zip(change.features, np.float32(change.amounts), strict=True):
-            added_T = amount - (f_TxF[:, feature] if change.clamp else 0.0)
-            moved_TxD += np.broadcast_to(added_T, len(x_TxD))[:, None] * W_dec_FxD[feature]
+        for feature, value in zip(change.features, np.float32(change.values), strict=True):
+            moved_TxD += (value - f_TxF[:, feature])[:, None] * W_dec_FxD[feature]
         editable_T = np.linalg.norm(x_TxD, axis=1) <= run.dictionary.config.max_norm
         return x_1xTxD + torch.from_numpy(moved_TxD * editable_T[:, None])[None]
 
@@ -78,12 +75,12 @@ def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
             with torch.no_grad():
                 wanted = float((run := plain(dictionary, prompt)).run(plain_change(run, change)))
             assert found.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
-    assert (found.norm_SxP[3] == 0).all() and (found.norm_SxP[[0, 1, 4]] > 0).any()
+    assert (found.norm_SxP[2] == 0).all() and (found.norm_SxP[[0, 1, 3]] > 0).any()
 
 
 def test_the_edit_for_generation_makes_the_same_change(tiny, dictionary, prompts):
     some, split = prompts[:4], SplitModel(tiny, dictionary)
-    changes = [change for change in make_changes(tiny.config.d_model) if change.vector_D is None]
+    changes = make_changes(tiny.config.d_model)
     found = steer(tiny, split, some, changes)
     tokens = tiny.tokenize([prompt.text for prompt in some])
     for s, change in enumerate(changes):
@@ -96,7 +93,7 @@ def test_the_edit_for_generation_makes_the_same_change(tiny, dictionary, prompts
 def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
     split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
     documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
-    changes = [SteeringChange((3, 50), np.array([2.0, -1.0])), SteeringChange((9,), np.array([4.0]))]
+    changes = [SteeringChange(None, (3, 50), np.array([2.0, -1.0])), SteeringChange(None, (9,), np.array([4.0]))]
     rise_SxN = rise_on_text(tiny, split, HeldOutText(documents), changes)
     for n, ids in enumerate(documents):
         tokens = dataclasses.replace(
@@ -131,25 +128,25 @@ def test_changes_by_hand():
     top = texts.top(swap, 3)
     assert top == np.argsort(-score_F)[:3].tolist()
     change = steering_change(texts, "add", swap, top, 0.2)
-    np.testing.assert_allclose(change.amounts / change.amounts[0], f_F[top] / f_F[top[0]])
-    assert np.linalg.norm(change.amounts @ texts.W_dec_FxD[top]) == pytest.approx(0.2 * 3.0)
+    added_D = f_F[top] @ texts.W_dec_FxD[top]
+    np.testing.assert_allclose(change.vector_D, 0.2 * 3.0 * added_D / np.linalg.norm(added_D))
     change = steering_change(texts, "clamp", swap, top, 2.0)
-    np.testing.assert_allclose(change.amounts, 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
-    assert change.clamp and steering_change(texts, "add", swap, [], 0.2).features == ()
+    np.testing.assert_allclose(change.values, 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
+    assert change.vector_D is None and not steering_change(texts, "add", swap, [], 0.2).vector_D.any()
 
 
 def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
     texts, swap = made_texts([0, 1] * 6), AnswerSwap(0, 1)
     share_F = np.where(np.arange(30) < 20, 0.5, 0.01)  # the last ten fire too seldom
-    changes = random_feature_changes(texts, share_F, [0, 1, 2], 99, 456)
-    members = [feature for change in changes for feature in change.features]
-    assert len(changes) == 5 and len(set(members)) == 15 and set(members) <= set(range(3, 20))
-    for change in changes:
-        assert np.linalg.norm(
-            scale_change(change, 2.5).amounts @ texts.W_dec_FxD[list(change.features)]
-        ) == pytest.approx(2.5)
-    drawn = random_direction_changes(texts, swap, 4, 456)
-    assert [np.linalg.norm(change.vector_D) for change in drawn] == pytest.approx([1.0] * 4)
+    vectors = random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
+    assert len(vectors) == 5 and [np.linalg.norm(vector_D) for vector_D in vectors] == pytest.approx([1.0] * 5)
+    # Features whose rows are independent say which of them a vector is made of.
+    own = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
+    members = [np.flatnonzero(v).tolist() for v in random_feature_vectors(own, share_F, [0, 1, 2], 99, 456)]
+    drawn = {feature for each in members for feature in each}
+    assert [len(each) for each in members] == [3] * 5 and len(drawn) == 15 and drawn <= set(range(3, 20))
+    drawn = random_directions(texts, swap, 4, 456)
+    assert [np.linalg.norm(vector_D) for vector_D in drawn] == pytest.approx([1.0] * 4)
 
 
 def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
@@ -158,9 +155,7 @@ def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
     for seed in range(300):
         texts = made_texts([0, 1] * 6, seed)
         true = steering_change(texts, "mean_difference", swap, [], 1 / 3.0).vector_D[0]
-        p_values.append(
-            rank_p(true, np.array([c.vector_D[0] for c in random_direction_changes(texts, swap, 39, seed)]))
-        )
+        p_values.append(rank_p(true, np.array([vector_D[0] for vector_D in random_directions(texts, swap, 39, seed)])))
     for level in (0.05, 0.1, 0.25):
         assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
 
@@ -265,7 +260,7 @@ def test_a_behaviour_whose_answers_are_new_is_named(make_run, inputs, tmp_path, 
     write_prompts(baseline / "prompts.jsonl", unknown)
     run = make_run("new")
     result = stage.run_steer(dataclasses.replace(run, inputs=run.inputs | dict(baseline=baseline))).behaviours["first"]
-    assert result.reason.startswith("0 of its test prompts are answered rightly") and not result.methods
+    assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
     assert len(group_by_swap(tiny, unknown)) > 1
 
 
