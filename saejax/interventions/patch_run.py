@@ -259,12 +259,7 @@ def _measure_features(
     on_progress: parts.OnProgress,
 ) -> parts.Measured:
     config = run.configs[PatchConfig]
-<<<<<<< HEAD
-    prompts = {each: [*found.train, *found.tests] for each, found in pairs.items() if found.tests}
-=======
     prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
-    folder = parts.partial_folder(run, name)
->>>>>>> causal-a
     settings = ablate_config(config)
     table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
     save_effects(run.folder / f"{name}-effects", table)
