@@ -92,8 +92,8 @@ def edit_value(
     value_xD: jax.Array,
     fall_xK: jax.Array,
     W_dec_KxD: jax.Array,
-    fraction_xK: jax.Array,
-    addend_xK: jax.Array | None = None,
+    fractions: jax.Array,
+    addends: jax.Array | None = None,
 ) -> jax.Array:
     """Return the site's value after an edit, [..., D].
 
@@ -101,14 +101,14 @@ def edit_value(
       value_xD: the clean value.
       fall_xK: by how much ablation lowers the activation of each feature; from ``gather``.
       W_dec_KxD: directions of the features.
-      fraction_xK: share of each fall that is applied.
-      addend_xK: what is added to each activation; None: nothing.
+      fractions: share of each fall that is applied; broadcast to ``fall_xK``.
+      addends: what is added to each activation, likewise; None: nothing.
     """
-    fraction_xK = fraction_xK.astype(fall_xK.dtype)
+    fractions = fractions.astype(fall_xK.dtype)
     # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
-    fall_xK = jnp.where(fraction_xK != 0, fall_xK * fraction_xK, jnp.zeros_like(fall_xK))
-    if addend_xK is not None:
-        fall_xK = fall_xK - addend_xK.astype(fall_xK.dtype)
+    fall_xK = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
+    if addends is not None:
+        fall_xK = fall_xK - addends.astype(fall_xK.dtype)
     fall_xD = matmul(fall_xK.astype(W_dec_KxD.dtype), W_dec_KxD)
     return (value_xD.astype(fall_xD.dtype) - fall_xD).astype(value_xD.dtype)
 
