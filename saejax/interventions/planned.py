@@ -124,9 +124,9 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     shards, batch = mesh.shape["data"], ablate.batch_rows
     clean_value = value(whole, prompts)
     past = placed(jax.eval_shape(point.run_suffix_with_kv, params, clean_value, clean_value)[1], mesh)
-    f_BxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
+    f_PxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
     W_dec_KxD = whole(mesh, (gathered, used.d_in), kept_dtype)
-    clean = CleanValues(clean_value, clean_value, f_BxTxK, W_dec_KxD, past, None, None)
+    clean = CleanValues(clean_value, clean_value, f_PxTxK, W_dec_KxD, past, None, None)
     of_shard = -(-batch // shards)
     row_count, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
     shapes = ((row_count,), (row_count,), (row_count, length), (tokens,), (tokens,))

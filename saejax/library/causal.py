@@ -171,7 +171,7 @@ def steer(
     Raises:
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
-    config = configured(SteerConfig, **settings)
+    config = configured(SteerConfig, prompts=0, **settings)  # all that are given
     split, text = SplitModel(lm, dictionary, config.positions), _held_out_text(lm, documents, LENGTH)
     measured = {name: SteeringTest(lm, split, own, text, config).results() for name, own in _group(prompts).items()}
     return judge(measured)

@@ -30,7 +30,7 @@ from saejax.settings import (
 from saejax.tasks.behaviours import PromptScore, write_prompts
 
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
-STEER = dict(top=3, doses=(0.4, 0.1), random_sets=5, bootstrap=200, prompts=8)
+STEER = dict(top=3, doses=(0.4, 0.1), random_sets=5, bootstrap=200)
 PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0), permutations=200, folds=3)
 
 
@@ -72,7 +72,7 @@ def on_one_device(tiny, dictionary, asked):
 
 
 def assert_close(found, wanted, where=""):
-    """The same data but for rounding: 1e-5 of numbers, which sentences print to two digits."""
+    """The same data but for rounding: 1e-5 of numbers, 1e-6 of large ones, which sentences print to two digits."""
     assert type(found) is type(wanted), where
     if isinstance(wanted, dict):
         assert found.keys() == wanted.keys(), where
@@ -83,7 +83,7 @@ def assert_close(found, wanted, where=""):
         for place, value in enumerate(wanted):
             assert_close(found[place], value, f"{where}[{place}]")
     elif isinstance(wanted, numbers.Real):
-        assert found == pytest.approx(wanted, abs=1e-5, nan_ok=True), where
+        assert found == pytest.approx(wanted, rel=1e-6, abs=1e-5, nan_ok=True), where
     else:
         assert found == wanted, where
 
