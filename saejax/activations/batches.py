@@ -65,6 +65,7 @@ class RowRange:
         return rows_N - self.first - np.searchsorted(self.excluded, rows_N)
 
     def _between(self, first: int, stop: int) -> np.ndarray:
+        """Return the usable rows from ``first`` to ``stop - 1``."""
         excluded = self.excluded[slice(*np.searchsorted(self.excluded, [first, stop]))]
         return np.delete(np.arange(first, stop, dtype=np.int64), excluded - first)
 

@@ -52,9 +52,9 @@ def run_capture(run: Run) -> CaptureResults:
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
     is_first = mesh.process_id == 0
     if is_first:
-        for other in sorted(run.folder.parent.glob(f"{run.stage}-*")):
-            if other != run.folder:
-                writer.adopt(other)
+        for store in sorted(run.folder.parent.glob(f"{run.stage}-*")):
+            if store != run.folder:
+                writer.adopt(store)
     missing = missing_shards(writer, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if is_first:
@@ -75,7 +75,7 @@ def run_capture(run: Run) -> CaptureResults:
             begins_with_bos(request, config.bos),
             corpora.identity(run.configs[CorpusConfig], run.configs[TaskConfig]),
             config.last,
-            CapturedModel.of(request.other.source) if request.other else None,
+            CapturedModel.of(request.second.source) if request.second else None,
         )
     _say_sinks(run, norms)
     size = ON_DISK[config.store_dtype].itemsize
@@ -117,12 +117,13 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     vectors = ["torch" if request.needs_torch else config.backend, config.dtype, config.store_dtype]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:
-        captured = request.other if isinstance(site, OtherSite) and request.other else request
+        captured = request.second if isinstance(site, OtherSite) and request.second else request
         work[str(site)] = fingerprint([*index, *vectors, captured.source.fingerprint])
     return work
 
 
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:
+    """Raise a ``UserError`` unless the missing shards fit on the disk."""
     size = ON_DISK[config.store_dtype].itemsize
     needed = sum(
         plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 4 for part in parts)
@@ -137,6 +138,7 @@ def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str,
 
 
 def _check_sinks(norms: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
+    """Raise a ``UserError`` if the sink rule would drop more tokens beyond position 0 than the settings allow."""
     for site, facts in norms.items():
         share = facts.sinks.share_beyond
         if share > config.max_sink_share:
@@ -148,6 +150,7 @@ def _check_sinks(norms: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
 
 
 def _say_sinks(run: Run, norms: Mapping[str, SiteNorms]) -> None:
+    """Log the norms of each site and how many tokens are attention sinks."""
     for site, facts in norms.items():
         run.say(
             f"{site}: median norm {facts.median_norm:.4g}; norms above {facts.max_norm:.4g} are attention sinks: "

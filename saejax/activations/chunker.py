@@ -117,9 +117,11 @@ class Chunker:
                 )
 
     def _budget_key(self, source: int) -> int:
+        """Return the key of a source's budget: its number where sources are weighted, else 0."""
         return source if self._config.weights else 0
 
     def _tokenized(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
+        """Yield each text with its token ids; texts are tokenized many at a time."""
         batch, characters = list[Document](), 0
         for text in itertools.chain(texts, [None]):
             full = len(batch) == _MAX_TEXTS or characters > _MAX_CHARACTERS

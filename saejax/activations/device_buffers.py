@@ -141,6 +141,7 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array of zeros, placed as its description says."""
     return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
 

@@ -85,6 +85,7 @@ class DecoderReader:
         return [value.astype(self._hand_over) for value in values]
 
     def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:
+        """Wait for the values of a batch and hand them over."""
         if running is not None:
             batch, values = running
             for site, value in zip(self._sites, values, strict=True):

@@ -108,6 +108,7 @@ class JoinedRows:
         return zip(site_parts(site), map(np.float32, self.scales.get(site, (1.0,))), strict=True)
 
     def _estimated(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Estimate the scales that bring all parts of each joined site to one mean norm."""
         parts = single_sites(names)
         rows = self._rows.rows("train", *parts)
         if not len(rows):

@@ -42,6 +42,7 @@ class _Stopped(Exception):
 
 
 def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
+    """Return buffers on the devices where the JAX decoder fills them, else in the host's memory."""
     from saejax.activations.device_buffers import DeviceBuffers
     from saejax.activations.jax_capture import DecoderReader
 
@@ -154,6 +155,7 @@ class ModelStream:
         self._reader.close()
 
     def _batches(self, buffer: int) -> Iterator[Batch]:
+        """Yield the batches of a buffer; raise ``_Stopped`` when the process is asked to stop."""
         for batch in self._plan.batches(buffer):
             if self._run.stopping():
                 raise _Stopped

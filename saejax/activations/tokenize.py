@@ -56,6 +56,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
     progress = TextProgress(run.say, corpora.characters(config, run.configs[TaskConfig]), "characters")
 
     def texts() -> Iterator[Document]:
+        """Yield the corpus until no more of it is wanted."""
         for document in corpora.documents(config, run.configs[TaskConfig], chunker.enough):
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
@@ -169,6 +170,7 @@ class _DocumentsWriter:
         return file
 
     def _group_number(self, group: str) -> int:
+        """Return the number of a group in the table."""
         if group in self._groups:
             return self._groups[group]
         # Groups are only compared with one another: two that share a number count as one, which does no harm.

@@ -172,7 +172,7 @@ class StoreWriter:
         bos: bool,
         corpus: str | None = None,
         last: int = 0,
-        other: CapturedModel | None = None,
+        second: CapturedModel | None = None,
     ) -> None:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
@@ -183,7 +183,7 @@ class StoreWriter:
           bos: whether documents begin with a BOS token.
           corpus: hash of the text; None if it was in memory.
           last: number of last positions recorded of each document; 0: all.
-          other: the second captured model, if any.
+          second: the second captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan
         train = documents.train_count
@@ -202,7 +202,7 @@ class StoreWriter:
             files=dict(sorted(self._files.items())),
             corpus=corpus,
             last=last,
-            other=other,
+            other=second,
         )
         with _disk_room(self.folder / MANIFEST):
             write_json(self.folder / MANIFEST, to_json(manifest))
@@ -223,9 +223,11 @@ class StoreWriter:
         return total_D
 
     def _arrays(self, part: str, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return shape and dtype of a shard's arrays; see ``shard_arrays``."""
         return shard_arrays(part, self.plan.size(shard), self.widths.get(part, 0), self.dtype)
 
     def _load(self, part: str, kind: str, shard: int, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+        """Return the array of a shard's file."""
         return np.load(self.folder / shard_file(part, kind, shard), mmap_mode=mmap_mode, allow_pickle=False)
 
     def _checksums(self, part: str, kind: str, shard: int) -> list[int]:
@@ -236,6 +238,7 @@ class StoreWriter:
         return block_checksums(array.data.cast("B"))
 
     def _write_shard(self, part: str, shard: int, arrays: Mapping[str, np.ndarray], record: Mapping) -> None:
+        """Write a shard's arrays, then the record that says that it is done."""
         checksums = {}
         for kind, array in arrays.items():
             array = np.ascontiguousarray(array)
@@ -246,6 +249,7 @@ class StoreWriter:
             write_json(path, dict(work=self.work[part], checksums=checksums, **record))
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
+        """Write an array and note its hash for the manifest."""
         self._write(name, array.shape, array.dtype, [array])
 
     def _write(self, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
@@ -264,6 +268,7 @@ class StoreWriter:
         self._files[name] = FileFacts(size, digest.hexdigest())
 
     def _write_file(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file that appears whole or not at all."""
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
         path = self.folder / name
         with _disk_room(path):

@@ -158,6 +158,7 @@ def dead_columns(features: int, k: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+    """Return the AuxK loss, whose gradients are computed with it; see ``auxk``."""
     return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)[0]
 
 

@@ -38,10 +38,12 @@ def product(a: jax.Array, b: jax.Array, matmul_dtype: str) -> jax.Array:
 
 
 def _forward(a, b, matmul_dtype):
+    """Return the product, and what its gradient needs."""
     return product(a, b, matmul_dtype), (a, b)
 
 
 def _backward(matmul_dtype, saved, cotangent_xN):
+    """Return the gradients in both operands."""
     a_xK, b_KxN = saved
     return (
         product(cotangent_xN, transposed(b_KxN, matmul_dtype), matmul_dtype),
@@ -63,15 +65,18 @@ def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, matmu
 
 
 def _centred(x_xK, centre_K):
+    """Return x less a vector."""
     return x_xK - centre_K.reshape((1,) * (x_xK.ndim - 1) + centre_K.shape)
 
 
 def _forward_centred(x_xK, centre_K, b_KxN, matmul_dtype):
+    """Return the product, and what its gradient needs."""
     centred_xK = _centred(x_xK, centre_K)
     return product(centred_xK, b_KxN, matmul_dtype), (centred_xK, b_KxN)
 
 
 def _backward_centred(matmul_dtype, saved, cotangent_xN):
+    """Return the gradients in x, the centre and the matrix."""
     to_x_xK, to_b_KxN = _backward(matmul_dtype, saved, cotangent_xN)
     return to_x_xK, -product(saved[1], _rows(cotangent_xN).sum(0), "float32"), to_b_KxN
 
@@ -80,6 +85,7 @@ centred_matmul.defvjp(_forward_centred, _backward_centred)
 
 
 def _rows(a_xK: jax.Array) -> jax.Array:
+    """Return the array with all leading dimensions as one."""
     return a_xK.reshape(-1, a_xK.shape[-1])
 
 
@@ -110,6 +116,7 @@ def transposed(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
 
 
 def _written_transpose(a_KxN: jax.Array) -> jax.Array:
+    """Return the transpose, written out in memory on a CPU."""
     rows_first = Layout(major_to_minor=(0, 1))
     return lax.platform_dependent(
         a_KxN,

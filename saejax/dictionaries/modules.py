@@ -53,6 +53,9 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
     return table
 
 
+_DECODER = ("W_dec_FxD", "b_dec_D")  # the arrays that encoding does without
+
+
 class Dictionary(nnx.Module):
     """A sparse autoencoder of one site, a transcoder from one site to another, or another basis; a pytree of arrays.
 
@@ -84,18 +87,25 @@ class Dictionary(nnx.Module):
     Args:
       matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
       arrays: those of ``parameter_table``; and "max_norm", a scalar, in place of that of ``config`` where dictionaries
-        of several layers should share compiled programs.
+        of several layers should share compiled programs. A layer of a cross-layer transcoder, whose features write to
+        several layers, has "decoder_norms_F", the norms of their joined decoders, in place of a decoder: it can encode
+        and be penalised, and not decode.
     """
 
     def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
         self.matmul_dtype = nnx.static(matmul_dtype)
+        encoder_only = "decoder_norms_F" in arrays
         for name, (shape, _) in parameter_table(config).items():
+            if encoder_only and name in _DECODER:
+                continue
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
             setattr(self, name, nnx.Param(arrays[name]))
         if "max_norm" in arrays:
             self.max_norm = nnx.Param(arrays["max_norm"])
+        if encoder_only:
+            self.joined_norms_F = nnx.Param(arrays["decoder_norms_F"])
 
     @classmethod
     def initial(
@@ -136,6 +146,8 @@ class Dictionary(nnx.Module):
     @property
     def decoder_norms_F(self) -> jax.Array:
         """Length of each feature's direction, [F], by which penalties weigh activations; see ``joined.row_lengths``."""
+        if hasattr(self, "joined_norms_F"):
+            return self.joined_norms_F[...]
         return joined.row_lengths(self.W_dec_FxD[...], self.config.widths)
 
     def with_config(self, config: DictionaryConfig) -> Self:
@@ -218,6 +230,7 @@ class Dictionary(nnx.Module):
         return y_xD - self._add_bias(jnp.zeros_like(y_xD), x_xD)
 
     def _add_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
+        """Return what the features write, with the decoder's bias and the skip path."""
         y_xD = y_xD + row(self.b_dec_D[...], y_xD.ndim)
         if not self.config.skip:
             return y_xD
@@ -396,17 +409,20 @@ class Dictionary(nnx.Module):
     def _edit(
         self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:
+        """Return the edit of checked features; see ``FeatureEdit``."""
         one_of(error, ("keep", "drop"), "error")
         dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
         where = Positions.parse(positions, ("all", "last", "fires"))
         return self._make_edit(self._indices(features), factor, offset, where, dropped)
 
     def _error_edit(self, error: Values, positions: str | Span) -> FeatureEdit:
+        """Return the edit that replaces the error term and no feature."""
         return self._make_edit(np.zeros(0, np.int32), 1.0, 0.0, Positions.parse(positions), error)
 
     def _make_edit(
         self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
     ) -> FeatureEdit:
+        """Return a ``FeatureEdit``; raise a ``UserError`` unless the dictionary reads before it writes."""
         reads = edit_site(self.config.site)
         site = edit_site(self.config.target) if self.config.target else reads
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
@@ -418,6 +434,7 @@ class Dictionary(nnx.Module):
         return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
 
     def _indices(self, features: Sequence[int]) -> np.ndarray:
+        """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""
         indices, n = list(map(operator.index, features)), self.config.n_features
         wrong = [i for i in indices if not 0 <= i < n]
         if wrong:
@@ -428,4 +445,5 @@ class Dictionary(nnx.Module):
 
 
 def _norms(x_xD: jax.Array) -> jax.Array:
+    """Return the Euclidean norm of each vector in fp32."""
     return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)

@@ -134,10 +134,12 @@ def without_mean(dictionary: Dictionary) -> Dictionary:
 
 
 def _host(dictionary: Dictionary) -> Arrays:
+    """Return the dictionary's arrays on the host."""
     return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
 
 
 def _made(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -> Dictionary:
+    """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed."""
     config = dataclasses.replace(dictionary.config, **changes)
     dtype = dictionary.b_dec_D.dtype
     placed: dict[str, jax.Array] = {name: jnp.asarray(array.astype(dtype)) for name, array in arrays.items()}

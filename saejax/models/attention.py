@@ -270,6 +270,7 @@ def _map_block(
 
     @jax.checkpoint
     def attend_rows(start: jax.Array) -> jax.Array:
+        """Attend with the rows of queries from ``start`` on."""
         rows = lax.dynamic_slice_in_dim(q, start, size, axis=-2)
         mask_rows = lax.dynamic_slice_in_dim(mask, start, size, axis=-2)
         return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, tables._replace(mask=mask_rows))

@@ -240,12 +240,14 @@ def _step(
     (x, carried), collected = carry, {}
 
     def at_site(kind: str, value: jax.Array) -> jax.Array:
+        """Call the hook at a site and collect its value."""
         new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
         if kind in collect:
             collected[kind] = value if before_hook else new
         return new
 
     def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        """Attend, and collect keys and values."""
         nonlocal carried
         collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
         plain = functools.partial(attend, config, rules, tables=tables)

@@ -46,6 +46,7 @@ class ForwardPass:
         """Return the hook for ``decoder.run_layers`` that makes the edits, in order where several act at a site."""
 
         def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
+            """Apply the edits of a site, in order."""
             site = Site(kind, layer)
             for edit in edits:
                 if edit.site == site:
@@ -187,6 +188,7 @@ def fit_values(
     """
 
     def fit(leaf: Any) -> Any:
+        """Fit one leaf of an edit's tree."""
         if not isinstance(leaf, Values) or (not leaf.by_position and len(leaf.values_BxTxN) == 1):
             return leaf
         values = leaf.values_BxTxN
@@ -263,6 +265,7 @@ class SiteEdit:
 
     @classmethod
     def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
+        """Return the edit x' = factor x + offset at a site."""
         return cls(jnp.float32(factor), offset, Positions.parse(positions), edit_site(site))
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
@@ -275,6 +278,7 @@ class SiteEdit:
 
 
 def _vector(vector: Any, what: str) -> Values:
+    """Return a vector as values that are the same everywhere; raise a ``UserError`` unless it has one dimension."""
     if np.ndim(vector) != 1 or np.size(vector) < 2:
         raise UserError(f"{what} has the shape {np.shape(vector)}: expected one number for each dimension of the site")
     return Values.constant(vector, np.size(vector), what)

@@ -242,6 +242,7 @@ class LanguageModel:
         devices = set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> Any:
+            """Move an array that is on other devices."""
             must_move = isinstance(leaf, jax.Array) and leaf.sharding.device_set != devices
             return jax.device_put(leaf, sharding(self.mesh)) if must_move else leaf
 
@@ -250,6 +251,7 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unembed(config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array) -> jax.Array:
+    """Run ``decoder.unembed`` as one program."""
     return decoder.unembed(config, params, x_BxTxD)
 
 

@@ -87,6 +87,7 @@ def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTx
     dense = dataclasses.replace(config, n_experts=0)
 
     def add_expert(total_xTxD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        """Add an expert's output, times the share that each token gives it."""
         share_xT, *matrices = expert
         out_xTxD = mlp(dense, rules, dict(zip(("gate_DxF", "up_DxF", "down_FxD"), matrices, strict=True)), x_xTxD)
         return total_xTxD + share_xT[..., None] * out_xTxD, None

@@ -130,7 +130,9 @@ def _local(path: str) -> Path | None:
     else:
         return None
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
+        is_adapter = (folder / "adapter_config.json").exists()
+        expected = "an adapter: merge it into its base model, and save that" if is_adapter else "expected a folder"
+        raise UserError(f"{folder} has no config.json: {expected} in the hub's format")
     return folder
 
 

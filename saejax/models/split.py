@@ -93,6 +93,7 @@ class SharedPrefixBatch(NamedTuple):
         """
 
         def function(attend: Attend, layer: Layer, qkv: QKV, carried: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+            """Attend to the clean prompt before a row and to the row's own tokens."""
             k_clean, v_clean = (lax.dynamic_index_in_dim(kv, layer - first_layer, keepdims=False) for kv in prefix)
             q, k, v = (jax.vmap(lambda part, token: part[token])(part, self.token_index_SxRxT) for part in qkv)
             k = jnp.concatenate([k_clean[self.prompt_SxR], k], axis=2)
@@ -157,6 +158,7 @@ class SplitPoint:
         seen: dict[Site, jax.Array] = {}
 
         def look(kind: str, layer: int | jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+            """Record a site's value and leave it unchanged."""
             assert isinstance(layer, int)
             return seen.setdefault(Site(kind, layer), value_BxTxD)
 
@@ -296,6 +298,7 @@ class SplitPoint:
         """Return the logits [R, N] of these ids only, from the stream x leaving the last layer."""
 
         def prompt_logits(x_D: jax.Array, ids_N: jax.Array) -> jax.Array:
+            """Return the logits of one prompt's ids."""
             restricted = decoder.restrict_unembedding(self.config, params, ids_N)
             return decoder.unembed(self.config, restricted, x_D[None, :], self.rules)[0]
 

@@ -115,6 +115,7 @@ def _run_hooked(
     at_sites: dict[str, jax.Array] = {}
 
     def run() -> Sequence[jax.Array]:
+        """Run the layer with what was changed so far."""
         return _run(LayerSegment(config, layer, layer + 1, tuple(put), sites), (x, *put.values()))
 
     values = run()
@@ -183,12 +184,14 @@ def _run(segment: LayerSegment, values: tuple[jax.Array, ...]) -> list[jax.Array
 
 
 def _run_forward(segment: LayerSegment, values: tuple[jax.Array, ...]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    """Return the segment's values, and its inputs for the gradient."""
     return _run(segment, values), values
 
 
 def _run_backward(
     segment: LayerSegment, values: tuple[jax.Array, ...], cotangents: Sequence[jax.Array]
 ) -> tuple[tuple[jax.Array, ...]]:
+    """Return the gradients in the segment's inputs, by a second callback."""
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
     run = functools.partial(segment.config.functions.run_backward, segment)
     return (tuple(_callback(run, shapes, *values, *cotangents)),)
@@ -201,10 +204,12 @@ def _callback(function: Callable[..., None], shapes: Sequence[jax.ShapeDtypeStru
     """Call ``function`` with lists of buffers to write and of buffers to read."""
 
     def call(context: Any, out: Sequence[Any], *buffers: Any) -> None:
+        """Call the function with the buffers themselves."""
         del context
         function(out, buffers)
 
     def call_on_host(*arrays: jax.Array) -> list[np.ndarray]:
+        """Call the function with arrays on the host; return those that it writes."""
         rows = arrays[0].shape[: arrays[0].ndim - values[0].ndim]  # of vmap
         out = [np.empty((*rows, *shape.shape), shape.dtype) for shape in shapes]
         function(out, arrays)

@@ -172,6 +172,7 @@ def _reader(
     lead = weight.stacked
 
     def fill(index: tuple[slice, ...], buffer: np.ndarray) -> None:
+        """Write the part of the parameter at an index to a buffer."""
         ranges = [range(size)[part] for size, part in zip(shape[:lead], index[:lead], strict=True)]
         for place, at in zip(np.ndindex(*map(len, ranges)), itertools.product(*ranges), strict=True):
             source = sources[int(np.ravel_multi_index(at, shape[:lead])) if lead else 0]

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale
-from saejax.dictionaries.cross_layer import LayerEncoder, joined_lengths, written
+from saejax.dictionaries.cross_layer import joined_lengths, written
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
@@ -110,9 +110,9 @@ def _encoders(stack: TrainStack, layers: Sequence[Arrays]) -> Arrays:
 
 def _pre_activations(
     stack: TrainStack, arrays: Arrays, norms_F: jax.Array, x_BxD: jax.Array, matmul_dtype: str
-) -> tuple[LayerEncoder, jax.Array, jax.Array]:
+) -> tuple[Dictionary, jax.Array, jax.Array]:
     """Return a layer's encoder, and its pre-activations [B, F] with and without the encoder's bias."""
-    encoder = LayerEncoder(stack.dictionary, matmul_dtype, arrays, norms_F)
+    encoder = Dictionary(stack.dictionary, matmul_dtype, **arrays, decoder_norms_F=norms_F)
     projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], matmul_dtype)
     return encoder, projected_BxF + row(arrays["b_enc_F"], 2), projected_BxF
 

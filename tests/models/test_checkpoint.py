@@ -53,7 +53,7 @@ def test_every_dtype_is_found_at_its_place(tmp_path):
     for name, array in values(tmp_path).items():
         assert array.dtype == arrays[name].dtype
         np.testing.assert_array_equal(array, arrays[name])
-    with pytest.raises(UserError, match=r"tensor uint8 has dtype U8, expected one of F64.*: use an unquantised model"):
+    with pytest.raises(UserError, match=r"tensor uint8 has dtype U8, expected one of F64.*: use unquantised weights"):
         tensors["uint8"].map()
 
 
@@ -108,7 +108,7 @@ def test_damaged_indices(folder, text, message):
 def test_truncated_files(folder, cut):
     file = folder / "two.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch the model"):
+    with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch it again"):
         read_checkpoint(folder)
 
 

@@ -65,6 +65,7 @@ FORMATS = (
 
 
 def _has_cfg(folder: Path) -> bool:
+    """Return whether the weights beside it are SAELens': its description is there, or no other one is."""
     return (folder / saelens.DESCRIPTION).is_file() or not (folder / "config.json").is_file()
 
 
@@ -262,10 +263,12 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
 
 
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
+    """Return the config with other sites, where they are given."""
     return dataclasses.replace(config, site=site or config.site, target=target or config.target)
 
 
 def _replaced(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
+    """Return the dictionary with another config."""
     if dictionary.config == config:
         return dictionary
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
@@ -277,6 +280,7 @@ def _own_folder(folder: Path) -> Path | None:
 
 
 def _holds_dictionary(path: Path) -> bool:
+    """Return whether a folder or file holds a dictionary of any format."""
     if _own_folder(path):
         return True
     return any(format.matches(path) for format in FORMATS)

@@ -61,7 +61,7 @@ class TranscoderSet:
     """
 
     layers: tuple[tensors.Published, ...]
-    decoders: tuple[tensors.StoredTensor, ...] = ()
+    decoders: tuple[tensors.Tensor, ...] = ()
 
     @property
     def configs(self) -> tuple[DictionaryConfig, ...]:
@@ -241,6 +241,7 @@ def _kind(folder: Path, settings: Mapping[str, Any], layer: int, has_threshold: 
 
 
 def _k(folder: Path, settings: Mapping[str, Any]) -> int:
+    """Return k of a set's TopK transcoders, from its description or, for one set, from circuit-tracer's code."""
     k = settings.get("k")
     if k is None:
         k = next((value for name, value in _KNOWN_K.items() if name in folder.absolute().as_posix()), None)
@@ -252,6 +253,7 @@ def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> t
     model = str(settings.get("model_name") or "")
 
     def site_of(hook: str, kind: str) -> str:
+        """Return the site that a hook means, or the one of the given kind."""
         return str(Site.parse(f"{kind}.{layer}")) if kind else hooks.to_site(f"blocks.{layer}.{hook}", model)
 
     return site_of(settings[_HOOKS[0]], site), site_of(settings[_HOOKS[1]], target)
@@ -270,6 +272,7 @@ def _check_same(folder: Path, layers: Sequence[tensors.Published]) -> tuple[tens
 
 
 def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
+    """Open a cross-layer transcoder of either layout."""
     settings = read_settings(folder)
     second = gemma_scope.PARAMS.format("*")
     files = _listed(folder, settings) or _numbered(folder, gemma_scope.PARAMS)
@@ -319,29 +322,22 @@ def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
 
 def _own_layer(
     config: DictionaryConfig,
-    arranged: dict[str, tensors.StoredTensor],
+    arranged: dict[str, tensors.Tensor],
     transposed: frozenset[str],
-    decoder: tensors.StoredTensor,
+    decoder: tensors.Tensor,
     layer: int,
     count: int,
 ) -> tensors.Published:
     """Describe a layer with what its features write to the layer itself as its decoder."""
-    first = decoder.shape[1] - (count - layer)
-
-    def load(rows: slice | None) -> np.ndarray:
-        return decoder.load(rows)[:, first]
-
-    shape = (decoder.shape[0], decoder.shape[2])
-    return tensors.Published(
-        config, arranged | dict(W_dec_FxD=dataclasses.replace(decoder, shape=shape, load=load)), transposed
-    )
+    own_FxD = decoder.column(decoder.shape[1] - (count - layer))
+    return tensors.Published(config, arranged | dict(W_dec_FxD=own_FxD), transposed)
 
 
 def _cross_layer_config(
     file: Path,
-    state: Mapping[str, tensors.StoredTensor],
+    state: Mapping[str, tensors.Tensor],
     layout: tensors.Layout,
-    decoder: tensors.StoredTensor,
+    decoder: tensors.Tensor,
     number: tuple[int, int],
     all_layers: bool,
 ) -> DictionaryConfig:
@@ -394,7 +390,7 @@ def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[
     return [shared | dict(max_norm=limit) for limit in limits]
 
 
-def _check_order(file: Path, decoder: tensors.StoredTensor) -> None:
+def _check_order(file: Path, decoder: tensors.Tensor) -> None:
     """Refuse decoders of all layers in which features of the last layer do not write to the last layer alone."""
     rows = decoder.rows(np.arange(min(_SAMPLE, decoder.shape[0])))
     size_X = np.linalg.norm(np.asarray(rows, np.float32), axis=(0, 2))

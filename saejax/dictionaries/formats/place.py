@@ -81,6 +81,7 @@ def fetch_file(address: str) -> Path:
 
 @functools.lru_cache
 def _fetch(address: str) -> Path:
+    """Fetch the files of an address on the hub; return its folder or file here."""
     named = _ADDRESS.fullmatch(address)
     if not named:
         raise UserError(f"{address} names no folder on the hub: expected hf://ORG/NAME[/FOLDER][@REVISION]")

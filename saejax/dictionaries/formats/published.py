@@ -29,7 +29,11 @@ _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
 # --- sparsify (EleutherAI)
 
 _SPARSIFY = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
-_MODULE_INPUTS = {"mlp_out": "mlp_in", "resid_post": "resid_pre"}  # what a module with this output reads
+_MODULE_INPUTS = {
+    "mlp_out": "mlp_in",
+    "mlp_in": "mlp_in",
+    "resid_post": "resid_pre",
+}  # what a module with this output reads
 
 
 def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Published:
@@ -158,21 +162,24 @@ def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model:
     else:
         sites = [hooks.to_site(part, model) for part in reversed(folder.absolute().parts) if "hook_" not in part]
         site = next((site for site in sites if not site.startswith(hooks.MODULE)), hooks.UNKNOWN)
+    kind, _, layer = site.partition(".")
+    if buffer.get("io") == "in":  # trained on what the submodule reads
+        return (f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN), ""
     if buffer.get("io") != "in_and_out":
         return site, ""
-    kind, _, layer = site.partition(".")
     return (f"mlp_in.{layer}", f"mlp_out.{layer}") if kind in ("mlp_in", "mlp_out") else (hooks.UNKNOWN, hooks.UNKNOWN)
 
 
-def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> int:
+def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> int:
     """Return k from the settings, or from the tensors, where some versions keep it."""
     k = settings.get("k")
-    return tensors.positive(file, "k", int(state["k"].load(None)) if k is None and "k" in state else k)
+    return tensors.positive(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
 
 
-def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> list[int]:
+def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> list[int]:
+    """Return the sizes of the nested groups, from the tensors or the settings."""
     if "group_sizes" in state:
-        return [int(size) for size in state["group_sizes"].load(None)]
+        return [int(size) for size in state["group_sizes"].numbers()]
     return [int(size) for size in trainer.get("group_sizes") or ()]
 
 
@@ -206,7 +213,7 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
 
 
 def _parse_crosscoder(
-    weights: Path, state: dict[str, tensors.StoredTensor], settings: Mapping[str, Any], site: str
+    weights: Path, state: dict[str, tensors.Tensor], settings: Mapping[str, Any], site: str
 ) -> tensors.Published:
     """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
 
@@ -347,7 +354,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
 
 
 def _average_norms(
-    file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor], read: Any, written: Any
+    file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor], read: Any, written: Any
 ) -> tuple[float, float]:
     """Return the factors that bring inputs and outputs to a mean norm of sqrt(d)."""
     if settings.get("norm_activation", "dataset-wise") == "inference":
@@ -439,6 +446,7 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
 
 
 def _site_of_suffix(file: Path) -> str:
+    """Return the site of a file whose name ends in its layer, as in "...-l19.pth"."""
     layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
     return f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN
 

@@ -97,7 +97,11 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
     metadata = settings.pop("metadata", {})
-    return {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
+    named = {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
+    layer = named.get("hook_layer", named.get("hook_point_layer"))
+    if isinstance(named.get("hook_name"), str) and isinstance(layer, int):  # early versions leave the layer open
+        named["hook_name"] = named["hook_name"].replace("{layer}", str(layer))
+    return named
 
 
 def parse_config(
@@ -336,6 +340,7 @@ def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, 
 
 
 def _metadata(config: DictionaryConfig) -> dict[str, Any]:
+    """Return what ``cfg.json`` says of the language model and the training."""
     of_modules = config.site.startswith(hooks.MODULE)
     metadata: dict[str, Any] = dict(sae_lens_version=_VERSION, sae_lens_training_version=None, model_name=config.model)
     metadata["model_class_name"] = "AutoModelForCausalLM" if of_modules else "HookedTransformer"

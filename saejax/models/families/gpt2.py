@@ -8,6 +8,7 @@ from saejax.models.fields import Fields
 
 
 def _read_gpt2(fields: Fields) -> DecoderConfig:
+    """Read a config of GPT-2."""
     context, d_head = fields.size("n_positions"), fields.quotient("n_embd", "n_head")
     fields.ignore("reorder_and_upcast_attn")  # scores in fp32, which they are here in any case
     return DecoderConfig(

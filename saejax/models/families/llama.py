@@ -74,6 +74,7 @@ def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], st
 
 
 def _read_llama(fields: Fields) -> DecoderConfig:
+    """Read a config of Llama."""
     fields.expect("rope_interleaved", False)
     bias = fields.take("attention_bias", bool)
     mlp_bias = fields.take("mlp_bias", bool)
@@ -89,19 +90,23 @@ def read_sliding_everywhere(fields: Fields) -> SlidingLayers:
 
 
 def _read_mistral(fields: Fields) -> DecoderConfig:
+    """Read a config of Mistral."""
     return rms_decoder(fields, "mistral", **read_sliding_everywhere(fields))
 
 
 def _read_qwen2(fields: Fields) -> DecoderConfig:
+    """Read a config of Qwen 2."""
     return rms_decoder(fields, "qwen2", qkv_bias=True, **_read_qwen_sliding(fields))
 
 
 def _read_qwen3(fields: Fields) -> DecoderConfig:
+    """Read a config of Qwen 3."""
     bias = fields.take("attention_bias", bool)
     return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_sliding(fields))
 
 
 def _read_qwen_sliding(fields: Fields) -> SlidingLayers:
+    """Read which layers of a Qwen have a sliding window: none, or those from a number on."""
     fields.expect("use_mrope", False)
     window, first = fields.size_or_null("sliding_window"), fields.take("max_window_layers", int)
     if not fields.take("use_sliding_window", bool):

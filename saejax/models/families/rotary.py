@@ -132,7 +132,10 @@ def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndar
 
 
 def _yarn_scaling(rope: Fields, factor: float) -> float:
+    """Return YaRN's factor on cosine and sine, written out or from the scaling factor."""
+
     def mscale(strength: float) -> float:
+        """Return the scaling of a strength."""
         return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
     scaling = rope.number_or_null("attention_factor")
