@@ -61,7 +61,7 @@ class Chunker:
             )
         self._budgets = _token_budgets(config, task)
 
-    def enough(self, source: int) -> bool:
+    def has_enough(self, source: int) -> bool:
         """Return whether no more tokens of a source, given by its number, are wanted."""
         return self._budgets[self._budget_key(source)] <= 0
 
@@ -76,7 +76,7 @@ class Chunker:
           UserError: a source has less text than its weight asks for.
         """
         size = self._config.context - len(self._bos)
-        for text, ids in self._tokenized(texts):
+        for text, ids in self._tokenize_in_batches(texts):
             key = self._budget_key(text.source)
             for start in range(0, len(ids), size):
                 if self._budgets[key] <= 0:
@@ -120,7 +120,7 @@ class Chunker:
         """Return the key of a source's budget: its number where sources are weighted, else 0."""
         return source if self._config.weights else 0
 
-    def _tokenized(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
+    def _tokenize_in_batches(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
         """Yield each text with its token ids; texts are tokenized many at a time."""
         batch, characters = list[Document](), 0
         for text in itertools.chain(texts, [None]):

@@ -184,7 +184,7 @@ class Store:
         """
         if out is not None:
             out = out.view(ON_DISK[self.manifest.dtype])
-        return self._gather(self._known(site), "shard", rows, out).view(self.dtype)
+        return self._gather(self._check_site(site), "shard", rows, out).view(self.dtype)
 
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return document, position in it and token id of rows; int32 each."""
@@ -193,14 +193,14 @@ class Store:
 
     def norms(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the Euclidean norms of the vectors of rows at a site, float32."""
-        return self._gather(self._known(site), "norms", rows)
+        return self._gather(self._check_site(site), "norms", rows)
 
     def mean(self, site: str, *sites: str) -> np.ndarray:
         """Return the mean vector at a site, float64 [d], of training rows that are sinks at none of the sites.
 
         The sum was taken when the store was made: only rows that are sinks elsewhere, and not at ``site``, are read.
         """
-        self._check_content(f"{self._known(site)}/train_sum.npy")
+        self._check_content(f"{self._check_site(site)}/train_sum.npy")
         total_D = np.load(self.folder / site / "train_sum.npy", allow_pickle=False)
         usable = self.usable("train", site, *sites)
         sinks_elsewhere = np.setdiff1d(usable.excluded, self._sink_rows(site), assume_unique=True)
@@ -254,15 +254,15 @@ class Store:
 
     def _site(self, site: str) -> StoredSite:
         """Return the description of a site."""
-        return self.manifest.sites[self._known(site)]
+        return self.manifest.sites[self._check_site(site)]
 
-    def _known(self, site: str) -> str:
+    def _check_site(self, site: str) -> str:
         """Return the site's name; raise a ``UserError`` unless the store has it."""
         return one_of(site, self.sites, "site in this store")
 
     def _sink_rows(self, site: str) -> np.ndarray:
         """Return the rows that are attention sinks at a site, ascending."""
-        if self._known(site) not in self._sinks:
+        if self._check_site(site) not in self._sinks:
             self._check_content(f"{site}/sinks.npy")
             self._sinks[site] = np.load(self.folder / site / "sinks.npy", allow_pickle=False)
         return self._sinks[site]

@@ -57,14 +57,14 @@ def run_tokenize(run: Run) -> TokenizeResults:
 
     def texts() -> Iterator[Document]:
         """Yield the corpus until no more of it is wanted."""
-        for document in corpora.documents(config, run.configs[TaskConfig], chunker.enough):
+        for document in corpora.documents(config, run.configs[TaskConfig], chunker.has_enough):
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
             yield document
             progress.add(len(document.text))
 
     with _DocumentsWriter(run.folder, groups) as writer:
-        with _all_cores():
+        with _use_all_cores():
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
                 _check_vocabulary(model, vocabulary, piece.ids_T)
                 writer.add(piece)
@@ -194,7 +194,7 @@ def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: 
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
+def _use_all_cores() -> Iterator[None]:
     """Let tokenizers use every core; elsewhere they use one, because processes are forked beside them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

@@ -204,7 +204,7 @@ class StoreWriter:
             last=last,
             other=second,
         )
-        with _disk_room(self.folder / MANIFEST):
+        with _explain_full_disk(self.folder / MANIFEST):
             write_json(self.folder / MANIFEST, to_json(manifest))
 
     def _train_sum(self, site: str, sink_rows: np.ndarray) -> np.ndarray:
@@ -245,7 +245,7 @@ class StoreWriter:
             checksums[kind] = block_checksums(array.data.cast("B"))
             self._write_file(shard_file(part, kind, shard), (npy_header(array.shape, array.dtype), array.data))
         path = self.folder / shard_file(part, "record", shard)
-        with _disk_room(path):
+        with _explain_full_disk(path):
             write_json(path, dict(work=self.work[part], checksums=checksums, **record))
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
@@ -271,7 +271,7 @@ class StoreWriter:
         """Write a file that appears whole or not at all."""
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
         path = self.folder / name
-        with _disk_room(path):
+        with _explain_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as unfinished, open(unfinished, "wb") as file:
                 for chunk in chunks:
@@ -318,7 +318,7 @@ def write_store(
 
 
 @contextlib.contextmanager
-def _disk_room(path: Path) -> Iterator[None]:
+def _explain_full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk into a ``UserError`` that names the file."""
     try:
         yield

@@ -27,7 +27,9 @@ def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(list(map(row_lengths, decoders)))
 
 
-def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32") -> jax.Array:
+def sum_writes(
+    f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32"
+) -> jax.Array:
     """Return what the features of all layers write to each layer, [L, B, D].
 
     On a mesh with a ``model`` axis every device adds up what its own features write to all layers, and the sums meet

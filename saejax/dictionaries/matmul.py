@@ -46,8 +46,8 @@ def _backward(matmul_dtype, saved, cotangent_xN):
     """Return the gradients in both operands."""
     a_xK, b_KxN = saved
     return (
-        product(cotangent_xN, transposed(b_KxN, matmul_dtype), matmul_dtype),
-        over_rows(_rows(a_xK), _rows(cotangent_xN), matmul_dtype),
+        product(cotangent_xN, transpose(b_KxN, matmul_dtype), matmul_dtype),
+        transposed_product(_rows(a_xK), _rows(cotangent_xN), matmul_dtype),
     )
 
 
@@ -89,7 +89,7 @@ def _rows(a_xK: jax.Array) -> jax.Array:
     return a_xK.reshape(-1, a_xK.shape[-1])
 
 
-def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
+def transposed_product(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
     """Return a.T @ g; for bfloat16 the narrower is transposed, because on a CPU the transpose is written to memory.
 
     Args:
@@ -98,11 +98,11 @@ def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Arra
       matmul_dtype: as for ``matmul``.
     """
     if matmul_dtype != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
-        return product(transposed(a_BxK, matmul_dtype), g_BxN, matmul_dtype)
-    return _written_transpose(product(transposed(g_BxN, matmul_dtype), a_BxK, matmul_dtype))
+        return product(transpose(a_BxK, matmul_dtype), g_BxN, matmul_dtype)
+    return _written_transpose(product(transpose(g_BxN, matmul_dtype), a_BxK, matmul_dtype))
 
 
-def transposed(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
+def transpose(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
     """Return the transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by

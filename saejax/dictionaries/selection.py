@@ -89,7 +89,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
     return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 
 
-def largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
+def k_largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
     """Return the k largest positive values of each row, falling, and their positions, int32; both [B, max_k].
 
     Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more. XLA:CPU

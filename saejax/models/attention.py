@@ -2,7 +2,7 @@
 
 S counts keys: T where tokens attend to one another, the slots of a key-value cache otherwise.
 
-1. ``whole_prompts`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
+1. ``whole_prompt_tables`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
 2. ``attention`` projects to queries, keys and values, normalises and rotates them, and projects the attended values.
 3. ``attend`` computes the attended values. Queries go in blocks, each with the keys up to its end; in long prompts a
    block goes through ``lax.map``, so that the scores of a whole prompt are never in memory.
@@ -57,7 +57,7 @@ class TablesByLayer(NamedTuple):
         return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
 
 
-def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
+def whole_prompt_tables(config: DecoderConfig, length: int) -> TablesByLayer:
     """Return the tables of tokens at positions 0 to ``length - 1`` that attend to one another."""
     index_T = jnp.arange(length)
     relative_position_TxS = index_T[:, None] - index_T[None, :]

@@ -125,9 +125,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
       UserError: there are none, or one is missing.
     """
-    chosen = _chosen(folder)
+    chosen = _chosen_file(folder)
     if chosen is None:
-        raise UserError(f"{folder} has no weights{_present(folder)}")
+        raise UserError(f"{folder} has no weights{_describe_contents(folder)}")
     names = list_shards(folder) or [chosen]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
@@ -135,7 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def not_finite(what: str, names: Sequence[str], dtype: str) -> UserError:
+def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
     """Return the error for tensors that hold NaN or infinity, which would reach every result.
 
     Args:
@@ -205,7 +205,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _present(folder: Path) -> str:
+def _describe_contents(folder: Path) -> str:
     """Return what a folder without weights holds instead, and what is expected: the end of a message."""
     shards = sorted(file.name for pattern in ("model-*-of-*", "pytorch_model-*-of-*") for file in folder.glob(pattern))
     if shards:
@@ -216,7 +216,7 @@ def _present(folder: Path) -> str:
     return ": expected model.safetensors, or its shards with an index, or pytorch_model.bin"
 
 
-def _chosen(folder: Path) -> str | None:
+def _chosen_file(folder: Path) -> str | None:
     """Return the name of the weight file or index that is read; None: there is none."""
     return next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
 
@@ -228,7 +228,7 @@ def list_shards(folder: Path) -> list[str]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Return the file of every tensor; {} where all are in one file."""
-    chosen = _chosen(folder)
+    chosen = _chosen_file(folder)
     if chosen is None or not chosen.endswith(".index.json"):
         return {}
     file = folder / chosen

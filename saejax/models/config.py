@@ -152,7 +152,7 @@ class RunRules:
         return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
 
     @property
-    def kept(self) -> Callable[..., bool]:
+    def remat_policy(self) -> Callable[..., bool]:
         """Return the rematerialisation policy: what a gradient keeps of a layer's forward pass."""
         policies = jax.checkpoint_policies
         return policies.nothing_saveable if self.remat else policies.dots_saveable

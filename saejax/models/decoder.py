@@ -24,7 +24,7 @@ from saejax.models.attention import (
     TablesByLayer,
     attend,
     attention,
-    whole_prompts,
+    whole_prompt_tables,
 )
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.layers import SiteHook, align_rank, einsum, mlp, norm, soft_cap
@@ -110,7 +110,7 @@ def run_layer(
       The stream leaving it, [B, T, D].
     """
     if isinstance(config, TorchConfig):
-        raise torch_bridge.not_in_torch(config)
+        raise torch_bridge.not_in_torch_error(config)
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
     normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
@@ -200,7 +200,7 @@ def run_layers(
     if isinstance(config, TorchConfig):
         request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
         return LayersOutput(*torch_bridge.run_layers(config, *request), None)
-    attention = attention or AttentionSpec(whole_prompts(config, x_xTxD.shape[-2]))
+    attention = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
     step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook, head_sites)
     body = functools.partial(step, hook_layers is None)
     carry = x_xTxD, attention.carried
@@ -209,7 +209,7 @@ def run_layers(
         return LayersOutput(x, {}, carried)
     # A gradient keeps the matrix products of the forward pass and computes the rest again (everything with remat).
     # Without the checkpoint it would also keep a copy of every layer's parameters.
-    loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
+    loop = jax.checkpoint(body, policy=rules.remat_policy, prevent_cse=False)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
         if start < layer or (collect and not parts and layer == stop):  # a run of no layers collects empty arrays

@@ -231,13 +231,13 @@ class LanguageModel:
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         tokens.check(self.config.vocab, self.config.context)
-        return sites, self._placed(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
+        return sites, self._place_edits(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
 
     def _check_site(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site."""
         site.check(self.config)
 
-    def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    def _place_edits(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """Return the edits with their arrays on this model's devices."""
         devices = set(self.mesh.devices.flat)
 

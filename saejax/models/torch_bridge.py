@@ -80,7 +80,7 @@ def run_layers(
     """
     inside = attention is not None or not set(collect) <= set(KINDS) or hook_layers is None
     if inside or not isinstance(start, int) or rules.backward != "gradient" or rules.first_fixes:
-        raise not_in_torch(config)
+        raise not_in_torch_error(config)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop)) if hook else ()), stop]:
         if start < layer:
@@ -95,7 +95,7 @@ def run_layers(
     return x_xTxD, {kind: jnp.concatenate([part[kind] for part in parts]) for kind in collect}
 
 
-def not_in_torch(config: TorchConfig) -> UserError:
+def not_in_torch_error(config: TorchConfig) -> UserError:
     """Return the error for attribution graphs, heads and attention patterns, which PyTorch models do not support."""
     return UserError(
         f"the model of the family {config.family!r} runs in PyTorch, where attribution graphs, heads and attention "

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.models import decoder
-from saejax.models.attention import QKV, Attend, AttentionSpec, AttentionTables, Layer, attend, whole_prompts
+from saejax.models.attention import QKV, Attend, AttentionSpec, AttentionTables, Layer, attend, whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.decoder import run_layers
 
@@ -82,7 +82,7 @@ def record_heads(config: DecoderConfig, params: decoder.Params, ids_BxT: jax.Arr
 
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     kept = Heads.zeros(config, ids_BxT.shape, x_BxTxD.dtype)
-    attention = AttentionSpec(whole_prompts(config, ids_BxT.shape[1]), keep, kept)
+    attention = AttentionSpec(whole_prompt_tables(config, ids_BxT.shape[1]), keep, kept)
     return run_layers(config, params, x_BxTxD, 0, config.n_layers, attention=attention).carried
 
 
@@ -101,7 +101,7 @@ def patch_nodes(
         changed = [patch.put(node, layer, own) for node, own in zip(NODES, qkv, strict=False)]
         return patch.put("output", layer, plain(*changed)), carried
 
-    attention = AttentionSpec(whole_prompts(config, ids_RxT.shape[1]), patched)
+    attention = AttentionSpec(whole_prompt_tables(config, ids_RxT.shape[1]), patched)
     return _difference(config, params, ids_RxT, last_R, answers_Rx2, attention, _NOTHING)
 
 
@@ -156,7 +156,7 @@ def slopes(
             own = [value + every[layer] for value, every in zip(qkv, added, strict=False)]
             return plain(*own) + added.output[layer], carried
 
-        attention = AttentionSpec(whole_prompts(config, ids_BxT.shape[1]), shifted)
+        attention = AttentionSpec(whole_prompt_tables(config, ids_BxT.shape[1]), shifted)
         return _difference(config, params, ids_BxT, last_B, answers_Bx2, attention, dropped).sum()
 
     return jax.grad(difference)(Heads.zeros(config, ids_BxT.shape, params["embed_VxD"].dtype))
@@ -186,7 +186,7 @@ class Estimates(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def effects(config: DecoderConfig, clean: Heads, other: Heads, slope: Heads) -> Estimates:
     """What is estimated of every node, given gradients at the clean run; above 0 where the logit difference falls."""
-    tables = whole_prompts(config, clean.query.shape[2])
+    tables = whole_prompt_tables(config, clean.query.shape[2])
 
     def of_layer(layer: jax.Array, clean: Heads, other: Heads, slope: Heads) -> Estimates:
         query, key, value, output = (-((b - a) * g).sum(axis=-1) for a, b, g in zip(clean, other, slope, strict=True))

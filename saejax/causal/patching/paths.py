@@ -20,7 +20,7 @@ from saejax.causal.parts import OnProgress, silent
 from saejax.causal.patching.heads import NODES, NodePatch, answer_difference, patch_nodes, record_heads
 from saejax.causal.patching.pairs import Pairs, few_pairs, filled_rows, measure_rows
 from saejax.models import decoder
-from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, whole_prompts
+from saejax.models.attention import QKV, Attend, AttentionSpec, Layer, whole_prompt_tables
 from saejax.models.config import DecoderConfig
 from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
@@ -116,7 +116,7 @@ def patch_paths(
         return senders.head.put("output", layer, plain(*qkv)), heard_RxK
 
     x_RxTxD, nothing_RxK = decoder.embed(config, params, ids_RxT), jnp.zeros_like(senders.head.vector_RxK)
-    attention = AttentionSpec(whole_prompts(config, ids_RxT.shape[1]), listen, nothing_RxK)
+    attention = AttentionSpec(whole_prompt_tables(config, ids_RxT.shape[1]), listen, nothing_RxK)
     run = run_layers(config, params, x_RxTxD, 0, config.n_layers, freeze, None, attention=attention)
     if node == LOGITS:
         return answer_difference(config, params, run.x, last_R, answers_Rx2)

@@ -249,7 +249,7 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     folder = resolve_path(path)
     if ours := _own_folder(folder):
         config = _with_sites(own.read_config(ours), site, target)
-        return Located(config, "saejax", lambda matmul, dtype: _replaced(own.load(ours, matmul, dtype), config))
+        return Located(config, "saejax", lambda matmul, dtype: _with_config(own.load(ours, matmul, dtype), config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
     if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
@@ -267,7 +267,7 @@ def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryC
     return dataclasses.replace(config, site=site or config.site, target=target or config.target)
 
 
-def _replaced(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
+def _with_config(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
     """Return the dictionary with another config."""
     if dictionary.config == config:
         return dictionary

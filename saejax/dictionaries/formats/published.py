@@ -65,7 +65,7 @@ def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Pu
         kind="topk",
         site=read if transcoder else output,
         target=output if transcoder else "",
-        k=tensors.positive(file, "k", settings.get("k")),
+        k=tensors.positive_int(file, "k", settings.get("k")),
         signed=bool(settings.get("signed", False)),
         centred=not transcoder,
         model=model,
@@ -173,7 +173,7 @@ def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model:
 def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> int:
     """Return k from the settings, or from the tensors, where some versions keep it."""
     k = settings.get("k")
-    return tensors.positive(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
+    return tensors.positive_int(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
 
 
 def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> list[int]:
@@ -322,7 +322,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
         target=target,
         d_in=width,
         n_features=features,
-        k=tensors.positive(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
+        k=tensors.positive_int(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
         centred=bool(settings.get("apply_decoder_bias_to_pre_encoder", False)),
         bos="always" if first_release else "auto",
     )
@@ -457,4 +457,4 @@ def _qwen_k(file: Path) -> int:
     settings = tensors.read_settings(description) if description.is_file() else {}
     named = _L0.findall(file.absolute().as_posix())
     k = settings.get("k", int(named[-1]) if named else None)
-    return tensors.positive(description if "k" in settings else file, "k", k)
+    return tensors.positive_int(description if "k" in settings else file, "k", k)

@@ -28,7 +28,7 @@ from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError, one_of
 from saejax.files import WRITING, read_json
-from saejax.models.checkpoint import Tensor, not_finite, read_header
+from saejax.models.checkpoint import Tensor, not_finite_error, read_header
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
 MATRICES = ("W_enc_DxF", "W_dec_FxD", "W_skip_DxD")
@@ -213,7 +213,7 @@ def check_finite(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         if not (np.isfinite(array) | allowed).all():
             damaged.append(name.rpartition("_")[0])
     if damaged:
-        raise not_finite(f"the dictionary's arrays in {file}", damaged, "float32")
+        raise not_finite_error(f"the dictionary's arrays in {file}", damaged, "float32")
 
 
 def describe(
@@ -246,7 +246,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def positive(file: Path, name: str, value: Any) -> int:
+def positive_int(file: Path, name: str, value: Any) -> int:
     """Return the value of a file's setting of this name, a whole number above 0; a ``UserError`` for any other."""
     if isinstance(value, float) and value.is_integer():  # some tools write 32.0
         value = int(value)

@@ -11,7 +11,7 @@ from saejax.causal.patching import heads
 from saejax.causal.patching.atp import estimate_nodes
 from saejax.causal.patching.heads import NODES, NodePatch
 from saejax.models import decoder
-from saejax.models.attention import AttentionSpec, whole_prompts
+from saejax.models.attention import AttentionSpec, whole_prompt_tables
 from saejax.models.decoder import run_layers
 from saejax.tasks.behaviours import Prompt
 
@@ -139,7 +139,7 @@ def test_a_dropped_layer_is_one_whose_output_is_constant(tiny, ids):
         def freeze(kind, layer, value):
             return frozen[kind][dropped] if kind in kinds else value
 
-        attention = AttentionSpec(whole_prompts(config, ids.shape[1]), shifted)
+        attention = AttentionSpec(whole_prompt_tables(config, ids.shape[1]), shifted)
         out = run_layers(config, params, x_BxTxD, 0, config.n_layers, freeze, (dropped,), attention=attention).x
         logits_V = decoder.unembed(config, params, out[0, -1])
         return logits_V[tiny.token_id(" runs")] - logits_V[tiny.token_id(" far")]
