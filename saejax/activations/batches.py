@@ -118,6 +118,7 @@ class BatchOrder:
         if epoch not in self._epochs:
             order_S = np.random.default_rng([self._seed, epoch]).permutation(len(self._counts))
             ends = np.cumsum(self._counts[order_S])
+            # The last window may have fewer shards than the others.
             last = np.arange(self._window_shards, len(ends) + self._window_shards, self._window_shards) - 1
             self._epochs = {e: value for e, value in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = order_S, ends[np.minimum(last, len(ends) - 1)]

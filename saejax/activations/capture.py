@@ -45,11 +45,12 @@ def run_capture(run: Run) -> CaptureResults:
     request = read_request(run.configs)
     plan = _plan_capture(run, request)
     reader, site_widths = None, request.widths()
-    if site_widths is None:
+    if site_widths is None:  # modules tell their width only when they run
         reader = load_reader(run, request, plan, config)
         site_widths = reader.widths
     widths = {str(site): width for site, width in site_widths.items()}
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
+    # Shards of other runs are taken before anything is counted as missing, by one process, as they are hard links.
     is_first = mesh.process_id == 0
     if is_first:
         for store in sorted(run.folder.parent.glob(f"{run.stage}-*")):
@@ -114,6 +115,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     config = run.configs[CaptureConfig]
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     index = [config.shard_rows, config.last, run.configs[CorpusConfig].seed, hashes]
+    # A change of any of these would make other values; the mesh and the batch size do not belong here.
     vectors = ["torch" if request.needs_torch else config.backend, config.dtype, config.store_dtype]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:

@@ -75,7 +75,7 @@ class Chunker:
         Raises:
           UserError: a source has less text than its weight asks for.
         """
-        size = self._config.context - len(self._bos)
+        size = self._config.context - len(self._bos)  # every piece begins with its own BOS
         for text, ids in self._tokenize_in_batches(texts):
             key = self._budget_key(text.source)
             for start in range(0, len(ids), size):

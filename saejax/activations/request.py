@@ -101,6 +101,7 @@ def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -
         second_tokenizer.get_vocab(),
         {*tokenizer.added_tokens_encoder, *second_tokenizer.added_tokens_encoder},
     )
+    # Special tokens may differ: a tuned model often adds some, and text has none of them.
     apart = [
         token for token, id in tokenizer.get_vocab().items() if token not in special and other_ids.get(token) != id
     ]

@@ -46,6 +46,7 @@ def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers
     from saejax.activations.device_buffers import DeviceBuffers
     from saejax.activations.jax_capture import DecoderReader
 
+    # Joined sites are put together on the host, and torch's values are there already.
     if isinstance(reader, DecoderReader) and not any(map(is_joined, sites_of(parts))):
         return DeviceBuffers(reader, parts, rows, dtype)
     return HostBuffers(reader, rows, dtype)
@@ -128,6 +129,7 @@ class ModelStream:
             return False
         self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}
         self._check(buffer)
+        # The first buffer is a fair sample of the text, and later ones must keep its rule.
         if not self._max_norms:
             factor = self._run.configs[CaptureConfig].sink_factor
             self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}

@@ -96,7 +96,7 @@ class StoreWriter:
         Args:
           missing: parts and shards to make; records of damaged ones are removed, so that no process trusts them.
         """
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # first: readers take a folder with one for finished
         for part, shard in missing:
             (self.folder / shard_file(part, "record", shard)).unlink(missing_ok=True)
         remove_unfinished(self.folder)
@@ -158,6 +158,7 @@ class StoreWriter:
             norms_R = np.concatenate([self._load(site, "norms", shard) for shard in range(plan.shards)])
             median = float(np.median(norms_R[: plan.train_rows]))
             max_norm = np.float32(sink_factor * median)
+            # Compared in float32, as the store's readers compare: a threshold in float64 would decide ties otherwise.
             sink_rows = self._sinks[site] = np.flatnonzero(norms_R > max_norm).astype(np.int64)
             beyond = int(is_beyond_R[sink_rows].sum())
             counts = SinkCounts(len(sink_rows) - beyond, beyond, float(beyond / max(is_beyond_R.sum(), 1)))

@@ -29,6 +29,7 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
       inputs: factor of the inputs, above 0.
       outputs: factor of the outputs, above 0.
     """
+    # Activations come out 1 / outputs as large, so that decoder rows keep their lengths.
     factors = dict.fromkeys(("W_enc_DxF", "W_skip_DxD"), inputs / outputs)
     factors |= dict.fromkeys(("W_dec_FxD", *kind.unscaled), 1.0)
     return {name: array * factors[name] if name in factors else array / outputs for name, array in arrays.items()}

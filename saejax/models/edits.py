@@ -48,6 +48,7 @@ class ForwardPass:
         def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
             """Apply the edits of a site, in order."""
             site = Site(kind, layer)
+            # Compared while tracing: only the edits of this site become part of the program.
             for edit in edits:
                 if edit.site == site:
                     value_BxTxD = edit(value_BxTxD, self)
@@ -94,7 +95,7 @@ class Positions:
         Raises:
           UserError: anything else.
         """
-        first, end = 0, np.iinfo(np.int32).max
+        first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
         match positions:
@@ -163,6 +164,7 @@ class Values:
         texts, positions = self.values_BxTxN.shape[:2]
         if not self.by_position and positions == 1:
             return self.values_BxTxN, run.mask_BxT
+        # Padding has the position -1, and new tokens lie beyond the values: both read an edge value that is masked out.
         index_BxT = jnp.clip(run.position_BxT, 0, positions - 1)
         if not self.by_position and texts == 1:
             return self.values_BxTxN[0][index_BxT], run.mask_BxT
@@ -271,7 +273,7 @@ class SiteEdit:
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited site."""
         offset, given_BxT = self.offset.at(run)
-        if offset.shape[-1] > 1:
+        if offset.shape[-1] > 1:  # a single number fits every width
             check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
         new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
         return jnp.where((self.positions.at(run) & given_BxT)[..., None], new_BxTxD, value_BxTxD)

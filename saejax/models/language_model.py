@@ -129,6 +129,7 @@ class LanguageModel:
         )
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
+        # Programs are compiled for few lengths; the caller sees the length that was asked for.
         if padded > length:
             output = jax.tree.map(lambda value: value[:, :length], output)
         all_logits, values = output

@@ -156,6 +156,7 @@ class SplitPoint:
             x_BxTxD = run_layers(self.config, params, x_BxTxD, 0, self._start, rules=self.rules).x
             return x_BxTxD, x_BxTxD, x_BxTxD
         seen: dict[Site, jax.Array] = {}
+        # Values are recorded while tracing, so that one run gives the stream, the site and what is read.
 
         def look(kind: str, layer: int | jax.Array, value_BxTxD: jax.Array) -> jax.Array:
             """Record a site's value and leave it unchanged."""
@@ -230,6 +231,7 @@ class SplitPoint:
     ) -> LayersOutput:
         """Run the suffix. Unless the site is the stream, a hook in the first layer puts the value there."""
         hook: Hook | None = None
+        # A site within a layer is replaced on the way: the layer's earlier parts run again, for nothing.
         if not self.in_stream:
             hook = lambda kind, layer, clean: value if kind == self.site.kind else clean  # noqa: E731
         return run_layers(
@@ -279,6 +281,7 @@ class SplitPoint:
           correct answer's first token, whether that token is the argmax, and the Kullback-Leibler divergence of the
           next-token distribution from the clean one, in nats.
         """
+        # Two rows of the unembedding suffice here; only top-1, log-probabilities and KL need the whole vocabulary.
         if logp_RxV is None:
             logits_Rx2 = self.logits(params, x_RxD, answers_Rx2)
             return logits_Rx2[:, :1] - logits_Rx2[:, 1:]

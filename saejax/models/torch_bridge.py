@@ -121,6 +121,7 @@ def _run_hooked(
     values = run()
     for index, site in enumerate(sites):
         new = hook(site.kind, layer, values[index])
+        # The same array means that the hook left the value alone: then the layer need not run again.
         at_sites[site.kind] = values[index] if before_hook else new
         if new is not values[index]:
             put[site] = new

@@ -290,6 +290,7 @@ def _find_all(folder: Path) -> list[Path]:
     """Return the folder if it holds a dictionary, else the folders in it, and files of one layer each, that do."""
     if not folder.is_dir():
         return [folder] if _holds_dictionary(folder) else []
+    # A folder of files of one layer each would otherwise be taken for a folder with a single pickled dictionary.
     layer_files = published.find_layer_files(folder)
     if not layer_files and _holds_dictionary(folder):
         return [folder]
@@ -300,7 +301,10 @@ def _find_all(folder: Path) -> list[Path]:
 def _hint(folder: Path) -> str:
     """Return what a folder without a dictionary holds, and what to name instead."""
     if not folder.exists():
-        return "because it does not exist: name a folder that the train stage finished, or a published dictionary"
+        return (
+            "because it does not exist: name a folder that the train stage finished, or a published dictionary, on the "
+            "hub as hf://ORG/NAME/FOLDER"
+        )
     if folder.is_dir() and circuit_tracer.is_set(folder):
         return "but a set of transcoders: use load_transcoders"
     if (folder / saelens.DESCRIPTION).is_file():

@@ -21,11 +21,6 @@ _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repositor
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
 
 
-def is_address(path: str | os.PathLike) -> bool:
-    """Return whether a path is an address on the hub or in SAELens' registry."""
-    return os.fspath(path).startswith(("hf:/", REGISTRY))
-
-
 def resolve_path(path: str | os.PathLike) -> Path:
     """Return the folder or file that a path or an address means, fetched if need be.
 

@@ -59,7 +59,7 @@ def _read_gemma2(fields: Fields) -> DecoderConfig:
 def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderConfig:
     """Read a config of Gemma 3's language models, where all but every n-th layer have a sliding window."""
     fields.ignore("attn_logit_softcapping")  # transformers does not apply it
-    period = fields.size("sliding_window_pattern")
+    period = fields.size("sliding_window_pattern")  # of the layers, each n-th attends to all tokens
     sliding = read_sliding(
         fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % period else FULL
     )
