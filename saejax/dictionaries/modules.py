@@ -53,9 +53,6 @@ def parameter_table(config: DictionaryConfig) -> dict[str, tuple[tuple[int, ...]
     return table
 
 
-_DECODER = ("W_dec_FxD", "b_dec_D")  # the arrays that encoding does without
-
-
 class Dictionary(nnx.Module):
     """A sparse autoencoder of one site, a transcoder from one site to another, or another basis; a pytree of arrays.
 
@@ -87,24 +84,24 @@ class Dictionary(nnx.Module):
     Args:
       matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
       arrays: those of ``parameter_table``; and "max_norm", a scalar, in place of that of ``config`` where dictionaries
-        of several layers should share compiled programs. A layer of a cross-layer transcoder, whose features write to
-        several layers, has "decoder_norms_F", the norms of their joined decoders, in place of a decoder: it can encode
-        and be penalised, and not decode.
+        of several layers should share compiled programs. Without "W_dec_FxD" it can encode and not decode: of a
+        decoder only some rows may be wanted, and the features of a cross-layer transcoder write to several layers, so
+        that they have "decoder_norms_F", the norms of their joined decoders, instead.
     """
 
     def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
         self.matmul_dtype = nnx.static(matmul_dtype)
-        encoder_only = "decoder_norms_F" in arrays
+        optional = () if "W_dec_FxD" in arrays else ("W_dec_FxD", "b_dec_D")
         for name, (shape, _) in parameter_table(config).items():
-            if encoder_only and name in _DECODER:
+            if name in optional and name not in arrays:
                 continue
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
             setattr(self, name, nnx.Param(arrays[name]))
         if "max_norm" in arrays:
             self.max_norm = nnx.Param(arrays["max_norm"])
-        if encoder_only:
+        if "decoder_norms_F" in arrays:
             self.joined_norms_F = nnx.Param(arrays["decoder_norms_F"])
 
     @classmethod
@@ -191,15 +188,23 @@ class Dictionary(nnx.Module):
         """
         if type(self).encode is not Dictionary.encode or not self.kind.is_elementwise() or not len(features_K):
             return self.encode(x_xD)[..., features_K]
-        axes = {name: axes for name, (_, axes) in parameter_table(self.config).items()}
+        return self.restrict(features_K).encode(x_xD)
+
+    def restrict(self, features_K: Any) -> "Dictionary":
+        """Return the dictionary of some features alone, which encodes as they do where ``Kind.is_elementwise``.
+
+        Args:
+          features_K: indices of the features.
+        """
+        axes = {
+            name: axes.index("model") for name, (_, axes) in parameter_table(self.config).items() if "model" in axes
+        }
         arrays = {
-            name: jnp.take(array, features_K, axis=axes[name].index("model"))
-            if "model" in axes.get(name, ())
-            else array
+            name: jnp.take(array, features_K, axis=axes[name]) if name in axes else array
             for name, array in self.arrays.items()
         }
         config = dataclasses.replace(self.config, n_features=len(features_K), groups=())
-        return Dictionary(config, self.matmul_dtype, **arrays).encode(x_xD)
+        return Dictionary(config, self.matmul_dtype, **arrays)
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """Return the reconstruction, or the prediction of the target, [..., D].

@@ -157,6 +157,8 @@ def _class_of(state: Mapping[str, Any]) -> str:
 def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model: str) -> tuple[str, str]:
     """Return what a dictionary reads and predicts, by its settings, or by the names of its folders."""
     trainer, buffer = (settings.get(key) or {} for key in ("trainer", "buffer"))
+    if buffer.get("io") == "in":
+        model = ""  # a norm after the module changes its output alone
     if trainer.get("submodule_name"):
         site = hooks.to_site(str(trainer["submodule_name"]), model)
     else:
