@@ -1,4 +1,4 @@
-"""The stages from the prompts to the ablation of features, on architectures that run in PyTorch alone."""
+"""The stages from the prompts to the report, on architectures that run in PyTorch alone."""
 
 import jax
 import pytest
@@ -8,7 +8,7 @@ from tiny_models import save_tiny
 from saejax.runner import command
 
 pytestmark = pytest.mark.slow
-STAGES = ["baseline", "capture", "train", "evaluate", "interpret", "ablate"]
+STAGES = ["baseline", "capture", "train", "evaluate", "interpret", "ablate", "report"]
 SETTINGS = dict(
     train__kinds="topk",
     train__epochs=2,
@@ -50,3 +50,4 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
 
     for unit in ("baseline", "capture", "train/topk", "evaluate/topk", "interpret/topk", "ablate/topk"):
         assert (workdir / unit / "done.json").exists(), unit
+    assert "Ablation" in (workdir / "report" / "report.md").read_text(encoding="utf-8")
