@@ -67,7 +67,8 @@ def test_without_decoder_rows_a_dictionary_encodes_the_same():
     arrays = {name: array for name, array in dictionary.arrays.items() if name != "W_dec_FxD"}
     encoder = Dictionary(dictionary.config, **arrays, decoder_norms_F=jnp.arange(40.0))
     np.testing.assert_array_equal(encoder.encode(x), dictionary.encode(x))
-    np.testing.assert_array_equal(encoder.restrict(np.array([5, 2])).encode(x), dictionary.encode(x)[:, [5, 2]])
+    few = encoder.restrict(np.array([5, 2])).encode(x)
+    np.testing.assert_allclose(few, dictionary.encode(x)[:, [5, 2]], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(encoder.decoder_norms_F, np.arange(40))
     assert sorted(encoder.arrays) == sorted(arrays)
     with pytest.raises(KeyError, match="b_enc_F"):
