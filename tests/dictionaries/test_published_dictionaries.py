@@ -480,6 +480,20 @@ def test_a_published_layout_computes_what_its_publisher_says(name, tmp_path):
     assert read_config(path) == dictionary.config
 
 
+@pytest.mark.parametrize(
+    "name,kind", [("standard", "standard"), ("matryoshka", "matryoshka"), ("jumprelu", "jumprelu")]
+)
+def test_a_folder_without_a_description_is_known_by_its_tensors(name, kind, tmp_path):
+    path, compute, _ = LAYOUTS[f"dictionary_learning_{name}"](tmp_path)
+    (path / "config.json").unlink()
+    dictionary = load_dictionary(path)
+    assert dictionary.config.kind == kind
+    np.testing.assert_allclose(dictionary(jnp.asarray(X)), compute(X)[1], atol=1e-4)
+    write_pickled(path / "ae.pt", odd=1.0)
+    with pytest.raises(UserError, match="names no dict_class, and its tensors are those of no class"):
+        load_dictionary(path)
+
+
 def test_a_crosscoder_of_gemma_scope_2_has_features_that_read_one_layer_and_write_to_all(tmp_path):
     folder, layers = tmp_path / "crosscoder" / "layer_7_13_17_width_65k_l0_medium", (7, 13, 17)
     rng, made = np.random.default_rng(0), []
@@ -710,6 +724,11 @@ def cut(file):
         ("dictionary_learning_topk", cut("ae.pt"), "ae.pt is truncated"),
         ("dictionary_learning_topk", settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
         ("dictionary_learning_topk", lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
+        (
+            "dictionary_learning_topk",
+            settings("config.json", dict_class=...),
+            "of AutoEncoderTopK and BatchTopKSAE: fetch",
+        ),
         ("llama_scope_1", settings("hyperparams.json", act_fn="relu"), "act_fn is 'relu', which no dictionary here"),
         ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),

@@ -94,6 +94,7 @@ _CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
     ),
 }
 _CLASSES["MatroyshkaBatchTopKSAE"] = _CLASSES["MatryoshkaBatchTopKSAE"]  # as it was spelled at first
+_WITH_K = ("topk", "batchtopk", "matryoshka")
 # These multiply activations by the lengths of decoder rows, and divide by them again when they decode.
 _LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
 
@@ -111,7 +112,7 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
     if not isinstance(trainer, dict):
         raise UserError(f"{file} has no trainer: it is not the description of a dictionary_learning folder")
     state = tensors.open_tensors(weights)
-    name = str(trainer.get("dict_class") or _class_of(state))
+    name = str(trainer.get("dict_class") or _class_of(file, state))
     if name.endswith("CrossCoder"):
         return _parse_crosscoder(weights, state, trainer, site)
     if name not in _CLASSES:
@@ -139,19 +140,33 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
         kind=kind,
         site=site,
         target=target,
-        k=_k(weights, trainer, state) if kind in ("topk", "batchtopk", "matryoshka") else 0,
+        k=_k(weights, trainer, state) if kind in _WITH_K else 0,
         groups=tuple(int(end) for end in np.cumsum(sizes)),
         centred=centred,
         model=model,
     )
 
 
-def _class_of(state: Mapping[str, Any]) -> str:
-    """Return the class of a folder without a description, by its tensors' names, where they tell."""
-    for name, (_, layout, _) in _CLASSES.items():
-        if {tensor.removesuffix(".T") for tensor in layout.values()} == set(state) - {"k", "group_sizes"}:
-            return name
-    return "missing"
+def _class_of(file: Path, state: Mapping[str, Any]) -> str:
+    """Return the class of a folder without a description, by its tensors' names.
+
+    Args:
+      file: the description that is missing, for the message.
+      state: the tensors.
+
+    Raises:
+      UserError: no class has these tensors, or two have them.
+    """
+    matching: dict[str, str] = {}  # by kind, as one class has two spellings
+    for name, (kind, layout, _) in _CLASSES.items():
+        needed = {tensor.removesuffix(".T") for tensor in layout.values()} | ({"k"} if kind in _WITH_K else set())
+        # Later versions of TopK keep a threshold, too, which is not used.
+        if needed <= set(state) <= needed | dict(topk={"threshold"}, matryoshka={"group_sizes"}).get(kind, set()):
+            matching.setdefault(kind, name)
+    if len(matching) != 1:
+        whose = " and ".join(matching.values()) or "no class that can be read"
+        raise UserError(f"{file} names no dict_class, and its tensors are those of {whose}: fetch config.json, too")
+    return next(iter(matching.values()))
 
 
 def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model: str) -> tuple[str, str]:
