@@ -64,7 +64,7 @@ class JoinedRows:
         return np.dtype(np.float32)
 
     def d(self, site: str) -> int:
-        """Width of a site, or of all parts of a joined one."""
+        """Return the width of a site, or of all parts of a joined one."""
         return sum(map(self._rows.d, site_parts(site)))
 
     def max_norm(self, site: str) -> float:

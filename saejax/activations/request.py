@@ -40,7 +40,7 @@ class CaptureRequest:
         return self.decoder is None
 
     def widths(self) -> dict[AnySite, int] | None:
-        """Width of every site; None where the model has to be run to know it."""
+        """Return the width of every site; None where the model has to be run to know it."""
         more = self.second.widths() if self.second else {}
         if self.decoder is None or more is None or any(isinstance(site, ModuleSite) for site in self.sites):
             return None

@@ -90,7 +90,7 @@ class ModelStream:
         return self._plan.shards
 
     def size(self, buffer: int) -> int:
-        """Rows of a buffer."""
+        """Return the number of rows of a buffer."""
         return self._plan.size(buffer)
 
     @property
@@ -109,7 +109,7 @@ class ModelStream:
         return self._buffers.parts
 
     def d(self, site: str) -> int:
-        """Width of a site."""
+        """Return the width of a site."""
         return next(width for each, width in self._reader.widths.items() if str(each) == site)
 
     def max_norm(self, site: str) -> float:

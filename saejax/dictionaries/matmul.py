@@ -60,6 +60,12 @@ def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, matmu
 
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
+
+    Args:
+      x_xK: any leading dimensions.
+      centre_K: subtracted from every row of x.
+      b_KxN: a matrix.
+      matmul_dtype: as for ``matmul``.
     """
     return product(_centred(x_xK, centre_K), b_KxN, matmul_dtype)
 

@@ -108,7 +108,14 @@ class Dictionary(nnx.Module):
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, matmul_dtype: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
+        """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0.
+
+        Args:
+          config: what it is.
+          key: random key of the directions.
+          matmul_dtype: dtype of the operands of matrix products.
+          dtype: dtype of the arrays.
+        """
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}

@@ -80,6 +80,11 @@ def jumprelu(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> ja
 
     Gradients: to ``pre`` where it exceeds the threshold; to the threshold
     -(threshold / bandwidth) sum over tokens of g 1[|pre - threshold| < bandwidth / 2].
+
+    Args:
+      pre_BxF: pre-activations.
+      threshold_F: thresholds, at least 0.
+      bandwidth: width of the kernel, above 0.
     """
     return threshold(pre_BxF, threshold_F)
 

@@ -223,7 +223,18 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 def attention_weights(
     config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """Return the attention of each query to each key, [..., N, G, T, S], which sums to 1 over keys. See ``attend``."""
+    """Return the attention of each query to each key, which sums to 1 over keys.
+
+    Args:
+      config: the decoder.
+      rules: rules of differentiation.
+      q_xTxHxK: queries, after the rotary embedding.
+      k_xSxNxK: keys, after it.
+      tables: attention tables of the layer.
+
+    Returns:
+      [..., N, G, T, S], query heads by their key-value head.
+    """
     weights = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 

@@ -59,7 +59,14 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
 
 
 def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
-    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap."""
+    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap.
+
+    Args:
+      config: the decoder.
+      params: parameters of ``parameters.parameter_table``, or of ``restrict_unembedding``.
+      x_xD: the stream, any leading dimensions.
+      rules: rules of differentiation of the norm.
+    """
     if isinstance(config, TorchConfig):
         return torch_bridge.unembed(config, params, x_xD)
     x_xD = norm(config, rules, params, "final_norm", x_xD)
@@ -71,7 +78,13 @@ def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRu
 
 
 def restrict_unembedding(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
-    """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N]."""
+    """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N].
+
+    Args:
+      config: the decoder.
+      params: parameters of ``parameters.parameter_table``.
+      ids_N: token ids.
+    """
     if isinstance(config, TorchConfig):
         return torch_bridge.restrict_unembedding(params, ids_N)
     name, axis = ("embed_VxD", 0) if config.tied else ("unembed_DxV", 1)
