@@ -87,7 +87,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
     if not is_folder(name):
         return load_member(units[f"train/{kind_and_member(name)[0]}"], name, flag)
     try:
-        return rescale.in_output_units(load_dictionary(name))
+        return rescale.to_output_units(load_dictionary(name))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
 

@@ -65,7 +65,7 @@ def run_pretrained(run: Run) -> TrainResults:
         folder = run.folder / one.name / "dictionary"
         if is_first_process():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
-        save_dictionary(folder, rescale.in_output_units(one.load()))
+        save_dictionary(folder, rescale.to_output_units(one.load()))
         run.say(f"{one.place}: {one.config.kind} of {one.config.n_features:,} features, {one.site}")
     members = tuple(
         TrainedMember(
