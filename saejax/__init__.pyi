@@ -15,6 +15,8 @@ from saejax.dictionaries import save_dictionary as save_dictionary
 from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig
+from saejax.interventions.engine import effects as effects
+from saejax.interventions.slopes import slopes as slopes
 from saejax.interventions.table import EffectsTable as EffectsTable
 from saejax.interventions.table import load_effects as load_effects
 from saejax.interventions.verdict import verdict as verdict
@@ -24,6 +26,8 @@ from saejax.library.causal import Ablation as Ablation
 from saejax.library.causal import ablate as ablate
 from saejax.library.causal import make_prompts as make_prompts
 from saejax.library.causal import patch as patch
+from saejax.library.causal import probe as probe
+from saejax.library.causal import steer as steer
 from saejax.library.dictionaries import Evaluation as Evaluation
 from saejax.library.dictionaries import evaluate as evaluate
 from saejax.library.dictionaries import export as export

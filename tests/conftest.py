@@ -57,7 +57,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 LONGEST = (
     "processes kinds attribute_processes new_behaviour bad_input study_run interpret_stages meshes explain_binary loop "
     "inputs decoder baseline crosscoder_stages explain_stage transfer_stage ground_truth_stage model_input precision "
-    "steer_stage track_stage detectors evaluate generation supernodes configs_run cluster_stage stages"
+    "steering track_stage detectors evaluate generation supernodes configs_run cluster_stage stages"
 )
 
 

@@ -1,7 +1,7 @@
 """Shapes checked while tests run: what a name's suffix says of an array must be so.
 
 An array of the ``CHECKED`` packages that contradicts its name fails the test in which it does.
-``SAEJAX_CHECK_SHAPES=list pytest tests/causal`` lists the contradictions at the end; ``=off`` checks nothing.
+``SAEJAX_CHECK_SHAPES=list pytest tests/interventions`` lists the contradictions at the end; ``=off`` checks nothing.
 
 An argument, a local variable or a field called ``acts_BxTxD`` must be an array of three dimensions, and B, T and D must
 be the same wherever these letters stand in one call of one function (in one round of a loop). A number is a fixed size,

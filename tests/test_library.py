@@ -188,10 +188,10 @@ def test_patching_between_prompts_and_counterparts(lm):
     pair = saejax.Prompt("animal", "test", "The cat near the", " dogs", " cat", "The dogs near the", " cat")
     found = saejax.patch(lm, [pair], "resid_post")
     texts = lm.tokenize([pair.text, pair.counterpart])
-    assert found.diff_DxLxPxC.shape == (2, lm.config.n_layers, 1, int(texts.lengths_B[0]))
+    assert found.diff_DxLxHxPxC.shape == (2, lm.config.n_layers, 1, 1, int(texts.lengths_B[0]))
     # The last token's stream after the last layer is all that is read: patching it is the other run.
-    np.testing.assert_allclose(found.diff_DxLxPxC[0, -1, 0, -1], found.clean_P[0], atol=1e-4)
-    np.testing.assert_allclose(found.diff_DxLxPxC[1, -1, 0, -1], found.corrupted_P[0], atol=1e-4)
+    np.testing.assert_allclose(found.diff_DxLxHxPxC[0, -1, 0, 0, -1], found.clean_P[0], atol=1e-4)
+    np.testing.assert_allclose(found.diff_DxLxHxPxC[1, -1, 0, 0, -1], found.corrupted_P[0], atol=1e-4)
     with pytest.raises(UserError, match="counterpart"):
         saejax.patch(lm, PROMPTS)
 

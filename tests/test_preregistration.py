@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from saejax.causal.ablate.run import rule as words
+from saejax.interventions.ablation import rule as words
 from saejax.runner import preregistration
 from saejax.runner.registry import GROUPS, STAGES, default_configs
 from saejax.runner.workspace import Workspace

@@ -12,8 +12,9 @@ import runs
 from compared import assert_as_one
 from every_kind import KINDS, PLUGIN
 
-from saejax.causal.importance import Importance
 from saejax.dictionaries import load_dictionary
+from saejax.interventions.importance import Importance
+from saejax.interventions.table import load_effects
 
 TWO = dict(task__behaviours="agreement,capital")  # half of them, where nothing is asked of what is dealt out
 
@@ -147,8 +148,8 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
 
 
 def ablate_flags(inputs, folder, **changes):
-    """Flags of a run with one behaviour, all of whose features are ablated, and top neurons."""
-    asked = dict(task__behaviours="agreement", train__kinds="topk", ablate__effects="all", ablate__baselines="neurons")
+    """Flags of a run with two behaviours, all of whose features are ablated, and top neurons."""
+    asked = dict(TWO, train__kinds="topk", ablate__effects="all", ablate__baselines="neurons")
     return runs.small_flags(*inputs, folder, **asked, **changes)
 
 
@@ -175,29 +176,22 @@ def tested(inputs, trained, tmp_path_factory):
     return folder
 
 
-def kill_at_a_chunk(processes, folder):
-    """Kills processes once another chunk of an ablation is on disk; gives the number of chunks."""
-
-    def chunks():
-        return set((folder / "ablate").rglob("*-partial/*/*.npz"))
-
-    before = chunks()
-    while not chunks() - before:
+def kill_after_a_behaviour(processes, folder):
+    """Kill processes of an ablation once the first behaviour is on disk."""
+    while not [*(folder / "ablate").rglob("agreement.json")]:
         assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
         time.sleep(0.01)
     for process in processes:
         process.kill()
     for process in processes:
         process.communicate()
-    return len(chunks())
 
 
 @pytest.mark.slow
 def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tested, tmp_path):
     folder = runs.copy_run(trained, tmp_path / "run")
-    for _ in range(2):
-        assert kill_at_a_chunk([runs.start("ablate", ablate_flags(inputs, folder))], folder)
-    runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
+    kill_after_a_behaviour([runs.start("ablate", ablate_flags(inputs, folder))], folder)
+    assert "kept from an earlier run: agreement" in runs.finish(runs.start("ablate", ablate_flags(inputs, folder)))
     assert ablated(folder) == ablated(tested)
 
 
@@ -206,22 +200,18 @@ def test_killed_while_it_ablates_it_ends_with_the_same_bits(inputs, trained, tes
 def test_two_processes_ablate_as_one(inputs, trained, tested, tmp_path, mesh):
     folder = runs.copy_run(trained, tmp_path / "run")
     flags = ablate_flags(inputs, folder, **mesh)
-    assert kill_at_a_chunk(runs.start_pair("ablate", flags), folder)  # so that both must learn what there is
+    kill_after_a_behaviour(runs.start_pair("ablate", flags), folder)  # so that both must learn what there is
     for process in runs.start_pair("ablate", flags):
         runs.finish(process)
     assert ablated(folder).keys() == ablated(tested).keys()
-    for path in (tested / "ablate" / "topk").glob("*-prompts.jsonl"):
-        texts = [file.read_text() for file in (path, folder / "ablate" / "topk" / path.name)]
-        for one, two in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
-            assert one["text"] == two["text"]
-            for name in ("clean", "joint", "top", "controls"):
-                np.testing.assert_allclose(two[name], one[name], atol=1e-5)
-    one, two = (json.loads((run / "ablate" / "topk" / "agreement.json").read_text()) for run in (tested, folder))
-    one, two = (result["doses"]["neurons"] for result in (one, two))
-    assert two["top"] == one["top"] and len(one["top"]) >= 2
-    np.testing.assert_allclose(two["logit_diff_drop"], one["logit_diff_drop"], atol=1e-5)
-    for path in (tested / "ablate" / "topk").glob("*.parquet"):
-        one, two = (Importance.load(file) for file in (path, folder / "ablate" / "topk" / path.name))
+    one, two = (load_effects(run / "ablate" / "topk") for run in (tested, folder))
+    assert [edit.id for edit in two.edits] == [edit.id for edit in one.edits]
+    for column in ("edit_N", "prompt_N", "readout_N"):
+        np.testing.assert_array_equal(getattr(two, column), getattr(one, column))
+    np.testing.assert_allclose(two.value_N, one.value_N, atol=1e-4)
+    for name in TWO["task__behaviours"].split(","):
+        files = (Importance.file(run / "ablate" / "topk", name) for run in (tested, folder))
+        one, two = map(Importance.load, files)
         np.testing.assert_array_equal(two.feature, one.feature)
         np.testing.assert_allclose(two.drop, one.drop, atol=1e-5)
 
@@ -254,7 +244,8 @@ WIDE = dict(
     probe__labels="answer",
     patch__kinds="resid_post,mlp_out",
     study__benchmarks="gsm8k",
-    study__draws=2,
+    study__random_sets=2,
+    study__placebo_targets=2,
     interpret__dictionaries="topk,standard",
     interpret__attention_tokens=256,
     transfer__dictionaries="topk,standard",

@@ -31,12 +31,13 @@ from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
 from saejax.attribution.trace.prompt import Traced, trace_prompt
 from saejax.attribution.trace.targets import token_of
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model, read_behaviours, silent
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, silent
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
+from saejax.tasks.run_inputs import load_run_model, read_behaviours
 
 _NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from saejax.causal.parts import Progress
 from saejax.errors import UserError
 from saejax.interpret.judges import Answer, OnAnswer
 from saejax.interpret.questions import Question
+from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run, fingerprint
 from saejax.stages.explain import ExplainConfig
 

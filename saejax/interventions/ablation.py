@@ -16,18 +16,18 @@ simpler basis as many directions, by the same attribution, as reach T's dose, ab
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
-from saejax.interventions.edits import mask
+from saejax.interventions.activity import FeatureStatistics
+from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
-from saejax.interventions.replacement import ActivationReplacement
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import (
@@ -43,7 +43,9 @@ from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
+from saejax.results import Interval
 from saejax.settings import BASES, AblateConfig
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.statistics.partition import disjoint_sets
 from saejax.tasks.behaviours import Prompt
 
@@ -51,9 +53,9 @@ FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 KL_FRACTIONS = (0.5, 1.0)  # those at which held-out text is read, which takes longer than the prompts
 MIN_FIRING = 0.05  # share of test prompts on which a feature of a random set fires, at least
 LIKELY = 40  # a placebo token is among so many likeliest ones
+TEXT_LENGTH = 32  # tokens of a held-out document
 WIDEST = 8  # directions of a basis, in multiples of k, at most
-_FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl", "change_norm")
-_SHORT = ("logit_diff", "change_norm")
+_FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl")
 
 
 class RowProgress:
@@ -146,7 +148,6 @@ class BehaviourAblation:
       prompts: prompts of both splits.
       config: settings of the ablation.
       progress: progress of the behaviour.
-      folder: where measurements are kept, so that a killed run does not repeat them; None: nowhere.
       features: T, if it is not chosen by attribution.
 
     Raises:
@@ -159,12 +160,11 @@ class BehaviourAblation:
     prompts: Sequence[Prompt]
     config: AblateConfig
     progress: RowProgress
-    folder: Path | None = None
     features: Sequence[int] | None = None
 
     def __post_init__(self):
         train = [prompt for prompt in self.prompts if prompt.split == "train"]
-        self.test = [prompt for prompt in self.prompts if prompt.split == "test"]
+        self.test: list[Any] = [prompt for prompt in self.prompts if prompt.split == "test"]
         if not train or not self.test:
             raise UserError(
                 f"behaviour {self.behaviour} has {len(train)} train and {len(self.test)} test prompts: expected some "
@@ -172,7 +172,7 @@ class BehaviourAblation:
             )
         config = self.config
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
-        self.train = spread_over_templates(train, config.attribution_prompts)
+        self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
         self.train_runs, self.runs = self.split.run(self.train), self.split.run(self.test)
         swaps = config.replacement == "counterpart"
         self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
@@ -202,9 +202,9 @@ class BehaviourAblation:
         self, edits: Sequence[EditDefinition], readouts: bool = False, prompts: Sequence[Prompt] | None = None
     ) -> LogitDiffs:
         """Run edits on the test prompts, or on others."""
-        runs, counterparts, folder = self.runs, self.counterparts, self.folder
+        runs, counterparts = self.runs, self.counterparts
         if prompts is not None:
-            runs, folder = self.split.run(prompts), None
+            runs = self.split.run(prompts)
             counterparts = self.split.run_counterparts(prompts) if self.counterparts else []
         count = len(edits) * sum(len(run.index_P) for run in runs)
         return run_edits(
@@ -215,8 +215,42 @@ class BehaviourAblation:
             self.progress.of_call(count),
             counterparts=counterparts,
             readouts=readouts,
-            folder=folder,
         )
+
+    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return readouts on the test prompts: by name the clean ones [1, P] and those of each edit [E, P].
+
+        Args:
+          edits: what is run.
+          full: whether all readouts are measured, which takes the logits of the whole vocabulary.
+        """
+        diffs = self.run(edits, readouts=full)
+        pairs = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
+        values = {name: (np.atleast_2d(clean), edited) for name, (clean, edited) in pairs.items()}
+        if full:
+            clean, edited = values["logit_diff"]
+            values["two_way"] = (clean > 0).astype(np.float64), (edited > 0).astype(np.float64)
+        return {name: values[name] for name in _FULL if name in values}
+
+    def definitions(self) -> list[PromptDefinition]:
+        """Return the definitions of all prompts."""
+        return define_prompts(self.behaviour, self.prompts)
+
+    def statistics(self) -> FeatureStatistics:
+        """Return firing statistics on the test prompts."""
+        return activity.statistics(self.split, self.runs)
+
+    def firing_share(self) -> np.ndarray:
+        """Return the share of test prompts on which each feature fires at an editable position, [F]."""
+        return activity.firing_prompts(self.split, self.runs) / len(self.test)
+
+    def site_values(self) -> np.ndarray:
+        """Return the site's values at editable positions of the train prompts, [N, D]."""
+        return bases.train_values(self.train_runs)
+
+    def answer_means(self) -> np.ndarray:
+        """Return the site's mean last value on the train prompts of each correct answer, [G, D]."""
+        return bases.answer_means(self.train_runs)
 
     def edits(self, definitions: Sequence[EditDefinition]):
         """Return the batched edits of some definitions."""
@@ -229,12 +263,11 @@ class BehaviourAblation:
 
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
-        share_F = activity.firing_prompts(self.split, self.runs) / len(self.test)
-        pool = np.setdiff1d(np.flatnonzero(share_F >= MIN_FIRING), np.asarray(top))
+        pool = np.setdiff1d(np.flatnonzero(self.firing_share() >= MIN_FIRING), np.asarray(top))
         return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
 
-    def placebo_sets(self) -> list[tuple[tuple[str, str], list[int]]]:
-        """Return the placebo targets, as text, and the top features of each."""
+    def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
+        """Return the placebo targets, as text if they are two tokens, and the top features of each."""
         targets_Rx2 = self.placebo_targets()
         if not len(targets_Rx2):
             return []
@@ -275,7 +308,6 @@ def measure_behaviour(
     text: HeldOutText | None = None,
     repeats: Mapping[str, Dictionary] | None = None,
     on_progress: OnProgress = lambda done, total: None,
-    folder: Path | None = None,
     features: Sequence[int] | None = None,
 ) -> tuple[EffectsTable, BehaviourAblation]:
     """Measure what the verdict on a behaviour needs.
@@ -289,7 +321,6 @@ def measure_behaviour(
       text: held-out documents, if there are any.
       repeats: dictionaries of other seeds, by name.
       on_progress: called with rows done and expected; may raise to stop.
-      folder: where measurements are kept until all are done; None: nowhere.
       features: T of the tested dictionary, if it is not chosen by attribution.
 
     Returns:
@@ -300,19 +331,40 @@ def measure_behaviour(
     """
     progress = RowProgress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
 
-    def ablation(basis: Dictionary, name: str) -> BehaviourAblation:
-        partial = folder / re.sub(r"\W+", "-", name) if folder else None
-        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress, partial)
+    def ablation(basis: Dictionary) -> BehaviourAblation:
+        return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress)
 
-    rows = TableRows()
-    tested = ablation(dictionary, TESTED)
+    tested = ablation(dictionary)
     tested.features = features
+    return measure_all(tested, ablation, prompts, text, repeats), tested
+
+
+def measure_all(
+    tested: "BehaviourAblation",
+    ablation: Callable[[Dictionary], "BehaviourAblation"],
+    prompts: Mapping[str, Sequence[Prompt]],
+    text: HeldOutText | None = None,
+    repeats: Mapping[str, Dictionary] | None = None,
+) -> EffectsTable:
+    """Return the measurements of the tested dictionary, the untrained one, simpler bases and other seeds.
+
+    Args:
+      tested: the tested dictionary on the behaviour.
+      ablation: puts another basis on the behaviour.
+      prompts: prompts of the other behaviours; T is ablated there, too.
+      text: held-out documents, if there are any.
+      repeats: dictionaries of other seeds, by name.
+
+    Raises:
+      UserError: no feature has an attribution above zero, or repeats do not go with the settings.
+    """
+    config, dictionary, rows = tested.config, tested.basis, TableRows()
     dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
     baselines = config.baselines if keeps_error else ()
     untrained = None
     if keeps_error and (config.untrained or "untrained" in baselines):
-        untrained = ablation(_untrained(tested, dictionary), UNTRAINED)
+        untrained = ablation(_untrained(tested, dictionary))
         if config.untrained:
             _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
     for name in baselines:
@@ -322,8 +374,8 @@ def measure_behaviour(
     for name, other in (repeats or {}).items():
         if not keeps_error:
             raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-        _measure_dictionary(ablation(other, name), name, prompts, text, rows)
-    return rows.table(), tested
+        _measure_dictionary(ablation(other), name, prompts, text, rows)
+    return rows.table()
 
 
 def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
@@ -390,17 +442,20 @@ def _measure_dictionary(
         dataclasses.replace(edit, fraction=share) for edit, share in zip(controls, shares, strict=True) if share < 1
     ]
 
-    definitions = define_prompts(ablation.behaviour, ablation.prompts)
+    definitions = ablation.definitions()
     test = [prompt for prompt in definitions if prompt.split == "test"]
     rows.add([], definitions, (), [])
-    diffs = ablation.run([*grid, *extra], readouts=True)
-    rows.add([*grid, *extra], test, _FULL, [*_readouts(diffs, 1), norms([*grid, *extra])])
+    edits = [*grid, *extra]
+    pairs = ablation.measure(edits, full=True)
+    rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
     if name == TESTED:
         clean = EditDefinition(ablation.behaviour, "clean")
-        rows.add([clean], test, _FULL, [*_readouts(diffs, 0), np.zeros((1, len(test)))])
+        values = [*(clean_1xP for clean_1xP, _ in pairs.values()), np.zeros((1, len(test)))]
+        rows.add([clean], test, (*pairs, "change_norm"), values)
     if controls:
-        diffs = ablation.run([*controls, *reduced])
-        rows.add([*controls, *reduced], test, _SHORT, [diffs.ablated_SxP, norms([*controls, *reduced])])
+        edits = [*controls, *reduced]
+        pairs = ablation.measure(edits)
+        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
     for other, theirs in prompts.items():
         if other != ablation.behaviour:
             others = [prompt for prompt in define_prompts(other, theirs) if prompt.split == "test"]
@@ -440,10 +495,10 @@ def _measure_basis(
     size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
     most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
     grid = [define(size, fraction * most) for fraction in FRACTIONS]
-    test = [prompt for prompt in define_prompts(ablation.behaviour, ablation.prompts) if prompt.split == "test"]
-    diffs = ablation.run(grid)
+    test = [prompt for prompt in ablation.definitions() if prompt.split == "test"]
+    pairs = ablation.measure(grid)
     norm_AxP = np.array([edit.fraction for edit in grid])[:, None] * norm_SxP[size - 1][None, :]
-    rows.add(grid, test, _SHORT, [diffs.ablated_SxP, norm_AxP])
+    rows.add(grid, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
     if text:
         _measure_text(ablation, grid, KL_FRACTIONS, text, rows)
 
@@ -471,16 +526,8 @@ def _documents(text: HeldOutText) -> list[PromptDefinition]:
     return [PromptDefinition(f"{TEXT}/{number:05d}", TEXT) for number in range(len(text.documents))]
 
 
-def _readouts(diffs: LogitDiffs, side: int) -> list[np.ndarray]:
-    """Return logit_diff, log_prob, top1, two_way and kl: clean ones [1, P] (side 0), or those of the edits (side 1)."""
-    pairs = dict(diffs.readouts) | dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP))
-    values = {name: np.atleast_2d(pair[side]).astype(np.float64) for name, pair in pairs.items()}
-    values["two_way"] = (values["logit_diff"] > 0).astype(np.float64)
-    return [values[name] for name in _FULL[:-1]]
-
-
 def _untrained(tested: BehaviourAblation, dictionary: Dictionary) -> Dictionary:
-    statistics = activity.statistics(tested.split, tested.runs)
+    statistics = tested.statistics()
     active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
     return bases.untrained(dictionary, active, tested.config.seed)
 
@@ -489,12 +536,12 @@ def _basis(
     name: str,
     tested: BehaviourAblation,
     dictionary: Dictionary,
-    ablation: Callable[[Dictionary, str], BehaviourAblation],
+    ablation: Callable[[Dictionary], BehaviourAblation],
 ) -> BehaviourAblation | None:
     """Return a basis on the behaviour; None where it cannot be had."""
     basis: Dictionary | None
     if name not in BASES:
-        return ablation(load_dictionary(name), BASIS + name)
+        return ablation(load_dictionary(name))
     if name == "neurons":
         if isinstance(tested.lm.config, TorchConfig):  # which has no table of its weights
             return None
@@ -502,13 +549,53 @@ def _basis(
         # Where a norm follows the MLP, or the site is what it reads, a neuron has no direction at the site's scale.
         if tested.lm.config.post_norms or site.kind == "mlp_in":
             return None
-        return ablation(bases.Neurons(tested.lm, site.layer), BASIS + name)
-    values_NxD = bases.train_values(tested.train_runs)
+        return ablation(bases.Neurons(tested.lm, site.layer))
+    values_NxD = tested.site_values()
     if not len(values_NxD):
         return None
     if name == "pca":
         basis = bases.principal_components(dictionary, values_NxD)
     else:
-        means_GxD = bases.answer_means(tested.train_runs)
+        means_GxD = tested.answer_means()
         basis = bases.difference_of_means(dictionary, means_GxD, values_NxD) if len(means_GxD) > 1 else None
-    return ablation(basis, BASIS + name) if basis is not None else None
+    return ablation(basis) if basis is not None else None
+
+
+def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[FeatureEffect, ...]:
+    """Return what each top feature does alone, from a table's group ``single``."""
+    prompts = table.select_prompts(ablation.behaviour)
+    edits = table.select_edits(ablation.behaviour, "single", TESTED)
+    objective = table.objective(ablation.behaviour)
+    drop_KxP = table.clean_values(prompts, objective) - table.values(edits, prompts, objective)
+    templates = [prompt.template for prompt in prompts]
+    intervals = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
+    if len(prompts) > 1:
+        weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
+        ends = [percentile_interval(weights_SxP @ drop_P) for drop_P in drop_KxP]
+        intervals = [Interval(old.mean, low, high) for old, (low, high) in zip(intervals, ends, strict=True)]
+    statistics = ablation.statistics()
+    return tuple(
+        FeatureEffect(
+            feature=(feature := edit.features[0]),
+            attribution=float(ablation.attribution_F[feature]),
+            drop=interval,
+            firing_rate=float(statistics.firing_rate_F[feature]),
+            mean_activation=float(statistics.mean_activation_F[feature]),
+        )
+        for edit, interval in zip(edits, intervals, strict=True)
+    )
+
+
+def rule(config: AblateConfig) -> str:
+    """Return the rule of the verdict in words."""
+    return verdict_config(config).rule
+
+
+def verdict_config(config: AblateConfig) -> VerdictConfig:
+    """Return the numbers of the rule."""
+    return VerdictConfig(
+        min_accuracy_drop=config.min_accuracy_drop,
+        max_ce_rise=config.max_ce_rise,
+        resamples=config.bootstrap,
+        seed=config.seed,
+    )

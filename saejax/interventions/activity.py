@@ -1,18 +1,126 @@
 """Firing rates and activations of features on prompts, at the positions that an ablation changes."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.spatial import cKDTree
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.feature_statistics import FeatureStatistics
 from saejax.interventions.split_model import CleanRun, SplitModel, in_order, of_features
 from saejax.models.split import SplitPoint
 from saejax.parallel.mesh import sharding
+
+_MIN_SPREAD = 1e-4  # logarithms with a smaller standard deviation differ by rounding
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """Firing rates and activations of features at some positions.
+
+    Attributes:
+      positions: number of positions counted.
+      fires_F: at how many of them each feature fires, int64.
+      sum_F: the sizes of each feature's activations summed over those, float64.
+    """
+
+    positions: int
+    fires_F: np.ndarray
+    sum_F: np.ndarray
+
+    @classmethod
+    def total(cls, counts: Iterable["Firings"]) -> "FeatureStatistics":
+        """Add up the counts of disjoint sets of positions, in float64.
+
+        Raises:
+          UserError: a feature's activation is not finite.
+        """
+        counts = list(counts)
+        fires_F = np.sum([np.asarray(count.fires_F, np.int64) for count in counts], axis=0)
+        sum_F = np.sum([np.asarray(count.size_F, np.float64) for count in counts], axis=0)
+        if not np.isfinite(sum_F).all():
+            raise UserError(
+                f"feature {int(np.argmin(np.isfinite(sum_F)))} has an activation that is not finite: the dictionary "
+                "holds NaN or overflows; train it again"
+            )
+        return cls(sum(int(count.positions) for count in counts), fires_F, sum_F)
+
+    @property
+    def firing_rate_F(self) -> np.ndarray:
+        """Share of the positions at which each feature fires, 0 to 1."""
+        return self.fires_F / max(self.positions, 1)
+
+    @property
+    def mean_activation_F(self) -> np.ndarray:
+        """Mean activation where the feature fires; 0 for one that never does."""
+        return self.sum_F / np.maximum(self.fires_F, 1)
+
+    def firing(self, features: Sequence[int]) -> list[int]:
+        """Return those of some features that fire anywhere."""
+        return [feature for feature in features if self.fires_F[feature] > 0]
+
+    def of(self, feature: int) -> dict[str, float]:
+        """Return a feature's ``firing_rate`` and ``mean_activation``, for JSON."""
+        return dict(
+            firing_rate=float(self.firing_rate_F[feature]), mean_activation=float(self.mean_activation_F[feature])
+        )
+
+
+class Firings(NamedTuple):
+    """Sums over some positions, of each feature.
+
+    Attributes:
+      positions: number of positions.
+      fires_F: positions at which it fires.
+      size_F: the sizes of its activations there.
+      nonzero_F: positions at which it is not 0.
+      total_F: its activations.
+      rows_F: rows in which it fires.
+    """
+
+    positions: jax.Array
+    fires_F: jax.Array
+    size_F: jax.Array
+    nonzero_F: jax.Array
+    total_F: jax.Array
+    rows_F: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def count_firings(
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
+) -> Firings:
+    """Return sums over the editable positions of the kept rows.
+
+    Args:
+      point: where the model is split (static).
+      dictionary: the dictionary of the features.
+      read_BxTxD: what it reads.
+      domain_BxT: True at editable positions.
+      kept_B: True for the rows that count: not for copies that pad a batch.
+    """
+    domain_BxT = domain_BxT & kept_B[:, None]
+
+    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
+        fires_PxTxF = dictionary.fires(f_PxTxF)
+        size_PxTxF = jnp.where(fires_PxTxF, jnp.abs(f_PxTxF), 0.0 * f_PxTxF)  # NaN where an activation is NaN
+        over_positions = (fires_PxTxF, size_PxTxF, f_PxTxF != 0, f_PxTxF)
+        return *(array.sum(axis=1) for array in over_positions), fires_PxTxF.any(axis=1)
+
+    per_row = of_features(dictionary, (read_BxTxD, domain_BxT), sums)
+    counts = Firings(domain_BxT.sum(), *(array.sum(axis=0) for array in per_row))
+    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
+
+
+def _count(split: SplitModel, run: CleanRun) -> Firings:
+    """Return ``count_firings`` of the prompts of a clean run."""
+    kept_B = np.arange(len(run.last_B)) < len(run.index_P)
+    return count_firings(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
 
 
 def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics:
@@ -21,66 +129,25 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     Raises:
       UserError: a feature's activation is not finite.
     """
-    return total(split, (counts[:4] for counts in (_counts(split, run) for run in runs)))
-
-
-def total(split: SplitModel, parts: Iterable[Sequence]) -> FeatureStatistics:
-    """Return ``FeatureStatistics.total`` of the split's dictionary, which must be finite.
-
-    Raises:
-      UserError: a feature's activation is not finite.
-    """
-    statistics = FeatureStatistics.total(parts, np.asarray(_norms(split.point, split.dictionary), np.float64))
-    if not np.isfinite(statistics.sum_F).all():
-        feature = int(np.argmin(np.isfinite(statistics.sum_F)))
-        raise UserError(
-            f"feature {feature} has an activation that is not finite: the dictionary holds NaN or overflows; train it "
-            "again"
-        )
-    return statistics
+    return FeatureStatistics.total(_count(split, run) for run in runs)
 
 
 def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return the number of prompts on which each feature fires at an editable position, int64 [F]."""
-    counts = []
-    for run in runs:
-        kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that pad the batch
-        count_F = _firing_prompts(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
-        counts.append(np.asarray(count_F, np.int64))
-    return np.sum(counts, axis=0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _firing_prompts(
-    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> jax.Array:
-    arrays = read_BxTxD, domain_BxT & kept_B[:, None]
-    fires_BxF = of_features(dictionary, arrays, lambda f_PxTxF: dictionary.fires(f_PxTxF).any(axis=1))
-    return jax.lax.with_sharding_constraint(fires_BxF.sum(axis=0), sharding(point.mesh))
+    return np.sum([np.asarray(_count(split, run).rows_F, np.int64) for run in runs], axis=0)
 
 
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return every feature's mean activation over all editable positions, fp64 [F]; 0 without such positions."""
-    counts = [_counts(split, run) for run in runs]
-    positions, total_F = sum(count[0] for count in counts), sum(count[4] for count in counts)
-    return np.asarray(total_F) / max(positions, 1)
+    counts = [_count(split, run) for run in runs]
+    total_F = np.sum([np.asarray(count.total_F, np.float64) for count in counts], axis=0)
+    return total_F / max(sum(int(count.positions) for count in counts), 1)
 
 
 def firing_sums(split: SplitModel, run: CleanRun) -> tuple[jax.Array, jax.Array]:
     """Return each feature's number of non-zero positions in a clean run, and its summed activations, [F] each."""
-    kept_B = np.arange(len(run.last_B)) < len(run.index_P)
-    return _sum(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sum(
-    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, kept_B: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return (f_PxTxF != 0).sum(axis=1), f_PxTxF.sum(axis=1)
-
-    fires_BxF, sum_BxF = of_features(dictionary, (read_BxTxD, domain_BxT & kept_B[:, None]), sums)
-    return jax.lax.with_sharding_constraint((fires_BxF.sum(axis=0), sum_BxF.sum(axis=0)), sharding(point.mesh))
+    count = _count(split, run)
+    return count.nonzero_F, count.total_F
 
 
 def maxima(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
@@ -97,48 +164,25 @@ def _maxima(point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, do
     return jax.lax.with_sharding_constraint(max_BxF, sharding(point.mesh))
 
 
-def _counts(split: SplitModel, run: CleanRun) -> tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the number of positions, and firing counts and sums of each feature.
+def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:
+    """Return the coordinates of N features by which similar ones are found, [N, 2].
 
-    The four sums are: positions at which the feature fires; its sizes there; its distances from the prompt's end there
-    (the last token is 1); its activations.
+    They are the logarithms of firing rate and mean activation, each in units of its standard deviation; 0 where all
+    features have the same.
+
+    Args:
+      rate_N: firing rates, above 0.
+      size_N: mean activations where the features fire, above 0.
     """
-    kept_B = np.arange(len(run.last_B)) < len(run.index_P)  # not the copies that fill up the batch
-    n, *sums = _count(split.point, split.dictionary, run.read_BxTxD, run.domain_BxT, kept_B, run.last_B)
-    fires_F, size_F, place_F, total_F = (np.asarray(array) for array in sums)
-    return int(n), fires_F, size_F, place_F, total_F.astype(np.float64)
+    log_Nx2 = np.log(np.stack([rate_N, size_N], axis=1))
+    spread_2 = log_Nx2.std(axis=0) if len(log_Nx2) else np.zeros(2)
+    return log_Nx2 / np.where(spread_2 > _MIN_SPREAD, spread_2, np.inf)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _norms(point: SplitPoint, dictionary: Dictionary) -> jax.Array:
-    """Return the norms of the features' directions, [F]."""
-    W_dec_FxD = dictionary.W_dec_FxD[...].astype(jnp.float32)
-    return jax.lax.with_sharding_constraint(jnp.linalg.norm(W_dec_FxD, axis=1), sharding(point.mesh))
-
-
-def fires_and_sizes(dictionary: Dictionary, f: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return where activations [..., F] fire, and their sizes there: 0 elsewhere, NaN where they are NaN."""
-    fires = dictionary.fires(f)
-    return fires, jnp.where(fires, jnp.abs(f), 0.0 * f)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _count(
-    point: SplitPoint,
-    dictionary: Dictionary,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    kept_B: jax.Array,
-    last_B: jax.Array,
-) -> tuple[jax.Array, ...]:
-    domain_BxT = domain_BxT & kept_B[:, None]
-    place_BxT = last_B[:, None] + 1 - jnp.arange(domain_BxT.shape[1])[None, :]
-
-    def sums(f_PxTxF: jax.Array, place_PxT: jax.Array) -> tuple[jax.Array, ...]:
-        fires_PxTxF, size_PxTxF = fires_and_sizes(dictionary, f_PxTxF)
-        placed_PxTxF = jnp.where(fires_PxTxF, place_PxT[..., None], 0)
-        return tuple(array.sum(axis=1) for array in (fires_PxTxF, size_PxTxF, placed_PxTxF, f_PxTxF))
-
-    per_prompt = of_features(dictionary, (read_BxTxD, domain_BxT, place_BxT), sums)
-    counts = domain_BxT.sum(), *(array.sum(axis=0) for array in per_prompt)
-    return jax.lax.with_sharding_constraint(counts, sharding(point.mesh))
+def nearest_others(place_Nx2: np.ndarray, most: int) -> np.ndarray:
+    """Return the nearest others of each of N features by ``place_Nx2``, at most ``most``, [N, A]. N is at least 2."""
+    count = len(place_Nx2)
+    nearest_NxA = cKDTree(place_Nx2).query(place_Nx2, k=min(most + 1, count))[1]
+    itself_NxA = nearest_NxA == np.arange(count)[:, None]
+    itself_NxA[~itself_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found
+    return nearest_NxA[~itself_NxA].reshape(count, -1)

@@ -3,7 +3,10 @@
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
+
 from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +62,10 @@ class BehaviourVerdict:
 
     features: tuple[int, ...]  #: the tested top features
     dose: float  #: root mean square over prompts of the norm of the change at the site
-    ablation: Mapping[str, CausalAnswer]  #: 1. by readout: logit_diff, log_prob, two_way and top1 accuracy
-    templates: Mapping[str, float]  #: mean drop of the logit difference by template
+    #: 1. by readout: logit_diff, log_prob, two_way and top1 accuracy; of a benchmark answer_log_prob and accuracy, and
+    #: both with features resampled
+    ablation: Mapping[str, CausalAnswer]
+    templates: Mapping[str, float]  #: mean effect by template
     held_out: tuple[str, ...]  #: templates that no train prompt has
     random: CausalAnswer  #: 2. more than random sets at equal dose?
     placebo: CausalAnswer  #: 3. specific to this answer?
@@ -113,3 +118,16 @@ class AblateResults:
     top: Mapping[str, tuple[FeatureEffect, ...]]  #: the top features of each behaviour, one by one
     verdict: CausalVerdict  #: the five answers
     importance: Mapping[str, ImportanceSummary] | None = None  #: of all features, by behaviour
+
+
+def mean_interval(values_P: np.ndarray, weight_RxP: np.ndarray | None) -> Interval:
+    """Return a mean and its 95 % bootstrap interval.
+
+    Args:
+      values_P: the values.
+      weight_RxP: their weights in bootstrap samples; None: both ends are the mean.
+    """
+    mean = float(values_P.mean())
+    if weight_RxP is None:
+        return Interval(mean, mean, mean)
+    return Interval(mean, *percentile_interval(weight_RxP @ values_P))

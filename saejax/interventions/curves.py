@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from saejax.errors import UserError
+from saejax.interventions.sentences import RESAMPLED
 from saejax.interventions.table import TESTED, TEXT, EditDefinition, EffectsTable, PromptDefinition
 from saejax.results import Interval
 from saejax.statistics import bootstrap
@@ -19,7 +20,7 @@ class EffectCurve:
     Attributes:
       edits: the A - 1 measured edits, by fraction; before them stands no edit, with dose and effect 0.
       dose_A: dose of each, beginning at 0.
-      drop_AxP: by how much each lowers the logit difference of each prompt.
+      drop_AxP: by how much each lowers the objective (``EffectsTable.objective``) of each prompt.
     """
 
     edits: tuple[EditDefinition, ...]
@@ -65,7 +66,8 @@ def read_curves(
     documents = table.select_prompts(TEXT)
     if not edits or not prompts or (dose == "kl" and not documents):
         return []
-    drop_ExP = table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
+    objective = table.objective(behaviour)
+    drop_ExP = table.clean_values(prompts, objective) - table.values(edits, prompts, objective)
     norm_ExP = table.values(edits, prompts, "change_norm")
     if not np.isfinite(drop_ExP + norm_ExP).all():
         first = edits[int(np.argmin(np.isfinite(drop_ExP + norm_ExP).all(axis=1)))]
@@ -92,12 +94,14 @@ class MeasuredBehaviour:
     Attributes:
       behaviour: its name.
       prompts: its P test prompts.
+      objective: the readout whose drop is the effect.
       top: the curve of the top features.
       weight_RxP: weight of each prompt in each bootstrap sample of a mean; see ``resampling_weights``.
     """
 
     behaviour: str
     prompts: Sequence[PromptDefinition]
+    objective: str
     top: EffectCurve
     weight_RxP: np.ndarray
 
@@ -126,7 +130,7 @@ class MeasuredBehaviour:
         weight_RxP = bootstrap.resampling_weights(strata, resamples, seed)
         check_controls(table, behaviour, dictionary)
         (top,) = read_curves(table, behaviour, "top", dictionary, prompts)
-        return cls(behaviour, prompts, top, weight_RxP)
+        return cls(behaviour, prompts, table.objective(behaviour), top, weight_RxP)
 
     @property
     def k(self) -> int:
@@ -142,6 +146,15 @@ class MeasuredBehaviour:
         """Return the mean of a number per prompt with its interval, and its bootstrap samples."""
         sample_R = self.weight_RxP @ value_P
         return Interval(float(value_P.mean()), *bootstrap.percentile_interval(sample_R)), sample_R
+
+
+def ablation_readouts(table: EffectsTable, measured: MeasuredBehaviour) -> list[str]:
+    """Return the readouts of question 1 (``sentences.ABLATION_READOUTS``), the objective first."""
+    if measured.objective == "logit_diff":
+        return ["logit_diff", "log_prob", "two_way", "top1"]
+    resampled = table.select_edits(measured.behaviour, "resample", measured.top.edits[-1].dictionary)
+    readouts = ["answer_log_prob", "accuracy"]
+    return readouts + [name + RESAMPLED for name in readouts if resampled]
 
 
 def compare_at_equal_dose(

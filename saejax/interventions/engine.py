@@ -21,25 +21,26 @@ The rows go through one jitted program in batches of bounded size, sharded over 
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from saejax.errors import UserError, one_of
-from saejax.interventions.edits import FeatureEdits
+from saejax.interventions.edits import ZERO, ActivationReplacement, FeatureEdits
 from saejax.interventions.engine_programs import CleanValues, clean_logp, first_change, gather, run_rows
-from saejax.interventions.replacement import ZERO, ActivationReplacement
-from saejax.interventions.resume import Chunks
+from saejax.interventions.references import Reference, References
 from saejax.interventions.rows import Amounts, Prompts, RowBatch, all_different, batches_of, first_changes
-from saejax.interventions.split_model import CleanRun, SplitModel
+from saejax.interventions.split_model import GROUP_TOKENS, CleanRun, SplitModel
 from saejax.models.language_model import LanguageModel
 from saejax.models.split import SharedPrefixBatch
 from saejax.tasks.behaviours import Prompt
+from saejax.tasks.likelihood import encode_pair
 
 #: Readouts of a row: the logit difference, and those that need the logits of the whole vocabulary.
 READOUTS = ("logit_diff", "log_prob", "top1", "kl")
+#: Readouts of whole texts: the log-likelihood of the whole correct answer, and the prompt's cross-entropy per token.
+TEXT_READOUTS = ("answer_log_prob", "ce")
 BATCH_ROWS = 64
 _IN_FLIGHT = 2  # batches on the device while the host waits for an earlier one
 FEATURES = 1024  # features gathered at once, unless one set has more
@@ -63,7 +64,8 @@ def effects(
       lm: the model.
       prompts: P prompts with a correct and a wrong answer.
       edits: E edits of one dictionary's features.
-      readouts: names from ``READOUTS``, and ``change_norm``: the norm of the change at the site, over all positions.
+      readouts: names from ``READOUTS`` and ``TEXT_READOUTS``, and ``change_norm``: the norm of the change at the site,
+        over all positions.
       positions: the editable positions: all, last, or a slice such as 1:4 or -3:.
       error: "keep", or "drop": the clean run, too, goes through the dictionary.
       batch_rows: a batch holds as many tokens as this number of whole prompts: the bound of the memory in use.
@@ -76,8 +78,11 @@ def effects(
       UserError: a readout is unknown or not finite, a prompt is too long, or an answer has no token of its own.
     """
     for name in readouts:
-        one_of(name, (*READOUTS, "change_norm"), "readout")
+        one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
     split = SplitModel(lm, edits.dictionary, positions, error)
+    values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
+    if values.keys() >= set(readouts):
+        return np.stack([values[name] for name in readouts], axis=-1)
     runs = split.run(prompts)
     counterparts = split.run_counterparts(prompts) if edits.replacement.kind == "counterpart" else ()
     measured = run_edits(
@@ -89,9 +94,29 @@ def effects(
         counterparts=counterparts,
         readouts=any(name in READOUTS[1:] for name in readouts),
     )
-    norms = {"change_norm": change_norms(split, runs, edits, counterparts)} if "change_norm" in readouts else {}
-    values = {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
-    return np.stack([(values | norms)[name] for name in readouts], axis=-1)
+    if "change_norm" in readouts:
+        values["change_norm"] = change_norms(split, runs, edits, counterparts)
+    values |= {"logit_diff": measured.ablated_SxP, **{name: pair[1] for name, pair in measured.readouts.items()}}
+    return np.stack([values[name] for name in readouts], axis=-1)
+
+
+def _whole_texts(
+    lm: LanguageModel, split: SplitModel, prompts: Sequence[Prompt], edits: FeatureEdits, readout: str
+) -> np.ndarray:
+    """Return one of ``TEXT_READOUTS`` of each edit on each prompt, float64 ``[E, P]``."""
+    if not split.edits_everywhere:
+        raise UserError(f"{readout} is measured with edits at all positions and the error kept: use the defaults")
+    if readout == "answer_log_prob":
+        pairs = [encode_pair(lm.tokenizer, prompt.text, prompt.correct) for prompt in prompts]
+    else:
+        tokens = lm.tokenize([prompt.text for prompt in prompts])
+        ids = [ids_T[:length].tolist() for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
+        if short := [prompt.text for prompt, each in zip(prompts, ids, strict=True) if len(each) < 2]:
+            raise UserError(f"the prompt {short[0]!r} has one token: cross-entropy takes at least two")
+        pairs = [(each[:1], each[1:]) for each in ids]
+    references = [Reference(*pair) for pair in pairs]
+    _, edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)
+    return edited_ExP if readout == "answer_log_prob" else -edited_ExP / np.array([len(each[1]) for each in pairs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +156,6 @@ def ablate_sets(
     source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
-    folder: Path | None = None,
 ) -> LogitDiffs:
     """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
 
@@ -145,11 +169,10 @@ def ablate_sets(
       source: what replaces ablated activations.
       counterparts: as for ``run_edits``.
       readouts: as for ``run_edits``.
-      folder: as for ``run_edits``.
     """
     members = tuple(np.asarray(s, np.int64) for s in sets)
     edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
-    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts, folder)
+    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts)
 
 
 def run_edits(
@@ -161,7 +184,6 @@ def run_edits(
     plain: bool = False,
     counterparts: Sequence[CleanRun] = (),
     readouts: bool = False,
-    folder: Path | None = None,
 ) -> LogitDiffs:
     """Run S edits on prompts whose clean run is given.
 
@@ -174,7 +196,6 @@ def run_edits(
       plain: run every row on all its tokens, sharing none: a check of what is left out otherwise.
       counterparts: for the replacement ``counterpart``, from ``split.run_counterparts``.
       readouts: whether all of ``READOUTS`` are measured, which takes the logits of the whole vocabulary.
-      folder: where finished batches are kept, so that the same call goes on there after it was killed; None: nowhere.
 
     Returns:
       The logit differences and, if asked for, the other readouts.
@@ -189,12 +210,10 @@ def run_edits(
     plans = [RowPlan.of(split, prompts, amounts, batch_rows, plain) for prompts in edited]
     batches = [(plan.edited.run.index_P, batch) for plan in plans for batch in plan.batches]
     names = READOUTS if readouts else READOUTS[:1]
-    shapes = [(len(batch.shards), batch.size, len(names)) for _, batch in batches]
-    chunks = Chunks(folder, shapes, _decisive(plans, amounts))
-    _measure(split, plans, amounts, readouts, chunks, on_progress)
+    measured = _measure(split, plans, amounts, readouts, on_progress)
     count, prompts = len(edits), sum(len(run.index_P) for run in runs)
     values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
-    for (index_Q, batch), values_SxRxM in zip(batches, chunks.values, strict=True):
+    for (index_Q, batch), values_SxRxM in zip(batches, measured, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
             values_MxExP[:, shard.set_N, index_Q[shard.place_N]] = values_RxM[: len(shard.set_N)].T
     rows = sum(int((shard.set_N != count).sum()) for _, batch in batches for shard in batch.shards)
@@ -220,14 +239,8 @@ def change_norms(
         editable_PxT = np.asarray(run.domain_BxT)[:count]
         for chosen, features_K in amounts.chunks(FEATURES):
             fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
-            fall_PxTxK, W_dec_KxD = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD, np.float64)
-            for s in chosen:
-                place_M = np.searchsorted(features_K, amounts.sets[s])
-                change_PxTxM = fall_PxTxK[:, :, place_M].astype(np.float64) * amounts.fractions[s]
-                if amounts.addends is not None:
-                    change_PxTxM -= editable_PxT[:, :, None] * amounts.addends[s]
-                change_PxTxD = change_PxTxM @ W_dec_KxD[place_M]
-                norm_SxP[s, run.index_P] = np.sqrt(np.square(change_PxTxD).sum(axis=(1, 2)))
+            arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
+            norm_SxP[np.array(chosen)[:, None], run.index_P] = amounts.norms(chosen, features_K, *arrays)
     return norm_SxP
 
 
@@ -287,58 +300,39 @@ class RowPlan(NamedTuple):
         return cls(edited, prompts, batches_of(first_SxP, prompts, amounts, batch_rows * length, FEATURES, shards))
 
 
-def _decisive(plans: Sequence[RowPlan], amounts: Amounts) -> Iterator[np.ndarray]:
-    """Yield what determines each batch's values besides the model, the dictionary, the prompts and the replacement."""
-    yield from (*amounts.sets, *amounts.fractions, *(amounts.addends or ()))
-    for plan in plans:
-        for batch in plan.batches:
-            yield np.array([batch.size, batch.length, batch.tokens])
-            for shard in batch.shards:
-                yield from (shard.set_N, shard.place_N, shard.first_N)
-
-
 def _measure(
-    split: SplitModel,
-    plans: Sequence[RowPlan],
-    amounts: Amounts,
-    readouts: bool,
-    chunks: Chunks,
-    on_progress: OnProgress,
-) -> None:
-    """Run the batches that ``chunks`` lacks."""
-    before = len(chunks.values)
-    left = [batch for plan in plans for batch in plan.batches][before:]
-    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in left)
+    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, on_progress: OnProgress
+) -> list[np.ndarray]:
+    """Run all batches; return the readouts of each, float32 ``[S, R, M]``."""
+    batches = [batch for plan in plans for batch in plan.batches]
+    done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
     on_progress(0, total)
-    with chunks:
-        started = prefetch(_dispatched(split, plans, amounts, readouts, before))
-        for batch, device_SxRxM in zip(left, started, strict=True):
-            values_SxRxM = np.asarray(device_SxRxM)
-            real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
-            if not np.isfinite(values_SxRxM[real_SxR]).all():
-                raise UserError(
-                    f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
-                    "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-                )
-            chunks.add(values_SxRxM)
-            done += batch.tokens * len(batch.shards)
-            on_progress(done, total)
+    values = []
+    for batch, device_SxRxM in zip(batches, prefetch(_dispatched(split, plans, amounts, readouts)), strict=True):
+        values_SxRxM = np.asarray(device_SxRxM)
+        real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
+        if not np.isfinite(values_SxRxM[real_SxR]).all():
+            raise UserError(
+                f"a logit difference after an edit at {split.point.site} is not finite: the model or the "
+                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+            )
+        values.append(values_SxRxM)
+        done += batch.tokens * len(batch.shards)
+        on_progress(done, total)
+    return values
 
 
-def _dispatched(
-    split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool, before: int
-) -> Iterator[jax.Array]:
-    """Start the program on all batches but the first ``before``; yield the readouts of each."""
+def _dispatched(split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, readouts: bool) -> Iterator[jax.Array]:
+    """Start the program on every batch; yield the readouts of each."""
     for edited, prompts, batches in plans:
-        left, before = batches[before:], max(before - len(batches), 0)
-        if not left:
+        if not batches:
             continue
         run = edited.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
         editable_BxT = None if amounts.addends is None else run.domain_BxT
         clean, features_K = None, None
-        for batch in left:
+        for batch in batches:
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 fall_BxTxK, W_dec_KxD = gather(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
-from saejax.interventions.replacement import ActivationReplacement
+from saejax.interventions.edits import ActivationReplacement
 from saejax.interventions.split_model import active_features, of_features
 from saejax.models import decoder
 from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
@@ -88,6 +88,31 @@ def gather(
     return jax.lax.with_sharding_constraint((fall_BxTxK, W_dec_KxD), sharding(point.mesh))
 
 
+def edit_value(
+    value_xD: jax.Array,
+    fall_xK: jax.Array,
+    W_dec_KxD: jax.Array,
+    fractions: jax.Array,
+    addends: jax.Array | None = None,
+) -> jax.Array:
+    """Return the site's value after an edit, [..., D].
+
+    Args:
+      value_xD: the clean value.
+      fall_xK: by how much ablation lowers the activation of each feature; from ``gather``.
+      W_dec_KxD: directions of the features.
+      fractions: share of each fall that is applied; broadcast to ``fall_xK``.
+      addends: what is added to each activation, likewise; None: nothing.
+    """
+    fractions = fractions.astype(fall_xK.dtype)
+    # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
+    fall_xK = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
+    if addends is not None:
+        fall_xK = fall_xK - addends.astype(fall_xK.dtype)
+    fall_xD = matmul(fall_xK.astype(W_dec_KxD.dtype), W_dec_KxD)
+    return (value_xD.astype(fall_xD.dtype) - fall_xD).astype(value_xD.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
     """Return the clean log-probabilities of the next token, fp32 [B, V]."""
@@ -119,16 +144,12 @@ def run_rows(
       addend_SxRxK: what is added to each activation; None: nothing.
     """
     stream_SxNxD, value_SxNxD, fall_SxNxK = (array[tree.prompt_SxN, tree.position_SxN] for array in clean[:3])
-    fraction_SxNxK = tree.per_token(fraction_SxRxK).astype(fall_SxNxK.dtype)
-    # Not a plain product: a feature that overflows would reach the rows that do not edit it as 0 x NaN.
-    fall_SxNxK = jnp.where(fraction_SxNxK != 0, fall_SxNxK * fraction_SxNxK, jnp.zeros_like(fall_SxNxK))
+    addend_SxNxK = None
     if addend_SxRxK is not None:
         assert clean.editable_BxT is not None
         editable_SxN = clean.editable_BxT[tree.prompt_SxN, tree.position_SxN]
-        addend_SxNxK = tree.per_token(addend_SxRxK).astype(fall_SxNxK.dtype)
-        fall_SxNxK = fall_SxNxK - jnp.where(editable_SxN[..., None], addend_SxNxK, jnp.zeros_like(addend_SxNxK))
-    fall_SxNxD = matmul(fall_SxNxK, clean.W_dec_KxD)
-    edited_SxNxD = (value_SxNxD.astype(fall_SxNxD.dtype) - fall_SxNxD).astype(value_SxNxD.dtype)
+        addend_SxNxK = jnp.where(editable_SxN[..., None], tree.per_token(addend_SxRxK), 0.0)
+    edited_SxNxD = edit_value(value_SxNxD, fall_SxNxK, clean.W_dec_KxD, tree.per_token(fraction_SxRxK), addend_SxNxK)
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
     x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)

@@ -40,6 +40,51 @@ class Amounts(NamedTuple):
         sets = self.sets + (np.zeros(0, np.int64),) * count
         return Amounts(sets, self.fractions + nothing, None if self.addends is None else self.addends + nothing)
 
+    def over(self, chosen: Sequence[int] | np.ndarray, features_K: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return fractions and addends of some edits over K features, fp32 [M, K] each; 0 for those not named.
+
+        Args:
+          chosen: the M edits.
+          features_K: rising features, among them all that the edits name.
+        """
+        fraction_MxK = np.zeros((len(chosen), len(features_K)), np.float32)
+        addend_MxK = None if self.addends is None else np.zeros_like(fraction_MxK)
+        for m, e in enumerate(chosen):
+            column = np.searchsorted(features_K, self.sets[e])
+            fraction_MxK[m, column] = self.fractions[e]
+            if addend_MxK is not None and self.addends is not None:
+                addend_MxK[m, column] = self.addends[e]
+        return fraction_MxK, addend_MxK
+
+    def norms(
+        self,
+        chosen: Sequence[int],
+        features_K: np.ndarray,
+        fall_PxTxK: np.ndarray,
+        W_dec_KxD: np.ndarray,
+        editable_PxT: np.ndarray,
+    ) -> np.ndarray:
+        """Return the norm of the change that some edits make at the site, over all positions, float64 [M, P].
+
+        Args:
+          chosen: the M edits.
+          features_K: as for ``over``.
+          fall_PxTxK: by how much ablation lowers each activation.
+          W_dec_KxD: the features' directions.
+          editable_PxT: True at editable positions.
+        """
+        norm_MxP = np.zeros((len(chosen), len(fall_PxTxK)))
+        for m, e in enumerate(chosen):
+            column = np.searchsorted(features_K, self.sets[e])
+            change_PxTxN = fall_PxTxK[:, :, column].astype(np.float64) * self.fractions[e]
+            if self.addends is not None:
+                change_PxTxN -= editable_PxT[:, :, None] * self.addends[e]
+            # |f W|^2 = f (W W^T) f^T: positions are many, the features of a set are few.
+            gram_NxN = W_dec_KxD[column].astype(np.float64) @ W_dec_KxD[column].T.astype(np.float64)
+            square_P = np.einsum("ptn,nm,ptm->p", change_PxTxN, gram_NxN, change_PxTxN, optimize=True)
+            norm_MxP[m] = np.sqrt(np.maximum(square_P, 0.0))
+        return norm_MxP
+
     def chunks(self, most: int) -> Iterator[tuple[list[int], np.ndarray]]:
         """Yield runs of edits that name at most ``most`` features together, and those features, rising, padded."""
         for chosen in _chunks(self.sets, most):
@@ -92,24 +137,21 @@ class RowBatch:
         s, r, n, t = len(self.shards), self.size, self.tokens, self.length
         tree = SharedPrefixBatch(*(np.zeros(shape, np.int32) for shape in ((s, r), (s, r), (s, r, t), (s, n), (s, n))))
         end_SxR = np.zeros((s, r), np.int32)
-        both = (amounts.fractions, amounts.addends)
-        filled = [None if given is None else np.zeros((s, r, len(self.features_K)), np.float32) for given in both]
+        fraction_SxRxK = np.zeros((s, r, len(self.features_K)), np.float32)
+        addend_SxRxK = None if amounts.addends is None else np.zeros_like(fraction_SxRxK)
         for shard, rows in enumerate(self.shards):
             key_ExT, real_ExT = prompts.keys(rows, t)
             _, at_U, token_M = np.unique(key_ExT[real_ExT], return_index=True, return_inverse=True)
-            own, count = slice(len(rows.set_N)), len(at_U)
-            tree.prompt_SxR[shard, own], tree.first_SxR[shard, own] = rows.place_N, rows.first_N
-            token_ExT = tree.token_index_SxRxT[shard, own]
+            filled_rows, count = slice(len(rows.set_N)), len(at_U)
+            tree.prompt_SxR[shard, filled_rows], tree.first_SxR[shard, filled_rows] = rows.place_N, rows.first_N
+            token_ExT = tree.token_index_SxRxT[shard, filled_rows]
             token_ExT[real_ExT] = token_M
             row_M, column_M = np.nonzero(real_ExT)
             tree.row_SxN[shard, :count], tree.column_SxN[shard, :count] = row_M[at_U], column_M[at_U]
-            end_SxR[shard, own] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
-            for array_SxRxK, given in zip(filled, both, strict=True):
-                if array_SxRxK is not None and given is not None:
-                    for amount_K, chosen in zip(array_SxRxK[shard], rows.set_N, strict=False):
-                        amount_K[np.searchsorted(self.features_K, amounts.sets[chosen])] = given[chosen]
-        fraction_SxRxK, addend_SxRxK = filled
-        assert fraction_SxRxK is not None
+            end_SxR[shard, filled_rows] = token_ExT[np.arange(len(rows.set_N)), real_ExT.sum(axis=1) - 1]
+            fraction_SxRxK[shard, filled_rows], addend_ExK = amounts.over(rows.set_N, self.features_K)
+            if addend_SxRxK is not None:
+                addend_SxRxK[shard, filled_rows] = addend_ExK
         return tree, end_SxR, fraction_SxRxK, addend_SxRxK
 
 
@@ -188,9 +230,9 @@ def batches_of(
         lengths = bucket_lengths(np.bincount(length_N), _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
-            own, length = rows[shape_N == shape], int(lengths[shape])
-            parts = _parts(own, prompts, length, max(most // shards, 1))
-            parts += [own[:0]] * (-len(parts) % shards)
+            same_shape, length = rows[shape_N == shape], int(lengths[shape])
+            parts = _parts(same_shape, prompts, length, max(most // shards, 1))
+            parts += [same_shape[:0]] * (-len(parts) % shards)
             size = few_rows(max(len(part.set_N) for part in parts))
             full = full_batch(max(most // shards, 1), length)
             tokens = _few_tokens(max(_distinct(part, prompts, length) for part in parts), full)

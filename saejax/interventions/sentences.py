@@ -4,13 +4,18 @@ from collections.abc import Mapping, Sequence
 
 from saejax.results import Interval
 
-#: The readouts of question 1: their names, and the factor and unit in which they are printed.
+#: The readouts of question 1: their names, and the factor and unit in which they are printed. The last two are those
+#: of benchmarks.
 ABLATION_READOUTS = dict(
     logit_diff=("the logit difference", 1, "logits"),
     log_prob=("the log-probability of the correct answer", 1, "nats"),
     two_way=("two-way accuracy", 100, "points"),
     top1=("top-1 accuracy", 100, "points"),
+    answer_log_prob=("the log-likelihood of the reference answer", 1, "nats"),
+    accuracy=("accuracy", 100, "points"),
 )
+#: What follows the name of a readout in which T was not set to zero.
+RESAMPLED = "_resampled"
 #: Bases in words; a dictionary's folder stands for itself.
 BASES = dict(
     neurons="MLP neurons",
@@ -33,19 +38,20 @@ def ablation(
 
     Args:
       k: number of ablated features.
-      readout: one of ``ABLATION_READOUTS``.
+      readout: one of ``ABLATION_READOUTS``, perhaps with ``RESAMPLED``.
       effect: drop of the readout.
       clean: the readout of the unedited model.
       is_sure: whether the drop is significant.
       is_large: whether it exceeds the criterion.
       disagreeing: drop by template, if the templates disagree.
     """
-    name, factor, unit = ABLATION_READOUTS[readout]
+    name, factor, unit = ABLATION_READOUTS[readout.removesuffix(RESAMPLED)]
+    verb = "Resampling" if readout.endswith(RESAMPLED) else "Ablating"
     digits = 2 if factor == 1 else 1
     rises = effect.mean < 0
     shown = effect * (-factor if rises else factor)
     low, high = sorted((shown.low, shown.high))
-    text = f"Ablating the {features(k)} {'raises' if rises else 'lowers'} {name} by {shown.mean:.{digits}f} {unit} "
+    text = f"{verb} the {features(k)} {'raises' if rises else 'lowers'} {name} by {shown.mean:.{digits}f} {unit} "
     text += f"[{low:.{digits}f}, {high:.{digits}f}] from {factor * clean:.{digits}f}"
     if rises and effect.high < 0:
         return f"{text}: the opposite of what was asked."
@@ -60,7 +66,14 @@ def ablation(
 
 
 def sets(
-    answer: str, group: str, k: int, numbers: Mapping[str, float], p_value: float, p_holm: float, behaviours: int
+    answer: str,
+    group: str,
+    k: int,
+    numbers: Mapping[str, float],
+    p_value: float,
+    p_holm: float,
+    behaviours: int,
+    objective: str = "logit_diff",
 ) -> str:
     """Return the sentence of questions 2 (``group`` random) and 3 (placebo).
 
@@ -72,6 +85,7 @@ def sets(
       p_value: before correction.
       p_holm: after correction.
       behaviours: number of behaviours that the correction is over.
+      objective: the readout whose drop is the effect.
     """
     count, needed = int(numbers["sets"]), int(numbers["needed"])
     if answer == "not testable" and group == "random":
@@ -85,8 +99,9 @@ def sets(
     moved = "lower" if numbers["top"] >= 0 else "raise"
     corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
     text = (
-        f"At equal dose the {features(k)} {moved} the logit difference by {abs(numbers['top']):.2f}, {verb} {count} "
-        f"{group} sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; p = {p_value:.2g}{corrected})"
+        f"At equal dose the {features(k)} {moved} {ABLATION_READOUTS[objective][0]} by {abs(numbers['top']):.2f}, "
+        f"{verb} {count} {group} sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; "
+        f"p = {p_value:.2g}{corrected})"
     )
     if group == "placebo":
         return f"{text}: {'specific to this answer' if answer == 'yes' else 'not shown to be specific to this answer'}."
@@ -108,7 +123,13 @@ def fooled(count: int | None, placebo_sets: int) -> str:
     )
 
 
-def basis(answer: str, name: str, numbers: Mapping[str, float], differences: Mapping[str, Interval]) -> str:
+def basis(
+    answer: str,
+    name: str,
+    numbers: Mapping[str, float],
+    differences: Mapping[str, Interval],
+    objective: str = "logit_diff",
+) -> str:
     """Return the sentence of question 4.
 
     Args:
@@ -116,6 +137,7 @@ def basis(answer: str, name: str, numbers: Mapping[str, float], differences: Map
       name: name of the basis.
       numbers: top, basis and dose at which they were compared.
       differences: features' effect minus the basis's, by kind of dose.
+      objective: the readout whose drop is the effect.
     """
     endings = {
         "more": "the features have the larger effect",
@@ -129,7 +151,8 @@ def basis(answer: str, name: str, numbers: Mapping[str, float], differences: Map
         f"{at.mean:+.2f} [{at.low:.2f}, {at.high:.2f}] by {kinds[kind]}" for kind, at in differences.items()
     )
     return (
-        f"Against {BASES.get(name, name)} at equal dose: {numbers['top']:.2f} logits lost to {numbers['basis']:.2f}; "
+        f"Against {BASES.get(name, name)} at equal dose: {numbers['top']:.2f} {ABLATION_READOUTS[objective][2]} lost "
+        f"to {numbers['basis']:.2f}; "
         f"difference {listed}: {endings[answer]}."
     )
 

@@ -6,13 +6,10 @@ The attribution of feature i on a prompt is activation x gradient,
 
 the first-order estimate of how much L falls when the feature is removed, x_t -> x_t - f_{t,i} W_dec_i
 (attribution patching; Nanda, 2023; for dictionaries, Marks et al., 2024, arXiv 2403.19647). With a replacement r of
-activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Two other estimates have another
-slope in the gradient's place: ``integrated`` takes the mean gradient between the clean value and that with all features
-replaced, at the middles of 10 equal steps (integrated gradients; Sundararajan et al., 2017); ``relp`` goes back through
-the model by the rules of relevance patching. Attribution chooses features; their effects are then measured exactly.
+activations, f_{t,i} - r_{t,i} stands for f_{t,i}; of random replacements their mean. Attribution chooses features;
+their effects are then measured exactly.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -24,7 +21,7 @@ from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError, one_of
 from saejax.interventions.activity import firing_sums
-from saejax.interventions.replacement import ZERO, ActivationReplacement, removed_on_average
+from saejax.interventions.edits import ZERO, ActivationReplacement, removed_on_average
 from saejax.interventions.split_model import PROMPTS, CleanRun, SiteRows, SplitModel, active_features, slices
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
@@ -35,7 +32,6 @@ from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-STEPS = 10  # of integrated gradients
 TARGETS = 8  # targets whose slopes are computed together: as many times the tokens of a batch
 
 
@@ -105,10 +101,10 @@ def likely_tokens(split: SplitModel, runs: Sequence[CleanRun], most: int) -> np.
       most: number of tokens of each prompt.
     """
     most = min(most, split.point.config.vocab)
-    found = [
+    likeliest = [
         np.asarray(_likeliest(split.point, most, split.params, split.past(run)[0]))[: len(run.index_P)] for run in runs
     ]
-    return np.unique(np.concatenate(found))
+    return np.unique(np.concatenate(likeliest))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -143,9 +139,9 @@ def target_attributions(
     total_CxF = np.zeros((len(padded_Cx2), split.dictionary.config.n_features))
     for run in runs:
         sums = firing_sums(split, run) if source.kind == "random" else ()
-        for own in slices(run):
-            rows = split.placed(run.rows(own))
-            real_B = np.arange(own.start, own.stop) < len(run.index_P)
+        for part in slices(run):
+            rows = split.placed(run.rows(part))
+            real_B = np.arange(part.start, part.stop) < len(run.index_P)
             for first in range(0, len(padded_Cx2), TARGETS):
                 check()
                 chunk = slice(first, first + TARGETS)
@@ -168,13 +164,13 @@ def score_targets(
     real_B: jax.Array,
     targets_Cx2: jax.Array,
     source: ActivationReplacement = ZERO,
-    lent: tuple[jax.Array, ...] = (),
+    source_arrays: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature for C targets, summed over the real ones of some rows: [C, F].
 
     The layers above the site run forward once and backward once per target.
     """
-    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
+    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
     removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
@@ -197,20 +193,9 @@ def score_targets(
     return jax.lax.with_sharding_constraint(scores_CxF, sharding(point.mesh))
 
 
-def points(estimate: str) -> int:
-    """Return the number of site values at which an estimate takes a slope."""
-    return STEPS if estimate == "integrated" else 1
-
-
-def backward_of(estimate: str) -> str:
-    """Return the rules of differentiation of an estimate."""
-    return "relp" if estimate == "relp" else "gradient"
-
-
 def attribution(
     split: SplitModel,
     runs: Sequence[CleanRun],
-    estimate: str = "gradient",
     source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
 ) -> np.ndarray:
@@ -219,7 +204,6 @@ def attribution(
     Args:
       split: the model, split at the site that the dictionary writes to.
       runs: from ``split.run``; N prompts in all.
-      estimate: one of ``settings.ESTIMATES``.
       source: what replaces activations.
       counterparts: for the source ``counterpart``, from ``split.run_counterparts``.
 
@@ -230,19 +214,17 @@ def attribution(
     Raises:
       UserError: the result is not finite.
     """
-    rules = dataclasses.replace(split.point.rules, backward=backward_of(estimate))
-    point = dataclasses.replace(split.point, rules=rules)
     shape = sum(len(run.index_P) for run in runs), split.dictionary.config.n_features
     attribution_NxF = np.zeros(shape, np.float32)
     for run, other in zip(runs, counterparts or runs, strict=True):
         sums = firing_sums(split, run) if source.kind == "random" else ()
-        for own in slices(run):
-            rows = split.placed(run.rows(own))
-            lent = (other.read_BxTxD[own], other.domain_BxT[own]) if source.kind == "counterpart" else ()
+        for part in slices(run):
+            rows = split.placed(run.rows(part))
+            source_arrays = (other.read_BxTxD[part], other.domain_BxT[part]) if source.kind == "counterpart" else ()
             attribution_BxF = score_features(
-                point, points(estimate), split.params, split.dictionary, rows, source, sums or (*split.by_row(*lent),)
+                split.point, split.params, split.dictionary, rows, source, sums or (*split.by_row(*source_arrays),)
             )
-            index_P = run.index_P[own]
+            index_P = run.index_P[part]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
     if not np.isfinite(attribution_NxF).all():
         raise UserError(_not_finite(split.point))
@@ -255,30 +237,28 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=0)
 def score_features(
     point: SplitPoint,
-    points: int,
     params: decoder.Params,
     dictionary: Dictionary,
     rows: SiteRows,
     source: ActivationReplacement = ZERO,
-    lent: tuple[jax.Array, ...] = (),
+    source_arrays: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
     """Return the attribution of every feature on one batch of rows: [B, F].
 
     Args:
       point: where the model is split (static).
-      points: number of values of the site whose gradients are averaged; 1: the clean one alone (static).
       params: parameters of the decoder.
       dictionary: the dictionary of the features.
       rows: clean values of the prompts.
       source: what replaces activations.
-      lent: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at how many
-        positions of the clean run each feature is not 0, and the sum of its activations.
+      source_arrays: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at
+        how many positions of the clean run each feature is not 0, and the sum of its activations.
     """
     value_BxTxD = rows.value_BxTxD
-    removed_BxTxF = _mean_fall(dictionary, rows, source, lent)
+    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
     W_dec_FxD = dictionary.W_dec_FxD[...]
 
     def difference(value_BxTxD: jax.Array) -> jax.Array:
@@ -286,25 +266,18 @@ def score_features(
         x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
         return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
 
-    slope = jax.grad(difference)
-
-    if points == 1:
-        slope_BxTxD = slope(value_BxTxD)
-    else:
-        all_BxTxD = matmul(removed_BxTxF, W_dec_FxD).astype(value_BxTxD.dtype)
-        shares = (jnp.arange(points, dtype=value_BxTxD.dtype) + 0.5) / points
-        slope_BxTxD = jax.lax.map(lambda share: slope(value_BxTxD - share * all_BxTxD), shares).mean(axis=0)
+    slope_BxTxD = jax.grad(difference)(value_BxTxD)
     return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
 
 
 def _mean_fall(
-    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, lent: tuple[jax.Array, ...]
+    dictionary: Dictionary, rows: SiteRows, source: ActivationReplacement, source_arrays: tuple[jax.Array, ...]
 ) -> jax.Array:
     """Return by how much every activation falls, f - r, in the mean over draws of r: [B, T, F]."""
     f_BxTxF = active_features(dictionary, rows.read_BxTxD, rows.domain_BxT)
     if source.kind == "random":
-        return removed_on_average(f_BxTxF, *lent)
-    other_BxTxF = active_features(dictionary, *lent) if lent else f_BxTxF
+        return removed_on_average(f_BxTxF, *source_arrays)
+    other_BxTxF = active_features(dictionary, *source_arrays) if source_arrays else f_BxTxF
     every_F = jnp.arange(f_BxTxF.shape[-1])
     return source.removed(f_BxTxF, other_BxTxF, rows.domain_BxT, every_F, jnp.int32(len(rows.last_B)))
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,6 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.positions import where
 from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
@@ -70,7 +71,7 @@ class SplitModel:
 
     Args:
       dictionary: an SAE, a transcoder, or another basis of directions (``saejax.interventions.bases``).
-      positions: the editable positions; see ``positions.where``.
+      positions: the editable positions; see ``editable_positions``.
       error: "keep", or "drop": the clean run, too, goes through the dictionary, without the reconstruction error.
 
     Attributes:
@@ -101,6 +102,11 @@ class SplitModel:
         self.dictionary = jax.device_put(jax.tree.map(to_host, dictionary), sharding(model.mesh))
         self._model, self._positions, self.error = model, positions, error
 
+    @property
+    def edits_everywhere(self) -> bool:
+        """Whether every position is editable, attention sinks excepted, and the reconstruction error is kept."""
+        return self._positions == "all" and self.error == "keep"
+
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:
         """Run prompts without an edit, sorted by length, in groups of at most ``GROUP_TOKENS`` tokens.
 
@@ -115,7 +121,7 @@ class SplitModel:
             kept = min(ids_BxT.shape[1], tokens.ids_BxT.shape[1])
             ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
             last_B = tokens.last_B[rows_B]
-            wanted_BxT = where(self._positions, last_B, ids_BxT.shape[1])
+            wanted_BxT = editable_positions(self._positions, last_B, ids_BxT.shape[1])
             texts = [prompts[index].text for index in rows_B]
             stream, value, read, domain = self._run_head(ids_BxT, last_B, wanted_BxT, texts)
             prefix_PxT = prefixes((2 * ids_BxT + wanted_BxT)[: len(index_P)])  # editable positions are part of it
@@ -146,7 +152,7 @@ class SplitModel:
 
     def past(self, run: CleanRun) -> tuple[jax.Array, PrefixKV]:
         """Return the stream leaving the last layer at each prompt's end [B, D], and keys and values above the site."""
-        placed = (self.placed(run.rows(own)) for own in slices(run))
+        placed = (self.placed(run.rows(part)) for part in slices(run))
         parts = [record(self.point, self.params, rows.stream_BxTxD, rows.value_BxTxD, rows.last_B) for rows in placed]
         if len(parts) == 1:
             return parts[0]
@@ -159,8 +165,8 @@ class SplitModel:
         """Return the arrays of a ``CleanRun`` that devices compute, ``PROMPTS`` prompts at a time."""
         parts = []
         for first in range(0, len(ids_BxT), PROMPTS):
-            own = slice(first, first + PROMPTS)
-            rows = self.by_row(ids_BxT[own], last_B[own], wanted_BxT[own])
+            batch = slice(first, first + PROMPTS)
+            rows = self.by_row(ids_BxT[batch], last_B[batch], wanted_BxT[batch])
             *part, finite_P = run_head(self.point, self.error, self.params, self.dictionary, *rows)
             for row in np.flatnonzero(~np.asarray(finite_P))[:1]:
                 raise UserError(
@@ -177,6 +183,36 @@ class SplitModel:
     def placed(self, rows: SiteRows) -> SiteRows:
         """Return the rows placed by ``by_row``."""
         return SiteRows(*self.by_row(*rows))
+
+
+def editable_positions(positions: str, last_B: np.ndarray, length: int) -> np.ndarray:
+    """Return True at the named positions of prompts, bool [B, T].
+
+    Args:
+      positions: "all"; "last", each prompt's last token; or a slice of its tokens as in Python, such as "1:4" or "-3:".
+      last_B: the index of each prompt's last token.
+      length: T.
+
+    Raises:
+      UserError: ``positions`` is none of these.
+    """
+    start, stop = parse_positions(positions)
+    ends_Bx1, position_1xT = last_B[:, None] + 1, np.arange(length)[None, :]
+
+    def bound(value: int | None, default: np.ndarray) -> np.ndarray:
+        return default if value is None else np.clip(value + (value < 0) * ends_Bx1, 0, ends_Bx1)
+
+    return (position_1xT >= bound(start, 0 * ends_Bx1)) & (position_1xT < bound(stop, ends_Bx1))
+
+
+def parse_positions(positions: str) -> tuple[int | None, int | None]:
+    """Return the slice (start, stop) that a text such as ``1:4`` means, None for an open end."""
+    if positions in ("all", "last"):
+        return (None, None) if positions == "all" else (-1, None)
+    if not re.fullmatch(r"(-?\d+)?:(-?\d+)?", positions):
+        raise UserError(f"there are no positions {positions!r}: expected all, last, or a slice such as 1:4 or -3:")
+    start, _, stop = positions.partition(":")
+    return (int(start) if start else None, int(stop) if stop else None)
 
 
 def in_order(parts: Iterable[np.ndarray], runs: Sequence[CleanRun]) -> np.ndarray:
@@ -248,8 +284,8 @@ def run_head(
     if error == "drop":
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
-    found = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
-    return jax.lax.with_sharding_constraint(found, sharding(point.mesh))  # edited rows pick theirs from all of these
+    outputs = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
+    return jax.lax.with_sharding_constraint(outputs, sharding(point.mesh))  # edited rows pick theirs from all of these
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -263,16 +299,17 @@ def record(
 
 
 def of_features(dictionary: Dictionary, arrays: Sequence[jax.Array], use: Callable) -> Any:
-    """Map ``use(f_PxTxF, *rest)`` over ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
+    """Map ``use(f_PxTxF, *rest)`` over at most ``PROMPTS`` prompts at a time: all features of all would take gigabytes.
 
     Args:
       dictionary: the dictionary of the features.
       arrays: what is read [B, T, D], editable positions [B, T], and others with B rows, given to ``use`` P at a time.
       use: returns arrays with P rows.
     """
-    chunks = [array.reshape(-1, PROMPTS, *array.shape[1:]) for array in arrays]
-    found = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+    size = math.gcd(len(arrays[0]), PROMPTS)
+    chunks = [array.reshape(-1, size, *array.shape[1:]) for array in arrays]
+    mapped = jax.lax.map(lambda chunk: use(active_features(dictionary, *chunk[:2]), *chunk[2:]), chunks)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), mapped)
 
 
 @jax.jit

@@ -33,15 +33,22 @@ from saejax.files import read_json, whole_file, write_json
 #: ``clean``: no edit. ``top``: the tested features together (index 0). ``single``: one feature alone (index is its
 #: rank). ``growing``: the first 1, 2, 4, ... top features. ``random``: disjoint sets of features of the pool.
 #: ``placebo``: the top features of a placebo target. ``every``: any live feature alone (index is the feature).
-GROUPS = ("clean", "top", "single", "growing", "random", "placebo", "every")
+#: ``resample``: the top features, each at every position where it fires with an activation from another such position.
+GROUPS = ("clean", "top", "single", "growing", "random", "placebo", "every", "resample")
 #: Groups named ``basis:<name>`` hold directions of another basis: neurons, pca, diff_means, untrained, or a folder's.
 BASIS = "basis:"
 #: ``logit_diff``: logit of the correct minus the wrong answer's first token. ``log_prob``: log-probability of the
 #: correct answer's first token, nats. ``top1``: 1 where the correct token is the argmax. ``two_way``: 1 where the logit
 #: difference is positive. ``kl``: KL(clean || edited) of the next-token distribution, nats; on held-out text the mean
 #: over its positions. ``ce``: cross-entropy of the text, nats per token. ``change_norm``: norm of the change at the
-#: site, over all edited positions of the prompt together.
-READOUTS = ("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm")
+#: site, over all edited positions of the prompt together. Of benchmark items: ``answer_log_prob``, the teacher-forced
+#: log-likelihood of the whole reference answer, nats; ``accuracy``, 1 where the model's answer is right, ``strict``, 1
+#: where it is right by the strict rule, ``formatted``, 1 where that rule finds an answer at all, and ``cut``, 1 where
+#: the generated answer was cut off.
+READOUTS = (
+    *("logit_diff", "log_prob", "top1", "two_way", "kl", "ce", "change_norm"),
+    *("answer_log_prob", "accuracy", "strict", "formatted", "cut"),
+)
 #: The behaviour of held-out documents.
 TEXT = "text"
 #: The value of ``EditDefinition.dictionary`` for the tested dictionary and for edits that need none.
@@ -189,7 +196,14 @@ class EffectsTable:
     def clean_values(self, prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
         """Return one readout of the unedited model on prompts of one behaviour, ``[P]``; NaN where not measured."""
         behaviour = prompts[0].behaviour
-        return self.values(self.select_edits(behaviour, "clean")[:1], prompts, readout)[0]
+        clean = self.select_edits(behaviour, "clean")[:1]
+        return self.values(clean, prompts, readout)[0] if clean else np.full(len(prompts), np.nan)
+
+    def objective(self, behaviour: str) -> str:
+        """Return the readout whose drop is the effect: of benchmarks ``answer_log_prob``, otherwise ``logit_diff``."""
+        prompts = self.select_prompts(behaviour)
+        is_benchmark = bool(prompts) and bool(np.isfinite(self.clean_values(prompts, "answer_log_prob")).all())
+        return "answer_log_prob" if is_benchmark else "logit_diff"
 
     def without_prompts(self, ids: Sequence[str]) -> "EffectsTable":
         """Return the table without the rows of some prompts."""

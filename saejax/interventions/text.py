@@ -6,19 +6,17 @@ attention sinks. Where a counterpart's activations replace others, text has none
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.dictionaries import Dictionary
-from saejax.dictionaries.matmul import matmul
 from saejax.evaluation import programs
-from saejax.interventions.edits import FeatureEdits
-from saejax.interventions.replacement import ZERO, ActivationReplacement
+from saejax.interventions.edits import ZERO, FeatureEdits
+from saejax.interventions.engine_programs import edit_value, gather
 from saejax.interventions.rows import Amounts
-from saejax.interventions.split_model import SplitModel, active_features, run_head
+from saejax.interventions.split_model import SplitModel, run_head
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
@@ -30,8 +28,6 @@ from saejax.tasks import corpora
 
 LENGTH = 64  # tokens of a document
 _AT_ONCE = 4  # documents of a program
-# Which documents [B], the site's value, what is read [B, T, D], where it may change [B, T]: other values, one by one.
-Edited = Callable[[np.ndarray, jax.Array, jax.Array, jax.Array], Iterable[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,36 +87,14 @@ class HeldOutText:
 
         Args:
           split: the model, split at the site that the edits' dictionary writes to.
-          edits: they must not add anything to activations.
+          edits: edits of the split's dictionary.
         """
-        amounts = Amounts.of(edits)
-        assert amounts.addends is None
-        source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
-        ((_, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
-        fraction_SxK = np.zeros((len(edits), len(features_K)), np.float32)
-        for fraction_K, members, fraction in zip(fraction_SxK, amounts.sets, amounts.fractions, strict=True):
-            fraction_K[np.searchsorted(features_K, members)] = fraction
-
-        def edited(number_B: np.ndarray, value: jax.Array, read: jax.Array, domain: jax.Array) -> Iterable[jax.Array]:
-            real = jnp.int32((number_B < len(self.documents)).sum())  # the others pad the batch
-            fall = _fall(split.point, split.dictionary, source, read, domain, features_K, real)
-            return (_edited_value(split.point, value, *fall, fraction_K) for fraction_K in fraction_SxK)
-
-        return self.edited(split, edited)
-
-    def edited(self, split: SplitModel, edited: Edited) -> TextDiffs:
-        """Return the effects of other values of the site on the documents.
-
-        Args:
-          split: the model.
-          edited: gives the values of some documents, as many for all.
-        """
-        parts = [self._batch(split, edited, first) for first in range(0, len(self.documents), _AT_ONCE)]
+        parts = [self._batch(split, edits, first) for first in range(0, len(self.documents), _AT_ONCE)]
         ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in self.documents])
         return TextDiffs(tokens_N, clean_N=ce_ExN[0], rise_SxN=ce_ExN[1:] - ce_ExN[0], kl_SxN=kl_ExN[1:])
 
-    def _batch(self, split: SplitModel, edited: Edited, first: int) -> list[np.ndarray]:
+    def _batch(self, split: SplitModel, edits: FeatureEdits, first: int) -> list[np.ndarray]:
         """Return cross-entropy and divergence of the documents from ``first`` on, [E, N]: clean ones, then edited."""
         documents, point = self.documents[first : first + _AT_ONCE], split.point
         real = len(documents)
@@ -129,35 +103,31 @@ class HeldOutText:
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
         stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
-        values = [value, *edited(first + np.arange(_AT_ONCE), value, read, domain)]
+        amounts = Amounts.of(edits)
+        ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
+        source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
+        changes = gather(point, split.dictionary, source, [read, domain], features_K, real)
+        values = [value]
+        fraction_SxK, addend_SxK = amounts.over(chosen, features_K)
+        addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
+        for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
+            values.append(_edited(point, value, domain, *changes, fraction_K, addend_K))
         end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
         sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
         return [to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _fall(
+def _edited(
     point: SplitPoint,
-    dictionary: Dictionary,
-    source: ActivationReplacement,
-    read_BxTxD: jax.Array,
+    value_BxTxD: jax.Array,
     domain_BxT: jax.Array,
-    features_K: jax.Array,
-    real: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Return by how much K features' activations fall [B, T, K], and their directions [K, D]; ``real`` rows count."""
-    f_BxTxK = active_features(dictionary, read_BxTxD, domain_BxT)[:, :, features_K]
-    fall_BxTxK = source.removed(f_BxTxK, f_BxTxK, domain_BxT, features_K, real)
-    return jax.lax.with_sharding_constraint((fall_BxTxK, dictionary.W_dec_FxD[...][features_K]), sharding(point.mesh))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _edited_value(
-    point: SplitPoint, value_BxTxD: jax.Array, fall_BxTxK: jax.Array, W_dec_KxD: jax.Array, fraction_K: jax.Array
+    fall_BxTxK: jax.Array,
+    W_dec_KxD: jax.Array,
+    fraction_K: jax.Array,
+    addend_K: jax.Array,
 ) -> jax.Array:
-    """Return the site's value without fractions of K features."""
-    fraction_1x1xK = fraction_K.astype(fall_BxTxK.dtype)[None, None, :]
-    fall_BxTxK = jnp.where(fraction_1x1xK != 0, fall_BxTxK * fraction_1x1xK, 0.0)
-    fall_BxTxD = matmul(fall_BxTxK.astype(W_dec_KxD.dtype), W_dec_KxD)
-    edited_BxTxD = (value_BxTxD.astype(fall_BxTxD.dtype) - fall_BxTxD).astype(value_BxTxD.dtype)
+    """Return ``edit_value`` of documents under one edit, which adds at editable positions."""
+    addend_BxTxK = jnp.where(domain_BxT[..., None], addend_K[None, None], 0.0)
+    edited_BxTxD = edit_value(value_BxTxD, fall_BxTxK, W_dec_KxD, fraction_K[None, None], addend_BxTxK)
     return jax.lax.with_sharding_constraint(edited_BxTxD, sharding(point.mesh))

@@ -3,9 +3,11 @@
 T is the set of the k features with the largest attribution for the behaviour's answer on train prompts; E(S; d) is the
 mean drop of the logit difference on test prompts when the set S is ablated so far that the dose is d, the root mean
 square over prompts of the norm of the change at the site. Doses between measured ones are interpolated, none is
-extrapolated. The questions are not nested and not combined:
+extrapolated. On a benchmark the log-likelihood of the reference answer takes the logit difference's place
+(``EffectsTable.objective``). The questions are not nested and not combined:
 
-1. Does ablation have an effect? On logit difference, log-probability, two-way and top-1 accuracy, each by itself.
+1. Does ablation have an effect? On logit difference, log-probability, two-way and top-1 accuracy, each by itself; on
+   a benchmark on log-likelihood and accuracy, with features set to zero and resampled.
 2. More than random features at equal dose? Against disjoint sets S_j of features that fire and are not in T.
 3. Specific to this answer? Against placebo sets T_r: the top features of the logit difference of two tokens that are
    likely in these contexts and no answers. They are compared on the real answer.
@@ -28,6 +30,7 @@ from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, CausalV
 from saejax.interventions.curves import (
     EffectCurve,
     MeasuredBehaviour,
+    ablation_readouts,
     compare_at_equal_dose,
     mean_drops_at_equal_dose,
     read_curves,
@@ -78,10 +81,11 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
         for group in ("random", "placebo")
     }
     fooled = {name: _count_fooled(sets["placebo"][name], sets["random"][name], config) for name in names}
-    ablation = {
-        readout: _correct({name: _test_ablation(table, measured[name], readout, config) for name in names})
-        for readout in sentences.ABLATION_READOUTS
-    }
+    asked = {name: ablation_readouts(table, measured[name]) for name in names}
+    ablation: dict[str, dict[str, CausalAnswer]] = {}
+    for readout in dict.fromkeys(readout for readouts in asked.values() for readout in readouts):
+        asking = [name for name in names if readout in asked[name]]
+        ablation[readout] = _correct({name: _test_ablation(table, measured[name], readout, config) for name in asking})
     random, placebo = (
         _correct({name: _test_sets(measured[name], group, curves[name], len(names), config) for name in names})
         for group, curves in sets.items()
@@ -92,7 +96,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
         name: BehaviourVerdict(
             features=measured[name].top.edits[-1].features,
             dose=float(measured[name].top.dose_A[-1]),
-            ablation={readout: answers[name] for readout, answers in ablation.items()},
+            ablation={readout: ablation[readout][name] for readout in asked[name]},
             held_out=tuple(sorted({prompt.template for prompt in measured[name].prompts if prompt.held_out})),
             templates=bootstrap.stratum_means(measured[name].top.drop_AxP[-1], measured[name].templates),
             random=random[name],
@@ -119,14 +123,17 @@ def _not_tested(reason: str, answer: str = "not tested") -> _Test:
 
 def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:
     """Test question 1: does ablation have an effect on this readout?"""
-    clean_P = table.clean_values(measured.prompts, readout)
-    drop_P = clean_P - table.values(measured.top.edits[-1:], measured.prompts, readout)[0]
+    name, edits = readout.removesuffix(sentences.RESAMPLED), measured.top.edits[-1:]
+    if readout != name:
+        edits = tuple(table.select_edits(measured.behaviour, "resample", edits[0].dictionary))
+    clean_P = table.clean_values(measured.prompts, name)
+    drop_P = clean_P - table.values(edits, measured.prompts, name)[0]
     if np.isnan(drop_P).any():
-        return _not_tested(f"{readout} was not measured")
+        return _not_tested(f"{name.replace('_', ' ')} was not measured")
     effect, sample_R = measured.interval(drop_P)
     p_value = bootstrap.two_sided_p(sample_R)
     means = bootstrap.stratum_means(drop_P, measured.templates)
-    if readout in ("two_way", "top1"):
+    if name in ("two_way", "top1", "accuracy"):
         is_large = effect.mean > config.min_accuracy_drop
         # At 0 or 100 % the accuracy of a template may stay where it is: only a rise contradicts.
         templates_agree = min(means.values()) >= 0
@@ -163,7 +170,7 @@ def _test_sets(
         answer = "yes" if p_holm <= config.level else "no"
         if len(controls) < needed:
             answer = "not testable"
-        sentence = sentences.sets(answer, group, measured.k, numbers, p_value, p_holm, behaviours)
+        sentence = sentences.sets(answer, group, measured.k, numbers, p_value, p_holm, behaviours, measured.objective)
         return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
 
     return _Test(p_value, conclude)
@@ -196,7 +203,7 @@ def _judge_bases(
     judged: dict[str, dict[str, CausalAnswer]] = {name: {} for name in measured}
     for name, basis in dict.fromkeys(key[:2] for key in answers):
         views = {dose: answers[name, basis, dose] for dose in ("norm", "kl") if (name, basis, dose) in answers}
-        judged[name][basis] = _combine_views(basis, views)
+        judged[name][basis] = _combine_views(basis, views, measured[name].objective)
     return judged
 
 
@@ -224,14 +231,14 @@ def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurv
     return _Test(p_value, conclude)
 
 
-def _combine_views(basis: str, views: Mapping[str, CausalAnswer]) -> CausalAnswer:
+def _combine_views(basis: str, views: Mapping[str, CausalAnswer], objective: str) -> CausalAnswer:
     """Return the answer by norm, unless the one by KL contradicts it significantly."""
     main = views.get("norm") or views["kl"]
     answer = main.answer
     if {view.answer for view in views.values()} == {"more", "less"}:
         answer = "contradictory"
     parts = {dose: view.effect for dose, view in views.items() if view.effect}
-    sentence = sentences.basis(answer, basis, main.numbers or {}, parts)
+    sentence = sentences.basis(answer, basis, main.numbers or {}, parts, objective)
     return dataclasses.replace(main, answer=answer, sentence=sentence, parts=parts)
 
 
@@ -276,7 +283,7 @@ def _replication(behaviour: str, seeds: Sequence[Mapping[str, BehaviourVerdict]]
     """Count the dictionaries of other seeds in which the first three questions are answered yes, too."""
     others = [answers[behaviour] for answers in seeds if behaviour in answers]
     counts = dict(
-        ablation=sum(other.ablation["logit_diff"].answer == "yes" for other in others),
+        ablation=sum(next(iter(other.ablation.values())).answer == "yes" for other in others),
         random=sum(other.random.answer == "yes" for other in others),
         placebo=sum(other.placebo.answer == "yes" for other in others),
     )

@@ -1,25 +1,28 @@
-"""Causal tests of a dictionary's features, and patching, on prompts with two answers."""
+"""Causal tests of a dictionary's features on prompts with two answers: ablation, patching, steering, probes."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.causal.ablate.run import TEXT_LENGTH, describe_top, verdict_config
-from saejax.causal.importance import Importance, measure_importance
-from saejax.causal.patching.pairs import fitting_pairs
-from saejax.causal.patching.sites import Patched, patch_sites
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError, one_of
-from saejax.interventions import positions
-from saejax.interventions.ablation import measure_behaviour, measure_text
+from saejax.interventions.ablation import TEXT_LENGTH, describe_top, measure_behaviour, measure_text, verdict_config
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.engine import ablate_sets
+from saejax.interventions.importance import Importance, measure_importance
+from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
+from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
+from saejax.interventions.probing import pool_inputs
+from saejax.interventions.split_model import SplitModel, parse_positions
+from saejax.interventions.steer_run import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
-from saejax.interventions.text import HeldOutText
+from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.library.settings import configured
 from saejax.models.language_model import LanguageModel
-from saejax.models.sites import KINDS
-from saejax.settings import BASES, AblateConfig
+from saejax.models.tokens import encode
+from saejax.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
 from saejax.tasks import draw
 from saejax.tasks.behaviours import Prompt
 
@@ -83,22 +86,17 @@ def ablate(
     Raises:
       UserError: a setting is unknown or out of range, or a split has no prompts.
     """
-    by_behaviour: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
-    if not by_behaviour:
-        raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")
+    by_behaviour = _group(prompts)
     if features is not None:
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         settings["top"] = len(features)
     config = configured(AblateConfig, **settings)
-    positions.parse(config.positions)
+    parse_positions(config.positions)
     for name in config.baselines:
         if "/" not in name:
             one_of(name, BASES, "basis, and no folder of a dictionary:")
-    ids = [lm.tokenizer(document)["input_ids"][:TEXT_LENGTH] for document in documents]
-    text = HeldOutText([document for document in ids if len(document) > 1]) if ids else None
+    text = _held_out_text(lm, documents, TEXT_LENGTH)
     tables = [measure_text(lm, text, dictionary, config.error)] if text else []
     top, importance = {}, {}
     for name in by_behaviour:
@@ -113,19 +111,116 @@ def ablate(
     return Ablation(table, verdict(table, verdict_config(config)), top, importance or None)
 
 
-def patch(lm: LanguageModel, prompts: Sequence[Prompt], kind: str = "resid_post", split: str = "test") -> Patched:
-    """Patch a kind of site between prompts and their counterparts, at every layer and position.
+def patch(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    kind: str = "resid_post",
+    positions: str = EACH,
+    layers: Sequence[int] | None = None,
+    split: str = "test",
+) -> PatchEffects:
+    """Patch a kind of site between prompts and their counterparts, in every layer and in both directions.
 
     Args:
       lm: the model.
       prompts: those of ``split`` with a counterpart of as many tokens are used.
-      kind: one of ``saejax.models.sites.KINDS``.
+      kind: a kind of site, such as resid_post; of attn_q, attn_k, attn_v and attn_z every head by itself.
+      positions: "each" for every position by itself, or positions that are patched together: all, last, or a slice such
+        as 1:4 or -3:.
+      layers: the layers; None: all.
       split: "train" or "test".
 
+    Returns:
+      The logit differences with each patch; ``effect_DxLxHxPxC`` has the effects.
+
     Raises:
-      UserError: no prompt has such a counterpart.
+      UserError: no prompt has such a counterpart, or there is no such site.
     """
     pairs, left_out = fitting_pairs(lm, prompts, split)
     if not pairs:
-        raise UserError(f"no {split} prompt has a counterpart of as many tokens: {left_out}")
-    return patch_sites(lm, one_of(kind, KINDS, "kind of site"), pairs)
+        reasons = ", ".join(f"{count} for {reason}" for reason, count in left_out.items())
+        raise UserError(
+            f"no {split} prompt has a counterpart of as many tokens (left out: {reasons}): give prompts a counterpart, "
+            "as those of make_prompts have"
+        )
+    return patch_sites(lm, kind, pairs, positions, layers)
+
+
+def steer(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    prompts: Sequence[Prompt],
+    *,
+    documents: Sequence[str] = (),
+    **settings: Any,
+) -> dict[str, BehaviourSteering]:
+    """Steer prompts to the answers of their counterparts, and compare with controls of equal dose.
+
+    Features are added or clamped, or the difference between the site's mean values is added. Nothing is written.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: whose features, and at whose site, prompts are steered.
+      prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
+      documents: held-out texts, whose cross-entropy limits the strength (``max_ce_rise``).
+      **settings: fields of ``saejax.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4), random_sets=99.
+
+    Returns:
+      The results of each behaviour, by name.
+
+    Raises:
+      UserError: a setting is unknown or out of range, or there are no prompts.
+    """
+    config = configured(SteerConfig, **settings)
+    split, text = SplitModel(lm, dictionary, config.positions), _held_out_text(lm, documents, LENGTH)
+    measured = {name: SteeringTest(lm, split, own, text, config).results() for name, own in _group(prompts).items()}
+    return judge(measured)
+
+
+def probe(
+    lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[Prompt], labels: str | Sequence[str], **settings: Any
+) -> tuple[ProbedLabel, ...]:
+    """Fit linear probes of a dictionary's features and of raw activations, and compare with controls.
+
+    The features that a sparse probe selects are ablated one by one. Nothing is written to disk.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: whose features, and the activations at whose site, are probed.
+      prompts: "train" prompts fit the probes, "test" prompts judge them.
+      labels: one or more of ``saejax.settings.PROBE_LABELS``, or labels that the prompts have.
+      **settings: fields of ``saejax.settings.ProbeConfig``, such as sparse=(1, 5), pool="max".
+
+    Returns:
+      The probes of each label, and of each behaviour.
+
+    Raises:
+      UserError: a setting or a label is unknown, or there are no prompts.
+    """
+    config, prompts = configured(ProbeConfig, labels=labels, **settings), list(prompts)
+    _group(prompts)
+    split = SplitModel(lm, dictionary)
+    diffs = [0.0] * len(prompts)
+    if "correct" in config.labels:
+        diffs = ablate_sets(split, split.run(prompts), [[]]).clean_P.tolist()
+    probed = []
+    for labelled in label_all(config, (prompts, diffs)).values():
+        ablation = functools.partial(ablation_of, split, labelled)
+        probed.append(probe_label(config, labelled, *pool_inputs(split, labelled.prompts, config.pool), ablation))
+    return correct(probed)
+
+
+def _group(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Return the prompts of each behaviour."""
+    by_behaviour: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        by_behaviour.setdefault(prompt.behaviour, []).append(prompt)
+    if not by_behaviour:
+        raise UserError("there are no prompts: give train and test prompts of a behaviour, as from make_prompts")
+    return by_behaviour
+
+
+def _held_out_text(lm: LanguageModel, documents: Sequence[str], length: int) -> HeldOutText | None:
+    """Return documents cut to ``length`` tokens; None if there are none."""
+    ids = [encode(lm.tokenizer, document)[:length] for document in documents]
+    return HeldOutText([document for document in ids if len(document) > 1]) if ids else None

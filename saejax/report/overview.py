@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from saejax.causal.ablate.report import held_out
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.ablate_report import held_out
 from saejax.interventions.answers import AblateResults
-from saejax.interventions.replacement import WORDS
+from saejax.interventions.edits import WORDS
 from saejax.page.blocks import Code, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Findings

@@ -11,12 +11,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from saejax.activations.store import Store
-from saejax.causal.ablate import report as ablation
 from saejax.dictionaries import stacks
 from saejax.evaluation.results import EvaluateResults
 from saejax.files import write_text
 from saejax.interpret.contexts import as_example, top_contexts
 from saejax.interpret.feature_record import FEATURES, read_records
+from saejax.interventions import ablate_report as ablation
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.table import TESTED
 from saejax.models.source import load_tokenizer, resolve

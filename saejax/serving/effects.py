@@ -14,9 +14,9 @@ from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.requests import TargetText
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import read_targets
-from saejax.causal.parts import OnProgress, silent
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
+from saejax.runner.parts import OnProgress, silent
 
 FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves as many rows as are run at once

@@ -7,8 +7,6 @@ its binary shows them. A group that one stage alone reads may also stand in that
 from saejax.settings.attribution import GRAPH_ESTIMATES as GRAPH_ESTIMATES
 from saejax.settings.attribution import GraphConfig as GraphConfig
 from saejax.settings.causal import BASES as BASES
-from saejax.settings.causal import ESTIMATES as ESTIMATES
-from saejax.settings.causal import HEADS as HEADS
 from saejax.settings.causal import PATCHABLE as PATCHABLE
 from saejax.settings.causal import PROBE_LABELS as PROBE_LABELS
 from saejax.settings.causal import REPLACEMENTS as REPLACEMENTS

@@ -6,15 +6,10 @@ from saejax.runner.config import Config, setting
 from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
-ESTIMATES = ("gradient", "integrated", "relp")
 BASES = ("neurons", "pca", "diff_means", "untrained")  # those that need no folder
 PROBE_LABELS = ("behaviour", "answer", "parity", "correct", "number")
-_MATCHES = (
-    "how many features, the nearest by firing rate, activation size, decoder norm and the position at which they fire, "
-    "each control is drawn from"
-)
 PATCHABLE = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
-HEADS = "heads"
+HEAD_KINDS = ("attn_q", "attn_k", "attn_v", "attn_z")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +90,13 @@ class ProbeConfig(Config):
 
     labels: tuple[str, ...] = setting(
         (),
-        "labels to probe for: which behaviour a prompt asks for (behaviour), and within each behaviour its answer "
+        "labels to probe for: which behaviour a prompt asks for (behaviour); within each behaviour its answer "
         "(answer), whether that is even (parity), whether the model is right (correct), the number of the subject "
-        "(number, of agreement), and what 'labels' of --task.prompts say; empty: no probes",
+        "(number, of agreement), and 'labels' of --task.prompts; of benchmarks correct, steps, operation and task; "
+        "empty: no probes",
+    )
+    benchmarks: bool = setting(
+        False, "also probe the questions of --task.benchmarks; half of them train the probes, half judge them"
     )
     dictionary: str = setting(
         "topk",
@@ -113,12 +112,6 @@ class ProbeConfig(Config):
     sparse: tuple[int, ...] = setting(
         (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
     )
-    ranking: str = setting(
-        "mean_difference",
-        "what ranks the inputs of sparse probes on the train prompts: the difference of their class means "
-        "(mean_difference, as sae-probes do), or F, its square in units of the variance within classes (f_statistic)",
-        choices=("mean_difference", "f_statistic"),
-    )
     strengths: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
@@ -126,10 +119,12 @@ class ProbeConfig(Config):
     )
     folds: int = setting(5, "number of folds of that cross-validation", low=2, high=5)
     shuffles: int = setting(
-        20, "number of control probes on shuffled labels, and on random features, for each probe", low=1
+        20,
+        "number of control probes on shuffled labels, and on matched features or random directions, for each probe",
+        low=1,
     )
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
-    seed: int = setting(567, "seed of the folds, the shuffled labels, the random features and the permutations", low=0)
+    seed: int = setting(456, "seed of the folds, the shuffled labels, the controls and the permutations", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +133,15 @@ class PatchConfig(Config):
 
     kinds: tuple[str, ...] = setting(
         (),
-        f"kinds of site to patch, each at every layer and position: {', '.join(PATCHABLE)}; {HEADS}: queries, keys, "
-        "values and outputs of attention heads at every position, estimated by AtP and AtP*, and some of them patched; "
-        "empty: none",
-        choices=(*PATCHABLE, HEADS),
+        f"kinds of site to patch in every layer: {', '.join(PATCHABLE)}, or of attention heads, each by itself, "
+        f"{', '.join(HEAD_KINDS)}; empty: none",
+        choices=(*PATCHABLE, *HEAD_KINDS),
         changes_results=False,
     )
-    paths: int = setting(
-        0,
-        "for heads: number of top queries, keys and values by AtP* to which, like to the logits, the direct path from "
-        "every earlier head and MLP is patched; 0: none",
-        low=0,
+    positions: str = setting(
+        "each",
+        "where kinds of site are patched: at every position by itself (each; of heads, at all positions together), or "
+        "at these together: all, last, or a slice of a prompt's tokens such as 1:4 or -3:",
     )
     dictionary: str = setting(
         "",
@@ -157,30 +150,16 @@ class PatchConfig(Config):
         changes_results=False,
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
-    top: int = setting(
-        20,
-        "number of features, ranked on train prompts, that are patched one by one and together; for heads, number of "
-        "nodes by each estimate",
-        low=1,
+    top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
     )
-    estimate: str = setting(
-        "gradient",
-        "what ranks the features: change of activation between a prompt and its counterpart x a slope, as for "
-        "--ablate.estimate",
-        choices=ESTIMATES,
+    placebo_targets: int = setting(
+        199, "pairs of likely tokens that are no answers, whose top features the top ones are compared with", low=0
     )
-    draws: int = setting(20, "number of control sets of as many matched random features", low=2)
-    matches: int = setting(10, _MATCHES, low=1)
-    seed: int = setting(456, "seed of the control draws and the bootstrap", low=0)
+    seed: int = setting(456, "seed of the random sets, the placebo targets and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    das: int = setting(
-        0,
-        "for features: dimensions of a subspace learned on train prompts (DAS), with which cause and isolate scores "
-        "are compared; 0: no subspace",
-        low=0,
-    )
-    das_steps: int = setting(100, "steps of learning the DAS subspace, with 16 pairs each", low=1)
-    batch_rows: int = setting(64, "patched prompts per batch", low=1, changes_results=False)
+    batch_rows: int = setting(64, "patched prompts per batch of the program", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +172,17 @@ class SteerConfig(Config):
         "one; empty: no steering",
         changes_results=False,
     )
-    top: int = setting(20, "features of each pair of answers, ranked on train texts, that steer together", low=1)
+    top: int = setting(10, "features of each pair of answers, ranked on train texts, that steer together", low=1)
     doses: tuple[float, ...] = setting(
         (0.1, 0.2, 0.4, 0.6, 0.8),
         "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
-        "their mean on texts of the target instead",
+        "their mean on texts of the target answer instead",
         low=1e-6,
     )
     positions: str = setting(
         "all", "positions of a prompt that are steered; in held-out text all are", choices=("all", "last")
     )
+    prompts: int = setting(40, "test prompts of each behaviour, spread evenly over templates; 0: all", low=0)
     max_ce_rise: float = setting(
         1.0,
         "largest rise of cross-entropy on held-out text, nats per token; of the strengths within it, the one that "
@@ -212,23 +192,20 @@ class SteerConfig(Config):
     text_documents: int = setting(
         16, "number of held-out documents, 64 tokens each, on which that rise is measured; 0: none", low=0
     )
-    draws: int = setting(
-        320,
-        "number of random directions at the same dose; a positive verdict needs 20 per behaviour and method, minus "
-        "one; fewer are run if no further one could change a negative verdict",
-        low=2,
+    random_sets: int = setting(
+        99,
+        "maximum number of random sets of features, or random directions, that each method is compared with at equal "
+        "dose; a positive answer needs 20 per behaviour, minus one",
+        low=1,
     )
-    draw_prompts: int = setting(
-        20, "number of test prompts on which random directions are tried, spread evenly over templates; 0: all", low=0
-    )
-    seed: int = setting(456, "seed of the random directions, the examples, the continuations and the bootstrap", low=0)
+    seed: int = setting(456, "seed of the random sets, the random directions and the bootstrap", low=0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    batch_rows: int = setting(64, "steered prompts per batch", low=1, changes_results=False)
+    batch_rows: int = setting(64, "steered prompts per batch of the program", low=1, changes_results=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig(Config):
-    """Benchmark scores with top features ablated."""
+    """Effects of ablating top features on benchmarks."""
 
     benchmarks: tuple[str, ...] = setting(
         (),
@@ -244,23 +221,36 @@ class StudyConfig(Config):
         "items of each benchmark at most, of those of --task.examples: half choose features, half judge them",
         low=2,
     )
-    top: int = setting(20, "number of features, ranked on train items, that are ablated together", low=1)
-    draws: int = setting(
-        20,
-        "number of control sets of matched random features; a positive verdict needs 19 with one benchmark, 39 with "
-        "two, 59 with three",
-        low=2,
+    top: int = setting(10, "number of features, ranked by attribution on train items, that are ablated", low=1)
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
     )
-    matches: int = setting(10, _MATCHES, low=1)
-    single: bool = setting(True, "also zero each top feature and each control feature by itself")
-    min_drop: float = setting(
-        0.05, "smallest drop of accuracy, as a share, that counts as an effect", low=0.0, high=1.0
+    placebo_targets: int = setting(
+        199,
+        "placebo targets, other items' reference answers of equal length, whose top features the top ones are compared "
+        "with",
+        low=0,
     )
-    even_at_chance: bool = setting(False, "measure ablations even where the unedited model is no better than chance")
+    attribution_items: int = setting(
+        32, "train items that rank features, for the answers and for placebo targets alike; 0: all", low=0
+    )
+    scored_sets: int = setting(
+        19, "random sets, and as many placebo sets, under which answers are generated or chosen and scored, too", low=0
+    )
+    untrained: bool = setting(True, "answer all questions for an untrained dictionary, too")
+    baselines: tuple[str, ...] = setting(
+        ("neurons", "pca"),
+        "simpler bases to compare with at equal dose: neurons, pca, untrained, or the folder of a dictionary; see "
+        "--ablate.baselines; empty: none",
+    )
+    repeats: tuple[str, ...] = setting(
+        (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
+    )
+    min_accuracy_drop: float = setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0)
     bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     seed: int = setting(
-        42, "seed of the split of items, the control draws, random replacements and the bootstrap", low=0
+        456, "seed of the split of items, the random sets, the placebo targets, resampling and the bootstrap", low=0
     )
     batch_tokens: int = setting(
-        2048, "tokens per batch, padding included, while features are chosen", low=1, changes_results=False
+        2048, "tokens per batch, padding included, of log-likelihoods and slopes", low=1, changes_results=False
     )

@@ -40,7 +40,7 @@ def _names(configs: Configs) -> tuple[str, ...]:
 
 
 def _run(run: Run) -> Any:
-    from saejax.causal.ablate.run import run_ablate
+    from saejax.interventions.ablate_run import run_ablate
 
     return run_ablate(run)
 
@@ -52,13 +52,13 @@ def _results() -> Any:
 
 
 def _rule(config: Any) -> str:
-    from saejax.causal.ablate.run import rule
+    from saejax.interventions.ablation import rule
 
     return rule(config)
 
 
 def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
-    from saejax.causal.ablate.run import ablate_programs
+    from saejax.interventions.planned import ablate_programs
 
     return ablate_programs(plan, mesh)
 

@@ -78,6 +78,7 @@ CLUSTER = Stage(
     inputs=trained_sites,
     names=lambda configs: ("",) if configs[ClusterConfig].dictionaries else (),
     identity=dict(model=identities.model, corpus=identities.corpus, folders=_folders),
+    revision=2,
     processes="items",
     section=_sections,
 )

@@ -27,21 +27,28 @@ def _dictionary(configs: Configs, name: str) -> str:
 
 
 def _run(run: Run) -> Any:
-    from saejax.causal.patching.run import run_patch
+    from saejax.interventions.patch_run import run_patch
 
     return run_patch(run)
 
 
 def _results() -> Any:
-    from saejax.causal.patching.results import PatchResults
+    from saejax.interventions.patch_run import PatchResults
 
     return PatchResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.causal.patching.report import sections
+    from saejax.interventions.patch_report import sections
 
     return sections(findings, draw)
+
+
+def _unread(configs: Configs, name: str) -> Sequence[str]:
+    """Return the settings that the unit's code does not read."""
+    of_features = ("top", "random_sets", "placebo_targets")
+    unread = of_features if name in configs[PatchConfig].kinds else ("positions",)
+    return [f"patch.{setting}" for setting in unread]
 
 
 PATCH = Stage(
@@ -57,6 +64,8 @@ PATCH = Stage(
     names=_names,
     identity=dict(model=identities.model),
     unit_identity=dict(dictionary=_dictionary),
+    unread=_unread,
+    revision=2,
     processes="items",
     section=_sections,
 )

@@ -11,24 +11,32 @@ from saejax.tasks import identities
 
 
 def _names(configs: Configs) -> Sequence[str]:
-    asked = configs[ProbeConfig].labels and configs[TaskConfig].has_behaviours
-    return (folder_name(configs[ProbeConfig].dictionary),) if asked else ()
+    probe, task = configs[ProbeConfig], configs[TaskConfig]
+    has_prompts = task.has_behaviours or (probe.benchmarks and task.benchmarks)
+    return (folder_name(probe.dictionary),) if probe.labels and has_prompts else ()
+
+
+def _needs(configs: Configs, name: str) -> Sequence[str]:
+    probe, task = configs[ProbeConfig], configs[TaskConfig]
+    behaviours = ("baseline",) if task.has_behaviours else ()
+    benchmarks = (f"benchmark/{name}" for name in (task.benchmarks if probe.benchmarks else ()))
+    return (*behaviours, *benchmarks, *train_units(probe.dictionary))
 
 
 def _run(run: Run) -> Any:
-    from saejax.causal.probes.run import run_probe
+    from saejax.interventions.probe_run import run_probe
 
     return run_probe(run)
 
 
 def _results() -> Any:
-    from saejax.causal.probes.results import ProbeResults
+    from saejax.interventions.probe_run import ProbeResults
 
     return ProbeResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.causal.probes.report import sections
+    from saejax.interventions.probe_report import sections
 
     return sections(findings, draw)
 
@@ -39,12 +47,13 @@ PROBE = Stage(
     run=_run,
     results=_results,
     groups=(ModelConfig, ProbeConfig),
-    placement=(MeshConfig,),
-    reads=("baseline", "train"),
+    placement=(MeshConfig, TaskConfig),
+    reads=("baseline", "benchmark", "train"),
     follows=("ablate",),
-    needs=lambda configs, name: ("baseline", *train_units(configs[ProbeConfig].dictionary)),
+    needs=_needs,
     names=_names,
     identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "probe")),
+    revision=2,
     processes="items",
     section=_sections,
 )

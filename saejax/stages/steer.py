@@ -16,30 +16,30 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _run(run: Run) -> Any:
-    from saejax.causal.steer.run import run_steer
+    from saejax.interventions.steer_run import run_steer
 
     return run_steer(run)
 
 
 def _results() -> Any:
-    from saejax.causal.steer.results import SteerResults
+    from saejax.interventions.steer_run import SteerResults
 
     return SteerResults
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.causal.steer.report import sections
+    from saejax.interventions.steer_report import sections
 
     return sections(findings, draw)
 
 
 STEER = Stage(
     name="steer",
-    summary="steers prompts to another answer by features, means and examples, if --steer.dictionary is set",
+    summary="steers prompts to another answer by features and differences of means, if --steer.dictionary is set",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, SteerConfig),
-    placement=(MeshConfig,),
+    placement=(MeshConfig, TaskConfig),
     reads=("baseline", "train"),
     follows=("ablate",),
     needs=lambda configs, name: ("baseline", *train_units(configs[SteerConfig].dictionary)),
@@ -49,6 +49,7 @@ STEER = Stage(
         corpus=identities.corpus,
         dictionary=lambda configs: identities.dictionary(configs, "steer"),
     ),
+    revision=2,
     processes="items",
     section=_sections,
 )

@@ -3,50 +3,74 @@
 from collections.abc import Sequence
 from typing import Any
 
-from saejax.runner.stage import Stage, train_units
-from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.errors import one_of
+from saejax.runner.config import Configs
+from saejax.runner.stage import Stage, is_folder, train_units
+from saejax.runner.workspace import Run, fingerprint
+from saejax.settings import BASES, MeshConfig, ModelConfig, StudyConfig, TaskConfig
 from saejax.tasks import identities
 
 
+def _dictionaries(configs: Configs) -> tuple[str, ...]:
+    """Return the dictionaries that are tested, the main one first."""
+    study = configs[StudyConfig]
+    return tuple(dict.fromkeys((study.dictionary, *study.repeats)))
+
+
+def _bases(configs: Configs) -> str:
+    """Return the identity of dictionaries that are named by their folders."""
+    from saejax.dictionaries import stacks
+
+    names = (*_dictionaries(configs), *configs[StudyConfig].baselines)
+    return fingerprint([stacks.identity(name) for name in names if is_folder(name)])
+
+
+def _check(configs: Configs) -> None:
+    for name in configs[StudyConfig].baselines:
+        if not is_folder(name):
+            one_of(name, BASES, "basis (--study.baselines), and no folder of a dictionary:")
+
+
 def _run(run: Run) -> Any:
-    from saejax.causal.study.run import run_study
+    from saejax.interventions.study_run import run_study
 
     return run_study(run)
 
 
 def _results() -> Any:
-    from saejax.causal.study.results import StudyResults
+    from saejax.interventions.study_results import StudyResults
 
     return StudyResults
 
 
 def _rule(config: Any) -> str:
-    from saejax.causal.study.scores import rule
+    from saejax.interventions.study_run import rule
 
     return rule(config)
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.causal.study.report import sections
+    from saejax.interventions.study_report import sections
 
     return sections(findings, draw)
 
 
 STUDY = Stage(
     name="study",
-    summary="scores benchmarks without top features, beside matched random ones, if --study.benchmarks names any",
+    summary="ablates top features on benchmarks, beside random and placebo sets, if --study.benchmarks names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, TaskConfig, StudyConfig),
     placement=(MeshConfig,),
     reads=("train",),
     follows=("ablate",),
-    needs=lambda configs, name: train_units(configs[StudyConfig].dictionary),
+    needs=lambda configs, name: train_units(*_dictionaries(configs)),
     names=lambda configs: configs[StudyConfig].benchmarks,
-    identity=dict(model=identities.model, dictionary=lambda configs: identities.dictionary(configs, "study")),
+    identity=dict(model=identities.model, bases=_bases),
     unit_identity=dict(benchmark=identities.benchmark),
+    check=_check,
     rule=_rule,
+    revision=2,
     processes="items",
     section=_sections,
 )

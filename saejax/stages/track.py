@@ -38,11 +38,10 @@ class TrackConfig(Config):
     test_layers: tuple[int, ...] = setting(
         (), "layers at which the features of steps are removed (empty: the dictionary in the middle)", low=0
     )
-    draws: int = setting(
-        200, "matched sets removed beside those of a step, or as many as the number of steps calls for", low=20
+    random_sets: int = setting(
+        199, "maximum number of disjoint random sets of features that the features of a step are compared with", low=1
     )
-    matches: int = setting(30, "nearest features that each matched one is drawn from", low=1)
-    seed: int = setting(456, "seed of matched sets, of random links and of the lenses' control", low=0)
+    seed: int = setting(456, "seed of random sets and of the lenses' control", low=0)
 
 
 def _names(configs: Configs) -> Sequence[str]:
@@ -111,6 +110,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
+    revision=2,
     processes="items",
     section=_sections,
 )

@@ -5,9 +5,12 @@ P-values are those of Phipson and Smyth (Permutation p-values should never be ze
 """
 
 import math
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
+KeyT = TypeVar("KeyT", bound=Hashable)
 _ROUNDING = 1e-9  # relative: equal effects differ in their last bits
 
 
@@ -55,3 +58,8 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     adjusted_N = np.empty_like(p_N)
     adjusted_N[order_N] = np.maximum.accumulate(p_N[order_N] * np.arange(len(p_N), 0, -1))
     return np.minimum(adjusted_N, 1.0)
+
+
+def holm_by_key(p_values: Mapping[KeyT, float]) -> dict[KeyT, float]:
+    """Return Holm's adjusted p-values of tests that are named by a key."""
+    return dict(zip(p_values, holm(np.array(list(p_values.values()), np.float64)).tolist(), strict=True))

@@ -1,7 +1,7 @@
 """Do two rows of a study agree on what matters in a benchmark?
 
-Two rankings can be compared. *Items*: by the log-likelihood per token that each item loses without a row's top
-features, less what it loses on average without matched random ones; this is defined for any two models that were asked
+Two rankings can be compared. *Items*: by the log-likelihood that each item loses under a row's top features, less
+what it loses on average under random sets; this is defined for any two models that were asked
 the same items. *Features*: by attribution, where dictionaries have features in common
 (``stability.match_by_direction``), which those of unrelated models have not.
 
@@ -18,21 +18,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from saejax.causal.stability import compare, match_by_direction
-from saejax.causal.statistics import holm
-from saejax.causal.study.results import ImportantFeature, StudyResults
-from saejax.causal.study.run import ITEMS, RANKING, read_scores
-from saejax.causal.study.scores import CLEAN, nats_per_token, top_condition
 from saejax.dictionaries import stacks
 from saejax.files import read_json
+from saejax.interventions.study_results import BenchmarkFeature, StudyResults
+from saejax.interventions.study_run import RANKING
+from saejax.interventions.table import load_effects
+from saejax.matching.transfer.stability import compare, match_by_direction
 from saejax.page.findings import Findings
 from saejax.results import from_json
+from saejax.statistics.ranks import holm
 from saejax.studies.results import AlignmentFigures
 
 LEVEL, LEAST = 0.05, 0.3
 RULE = (
-    f"Two rows are aligned on a benchmark if the rank correlation (Spearman) of what items lose beyond matched random "
-    f"features, or of the attributions of matched features, is at least {LEAST:g}, is as large with one side shuffled "
+    f"Two rows are aligned on a benchmark if the rank correlation (Spearman) of what items lose beyond random "
+    f"sets, or of the attributions of matched features, is at least {LEAST:g}, is as large with one side shuffled "
     f"in at most {100 * LEVEL:g} % of the cases after Holm's correction over all comparisons, and, of features, lies "
     "above the middle 95 % of what partners give that fire as often and as strongly."
 )
@@ -77,7 +77,7 @@ def _judged(one: AlignmentFigures, p: float) -> AlignmentFigures:
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
-    losses = [_losses(folder) for folder in folders]
+    losses = [_losses(folder, benchmark) for folder in folders]
     same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
     shared = [item for item in losses[0] if item in losses[1]] if same else []
     one_N, two_N = (np.array([own[item] for item in shared]) for own in losses)
@@ -112,19 +112,22 @@ def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> tuple[float, 
     return seen, (1 + as_large) / (1 + _PERMUTATIONS)
 
 
-def _losses(folder: Path) -> dict[str, float]:
-    """Item -> nats per token that it loses without the top features, beyond the mean of matched random ones."""
-    rows = read_scores(folder / ITEMS)
-    nats = {condition: nats_per_token(own) for condition, own in rows.items() if condition.endswith(("clean", "/zero"))}
-    top = top_condition("zero")
-    controls_DxN = np.stack([own_N for condition, own_N in nats.items() if condition not in (CLEAN, top)])
-    beyond_N = controls_DxN.mean(axis=0) - nats[top]  # both less than the clean score, which cancels
-    return {row.id: float(loss) for row, loss in zip(rows[CLEAN], beyond_N, strict=True)}
+def _losses(folder: Path, benchmark: str) -> dict[str, float]:
+    """Return for each item the nats that it loses under the top features, beyond the mean of random sets."""
+    table = load_effects(folder)
+    prompts = table.select_prompts(benchmark)
+    whole = {
+        group: [edit for edit in table.select_edits(benchmark, group) if edit.fraction == 1]
+        for group in ("top", "random")
+    }
+    value_P, random_ExP = (table.values(edits, prompts, "answer_log_prob") for edits in whole.values())
+    beyond_P = random_ExP.mean(axis=0) - value_P[0]  # both less than the clean value, which cancels
+    return {prompt.id: float(loss) for prompt, loss in zip(prompts, beyond_P, strict=True)}
 
 
 def _attributions(folder: Path) -> Attributions:
     path = folder / RANKING
-    ranking: Sequence[ImportantFeature] = from_json(tuple[ImportantFeature, ...], read_json(path), path)
+    ranking: Sequence[BenchmarkFeature] = from_json(tuple[BenchmarkFeature, ...], read_json(path), path)
     ranking = sorted(ranking, key=lambda one: one.feature)
     columns = ([getattr(one, name) for one in ranking] for name in ("attribution", "firing_rate", "mean_activation"))
     return Attributions(np.array([one.feature for one in ranking], np.int64), *map(np.array, columns))

@@ -1,43 +1,36 @@
-"""When a study has succeeded, and what a row is on a benchmark: rules that are written down before any row has run.
+"""Criteria of a study's success, and the gate of a row on a benchmark: rules that are written down before any row runs.
 
-The gate asks about log-likelihoods, which every model has, however weak. Its p-values are those of ``claims``: of the
-draws of matched random features and the top ones, every one would be as likely to cost most if the top ones were no
-others, so that of rows where nothing is true at most 5 % are called interpretable. As the same rule can be applied to
-every draw, it stands beside the answer how often that gives it, too.
+The gate asks about log-likelihoods, which every model has, however weak. Beside its answer stands how many placebo sets
+also do more than random sets.
 """
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from saejax.causal.claims import LEAST_SETS, randomisation_p
-from saejax.causal.study.results import StudyEffects
-from saejax.interventions.answers import AblateResults
+from saejax.interventions.answers import AblateResults, BehaviourVerdict
+from saejax.interventions.sentences import RESAMPLED
 from saejax.page.findings import Findings
 from saejax.page.tables import number, percent
 from saejax.studies import alignment
 from saejax.studies.results import CriterionFigures, Gated, GateFigures, StudyFigures
-from saejax.tasks.scoring import wilson_of
 
 LEVEL = 0.05  # of the gate, for each row and benchmark
 FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
 GATE = (
-    f"A row is interpretable on a benchmark if removing its dictionary's top features costs more log-likelihood of the "
-    f"reference answers than matched random ones (of which there are at least {LEAST_SETS} sets without a feature in "
-    f"common) with p at most {LEVEL:g}, both where they are set to zero and where they are replaced at random, and the "
-    f"dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of the replacements does, "
-    "or the dictionary recovers less; else there is no signal."
+    "A row is interpretable on a benchmark if ablating its dictionary's top features lowers the log-likelihood of the "
+    "reference answers, set to zero and resampled, and does so more than random sets at equal dose (questions 1 and 2 "
+    f"of the verdict), and the dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of "
+    "the replacements has an effect, or the dictionary recovers less; else there is no signal."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
     f"than in epoch {EPOCH}; every dictionary recovers at least {FAITHFUL:g} of the cross-entropy; every row has a "
-    "benchmark on which the rule of the causal test says yes for both replacements; matched random sets pass that rule "
-    f"in at most {100 * LEVEL:g} % of the draws; at least half of the features that fire have an effect of their own "
-    f"(family-wise p at most {LEVEL:g}); every comparison of two rows that can be made is aligned; every two "
-    "dictionaries that were compared share more features than by chance (95 % intervals apart); and of the steps that "
-    "were followed through the layers a larger share is hurt by removing their features than of matched sets passes "
-    "that rule (which lies below the 95 % interval)."
+    "benchmark on which accuracy falls by more than the criterion for both replacements; every row has a benchmark on "
+    "which the top features do more than random sets at equal dose and more than placebo sets (questions 2 and 3); "
+    f"at least half of the features that fire have an effect of their own (family-wise p at most {LEVEL:g}); every "
+    "comparison of two rows that can be made is aligned; every two dictionaries that were compared share more features "
+    "than by chance (95 % intervals apart); and of the steps that were followed through the layers at least half are "
+    "hurt by ablating their features."
 )
 RULES = dict(gate=GATE, alignment=alignment.RULE, criteria=CRITERIA)
 # What the reasoning study reports of its own four models.
@@ -47,38 +40,27 @@ _LATENTS = "100 % of the latents change the output; without a control"
 _TRANSFER = "planned for its 98 layers"
 
 
-def gate(
-    row: str, benchmark: str, nats: StudyEffects, recovered: float | None, disjoint: int | None = None
-) -> GateFigures:
-    """Return which of the three states a row is in on a benchmark.
+def gate(row: str, benchmark: str, result: BehaviourVerdict, recovered: float | None) -> GateFigures:
+    """Return which of the three a row is on a benchmark.
 
     Args:
       row: its name.
       benchmark: its name.
-      nats: effects on the log-likelihood of the reference per token.
+      result: the verdict on the benchmark.
       recovered: cross-entropy that the dictionary recovers, against the mean; None if it was not measured.
-      disjoint: sets without a feature in common that the draws come from; None: as many as there are draws.
     """
-    effects = {name: one for name, one in nats.replaced.items() if one}
-    if len(effects) < len(nats.replaced):
-        return GateFigures(row, benchmark, "not measured", "effects of a replacement are missing", None)
-    if disjoint is not None and disjoint < LEAST_SETS:
-        few = f"matched random features make {disjoint} sets without one in common: too few to judge by"
-        return GateFigures(row, benchmark, "not measured", few, None)
-    drops = [np.array([one.drop.mean, *one.controls]) for one in effects.values()]
-    p_RxC = np.array([randomisation_p(drop_C) for drop_C in drops])
-    small_RxC = p_RxC <= LEVEL
-    words = "; ".join(f"{name}: p = {number(p, 3)}" for name, p in zip(effects, p_RxC[:, 0].tolist(), strict=True))
-    faithful = recovered is not None and recovered >= FAITHFUL
-    words += f"; cross-entropy recovered {number(recovered, 3)}"
+    effects = [result.ablation.get(name) for name in ("answer_log_prob", "answer_log_prob" + RESAMPLED)]
+    if None in effects or result.random.answer not in ("yes", "no"):
+        reason = "effects of a replacement are missing" if None in effects else result.random.sentence
+        return GateFigures(row, benchmark, "not measured", reason, None)
+    falls = [effect is not None and effect.answer == "yes" for effect in effects]
+    is_faithful = recovered is not None and recovered >= FAITHFUL
     answer: Gated = "no signal"
-    if small_RxC[:, 0].any():
-        answer = "interpretable" if small_RxC[:, 0].all() and faithful else "unstable"
-    placebo = float(small_RxC[:, 1:].all(axis=0).mean()) if faithful else 0.0
-    draws = p_RxC.shape[1] - 1
-    if 1 / (1 + draws) > LEVEL:
-        words += f"; {draws} draws are too few for any other answer"
-    return GateFigures(row, benchmark, answer, words, placebo)
+    if any(falls) and result.random.answer == "yes":
+        answer = "interpretable" if all(falls) and is_faithful else "unstable"
+    reason = f"{result.random.sentence} Cross-entropy recovered: {number(recovered, 3)}."
+    share = result.fooled / result.placebo_sets if result.fooled is not None else None
+    return GateFigures(row, benchmark, answer, reason, share)
 
 
 def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionFigures]:
@@ -121,28 +103,29 @@ def _dictionaries(figures: StudyFigures) -> list[CriterionFigures]:
 
 
 def _causal(figures: StudyFigures) -> list[CriterionFigures]:
-    asked = [one for one in figures.effects if one.verdict is not None]
-    rows = dict.fromkeys(one.row for one in asked)
-    passed = {
-        row: {one.benchmark for one in asked if one.row == row}
-        - {one.benchmark for one in asked if one.row == row and not one.verdict}
-        for row in rows
+    asked = [one for one in figures.effects if one.accuracy_drop is not None]
+    falls = {
+        row: any(one.effect == one.effect_resampled == "yes" for one in asked if one.row == row)
+        for row in dict.fromkeys(one.row for one in asked)
     }
-    chance = {(one.row, one.benchmark) for one in figures.effects if one.at_chance}
-    said = f"{sum(map(bool, passed.values()))} of {len(rows)} rows whose accuracy could be asked for"
+    chance = sorted((one.row, one.benchmark) for one in figures.effects if one.at_chance)
+    evidence = f"{sum(falls.values())} of {len(falls)} rows whose accuracy was measured"
     if chance:
-        said += "; at chance before any edit: " + ", ".join(f"{row} on {name}" for row, name in sorted(chance))
-    rates = [one.placebo_rate for one in figures.effects if one.placebo_rate is not None]
-    placebo = f"{percent(min(rates), 1)} to {percent(max(rates), 1)} of the draws" if rates else "no draws were judged"
+        evidence += "; at chance before any edit: " + ", ".join(f"{row} on {name}" for row, name in chance)
+    tested = [one for one in figures.effects if {one.random, one.placebo} <= {"yes", "no"}]
+    specific = {
+        row: any(one.random == one.placebo == "yes" for one in tested if one.row == row)
+        for row in dict.fromkeys(one.row for one in tested)
+    }
     return [
         CriterionFigures(
-            "Top features cost accuracy beyond matched random ones, on a benchmark of every row",
-            _all(map(bool, passed.values())),
-            said,
-            _CAUSAL,
+            "Accuracy falls for both replacements on a benchmark of every row", _all(falls.values()), evidence, _CAUSAL
         ),
         CriterionFigures(
-            f"Matched random sets pass in at most {100 * LEVEL:g} %", _all(rate <= LEVEL for rate in rates), placebo, ""
+            "Top features do more than random and placebo sets on a benchmark of every row",
+            _all(specific.values()),
+            f"{sum(specific.values())} of {len(specific)} rows with enough control sets",
+            "no control",
         ),
     ]
 
@@ -182,10 +165,8 @@ def _later(figures: StudyFigures) -> list[CriterionFigures]:
     tests, hurt = (sum(getattr(one, name) for one in tested) for name in ("tests", "hurt"))
     followed, more = "no step was tested", None
     if tests:
-        share = wilson_of(hurt / tests, tests)
-        passed = sum((one.placebo_rate or 0.0) * one.tests for one in tested) / tests
-        more = share.low > passed
-        followed = f"{hurt} of {tests} steps are hurt; matched sets pass in {percent(passed, 1)}"
+        more = hurt / tests >= 0.5
+        followed = f"{hurt} of {tests} steps with enough random sets are hurt"
     return [
         CriterionFigures("Dictionaries transfer", _all(above), compared if above else "not run", _TRANSFER),
         CriterionFigures("Features are tracked through layers", more, followed if tested else "not run", _TRANSFER),

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from saejax.activations.results import CaptureResults
-from saejax.causal.study.results import StudyResults
 from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
+from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
 from saejax.settings import ModelConfig, TaskConfig, TrainConfig
@@ -61,7 +61,6 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
         activations=tuple(one for row, own in each for one in _activations(row.name, own)),
         effects=tuple(one for row, own in each for one in gather_effects.effects(row.name, own)),
-        single=tuple(one for row, own in each for one in gather_effects.single(row.name, own)),
         behaviours=tuple(one for row, own in each for one in gather_effects.behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
         gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),

@@ -70,7 +70,6 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("Causal effects", figures, "effects", "No row took features out on a benchmark (--study.benchmarks)."),
-        *([_section("Single features", figures, "single")] if figures.single else []),
         *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("The gate", figures, "gates", "No row took features out on a benchmark, so there is no gate."),
         _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),

@@ -77,42 +77,26 @@ class ActivationFigures:
 
 @dataclasses.dataclass(frozen=True)
 class EffectFigures:
-    """What replacing a dictionary's top features does to a benchmark's score, beside matched random ones."""
+    """Effects of ablating a dictionary's top features on a benchmark, beside random and placebo sets."""
 
     row: str  #: of the study
     benchmark: str  #: its name
-    replacement: str  #: zero or random
     dictionary: str  #: whose features
-    top: int  #: features replaced
-    draws: int  #: of matched random sets
+    top: int  #: features that are ablated
     items: int  #: that judge them
     at_chance: bool | None  #: whether accuracy before any edit is that of guessing; None where it was not measured
-    accuracy_before: Interval | None  #: before any edit
-    accuracy_drop: Interval | None  #: before - after; None, as in the next, where it was not measured
-    accuracy_control_drop: float | None  #: mean of the matched random sets
-    nats_drop: Interval  #: of the reference's log-likelihood per token
-    nats_control_drop: float  #: mean of the matched random sets
-    nats_p: float  #: share of the draws and the top features that cost at least as much log-likelihood
-    verdict: bool | None  #: of the rule on accuracy, over the row's benchmarks; None where it could not be asked
-    verdict_p: float | None  #: after Holm's correction over them
-    placebo_rate: float | None  #: share of the draws, each in the place of the top features, to which it says yes
-
-
-@dataclasses.dataclass(frozen=True)
-class SingleFigures:
-    """What setting top features to zero one by one does to a benchmark's log-likelihood; see ``SingleEffects``."""
-
-    row: str  #: of the study
-    benchmark: str  #: its name
-    dictionary: str  #: whose features
-    features: int  #: top ones that fire on the items
-    discoveries: int  #: of them: those that change it, with q at most 0.05
-    control_discoveries: float  #: the same of a draw of matched random features, mean
-    p_value: float  #: share of the draws and the top features of which as many do
-    strongest: int  #: the feature with the largest drop
-    drop: Interval  #: its own, of the reference's log-likelihood per token
-    q_value: float  #: its own
-    control_percentile: float | None  #: share of the features that draws put in its place that cost less
+    accuracy: float | None  #: before any edit
+    accuracy_drop: Interval | None  #: with features set to zero; None, as in the next, where it was not measured
+    accuracy_drop_resampled: Interval | None  #: with features resampled
+    random_accuracy_drop: float | None  #: mean over random sets
+    placebo_accuracy_drop: float | None  #: mean over placebo sets
+    nats_drop: Interval | None  #: of the reference's log-likelihood, with features set to zero
+    nats_drop_resampled: Interval | None  #: with features resampled
+    effect: str  #: whether accuracy falls by more than the criterion with features set to zero
+    effect_resampled: str  #: likewise with features resampled
+    random: str  #: whether the log-likelihood falls more than under random sets at equal dose
+    fooled: float | None  #: share of placebo sets of which the same is true
+    placebo: str  #: whether it is specific to the answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +138,7 @@ class GateFigures:
     benchmark: str  #: its name
     gate: Gated  #: the answer
     reason: str  #: in words
-    placebo_rate: float | None  #: share of the draws that would be called interpretable in the top features' place
+    fooled: float | None  #: share of placebo sets that also do more than random sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,9 +174,8 @@ class TrackingFigures:
     tokens: int  #: of it
     sites: int  #: of dictionaries
     links: int  #: between features that are shown
-    tests: int  #: steps that were tested, at each site
-    hurt: int  #: of them: those that removing their features costs more than removing matched ones
-    placebo_rate: float | None  #: share of matched sets that pass the same rule; None without tests
+    tests: int  #: steps tested, at each site, with enough random sets
+    hurt: int  #: of them: those whose features have a larger effect than random sets at equal dose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +214,6 @@ class StudyFigures:
     dictionaries: tuple[DictionaryFigures, ...]  #: that were trained
     activations: tuple[ActivationFigures, ...]  #: by model and text
     effects: tuple[EffectFigures, ...]  #: on benchmarks
-    single: tuple[SingleFigures, ...]  #: effects of single features on benchmarks
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark

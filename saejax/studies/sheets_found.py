@@ -3,59 +3,35 @@
 from saejax.page.tables import MISSING, answer, interval, number, percent
 from saejax.studies.sheet import Sheet, points
 
-_AFTER_NOTE = (
-    "Top features set to zero, or each replaced, where it fires, by an activation that it has elsewhere. Drops of "
-    "accuracy are in percentage points, those of the reference's log-likelihood in nats per token; square brackets: "
-    "95 % intervals over items. Random: mean drop without matched random features. p: share of these draws and the top "
-    "features that cost at least as much log-likelihood. Verdict: of the rule on accuracy, with p after Holm's "
-    "correction over the row's benchmarks; a dash where the model is at chance before any edit, or gives no answers. "
-    "Placebo: share of the draws to which the rule says yes."
+_EFFECTS_NOTE = (
+    "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drops of "
+    "accuracy are in percentage points, those of the reference's log-likelihood in nats; square brackets: 95 % "
+    "intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero and resampled. "
+    "Placebo sets too: the share of sets chosen for other items' answers that also do more than random sets."
 )
 FOUND = (
     Sheet(
         "effects",
-        "Benchmarks without top features",
+        "Benchmarks under ablation",
         {
             "Row": lambda one: one.row,
             "Benchmark": lambda one: one.benchmark,
-            "Replaced": lambda one: one.replacement,
-            "Accuracy before, %": lambda one: points(one.accuracy_before) + (" (at chance)" if one.at_chance else ""),
+            "Accuracy before, %": lambda one: percent(one.accuracy, 1) + (" (at chance)" if one.at_chance else ""),
             "Accuracy drop": lambda one: points(one.accuracy_drop),
-            "Random": lambda one: number(one.accuracy_control_drop, 1, 100),
-            "Verdict": lambda one: (
-                MISSING if one.verdict is None else f"{answer(one.verdict)} (p = {number(one.verdict_p, 3)})"
-            ),
-            "Placebo": lambda one: percent(one.placebo_rate, 1),
-            "Log-likelihood drop": lambda one: interval(one.nats_drop, 3),
-            "Random, nats": lambda one: number(one.nats_control_drop, 3),
-            "p": lambda one: number(one.nats_p, 3),
+            "Resampled": lambda one: points(one.accuracy_drop_resampled),
+            "Random sets": lambda one: number(one.random_accuracy_drop, 1, 100),
+            "Placebo sets": lambda one: number(one.placebo_accuracy_drop, 1, 100),
+            "Falls": lambda one: f"{one.effect}, {one.effect_resampled}",
+            "Log-likelihood drop": lambda one: interval(one.nats_drop),
+            "Resampled, nats": lambda one: interval(one.nats_drop_resampled),
+            "More than random": lambda one: one.random,
+            "Placebo sets too": lambda one: percent(one.fooled),
+            "Specific": lambda one: one.placebo,
             "Features": lambda one: f"{one.top} of {one.dictionary}",
-            "Draws": lambda one: str(one.draws),
             "Items": lambda one: str(one.items),
         },
-        frozenset({"Benchmark", "Replaced", "Verdict", "Features"}),
-        _AFTER_NOTE,
-    ),
-    Sheet(
-        "single",
-        "Benchmarks without single features",
-        {
-            "Row": lambda one: one.row,
-            "Benchmark": lambda one: one.benchmark,
-            "Features": lambda one: str(one.features),
-            "Change it": lambda one: str(one.discoveries),
-            "Of a draw": lambda one: number(one.control_discoveries, 1),
-            "p": lambda one: number(one.p_value, 3),
-            "Strongest": lambda one: f"{one.dictionary}/{one.strongest}",
-            "Drop, nats": lambda one: interval(one.drop, 3),
-            "q": lambda one: number(one.q_value, 3),
-            "Above random": lambda one: percent(one.control_percentile),
-        },
-        frozenset({"Benchmark", "Strongest"}),
-        "Top features that fire on the items, each set to zero by itself. Change it: their drops of log-likelihood "
-        "have q at most 0.05, by sign flips over items; of a draw: how many of the matched random features do, on "
-        "average; p: share of the draws and the top features of which as many do. Above random: share of the "
-        "features that draws put in the strongest one's place that cost less.",
+        frozenset({"Benchmark", "Falls", "More than random", "Specific", "Features"}),
+        _EFFECTS_NOTE,
     ),
     Sheet(
         "behaviours",
@@ -99,7 +75,7 @@ FOUND = (
             "Benchmark": lambda one: one.benchmark,
             "Gate": lambda one: one.gate,
             "Why": lambda one: one.reason,
-            "Random sets called interpretable": lambda one: percent(one.placebo_rate, 1),
+            "Placebo sets beyond random": lambda one: percent(one.fooled, 1),
         },
         frozenset({"Benchmark", "Gate", "Why"}),
         cards=True,
@@ -131,7 +107,6 @@ FOUND = (
             "Links": lambda one: f"{one.links:,}",
             "Steps tested": lambda one: str(one.tests),
             "Hurt": lambda one: str(one.hurt),
-            "Matched sets that pass": lambda one: percent(one.placebo_rate, 1),
         },
         frozenset({"Text"}),
     ),

@@ -64,7 +64,7 @@ def _batches(plan: PlannedRun) -> float:
     )
     for name in study.benchmarks:
         if way(name, task) == "generate":
-            conditions = 1 + 2 * (1 + study.draws)  # unedited; top features and each draw, zeroed and resampled
+            conditions = 3 + 2 * study.scored_sets  # unedited, top features zeroed and resampled, control sets
             items = min(study.items, task.examples or definition(name).examples)
             answers += (items - items // 2) * conditions
     return answers / task.batch

@@ -5,9 +5,6 @@ from its 2.5 % to its 97.5 % quantile. It says how much the figure would change 
 something that is the same for every prompt, such as 20 correct answers out of 20, it has no width, although with 20
 prompts an error rate of up to 14 % would still give that in one sample of twenty. Shares of prompts therefore have
 score intervals (``wilson``).
-
-``bootstrap`` takes any statistic of one value per prompt. ``bootstrap_means`` is for the means of thousands of rows: it
-draws how often each prompt comes, which is as likely, so that all resamples of all rows are one matrix product.
 """
 
 import math
@@ -81,60 +78,6 @@ def wilson_of(share: float, n: float) -> Interval:
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
-
-
-def bootstrap_means(
-    effect_NxP: np.ndarray, resamples: int, seed: int, whole_P: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``interval_ends`` for prompts that are drawn one by one, the same for all rows.
-
-    Args:
-      effect_NxP: as there.
-      resamples: how many, at least 1.
-      seed: of the resampling.
-      whole_P: as there.
-    """
-    effect_NxP = checked_effects(effect_NxP)
-    prompts = effect_NxP.shape[1]
-    share_RxP = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), resamples) / prompts
-    return interval_ends(effect_NxP, share_RxP, whole_P)
-
-
-def interval_ends(
-    effect_NxP: np.ndarray, share_RxP: np.ndarray, whole_P: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Intervals of the mean over prompts of each of N rows, or of its share of another mean: lower and upper ends [N].
-
-    Args:
-      effect_NxP: finite; P at least 1.
-      share_RxP: how much of the mean each prompt makes up in each of R bootstrap samples.
-      whole_P: the interval is of mean effect / mean whole, both over the prompts drawn; its mean clearly above 0.
-
-    Raises:
-      ValueError: there is no prompt, or something is not finite.
-    """
-    effect_NxP = checked_effects(effect_NxP)
-    count, resamples = len(effect_NxP), len(share_RxP)
-    whole_R = np.ones(resamples) if whole_P is None else share_RxP @ checked_effects(np.asarray(whole_P)[None])[0]
-    low_N, high_N = np.empty(count), np.empty(count)
-    for some in chunks(count, resamples):
-        mean_RxN = share_RxP @ effect_NxP[some].T
-        low_N[some], high_N[some] = np.quantile(mean_RxN / whole_R[:, None], _ENDS, axis=0)
-    return low_N, high_N
-
-
-def checked_effects(effect_NxP: np.ndarray) -> np.ndarray:
-    """Effects in float64; a ``ValueError`` where there is no prompt, or one is not finite."""
-    effect_NxP = np.asarray(effect_NxP, np.float64)
-    if effect_NxP.ndim != 2 or not effect_NxP.shape[1] or not np.isfinite(effect_NxP).all():
-        raise ValueError(f"expected finite effects [N, P] on at least one prompt: got an array {effect_NxP.shape}")
-    return effect_NxP
-
-
-def chunks(count: int, columns: int) -> list[slice]:
-    """Slices of N rows with so many columns that 64 MB hold one."""
-    size = max(1, _CHUNK // columns)
-    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def separation(values_RxN: np.ndarray) -> np.ndarray:

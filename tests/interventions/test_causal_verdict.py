@@ -184,6 +184,31 @@ def test_an_effect_must_have_the_same_sign_in_every_template():
     assert "the templates disagree: 'x' 10.00, 'y' 10.00, 'z' -1.00" in answer.sentence
 
 
+def test_intervals_are_over_prompts_within_templates():
+    """Templates that differ by 4 logits do not widen the interval: they are not resampled."""
+    rows = Rows()
+    behaviour_rows(rows)
+    rows.edits = [edit for edit in rows.edits if edit.group != "top"]
+    rows.blocks = [block for block in rows.blocks if block[0][0].group != "top"]
+    rows.add_set(EditDefinition("b", "top", 0, (1, 2)), np.array([1.0, 5.0, 9.0] * (PROMPTS // 3)) + varied(0), 2.0)
+    effect = judge(rows).ablation["logit_diff"].effect
+    assert effect.mean == pytest.approx(5.0)
+    assert effect.high - effect.low < 0.5
+
+
+def test_two_way_and_top1_accuracy_are_separate_answers_with_their_names():
+    rows = Rows()
+    behaviour_rows(rows)
+    rows.blocks = [block for block in rows.blocks if "two_way" not in block[2] or block[0][0].group != "top"]
+    top = next(edit for edit in rows.edits if edit.group == "top" and edit.fraction == 1)
+    rows.add(top, log_prob=-1.5 + varied(0, 0.1), two_way=1.0, top1=np.arange(PROMPTS) % 2)
+    ablation = judge(rows).ablation
+    assert (ablation["two_way"].answer, ablation["top1"].answer) == ("no", "yes")
+    for name, words in dict(two_way="two-way accuracy", top1="top-1 accuracy").items():
+        assert words in ablation[name].sentence
+        assert ablation[name].sentence.count("accuracy") == 1
+
+
 def test_a_fall_of_accuracy_below_the_criterion_is_no_effect():
     rows = Rows()
     behaviour_rows(rows)

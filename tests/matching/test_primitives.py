@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from saejax.causal.importance import Importance
+from saejax.interventions.importance import Importance
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, merge_tables, save_effects
 from saejax.matching.clusters.primitives import BehaviourEffects, costs, primitives, profiles
 

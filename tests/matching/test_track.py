@@ -17,14 +17,13 @@ from saejax import load_model
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
-from saejax.causal.claims import Rule, randomisation_p
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.matching.track.firings import LayerFirings, follow
 from saejax.matching.track.links import ATTRIBUTION, attribution, chain, geometry
 from saejax.matching.track.stack import LayerDictionary, Stack
 from saejax.matching.track.steps import only_here, step_features
-from saejax.matching.track.tested import StepTester
+from saejax.matching.track.tested import StepTester, judged
 from saejax.matching.track.texts import Problem, encode, read_problems, sentences
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
@@ -151,22 +150,27 @@ def test_removing_features_in_a_step_costs_what_an_edit_does(lm):
     dictionary = sae(lm, 2, table, threshold=0.3)
     text = encode(lm, Problem("x", "One day the cat", ("runs near the dogs. ", "She said that it was far.")))
     step = text.steps[0]
-    made = made_tester(lm, dictionary, text, matches=3)
+    made = made_tester(lm, dictionary, text)
     features = np.argsort(-np.abs(made._f_TxF[step.start : step.stop - 1]).sum(0))[:3].tolist()
-    effects, match = made.test(step, features, 20, Rule())
+    top, random = made.test(step, features)
     tokens = pad([text.ids_T.tolist()])
 
     def scores(edits):
         logp = np.asarray(jax.nn.log_softmax(lm(tokens, edits=edits).logits_BxTxV[0]), np.float64)
         at = np.arange(step.start, step.stop - 1)
-        return logp[at, text.ids_T[at + 1]], logp[at].argmax(1) == text.ids_T[at + 1]
+        return logp[at, text.ids_T[at + 1]]
 
-    clean, right = scores([])
-    ablated, kept = scores([dictionary.ablate(features, positions=(step.start, step.stop - 1))])
-    np.testing.assert_allclose(effects.drop_P, clean - ablated, atol=2e-4)
-    np.testing.assert_array_equal(effects.lost_P, right.astype(float) - kept)
-    assert np.abs(effects.drop_P).max() > 1e-2 and 0.5 < match.size_ratio < 2
-    assert len(effects.draw_drop_NxP) == 20 or effects.draws < 20
+    where = (step.start, step.stop - 1)
+    clean_P = scores([])
+    expected_P = clean_P - scores([dictionary.ablate(features, positions=where)])
+    np.testing.assert_allclose(top.drop_AxP[-1], expected_P, atol=2e-4)
+    half = top.dose_A.tolist().index(top.dose_A[-1] * 0.5)
+    expected_P = clean_P - scores([dictionary.scale(features, 0.5, positions=where)])
+    np.testing.assert_allclose(top.drop_AxP[half], expected_P, atol=2e-4)
+    f_WxF = made._f_TxF[step.start : step.stop - 1][:, features].astype(np.float64)
+    assert top.reach == pytest.approx(np.linalg.norm(f_WxF @ table[features]), rel=1e-4)
+    assert np.abs(top.drop_AxP).max() > 1e-2 and len(random) > 3
+    assert all(curve.drop_AxP.shape[1] == len(clean_P) for curve in random)
 
 
 def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
@@ -177,13 +181,14 @@ def test_features_that_mean_nothing_are_rarely_said_to_matter(lm):
         dictionary = sae(lm, 2, unit(rng.standard_normal((F, D))), threshold=0.2)
         body = " ".join(rng.choice(words, 8))
         text = encode(lm, Problem("x", "One day the", (f"{body}. ", "That was there.")))
-        made = made_tester(lm, dictionary, text, matches=6, seed=trial)
+        made = made_tester(lm, dictionary, text, seed=trial)
         step = text.steps[0]
         fires = np.flatnonzero((made._f_TxF[step.start : step.stop - 1] != 0).any(0))
         features = rng.choice(fires, 3, replace=False).tolist()
-        effects, _ = made.test(step, features, 19, Rule(min_accuracy_drop=-2.0))
-        drops = np.concatenate([[effects.drop_P.mean()], effects.draw_drop_NxP.mean(1)])
-        small.append(effects.draws == 19 and randomisation_p(drops)[0] <= 0.05)
+        effects = {(0, 1): (features, *made.test(step, features))}
+        result = judged(effects)[0, 1]
+        assert result.needed == 19 and (result.hurt == "not testable") == (result.sets < 19)
+        small.append(result.p_value <= 0.05)
     assert np.mean(small) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(small))
 
 

@@ -32,7 +32,7 @@ def tracked(inputs, tmp_path_factory):
     flags = runs.small_flags(
         *inputs, folder / "run", train__kinds="topk", train__sites="resid_post.0,resid_post.1", train__k=4,
         train__source="model", train__epochs=1, track__prompts=folder / "prompts.jsonl", track__dictionaries="topk",
-        track__top=4, track__step_features=2, track__matches=3, task__train_prompts=2, task__test_prompts=2,
+        track__top=4, track__step_features=2, task__train_prompts=2, task__test_prompts=2,
     )  # fmt: skip
     assert command.run(["baseline", "train"], "", ["test", *flags]) == 0
     labels = folder / "run" / "atlas" / "topk" / "resid_post.1"

@@ -1,4 +1,6 @@
-"""The stages from the prompts to the ablation of features, on architectures that run in PyTorch alone."""
+"""The stages from the prompts to the report, on architectures that run in PyTorch alone."""
+
+import json
 
 import jax
 import pytest
@@ -8,17 +10,40 @@ from tiny_models import save_tiny
 from saejax.runner import command
 
 pytestmark = pytest.mark.slow
-STAGES = ["baseline", "capture", "train", "evaluate", "interpret", "ablate"]
+STAGES = ["baseline", "benchmark", "capture", "train", "evaluate", "interpret"]
+STAGES += ["ablate", "patch", "probe", "steer", "study", "report"]
+UNITS = ["baseline", "capture", "report", "patch/mlp_out", "study/gsm8k"]
+UNITS += [f"{stage}/topk" for stage in ("train", "evaluate", "interpret", "ablate", "patch", "probe", "steer")]
 SETTINGS = dict(
     train__kinds="topk",
     train__epochs=2,
     interpret__dictionaries="topk",
     interpret__attention_tokens=0,
-    task__train_prompts=2,
-    task__test_prompts=2,
-    task__behaviours="agreement,addition",
+    task__train_prompts=12,
+    task__test_prompts=10,
+    task__behaviours="agreement",
+    task__benchmarks="gsm8k",
+    task__examples=6,
+    task__shots=0,
+    task__max_new_tokens=4,
     ablate__baselines="pca,diff_means",
     ablate__untrained=False,
+    ablate__attribution_prompts=2,
+    patch__kinds="mlp_out",
+    patch__dictionary="topk",
+    patch__top=2,
+    patch__random_sets=4,
+    patch__placebo_targets=2,
+    probe__labels="answer",
+    probe__sparse="1",
+    probe__shuffles=2,
+    steer__dictionary="topk",
+    steer__random_sets=3,
+    study__benchmarks="gsm8k",
+    study__random_sets=2,
+    study__placebo_targets=2,
+    study__baselines="",
+    study__untrained=False,
 )
 # Rotary parallel layers, ALiBi, a mixture of experts, and linear attention between layers of full attention.
 FAMILIES = {
@@ -45,8 +70,12 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
     model, workdir = tmp_path / "model", tmp_path / "run"
     save_tiny(model, family, vocab_size=1024, **FAMILIES[family])
     runs.small_tokenizer().save_pretrained(model)
-    flags = runs.small_flags(model, inputs[1], workdir, **SETTINGS)
+    questions = [dict(question=f"What is {n} plus {n}?", answer=f"{n} + {n} = {2 * n}\n#### {2 * n}") for n in range(6)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    flags = runs.small_flags(model, inputs[1], workdir, task__path=tmp_path / "gsm8k.jsonl", **SETTINGS)
     assert command.run(STAGES, "", ["program", *flags]) == 0
-
-    for unit in ("baseline", "capture", "train/topk", "evaluate/topk", "interpret/topk", "ablate/topk"):
+    for unit in UNITS:
         assert (workdir / unit / "done.json").exists(), unit
+    assert (workdir / "report" / "index.html").exists()
+    steered = json.loads((workdir / "steer" / "topk" / "done.json").read_text())["results"]["behaviours"]["agreement"]
+    assert steered["reason"] is None

@@ -9,13 +9,13 @@ from preflight_setup import arrays, assert_same_call, make_dictionary, make_stac
 
 from saejax.activations import jax_capture
 from saejax.activations.documents import Documents
-from saejax.causal.programs import kept_prompts, prompt_length
 from saejax.costs.passes import head_flops, pass_flops, step_flops
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
+from saejax.interventions.planned import kept_prompts, prompt_length
 from saejax.models import decoding, language_model
 from saejax.models.families import read_config
 from saejax.models.sites import Site

@@ -10,13 +10,14 @@ from every_kind import KINDS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 
-from saejax.causal.ablate import report_figures as figures
-from saejax.causal.patching import report as patching
-from saejax.causal.patching.grid import PatchingGrid
-from saejax.causal.patching.sites import DIRECTIONS
-from saejax.causal.probes import report as probes
 from saejax.evaluation.results import DensityHistogram
+from saejax.interventions import ablate_figures as figures
+from saejax.interventions import patch_report as patching
+from saejax.interventions import probe_report as probes
+from saejax.interventions import steer_report as steering
 from saejax.interventions.curves import EffectCurve
+from saejax.interventions.patch_run import PatchGrid
+from saejax.interventions.patching import DIRECTIONS
 from saejax.interventions.table import EditDefinition
 from saejax.page import style
 from saejax.results import Interval
@@ -97,22 +98,37 @@ def probes_figure():
     return probes.probes({name: probe_rows() for name in NAMES})
 
 
-def heatmap_figure(layers=30, length=14, reason=None):
-    shape = (2, layers, length)
-    direction_N, layer_N, column_N = (index.ravel() for index in np.indices(shape))
+def heatmap_figure(layers=30, length=14, reason=None, heads=1):
+    shape = (2, layers, heads, length)
+    direction_N, layer_N, head_N, column_N = (index.ravel() for index in np.indices(shape))
     share_N = np.where(np.abs(column_N - length // 2) < 1, layer_N / layers, 0.02)
-    values = dict.fromkeys(("effect", "effect_low", "effect_high", "normalised", "low", "high"), share_N)
-    grid = PatchingGrid(
-        np.array(DIRECTIONS, object)[direction_N], layer_N, column_N - length, prompts=0 * layer_N, **values
+    nothing_N = np.full(len(share_N), np.nan)
+    grid = PatchGrid(
+        direction=np.array(DIRECTIONS, object)[direction_N],
+        layer=layer_N,
+        head=head_N if heads > 1 else nothing_N,
+        position=column_N - length if length > 1 else nothing_N,
+        prompts=0 * layer_N,
+        **dict.fromkeys(("effect", "low", "high", "normalised"), share_N),
     )
     words = ["The", " near", "\n", " ", " extraordinarily", "7"]
     columns = [SimpleNamespace(token=words[i % 6], differs=float(i == length // 2)) for i in range(length)]
-    return patching.heatmap(grid, SimpleNamespace(reason=reason, columns=columns))
+    return patching.heatmap(grid, SimpleNamespace(pairs=SimpleNamespace(reason=reason), columns=columns))
+
+
+def steering_figure():
+    points = [SimpleNamespace(dose=dose, drop=interval(dose / 10)) for dose in (0.0, 12.0, 40.0)]
+    method = SimpleNamespace(points=points, chosen=2, control_mean=0.5, control_max=2.0)
+    few = SimpleNamespace(points=points[:2], chosen=1, control_mean=None, control_max=None)
+    return steering.steering({name: SimpleNamespace(methods=dict(add=method, clamp=few)) for name in NAMES})
 
 
 DRAWN = [
     dose_figure,
     lambda: dose_figure(0, 0),
+    steering_figure,
+    lambda: heatmap_figure(length=1, heads=9),
+    lambda: heatmap_figure(length=1),
     probes_figure,
     lambda: probes.probes({"x": probe_rows((None,))}),
     baselines_figure,

@@ -29,7 +29,10 @@ def both(made):
 def test_the_page_opens_with_pictures_the_table_and_a_sentence_for_each_question(made):
     html = (made[0] / "index.html").read_text(encoding="utf-8")
     opening = html[html.index("<main>") :]
-    first = [opening.index(piece) for piece in ("<figure", "<table", "1. Effect of ablation", "<details>")]
+    first = [
+        opening.index(piece)
+        for piece in ("<figure", "<table", "1. Does ablating the top features have an effect?", "<details>")
+    ]
     assert first == sorted(first)
     assert opening[: first[0]].count("<p") == 0, "no text before the first picture"
     assert opening[: first[1]].count("<figure") == 4, "a picture for each behaviour"
@@ -41,10 +44,13 @@ def test_both_say_the_answers_and_their_figures(made):
         answers = (
             "yes for Subject-verb agreement, Capital of a country; no for Greater-than on years, Two-digit addition."
         )
-        assert f"The logit difference falls: {answers} Top-1 accuracy falls: {answers}" in text
+        assert f"On the logit difference: {answers} On top-1 accuracy: {answers}" in text
         assert text.count(f"Y{answers[1:]}") == 2, "questions 2 and 3"
-        assert "Capital of a country: more: MLP neurons, principal components." in text
-        assert "spared: no for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two" in text
+        assert "Capital of a country: more than MLP neurons, principal components." in text
+        spared = (
+            "No for Subject-verb agreement, Capital of a country, Greater-than on years; yes for Two-digit addition."
+        )
+        assert spared in text
         assert "Ablating the 20 top features lowers the logit difference by 4.3" in text
         assert "placebo sets, chosen for unrelated answers, also do more than random sets" in text
         assert "Capital of a country, untrained dictionary" in text
@@ -73,7 +79,7 @@ def test_without_a_specific_behaviour_this_is_said_first(tmp_path):
     run_report(run)
     text = (run.folder / "report.md").read_text(encoding="utf-8")
     said = text.index("For no behaviour are the top features shown to be specific to its answer.")
-    assert said < text.index("Effect of ablation")
+    assert said < text.index("Does ablating the top features have an effect?")
 
 
 def test_all_features_are_shown_where_they_were_measured(made):

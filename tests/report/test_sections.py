@@ -1,16 +1,12 @@
-"""Sections of the report that a made-up workspace does not have: benchmarks, probes, studies."""
+"""Sections of the report that a made-up workspace does not have: benchmarks, probes."""
 
-import dataclasses
 import types
 from pathlib import Path
 
-from saejax.causal.patching import report as patching
-from saejax.causal.patching.results import FeaturePatchResults, HeadPatchResults
-from saejax.causal.probes import report as probes
-from saejax.causal.probes.results import ProbeResults
-from saejax.causal.study import report as studies
-from saejax.causal.study.results import SingleEffect, SingleEffects, StudyEffects, StudyResults
-from saejax.files import write_json
+from saejax.interventions import patch_report as patching
+from saejax.interventions import probe_report as probes
+from saejax.interventions.patch_run import FeaturePatchResults
+from saejax.interventions.probe_run import ProbeResults
 from saejax.page.blocks import Picture
 from saejax.page.findings import Findings
 from saejax.results import Interval
@@ -74,105 +70,42 @@ def test_without_benchmarks_there_is_no_section():
     assert tasks.benchmark_sections(findings()) == []
 
 
-def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched(tmp_path):
-    share = some(features=20, accuracy=interval(0.5), random=interval(0.1), p_value=0.048)
-    carried = some(prompts=12, top=[share], all=interval(0.7), error=interval(0.2), ceiling=interval(0.9))
-    together = [some(features=20, denoising=some(normalised=interval(0.4))), some(features="all")]
-    results = dict(dictionary="topk", site="resid_post.15", top=20, draws=20)
-    results["unpatched"] = dict(addition="it has no train prompts")
-    singles = [
-        some(feature=i, denoising=some(effect=interval(i / 10)), noising=some(effect=interval(0.5))) for i in range(7)
-    ]
-    results["behaviours"] = dict(
-        capital=some(interchange=carried, together=together, templates=0, features=singles, disentangled=[
-            some(method="features", size=20, cause=interval(0.5), isolate=dict(agreement=interval(0.9))),
-            some(method="whole site", size=64, cause=None, isolate={}),
-        ])
-    )  # fmt: skip
-    unit = tmp_path / "interpret" / "topk"
-    unit.mkdir(parents=True)
-    write_json(unit / "labels.json", {"6": dict(label="a | city", by="Ada", note="", f1=None)})
+def test_features_that_carry_the_answer_and_behaviours_that_were_not_patched():
+    carried = some(prompts=12, top=interval(0.5), random=0.1, site=interval(0.9))
+    moved = dict(restored=interval(0.4), removed=interval(2.0))
+    answers = {"logit_diff": some(sentence="Ablating the 7 top features lowers the logit difference by 2 logits.")}
+    verdict = some(ablation=answers, random=some(sentence="Not testable."), placebo=some(sentence="Not tested."),
+                   fooled=None, placebo_sets=0)  # fmt: skip
+    results = dict(dictionary="topk", site="resid_post.15", k=7, unpatched=dict(addition="it has no train prompts"))
+    results["behaviours"] = dict(capital=some(interchange=carried, **moved), agreement=some(interchange=None, **moved))
+    results["verdict"] = some(dictionaries=dict(tested=dict(capital=verdict)))
     made = findings(topk=partly(FeaturePatchResults, **results))
-    table, singly, beside, without = patching.sections(made, None)[0].blocks
-    assert [row[1:3] for row in singly.rows] == [(str(i), "–") for i in (6, 5, 4, 3, 2)]  # it was not interpreted
-    labelled = dataclasses.replace(made, folders={**made.folders, "interpret/topk": unit})
-    _, singly, *_ = patching.sections(labelled, None)[0].blocks
-    effects = ("0.60 [0.50,\u00a00.70]", "0.50 [0.40,\u00a00.60]")
-    assert singly.rows[0] == ("Capital of a country", "6", "a | city", *effects) and singly.rows[1][2] == "–"
-    shares = [f"{mean} [{mean - 10},\u00a0{mean + 10}]" for mean in (50, 10, 70, 20, 90)]
-    shares[1] += ", p = 0.048"
-    assert table.rows == (("Capital of a country", "12", *shares, "0.40 [0.30,\u00a00.50]"),)
-    assert len(table.columns) == len(table.rows[0]) and table.columns[6] == "Whole site, %"
-    assert [row[1:] for row in beside.rows] == [
-        (
-            "features", "20", "50 [40,\u00a060]",
-            "Subject-verb agreement 90 [80,\u00a0100]", "70",
-        ),
-        ("whole site", "64", "–", "–", "–"),
-    ]  # fmt: skip
+    table, terms, without = patching.sections(made, None)[0].blocks
+    shares = ("50 [40,\u00a060]", "10\u00a0%", "90 [80,\u00a0100]")
+    effects = ("2.00 [1.90,\u00a02.10]", "0.40 [0.30,\u00a00.50]")
+    assert table.rows[0] == ("Capital of a country", "12", *shares, *effects)
+    assert table.rows[1] == ("Subject-verb agreement", "0", *["–"] * 3, *effects)
+    ((name, text),) = terms.items
+    assert name == "Capital of a country" and text.startswith("Patching the 7 top features") and "Not tested." in text
     assert without.items == (("Two-digit addition", "not patched: it has no train prompts."),)
 
 
-def test_heads_are_shown_beside_the_length_of_the_change_and_random_nodes():
-    estimate = some(correlation=interval(0.6), top=0.5, p_value=0.004)
-    node = some(node="query", layer=5, head=3, position=-2, effect=interval(0.4), atp=-0.25, atp_star=0.3)
-    senders = [
-        some(layer=4, head=None, effect=interval(0.3), p_max_t=0.01),
-        some(layer=2, head=1, effect=interval(0.2), p_max_t=0.5),
-    ]
-    told = [
-        some(node="query", layer=5, head=3, position=-2, total=interval(0.4), senders=50, sure=1, strongest=senders),
-        some(
-            node="logits",
-            layer=30,
-            head=0,
-            position=-1,
-            total=interval(3.0),
-            senders=300,
-            sure=4,
-            strongest=senders[:1],
-        ),
-    ]
-    found = some(
-        nodes=1234,
-        random=interval(0.1),
-        estimates=dict(atp_star=estimate, atp=estimate, change=some(correlation=None, top=0.2, p_value=0.2)),
-        columns=[some(position=-2, token=" of"), some(position=-1, token=" is")],
-        strongest=[node],
-        paths=told,
-    )
-    results = dict(top=20, drawn=100, unpatched={}, behaviours=dict(capital=found))
-    (section,) = patching.sections(findings(heads=partly(HeadPatchResults, **results)), draw)
-    estimates, nodes, paths = section.blocks
-    beside = ("0.50", "0.10 [0.00,\u00a00.20]", "0.004")
-    assert estimates.rows[0] == ("Capital of a country", "1,234", "AtP*", "0.60 [0.50,\u00a00.70]", *beside)
-    assert [row[2] for row in estimates.rows] == ["AtP*", "AtP", "length of the change"] and estimates.rows[2][3] == "–"
-    assert nodes.rows[0][1:] == ("query 5.3", "−2 (of)", "0.40 [0.30,\u00a00.50]", "−0.25", "0.30")
-    assert [row[1:3] for row in paths.rows] == [
-        ("query 5.3 at −2", "MLP 4"), ("query 5.3 at −2", "head 2.1"), ("logits", "MLP 4")
-    ]  # fmt: skip
-    assert paths.rows[0][3:] == ("0.30 [0.20,\u00a00.40]", "0.010", "0.40 [0.30,\u00a00.50]", "1 of 50")
-    found.paths = ()
-    (section,) = patching.sections(findings(heads=partly(HeadPatchResults, **results)), draw)
-    assert len(section.blocks) == 2
-
-
-def test_probes_are_shown_and_labels_without_one_said():
+def test_probes_are_shown_and_labels_without_one_named():
     row = dict(
         input="features",
         k=2,
         inputs=[7, 8],
         accuracy=interval(0.5),
-        balanced_accuracy=0.4,
+        f1=0.4,
         majority=0.3,
         shuffled=interval(0.2),
-        random=interval(0.1),
-        p_value=0.0123,
-        auc=interval(0.8),
-        auc_shuffled=interval(0.45),
+        control=interval(0.1),
+        p_holm=0.0123,
+        auc=0.8,
         against_dense=interval(-0.2),
     )
-    whole, raw = row | dict(k=None, inputs=None, random=None), dict(input="raw")
+    whole, raw = row | dict(k=None, inputs=None, control=None), dict(input="raw")
+    selected = some(features=[some(feature=7, drop=interval(0.5), p_holm=0.01)], matched=[0.1, 0.6], sentence="Of 1.")
     labels = [
         some(
             label="answer",
@@ -180,26 +113,22 @@ def test_probes_are_shown_and_labels_without_one_said():
             behaviour="addition",
             reason=None,
             probes=[some(**one) for one in (row, whole, row | raw, whole | raw)],
+            selected=selected,
         ),
-        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0),
-    ]
+        some(label="correct", behaviour="capital", reason="fewer than two classes: right 80", probes=[], congruent=0,
+             selected=None),
+    ]  # fmt: skip
     results = dict(dictionary="topk", site="resid_post.15", pool="last", labels=labels)
-    settings = dict(probe=dict(shuffles=20, ranking="mean_difference"))
+    settings = dict(probe=dict(shuffles=20))
     (section,) = probes.sections(findings(settings, topk=partly(ProbeResults, **results)), draw)
-    intro, picture, table, dense, without = section.blocks
+    intro, picture, table, ablated, answers, without = section.blocks
     assert "the features of topk" in intro.text and "at a prompt's last position" in intro.text
     assert "Answer: Two-digit addition: features 50 [40,\u00a060] %, raw dimensions 50 [40,\u00a060] %." in picture.alt
-    assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "40\u00a0%")
-    assert table.rows[0][6:] == ("10 [0,\u00a020]", "0.0123", "7, 8")
-    assert table.rows[1][1] == "all features" and table.rows[1][6] == table.rows[1][8] == "–"
-    assert "whose class means differ most" in intro.text
-    assert dense.rows[0][1:] == (
-        "2 features",
-        "0.80 [0.70,\u00a00.90]",
-        "0.45 [0.35,\u00a00.55]",
-        "−20 [−30,\u00a0−10]",
-    )
-    assert [row[1] for row in dense.rows] == ["2 features", "all features", "all raw dimensions"]
+    assert table.rows[0][:4] == ("Answer: Two-digit addition", "2 features", "50 [40,\u00a060]", "0.40")
+    assert table.rows[0][7:] == ("10 [0,\u00a020]", "−20 [−30,\u00a0−10]", "0.0123", "7, 8")
+    assert table.rows[1][1] == "all features" and table.rows[1][7] == table.rows[1][10] == "–"
+    assert ablated.rows == (("Answer: Two-digit addition", "7", "0.50 [0.40,\u00a00.60]", "0.0100", "1 of 2"),)
+    assert answers.items == (("Answer: Two-digit addition", "Of 1."),)
     assert without.items == (
         ("Model right or wrong: Capital of a country", "no probe: fewer than two classes: right 80."),
     )
@@ -207,68 +136,3 @@ def test_probes_are_shown_and_labels_without_one_said():
     found = findings(settings, topk=partly(ProbeResults, **results))
     assert [block.kind for block in probes.sections(found, lambda *drawn: None)[0].blocks] == ["text", "terms"]
     assert probes.sections(findings(), lambda *drawn: None) == []
-
-
-def test_studies_show_every_measure_and_replacement():
-    one = some(
-        after=interval(0.3),
-        drop=interval(0.2),
-        controls=[0.1, 0.1],
-        control_drop=0.1,
-        p_value=0.048,
-        difference=interval(0.15),
-    )
-    both = StudyEffects(before=interval(0.5), zero=one, random=one)
-    logic = dict(
-        dictionary="topk",
-        site="resid_post.15",
-        rule="Yes if so. Otherwise no.",
-        score="choice",
-        chance=0.25,
-        items=some(train=20, test=21),
-        accuracy=both,
-        log_likelihood_per_token=both,
-        claims=dict(zero=some(yes=True, p_holm=0.02), random=some(yes=False, p_holm=0.2)),
-        reason="Yes: it falls.",
-    )
-    weak = logic | dict(
-        score="generate",
-        chance=0.0,
-        accuracy=StudyEffects(before=interval(0.0), zero=None, random=None),
-        claims=dict(zero=None, random=None),
-        reason="At chance before any edit.",
-    )
-    settings = dict(study=dict(top=20, draws=2), model=dict(path="smollm2"))
-    found = findings(settings, logic=partly(StudyResults, **logic), gsm8k=partly(StudyResults, **weak))
-    (section,) = studies.sections(found, draw)
-    intro, rule, few, reasons, table = section.blocks
-    assert few.text == "No yes is possible: 2 draws were made, and the rule takes 39 for the benchmarks of this run."
-    assert "20 features of topk" in intro.text and "Yes if so." in rule.text
-    assert reasons.items == (("logic", "Yes: it falls."), ("gsm8k", "At chance before any edit."))
-    assert len(table.rows) == 8 and "smollm2" in table.caption
-    assert table.rows[0] == (
-        "logic (21 items)",
-        "multiple choice, % (chance 25\u00a0%)",
-        "50.0 [40.0,\u00a060.0]",
-        "set to zero",
-        "30.0 [20.0,\u00a040.0]",
-        "20.0 [10.0,\u00a030.0]",
-        "10.0 in every draw",
-        "0.048",
-        "15.0 [5.0,\u00a025.0]",
-        "yes (p = 0.020)",
-    )
-    assert table.rows[1][3:4] + table.rows[1][-1:] == ("at random", "no (p = 0.200)")
-    assert table.rows[2][1:3] == ("nats per token", "0.500 [0.400,\u00a00.600]") and table.rows[2][-1] == "–"
-    assert table.rows[4][1] == "exact match, %" and table.rows[4][4:] == ("–",) * 6
-    assert studies.sections(findings(), draw) == []
-
-    single = SingleEffect(7, interval(0.2), 0.01, 0.02, 9, 0.05, 0.875, interval(0.1), -0.01)
-    logic["single"] = SingleEffects((single,), 1, (0, 1), 2 / 3, 2**-20)
-    (section,) = studies.sections(findings(settings, logic=partly(StudyResults, **logic)), draw)
-    table = section.blocks[-1]
-    assert table.rows == (
-        ("7", "0.200 [0.100,\u00a00.300]", "0.020", "0.050", "88\u00a0%", "10.0 [0.0,\u00a020.0]", "−1.0"),
-    )
-    assert "By themselves 1 of 1 top features that fire change" in table.note
-    assert "0.5 on average (p = 0.67)" in table.note

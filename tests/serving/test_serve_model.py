@@ -59,7 +59,7 @@ def asker(place, lm, serve, one_device):
     root, configs = place
     root.mkdir()
     patch = pytest.MonkeyPatch()
-    patch.setattr("saejax.causal.parts.make_mesh", lambda config: one_device)
+    patch.setattr("saejax.tasks.run_inputs.make_mesh", lambda config: one_device)
     yield serve(GraphStore(root), ModelSession(configs, named=True))
     patch.undo()
 

@@ -91,8 +91,9 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "ablate.text_documents": 2,
         "study.items": 6,
         "study.top": 2,
-        "study.draws": 2,
-        "study.matches": 4,
+        "study.random_sets": 2,
+        "study.placebo_targets": 2,
+        "study.scored_sets": 1,
         "study.bootstrap": 100,
     }
     if configs[CaptureConfig].last:  # so few positions of a document are no batch

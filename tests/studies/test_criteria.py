@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from saejax.causal.claims import LEAST_SETS, Claim
-from saejax.causal.study.results import StudyEffect, StudyEffects
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer
 from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
@@ -17,50 +16,31 @@ from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 
 
-def effects(zero, random) -> StudyEffects:
-    """Of the mean drop of the tested set, then those of the draws, by replacement."""
+def result(zero, resampled, random, fooled=3, sentence="It does.") -> BehaviourVerdict:
+    """A verdict with these answers."""
 
-    def one(drops):
-        drop = Interval(drops[0], drops[0] - 1, drops[0] + 1)
-        rest = dict(controls=tuple(drops[1:]), control_drop=float(np.mean(drops[1:])), p_value=0.5)
-        return StudyEffect(after=drop, drop=drop, difference=drop, **rest)
+    def answer(text):
+        return CausalAnswer(text, sentence)
 
-    before = Interval(-1.0, -2.0, 0.0)
-    return StudyEffects(before, zero=one(zero), random=None if random is None else one(random))
-
-
-@pytest.mark.parametrize("shared", [0.0, 0.7, 1.0])
-def test_where_nothing_is_true_few_rows_are_interpretable(shared):
-    """However alike the two replacements are: at most 5 % of 2,000 worlds, and 10 % with a signal of any sort."""
-    rng, found = np.random.default_rng(3), []
-    for _ in range(2000):
-        both_C = rng.normal(size=21)
-        zero_C, random_C = (
-            shared * both_C + (1 - shared**2) ** 0.5 * rng.normal(size=21) for _ in range(2)
-        )  # the top features are one more draw
-        found.append(criteria.gate("row", "logic", effects(zero_C, random_C), 0.99))
-    share = {name: np.mean([one.gate == name for one in found]) for name in ("interpretable", "unstable", "no signal")}
-    error = 3 * (0.05 * 0.95 / 2000) ** 0.5
-    assert share["interpretable"] <= 0.05 + error and share["interpretable"] + share["unstable"] <= 0.1 + 2 * error
-    placebo = np.mean([one.placebo_rate for one in found])
-    assert placebo == pytest.approx(share["interpretable"], abs=0.015), "what stands beside an answer is its rate"
+    ablation = dict(answer_log_prob=answer(zero), accuracy=answer("yes"))
+    if resampled:
+        ablation["answer_log_prob_resampled"] = answer(resampled)
+    other = answer("not tested")
+    return BehaviourVerdict((1,), 1.0, ablation, {}, (), answer(random), other, {}, other, fooled, 10)
 
 
-def test_the_gate_of_planted_effects():
-    draws = np.linspace(-1, 1, 20)
-    strong, weak = np.concatenate([[5.0], draws]), np.concatenate([[0.0], draws])
-
+def test_the_gate():
     def gate(*args):
         return criteria.gate("row", "logic", *args).gate
 
-    assert gate(effects(strong, strong), 0.9) == "interpretable"
-    assert gate(effects(strong, weak), 0.9) == gate(effects(weak, strong), 0.9) == "unstable"
-    assert gate(effects(strong, strong), 0.79) == gate(effects(strong, strong), None) == "unstable"
-    assert gate(effects(weak, weak), 0.9) == "no signal"
-    assert gate(effects(strong, None), 0.9) == gate(effects(strong, strong), 0.9, LEAST_SETS - 1) == "not measured"
-    assert gate(effects(strong, strong), 0.9, LEAST_SETS) == "interpretable"
-    few = criteria.gate("row", "logic", effects(strong[:10], strong[:10]), 0.9)
-    assert few.gate == "no signal" and "9 draws are too few" in few.reason
+    assert gate(result("yes", "yes", "yes"), 0.9) == "interpretable"
+    assert gate(result("yes", "no", "yes"), 0.9) == gate(result("no", "yes", "yes"), 0.9) == "unstable"
+    assert gate(result("yes", "yes", "yes"), 0.79) == gate(result("yes", "yes", "yes"), None) == "unstable"
+    assert gate(result("no", "no", "yes"), 0.9) == gate(result("yes", "yes", "no"), 0.9) == "no signal"
+    assert gate(result("yes", None, "yes"), 0.9) == "not measured"
+    few = criteria.gate("row", "logic", result("yes", "yes", "not testable", None, "Too few sets."), 0.9)
+    assert few.gate == "not measured" and few.reason == "Too few sets." and few.fooled is None
+    assert criteria.gate("row", "logic", result("yes", "yes", "yes"), 0.9).fooled == 0.3
 
 
 def test_rank_correlation_is_spearmans_and_finds_nothing_in_noise():
@@ -103,34 +83,32 @@ def transfer(shared, null) -> TransferResults:
     return TransferResults((), "", (ComparedPair("topk", "standard", rows),), (), ())
 
 
-def tracked(answers, placebo_rate) -> TrackResults:
+def tracked(answers) -> TrackResults:
     tests = {
-        f"resid_post.{site}": StepTest(
-            (), 3, 1.0, 0.1, 0.5, 0.1, Claim(yes, 0.1, 0.1, 0.1, 1, 0.0, 1.0, placebo_rate, 0.0, 1.0, 19), None
-        )
-        for site, yes in enumerate(answers)
+        f"resid_post.{site}": StepTest((), 3, 1.0, 40, 19, 0.5, 0.1, 0.02, 0.02, answer)
+        for site, answer in enumerate(answers)
     }
     step = TrackedStep("step 1", "", 0, 3, {}, tests, {})
     return TrackResults(dict(sum=TrackedText(9, " 4", 8, ("resid_post.0",), (step,), {}, "geometry", 7, 0, 1.0)))
 
 
 @pytest.mark.parametrize(
-    ("shared", "null", "answers", "placebo_rate", "met"),
+    ("shared", "null", "answers", "met"),
     [
-        (0.8, 0.1, [True] * 8, 0.05, [True, True]),
-        (0.3, 0.2, [True, False], 0.2, [False, False]),  # intervals meet; one of two is no share above a fifth
-        (0.8, 0.1, [], 0.0, [True, None]),
+        (0.8, 0.1, ["yes"] * 8, [True, True]),
+        (0.3, 0.2, ["yes", "no", "no", "not testable"], [False, False]),  # intervals meet; one of three is hurt
+        (0.8, 0.1, ["not testable"], [True, None]),
     ],
 )
-def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, placebo_rate, met):
-    units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers, placebo_rate))}
+def test_transfer_and_tracking_are_judged_by_their_results(shared, null, answers, met):
+    units = {"transfer": summary_of(transfer(shared, null)), "track/sum": summary_of(tracked(answers))}
     found = Findings(units, {}, Path(), {})
     (pair,), (text,) = list(gather_effects.transfer("row", found)), list(gather_effects.tracking("row", found))
     assert (pair.first, pair.second, pair.measure, pair.shared.mean, pair.shared_null.mean) == (
         "topk", "standard", "decoder", shared, null,
     )  # fmt: skip
     assert (text.text, text.tests, text.hurt, text.links) == (
-        "sum", len(answers), sum(answers), 7,
+        "sum", len(answers) - answers.count("not testable"), answers.count("yes"), 7,
     )  # fmt: skip
     judged = {one.criterion: one for one in criteria.criteria(empty(transfer=(pair,), tracking=(text,)), [])}
     names = ["Dictionaries transfer", "Features are tracked through layers"]

@@ -10,7 +10,7 @@ from saejax.activations.joined import with_joined
 from saejax.activations.manifest import CapturedModel
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.joined import split
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.training.scales import estimate_scales

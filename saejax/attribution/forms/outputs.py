@@ -25,10 +25,10 @@ from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
-from saejax.causal.parts import part_file
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
 from saejax.parallel.collectives import is_first_process
+from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.settings.attribution import GraphConfig
 

@@ -36,12 +36,12 @@ from saejax.attribution.trace.prompt import check_max_features
 from saejax.attribution.trace.rounds import attribute_in_rounds, make_graph
 from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import Target, read_targets
-from saejax.causal.parts import OnProgress, silent
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import by_row
+from saejax.runner.parts import OnProgress, silent
 
 Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 

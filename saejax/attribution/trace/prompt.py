@@ -24,9 +24,9 @@ from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory, estimate_memory, free_memory
 from saejax.attribution.trace.rounds import attribute_in_rounds, make_graph
 from saejax.attribution.trace.targets import Target, read_targets
-from saejax.causal.parts import OnProgress, silent
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.runner.parts import OnProgress, silent
 
 
 class Traced(NamedTuple):

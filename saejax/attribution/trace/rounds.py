@@ -13,8 +13,8 @@ from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import Put
 from saejax.attribution.trace.ranking import Ranking
 from saejax.attribution.trace.row_store import RowStore
-from saejax.causal.parts import OnProgress, silent
 from saejax.models.tokens import token_text
+from saejax.runner.parts import OnProgress, silent
 
 # Writes the rows of some of the active features, or of the readouts (None), over all sources.
 FillRows = Callable[[np.ndarray | None, Put], None]

@@ -10,19 +10,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from saejax.causal.ablate.run import run_ablate
-from saejax.causal.claims import LEVEL
-from saejax.causal.patching.results import FeaturePatchResults, PatchResults
-from saejax.causal.patching.run import run_patch
-from saejax.causal.probes.results import ProbeResults
-from saejax.causal.probes.run import run_probe
-from saejax.causal.statistics import holm
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.ground_truth.circuits.cases import Case
 from saejax.ground_truth.circuits.results import CausalScores
+from saejax.interventions.ablate_run import run_ablate
 from saejax.interventions.answers import AblateResults, BehaviourVerdict
+from saejax.interventions.patch_run import FeaturePatchResults, PatchResults, run_patch
+from saejax.interventions.probe_run import ProbeResults, run_probe
 from saejax.interventions.table import TESTED, EffectsTable, load_effects
 from saejax.library.causal import ablate
 from saejax.models.language_model import LanguageModel
@@ -30,7 +26,6 @@ from saejax.results import Interval
 from saejax.runner.config import Config
 from saejax.runner.workspace import Run
 from saejax.settings import AblateConfig, ModelConfig, PatchConfig, ProbeConfig, TaskConfig
-from saejax.stages.known_circuits import KnownConfig
 from saejax.tasks.baseline import run_baseline
 from saejax.tasks.own_prompts import as_line
 from saejax.tasks.results import BaselineResults
@@ -38,6 +33,7 @@ from saejax.tasks.scoring import wilson
 
 T = TypeVar("T")
 _BOOTSTRAP = 1000
+LEVEL = 0.05  # of claims, after correction
 
 
 class KnownStages:
@@ -51,25 +47,21 @@ class KnownStages:
 
     def __init__(self, run: Run, case: Case, model: LanguageModel):
         self._run, self._case, self._model = run, case, model
-        self._known = run.configs[KnownConfig]
         path = run.folder / "prompts.jsonl"
         write_text(path, "".join(map(as_line, case.prompts)))
         task = TaskConfig(behaviours=(), prompts=str(path), bootstrap=_BOOTSTRAP)
         self._configs = run.configs | ModelConfig(path=str(run.folder / "model")) | task
         self.baseline: BaselineResults = self._stage("baseline", "", run_baseline, task)
 
-    def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]], das: bool) -> CausalScores:
+    def judge(self, name: str, transcoder: Path, features: Mapping[str, list[int]]) -> CausalScores:
         """Return the results of the stages with a transcoder's features.
 
         Args:
           name: name of its set, for the stages' folders.
           transcoder: its folder.
           features: idle variable -> the features that represent it.
-          das: also learn a subspace of as many dimensions as there are top features, which uses no transcoder.
         """
-        known, count = self._known, max(map(len, self._case.causes.values()))
-        # There are few neurons: every active one may be a match of the tested ones.
-        shared: dict[str, Any] = dict(matches=self._case.model.width - 2 * count + 1, bootstrap=_BOOTSTRAP)
+        count = max(map(len, self._case.causes.values()))
         settings: dict[str, Any] = dict(dictionary=str(transcoder), top=count)
         # The vocabulary is small and mostly answers, so there are no placebo targets.
         quick: dict[str, Any] = dict(baselines=(), text_documents=0, placebo_targets=0, untrained=False)
@@ -83,8 +75,7 @@ class KnownStages:
                 return None
 
         ablated = tried("ablate", run_ablate, AblateConfig(**settings, bootstrap=_BOOTSTRAP, **quick))
-        learned = count if das else 0
-        patched = tried("patch", run_patch, PatchConfig(**settings, **shared, draws=known.draws, das=learned))
+        patched = tried("patch", run_patch, PatchConfig(**settings, bootstrap=_BOOTSTRAP, placebo_targets=0))
         labels: dict[str, Any] = dict(
             labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100
         )
@@ -110,8 +101,6 @@ class KnownStages:
             refused=tuple(refused),
             carried=None if carried is None else len(carried),
             shown=None if harmed is None or carried is None else len(harmed & carried),
-            das=_subspace(patched, "DAS") if patched and das else None,
-            das_random=_subspace(patched, "random subspace").mean if patched and das else None,
         )
 
     def _stage(self, stage: str, name: str, run_stage: Callable[[Run], T], config: Config) -> T:
@@ -140,42 +129,25 @@ class KnownStages:
         return claimed
 
 
-def _interchange(found: PatchResults) -> tuple[Interval, float]:
+def _interchange(found: PatchResults) -> tuple[Interval | None, float | None]:
     """Return the interchange accuracy of the top features and of random ones, pooled over behaviours."""
     assert isinstance(found, FeaturePatchResults)
-    flipped = prompts = 0
-    random = []
-    for one in found.behaviours.values():
-        last = one.interchange.top[-1]
-        flipped += round(last.accuracy.mean * one.interchange.prompts)
-        prompts += one.interchange.prompts
-        random.append(last.random.mean)
-    return _share(flipped, prompts), float(np.mean(random))
+    shares = [one.interchange for one in found.behaviours.values() if one.interchange]
+    if not shares:
+        return None, None
+    flipped = sum(round(one.top.mean * one.prompts) for one in shares)
+    random = [one.random for one in shares if one.random is not None]
+    return _share(flipped, sum(one.prompts for one in shares)), float(np.mean(random)) if random else None
 
 
 def _carried(found: PatchResults) -> set[str]:
-    """Return the behaviours most of whose answers the top features carry over, and more than matched features do.
+    """Return the behaviours most of whose answers the top features carry over: the interval is above one half.
 
-    Most: the interval is above one half. More: the randomisation test, after Holm's correction over the behaviours.
+    A layer's few features leave too few random sets to compare with.
     """
     assert isinstance(found, FeaturePatchResults)
-    last = {name: one.interchange.top[-1] for name, one in found.behaviours.items() if one.interchange.top}
-    adjusted_N = holm(np.array([one.p_value for one in last.values()]))
-    return {
-        name for (name, one), p in zip(last.items(), adjusted_N, strict=True) if p <= LEVEL and one.accuracy.low > 0.5
-    }
-
-
-def _subspace(found: PatchResults, method: str) -> Interval:
-    """Return the share of answers that a subspace carries over, pooled over behaviours."""
-    assert isinstance(found, FeaturePatchResults)
-    pairs = [
-        (row.cause.mean, one.interchange.prompts)
-        for one in found.behaviours.values()
-        for row in one.disentangled
-        if row.method == method and row.cause
-    ]
-    return _share(sum(round(mean * count) for mean, count in pairs), sum(count for _, count in pairs))
+    shares = {name: one.interchange for name, one in found.behaviours.items() if one.interchange}
+    return {name for name, share in shares.items() if share.top.low > 0.5}
 
 
 def _harm(found: AblateResults, table: EffectsTable) -> tuple[float, float | None]:

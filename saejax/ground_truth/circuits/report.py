@@ -44,14 +44,13 @@ _EDGE_NOTE = (
 )
 _CAUSAL_NOTE = (
     "Interchange: prompts whose answer becomes the counterpart's when the top features are patched from it "
-    "(interchange accuracy), and the same of as many matched random features; Wilson intervals. Accuracy drop: when "
-    "the top features are ablated, mean over behaviours; others' drop: the largest of a behaviour that the features "
-    "were not selected for. Ablation effect: behaviours on which ablating the features has more effect than ablating "
-    "matched ones; idle variables: the same for features of a variable that no answer depends on. Some directions "
-    "always have more effect than others, so a random transcoder may pass this test. And interchange: of these, "
-    "behaviours in which patching carries most answers over, more than matched features do; only then do the "
-    "features represent the variable. DAS: a subspace of as many dimensions, learned on train pairs, and a random "
-    "one. Probes: accuracy of linear probes of the variables on test prompts; probes read idle variables, too."
+    "(interchange accuracy), and the same of random sets of as many features; Wilson intervals. Accuracy drop: fall of "
+    "two-way accuracy when the top features are ablated, mean over behaviours; others' drop: the largest of a "
+    "behaviour that the features were not selected for. Ablation effect: behaviours whose two-way accuracy falls when "
+    "the top features are ablated; idle variables: the same for features of a variable that no answer depends on. Some "
+    "directions always have more effect than others, so a random transcoder may pass this test. And interchange: of "
+    "these, behaviours in which patching carries most answers over; only then do the features represent the variable. "
+    "Probes: accuracy of linear probes of the variables on test prompts; probes read idle variables, too."
 )
 
 
@@ -84,7 +83,6 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
         )
         causal = tuple(_causal_row(one, judged.causal) for one, judged in ordered.items() if judged.causal)
         if causal:
-            causal += _das_rows(ordered[EXACT].causal)
             blocks.append(Table(f"{name}: causal tests", _CAUSAL, causal, stack=False, note=_CAUSAL_NOTE))
     return Section("Known circuits", tuple(blocks), lead=verdict)
 
@@ -163,11 +161,3 @@ def _causal_row(name: str, causal: CausalScores) -> tuple[str, ...]:
         interval(causal.probe, 0, 100) if causal.probe else MISSING,
         share(causal.probe_shuffled),
     )
-
-
-def _das_rows(exact: CausalScores | None) -> tuple[tuple[str, ...], ...]:
-    """Return the row of the learned subspace, which needs no transcoder."""
-    if exact is None or exact.das is None or exact.das_random is None:
-        return ()
-    blank = ("",) * (len(_CAUSAL) - 3)
-    return (("none (DAS)", interval(exact.das, 0, 100), number(100 * exact.das_random, 0), *blank),)

@@ -26,7 +26,7 @@ class CausalScores:
     behaviours: int  #: that were tested
     #: share of prompts whose answer becomes the counterpart's when its top features do, with a 95 % Wilson interval
     interchange: Interval | None
-    interchange_random: float | None  #: the same of as many matched random features
+    interchange_random: float | None  #: the same of random sets of as many features; None: there are too few features
     harm: float | None  #: accuracy lost without the top features, mean over behaviours
     harm_others: float | None  #: the largest loss of another behaviour; None with one behaviour
     claimed: int | None  #: behaviours whose two-way accuracy falls when the top features are ablated
@@ -35,11 +35,9 @@ class CausalScores:
     probe: Interval | None  #: accuracy of probes of the features, pooled over labels, with a 95 % Wilson interval
     probe_shuffled: float | None  #: that of probes of shuffled labels, mean
     refused: tuple[str, ...]  #: what a stage said instead
-    #: behaviours most of whose answers the top features carry over, beyond matched ones; None: not measured
+    #: behaviours most of whose answers the top features carry over; None: not measured
     carried: int | None = None
     shown: int | None = None  #: behaviours that are both claimed and carried: the features stand for the variable
-    das: Interval | None = None  #: `interchange` of a learned subspace of as many dimensions (DAS); of exact ones
-    das_random: float | None = None  #: of a random subspace
 
 
 @dataclasses.dataclass(frozen=True)

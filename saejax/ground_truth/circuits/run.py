@@ -9,7 +9,7 @@ from saejax.attribution.local.transcoders import LayerTranscoders, open_transcod
 from saejax.errors import Interrupted
 from saejax.ground_truth.circuits.cases import Case, make_case
 from saejax.ground_truth.circuits.causal import KnownStages
-from saejax.ground_truth.circuits.dictionaries import EXACT, write_sets
+from saejax.ground_truth.circuits.dictionaries import write_sets
 from saejax.ground_truth.circuits.edges import circuit, known_edges
 from saejax.ground_truth.circuits.graphs import SHARE, judge_edges
 from saejax.ground_truth.circuits.handset import run as run_known
@@ -50,7 +50,7 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         if case.layer is not None:
             feature_of = {neuron: feature for (layer, feature), neuron in neuron_of.items() if layer == case.layer}
             idle = {variable: [feature_of[one] for one in own] for variable, own in case.idle.items()}
-            causal = stages.judge(name, folder / f"layer{case.layer}", idle, das=name == EXACT)
+            causal = stages.judge(name, folder / f"layer{case.layer}", idle)
         judged[name] = JudgedSet(recovered, edges, causal)
         run.say(_line(name, judged[name]))
     known = [

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from saejax.causal.claims import randomisation_p
-from saejax.causal.controls import draw_alike, fitting_matches
-from saejax.causal.importance import Importance, load_drops
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.activity import FeatureStatistics, coordinates
+from saejax.interventions.importance import Importance, load_drops
 from saejax.matching.clusters.results import GroupCost
+from saejax.statistics.ranks import rank_p
 
 _DRAWS, _MATCHES = 2000, 10
 _COUNTED = 10**6  # positions that turn firing rates into counts
@@ -72,7 +71,7 @@ def costs(
       groups: features of each group.
       behaviours: effects by behaviour.
       features: number of features of the dictionary.
-      seed: seed of the matched sets, which may contain features of the group (``controls.draw_alike``).
+      seed: seed of the matched sets, which contain no feature of the group.
     """
     found: list[dict[str, GroupCost]] = [{} for _ in groups]
     for name, one in behaviours.items():
@@ -81,14 +80,43 @@ def costs(
         cost_F[one.table.feature] = one.drop_NxP[:, 1::2].mean(axis=1)
         for place, group in enumerate(groups):
             own = statistics.firing(group)
-            if not own or len(own) + _MATCHES > len(one.table.feature):
+            if not own or 2 * len(own) + _MATCHES > len(one.table.feature):
                 continue
-            matches = fitting_matches(statistics, own, _MATCHES)
-            drawn_NxK = draw_alike(statistics, own, _DRAWS, matches, [seed, place])
-            effect_C = np.concatenate([[cost_F[own].sum()], cost_F[drawn_NxK].sum(axis=1)])
-            p = float(randomisation_p(effect_C)[0])
-            found[place][name] = GroupCost(len(own), float(effect_C[0]), float(effect_C[1:].mean()), p, p)
+            cost_N = cost_F[_matched_sets(statistics, own, [seed, place])].sum(axis=1)
+            cost = float(cost_F[own].sum())
+            p = rank_p(cost, cost_N)
+            found[place][name] = GroupCost(len(own), cost, float(cost_N.mean()), p, p)
     return _adjusted(found)
+
+
+def _matched_sets(statistics: FeatureStatistics, group: Sequence[int], seed: Sequence[int]) -> np.ndarray:
+    """Return sets of features without those of a group, [N, K].
+
+    In each set a feature stands for one of the group that is among the nearest in firing rate and activation.
+
+    Args:
+      statistics: of all features.
+      group: K features that fire.
+      seed: seed of the draws.
+    """
+    firing = np.flatnonzero(statistics.fires_F)
+    others = np.setdiff1d(firing, group)
+    place_XxC = coordinates(statistics.firing_rate_F[firing], statistics.mean_activation_F[firing])
+    group_KxC, other_AxC = (place_XxC[np.searchsorted(firing, some)] for some in (np.asarray(group), others))
+    # K + matches - 1 candidates: so many stay free whatever the set has taken.
+    near = [
+        others[np.argsort(np.square(other_AxC - place_C).sum(axis=1), kind="stable")[: len(group) + _MATCHES - 1]]
+        for place_C in group_KxC
+    ]
+    rng = np.random.default_rng(seed)
+    drawn_NxK = np.zeros((_DRAWS, len(group)), np.int64)
+    for drawn_K in drawn_NxK:
+        taken: set[int] = set()
+        for k in rng.permutation(len(group)):
+            free = [feature for feature in near[k].tolist() if feature not in taken][:_MATCHES]
+            drawn_K[k] = free[rng.integers(len(free))]
+            taken.add(int(drawn_K[k]))
+    return drawn_NxK
 
 
 def _adjusted(found: list[dict[str, GroupCost]]) -> list[dict[str, GroupCost]]:

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from saejax.causal.columns import Columns
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.interpret.feature_record import feature_names
 from saejax.interventions.answers import AblateResults
+from saejax.interventions.columns import Columns
 from saejax.matching.clusters import primitives, views
 from saejax.matching.clusters.groups import DISSOLVED, StableGroups, find_groups
 from saejax.matching.clusters.primitives import BehaviourEffects
@@ -20,6 +19,7 @@ from saejax.matching.clusters.text import ClusterText
 from saejax.matching.clusters.views import View
 from saejax.matching.transfer.compared import Compared, load_compared
 from saejax.results import load_results
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
 from saejax.stages.cluster import ClusterConfig

@@ -1,12 +1,10 @@
 """The report on texts that were followed: what became of their steps, and where their page is."""
 
-from collections.abc import Sequence
-
-from saejax.matching.track.results import StepTest, TrackResults
+from saejax.matching.track.results import TrackResults
 from saejax.page.blocks import Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, number, percent, significant
+from saejax.page.tables import Table, number
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
@@ -18,8 +16,8 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         "Prompts and worked solutions were followed through the layers that have dictionaries. Links by attribution "
         "are edges of the attribution graph; links by geometry join features of consecutive dictionaries at one "
         "position whose directions are closer than random ones are, and miss what a layer computes. A step is hurt by "
-        "its features if removing those that belong to it costs its tokens more than removing matched ones, by the "
-        "rule of the ablation, with Holm's correction over the steps of a text."
+        "its features if ablating those that belong to it lowers its tokens' log-likelihood more than random sets at "
+        "equal dose, with Holm's correction over the steps of a text."
     )
     columns = {
         "Text": lambda slug, text, tests: slug,
@@ -28,8 +26,8 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         "Links": lambda slug, text, tests: f"{text.links:,} ({text.link_kind})",
         "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
         "Steps tested": lambda slug, text, tests: str(len(tests)),
-        "Hurt": lambda slug, text, tests: significant(sum(test.claim.yes for test in tests), 2),
-        "Matched sets that pass": lambda slug, text, tests: percent(_placebo(tests), 1),
+        "Hurt": lambda slug, text, tests: str(sum(test.hurt == "yes" for test in tests)),
+        "Not testable": lambda slug, text, tests: str(sum(test.hurt == "not testable" for test in tests)),
     }
     rows = [
         (slug, text, [test for step in text.steps for test in step.tests.values()])
@@ -44,7 +42,3 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     note = "Answer: the probability of its first token."
     table = Table.of("Texts", rows, columns, note=note)
     return [Section("Through the layers", (Text(intro), table, Links("Pages", tuple(pages))))]
-
-
-def _placebo(tests: Sequence[StepTest]) -> float | None:
-    return sum(test.claim.placebo_rate for test in tests) / len(tests) if tests else None

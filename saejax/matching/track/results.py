@@ -3,22 +3,21 @@
 import dataclasses
 from collections.abc import Mapping
 
-from saejax.causal.claims import Claim
-from saejax.causal.results import ControlMatch
-
 
 @dataclasses.dataclass(frozen=True)
 class StepTest:
-    """What removing a step's features costs the step's tokens, beside matched sets."""
+    """Effects of ablating a step's features on the step's tokens, beside random sets at equal dose."""
 
-    features: tuple[int, ...]  #: that were removed together, at the step's tokens
+    features: tuple[int, ...]  #: that were ablated together, at the step's tokens
     tokens: int  #: that were judged: all of the step but its first
     drop: float  #: of their mean log-likelihood, nats
-    matched_drop: float  #: the same of the drawn sets, mean
-    lost: float  #: share of the tokens that are the likeliest no more
-    matched_lost: float  #: the same of matched sets, mean
-    claim: Claim  #: `yes`: the step's features hurt it more than matched ones do
-    match: ControlMatch  #: how well the sets match
+    sets: int  #: number of disjoint random sets
+    needed: int  #: number below which no answer is given
+    equal_drop: float | None  #: drop at the doses of the random sets, or the smaller own one, mean; None without sets
+    random_drop: float | None  #: drop of the random sets at the same doses, mean
+    p_value: float | None  #: before correction
+    p_holm: float | None  #: after Holm's correction over the steps of the text
+    hurt: str  #: whether the step's features do more than random sets: yes, no or not testable
 
 
 @dataclasses.dataclass(frozen=True)

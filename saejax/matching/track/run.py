@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, load_run_model
 from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.matching.track import links, terminal
@@ -27,9 +26,11 @@ from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
 from saejax.models.tokens import pad, token_text
 from saejax.results import from_json, to_json
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part
 from saejax.runner.workspace import Run
 from saejax.settings import ModelConfig
 from saejax.stages.track import TrackConfig
+from saejax.tasks.run_inputs import load_run_model
 
 LENS_TOP = 3  # tokens that a lens gives of each place
 

@@ -10,11 +10,11 @@ _TOP = 4  # features of a layer
 def summary(text: TrackedText) -> str:
     """Return the figures of a text as one line."""
     tests = [test for step in text.steps for test in step.tests.values()]
-    harmed, answer = sum(test.claim.yes for test in tests), text.lenses["logit"].answer[-1]
+    harmed, answer = sum(test.hurt == "yes" for test in tests), text.lenses["logit"].answer[-1]
     return (
         f"{text.tokens} tokens, {len(text.sites)} layers, {text.links:,} links by {text.link_kind}; probability of "
         f"{visible(text.answer)!r} {answer:.2f}; ablating its features lowers the log-likelihood of {harmed} of "
-        f"{len(tests)} tested steps more than matched controls; {text.seconds:.0f} s"
+        f"{len(tests)} tested steps more than random sets; {text.seconds:.0f} s"
     )
 
 

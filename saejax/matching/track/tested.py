@@ -1,11 +1,11 @@
-"""Tests of a step's features: ablate them within the step, beside control sets.
+"""Tests of a step's features: ablate them within the step, beside random sets at equal dose.
 
-The step's features are set to zero at its own tokens, at one layer, and the log-likelihood of each of the step's tokens
-but the first (which is predicted before the step begins) is compared with that of the model as it is. The answer is
-that of ``causal.claims``: tokens stand for prompts, log-likelihood for the logit difference, and the share of tokens
-that are the likeliest for accuracy; Holm's correction is over all steps of a text and all layers that are tested.
-Features are chosen by where they fire, not by what removing them costs, so all tokens judge; the matched ones fire as
-often, as strongly and as late in the step. Drawn sets may hold features of the step, as in ``causal.claims``.
+The step's features are set to zero at its tokens, at one layer, and the log-likelihood of each of the step's tokens but
+the first (which is predicted before the step begins) is compared with that of the unedited model. The answer is that of
+question 2 of the verdict (``interventions.verdict``), with tokens in the place of prompts: random sets are disjoint, of
+as many features that fire in the step and are not the step's, and each pair is compared at the smaller of its two
+doses. Holm's correction is over all steps of a text and all layers that are tested. Features are chosen by where they
+fire, not by the effect of ablating them, so all tokens judge.
 """
 
 import functools
@@ -15,14 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.causal.claims import Rule, SetEffects, claims, run_draws
-from saejax.causal.controls import TooFewControls
-from saejax.causal.matched_sets import MatchedSets, draw_matched_sets
-from saejax.causal.results import ControlMatch
 from saejax.dictionaries import Dictionary
 from saejax.dictionaries.matmul import matmul
 from saejax.errors import UserError
-from saejax.interventions.feature_statistics import FeatureStatistics
+from saejax.interventions.ablation import FRACTIONS
+from saejax.interventions.curves import EffectCurve, compare_at_equal_dose
 from saejax.interventions.split_model import active_features, record, run_head
 from saejax.matching.track.results import StepTest
 from saejax.matching.track.texts import EncodedText, Segment
@@ -34,13 +31,14 @@ from saejax.models.split import PrefixKV, SharedPrefixBatch, SplitPoint
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import sharding
 from saejax.stages.track import TrackConfig
+from saejax.statistics.partition import disjoint_sets
+from saejax.statistics.ranks import holm, min_controls, rank_p
 from saejax.tasks.likelihood import token_scores
 
 ROWS = {"cpu": 32}  # sets that are removed at once; the first block of draws and the clean run just fit
 _MANY = 256  # the same on accelerators
 _WINDOW, _POOL = 8, 64  # windows and features are filled up to a multiple of these, so that few programs are compiled
-_OTHERS = 20  # sets of other features alone, which say how well they match
-_ADVICE = "lower --track.matches"
+LEVEL = 0.05  # of the test, after correction
 
 Key = tuple[int, int]  # place of the dictionary in the stack, place of the segment
 
@@ -81,59 +79,56 @@ class StepTester:
         f_1xXxF = active_features(self._dictionary, read_1xXxD, domain_1xX)
         self._f_TxF = np.asarray(jnp.where(self._dictionary.fires(f_1xXxF), f_1xXxF, 0.0))[0, :length]
 
-    def test(self, step: Segment, features: Sequence[int], draws: int, rule: Rule) -> tuple[SetEffects, ControlMatch]:
-        """What removing features in a step costs its tokens, and what matched sets cost.
+    def test(self, step: Segment, features: Sequence[int]) -> tuple[EffectCurve, list[EffectCurve]]:
+        """Return the effects on a step's tokens of ablating features in it, and of ablating random sets.
+
+        Args:
+          step: the step.
+          features: its features.
+
+        Returns:
+          The curve of the features that fire there, by growing fractions, and those of the random sets.
 
         Raises:
-          TooFewControls: too few other features fire in the step.
-          UserError: none of the features fires there, or it has one token.
+          UserError: none of the features fires there, the step has one token, or a log-likelihood is not finite.
         """
-        config = self._config
         f_WxF = self._f_TxF[step.start : step.stop - 1]  # at the last token nothing of the step is predicted
         if not len(f_WxF):
             raise UserError("it has one token")
-        statistics = self._statistics(f_WxF)
-        firing = statistics.firing(features)
-        if not firing:
+        fires_F = (f_WxF != 0).any(axis=0)
+        tested = [feature for feature in features if fires_F[feature]]
+        if not tested:
             raise UserError("none of its features fires before its last token")
-        W_dec_FxD = to_host(self._dictionary.W_dec_FxD[...])
+        pool = np.setdiff1d(np.flatnonzero(fires_F), np.asarray(features))
+        seed = int(np.random.SeedSequence([self._config.seed, step.start, self._point.site.layer]).generate_state(1)[0])
+        random_sets = disjoint_sets(pool, len(tested), self._config.random_sets, seed)
+        sets = [np.array(tested), *random_sets]
+        dose_S = np.array([self._dose(f_WxF, members) for members in sets])
+        share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
+        edits = [(sets[0], fraction) for fraction in FRACTIONS] + [(members, 1.0) for members in random_sets]
+        edits += [(members, share) for members, share in zip(random_sets, share_S[1:], strict=True) if share < 1]
+        pool_K = np.unique(np.concatenate(sets))
+        clean_P, *logp_ExP = self._scores(step, pool_K, [(np.zeros(0, np.int64), 1.0), *edits])
+        if not np.isfinite(clean_P).all() or not np.isfinite(logp_ExP).all():
+            raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
+        drop_ExP = clean_P - np.stack(logp_ExP)
+        count, nothing_1xP = len(FRACTIONS), np.zeros((1, len(clean_P)))
+        top = EffectCurve((), dose_S[0] * np.array([0.0, *FRACTIONS]), np.concatenate([nothing_1xP, drop_ExP[:count]]))
+        whole, reduced = drop_ExP[count : count + len(random_sets)], iter(drop_ExP[count + len(random_sets) :])
+        curves = []
+        for drop_P, dose, share in zip(whole, dose_S[1:], share_S[1:], strict=True):
+            rows = [nothing_1xP[0], *([next(reduced)] if share < 1 else []), drop_P]
+            doses = [0.0, *([share * dose] if share < 1 else []), dose]
+            curves.append(EffectCurve((), np.array(doses), np.stack(rows)))
+        return top, curves
 
-        def changes(pool: Sequence[int]) -> np.ndarray:
-            f_WxK, W_dec_KxD = f_WxF[:, pool], W_dec_FxD[pool].astype(np.float64)
-            return (f_WxK.T.astype(np.float64) @ f_WxK) * (W_dec_KxD @ W_dec_KxD.T)
+    def _dose(self, f_WxF: np.ndarray, members: np.ndarray) -> float:
+        """Return the norm of the change at the site, over all positions of the step."""
+        directions_MxD = to_host(self._dictionary.W_dec_FxD[...])[members].astype(np.float64)
+        return float(np.linalg.norm(f_WxF[:, members].astype(np.float64) @ directions_MxD))
 
-        seed = [config.seed, step.start, self._point.site.layer]
-        sets = draw_matched_sets(statistics, firing, changes, (_OTHERS, draws), config.matches, seed, _ADVICE)
-        return self._effects(step, firing, sets, rule), sets.match
-
-    def _effects(self, step: Segment, firing: Sequence[int], matched: MatchedSets, rule: Rule) -> SetEffects:
-        """Run the tested set and the matched ones, until all are run or none could change a no."""
-        sets = [(), firing, *matched.draws_MxC.tolist()]
-        score = functools.partial(self._scores, step, np.unique([*firing, *matched.draws_MxC.ravel().tolist()]))
-
-        def effects(found_Sx2xP: np.ndarray) -> SetEffects:
-            if not np.isfinite(found_Sx2xP).all():
-                raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
-            (clean_P, right_P), (own_P, own_right_P) = found_Sx2xP[:2]
-            logp_NxP, hits_NxP = np.moveaxis(found_Sx2xP[2:], 1, 0)
-            drops = clean_P - own_P, right_P - own_right_P, clean_P - logp_NxP, right_P - hits_NxP
-            return SetEffects(*drops, np.arange(len(clean_P)), matched.disjoint)
-
-        def without(block: slice) -> np.ndarray:  # the first block comes with the clean run and the tested set
-            return score(sets[block.start and block.start + 2 : block.stop + 2])
-
-        return run_draws(without, effects, len(matched.draws_MxC), rule)[1]
-
-    def _statistics(self, f_WxF: np.ndarray) -> FeatureStatistics:
-        """Return how often, how strongly and how late features fire in a step."""
-        fires_WxF = f_WxF != 0
-        place_W = np.arange(len(f_WxF), 0, -1)
-        norm_F = np.linalg.norm(to_host(self._dictionary.W_dec_FxD[...]).astype(np.float64), axis=1)
-        part = len(f_WxF), fires_WxF.sum(axis=0), np.abs(f_WxF).sum(axis=0, dtype=np.float64), place_W @ fires_WxF
-        return FeatureStatistics.total([part], norm_F)
-
-    def _scores(self, step: Segment, pool_K: np.ndarray, sets: Sequence[Sequence[int]]) -> np.ndarray:
-        """Return log-likelihood and top-1 hits of the step's tokens but the first, without each set, [N, 2, P]."""
+    def _scores(self, step: Segment, pool_K: np.ndarray, edits: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
+        """Return the log-likelihood of the step's tokens but the first, under each partial ablation, [N, P]."""
         count = step.stop - step.start - 1
         window, pool = filled(count, len(pool_K))
         padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
@@ -142,16 +137,16 @@ class StepTester:
         targets_W: np.ndarray = np.zeros(window, np.int32)
         targets_W[:count] = self._text.ids_T[step.start + 1 : step.stop]
         rows = rows_at_once(self._lm.mesh.devices.flat[0].platform, self._lm.mesh.shape["data"])
-        found = []
-        for first in range(0, len(sets), rows):
-            members_RxX = np.zeros((rows, pool), bool)
-            for row, features in zip(members_RxX, sets[first : first + rows], strict=False):
-                row[np.searchsorted(pool_K, np.asarray(features, np.int64))] = True
-            given = self._stream, self._value, self._past, removed_WxX, padded_X, members_RxX
+        parts = []
+        for first in range(0, len(edits), rows):
+            fraction_RxX = np.zeros((rows, pool), np.float32)
+            for row, (features, fraction) in zip(fraction_RxX, edits[first : first + rows], strict=False):
+                row[np.searchsorted(pool_K, features)] = fraction
+            arrays = self._stream, self._value, self._past, removed_WxX, padded_X, fraction_RxX
             start = np.int32(step.start)
-            scores = run_rows(self._point, self._lm.params, self._dictionary, *given, targets_W, start)
-            found.append(np.stack([np.asarray(part, np.float64)[: len(sets) - first, :count] for part in scores], 1))
-        return np.concatenate(found)
+            logp_RxW, _ = run_rows(self._point, self._lm.params, self._dictionary, *arrays, targets_W, start)
+            parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
+        return np.concatenate(parts)
 
 
 def filled(tokens: int, features: int) -> tuple[int, int]:
@@ -174,7 +169,7 @@ def run_rows(
     past: PrefixKV,
     removed_WxX: jax.Array,
     features_K: jax.Array,
-    members_RxX: jax.Array,
+    fraction_RxX: jax.Array,
     targets_W: jax.Array,
     start: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -189,16 +184,16 @@ def run_rows(
       past: keys and values of the text as it is.
       removed_WxX: activations of the features that sets are drawn from.
       features_K: their numbers.
-      members_RxX: which of them each row is without.
+      fraction_RxX: share of each feature that every row ablates.
       targets_W: the next tokens.
       start: position of the first token.
     """
-    rows, window = len(members_RxX), len(removed_WxX)
+    rows, window = len(fraction_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
     tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
-    removed_RxWxK = removed_WxX[None] * members_RxX[:, None, :]
+    removed_RxWxK = removed_WxX[None] * fraction_RxX[:, None, :]
     changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
     value_1xWxD = value_1xTxD[:, at_W]
     edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
@@ -209,32 +204,37 @@ def run_rows(
     return token_scores(point.config, params, x, positions_RxW, targets_RxW)
 
 
-def judged(effects: Mapping[Key, tuple[Sequence[int], SetEffects, ControlMatch]], rule: Rule) -> dict[Key, StepTest]:
-    """Apply the rule to all steps of a text that were tested.
+def judged(effects: Mapping[Key, tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]]) -> dict[Key, StepTest]:
+    """Return the answers for all tested steps of a text.
 
     Args:
-      effects: of each the features that were removed, what that changed, and how well the control sets matched.
-      rule: of the verdict.
+      effects: for each step its features, their curve, and the curves of the random sets.
     """
-    said = claims({f"{place}/{segment}": part for (place, segment), (_, part, _) in effects.items()}, rule)
+    pairs = {key: compare_at_equal_dose(top, random)[:2] for key, (_, top, random) in effects.items() if random}
+    p_values = {key: rank_p(top.mean(axis=1), random.mean(axis=1)) for key, (top, random) in pairs.items()}
+    adjusted = dict(zip(p_values, holm(np.array(list(p_values.values()))).tolist(), strict=True))
+    needed = min_controls(len(effects), LEVEL)
+
+    def answer(key: Key, sets: int) -> str:
+        if sets < needed:
+            return "not testable"
+        return "yes" if adjusted[key] <= LEVEL else "no"
+
     return {
-        (place, segment): StepTest(
+        key: StepTest(
             features=tuple(features),
-            tokens=len(part.drop_P),
-            drop=float(part.drop_P.mean()),
-            matched_drop=float(part.draw_drop_NxP.mean()),
-            lost=float(part.lost_P.mean()),
-            matched_lost=float(part.draw_lost_NxP.mean()),
-            claim=said[f"{place}/{segment}"],
-            match=match,
+            tokens=top.drop_AxP.shape[1],
+            drop=float(top.drop_AxP[-1].mean()),
+            sets=len(random),
+            needed=needed,
+            equal_drop=float(pairs[key][0].mean()) if random else None,
+            random_drop=float(pairs[key][1].mean()) if random else None,
+            p_value=p_values.get(key),
+            p_holm=adjusted.get(key),
+            hurt=answer(key, len(random)),
         )
-        for (place, segment), (features, part, match) in effects.items()
+        for key, (features, top, random) in effects.items()
     }
-
-
-def draws_for(config: TrackConfig, tests: int) -> int:
-    """Return the number of control sets, enough that a step could pass at all."""
-    return max(config.draws, Rule().least_draws(tests))
 
 
 def tested_steps(
@@ -256,9 +256,8 @@ def tested_steps(
     Returns:
       What was found, and why others could not be tested.
     """
-    total, done, rule = len(testers) * len(text.steps), 0, Rule()
-    draws = draws_for(config, total)
-    effects: dict[Key, tuple[Sequence[int], SetEffects, ControlMatch]] = {}
+    total, done = len(testers) * len(text.steps), 0
+    effects: dict[Key, tuple[Sequence[int], EffectCurve, Sequence[EffectCurve]]] = {}
     untested: dict[Key, str] = {}
     on_step(0, total)
     for place, make in testers.items():
@@ -268,11 +267,9 @@ def tested_steps(
             try:
                 if not features:
                     raise UserError("no feature belongs to it")
-                effects[place, segment] = features, *tester.test(text.segments[segment], features, draws, rule)
-            except TooFewControls as few:
-                untested[place, segment] = few.fact
+                effects[place, segment] = features, *tester.test(text.segments[segment], features)
             except UserError as error:
                 untested[place, segment] = str(error)
             done += 1
             on_step(done, total)
-    return judged(effects, rule), untested
+    return judged(effects), untested

@@ -4,13 +4,13 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from saejax.causal.importance import Importance
-from saejax.causal.results import MatchedDrops
-from saejax.causal.stability import Matches, compare
 from saejax.errors import UserError
 from saejax.interventions.answers import AblateResults
+from saejax.interventions.importance import Importance
 from saejax.matching.transfer.chains import Link
 from saejax.matching.transfer.compared import Compared
+from saejax.matching.transfer.results import MatchedDrops
+from saejax.matching.transfer.stability import Matches, compare
 from saejax.results import load_results
 from saejax.runner.stage import is_folder
 

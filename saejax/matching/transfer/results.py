@@ -3,8 +3,23 @@
 import dataclasses
 from collections.abc import Mapping
 
-from saejax.causal.results import MatchedDrops
 from saejax.results import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchedDrops:
+    """The drops of matched features of two dictionaries."""
+
+    matched: int  #: pairs
+    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
+    similarity: float | None  #: median over the pairs; None without any
+    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
+    #: the same
+    rank_correlation: Interval | None
+    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
+    #: where each partner is one of the ten features nearest to it in firing rate and activation; None, too, where the
+    #: drops of these are all the same
+    alike: Interval | None
 
 
 @dataclasses.dataclass(frozen=True)

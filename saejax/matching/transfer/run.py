@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from scipy.stats import norm
 
-from saejax.causal.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
@@ -40,6 +39,7 @@ from saejax.matching.transfer.results import (
 from saejax.matching.transfer.summary import FeaturePairs, Pair, summarize
 from saejax.parallel.mesh import make_mesh
 from saejax.results import Interval
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.stage import folder_name
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig

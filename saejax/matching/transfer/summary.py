@@ -9,13 +9,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from saejax.causal.columns import Columns
-from saejax.causal.parts import part_file
 from saejax.files import write_text
 from saejax.interpret.feature_record import feature_names
+from saejax.interventions.columns import Columns
 from saejax.matching.transfer.chains import Link, shares, through_layers
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.results import Chains, ComparedPair, TransferResults
+from saejax.runner.parts import part_file
 from saejax.runner.workspace import Run
 from saejax.stages.transfer import TransferConfig
 

@@ -88,8 +88,8 @@ function stepsTable(text, layer, follow) {
     const later = (which) => [...new Set(text.belongs[layer][s].flatMap((one) => one[which]))].sort((a, b) => a - b)
       .map((other) => `${name(other).replace('step ', '')} (${text.belongs[layer][s].filter((one) => one[which].includes(other)).length})`).join(', ');
     const tests = Object.entries(step.tests).map(([site, test]) => make('p', {},
-      make('span', test.claim.yes ? {class: 'yes'} : {}, test.claim.yes ? 'yes' : test.claim.disjoint_sets < 5 ? 'no answer: too few matched features' : 'no'),
-      ` at ${site}: ${number(test.drop, 2)} nats per token, matched controls ${number(test.matched_drop, 2)}; p ${number(test.claim.p_holm, 2)}; ${percent(test.claim.placebo_rate)} of the matched sets pass`));
+      make('span', test.hurt === 'yes' ? {class: 'yes'} : {}, test.hurt),
+      ` at ${site}: ${number(test.drop, 2)} nats per token; at equal dose ${number(test.equal_drop, 2)}, random sets ${number(test.random_drop, 2)}; p ${number(test.p_holm, 2)}; ${test.sets} random sets, ${test.needed} needed`));
     const not = Object.entries(step.untested).map(([site, why]) => make('p', {class: 'note'}, `not tested at ${site}: ${why}`));
     const alone = Object.entries(step.only_here).map(([site, [own, shifted]]) =>
       make('p', {class: 'note'}, `${number(own, 9)} features of ${site} fire only here; ${number(shifted, 3)} with shifted boundaries`));

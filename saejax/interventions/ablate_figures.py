@@ -1,0 +1,91 @@
+"""The figures of the ablation report: effect against dose, and single features."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from saejax.interventions.curves import EffectCurve
+from saejax.page import style
+from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, name_rows, panels, point, styled
+from saejax.results import Interval
+
+_BASES = (  # colour, dashes: after those of the features and the sets
+    (style.GREEN, "--"),
+    (style.VIOLET, "-."),
+    (style.OCHRE, ":"),
+    (style.PINK, (0, (8, 2))),
+    (INK, (0, (3, 1))),
+)
+
+
+@styled
+def dose_effect(
+    title: str,
+    top: EffectCurve,
+    effect: Interval,
+    random: Sequence[EffectCurve],
+    placebo: Sequence[EffectCurve],
+    bases: Mapping[str, EffectCurve],
+    unit: str = "logit difference lost",
+) -> Figure:
+    """Draw the effects of the top features, random sets, placebo sets and other bases against their doses.
+
+    Args:
+      title: the behaviour.
+      top: the top features.
+      effect: their effect at full dose.
+      random: the random sets; each is a point at the smaller of its dose and that of the top features.
+      placebo: the placebo sets, likewise.
+      bases: the other bases by name, each drawn up to the dose of the top features.
+      unit: the effect in words.
+    """
+    figure, (axes,) = panels((4.1,), (title,))
+    k = len(top.edits[-1].features)
+    label = f"the {k} top features, ablated by growing fractions"
+    axes.plot(top.dose_A, top.drop_AxP.mean(axis=1), "-D", color=ORANGE, markersize=4.5, zorder=4, label=label)
+    axes.errorbar(
+        [top.dose_A[-1]], [effect.mean], yerr=style.error_lengths(effect), color=ORANGE, capsize=3, elinewidth=1.8
+    )
+    for curves, color, marker, name in (
+        (random, GREY, "o", "random sets"),
+        (placebo, BLUE, "x", "placebo sets: top features for unrelated tokens"),
+    ):
+        if curves:
+            dose_N = np.array([min(curve.reach, top.reach) for curve in curves])
+            drop_N = np.array([curve.drop_at(dose)[0].mean() for curve, dose in zip(curves, dose_N, strict=True)])
+            axes.plot(
+                dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
+            )
+    for (name, curve), (color, dashes) in zip(bases.items(), _BASES, strict=False):
+        # Up to the dose of the top features: nothing is compared beyond it.
+        inside = curve.dose_A < top.reach
+        end = min(curve.reach, top.reach)
+        doses = [*curve.dose_A[inside], end]
+        drops = [*curve.drop_AxP[inside].mean(axis=1), float(curve.drop_at(end)[0].mean())]
+        axes.plot(doses, drops, linestyle=dashes, color=color, linewidth=1.6, zorder=3, label=name)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set(xlabel="dose: norm of the change at the site", ylabel=unit)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    legend(axes, 1)
+    return figure
+
+
+@styled
+def single_features(features: Sequence[int], drops: Sequence[Interval]) -> Figure:
+    """Draw the effect of each top feature, ablated alone.
+
+    Args:
+      features: their indices, in the order of their attribution.
+      drops: drop of the logit difference of each.
+    """
+    figure, (axes,) = panels((0.19 * len(features) + 1.2,), ("Logit difference lost when one feature is ablated",))
+    for row, drop in enumerate(drops):
+        point(axes, drop, row, ORANGE, "o", "mean and 95 % interval", size=4.5)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    name_rows(axes, [str(feature) for feature in features])
+    axes.set_xlabel("logits (rows: features, largest attribution first)")
+    return figure

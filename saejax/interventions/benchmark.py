@@ -1,0 +1,315 @@
+"""Measurements on a benchmark's items: the rows of the effects table, as ``ablation`` measures a behaviour's.
+
+The effect of a set is the drop of the teacher-forced log-likelihood of the reference answer. A placebo target gives
+every item another item's reference of equal length (``placebo_references``). Besides:
+
+1. T is also resampled: where a feature fires, its activation is drawn from those where it fires on train items.
+2. Answers are generated, or chosen among those given, and scored: without an edit, with T set to zero and resampled,
+   and under some random and placebo sets. The flexible rule says whether a generated answer is right; how often the
+   strict rule finds none, and how often the answer was cut off, stands beside it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions.ablation import BehaviourAblation, RowProgress, TableRows, expected_rows, measure_all
+from saejax.interventions.activity import FeatureStatistics
+from saejax.interventions.engine import OnProgress
+from saejax.interventions.references import Reference, References, placebo_references
+from saejax.interventions.slopes import leaders
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
+from saejax.models.language_model import Edit, LanguageModel
+from saejax.settings import AblateConfig, StudyConfig, TaskConfig
+from saejax.tasks import benchmark_scores
+from saejax.tasks.benchmark_definitions import Item, answer_tokens, way
+from saejax.tasks.benchmark_prompts import make_prompter
+from saejax.tasks.scored_items import GeneratedItem, ReferenceItem, ScoredItem
+
+POOL = 256  # activations of a feature from which it is resampled
+ITEMS = 16  # items scored between two checks whether to stop
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkItems:
+    """The items of a benchmark, encoded for a model.
+
+    Args:
+      lm: the model.
+      name: the benchmark.
+      task: how items are asked and scored.
+      train: items that choose features.
+      test: items that judge them.
+    """
+
+    lm: LanguageModel
+    name: str
+    task: TaskConfig
+    train: Sequence[Item]
+    test: Sequence[Item]
+
+    def references(self, items: Sequence[Item]) -> list[Reference]:
+        """Return each item's prompt and reference answer as token ids."""
+        prompter = make_prompter(self.name, self.task, self.lm.tokenizer)
+        pairs = (
+            benchmark_scores.encode_answer(self.lm, prompter, item, prompter.prompt(item), item.solution)
+            for item in items
+        )
+        return [Reference(*pair) for pair in pairs]
+
+    def definitions(self) -> list[PromptDefinition]:
+        """Return the definitions of all items; items are written one by one, so they have no template."""
+        return [
+            PromptDefinition(
+                f"{self.name}/{item.id}", self.name, split=split, text=item.question, correct=item.solution
+            )
+            for split, items in (("train", self.train), ("test", self.test))
+            for item in items
+        ]
+
+    def longest(self) -> int:
+        """Return the number of tokens of the longest test item with its answer, or with what may be generated."""
+        new = answer_tokens(self.name, self.task) if way(self.name, self.task) == "generate" else 0
+        most = max((len(choice) for item in self.test for choice in item.choices), default=0)  # characters: enough
+        references = self.references(self.test)
+        return max(len(reference.context) + max(len(reference.answer), new, most) for reference in references)
+
+    def score(
+        self, edits: Callable[[Sequence[int]], Sequence[Edit]], scored: str, check_stop: Callable[[], None]
+    ) -> list[ScoredItem]:
+        """Return the score of every test item.
+
+        Args:
+          edits: returns the edits of a batch of texts, given the item that each is of.
+          scored: generate, choice or likelihood.
+          check_stop: called now and then; may raise to stop.
+        """
+        step = self.task.batch if scored == "generate" else ITEMS
+        rows: list[ScoredItem] = []
+        for first in range(0, len(self.test), step):
+            check_stop()
+            items = self.test[first : first + step]
+            texts = [len(item.choices) if scored == "choice" else 1 for item in items]
+            item_of_text = np.repeat(np.arange(first, first + len(items)), texts).tolist()
+            rows += benchmark_scores.score_items(self.lm, self.name, items, self.task, edits(item_of_text), scored)
+        return rows
+
+
+@dataclasses.dataclass(kw_only=True)
+class BenchmarkAblation(BehaviourAblation):
+    """One dictionary, or another basis, on the items of one benchmark.
+
+    Args:
+      items: the items.
+      batch_tokens: tokens per batch.
+    """
+
+    items: BenchmarkItems
+    batch_tokens: int
+
+    def __post_init__(self):
+        config, train = self.config, self.items.train
+        self.test = list(self.items.test)
+        self.train = list(train[: config.attribution_prompts or len(train)])
+        self.split = SplitModel(self.lm, self.basis)
+        self.test_references = self._references(self.items.references(self.test))
+        self._train_references = self.items.references(self.train)
+        self.attribution_F = self._references(self._train_references).attribution()
+        self._counts: tuple[FeatureStatistics, np.ndarray] | None = None
+
+    def _references(self, references: Sequence[Reference]) -> References:
+        return References(self.split, references, self.batch_tokens, self.progress.check)
+
+    def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return the log-likelihood of the reference answers, clean [1, P] and under each edit [E, P]."""
+        on_progress = self.progress.of_call(len(edits) * len(self.test))
+        clean_P, edited_ExP = self.test_references.log_likelihoods(self.edits(edits), on_progress)
+        return dict(answer_log_prob=(clean_P[None], edited_ExP))
+
+    def definitions(self) -> list[PromptDefinition]:
+        """Return the definitions of all items."""
+        return self.items.definitions()
+
+    def edits(self, definitions: Sequence[EditDefinition]):
+        """Return the batched edits of some definitions: features are set to zero."""
+        from saejax.interventions.edits import mask
+
+        return mask(self.split.dictionary, [edit.features for edit in definitions], [e.fraction for e in definitions])
+
+    def norms(self, definitions: Sequence[EditDefinition]) -> np.ndarray:
+        """Return the norm of each edit's change on each test item, [E, P]."""
+        return self.test_references.change_norms(self.edits(definitions))
+
+    def statistics(self) -> FeatureStatistics:
+        """Return firing statistics on the test items and their reference answers."""
+        return self._count()[0]
+
+    def firing_share(self) -> np.ndarray:
+        """Return the share of test items on which each feature fires, [F]."""
+        return self._count()[1] / len(self.test)
+
+    def _count(self) -> tuple[FeatureStatistics, np.ndarray]:
+        self._counts = self._counts or self.test_references.statistics()
+        return self._counts
+
+    def site_values(self) -> np.ndarray:
+        """Return the site's values on the train items, [N, D]."""
+        return np.concatenate([value_NxD for _, value_NxD in self._references(self._train_references).values()])
+
+    def answer_means(self) -> np.ndarray:
+        """Return no means: nearly every item has an answer of its own."""
+        return np.zeros((0, 0))
+
+    def placebo_sets(self) -> list[tuple[None, list[int]]]:
+        """Return the top features of each placebo target."""
+        targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
+        sets = [leaders(self._references(target).attribution(), self.config.top) for target in targets]
+        return [(None, members) for members in sets if members]
+
+    def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
+        """Return activations of each feature where it fires on train items, from which it is resampled."""
+        return self._references(self._train_references).pools(features, POOL, self.config.seed)
+
+
+def ablate_config(config: StudyConfig) -> AblateConfig:
+    """Return the settings of an ablation that a study makes."""
+    return AblateConfig(
+        top=config.top,
+        random_sets=config.random_sets,
+        placebo_targets=config.placebo_targets,
+        attribution_prompts=config.attribution_items,
+        untrained=config.untrained,
+        baselines=config.baselines,
+        repeats=config.repeats,
+        min_accuracy_drop=config.min_accuracy_drop,
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+    )
+
+
+def measure_benchmark(
+    items: BenchmarkItems,
+    dictionary: Dictionary,
+    config: StudyConfig,
+    repeats: Mapping[str, Dictionary] | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> tuple[EffectsTable, BenchmarkAblation]:
+    """Measure log-likelihoods of the reference answers: all that the verdict needs but accuracy.
+
+    Args:
+      items: the items.
+      dictionary: the tested one.
+      config: settings of the study.
+      repeats: dictionaries of other seeds, by name.
+      on_progress: called with rows done and expected; may raise to stop.
+
+    Returns:
+      The table, and the tested dictionary's ablation for further measurements.
+
+    Raises:
+      UserError: a dictionary does not fit the model, or no feature has an attribution above zero.
+    """
+    settings = ablate_config(config)
+    definitions = {items.name: items.definitions()}
+    progress = RowProgress(
+        on_progress, expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
+    )
+
+    def ablation(basis: Dictionary) -> BenchmarkAblation:
+        return BenchmarkAblation(
+            items.lm,
+            basis,
+            items.name,
+            [],
+            settings,
+            progress,
+            items=items,
+            batch_tokens=config.batch_tokens,
+        )
+
+    tested = ablation(dictionary)
+    return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
+
+
+#: A condition under which answers are scored: its edit, or None for the unedited model.
+Conditions = dict[str, EditDefinition | None]
+
+
+def scored_conditions(table: EffectsTable, name: str, sets: int) -> Conditions:
+    """Return the conditions under which answers are scored, the unedited model first.
+
+    Args:
+      table: measured log-likelihoods.
+      name: the benchmark.
+      sets: number of random, and of placebo sets.
+    """
+    (top,) = (edit for edit in table.select_edits(name, "top") if edit.fraction == 1)
+    conditions: Conditions = {"clean": None, "top": top, "resample": dataclasses.replace(top, group="resample")}
+    for group in ("random", "placebo"):
+        whole = [edit for edit in table.select_edits(name, group) if edit.fraction == 1]
+        conditions |= {f"{group}-{edit.index}": edit for edit in whole[:sets]}
+    return conditions
+
+
+def edits_of(
+    dictionary: Dictionary,
+    edit: EditDefinition | None,
+    pools: Mapping[int, Sequence[float]],
+    length: int,
+    seed: int,
+) -> Callable[[Sequence[int]], Sequence[Edit]]:
+    """Return the edits of a condition for a batch of texts, given the item that each text is of.
+
+    Args:
+      dictionary: the dictionary of the features.
+      edit: the condition's edit; None: none.
+      pools: activations from which features are resampled.
+      length: tokens of the longest text.
+      seed: seed of the draws; every item has draws of its own.
+    """
+    if edit is None:
+        return lambda item_of_text: ()
+    if edit.group == "resample":
+        drawn_from = [pools[feature] for feature in edit.features]
+        return lambda item_of_text: [dictionary.redraw(edit.features, drawn_from, length, seed, item_of_text)]
+    return lambda item_of_text: [dictionary.ablate(edit.features)]
+
+
+def answer_table(
+    table: EffectsTable, name: str, edit: EditDefinition | None, scored: Sequence[ScoredItem]
+) -> EffectsTable:
+    """Return the rows of a table that say how a condition's answers were scored, in the order of the test items.
+
+    Args:
+      table: the table of the benchmark, which has the clean edit and the items.
+      name: the benchmark.
+      edit: the condition's edit; None: the unedited model.
+      scored: scores of its test items.
+
+    Raises:
+      UserError: an item has no score.
+    """
+    by_id = {f"{name}/{row.id}": row for row in scored}
+    prompts = table.select_prompts(name)
+    if missing := [prompt.id for prompt in prompts if prompt.id not in by_id]:
+        raise UserError(f"the answer to {missing[0]} was not scored: delete the unit's folder and run the stage again")
+    rows = [by_id[prompt.id] for prompt in prompts]
+    if isinstance(rows[0], ReferenceItem):
+        values = dict(answer_log_prob=[row.log_likelihood for row in cast(list[ReferenceItem], rows)])
+    else:
+        values = dict(accuracy=[float(bool(row.judged[1])) for row in rows])
+    if isinstance(rows[0], GeneratedItem):
+        written = cast(list[GeneratedItem], rows)
+        values |= dict(
+            strict=[float(row.strict.correct) for row in written],
+            formatted=[float(row.strict.found is not None) for row in written],
+            cut=[float(row.finished == "length") for row in written],
+        )
+    block = TableRows()
+    block.add([edit or EditDefinition(name, "clean")], prompts, tuple(values), [np.array([v]) for v in values.values()])
+    return block.table()

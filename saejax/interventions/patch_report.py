@@ -1,0 +1,139 @@
+"""The report on activation patching: a heatmap of each kind of site, and interchange accuracy of features."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from saejax.interventions import sentences
+from saejax.interventions.patch_run import (
+    FeaturePatchResults,
+    PatchedSites,
+    PatchGrid,
+    SitePatchResults,
+    describe_strongest,
+)
+from saejax.interventions.patching import DIRECTIONS
+from saejax.interventions.table import TESTED
+from saejax.page import style
+from saejax.page.blocks import Block, Picture, Terms
+from saejax.page.document import Section
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import Table, interval, percent
+from saejax.page.words import behaviour
+
+_TITLES = dict(
+    denoising="denoising: prompt's value in the counterpart's run",
+    noising="noising: counterpart's value in the prompt's run",
+)
+
+
+def sections(findings: Findings, draw: Draw) -> list[Section]:
+    """Return the section on patching; none if nothing was patched."""
+    blocks: list[Block] = []
+    for unit, summary in findings.summaries.items():
+        results = summary.results
+        if isinstance(results, SitePatchResults):
+            for name, result in results.behaviours.items():
+                grid = PatchGrid.load(PatchGrid.file(findings.folders[unit], name))
+                blocks.append(_picture(results, name, result, grid, draw))
+        elif isinstance(results, FeaturePatchResults):
+            blocks += [_carried_table(results), Terms(tuple(_answers(results).items()))]
+        else:
+            continue
+        if results.unpatched:
+            reasons = results.unpatched.items()
+            blocks.append(Terms(tuple((behaviour(name), f"not patched: {reason}.") for name, reason in reasons)))
+    return [Section("Activation patching", tuple(blocks))] if blocks else []
+
+
+def _picture(results: SitePatchResults, name: str, result: PatchedSites, grid: PatchGrid, draw: Draw) -> Picture:
+    scale = "as a share of clean - corrupted" if result.pairs.reason is None else "in logits"
+    if results.positions == "each":
+        where = "of one layer at one position"
+    else:
+        where = f"of one {'head' if _axis(grid) == 'head' else 'layer'} at positions {results.positions} together"
+    caption = (
+        f"{behaviour(name)}: {results.kind} {where} is replaced by its value in the other run, on "
+        f"{result.pairs.prompts} pairs of prompts. Colour is the mean effect on the logit difference, {scale}."
+    )
+    if results.positions == "each":
+        caption += (
+            " Positions are counted from the end and labelled with their most frequent token; labels are bold where "
+            "prompt and counterpart differ."
+        )
+    if result.pairs.reason:
+        caption += f" Not normalised: {result.pairs.reason}."
+    strongest = [f"{describe_strongest(direction, best)}." for direction, best in result.strongest.items()]
+    text = " ".join(strongest or ["No position was tested: there are no train prompts with counterparts to choose it."])
+    alt = f"Patching {results.kind}, {behaviour(name)}. {text}"
+    return draw(f"patching-{results.kind}-{name}", heatmap(grid, result), f"{caption} {text}", alt)
+
+
+def _axis(grid: PatchGrid) -> str:
+    """Return what the columns of the heatmap are."""
+    return "head" if not np.isnan(grid.head.astype(float)).all() else "position"
+
+
+@style.styled
+def heatmap(grid: PatchGrid, result: PatchedSites) -> Figure:
+    """Draw the effect of every layer and position, or head, a panel for each direction."""
+    value = "normalised" if result.pairs.reason is None else "effect"
+    matrices = {direction: grid.matrix(value, direction) for direction in DIRECTIONS}
+    layers, columns = matrices["noising"].shape
+    limit = 1.0 if value == "normalised" else float(np.nanmax(np.abs(list(matrices.values())), initial=1e-6))
+    height = 0.9 + 0.055 * layers + 0.4
+    figure, below = style.panels([height, height], [_TITLES[direction] for direction in DIRECTIONS])
+    for axes, matrix in zip(below, matrices.values(), strict=True):
+        image = axes.imshow(
+            matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, origin="lower", aspect="auto", interpolation="nearest"
+        )
+        axes.set_ylabel("layer")
+        if columns == len(result.columns) and _axis(grid) == "position":
+            size = min(9.0, 190 / columns)  # points: labels of neighbours do not touch
+            labels = [_label(column.token) for column in result.columns]
+            axes.set_xticks(range(columns), labels, rotation=90, size=size)
+            for text, column in zip(axes.get_xticklabels(), result.columns, strict=True):
+                text.set_fontweight("bold" if column.differs else "normal")
+        elif columns > 1:
+            axes.set_xlabel("head" if _axis(grid) == "head" else "position")
+        else:
+            axes.set_xticks([])
+        axes.tick_params(axis="x", length=2)
+    figure.colorbar(image, ax=below, shrink=0.5, aspect=30, label="share" if value == "normalised" else "logits")
+    return figure
+
+
+def _label(token: str) -> str:
+    shown = token.replace("\n", "\u21b5").strip() or "\u2423"
+    return shown if len(shown) <= 12 else shown[:11] + "\u2026"
+
+
+def _carried_table(results: FeaturePatchResults) -> Table:
+    columns = {
+        "Behaviour": lambda name, row: behaviour(name),
+        "Pairs": lambda name, row: str(row.interchange.prompts if row.interchange else 0),
+        "Top features, %": lambda name, row: interval(row.interchange and row.interchange.top, 0, 100),
+        "Random sets, %": lambda name, row: percent(row.interchange and row.interchange.random),
+        "Whole site, %": lambda name, row: interval(row.interchange and row.interchange.site, 0, 100),
+        "Removed": lambda name, row: interval(row.removed),
+        "Restored": lambda name, row: interval(row.restored),
+    }
+    note = (
+        f"Features of {results.dictionary} at {results.site} take the activations that they have in the counterpart. "
+        "The three shares are interchange accuracies (Geiger et al., 2021): of the pairs on which the model prefers "
+        "the right answer of both prompts, how often its preference becomes the counterpart's; 95 % Wilson intervals. "
+        "Random sets: mean over random sets of as many features, whose doses differ; the comparison at equal dose is "
+        "below. Whole site: all positions patched together, the most that features at this site can reach. Removed: "
+        "fall of the logit difference when the top features take the counterpart's activations. Restored: its rise in "
+        "the counterpart when they take the prompt's. Logits, 95 % bootstrap intervals over prompts within templates."
+    )
+    return Table.of(f"Interchange of the top {results.k} features", results.behaviours.items(), columns, note=note)
+
+
+def _answers(results: FeaturePatchResults) -> dict[str, str]:
+    """Return the answers of the verdict, for each behaviour; ablation here means taking the counterpart's values."""
+    answers = {}
+    for name, result in results.verdict.dictionaries[TESTED].items():
+        answer = [result.ablation["logit_diff"].sentence, result.random.sentence]
+        answer += [sentences.fooled(result.fooled, result.placebo_sets), result.placebo.sentence]
+        answers[behaviour(name)] = " ".join(answer).replace("Ablating the", "Patching the")
+    return answers

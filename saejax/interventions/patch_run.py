@@ -1,0 +1,496 @@
+"""The stage ``patch``: activation patching between prompts and their counterparts.
+
+A unit for each kind of site patches it in every layer, at every position or, at sites of attention heads, in every
+head. The unit of a dictionary patches features: the top ones of each behaviour, compared with random and placebo
+sets, as ``ablate`` does with other replacements. Test prompts judge; train prompts choose features and the strongest
+location: layer, head and position.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions.ablate_run import summarise
+from saejax.interventions.ablation import BehaviourAblation, measure_behaviour
+from saejax.interventions.answers import CausalVerdict, VerdictConfig, mean_interval
+from saejax.interventions.columns import Columns
+from saejax.interventions.patching import (
+    DIRECTIONS,
+    EACH,
+    PatchEffects,
+    TokenColumn,
+    describe_columns,
+    fitting_pairs,
+    patch_features,
+    patch_sites,
+)
+from saejax.interventions.table import EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.verdict import verdict
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import Site
+from saejax.results import Interval
+from saejax.runner import parts
+from saejax.runner.workspace import Run
+from saejax.settings import AblateConfig, PatchConfig
+from saejax.statistics import bootstrap
+from saejax.statistics.ranks import holm_by_key
+from saejax.tasks import run_inputs
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import wilson
+
+AT_CHANCE = (
+    "the model's logit difference does not clearly fall from the prompts to their counterparts, so that there is "
+    "nothing to divide effects by"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedPairs:
+    """The test prompts of a behaviour and their counterparts, without a patch."""
+
+    prompts: int  #: number of pairs
+    left_out: Mapping[str, int]  #: other test prompts, by reason
+    clean: Interval  #: logit difference of the prompts
+    corrupted: Interval  #: that of their counterparts, for the prompts' answers
+    difference: Interval  #: clean - corrupted
+    reason: str | None  #: why effects are not normalised; None: they are
+
+
+@dataclasses.dataclass(frozen=True)
+class StrongestPatch:
+    """The location of largest effect on train prompts, judged on test prompts."""
+
+    layer: int  #: counted from 0
+    head: int | None  #: counted from 0; None at sites of the whole stream
+    position: int | None  #: from the end, -1 is the last token; None: several positions were patched together
+    train_effect: float  #: mean effect on the train prompts that chose it, logits
+    effect: Interval | None  #: on the test prompts, logits; None with fewer than 2 prompts
+    p_value: float | None  #: two-sided, of an effect of 0
+    p_holm: float | None  #: corrected over the behaviours and directions of the unit
+    normalised: float | None  #: share of clean - corrupted; None where that is not above 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedSites:
+    """A kind of site patched in every layer; also in `<behaviour>.json`."""
+
+    pairs: PatchedPairs  #: the prompts
+    columns: tuple[TokenColumn, ...]  #: the tokens at each position, first to last
+    strongest: Mapping[str, StrongestPatch]  #: by direction; none without train prompts that choose it
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePatchResults:
+    """A kind of site patched between prompts and counterparts."""
+
+    kind: str  #: kind of site
+    positions: str  #: each, or the positions that were patched together
+    behaviours: Mapping[str, PatchedSites]  #: by name
+    unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why
+
+
+@dataclasses.dataclass(frozen=True)
+class Interchange:
+    """Share of pairs whose preferred answer becomes the counterpart's when the counterpart's values are put in.
+
+    Only pairs count on which the model prefers the right answer of both (Geiger et al., 2021, arXiv 2106.02997).
+    """
+
+    prompts: int  #: number of these pairs
+    top: Interval  #: with the top features, 95 % Wilson interval
+    random: float | None  #: mean over random sets of as many features, at their own doses; None without any
+    site: Interval  #: with the whole site at all positions, the ceiling of its parts
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchedFeatures:
+    """Features of a dictionary patched on a behaviour; also in `<behaviour>.json`."""
+
+    pairs: PatchedPairs  #: the prompts
+    features: tuple[int, ...]  #: the top features, best first
+    restored: Interval  #: logits that they restore in the counterparts (denoising)
+    removed: Interval  #: logits that they remove from the prompts (noising)
+    interchange: Interchange | None  #: None where the model is right about both prompt and counterpart on no pair
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturePatchResults:
+    """Features of a dictionary patched between prompts and counterparts."""
+
+    dictionary: str  #: its name
+    site: str  #: that it reads
+    k: int  #: number of top features
+    behaviours: Mapping[str, PatchedFeatures]  #: by name
+    unpatched: Mapping[str, str]  #: behaviours that cannot be patched, and why
+    verdict: CausalVerdict  #: the answers on giving top features their counterparts' activations
+
+
+@dataclasses.dataclass(frozen=True)
+class UnpatchedBehaviour:
+    """A behaviour that cannot be patched."""
+
+    unpatched: str  #: why
+
+
+PatchResults = SitePatchResults | FeaturePatchResults
+
+
+class BehaviourPairs(NamedTuple):
+    """The prompts of a behaviour that have counterparts of as many tokens, and the number of others by reason."""
+
+    train: list[Prompt]
+    tests: list[Prompt]
+    left_out: Mapping[str, int]
+
+    @property
+    def missing(self) -> str:
+        """Why the behaviour cannot be patched; "" if it can."""
+        if self.tests:
+            return ""
+        return (
+            f"of {sum(self.left_out.values())} test prompts {self.left_out['no counterpart']} have no counterpart and "
+            f"{self.left_out['other length']} one of another number of tokens"
+        )
+
+
+def run_patch(run: Run) -> PatchResults:
+    """Patch a kind of site, or features of a dictionary, on every behaviour.
+
+    Args:
+      run: of the unit. Its folder gets ``<behaviour>-patching.parquet`` with every location of a kind of site, or
+        ``<behaviour>-effects/``, the effects table of features.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: no behaviour can be patched, or prompts or dictionary do not fit the model.
+    """
+    config = run.configs[PatchConfig]
+    prompts = run_inputs.read_behaviours(run, config.behaviours, "--patch.behaviours")
+    dictionary = None if run.name in config.kinds else run_inputs.load_run_dictionary(run)
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        pairs = {name: _fit(lm, each) for name, each in prompts.items()}
+
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+            missing = pairs[name].missing
+            if dictionary is not None and not missing and not pairs[name].train:
+                missing = "it has no train prompts with counterparts of as many tokens, which choose features"
+            elif dictionary is not None and not missing and len(pairs[name].tests) < 2:
+                missing = "it has a single test prompt with a counterpart of as many tokens"
+            if missing:
+                return parts.Measured(UnpatchedBehaviour(missing), f"not patched: {missing}")
+            if dictionary is None:
+                return _measure_sites(run, lm, name, pairs[name], on_progress)
+            return _measure_features(run, lm, dictionary, name, pairs, on_progress)
+
+        return measure
+
+    kind: Any = PatchedSites if dictionary is None else PatchedFeatures
+    results = parts.each_part(run, list(prompts), begin, kind | UnpatchedBehaviour, "rows")
+    unpatched = {name: each.unpatched for name, each in results.items() if isinstance(each, UnpatchedBehaviour)}
+    behaviours = {name: each for name, each in results.items() if name not in unpatched}
+    if not behaviours:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
+        raise UserError(
+            f"no behaviour can be patched ({reasons}): expected test prompts with counterparts of as many tokens, and "
+            "for features train prompts, too; give them in --task.prompts, or name others with --patch.behaviours"
+        )
+    if dictionary is None:
+        return SitePatchResults(run.name, positions_of(run.name, config), _correct(behaviours), unpatched)
+    tables = [load_effects(run.folder / f"{name}-effects") for name in behaviours]
+    answers = verdict(merge_tables(tables), VerdictConfig(resamples=config.bootstrap, seed=config.seed))
+    for name in behaviours:
+        run.say(f"{name}: {summarise(answers, name)}")
+    return FeaturePatchResults(config.dictionary, dictionary.site, config.top, behaviours, unpatched, answers)
+
+
+def positions_of(kind: str, config: PatchConfig) -> str:
+    """Return the positions at which a kind of site is patched: heads at all positions together unless some are named.
+
+    Every head at every position would be thousands of runs of the model for each pair.
+    """
+    return "all" if config.positions == EACH and kind.startswith("attn_") and kind != "attn_out" else config.positions
+
+
+def _fit(lm: LanguageModel, prompts: Sequence[Prompt]) -> BehaviourPairs:
+    tests, left_out = fitting_pairs(lm, prompts)
+    return BehaviourPairs(fitting_pairs(lm, prompts, "train")[0], tests, left_out)
+
+
+def _measure_sites(
+    run: Run, lm: LanguageModel, name: str, pairs: BehaviourPairs, on_progress: parts.OnProgress
+) -> parts.Measured:
+    config = run.configs[PatchConfig]
+
+    def patch(prompts: Sequence[Prompt]) -> PatchEffects:
+        where = positions_of(run.name, config)
+        return patch_sites(lm, run.name, prompts, where, None, config.batch_rows, on_progress)
+
+    patched = patch(pairs.tests)
+    weight_RxP = _weights(pairs.tests, config)
+    grid = PatchGrid.of(patched, weight_RxP)
+    grid.save(grid.file(run.folder, name))
+    chosen = pairs.train[: len(pairs.tests)]  # as many choose the strongest location as judge it
+    strongest = find_strongest(patched, patch(chosen), weight_RxP) if chosen else {}
+    results = PatchedSites(
+        pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
+        columns=describe_columns(lm, pairs.tests),
+        strongest=strongest,
+    )
+    line = "; ".join(describe_strongest(direction, best) for direction, best in strongest.items())
+    return parts.Measured(
+        results, line or "no strongest location: there are no train prompts with counterparts to choose it"
+    )
+
+
+def _measure_features(
+    run: Run,
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    name: str,
+    pairs: Mapping[str, BehaviourPairs],
+    on_progress: parts.OnProgress,
+) -> parts.Measured:
+    config = run.configs[PatchConfig]
+    prompts = {each: [*theirs.train, *theirs.tests] for each, theirs in pairs.items() if theirs.tests}
+    settings = ablate_config(config)
+    table, ablation = measure_behaviour(lm, dictionary, name, prompts, settings, on_progress=on_progress)
+    save_effects(run.folder / f"{name}-effects", table)
+    results = describe_features(lm, table, ablation, pairs[name], config)
+    interchange = results.interchange
+    if interchange is None:
+        return parts.Measured(results, "on no pair is the model right about both the prompt and its counterpart")
+    line = f"answers that become the counterpart's: top features {100 * interchange.top.mean:.0f} %, whole site "
+    return parts.Measured(results, f"{line}{100 * interchange.site.mean:.0f} %")
+
+
+def ablate_config(config: PatchConfig) -> AblateConfig:
+    """Return the settings with which features take the activations that they have in the counterpart."""
+    return AblateConfig(
+        dictionary=config.dictionary,
+        top=config.top,
+        replacement="counterpart",
+        random_sets=config.random_sets,
+        placebo_targets=config.placebo_targets,
+        untrained=False,
+        baselines=(),
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+        batch_rows=config.batch_rows,
+    )
+
+
+def describe_features(
+    lm: LanguageModel, table: EffectsTable, ablation: BehaviourAblation, pairs: BehaviourPairs, config: PatchConfig
+) -> PatchedFeatures:
+    """Return what the top features of a behaviour carry over, and all features, and the site."""
+    top, split = ablation.top(), ablation.split
+    patched = patch_features(split, pairs.tests, [top], config.batch_rows)
+    (denoised_P,), (noised_P,) = patched.diff_DxSxP
+    weight_RxP = _weights(pairs.tests, config)
+    both_P = (patched.clean_P > 0) & (patched.corrupted_P < 0)
+    interchange = None
+    if both_P.any():
+        site = Site.parse(split.dictionary.config.target or split.dictionary.site)
+        whole = patch_sites(lm, site.kind, pairs.tests, "all", [site.layer], config.batch_rows)
+        random = table.select_edits(ablation.behaviour, "random")
+        whole_random = [edit for edit in random if edit.fraction == 1.0]
+        random_ExP = table.values(whole_random, table.select_prompts(ablation.behaviour), "logit_diff")
+        interchange = Interchange(
+            prompts=int(both_P.sum()),
+            top=wilson((noised_P < 0)[both_P]),
+            random=float((random_ExP[:, both_P] < 0).mean()) if whole_random else None,
+            site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
+        )
+    return PatchedFeatures(
+        pairs=_describe_pairs(patched.clean_P, patched.corrupted_P, pairs.left_out, weight_RxP),
+        features=tuple(top),
+        restored=mean_interval(denoised_P - patched.corrupted_P, weight_RxP),
+        removed=mean_interval(patched.clean_P - noised_P, weight_RxP),
+        interchange=interchange,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchGrid(Columns):
+    """The mean effect at every location; arrays [N], sorted by direction, layer, head and position.
+
+    Attributes:
+      direction: one of ``DIRECTIONS``.
+      layer: counted from 0.
+      head: counted from 0; null at sites of the whole stream.
+      position: from the end, -1 is the last token; null where several positions were patched together.
+      effect: mean over the prompts, logits.
+      low: lower end of its 95 % bootstrap interval over prompts within templates; null with fewer than 2 prompts.
+      high: its upper end.
+      normalised: effect / (clean - corrupted), a ratio of means over the same prompts; null where clean - corrupted is
+        not clearly above 0.
+      prompts: number of prompts with a token there.
+    """
+
+    kind = "patching"
+
+    direction: np.ndarray
+    layer: np.ndarray
+    head: np.ndarray
+    position: np.ndarray
+    effect: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    normalised: np.ndarray
+    prompts: np.ndarray
+
+    @classmethod
+    def of(cls, patched: PatchEffects, weight_RxP: np.ndarray | None) -> "PatchGrid":
+        """Summarise the effects on one behaviour.
+
+        Args:
+          patched: the effects.
+          weight_RxP: weights of the prompts in bootstrap samples; None with fewer than 2 prompts.
+        """
+        effect_DxLxHxPxC, whole_P = patched.effect_DxLxHxPxC, patched.clean_P - patched.corrupted_P
+        directions, layers, heads, _, columns = effect_DxLxHxPxC.shape
+        values_5xDxLxHxC = np.full((5, directions, layers, heads, columns), np.nan)
+        is_measurable = _is_measurable(whole_P, weight_RxP)
+        for column in range(columns):
+            has_P = ~np.isnan(effect_DxLxHxPxC[0, 0, 0, :, column])
+            effect_NxQ = effect_DxLxHxPxC[..., has_P, column].reshape(-1, has_P.sum())
+            rows = np.full((5, len(effect_NxQ)), np.nan)
+            rows[0], rows[4] = effect_NxQ.mean(axis=1), has_P.sum()
+            if weight_RxP is not None and has_P.sum() > 1:
+                weight_RxQ = weight_RxP[:, has_P]
+                sum_Rx1 = weight_RxQ.sum(axis=1, keepdims=True)
+                weight_RxQ = np.divide(weight_RxQ, sum_Rx1, out=np.zeros_like(weight_RxQ), where=sum_Rx1 > 0)
+                rows[1:3] = np.quantile(weight_RxQ @ effect_NxQ.T, [0.025, 0.975], axis=0)
+            if is_measurable and whole_P[has_P].mean() > 0:
+                rows[3] = rows[0] / whole_P[has_P].mean()
+            values_5xDxLxHxC[..., column] = rows.reshape(5, directions, layers, heads)
+        direction_N, layer_N, head_N, column_N = (index.ravel() for index in np.indices(values_5xDxLxHxC.shape[1:]))
+        effect, low, high, normalised, prompts = (values.ravel() for values in values_5xDxLxHxC)
+        is_whole = patched.positions != EACH
+        return cls(
+            direction=np.array(DIRECTIONS, object)[direction_N],
+            layer=np.array(patched.layers)[layer_N],
+            head=head_N if heads > 1 else np.full(len(head_N), np.nan),
+            position=np.full(len(column_N), np.nan) if is_whole else column_N - columns,
+            effect=effect,
+            low=low,
+            high=high,
+            normalised=normalised,
+            prompts=prompts.astype(np.int64),
+        )
+
+    def matrix(self, name: str, direction: str) -> np.ndarray:
+        """Return one of the columns as [L, H x C].
+
+        Args:
+          name: the column.
+          direction: one of ``DIRECTIONS``.
+        """
+        chosen = getattr(self, name)[self.direction == direction]
+        return chosen.reshape(len(np.unique(self.layer)), -1)
+
+
+def find_strongest(
+    tests: PatchEffects, train: PatchEffects, weight_RxP: np.ndarray | None
+) -> dict[str, StrongestPatch]:
+    """Return, by direction, the location of largest mean effect on train prompts, with its effect on test prompts.
+
+    The largest of many effects is large by chance, too: on the prompts that chose it, it would seem larger than it is.
+
+    Args:
+      tests: a kind of site patched on the test prompts.
+      train: the same on the train prompts.
+      weight_RxP: weights of the test prompts in bootstrap samples; None with fewer than 2 prompts.
+    """
+    strongest = {}
+    columns = min(effects.diff_DxLxHxPxC.shape[-1] for effects in (tests, train))
+    heads, whole_P = tests.diff_DxLxHxPxC.shape[2], tests.clean_P - tests.corrupted_P
+    for direction, test_effect, train_effect in zip(
+        DIRECTIONS, tests.effect_DxLxHxPxC, train.effect_DxLxHxPxC, strict=True
+    ):
+        # Positions that some prompts lack are no candidates.
+        train_LxHxC = train_effect[..., -columns:].mean(axis=2)
+        train_LxHxC = np.where(np.isnan(test_effect[..., -columns:].mean(axis=2)), np.nan, train_LxHxC)
+        layer, head, column = np.unravel_index(np.nanargmax(train_LxHxC), train_LxHxC.shape)
+        effect_P = test_effect[layer, head, :, column - columns]
+        interval, p_value = None, None
+        if weight_RxP is not None:
+            interval, p_value = mean_interval(effect_P, weight_RxP), bootstrap.two_sided_p(weight_RxP @ effect_P)
+        strongest[direction] = StrongestPatch(
+            layer=tests.layers[layer],
+            head=int(head) if heads > 1 else None,
+            position=int(column) - columns if tests.positions == EACH else None,
+            train_effect=float(train_LxHxC[layer, head, column]),
+            effect=interval,
+            p_value=p_value,
+            p_holm=p_value,
+            normalised=float(effect_P.mean() / whole_P.mean()) if _is_measurable(whole_P, weight_RxP) else None,
+        )
+    return strongest
+
+
+def describe_strongest(direction: str, best: StrongestPatch) -> str:
+    """Return the sentence on the strongest location of a direction."""
+    location = f"layer {best.layer}" + (f", head {best.head}" if best.head is not None else "")
+    location += f", position {best.position}" if best.position is not None else ""
+    verb = "restores" if direction == "denoising" else "removes"
+    text = f"{direction.capitalize()} at {location}, chosen on train prompts, {verb} "
+    if best.effect is None or best.p_holm is None:
+        return f"{text}{best.train_effect:.2f} logits there; not tested: fewer than 2 test prompts"
+    text += f"{best.effect.mean:.2f} logits [{best.effect.low:.2f}, {best.effect.high:.2f}] on test prompts"
+    significance = "" if best.p_holm <= VerdictConfig().level else ", not significant"
+    return f"{text} (p = {best.p_holm:.2g}{significance})"
+
+
+def _correct(behaviours: Mapping[str, PatchedSites]) -> dict[str, PatchedSites]:
+    """Correct the p-values of the strongest locations over behaviours and directions by Holm's method."""
+    p_holm = holm_by_key(
+        {
+            (name, direction): best.p_value
+            for name, patched in behaviours.items()
+            for direction, best in patched.strongest.items()
+            if best.p_value is not None
+        }
+    )
+    corrected = {}
+    for name, patched in behaviours.items():
+        strongest = {
+            direction: dataclasses.replace(best, p_holm=p_holm.get((name, direction)))
+            for direction, best in patched.strongest.items()
+        }
+        corrected[name] = dataclasses.replace(patched, strongest=strongest)
+    return corrected
+
+
+def _describe_pairs(
+    clean_P: np.ndarray, corrupted_P: np.ndarray, left_out: Mapping[str, int], weight_RxP: np.ndarray | None
+) -> PatchedPairs:
+    difference = mean_interval(clean_P - corrupted_P, weight_RxP)
+    return PatchedPairs(
+        prompts=len(clean_P),
+        left_out=dict(left_out),
+        clean=mean_interval(clean_P, weight_RxP),
+        corrupted=mean_interval(corrupted_P, weight_RxP),
+        difference=difference,
+        reason=None if _is_measurable(clean_P - corrupted_P, weight_RxP) else AT_CHANCE,
+    )
+
+
+def _weights(prompts: Sequence[Prompt], config: PatchConfig) -> np.ndarray | None:
+    """Return the weights of the prompts in bootstrap samples within templates; None with fewer than 2 prompts."""
+    if len(prompts) < 2:
+        return None
+    return bootstrap.resampling_weights([prompt.template for prompt in prompts], config.bootstrap, config.seed)
+
+
+def _is_measurable(difference_P: np.ndarray, weight_RxP: np.ndarray | None) -> bool:
+    """Return whether the whole interval of clean - corrupted is above 0; False for one prompt, which has none."""
+    return weight_RxP is not None and mean_interval(difference_P, weight_RxP).low > 0

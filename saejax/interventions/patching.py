@@ -1,0 +1,423 @@
+"""Activation patching between prompts and their counterparts: at sites, positions, attention heads, and of features.
+
+A prompt and its counterpart have equally many tokens, and the prompt's wrong answer is right for the counterpart. A
+value of the *base* run is replaced by that of the *source* run (Vig et al., 2020; Geiger et al., 2021), and the logit
+difference of the prompt's answers is read:
+
+- *denoising*: base counterpart, source prompt: is this value sufficient to bring the answer back?
+- *noising*: base prompt, source counterpart: is it necessary for the answer?
+
+(Heimersheim and Nanda, 2024, arXiv 2404.15255.) One *row* of work is one direction, layer, head, position and pair:
+
+1. Both runs are recorded once: the stream entering each layer, and the site's value in each layer.
+2. A row whose values are equal in both runs, to the last bit, is not run: its effect is exactly 0.
+3. The other rows run in batches, sorted by layer, from the base run's stream entering the lowest layer of the batch.
+   One program serves all layers, positions and heads.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.errors import UserError, one_of
+from saejax.interventions.edits import swap
+from saejax.interventions.engine import BATCH_ROWS, OnProgress, prefetch, run_edits
+from saejax.interventions.split_model import SplitModel, editable_positions, groups_by_length, parse_positions
+from saejax.models import decoder
+from saejax.models.config import DecoderConfig, TorchConfig
+from saejax.models.decoder import run_layers
+from saejax.models.language_model import LanguageModel
+from saejax.models.sites import HEAD_KINDS, KINDS, Site
+from saejax.models.split import SplitPoint
+from saejax.models.tokens import Tokens, token_text
+from saejax.parallel.collectives import to_host
+from saejax.parallel.mesh import by_row, sharding
+from saejax.tasks.answer_tokens import first_answer_ids
+from saejax.tasks.behaviours import Prompt
+
+DIRECTIONS = ("denoising", "noising")
+EACH = "each"  # positions: every one by itself
+GROUP_BYTES = 2**28  # maximum memory of the recorded runs of a group of pairs, unless a few pairs need more
+STEP = 8  # batches, and groups of pairs, are filled up to a multiple of this
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchEffects:
+    """Logit differences of P pairs with a kind of site patched. The first axis of arrays counts ``DIRECTIONS``.
+
+    Attributes:
+      kind: kind of site.
+      layers: the L patched layers.
+      positions: ``each``, or the positions that were patched together.
+      clean_P: float64, logit difference of the prompts.
+      corrupted_P: float64, that of their counterparts.
+      diff_DxLxHxPxC: float64, logit difference after the patch. H is the number of heads, 1 at other sites. With
+        ``each``, C counts positions, aligned at the end: the last column is the last token of every prompt; NaN where a
+        prompt has no such position. Otherwise C is 1.
+      rows: number of rows that were run.
+      all_rows: number of rows, with those whose effect is known to be 0.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    positions: str
+    clean_P: np.ndarray
+    corrupted_P: np.ndarray
+    diff_DxLxHxPxC: np.ndarray
+    rows: int
+    all_rows: int
+
+    @property
+    def effect_DxLxHxPxC(self) -> np.ndarray:
+        """Logits that denoising restores (patched - corrupted) and that noising removes (clean - patched)."""
+        denoised, noised = self.diff_DxLxHxPxC
+        return np.stack([denoised - self.corrupted_P[:, None], self.clean_P[:, None] - noised])
+
+
+class PatchRows(NamedTuple):
+    """R rows: layer, head, index of the pair in its group, and the first patched position and the one after the last.
+
+    Each is int32 [R].
+    """
+
+    layer_R: np.ndarray
+    head_R: np.ndarray
+    place_R: np.ndarray
+    first_R: np.ndarray
+    stop_R: np.ndarray
+
+
+class Recording(NamedTuple):
+    """B prompts without a patch: logit differences, streams entering the layers, and values of the site's kind."""
+
+    diff_B: jax.Array
+    stream_LxBxTxD: jax.Array
+    value_LxBxTxX: jax.Array
+
+
+def fitting_pairs(
+    lm: LanguageModel, prompts: Sequence[Prompt], split: str = "test"
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Return the prompts of a split with a counterpart of as many tokens, and the number of others by reason."""
+    chosen = [prompt for prompt in prompts if prompt.split == split]
+    paired = [prompt for prompt in chosen if prompt.counterpart]
+    fitting: list[Prompt] = []
+    if paired:
+        clean, corrupted = _tokenize(lm, paired)
+        same_P = clean.lengths_B == corrupted.lengths_B
+        fitting = [prompt for prompt, same in zip(paired, same_P, strict=True) if same]
+    return fitting, {"no counterpart": len(chosen) - len(paired), "other length": len(paired) - len(fitting)}
+
+
+def patch_sites(
+    lm: LanguageModel,
+    kind: str,
+    prompts: Sequence[Prompt],
+    positions: str = EACH,
+    layers: Sequence[int] | None = None,
+    batch_rows: int = BATCH_ROWS,
+    on_progress: OnProgress = lambda done, total: None,
+) -> PatchEffects:
+    """Patch a kind of site in every layer, in both directions.
+
+    Args:
+      lm: the model.
+      kind: a kind of site; of ``attn_q``, ``attn_k``, ``attn_v`` and ``attn_z`` every head by itself.
+      prompts: P prompts with counterparts of as many tokens.
+      positions: ``each``, or positions that are patched together: all, last, or a slice such as 1:4 or -3:.
+      layers: the layers; None: all.
+      batch_rows: rows of a batch.
+      on_progress: called at the start and after each batch with the rows done and in total; may raise to stop.
+
+    Raises:
+      UserError: there is no such kind or layer, the model runs in PyTorch and the kind is one of heads, a counterpart
+        has another number of tokens, or a logit difference is not finite.
+    """
+    one_of(kind, (*KINDS, *HEAD_KINDS), "kind of site")
+    layers = tuple(sorted(set(range(lm.config.n_layers) if layers is None else layers)))
+    for layer in layers:
+        Site(kind, layer).check(lm.config)
+    if positions != EACH:
+        parse_positions(positions)
+    point = SplitPoint(lm.config, Site(kind, 0), Site(kind, 0), lm.mesh, lm.rules)
+    sides = _tokenize(lm, prompts)
+    lengths_P = sides[0].lengths_B
+    for index in np.flatnonzero(lengths_P != sides[1].lengths_B)[:1]:
+        raise UserError(
+            f"{prompts[index].text!r} has another number of tokens than its counterpart "
+            f"{prompts[index].counterpart!r}: give pairs of one length (see fitting_pairs)"
+        )
+    answers_Px2 = first_answer_ids(lm.tokenizer, prompts)
+    columns = int(lengths_P.max()) if positions == EACH else 1
+    base_2xP = np.full((2, len(prompts)), np.nan)
+    diff_DxLxHxPxC = np.full((2, len(layers), count_heads(lm.config, kind), len(prompts), columns), np.nan)
+    all_rows = 2 * diff_DxLxHxPxC[0, :, :, 0, 0].size * int(lengths_P.sum() if positions == EACH else len(prompts))
+    rows = done = 0
+    on_progress(0, all_rows)
+    for index_P, rows_B, length in groups_by_length(lengths_P, STEP, GROUP_BYTES // token_bytes(lm.config, kind)):
+        last_B, answers_Bx2 = sides[0].last_B[rows_B], answers_Px2[rows_B]
+        runs = []
+        for tokens in sides:
+            ids_BxT = np.zeros((len(rows_B), length), np.int32)
+            kept = min(length, tokens.ids_BxT.shape[1])
+            ids_BxT[:, :kept] = tokens.ids_BxT[rows_B, :kept]
+            runs.append(record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)))
+        base_2xP[:, index_P] = [to_host(run.diff_B)[: len(index_P)] for run in runs]
+        patched, column_R = _rows_to_run(point, runs, positions, layers, last_B[: len(index_P)], length)
+        column_R = column_R + (columns - lengths_P[index_P][patched.place_R] if positions == EACH else 0)
+        places = (np.searchsorted(layers, patched.layer_R), patched.head_R, index_P[patched.place_R], column_R)
+        # A row that is not run changes nothing.
+        known_PxC = _has_column(lengths_P[index_P], columns, positions)
+        for direction, base in enumerate((1, 0)):
+            whole_PxC = np.where(known_PxC, base_2xP[base, index_P][:, None], np.nan)
+            diff_DxLxHxPxC[direction][:, :, index_P] = whole_PxC
+            batches = _batches(patched, batch_rows, isinstance(lm.config, TorchConfig))
+            # The run that is not the base is the source.
+            args = point, lm.params, runs[base], runs[1 - base].value_LxBxTxX, last_B, answers_Bx2
+            started = (_start_rows(*args, PatchRows(*(a[b] for a in patched)), batch_rows) for b in batches)
+            for batch, device_array in zip(batches, prefetch(started), strict=True):
+                values_R = to_host(device_array)[: len(batch)]
+                if not np.isfinite(values_R).all():
+                    raise UserError(f"a logit difference with {kind} patched is not finite: try --model.dtype=float32")
+                diff_DxLxHxPxC[direction][tuple(array[batch] for array in places)] = values_R
+                done += len(batch)
+                on_progress(done, all_rows)
+        rows += 2 * len(column_R)
+    return PatchEffects(kind, layers, positions, base_2xP[0], base_2xP[1], diff_DxLxHxPxC, rows, all_rows)
+
+
+def count_heads(config: DecoderConfig, kind: str) -> int:
+    """Return the number of heads of a kind of site; 1 for sites of the whole stream."""
+    if kind not in HEAD_KINDS:
+        return 1
+    return config.n_heads if kind in ("attn_q", "attn_z") else config.n_kv_heads
+
+
+def token_bytes(config: DecoderConfig, kind: str) -> int:
+    """Return the memory, in bytes, that one token takes in the recorded runs of a pair."""
+    return 2 * 4 * config.n_layers * (config.d_model + Site(kind, 0).width(config))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def record(
+    point: SplitPoint, params: decoder.Params, ids_BxT: jax.Array, last_B: jax.Array, answers_Bx2: jax.Array
+) -> Recording:
+    """Run prompts without a patch.
+
+    Args:
+      point: a site of the kind, in any layer (static).
+      params: parameters of the decoder.
+      ids_BxT: token ids.
+      last_B: index of each prompt's last token.
+      answers_Bx2: token ids of the correct and the wrong answer.
+    """
+    config, kind = point.config, point.site.kind
+    x_BxTxD = decoder.embed(config, params, ids_BxT)
+    output = run_layers(config, params, x_BxTxD, 0, config.n_layers, rules=point.rules, collect={"resid_pre", kind})
+    diff_B = point.logit_difference(params, output.x, last_B, answers_Bx2)
+    recorded = Recording(diff_B, output.collected["resid_pre"], output.collected[kind])
+    return jax.lax.with_sharding_constraint(recorded, sharding(point.mesh))  # rows pick theirs from all pairs
+
+
+def _patched_rows(
+    point: SplitPoint,
+    heads: int,
+    start: int | jax.Array,
+    params: decoder.Params,
+    stream_LxBxTxD: jax.Array,
+    source_LxBxTxX: jax.Array,
+    rows: PatchRows,
+    last_R: jax.Array,
+    answers_Rx2: jax.Array,
+) -> jax.Array:
+    """Return the logit difference of each row, [R].
+
+    Args:
+      point: a site of the kind, in any layer (static).
+      heads: number of heads of the site (static).
+      start: the first layer that is run; an integer for models that run in PyTorch, whose rows all have this layer.
+      params: parameters of the decoder.
+      stream_LxBxTxD: streams of the base run.
+      source_LxBxTxX: values of the source run.
+      rows: the rows.
+      last_R: index of each row's last token.
+      answers_Rx2: token ids of the correct and the wrong answer.
+    """
+    position_1xT = jnp.arange(stream_LxBxTxD.shape[2])[None, :]
+    at_RxT = (position_1xT >= rows.first_R[:, None]) & (position_1xT < rows.stop_R[:, None])
+    source_RxTxX = source_LxBxTxX[rows.layer_R, rows.place_R]
+    head_1xX = jnp.repeat(jnp.arange(heads), source_RxTxX.shape[-1] // heads)[None, :]
+    here_RxTxX = at_RxT[..., None] & (head_1xX == rows.head_R[:, None])[:, None]
+
+    def put(kind: str, layer: int | jax.Array, value_RxTxX: jax.Array) -> jax.Array:
+        if kind != point.site.kind:
+            return value_RxTxX
+        in_layer_R = rows.layer_R == layer
+        return jnp.where(here_RxTxX & in_layer_R[:, None, None], source_RxTxX, value_RxTxX)
+
+    x_RxTxD = run_layers(
+        point.config,
+        params,
+        stream_LxBxTxD[start, rows.place_R],
+        start,
+        point.config.n_layers,
+        put,
+        (start,) if isinstance(start, int) else None,
+        rules=point.rules,
+        head_sites=heads > 1 or point.site.kind in HEAD_KINDS,
+    ).x
+    diff_R = point.logit_difference(params, x_RxTxD, last_R, answers_Rx2)
+    return jax.lax.with_sharding_constraint(diff_R, sharding(point.mesh))
+
+
+patched_rows = jax.jit(_patched_rows, static_argnums=(0, 1))
+_patched_rows_of_layer = jax.jit(_patched_rows, static_argnums=(0, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _differences(heads: int, clean_LxBxTxX: jax.Array, corrupted_LxBxTxX: jax.Array) -> jax.Array:
+    """Return where two runs differ, bool [L, H, B, T]."""
+    differs_LxBxTxX = clean_LxBxTxX != corrupted_LxBxTxX
+    by_head = differs_LxBxTxX.reshape(*differs_LxBxTxX.shape[:3], heads, -1).any(axis=-1)
+    return by_head.transpose(0, 3, 1, 2)
+
+
+def _rows_to_run(
+    point: SplitPoint,
+    runs: Sequence[Recording],
+    positions: str,
+    layers: Sequence[int],
+    last_P: np.ndarray,
+    length: int,
+) -> tuple[PatchRows, np.ndarray]:
+    """Return the rows in which the two runs differ, by rising layer, and the column of each among the positions."""
+    heads = count_heads(point.config, point.site.kind)
+    differs_LxHxBxT = to_host(_differences(heads, *(run.value_LxBxTxX for run in runs)))
+    # Number of differing positions before each position, and before the end.
+    differing_before = np.pad(np.cumsum(differs_LxHxBxT[:, :, : len(last_P)], axis=-1), [(0, 0)] * 3 + [(1, 0)])
+    if positions == EACH:
+        first_PxC = np.broadcast_to(np.arange(length), (len(last_P), length))
+        stop_PxC = first_PxC + (first_PxC <= last_P[:, None])
+    else:
+        wanted_PxT = editable_positions(positions, last_P, length)
+        first_PxC = wanted_PxT.argmax(axis=1)[:, None]
+        stop_PxC = first_PxC + wanted_PxT.sum(axis=1)[:, None]
+    place_Px1 = np.arange(len(last_P))[:, None]
+    changed_LxHxPxC = differing_before[:, :, place_Px1, stop_PxC] > differing_before[:, :, place_Px1, first_PxC]
+    is_wanted_L = np.isin(np.arange(len(changed_LxHxPxC)), layers)
+    layer_R, head_R, place_R, column_R = np.nonzero(changed_LxHxPxC & is_wanted_L[:, None, None, None])
+    ends = first_PxC[place_R, column_R], stop_PxC[place_R, column_R]
+    return PatchRows(*(array.astype(np.int32) for array in (layer_R, head_R, place_R, *ends))), column_R
+
+
+def _has_column(lengths_P: np.ndarray, columns: int, positions: str) -> np.ndarray:
+    """Return which prompts have a token at each column, bool [P, C]."""
+    if positions != EACH:
+        return np.ones((len(lengths_P), 1), bool)
+    return np.arange(columns)[None, :] >= columns - lengths_P[:, None]
+
+
+def _batches(rows: PatchRows, batch_rows: int, one_layer: bool) -> list[np.ndarray]:
+    """Return the indices of the rows of each batch; with ``one_layer`` a batch's rows have the same layer."""
+    every = np.arange(len(rows.layer_R))
+    parts = np.split(every, np.flatnonzero(np.diff(rows.layer_R)) + 1) if one_layer else [every]
+    return [part[first : first + batch_rows] for part in parts for first in range(0, len(part), batch_rows)]
+
+
+def _start_rows(
+    point: SplitPoint,
+    params: decoder.Params,
+    base: Recording,
+    source_LxBxTxX: jax.Array,
+    last_B: np.ndarray,
+    answers_Bx2: np.ndarray,
+    rows: PatchRows,
+    batch_rows: int,
+) -> jax.Array:
+    """Start the program on some rows, filled up with copies to the size of a batch."""
+    size = -(-min(batch_rows, -(-len(rows.layer_R) // STEP) * STEP) // STEP) * STEP
+    start = int(rows.layer_R[0])
+    filled = PatchRows(*(np.resize(array, size) for array in rows))
+    arrays = by_row(point.mesh, *filled, last_B[filled.place_R], answers_Bx2[filled.place_R])
+    program: Callable[..., jax.Array] = patched_rows
+    first: int | np.integer = np.int32(start)
+    if isinstance(point.config, TorchConfig):
+        program, first = _patched_rows_of_layer, start
+    heads = count_heads(point.config, point.site.kind)
+    return program(
+        point, heads, first, params, base.stream_LxBxTxD, source_LxBxTxX, PatchRows(*arrays[:5]), *arrays[5:]
+    )
+
+
+def _tokenize(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Tokens, Tokens]:
+    """Return the tokens of prompts and of their counterparts."""
+    return lm.tokenize([prompt.text for prompt in prompts]), lm.tokenize([prompt.counterpart for prompt in prompts])
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenColumn:
+    """The tokens at one position of a behaviour's pairs."""
+
+    position: int  #: from the end, -1 is the last token
+    prompts: int  #: number of prompts that have it
+    token: str  #: the most frequent one
+    share: float  #: share of the prompts that have this one there
+    differs: float  #: share of the pairs whose tokens differ there
+
+
+def describe_columns(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[TokenColumn, ...]:
+    """Return the tokens at each position, counted from the end, first position first."""
+    text = token_text(lm.tokenizer)
+    sides = _tokenize(lm, prompts)
+    columns = []
+    for position in range(-int(sides[0].lengths_B.max()), 0):
+        has_P = sides[0].lengths_B + position >= 0
+        ids, others = (tokens.ids_BxT[has_P, (tokens.lengths_B + position)[has_P]] for tokens in sides)
+        ((token, count),) = collections.Counter(ids.tolist()).most_common(1)
+        prompts_here = int(has_P.sum())
+        share, differs = count / prompts_here, float((ids != others).mean())
+        columns.append(TokenColumn(position, prompts_here, text(token), share, differs))
+    return tuple(columns)
+
+
+class PatchedSets(NamedTuple):
+    """Logit differences of P pairs with S sets of features patched; the first axis counts ``DIRECTIONS``."""
+
+    clean_P: np.ndarray
+    corrupted_P: np.ndarray
+    diff_DxSxP: np.ndarray
+
+
+def patch_features(
+    split: SplitModel,
+    prompts: Sequence[Prompt],
+    sets: Sequence[Sequence[int]],
+    batch_rows: int = BATCH_ROWS,
+    on_progress: OnProgress = lambda done, total: None,
+) -> PatchedSets:
+    """Give features of the base run the activations that they have in the source run, in both directions.
+
+    Error terms, attention sinks and positions that are not editable stay those of the base run.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      prompts: P prompts with counterparts of as many tokens.
+      sets: S sets of features.
+      batch_rows: as for ``effects``.
+      on_progress: called with the tokens done and in total; may raise to stop.
+
+    Raises:
+      UserError: a prompt has no counterpart of as many tokens, or a logit difference is not finite.
+    """
+    sides, edits = (split.run(prompts), split.run_counterparts(prompts)), swap(split.dictionary, sets)
+    noised, denoised = (
+        run_edits(split, base, edits, batch_rows, on_progress, counterparts=source)
+        for base, source in (sides, sides[::-1])
+    )
+    return PatchedSets(noised.clean_P, denoised.clean_P, np.stack([denoised.ablated_SxP, noised.ablated_SxP]))

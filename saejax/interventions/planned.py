@@ -1,0 +1,139 @@
+"""The programs of the stage ``ablate`` with shapes in place of arrays, which preflight compiles.
+
+They are: clean runs, attribution for answers and for placebo targets, changes of features, the layers above the site.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from saejax.costs.passes import pass_flops
+from saejax.costs.plan import PlannedRun
+from saejax.costs.programs import Program, abstract_dictionary, abstract_params, by_row, placed, whole
+from saejax.interventions import slopes
+from saejax.interventions.ablation import expected_rows
+from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.engine import FEATURES
+from saejax.interventions.engine_programs import CleanValues, gather, run_rows
+from saejax.interventions.rows import few_rows, filled_features, full_batch
+from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
+from saejax.models.config import RunRules
+from saejax.models.sites import Site
+from saejax.models.split import SharedPrefixBatch, SplitPoint
+from saejax.settings import AblateConfig, ModelConfig, PreflightConfig, TaskConfig, TrainConfig
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.planned import count_all_behaviours
+
+_FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
+
+
+def prompt_length(plan: PlannedRun) -> int:
+    """Return the tokens of a behaviour's prompt, padded."""
+    return -(-min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
+
+
+def kept_prompts(plan: PlannedRun) -> int:
+    """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
+    task = plan.configs[TaskConfig]
+    length = min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context)
+    most = max(GROUP_TOKENS // length // PROMPTS, 1)
+    return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
+
+
+def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the programs of the stage, each with its expected number of calls; none without behaviours.
+
+    Args:
+      plan: the run.
+      mesh: the devices.
+    """
+    if not plan.configs[TaskConfig].has_behaviours:
+        return []
+    ablate, task = plan.configs[AblateConfig], plan.configs[TaskConfig]
+    kept_dtype = plan.configs[TrainConfig].state_dtype
+    used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan)
+    reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
+    point = SplitPoint(plan.model, writes, reads, mesh, RunRules(remat=plan.configs[ModelConfig].remat))
+    params = abstract_params(plan.model, mesh, plan.dtype)
+    dictionary = abstract_dictionary(used, plan.configs[TrainConfig], mesh)
+    per_feature = jax.ShapeDtypeStruct((used.n_features,), jnp.float32)
+    source = ActivationReplacement(
+        ablate.replacement,
+        mean_F=per_feature if ablate.replacement == "mean" else None,
+        seed=jax.ShapeDtypeStruct((), jnp.uint32) if ablate.replacement == "random" else None,
+    )
+
+    def value(place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the stream, the site's value or what is read, of ``count`` prompts."""
+        return place(mesh, (count, length, used.d_in), plan.dtype)
+
+    def domain(place: Callable, count: int) -> jax.ShapeDtypeStruct:
+        """Return the shape of the editable positions of ``count`` prompts."""
+        return place(mesh, (count, length), bool)
+
+    def program(name: str, size: str, function: Callable, arguments: tuple, flops: float, runs: float) -> Program:
+        """Return a program; model and dictionary are kept in memory even where it does not read them."""
+        given = {id(argument) for argument in arguments}
+        kept: list[Any] = [tree for tree in (params, dictionary) if id(tree) not in given]
+        return Program(f"ablate: {name}", size, function, arguments, kept, flops, runs)
+
+    def suffix_flops(count: int) -> float:
+        return pass_flops(plan.model, count * length, length, plan.model.n_layers - reads.layer - 1)
+
+    def encode_flops(count: int) -> float:  # the decoder has as many
+        return 2.0 * count * length * used.d_in * used.n_features
+
+    behaviours, trainings = count_all_behaviours(task), 1 + ablate.untrained + len(ablate.repeats)
+    test = [Prompt("", "test", "", "", "")] * task.test_prompts
+    named: Mapping[str, Sequence[Prompt]] = {str(number): test for number in range(behaviours)}
+    edited_rows = _FIRING * behaviours * expected_rows(ablate, named, "0", used.n_features)
+    ranked = behaviours * min(ablate.attribution_prompts or task.train_prompts, task.train_prompts) / PROMPTS
+    attributions = ranked * (trainings + len(ablate.baselines))
+    size = f"{PROMPTS} prompts of {length} tokens"
+
+    ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
+    head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
+    head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
+    programs = [program("head", size, run_head, head, head_flops, 2 * ranked)]
+
+    row_value, row_domain = value(by_row, PROMPTS), domain(by_row, PROMPTS)
+    rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (PROMPTS, 2), jnp.int32))
+    counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
+    source_arrays = dict(counterpart=(row_value, row_domain), random=counts).get(ablate.replacement, ())
+    scored = (point, params, dictionary, rows, source, source_arrays)
+    flops = 3.0 * suffix_flops(PROMPTS) + 2.0 * encode_flops(PROMPTS)
+    programs.append(program("attribution", size, slopes.score_features, scored, flops, attributions))
+
+    if ablate.placebo_targets:
+        targets_Cx2 = whole(mesh, (slopes.TARGETS, 2), jnp.int32)
+        sums = counts if ablate.replacement == "random" else ()
+        arguments = (point, params, dictionary, rows, whole(mesh, (PROMPTS,), bool), targets_Cx2, source, sums)
+        flops = (1 + slopes.TARGETS) * suffix_flops(PROMPTS) + slopes.TARGETS * encode_flops(PROMPTS)
+        calls = trainings * ranked * ablate.placebo_targets / slopes.TARGETS
+        programs.append(program("placebo attribution", size, slopes.score_targets, arguments, flops, calls))
+
+    gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
+    sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)
+    chosen = (point, dictionary, source, sides, whole(mesh, (gathered,), jnp.int32), prompts)
+    flops = len(sides) / 2 * encode_flops(prompts)
+    programs.append(program("features", f"{prompts} prompts, {gathered} features", gather, chosen, flops, attributions))
+
+    shards, batch = mesh.shape["data"], ablate.batch_rows
+    clean_value = value(whole, prompts)
+    past = placed(jax.eval_shape(point.run_suffix_with_kv, params, clean_value, clean_value)[1], mesh)
+    f_BxTxK = whole(mesh, (prompts, length, gathered), kept_dtype)
+    W_dec_KxD = whole(mesh, (gathered, used.d_in), kept_dtype)
+    clean = CleanValues(clean_value, clean_value, f_BxTxK, W_dec_KxD, past, None, None)
+    of_shard = -(-batch // shards)
+    row_count, tokens = few_rows(of_shard), full_batch(of_shard * length, length)
+    shapes = ((row_count,), (row_count,), (row_count, length), (tokens,), (tokens,))
+    tree = SharedPrefixBatch(*(by_row(mesh, (shards, *shape), jnp.int32) for shape in shapes))
+    answers_SxRx2 = by_row(mesh, (shards, row_count, 2), jnp.int32)
+    fraction_SxRxK = by_row(mesh, (shards, row_count, gathered), jnp.float32)
+    edited = (point, params, clean, tree, tree.prompt_SxR, answers_SxRx2, fraction_SxRxK, None)
+    flops = suffix_flops(batch) + 2.0 * batch * length * gathered * used.d_in
+    programs.append(program("tail", f"{batch} edited prompts", run_rows, edited, flops, edited_rows / batch))
+    return programs

@@ -1,0 +1,180 @@
+"""The report on linear probes: probe accuracy with controls, and whether ablating selected features has an effect."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from saejax.interventions.probe_run import ProbedLabel, ProbeFit, ProbeResults
+from saejax.page.blocks import Block, Picture, Terms, Text
+from saejax.page.document import Section
+from saejax.page.findings import Draw, Findings
+from saejax.page.style import BLUE, GREY, INK, ORANGE, error_lengths, legend, panels, styled
+from saejax.page.tables import MISSING, Table, interval, number, percent
+from saejax.page.words import behaviour, place
+
+_LABELS = {
+    "behaviour": "Which behaviour",
+    "answer": "Answer",
+    "parity": "Answer even or odd",
+    "correct": "Model right or wrong",
+    "number": "Number of the subject",
+    "steps": "Number of steps",
+    "operation": "Last operation",
+}
+_INPUTS = {"features": "features", "raw": "raw dimensions"}
+_POOLS = {
+    "last": "at a prompt's last position",
+    "max": "as the maximum over a prompt's positions",
+    "mean": "as the mean over a prompt's positions",
+}
+
+
+def sections(findings: Findings, draw: Draw) -> list[Section]:
+    """Return the section on probes; none if none was asked for."""
+    return [_section(results, findings, draw) for results in findings.each(ProbeResults).values()]
+
+
+def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
+    learned = [label for label in results.labels if label.probes]
+    intro = (
+        f"A linear probe (logistic regression) predicts a label from the features of {results.dictionary}, or from the "
+        f"raw activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; probe "
+        "accuracy is the share of test prompts whose class it predicts. A sparse probe sees only the few features, or "
+        "dimensions, whose class means differ most on train prompts. A label that a probe can read need not be used by "
+        "the model."
+    )
+    if congruent := [label for label in learned if label.congruent]:
+        intro += (
+            f" For the number of the subject, the noun next to the verb was given the subject's number in "
+            f"{sum(label.congruent for label in congruent)} prompts, so that this noun does not predict the label."
+        )
+    without = [(_title(label), f"no probe: {label.reason}.") for label in results.labels if label.reason]
+    blocks: list[Block] = [Text(intro)]
+    if learned:
+        shuffles = findings.settings()["probe"]["shuffles"]
+        blocks += [_picture(learned, shuffles, draw), _table(learned, shuffles)]
+    if selected := [label for label in learned if label.selected]:
+        blocks += [_selected_table(selected), _answers(selected)]
+    if without:
+        blocks.append(Terms(tuple(without)))
+    return Section("Linear probes", tuple(blocks))
+
+
+def _title(label: ProbedLabel) -> str:
+    of_behaviour = f": {behaviour(label.behaviour)}" if label.behaviour else ""
+    return f"{_LABELS.get(label.label, label.label)}{of_behaviour}"
+
+
+def _picture(learned: Sequence[ProbedLabel], shuffles: int, draw: Draw) -> Picture:
+    shown = {_title(label): label.probes for label in learned}
+    caption = (
+        "Probe accuracy on test prompts against the number of features, or raw dimensions, that the probe sees, with "
+        f"95 % Wilson intervals. Grey: probes fitted on shuffled labels, 5th to 95th percentile over {shuffles} "
+        "shuffles. Dotted: accuracy of always predicting the largest class."
+    )
+    alt = "Probe accuracy of probes of all inputs. " + " ".join(
+        f"{title}: "
+        + ", ".join(f"{_INPUTS[row.input]} {interval(row.accuracy, 0, 100)} %" for row in rows if row.k is None)
+        + "."
+        for title, rows in shown.items()
+    )
+    return draw("probes", probes(shown), caption, alt)
+
+
+@styled
+def probes(labels: Mapping[str, Sequence[ProbeFit]]) -> Figure:
+    """Draw probe accuracy against the number of inputs that a probe sees, of features and of raw activations.
+
+    Args:
+      labels: title -> its probes; those of an input stand in order of k.
+    """
+    heights = [1.45 + 1.0 / len(labels)] * len(labels)  # the legend takes an inch
+    figure, below = panels(heights, list(labels))
+    looks = dict(features=(ORANGE, "o", -0.07, "features"), raw=(BLUE, "s", 0.07, "raw dimensions"))
+    for axes, rows in zip(below, labels.values(), strict=True):
+        sizes = [row.k for row in rows if row.input == rows[0].input]
+        lowest, highest = (
+            [100 * pick(getattr(row.shuffled, end) for row in rows if row.k == k) for k in sizes]
+            for pick, end in ((min, "low"), (max, "high"))
+        )
+        places = np.arange(len(sizes))
+        axes.fill_between(places, lowest, highest, color=GREY, alpha=0.25, linewidth=0, label="shuffled labels")
+        axes.axhline(100 * rows[0].majority, color=INK, linewidth=1, linestyle=":", label="largest class")
+        for name, (color, marker, shift, label) in looks.items():
+            accuracies = [row.accuracy for row in rows if row.input == name]
+            lengths_2xK = np.hstack([error_lengths(accuracy, 100) for accuracy in accuracies])
+            axes.errorbar(
+                places + shift,
+                [100 * accuracy.mean for accuracy in accuracies],
+                yerr=lengths_2xK,
+                color=color,
+                marker=marker,
+                markersize=5,
+                linewidth=1.2,
+                elinewidth=1.2,
+                capsize=2,
+                label=f"{label}, with 95 % interval",
+            )
+        axes.set_xticks(places, [str(k or "all") for k in sizes])
+        axes.set(ylim=(-7, 107), yticks=(0, 50, 100), ylabel="%")
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    below[-1].set_xlabel("features, or dimensions, that a probe sees")
+    legend(below[-1], 1)
+    return figure
+
+
+def _inputs(row: ProbeFit) -> str:
+    name = _INPUTS[row.input]
+    return f"1 {name.removesuffix('s')}" if row.k == 1 else f"{row.k or 'all'} {name}"
+
+
+def _table(learned: Sequence[ProbedLabel], shuffles: int) -> Table:
+    columns = {
+        "Label": lambda label, row: _title(label),
+        "Probe sees": lambda label, row: _inputs(row),
+        "Probe accuracy, %": lambda label, row: interval(row.accuracy, 0, 100),
+        "F1": lambda label, row: number(row.f1),
+        "AUC": lambda label, row: number(row.auc),
+        "Largest class": lambda label, row: percent(row.majority),
+        "Shuffled labels, %": lambda label, row: interval(row.shuffled, 0, 100),
+        "Controls, %": lambda label, row: interval(row.control, 0, 100),
+        "Minus dense, points": lambda label, row: interval(row.against_dense, 0, 100),
+        "p": lambda label, row: number(row.p_holm, 4),
+        "Inputs": lambda label, row: ", ".join(map(str, (row.inputs or ())[:3])) or MISSING,
+    }
+    note = (
+        "Probe accuracy: 95 % Wilson interval. F1: mean over classes. AUC: area under the ROC curve, for two classes. "
+        "Shuffled labels: accuracy of probes fitted on them. Controls: accuracy of probes of as many features matched "
+        f"in firing rate, or of as many random directions of the raw activations. Both: mean over {shuffles} draws, "
+        "5th and 95th percentile. Minus dense: probe accuracy minus that of the probe of all raw dimensions, on the "
+        "same prompts. p: share of permutations of the test labels with at least this accuracy, after Holm's "
+        "correction over the labels. Inputs: the first three that a sparse probe sees."
+    )
+    rows = [(label, row) for label in learned for row in label.probes]
+    return Table.of("Probes", rows, columns, {"Probe sees", "Inputs"}, stack=False, note=note)
+
+
+def _selected_table(labels: Sequence[ProbedLabel]) -> Table:
+    """Return the table that says whether the features that probes select are those whose ablation has an effect."""
+    columns = {
+        "Label": lambda label, row: _title(label),
+        "Feature": lambda label, row: str(row.feature),
+        "Drop when ablated": lambda label, row: interval(row.drop),
+        "p": lambda label, row: number(row.p_holm, 4),
+        "Controls at least as large": lambda label, row: (
+            f"{sum(drop >= row.drop.mean for drop in label.selected.matched)} of {len(label.selected.matched)}"
+        ),
+    }
+    note = (
+        "The features that the sparse probe selects, each ablated alone on test prompts. Drop: fall of the logit "
+        "difference in logits, or, on benchmarks, of the log-likelihood of the reference answer in nats; 95 % "
+        "bootstrap interval over prompts within templates. p: two-sided, after Holm's correction over all features of "
+        "this table. Controls: features that fire on about as many of these prompts, ablated alone."
+    )
+    rows = [(label, row) for label in labels if label.selected for row in label.selected.features]
+    return Table.of("Does the model use the features that probes select?", rows, columns, {"Feature"}, note=note)
+
+
+def _answers(labels: Sequence[ProbedLabel]) -> Terms:
+    return Terms(tuple((_title(label), label.selected.sentence) for label in labels if label.selected))

@@ -1,0 +1,422 @@
+"""Linear probes: how well a class can be read from activations, and how much of that is chance.
+
+A probe is a logistic regression (multinomial for more than two classes) with an L2 penalty on inputs standardised over
+the train prompts. Cross-validation on the train prompts chooses the penalty; test prompts judge. A *sparse* probe sees
+k inputs: those whose class means differ most on the train prompts (k-sparse probes: Gurnee et al., 2023, arXiv
+2305.01610; the protocol of Kantamneni et al., 2025, arXiv 2502.16681, except that the likelihood of held-out folds
+chooses the penalty). The *dense* probe sees all raw activations, and is the baseline of all others.
+
+Controls of each probe:
+
+- shuffled train labels, with inputs selected and fitted again;
+- of a sparse probe of features, features matched in firing rate: drawn from those nearest to each selected one in the
+  number of train prompts on which they are active;
+- of a sparse probe of raw activations, as many random directions of the dense space;
+- a permutation test on the test labels.
+
+A probe reads what is there; whether the model uses it is another question, which ``FeatureAblation`` asks of the
+features that a probe selects.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, recall_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions import activity
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import ablate_sets
+from saejax.interventions.references import Reference, References
+from saejax.interventions.split_model import GROUP_TOKENS, SplitModel, in_order, of_features
+from saejax.models.split import SplitPoint
+from saejax.parallel.mesh import sharding
+from saejax.results import Interval
+from saejax.settings import ProbeConfig
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.ranks import rank_p
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import wilson
+
+MATCHES = 10  # nearest features by firing rate, from which a matched one is drawn
+LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
+UNITS = {LOGIT_DIFFERENCE: "logits", LOG_LIKELIHOOD: "nats"}  # of the readouts whose fall is measured
+_RESAMPLES = 2_000  # of test prompts
+_ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeFit:
+    """A linear probe."""
+
+    input: str  #: what it reads: "features" or "raw"
+    k: int | None  #: number of features or dimensions that it sees; None: all
+    strength: float  #: inverse strength of the penalty (C of scikit-learn)
+    inputs: tuple[int, ...] | None  #: those that a sparse probe sees, best first; None: all
+    accuracy: Interval  #: share of test prompts whose class is named, 95 % Wilson interval
+    balanced_accuracy: float  #: the same within each class, mean over classes
+    f1: float  #: F1 score, mean over classes
+    auc: float | None  #: area under the ROC curve on test prompts; None unless there are two classes
+    majority: float  #: accuracy of always naming the largest train class
+    shuffled: Interval  #: accuracy of probes of shuffled train labels: mean, 5th and 95th percentile
+    #: accuracy of probes of matched features, or of random directions: mean, 5th and 95th percentile; None: all inputs
+    control: Interval | None
+    control_p: float | None  #: share of these probes that are at least as accurate, the probe among them
+    against_dense: Interval | None  #: accuracy - that of the dense probe, paired by prompt; None for that probe itself
+    p_value: float  #: permutations of the test labels, one-sided
+    p_holm: float  #: corrected by Holm's method over the labels of the run, for probes of the same inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeTask:
+    """Inputs and classes of a probe.
+
+    Attributes:
+      train_NxC: C inputs of N train prompts, finite.
+      train_class_N: their classes, counted from 0; each at least as often as there are folds.
+      test_MxC: the same inputs of M test prompts, at least one.
+      test_class_M: their classes.
+    """
+
+    train_NxC: np.ndarray
+    train_class_N: np.ndarray
+    test_MxC: np.ndarray
+    test_class_M: np.ndarray
+
+    def with_inputs(self, inputs: np.ndarray) -> "ProbeTask":
+        """Return the task with some of the inputs."""
+        return dataclasses.replace(self, train_NxC=self.train_NxC[:, inputs], test_MxC=self.test_MxC[:, inputs])
+
+    def projected(self, directions_CxK: np.ndarray) -> "ProbeTask":
+        """Return the task with the inputs' projections on K directions."""
+        parts = dict(train_NxC=self.train_NxC @ directions_CxK, test_MxC=self.test_MxC @ directions_CxK)
+        return dataclasses.replace(self, **parts)
+
+
+class ProbeAnswers(NamedTuple):
+    """A probe's answers on M test prompts: classes and, with two classes, scores, larger for the second."""
+
+    class_M: np.ndarray
+    score_M: np.ndarray | None
+
+
+def pool_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the inputs of probes for each prompt, over the positions that the dictionary reads.
+
+    These are neither padding nor attention sinks.
+
+    Args:
+      split: the model, split at the dictionary's site.
+      prompts: N prompts; their answers are not used.
+      pool: "last", "max" or "mean" over positions.
+
+    Returns:
+      ``features`` [N, F] and ``raw`` activations [N, D] of the site that the dictionary reads, float32, 0 for prompts
+      without such a position; and which prompts have one, bool [N].
+
+    Raises:
+      UserError: an activation is not finite.
+    """
+    # Items of benchmarks have answers of any form; a clean run asks for the first tokens of two.
+    runs = split.run([dataclasses.replace(prompt, correct=" yes", wrong=" no") for prompt in prompts])
+    arrays = ((run.read_BxTxD, run.domain_BxT, run.last_B) for run in runs)
+    parts = [_pool_prompts(split.point, pool, split.dictionary, *each) for each in arrays]
+    features_NxF, raw_NxD, is_read_N = (in_order(part, runs) for part in zip(*parts, strict=True))
+    for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
+        raise UserError(
+            f"feature {feature} has an activation that is not finite: the dictionary holds NaN or overflows; train it "
+            "again"
+        )
+    return dict(features=features_NxF.astype(np.float32), raw=raw_NxD.astype(np.float32)), is_read_N
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pool_prompts(
+    point: SplitPoint,
+    pool: str,
+    dictionary: Dictionary,
+    read_BxTxD: jax.Array,
+    domain_BxT: jax.Array,
+    last_B: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """Return features [B, F], raw activations [B, D], and whether the prompt has a position that is read [B]."""
+    is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
+    pooled_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
+    over = functools.partial(_over_positions, largest=pool == "max")
+    features_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, pooled_BxT), over)
+    inputs = features_BxF, over(read_BxTxD, pooled_BxT), pooled_BxT.any(axis=1)
+    return jax.lax.with_sharding_constraint(inputs, sharding(point.mesh))
+
+
+def _over_positions(x_BxTxC: jax.Array, pooled_BxT: jax.Array, largest: bool) -> jax.Array:
+    """Return the maximum or mean over positions, [B, C]; 0 where there are none."""
+    x_BxTxC = x_BxTxC.astype(jnp.float32)
+    pooled_BxTx1 = pooled_BxT[:, :, None]
+    if largest:
+        highest_BxC = jnp.where(pooled_BxTx1, x_BxTxC, -jnp.inf).max(axis=1)
+        return jnp.where(pooled_BxTx1.any(axis=1), highest_BxC, 0.0)
+    return jnp.where(pooled_BxTx1, x_BxTxC, 0.0).sum(axis=1) / jnp.maximum(pooled_BxTx1.sum(axis=1), 1)
+
+
+def run_probes(
+    task: ProbeTask, config: ProbeConfig, seed: Sequence[int], name: str = "features"
+) -> Iterator[tuple[ProbeFit, np.ndarray]]:
+    """Yield the sparse probes, smallest first, and the probe of all inputs, each with its right answers, bool [M].
+
+    Args:
+      task: inputs and classes.
+      config: settings of the stage.
+      seed: seed of folds, shuffles, controls and permutations, in addition to ``config.seed``.
+      name: the inputs, "features" or "raw".
+    """
+    varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)
+    task = task.with_inputs(varying_C)
+    task = dataclasses.replace(task, train_NxC=task.train_NxC.astype(float), test_MxC=task.test_MxC.astype(float))
+    class_M = task.test_class_M
+    # Classes that no test prompt has are left out: scikit-learn would count them as missed.
+    averaged: dict[str, Any] = dict(labels=np.unique(class_M), average="macro", zero_division=0)
+    for k in (*sorted(set(config.sparse)), None):
+        rng = np.random.default_rng([config.seed, *seed, k or 0])
+        strength = choose_strength(task, k, config, int(rng.integers(2**31)))
+        answers = fit_probe(task, k, strength)
+        right_M = answers.class_M == class_M
+        control_tasks = [_control_task(task, k, name, rng) for _ in range(config.shuffles)] if k else []
+        controls = [fit_probe(control, None, strength) for control in control_tasks]
+        shuffled = [
+            fit_probe(dataclasses.replace(task, train_class_N=rng.permutation(task.train_class_N)), k, strength)
+            for _ in range(config.shuffles)
+        ]
+        control_accuracies, shuffled_accuracies = (
+            np.array([(each.class_M == class_M).mean() for each in fits]) for fits in (controls, shuffled)
+        )
+        p_value = permutation_p(answers.class_M, class_M, config.permutations, rng)
+        fit = ProbeFit(
+            input=name,
+            k=k,
+            strength=strength,
+            inputs=tuple(varying_C[select_inputs(task, k)].tolist()) if k else None,
+            accuracy=wilson(right_M),
+            balanced_accuracy=float(recall_score(class_M, answers.class_M, **averaged)),
+            f1=float(f1_score(class_M, answers.class_M, **averaged)),
+            auc=_auc(answers.score_M, class_M),
+            majority=float((class_M == np.bincount(task.train_class_N).argmax()).mean()),
+            shuffled=_spread(shuffled_accuracies),
+            control=_spread(control_accuracies) if k else None,
+            control_p=rank_p(right_M.mean(), control_accuracies) if k else None,
+            against_dense=None,
+            p_value=p_value,
+            p_holm=p_value,
+        )
+        yield fit, right_M
+
+
+def fit_probe(task: ProbeTask, k: int | None, strength: float) -> ProbeAnswers:
+    """Fit a probe and return its answers on the test prompts.
+
+    Args:
+      task: the inputs and classes.
+      k: number of inputs that the probe sees; None: all.
+      strength: inverse strength of the penalty.
+    """
+    train_NxR, test_MxR = _prepare(task, k)
+    model = _fit(train_NxR, task.train_class_N, strength)
+    score_M = model.decision_function(test_MxR) if len(model.classes_) == 2 else None
+    return ProbeAnswers(model.predict(test_MxR), score_M)
+
+
+def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: int) -> float:
+    """Return the inverse strength of the penalty with the largest likelihood of held-out folds of the train prompts.
+
+    Each fold, drawn by ``seed``, scales and selects its k inputs (None: all) anew. Of equals, the strongest penalty.
+    """
+    strengths, class_N = sorted(set(config.strengths)), task.train_class_N
+    if len(strengths) == 1:
+        return strengths[0]
+    score_S = np.zeros(len(strengths))
+    folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
+    for kept, held in folds.split(class_N, class_N):
+        fold = ProbeTask(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
+        kept_PxR, held_MxR = _prepare(fold, k)
+        for s, strength in enumerate(strengths):
+            log_p_MxK = _fit(kept_PxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
+            score_S[s] += log_p_MxK[np.arange(len(held)), fold.test_class_M].sum()
+    return strengths[int(score_S.argmax())]
+
+
+def select_inputs(task: ProbeTask, k: int) -> np.ndarray:
+    """Return the k inputs whose class means differ most on the train prompts, best first; all if there are fewer.
+
+    The best one of every class comes first, then every class's second, and so on: the best inputs over all classes
+    often separate the same class.
+    """
+    score_KxC = mean_differences(task.train_NxC, task.train_class_N)
+    rank_KxC = np.argsort(np.argsort(-score_KxC, axis=1, kind="stable"), axis=1)
+    return np.lexsort((-score_KxC.max(axis=0), rank_KxC.min(axis=0)))[:k]
+
+
+def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
+    """Return by how much the mean of each input is larger in each class than in the others, [K, C].
+
+    Of two classes the absolute value, so that both have the same order. Of more classes it is signed: an input that one
+    class raises would otherwise seem to separate each of the others, too.
+
+    Args:
+      x_NxC: the inputs.
+      class_N: the class of each prompt, K in all.
+    """
+    member_KxN = class_N[None, :] == np.unique(class_N)[:, None]
+    weight_KxN = member_KxN / member_KxN.sum(axis=1, keepdims=True)
+    others_KxN = ~member_KxN / np.maximum((~member_KxN).sum(axis=1, keepdims=True), 1)
+    difference_KxC = (weight_KxN - others_KxN) @ x_NxC
+    return np.abs(difference_KxC) if len(difference_KxC) == 2 else difference_KxC
+
+
+def match_firing_rates(
+    active_F: np.ndarray, features: Sequence[int], rng: np.random.Generator, count: int = MATCHES
+) -> np.ndarray:
+    """Return one feature for each given one, drawn from the ``count`` nearest in firing rate, none twice.
+
+    Args:
+      active_F: number of prompts on which each feature is active.
+      features: the features to match; none of them is drawn.
+      rng: source of the draws.
+      count: number of candidates.
+
+    Returns:
+      The matched features, fewer than given where no candidates are left.
+    """
+    is_free_F = np.ones(len(active_F), bool)
+    is_free_F[np.asarray(features, np.int64)] = False
+    matched: list[int] = []
+    for feature in features:
+        free = np.flatnonzero(is_free_F)
+        if not len(free):
+            break
+        distance = np.abs(active_F[free] - active_F[feature])
+        matched.append(int(rng.choice(free[np.argsort(distance, kind="stable")[:count]])))
+        is_free_F[matched[-1]] = False
+    return np.array(matched, np.int64)
+
+
+def permutation_p(answer_M: np.ndarray, class_M: np.ndarray, draws: int, rng: np.random.Generator) -> float:
+    """Return the p-value of the hypothesis that answers have nothing to do with the prompts' classes, one-sided.
+
+    It is the share of permutations of the classes, the true order among them, with at least as many right answers
+    (Phipson and Smyth, 2010).
+
+    Args:
+      answer_M: the answers.
+      class_M: the classes.
+      draws: number of permutations.
+      rng: source of the permutations.
+    """
+    right_R = (rng.permuted(np.tile(class_M, (draws, 1)), axis=1) == answer_M[None, :]).sum(axis=1)
+    return float((1 + (right_R >= (answer_M == class_M).sum()).sum()) / (1 + draws))
+
+
+def paired_difference(right_M: np.ndarray, other_M: np.ndarray, seed: int) -> Interval:
+    """Return how much more often one probe is right than another on the same prompts, 95 % bootstrap interval.
+
+    Args:
+      right_M: where the first is right.
+      other_M: where the second is.
+      seed: seed of the bootstrap.
+    """
+    difference_M = right_M.astype(float) - other_M
+    mean = float(difference_M.mean())
+    if len(difference_M) < 2:
+        return Interval(mean, mean, mean)
+    weight_RxM = resampling_weights(np.zeros(len(difference_M)), _RESAMPLES, seed)
+    return Interval(mean, *percentile_interval(weight_RxM @ difference_M))
+
+
+class FeatureAblation(NamedTuple):
+    """Test prompts on which features are ablated one by one.
+
+    Attributes:
+      readout: the readout whose fall is measured.
+      fires_F: number of prompts on which each feature fires.
+      templates: template of each of the P prompts.
+      measure_drop: takes S features, returns the fall of the readout without each, float64 [S, P].
+    """
+
+    readout: str
+    fires_F: np.ndarray
+    templates: Sequence[str]
+    measure_drop: Callable[[Sequence[int]], np.ndarray]
+
+
+def ablation_on_prompts(split: SplitModel, prompts: Sequence[Prompt]) -> FeatureAblation:
+    """Return the ablation of features on prompts with two answers; the readout is the logit difference."""
+    runs = split.run(prompts)
+    return FeatureAblation(
+        LOGIT_DIFFERENCE,
+        activity.firing_prompts(split, runs),
+        [prompt.template for prompt in prompts],
+        lambda features: ablate_sets(split, runs, [[feature] for feature in features]).drop_SxP,
+    )
+
+
+def ablation_on_references(split: SplitModel, references: Sequence[Reference]) -> FeatureAblation:
+    """Return the ablation of features on reference answers; the readout is their log-likelihood, in nats."""
+    answers = References(split, references, GROUP_TOKENS)
+
+    def measure_drop(features: Sequence[int]) -> np.ndarray:
+        clean_N, edited_SxN = answers.log_likelihoods(mask(split.dictionary, [[feature] for feature in features]))
+        return clean_N - edited_SxN
+
+    templates = [""] * len(references)
+    return FeatureAblation(LOG_LIKELIHOOD, answers.statistics()[1], templates, measure_drop)
+
+
+def _control_task(task: ProbeTask, k: int, name: str, rng: np.random.Generator) -> ProbeTask:
+    """Return the task with matched features, or with random directions of the dense space, in the inputs' place."""
+    inputs = task.train_NxC.shape[1]
+    if name == "raw":
+        return task.projected(rng.normal(size=(inputs, min(k, inputs))))
+    active_C = (task.train_NxC != 0).sum(axis=0)
+    return task.with_inputs(match_firing_rates(active_C, select_inputs(task, k).tolist(), rng))
+
+
+def _prepare(task: ProbeTask, k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the solver's inputs of train and test prompts; a column of zeros where nothing varies."""
+    task = task.with_inputs(select_inputs(task, k)) if k else task
+    if not task.train_NxC.size or not np.ptp(task.train_NxC, axis=0).any():
+        return np.zeros((len(task.train_NxC), 1)), np.zeros((len(task.test_MxC), 1))
+    scaler = StandardScaler().fit(task.train_NxC)
+    scaled = scaler.transform(task.train_NxC), scaler.transform(task.test_MxC)
+    return scaled if k else _rotate(*scaled)
+
+
+def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs in the at most N directions that the train prompts span.
+
+    The optimal weights lie there, and rotation does not change the penalty: the same probe from far fewer inputs.
+    """
+    squares_N, vectors_NxN = np.linalg.eigh(train_NxC @ train_NxC.T)
+    kept_N = squares_N > 1e-10 * squares_N.max(initial=0.0)
+    length_R, rows_NxR = np.sqrt(squares_N[kept_N]), vectors_NxN[:, kept_N]
+    return rows_NxR * length_R, test_MxC @ (train_NxC.T @ rows_NxR) / length_R
+
+
+def _fit(train_NxR: np.ndarray, class_N: np.ndarray, strength: float) -> Any:
+    model = LogisticRegression(C=strength, max_iter=_ITERATIONS, tol=_TOLERANCE)
+    return model.fit(train_NxR, class_N)
+
+
+def _auc(score_M: np.ndarray | None, class_M: np.ndarray) -> float | None:
+    return None if score_M is None or len(np.unique(class_M)) != 2 else float(roc_auc_score(class_M, score_M))
+
+
+def _spread(accuracy_R: np.ndarray) -> Interval:
+    low, high = np.quantile(accuracy_R, (0.05, 0.95))
+    return Interval(float(accuracy_R.mean()), float(low), float(high))

@@ -1,0 +1,361 @@
+"""Whole answers on a model split at a dictionary's site: their log-likelihood under edits, and its attribution.
+
+The readout of a reference is its teacher-forced log-likelihood,
+
+    L = sum_c log p(answer token c | context, answer tokens before c), in nats,
+
+and the attribution of feature i is activation x gradient, as in ``slopes``,
+
+    a_i = sum_t f_{t,i} <dL/dx_t, W_dec_i>.
+
+One backward pass per reference; attention sinks and padding contribute nothing. Under an edit only the layers above the
+site are run, on the references that the edit changes. Long contexts are the rule, so batches are bounded by tokens, and
+the layers below the site are run once more for each call, not kept.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions.activity import FeatureStatistics, count_firings
+from saejax.interventions.edits import ZERO, FeatureEdits
+from saejax.interventions.engine_programs import edit_value, gather
+from saejax.interventions.rows import Amounts
+from saejax.interventions.slopes import weighted
+from saejax.interventions.split_model import SplitModel, active_features, run_head
+from saejax.models import decoder
+from saejax.models.lengths import even_batches
+from saejax.models.split import SplitPoint
+from saejax.parallel.mesh import sharding
+from saejax.tasks.likelihood import align, token_scores
+
+FEATURES = 512  # features gathered at once, unless one set has more
+_PROGRAM = 4096  # tokens that run in the time in which programs of another shape are compiled, roughly
+_NOT_RUN = 1.0  # where an edit changes nothing: no log-likelihood is above 0
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """An answer after its context.
+
+    Attributes:
+      context: token ids, at least one.
+      answer: token ids, at least one.
+    """
+
+    context: list[int]
+    answer: list[int]
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.answer)
+
+
+class ReferenceBatch(NamedTuple):
+    """References after the layers below the site; of the B rows some are copies that pad the batch.
+
+    Attributes:
+      stream_BxTxD: the stream that enters the layers above.
+      value_BxTxD: the site's value.
+      read_BxTxD: the value that the dictionary reads.
+      domain_BxT: True at editable positions; False in copies.
+      positions_BxC: where each answer token is predicted; see ``likelihood.align``.
+      targets_BxC: which token it is.
+      weight_BxC: 1 at answer tokens; 0 elsewhere, and in copies.
+    """
+
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
+    domain_BxT: jax.Array
+    positions_BxC: jax.Array
+    targets_BxC: jax.Array
+    weight_BxC: jax.Array
+
+
+class References:
+    """References on a model split at a dictionary's site.
+
+    Args:
+      split: the model.
+      references: N of them, at least one.
+      batch_tokens: tokens per batch, padding included.
+      check_stop: called before each batch; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        references: Sequence[Reference],
+        batch_tokens: int,
+        check_stop: Callable[[], None] = lambda: None,
+    ):
+        self._split, self._references = split, references
+        self._batch_tokens, self._check_stop = batch_tokens, check_stop
+        self._point = with_remat(split.point)
+
+    def attribution(self) -> np.ndarray:
+        """Return each feature's attribution, mean over references, float64 [F] in nats.
+
+        Raises:
+          UserError: it is not finite.
+        """
+        split = self._split
+        total_F = np.zeros(split.dictionary.config.n_features)
+        for batch in self.batches():
+            rows_BxF = attribute(self._point, split.params, split.dictionary, batch)
+            total_F += np.asarray(rows_BxF, np.float64).sum(axis=0)
+        if not np.isfinite(total_F).all():
+            raise UserError(
+                f"the gradient of the log-likelihood with respect to {split.point.site} is not finite: the model or "
+                "the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+            )
+        return total_F / len(self._references)
+
+    def statistics(self) -> tuple[FeatureStatistics, np.ndarray]:
+        """Return firing statistics of every feature, and the number of references on which it fires, int64 [F].
+
+        Raises:
+          UserError: a feature's activation is not finite.
+        """
+        counts = []
+        for batch in self.batches():
+            kept_B = np.ones(len(batch.domain_BxT), bool)  # nothing is editable in copies
+            arrays = batch.read_BxTxD, batch.domain_BxT, kept_B
+            counts.append(count_firings(self._point, self._split.dictionary, *arrays))
+        fires_F = np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
+        return FeatureStatistics.total(counts), fires_F
+
+    def values(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield what the dictionary reads and the site's value at editable positions, [N, D] each, batch by batch."""
+        for batch in self.batches():
+            domain_BxT = np.asarray(batch.domain_BxT)
+            read_BxTxD, value_BxTxD = np.asarray(batch.read_BxTxD), np.asarray(batch.value_BxTxD)
+            yield read_BxTxD[domain_BxT].astype(np.float32), value_BxTxD[domain_BxT].astype(np.float32)
+
+    def pools(self, features: Sequence[int], most: int, seed: int) -> dict[int, list[float]]:
+        """Return activations of each feature where it fires: all, or ``most`` drawn without replacement.
+
+        Args:
+          features: distinct features.
+          most: maximum number of activations of a feature.
+          seed: seed of the draws; each feature has its own.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in features]
+        for batch in self.batches() if len(features) else ():
+            f_BxTxK, _ = self._gather(batch, np.asarray(features, np.int32))
+            fires_BxTxK = np.asarray(self._split.dictionary.fires(f_BxTxK))
+            for k, part in enumerate(parts):
+                part.append(np.asarray(f_BxTxK)[:, :, k][fires_BxTxK[:, :, k]])
+        pools = {}
+        for feature, part in zip(features, parts, strict=True):
+            pool = np.concatenate(part)
+            if len(pool) > most:
+                pool = np.random.default_rng([seed, feature]).choice(pool, most, replace=False)
+            pools[feature] = pool.tolist()
+        return pools
+
+    def change_norms(self, edits: FeatureEdits) -> np.ndarray:
+        """Return the norm of each edit's change at the site, over all positions, float64 [E, N]."""
+        amounts = _amounts(edits)
+        norm_ExN = np.zeros((len(edits), len(self._references)))
+        for places_N, *shape in self.planned():
+            batch, count = self.batch(places_N, *shape), len(places_N)
+            for chosen, features_K in amounts.chunks(FEATURES):
+                f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
+                arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
+                norm_ExN[np.array(chosen)[:, None], places_N] = amounts.norms(chosen, features_K, *arrays)
+        return norm_ExN
+
+    def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""
+        arrays = [batch.read_BxTxD, batch.domain_BxT]
+        return gather(self._point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
+
+    def log_likelihoods(
+        self,
+        edits: FeatureEdits,
+        on_progress: OnProgress = lambda done, total: None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the log-likelihood of each reference without an edit [N] and with each edit [E, N], in nats.
+
+        Args:
+          edits: masks of features, which are set to zero.
+          on_progress: called with the rows done and in total; may raise to stop.
+
+        Raises:
+          UserError: a log-likelihood is not finite.
+        """
+        amounts = _amounts(edits).with_clean_rows(1)  # the last edit changes nothing
+        value_ExN, done = np.full((len(amounts.sets), len(self._references)), np.nan), 0
+        for places_N, *shape in self.planned():
+            batch = self.batch(places_N, *shape)
+            for chosen, features_K in amounts.chunks(FEATURES):
+                on_progress(done, value_ExN.size)
+                value_MxN = self._run(batch, len(places_N), amounts, chosen, features_K)
+                value_ExN[np.array(chosen)[:, None], places_N] = value_MxN
+                done += value_MxN.size
+        if not np.isfinite(value_ExN).all():
+            raise UserError(
+                "log-likelihoods under edits are not finite: the model or the dictionary holds NaN or overflows; try "
+                "--model.dtype=float32, or train the dictionary again"
+            )
+        clean_N = value_ExN[-1]
+        return clean_N, np.where(value_ExN[:-1] == _NOT_RUN, clean_N, value_ExN[:-1])
+
+    def _run(
+        self, batch: ReferenceBatch, count: int, amounts: Amounts, chosen: Sequence[int], features_K: np.ndarray
+    ) -> np.ndarray:
+        """Return the log-likelihood of a batch's first ``count`` references under some edits, float32 [M, N]."""
+        split, rows = self._split, len(batch.domain_BxT)
+        f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
+        fires_NxK = np.asarray((f_BxTxK != 0).any(axis=1))[:count]
+        fraction_MxK, _ = amounts.over(chosen, features_K)
+        # An edit of features that are silent on a reference is not run there.
+        runs_MxN = (fraction_MxK != 0).astype(np.float32) @ fires_NxK.T.astype(np.float32) > 0
+        runs_MxN |= np.array([not len(amounts.sets[e]) for e in chosen])[:, None]
+        value_MxN = np.full(runs_MxN.shape, _NOT_RUN, np.float32)
+        edit_R, place_R = np.nonzero(runs_MxN)
+        for first in range(0, len(edit_R), rows):
+            part = slice(first, first + rows)
+            some_B, which_B = np.resize(place_R[part], rows), np.resize(edit_R[part], rows)
+            total_B = run_answers(split.point, split.params, batch, f_BxTxK, W_dec_KxD, some_B, fraction_MxK[which_B])
+            value_MxN[edit_R[part], place_R[part]] = np.asarray(total_B)[: len(edit_R[part])]
+        return value_MxN
+
+    def planned(self) -> list[tuple[np.ndarray, int, int]]:
+        """Return for each batch the indices of its references, its rows and its length; similar lengths together."""
+        lengths_N = np.array([len(reference) for reference in self._references])
+        return even_batches(lengths_N, self._batch_tokens, self._split.point.mesh.shape["data"], _PROGRAM)
+
+    def batches(self) -> Iterator[ReferenceBatch]:
+        """Yield every batch."""
+        return (self.batch(*planned) for planned in self.planned())
+
+    def batch(self, places_N: np.ndarray, rows: int, length: int) -> ReferenceBatch:
+        """Return a planned batch after the layers below the site.
+
+        Args:
+          places_N: the indices of its references.
+          rows: rows of the batch.
+          length: tokens of a row.
+
+        Raises:
+          UserError: the site's value is not finite.
+        """
+        self._check_stop()
+        split, count = self._split, len(places_N)
+        filled = [self._references[i] for i in np.resize(places_N, rows)]
+        pairs = [(reference.context, reference.answer) for reference in filled]
+        tokens, positions_BxC, targets_BxC = align(pairs, length)
+        kept_Bx1 = np.arange(rows)[:, None] < count
+        head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
+        *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
+        if not np.asarray(finite_B).all():
+            raise UserError(
+                f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
+                "NaN or it overflows; try --model.dtype=float32 or another model"
+            )
+        ends_Bx1 = np.array([len(reference.answer) for reference in filled])[:, None]
+        is_answer_BxC = np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1
+        weight_BxC = (is_answer_BxC & kept_Bx1).astype(np.float32)
+        return ReferenceBatch(*head, *split.by_row(positions_BxC, targets_BxC, weight_BxC))
+
+
+def placebo_references(references: Sequence[Reference], count: int, seed: int) -> list[list[Reference]]:
+    """Return ``count`` placebo targets: each gives references the answers of others, of equal length.
+
+    Args:
+      references: each item's reference.
+      count: number of placebo targets.
+      seed: seed of the draws.
+
+    Returns:
+      For each target one reference per item: its context with the first tokens of another item's answer, as many as the
+      item's answer has, which differ from it. Items that no other answer fits are left out; a target without any
+      item is not returned.
+    """
+    targets = []
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        target = []
+        for reference in references:
+            length = len(reference.answer)
+            others = [other.answer[:length] for other in references if len(other.answer) >= length]
+            fitting = [answer for answer in others if answer != reference.answer]
+            if fitting:
+                target.append(Reference(reference.context, fitting[int(rng.integers(len(fitting)))]))
+        if target:
+            targets.append(target)
+    return targets
+
+
+def with_remat(point: SplitPoint) -> SplitPoint:
+    """Return the point with rematerialised gradients: what is kept of each layer for long prompts would not fit."""
+    return dataclasses.replace(point, rules=dataclasses.replace(point.rules, remat=True))
+
+
+def _amounts(edits: FeatureEdits) -> Amounts:
+    if edits.replacement.kind != "zero" or edits.addends is not None:
+        raise ValueError("whole answers are measured under masks that set features to zero")
+    return Amounts.of(edits)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attribute(point: SplitPoint, params: decoder.Params, dictionary: Dictionary, batch: ReferenceBatch) -> jax.Array:
+    """Return activation x gradient of each row's log-likelihood, [B, F].
+
+    Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
+
+    Args:
+      point: where the model is split (static).
+      params: parameters of the decoder.
+      dictionary: the dictionary of the features.
+      batch: the references.
+    """
+    f_BxTxF = active_features(dictionary, batch.read_BxTxD, batch.domain_BxT)
+
+    def objective(value_BxTxD: jax.Array) -> jax.Array:
+        # Rows do not see each other, so the gradient of the sum holds every row's own.
+        x_BxTxD = point.run_suffix(params, batch.stream_BxTxD, value_BxTxD)
+        logp_BxC, _ = token_scores(point.config, params, x_BxTxD, batch.positions_BxC, batch.targets_BxC)
+        return (batch.weight_BxC * logp_BxC).sum()
+
+    slope_BxTxD = jax.grad(objective)(batch.value_BxTxD)
+    attribution_BxF = weighted(f_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
+    return jax.lax.with_sharding_constraint(attribution_BxF, sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_answers(
+    point: SplitPoint,
+    params: decoder.Params,
+    batch: ReferenceBatch,
+    f_BxTxK: jax.Array,
+    W_dec_KxD: jax.Array,
+    some_R: jax.Array,
+    fraction_RxK: jax.Array,
+) -> jax.Array:
+    """Return the log-likelihood of R rows, each a reference of a batch under an edit, [R].
+
+    Args:
+      point: where the model is split (static).
+      params: parameters of the decoder.
+      batch: the references.
+      f_BxTxK: activations from ``engine_programs.gather``.
+      W_dec_KxD: directions from ``engine_programs.gather``.
+      some_R: the reference of each row.
+      fraction_RxK: share of each feature that each row ablates.
+    """
+    rows = ReferenceBatch(*(array[some_R] for array in batch))
+    edited_RxTxD = edit_value(rows.value_BxTxD, f_BxTxK[some_R], W_dec_KxD, fraction_RxK[:, None, :])
+    x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)
+    logp_RxC, _ = token_scores(point.config, params, x_RxTxD, rows.positions_BxC, rows.targets_BxC)
+    return jax.lax.with_sharding_constraint((rows.weight_BxC * logp_RxC).sum(axis=1), sharding(point.mesh))

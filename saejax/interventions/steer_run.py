@@ -1,0 +1,401 @@
+"""The stage ``steer``: prompts steered to the answers of their counterparts.
+
+Changes are learned on train prompts, which also choose the strength of each method among those that raise the
+cross-entropy of held-out text little. Test prompts judge it, compared with random features or random directions at
+equal dose.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from saejax.errors import UserError
+from saejax.interventions import activity
+from saejax.interventions.ablation import spread_over_templates
+from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.steering import (
+    METHODS,
+    MIN_TEXTS,
+    TEXT_SWAPS,
+    AnswerSwap,
+    AnswerTexts,
+    Steered,
+    SteeringChange,
+    choose_strength,
+    group_by_swap,
+    map_swaps,
+    random_directions,
+    random_feature_vectors,
+    rise_on_text,
+    steer,
+    steering_change,
+    strengths_of,
+)
+from saejax.interventions.text import HeldOutText
+from saejax.models.language_model import LanguageModel
+from saejax.results import Interval
+from saejax.runner import parts
+from saejax.runner.workspace import Run
+from saejax.settings import CorpusConfig, SteerConfig, TaskConfig
+from saejax.statistics import bootstrap
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
+from saejax.tasks import run_inputs
+from saejax.tasks.behaviours import Prompt
+from saejax.tasks.scoring import wilson
+
+MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
+NEW_TOKENS = 20  # of a continuation
+CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringPoint:
+    """One strength of a method, on the test prompts."""
+
+    strength: float  #: norm of what is added in mean norms of the site's values; of `clamp` the factor
+    dose: float  #: root mean square over prompts of the norm of the change at the site
+    drop: Interval  #: fall of logit(answer) - logit(target), 95 % bootstrap interval over prompts within templates
+    turned: Interval  #: share of the prompts whose target has the higher logit, 95 % Wilson interval
+    top1: float  #: share of the prompts whose own answer is the likeliest token
+    ce_rise: Interval | None  #: rise of cross-entropy on held-out text, nats per token; None without text
+
+
+@dataclasses.dataclass(frozen=True)
+class SteeringMethod:
+    """A way to steer."""
+
+    points: tuple[SteeringPoint, ...]  #: by rising strength
+    chosen: int  #: the strength that was chosen on train prompts, counted from 0
+    control: str  #: what it is compared with at equal dose: random sets of features, or random directions
+    controls: int  #: number of control changes
+    control_mean: float | None  #: mean drop of the controls, logits
+    control_max: float | None  #: largest drop of a control, logits
+    control_turned: float | None  #: mean share of prompts that the controls turn
+    answer: CausalAnswer  #: does it steer more than the controls at equal dose?
+    continuation: str  #: an example: what the steered model writes after the first test prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourSteering:
+    """A behaviour steered; also in `<behaviour>.json`."""
+
+    reason: str | None  #: why it is not steered; None where it is
+    prompts: int  #: test prompts on which it is judged
+    left_out: Mapping[str, int]  #: other test prompts, by reason
+    clean: Interval | None  #: logit difference without a change
+    example: str  #: the prompt of the examples
+    continuation: str  #: what the model writes after it without a change
+    methods: Mapping[str, SteeringMethod]  #: by name
+    features: Mapping[str, tuple[int, ...]]  #: answer → target: the top features
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerResults:
+    """Steering of prompts to the answers of their counterparts."""
+
+    dictionary: str  #: its name
+    site: str  #: that is changed
+    positions: str  #: all or last
+    behaviours: Mapping[str, BehaviourSteering]  #: by name
+
+
+def run_steer(run: Run) -> SteerResults:
+    """Steer every behaviour.
+
+    Args:
+      run: of the unit.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: the dictionary belongs to another model, there are no doses, or a logit is not finite.
+    """
+    config = run.configs[SteerConfig]
+    prompts, dictionary = run_inputs.read_behaviours(run), run_inputs.load_run_dictionary(run)
+
+    def begin() -> parts.Measure:
+        lm = run_inputs.load_run_model(run)
+        split = SplitModel(lm, dictionary, config.positions)
+        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, config.text_documents)
+
+        def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
+            results = SteeringTest(lm, split, prompts[name], text, config, on_progress).results()
+            return parts.Measured(results, _line(results))
+
+        return measure
+
+    measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens")
+    site = dictionary.config.target or dictionary.site
+    return SteerResults(config.dictionary, site, config.positions, judge(measured))
+
+
+class SteeringTest:
+    """A behaviour on a model and a dictionary.
+
+    Args:
+      lm: the model.
+      split: the model, split at the dictionary's site.
+      prompts: prompts of both splits.
+      text: held-out text, if there is any.
+      config: settings of the stage.
+      on_progress: called with the tokens done and in total of each measurement; may raise to stop.
+
+    Raises:
+      UserError: there are no doses.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        split: SplitModel,
+        prompts: Sequence[Prompt],
+        text: HeldOutText | None,
+        config: SteerConfig,
+        on_progress: parts.OnProgress = parts.silent,
+    ):
+        if not config.doses:
+            raise UserError("--steer.doses is empty: name at least one, such as 0.4")
+        config = dataclasses.replace(config, doses=tuple(sorted(set(config.doses))))
+        self._lm, self._split, self._text, self._config, self._on_progress = lm, split, text, config, on_progress
+        train = [prompt for prompt in prompts if prompt.split == "train"]
+        test = [prompt for prompt in prompts if prompt.split == "test"]
+        on_progress(0, 0)
+        self._texts = AnswerTexts.read(lm, split, train) if train else None
+        self._train, _ = self._fitting(train)
+        tests, self._left_out = self._fitting(test)
+        self._test = spread_over_templates(tests, config.prompts)
+        self._left_out["beyond --steer.prompts"] = len(tests) - len(self._test)
+        self._train_groups, self._groups = group_by_swap(lm, self._train), group_by_swap(lm, self._test)
+        self._tops = {
+            swap: self._texts.top(swap, config.top)
+            for swap in {**self._groups, **self._train_groups}
+            if self._texts is not None
+        }
+
+    def results(self) -> BehaviourSteering:
+        """Measure every method at every strength, and the controls of the chosen ones."""
+        if reason := self._reason():
+            return BehaviourSteering(reason, len(self._test), self._left_out, None, "", "", {}, {})
+        weight_RxP = bootstrap.resampling_weights(
+            [prompt.template for prompt in self._test], self._config.bootstrap, self._config.seed
+        )
+        clean = self._steer(self._test, self._groups, lambda swap: [SteeringChange()])
+        methods = {
+            method: self._measure(method, clean.diff_SxP[0], weight_RxP)
+            for method in METHODS
+            if method == "mean_difference" or any(self._tops.values())
+        }
+        decode = self._lm.tokenizer.decode
+        return BehaviourSteering(
+            reason=None,
+            prompts=len(self._test),
+            left_out=self._left_out,
+            clean=mean_interval(clean.diff_SxP[0], weight_RxP),
+            example=self._test[0].text,
+            continuation=self._continue(SteeringChange()),
+            methods=methods,
+            features={
+                " → ".join(decode([token]).strip() for token in swap): tuple(self._tops[swap]) for swap in self._groups
+            },
+        )
+
+    def _reason(self) -> str:
+        """Return why the behaviour is not steered; "" if it is."""
+        if self._texts is None:
+            return "it has no train prompts"
+        if not self._texts.norm > 0:
+            return "no position of its train prompts may be changed"
+        for split, prompts in (("train", self._train), ("test", self._test)):
+            if len(prompts) < MIN_PROMPTS:
+                return (
+                    f"{len(prompts)} of its {split} prompts are answered correctly and have two answers that "
+                    f"at least {MIN_TEXTS} train texts have, too; expected at least {MIN_PROMPTS}"
+                )
+        return ""
+
+    def _fitting(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], dict[str, int]]:
+        """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
+        swaps = group_by_swap(self._lm, prompts)
+        texts = self._texts
+        known = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
+        chosen = [prompts[place] for place in known]
+        diff_P = steer(self._lm, self._split, chosen, [SteeringChange()]).diff_SxP[0] if chosen else np.zeros(0)
+        right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
+        return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}
+
+    def _steer(
+        self,
+        prompts: Sequence[Prompt],
+        groups: Mapping[AnswerSwap, Sequence[int]],
+        changes_of: Callable[[AnswerSwap], list[SteeringChange]],
+    ) -> Steered:
+        """Run the changes that ``changes_of(swap)`` gives, as many for each swap, on the prompts of that swap."""
+        config = self._config
+
+        def run(swap: AnswerSwap, group: list[Prompt]) -> Steered:
+            return steer(
+                self._lm, self._split, group, changes_of(swap), config.positions, config.batch_rows, self._on_progress
+            )
+
+        return map_swaps(groups, prompts, run)
+
+    def _changes(self, method: str, swap: AnswerSwap) -> list[SteeringChange]:
+        assert self._texts
+        strengths = strengths_of(method, self._config.doses)
+        return [steering_change(self._texts, method, swap, self._tops[swap], strength) for strength in strengths]
+
+    def _measure(self, method: str, clean_P: np.ndarray, weight_RxP: np.ndarray) -> SteeringMethod:
+        strengths = strengths_of(method, self._config.doses)
+
+        def changes(swap: AnswerSwap) -> list[SteeringChange]:
+            return self._changes(method, swap)
+
+        steered = self._steer(self._test, self._groups, changes)
+        rises = self._text_rises(method)
+        points = tuple(
+            SteeringPoint(
+                strength=strength,
+                dose=_root_mean_square(steered.norm_SxP[s]),
+                drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
+                turned=wilson(steered.diff_SxP[s] < 0),
+                top1=float(steered.top1_SxP[s].mean()),
+                ce_rise=rises[s] if rises else None,
+            )
+            for s, strength in enumerate(strengths)
+        )
+        allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= self._config.max_ce_rise for p in points])
+        chosen = choose_strength(self._steer(self._train, self._train_groups, changes).diff_SxP, allowed_S)
+        controls = self._steer_controls(method, points[chosen].dose)
+        drop_N = (clean_P - controls.diff_SxP).mean(axis=1)
+        effect = points[chosen].drop
+        p_value = rank_p(effect.mean, drop_N) if len(drop_N) else None
+        first = next(swap for swap, places in self._groups.items() if 0 in places)
+        return SteeringMethod(
+            points=points,
+            chosen=chosen,
+            control=CONTROLS[method],
+            controls=len(drop_N),
+            control_mean=float(drop_N.mean()) if len(drop_N) else None,
+            control_max=float(drop_N.max()) if len(drop_N) else None,
+            control_turned=float((controls.diff_SxP < 0).mean()) if len(drop_N) else None,
+            answer=CausalAnswer("not tested", "Not tested: the run has not ended.", effect, p_value),
+            continuation=self._continue(self._changes(method, first)[chosen]),
+        )
+
+    def _steer_controls(self, method: str, dose: float) -> Steered:
+        """Run the controls of a method, scaled so that their dose is the method's."""
+        assert self._texts
+        texts, config = self._texts, self._config
+        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
+        unit_D = np.eye(1, texts.value_NxD.shape[1])[0]
+        unit = self._steer(self._test, self._groups, lambda swap: [SteeringChange(unit_D)])
+        norm = dose / max(_root_mean_square(unit.norm_SxP[0]), 1.0)
+
+        # The method changes nothing in prompts of a swap without top features, and neither do its controls.
+        drawn: dict[AnswerSwap, list[np.ndarray]] = {}
+        for swap in self._groups:
+            if CONTROLS[method] == "random directions":
+                drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
+            elif top := self._tops[swap]:
+                drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
+        count = min(map(len, drawn.values()))
+        if not count:
+            return Steered(*np.zeros((3, 0, len(self._test))))
+
+        def changes(swap: AnswerSwap) -> list[SteeringChange]:
+            vectors = drawn.get(swap, [])[:count]
+            return [SteeringChange(norm * vector_D) for vector_D in vectors] or [SteeringChange()] * count
+
+        return self._steer(self._test, self._groups, changes)
+
+    @functools.cached_property
+    def _firing_share_F(self) -> np.ndarray:
+        """Return the share of the test prompts on which each feature fires."""
+        return activity.firing_prompts(self._split, self._split.run(self._test)) / len(self._test)
+
+    def _text_rises(self, method: str) -> list[Interval] | None:
+        """Return the rise of cross-entropy at each strength, mean over the most frequent swaps; None without text."""
+        if self._text is None:
+            return None
+        swaps = [swap for swap in list(self._groups)[:TEXT_SWAPS] if method == "mean_difference" or self._tops[swap]]
+        rises = [rise_on_text(self._lm, self._split, self._text, self._changes(method, swap)) for swap in swaps]
+        rise_SxN = np.mean(rises, axis=0)
+        weight_RxN = None
+        if rise_SxN.shape[1] > 1:
+            documents = [""] * rise_SxN.shape[1]
+            weight_RxN = bootstrap.resampling_weights(documents, self._config.bootstrap, self._config.seed)
+        return [mean_interval(rise_N, weight_RxN) for rise_N in rise_SxN]
+
+    def _continue(self, change: SteeringChange) -> str:
+        """Return what the steered model writes after the first test prompt, greedily."""
+        tokens = self._lm.tokenize([self._test[0].text])
+        room = self._lm.config.context - int(tokens.lengths_B[0])
+        if room < 1:
+            return ""
+        edits = [change.edit(self._split.dictionary, self._config.positions)]
+        return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=edits)[0].text
+
+
+def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSteering]:
+    """Answer, for each method and behaviour, whether it steers more than its controls at equal dose.
+
+    p-values are corrected by Holm's method over the behaviours, for each method by itself.
+    """
+    p_values = {
+        (method, name): each.answer.p_value
+        for name, result in behaviours.items()
+        for method, each in result.methods.items()
+        if each.answer.p_value is not None
+    }
+    p_holm: dict[tuple[str, str], float] = {}
+    for method in METHODS:
+        p_holm |= holm_by_key({key: p for key, p in p_values.items() if key[0] == method})
+    judged = {}
+    for name, result in behaviours.items():
+        methods = {}
+        for method, each in result.methods.items():
+            tests = sum(key[0] == method for key in p_holm)
+            answer = _conclude(each, p_holm.get((method, name)), tests)
+            methods[method] = dataclasses.replace(each, answer=answer)
+        judged[name] = dataclasses.replace(result, methods=methods)
+    return judged
+
+
+def _conclude(result: SteeringMethod, p_holm: float | None, tests: int) -> CausalAnswer:
+    """Return the answer of a method on a behaviour, given its corrected p-value and the number of tests."""
+    effect, point, p_value = result.answer.effect, result.points[result.chosen], result.answer.p_value
+    if p_holm is None or effect is None:
+        reason = f"Not tested: there are no {result.control} to compare with."
+        return CausalAnswer("not tested", reason, effect)
+    level = VerdictConfig().level
+    answer, needed = "yes" if p_holm <= level and effect.low > 0 else "no", min_controls(tests, level)
+    if result.controls < needed:
+        answer = "not testable"
+        sentence = f"Not testable: {result.controls} controls ({result.control}) of {needed} needed."
+    else:
+        corrected = f", {p_holm:.2g} after correction for {tests} behaviours" if tests > 1 else ""
+        verb = "more than" if answer == "yes" else "not shown to be more than"
+        sentence = (
+            f"Changes the logit difference by {-effect.mean:+.2f} logits [{-effect.high:+.2f}, {-effect.low:+.2f}] and "
+            f"turns {100 * point.turned.mean:.0f} % of the prompts. At equal dose the drop is {verb} that of "
+            f"{result.controls} {result.control} (mean {result.control_mean:.2f}, maximum {result.control_max:.2f}; "
+            f"p = {p_value:.2g}{corrected})."
+        )
+    numbers = dict(controls=float(result.controls), needed=float(needed))
+    return CausalAnswer(answer, sentence, effect, p_value, p_holm, numbers)
+
+
+def _line(result: BehaviourSteering) -> str:
+    if result.reason:
+        return f"not steered: {result.reason}"
+    chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
+    listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
+    return f"{result.prompts} test prompts: {', '.join(listed)}"
+
+
+def _root_mean_square(values_P: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values_P))))

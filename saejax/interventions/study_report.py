@@ -1,0 +1,98 @@
+"""The report on benchmarks: effects of ablating top features, pictures first."""
+
+import textwrap
+
+from saejax.interventions.ablate_report import answer_columns, dose_picture, summary_sentences
+from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.study_results import AnswerScores, StudyResults
+from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
+from saejax.interventions.verdict import verdict
+from saejax.page.blocks import Block, Code, Terms, Text
+from saejax.page.document import Section
+from saejax.page.findings import Draw, Findings
+from saejax.page.tables import MISSING, Table, number, percent
+from saejax.page.words import place, signed
+from saejax.runner.preregistration import describe_rule
+
+_GROUPS = dict(
+    clean="unedited model",
+    top="top features set to zero",
+    resample="top features resampled",
+    random="random sets set to zero",
+    placebo="placebo sets set to zero",
+)
+
+
+def sections(found: Findings, draw: Draw) -> list[Section]:
+    """Write what ablating features does to the answers to benchmarks; nothing if it was not asked for.
+
+    Args:
+      found: what the report is written from.
+      draw: draws a figure.
+    """
+    studies = found.each(StudyResults)
+    if not studies:
+        return []
+    settings = found.settings()["study"]
+    table = merge_tables([load_effects(found.folders[f"study/{name}"]) for name in studies])
+    config = VerdictConfig(
+        min_accuracy_drop=settings["min_accuracy_drop"], resamples=settings["bootstrap"], seed=settings["seed"]
+    )
+    # Each unit has judged its benchmark alone; here p-values are corrected over all benchmarks of the run.
+    judged = verdict(table, config).dictionaries
+    first = next(iter(studies.values()))
+    blocks: list[Block] = [
+        dose_picture(f"benchmark_{name}", name, table, result, draw, "log-likelihood lost, nats")
+        for name, result in judged[TESTED].items()
+    ]
+    rows = [
+        (name if dictionary == TESTED else f"{name}, {dictionary} dictionary", result)
+        for dictionary in (TESTED, UNTRAINED)
+        for name, result in judged.get(dictionary, {}).items()
+    ]
+    columns = answer_columns("Benchmark", "1. Effect, nats", ("accuracy", "Accuracy, points"))
+    note = (
+        f"The {first.k} features of {first.dictionary} (in {place(first.site)}) with the largest attribution for the "
+        "reference answers to one half of the items, ablated on the other half. Effect: lost log-likelihood of the "
+        "reference answer, with its 95 % interval over items. Questions 2 and 3: mean effect of the control sets and "
+        "the corrected p-value."
+    )
+    blocks.append(Table.of("The five questions, for benchmarks", rows, columns, words=set(columns), note=note))
+    blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
+    at_chance = [name for name, results in studies.items() if results.at_chance]
+    if at_chance:
+        chance = (
+            f"The unedited model is at chance on {', '.join(at_chance)}, so only log-likelihoods are compared there."
+        )
+        blocks.append(Text(chance, strong=True))
+    summary = summary_sentences(judged[TESTED], "the log-likelihood of the reference answer", "accuracy", "accuracy")
+    blocks.append(Terms(tuple((title, signed(text)) for title, text in summary.items())))
+    rule = f"{describe_rule(found.report.parent, 'study', first.rule)}."
+    blocks.append(Code("The rule in full", "\n".join([*textwrap.wrap(rule, 96), "", *textwrap.wrap(first.rule, 96)])))
+    return [Section("Benchmarks under ablation", tuple(blocks))]
+
+
+def _score_table(name: str, results: StudyResults) -> Table:
+    """Return the table of scored answers."""
+    columns = {
+        "Condition": lambda row: _GROUPS[row.group],
+        "Sets": lambda row: str(row.sets) if row.group in ("random", "placebo") else MISSING,
+        "Accuracy, %": lambda row: percent(row.accuracy, 1),
+        "Drop, points": lambda row: number(100 * row.drop, 1) if row.group != "clean" else MISSING,
+        "Largest drop": lambda row: number(100 * row.largest_drop, 1) if row.p_value is not None else MISSING,
+        "p": lambda row: number(row.p_value, 3) if row.p_value is not None else MISSING,
+    }
+    note = "p: share of the top features and the control sets that lose at least as much accuracy as the top features."
+    if results.scores[0].strict is not None:
+        columns |= {
+            "Strict rule, %": lambda row: _share(row.strict),
+            "No answer by it, %": lambda row: _share(row.unformatted),
+            "Cut off, %": lambda row: _share(row.cut),
+        }
+        note += " Accuracy is by the flexible rule, which takes the last number or formula of the text."
+    rows: list[tuple[AnswerScores]] = [(row,) for row in results.scores]
+    return Table.of(f"Answers to {name} ({results.items.test} items)", rows, columns, stack=False, note=note)
+
+
+def _share(share: float | None) -> str:
+    return MISSING if share is None else percent(share, 1)

@@ -1,0 +1,83 @@
+"""Results of the stage ``study``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.results import Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFeature:
+    """A feature that fires on the test items; a line of `feature_importance_ranking.json`."""
+
+    feature: int  #: its index
+    attribution: float  #: estimated effect on the train items, nats
+    firing_rate: float  #: share of the positions of the test items on which it fires
+    mean_activation: float  #: over the positions on which it fires
+    drop: Interval | None = None  #: of the reference's log-likelihood when it alone is ablated, nats; top features only
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyItems:
+    """Items of the benchmark."""
+
+    train: int  #: that choose features
+    test: int  #: that judge them
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkActivations:
+    """Activations of the dictionary's site on the test items and their reference answers, attention sinks excluded."""
+
+    tokens: int  #: that were read
+    median_norm: float  #: of the activations
+    largest_norm: float  #: of the activations
+    l0: float  #: features active per token, mean
+    firing: float  #: share of the features that fire at all
+    explained_variance: float  #: by the dictionary: 1 - sum |x - x_hat|^2 / sum |x - mean|^2
+
+
+@dataclasses.dataclass(frozen=True)
+class ChosenFeatures:
+    """The top features and from what they are resampled; `features.json`."""
+
+    top: tuple[FeatureEffect, ...]  #: the top features, one by one
+    pools: Mapping[int, tuple[float, ...]]  #: feature -> up to 256 activations where it fires on train items
+    activations: BenchmarkActivations  #: of the test items
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerScores:
+    """Scored answers under a group of edits; of control sets means over all sets."""
+
+    group: str  #: clean, top (set to zero), resample, random or placebo
+    sets: int  #: number of sets
+    accuracy: float  #: share of right answers; of generated ones by the flexible rule
+    drop: float  #: of accuracy, against the unedited model
+    largest_drop: float  #: largest over the sets
+    p_value: float | None  #: of T's drop of accuracy among those under the control sets; None for other groups
+    strict: float | None  #: share of right answers by the strict rule; None where answers are chosen
+    unformatted: float | None  #: share of answers in which the strict rule finds none
+    cut: float | None  #: share of answers that were cut off
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyResults:
+    """Effects of ablating a dictionary's top features on a benchmark."""
+
+    dictionary: str  #: its name
+    site: str  #: that it writes to, or reads
+    k: int  #: number of top features
+    rule: str  #: of the verdict, in words
+    score: str  #: how items are scored: generate, choice or likelihood
+    items: StudyItems  #: how many
+    chance: float  #: accuracy of guessing; 0 of generated answers
+    #: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether nothing is
+    #: right). Then only log-likelihoods are compared. None without accuracy.
+    at_chance: bool | None
+    top: tuple[FeatureEffect, ...]  #: the top features, one by one; drops are of the log-likelihood, nats
+    verdict: CausalVerdict  #: the five answers, as if this were the run's only benchmark
+    scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
+    origin: str  #: of the items
+    activations: BenchmarkActivations | None = None  #: of the test items

@@ -1,0 +1,321 @@
+"""The stage ``study``: do a dictionary's features cause the answers to a benchmark?
+
+1. Half of the items, drawn by seed, choose features; the other half judge them.
+2. Log-likelihoods of the reference answers are measured by one process (``benchmark.measure_benchmark``).
+3. Answers are scored under each condition (``benchmark.scored_conditions``), which several processes divide among them.
+4. Both become the unit's effects table, of which the verdict is a pure function.
+
+Everything is kept as soon as it is there, so that a run that was killed goes on.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.dictionaries import Dictionary, stacks
+from saejax.errors import Interrupted, UserError
+from saejax.evaluation.reconstruction import reconstruct
+from saejax.files import read_json, read_lines, write_json, write_lines
+from saejax.interventions.ablation import describe_top, verdict_config
+from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.benchmark import (
+    BenchmarkAblation,
+    BenchmarkItems,
+    ablate_config,
+    answer_table,
+    edits_of,
+    measure_benchmark,
+    scored_conditions,
+)
+from saejax.interventions.references import References
+from saejax.interventions.study_results import (
+    AnswerScores,
+    BenchmarkActivations,
+    BenchmarkFeature,
+    ChosenFeatures,
+    StudyItems,
+    StudyResults,
+)
+from saejax.interventions.table import READOUTS, EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.verdict import verdict
+from saejax.results import from_json, to_json
+from saejax.runner.parts import Progress
+from saejax.runner.workspace import Run
+from saejax.settings import StudyConfig, TaskConfig
+from saejax.statistics.ranks import rank_p
+from saejax.tasks.benchmark_definitions import Item, way
+from saejax.tasks.benchmarks import origin, read_items
+from saejax.tasks.run_inputs import load_run_dictionary, load_run_model
+from saejax.tasks.scored_items import WAYS, ReferenceItem, ScoredItem
+from saejax.tasks.scoring import wilson
+
+FEATURES, RANKING = "features.json", "feature_importance_ranking.json"
+ANSWERS = "answers"  # folder of the scored answers, a file for each condition
+_MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
+_ACCURACY = READOUTS.index("accuracy")
+_GROUPS = ("clean", "top", "resample", "random", "placebo")
+
+
+def run_study(run: Run) -> StudyResults:
+    """Measure the benchmark named ``run.name`` with and without the top features of a dictionary.
+
+    ``effects.parquet`` and its definitions hold every measured value, ``answers/<condition>.jsonl`` the scored answers,
+    ``features.json`` the top features and the activations from which they are resampled, and
+    ``feature_importance_ranking.json`` all features that fire, the largest attribution first.
+
+    Args:
+      run: the unit.
+
+    Returns:
+      The results of the unit.
+
+    Raises:
+      UserError: there are too few items, the dictionary belongs to another model, an item is longer than the model's
+        context, or something is not finite.
+      Interrupted: asked to stop; what was measured is kept.
+    """
+    config, task = run.configs[StudyConfig], run.configs[TaskConfig]
+    score = way(run.name, task)
+    train, test = split_items(read_items(run.name, task), config, run.name)
+    repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats") for name in config.repeats}
+    dictionary, lm = load_run_dictionary(run), load_run_model(run)
+    items = BenchmarkItems(lm, run.name, task, train, test)
+
+    def measure(_: str) -> None:
+        on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
+        table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
+        chosen = ChosenFeatures(
+            top=describe_top(table, ablation),
+            pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
+            activations=_measure_activations(ablation),
+        )
+        write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
+        save_effects(run.folder / _MEASURED, table)
+        write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
+
+    run.each([FEATURES], lambda name: run.folder / name, measure, last=False)
+    table = load_effects(run.folder / _MEASURED)
+    chosen: ChosenFeatures = from_json(ChosenFeatures, read_json(run.folder / FEATURES), run.folder / FEATURES)
+    scores = _Answers(run, items, dictionary, chosen, table, score)
+    chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
+    at_chance = scores.measure_all(chance)
+    run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
+    table = merge_tables([table, *scores.tables])
+    judged = verdict(table, study_verdict_config(config))
+    save_effects(run.folder, table)
+    results = StudyResults(
+        dictionary=config.dictionary,
+        site=dictionary.site,
+        k=len(chosen.top),
+        rule=judged.rule,
+        score=score,
+        items=StudyItems(train=len(train), test=len(test)),
+        chance=chance,
+        at_chance=at_chance,
+        top=chosen.top,
+        verdict=judged,
+        scores=summarize_scores(table, run.name),
+        origin=str(origin(run.name, task)),
+        activations=chosen.activations,
+    )
+    for result in judged.dictionaries["tested"].values():
+        for answer in (*result.ablation.values(), result.random, result.placebo):
+            run.say(f"{run.name}: {answer.sentence}")
+    shutil.rmtree(run.folder / _MEASURED)  # last, so that a run that is killed until then has it
+    return results
+
+
+def study_verdict_config(config: StudyConfig) -> VerdictConfig:
+    """Return the numbers of the rule."""
+    return verdict_config(ablate_config(config))
+
+
+def rule(config: StudyConfig) -> str:
+    """Return the rule of the verdict in words."""
+    return study_verdict_config(config).rule + (
+        " On a benchmark a prompt is an item, the effect is the drop of the log-likelihood of the reference answer, "
+        "summed over its tokens, and a placebo target is another item's reference of equal length."
+    )
+
+
+def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
+    """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
+
+    The split is drawn among all items given; ``--study.items`` is the number of items that are read.
+
+    Args:
+      items: items of the benchmark.
+      config: settings of the study.
+      name: the benchmark.
+
+    Raises:
+      UserError: there are fewer than 4.
+    """
+    items = items[: config.items]
+    if len(items) < 4:
+        raise UserError(f"{name} has {len(items)} items for --study: expected at least 4; raise --task.examples")
+    order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
+    half = len(items) // 2
+    return [items[i] for i in order[:half]], [items[i] for i in order[half:]]
+
+
+class _Answers:
+    """The scored answers of each condition, kept on disk as soon as they are there.
+
+    Args:
+      run: the unit.
+      items: the items.
+      dictionary: the tested one.
+      chosen: the top features, and from what they are resampled.
+      table: measured log-likelihoods.
+      score: how items are scored.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        items: BenchmarkItems,
+        dictionary: Dictionary,
+        chosen: ChosenFeatures,
+        table: EffectsTable,
+        score: str,
+    ):
+        self._run, self._items, self._dictionary, self._chosen, self._table = run, items, dictionary, chosen, table
+        self._way, self._config = score, run.configs[StudyConfig]
+        self.tables: list[EffectsTable] = []
+        self._conditions = scored_conditions(table, run.name, self._config.scored_sets)
+        (run.folder / ANSWERS).mkdir(exist_ok=True)
+
+    def measure_all(self, chance: float) -> bool | None:
+        """Score the items under every condition; return whether the unedited model is no better than chance.
+
+        Args:
+          chance: the accuracy of guessing; 0 of generated answers.
+
+        Returns:
+          None where accuracy is not measured. At chance, accuracies under edits are not measured.
+        """
+        self._score(["resample"], "likelihood", "likelihood-")
+        if self._way == "likelihood":
+            return None
+        self._score(["clean"], self._way)
+        accuracy = wilson(self.tables[-1].value_N[self.tables[-1].readout_N == _ACCURACY])
+        at_chance = accuracy.low <= chance if chance else accuracy.mean == 0
+        if at_chance:
+            self._run.say(f"{self._run.name}: the unedited model is at chance, so only log-likelihoods are compared")
+        else:
+            self._score([name for name in self._conditions if name != "clean"], self._way)
+        return at_chance
+
+    def _score(self, conditions: Sequence[str], scored: str, prefix: str = "") -> None:
+        """Score conditions, except those that an earlier run kept, and add them to the tables."""
+        pools, length = dict(self._chosen.pools), self._items.longest()
+
+        def file(condition: str) -> Path:
+            return self._run.folder / ANSWERS / f"{prefix}{condition}.jsonl"
+
+        def check_stop() -> None:
+            if self._run.stopping():
+                raise Interrupted(f"{self._run.name}: stopped; conditions that were finished are kept")
+
+        def make(condition: str) -> None:
+            edit = self._conditions[condition]
+            edits = edits_of(self._dictionary, edit, pools, length, self._config.seed)
+            write_lines(file(condition), map(to_json, self._items.score(edits, scored, check_stop)))
+            self._run.say(f"{self._run.name}: {prefix}{condition}: scored")
+
+        self._run.each(conditions, file, make, last=False)
+        kind = ReferenceItem if scored == "likelihood" else WAYS[scored]
+        for condition in conditions:
+            rows: list[ScoredItem] = [
+                from_json(kind, fields, file(condition)) for fields in read_lines(file(condition))
+            ]
+            self.tables.append(answer_table(self._table, self._run.name, self._conditions[condition], rows))
+
+
+def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]:
+    """Return accuracy, format failures and cut-off answers without an edit, under T, and under random and placebo sets.
+
+    Args:
+      table: the effects table of a benchmark.
+      name: the benchmark.
+
+    Returns:
+      One entry per group of edits that was scored; of control sets the means over all sets. Their p-value is that of
+      the drop of accuracy under T among those under the sets.
+    """
+    prompts = table.select_prompts(name)
+    clean_P = table.clean_values(prompts, "accuracy")
+    if np.isnan(clean_P).any():
+        return ()
+    scores = []
+    tested_drop: float | None = None
+    for group in _GROUPS:
+        edits = [edit for edit in table.select_edits(name, group) if edit.fraction == 1]
+        values = {
+            readout: table.values(edits, prompts, readout) for readout in ("accuracy", "strict", "formatted", "cut")
+        }
+        scored_E = np.isfinite(values["accuracy"]).all(axis=1)
+        if not scored_E.any():
+            continue
+        accuracy_SxP = values["accuracy"][scored_E]
+        drop_S = (clean_P - accuracy_SxP).mean(axis=1)
+        if group == "top":
+            tested_drop = float(drop_S[0])
+        is_control = group in ("random", "placebo")
+        shares = {key: float(value[scored_E].mean()) for key, value in values.items()}
+        written = np.isfinite(shares["strict"])
+        scores.append(
+            AnswerScores(
+                group=group,
+                sets=int(scored_E.sum()),
+                accuracy=shares["accuracy"],
+                drop=float(drop_S.mean()),
+                largest_drop=float(drop_S.max()),
+                p_value=rank_p(tested_drop, drop_S) if is_control and tested_drop is not None else None,
+                strict=shares["strict"] if written else None,
+                unformatted=1 - shares["formatted"] if written else None,
+                cut=shares["cut"] if written else None,
+            )
+        )
+    return tuple(scores)
+
+
+def _ranking(ablation: BenchmarkAblation, top: Sequence[FeatureEffect]) -> tuple[BenchmarkFeature, ...]:
+    """Return all features that fire on the test items, the largest attribution first."""
+    statistics, drops = ablation.statistics(), {effect.feature: effect.drop for effect in top}
+    order_F = np.argsort(-ablation.attribution_F, kind="stable")
+    return tuple(
+        BenchmarkFeature(
+            feature=feature,
+            attribution=float(ablation.attribution_F[feature]),
+            drop=drops.get(feature),
+            **statistics.of(feature),
+        )
+        for feature in order_F.tolist()
+        if statistics.fires_F[feature]
+    )
+
+
+def _measure_activations(ablation: BenchmarkAblation) -> BenchmarkActivations:
+    """Return statistics of the site on the test items, and how well the dictionary reconstructs it."""
+    norms: list[np.ndarray] = []
+    references: References = ablation.test_references
+
+    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for read_NxD, value_NxD in references.values():
+            norms.append(np.linalg.norm(value_NxD.astype(np.float64), axis=1))
+            yield read_NxD, value_NxD
+
+    (scores,) = reconstruct([ablation.split.dictionary], blocks(), ablation.split.point.mesh)
+    norm_N = np.concatenate(norms)
+    return BenchmarkActivations(
+        tokens=scores.tokens,
+        median_norm=float(np.median(norm_N)),
+        largest_norm=float(norm_N.max()),
+        l0=scores.l0,
+        firing=1 - scores.dead_fraction,
+        explained_variance=scores.explained_variance,
+    )

@@ -1,0 +1,139 @@
+"""Results that a stage keeps part by part, and its progress.
+
+A *part* is what a stage finishes at a time: a behaviour, or a label of probes. Its results go to ``<part>.json`` as
+soon as they are there, so that a run that was killed goes on with the next part.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.errors import Interrupted
+from saejax.files import read_json, write_json
+from saejax.parallel.collectives import AgreedStop, from_first_process, is_first_process
+from saejax.results import from_json, to_json
+from saejax.runner.workspace import Run
+
+OnProgress = Callable[[int, int], None]  # called with the work done and to do, mostly in tokens; may raise to stop
+_SAY_EVERY = 5.0  # seconds
+
+
+class Measured(NamedTuple):
+    """The results of a part, and what to say of them in a line."""
+
+    results: Any  # a class of results
+    message: str
+
+
+Measure = Callable[[str, OnProgress], Measured]  # of the part of this name
+
+
+def silent(done: int, total: int) -> None:
+    """Ignore progress: an ``OnProgress`` for callers that report none.
+
+    Args:
+      done: work done.
+      total: work in total.
+    """
+
+
+def part_file(run: Run, part: str, ending: str = ".json") -> Path:
+    """Return the file of a part's results, or with another ending of what belongs to them."""
+    return run.folder / f"{part}{ending}"
+
+
+def each_part(
+    run: Run, parts: Sequence[str], begin: Callable[[], Measure], results: Any, unit: str = "tokens"
+) -> dict[str, Any]:
+    """Return the results of all parts, in their order: those kept from an earlier run, and the others measured.
+
+    Parts are items of ``Run.each``: where processes deal them out, the first one alone goes on with the results.
+
+    Args:
+      run: the unit.
+      parts: their names, which are names of files.
+      begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
+      results: the class of a part's results.
+      unit: what it counts, for messages.
+
+    Raises:
+      Interrupted: asked to stop; parts that were finished are kept.
+    """
+    # The first process says what is there: it may write the next one before another has looked.
+    there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
+    kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
+    found = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
+    if found:
+        run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
+    left = [part for part in parts if part not in found]
+    measure, progress = functools.cache(begin), Progress(run, unit)
+
+    def make(part: str) -> None:
+        label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
+        found[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
+        if is_first_process():
+            write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
+        run.say(f"{label}: {message}")
+
+    if run.share.processes:
+        run.each(parts, functools.partial(part_file, run), make)
+    else:
+        for part in left:
+            make(part)
+    for part in left:
+        if part not in found:  # another process made it
+            found[part] = from_json(results, read_json(part_file(run, part)), part_file(run, part))
+    return {part: found[part] for part in parts}
+
+
+class Progress:
+    """Progress of a stage: says now and then how far it is, and raises ``Interrupted`` when it is to stop.
+
+    The time to go is that of the stage: the rest of this part, and for each that is left as much work as this one has,
+    at the speed since work was counted first: what comes before is compiled once, or was done by an earlier run. A part
+    that counts its work from 0 again is known as far as it has begun.
+
+    Args:
+      run: the unit.
+      unit: what is counted, for messages.
+    """
+
+    def __init__(self, run: Run, unit: str):
+        self._run, self._unit, self._stop = run, unit, AgreedStop(run.stopping)
+        self._start = self._said = time.monotonic()
+        self._before = self._of_parts = self._done = 0  # work of earlier counts, of earlier parts, of this count
+        self._counted: tuple[float, int] | None = None  # when work was counted first, and how much
+
+    def of_part(self, label: str, left: int) -> OnProgress:
+        """Return the progress function of the next part, called ``label``; after it ``left`` parts remain."""
+        self._before, self._done = self._before + self._done, 0
+        self._of_parts = self._before
+
+        def on_progress(done: int, total: int) -> None:
+            if self._stop():
+                raise Interrupted(f"{label}: stopped; what was measured is kept: run the same command to go on")
+            if done < self._done:
+                self._before += self._done
+            self._done = done
+            now = time.monotonic()
+            if self._counted is None and done:
+                self._counted = now, self._before + done
+            if self._run.share.leads and now - self._said > _SAY_EVERY and 0 < done < total:
+                speed = self._speed(now)
+                part = self._before - self._of_parts + total
+                seconds = (total - done + left * part) / speed
+                rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
+                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}, {rate}, {seconds:.0f} s to go")
+                self._said = now
+
+        return on_progress
+
+    def _speed(self, now: float) -> float:
+        """Return the work done per second; over all time before there is a second count."""
+        start, work = self._counted or (self._start, 0)
+        done = self._before + self._done
+        return (done - work) / (now - start) if now > start and done > work else done / (now - self._start)

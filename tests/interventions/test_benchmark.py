@@ -1,0 +1,373 @@
+"""Benchmarks under ablation: whole answers, attribution, placebo targets, and the stage, killed and resumed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from runs import write_members
+
+from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.interventions import study_report, study_run
+from saejax.interventions.curves import read_curves
+from saejax.interventions.edits import mask
+from saejax.interventions.references import Reference, References, placebo_references
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.study_results import StudyItems, StudyResults
+from saejax.interventions.table import TESTED, load_effects
+from saejax.interventions.verdict import verdict
+from saejax.models.tokens import pad
+from saejax.page.findings import Findings
+from saejax.results import Summary, from_json, to_json
+from saejax.runner import pipeline, workplan
+from saejax.runner.config import Configs
+from saejax.runner.registry import default_configs
+from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
+from saejax.statistics.ranks import rank_p
+from saejax.tasks import run_inputs
+from saejax.tasks.benchmark_definitions import LOGIC_TASKS
+from saejax.tasks.benchmark_scores import score_items
+from saejax.tasks.benchmarks import read_items
+
+SITE = "resid_post.1"
+CONFIG = StudyConfig(
+    benchmarks=("logic", "gsm8k"),
+    items=12,
+    top=3,
+    random_sets=4,
+    placebo_targets=4,
+    scored_sets=2,
+    untrained=False,
+    baselines=("pca",),
+    bootstrap=200,
+    batch_tokens=4096,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(one_device, monkeypatch):
+    """Most of the time of these tests is compiling, for eight devices the more so."""
+    monkeypatch.setattr(run_inputs, "make_mesh", lambda config: one_device)
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """Questions that are short enough for the tiny model."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for number, name in enumerate(LOGIC_TASKS):
+        rows = [dict(input=f"{number} Pick {letter}\n(A) x\n(B) y\n(C) z", target=f"({letter})") for letter in "BAC"]
+        if name in ("boolean_expressions", "web_of_lies"):
+            right = "True" if name == "boolean_expressions" else "No"
+            rows = [dict(input=f"Is {n} so", target=right) for n in range(3)]
+        write_lines(folder / "logic" / f"{name}.jsonl", rows)
+    sums = [dict(question=f"{n} + 3?", answer=f"It is {n + 3}\n#### {n + 3}") for n in range(12)]
+    write_lines(folder / "gsm8k.jsonl", sums)
+    return TaskConfig(path=str(folder), examples=12, shots=0, bootstrap=200, max_new_tokens=6, batch=4)
+
+
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    return make_dictionary(SITE, dead=8)
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, dictionary, task):
+    def make(name, folder="run", stopping=lambda: False, made=dictionary, score="auto", **changes):
+        train = tmp_path / f"{folder}-topk"
+        if not train.exists():
+            save_dictionary(train, made)
+            write_members(train, "")
+        (tmp_path / folder).mkdir(exist_ok=True)
+        configs = Configs(
+            ModelConfig(path=str(tiny_llama)),
+            MeshConfig(),
+            dataclasses.replace(task, score=score),
+            dataclasses.replace(CONFIG, **changes),
+        )
+        said = []
+        return Run("study", name, tmp_path / folder, configs, {"train/topk": train}, said.append, stopping), said
+
+    return make
+
+
+def random_references(sizes, seed=5):
+    rng = np.random.default_rng(seed)
+    return [Reference(rng.integers(1, 384, n).tolist(), rng.integers(1, 384, m).tolist()) for n, m in sizes]
+
+
+def torch_log_likelihood(model, reference, change):
+    """The log-likelihood of a reference when layer 1's output x_1xTxD becomes change(x_1xTxD)."""
+
+    def swap(module, inputs, output):
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    hook = model.model.layers[1].register_forward_hook(swap)
+    ids_T = reference.context + reference.answer
+    logp_TxV = torch.log_softmax(model(torch.tensor([ids_T])).logits[0], dim=-1)
+    hook.remove()
+    at = torch.arange(len(reference.context) - 1, len(ids_T) - 1)
+    return logp_TxV[at, torch.tensor(reference.answer)].sum()
+
+
+@pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
+def test_attribution_equals_torch_autograd(tiny, tiny_torch, dictionary, plain, prompts, batch_tokens):
+    references = random_references([(9, 3), (9, 2), (30, 11), (14, 1)])
+    run, expected_F = plain(dictionary, prompts[0]), 0.0
+    for reference in references:
+        kept = []
+
+        def keep(x_1xTxD, kept=kept):
+            kept.append(x_1xTxD.detach().requires_grad_())
+            return kept[0]
+
+        torch_log_likelihood(tiny_torch, reference, keep).backward()
+        f_TxF = run.features(kept[0].detach()[0].numpy())
+        slope_TxF = kept[0].grad[0].numpy() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T
+        expected_F = expected_F + (f_TxF * slope_TxF).sum(axis=0) / len(references)
+    attribution_F = References(SplitModel(tiny, dictionary), references, batch_tokens).attribution()
+    np.testing.assert_allclose(attribution_F, expected_F, atol=1e-4 * np.abs(expected_F).max())
+
+
+@pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
+def test_log_likelihoods_and_changes_equal_torch_hooks(
+    tiny, tiny_torch, dictionary, plain, prompts, batch_tokens, tmp_path
+):
+    references = random_references([(9, 3), (1, 1), (30, 11), (14, 1)])
+    made = References(SplitModel(tiny, dictionary), references, batch_tokens)
+    often = np.argsort(-made.statistics()[1], kind="stable")[:6].tolist()
+    sets, fractions = [often[:1], often[:4], often[2:6], [159]], np.array([1.0, 0.5, 1.0, 1.0])
+    edits = mask(dictionary, sets, fractions)
+    clean_N, edited_ExN = made.log_likelihoods(edits, tmp_path)
+    norm_ExN = made.change_norms(edits)
+    run, W_dec_FxD = plain(dictionary, prompts[0]), np.asarray(dictionary.W_dec_FxD[...], np.float64)
+    for n, reference in enumerate(references):
+        for e, (members, fraction) in enumerate(zip(sets, fractions)):
+            norms = []
+
+            def change(x_1xTxD, members=members, fraction=fraction, norms=norms):
+                f_TxF = run.features(x_1xTxD[0].numpy())
+                fall_TxD = fraction * f_TxF[:, members] @ W_dec_FxD[members]
+                norms.append(np.linalg.norm(fall_TxD))
+                return x_1xTxD - torch.from_numpy(fall_TxD)[None]
+
+            with torch.no_grad():
+                total = float(torch_log_likelihood(tiny_torch, reference, change))
+            assert edited_ExN[e, n] == pytest.approx(total, abs=2e-4)
+            assert norm_ExN[e, n] == pytest.approx(norms[0], rel=1e-4, abs=1e-5)
+        with torch.no_grad():
+            clean = float(torch_log_likelihood(tiny_torch, reference, lambda x_1xTxD: x_1xTxD))
+        assert clean_N[n] == pytest.approx(clean, abs=2e-4)
+    np.testing.assert_array_equal(edited_ExN[3], clean_N)  # a dead feature: nothing is run
+    again_N, again_ExN = References(SplitModel(tiny, dictionary), references, batch_tokens).log_likelihoods(
+        edits, tmp_path, lambda done, total: pytest.fail("what was kept is run again")
+    )
+    np.testing.assert_array_equal(again_N, clean_N)
+    np.testing.assert_array_equal(again_ExN, edited_ExN)
+
+
+def test_statistics_and_pools_are_those_of_the_text(tiny, dictionary, plain, prompts):
+    references = random_references([(5, 4), (20, 4), (9, 4)], seed=6)
+    run, positions, firing, in_texts = plain(dictionary, prompts[0]), 0, [[] for _ in range(160)], np.zeros(160, int)
+    for reference in references:
+        tokens = pad([reference.context + reference.answer])
+        x_TxD = np.asarray(tiny(tokens, capture=[SITE], logits=False).sites[SITE], np.float64)[0]
+        positions += int((np.linalg.norm(x_TxD, axis=1) <= dictionary.config.max_norm).sum())
+        f_TxF = run.features(x_TxD)
+        in_texts += (f_TxF > 0).any(axis=0)
+        for values, f_T in zip(firing, f_TxF.T, strict=True):
+            values += f_T[f_T > 0].tolist()
+    made = References(SplitModel(tiny, dictionary), references, 100)
+    statistics, fires_F = made.statistics()
+    assert statistics.positions == positions < sum(map(len, references))
+    assert statistics.fires_F.tolist() == [len(values) for values in firing]
+    assert fires_F.tolist() == in_texts.tolist()
+    np.testing.assert_allclose(statistics.sum_F, [sum(values) for values in firing], rtol=1e-3, atol=1e-3)
+    often = int(np.argmax(statistics.fires_F))
+    pools = made.pools([often, 159], 10_000, 1)
+    np.testing.assert_allclose(sorted(pools[often]), sorted(firing[often]), rtol=1e-3, atol=1e-4)
+    few = made.pools([often, 159], 2, 1)[often]
+    assert pools[159] == [] and len(few) == 2 and set(few) <= set(pools[often])
+
+
+def test_placebo_targets_are_other_items_answers_of_equal_length():
+    references = [Reference([n], answer) for n, answer in enumerate(([1, 2], [3, 4, 5], [1, 2, 9], [6], [7, 8]))]
+    targets = placebo_references(references, 20, seed=1)
+    assert len(targets) == 20
+    for target in targets:
+        by_context = {reference.context[0]: reference.answer for reference in target}
+        for reference in references:
+            answer = by_context.get(reference.context[0])
+            if answer is None:
+                continue
+            others = [other.answer[: len(answer)] for other in references if other is not reference]
+            assert len(answer) == len(reference.answer) and answer != reference.answer and answer in others
+    assert {tuple(map(tuple, (r.answer for r in target))) for target in targets}.__len__() > 5
+    assert placebo_references([Reference([0], [1]), Reference([1], [1])], 5, seed=1) == []  # no other answer
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("gsm8k", dict(score="likelihood")), pytest.param("logic", {}, marks=pytest.mark.slow)]
+)
+def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings):
+    run, said = make_run(name, **settings)
+    path = run.folder / study_run.FEATURES
+    with pytest.raises(Interrupted, match="stopped"):
+        study_run.run_study(dataclasses.replace(run, stopping=path.exists))
+    kept = (run.folder / study_run.FEATURES).read_text()
+    results = study_run.run_study(run)
+    assert (run.folder / study_run.FEATURES).read_text() == kept
+    assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert results.items == StudyItems(train=6, test=6) and results.k == len(results.top) <= 3
+
+    table = load_effects(run.folder)
+    assert verdict(table, study_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
+    train, test = study_run.split_items(read_items(name, task), CONFIG, name)
+    assert not {item.id for item in train} & {item.id for item in test}
+    prompts = table.select_prompts(name)
+    assert {prompt.id for prompt in prompts} == {f"{name}/{item.id}" for item in test}
+    whole = [
+        edit for edit in table.edits if edit.fraction == 1 and edit.group in ("top", "single", "random", "placebo")
+    ]
+    chosen = {edit.group for edit in whole}
+    assert chosen == {"top", "single", "random", "placebo"}
+    by_id = {f"{name}/{item.id}": item for item in test}
+    ordered = [by_id[prompt.id] for prompt in prompts]
+    likelihood = dataclasses.replace(task, score="likelihood")
+    for edit in [None, *whole[:1], whole[-1]]:
+        edits = [dictionary.ablate(edit.features)] if edit else ()
+        expected_P = [row.log_likelihood for row in score_items(tiny, name, ordered, likelihood, edits)]
+        measured_P = table.values([edit], prompts, "answer_log_prob")[0] if edit else None
+        measured_P = table.clean_values(prompts, "answer_log_prob") if edit is None else measured_P
+        np.testing.assert_allclose(measured_P, expected_P, atol=1e-3)
+
+    result = results.verdict.dictionaries[TESTED][name]
+    (top,), random = read_curves(table, name, "top"), read_curves(table, name, "random")
+    assert result.ablation["answer_log_prob"].effect.mean == pytest.approx(top.drop_AxP[-1].mean())
+    pairs = []
+    for curve in random:  # by hand: each pair at the smaller of its two doses
+        dose = min(curve.reach, top.reach)
+        pairs.append([np.interp(dose, one.dose_A, one.drop_AxP.mean(axis=1)) for one in (top, curve)])
+    tested_N, control_N = np.array(pairs).T
+    assert result.random.p_value == pytest.approx(rank_p(tested_N, control_N))
+    assert result.random.answer == result.placebo.answer == "not testable"  # 4 of 19 sets
+    assert "answer_log_prob_resampled" in result.ablation and result.selective.answer == "not tested"
+    assert set(result.bases) == {"pca"}
+    ranking = json.loads((run.folder / study_run.RANKING).read_text())
+    attributions = [entry["attribution"] for entry in ranking]
+    assert attributions == sorted(attributions, reverse=True) and len(ranking) > 3
+    assert {entry["feature"] for entry in ranking if "drop" in entry} == {
+        e.feature for e in results.top if e.firing_rate
+    }
+    if name == "gsm8k":
+        assert results.at_chance is None and results.scores == ()
+        assert result.ablation["accuracy"].answer == "not tested"
+    else:
+        assert results.at_chance is not None
+    assert any("log-likelihood of the reference answer" in line for line in said)
+
+
+def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatch):
+    """The model is replaced by one that is right without an edit, and wrong, unformatted or cut off under it."""
+    from saejax.tasks.answers import Verdict
+    from saejax.tasks.scored_items import GeneratedItem
+
+    real = study_run.BenchmarkItems.score
+
+    def score(self, edits, scored, check_stop):
+        if scored == "likelihood":
+            return real(self, edits, scored, check_stop)
+        edited = bool(edits([0] * 4))
+        rows = []
+        for number, item in enumerate(self.test):
+            right = not edited or number == 0
+            strict = Verdict(item.answer if right and number < 3 else None, right and number < 3)
+            finished = "length" if edited and number < 2 else "eos"
+            rows.append(
+                GeneratedItem(item.id, "", "", item.answer, "text", finished, strict, Verdict(item.answer, right))
+            )
+        return rows
+
+    monkeypatch.setattr(study_run.BenchmarkItems, "score", score)
+    run, _ = make_run("gsm8k")
+    results = study_run.run_study(run)
+    assert results.at_chance is False
+    by_group = {score.group: score for score in results.scores}
+    assert list(by_group) == ["clean", "top", "resample", "random", "placebo"]
+    assert by_group["clean"].accuracy == 1.0 and by_group["clean"].drop == 0.0
+    assert by_group["clean"].unformatted == pytest.approx(0.5) and by_group["clean"].cut == 0.0
+    assert by_group["clean"].strict == pytest.approx(0.5), "the flexible rule judges, the strict one stands beside it"
+    assert by_group["top"].accuracy == pytest.approx(1 / 6) and by_group["top"].cut == pytest.approx(2 / 6)
+    assert by_group["random"].sets == by_group["placebo"].sets == 2
+    assert by_group["random"].p_value == 1.0  # random sets do as much
+    result = results.verdict.dictionaries[TESTED]["gsm8k"]
+    assert result.ablation["accuracy"].answer == "yes"
+    assert result.ablation["accuracy"].effect.mean == pytest.approx(5 / 6)
+    # An accuracy that falls from 100 to 17 % is never answered with no for want of control sets.
+    assert result.random.answer == "not testable" and "4 independent sets of 19 needed" in result.random.sentence
+    assert len(list((run.folder / study_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 4
+
+    drawn = []
+
+    def draw(name, figure, caption, alt):
+        from saejax.page.blocks import Picture
+
+        drawn.append((name, figure, caption, alt))
+        return Picture(name, "", caption, alt)
+
+    rest = dict(config={}, inputs={}, packages={}, devices=None, seeds={}, start="", seconds=1.0, files={})
+    summary = Summary(1, "study", "gsm8k", "", results=results, **rest)
+    settings = {"study": dataclasses.asdict(run.configs[StudyConfig]), "model": {"path": "tiny"}}
+    found = Findings({"study/gsm8k": summary}, {"study/gsm8k": run.folder}, run.folder / "report", {})
+    monkeypatch.setattr(Findings, "settings", lambda self: settings)
+    (section,) = study_report.sections(found, draw)
+    assert [name for name, *_ in drawn] == ["ablation_benchmark_gsm8k"]
+    assert type(section.blocks[0]).__name__ == "Picture", "the section opens with the picture"
+    tables = [block for block in section.blocks if type(block).__name__ == "Table"]
+    assert tables[0].rows[0][0] == "gsm8k" and "not testable (4 of 19 sets)" in tables[0].rows[0]
+    assert [row[0] for row in tables[1].rows][:3] == [
+        "unedited model", "top features set to zero", "top features resampled",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_run):
+    run, said = make_run("gsm8k")
+    results = study_run.run_study(run)
+    assert results.at_chance is True and any("is at chance" in line for line in said)
+    assert results.verdict.dictionaries[TESTED]["gsm8k"].ablation["accuracy"].answer == "not tested"
+    assert [score.group for score in results.scores] == ["clean"]
+
+
+def test_what_is_refused(make_run, dictionary):
+    with pytest.raises(UserError, match="benchmarks is 'mmlu': expected one of gsm8k, math, logic"):
+        StudyConfig(benchmarks=("mmlu",))
+    other = Dictionary(dataclasses.replace(dictionary.config, fingerprint="0" * 16), **dictionary.arrays)
+    with pytest.raises(UserError, match="use the model it was trained on, or train one for this model"):
+        study_run.run_study(make_run("logic", "other", made=other)[0])
+    with pytest.raises(UserError, match=r"--study.dictionary=topk/k9, but topk is one dictionary"):
+        study_run.run_study(make_run("gsm8k", "member", dictionary="topk/k9")[0])
+    with pytest.raises(UserError, match="gsm8k has 1 items for --study: expected at least 4"):
+        study_run.split_items([None], CONFIG, "gsm8k")
+
+
+def test_the_units(task):
+    def plan(**changes):
+        configs = default_configs() | task | StudyConfig(**changes)
+        made = workplan.Workplan(configs)
+        return {unit: made.fingerprint(unit) for stage in pipeline.STAGES.values() for unit in stage.units(configs)}
+
+    plain, both = plan(), plan(benchmarks=("logic", "gsm8k"))
+    units = {"study/logic", "study/gsm8k"}
+    assert set(both) - set(plain) == units
+    assert {unit for unit in plain if both[unit] != plain[unit]} == {"preflight", "report"}
+    for changes, again in ((dict(top=3), units | {"preflight", "report"}), (dict(batch_tokens=9), set())):
+        other = plan(benchmarks=("logic", "gsm8k"), **changes)
+        assert {unit for unit in both if both[unit] != other[unit]} == again

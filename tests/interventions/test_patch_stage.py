@@ -1,0 +1,122 @@
+"""The stage patch, end to end: kinds of site, heads and features, and a stopped run that ends with the same result."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from runs import changed, write_members
+
+from saejax.dictionaries import save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.interventions import patch_run as stage
+from saejax.interventions.table import TESTED, load_effects
+from saejax.results import from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
+from saejax.settings import MeshConfig, ModelConfig, PatchConfig
+from saejax.tasks.behaviours import read_prompts, write_prompts
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
+    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
+    baseline.mkdir()
+    prompts = []
+    for behaviour in ("first", "second"):
+        own = [make_prompt(i, "train" if i < 8 else "test", behaviour) for i in range(16)]
+        if behaviour == "second":
+            own = [dataclasses.replace(p, template=str(i % 2)) for i, p in enumerate(own)]
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that ")) for p in own[:-1]]
+        prompts.append(dataclasses.replace(own[-1], counterpart=""))
+    write_prompts(baseline / "prompts.jsonl", prompts)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+    write_members(train, "")
+
+    def make(unit, folder, **changes):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        patch = PatchConfig(
+            kinds=("resid_post", "attn_z"), dictionary="topk", top=3, placebo_targets=3, bootstrap=200, batch_rows=16
+        )
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), patch)
+        inputs = {"baseline": baseline, "train/topk": train}
+        return Run("patch", unit, tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
+
+    return make
+
+
+def assert_is_json(results):
+    assert from_json(stage.PatchResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+
+
+def test_sites_killed_and_resumed(make_run):
+    whole = make_run("resid_post", "whole")
+    results = stage.run_patch(whole)
+    assert_is_json(results)
+    first = results.behaviours["first"]
+    assert first.pairs.prompts + sum(first.pairs.left_out.values()) == 8 and first.pairs.left_out["no counterpart"] == 1
+    grid = stage.PatchGrid.load(stage.PatchGrid.file(whole.folder, "first"))
+    for direction, best in first.strongest.items():
+        place = (grid.direction == direction) & (grid.layer == best.layer) & (grid.position == best.position)
+        assert grid.effect[place] == pytest.approx(best.effect.mean) and best.effect.mean != best.train_effect
+        assert best.p_value <= best.p_holm <= 1
+    assert [column.position for column in first.columns] == sorted(set(grid.position.tolist()))
+
+    folder = whole.folder.parent / "stopped"
+    with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
+        stage.run_patch(make_run("resid_post", "stopped", stopping=lambda: (folder / "first.json").exists()))
+    assert stage.run_patch(make_run("resid_post", "stopped")) == results
+
+
+def test_heads_are_patched_at_all_positions_together(make_run):
+    run = make_run("attn_z", "heads")
+    results = stage.run_patch(run)
+    assert_is_json(results)
+    assert results.positions == "all"
+    grid = stage.PatchGrid.load(stage.PatchGrid.file(run.folder, "second"))
+    assert set(grid.head.tolist()) == {0, 1, 2, 3} and np.isnan(grid.position.astype(float)).all()
+    assert all(
+        best.head is not None and best.position is None for best in results.behaviours["first"].strongest.values()
+    )
+
+
+def test_features(make_run):
+    run = make_run("topk", "features")
+    results = stage.run_patch(run)
+    assert_is_json(results)
+    assert (results.dictionary, results.site, results.k) == ("topk", "resid_post.1", 3)
+    for name, entry in results.behaviours.items():
+        verdict, table = results.verdict.dictionaries[TESTED][name], load_effects(run.folder / f"{name}-effects")
+        # Noising is what the effects table has of the same edits, measured by another call.
+        drop_P = table.clean_values(table.select_prompts(name), "logit_diff")
+        drop_P = (
+            drop_P - table.values(table.select_edits(name, "top")[-1:], table.select_prompts(name), "logit_diff")[0]
+        )
+        assert entry.removed.mean == pytest.approx(drop_P.mean(), abs=1e-6)
+        assert verdict.features == entry.features
+        # Four behaviours' worth of random sets are not to be had from 160 features.
+        assert verdict.random.answer in ("not testable", "no", "yes") and verdict.selective.answer == "not tested"
+
+
+def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_run):
+    run = make_run("topk", "some")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    prompts = read_prompts(path)
+    write_prompts(path, [p for p in prompts if (p.behaviour, p.split) != ("first", "train")])
+    results = stage.run_patch(run)
+    assert list(results.behaviours) == ["second"] and "no train prompts" in results.unpatched["first"]
+    # Sites need no train prompts, but without them no place is the strongest.
+    results = stage.run_patch(make_run("resid_post", "sites"))
+    assert results.behaviours["first"].strongest == {} and len(results.behaviours["second"].strongest) == 2
+    assert results.unpatched == {}
+
+    write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
+    with pytest.raises(UserError, match=r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart"):
+        stage.run_patch(make_run("resid_post", "none"))
+
+
+def test_an_unknown_behaviour_is_refused(make_run):
+    with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):
+        stage.run_patch(changed(make_run("resid_post", "refused"), behaviours=("third",)))

@@ -1,0 +1,273 @@
+"""Activation patching: against a plain loop with PyTorch hooks, and effects that are known by construction."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import saejax
+from saejax.errors import UserError
+from saejax.interventions.edits import ActivationReplacement
+from saejax.interventions.engine_programs import first_change, gather
+from saejax.interventions.patch_run import PatchGrid, find_strongest
+from saejax.interventions.patching import (
+    DIRECTIONS,
+    PatchEffects,
+    count_heads,
+    fitting_pairs,
+    patch_features,
+    patch_sites,
+)
+from saejax.interventions.split_model import PROMPTS, SplitModel
+from saejax.statistics.bootstrap import resampling_weights
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny, prompts):
+    """Prompts whose counterpart is another prompt of as many tokens."""
+    lengths = tiny.tokenize([prompt.text for prompt in prompts]).lengths_B.tolist()
+    others = {length: prompts[p] for p, length in enumerate(lengths)}
+    paired = [
+        dataclasses.replace(prompt, counterpart=others[length].text)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    different = [pair for pair in paired if pair.counterpart != pair.text]
+    assert len(different) >= 3
+    return different[:4]
+
+
+def hooked(model, tiny, text, pair, module, change=None):
+    """Return the logit difference in fp64 and the output of a module, which ``change`` may replace."""
+    seen = []
+
+    def hook(module, inputs, output):
+        value = output[0] if isinstance(output, tuple) else output
+        seen.append(value.detach().clone())
+        if change is not None:
+            value = change(value.clone())
+        return (value, *output[1:]) if isinstance(output, tuple) else value
+
+    ids_T = tiny.tokenize([text]).ids_BxT[0].tolist()
+    handle = module.register_forward_hook(hook)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([ids_T])).logits[0, -1]
+    handle.remove()
+    return float(logits_V[tiny.token_id(pair.correct)] - logits_V[tiny.token_id(pair.wrong)]), seen[0]
+
+
+def module_of(model, kind, layer):
+    """Return the module whose output is the site; of attn_z, of which it is the input, a module that passes it on."""
+    block = model.model.layers[layer]
+    if kind == "attn_z" and not isinstance(block.self_attn.o_proj, torch.nn.Sequential):
+        block.self_attn.o_proj = torch.nn.Sequential(torch.nn.Identity(), block.self_attn.o_proj)
+    attention = block.self_attn
+    modules = dict(resid_post=block, mlp_out=block.mlp, attn_out=attention, attn_q=attention.q_proj)
+    modules |= dict(attn_k=attention.k_proj, attn_v=attention.v_proj)
+    return attention.o_proj[0] if kind == "attn_z" else modules[kind]
+
+
+def sources(pair):
+    """Yield the place of each direction, and the texts of its base and its source run."""
+    return ((0, pair.counterpart, pair.text), (1, pair.text, pair.counterpart))
+
+
+@pytest.mark.parametrize("kind", ["resid_post", pytest.param("mlp_out", marks=pytest.mark.slow)])
+def test_positions_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
+    patched = patch_sites(tiny, kind, pairs)
+    compared = 0
+    for (p, pair), layer in itertools.product(enumerate(pairs[:2]), (0, 3)):
+        module = module_of(tiny_torch, kind, layer)
+        for direction, base, source in sources(pair):
+            _, other_1xTxD = hooked(tiny_torch, tiny, source, pair, module)
+            for back in range(1, other_1xTxD.shape[1] + 1):
+
+                def change(value, back=back, other=other_1xTxD):
+                    value[0, -back] = other[0, -back]
+                    return value
+
+                wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
+                np.testing.assert_allclose(patched.diff_DxLxHxPxC[direction, layer, 0, p, -back], wanted, atol=2e-5)
+                compared += 1
+    assert compared > 30 and np.nanmax(np.abs(patched.effect_DxLxHxPxC)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "kind", ["attn_q", "attn_v", *(pytest.param(k, marks=pytest.mark.slow) for k in ("attn_k", "attn_z"))]
+)
+def test_heads_equal_a_plain_loop_with_torch_hooks(tiny, tiny_torch, pairs, kind):
+    patched = patch_sites(tiny, kind, pairs, "-4:", layers=[1, 3])
+    heads = count_heads(tiny.config, kind)
+    assert patched.diff_DxLxHxPxC.shape == (2, 2, heads, len(pairs), 1)
+    for (place, layer), head, (p, pair) in itertools.product(enumerate((1, 3)), range(heads), enumerate(pairs[:2])):
+        module, width = module_of(tiny_torch, kind, layer), tiny.config.d_head
+        for direction, base, source in sources(pair):
+            _, other_1xTxW = hooked(tiny_torch, tiny, source, pair, module)
+
+            def change(value, head=head, width=width, other=other_1xTxW):
+                own = slice(head * width, (head + 1) * width)
+                value[0, -4:, own] = other[0, -4:, own]
+                return value
+
+            wanted, _ = hooked(tiny_torch, tiny, base, pair, module, change)
+            np.testing.assert_allclose(patched.diff_DxLxHxPxC[direction, place, head, p, 0], wanted, atol=2e-5)
+    assert np.abs(patched.effect_DxLxHxPxC).max() > 1e-3
+
+
+def test_heads_at_each_position_add_up_in_shape(tiny, pairs):
+    patched = patch_sites(tiny, "attn_z", pairs[:2], layers=[3])
+    lengths = tiny.tokenize([pair.text for pair in pairs[:2]]).lengths_B
+    assert patched.diff_DxLxHxPxC.shape == (2, 1, tiny.config.n_heads, 2, lengths.max())
+    # What a head writes at an earlier position of the last layer reaches no other position.
+    earlier = patched.effect_DxLxHxPxC[..., :-1]
+    np.testing.assert_allclose(earlier[~np.isnan(earlier)], 0, atol=1e-5)
+
+
+def test_all_positions_together_equal_the_other_run(tiny, pairs):
+    patched = patch_sites(tiny, "resid_pre", pairs, "all", layers=[2])
+    np.testing.assert_allclose(patched.diff_DxLxHxPxC[0, 0, 0, :, 0], patched.clean_P, atol=1e-5)
+    np.testing.assert_allclose(patched.diff_DxLxHxPxC[1, 0, 0, :, 0], patched.corrupted_P, atol=1e-5)
+
+
+def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(tiny, pairs):
+    same = [dataclasses.replace(pair, counterpart=pair.text) for pair in pairs]
+    patched = patch_sites(tiny, "resid_post", same)
+    effect = patched.effect_DxLxHxPxC
+    assert (effect[~np.isnan(effect)] == 0).all() and patched.rows == 0
+    grid = PatchGrid.of(patched, weights(len(same)))
+    assert np.isnan(grid.normalised).all() and (grid.effect == 0).all()
+
+
+def test_only_places_that_differ_are_run(tiny, pairs):
+    """Tokens before the first that differs are the same in both runs, in every layer."""
+    patched = patch_sites(tiny, "resid_post", pairs)
+    sides = [tiny.tokenize(texts).ids_BxT for texts in ([p.text for p in pairs], [p.counterpart for p in pairs])]
+    lengths_P = tiny.tokenize([pair.text for pair in pairs]).lengths_B
+    differing = sum(int(n - (a[:n] != b[:n]).argmax()) for a, b, n in zip(*sides, lengths_P, strict=True))
+    assert patched.rows <= 2 * tiny.config.n_layers * differing < patched.all_rows
+
+
+@pytest.mark.slow
+def test_one_prompt_small_batches_and_a_mesh_of_eight(tiny, tiny_llama, pairs):
+    wanted = patch_sites(tiny, "attn_out", pairs)
+    alone = patch_sites(tiny, "attn_out", pairs[:1], batch_rows=3)
+    length = alone.diff_DxLxHxPxC.shape[-1]
+    np.testing.assert_allclose(alone.diff_DxLxHxPxC[..., 0, :], wanted.diff_DxLxHxPxC[..., 0, -length:], atol=1e-5)
+    spread = patch_sites(saejax.load_model(str(tiny_llama)), "attn_out", pairs)
+    np.testing.assert_allclose(spread.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=1e-5)
+
+
+def test_a_pytorch_model_gives_the_same_and_refuses_heads(tiny, tiny_llama, pairs):
+    lm = saejax.load_model(str(tiny_llama), backend="torch", mesh=tiny.mesh)
+    wanted, found = (patch_sites(model, "mlp_out", pairs[:2], layers=[0, 3]) for model in (tiny, lm))
+    np.testing.assert_allclose(found.diff_DxLxHxPxC, wanted.diff_DxLxHxPxC, atol=2e-5)
+    with pytest.raises(UserError, match="heads"):
+        patch_sites(lm, "attn_z", pairs[:2])
+
+
+@pytest.mark.parametrize("site", ["resid_post.1", pytest.param("mlp_out.2", marks=pytest.mark.slow)])
+def test_features_equal_torch_hooks(tiny, plain, make_dictionary, pairs, site):
+    """Sets, and all features, in both directions; sinks and the error term stay those of the base run."""
+    dictionary = make_dictionary(site)
+    split = SplitModel(tiny, dictionary)
+    sets = [[3], [3, 50, 77, 120], list(range(dictionary.config.n_features))]
+    patched = patch_features(split, pairs, sets)
+    W_dec_FxD = np.asarray(dictionary.W_dec_FxD[...], np.float64)
+    for p, pair in enumerate(pairs[:2]):
+        runs = [plain(dictionary, pair), plain(dictionary, dataclasses.replace(pair, text=pair.counterpart))]
+        values = [run.clean() for run in runs]
+        f_2xTxF = [run.features(x_TxD) for run, x_TxD in zip(runs, values, strict=True)]
+        for direction, (base, source) in enumerate(((1, 0), (0, 1))):
+            fits_T = np.linalg.norm(values[base], axis=1) <= dictionary.config.max_norm
+            change_TxF = (f_2xTxF[source] - f_2xTxF[base]) * fits_T[:, None]
+            for s, members in enumerate(sets):
+                moved_TxD = torch.from_numpy(change_TxF[:, members] @ W_dec_FxD[members])
+                with torch.no_grad():
+                    wanted = float(runs[base].run(lambda x_1xTxD, moved_TxD=moved_TxD: x_1xTxD + moved_TxD))
+                np.testing.assert_allclose(patched.diff_DxSxP[direction, s, p], wanted, atol=2e-5)
+
+
+def test_memory_does_not_grow_with_prompts_times_features(tiny, make_dictionary):
+    """Activations of all features exist of ``PROMPTS`` prompts at a time, however many are patched."""
+    split = SplitModel(tiny, make_dictionary("resid_post.1"))
+    length, features, width = 16, split.dictionary.config.n_features, tiny.config.d_model
+    source = ActivationReplacement("counterpart")
+
+    def temporaries(prompts):
+        read_BxTxD = jax.ShapeDtypeStruct((prompts, length, width), np.float32)
+        domain_BxT = jax.ShapeDtypeStruct((prompts, length), bool)
+        arrays, chosen = [read_BxTxD, domain_BxT] * 2, jax.ShapeDtypeStruct((1,), np.int32)
+        programs = (
+            first_change.lower(split.point, split.dictionary, source, arrays),
+            gather.lower(split.point, split.dictionary, source, arrays, chosen, np.int32(prompts)),
+        )
+        return max(program.compile().memory_analysis().temp_size_in_bytes for program in programs)
+
+    more = 32 * PROMPTS * length
+    growth = temporaries(33 * PROMPTS) - temporaries(PROMPTS)
+    assert growth < more * features  # a quarter of float32 [B, T, F], in bytes
+
+
+def weights(prompts, resamples=300):
+    return resampling_weights(np.zeros(prompts), resamples, 0)
+
+
+def made_up(effect_LxC, prompts=30, seed=0) -> PatchEffects:
+    """Return effects of a whole site: denoising restores ``effect_LxC`` and, on each prompt, some noise."""
+    noise_LxPxC = np.random.default_rng(seed).normal(0, 3.0, (len(effect_LxC), prompts, effect_LxC.shape[1]))
+    denoised_LxPxC = effect_LxC[:, None, :] + noise_LxPxC - 1.0
+    diff = np.stack([denoised_LxPxC, 1.0 - noise_LxPxC])[:, :, None]
+    layers = tuple(range(len(effect_LxC)))
+    return PatchEffects("resid_post", layers, "each", np.ones(prompts), -np.ones(prompts), diff, 1, 1)
+
+
+def test_the_strongest_place_is_chosen_on_train_prompts():
+    """Of many places without effect the largest seems to have one, on the prompts that chose it."""
+    nothing = np.zeros((20, 12))
+    train, test = made_up(nothing, seed=1), made_up(nothing, seed=2)
+    best = find_strongest(test, train, weights(30))["denoising"]
+    mean_LxC = train.effect_DxLxHxPxC[0, :, 0].mean(axis=1)
+    assert best.train_effect == mean_LxC.max() == mean_LxC[best.layer, best.position]
+    effect_P = test.effect_DxLxHxPxC[0, best.layer, 0, :, best.position]
+    assert best.effect.mean == effect_P.mean() and best.effect.low <= 0 <= best.effect.high
+    assert best.p_value > 0.05 and best.head is None
+
+
+def test_a_grid_has_the_means_and_ratios_of_its_prompts(tmp_path):
+    patched = made_up(np.arange(12.0).reshape(3, 4), prompts=50)
+    patched.diff_DxLxHxPxC[:, :, :, :20, 0] = np.nan  # shorter prompts
+    grid = PatchGrid.of(patched, weights(50))
+    effect = patched.effect_DxLxHxPxC
+    np.testing.assert_allclose(grid.matrix("effect", "denoising"), np.nanmean(effect[0, :, 0], axis=1))
+    np.testing.assert_allclose(grid.matrix("normalised", "noising"), np.nanmean(effect[1, :, 0], axis=1) / 2)
+    assert (grid.low < grid.effect).all() and (grid.effect < grid.high).all()
+    assert grid.matrix("prompts", "noising")[0].tolist() == [30, 50, 50, 50]
+    grid.save(tmp_path / "grid.parquet")
+    loaded = PatchGrid.load(tmp_path / "grid.parquet")
+    np.testing.assert_array_equal(loaded.effect, grid.effect)
+    assert set(loaded.direction) == set(DIRECTIONS) and np.isnan(loaded.head.astype(float)).all()
+
+
+def test_one_prompt_is_not_normalised_and_not_tested():
+    patched = made_up(np.ones((2, 3)), prompts=1)
+    grid = PatchGrid.of(patched, None)
+    assert np.isnan(grid.low).all() and np.isnan(grid.normalised).all() and np.isfinite(grid.effect).all()
+    assert find_strongest(patched, patched, None)["noising"].p_value is None
+
+
+def test_what_cannot_be_patched_is_refused_in_a_line(tiny, pairs):
+    longer = dataclasses.replace(pairs[0], counterpart=pairs[0].text + " and so on")
+    fitting, left_out = fitting_pairs(tiny, [longer, dataclasses.replace(longer, counterpart="")], longer.split)
+    assert not fitting and left_out == {"no counterpart": 1, "other length": 1}
+    with pytest.raises(UserError, match="another number of tokens"):
+        patch_sites(tiny, "resid_post", [longer])
+    with pytest.raises(UserError, match="kind of site"):
+        patch_sites(tiny, "resid", pairs)
+    with pytest.raises(UserError, match="there is no site"):
+        patch_sites(tiny, "resid_post", pairs, layers=[99])
+    with pytest.raises(UserError, match="positions"):
+        patch_sites(tiny, "resid_post", pairs, "first")
+    with pytest.raises(UserError, match="no test prompt has a counterpart"):
+        saejax.patch(tiny, [dataclasses.replace(longer, split="test")])

@@ -1,0 +1,424 @@
+"""Linear probes: what they find, what chance gives, whether the model uses it; and the stage end to end."""
+
+import dataclasses
+import importlib.resources
+import json
+
+import numpy as np
+import pytest
+from runs import changed, write_members
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from saejax.dictionaries import Dictionary, save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.files import write_lines
+from saejax.interventions import probe_run as stage
+from saejax.interventions.edits import mask
+from saejax.interventions.engine import effects
+from saejax.interventions.probing import (
+    ProbeTask,
+    ablation_on_prompts,
+    ablation_on_references,
+    choose_strength,
+    fit_probe,
+    match_firing_rates,
+    mean_differences,
+    paired_difference,
+    permutation_p,
+    pool_inputs,
+    run_probes,
+    select_inputs,
+)
+from saejax.interventions.references import Reference
+from saejax.interventions.split_model import SplitModel
+from saejax.results import Interval, from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
+from saejax.settings import PROBE_LABELS, MeshConfig, ModelConfig, ProbeConfig, TaskConfig
+from saejax.tasks.behaviours import Prompt, PromptScore, write_prompts
+from saejax.tasks.labels import LABELS, label_prompts
+from saejax.tasks.likelihood import encode_pair
+
+CONFIG = ProbeConfig(strengths=(0.01, 1.0), sparse=(1, 2), shuffles=4, permutations=200, folds=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threadpool_limits(1):
+        yield
+
+
+def make_task(inputs=40, train=120, test=60, classes=2, seed=0, planted=True) -> ProbeTask:
+    """Return sparse inputs; where planted, the class says which of inputs 3 and 8 fire (of two: how strongly)."""
+    rng = np.random.default_rng(seed)
+    class_N = np.arange(train + test) % classes if planted else rng.integers(classes, size=train + test)
+    x_NxC = rng.exponential(size=(train + test, inputs)) * (rng.random((train + test, inputs)) < 0.3)
+    x_NxC[:, 5] = 0.0  # never fires
+    if planted:
+        x_NxC[:, 3] = 2.0 * (class_N % 2) + 0.7 * rng.normal(size=train + test)
+        x_NxC[:, 8] = 2.0 * (class_N >= classes / 2) + 0.7 * rng.normal(size=train + test)
+    return ProbeTask(x_NxC[:train], class_N[:train], x_NxC[train:], class_N[train:])
+
+
+def test_sparse_probes_find_the_planted_inputs():
+    (one, two, full), _ = zip(*run_probes(make_task(classes=4), CONFIG, [1]), strict=True)
+    assert (one.k, two.k, full.k) == (1, 2, None)
+    assert set(two.inputs) == {3, 8} and one.inputs == two.inputs[:1] and full.inputs is None
+    # Two independent bits, each read with an error rate of P(z > 1 / 0.7), 7.7 %: 85 % are right.
+    assert two.accuracy.low < 0.852 < two.accuracy.high
+    wilson = binomtest(round(60 * two.accuracy.mean), 60).proportion_ci(method="wilson")
+    assert (two.accuracy.low, two.accuracy.high) == pytest.approx((wilson.low, wilson.high))
+    assert one.accuracy.mean < 0.6 < two.accuracy.mean
+    assert two.p_value == 1 / 201
+    assert two.shuffled.high < 0.5 and two.control.mean < 0.5 and full.control is None
+    assert two.balanced_accuracy == pytest.approx(two.accuracy.mean, abs=0.1)
+
+
+def test_random_labels_are_not_read():
+    """Rejections at 10 % are no more frequent than that, and the mean accuracy is that of guessing."""
+    rng, p, accuracy = np.random.default_rng(3), [], []
+    for seed in range(150):
+        task = make_task(inputs=12, train=40, test=30, seed=seed, planted=False)
+        answer_M = fit_probe(task, 2, 0.1).class_M
+        p.append(permutation_p(answer_M, task.test_class_M, 200, rng))
+        accuracy.append((answer_M == task.test_class_M).mean())
+    assert binomtest(int((np.array(p) <= 0.1).sum()), len(p), 0.1, alternative="greater").pvalue > 0.01
+    assert 0.3 < np.mean(p) < 0.85  # not all at one end
+    assert np.mean(accuracy) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_the_full_probe_is_that_of_a_plain_pipeline(classes):
+    """The plain one sees all inputs, and scales them without centring."""
+    task = make_task(inputs=200, train=80, classes=classes)
+    for strength in (1e-3, 1.0):
+        plain = make_pipeline(
+            StandardScaler(with_mean=False), LogisticRegression(C=strength, tol=1e-9, max_iter=20_000)
+        ).fit(task.train_NxC, task.train_class_N)
+        np.testing.assert_array_equal(fit_probe(task, None, strength).class_M, plain.predict(task.test_MxC))
+
+
+def test_the_penalty_is_chosen_on_train_prompts():
+    strong, weak = 1e-4, 1.0
+    config = dataclasses.replace(CONFIG, strengths=(weak, strong))
+    assert choose_strength(make_task(), None, config, 0) == weak
+    assert choose_strength(make_task(planted=False), None, config, 0) == strong
+    task = make_task()
+    upside_down = dataclasses.replace(task, test_class_M=1 - task.test_class_M, test_MxC=-task.test_MxC)
+    assert [row.strength for row, _ in run_probes(task, config, [1])] == [
+        row.strength for row, _ in run_probes(upside_down, config, [1])
+    ]
+
+
+def test_differences_of_class_means():
+    for classes, size in ((2, np.abs), (4, np.array)):
+        task = make_task(classes=classes)
+        for k, ours_C in enumerate(mean_differences(task.train_NxC, task.train_class_N)):
+            own = task.train_class_N == k
+            theirs_C = task.train_NxC[own].mean(axis=0) - task.train_NxC[~own].mean(axis=0)
+            np.testing.assert_allclose(ours_C, size(theirs_C), atol=1e-12)
+    assert select_inputs(make_task(), 1).tolist() in ([3], [8])
+    # In units of the input: one that varies a lot comes before one that says more.
+    loud = dataclasses.replace(make_task(), train_NxC=make_task().train_NxC * np.where(np.arange(40) == 0, 1e3, 1.0))
+    assert select_inputs(loud, 1).tolist() == [0]
+
+
+def test_differences_are_paired_by_prompt():
+    right_M, other_M = np.array([True] * 8 + [False] * 2), np.array([False] * 2 + [True] * 8)
+    gap = paired_difference(right_M, other_M, 0)
+    assert gap.mean == 0 and gap.low < 0 < gap.high
+    assert paired_difference(right_M, right_M, 0) == Interval(0.0, 0.0, 0.0)
+
+
+def test_every_class_gets_an_input():
+    """Inputs 0 to 5 all say class 0, one each the other classes, and less clearly."""
+    class_N = np.arange(90) % 3
+    noise_NxC = np.random.default_rng(0).normal(size=(90, 12))
+    shift_NxC = np.zeros((90, 12))
+    shift_NxC[:, :6], shift_NxC[:, 8], shift_NxC[:, 11] = (class_N == 0)[:, None], class_N == 1, class_N == 2
+    x_NxC = noise_NxC + shift_NxC * np.where(np.arange(12) < 6, 30.0, 6.0)
+    chosen = select_inputs(ProbeTask(x_NxC, class_N, x_NxC, class_N), 3)
+    assert chosen[0] < 6 and set(chosen[1:]) == {8, 11}
+
+
+def _prompt(i: int, split: str, correct: str, behaviour: str = "sums") -> Prompt:
+    return Prompt(behaviour, split, f"{split} {i}", correct, " x", "", "", ())
+
+
+def test_labels():
+    assert tuple(LABELS) == PROBE_LABELS
+    train = [_prompt(i, "train", answer) for i, answer in enumerate(["7"] * 6 + ["8"] * 5 + ["9"] * 4)]
+    prompts = [*train, _prompt(0, "test", "8"), _prompt(1, "test", "9"), _prompt(2, "test", "7")]
+    prompts += [_prompt(i, "train", " are" if i % 2 else " is", "verbs") for i in range(10)]
+    diffs = [1.0] * 5 + [-1.0] * 13 + [2.0] * 10
+    sums, verbs = label_prompts("answer", prompts, diffs)
+    assert (sums.name, sums.classes, sums.left_out) == ("answer-sums", {"7": (6, 1), "8": (5, 1)}, {"9": 5})
+    assert sums.train_N.tolist() == list(range(11)) and sums.test_M.tolist() == [15, 17]
+    assert sums.train_class_N.tolist() == [0] * 6 + [1] * 5 and sums.test_class_M.tolist() == [1, 0]
+    assert verbs.reason == "no test prompt is of a class with 5 train prompts" and not len(verbs.train_N)
+    parity = label_prompts("parity", prompts, diffs)
+    assert parity[0].classes == {"odd": (10, 2), "even": (5, 1)}
+    assert parity[1].reason == "no prompt has such a label" and parity[1].unlabelled == 10
+    assert label_prompts("number", prompts, diffs)[0].unlabelled == 18
+    right, always = label_prompts("correct", prompts, diffs)
+    assert right.classes == {"wrong": (10, 3), "right": (5, 0)}
+    assert always.reason == "fewer than two classes with 5 train prompts: right 10"
+    (every,) = label_prompts("behaviour", prompts, diffs)
+    assert every.name == "behaviour" and every.classes == {"sums": (15, 3), "verbs": (10, 0)}
+
+
+def test_the_noun_beside_the_verb_does_not_say_the_subjects_number():
+    """As the prompts are, that noun gives every number away; a probe of nothing but that noun must be guessing."""
+    words = json.loads((importlib.resources.files("saejax.tasks") / "data" / "behaviours.json").read_text("utf-8"))
+    nouns = list(words["nouns"].items())[:20]
+    prompts = []
+    for i in range(100):  # as they are in the behaviour: the other noun has the other number
+        (subject, beside), plural = (nouns[i % 20], nouns[(7 * i + 3) % 20]), i % 2
+        text = f"Everyone knows that the {subject[plural]} near the {beside[1 - plural]}"
+        split, verb = "train" if i < 80 else "test", " are" if plural else " is"
+        prompts.append(Prompt("agreement", split, text, verb, " x", items=(subject[0], beside[0])))
+
+    def beside_is_plural(some):
+        return np.array([prompt.text.split()[-1] in words["nouns"].values() for prompt in some])
+
+    assert (beside_is_plural(prompts) == [prompt.correct == " is" for prompt in prompts]).all()
+    (label,) = label_prompts("number", prompts, [1.0] * len(prompts))
+    assert label.classes == {"plural": (40, 10), "singular": (40, 10)} and label.congruent == 50
+    beside_N = beside_is_plural(label.prompts)
+    for places, class_N in ((label.train_N, label.train_class_N), (label.test_M, label.test_class_M)):
+        assert beside_N[places][class_N == 0].mean() == beside_N[places][class_N == 1].mean() == 0.5
+    task = ProbeTask(
+        beside_N[label.train_N, None] * 1.0,
+        label.train_class_N,
+        beside_N[label.test_M, None] * 1.0,
+        label.test_class_M,
+    )
+    assert (fit_probe(task, 1, 1.0).class_M == task.test_class_M).mean() == 0.5
+    # Subjects and what is right stay; other behaviours and prompts of one's own are left as they are.
+    for old, new in zip(prompts, label.prompts, strict=True):
+        assert (new.correct, new.text.split()[:5]) == (old.correct, old.text.split()[:5])
+    own = [dataclasses.replace(prompt, items=()) for prompt in prompts]
+    assert label_prompts("number", own, [1.0] * 100)[0].prompts == tuple(own)
+    assert label_prompts("answer", prompts, [1.0] * 100)[0].prompts == tuple(prompts)
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, make_dictionary, make_prompt):
+    baseline, train = tmp_path / "baseline", tmp_path / "train" / "topk"
+    baseline.mkdir()
+    prompts = [
+        make_prompt(i, "train" if i < 14 else "test", behaviour) for behaviour in ("first", "second") for i in range(22)
+    ]
+    scores = [PromptScore(logit_diff=1.0, top1=True, counterpart_logit_diff=None)] * len(prompts)
+    write_prompts(baseline / "prompts.jsonl", prompts, scores)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+    write_members(train, "")
+
+    def make(name, **changes):
+        (tmp_path / name).mkdir(exist_ok=True)
+        said = []
+        probes = dataclasses.replace(CONFIG, labels=("answer", "correct"), shuffles=2)
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), probes)
+        inputs = {"baseline": baseline, "train/topk": train}
+        return Run("probe", "topk", tmp_path / name, configs, inputs, say=said.append, **changes), said
+
+    return make
+
+
+def test_the_stage_end_to_end_killed_and_resumed(make_run):
+    whole, said = make_run("whole")
+    results = stage.run_probe(whole)
+    assert from_json(stage.ProbeResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    assert (results.dictionary, results.site, results.pool) == ("topk", "resid_post.1", "last")
+    answer, again, first, second = results.labels
+    assert (answer.label, answer.behaviour) == ("answer", "first") and again.behaviour == "second"
+    assert answer.classes == {"runs": dict(train=7, test=4), "the": dict(train=7, test=4)}
+    assert [(row.input, row.k) for row in answer.probes] == [
+        (name, k) for name in ("features", "raw") for k in (1, 2, None)
+    ]
+    for label in (first, second):
+        assert label.reason == "fewer than two classes with 5 train prompts: right 14" and not label.probes
+    assert any("correct-first (3 of 4): no probe: fewer than two classes" in line for line in said)
+
+    dense = answer.probes[-1]
+    for probe in answer.probes[:-1]:
+        assert probe.against_dense.mean == pytest.approx(probe.accuracy.mean - dense.accuracy.mean)
+    assert dense.against_dense is None
+    assert answer.selected.k == 2 and answer.selected.readout == "logit difference"
+    assert [each.feature for each in answer.selected.features] == list(answer.probes[1].inputs)
+
+    folder = whole.folder.parent / "stopped"
+    stopped, _ = make_run("stopped", stopping=lambda: (folder / "answer-first.json").exists())
+    with pytest.raises(Interrupted, match="answer-second .2 of 4.: stopped"):
+        stage.run_probe(stopped)
+    assert not (folder / "answer-second.json").exists()
+    resumed, said = make_run("stopped")
+    assert stage.run_probe(resumed) == results
+    assert said[0] == "probe: kept from an earlier run: answer-first"
+
+
+@pytest.mark.parametrize(
+    "pool,site,target",
+    [
+        ("last", "resid_post.1", None),
+        ("max", "resid_post.1", None),
+        ("mean", "resid_post.1", None),
+        ("max", "mlp_in.1", "mlp_out.1"),  # a transcoder reads its input
+    ],
+)
+def test_inputs_are_pooled_over_the_positions_that_are_read(tiny, make_dictionary, prompts, plain, pool, site, target):
+    dictionary = make_dictionary(site)
+    if target:
+        config = dataclasses.replace(dictionary.config, target=target, centred=False)
+        dictionary = Dictionary(config, **dictionary.arrays | dict(b_dec_D=np.zeros(config.d_in, np.float32)))
+    pooled, read_N = pool_inputs(SplitModel(tiny, dictionary), prompts, pool)
+    tokens = tiny.tokenize([prompt.text for prompt in prompts])
+    x_NxTxD = np.asarray(tiny(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site], np.float64)
+    for n, length in enumerate(tokens.lengths_B):
+        x_TxD = x_NxTxD[n, :length]
+        positions = np.flatnonzero(np.linalg.norm(x_TxD, axis=1) <= dictionary.config.max_norm)
+        positions = positions[positions == length - 1] if pool == "last" else positions
+        assert read_N[n] == bool(len(positions))
+        f_TxF = plain(dictionary, prompts[n]).features(x_TxD)
+        for found_C, plain_TxC in ((pooled["features"][n], f_TxF), (pooled["raw"][n], x_TxD)):
+            some_PxC = plain_TxC[positions] if len(positions) else np.zeros((1, plain_TxC.shape[1]))
+            wanted_C = some_PxC.max(axis=0) if pool == "max" else some_PxC.mean(axis=0)
+            np.testing.assert_allclose(found_C, wanted_C, atol=2e-4)
+    assert not read_N.all() or pool != "last"
+
+
+def test_what_is_refused(make_run, tiny, make_dictionary, prompts):
+    dictionary = make_dictionary("resid_post.1")
+    broken = {**dictionary.arrays, "b_enc_F": dictionary.arrays["b_enc_F"].at[7].set(np.nan)}
+    with pytest.raises(UserError, match="feature 7 has an activation that is not finite"):
+        pool_inputs(SplitModel(tiny, Dictionary(dictionary.config, **broken)), prompts, "max")
+    run, _ = make_run("refused")
+    run = changed(run, labels=("verb",))
+    with pytest.raises(UserError, match="unknown label 'verb': expected one of behaviour, answer, parity"):
+        stage.run_probe(run)
+    run, _ = make_run("refused")
+    run = changed(run, strengths=())
+    with pytest.raises(UserError, match=r"--probe.strengths is empty"):
+        stage.run_probe(run)
+    run, _ = make_run("refused")
+    path = run.inputs["baseline"] / "prompts.jsonl"
+    write_prompts(path, prompts)
+    with pytest.raises(UserError, match=r"line 1 of .* is not a prompt with its scores"):
+        stage.run_probe(run)
+    write_prompts(path, [])
+    with pytest.raises(UserError, match=r"has no train prompts: run the stage baseline again"):
+        stage.run_probe(run)
+
+
+def test_scores_are_those_of_sklearn():
+    task = make_task(classes=2)
+    ((two, right_M),) = [row for row in run_probes(task, CONFIG, [1]) if row[0].k == 2]
+    answers = fit_probe(task, 2, two.strength)
+    assert two.auc == pytest.approx(roc_auc_score(task.test_class_M, answers.score_M)) and two.auc > 0.9
+    assert two.f1 == pytest.approx(f1_score(task.test_class_M, answers.class_M, average="macro"))
+    assert two.accuracy.mean == right_M.mean() and two.control_p <= 0.2 and two.p_holm == two.p_value
+    assert all(row.auc is None for row, _ in run_probes(make_task(classes=4), CONFIG, [1]))
+    alone = dataclasses.replace(make_task(), test_class_M=np.zeros(60, int))  # one class among test prompts
+    assert all(row.auc is None and 0 <= row.f1 <= 1 for row, _ in run_probes(alone, CONFIG, [1]))
+
+
+def test_controls_of_features_fire_as_often():
+    """Features that hardly fire say nothing of a label: they are no control of one that fires often."""
+    rng = np.random.default_rng(0)
+    active_F = np.concatenate([rng.integers(0, 6, 200), rng.integers(50, 70, 40)])
+    for _ in range(50):
+        matched = match_firing_rates(active_F, [200, 210, 220], rng)
+        assert len(set(matched.tolist()) - {200, 210, 220}) == 3 and (active_F[matched] >= 50).all()
+    assert match_firing_rates(np.array([3, 4]), [0, 1], rng).tolist() == []
+    # Of 60 inputs 20 are active on half of the prompts, more often in one class; the others on hardly any prompt.
+    class_N = np.arange(160) % 2
+    rate_NxC = np.where(np.arange(60)[None, :] < 40, 0.02, np.where(class_N == 1, 0.8, 0.2)[:, None])
+    x_NxC = np.where(rng.random((160, 60)) < rate_NxC, 1.0, 0.0)
+    task = ProbeTask(x_NxC[:100], class_N[:100], x_NxC[100:], class_N[100:])
+    fit = next(run_probes(task, dataclasses.replace(CONFIG, sparse=(1,), shuffles=20), [3]))[0]
+    assert fit.inputs[0] >= 40 and fit.control.low > 0.6  # those of most inputs would be those of guessing
+
+
+def test_raw_controls_are_random_directions():
+    rng = np.random.default_rng(0)
+    class_N = np.arange(200) % 2
+    direction_C = rng.normal(size=20)
+    x_NxC = rng.normal(size=(200, 20)) + 3 * class_N[:, None] * direction_C / np.linalg.norm(direction_C)
+    task = ProbeTask(x_NxC[:120], class_N[:120], x_NxC[120:], class_N[120:])
+    config = dataclasses.replace(CONFIG, sparse=(20,), shuffles=3)
+    fit, _ = next(run_probes(task, config, [1], "raw"))
+    # As many directions as there are dimensions span all of them.
+    assert fit.control.mean == pytest.approx(fit.accuracy.mean, abs=0.05)
+
+
+def test_effects_of_selected_features_equal_a_hook(tiny, make_dictionary, prompts, plain):
+    dictionary = make_dictionary("resid_post.1")
+    drop_SxP = ablation_on_prompts(SplitModel(tiny, dictionary), prompts[:3]).measure_drop([3, 50])
+    for p, prompt in enumerate(prompts[:3]):
+        run = plain(dictionary, prompt)
+        for s, feature in enumerate((3, 50)):
+            assert drop_SxP[s, p] == pytest.approx(run.ablated([]) - run.ablated([feature]), abs=2e-5)
+
+
+def test_p_values_are_corrected_and_sentences_say_what_was_tested():
+    fit = next(run_probes(make_task(), CONFIG, [1]))[0]
+    features = (
+        stage.SelectedFeature(3, Interval(1.0, 0.5, 1.5), 0.01, 0.01),
+        stage.SelectedFeature(8, Interval(0.1, -0.1, 0.3), 0.3, 0.3),
+    )
+    labels = []
+    for number, matched in enumerate(((0.2, 1.2), ())):
+        selected = stage.SelectedFeatures(2, "logit difference", features, matched, "")
+        probe = dataclasses.replace(fit, p_value=(0.01, 0.04)[number])
+        labels.append(stage.ProbedLabel("answer", "b", None, {}, {}, 0, 0, 0, (probe,), selected))
+    first, second = stage.correct(labels)
+    assert [label.probes[0].p_holm for label in (first, second)] == pytest.approx([0.02, 0.04])
+    assert [each.p_holm for each in first.selected.features] == pytest.approx([0.04, 0.6])
+    assert first.selected.sentence == (
+        "Of 2 features that the probe selects, 1 changes the logit difference significantly when ablated alone, 1 of "
+        "them lowering it. The largest drop is 1.00 logits (feature 3); 1 of 2 features of similar firing rate have "
+        "one at least as large."
+    )
+    assert "no features of similar firing rate to compare with" in second.selected.sentence
+
+
+def test_effects_on_reference_answers_are_those_of_the_engine(tiny, make_dictionary, prompts):
+    dictionary, some = make_dictionary("resid_post.1"), prompts[:3]
+    references = [Reference(*encode_pair(tiny.tokenizer, prompt.text, prompt.correct)) for prompt in some]
+    drop_SxP = ablation_on_references(SplitModel(tiny, dictionary), references).measure_drop([3, 50])
+    value_SxP = effects(tiny, some, mask(dictionary, [[], [3], [50]]), ["answer_log_prob"])[..., 0]
+    np.testing.assert_allclose(drop_SxP, value_SxP[:1] - value_SxP[1:], atol=1e-5)
+    assert np.abs(drop_SxP).max() > 1e-3
+
+
+def test_questions_of_benchmarks_are_probed_and_ablated(tmp_path, make_run):
+    solution = "He buys <<3*4=12>>12 and then <<12-5=7>>7.\n#### 7"
+    items = tmp_path / "gsm8k.jsonl"
+    write_lines(items, [dict(question=f"What of {n}?", answer=solution) for n in range(40)])
+    run, _ = make_run("benchmarks")
+    task = TaskConfig(benchmarks=("gsm8k",), path=str(items), examples=40, shots=0)
+    unit = tmp_path / "benchmark"
+    unit.mkdir()
+    rows = [
+        dict(id=item.id, task="", prompt=f"Q {n}", reference="7", output="7", finished="eos",
+             strict=dict(found=None, correct=False), flexible=dict(found="7", correct=n % 2 == 0))
+        for n, item in enumerate(stage.read_items("gsm8k", task))
+    ]  # fmt: skip
+    write_lines(unit / "items.jsonl", rows)
+    run = dataclasses.replace(run, configs=run.configs | task, inputs={**run.inputs, "benchmark/gsm8k": unit})
+    prompts, diffs = stage.read_benchmark_prompts(run, "benchmark/gsm8k")
+    assert [dict(p.labels) for p in prompts] == [
+        dict(correct="wrong" if n % 2 else "right", steps="2", operation="-") for n in range(40)
+    ]
+    assert [diff > 0 for diff in diffs] == [n % 2 == 0 for n in range(40)]
+    assert sorted(p.split for p in prompts) == ["test"] * 20 + ["train"] * 20
+    assert {p.behaviour for p in prompts} == {"gsm8k"}
+    *_, asked = stage.run_probe(changed(run, labels=("correct",))).labels
+    assert asked.behaviour == "gsm8k" and asked.reason is None and len(asked.probes) == 6
+    assert asked.selected.readout == "log-likelihood of the reference answer"
+    assert "nats" in asked.selected.sentence and len(asked.selected.features) == 2

@@ -1,0 +1,269 @@
+"""Steering against a hook in the HF model in fp64, directions and choices by hand, and the stage end to end."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from runs import save_corpus, write_members
+from scipy.special import log_softmax
+
+from saejax.dictionaries import save_dictionary
+from saejax.errors import Interrupted, UserError
+from saejax.interventions import steer_run as stage
+from saejax.interventions.answers import CausalAnswer
+from saejax.interventions.split_model import SplitModel
+from saejax.interventions.steering import (
+    AnswerSwap,
+    AnswerTexts,
+    SteeringChange,
+    choose_strength,
+    group_by_swap,
+    random_directions,
+    random_feature_vectors,
+    rise_on_text,
+    steer,
+    steering_change,
+)
+from saejax.interventions.text import HeldOutText
+from saejax.results import Interval, from_json, to_json
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run
+from saejax.settings import CorpusConfig, MeshConfig, ModelConfig, SteerConfig, TaskConfig
+from saejax.statistics.ranks import rank_p
+from saejax.tasks.behaviours import read_prompts, write_prompts
+
+
+@pytest.fixture(scope="module")
+def dictionary(make_dictionary):
+    return make_dictionary("resid_post.1")
+
+
+def make_changes(width):
+    rng = np.random.default_rng(0)
+    return [
+        SteeringChange(rng.normal(size=width)),
+        SteeringChange(None, (7, 50), np.array([1.5, 0.3])),
+        SteeringChange(),
+        SteeringChange(rng.normal(size=width)),
+    ]
+
+
+def plain_change(run, change):
+    """Return the change of a prompt's value by hand, fp64, not at sinks."""
+    W_dec_FxD = np.asarray(run.dictionary.W_dec_FxD[...], np.float64)
+
+    def changed(x_1xTxD):
+        x_TxD = x_1xTxD[0].numpy()
+        moved_TxD = np.zeros_like(x_TxD) + (0.0 if change.vector_D is None else np.float32(change.vector_D))
+        f_TxF = run.features(x_TxD)
+        for feature, value in zip(change.features, np.float32(change.values), strict=True):
+            moved_TxD += (value - f_TxF[:, feature])[:, None] * W_dec_FxD[feature]
+        editable_T = np.linalg.norm(x_TxD, axis=1) <= run.dictionary.config.max_norm
+        return x_1xTxD + torch.from_numpy(moved_TxD * editable_T[:, None])[None]
+
+    return changed
+
+
+def test_steered_prompts_equal_a_hook_in_fp64(tiny, dictionary, prompts, plain):
+    changes, some = make_changes(tiny.config.d_model), prompts[:5]
+    found = steer(tiny, SplitModel(tiny, dictionary), some, changes, batch_rows=8)
+    for s, change in enumerate(changes):
+        for p, prompt in enumerate(some):
+            with torch.no_grad():
+                wanted = float((run := plain(dictionary, prompt)).run(plain_change(run, change)))
+            assert found.diff_SxP[s, p] == pytest.approx(wanted, abs=2e-5), (s, p)
+    assert (found.norm_SxP[2] == 0).all() and (found.norm_SxP[[0, 1, 3]] > 0).any()
+
+
+def test_the_edit_for_generation_makes_the_same_change(tiny, dictionary, prompts):
+    some, split = prompts[:4], SplitModel(tiny, dictionary)
+    changes = make_changes(tiny.config.d_model)
+    found = steer(tiny, split, some, changes)
+    tokens = tiny.tokenize([prompt.text for prompt in some])
+    for s, change in enumerate(changes):
+        logits = np.asarray(tiny(tokens, edits=[change.edit(split.dictionary)]).logits_BxTxV)
+        last_PxV = logits[np.arange(4), tokens.last_B]
+        wanted = [v[tiny.token_id(p.correct)] - v[tiny.token_id(p.wrong)] for v, p in zip(last_PxV, some, strict=True)]
+        np.testing.assert_allclose(found.diff_SxP[s], wanted, atol=2e-5)
+
+
+def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
+    split, rng = SplitModel(tiny, dictionary), np.random.default_rng(1)
+    documents = [rng.integers(5, 200, size=n).tolist() for n in (7, 12, 2)]
+    changes = [SteeringChange(None, (3, 50), np.array([2.0, -1.0])), SteeringChange(None, (9,), np.array([4.0]))]
+    rise_SxN = rise_on_text(tiny, split, HeldOutText(documents), changes)
+    for n, ids in enumerate(documents):
+        tokens = dataclasses.replace(
+            tiny.tokenize(["x"]), ids_BxT=np.array([ids], np.int32), lengths_B=np.array([len(ids)])
+        )
+
+        def cross_entropy(edits, tokens=tokens, ids=ids):
+            logp = log_softmax(np.asarray(tiny(tokens, edits=edits).logits_BxTxV, np.float64)[0], axis=1)
+            return -np.mean([logp[t, token] for t, token in enumerate(ids[1:])])
+
+        for s, change in enumerate(changes):
+            wanted = cross_entropy([change.edit(split.dictionary)]) - cross_entropy([])
+            assert rise_SxN[s, n] == pytest.approx(wanted, abs=2e-5)
+
+
+def made_texts(answers, seed=0, features=30, width=8):
+    rng = np.random.default_rng(seed)
+    shapes = [(len(answers), width), (len(answers), width), (len(answers), features), (features, width)]
+    return AnswerTexts(np.array(answers), *(rng.normal(size=shape) for shape in shapes), norm=3.0)
+
+
+def test_changes_by_hand():
+    answers = np.array([5, 5, 7, 7, 7, 9, 5, 9])
+    texts, swap = made_texts(answers), AnswerSwap(5, 7)
+    assert texts.knows(swap) and not texts.knows(AnswerSwap(5, 9))
+    apart_D = texts.value_NxD[answers == 7].mean(axis=0) - texts.value_NxD[answers == 5].mean(axis=0)
+    change = steering_change(texts, "mean_difference", swap, [], 0.4)
+    np.testing.assert_allclose(change.vector_D, 0.4 * 3.0 * apart_D / np.linalg.norm(apart_D))
+    f_F = texts.f_NxF[answers == 7].mean(axis=0) - texts.f_NxF[answers == 5].mean(axis=0)
+    slope_D = (texts.slope_NxD[answers == 7].mean(axis=0) - texts.slope_NxD[answers == 5].mean(axis=0)) / 2
+    score_F = f_F * (texts.W_dec_FxD @ slope_D)
+    top = texts.top(swap, 3)
+    assert top == np.argsort(-score_F)[:3].tolist()
+    change = steering_change(texts, "add", swap, top, 0.2)
+    added_D = f_F[top] @ texts.W_dec_FxD[top]
+    np.testing.assert_allclose(change.vector_D, 0.2 * 3.0 * added_D / np.linalg.norm(added_D))
+    change = steering_change(texts, "clamp", swap, top, 2.0)
+    np.testing.assert_allclose(change.values, 2 * texts.f_NxF[answers == 7][:, top].mean(axis=0))
+    assert change.vector_D is None and not steering_change(texts, "add", swap, [], 0.2).vector_D.any()
+
+
+def test_controls_are_disjoint_of_equal_norm_and_without_the_top_features():
+    texts, swap = made_texts([0, 1] * 6), AnswerSwap(0, 1)
+    share_F = np.where(np.arange(30) < 20, 0.5, 0.01)  # the last ten fire too seldom
+    vectors = random_feature_vectors(texts, share_F, [0, 1, 2], 99, 456)
+    assert len(vectors) == 5 and [np.linalg.norm(vector_D) for vector_D in vectors] == pytest.approx([1.0] * 5)
+    # Features whose rows are independent say which of them a vector is made of.
+    own = dataclasses.replace(texts, W_dec_FxD=np.eye(30))
+    members = [np.flatnonzero(v).tolist() for v in random_feature_vectors(own, share_F, [0, 1, 2], 99, 456)]
+    drawn = {feature for each in members for feature in each}
+    assert [len(each) for each in members] == [3] * 5 and len(drawn) == 15 and drawn <= set(range(3, 20))
+    drawn = random_directions(texts, swap, 4, 456)
+    assert [np.linalg.norm(vector_D) for vector_D in drawn] == pytest.approx([1.0] * 4)
+
+
+def test_shuffled_directions_are_exchangeable_where_answers_mean_nothing():
+    """The direction of the true answers is then one more draw: p is at most a in a share a of worlds."""
+    swap, p_values = AnswerSwap(0, 1), []
+    for seed in range(300):
+        texts = made_texts([0, 1] * 6, seed)
+        true = steering_change(texts, "mean_difference", swap, [], 1 / 3.0).vector_D[0]
+        p_values.append(rank_p(true, np.array([vector_D[0] for vector_D in random_directions(texts, swap, 39, seed)])))
+    for level in (0.05, 0.1, 0.25):
+        assert np.mean(np.array(p_values) <= level) <= level + 3 * np.sqrt(level * (1 - level) / 300)
+
+
+def test_the_strength_that_turns_most_is_chosen_among_those_allowed():
+    diff_SxP = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, 1.0], [-1.0, -2.0, 1.0], [-1.0, -1.0, -1.0]])
+    assert choose_strength(diff_SxP, np.array([True, True, True, True])) == 3
+    assert choose_strength(diff_SxP, np.array([True, True, True, False])) == 2  # of equal ones the one that moves most
+    assert choose_strength(diff_SxP, np.zeros(4, bool)) == 0
+
+
+def judged(p_values, controls=99):
+    """Return the answers on behaviours whose method has these p-values."""
+    behaviours = {}
+    for number, p_value in enumerate(p_values):
+        effect = Interval(2.0, 1.0, 3.0)
+        point = stage.SteeringPoint(0.4, 3.0, effect, Interval(0.5, 0.4, 0.6), 0.2, None)
+        answer = CausalAnswer("not tested", "", effect, p_value)
+        numbers = (0.1, 1.5, 0.05) if p_value is not None else (None,) * 3
+        method = stage.SteeringMethod((point,), 0, "random features", controls, *numbers, answer, "")
+        behaviours[str(number)] = stage.BehaviourSteering(None, 9, {}, effect, "", "", dict(add=method), {})
+    return [each.methods["add"].answer for each in stage.judge(behaviours).values()]
+
+
+def test_answers_follow_the_rule():
+    assert [answer.answer for answer in judged([0.01, 0.01])] == ["yes", "yes"]
+    two = judged([0.01, 0.04])
+    assert two[0].p_holm == pytest.approx(0.02) and two[1].p_holm == pytest.approx(0.04)
+    assert judged([0.03, 0.03])[0].answer == "no"
+    few = judged([0.05, 0.05], controls=19)[0]
+    assert few.answer == "not testable" and few.sentence == "Not testable: 19 controls (random features) of 39 needed."
+    assert judged([None], controls=0)[0].answer == "not tested"
+
+
+CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12, bootstrap=200, batch_rows=16,
+                     text_documents=3)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
+    folder = tmp_path_factory.mktemp("inputs")
+    baseline, train = folder / "baseline", folder / "train" / "topk"
+    baseline.mkdir()
+    prompts = []
+    for behaviour in ("first", "second"):
+        own = [make_prompt(i, "train" if i < 24 else "test", behaviour) for i in range(48)]
+        own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
+               else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
+        prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
+                    for i, p in enumerate(own)]  # fmt: skip
+    write_prompts(baseline / "prompts.jsonl", prompts)
+    save_dictionary(train, make_dictionary("resid_post.1"))
+    write_members(train, "")
+    return {"baseline": baseline, "train/topk": train, "corpus": save_corpus(folder / "corpus.jsonl.gz")}
+
+
+@pytest.fixture
+def make_run(tmp_path, tiny_llama, inputs, two_devices):
+    def make(folder, config=CONFIG, **changes):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        corpus = CorpusConfig(path=str(inputs["corpus"]), held_out=0.3)
+        configs = Configs(ModelConfig(path=str(tiny_llama)), MeshConfig(), corpus, config, TaskConfig())
+        return Run("steer", "topk", tmp_path / folder, configs, inputs, say=lambda line: None, **changes)
+
+    return make
+
+
+def test_the_stage_killed_and_resumed(make_run):
+    whole = make_run("whole")
+    results = stage.run_steer(whole)
+    assert from_json(stage.SteerResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
+    for result in results.behaviours.values():
+        assert result.reason is None and result.prompts + sum(result.left_out.values()) == 24
+        assert list(result.methods) == ["add", "clamp", "mean_difference"]
+        for method in result.methods.values():
+            assert all(point.ce_rise.low <= point.ce_rise.mean <= point.ce_rise.high for point in method.points)
+            assert [point.strength for point in method.points] in ([0.1, 0.4], [1.0, 2.0, 4.0, 8.0])
+            assert method.answer.answer in ("not testable", "not tested")  # 12 controls of 39 at most
+    folder = shutil.copytree(whole.folder, whole.folder.parent / "stopped")
+    (folder / "second.json").unlink()
+    with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
+        stage.run_steer(make_run("stopped", stopping=lambda: True))
+    assert stage.run_steer(make_run("stopped")) == results
+
+
+def test_the_last_position_without_text(make_run):
+    config = dataclasses.replace(CONFIG, positions="last", text_documents=0, doses=(0.4,), prompts=6)
+    result = stage.run_steer(make_run("last", config)).behaviours["first"]
+    assert result.prompts == 6 and all(p.ce_rise is None for m in result.methods.values() for p in m.points)
+    point = result.methods["mean_difference"].points[0]
+    assert point.dose > 0  # a single position is changed
+
+
+def test_a_behaviour_whose_answers_are_new_is_named(make_run, inputs, tmp_path, tiny):
+    baseline = tmp_path / "baseline"
+    baseline.mkdir()
+    prompts = read_prompts(inputs["baseline"] / "prompts.jsonl")
+    unknown = [
+        dataclasses.replace(p, correct=" dogs", wrong=" cat") if (p.behaviour, p.split) == ("first", "test") else p
+        for p in prompts
+    ]
+    write_prompts(baseline / "prompts.jsonl", unknown)
+    run = make_run("new")
+    result = stage.run_steer(dataclasses.replace(run, inputs=run.inputs | dict(baseline=baseline))).behaviours["first"]
+    assert result.reason.startswith("0 of its test prompts are answered correctly") and not result.methods
+    assert len(group_by_swap(tiny, unknown)) > 1
+
+
+def test_no_doses_are_refused(make_run):
+    with pytest.raises(UserError, match="--steer.doses is empty"):
+        stage.run_steer(make_run("none", dataclasses.replace(CONFIG, doses=())))
