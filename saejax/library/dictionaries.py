@@ -19,7 +19,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.stack import choose_sites, make_members
+from saejax.training.members import choose_sites, make_members
 from saejax.training.train import run_train
 
 

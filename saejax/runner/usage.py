@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saejax.errors import UserError
 from saejax.files import read_object
-from saejax.runner.workspace import SUMMARY, Workspace
+from saejax.runner.workspace import STACK, SUMMARY, Workspace
 
 _WARN = 0.8  # share of a budget from which a line says how much is used
 _PROCESS = Path("/proc/self")
@@ -59,11 +59,14 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def used_device_hours(workspace: Workspace) -> float:
-    """Return the seconds of a workdir's finished units, times the devices of each, in hours."""
+    """Return the seconds of a workdir's finished units, current or not, times the devices of each, in hours."""
     total = 0.0
-    for folder in workspace.units().values():
-        if (folder / SUMMARY).exists():
-            summary = read_object(folder / SUMMARY, "seconds")
+    for pattern in ("*", "*/*"):
+        for path in workspace.root.glob(f"{pattern}/{SUMMARY}"):
+            folder = path.parent
+            if folder.is_symlink() or folder.parent.is_symlink() or (folder / STACK).exists():
+                continue  # counted under its own name; a stack's members are
+            summary = read_object(path, "seconds")
             total += summary["seconds"] * (summary.get("devices") or {}).get("count", 0) / 3600
     return total
 

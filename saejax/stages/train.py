@@ -1,13 +1,13 @@
 """The stage ``train``."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Configs, identity
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Stage, UnitMember
 from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
@@ -76,6 +76,13 @@ def trained_sites(configs: Configs, name: str = "") -> Configs:
     return configs if kept == capture.sites else configs | dataclasses.replace(capture, sites=kept)
 
 
+def train_members(configs: Configs, name: str) -> Mapping[str, UnitMember]:
+    """Return the members of a train unit, which are units of their own, and so are their scores."""
+    from saejax.training.members import units_of_members
+
+    return units_of_members(configs, name)
+
+
 def _unread(configs: Configs, name: str) -> Sequence[str]:
     """Return the settings that training reads only where others ask for it."""
     config = configs[TrainConfig]
@@ -127,6 +134,7 @@ TRAIN = Stage(
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
     programs=_programs,
+    members=train_members,
     unread=_unread,
     processes="all",
 )

@@ -14,8 +14,10 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
+from saejax.runner.workspace import member_folder
+from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, sample_rows
-from saejax.training.stack import Member, TrainStack
+from saejax.training.stack import TrainStack
 from saejax.training.state import TrainState, init_state
 from saejax.training.widening import widen
 
@@ -85,8 +87,8 @@ def _load(folder: Path, member: Member) -> Dictionary:
                 f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"
             )
         return layers.load(layer)
-    if member.name and (folder / member.name).is_dir():
-        folder = folder / member.name
+    if (inside := member_folder(folder, member.name)).is_dir():
+        folder = inside
     described_here = any((place / own.DESCRIPTION).exists() for place in (folder, folder / "dictionary"))
     # Other tools may name sites that do not exist here; ours describe themselves.
     return load_dictionary(folder) if described_here else load_dictionary(folder, site=member.site, target=target)

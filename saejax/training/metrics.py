@@ -19,10 +19,10 @@ import numpy as np
 from saejax.costs.passes import step_flops, weights_share
 from saejax.costs.peaks import peak_flops
 from saejax.errors import UserError
-from saejax.files import whole_file
+from saejax.files import read_object, whole_file
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.config import to_json
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import STACK, fingerprint, member_folder
 from saejax.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
@@ -219,6 +219,14 @@ def log_folder(unit: Path, config: TrainConfig) -> Path:
     return unit / f"expansion{config.expansion}" if config.expansions else unit
 
 
+def split_metrics(path: Path, member: str, into: Path) -> None:
+    """Write the records of one member of a stack to a file of its own, where it has no name."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = [record | dict(member="") for record in records if record["member"] == member]
+    with whole_file(into) as temporary:
+        temporary.write_text("".join(map(_line, whole)))
+
+
 def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the metrics of all members of a train unit, in the order of steps of each.
 
@@ -232,11 +240,13 @@ def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: the file is missing or damaged.
     """
-    for path in sorted(unit.glob(f"expansion*/{METRICS}")) or [unit / METRICS]:
+    members = [*read_object(unit / STACK, "members")["members"]] if (unit / STACK).exists() else [""]
+    for member in members:
+        path = member_folder(unit, member) / METRICS
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
-                yield dict(member=record["member"]) | {name: float(record[name]) for name in names}
+                yield dict(member=member or record["member"]) | {name: float(record[name]) for name in names}
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "

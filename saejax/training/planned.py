@@ -22,17 +22,10 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.scales import SiteScale
-from saejax.training.stack import (
-    Member,
-    TrainStack,
-    batch_parts,
-    check_divides,
-    choose_sites,
-    make_members,
-    stack_shape,
-)
+from saejax.training.stack import TrainStack, batch_parts, check_divides, stack_shape
 from saejax.training.state import abstract_state
 from saejax.training.step import compile_step
 

@@ -76,8 +76,7 @@ def _initial_state(stack: TrainStack) -> TrainState:
         return arrays | {name: jnp.full_like(arrays[name], value) for name, value in vectors.items()}
 
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
-    sites = list(dict.fromkeys(member.site for member in members))
-    keys = [(jax.random.key(member.settings["seed"]), sites.index(member.site)) for member in members]
+    keys = [(jax.random.key(member.settings["seed"]), member.site_index) for member in members]
     key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
     # One by one, so that a member of the first site starts with the same bits alone and in a stack.
     params: Any = lax.map(lambda args: init_member(*args), (key_M, jnp.asarray(bias_MxD)))
