@@ -180,7 +180,7 @@ def _read(hint: Any, data: Any, field: str) -> Any:
     if origin in (tuple, Sequence) and isinstance(data, list | tuple):
         every = arguments[:1] * len(data) if arguments[-1] is ... or origin is Sequence else arguments
         if len(every) == len(data):
-            return tuple(_read(one, item, f"{field}[{i}]") for i, (one, item) in enumerate(zip(every, data)))
+            return tuple(_read(element, item, f"{field}[{i}]") for i, (element, item) in enumerate(zip(every, data)))
     if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
         return float(data)
     if hint in (int, str, bool, types.NoneType) and type(data) is hint:
@@ -211,9 +211,9 @@ def _read_fields(cls: Any, data: Any, field: str) -> Any:
     for name in data:
         if name not in hints:
             raise _Unfit(f"has a field {inside}{name} that is unknown")
-    for one in dataclasses.fields(cls):
-        if one.name not in data and one.default is not None:
-            raise _Unfit(f"has no field {inside}{one.name}")
+    for entry in dataclasses.fields(cls):
+        if entry.name not in data and entry.default is not None:
+            raise _Unfit(f"has no field {inside}{entry.name}")
     return cls(**{name: _read(hints[name], item, f"{inside}{name}") for name, item in data.items()})
 
 

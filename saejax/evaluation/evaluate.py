@@ -60,19 +60,19 @@ def run_evaluate(run: Run) -> EvaluateResults:
         store.check_model(lm.source)
         return mesh, lm, load_other(model, store, mesh)
 
-    def file(some: Sequence[TrainedMember]) -> Path:
+    def file(members: Sequence[TrainedMember]) -> Path:
         """Return the scores file of the first member that is not scored; of the last one if all are."""
-        files = [run.member_folder(one.name) / SCORES for one in some]
+        files = [run.member_folder(member.name) / SCORES for member in members]
         return next((path for path in files if not path.exists()), files[-1])
 
-    def score(some: Sequence[TrainedMember]) -> None:
+    def score(members: Sequence[TrainedMember]) -> None:
         if run.stopping():
             raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
-        names = [one.name for one in some if not (run.member_folder(one.name) / SCORES).exists()]
-        mesh, lm, other = models()
-        sites = some[0].site, some[0].target
+        names = [member.name for member in members if not (run.member_folder(member.name) / SCORES).exists()]
+        mesh, lm, second = models()
+        sites = members[0].site, members[0].target
         _score_site(
-            run, config, store, (lm, other), mesh, sites, {name: member_folder(trained, name) for name in names}
+            run, config, store, (lm, second), mesh, sites, {name: member_folder(trained, name) for name in names}
         )
 
     run.each(_together(trained, [member for member in stack if run.computes(member.name)]), file, score)
@@ -94,7 +94,7 @@ def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[Traine
     for member in stack:
         config = read_config(member_folder(trained, member.name))
         alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
-    return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
+    return [group[first : first + _AT_A_TIME] for group in alike.values() for first in range(0, len(group), _AT_A_TIME)]
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
@@ -144,7 +144,7 @@ def _score_site(
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
         variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
-        losses = [found["+".join(of_models[0].sites)] for found in all_losses]
+        losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         relative = [
             part_norms.relative_norms(
                 decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]

@@ -50,9 +50,9 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, or training
         diverges.
     """
-    with tempfile.TemporaryDirectory(prefix="saejax-train-") as beside:
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
         if isinstance(acts, Activations):
-            store = acts.save(Path(beside) / "capture")
+            store = acts.save(Path(temporary) / "capture")
         else:
             store = acts if isinstance(acts, Store) else Store.open(acts)
         chosen = site or next(iter(store.sites))
@@ -60,13 +60,13 @@ def train(
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
-        stack = [member for one in config.each_expansion() for member in make_members(one, kind, sites)]
+        stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
         if len(stack) > 1:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
                 "and this trains one: call it for each, or train them as a stack with experiments.train"
             )
-        target = Path(folder or Path(beside) / "train")
+        target = Path(folder or Path(temporary) / "train")
         target.mkdir(parents=True, exist_ok=True)
         configs = Configs(config, mesh or MeshConfig())
         run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))

@@ -98,7 +98,7 @@ class Processes:
         return f"{self._unit}/{what}/{place}/{self._visits[what + place]}"
 
     def _wait(self, place: str, key: str, ranks: Sequence[int]) -> None:
-        said = start = time.monotonic()
+        last_line = start = time.monotonic()
         while late := self._late(key, ranks):
             if self.stopping():
                 raise Interrupted(f"stopped while waiting for other processes ({place}); finished work is kept")
@@ -107,9 +107,9 @@ class Processes:
             if self._unit and (failure := self._failure_under(f"{self._unit}/{_FAILED}/")):
                 raise OtherFailed(*failure)
             now = time.monotonic()
-            if now - said > _SAY_EVERY:
+            if now - last_line > _SAY_EVERY:
                 self._say(f"{place}: waiting for process {', '.join(map(str, late))}, {now - start:.0f} s")
-                said = now
+                last_line = now
             time.sleep(_LOOK_EVERY)
 
     def _late(self, key: str, ranks: Sequence[int]) -> list[int]:

@@ -107,9 +107,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
-        if not (told := out_of_room(error)):
+        if not (reason := out_of_room(error)):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
+        return _refuse(f"{flag_values['workdir'].value}: {reason}: free space, then run again", flag_values)
 
 
 def _show(text: str) -> None:

@@ -106,8 +106,8 @@ def read_configs(
     if flag_values["help"].value:
         return config.Configs()
     if len(rest) > 1:
-        told = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
-        raise UserError(f"{told} is not a flag: flags are --group.field=value; --help lists them")
+        argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
+        raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
     if stages is None:
         return config.from_flags(GROUPS, flag_values)
     accepted = accepted_groups(stages)
@@ -127,12 +127,12 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
             )
 
 
-def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
+def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
     """Return the position of the flag file's line for which ``found`` holds, to begin an error message; "" if none."""
     for name, _, file in (argument.partition("=") for argument in argv):
         if name.lstrip("-") == "flagfile" and Path(file).is_file():
             for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
-                if found(line.strip()):
+                if matches(line.strip()):
                     return f"{file}, line {number}: "
     return ""
 

@@ -30,8 +30,8 @@ def peak_host_bytes() -> int | None:
     ``getrusage`` does not help: a child process starts with its parent's peak.
     """
     with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+        return int(peak[1]) * 1024 if peak else None
     return None
 
 
@@ -41,8 +41,8 @@ def peak_device_bytes() -> int | None:
         return None
     import jax
 
-    found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    return max((peak for peak in found if peak is not None), default=None)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:

@@ -57,7 +57,7 @@ class Workplan:
           UserError: no flag asks for one of them.
         """
         stage, _, name = unit.partition("/")
-        found = []
+        needs = []
         for need in STAGES[stage].needs(self.configs, name):
             whole, member = split_unit(need)
             needed_stage, _, needed_name = whole.partition("/")
@@ -72,10 +72,10 @@ class Workplan:
                 dictionary = f"{needed_name}/{member}"
                 flag = f"--{stage}.{_naming_field(self.configs.named(stage), dictionary)}"
                 check_member(dictionary, list(self._all_members(whole)), flag)
-            found.append(
+            needs.append(
                 need if self.members(whole) else whole
             )  # members that are no units of their own are read from the whole
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(needs))
 
     def fingerprint(self, unit: str) -> str:
         """Return the unit's fingerprint: a hash of what it depends on."""
@@ -153,9 +153,9 @@ def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[s
       name: name of the unit, such as "topk".
     """
     unread = set(stage.unread(configs, name))
-    found = {}
+    settings = {}
     for group in groups_of(stage):
         label = group_name(group)
         fields: Mapping[str, Any] = configuration.identity(configs[group], name)
-        found[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
-    return found
+        settings[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
+    return settings

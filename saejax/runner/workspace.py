@@ -298,12 +298,12 @@ def current_folder(path: Path) -> Path | None:
 
 def _link(place: Path, target: str) -> None:
     """Make a path a symbolic link, or a text file beside it that stands for one, in place of an earlier one."""
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
-        os.symlink(target, beside)
-        os.replace(beside, place)
+        os.symlink(target, temporary)
+        os.replace(temporary, place)
     except OSError:  # no links here, or a folder of units in the link's place
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         write_text(place.with_name(place.name + _CURRENT), target + "\n")
 
 
@@ -315,7 +315,7 @@ def member_folder(unit: Path, member: str) -> Path:
 
 def current_units(root: Path) -> dict[str, Path]:
     """Return the folders of the current units in a workdir, by name, or in a study's folder, by row and name."""
-    found = {}
+    units = {}
     for folder, folders, files in os.walk(root):
         stand_ins = [file.removesuffix(_CURRENT) for file in files if file.endswith(_CURRENT)]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -326,8 +326,8 @@ def current_units(root: Path) -> dict[str, Path]:
         for name in sorted([*links, *stand_ins]):
             target = current_folder(Path(folder) / name)
             if target and (target / STARTED).exists():
-                found[(Path(folder) / name).relative_to(root).as_posix()] = target
-    return found
+                units[(Path(folder) / name).relative_to(root).as_posix()] = target
+    return units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,22 +356,22 @@ class _Claimant:
         except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
             return cls("an unknown host", 0, 0.0, "", "an unknown time")
 
-    def is_gone(self, other: "_Claimant") -> bool:
+    def is_gone(self, observer: "_Claimant") -> bool:
         """Return whether this process no longer works, as far as another one can tell."""
-        if self.host == other.host:
+        if self.host == observer.host:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return abs(psutil.Process(self.process).create_time() - self.began) > 1
             return True
-        return bool(self.job) and self.job == other.job  # the job was put back into the queue
+        return bool(self.job) and self.job == observer.job  # the job was put back into the queue
 
 
 def _create(path: Path, text: str) -> bool:
     """Create a file with its content unless it exists; return whether it did not."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        beside.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8")
         try:
-            os.link(beside, path)  # whole at once
+            os.link(temporary, path)  # whole at once
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
@@ -382,7 +382,7 @@ def _create(path: Path, text: str) -> bool:
                 return False
         return True
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def package_versions() -> dict[str, str]:
@@ -464,10 +464,10 @@ class Run:
           last: whether the first process alone continues after this; the others leave the stage here.
         """
         left = [item for item in self.share.of(items) if not file(item).exists()]
-        start = said = time.monotonic()
+        start = last_line = time.monotonic()
         for number, item in enumerate(left):
             make(item)
-            if (moment := time.monotonic()) - said > _SAY_EVERY and number + 1 < len(left):
-                said, minutes = moment, (moment - start) / (number + 1) * (len(left) - number - 1) / 60
+            if (moment := time.monotonic()) - last_line > _SAY_EVERY and number + 1 < len(left):
+                last_line, minutes = moment, (moment - start) / (number + 1) * (len(left) - number - 1) / 60
                 self.say(f"{number + 1} of {len(left)} items, about {minutes:.0f} minutes to go")
         self.share.join([file(item) for item in items], last)

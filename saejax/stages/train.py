@@ -37,7 +37,9 @@ def _pretrained(configs: Configs, name: str) -> str:
     """Return the identity of the dictionaries that were trained elsewhere."""
     from saejax.dictionaries import stacks
 
-    return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
+    if name != PRETRAINED:
+        return ""
+    return fingerprint([stacks.identity(address) for address in configs[TrainConfig].pretrained])
 
 
 def _stream(configs: Configs) -> str:

@@ -156,8 +156,8 @@ def _unscaled(stack: TrainStack, state: TrainState, layer: int) -> tuple[Diction
 
     Rows of the joined decoders have length 1.
     """
-    kind, own, scales = stack.kind, state.layer(layer), stack.scales
-    arrays = kind.finish(own.params, own.batch_topk_threshold_M)
+    kind, block, scales = stack.kind, state.layer(layer), stack.scales
+    arrays = kind.finish(block.params, block.batch_topk_threshold_M)
     arrays = rescale.fold_input_scaling(kind, arrays, scales[layer].input, scales[layer].output)
     # Each layer's outputs have their own scale, and activations that of the layer that they come from.
     factors = [scales[layer].output / scale.output for scale in scales[layer:]]

@@ -41,7 +41,7 @@ def state_from_folder(
     if stack.config.widen != "random":
         assert rows is not None
         say(f"looking for what {stack.config.init_from} lacks, which may take minutes")
-        dictionaries = [_widen(stack, index, one, rows, say) for index, one in enumerate(dictionaries)]
+        dictionaries = [_widen(stack, index, dictionary, rows, say) for index, dictionary in enumerate(dictionaries)]
     return state_from_dictionaries(stack, dictionaries)
 
 
@@ -127,28 +127,28 @@ def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
 
 def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
     """Raise a ``UserError`` that lists in what the dictionary differs from the member that is to be trained."""
-    found, expected = dictionary.config, stack.dictionary
+    start, expected = dictionary.config, stack.dictionary
     pairs = dict(
-        kind=(found.kind, expected.kind),
-        form=tuple(_form(bool(config.target), config.skip) for config in (found, expected)),
-        width=(found.d_in, expected.d_in),
-        features=(found.n_features, f"at most {expected.n_features}"),
-        model=tuple(_model(config, found.model == expected.model) for config in (found, expected)),
+        kind=(start.kind, expected.kind),
+        form=tuple(_form(bool(config.target), config.skip) for config in (start, expected)),
+        width=(start.d_in, expected.d_in),
+        features=(start.n_features, f"at most {expected.n_features}"),
+        model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
     )
     different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
-    if found.n_features > expected.n_features:
+    if start.n_features > expected.n_features:
         different.append("features")
-    if found.fingerprint and expected.fingerprint:
-        same_model = found.fingerprint == expected.fingerprint
+    if start.fingerprint and expected.fingerprint:
+        same_model = start.fingerprint == expected.fingerprint
     else:
-        same_model = not found.model or not expected.model or _short(found.model) == _short(expected.model)
+        same_model = not start.model or not expected.model or _short(start.model) == _short(expected.model)
     if not same_model:
         different.append("model")
     if different:
-        told = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
+        differences = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
         member = stack.members[index].name
         of = f" for {member}" if member else ""
-        raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {told}")
+        raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {differences}")
 
 
 def _model(config: DictionaryConfig, twice: bool) -> str:

@@ -36,12 +36,12 @@ class TrainResults:
     def of_stack(cls, members: Mapping[str, "TrainResults"]) -> "TrainResults":
         """Return the results of a stack, given those of each member alone by name."""
         each = [*members.values()]
-        seconds_per_token = sum(1 / one.tokens_per_second for one in each if one.tokens_per_second)
-        best = {one.best_checkpoint for one in each}
+        seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)
+        best = {results.best_checkpoint for results in each}
         return dataclasses.replace(
             each[0],
             tokens_per_second=1 / seconds_per_token if seconds_per_token else 0.0,
-            seconds=sum(one.seconds for one in each),
-            members=tuple(dataclasses.replace(one.members[0], name=name) for name, one in members.items()),
+            seconds=sum(results.seconds for results in each),
+            members=tuple(dataclasses.replace(results.members[0], name=name) for name, results in members.items()),
             best_checkpoint=best.pop() if len(best) == 1 else None,
         )

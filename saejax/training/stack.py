@@ -156,7 +156,7 @@ class TrainStack:
 
 
 def choose_members_at_once(
-    asked: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
+    max_members: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
 ) -> int:
     """Return how many members a device vectorises; the others wait for their turn.
 
@@ -165,7 +165,7 @@ def choose_members_at_once(
     size do not.
 
     Args:
-      asked: maximum number; 0: what is best.
+      max_members: maximum number; 0: what is best.
       members: number of members, which ``axes["member"]`` divides.
       tokens: tokens of a step, over all devices.
       features: features of a member, over all devices.
@@ -176,10 +176,10 @@ def choose_members_at_once(
       A divisor of the number of members of a device.
     """
     local = members // axes["member"]
-    if not asked:
+    if not max_members:
         values = math.ceil(tokens / axes["data"]) * math.ceil(features / axes["model"])
-        asked = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
-    return max(size for size in range(1, min(asked, local) + 1) if local % size == 0)
+        max_members = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
+    return max(size for size in range(1, min(max_members, local) + 1) if local % size == 0)
 
 
 def batch_parts(members: Sequence[Member]) -> Parts:

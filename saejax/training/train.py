@@ -54,7 +54,7 @@ def run_train(run: Run) -> TrainResults | None:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
         )
-    (*_, results) = [_run_expansion(for_expansion(run, one)) for one in config.each_expansion()]
+    (*_, results) = [_run_expansion(for_expansion(run, expanded)) for expanded in config.each_expansion()]
     if not run.stack or not is_first_process():
         return results
     return TrainResults.of_stack({name: load_results(folder) for name, folder in run.stack.folders.items()})

@@ -86,8 +86,8 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
             break
         tokens = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
         w = errors_NxD[np.resize(tokens, starts + -starts % block)].astype(np.float32)
-        found = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
-        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*found, strict=True))
+        new_rows = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
+        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*new_rows, strict=True))
         is_new = (level > 0) & (np.abs(rows @ np.concatenate(directions).T).max(axis=1, initial=0.0) <= _SAME)
         taken: list[int] = []
         for i in np.argsort(-strength):
