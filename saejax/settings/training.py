@@ -227,13 +227,6 @@ class TrainConfig(Config):
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)
-    best: str = setting(
-        "",
-        "keep the best checkpoint too, by this metric (mean over members and over the steps recorded since the one "
-        "before); the dictionary is that of the last step all the same",
-        choices=("", "loss", "mse", "explained_variance"),
-        changes_results=False,
-    )
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
     tensorboard: bool = setting(
         False, "write metrics as TensorBoard event files too (takes saejax[tensorboard])", changes_results=False

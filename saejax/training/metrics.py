@@ -88,12 +88,6 @@ class Metrics:
         record = next(record for record in reversed(self.records) if record["member"] == member)
         return {key: value for key, value in record.items() if key not in _HEAD}
 
-    def means(self, after: int) -> dict[str, float] | None:
-        """Return means over the members and over the records after a step; None without records."""
-        records = [record for record in self.records if record["step"] > after]
-        names = [name for name in records[0] if name not in _HEAD] if records else []
-        return {name: float(np.mean([record[name] for record in records])) for name in names} or None
-
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics [M] of the step just dispatched, and read those of the step before.
 

@@ -96,7 +96,7 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
         arrays = sum(prod(shape) for shape, _ in parameter_table(stack.dictionary).values()) * len(stack.members)
         arrays = round(weights_share(train.form, len(stack.members)) * arrays)
         means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
-        kept = 0 if kind == PRETRAINED else train.keep_checkpoints + bool(train.best)
+        kept = 0 if kind == PRETRAINED else train.keep_checkpoints
         total += arrays * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
     return total
 

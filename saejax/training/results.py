@@ -18,9 +18,6 @@ class TrainResults:
     seconds: float  #: of all steps; of one member of a stack: its share
     members: tuple[TrainedMember, ...]  #: of the stack
     mesh: MeshShape  #: that it was trained on
-    best_checkpoint: int | None = (
-        None  #: step of the best one by `train.best`; None of several members that differ in it
-    )
 
     def of_member(self, index: int) -> "TrainResults":
         """Return the results of one of the members as those of a unit of it alone."""
@@ -37,11 +34,9 @@ class TrainResults:
         """Return the results of a stack, given those of each member alone by name."""
         each = [*members.values()]
         seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)
-        best = {results.best_checkpoint for results in each}
         return dataclasses.replace(
             each[0],
             tokens_per_second=1 / seconds_per_token if seconds_per_token else 0.0,
             seconds=sum(results.seconds for results in each),
             members=tuple(dataclasses.replace(results.members[0], name=name) for name, results in members.items()),
-            best_checkpoint=best.pop() if len(best) == 1 else None,
         )

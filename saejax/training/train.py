@@ -105,9 +105,8 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
     folder = log_folder(run.folder, config)
     folder.mkdir(exist_ok=True)
     try:
-        with Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
+        with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
             state, metrics = _train(run, stack, source, checkpoints)
-            best_step = checkpoints.best_step
     finally:
         source.close()
     _save(run, stack, state)
@@ -122,7 +121,6 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
         seconds=metrics.seconds,
         members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF))),
         mesh=MeshShape.of(mesh, process_count()),
-        best_checkpoint=best_step if config.best else None,
     )
     for index, member in enumerate(members):
         if run.stack and run.writes(member.name):
@@ -211,7 +209,7 @@ def train_loop(
         if due or (stop and step > first_step):
             metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
             metrics.write()
-            checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
+            checkpoints.save(step, state)
         if stop and step < stack.steps:
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of {stack.steps}; saved: run the same command to go on")
