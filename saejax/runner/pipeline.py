@@ -305,9 +305,8 @@ def _run_stage(
         member_mark = plan.fingerprint(f"{unit}/{member}")
         workspace.finish(unit, member_mark, about | dict(results=to_json(results)), current=False)
 
-    run = Run(
-        *(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, stopping, share, stack, finish_member)
-    )
+    folder = workspace.folder(unit, mark)
+    run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack, finish_member)
     try:
         results = (pipeline.substitutes.get(stage) or STAGES[stage].run)(run)
     except ShareDone:

@@ -8,10 +8,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saejax.activations.joined import single_sites
 from saejax.errors import UserError, one_of
 from saejax.models.sites import KINDS as SITE_KINDS
-from saejax.models.sites import ModuleSite, is_joined
+from saejax.models.sites import ModuleSite, is_joined, site_parts
 from saejax.runner.config import Configs
 from saejax.runner.stage import UnitMember
 from saejax.settings import CaptureConfig, TrainConfig
@@ -127,8 +126,8 @@ def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[st
         return sorted(sites, key=lambda site: int(site.rpartition(".")[2]))
     if not config.sites:
         raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
-    for site in single_sites(config.sites):
-        one_of(site, captured, "site in this store (--train.sites)")
+    for part in dict.fromkeys(part for site in config.sites for part in site_parts(site)):
+        one_of(part, captured, "site in this store (--train.sites)")
     return list(config.sites)
 
 

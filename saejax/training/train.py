@@ -70,7 +70,9 @@ def _run_expansion(run: Run) -> TrainResults | None:
     config = run.configs[TrainConfig]
     store = None if config.source == "model" else Store.open(run.inputs["capture"])
     members = make_members(config, run.name, choose_sites(config, store.sites if store else None))
-    members = [member for member in members if run.computes(member.name)]
+    if run.stack:
+        names = [*run.stack.together]  # in the order of checkpoints, whatever that of the flags is now
+        members = sorted((member for member in members if member.name in names), key=lambda m: names.index(m.name))
     if not members:
         return None
     parts = batch_parts(members)
