@@ -58,6 +58,7 @@ def train(
         chosen = site or next(iter(store.sites))
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+        # The stage itself does the work, so that results of both are the same bits.
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
         stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
@@ -114,6 +115,7 @@ def evaluate(
     """
     site, target = dictionary.site, dictionary.config.target or dictionary.site
     acts = capture(lm, texts, list(dict.fromkeys((site, target))))
+    # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
     limits = {site: dictionary.config.max_norm} | (
         {target: dictionary.config.target_max_norm} if target != site else {}

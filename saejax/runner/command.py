@@ -52,8 +52,10 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         workdir = command_line.named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
         shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
+        # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
+        # Here, because it imports JAX: --help and bad flags end before it.
         from saejax.runner import pipeline
 
         options = pipeline.RunOptions(

@@ -92,6 +92,7 @@ def read_configs(
       flags.Error: a flag is unknown or cannot be read.
     """
     environment.for_libraries()
+    # Plugins define settings, so they are loaded before flags are defined.
     _plugins(argv)
     config.define_flags(GROUPS, flag_values)
     try:
@@ -119,6 +120,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
     """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
     for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
         group = flag.partition(".")[0]
+        # absl writes a false flag as --noNAME.
         group = group if group in GROUPS else group.removeprefix("no")  # --notrain.tensorboard
         if group in GROUPS and group not in accepted:
             raise UserError(

@@ -135,6 +135,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} is {value}: expected at least {low}")
     if high is not None and value > high:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
+    # Kinds of plugins are known only when a value is checked.
     choices = choices() if callable(choices) else choices
     if choices is not None and value not in choices:
         raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
@@ -185,6 +186,7 @@ def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> N
             _define_all(f"{group}.{name}", inner, flag_values)
         for _, name, inner in _nested(cls):
             for key in _settings(inner):
+                # Two kinds may have a setting of one name: then only the full name is unambiguous.
                 if f"{group}.{key}" not in flag_values:
                     flags.DEFINE_alias(f"{group}.{key}", f"{group}.{name}.{key}", flag_values=flag_values)
 

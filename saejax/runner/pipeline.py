@@ -113,6 +113,7 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
+    # A binary of one stage gives that stage's own error instead.
     if len(stages) > 1:
         stages = _without_decoder_stages(stages, configs, say)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
@@ -138,6 +139,7 @@ def run_stages(
     for unit in units:
         if stopping():
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+        # Between units, so that what was begun is always finished.
         check_budget(workspace, options.budget_device_hours, prefixed)
         if processes and options.keep_going:
             processes.begin_unit(unit)
@@ -348,6 +350,7 @@ def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path], configs: C
 
 def _settings(configs: Configs, stage: str) -> dict[str, dict[str, Any]]:
     """Return all settings of the groups that a stage reads, JSON data."""
+    # Those that place a computation are recorded, too, though they are no part of the fingerprint.
     groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
     return {configuration.group_name(group): configuration.to_json(configs[group]) for group in groups}
 

@@ -43,6 +43,7 @@ def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
     named = {stage.name: stage for stage in stages}
     first = {stage.name for stage in named.values() if stage.first}
     waits = {name: {*stage.reads, *stage.follows, *(() if stage.first else first)} for name, stage in named.items()}
+    # A stage that reads all others runs after all of them.
     waits |= {name: set(named) - {name} for name, before in waits.items() if "*" in before}
     ready, in_order = sorted(name for name in named if not waits[name]), dict[str, Stage]()
     while ready:

@@ -61,6 +61,7 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 def used_device_hours(workspace: Workspace) -> float:
     """Return the seconds of a workdir's finished units, current or not, times the devices of each, in hours."""
     total = 0.0
+    # Units lie in DIR/<stage>-<hash> or in DIR/<stage>/<name>-<hash>.
     for pattern in ("*", "*/*"):
         for path in workspace.root.glob(f"{pattern}/{SUMMARY}"):
             folder = path.parent

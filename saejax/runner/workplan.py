@@ -101,6 +101,7 @@ class Workplan:
             marks = {f"{unit}/{name}": self.fingerprint(f"{unit}/{name}") for name in members}
             return Dependencies(unit=unit, settings={}, needs=marks, sources={}, revision=stage.revision)
         lone = members.get(member, UnitMember(self.configs))
+        # A reader of some sites of a store does not depend on the others.
         inputs = self._with(stage.inputs(lone.configs, name))
         needs = {
             # Of a stack that this member was made from, it reads its namesake.

@@ -72,6 +72,7 @@ class Workspace:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            # Permission bits do not tell: the folder may be on a full or read-only disk.
             probe = self.root / f".writable-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
@@ -144,6 +145,7 @@ class Workspace:
                 f"{place} is a folder where saejax keeps a link: if it came from copying a workdir, delete it and copy "
                 "with links (cp -a, rsync -a); if it is from an earlier version, use another --workdir"
             )
+        # Folders in it are those of units, such as train/topk-<hash> in train.
         if any(path.is_file() for path in place.iterdir()):
             raise UserError(
                 f"{place} is a folder with files that this version of saejax did not write: move it away, or use "

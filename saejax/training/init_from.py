@@ -37,6 +37,7 @@ def state_from_folder(
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
+    # Each member starts from its namesake where the folder is a stack of ours.
     dictionaries = [_load(Path(folder), member) for member in stack.members]
     if stack.config.widen != "random":
         assert rows is not None
@@ -66,6 +67,7 @@ def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary
       UserError: one differs from its member in kind, form, width or model, or has more features.
     """
     starts = [dictionary and _scale(stack, index, dictionary) for index, dictionary in enumerate(dictionaries)]
+    # Optimiser and counters start anew: those of another run were for other scales and data.
     state = init_state(stack)
     for name, array in state.params.items():
         host_Mx = to_host(array).copy()
@@ -135,6 +137,7 @@ def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
         features=(start.n_features, f"at most {expected.n_features}"),
         model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
     )
+    # Features and model have their own tests: fewer features are widened, models go by fingerprint.
     different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
     if start.n_features > expected.n_features:
         different.append("features")

@@ -47,6 +47,7 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[M
       UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
         the same.
     """
+    # Names say only what differs between members, so that those of a plain run stay short.
     lists = swept_settings(config, kind)
     swept = [name for name, values in lists.items() if len(values) > 1]
     depth_l1 = _l1_by_depth(config, kind, sites)
@@ -96,6 +97,7 @@ def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[s
     for site in sites:
         if ModuleSite.names(site) or is_joined(site):
             raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not name one: use --train.l1")
+    # Thirds of the trained layers, not of the model: a stack of late layers has early ones, too.
     layers = sorted({int(site.rpartition(".")[2]) for site in sites})
     third = {layer: min(3 * rank // len(layers), 2) for rank, layer in enumerate(layers)}
     return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}
@@ -151,10 +153,12 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
     train = configs[TrainConfig]
     if kind == PRETRAINED or train.form == "cross_layer_transcoder":
         return {}
+    # A store has the sites that it was asked for, so that members are known before it exists.
     captured = None if train.source == "model" else configs[CaptureConfig].sites
     units = {}
     for config in train.each_expansion():
         for member in make_members(config, kind, choose_sites(config, captured)):
+            # Nothing is added where it is what a run of this member alone would have.
             seed, also = member.settings["seed"], {}
             if member.site_index:
                 also["site_index"] = str(member.site_index)

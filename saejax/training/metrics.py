@@ -67,6 +67,7 @@ class Metrics:
         self._step_flops = flops_of_step(stack)
         self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        # Records after the checkpoint were of steps that are done again.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
         self.records = [record for record in complete if record["step"] <= first_step]
@@ -113,6 +114,7 @@ class Metrics:
         (step, metrics), self._pending = self._pending, None
         seconds = time.monotonic() - self._start
         due = step % self._stack.config.log_every == 0 or step == self._steps
+        # Reading the loss alone each step is cheap; the other metrics are fetched when they are due.
         finite = np.isfinite(np.asarray(metrics["loss"])).all()
         if due or check or self._warm is None or not finite:
             values = {name: np.asarray(value_M, np.float64) for name, value_M in metrics.items()}
@@ -152,6 +154,7 @@ class Metrics:
         rate = self.tokens_per_second(step, seconds)
         if not rate:
             return {}
+        # XLA counts the body of a scan over members once; the formula counts all of them.
         flops = rate / self._stack.config.batch * self._step_flops
         rates = dict(tokens_per_second=rate, tflop_per_second=flops / 1e12)
         if self._peak_flops:
@@ -180,6 +183,7 @@ class Metrics:
                 file.write("".join(map(_line, self.records[self._new :])))
                 file.flush()
                 os.fsync(file.fileno())
+        # Two intervals are kept: the last metrics of each member are asked for after the final write.
         del self.records[: self._old]
         self._old, self._new = self._new - self._old, len(self.records)
 

@@ -44,6 +44,7 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
       UserError: a site does not exist in this model, or is read and not captured, or has another width than a
         dictionary that is there already; k is above the features.
     """
+    # "all" is resolved against the sites that the run will capture: there is no store yet.
     sites = captured if train.sites == ("all",) else single_sites(train.sites)
 
     def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
@@ -72,6 +73,7 @@ def _planned(
 ) -> PlannedStack:
     """Return all members, those of the widest of several expansions last, with its shape."""
     members = []
+    # The widest one is last, because memory is planned for it.
     for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
         of_expansion = make_members(config, kind, sites)
         shape = stack_shape(config, kind, of_expansion, widths("--train.sites", of_expansion))
@@ -190,6 +192,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     members = stack.members[-(len(stack.members) // len(each)) :]
     d_in = dictionary.d_in
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    # A whitening matrix changes the program by its presence, not by its values.
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
     trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)

@@ -101,6 +101,7 @@ def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
                 f"{_FLAG}: {place} does not say which site it reads ({config.site}): load it with site= of "
                 "saejax.load_dictionary, save it with saejax.save_dictionary, and name that folder"
             )
+    # One dictionary alone has no member name, as one that is trained here has none.
     names = [""] if len(dictionaries) == 1 else _names([(config.site, place) for place, config, _ in dictionaries])
     return [Pretrained(name, *entry) for name, entry in zip(names, dictionaries, strict=True)]
 

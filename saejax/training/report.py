@@ -73,6 +73,7 @@ def section(findings: Findings, draw: Draw, tested: str) -> Section:
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
     tables += [_layers_table(kind, results) for kind, results in layers.items()]
     tables += _parts_tables(scores)
+    # A cross-layer transcoder has no scores of single dictionaries to introduce.
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
     return Section("The dictionaries", blocks)
@@ -254,5 +255,6 @@ def training_curves(unit: Path) -> list[TrainingCurve]:
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
+    # Evenly spaced records keep the shape of the curve, and both of its ends.
     keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
     return [points[i] for i in keep]

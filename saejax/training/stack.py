@@ -78,6 +78,7 @@ class TrainStack:
     def __post_init__(self):
         if self.is_cross_layer:
             check_cross_layer(self.config, self.dictionary.kind, self.members, self.mesh.shape)
+        # Asked for here, so that a setting that does not fit is refused before any step.
         self.products  # noqa: B018 (raises if the setting does not fit the devices)
 
     @property
@@ -117,6 +118,7 @@ class TrainStack:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Sharding of a batch [sites, B, D]: tokens over ``data``; sites over ``member`` if each member has its own."""
+        # Otherwise members of one site would each need a copy of its values on their devices.
         by_member = "member" if len(self.sites) == len(self.members) else None
         return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, 1), by_member, "data", None)
 
@@ -177,6 +179,7 @@ def choose_members_at_once(
     """
     local = members // axes["member"]
     if not max_members:
+        # Activations [tokens, features] of one member, the largest array of a step.
         values = math.ceil(tokens / axes["data"]) * math.ceil(features / axes["model"])
         max_members = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
     return max(size for size in range(1, min(max_members, local) + 1) if local % size == 0)
@@ -227,6 +230,7 @@ def stack_shape(
     d_in, kind_object = sum(shape), kinds.by_name(kind)
     features = config.features_of(d_in)
     each = [kind_object.facts(member.settings, config.of_kind(kind), features) for member in members]
+    # One static k serves all members: the program selects the largest, each keeps its own.
     facts = max(each, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
     return DictionaryConfig(

@@ -68,6 +68,7 @@ def for_expansion(run: Run, config: TrainConfig) -> Run:
 def _run_expansion(run: Run) -> TrainResults | None:
     """Train the members that are not there; None if all are."""
     config = run.configs[TrainConfig]
+    # Members come before the source, which reads no sites but theirs.
     store = None if config.source == "model" else Store.open(run.inputs["capture"])
     members = make_members(config, run.name, choose_sites(config, store.sites if store else None))
     if run.stack:
@@ -102,6 +103,7 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(source.per_epoch * config.epochs, config.max_steps or source.per_epoch * config.epochs)
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
     stack = TrainStack(config, dictionary, members, scales, steps, mesh)
     folder = log_folder(run.folder, config)
@@ -207,6 +209,7 @@ def train_loop(
             step += 1
             metrics.push(step, values)
         stop = agreed_stop() or batch is None
+        # A batch that was not made means that the process was asked to stop meanwhile.
         due = batch is not None and (step % every == 0 or step == stack.steps)
         if due or (stop and step > first_step):
             metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
