@@ -55,7 +55,7 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
-        # Here, because it imports JAX: --help and bad flags end before it.
+        # Here, so that --help and bad flags end without it.
         from saejax.runner import pipeline
 
         options = pipeline.RunOptions(
