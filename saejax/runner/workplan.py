@@ -114,7 +114,7 @@ class Workplan:
             unit=unit,
             settings=settings_read(stage, lone.configs, name),
             needs=needs,
-            sources=self._sources_of(stage, name) | lone.also,
+            sources={**self._sources_of(stage, name), **lone.also},
             revision=stage.revision,
         )
 

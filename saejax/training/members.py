@@ -174,7 +174,7 @@ def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConf
     """Return the settings of a run that trains one member alone."""
     fields = {field.name for field in dataclasses.fields(config)}
     single = {name: (value,) for name, value in member.settings.items()}
-    shared = {name: value for name, value in single.items() if name in fields}
+    shared: dict[str, Any] = {name: value for name, value in single.items() if name in fields}
     of_kind = {name: value for name, value in single.items() if name not in fields}
     inner = {**config.own, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
     return dataclasses.replace(
