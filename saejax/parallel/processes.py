@@ -95,7 +95,8 @@ class Processes:
 
     def _key(self, what: str, place: str) -> str:
         self._visits[what + place] += 1
-        return f"{self._unit}/{what}/{place}/{self._visits[what + place]}"
+        # The service drops a leading slash, and would list other names than were set.
+        return f"{self._unit}/{what}/{place}/{self._visits[what + place]}".lstrip("/")
 
     def _wait(self, place: str, key: str, ranks: Sequence[int]) -> None:
         last_line = start = time.monotonic()
