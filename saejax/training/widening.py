@@ -1,10 +1,8 @@
 """Features that a dictionary lacks: found in its errors (``--train.widen``), and kept apart (``--train.alignment``).
 
 A token's error is a sum of features that the dictionary lacks. From the direction w of one error, these steps converge
-to one of them (the update of one nonnegative atom in K-SVD; Aharon et al., 2006):
-
-    active tokens     the share ``_RATE`` of tokens whose errors e have the largest projections z = <w, e>
-    w                 sum of z e over these tokens, normalised
+to one of them (the update of one nonnegative atom in K-SVD; Aharon et al., 2006): active are the share ``_RATE`` of
+tokens whose errors e have the largest projections z = <w, e>; w becomes the sum of z e over these, normalised.
 """
 
 import dataclasses
@@ -46,8 +44,7 @@ def widen(
       say: takes a line on what was found.
     """
     sae = rescale.centred(sae)  # features in errors read the input less the decoder's bias
-    parts = np.array_split(acts_NxD.astype(np.float32), max(len(acts_NxD) // 4096, 1))
-    blocks = [_errors(sae, x_BxD) for x_BxD in parts]
+    blocks = [_errors(sae, x) for x in np.array_split(acts_NxD.astype(np.float32), max(len(acts_NxD) // 4096, 1))]
     errors_NxD, fires_F = np.concatenate([error for error, _ in blocks]), np.any([fires for _, fires in blocks], axis=0)
     count, decoder_FxD = sae.config.n_features, np.asarray(sae.W_dec_FxD[...])
     dead = np.flatnonzero(~fires_F) if replace else np.zeros(0, int)
@@ -86,8 +83,8 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
             break
         tokens = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
         w = errors_NxD[np.resize(tokens, starts + -starts % block)].astype(np.float32)
-        found = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
-        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*found, strict=True))
+        new_rows = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
+        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*new_rows, strict=True))
         is_new = (level > 0) & (np.abs(rows @ np.concatenate(directions).T).max(axis=1, initial=0.0) <= _SAME)
         taken: list[int] = []
         for i in np.argsort(-strength):
