@@ -116,7 +116,7 @@ def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> d
     dropped = jax.jit(lambda params, *batch: sum(map(jnp.sum, forward(config, tuple(sites), False, params, *batch)[1])))
 
     def floor() -> None:
-        jax.block_until_ready([dropped(reader.params, *reader.padded(batch)) for batch in plan.batches(0)])
+        jax.block_until_ready([dropped(reader.params, *reader.pad_batch(batch)) for batch in plan.batches(0)])
 
     ways: dict[str, Callable[[], None]] = dict(devices=devices, host=host, floor=floor)
     for way in ways.values():  # compiles

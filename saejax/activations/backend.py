@@ -25,10 +25,10 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
       plan: the plan whose batches are read.
       config: the backend and its dtype.
     """
-    if request.other is not None:
+    if request.second is not None:
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
-        first = dataclasses.replace(request, sites=first_sites, other=None)
-        return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.other)))
+        first = dataclasses.replace(request, sites=first_sites, second=None)
+        return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.second)))
     if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader
 
@@ -57,11 +57,13 @@ class PairReader:
         kept: list[Batch] = []
 
         def keep() -> Iterator[Batch]:
+            """Yield the batches and keep them for the second model."""
             for batch in batches:
                 kept.append(batch)
                 yield batch
 
         def take_other(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+            """Hand over a value of the second model."""
             take(batch, _other_site(site), value_BxTxD)
 
         self._first.read(keep(), take)
@@ -74,4 +76,5 @@ class PairReader:
 
 
 def _other_site(site: AnySite) -> OtherSite:
+    """Return the second model's site of this name."""
     return OtherSite(cast(Site, site))  # modules of a second model were refused

@@ -65,6 +65,7 @@ class RowRange:
         return rows_N - self.first - np.searchsorted(self.excluded, rows_N)
 
     def _between(self, first: int, stop: int) -> np.ndarray:
+        """Return the usable rows from ``first`` to ``stop - 1``."""
         excluded = self.excluded[slice(*np.searchsorted(self.excluded, [first, stop]))]
         return np.delete(np.arange(first, stop, dtype=np.int64), excluded - first)
 
@@ -117,6 +118,7 @@ class BatchOrder:
         if epoch not in self._epochs:
             order_S = np.random.default_rng([self._seed, epoch]).permutation(len(self._counts))
             ends = np.cumsum(self._counts[order_S])
+            # The last window may have fewer shards than the others.
             last = np.arange(self._window_shards, len(ends) + self._window_shards, self._window_shards) - 1
             self._epochs = {e: value for e, value in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = order_S, ends[np.minimum(last, len(ends) - 1)]
@@ -145,7 +147,7 @@ class ReadableRows(Protocol):
         ...
 
     def d(self, site: str) -> int:
-        """Width of a site."""
+        """Return the width of a site."""
         ...
 
     def usable(self, split: str, *sites: str) -> RowRange:
@@ -186,7 +188,17 @@ def make_batches(
     window_rows: int,
     slice_of_batch: slice = slice(None),
 ) -> grain.MapDataset:
-    """Return the training batches as a data set whose element n is batch n, see ``Store.batches``."""
+    """Return the training batches as a data set whose element n is batch n.
+
+    Args:
+      rows: a ``Store``, or a ``JoinedRows`` on one.
+      parts: as for ``Store.batches``, like all that follow.
+      batch: rows per batch.
+      seed: seed of the order.
+      epochs: passes over the rows.
+      window_rows: rows that are shuffled together.
+      slice_of_batch: the rows of each batch that are read.
+    """
     order = BatchOrder(rows.usable("train", *sites_of(parts)), batch, seed, epochs, window_rows)
     return grain.MapDataset.source(_Batches(rows, parts, order, slice_of_batch))
 

@@ -45,16 +45,17 @@ def run_capture(run: Run) -> CaptureResults:
     request = read_request(run.configs)
     plan = _plan_capture(run, request)
     reader, site_widths = None, request.widths()
-    if site_widths is None:
+    if site_widths is None:  # modules tell their width only when they run
         reader = load_reader(run, request, plan, config)
         site_widths = reader.widths
     widths = {str(site): width for site, width in site_widths.items()}
     writer = StoreWriter(run.folder, plan, widths, config.store_dtype, _work(run, request, plan.documents))
+    # Shards of other runs are taken before anything is counted as missing, by one process, as they are hard links.
     is_first = mesh.process_id == 0
     if is_first:
-        for other in sorted(run.folder.parent.glob(f"{run.stage}-*")):
-            if other != run.folder:
-                writer.adopt(other)
+        for store in sorted(run.folder.parent.glob(f"{run.stage}-*")):
+            if store != run.folder:
+                writer.adopt(store)
     missing = missing_shards(writer, mesh)
     _check_disk(run.folder, plan, missing, widths, config)
     if is_first:
@@ -75,7 +76,7 @@ def run_capture(run: Run) -> CaptureResults:
             begins_with_bos(request, config.bos),
             corpora.identity(run.configs[CorpusConfig], run.configs[TaskConfig]),
             config.last,
-            CapturedModel.of(request.other.source) if request.other else None,
+            CapturedModel.of(request.second.source) if request.second else None,
         )
     _say_sinks(run, norms)
     size = ON_DISK[config.store_dtype].itemsize
@@ -114,15 +115,17 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
     config = run.configs[CaptureConfig]
     hashes = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in documents.arrays().values()]
     index = [config.shard_rows, config.last, run.configs[CorpusConfig].seed, hashes]
+    # A change of any of these would make other values; the mesh and the batch size do not belong here.
     vectors = ["torch" if request.needs_torch else config.backend, config.dtype, config.store_dtype]
     work = {INDEX: fingerprint(index)}
     for site in request.sites:
-        captured = request.other if isinstance(site, OtherSite) and request.other else request
+        captured = request.second if isinstance(site, OtherSite) and request.second else request
         work[str(site)] = fingerprint([*index, *vectors, captured.source.fingerprint])
     return work
 
 
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:
+    """Raise a ``UserError`` unless the missing shards fit on the disk."""
     size = ON_DISK[config.store_dtype].itemsize
     needed = sum(
         plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 4 for part in parts)
@@ -137,6 +140,7 @@ def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str,
 
 
 def _check_sinks(norms: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
+    """Raise a ``UserError`` if the sink rule would drop more tokens beyond position 0 than the settings allow."""
     for site, facts in norms.items():
         share = facts.sinks.share_beyond
         if share > config.max_sink_share:
@@ -148,6 +152,7 @@ def _check_sinks(norms: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
 
 
 def _say_sinks(run: Run, norms: Mapping[str, SiteNorms]) -> None:
+    """Log the norms of each site and how many tokens are attention sinks."""
     for site, facts in norms.items():
         run.say(
             f"{site}: median norm {facts.median_norm:.4g}; norms above {facts.max_norm:.4g} are attention sinks: "

@@ -88,6 +88,7 @@ class ShardCapture:
         progress = TextProgress(self.run.say, sum(map(plan.size, missing)))
 
         def take(batch: Batch, site: AnySite, value_BxTxD: np.ndarray) -> None:
+            """Store a batch's values at a site; refuse what is not finite."""
             bad = buffers.take(site, value_BxTxD, batch)
             if bad is not None:
                 place = plan.documents.place(int(batch.documents_B[bad[0]]), bad[1])
@@ -98,6 +99,7 @@ class ShardCapture:
                 )
 
         def batches(shard: int, done: int) -> Iterator[Batch]:
+            """Yield the batches of a shard until the run is asked to stop."""
             for batch in plan.batches(shard):
                 if self.run.stopping():
                     finished = f"{plan.shards - len(missing) + done} of {plan.shards} shards"

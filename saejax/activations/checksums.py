@@ -80,6 +80,7 @@ class CheckedArray:
         self._verify(np.arange(len(self._checksums)))
 
     def _verify(self, blocks: np.ndarray) -> None:
+        """Compare blocks that were not checked yet with their checksums."""
         for block in blocks[~self._is_verified[blocks]].tolist():
             start = block * BLOCK_BYTES
             content = self._bytes[start : start + BLOCK_BYTES]

@@ -61,7 +61,7 @@ class Chunker:
             )
         self._budgets = _token_budgets(config, task)
 
-    def enough(self, source: int) -> bool:
+    def has_enough(self, source: int) -> bool:
         """Return whether no more tokens of a source, given by its number, are wanted."""
         return self._budgets[self._budget_key(source)] <= 0
 
@@ -75,8 +75,8 @@ class Chunker:
         Raises:
           UserError: a source has less text than its weight asks for.
         """
-        size = self._config.context - len(self._bos)
-        for text, ids in self._tokenized(texts):
+        size = self._config.context - len(self._bos)  # every piece begins with its own BOS
+        for text, ids in self._tokenize_in_batches(texts):
             key = self._budget_key(text.source)
             for start in range(0, len(ids), size):
                 if self._budgets[key] <= 0:
@@ -117,9 +117,11 @@ class Chunker:
                 )
 
     def _budget_key(self, source: int) -> int:
+        """Return the key of a source's budget: its number where sources are weighted, else 0."""
         return source if self._config.weights else 0
 
-    def _tokenized(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
+    def _tokenize_in_batches(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
+        """Yield each text with its token ids; texts are tokenized many at a time."""
         batch, characters = list[Document](), 0
         for text in itertools.chain(texts, [None]):
             full = len(batch) == _MAX_TEXTS or characters > _MAX_CHARACTERS

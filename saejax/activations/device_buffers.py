@@ -65,10 +65,10 @@ class DeviceBuffers:
         """Run the batches, in their order. If iterating over them raises, the buffer holds nothing of use."""
         sent: collections.deque[jax.Array] = collections.deque()
         for batch in batches:
-            ids_BxT, lengths_B = self._reader.padded(batch)
+            ids_BxT, lengths_B = self._reader.pad_batch(batch)
             rows_BxT = np.full(ids_BxT.shape, self._rows, np.int32)  # beyond the buffer: not written
-            for own_T, first, stop, rows in zip(rows_BxT, batch.first_B, batch.stop_B, batch.rows_B, strict=False):
-                own_T[first:stop] = rows
+            for rows_T, first, stop, rows in zip(rows_BxT, batch.first_B, batch.stop_B, batch.rows_B, strict=False):
+                rows_T[first:stop] = rows
             placed = [everywhere(self._reader.mesh, array, BY_DOCUMENT) for array in (ids_BxT, lengths_B)]
             arguments = (self._reader.params, self.parts, self._norms_SxR, *placed, rows_BxT)
             self.parts, self._norms_SxR, done = self._write(*arguments)
@@ -141,6 +141,7 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return an array of zeros, placed as its description says."""
     return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
 

@@ -140,6 +140,7 @@ class Documents:
         return cls(ids_T, starts_N, lengths_N, table_Nx5, tuple(groups))
 
     def _bounds(self, split: str) -> tuple[int, int]:
+        """Return the first document of a split and the one after its last."""
         return (0, self.train_count) if split == "train" else (self.train_count, len(self))
 
 
@@ -187,6 +188,7 @@ def make_documents(
 
 
 def _assemble(pieces: Sequence[TextPiece]) -> Documents:
+    """Return documents of these pieces, in this order."""
     groups = tuple(sorted({piece.group for piece in pieces}))
     index = {group: i for i, group in enumerate(groups)}
     table = [(piece.split, piece.kind, index[piece.group], piece.source, piece.start) for piece in pieces]

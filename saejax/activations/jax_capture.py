@@ -65,7 +65,7 @@ class DecoderReader:
             running = started
         self._give(running, take)
 
-    def padded(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    def pad_batch(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids [B, T] and lengths [B] of a batch, in one of few shapes that the mesh divides."""
         documents, length = batch.ids_BxT.shape
         rows, padded = self._padded_shape(length)
@@ -79,12 +79,13 @@ class DecoderReader:
 
     def _start(self, batch: Batch) -> list[jax.Array]:
         """Send a batch to the devices, without waiting for it."""
-        ids_BxT, lengths_B = self.padded(batch)
+        ids_BxT, lengths_B = self.pad_batch(batch)
         placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
         _, values = forward(self.config, self._sites, False, self.params, *placed)
         return [value.astype(self._hand_over) for value in values]
 
     def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:
+        """Wait for the values of a batch and hand them over."""
         if running is not None:
             batch, values = running
             for site, value in zip(self._sites, values, strict=True):

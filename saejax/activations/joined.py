@@ -49,7 +49,7 @@ class JoinedRows:
 
     def __init__(self, rows: Any, names: Sequence[str], scales: Mapping[str, Sequence[float]] | None = None):
         self._rows, self.sites = rows, (*rows.sites, *names)
-        all_scales = scales or self._estimated(names)
+        all_scales = scales or self._estimate_scales(names)
         self.scales = {name: tuple(all_scales[name]) for name in names}
 
     def __getattr__(self, name: str) -> Any:
@@ -64,7 +64,7 @@ class JoinedRows:
         return np.dtype(np.float32)
 
     def d(self, site: str) -> int:
-        """Width of a site, or of all parts of a joined one."""
+        """Return the width of a site, or of all parts of a joined one."""
         return sum(map(self._rows.d, site_parts(site)))
 
     def max_norm(self, site: str) -> float:
@@ -107,7 +107,8 @@ class JoinedRows:
         """Return the parts of a site with their factors."""
         return zip(site_parts(site), map(np.float32, self.scales.get(site, (1.0,))), strict=True)
 
-    def _estimated(self, names: Sequence[str]) -> dict[str, list[float]]:
+    def _estimate_scales(self, names: Sequence[str]) -> dict[str, list[float]]:
+        """Estimate the scales that bring all parts of each joined site to one mean norm."""
         parts = single_sites(names)
         rows = self._rows.rows("train", *parts)
         if not len(rows):

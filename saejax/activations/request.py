@@ -25,14 +25,14 @@ class CaptureRequest:
       sites: the sites, in the order given.
       decoder: the decoder's configuration; None if it does not know the model, or only modules are asked for.
       context: the longest input in tokens; None: it has no limit.
-      other: the request for the second model, whose sites are also among ``sites``; None: no second model.
+      second: the request for the second model, whose sites are also among ``sites``; None: no second model.
     """
 
     source: source.ModelSource
     sites: tuple[AnySite, ...]
     decoder: DecoderConfig | None
     context: int | None
-    other: "CaptureRequest | None" = None
+    second: "CaptureRequest | None" = None
 
     @property
     def needs_torch(self) -> bool:
@@ -40,8 +40,8 @@ class CaptureRequest:
         return self.decoder is None
 
     def widths(self) -> dict[AnySite, int] | None:
-        """Width of every site; None where the model has to be run to know it."""
-        more = self.other.widths() if self.other else {}
+        """Return the width of every site; None where the model has to be run to know it."""
+        more = self.second.widths() if self.second else {}
         if self.decoder is None or more is None or any(isinstance(site, ModuleSite) for site in self.sites):
             return None
         of_other: dict[AnySite, int] = {
@@ -68,7 +68,7 @@ def read_request(configs: Configs) -> CaptureRequest:
             raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
         request, second = read_request(configs | first), _other_request(configs, model_source, of_other)
         contexts = [each for each in (request.context, second.context) if each is not None]
-        return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), other=second)
+        return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), second=second)
     fields, where = source.read_model_config(model_source.folder), str(model_source.folder / "config.json")
     if in_torch or all(isinstance(site, ModuleSite) for site in sites):
         return CaptureRequest(model_source, sites, None, source.longest_input(model_source))
@@ -96,12 +96,16 @@ def _other_request(configs: Configs, first: source.ModelSource, sites: Sequence[
 
 def check_one_tokenizer(first: source.ModelSource, second: source.ModelSource) -> None:
     """Raise a ``UserError`` unless two models read the same text as the same tokens; special ones may differ."""
-    tokenizer, other = source.load_tokenizer(first), source.load_tokenizer(second)
-    other_ids, special = other.get_vocab(), {*tokenizer.added_tokens_encoder, *other.added_tokens_encoder}
+    tokenizer, second_tokenizer = source.load_tokenizer(first), source.load_tokenizer(second)
+    other_ids, special = (
+        second_tokenizer.get_vocab(),
+        {*tokenizer.added_tokens_encoder, *second_tokenizer.added_tokens_encoder},
+    )
+    # Special tokens may differ: a tuned model often adds some, and text has none of them.
     apart = [
         token for token, id in tokenizer.get_vocab().items() if token not in special and other_ids.get(token) != id
     ]
-    if apart or tokenizer(_SAMPLE)["input_ids"] != other(_SAMPLE)["input_ids"]:
+    if apart or tokenizer(_SAMPLE)["input_ids"] != second_tokenizer(_SAMPLE)["input_ids"]:
         count = f"of {len(tokenizer.get_vocab())} tokens {len(apart)} differ"
         difference = count if apart else "they split text differently"
         raise UserError(

@@ -184,7 +184,7 @@ class Store:
         """
         if out is not None:
             out = out.view(ON_DISK[self.manifest.dtype])
-        return self._gather(self._known(site), "shard", rows, out).view(self.dtype)
+        return self._gather(self._check_site(site), "shard", rows, out).view(self.dtype)
 
     def tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return document, position in it and token id of rows; int32 each."""
@@ -193,14 +193,14 @@ class Store:
 
     def norms(self, site: str, rows: np.ndarray) -> np.ndarray:
         """Return the Euclidean norms of the vectors of rows at a site, float32."""
-        return self._gather(self._known(site), "norms", rows)
+        return self._gather(self._check_site(site), "norms", rows)
 
     def mean(self, site: str, *sites: str) -> np.ndarray:
         """Return the mean vector at a site, float64 [d], of training rows that are sinks at none of the sites.
 
         The sum was taken when the store was made: only rows that are sinks elsewhere, and not at ``site``, are read.
         """
-        self._check_content(f"{self._known(site)}/train_sum.npy")
+        self._check_content(f"{self._check_site(site)}/train_sum.npy")
         total_D = np.load(self.folder / site / "train_sum.npy", allow_pickle=False)
         usable = self.usable("train", site, *sites)
         sinks_elsewhere = np.setdiff1d(usable.excluded, self._sink_rows(site), assume_unique=True)
@@ -253,22 +253,27 @@ class Store:
                     self._map(part, kind, shard).verify()
 
     def _site(self, site: str) -> StoredSite:
-        return self.manifest.sites[self._known(site)]
+        """Return the description of a site."""
+        return self.manifest.sites[self._check_site(site)]
 
-    def _known(self, site: str) -> str:
+    def _check_site(self, site: str) -> str:
+        """Return the site's name; raise a ``UserError`` unless the store has it."""
         return one_of(site, self.sites, "site in this store")
 
     def _sink_rows(self, site: str) -> np.ndarray:
-        if self._known(site) not in self._sinks:
+        """Return the rows that are attention sinks at a site, ascending."""
+        if self._check_site(site) not in self._sinks:
             self._check_content(f"{site}/sinks.npy")
             self._sinks[site] = np.load(self.folder / site / "sinks.npy", allow_pickle=False)
         return self._sinks[site]
 
     def _arrays(self, part: str, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return shape and dtype of a shard's arrays; see ``shard_arrays``."""
         d = 0 if part == INDEX else self.d(part)
         return shard_arrays(part, self.manifest.shard_size(shard), d, self.manifest.dtype)
 
     def _gather(self, part: str, kind: str, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Return rows of the files of one kind, in the order of ``rows``, written to ``out`` if there is one."""
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < self.manifest.rows:
             raise IndexError(f"rows are 0 to {self.manifest.rows - 1}; asked for {rows.min()} to {rows.max()}")
@@ -286,6 +291,7 @@ class Store:
         return out
 
     def _map(self, part: str, kind: str, shard: int) -> CheckedArray:
+        """Return the map of a shard's file, opened if need be; the least recently used one is closed."""
         name = shard_file(part, kind, shard)
         with self._lock:
             if name in self._maps:
@@ -303,6 +309,7 @@ class Store:
         return mapped
 
     def _check_content(self, name: str) -> None:
+        """Raise a ``UserError`` if a file's hash differs from the manifest's."""
         if file_sha256(self.folder / name) != self.manifest.files[name].sha256:
             raise UserError(
                 f"{self.folder / name} is damaged (its checksum differs from the manifest's): delete {self.folder} and "

@@ -42,9 +42,11 @@ class _Stopped(Exception):
 
 
 def _buffers(reader: Reader, parts: Parts, rows: int, dtype: str) -> HostBuffers | DeviceBuffers:
+    """Return buffers on the devices where the JAX decoder fills them, else in the host's memory."""
     from saejax.activations.device_buffers import DeviceBuffers
     from saejax.activations.jax_capture import DecoderReader
 
+    # Joined sites are put together on the host, and torch's values are there already.
     if isinstance(reader, DecoderReader) and not any(map(is_joined, sites_of(parts))):
         return DeviceBuffers(reader, parts, rows, dtype)
     return HostBuffers(reader, rows, dtype)
@@ -88,7 +90,7 @@ class ModelStream:
         return self._plan.shards
 
     def size(self, buffer: int) -> int:
-        """Rows of a buffer."""
+        """Return the number of rows of a buffer."""
         return self._plan.size(buffer)
 
     @property
@@ -107,7 +109,7 @@ class ModelStream:
         return self._buffers.parts
 
     def d(self, site: str) -> int:
-        """Width of a site."""
+        """Return the width of a site."""
         return next(width for each, width in self._reader.widths.items() if str(each) == site)
 
     def max_norm(self, site: str) -> float:
@@ -127,6 +129,7 @@ class ModelStream:
             return False
         self._norms = {site: norm_R[: self.size(buffer)] for site, norm_R in self._buffers.norms().items()}
         self._check(buffer)
+        # The first buffer is a fair sample of the text, and later ones must keep its rule.
         if not self._max_norms:
             factor = self._run.configs[CaptureConfig].sink_factor
             self._max_norms = {site: factor * float(np.median(self._norms[site])) for site in self.sites}
@@ -154,6 +157,7 @@ class ModelStream:
         self._reader.close()
 
     def _batches(self, buffer: int) -> Iterator[Batch]:
+        """Yield the batches of a buffer; raise ``_Stopped`` when the process is asked to stop."""
         for batch in self._plan.batches(buffer):
             if self._run.stopping():
                 raise _Stopped

@@ -56,14 +56,15 @@ def run_tokenize(run: Run) -> TokenizeResults:
     progress = TextProgress(run.say, corpora.characters(config, run.configs[TaskConfig]), "characters")
 
     def texts() -> Iterator[Document]:
-        for document in corpora.documents(config, run.configs[TaskConfig], chunker.enough):
+        """Yield the corpus until no more of it is wanted."""
+        for document in corpora.documents(config, run.configs[TaskConfig], chunker.has_enough):
             if run.stopping():
                 raise Interrupted("stopped; the text is read anew: run the same command to start again")
             yield document
             progress.add(len(document.text))
 
     with _DocumentsWriter(run.folder, groups) as writer:
-        with _all_cores():
+        with _use_all_cores():
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
                 _check_vocabulary(model, vocabulary, piece.ids_T)
                 writer.add(piece)
@@ -169,6 +170,7 @@ class _DocumentsWriter:
         return file
 
     def _group_number(self, group: str) -> int:
+        """Return the number of a group in the table."""
         if group in self._groups:
             return self._groups[group]
         # Groups are only compared with one another: two that share a number count as one, which does no harm.
@@ -192,7 +194,7 @@ def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: 
 
 
 @contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
+def _use_all_cores() -> Iterator[None]:
     """Let tokenizers use every core; elsewhere they use one, because processes are forked beside them."""
     before = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

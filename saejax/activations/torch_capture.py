@@ -43,6 +43,7 @@ class SiteReader:
         for batch in batches:
 
             def visit(site: AnySite, value: torch.Tensor, batch: Batch = batch) -> torch.Tensor:
+                """Hand over a value and leave it unchanged."""
                 take(batch, site, _array(value))
                 return value
 

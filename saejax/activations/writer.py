@@ -96,7 +96,7 @@ class StoreWriter:
         Args:
           missing: parts and shards to make; records of damaged ones are removed, so that no process trusts them.
         """
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        (self.folder / MANIFEST).unlink(missing_ok=True)  # first: readers take a folder with one for finished
         for part, shard in missing:
             (self.folder / shard_file(part, "record", shard)).unlink(missing_ok=True)
         remove_unfinished(self.folder)
@@ -158,6 +158,7 @@ class StoreWriter:
             norms_R = np.concatenate([self._load(site, "norms", shard) for shard in range(plan.shards)])
             median = float(np.median(norms_R[: plan.train_rows]))
             max_norm = np.float32(sink_factor * median)
+            # Compared in float32, as the store's readers compare: a threshold in float64 would decide ties otherwise.
             sink_rows = self._sinks[site] = np.flatnonzero(norms_R > max_norm).astype(np.int64)
             beyond = int(is_beyond_R[sink_rows].sum())
             counts = SinkCounts(len(sink_rows) - beyond, beyond, float(beyond / max(is_beyond_R.sum(), 1)))
@@ -172,7 +173,7 @@ class StoreWriter:
         bos: bool,
         corpus: str | None = None,
         last: int = 0,
-        other: CapturedModel | None = None,
+        second: CapturedModel | None = None,
     ) -> None:
         """Write each site's sinks and sum and then, last, the manifest: now the folder is a store.
 
@@ -183,7 +184,7 @@ class StoreWriter:
           bos: whether documents begin with a BOS token.
           corpus: hash of the text; None if it was in memory.
           last: number of last positions recorded of each document; 0: all.
-          other: the second captured model, if any.
+          second: the second captured model, if any.
         """
         documents, plan = self.plan.documents, self.plan
         train = documents.train_count
@@ -202,9 +203,9 @@ class StoreWriter:
             files=dict(sorted(self._files.items())),
             corpus=corpus,
             last=last,
-            other=other,
+            other=second,
         )
-        with _disk_room(self.folder / MANIFEST):
+        with _explain_full_disk(self.folder / MANIFEST):
             write_json(self.folder / MANIFEST, to_json(manifest))
 
     def _train_sum(self, site: str, sink_rows: np.ndarray) -> np.ndarray:
@@ -223,9 +224,11 @@ class StoreWriter:
         return total_D
 
     def _arrays(self, part: str, shard: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Return shape and dtype of a shard's arrays; see ``shard_arrays``."""
         return shard_arrays(part, self.plan.size(shard), self.widths.get(part, 0), self.dtype)
 
     def _load(self, part: str, kind: str, shard: int, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+        """Return the array of a shard's file."""
         return np.load(self.folder / shard_file(part, kind, shard), mmap_mode=mmap_mode, allow_pickle=False)
 
     def _checksums(self, part: str, kind: str, shard: int) -> list[int]:
@@ -236,16 +239,18 @@ class StoreWriter:
         return block_checksums(array.data.cast("B"))
 
     def _write_shard(self, part: str, shard: int, arrays: Mapping[str, np.ndarray], record: Mapping) -> None:
+        """Write a shard's arrays, then the record that says that it is done."""
         checksums = {}
         for kind, array in arrays.items():
             array = np.ascontiguousarray(array)
             checksums[kind] = block_checksums(array.data.cast("B"))
             self._write_file(shard_file(part, kind, shard), (npy_header(array.shape, array.dtype), array.data))
         path = self.folder / shard_file(part, "record", shard)
-        with _disk_room(path):
+        with _explain_full_disk(path):
             write_json(path, dict(work=self.work[part], checksums=checksums, **record))
 
     def _write_array(self, name: str, array: np.ndarray) -> None:
+        """Write an array and note its hash for the manifest."""
         self._write(name, array.shape, array.dtype, [array])
 
     def _write(self, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
@@ -264,9 +269,10 @@ class StoreWriter:
         self._files[name] = FileFacts(size, digest.hexdigest())
 
     def _write_file(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file that appears whole or not at all."""
         # Written by hand: numpy's own writer loses the error number, so that a full disk looks like a bug.
         path = self.folder / name
-        with _disk_room(path):
+        with _explain_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(path) as unfinished, open(unfinished, "wb") as file:
                 for chunk in chunks:
@@ -313,7 +319,7 @@ def write_store(
 
 
 @contextlib.contextmanager
-def _disk_room(path: Path) -> Iterator[None]:
+def _explain_full_disk(path: Path) -> Iterator[None]:
     """Turn a full disk into a ``UserError`` that names the file."""
     try:
         yield

@@ -12,39 +12,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from saejax.dictionaries.description import DictionaryConfig
 from saejax.dictionaries.joined import row_lengths
-from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.matmul import matmul
-from saejax.dictionaries.modules import Dictionary
 
 FORM = "cross_layer_transcoder"  # of ``--train.form``
 KINDS = ("standard", "jumprelu", "batchtopk")  # of which circuit-tracer's folders can hold the result
-
-
-class LayerEncoder(Dictionary):
-    """The encoder of one layer, which has no decoder of its own: its features write to several layers; see ``written``.
-
-    Args:
-      config: what all layers have in common.
-      arrays: the layer's "W_enc_DxF", "b_enc_F", and those of its kind.
-      decoder_norms_F: the lengths of its features' joined decoders.
-    """
-
-    def __init__(self, config: DictionaryConfig, matmul_dtype: str, arrays: Arrays, decoder_norms_F: jax.Array):
-        self.config, self.matmul_dtype = nnx.static(config), nnx.static(matmul_dtype)
-        for name, array in arrays.items():
-            setattr(self, name, nnx.Param(array))
-        self.lengths_F = nnx.Param(decoder_norms_F)
-
-    @property
-    def decoder_norms_F(self) -> jax.Array:
-        """The lengths of the features' joined decoders, [F]."""
-        return self.lengths_F[...]
 
 
 def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
@@ -52,7 +27,9 @@ def joined_lengths(decoders: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(list(map(row_lengths, decoders)))
 
 
-def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32") -> jax.Array:
+def sum_writes(
+    f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmul_dtype: str = "float32"
+) -> jax.Array:
     """Return what the features of all layers write to each layer, [L, B, D].
 
     On a mesh with a ``model`` axis every device adds up what its own features write to all layers, and the sums meet
@@ -68,6 +45,7 @@ def written(f_LxBxF: jax.Array, decoders: Sequence[jax.Array], mesh: Mesh, matmu
     split = [name for name in ("data", "model") if mesh.shape[name] > 1]
 
     def write_all(f_LxBxF: jax.Array, *decoders: jax.Array) -> jax.Array:
+        """Sum what the features of a device write to all layers."""
         if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
             decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
         sum_BxX = matmul(f_LxBxF[0], decoders[0], matmul_dtype)  # the first layer writes to all

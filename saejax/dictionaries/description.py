@@ -93,7 +93,7 @@ class DictionaryConfig(Config):
             return self
         if self.widths:
             return dataclasses.replace(self, max_norms=tuple(float(sink_norm(part)) for part in site_parts(self.site)))
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {}  # measured only where it is missing: it takes a pass of the model
         if replace or self.max_norm is None:
             changes["max_norm"] = float(sink_norm(self.site))
         if self.target and (replace or self.target_max_norm is None):

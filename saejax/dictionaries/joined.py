@@ -34,6 +34,7 @@ def row_lengths(W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
 
 
 def _norms(W_dec_FxD: jax.Array) -> jax.Array:
+    """Return the norm of every row, with gradient 0 where it is 0."""
     square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
     return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
 

@@ -43,12 +43,12 @@ def labels_of_folders(folders: Iterable[str | Path]) -> dict[tuple[int, int], st
       UserError: a file of labels, or a unit's summary, is damaged.
     """
     labels: dict[tuple[int, int], str] = {}
-    for layer, (workdir, name) in trained_of_folders(folders).items():
+    for layer, (workdir, name) in trained_units(folders).items():
         labels |= {(layer, feature): label.label for feature, label in labels_of(workdir, name).items()}
     return labels
 
 
-def trained_of_folders(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
+def trained_units(folders: Iterable[str | Path]) -> dict[int, tuple[Path, str]]:
     """Return the dictionaries of train units, or of their members, by layer: workdir and name, as "topk/mlp_in.3".
 
     Args:

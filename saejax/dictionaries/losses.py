@@ -81,6 +81,7 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     f_NxF = f_BxF if n_tokens <= tokens else f_BxF[np.arange(tokens) * n_tokens // tokens]
     centred_NxF = f_NxF - jnp.mean(f_NxF, axis=0, keepdims=True)
     degrees = max(f_NxF.shape[0] - 1, 1)
+    # Pairs i = j are taken out again: they are variances.
     all_pairs = jnp.sum(jnp.square(matmul(centred_NxF, centred_NxF.T))) / degrees**2
     variance_F = jnp.sum(jnp.square(centred_NxF), axis=0) / degrees
     return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
@@ -158,6 +159,7 @@ def dead_columns(features: int, k: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns):
+    """Return the AuxK loss, whose gradients are computed with it; see ``auxk``."""
     return _auxk_and_gradients(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)[0]
 
 

@@ -38,14 +38,16 @@ def product(a: jax.Array, b: jax.Array, matmul_dtype: str) -> jax.Array:
 
 
 def _forward(a, b, matmul_dtype):
+    """Return the product, and what its gradient needs."""
     return product(a, b, matmul_dtype), (a, b)
 
 
 def _backward(matmul_dtype, saved, cotangent_xN):
+    """Return the gradients in both operands."""
     a_xK, b_KxN = saved
     return (
-        product(cotangent_xN, transposed(b_KxN, matmul_dtype), matmul_dtype),
-        over_rows(_rows(a_xK), _rows(cotangent_xN), matmul_dtype),
+        product(cotangent_xN, transpose(b_KxN, matmul_dtype), matmul_dtype),
+        transposed_product(_rows(a_xK), _rows(cotangent_xN), matmul_dtype),
     )
 
 
@@ -58,20 +60,29 @@ def centred_matmul(x_xK: jax.Array, centre_K: jax.Array, b_KxN: jax.Array, matmu
 
     The centre's gradient is minus the sum over rows of x's. Summed before it is multiplied it costs next to nothing,
     where nobody asks for x's gradient; otherwise a whole product, a sixth of a training step.
+
+    Args:
+      x_xK: any leading dimensions.
+      centre_K: subtracted from every row of x.
+      b_KxN: a matrix.
+      matmul_dtype: as for ``matmul``.
     """
     return product(_centred(x_xK, centre_K), b_KxN, matmul_dtype)
 
 
 def _centred(x_xK, centre_K):
+    """Return x less a vector."""
     return x_xK - centre_K.reshape((1,) * (x_xK.ndim - 1) + centre_K.shape)
 
 
 def _forward_centred(x_xK, centre_K, b_KxN, matmul_dtype):
+    """Return the product, and what its gradient needs."""
     centred_xK = _centred(x_xK, centre_K)
     return product(centred_xK, b_KxN, matmul_dtype), (centred_xK, b_KxN)
 
 
 def _backward_centred(matmul_dtype, saved, cotangent_xN):
+    """Return the gradients in x, the centre and the matrix."""
     to_x_xK, to_b_KxN = _backward(matmul_dtype, saved, cotangent_xN)
     return to_x_xK, -product(saved[1], _rows(cotangent_xN).sum(0), "float32"), to_b_KxN
 
@@ -80,10 +91,11 @@ centred_matmul.defvjp(_forward_centred, _backward_centred)
 
 
 def _rows(a_xK: jax.Array) -> jax.Array:
+    """Return the array with all leading dimensions as one."""
     return a_xK.reshape(-1, a_xK.shape[-1])
 
 
-def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
+def transposed_product(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Array:
     """Return a.T @ g; for bfloat16 the narrower is transposed, because on a CPU the transpose is written to memory.
 
     Args:
@@ -92,11 +104,11 @@ def over_rows(a_BxK: jax.Array, g_BxN: jax.Array, matmul_dtype: str) -> jax.Arra
       matmul_dtype: as for ``matmul``.
     """
     if matmul_dtype != "bfloat16" or a_BxK.shape[-1] <= g_BxN.shape[-1]:
-        return product(transposed(a_BxK, matmul_dtype), g_BxN, matmul_dtype)
-    return _written_transpose(product(transposed(g_BxN, matmul_dtype), a_BxK, matmul_dtype))
+        return product(transpose(a_BxK, matmul_dtype), g_BxN, matmul_dtype)
+    return _written_transpose(product(transpose(g_BxN, matmul_dtype), a_BxK, matmul_dtype))
 
 
-def transposed(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
+def transpose(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
     """Return the transpose, on a CPU written out in memory for bfloat16.
 
     XLA:CPU multiplies bfloat16 matrices that are stored transposed at half the speed (measured on 1024 x 576 by
@@ -110,6 +122,7 @@ def transposed(a_KxN: jax.Array, matmul_dtype: str) -> jax.Array:
 
 
 def _written_transpose(a_KxN: jax.Array) -> jax.Array:
+    """Return the transpose, written out in memory on a CPU."""
     rows_first = Layout(major_to_minor=(0, 1))
     return lax.platform_dependent(
         a_KxN,

@@ -84,24 +84,38 @@ class Dictionary(nnx.Module):
     Args:
       matmul_dtype: dtype of the operands of matrix products (sums are in the arrays' dtype).
       arrays: those of ``parameter_table``; and "max_norm", a scalar, in place of that of ``config`` where dictionaries
-        of several layers should share compiled programs.
+        of several layers should share compiled programs. Without "W_dec_FxD" it can encode and not decode: of a
+        decoder only some rows may be wanted, and the features of a cross-layer transcoder write to several layers, so
+        that they have "decoder_norms_F", the norms of their joined decoders, instead.
     """
 
     def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
         self.config = nnx.static(config)
         self.matmul_dtype = nnx.static(matmul_dtype)
+        optional = () if "W_dec_FxD" in arrays else ("W_dec_FxD", "b_dec_D")
         for name, (shape, _) in parameter_table(config).items():
+            if name in optional and name not in arrays:
+                continue
             if arrays[name].shape != shape:
                 raise ValueError(f"{name} has the shape {arrays[name].shape}, expected {shape}")
             setattr(self, name, nnx.Param(arrays[name]))
         if "max_norm" in arrays:
             self.max_norm = nnx.Param(arrays["max_norm"])
+        if "decoder_norms_F" in arrays:
+            self.joined_norms_F = nnx.Param(arrays["decoder_norms_F"])
 
     @classmethod
     def initial(
         cls, config: DictionaryConfig, key: jax.Array, matmul_dtype: str = "float32", dtype: str = "float32"
     ) -> "Dictionary":
-        """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0."""
+        """Return a dictionary of random unit directions; the encoder is the decoder's transpose, all else is 0.
+
+        Args:
+          config: what it is.
+          key: random key of the directions.
+          matmul_dtype: dtype of the operands of matrix products.
+          dtype: dtype of the arrays.
+        """
         directions_FxD = jax.random.normal(key, (config.n_features, config.d_in), dtype)
         directions_FxD /= jnp.linalg.norm(directions_FxD, axis=-1, keepdims=True)
         arrays = {name: jnp.zeros(shape, dtype) for name, (shape, _) in parameter_table(config).items()}
@@ -136,6 +150,8 @@ class Dictionary(nnx.Module):
     @property
     def decoder_norms_F(self) -> jax.Array:
         """Length of each feature's direction, [F], by which penalties weigh activations; see ``joined.row_lengths``."""
+        if hasattr(self, "joined_norms_F"):
+            return self.joined_norms_F[...]
         return joined.row_lengths(self.W_dec_FxD[...], self.config.widths)
 
     def with_config(self, config: DictionaryConfig) -> Self:
@@ -179,15 +195,23 @@ class Dictionary(nnx.Module):
         """
         if type(self).encode is not Dictionary.encode or not self.kind.is_elementwise() or not len(features_K):
             return self.encode(x_xD)[..., features_K]
-        axes = {name: axes for name, (_, axes) in parameter_table(self.config).items()}
+        return self.restrict(features_K).encode(x_xD)
+
+    def restrict(self, features_K: Any) -> "Dictionary":
+        """Return the dictionary of some features alone, which encodes as they do where ``Kind.is_elementwise``.
+
+        Args:
+          features_K: indices of the features.
+        """
+        axes = {
+            name: axes.index("model") for name, (_, axes) in parameter_table(self.config).items() if "model" in axes
+        }
         arrays = {
-            name: jnp.take(array, features_K, axis=axes[name].index("model"))
-            if "model" in axes.get(name, ())
-            else array
+            name: jnp.take(array, features_K, axis=axes[name]) if name in axes else array
             for name, array in self.arrays.items()
         }
         config = dataclasses.replace(self.config, n_features=len(features_K), groups=())
-        return Dictionary(config, self.matmul_dtype, **arrays).encode(x_xD)
+        return Dictionary(config, self.matmul_dtype, **arrays)
 
     def decode(self, f_xF: jax.Array, x_xD: jax.Array | None = None) -> jax.Array:
         """Return the reconstruction, or the prediction of the target, [..., D].
@@ -218,6 +242,7 @@ class Dictionary(nnx.Module):
         return y_xD - self._add_bias(jnp.zeros_like(y_xD), x_xD)
 
     def _add_bias(self, y_xD: jax.Array, x_xD: jax.Array | None) -> jax.Array:
+        """Return what the features write, with the decoder's bias and the skip path."""
         y_xD = y_xD + row(self.b_dec_D[...], y_xD.ndim)
         if not self.config.skip:
             return y_xD
@@ -396,17 +421,20 @@ class Dictionary(nnx.Module):
     def _edit(
         self, features: Sequence[int], factor: Any, offset: Any, positions: str | Span, error: str
     ) -> FeatureEdit:
+        """Return the edit of checked features; see ``FeatureEdit``."""
         one_of(error, ("keep", "drop"), "error")
         dropped = Values.constant(0.0, self.config.d_in, "the error term") if error == "drop" else None
         where = Positions.parse(positions, ("all", "last", "fires"))
         return self._make_edit(self._indices(features), factor, offset, where, dropped)
 
     def _error_edit(self, error: Values, positions: str | Span) -> FeatureEdit:
+        """Return the edit that replaces the error term and no feature."""
         return self._make_edit(np.zeros(0, np.int32), 1.0, 0.0, Positions.parse(positions), error)
 
     def _make_edit(
         self, features_K: np.ndarray, factor: Any, offset: Any, where: Positions, error: Values | None
     ) -> FeatureEdit:
+        """Return a ``FeatureEdit``; raise a ``UserError`` unless the dictionary reads before it writes."""
         reads = edit_site(self.config.site)
         site = edit_site(self.config.target) if self.config.target else reads
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
@@ -418,6 +446,7 @@ class Dictionary(nnx.Module):
         return FeatureEdit(self, jnp.asarray(features_K), factors, offsets, error, where, reads, site)
 
     def _indices(self, features: Sequence[int]) -> np.ndarray:
+        """Return feature indices as an array; raise a ``UserError`` unless they exist and are distinct."""
         indices, n = list(map(operator.index, features)), self.config.n_features
         wrong = [i for i in indices if not 0 <= i < n]
         if wrong:
@@ -428,4 +457,5 @@ class Dictionary(nnx.Module):
 
 
 def _norms(x_xD: jax.Array) -> jax.Array:
+    """Return the Euclidean norm of each vector in fp32."""
     return jnp.linalg.norm(x_xD.astype(jnp.float32), axis=-1)

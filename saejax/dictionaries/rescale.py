@@ -29,6 +29,7 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
       inputs: factor of the inputs, above 0.
       outputs: factor of the outputs, above 0.
     """
+    # Activations come out 1 / outputs as large, so that decoder rows keep their lengths.
     factors = dict.fromkeys(("W_enc_DxF", "W_skip_DxD"), inputs / outputs)
     factors |= dict.fromkeys(("W_dec_FxD", *kind.unscaled), 1.0)
     return {name: array * factors[name] if name in factors else array / outputs for name, array in arrays.items()}
@@ -77,7 +78,7 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     Raises:
       UserError: a topk dictionary with rows of different lengths, whose k largest would become others.
     """
-    arrays = _host(dictionary)
+    arrays = _host_arrays(dictionary)
     length_F = decoder_lengths(arrays["W_dec_FxD"], dictionary.config.widths)
     if dictionary.kind.depends_on_decoder_norms:
         mean = float(length_F.mean())
@@ -87,30 +88,30 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
                 "1 it would choose other features, so load it with unit_norm=False"
             )
         length_F = np.full_like(length_F, mean)
-    return _made(dictionary, scale_features(dictionary.kind, arrays, length_F))
+    return _rebuild(dictionary, scale_features(dictionary.kind, arrays, length_F))
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     """Return the JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
-    arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
-    return _made(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
+    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
+    return _rebuild(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
-def uncentred(dictionary: Dictionary) -> Dictionary:
+def uncentre(dictionary: Dictionary) -> Dictionary:
     """Return the dictionary without the decoder's bias subtracted from the input: the encoder's bias does it."""
-    return centred(dictionary, False)
+    return centre(dictionary, False)
 
 
-def centred(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
+def centre(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
+    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
     shift_F = (1 if wanted else -1) * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
-    return _made(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
+    return _rebuild(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
 
 
-def in_output_units(dictionary: Dictionary) -> Dictionary:
+def to_output_units(dictionary: Dictionary) -> Dictionary:
     """Return the dictionary with activations times the scale of each token, if it normalises tokens; else itself.
 
     What a feature adds is then its activation times its decoder row, which effects of features are computed from.
@@ -121,23 +122,25 @@ def in_output_units(dictionary: Dictionary) -> Dictionary:
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
-def without_mean(dictionary: Dictionary) -> Dictionary:
+def drop_mean(dictionary: Dictionary) -> Dictionary:
     """Return the features without ``input_norm="center"``: (x - mean) W_enc is x times W_enc less its columns' means.
 
     Its outputs lack the mean of x, which features have no part in.
     """
     if dictionary.config.input_norm != "center":
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in _host(dictionary).items()}
+    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
     arrays["W_enc_DxF"] = arrays["W_enc_DxF"] - arrays["W_enc_DxF"].mean(axis=0, keepdims=True)
-    return _made(dictionary, arrays, input_norm="")
+    return _rebuild(dictionary, arrays, input_norm="")
 
 
-def _host(dictionary: Dictionary) -> Arrays:
+def _host_arrays(dictionary: Dictionary) -> Arrays:
+    """Return the dictionary's arrays on the host."""
     return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
 
 
-def _made(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -> Dictionary:
+def _rebuild(dictionary: Dictionary, arrays: Mapping[str, np.ndarray], **changes) -> Dictionary:
+    """Return a dictionary of other arrays, rounded to its dtype, with some fields of its config changed."""
     config = dataclasses.replace(dictionary.config, **changes)
     dtype = dictionary.b_dec_D.dtype
     placed: dict[str, jax.Array] = {name: jnp.asarray(array.astype(dtype)) for name, array in arrays.items()}

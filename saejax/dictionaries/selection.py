@@ -89,7 +89,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
     return lax.platform_dependent(acts_xF, cpu=best_blocks, default=all_blocks)
 
 
-def largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
+def k_largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Array, jax.Array]:
     """Return the k largest positive values of each row, falling, and their positions, int32; both [B, max_k].
 
     Of equal values the first ones are taken. Values are 0, at arbitrary positions, where there are no more. XLA:CPU
@@ -113,6 +113,7 @@ def largest(pre_BxF: jax.Array, k: int | jax.Array, max_k: int) -> tuple[jax.Arr
 
 
 def _blocks(acts_xF: jax.Array) -> jax.Array:
+    """Return the features in blocks, [..., F / 16, 16]."""
     return acts_xF.reshape(*acts_xF.shape[:-1], -1, _BLOCK)
 
 
@@ -148,11 +149,13 @@ def _search(
         return jnp.log((above.astype(jnp.float32) + 0.5) / (keep.astype(jnp.float32) + 0.5))
 
     def is_open(carry):
+        """Return whether a threshold has still too many values above it and can be raised."""
         low, high, above_low, *_ = carry
         return jnp.any((above_low > keep) & (high - low > 1))
 
     # Invariant: more than ``keep``, or all that can be told apart, lie above low; fewer above high.
     def narrow(carry):
+        """Try one threshold between the bounds and move one of them there."""
         low, high, above_low, excess_low, excess_high, turn = carry
         share = jnp.where(turn % 3 == 2, 0.5, excess_low / (excess_low - excess_high))
         step = (share * (high - low).astype(jnp.float32)).astype(integer)
@@ -182,4 +185,5 @@ def _count_each(acts_xF: jax.Array, threshold: jax.Array) -> jax.Array:
 
 
 def _count_all(acts_BxF: jax.Array, threshold_1x1: jax.Array) -> jax.Array:
+    """Count the values of all tokens above one threshold; [1, 1]."""
     return jnp.sum(_count_each(acts_BxF, threshold_1x1), axis=0, keepdims=True, dtype=jnp.int32)

@@ -172,14 +172,16 @@ def explain(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _explain(x_BxD, y_BxD, encoder, W_dec_FxD, flags, max_k, matmul_dtype):
+    """Return codes and residuals; see ``explain``."""
     centred_BxD = x_BxD - encoder.centre_D[None]
     pre_BxF = matmul(centred_BxD, encoder.W_enc_DxF, matmul_dtype) + encoder.b_enc_F[None]
-    value_BxK, feature_BxK = selection.largest(pre_BxF, flags[0], max_k)
+    value_BxK, feature_BxK = selection.k_largest(pre_BxF, flags[0], max_k)
     code = SparseCode(value_BxK, feature_BxK, FeatureOrder.of(feature_BxK, pre_BxF.shape[1]))
     return Explained(code, pre_BxF, pre_BxF, y_BxD - code.product(W_dec_FxD))
 
 
 def _forward(*arguments):
+    """Return codes and residuals, and what their gradients need."""
     *primals, max_k, matmul_dtype = arguments  # with symbolic zeros, arrays come with whether they are perturbed
     values = jax.tree.map(lambda primal: primal.value, tuple(primals), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
     x_BxD, _, encoder, W_dec_FxD, (_, any_dead) = values
@@ -188,9 +190,10 @@ def _forward(*arguments):
 
 
 def _backward(max_k, matmul_dtype, saved, to):
+    """Return the gradients from the active features alone, as far as nothing depends on the others."""
     x_BxD, W_enc_DxF, W_dec_FxD, code, any_dead = saved
-    to_residual_BxD = _instantiated(to.residual_BxD)
-    to_value_BxK = _instantiated(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)
+    to_residual_BxD = _instantiate(to.residual_BxD)
+    to_value_BxK = _instantiate(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
     to_W_enc_FxD = code.by_feature.transposed_product(to_value_BxK, x_BxD)
     to_W_dec_FxD = code.by_feature.transposed_product(-code.value_BxK, to_residual_BxD)
@@ -221,7 +224,8 @@ def _backward(max_k, matmul_dtype, saved, to):
 _explain.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _instantiated(cotangent: Any) -> jax.Array:
+def _instantiate(cotangent: Any) -> jax.Array:
+    """Return a cotangent as an array, zeros where it is a symbolic zero."""
     return jnp.zeros(cotangent.shape, cotangent.dtype) if isinstance(cotangent, SymbolicZero) else cotangent
 
 

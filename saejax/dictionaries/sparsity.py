@@ -80,11 +80,17 @@ def jumprelu(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> ja
 
     Gradients: to ``pre`` where it exceeds the threshold; to the threshold
     -(threshold / bandwidth) sum over tokens of g 1[|pre - threshold| < bandwidth / 2].
+
+    Args:
+      pre_BxF: pre-activations.
+      threshold_F: thresholds, at least 0.
+      bandwidth: width of the kernel, above 0.
     """
     return threshold(pre_BxF, threshold_F)
 
 
 def _jumprelu_backward(bandwidth, saved, cotangent_BxF):
+    """Return the gradients that ``jumprelu`` describes."""
     pre_BxF, threshold_F = saved
     near_BxF = _near(pre_BxF, threshold_F, bandwidth)
     to_pre_BxF = jnp.where(pre_BxF > row(threshold_F, pre_BxF.ndim), cotangent_BxF, 0.0)
@@ -108,6 +114,7 @@ def step(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Ar
 
 
 def _step_backward(bandwidth, saved, cotangent_BxF):
+    """Return the gradients that ``step`` describes."""
     pre_BxF, threshold_F = saved
     near_BxF = _near(pre_BxF, threshold_F, bandwidth)
     return jnp.zeros_like(pre_BxF), -_over_tokens(near_BxF * cotangent_BxF) / bandwidth
@@ -123,8 +130,10 @@ step.defvjp(
 
 
 def _near(pre_BxF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    """Return 1 where a pre-activation is within half a bandwidth of the threshold, else 0."""
     return (jnp.abs(pre_BxF - row(threshold_F, pre_BxF.ndim)) < bandwidth / 2).astype(pre_BxF.dtype)
 
 
 def _over_tokens(values_BxF: jax.Array) -> jax.Array:
+    """Return the sum over all dimensions but the last."""
     return values_BxF.sum(tuple(range(values_BxF.ndim - 1)))

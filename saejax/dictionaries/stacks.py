@@ -90,7 +90,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
             return load_dictionary(folder)
         return load_member(units[f"train/{kind}"], name, flag)
     try:
-        return rescale.in_output_units(load_dictionary(name))
+        return rescale.to_output_units(load_dictionary(name))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.activations.store import Store
-from saejax.dictionaries.cross_layer import written
+from saejax.dictionaries.cross_layer import sum_writes
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 from saejax.evaluation import programs
@@ -21,7 +21,7 @@ from saejax.evaluation.reconstruction import Reconstruction, Spread, Sums, batch
 from saejax.evaluation.results import CrossLayerScores, EvaluateResults, LayerScores, StandInMeans
 from saejax.files import write_array, write_json
 from saejax.models import decoder
-from saejax.models.attention import whole_prompts
+from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.layers import SiteHook
@@ -146,7 +146,7 @@ def _score_layers(
 ) -> tuple[jax.Array, ...]:
     f_LxBxF = jnp.stack([member.encode(x_LxBxD[layer]) for layer, member in enumerate(layers)])
     bias_LxD = jnp.stack([member.dictionary.b_dec_D[...] for member in layers])
-    y_hat_LxBxD = written(f_LxBxF, decoders, mesh) + bias_LxD[:, None]
+    y_hat_LxBxD = sum_writes(f_LxBxF, decoders, mesh) + bias_LxD[:, None]
     return jax.vmap(functools.partial(measures, count=count))(f_LxBxF, f_LxBxF > 0, y_hat_LxBxD, y_LxBxD)
 
 
@@ -200,7 +200,7 @@ def replaced_losses(
 def _layer(
     config: DecoderConfig, params: decoder.Params, layer: jax.Array, x_BxTxD: jax.Array, hook: SiteHook
 ) -> jax.Array:
-    tables = whole_prompts(config, x_BxTxD.shape[1])
+    tables = whole_prompt_tables(config, x_BxTxD.shape[1])
     return decoder.run_layer(config, GRADIENT, params, layer, x_BxTxD, tables, hook)
 
 

@@ -22,7 +22,7 @@ from saejax.interpret.feature_record import HeadLooks
 from saejax.interpret.firings import Block
 from saejax.interpret.text import SHAPES, CodedText, shape_of
 from saejax.models import decoder
-from saejax.models.attention import AttentionSpec, attention_weights, whole_prompts
+from saejax.models.attention import AttentionSpec, attention_weights, whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig
 from saejax.models.decoder import run_layers
 from saejax.models.language_model import LanguageModel
@@ -52,7 +52,7 @@ def attended(
       marks_V: whether a token is punctuation or a line break.
     """
     count, length = ids_BxT.shape
-    tables, earlier_TxT = whole_prompts(config, length), jnp.tri(length, length, -1, bool)
+    tables, earlier_TxT = whole_prompt_tables(config, length), jnp.tri(length, length, -1, bool)
     age_TxT = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     same_BxTxT = (ids_BxT[:, :, None] == ids_BxT[:, None, :]) & earlier_TxT[None]
     after_BxTxT = jnp.pad(same_BxTxT, ((0, 0), (0, 0), (1, 0)))[:, :, :length] & earlier_TxT[None]

@@ -53,7 +53,7 @@ def rotate(dictionary: Dictionary, seed: Sequence[int]) -> Dictionary:
     It explains the rotated activations as well, and is as sparse, as the dictionary itself; what it explains of the
     unrotated ones is chance.
     """
-    centred = rescale.centred(dictionary)
+    centred = rescale.centre(dictionary)
     turn_DxD, arrays = random_rotation(dictionary.config.d_in, seed), centred.arrays
     rotated = dict(W_enc_DxF=turn_DxD @ arrays["W_enc_DxF"], W_dec_FxD=arrays["W_dec_FxD"] @ turn_DxD.T)
     return Dictionary(centred.config, centred.matmul_dtype, **arrays | rotated)

@@ -2,7 +2,7 @@
 
 S counts keys: T where tokens attend to one another, the slots of a key-value cache otherwise.
 
-1. ``whole_prompts`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
+1. ``whole_prompt_tables`` or ``tables_by_layer`` make masks and rotary tables, once for all layers of a run.
 2. ``attention`` projects to queries, keys and values, normalises and rotates them, and projects the attended values.
 3. ``attend`` computes the attended values. Queries go in blocks, each with the keys up to its end; in long prompts a
    block goes through ``lax.map``, so that the scores of a whole prompt are never in memory.
@@ -57,7 +57,7 @@ class TablesByLayer(NamedTuple):
         return tables._replace(scale=tables.scale / (layer + 1)) if config.scale_by_layer else tables
 
 
-def whole_prompts(config: DecoderConfig, length: int) -> TablesByLayer:
+def whole_prompt_tables(config: DecoderConfig, length: int) -> TablesByLayer:
     """Return the tables of tokens at positions 0 to ``length - 1`` that attend to one another."""
     index_T = jnp.arange(length)
     relative_position_TxS = index_T[:, None] - index_T[None, :]
@@ -223,7 +223,18 @@ def query_blocks(length: int, slots: int) -> list[tuple[slice, slice]]:
 def attention_weights(
     config: DecoderConfig, rules: RunRules, q_xTxHxK: jax.Array, k_xSxNxK: jax.Array, tables: AttentionTables
 ) -> jax.Array:
-    """Return the attention of each query to each key, [..., N, G, T, S], which sums to 1 over keys. See ``attend``."""
+    """Return the attention of each query to each key, which sums to 1 over keys.
+
+    Args:
+      config: the decoder.
+      rules: rules of differentiation.
+      q_xTxHxK: queries, after the rotary embedding.
+      k_xSxNxK: keys, after it.
+      tables: attention tables of the layer.
+
+    Returns:
+      [..., N, G, T, S], query heads by their key-value head.
+    """
     weights = _exponentials(config, rules, _by_group(config, q_xTxHxK), jnp.swapaxes(k_xSxNxK, -2, -3), tables)
     return weights / jnp.sum(weights, axis=-1, keepdims=True)
 
@@ -270,6 +281,7 @@ def _map_block(
 
     @jax.checkpoint
     def attend_rows(start: jax.Array) -> jax.Array:
+        """Attend with the rows of queries from ``start`` on."""
         rows = lax.dynamic_slice_in_dim(q, start, size, axis=-2)
         mask_rows = lax.dynamic_slice_in_dim(mask, start, size, axis=-2)
         return _attend_block(config, rules, rows, k_xNxSxK, v_xNxSxK, tables._replace(mask=mask_rows))

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -26,20 +27,23 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 _FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_UNUSABLE = np.dtype(np.void)
+_INTEGERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
+_UNKNOWN = np.dtype(np.void)
+_STATE = ("state_dict", "model_state_dict", "model")  # names under which a training checkpoint nests its tensors
 _LISTED = 10  # names that a message lists
 _LFS_POINTER = b"version https://git-lfs"
+_FLOAT_DTYPES = {np.dtype(dtype) for dtype in _FLOATS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a checkpoint, whose values are read when they are used.
+    """A tensor in a file, whose values are read when they are used.
 
     Attributes:
       file: where it lies.
       name: in that file.
       shape: shape of the values, row-major.
-      dtype: dtype of the values; void where it is not a float of 16 to 64 bits, as in masks and quantised weights.
+      dtype: dtype of the values; void where NumPy has none such, as of floats of 8 bits.
       file_dtype: as the file calls it, such as "BF16" or "U8".
     """
 
@@ -52,7 +56,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes; 0 for dtypes that cannot be used."""
+        """Size in bytes; 0 for dtypes that NumPy does not have."""
         return self.dtype.itemsize * math.prod(self.shape)
 
     def map(self) -> np.ndarray:
@@ -65,12 +69,42 @@ class Tensor:
             raise UserError(f"{self.file}: tensor {self.name} {self.dtype_problem}")
         return self._values()
 
+    def read(self) -> np.ndarray:
+        """Return a copy of the values in float32, or in float64 if the file has that.
+
+        Raises:
+          UserError: they are in float64, which JAX is not set to keep, or are no floats.
+        """
+        if not self.shape:  # single numbers lose nothing that counts
+            return np.array(self._values(), np.float32)
+        values = self.map()
+        if values.dtype != np.float64:
+            return np.array(values, np.float32)
+        import jax  # capture by torch does without
+
+        if not jax.config.jax_enable_x64:
+            raise UserError(f"{self.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
+        return np.array(values)
+
+    def rows(self, index_U: np.ndarray) -> np.ndarray:
+        """Return some rows of the first axis, in the file's dtype; where values are mapped, only these are read."""
+        return self.map()[index_U]
+
+    def numbers(self) -> list[Any]:
+        """Return the values of a small tensor of any dtype as Python's numbers, in one list."""
+        return np.reshape(self._values(), -1).tolist()
+
+    def column(self, index: int) -> "Tensor":
+        """Return the tensor ``[:, index]``, whose values are read when they are used, too."""
+        shape = (self.shape[0], *self.shape[2:])
+        return dataclasses.replace(self, shape=shape, _values=lambda: self.map()[:, index])
+
     @property
     def dtype_problem(self) -> str:
-        """A message if the values cannot be used, else ""."""
-        if self.dtype != _UNUSABLE:
+        """A message if the values are no floats, as those of masks and quantised weights, else ""."""
+        if self.dtype in _FLOAT_DTYPES:
             return ""
-        return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use an unquantised model"
+        return f"has dtype {self.file_dtype}, expected one of {', '.join(_FLOATS)}: use unquantised weights"
 
 
 def read_checkpoint(folder: Path) -> dict[str, Tensor]:
@@ -91,11 +125,9 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
       UserError: there are none, or one is missing.
     """
-    chosen = _chosen(folder)
+    chosen = _chosen_file(folder)
     if chosen is None:
-        raise UserError(
-            f"{folder} has no weights: expected model.safetensors, or its shards with an index, or pytorch_model.bin"
-        )
+        raise UserError(f"{folder} has no weights{_describe_contents(folder)}")
     names = list_shards(folder) or [chosen]
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
@@ -103,7 +135,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def not_finite(what: str, names: Sequence[str], dtype: str) -> UserError:
+def not_finite_error(what: str, names: Sequence[str], dtype: str) -> UserError:
     """Return the error for tensors that hold NaN or infinity, which would reach every result.
 
     Args:
@@ -128,6 +160,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file by name; their values are mapped when they are used."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -139,35 +172,51 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         if file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
             raise UserError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there") from None
-        raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch the model again") from None
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
     tensors, end = {}, file.stat().st_size
     for name, (kind, shape) in reversed(facts.items()):
         bits = 8 if kind == "BOOL" else int(re.findall(r"\d+", kind)[0])
         end -= -(-bits * math.prod(shape) // 8)
-        dtype = np.dtype(_FLOATS.get(kind, _UNUSABLE))
+        dtype = np.dtype(_FLOATS.get(kind) or _INTEGERS.get(kind, _UNKNOWN))
         tensors[name] = Tensor(file, name, shape, dtype, kind, functools.partial(_map_values, file, dtype, end, shape))
     return {name: tensors[name] for name in facts}
 
 
 def _map_values(file: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
     """Map a tensor's values; ``safe_open.get_tensor`` would copy all of them."""
-    return np.zeros(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", offset, shape)
+    # A plain array on the map: slices of a memmap take ten times as long.
+    return np.zeros(shape, dtype) if 0 in shape else np.asarray(np.memmap(file, dtype, "r", offset, shape))
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of ``torch.save`` by name."""
     loaded = read_pickled_tensors(file)
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__}: expected tensors by name, as a state dict has them")
+    nested = next((loaded[name] for name in _STATE if isinstance(loaded.get(name), dict)), None)
+    if nested is not None and not any(isinstance(value, np.ndarray) for value in loaded.values()):
+        loaded = nested
     tensors = {}
     for name, value in loaded.items():
         kind = str(getattr(value, "dtype", type(value).__name__))
-        usable = isinstance(value, np.ndarray) and value.dtype in [np.dtype(dtype) for dtype in _FLOATS.values()]
-        dtype, shape = value.dtype if usable else _UNUSABLE, tuple(getattr(value, "shape", ()))
-        tensors[name] = Tensor(file, name, shape, dtype, kind, functools.partial(np.asarray, value))
+        array = np.asarray(value) if isinstance(value, np.ndarray | float | int) else None
+        dtype, shape = (_UNKNOWN, getattr(value, "shape", ())) if array is None else (array.dtype, array.shape)
+        tensors[str(name)] = Tensor(file, str(name), tuple(shape), dtype, kind, functools.partial(np.asarray, value))
     return tensors
 
 
-def _chosen(folder: Path) -> str | None:
+def _describe_contents(folder: Path) -> str:
+    """Return what a folder without weights holds instead, and what is expected: the end of a message."""
+    shards = sorted(file.name for pattern in ("model-*-of-*", "pytorch_model-*-of-*") for file in folder.glob(pattern))
+    if shards:
+        index = WEIGHT_FILES[1 if shards[0].startswith("model") else 3]
+        return f" that can be read: {shards[0]} is a shard, and {index}, which names all of them, is missing: fetch it"
+    if (folder / "adapter_config.json").exists():
+        return " of its own, but an adapter: merge it into its base model, and save that"
+    return ": expected model.safetensors, or its shards with an index, or pytorch_model.bin"
+
+
+def _chosen_file(folder: Path) -> str | None:
     """Return the name of the weight file or index that is read; None: there is none."""
     return next((name for name in WEIGHT_FILES if (folder / name).exists()), None)
 
@@ -179,7 +228,7 @@ def list_shards(folder: Path) -> list[str]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Return the file of every tensor; {} where all are in one file."""
-    chosen = _chosen(folder)
+    chosen = _chosen_file(folder)
     if chosen is None or not chosen.endswith(".index.json"):
         return {}
     file = folder / chosen

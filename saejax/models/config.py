@@ -134,7 +134,7 @@ class RunRules:
 
     def factor(self, value: jax.Array) -> jax.Array:
         """Return a norm factor or attention scores: the first prompt's, or a constant, where the rules say so."""
-        if self.first_fixes:
+        if self.first_fixes:  # before the gradient is stopped: other prompts get the first one's factor
             value = jnp.broadcast_to(value[:1], value.shape)
         return lax.stop_gradient(value) if self.backward == "relp" else value
 
@@ -142,6 +142,7 @@ class RunRules:
         """Return y, the output of an activation function for its input x, with the gradient of the rules."""
         if self.backward == "gradient":
             return y
+        # The ratio y / x is a constant, so that the gradient is y / x; adding what is left keeps the value exactly y.
         linear = x * lax.stop_gradient(jnp.where(x == 0, 0.0, y / jnp.where(x == 0, 1.0, x)))
         return lax.stop_gradient(y - linear) + linear
 
@@ -149,10 +150,11 @@ class RunRules:
         """Return a * b, as in a gated MLP, with the gradient of the rules."""
         if self.backward == "gradient":
             return a * b
+        # Each factor gets half of the gradient, so that relevance is not counted twice.
         return 0.5 * (a * lax.stop_gradient(b) + lax.stop_gradient(a) * b)
 
     @property
-    def kept(self) -> Callable[..., bool]:
+    def remat_policy(self) -> Callable[..., bool]:
         """Return the rematerialisation policy: what a gradient keeps of a layer's forward pass."""
         policies = jax.checkpoint_policies
         return policies.nothing_saveable if self.remat else policies.dots_saveable

@@ -24,7 +24,7 @@ from saejax.models.attention import (
     TablesByLayer,
     attend,
     attention,
-    whole_prompts,
+    whole_prompt_tables,
 )
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules, TorchConfig
 from saejax.models.layers import SiteHook, align_rank, einsum, mlp, norm, soft_cap
@@ -59,7 +59,14 @@ def embed(config: DecoderConfig, params: Params, ids_xT: jax.Array, positions_xT
 
 
 def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRules = GRADIENT) -> jax.Array:
-    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap."""
+    """Return the fp32 logits [..., V] of the stream leaving the last layer: final norm, unembedding, soft cap.
+
+    Args:
+      config: the decoder.
+      params: parameters of ``parameters.parameter_table``, or of ``restrict_unembedding``.
+      x_xD: the stream, any leading dimensions.
+      rules: rules of differentiation of the norm.
+    """
     if isinstance(config, TorchConfig):
         return torch_bridge.unembed(config, params, x_xD)
     x_xD = norm(config, rules, params, "final_norm", x_xD)
@@ -71,7 +78,13 @@ def unembed(config: DecoderConfig, params: Params, x_xD: jax.Array, rules: RunRu
 
 
 def restrict_unembedding(config: DecoderConfig, params: Params, ids_N: jax.Array) -> Params:
-    """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N]."""
+    """Return parameters with which ``unembed`` computes the logits of these ids only, [B, T, N].
+
+    Args:
+      config: the decoder.
+      params: parameters of ``parameters.parameter_table``.
+      ids_N: token ids.
+    """
     if isinstance(config, TorchConfig):
         return torch_bridge.restrict_unembedding(params, ids_N)
     name, axis = ("embed_VxD", 0) if config.tied else ("unembed_DxV", 1)
@@ -110,7 +123,7 @@ def run_layer(
       The stream leaving it, [B, T, D].
     """
     if isinstance(config, TorchConfig):
-        raise torch_bridge.not_in_torch(config)
+        raise torch_bridge.not_in_torch_error(config)
     weights = layer_params(params, layer)
     before_xTxD = hook("resid_pre", x_xTxD)
     normed_xTxD = norm(config, rules, weights, "attn_norm", before_xTxD) if config.pre_norms else before_xTxD
@@ -200,7 +213,7 @@ def run_layers(
     if isinstance(config, TorchConfig):
         request = (x_xTxD, start, stop, hook, hook_layers, rules, attention, collect, before_hook)
         return LayersOutput(*torch_bridge.run_layers(config, *request), None)
-    attention = attention or AttentionSpec(whole_prompts(config, x_xTxD.shape[-2]))
+    attention = attention or AttentionSpec(whole_prompt_tables(config, x_xTxD.shape[-2]))
     step = functools.partial(_step, config, rules, params, attention, hook, collect, before_hook, head_sites)
     body = functools.partial(step, hook_layers is None)
     carry = x_xTxD, attention.carried
@@ -209,7 +222,7 @@ def run_layers(
         return LayersOutput(x, {}, carried)
     # A gradient keeps the matrix products of the forward pass and computes the rest again (everything with remat).
     # Without the checkpoint it would also keep a copy of every layer's parameters.
-    loop = jax.checkpoint(body, policy=rules.kept, prevent_cse=False)
+    loop = jax.checkpoint(body, policy=rules.remat_policy, prevent_cse=False)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:
         if start < layer or (collect and not parts and layer == stop):  # a run of no layers collects empty arrays
@@ -240,12 +253,14 @@ def _step(
     (x, carried), collected = carry, {}
 
     def at_site(kind: str, value: jax.Array) -> jax.Array:
+        """Call the hook at a site and collect its value."""
         new = hook(kind, layer, value) if hook and hooked and (head_sites or kind not in HEAD_KINDS) else value
         if kind in collect:
             collected[kind] = value if before_hook else new
         return new
 
     def attend_here(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        """Attend, and collect keys and values."""
         nonlocal carried
         collected.update({name: array for name, array in ((KEYS, k), (VALUES, v)) if name in collect})
         plain = functools.partial(attend, config, rules, tables=tables)

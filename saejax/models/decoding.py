@@ -76,6 +76,7 @@ class KVCache:
         def function(
             attend: Attend, layer: Layer, qkv: QKV, stores: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            """Write new keys and values into the cache, and attend to all that it holds."""
             start = (layer, 0, self.length, 0, 0)
             k_store, v_store = (
                 lax.dynamic_update_slice(store, value[None].astype(store.dtype), start)
@@ -266,6 +267,7 @@ def decode(
     batch = state.done_B.shape[0]
 
     def step(state: DecodeState) -> DecodeState:
+        """Make one new token of every prompt."""
         newest_Bx1 = lax.dynamic_slice(state.new_BxN, (0, state.count - 1), (batch, 1))
         position_Bx1 = state.cache.positions_BxT(1)
         run = ForwardPass(position_Bx1, position_Bx1[:, 0] - (state.count - 1))
@@ -322,6 +324,7 @@ def decode_in_chunks(
     """
 
     def place(array: np.ndarray) -> jax.Array:
+        """Put an array on the devices, its rows split over ``data``."""
         return jax.device_put(array, fitting_sharding(mesh, array.shape, *("data", None)[: array.ndim]))
 
     width = decoding_length(int(tokens.lengths_B.max()))

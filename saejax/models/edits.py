@@ -46,7 +46,9 @@ class ForwardPass:
         """Return the hook for ``decoder.run_layers`` that makes the edits, in order where several act at a site."""
 
         def call(kind: str, layer: int, value_BxTxD: jax.Array) -> jax.Array:
+            """Apply the edits of a site, in order."""
             site = Site(kind, layer)
+            # Compared while tracing: only the edits of this site become part of the program.
             for edit in edits:
                 if edit.site == site:
                     value_BxTxD = edit(value_BxTxD, self)
@@ -93,7 +95,7 @@ class Positions:
         Raises:
           UserError: anything else.
         """
-        first, end = 0, np.iinfo(np.int32).max
+        first, end = 0, np.iinfo(np.int32).max  # no text is that long: the end of any
         if isinstance(positions, str) and positions in names:
             return cls(jnp.int32(first), jnp.int32(end), "" if positions == "all" else positions)
         match positions:
@@ -162,6 +164,7 @@ class Values:
         texts, positions = self.values_BxTxN.shape[:2]
         if not self.by_position and positions == 1:
             return self.values_BxTxN, run.mask_BxT
+        # Padding has the position -1, and new tokens lie beyond the values: both read an edge value that is masked out.
         index_BxT = jnp.clip(run.position_BxT, 0, positions - 1)
         if not self.by_position and texts == 1:
             return self.values_BxTxN[0][index_BxT], run.mask_BxT
@@ -187,6 +190,7 @@ def fit_values(
     """
 
     def fit(leaf: Any) -> Any:
+        """Fit one leaf of an edit's tree."""
         if not isinstance(leaf, Values) or (not leaf.by_position and len(leaf.values_BxTxN) == 1):
             return leaf
         values = leaf.values_BxTxN
@@ -263,18 +267,20 @@ class SiteEdit:
 
     @classmethod
     def _of(cls, site: str | Site, factor: float, offset: Values, positions: str | Span) -> Self:
+        """Return the edit x' = factor x + offset at a site."""
         return cls(jnp.float32(factor), offset, Positions.parse(positions), edit_site(site))
 
     def __call__(self, value_BxTxD: jax.Array, run: ForwardPass) -> jax.Array:
         """Return the edited site."""
         offset, given_BxT = self.offset.at(run)
-        if offset.shape[-1] > 1:
+        if offset.shape[-1] > 1:  # a single number fits every width
             check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
         new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
         return jnp.where((self.positions.at(run) & given_BxT)[..., None], new_BxTxD, value_BxTxD)
 
 
 def _vector(vector: Any, what: str) -> Values:
+    """Return a vector as values that are the same everywhere; raise a ``UserError`` unless it has one dimension."""
     if np.ndim(vector) != 1 or np.size(vector) < 2:
         raise UserError(f"{what} has the shape {np.shape(vector)}: expected one number for each dimension of the site")
     return Values.constant(vector, np.size(vector), what)

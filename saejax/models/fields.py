@@ -78,6 +78,7 @@ class Fields:
         self._known.add(name)
         value = self._data.get(name)
         kinds = kind if isinstance(kind, tuple) else (kind,)
+        # In Python a bool is an int, and in a config it would be a mistake.
         if value is None or (isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)):
             return value
         names = " or ".join(k.__name__ for k in kinds)

@@ -20,7 +20,7 @@ _INERT = {"vocab_size", "feed_forward_length", "tensor_data_layout", "rope.scali
 _OTHER_SCALE = {("gemma2", 46), ("gemma3", 62)}
 
 
-def dequantised(gguf: Path) -> Path:
+def dequantise(gguf: Path) -> Path:
     """Return the folder of a GGUF file's model, from the cache or made now.
 
     Raises:

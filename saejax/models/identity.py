@@ -46,6 +46,7 @@ def setting_files(folder: Path) -> list[Path]:
 
 
 def _digest(files: list[Path]) -> str:
+    """Return a hash, 16 hexadecimal digits, of the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {content_sha256(path)}\n".encode())

@@ -129,6 +129,7 @@ class LanguageModel:
         )
         decoder_sites = cast(tuple[Site, ...], sites)  # it has no others: they were checked
         output = forward(self.config, decoder_sites, logits, self.params, ids_BxT, lengths_B, edits)
+        # Programs are compiled for few lengths; the caller sees the length that was asked for.
         if padded > length:
             output = jax.tree.map(lambda value: value[:, :length], output)
         all_logits, values = output
@@ -231,17 +232,18 @@ class LanguageModel:
         for site in (*sites, *(edit.site for edit in edits)):
             self._check_site(site)
         tokens.check(self.config.vocab, self.config.context)
-        return sites, self._placed(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
+        return sites, self._place_edits(fit_values(sinks.resolve_sinks(self, edits), tokens.ids_BxT.shape, length))
 
     def _check_site(self, site: AnySite) -> None:
         """Raise a ``UserError`` unless the model has the site."""
         site.check(self.config)
 
-    def _placed(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
+    def _place_edits(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """Return the edits with their arrays on this model's devices."""
         devices = set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> Any:
+            """Move an array that is on other devices."""
             must_move = isinstance(leaf, jax.Array) and leaf.sharding.device_set != devices
             return jax.device_put(leaf, sharding(self.mesh)) if must_move else leaf
 
@@ -250,6 +252,7 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _unembed(config: DecoderConfig, params: decoder.Params, x_BxTxD: jax.Array) -> jax.Array:
+    """Run ``decoder.unembed`` as one program."""
     return decoder.unembed(config, params, x_BxTxD)
 
 

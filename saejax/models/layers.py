@@ -53,7 +53,17 @@ def norm(
 
 
 def mlp_neurons(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTxD: jax.Array) -> jax.Array:
-    """Return activation(up(x)), or activation(gate(x)) * up(x) if gated (Shazeer, 2020); [B, T, F]."""
+    """Return activation(up(x)), or activation(gate(x)) * up(x) if gated (Shazeer, 2020).
+
+    Args:
+      config: the decoder.
+      rules: rules of differentiation of the activation function and the product.
+      weights: parameters of the layer.
+      x_xTxD: what the MLP reads.
+
+    Returns:
+      The neurons' activations, [B, T, F], in the dtype of x.
+    """
     activation = ACTIVATIONS[config.activation]
     hidden = _project_float32("...td,df->...tf", x_xTxD, weights["up_DxF"], weights.get("up_bias_F"))
     if config.gated:
@@ -87,6 +97,7 @@ def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTx
     dense = dataclasses.replace(config, n_experts=0)
 
     def add_expert(total_xTxD: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        """Add an expert's output, times the share that each token gives it."""
         share_xT, *matrices = expert
         out_xTxD = mlp(dense, rules, dict(zip(("gate_DxF", "up_DxF", "down_FxD"), matrices, strict=True)), x_xTxD)
         return total_xTxD + share_xT[..., None] * out_xTxD, None

@@ -78,6 +78,7 @@ def read_lens(
     shape = x_LxBxTxD.shape[:3]
 
     def join(which: int) -> dict[str, np.ndarray]:
+        """Return the arrays of the reading (0) or its control (1), chunks put together."""
         joined = (np.concatenate(arrays, axis=1)[:, :positions] for arrays in zip(*(chunk[which] for chunk in chunks)))
         names = (field.name for field in dataclasses.fields(LensReading))
         return {name: array.reshape(*shape, *array.shape[2:]) for name, array in zip(names, joined, strict=True)}
@@ -112,6 +113,7 @@ def read_positions(
     final_NxV = jax.nn.log_softmax(decoder.unembed(config, params, x_LxNxD[-1]))
 
     def read(x_NxD: jax.Array) -> tuple[jax.Array, ...]:
+        """Return a reading of one layer's positions."""
         logp_NxV = jax.nn.log_softmax(decoder.unembed(config, params, x_NxD))
         logp_NxC, ids_NxC = lax.top_k(logp_NxV, top)
         answer_NxX = logp_NxV[:, answers_X]
@@ -121,6 +123,7 @@ def read_positions(
         return ids_NxC, logp_NxC, answer_NxX, rank_NxX, kl_N
 
     def rotate(x_NxD: jax.Array) -> jax.Array:
+        """Return the control's streams."""
         float32_NxD = x_NxD.astype(rotation_DxD.dtype)
         return jnp.matmul(float32_NxD, rotation_DxD.T, precision="highest").astype(x_NxD.dtype)
 

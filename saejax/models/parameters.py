@@ -25,6 +25,7 @@ def parameter_table(config: DecoderConfig) -> Table:
 
 
 def _norm(config: DecoderConfig, name: str, width: int, letter: str) -> Table:
+    """Return the parameters of a norm over vectors of a width."""
     table: Table = {f"{name}_{letter}": ((width,), (None,))}
     if config.norm == "layer":
         table[f"{name}_bias_{letter}"] = ((width,), (None,))
@@ -32,6 +33,7 @@ def _norm(config: DecoderConfig, name: str, width: int, letter: str) -> Table:
 
 
 def _norms(config: DecoderConfig) -> Table:
+    """Return the parameters of a layer's norms."""
     table: Table = {}
     if config.pre_norms:
         table |= _norm(config, "attn_norm", config.d_model, "D")
@@ -49,6 +51,7 @@ def _norms(config: DecoderConfig) -> Table:
 
 
 def _attention(config: DecoderConfig) -> Table:
+    """Return the parameters of a layer's attention; heads are split over ``model``."""
     d, h, n, k = config.d_model, config.n_heads, config.n_kv_heads, config.d_head
     table: Table = {
         "q_DxHxK": ((d, h, k), (None, "model", None)),
@@ -66,6 +69,7 @@ def _attention(config: DecoderConfig) -> Table:
 
 
 def _mlp(config: DecoderConfig) -> Table:
+    """Return the parameters of a layer's MLP, or of router and experts; the hidden width is split over ``model``."""
     d, f, e = config.d_model, config.d_mlp, config.n_experts
     if e:
         return {

@@ -74,6 +74,7 @@ def relative_error(ours_TxV: np.ndarray, theirs_TxV: np.ndarray) -> float:
 
 
 def _unread(model_source: ModelSource) -> list[str]:
+    """Return the names of a config's fields that saejax does not know."""
     file = model_source.folder / "config.json"
     return unread_fields(read_json(file), str(file))
 

@@ -13,7 +13,7 @@ from saejax.models.model_cache import cached_model, save_pretrained
 _SEED, _MAKING = 0, 1  # raise _MAKING when what is made changes
 
 
-def randomised(folder: Path) -> Path:
+def draw_random_model(folder: Path) -> Path:
     """Return the model of ``folder``, with its configuration and tokenizer and with weights as transformers draws them.
 
     Args:

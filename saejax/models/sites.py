@@ -60,6 +60,7 @@ class Site:
                 "a site of a layer and on from there, and a module is no such place; expected one such as resid_post.15"
             )
         kind, _, layer = text.partition(".")
+        # ``isdigit`` alone accepts digits of other scripts, which ``int`` reads too: one site would have two names.
         if kind not in (*KINDS, *HEAD_KINDS) or not (layer.isascii() and layer.isdigit()):
             raise UserError(
                 f"there is no site {text!r}: expected one of {', '.join((*KINDS, *HEAD_KINDS))}, a dot and a layer, as "
@@ -149,6 +150,7 @@ def decoder_site(text: str) -> Site:
 
 def is_joined(text: str) -> bool:
     """Return whether a text names a joined site."""
+    # A module's path is free text, which may hold a plus sign itself.
     return "+" in text and not ModuleSite.names(text)
 
 

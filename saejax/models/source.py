@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import WEIGHT_FILES, list_shards, not_finite, read_checkpoint, weight_files
+from saejax.models.checkpoint import WEIGHT_FILES, list_shards, not_finite_error, read_checkpoint, weight_files
 from saejax.models.families import check_family, has_family, read_config
-from saejax.models.gguf import dequantised
+from saejax.models.gguf import dequantise
 from saejax.models.hub import hub_errors, hub_folder
 from saejax.models.identity import SETTINGS, fingerprint
-from saejax.models.randomised import randomised
+from saejax.models.randomised import draw_random_model
 from saejax.settings import ModelConfig
 
 SMOLLM2 = "smollm2"
@@ -71,7 +71,7 @@ def resolve(config: ModelConfig, decoder: bool = False) -> ModelSource:
     if decoder:
         check_family(fields, str(folder / "config.json"))
     if is_random:
-        folder = randomised(folder)
+        folder = draw_random_model(folder)
     return ModelSource(config.path, revision, folder, fingerprint(folder))
 
 
@@ -117,9 +117,9 @@ def _local(path: str) -> Path | None:
         raise UserError("--model.path is empty: name a model, such as smollm2, a folder or a hub id")
     local = Path(path).expanduser()
     if path == SMOLLM2:
-        folder = dequantised(_smollm2_file())
+        folder = dequantise(_smollm2_file())
     elif local.is_file() and local.suffix == ".gguf":
-        folder = dequantised(local)
+        folder = dequantise(local)
     elif local.is_dir():
         folder = local
     elif path.startswith((".", "/", "~")) or path.count("/") > 1 or local.exists():
@@ -130,7 +130,9 @@ def _local(path: str) -> Path | None:
     else:
         return None
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json: expected a folder in the hub's format")
+        is_adapter = (folder / "adapter_config.json").exists()
+        expected = "an adapter: merge it into its base model, and save that" if is_adapter else "expected a folder"
+        raise UserError(f"{folder} has no config.json: {expected} in the hub's format")
     return folder
 
 
@@ -250,7 +252,7 @@ def load_torch_model(source: ModelSource, dtype: str = "float32") -> Any:
     if loaded["missing_keys"]:
         raise UserError(f"{source.folder} lacks the weights {', '.join(sorted(loaded['missing_keys'])[:5])}")
     if damaged := _damaged_parameters(model):
-        raise not_finite(f"the weights in {source.folder}", damaged, dtype)
+        raise not_finite_error(f"the weights in {source.folder}", damaged, dtype)
     return model.eval()
 
 

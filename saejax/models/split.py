@@ -93,6 +93,7 @@ class SharedPrefixBatch(NamedTuple):
         """
 
         def function(attend: Attend, layer: Layer, qkv: QKV, carried: tuple[()]) -> tuple[jax.Array, tuple[()]]:
+            """Attend to the clean prompt before a row and to the row's own tokens."""
             k_clean, v_clean = (lax.dynamic_index_in_dim(kv, layer - first_layer, keepdims=False) for kv in prefix)
             q, k, v = (jax.vmap(lambda part, token: part[token])(part, self.token_index_SxRxT) for part in qkv)
             k = jnp.concatenate([k_clean[self.prompt_SxR], k], axis=2)
@@ -155,8 +156,10 @@ class SplitPoint:
             x_BxTxD = run_layers(self.config, params, x_BxTxD, 0, self._start, rules=self.rules).x
             return x_BxTxD, x_BxTxD, x_BxTxD
         seen: dict[Site, jax.Array] = {}
+        # Values are recorded while tracing, so that one run gives the stream, the site and what is read.
 
         def look(kind: str, layer: int | jax.Array, value_BxTxD: jax.Array) -> jax.Array:
+            """Record a site's value and leave it unchanged."""
             assert isinstance(layer, int)
             return seen.setdefault(Site(kind, layer), value_BxTxD)
 
@@ -228,6 +231,7 @@ class SplitPoint:
     ) -> LayersOutput:
         """Run the suffix. Unless the site is the stream, a hook in the first layer puts the value there."""
         hook: Hook | None = None
+        # A site within a layer is replaced on the way: the layer's earlier parts run again, for nothing.
         if not self.in_stream:
             hook = lambda kind, layer, clean: value if kind == self.site.kind else clean  # noqa: E731
         return run_layers(
@@ -277,6 +281,7 @@ class SplitPoint:
           correct answer's first token, whether that token is the argmax, and the Kullback-Leibler divergence of the
           next-token distribution from the clean one, in nats.
         """
+        # Two rows of the unembedding suffice here; only top-1, log-probabilities and KL need the whole vocabulary.
         if logp_RxV is None:
             logits_Rx2 = self.logits(params, x_RxD, answers_Rx2)
             return logits_Rx2[:, :1] - logits_Rx2[:, 1:]
@@ -296,6 +301,7 @@ class SplitPoint:
         """Return the logits [R, N] of these ids only, from the stream x leaving the last layer."""
 
         def prompt_logits(x_D: jax.Array, ids_N: jax.Array) -> jax.Array:
+            """Return the logits of one prompt's ids."""
             restricted = decoder.restrict_unembedding(self.config, params, ids_N)
             return decoder.unembed(self.config, restricted, x_D[None, :], self.rules)[0]
 

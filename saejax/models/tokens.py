@@ -165,6 +165,7 @@ def token_text(tokenizer: Any) -> Callable[[int], str]:
     """Return a function from a token id to the token's text, the leading space included."""
 
     def text(token: int) -> str:
+        """Return the text of a token id."""
         piece = tokenizer.convert_ids_to_tokens(token)
         decoded = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         # SentencePiece tokenizers drop the space at the start of what they decode.

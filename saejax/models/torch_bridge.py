@@ -80,7 +80,7 @@ def run_layers(
     """
     inside = attention is not None or not set(collect) <= set(KINDS) or hook_layers is None
     if inside or not isinstance(start, int) or rules.backward != "gradient" or rules.first_fixes:
-        raise not_in_torch(config)
+        raise not_in_torch_error(config)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop)) if hook else ()), stop]:
         if start < layer:
@@ -95,7 +95,7 @@ def run_layers(
     return x_xTxD, {kind: jnp.concatenate([part[kind] for part in parts]) for kind in collect}
 
 
-def not_in_torch(config: TorchConfig) -> UserError:
+def not_in_torch_error(config: TorchConfig) -> UserError:
     """Return the error for attribution graphs, heads and attention patterns, which PyTorch models do not support."""
     return UserError(
         f"the model of the family {config.family!r} runs in PyTorch, where attribution graphs, heads and attention "
@@ -115,11 +115,13 @@ def _run_hooked(
     at_sites: dict[str, jax.Array] = {}
 
     def run() -> Sequence[jax.Array]:
+        """Run the layer with what was changed so far."""
         return _run(LayerSegment(config, layer, layer + 1, tuple(put), sites), (x, *put.values()))
 
     values = run()
     for index, site in enumerate(sites):
         new = hook(site.kind, layer, values[index])
+        # The same array means that the hook left the value alone: then the layer need not run again.
         at_sites[site.kind] = values[index] if before_hook else new
         if new is not values[index]:
             put[site] = new
@@ -183,12 +185,14 @@ def _run(segment: LayerSegment, values: tuple[jax.Array, ...]) -> list[jax.Array
 
 
 def _run_forward(segment: LayerSegment, values: tuple[jax.Array, ...]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
+    """Return the segment's values, and its inputs for the gradient."""
     return _run(segment, values), values
 
 
 def _run_backward(
     segment: LayerSegment, values: tuple[jax.Array, ...], cotangents: Sequence[jax.Array]
 ) -> tuple[tuple[jax.Array, ...]]:
+    """Return the gradients in the segment's inputs, by a second callback."""
     shapes = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in values]
     run = functools.partial(segment.config.functions.run_backward, segment)
     return (tuple(_callback(run, shapes, *values, *cotangents)),)
@@ -201,10 +205,12 @@ def _callback(function: Callable[..., None], shapes: Sequence[jax.ShapeDtypeStru
     """Call ``function`` with lists of buffers to write and of buffers to read."""
 
     def call(context: Any, out: Sequence[Any], *buffers: Any) -> None:
+        """Call the function with the buffers themselves."""
         del context
         function(out, buffers)
 
     def call_on_host(*arrays: jax.Array) -> list[np.ndarray]:
+        """Call the function with arrays on the host; return those that it writes."""
         rows = arrays[0].shape[: arrays[0].ndim - values[0].ndim]  # of vmap
         out = [np.empty((*rows, *shape.shape), shape.dtype) for shape in shapes]
         function(out, arrays)

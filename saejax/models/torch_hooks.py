@@ -131,13 +131,14 @@ class HookedModel:
         seen: list[tuple[AnySite, int]] = []
 
         def look(site: AnySite, value: torch.Tensor) -> torch.Tensor:
+            """Record a site's width."""
             seen.append((site, value.shape[-1]))
             return value
 
         with torch.inference_mode():
             self.run(_PROBE_IDS[:, :2], None, sites, look)
         for site in sites:
-            count = sum(site == other for other, _ in seen)
+            count = sum(site == visited for visited, _ in seen)
             if count != 1:
                 raise UserError(f"a forward pass runs the module of {site} {count} times, expected once: name another")
         return {site: dict(seen)[site] for site in sites}
@@ -167,6 +168,7 @@ class HookedModel:
         unvisited = set(sites)
 
         def count_down(site: AnySite, value: torch.Tensor) -> torch.Tensor:
+            """Visit a site, and stop the pass after the last one."""
             value = visit(site, value)
             unvisited.discard(site)
             if not unvisited and read_only:
@@ -205,6 +207,7 @@ class HookedModel:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
 
     def _check_exists(self, site: AnySite) -> None:
+        """Raise a ``UserError`` unless the model has a place for the site."""
         if isinstance(site, ModuleSite):
             names = [name for name in self._modules if name]
             if site.path not in names:
@@ -226,6 +229,7 @@ class HookedModel:
             )
 
     def _path_of(self, layer: int) -> str:
+        """Return the path of a layer's module."""
         return next(name for name, module in self._modules.items() if module is self._layers[layer])
 
     @contextlib.contextmanager
@@ -254,9 +258,11 @@ class HookedModel:
         module, stream = self._layers[layer], dict[str, torch.Tensor]()
 
         def at(kind: str, value: torch.Tensor) -> torch.Tensor:
+            """Visit a site of the layer if it is wanted."""
             return _visit_vectors(visit, Site(kind, layer), shape, value) if kind in kinds else value
 
         def enter(value: torch.Tensor) -> torch.Tensor:
+            """Visit the stream that enters the layer, and keep it."""
             stream["pre"] = value = at("resid_pre", value)
             return value
 
@@ -266,6 +272,7 @@ class HookedModel:
             assert attention and mlp  # or the sites were refused
 
             def attend(output: torch.Tensor) -> torch.Tensor:
+                """Visit ``attn_out`` and ``resid_mid``, and write their changes into attention's output."""
                 before = attention.read(output, stream["pre"])
                 after = at("attn_out", before)
                 if "resid_mid" in kinds or mlp.includes_stream:
@@ -275,6 +282,7 @@ class HookedModel:
                 return output if after is before else attention.write(after, stream["pre"])
 
             def add_mlp(output: torch.Tensor) -> torch.Tensor:
+                """Visit ``mlp_out`` and write its change into the MLP's output."""
                 flat, middle = output.shape, stream.get("mid")
                 before = mlp.read(output.reshape(*shape, -1), middle)
                 after = at("mlp_out", before)
@@ -297,6 +305,7 @@ class HookedModel:
         counts: list[int] = []
 
         def count(module: Any, args: Any, output: Any) -> None:
+            """Record how many parts a layer returns."""
             counts.append(len(output) if isinstance(output, tuple) else 0)
 
         handles = [layer.register_forward_hook(count) for layer in self._layers]
@@ -307,6 +316,7 @@ class HookedModel:
         return counts
 
     def _resolved(self, layer: int) -> _Layer:
+        """Return the modules at which a layer has its sites."""
         return self._all_resolved[layer]
 
     @functools.cached_property
@@ -317,6 +327,7 @@ class HookedModel:
         unknown = torch.zeros(0)
 
         def record(values: dict[Any, torch.Tensor], name: tuple[str, bool], value: Any) -> Any:
+            """Record what a module took or returned."""
             if isinstance(value, torch.Tensor) and value.numel() == _PROBE_IDS.size * value.shape[-1]:
                 # A copy: some models add in place. Phi runs one dropout twice, which then is no module's output.
                 values[name] = unknown if name in values else value.reshape(*_PROBE_IDS.shape, -1).clone()
@@ -375,10 +386,12 @@ def _resolve(layer: nn.Module, seen: Mapping[tuple[str, bool], torch.Tensor]) ->
 
 
 def _is_mlp(name: str) -> bool:
+    """Return whether a module is an MLP by its name."""
     return bool(_MLP.search(name)) and not _HELPER.search(name)
 
 
 def _is_attention(name: str) -> bool:
+    """Return whether a module is attention by its name."""
     return bool(_ATTENTION.search(name)) and not _HELPER.search(name)
 
 
@@ -390,6 +403,7 @@ def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
     thread = threading.get_ident()
 
     def after_hook(module: Any, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Change the module's output."""
         if threading.get_ident() != thread:
             return None
         value = _first(output)
@@ -397,6 +411,7 @@ def _hook(module: nn.Module, after: bool, use: Callable[[Any], Any]) -> Any:
         return None if new is value else _with_first(output, new)
 
     def before_hook(module: Any, args: tuple, kwargs: dict) -> Any:
+        """Change the module's first input."""
         if threading.get_ident() != thread:
             return None
         name = None if args else next(iter(kwargs))

@@ -100,9 +100,11 @@ class TorchModel(LanguageModel):
         return Output(of_tokens, {str(site): values[site] for site in sites}, tokens, self.tokenizer)
 
     def _check_site(self, site: AnySite) -> None:
+        """Raise a ``UserError`` unless the model has the site; see ``HookedModel.check``."""
         self.hooked.check(site)
 
     def _length_with_cache(self, tokens: Tokens) -> int:
+        """Return the prompts' length as it is: the cache grows with new tokens."""
         return tokens.ids_BxT.shape[1]  # the cache grows
 
     def _decode(
@@ -188,6 +190,7 @@ class TorchFunctions:
         self._write(out, [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, slopes, strict=True)])
 
     def _segment(self, segment: LayerSegment, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run a segment on tensors; return the values of ``get`` and what leaves it."""
         ids = np.zeros(values[0].shape[:2], np.int32)
         put = dict(zip((Site("resid_pre", segment.start), *segment.put), values, strict=True))
         with self._model.skipping(segment.start):
@@ -199,6 +202,7 @@ class TorchFunctions:
     def _visit(
         self, ids: np.ndarray, get: Sequence[Site], put: dict[Site, torch.Tensor], logits: bool
     ) -> list[torch.Tensor]:
+        """Run the model with some sites' values put in; return those of other sites, and the logits if wanted."""
         values: dict[Site, torch.Tensor] = {}
 
         def visit(site: AnySite, value: torch.Tensor) -> torch.Tensor:
@@ -219,6 +223,7 @@ class TorchFunctions:
         ]
 
     def _write(self, out: Sequence[Any], tensors: Sequence[torch.Tensor]) -> None:
+        """Copy tensors to the buffers, zeros beyond the context."""
         for buffer, tensor in zip(out, tensors, strict=True):
             target = _tensor(buffer)
             target = target.view(-1, *target.shape[-2:])
@@ -226,6 +231,7 @@ class TorchFunctions:
             target[:, self._context :].zero_()
 
     def _has(self, site: Site) -> bool:
+        """Return whether the model has a site that a pass comes by once."""
         try:
             self._model.check(site)
         except UserError:
@@ -306,6 +312,7 @@ def _read_sizes(model: Any, n_layers: int, context: int | None) -> dict[str, Any
     config = model.config.get_text_config()
 
     def first(*names: str, default: int) -> int:
+        """Return the first of some fields that holds a whole number."""
         return next((value for name in names if isinstance(value := getattr(config, name, None), int)), default)
 
     d_model, n_heads = config.hidden_size, first("num_attention_heads", default=1)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from saejax.errors import UserError
-from saejax.models.checkpoint import Tensor, not_finite, read_checkpoint
+from saejax.models.checkpoint import Tensor, not_finite_error, read_checkpoint
 from saejax.models.config import DecoderConfig
 from saejax.models.families import FAMILIES, Weight
 from saejax.models.parameters import LAYERS, parameter_table
@@ -59,7 +59,7 @@ def load_params(
         params[name] = _place(fill, shape, dtype, mesh, spec)
     if damaged:
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
-        raise not_finite(f"the weights in {folder}", sorted(files) or damaged, dtype)
+        raise not_finite_error(f"the weights in {folder}", sorted(files) or damaged, dtype)
     return {name: params[name] for name in table}
 
 
@@ -172,6 +172,7 @@ def _reader(
     lead = weight.stacked
 
     def fill(index: tuple[slice, ...], buffer: np.ndarray) -> None:
+        """Write the part of the parameter at an index to a buffer."""
         ranges = [range(size)[part] for size, part in zip(shape[:lead], index[:lead], strict=True)]
         for place, at in zip(np.ndindex(*map(len, ranges)), itertools.product(*ranges), strict=True):
             source = sources[int(np.ravel_multi_index(at, shape[:lead])) if lead else 0]

@@ -15,7 +15,7 @@ from typing import Any
 from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
 from saejax.attribution.forms.graph_folder import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
-from saejax.dictionaries.labels import trained_of_folders
+from saejax.dictionaries.labels import trained_units
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import read_labels, write_label
@@ -176,7 +176,7 @@ class GraphStore:
 
     def _names(self, folders: Sequence[str], layers: set[int]) -> dict[int, str]:
         """Return the names of dictionaries of layers: those of the atlas, or "layer 3" for other sets."""
-        trained = trained_of_folders(folders)
+        trained = trained_units(folders)
         return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
 
     def _groups_file(self, graph: StoredGraph) -> Path:

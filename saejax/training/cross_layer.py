@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from saejax.dictionaries import Dictionary, DictionaryConfig, losses, rescale
-from saejax.dictionaries.cross_layer import LayerEncoder, joined_lengths, written
+from saejax.dictionaries.cross_layer import joined_lengths, sum_writes
 from saejax.dictionaries.kinds.base import Arrays, EncodedBatch
 from saejax.dictionaries.matmul import matmul
 from saejax.dictionaries.sparsity import row
@@ -92,7 +92,7 @@ def cross_layer_loss(
 
     # What a layer is given is the sum over all layers below, so errors need all activations first.
     bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
-    error_LxBxD = y_LxBxD - written(f_LxBxF, decoders, stack.mesh, config.matmul) - bias_LxD[:, None]
+    error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, config.matmul) - bias_LxD[:, None]
     mse_L = jax.vmap(losses.squared_size)(error_LxBxD)
     terms = dict(error=mse_L) | terms
     loss_L = sum(terms.values(), jnp.zeros_like(mse_L))
@@ -113,9 +113,9 @@ def _encoders(stack: TrainStack, layers: Sequence[Arrays]) -> Arrays:
 
 def _pre_activations(
     stack: TrainStack, arrays: Arrays, norms_F: jax.Array, x_BxD: jax.Array, matmul_dtype: str
-) -> tuple[LayerEncoder, jax.Array, jax.Array]:
+) -> tuple[Dictionary, jax.Array, jax.Array]:
     """Return a layer's encoder, and its pre-activations [B, F] with and without the encoder's bias."""
-    encoder = LayerEncoder(stack.dictionary, matmul_dtype, arrays, norms_F)
+    encoder = Dictionary(stack.dictionary, matmul_dtype, **arrays, decoder_norms_F=norms_F)
     projected_BxF = matmul(x_BxD, arrays["W_enc_DxF"], matmul_dtype)
     return encoder, projected_BxF + row(arrays["b_enc_F"], 2), projected_BxF
 

@@ -100,7 +100,7 @@ def _scale(stack: TrainStack, index: int, dictionary: Dictionary) -> dict[str, n
     """Return the member's parameters, float64, of which ``finish_dictionary`` makes this dictionary."""
     _check(stack, index, dictionary)
     dictionary = _with_unit_rows(stack, dictionary)
-    dictionary = rescale.centred(dictionary, stack.dictionary.centred)
+    dictionary = rescale.centre(dictionary, stack.dictionary.centred)
     arrays = {name: np.asarray(array, np.float64) for name, array in dictionary.arrays.items()}
     scale, kind = stack.scales[index], dictionary.kind
     return kind.resume(rescale.fold_input_scaling(kind, arrays, 1 / scale.input, 1 / scale.output))

@@ -65,7 +65,7 @@ def run_pretrained(run: Run) -> TrainResults:
         folder = run.folder / dictionary.name / "dictionary"
         if is_first_process():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
-        save_dictionary(folder, rescale.in_output_units(dictionary.load()))
+        save_dictionary(folder, rescale.to_output_units(dictionary.load()))
         kind, features = dictionary.config.kind, dictionary.config.n_features
         run.say(f"{dictionary.place}: {kind} of {features:,} features, {dictionary.site}")
     members = tuple(

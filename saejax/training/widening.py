@@ -43,8 +43,9 @@ def widen(
       replace: first overwrite features that fire on none of these tokens.
       say: takes a line on what was found.
     """
-    sae = rescale.centred(sae)  # features in errors read the input less the decoder's bias
-    blocks = [_errors(sae, x) for x in np.array_split(acts_NxD.astype(np.float32), max(len(acts_NxD) // 4096, 1))]
+    sae = rescale.centre(sae)  # features in errors read the input less the decoder's bias
+    parts = np.array_split(acts_NxD.astype(np.float32), max(len(acts_NxD) // 4096, 1))
+    blocks = [_errors(sae, x_BxD) for x_BxD in parts]
     errors_NxD, fires_F = np.concatenate([error for error, _ in blocks]), np.any([fires for _, fires in blocks], axis=0)
     count, decoder_FxD = sae.config.n_features, np.asarray(sae.W_dec_FxD[...])
     dead = np.flatnonzero(~fires_F) if replace else np.zeros(0, int)

@@ -61,6 +61,20 @@ def test_an_edit_of_few_features_encodes_no_others(kind):
     assert operations < 0.1 * 2 * 30 * 12 * 4096
 
 
+def test_without_decoder_rows_a_dictionary_encodes_the_same():
+    """As in attribution, and as the layers of a cross-layer transcoder, which have joined norms in their place."""
+    dictionary, x = make("jumprelu"), activations(30, 12)
+    arrays = {name: array for name, array in dictionary.arrays.items() if name != "W_dec_FxD"}
+    encoder = Dictionary(dictionary.config, **arrays, decoder_norms_F=jnp.arange(40.0))
+    np.testing.assert_array_equal(encoder.encode(x), dictionary.encode(x))
+    few = encoder.restrict(np.array([5, 2])).encode(x)
+    np.testing.assert_allclose(few, dictionary.encode(x)[:, [5, 2]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(encoder.decoder_norms_F, np.arange(40))
+    assert sorted(encoder.arrays) == sorted(arrays)
+    with pytest.raises(KeyError, match="b_enc_F"):
+        Dictionary(dictionary.config, W_enc_DxF=arrays["W_enc_DxF"])
+
+
 def test_a_kind_that_overrides_encode_must_say_again_that_it_is_elementwise():
     class Sharpened(kinds.JumpReLU):
         def encode(self, dictionary, pre_xF, projected_xF, numbers):

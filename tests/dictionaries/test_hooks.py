@@ -51,6 +51,8 @@ def test_norms_after_the_mlp_make_its_module_another_place():
     assert hooks.to_site("blocks.3.hook_mlp_out", "google/gemma-2-2b") == "mlp_out.3"
     assert hooks.to_site("model.layers.3.mlp", "google/gemma-2-2b") == "module:model.layers.3.mlp"
     assert hooks.to_site("model.layers.3", "google/gemma-2-2b") == "resid_post.3"
+    assert hooks.to_site("mlp_out_layer_3", "google/gemma-2-2b") == "module:model.layers.3.mlp"
+    assert hooks.to_site("attn_layer_3", "google/gemma-3-1b") == "module:model.layers.3.self_attn"
     with pytest.raises(UserError, match="none of the sites"):
         hooks.to_site("blocks.3.mlp.hook_out", "google/gemma-3-4b")
 

@@ -152,6 +152,21 @@ def saelens_4_jumprelu_with_a_scaling_factor(folder):
 
 
 @layout
+def saelens_3_with_an_open_layer_and_k_as_a_float(folder):
+    w = arrays()
+    cfg = SAELENS | dict(hook_point="blocks.{layer}.hook_mlp_out", hook_point_layer=4, activation_fn_str="topk")
+    path = saelens(folder, w, **cfg, model_name="gpt2-small", activation_fn_kwargs=dict(k=float(K)))
+    return path, function(w, lambda pre: relu(topk(pre))), dict(site="mlp_out.4", kind="topk", k=K)
+
+
+@layout
+def saelens_5_of_a_module_without_centring(folder):
+    w = arrays()
+    cfg = SAELENS | dict(hook_name="gpt_neox.layers.6.mlp", model_name="pythia-70m", apply_b_dec_to_input=False)
+    return saelens(folder, w, **cfg), function(w, centred=False), dict(site="mlp_out.6", centred=False)
+
+
+@layout
 def saelens_6_with_unknown_settings(folder):
     w = arrays()
     return saelens(folder, w, **NEW, metadata=META), function(w), dict(site="resid_post.8", bos="always")
@@ -232,6 +247,31 @@ def dictionary_learning_topk(folder):
     w = arrays()
     path = learned(folder, "AutoEncoderTopK", linears(w, bias="b_dec") | dict(k=K, threshold=0.4))
     return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
+
+
+@layout
+def dictionary_learning_of_a_compiled_model_on_several_devices(folder):
+    w = arrays()
+    state = linears(w, bias="b_dec") | dict(k=[K])
+    path = learned(folder, "AutoEncoderTopK", {f"module._orig_mod.{name}": value for name, value in state.items()})
+    return path, function(w, lambda pre: topk(relu(pre))), dict(kind="topk", k=K)
+
+
+@layout
+def dictionary_learning_state_inside_a_training_checkpoint(folder):
+    w = arrays()
+    path = learned(folder, "AutoEncoder", {})
+    state = {name.replace("__", "."): torch.tensor(array) for name, array in linears(w, bias="bias").items()}
+    torch.save(dict(state_dict=state, epoch=3), path / "ae.pt")
+    return path, function(w), dict(kind="standard")
+
+
+@layout
+def dictionary_learning_of_what_a_module_reads(folder):
+    w = arrays()
+    path = learned(folder, "AutoEncoder", linears(w, bias="bias"), submodule_name="mlp_layer_3")
+    write_json(path / "config.json", json.loads((path / "config.json").read_text()) | dict(buffer=dict(io="in")))
+    return path, function(w), dict(site="mlp_in.3", target="")
 
 
 @layout
@@ -438,6 +478,20 @@ def test_a_published_layout_computes_what_its_publisher_says(name, tmp_path):
     np.testing.assert_allclose(ours_y, y, atol=1e-5 * np.abs(y).max())
     assert {key: getattr(dictionary.config, key) for key in expected} == expected
     assert read_config(path) == dictionary.config
+
+
+@pytest.mark.parametrize(
+    "name,kind", [("standard", "standard"), ("matryoshka", "matryoshka"), ("jumprelu", "jumprelu")]
+)
+def test_a_folder_without_a_description_is_known_by_its_tensors(name, kind, tmp_path):
+    path, compute, _ = LAYOUTS[f"dictionary_learning_{name}"](tmp_path)
+    (path / "config.json").unlink()
+    dictionary = load_dictionary(path)
+    assert dictionary.config.kind == kind
+    np.testing.assert_allclose(dictionary(jnp.asarray(X)), compute(X)[1], atol=1e-4)
+    write_pickled(path / "ae.pt", odd=1.0)
+    with pytest.raises(UserError, match="names no dict_class, and its tensors are those of no class"):
+        load_dictionary(path)
 
 
 def test_a_crosscoder_of_gemma_scope_2_has_features_that_read_one_layer_and_write_to_all(tmp_path):
@@ -670,6 +724,11 @@ def cut(file):
         ("dictionary_learning_topk", cut("ae.pt"), "ae.pt is truncated"),
         ("dictionary_learning_topk", settings("config.json", dict_class="Odd"), "dict_class is 'Odd', which cannot"),
         ("dictionary_learning_topk", lambda path: write_pickled(path / "ae.pt", k=3), "lacks decoder.weight, encoder"),
+        (
+            "dictionary_learning_topk",
+            settings("config.json", dict_class=...),
+            "of AutoEncoderTopK and BatchTopKSAE: fetch",
+        ),
         ("llama_scope_1", settings("hyperparams.json", act_fn="relu"), "act_fn is 'relu', which no dictionary here"),
         ("llama_scope_1", settings("hyperparams.json", jump_relu_threshold=0), "jump_relu_threshold is 0"),
         ("llama_scope_1", settings("hyperparams.json", dataset_average_activation_norm=...), "expected norms above 0"),

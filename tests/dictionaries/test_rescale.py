@@ -22,8 +22,8 @@ def test_a_gated_dictionary_is_a_jumprelu(form):
 @pytest.mark.parametrize("kind", known.KINDS)
 def test_the_encoders_bias_can_centre_the_input(kind):
     centred, x = known.make(kind), known.activations()
-    uncentred = rescale.uncentred(centred)
-    assert not uncentred.config.centred and rescale.uncentred(uncentred) is uncentred
+    uncentred = rescale.uncentre(centred)
+    assert not uncentred.config.centred and rescale.uncentre(uncentred) is uncentred
     assert known.relative(uncentred.encode(x), centred.encode(x)) < 1e-5
     assert known.relative(uncentred(x), centred(x)) < 1e-5
 
@@ -56,7 +56,7 @@ def test_a_topk_with_rows_of_one_length():
 @pytest.mark.parametrize("norm", ["layer_norm", "token_norm"])
 def test_in_output_units_what_a_feature_adds_is_its_activation_times_its_row(norm):
     dictionary, x = known.make("topk", input_norm=norm, signed=True), jnp.asarray(known.activations())
-    scaled = rescale.in_output_units(dictionary)
+    scaled = rescale.to_output_units(dictionary)
     scale = np.asarray(dictionary.output_scale(x))
     np.testing.assert_allclose(scaled.encode(x), np.asarray(dictionary.encode(x)) * scale, rtol=1e-5)
     np.testing.assert_allclose(scaled(x), dictionary(x), rtol=1e-4, atol=1e-4)
@@ -65,4 +65,4 @@ def test_in_output_units_what_a_feature_adds_is_its_activation_times_its_row(nor
     np.testing.assert_allclose(
         scaled(x) - without, np.asarray(f)[:, 3, None] * np.asarray(scaled.W_dec_FxD[3]), atol=1e-4
     )
-    assert scaled.output_scale(x) is None and rescale.in_output_units(known.make()).config == known.make().config
+    assert scaled.output_scale(x) is None and rescale.to_output_units(known.make()).config == known.make().config

@@ -118,7 +118,7 @@ def test_the_largest_of_each_row():
         values = values.astype(np.float32)  # ties everywhere, and rows without anything to keep
         for k in {1, 20, values.shape[1]}:
             most = min(k + 3, values.shape[1])
-            value_BxK, place_BxK = jax.jit(selection.largest, static_argnums=2)(
+            value_BxK, place_BxK = jax.jit(selection.k_largest, static_argnums=2)(
                 jnp.asarray(values), jnp.int32(min(k, most)), most
             )
             assert place_BxK.dtype == jnp.int32 and value_BxK.shape == (len(values), most)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.models import attention
-from saejax.models.attention import whole_prompts
+from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import GRADIENT, DecoderConfig, RunRules
 from saejax.models.decoding import init_cache
 
@@ -61,7 +61,7 @@ def test_whole_prompts(config, length):
     q, k, v = draw(2, length, 6, 8), draw(2, length, 2, 8, seed=1), draw(2, length, 2, 8, seed=2)
     age_TxT = np.arange(length)[:, None] - np.arange(length)
     seen_TxT = (age_TxT >= 0) & (age_TxT < (config.sliding_window or length))
-    found = attended(config, whole_prompts(config, length), q, k, v)
+    found = attended(config, whole_prompt_tables(config, length), q, k, v)
     expected = formula(config, q, k, v, np.broadcast_to(seen_TxT, (2, length, length)))
     assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -86,7 +86,7 @@ def test_gradients_of_blocks_equal_those_of_one(monkeypatch):
     weight = draw(1, length, 6, 8, seed=3)
 
     def gradients():
-        tables = whole_prompts(CONFIG, length).at(CONFIG, 0)
+        tables = whole_prompt_tables(CONFIG, length).at(CONFIG, 0)
 
         def loss(q, k, v):
             return jnp.sum(weight * attention.attend(CONFIG, GRADIENT, q, k, v, tables))
@@ -130,7 +130,7 @@ def test_values_and_gradients_row_by_row_equal_those_of_blocks(monkeypatch, few_
         )
         arrays = [jnp.asarray(draw(2, length, heads, 8, seed=heads)) for heads in (6, 2, 2)]
         weight = draw(2, length, 6, 8, seed=3)
-        tables = whole_prompts(config, length).at(config, 0)
+        tables = whole_prompt_tables(config, length).at(config, 0)
 
         def found():
             def loss(*qkv):
@@ -148,7 +148,9 @@ def test_values_and_gradients_row_by_row_equal_those_of_blocks(monkeypatch, few_
 def test_memory_of_long_prompts_grows_with_tokens_and_not_with_their_square(gradient):
     def temporaries(length):
         def loss(q, k, v):
-            return jnp.sum(attention.attend(CONFIG, GRADIENT, q, k, v, whole_prompts(CONFIG, length).at(CONFIG, 0)))
+            return jnp.sum(
+                attention.attend(CONFIG, GRADIENT, q, k, v, whole_prompt_tables(CONFIG, length).at(CONFIG, 0))
+            )
 
         program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)) if gradient else loss)
         shapes = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (6, 2, 2))

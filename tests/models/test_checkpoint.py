@@ -53,7 +53,7 @@ def test_every_dtype_is_found_at_its_place(tmp_path):
     for name, array in values(tmp_path).items():
         assert array.dtype == arrays[name].dtype
         np.testing.assert_array_equal(array, arrays[name])
-    with pytest.raises(UserError, match=r"tensor uint8 has dtype U8, expected one of F64.*: use an unquantised model"):
+    with pytest.raises(UserError, match=r"tensor uint8 has dtype U8, expected one of F64.*: use unquantised weights"):
         tensors["uint8"].map()
 
 
@@ -78,6 +78,36 @@ def test_the_index_decides_between_two_files_of_one_tensor(folder):
     np.testing.assert_array_equal(values(folder)["b"], B)
     write_index(folder, dict(a="one.safetensors", b="one.safetensors", c="two.safetensors"))
     np.testing.assert_array_equal(values(folder)["b"], 0 * B)
+
+
+def test_what_a_folder_without_weights_holds_is_said(folder):
+    """Shards whose index was not fetched, an adapter, and nothing at all."""
+    for name in (INDEX, "one.safetensors", "two.safetensors"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="has no weights: expected model.safetensors, or its shards with an index"):
+        weight_files(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no weights of its own, but an adapter: merge it into its base model"):
+        weight_files(folder)
+    save_file(dict(a=A), folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="model-00001-of-00002.safetensors is a shard, and model.safetensors.index"):
+        weight_files(folder)
+
+
+def test_tensors_that_a_training_checkpoint_nests(tmp_path):
+    torch.save(dict(model=dict(a=torch.ones(2)), step=3), tmp_path / "pytorch_model.bin")
+    assert sorted(values(tmp_path)) == ["a"]
+
+
+def test_rows_columns_and_numbers_of_a_tensor(tmp_path):
+    """Reading gives a copy in float32, whatever the file's dtype; the file itself stays mapped."""
+    wide = np.arange(12, dtype=ml_dtypes.bfloat16).reshape(2, 3, 2)
+    save_file(dict(wide=wide, count=np.array([3, 4])), tmp_path / "model.safetensors")
+    tensors = read_checkpoint(tmp_path)
+    assert tensors["wide"].read().dtype == np.float32 and tensors["wide"].read().flags.writeable
+    np.testing.assert_array_equal(tensors["wide"].rows(np.array([1, 0])), wide[::-1])
+    np.testing.assert_array_equal(tensors["wide"].column(2).read(), wide[:, 2])
+    assert tensors["wide"].column(2).shape == (2, 2) and tensors["count"].numbers() == [3, 4]
 
 
 def test_a_file_of_the_index_is_missing(folder):
@@ -108,7 +138,7 @@ def test_damaged_indices(folder, text, message):
 def test_truncated_files(folder, cut):
     file = folder / "two.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch the model"):
+    with pytest.raises(UserError, match=r"two.safetensors is truncated or not a safetensors file .*: fetch it again"):
         read_checkpoint(folder)
 
 

@@ -110,7 +110,7 @@ def test_all_mismatches_are_listed_in_one_error(copy):
     assert str(error.value).endswith(
         "do not fit its config.json: model.norm.weight has shape [63], expected [64]; "
         "model.layers.1.mlp.up_proj.weight is missing; model.layers.2.mlp.up_proj.weight has dtype U8, expected one of "
-        "F64, F32, F16, BF16: use an unquantised model"
+        "F64, F32, F16, BF16: use unquantised weights"
     )
 
 

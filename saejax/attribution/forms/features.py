@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.neuronpedia import cantor_pair
-from saejax.dictionaries.labels import trained_of_folders
+from saejax.dictionaries.labels import trained_units
 from saejax.dictionaries.stacks import kind_and_member
 from saejax.errors import UserError
 from saejax.files import read_json
@@ -105,7 +105,7 @@ def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, lis
 
 def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
     found = {}
-    trained = trained_of_folders(dictionaries)
+    trained = trained_units(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
         workdir, name = trained[layer]
         kind, member = kind_and_member(name)

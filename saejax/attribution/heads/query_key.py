@@ -27,7 +27,7 @@ from saejax.attribution.local.model import LocalModel
 from saejax.attribution.results import KeyScore, QueryScores, SourcePair
 from saejax.errors import UserError
 from saejax.models import decoder
-from saejax.models.attention import AttentionTables, attention_weights, whole_prompts
+from saejax.models.attention import AttentionTables, attention_weights, whole_prompt_tables
 from saejax.models.config import DecoderConfig
 from saejax.models.parameters import LAYERS
 from saejax.parallel.collectives import to_host
@@ -212,7 +212,7 @@ def open_head(
       query: its position.
       x_TxD: the stream entering the layer, that of the prompt.
     """
-    config, tables = frozen.config, whole_prompts(frozen.config, len(x_TxD))
+    config, tables = frozen.config, whole_prompt_tables(frozen.config, len(x_TxD))
 
     def meets(params: decoder.Params, x_TxD: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         """Return the head's scaled queries and its keys, both [T, K], and its weights at the query [T]."""

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.sources import STEP, WIDTH, SourceBank
 from saejax.models import decoder
-from saejax.models.attention import whole_prompts
+from saejax.models.attention import whole_prompt_tables
 from saejax.models.layers import einsum
 from saejax.parallel.mesh import fitting_sharding
 
@@ -77,7 +77,7 @@ def contributions(
       batch: the targets.
     """
     length = stream_LxTxD.shape[1]
-    tables, chunks = whole_prompts(frozen.config, length), jnp.arange(len(batch.start_N))
+    tables, chunks = whole_prompt_tables(frozen.config, length), jnp.arange(len(batch.start_N))
 
     def placed(chunk: jax.Array, layer: jax.Array) -> jax.Array:
         """Return the directions of a chunk's targets at a layer, at their positions, else 0; [R, T, D]."""

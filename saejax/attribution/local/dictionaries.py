@@ -7,13 +7,11 @@ active features are read, where the format has them as rows.
 import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from flax import nnx
 from jax.sharding import Mesh
 
 from saejax.attribution.graph.data import GraphSet
@@ -27,41 +25,9 @@ from saejax.models.sinks import NO_SINKS
 from saejax.parallel.collectives import to_host
 from saejax.parallel.mesh import fitting_sharding, free_bytes, make_mesh, on_host, part_size
 
-AnyDictionary = TypeVar("AnyDictionary", bound=Dictionary)
 ReadRows = Callable[[int, str, np.ndarray], np.ndarray]
 LoadEncoder = Callable[[int], dict[str, jax.Array] | None]
 KEPT_SHARE = 4  # encoders stay on the devices up to one part in so many of what is free
-
-
-class EncoderOnly(Dictionary):
-    """A dictionary without decoder rows, of which only those in use are read; it can encode and not decode."""
-
-    def __init__(self, config: DictionaryConfig, matmul_dtype: str = "float32", **arrays: jax.Array):
-        self.config = nnx.static(config)
-        self.matmul_dtype = nnx.static(matmul_dtype)
-        for name, array in arrays.items():
-            if name != "W_dec_FxD":
-                setattr(self, name, nnx.Param(array))
-
-    def restrict(self, feature_U: np.ndarray) -> tuple["EncoderOnly", np.ndarray]:
-        """Return an encoder of some features where their activations depend on their own columns, and their columns.
-
-        Of kinds that compare features with each other, such as TopK, that is the whole encoder.
-
-        Args:
-          feature_U: indices of the features.
-        """
-        if not self.kind.is_elementwise():
-            return self, feature_U
-        axes = {
-            name: spec.index("model") for name, (_, spec) in parameter_table(self.config).items() if "model" in spec
-        }
-        arrays = {
-            name: jnp.take(array, feature_U, axis=axes[name]) if name in axes else array
-            for name, array in self.arrays.items()
-        }
-        config = dataclasses.replace(self.config, n_features=len(feature_U), groups=())
-        return EncoderOnly(config, self.matmul_dtype, **arrays), np.arange(len(feature_U))
 
 
 class LayerDictionaries(abc.ABC):
@@ -92,7 +58,7 @@ class LayerDictionaries(abc.ABC):
         load_encoder: LoadEncoder | None = None,
     ):
         self.name, self.configs, self.reads, self.revision = name, tuple(configs), reads, revision
-        self._load, self._kept = load, dict[tuple[int, Mesh], EncoderOnly]()
+        self._load, self._kept = load, dict[tuple[int, Mesh], Dictionary]()
         self._hosts: dict[int, Dictionary] = {}  # of sets whose files have no rows to read
         self._sink_norm: Callable[[str], float] | None = None
         self.sizes: dict[tuple[str, int], int] = {}
@@ -112,8 +78,8 @@ class LayerDictionaries(abc.ABC):
         """
         return _place(_widen(self._on_host(layer)), mesh or _first_device())
 
-    def encoder(self, layer: int, mesh: Mesh | None = None) -> EncoderOnly:
-        """Return the encoder of a layer, as ``load`` has it, which stays on the devices in its file's dtype.
+    def encoder(self, layer: int, mesh: Mesh | None = None) -> Dictionary:
+        """Return a layer's dictionary without decoder rows, which stays on the devices in its file's dtype.
 
         Everything here goes through the layers in order, again and again, so where not all fit, the one that was read
         last makes room: all others are found again.
@@ -141,18 +107,19 @@ class LayerDictionaries(abc.ABC):
             self._hosts[layer] = dictionary
         return self._hosts[layer]
 
-    def _encoder_on_host(self, layer: int) -> EncoderOnly:
+    def _encoder_on_host(self, layer: int) -> Dictionary:
         arrays = None
         if self._load_encoder:
             with on_host():
                 arrays = self._load_encoder(layer)
         if arrays is None:
             dictionary = self._on_host(layer)
-            return EncoderOnly(dictionary.config, dictionary.matmul_dtype, **dictionary.arrays)
+            arrays = {name: array for name, array in dictionary.arrays.items() if name != "W_dec_FxD"}
+            return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)
         config = self.configs[layer]
         if self._sink_norm:
             config = config.with_sink_norms(self._sink_norm)
-        return _without_layer(EncoderOnly(config, **arrays))
+        return _without_layer(Dictionary(config, **arrays))
 
     def resolve_sinks(self, model: LanguageModel) -> None:
         """Give dictionaries that do not know it the attention-sink rule of a model, whenever they are loaded."""
@@ -253,10 +220,10 @@ def _fold(dictionary: Dictionary) -> Dictionary:
     """Return the same function with features that are relu, threshold or topk of x W_enc + b_enc."""
     if dictionary.config.kind == "gated":
         dictionary = rescale.as_jumprelu(dictionary)
-    return rescale.without_mean(rescale.uncentred(dictionary))
+    return rescale.drop_mean(rescale.uncentre(dictionary))
 
 
-def _without_layer(dictionary: AnyDictionary) -> AnyDictionary:
+def _without_layer(dictionary: Dictionary) -> Dictionary:
     """Return the same arrays without their layer, so that programs are compiled once for all layers.
 
     The sink rule, which differs between layers, becomes an array.
@@ -265,17 +232,17 @@ def _without_layer(dictionary: AnyDictionary) -> AnyDictionary:
     if config.max_norm is not None:
         arrays |= dict(max_norm=np.float32(config.max_norm))
     plain = dataclasses.replace(config, site="", target="", max_norm=None, target_max_norm=None)
-    return type(dictionary)(plain, dictionary.matmul_dtype, **arrays)
+    return Dictionary(plain, dictionary.matmul_dtype, **arrays)
 
 
-def _widen(dictionary: AnyDictionary) -> AnyDictionary:
+def _widen(dictionary: Dictionary) -> Dictionary:
     """Return the same with arrays of 32 bits, or more."""
     arrays = dictionary.arrays
     wide = {name: array.astype(jnp.promote_types(array.dtype, jnp.float32)) for name, array in arrays.items()}
-    return type(dictionary)(dictionary.config, dictionary.matmul_dtype, **wide)
+    return Dictionary(dictionary.config, dictionary.matmul_dtype, **wide)
 
 
-def _place(dictionary: AnyDictionary, mesh: Mesh) -> AnyDictionary:
+def _place(dictionary: Dictionary, mesh: Mesh) -> Dictionary:
     """Return the same on a mesh's devices, features split over ``model``; it comes by way of the host.
 
     So no device ever holds more of it than its part.
@@ -285,7 +252,7 @@ def _place(dictionary: AnyDictionary, mesh: Mesh) -> AnyDictionary:
         name: jax.device_put(array, fitting_sharding(mesh, array.shape, *table[name][1] if name in table else ()))
         for name, array in dictionary.arrays.items()
     }
-    return type(dictionary)(dictionary.config, dictionary.matmul_dtype, **arrays)
+    return Dictionary(dictionary.config, dictionary.matmul_dtype, **arrays)
 
 
 def free_host_bytes() -> int:

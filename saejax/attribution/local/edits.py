@@ -19,11 +19,11 @@ import numpy as np
 from jax import lax
 
 from saejax.attribution.local.active import AT_ONCE, activations, encode_used
-from saejax.attribution.local.dictionaries import EncoderOnly
 from saejax.attribution.local.layers import FIXED
 from saejax.attribution.local.outputs import FeatureOutputs
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.state import LocalState
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.layers import einsum
 from saejax.parallel.collectives import to_host
@@ -129,7 +129,9 @@ class ChangeEdits:
         """Return the activations of the changed features in each row, of which only these are encoded if possible."""
         feature_U, index = np.unique(changes.feature_RxM, return_inverse=True)
         room = padded(len(feature_U), 16) - len(feature_U)  # so that layers share programs
-        encoder, columns = self._state.encoder(layer).restrict(np.pad(feature_U, (0, room), mode="edge"))
+        encoder, columns = self._state.encoder(layer), np.pad(feature_U, (0, room), mode="edge")
+        if encoder.kind.is_elementwise():  # TopK compares features with each other, and needs all of them
+            encoder, columns = encoder.restrict(columns), np.arange(len(columns))
         column_RxM = columns[index.reshape(changes.feature_RxM.shape)].astype(np.int32)
         return to_host(_encode_places(encoder, changes.position_RxM, column_RxM, read_RxTxD))
 
@@ -216,7 +218,7 @@ def _circuit_difference(
 
 @jax.jit
 def _encode_places(
-    encoder: EncoderOnly, position_RxM: jax.Array, column_RxM: jax.Array, read_RxTxD: jax.Array
+    encoder: Dictionary, position_RxM: jax.Array, column_RxM: jax.Array, read_RxTxD: jax.Array
 ) -> jax.Array:
     """Return the activations of columns of the encoder at positions of each row, [R, M]."""
     row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]

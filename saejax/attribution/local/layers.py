@@ -9,7 +9,7 @@ from jax import lax
 
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.models import decoder
-from saejax.models.attention import AttentionTables, attend, attention_weights, whole_prompts
+from saejax.models.attention import AttentionTables, attend, attention_weights, whole_prompt_tables
 from saejax.models.config import RunRules
 from saejax.models.layers import einsum
 
@@ -67,7 +67,7 @@ def run_layer(
         return jnp.where(frozen_T[None, :, None, None], as_prompt, attend(config, rules, q, k, v, tables))
 
     function = attend_as_prompt if freeze in ("attention", "constrained") else None
-    tables = whole_prompts(config, x_BxTxD.shape[1])
+    tables = whole_prompt_tables(config, x_BxTxD.shape[1])
     leaving_BxTxD = decoder.run_layer(config, rules, params, layer, x_BxTxD, tables, hook, function)
     return leaving_BxTxD, frozen.read(params, layer, seen, rules), seen["mlp_out"]
 
@@ -93,7 +93,7 @@ def run_biases(
       stream_LxTxD: the prompt's stream entering each layer.
       skip_LxDxD: skip paths of the transcoders; None: there are none.
     """
-    tables = whole_prompts(frozen.config, stream_LxTxD.shape[1])
+    tables = whole_prompt_tables(frozen.config, stream_LxTxD.shape[1])
 
     def step(_: None, part: tuple[Any, ...]) -> tuple[None, tuple[jax.Array, jax.Array]]:
         layer, x_TxD, skip_DxD = part
@@ -178,7 +178,7 @@ def _open_layer(frozen: FrozenModel, params: decoder.Params, layer: jax.Array, s
             mixed_TxNxGxK = einsum("ngts,ngsk->tngk", weights_NxGxTxS, values[0][:, None] + added_NxGxTxK)
             return mixed_TxNxGxK.reshape(q.shape)
 
-        tables = whole_prompts(frozen.config, len(x_TxD))
+        tables = whole_prompt_tables(frozen.config, len(x_TxD))
         leaving_TxD, read_TxD = frozen.layer(params, layer, tables, x_TxD, skip_DxD, mix)
         return leaving_TxD, read_TxD, values[0]
 

@@ -24,12 +24,12 @@ import numpy as np
 
 from saejax.attribution.local import layers
 from saejax.attribution.local.active import Active, active_features
-from saejax.attribution.local.dictionaries import EncoderOnly
 from saejax.attribution.local.frozen import RELP, FrozenModel
 from saejax.attribution.local.outputs import FeatureOutputs
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
 from saejax.models.config import DecoderConfig
 from saejax.models.language_model import LanguageModel
@@ -133,7 +133,7 @@ class LocalState(PromptRun):
         """The first position at which features are used."""
         return self.first_LxUxD.shape[1]
 
-    def encoder(self, layer: int) -> EncoderOnly:
+    def encoder(self, layer: int) -> Dictionary:
         """Return a layer's encoder, on the model's devices."""
         return self.dictionaries.encoder(layer, self.model.mesh)
 
@@ -179,7 +179,7 @@ def first_used(config: DecoderConfig, ids_P: np.ndarray) -> int:
 
 @jax.jit
 def _errors(
-    encoder: EncoderOnly,
+    encoder: Dictionary,
     read_TxD: jax.Array,
     out_TxD: jax.Array,
     written_TxD: jax.Array,

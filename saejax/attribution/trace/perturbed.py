@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from saejax.models import decoder
-from saejax.models.attention import whole_prompts
+from saejax.models.attention import whole_prompt_tables
 from saejax.models.config import DecoderConfig, RunRules
 from saejax.models.decoder import run_layers
 from saejax.models.sites import Site
@@ -140,7 +140,7 @@ def gradients(
     """
     batch, width = readings.vector_BxD.shape
     tokens, kinds = stream_LxTxD.shape[1], len(places.kinds)
-    tables, places = whole_prompts(config, tokens), jax.tree.map(jnp.asarray, places)
+    tables, places = whole_prompt_tables(config, tokens), jax.tree.map(jnp.asarray, places)
     at_BxTxD = (jnp.arange(tokens)[None] == readings.position_B[:, None])[..., None] * readings.vector_BxD[:, None]
 
     def seed(layer: jax.Array, kind: jax.Array) -> jax.Array:

@@ -65,6 +65,7 @@ FORMATS = (
 
 
 def _has_cfg(folder: Path) -> bool:
+    """Return whether the weights beside it are SAELens': its description is there, or no other one is."""
     return (folder / saelens.DESCRIPTION).is_file() or not (folder / "config.json").is_file()
 
 
@@ -248,7 +249,7 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     folder = resolve_path(path)
     if ours := _own_folder(folder):
         config = _with_sites(own.read_config(ours), site, target)
-        return Located(config, "saejax", lambda matmul, dtype: _replaced(own.load(ours, matmul, dtype), config))
+        return Located(config, "saejax", lambda matmul, dtype: _with_config(own.load(ours, matmul, dtype), config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
     if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
@@ -262,10 +263,12 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
 
 
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
+    """Return the config with other sites, where they are given."""
     return dataclasses.replace(config, site=site or config.site, target=target or config.target)
 
 
-def _replaced(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
+def _with_config(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
+    """Return the dictionary with another config."""
     if dictionary.config == config:
         return dictionary
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
@@ -277,6 +280,7 @@ def _own_folder(folder: Path) -> Path | None:
 
 
 def _holds_dictionary(path: Path) -> bool:
+    """Return whether a folder or file holds a dictionary of any format."""
     if _own_folder(path):
         return True
     return any(format.matches(path) for format in FORMATS)
@@ -286,6 +290,7 @@ def _find_all(folder: Path) -> list[Path]:
     """Return the folder if it holds a dictionary, else the folders in it, and files of one layer each, that do."""
     if not folder.is_dir():
         return [folder] if _holds_dictionary(folder) else []
+    # A folder of files of one layer each would otherwise be taken for a folder with a single pickled dictionary.
     layer_files = published.find_layer_files(folder)
     if not layer_files and _holds_dictionary(folder):
         return [folder]
@@ -296,7 +301,10 @@ def _find_all(folder: Path) -> list[Path]:
 def _hint(folder: Path) -> str:
     """Return what a folder without a dictionary holds, and what to name instead."""
     if not folder.exists():
-        return "because it does not exist: name a folder that the train stage finished, or a published dictionary"
+        return (
+            "because it does not exist: name a folder that the train stage finished, or a published dictionary, on the "
+            "hub as hf://ORG/NAME/FOLDER"
+        )
     if folder.is_dir() and circuit_tracer.is_set(folder):
         return "but a set of transcoders: use load_transcoders"
     if (folder / saelens.DESCRIPTION).is_file():

@@ -61,7 +61,7 @@ class TranscoderSet:
     """
 
     layers: tuple[tensors.Published, ...]
-    decoders: tuple[tensors.StoredTensor, ...] = ()
+    decoders: tuple[tensors.Tensor, ...] = ()
 
     @property
     def configs(self) -> tuple[DictionaryConfig, ...]:
@@ -112,7 +112,7 @@ class TranscoderSet:
 
 def is_set(folder: Path) -> bool:
     """Return whether a folder holds a set, or a description of one."""
-    return (folder / DESCRIPTION).is_file() or bool(_numbered(folder, LAYERS)) or is_cross_layer(folder)
+    return (folder / DESCRIPTION).is_file() or bool(_numbered_files(folder, LAYERS)) or is_cross_layer(folder)
 
 
 def is_cross_layer(folder: Path) -> bool:
@@ -162,7 +162,7 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
     if is_cross_layer(folder):
         return _open_cross_layer(folder, site)
     settings = read_settings(folder)
-    files = _listed(folder, settings) or _numbered(folder, LAYERS)
+    files = _listed_files(folder, settings) or _numbered_files(folder, LAYERS)
     if not files:
         raise UserError(f"{folder} holds no layers of a transcoder set: expected {LAYERS.format(0)} and so on")
     layers = [_parse_layer(folder, settings, layer, file, site, target) for layer, file in enumerate(files)]
@@ -204,7 +204,7 @@ def _parse_layer(
     )
 
 
-def _listed(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
+def _listed_files(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     """Return the files that a description lists, fetched if they are on the hub; some list the last one twice."""
     listed = settings.get("transcoders")
     if not listed:
@@ -214,7 +214,7 @@ def _listed(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
     return [place.fetch_file(str(file)) if "://" in str(file) else folder / str(file) for file in dict.fromkeys(listed)]
 
 
-def _numbered(folder: Path, pattern: str) -> list[Path]:
+def _numbered_files(folder: Path, pattern: str) -> list[Path]:
     """Return the files of all layers, in order."""
     by_layer = {
         int(file.stem.rpartition("_")[2]): file for file in folder.glob(pattern.format("*")) if file.stem[-1].isdigit()
@@ -241,10 +241,11 @@ def _kind(folder: Path, settings: Mapping[str, Any], layer: int, has_threshold: 
 
 
 def _k(folder: Path, settings: Mapping[str, Any]) -> int:
+    """Return k of a set's TopK transcoders, from its description or, for one set, from circuit-tracer's code."""
     k = settings.get("k")
     if k is None:
         k = next((value for name, value in _KNOWN_K.items() if name in folder.absolute().as_posix()), None)
-    return tensors.positive(folder / DESCRIPTION, "k", k)
+    return tensors.positive_int(folder / DESCRIPTION, "k", k)
 
 
 def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> tuple[str, str]:
@@ -252,6 +253,7 @@ def _sites(settings: Mapping[str, Any], layer: int, site: str, target: str) -> t
     model = str(settings.get("model_name") or "")
 
     def site_of(hook: str, kind: str) -> str:
+        """Return the site that a hook means, or the one of the given kind."""
         return str(Site.parse(f"{kind}.{layer}")) if kind else hooks.to_site(f"blocks.{layer}.{hook}", model)
 
     return site_of(settings[_HOOKS[0]], site), site_of(settings[_HOOKS[1]], target)
@@ -270,13 +272,14 @@ def _check_same(folder: Path, layers: Sequence[tensors.Published]) -> tuple[tens
 
 
 def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
+    """Open a cross-layer transcoder of either layout."""
     settings = read_settings(folder)
     second = gemma_scope.PARAMS.format("*")
-    files = _listed(folder, settings) or _numbered(folder, gemma_scope.PARAMS)
+    files = _listed_files(folder, settings) or _numbered_files(folder, gemma_scope.PARAMS)
     if files:
         opened = [(file, tensors.open_tensors(file)) for file in files]
     else:
-        files = _numbered(folder, ENCODERS)
+        files = _numbered_files(folder, ENCODERS)
         decoders = [file.with_name(DECODERS.format(layer)) for layer, file in enumerate(files)]
         opened = [
             (file, tensors.open_tensors(file) | tensors.open_tensors(d))
@@ -319,29 +322,22 @@ def _open_cross_layer(folder: Path, site: str) -> TranscoderSet:
 
 def _own_layer(
     config: DictionaryConfig,
-    arranged: dict[str, tensors.StoredTensor],
+    arranged: dict[str, tensors.Tensor],
     transposed: frozenset[str],
-    decoder: tensors.StoredTensor,
+    decoder: tensors.Tensor,
     layer: int,
     count: int,
 ) -> tensors.Published:
     """Describe a layer with what its features write to the layer itself as its decoder."""
-    first = decoder.shape[1] - (count - layer)
-
-    def load(rows: slice | None) -> np.ndarray:
-        return decoder.load(rows)[:, first]
-
-    shape = (decoder.shape[0], decoder.shape[2])
-    return tensors.Published(
-        config, arranged | dict(W_dec_FxD=dataclasses.replace(decoder, shape=shape, load=load)), transposed
-    )
+    own_FxD = decoder.column(decoder.shape[1] - (count - layer))
+    return tensors.Published(config, arranged | dict(W_dec_FxD=own_FxD), transposed)
 
 
 def _cross_layer_config(
     file: Path,
-    state: Mapping[str, tensors.StoredTensor],
+    state: Mapping[str, tensors.Tensor],
     layout: tensors.Layout,
-    decoder: tensors.StoredTensor,
+    decoder: tensors.Tensor,
     number: tuple[int, int],
     all_layers: bool,
 ) -> DictionaryConfig:
@@ -394,7 +390,7 @@ def _facts(folder: Path, settings: Mapping[str, Any], layers: int) -> list[dict[
     return [shared | dict(max_norm=limit) for limit in limits]
 
 
-def _check_order(file: Path, decoder: tensors.StoredTensor) -> None:
+def _check_order(file: Path, decoder: tensors.Tensor) -> None:
     """Refuse decoders of all layers in which features of the last layer do not write to the last layer alone."""
     rows = decoder.rows(np.arange(min(_SAMPLE, decoder.shape[0])))
     size_X = np.linalg.norm(np.asarray(rows, np.float32), axis=(0, 2))
@@ -429,7 +425,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
             transcoder = load(index)
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
-            named = _named(rescale.uncentred(transcoder))
+            named = _file_tensors(rescale.uncentre(transcoder))
             tensors.write(unfinished / LAYERS.format(layer), named)
         write_text(unfinished / DESCRIPTION, yaml.safe_dump(_describe(configs[by_layer[0]]), allow_unicode=True))
 
@@ -461,7 +457,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             config = dictionary.config
             if config.kind not in ("standard", "jumprelu") or config.skip:
                 raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
-            arrays = tensors.host_arrays(rescale.uncentred(dictionary))
+            arrays = tensors.host_arrays(rescale.uncentre(dictionary))
             named = {name: arrays[ours] for name, ours in tensors.plain_names(config).items() if name != "W_dec"}
             named["W_enc"] = named["W_enc"].T
             stamp = stamp or _stamp(config, named)
@@ -496,7 +492,7 @@ def copy_cross_layer(folder: Path, to: Path) -> None:
                 shutil.copyfile(path, unfinished / path.name)
 
 
-def has(kind: str) -> bool:
+def holds_kind(kind: str) -> bool:
     """Return whether a set can hold transcoders of a kind."""
     return kind in _ACTIVATIONS.values() or by_name(kind).jumprelu
 
@@ -508,7 +504,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
     for config in configs:
         if not config.target:
             raise UserError(f"a transcoder set holds no SAEs, but one of {config.site} was given: write saelens")
-        if not has(config.kind) or config.input_norm:
+        if not holds_kind(config.kind) or config.input_norm:
             what = f"{config.kind} transcoders" + (f" with {config.input_norm}" if config.input_norm else "")
             raise UserError(f"circuit-tracer has no {what}: keep them in the format saejax")
         if hooks.layer_of(config.site) != hooks.layer_of(config.target):
@@ -533,7 +529,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
         raise UserError(f"the transcoders of a set must be of one {' and '.join(differ)}, and these are not")
 
 
-def _named(transcoder: Dictionary) -> dict[str, np.ndarray]:
+def _file_tensors(transcoder: Dictionary) -> dict[str, np.ndarray]:
     """Return a transcoder's arrays as a layer's file has them."""
     names = tensors.plain_names(transcoder.config)
     arrays = tensors.host_arrays(transcoder)

@@ -148,7 +148,8 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
     return tensors.Published(config, parts[0], fold=lambda first: _join(parts, width, features))
 
 
-def _join(parts: Sequence[dict[str, tensors.StoredTensor]], width: int, features: int) -> Arrays:
+def _join(parts: Sequence[dict[str, tensors.Tensor]], width: int, features: int) -> Arrays:
+    """Return the arrays of a crosscoder as one dictionary of the joined site, whose encoder is block-diagonal."""
     read = [{name: part[name].read() for name in part} for part in parts]
     count = len(parts)
     W_enc_DxF = np.zeros((count * width, count * features), np.float32)

@@ -45,6 +45,7 @@ _SHORT = {
     "attention_out": "attn_out",
     "mlp": "mlp_out",
 }
+_POST_NORMED = {"attn_out": "self_attn", "mlp_out": "mlp"}  # module of each site that some models normalise
 # Parts of the names of models that normalise what attention and the MLP give before it is added to the stream.
 _POST_NORMS = ("gemma-2", "gemma2", "gemma-3", "gemma3", "olmo-2", "olmo2")
 # Parts of the names of models by their norms, which decide what TransformerLens' centring of weights does.
@@ -109,8 +110,10 @@ def to_site(hook: str | None, model: str = "") -> str:
     if not hook:
         return UNKNOWN
     if match := _SUBMODULE.fullmatch(hook):
-        kind, layer = match.groups()
-        return f"{_SHORT.get(kind, kind)}.{layer}"
+        kind, layer = _SHORT.get(match[1], match[1]), match[2]
+        if kind in _POST_NORMED and has_post_norms(model):  # it hooks modules, whose output the norm comes after
+            return f"{MODULE}model.layers.{layer}.{_POST_NORMED[kind]}"
+        return f"{kind}.{layer}"
     if match := _HOOK.fullmatch(hook):
         layer, name = match.groups()
         if name in _READ and not (name == "mlp.hook_out" and has_post_norms(model)):

@@ -108,5 +108,6 @@ def load(folder: Path, matmul_dtype: str = "float32", dtype: str = "float32") ->
 
 
 def _describe_array(array: jax.Array | np.ndarray) -> dict:
+    """Return shape, dtype and checksum of an array, as ``dictionary.json`` holds them."""
     host = np.ascontiguousarray(array)
     return dict(shape=list(host.shape), dtype=host.dtype.name, sha256=hashlib.sha256(host.data).hexdigest())

@@ -21,11 +21,6 @@ _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repositor
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
 
 
-def is_address(path: str | os.PathLike) -> bool:
-    """Return whether a path is an address on the hub or in SAELens' registry."""
-    return os.fspath(path).startswith(("hf:/", REGISTRY))
-
-
 def resolve_path(path: str | os.PathLike) -> Path:
     """Return the folder or file that a path or an address means, fetched if need be.
 
@@ -81,6 +76,7 @@ def fetch_file(address: str) -> Path:
 
 @functools.lru_cache
 def _fetch(address: str) -> Path:
+    """Fetch the files of an address on the hub; return its folder or file here."""
     named = _ADDRESS.fullmatch(address)
     if not named:
         raise UserError(f"{address} names no folder on the hub: expected hf://ORG/NAME[/FOLDER][@REVISION]")

@@ -29,7 +29,11 @@ _LAYER_SUFFIX = re.compile(r"-l(\d+)\b", re.IGNORECASE)
 # --- sparsify (EleutherAI)
 
 _SPARSIFY = {"W_enc_DxF": "encoder.weight.T", "b_enc_F": "encoder.bias", "W_dec_FxD": "W_dec", "b_dec_D": "b_dec"}
-_MODULE_INPUTS = {"mlp_out": "mlp_in", "resid_post": "resid_pre"}  # what a module with this output reads
+_MODULE_INPUTS = {
+    "mlp_out": "mlp_in",
+    "mlp_in": "mlp_in",
+    "resid_post": "resid_pre",
+}  # what a module with this output reads
 
 
 def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Published:
@@ -61,7 +65,7 @@ def parse_sparsify(folder: Path, site: str = "", target: str = "") -> tensors.Pu
         kind="topk",
         site=read if transcoder else output,
         target=output if transcoder else "",
-        k=tensors.positive(file, "k", settings.get("k")),
+        k=tensors.positive_int(file, "k", settings.get("k")),
         signed=bool(settings.get("signed", False)),
         centred=not transcoder,
         model=model,
@@ -90,6 +94,7 @@ _CLASSES: dict[str, tuple[str, dict[str, str], bool]] = {
     ),
 }
 _CLASSES["MatroyshkaBatchTopKSAE"] = _CLASSES["MatryoshkaBatchTopKSAE"]  # as it was spelled at first
+_WITH_K = ("topk", "batchtopk", "matryoshka")
 # These multiply activations by the lengths of decoder rows, and divide by them again when they decode.
 _LENGTHS = ("GatedAutoEncoder", "JumpReluAutoEncoder")
 
@@ -107,7 +112,7 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
     if not isinstance(trainer, dict):
         raise UserError(f"{file} has no trainer: it is not the description of a dictionary_learning folder")
     state = tensors.open_tensors(weights)
-    name = str(trainer.get("dict_class") or _class_of(state))
+    name = str(trainer.get("dict_class") or _class_of(file, state))
     if name.endswith("CrossCoder"):
         return _parse_crosscoder(weights, state, trainer, site)
     if name not in _CLASSES:
@@ -135,44 +140,63 @@ def parse_dictionary_learning(folder: Path, site: str = "", target: str = "") ->
         kind=kind,
         site=site,
         target=target,
-        k=_k(weights, trainer, state) if kind in ("topk", "batchtopk", "matryoshka") else 0,
+        k=_k(weights, trainer, state) if kind in _WITH_K else 0,
         groups=tuple(int(end) for end in np.cumsum(sizes)),
         centred=centred,
         model=model,
     )
 
 
-def _class_of(state: Mapping[str, Any]) -> str:
-    """Return the class of a folder without a description, by its tensors' names, where they tell."""
-    for name, (_, layout, _) in _CLASSES.items():
-        if {tensor.removesuffix(".T") for tensor in layout.values()} == set(state) - {"k", "group_sizes"}:
-            return name
-    return "missing"
+def _class_of(file: Path, state: Mapping[str, Any]) -> str:
+    """Return the class of a folder without a description, by its tensors' names.
+
+    Args:
+      file: the description that is missing, for the message.
+      state: the tensors.
+
+    Raises:
+      UserError: no class has these tensors, or two have them.
+    """
+    matching: dict[str, str] = {}  # by kind, as one class has two spellings
+    for name, (kind, layout, _) in _CLASSES.items():
+        needed = {tensor.removesuffix(".T") for tensor in layout.values()} | ({"k"} if kind in _WITH_K else set())
+        # Later versions of TopK keep a threshold, too, which is not used.
+        if needed <= set(state) <= needed | dict(topk={"threshold"}, matryoshka={"group_sizes"}).get(kind, set()):
+            matching.setdefault(kind, name)
+    if len(matching) != 1:
+        whose = " and ".join(matching.values()) or "no class that can be read"
+        raise UserError(f"{file} names no dict_class, and its tensors are those of {whose}: fetch config.json, too")
+    return next(iter(matching.values()))
 
 
 def _dictionary_learning_sites(folder: Path, settings: Mapping[str, Any], model: str) -> tuple[str, str]:
     """Return what a dictionary reads and predicts, by its settings, or by the names of its folders."""
     trainer, buffer = (settings.get(key) or {} for key in ("trainer", "buffer"))
+    if buffer.get("io") == "in":
+        model = ""  # a norm after the module changes its output alone
     if trainer.get("submodule_name"):
         site = hooks.to_site(str(trainer["submodule_name"]), model)
     else:
         sites = [hooks.to_site(part, model) for part in reversed(folder.absolute().parts) if "hook_" not in part]
         site = next((site for site in sites if not site.startswith(hooks.MODULE)), hooks.UNKNOWN)
+    kind, _, layer = site.partition(".")
+    if buffer.get("io") == "in":  # trained on what the submodule reads
+        return (f"{_MODULE_INPUTS[kind]}.{layer}" if kind in _MODULE_INPUTS else hooks.UNKNOWN), ""
     if buffer.get("io") != "in_and_out":
         return site, ""
-    kind, _, layer = site.partition(".")
     return (f"mlp_in.{layer}", f"mlp_out.{layer}") if kind in ("mlp_in", "mlp_out") else (hooks.UNKNOWN, hooks.UNKNOWN)
 
 
-def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> int:
+def _k(file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> int:
     """Return k from the settings, or from the tensors, where some versions keep it."""
     k = settings.get("k")
-    return tensors.positive(file, "k", int(state["k"].load(None)) if k is None and "k" in state else k)
+    return tensors.positive_int(file, "k", int(state["k"].numbers()[0]) if k is None and "k" in state else k)
 
 
-def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor]) -> list[int]:
+def _group_sizes(trainer: Mapping[str, Any], state: Mapping[str, tensors.Tensor]) -> list[int]:
+    """Return the sizes of the nested groups, from the tensors or the settings."""
     if "group_sizes" in state:
-        return [int(size) for size in state["group_sizes"].load(None)]
+        return [int(size) for size in state["group_sizes"].numbers()]
     return [int(size) for size in trainer.get("group_sizes") or ()]
 
 
@@ -206,7 +230,7 @@ def parse_crosscoder(folder: Path, site: str = "", target: str = "") -> tensors.
 
 
 def _parse_crosscoder(
-    weights: Path, state: dict[str, tensors.StoredTensor], settings: Mapping[str, Any], site: str
+    weights: Path, state: dict[str, tensors.Tensor], settings: Mapping[str, Any], site: str
 ) -> tensors.Published:
     """Describe a crosscoder: encoder.weight [P, d, F], decoder.weight [P, F, d], decoder.bias [P, d].
 
@@ -315,7 +339,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
         target=target,
         d_in=width,
         n_features=features,
-        k=tensors.positive(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
+        k=tensors.positive_int(file, "top_k", settings.get("top_k")) if kind == "topk" else 0,
         centred=bool(settings.get("apply_decoder_bias_to_pre_encoder", False)),
         bos="always" if first_release else "auto",
     )
@@ -347,7 +371,7 @@ def parse_llama_scope(folder: Path, site: str = "", target: str = "") -> tensors
 
 
 def _average_norms(
-    file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.StoredTensor], read: Any, written: Any
+    file: Path, settings: Mapping[str, Any], state: Mapping[str, tensors.Tensor], read: Any, written: Any
 ) -> tuple[float, float]:
     """Return the factors that bring inputs and outputs to a mean norm of sqrt(d)."""
     if settings.get("norm_activation", "dataset-wise") == "inference":
@@ -439,6 +463,7 @@ def parse_pickled(path: Path, site: str = "", target: str = "") -> tensors.Publi
 
 
 def _site_of_suffix(file: Path) -> str:
+    """Return the site of a file whose name ends in its layer, as in "...-l19.pth"."""
     layers = _LAYER_SUFFIX.findall(file.absolute().as_posix())
     return f"resid_post.{layers[-1]}" if layers else hooks.UNKNOWN
 
@@ -449,4 +474,4 @@ def _qwen_k(file: Path) -> int:
     settings = tensors.read_settings(description) if description.is_file() else {}
     named = _L0.findall(file.absolute().as_posix())
     k = settings.get("k", int(named[-1]) if named else None)
-    return tensors.positive(description if "k" in settings else file, "k", k)
+    return tensors.positive_int(description if "k" in settings else file, "k", k)

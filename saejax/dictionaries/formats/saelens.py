@@ -97,7 +97,11 @@ def read_settings(file: Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if "metadata" not in settings:
         settings.setdefault("prepend_bos", True)  # what SAELens assumes of folders from before version 6
     metadata = settings.pop("metadata", {})
-    return {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
+    named = {_OLD_NAMES.get(name, name): value for name, value in {**metadata, **settings, **overrides}.items()}
+    layer = named.get("hook_layer", named.get("hook_point_layer"))
+    if isinstance(named.get("hook_name"), str) and isinstance(layer, int):  # early versions leave the layer open
+        named["hook_name"] = named["hook_name"].replace("{layer}", str(layer))
+    return named
 
 
 def parse_config(
@@ -134,7 +138,7 @@ def parse_config(
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: metadata.saejax or metadata.training_architecture_details is damaged") from error
     if kind == "topk":
-        k = tensors.positive(file, "k", settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k"))
+        k = tensors.positive_int(file, "k", settings.get("k") or (settings.get("activation_fn_kwargs") or {}).get("k"))
         if k > features:
             raise UserError(f"{file}: k is {k}: expected a whole number from 1 to the {features} features")
         facts |= dict(k=k)
@@ -164,7 +168,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     Raises:
       UserError: SAELens has nothing like this dictionary, or the folder holds one already.
     """
-    trained_as, dictionary = dictionary.config, _expressible(dictionary)
+    trained_as, dictionary = dictionary.config, _as_saelens_has_it(dictionary)
     config = dictionary.config
     arrays = tensors.host_arrays(dictionary)
     if "threshold_F" in arrays and arrays["threshold_F"].min(initial=0) < 0:
@@ -201,7 +205,7 @@ def architecture(config: DictionaryConfig) -> str:
     form = ("transcoder" if transcoder else "SAE") + (" with a skip path" if config.skip else "")
     raise UserError(
         f"SAELens has no architecture for a {config.kind} {form}: keep it in the format saejax"
-        + (", or write circuit_tracer" if transcoder and circuit_tracer.has(config.kind) else "")
+        + (", or write circuit_tracer" if transcoder and circuit_tracer.holds_kind(config.kind) else "")
     )
 
 
@@ -310,7 +314,7 @@ def _fold(file: Path, settings: Mapping[str, Any], arrays: Arrays, log_threshold
     return arrays
 
 
-def _expressible(dictionary: Dictionary) -> Dictionary:
+def _as_saelens_has_it(dictionary: Dictionary) -> Dictionary:
     """Return the same dictionary in a form that SAELens has, with activations as it has them."""
     config = dataclasses.replace(dictionary.config, output_units=False)
     dictionary = Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
@@ -318,7 +322,7 @@ def _expressible(dictionary: Dictionary) -> Dictionary:
     kind, transcoder, _ = ARCHITECTURES[architecture(dictionary.config)]
     if kind != dictionary.config.kind:
         dictionary = rescale.as_jumprelu(dictionary)
-    return rescale.uncentred(dictionary) if transcoder else dictionary  # its transcoders do not centre
+    return rescale.uncentre(dictionary) if transcoder else dictionary  # its transcoders do not centre
 
 
 def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, Any]:
@@ -336,6 +340,7 @@ def _describe(config: DictionaryConfig, centred: bool, dtype: str) -> dict[str, 
 
 
 def _metadata(config: DictionaryConfig) -> dict[str, Any]:
+    """Return what ``cfg.json`` says of the language model and the training."""
     of_modules = config.site.startswith(hooks.MODULE)
     metadata: dict[str, Any] = dict(sae_lens_version=_VERSION, sae_lens_training_version=None, model_name=config.model)
     metadata["model_class_name"] = "AutoModelForCausalLM" if of_modules else "HookedTransformer"

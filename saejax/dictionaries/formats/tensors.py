@@ -20,64 +20,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from saejax.dictionaries.kinds.base import Arrays
 from saejax.dictionaries.modules import Dictionary, DictionaryConfig, parameter_table
 from saejax.errors import UserError, one_of
 from saejax.files import WRITING, read_json
-from saejax.models.checkpoint import not_finite
-from saejax.models.pickled import read_pickled_tensors
+from saejax.models.checkpoint import Tensor, not_finite_error, read_header
 
 DTYPES = ("float32", "bfloat16", "auto")  # of the matrices of a dictionary that is loaded
 MATRICES = ("W_enc_DxF", "W_dec_FxD", "W_skip_DxD")
 PICKLED = (".pt", ".pth", ".bin")
-_FLOATS = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+_WRAPPERS = ("_orig_mod.", "module.")  # before the names of models that were compiled, or run on several devices
 _STAMP = "saejax_stamp"  # key of a file's metadata
-_ROW_SHARE = 8  # above one row in so many, a tensor is read whole
 
 Layout = Mapping[str, str]
 Fold = Callable[[Arrays], Arrays]
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file, of which no value is read before it is asked for.
-
-    Attributes:
-      file: where it is.
-      shape: its shape.
-      dtype: as the file names it, such as "BF16" or "float32".
-      load: gives the values, or those of a slice of the first axis.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[slice | None], np.ndarray]
-
-    def read(self) -> np.ndarray:
-        """Return all values, in float32 or in float64 if the file has that.
-
-        Raises:
-          UserError: they are in float64, which JAX is not set to keep, or are no floats.
-        """
-        values = _checked(self, None)
-        if values.dtype != np.float64 or not values.ndim:  # single numbers lose nothing that counts
-            return values.astype(np.float32)
-        if not jax.config.jax_enable_x64:
-            raise UserError(f"{self.file} is in float64, which JAX reads only with JAX_ENABLE_X64=1: set it")
-        return values
-
-    def rows(self, index_U: np.ndarray) -> np.ndarray:
-        """Return some rows of the first axis, in the file's dtype; only these are read where they are few."""
-        if len(index_U) * _ROW_SHARE > self.shape[0]:
-            return _checked(self, None)[index_U]
-        rows = [_checked(self, slice(int(index), int(index) + 1)) for index in index_U]
-        return np.concatenate(rows) if rows else np.zeros((0, *self.shape[1:]), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +52,7 @@ class Published:
     """
 
     config: DictionaryConfig
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Tensor]
     transposed: frozenset[str] = frozenset()
     fold: Fold | None = None
 
@@ -120,7 +80,7 @@ class Published:
         """Return the arrays of some names on the device, 0 where the file has none."""
         one_of(dtype, DTYPES, "dtype")
         check_finite(next(iter(self.tensors.values())).file, arrays)
-        narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype in ("BF16", "bfloat16"))
+        narrow = dtype == "bfloat16" or (dtype == "auto" and self.tensors["W_enc_DxF"].dtype == jnp.bfloat16)
         placed, table = {}, parameter_table(self.config)
         for name in names:
             shape, _ = table[name]
@@ -141,48 +101,37 @@ class Published:
         return tensor.read()[:, feature_U].T
 
     def _read(self, name: str) -> np.ndarray:
+        """Return our array of a name as the file has it, transposed where it is stored so."""
         values = self.tensors[name].read()
         return values.T if name in self.transposed else values
 
 
-def open_tensors(file: Path) -> dict[str, StoredTensor]:
+def open_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by name: safetensors, npz, or one of ``torch.save``.
+
+    Prefixes that ``torch.compile`` and ``DataParallel`` put before every name are left out.
 
     Raises:
       UserError: it is missing, truncated, or not of the format that its name says.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch the dictionary again")
-    if file.suffix in PICKLED:
-        return _open_pickled(file)
-    try:
-        return _open_npz(file) if file.suffix == ".npz" else _open_safetensors(file)
-    except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise UserError(
-            f"{file} is truncated or not a {file.suffix[1:]} file ({error}): fetch the dictionary again"
-        ) from None
+    state = _open_npz(file) if file.suffix == ".npz" else read_header(file)
+    while prefix := next((prefix for prefix in _WRAPPERS if state and all(n.startswith(prefix) for n in state)), ""):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
 
 
-def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    def load(name: str, part: slice | None) -> np.ndarray:
-        with safe_open(file, "numpy") as opened:
-            return opened.get_tensor(name) if part is None else opened.get_slice(name)[part]
+def _open_npz(file: Path) -> dict[str, Tensor]:
+    """Return the arrays of a npz file by name, without reading their values."""
 
-    with safe_open(file, "numpy") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-        return {
-            name: StoredTensor(file, tuple(part.get_shape()), part.get_dtype(), functools.partial(load, name))
-            for name, part in slices.items()
-        }
-
-
-def _open_npz(file: Path) -> dict[str, StoredTensor]:
-    def load(name: str, part: slice | None) -> np.ndarray:
-        with np.load(file, allow_pickle=False) as opened:  # a zip file: no part of an array can be read alone
-            return opened[name] if part is None else opened[name][part]
+    def load(name: str) -> np.ndarray:
+        """Read an array from the zip file, of which no part can be read alone."""
+        with _npz_errors(file), np.load(file, allow_pickle=False) as opened:  # a zip file: arrays are read whole
+            return opened[name]
 
     tensors = {}
-    with zipfile.ZipFile(file) as archive:
+    with _npz_errors(file), zipfile.ZipFile(file) as archive:
         for member in archive.namelist():
             with archive.open(member) as stream:
                 version, name = np.lib.format.read_magic(stream), member.removesuffix(".npy")
@@ -190,39 +139,22 @@ def _open_npz(file: Path) -> dict[str, StoredTensor]:
                     np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = header(stream)
-                tensors[name] = StoredTensor(file, shape, dtype.name, functools.partial(load, name))
+                tensors[name] = Tensor(file, name, shape, dtype, dtype.name, functools.partial(load, name))
     return tensors
 
 
-def _open_pickled(file: Path) -> dict[str, StoredTensor]:
-    nest = read_pickled_tensors(file)
-    if not isinstance(nest, Mapping):
-        raise UserError(f"{file} holds no tensors by name: expected a state dict")
-    arrays = {
-        str(name): np.asarray(value)
-        for name, value in nest.items()
-        if np.isscalar(value) or isinstance(value, np.ndarray)
-    }
-
-    def tensor(array: np.ndarray) -> StoredTensor:
-        return StoredTensor(file, array.shape, array.dtype.name, lambda rows: array if rows is None else array[rows])
-
-    return {name: tensor(array) for name, array in arrays.items() if array.dtype.kind not in "US"}
-
-
-def _checked(tensor: StoredTensor, part: slice | None) -> np.ndarray:
-    """Return values of a tensor, or a ``UserError`` where they cannot be read or are no numbers."""
-    if tensor.dtype.isupper() and tensor.dtype not in _FLOATS:
-        raise UserError(f"{tensor.file} has {tensor.dtype} numbers, expected one of {', '.join(_FLOATS)}")
+@contextlib.contextmanager
+def _npz_errors(file: Path) -> Iterator[None]:
+    """Turn the errors of a damaged file into a ``UserError``."""
     try:
-        return tensor.load(part)
-    except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{tensor.file} is damaged ({error}): fetch the dictionary again") from None
+        yield
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{file} is truncated or not a npz file ({error}): fetch it again") from None
 
 
 def arrange(
-    file: Path, state: Mapping[str, StoredTensor], layout: Layout, config: DictionaryConfig | None = None
-) -> tuple[dict[str, StoredTensor], frozenset[str]]:
+    file: Path, state: Mapping[str, Tensor], layout: Layout, config: DictionaryConfig | None = None
+) -> tuple[dict[str, Tensor], frozenset[str]]:
     """Return the tensors that a layout names, by our names, and which of these are stored transposed.
 
     Args:
@@ -251,7 +183,7 @@ def arrange(
     return {ours: state[name] for ours, name in plain.items()}, transposed
 
 
-def sizes(file: Path, state: Mapping[str, StoredTensor], layout: Layout) -> tuple[int, int]:
+def sizes(file: Path, state: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
     """Return width D and number of features F, from the shape of the encoder.
 
     Raises:
@@ -281,11 +213,11 @@ def check_finite(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
         if not (np.isfinite(array) | allowed).all():
             damaged.append(name.rpartition("_")[0])
     if damaged:
-        raise not_finite(f"the dictionary's arrays in {file}", damaged, "float32")
+        raise not_finite_error(f"the dictionary's arrays in {file}", damaged, "float32")
 
 
 def describe(
-    file: Path, state: Mapping[str, StoredTensor], layout: Layout, fold: Fold | None = None, **facts: Any
+    file: Path, state: Mapping[str, Tensor], layout: Layout, fold: Fold | None = None, **facts: Any
 ) -> Published:
     """Return the dictionary whose tensors a layout names.
 
@@ -314,8 +246,10 @@ def read_settings(file: Path) -> dict[str, Any]:
     return settings
 
 
-def positive(file: Path, name: str, value: Any) -> int:
+def positive_int(file: Path, name: str, value: Any) -> int:
     """Return the value of a file's setting of this name, a whole number above 0; a ``UserError`` for any other."""
+    if isinstance(value, float) and value.is_integer():  # some tools write 32.0
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{file}: {name} is {value!r}: expected a whole number above 0")
     return value

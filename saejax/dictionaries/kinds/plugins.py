@@ -36,6 +36,7 @@ def load(files: Sequence[str | Path]) -> None:
 
 
 def _run(file: Path, name: str) -> None:
+    """Run a file as a module of this name."""
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"--plugins={file} is no Python file: expected a name that ends in .py")

@@ -90,7 +90,7 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, there:
       back: map from the dictionary's site to the other.
       there: dictionary of the other site, whose site and sink rule are used.
     """
-    plain = rescale.uncentred(dictionary)
+    plain = rescale.uncentre(dictionary)
     arrays = {name: np.asarray(array, np.float64) for name, array in plain.arrays.items()}
     moved = plain.kind.move_bias(arrays, into.shift_K @ arrays["W_enc_DxF"])
     moved |= dict(
@@ -130,7 +130,7 @@ def evaluate_at_other_site(
       seed: seed of the rotation.
       losses: measures cross-entropy recovered at the other site; None: not wanted.
     """
-    straight, rotated = rescale.centred(moved.dictionary), rotate(moved.dictionary, seed)
+    straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
     into = AffineMap.fit(there.fit_NxD, moved.fit_NxD)
     back = AffineMap.fit(moved.fit_NxD, there.fit_NxD)
     maps = (

@@ -25,6 +25,7 @@ def _gemma_decoder(fields: Fields, family: str, **differences: Any) -> DecoderCo
 
 
 def _read_gemma(fields: Fields) -> DecoderConfig:
+    """Read a config of the first Gemma."""
     activation = fields.activation("hidden_act")
     if activation == "gelu":  # what the first releases say, meaning its tanh approximation
         activation = "gelu_tanh"
@@ -49,14 +50,16 @@ def _read_later(fields: Fields, family: str, **differences: Any) -> DecoderConfi
 
 
 def _read_gemma2(fields: Fields) -> DecoderConfig:
+    """Read a config of Gemma 2, where every other layer has a sliding window."""
     fields.ignore("sliding_window_size")  # gemma-2-9b-it repeats the window under this name
     sliding = read_sliding(fields, fields.size_or_null("sliding_window"), lambda layer: FULL if layer % 2 else SLIDING)
     return _read_later(fields, "gemma2", attn_logit_softcap=fields.number_or_null("attn_logit_softcapping"), **sliding)
 
 
 def _read_gemma3_text(fields: Fields, family: str = "gemma3_text") -> DecoderConfig:
+    """Read a config of Gemma 3's language models, where all but every n-th layer have a sliding window."""
     fields.ignore("attn_logit_softcapping")  # transformers does not apply it
-    period = fields.size("sliding_window_pattern")
+    period = fields.size("sliding_window_pattern")  # of the layers, each n-th attends to all tokens
     sliding = read_sliding(
         fields, fields.size_or_null("sliding_window"), lambda layer: SLIDING if (layer + 1) % period else FULL
     )

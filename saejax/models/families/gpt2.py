@@ -8,6 +8,7 @@ from saejax.models.fields import Fields
 
 
 def _read_gpt2(fields: Fields) -> DecoderConfig:
+    """Read a config of GPT-2."""
     context, d_head = fields.size("n_positions"), fields.quotient("n_embd", "n_head")
     fields.ignore("reorder_and_upcast_attn")  # scores in fp32, which they are here in any case
     return DecoderConfig(
@@ -44,7 +45,7 @@ def _columns(part: int) -> View:
     return view
 
 
-def _stretch(part: int) -> View:
+def _bias_part(part: int) -> View:
     """Return a view of query (0), key (1) or value (2) of the one bias [3 x heads x width]."""
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -70,9 +71,9 @@ _GPT2_WEIGHTS = {
     "layers.k_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(1)),
     "layers.v_DxNxK": Weight("transformer.h.{}.attn.c_attn.weight", _columns(2)),
     "layers.o_HxKxD": Weight("transformer.h.{}.attn.c_proj.weight", _heads_out),
-    "layers.q_bias_HxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(0)),
-    "layers.k_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(1)),
-    "layers.v_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _stretch(2)),
+    "layers.q_bias_HxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(0)),
+    "layers.k_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(1)),
+    "layers.v_bias_NxK": Weight("transformer.h.{}.attn.c_attn.bias", _bias_part(2)),
     "layers.o_bias_D": Weight("transformer.h.{}.attn.c_proj.bias"),
     "layers.mlp_norm_D": Weight("transformer.h.{}.ln_2.weight"),
     "layers.mlp_norm_bias_D": Weight("transformer.h.{}.ln_2.bias"),

@@ -6,6 +6,7 @@ from saejax.models.fields import Fields
 
 
 def _read_gpt_neo(fields: Fields) -> DecoderConfig:
+    """Read a config of GPT-Neo, whose layers alternate between full and local attention as a pattern says."""
     n_layers, n_heads, d_model = (fields.size(name) for name in ("num_layers", "num_heads", "hidden_size"))
     kinds = [kind for pattern, times in fields.take("attention_types", list) for kind in list(pattern) * times]
     fields.ignore("attention_layers")  # the same, written out; transformers reads "attention_types"

@@ -66,6 +66,7 @@ def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], st
             raise fields.refuse("layer_types", kind, f"'{FULL}' or '{SLIDING}'")
     if len(kinds) != n_layers:
         raise fields.contradiction(f"'layer_types' ({len(kinds)} of them)", f"'num_hidden_layers' ({n_layers})")
+    # Some configs give a window that no layer uses.
     if SLIDING not in kinds:
         return SlidingLayers()
     if window is None:
@@ -74,6 +75,7 @@ def read_sliding(fields: Fields, window: int | None, kind_of: Callable[[int], st
 
 
 def _read_llama(fields: Fields) -> DecoderConfig:
+    """Read a config of Llama."""
     fields.expect("rope_interleaved", False)
     bias = fields.take("attention_bias", bool)
     mlp_bias = fields.take("mlp_bias", bool)
@@ -89,21 +91,26 @@ def read_sliding_everywhere(fields: Fields) -> SlidingLayers:
 
 
 def _read_mistral(fields: Fields) -> DecoderConfig:
+    """Read a config of Mistral."""
     return rms_decoder(fields, "mistral", **read_sliding_everywhere(fields))
 
 
 def _read_qwen2(fields: Fields) -> DecoderConfig:
+    """Read a config of Qwen 2."""
     return rms_decoder(fields, "qwen2", qkv_bias=True, **_read_qwen_sliding(fields))
 
 
 def _read_qwen3(fields: Fields) -> DecoderConfig:
+    """Read a config of Qwen 3."""
     bias = fields.take("attention_bias", bool)
     return rms_decoder(fields, "qwen3", qk_norm=True, qkv_bias=bias, o_bias=bias, **_read_qwen_sliding(fields))
 
 
 def _read_qwen_sliding(fields: Fields) -> SlidingLayers:
+    """Read which layers of a Qwen have a sliding window: none, or those from a number on."""
     fields.expect("use_mrope", False)
     window, first = fields.size_or_null("sliding_window"), fields.take("max_window_layers", int)
+    # Qwen states a window and switches it off by another field.
     if not fields.take("use_sliding_window", bool):
         window = None
     return read_sliding(fields, window, lambda layer: FULL if window is None or layer < first else SLIDING)

@@ -34,6 +34,8 @@ def _layer_norm_decoder(fields: Fields, family: str, d_head: int, **differences:
 
 
 def _read_gpt_neox(fields: Fields) -> DecoderConfig:
+    """Read a config of GPT-NeoX."""
+    # Its one matrix holds a query, a key and a value for each head: there are no shared keys.
     fields.expect("num_key_value_heads", fields.size("num_attention_heads"))
     d_head, context = fields.quotient("hidden_size", "num_attention_heads"), fields.size("max_position_embeddings")
     theta_names, share_names = ("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")
@@ -50,6 +52,7 @@ def _read_gpt_neox(fields: Fields) -> DecoderConfig:
 
 
 def _read_phi(fields: Fields) -> DecoderConfig:
+    """Read a config of Phi."""
     d_head, context = fields.quotient("hidden_size", "num_attention_heads"), fields.size("max_position_embeddings")
     share_names = ("partial_rotary_factor",)
     return _layer_norm_decoder(

@@ -7,6 +7,7 @@ from saejax.models.fields import Fields
 
 
 def _read_olmo2(fields: Fields) -> DecoderConfig:
+    """Read a config of OLMo 2."""
     bias = fields.take("attention_bias", bool)
     return rms_decoder(
         fields,

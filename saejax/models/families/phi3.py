@@ -40,6 +40,7 @@ def _longrope(rope: Fields, theta: float, width: int, context: int, original: in
     rope.ignore("type", "long_factor", "original_max_position_embeddings")
     if factors.shape != (width // 2,):
         raise rope.refuse("short_factor", f"with {len(factors)} numbers", f"{width // 2}, one for each rotated pair")
+    # Attention is scaled up by the ratio of the contexts also for short prompts.
     factor = rope.first_number("factor", context / original)
     scaling = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     frequencies = theta ** -(np.arange(0, width, 2) / width) / factors

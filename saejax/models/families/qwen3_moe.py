@@ -7,6 +7,7 @@ from saejax.models.fields import Fields
 
 
 def _read_qwen3_moe(fields: Fields) -> DecoderConfig:
+    """Read a config of Qwen 3's mixtures of experts, all of whose layers have a router."""
     fields.expect("mlp_only_layers", [])
     fields.expect("decoder_sparse_step", 1)
     fields.ignore("router_aux_loss_coef", "max_window_layers")

@@ -105,6 +105,7 @@ def _llama3(rope: Fields, theta: float, width: int, context: int) -> tuple[np.nd
     factor, low, high = (rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise rope.contradiction(f"'low_freq_factor' ({low:g})", f"'high_freq_factor' ({high:g})")
+    # Turns of each pair over the original context decide, with a linear ramp between the two limits.
     turns = rope.size("original_max_position_embeddings", context) * frequencies / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return frequencies * (kept + (1 - kept) / factor), attention_scaling
@@ -125,14 +126,17 @@ def _yarn(rope: Fields, theta: float, width: int, context: int) -> tuple[np.ndar
     first, last = pair(rope.number("beta_fast", 32.0)), pair(rope.number("beta_slow", 1.0))
     if rope.take("truncate", bool, True):
         first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, width - 1)
+    first, last = max(first, 0), min(last, width - 1)  # as transformers clips them, though there are width / 2 pairs
     ramp = np.clip((np.arange(width // 2) - first) / max(last - first, 1e-3), 0, 1)
     frequencies, _ = _plain(rope, theta, width, context)
     return frequencies * (1 - ramp + ramp / factor), _yarn_scaling(rope, factor)
 
 
 def _yarn_scaling(rope: Fields, factor: float) -> float:
+    """Return YaRN's factor on cosine and sine, written out or from the scaling factor."""
+
     def mscale(strength: float) -> float:
+        """Return the scaling of a strength."""
         return 0.1 * strength * math.log(factor) + 1 if factor > 1 else 1.0
 
     scaling = rope.number_or_null("attention_factor")

@@ -284,7 +284,7 @@ def test_damaged_files_are_refused(tiny, tmp_path):
 def test_of_decoders_only_rows_of_active_features_are_read(tiny, tmp_path, monkeypatch):
     """And of encoders, each is read once for a trace."""
     save_transcoders(tmp_path / "set", make_transcoders(tiny.config, "jumprelu"))
-    opened, numbers, real = open_transcoders(tmp_path / "set"), Counter(), tensors.StoredTensor.read
+    opened, numbers, real = open_transcoders(tmp_path / "set"), Counter(), tensors.Tensor.read
 
     def read(self):
         numbers["whole"] += int(np.prod(self.shape))
@@ -295,9 +295,9 @@ def test_of_decoders_only_rows_of_active_features_are_read(tiny, tmp_path, monke
         numbers["rows"] += found.size
         return found
 
-    real_rows = tensors.StoredTensor.rows
-    monkeypatch.setattr(tensors.StoredTensor, "read", read)
-    monkeypatch.setattr(tensors.StoredTensor, "rows", rows)
+    real_rows = tensors.Tensor.rows
+    monkeypatch.setattr(tensors.Tensor, "read", read)
+    monkeypatch.setattr(tensors.Tensor, "rows", rows)
     traced = trace_prompt(tiny, opened, IDS, max_logits=2)
     width, features = tiny.config.d_model, FEATURES
     encoders = 2 * (width * features + 2 * features + width)  # of two layers, with vectors
