@@ -2,7 +2,7 @@
 
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
-from saejax.page.blocks import Links, Text
+from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
@@ -75,4 +75,20 @@ def links(found: Findings, draw: Draw) -> list[Section]:
             page = found.folders[f"atlas/{unit}"] / member.folder / "index.html"
             address = found.address(page)
             items.append((f"{member.dictionary}: {member.features:,} features", address))
-    return [Section("All features", (Links("Pages of every feature", tuple(items)),), level=3)] if items else []
+    if not items:
+        return []
+    pages = [member for results in found.each(AtlasResults).values() for member in results.members]
+    sheets = [(member.dictionary, sheet) for member in pages for sheet in member.reviewed]
+    blocks: tuple[Block, ...] = (Links("Pages of every feature", tuple(items)),)
+    if sheets:
+        columns = {
+            "Dictionary": lambda name, sheet: name,
+            "Behaviour": lambda name, sheet: sheet.behaviour,
+            "Top features reviewed": lambda name, sheet: f"{sheet.reviewed} of {sheet.features}",
+        }
+        note = (
+            "The atlas has a sheet of each behaviour's top features for people to read, review/BEHAVIOUR.csv; a filled "
+            "copy is given to --atlas.labels, and its names are used on all pages."
+        )
+        blocks += (Table.of("Features read by people", sheets, columns, note=note),)
+    return [Section("All features", blocks, level=3)]

@@ -56,6 +56,15 @@ class InterpretResults:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReviewedFeatures:
+    """How many of a behaviour's top features a person has labelled; ``review/BEHAVIOUR.csv`` is the sheet."""
+
+    behaviour: str  #: its name
+    reviewed: int  #: top features with a label by hand
+    features: int  #: top features
+
+
+@dataclasses.dataclass(frozen=True)
 class AtlasPages:
     """The atlas of a dictionary."""
 
@@ -65,6 +74,7 @@ class AtlasPages:
     by_hand: int  #: features with a label of one's own
     automatic: int  #: of the others, features with a label found without a language model
     by_model: int  #: of the others, features with a label by a language model, or found and judged by it
+    reviewed: tuple[ReviewedFeatures, ...] = ()  #: by behaviour, where effects of top features were measured
 
 
 @dataclasses.dataclass(frozen=True)
