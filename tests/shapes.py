@@ -29,7 +29,7 @@ from jaxtyping import Shaped, jaxtyped
 
 ROOT = Path(__file__).parent.parent
 CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution", "causal")
-CHECKED += ("interventions", "transfer", "track", "clusters", "interpret", "ground_truth")
+CHECKED += ("interventions", "matching", "interpret", "ground_truth")
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 
 
