@@ -25,7 +25,8 @@ demo-seeds: $(INSTALLED)
 
 # After the demo: what each of its 4,608 features means, with a page for each.
 demo-atlas: $(INSTALLED)
-	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk \
+	    --interpret.categories
 	@echo "Open runs/demo/atlas/topk/index.html"
 
 # After the demo: transcoders of all layers, and a graph of each of two behaviours, in the demo's report.

@@ -1,5 +1,7 @@
 """The report's section on interpretation: how many features have a label, and how good labels and controls are."""
 
+from collections.abc import Sequence
+
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
 from saejax.page.blocks import Block, Links, Text
@@ -34,7 +36,26 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     rows = [row for name, member in members for row in _rows(name, member)]
     fits = [Text(_fit(name, member.frozen)) for name, member in members if member.frozen]
     table = Table("Labels", columns, tuple(rows), note=note)
-    return [Section("What features mean", (Text(intro), table, *fits))]
+    return [Section("What features mean", (Text(intro), table, *fits, *_categories(members)))]
+
+
+def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Table]:
+    """Return a table of associations with prompt categories; none where no dictionary has any prompts."""
+    rows = [(name, member.categories) for name, member in members if member.categories]
+    columns = {
+        "Dictionary": lambda name, counts: name,
+        "Prompts": lambda name, counts: f"{counts.prompts:,}",
+        "Tests per feature": lambda name, counts: str(counts.tests),
+        "Features with a category": lambda name, counts: f"{counts.features:,} of {counts.live:,}",
+        "Shuffled": lambda name, counts: f"{counts.shuffled:,}",
+    }
+    note = (
+        "A feature has a category if it fires on more of the prompts of a behaviour or benchmark than of all others, "
+        "or on more of its right than of its wrong answers or the reverse (Fisher's exact test, false discovery rate "
+        "of 5 % over all features and tests). Shuffled: features with a category after categories and answers were "
+        "permuted. Prompts of a category share words: a category says what a feature fires on, not what it does."
+    )
+    return [Table.of("Prompt categories", rows, columns, note=note)] if rows else []
 
 
 def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:

@@ -31,6 +31,17 @@ class FrozenControl:
 
 
 @dataclasses.dataclass(frozen=True)
+class CategoryCounts:
+    """Features that are active more often on prompts of a category, at a false discovery rate of 5 %."""
+
+    prompts: int  #: of behaviours and benchmarks
+    tests: int  #: categories, and right and wrong answers within them
+    live: int  #: features that are active on at least five prompts
+    features: int  #: of them, those with an association
+    shuffled: int  #: the same with the prompts' categories and answers permuted
+
+
+@dataclasses.dataclass(frozen=True)
 class InterpretedDictionary:
     """What the features of a dictionary mean; ``features/*.json`` has it of each."""
 
@@ -45,6 +56,7 @@ class InterpretedDictionary:
     shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
     families: Mapping[str, int]  #: labels by what they look at
     frozen: FrozenControl | None = None  #: the same of a frozen-random dictionary; None: of an older version
+    categories: CategoryCounts | None = None  #: associations with prompt categories; None: not asked for
 
 
 @dataclasses.dataclass(frozen=True)

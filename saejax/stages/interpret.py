@@ -29,6 +29,10 @@ class InterpretConfig(Config):
     attention_tokens: int = setting(
         8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
     )
+    categories: bool = setting(
+        False,
+        "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
+    )
     heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
     batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
     seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
@@ -79,6 +83,13 @@ def _names(configs: Configs) -> Sequence[str]:
     return configs[InterpretConfig].dictionaries
 
 
+def _read(configs: Configs, name: str) -> Sequence[str]:
+    """Return the units read: text, dictionaries, and prompts if they are asked for."""
+    task = configs[TaskConfig]
+    prompts = [*(["baseline"] if task.has_behaviours else []), *(f"benchmark/{name}" for name in task.benchmarks)]
+    return ("capture", f"train/{name}", *(prompts if configs[InterpretConfig].categories else ()))
+
+
 def _run_interpret(run: Run) -> Any:
     from saejax.interpret.run import run_interpret
 
@@ -105,8 +116,8 @@ INTERPRET = Stage(
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),
     placement=(MeshConfig,),
-    reads=("capture", "train"),
-    needs=lambda configs, name: ("capture", f"train/{name}"),
+    reads=("baseline", "benchmark", "capture", "train"),
+    needs=_read,
     inputs=trained_sites,
     names=_names,
     identity=dict(model=identities.model),

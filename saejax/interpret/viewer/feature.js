@@ -94,6 +94,12 @@ function featurePage(record, dictionary, labelOf, layersBar) {
       associations(record.tokens));
     section('What tokens look like', '', associations(record.shapes));
   }
+  if ((record.categories || []).length) {
+    section('Prompt categories', 'Prompts on which it fires, in the category and elsewhere; of right answers, against wrong ones of the same category. ' +
+      'q: Fisher\'s exact test, Benjamini and Hochberg over all features and categories. Prompts of a category share words.',
+      table(['category', 'fires on', 'elsewhere', 'q'], record.categories.map((one) => [one.category, `${one.active} of ${one.prompts}`,
+        `${one.active_elsewhere} of ${one.prompts_elsewhere}`, number(one.q, 2)])));
+  }
   if (record.attention) {
     const rows = record.attention.heads.map(([layer, head, looksAt, r]) => [`layer ${layer}, head ${head}: ${looksAt}`, number(r, 2)]);
     const bar = number(record.attention.bar, 2);
