@@ -88,16 +88,16 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     order = np.argsort([len(one) for one in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
-        lengths_B = np.array([len(ids[i]) for i in chosen], np.int32)
+        lengths_N = np.array([len(ids[i]) for i in chosen], np.int32)
         # Lengths are rounded and the last batch is filled up, so that few programs are compiled.
-        ids_BxT = np.zeros((_BATCH, min(round_length(int(lengths_B.max())), lm.config.context)), np.int32)
+        ids_BxT = np.zeros((_BATCH, min(round_length(int(lengths_N.max())), lm.config.context)), np.int32)
         for row, i in enumerate(chosen):
             ids_BxT[row, : len(ids[i])] = ids[i]
-        tokens = Tokens(ids_BxT, np.pad(lengths_B, (0, _BATCH - len(chosen)), constant_values=1))
+        tokens = Tokens(ids_BxT, np.pad(lengths_N, (0, _BATCH - len(chosen)), constant_values=1))
         x_BxTxD = lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
             f_TxF, _ = jax.device_get(encode_tokens(dictionary, np.asarray(x_BxTxD[row], np.float32)))
-            active_PxF[i] = (f_TxF[: lengths_B[row]] != 0).any(axis=0)
+            active_PxF[i] = (f_TxF[: lengths_N[row]] != 0).any(axis=0)
     return active_PxF
 
 
