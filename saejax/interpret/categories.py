@@ -24,7 +24,6 @@ from saejax.files import read_lines
 from saejax.interpret.describe import adjusted
 from saejax.interpret.feature_record import FeatureCategory
 from saejax.interpret.results import CategoryCounts
-from saejax.matching.transfer.activity import encode_tokens
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.tokens import Tokens
@@ -96,9 +95,15 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
         tokens = Tokens(ids_BxT, np.pad(lengths_N, (0, _BATCH - len(chosen)), constant_values=1))
         x_BxTxD = lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
-            f_TxF, _ = jax.device_get(encode_tokens(dictionary, np.asarray(x_BxTxD[row], np.float32)))
-            active_PxF[i] = (f_TxF[: lengths_N[row]] != 0).any(axis=0)
+            fires_TxF = np.asarray(_firings(dictionary, np.asarray(x_BxTxD[row], np.float32)))
+            active_PxF[i] = fires_TxF[: lengths_N[row]].any(axis=0)
     return active_PxF
+
+
+@jax.jit
+def _firings(dictionary: Dictionary, x_TxD: jax.Array) -> jax.Array:
+    """Return where features fire at no attention sink, bool [T, F]."""
+    return dictionary.fires(dictionary.encode(x_TxD)) & dictionary.is_not_sink(x_TxD)[:, None]
 
 
 def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | None = None) -> Iterator[CategoryTest]:
