@@ -74,7 +74,6 @@ def test_any_feature_is_shown_by_its_address(browser, page, dark, width):
 def test_it_opens_on_an_overview(browser, page, width):
     """Defect of the first version: an empty pane, and features in the order of their numbers."""
     browser.view(width, 900, dark=width == 400, phone=width == 400)
-    browser.open("about:blank")
     browser.open(page)
     browser.wait("atlas.painted === 'overview'")
     shown = text(browser, "#feature")
