@@ -63,13 +63,13 @@ def find_groups(
     similarity_FxF = view.similarity()
     group_F = group_features(similarity_FxF, smallest)
     on_step()
-    overlap_RxU = [overlaps(group_F, group(view, view.bootstrap(rng))) for _ in range(resamples)]
+    overlaps_by_resample = [overlaps(group_F, group(view, view.bootstrap(rng))) for _ in range(resamples)]
     null_overlaps = []
     for _ in range(resamples):
         shuffled = view.shuffled(rng)
         null_overlaps.append(overlaps(group(shuffled, None), group(shuffled, shuffled.bootstrap(rng))))
     null_groups = float(np.mean([len(overlap_U) for overlap_U in null_overlaps]))
-    found = StableGroups(group_F, np.mean(overlap_RxU, axis=0), np.concatenate(null_overlaps), null_groups)
+    found = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
     return found, similarity_FxF
 
 
