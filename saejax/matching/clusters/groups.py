@@ -74,7 +74,12 @@ def find_groups(
 
 
 def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:
-    """Return the group of each feature by HDBSCAN, numbered from 0, int [F]; -1: none."""
+    """Return the group of each feature by HDBSCAN, numbered from 0, int [F]; -1: none.
+
+    Args:
+      similarity_FxF: similarity of all pairs, at most 1; negative ones count as 0.
+      smallest: minimum number of features of a group.
+    """
     features = len(similarity_FxF)
     if features < max(smallest, _CORE):
         return np.full(features, -1)
