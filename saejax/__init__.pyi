@@ -37,3 +37,5 @@ from saejax.models.language_model import LanguageModel as LanguageModel
 from saejax.models.loading import load_model as load_model
 from saejax.results import load_results as load_results
 from saejax.tasks.behaviours import Prompt as Prompt
+
+__version__: str

@@ -56,8 +56,11 @@ def compare(first: Path, second: Path) -> Iterator[str]:
         if unit not in units[0] or unit not in units[1]:
             yield f"{unit}: only in {first if unit in units[0] else second}"
             continue
-        found = [load_summary(each[unit]) for each in units]
-        pair = [dict(_leaves(dict(settings=one.config, packages=one.packages, results=one.results))) for one in found]
+        summaries = [load_summary(each[unit]) for each in units]
+        pair = [
+            dict(_leaves(dict(settings=summary.config, packages=summary.packages, results=summary.results)))
+            for summary in summaries
+        ]
         names = [name for name in dict.fromkeys([*pair[0], *pair[1]]) if pair[0].get(name) != pair[1].get(name)]
         yield f"{unit}: {'changed' if names else 'same'}"
         for name in names:

@@ -41,21 +41,21 @@ class OtherFailed(Exception):
 
 def out_of_room(error: BaseException) -> str:
     """Return which of ``NO_ROOM`` an error reports, by its number or (TensorStore) in words; "" if none."""
-    for number, told in NO_ROOM.items():
+    for number, reason in NO_ROOM.items():
         if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
-            return told
+            return reason
     return ""
 
 
-def one_of(wanted: str, known, what: str) -> str:
+def one_of(wanted: str, names, what: str) -> str:
     """Return ``wanted`` if it is among ``known``; otherwise raise a ``UserError`` that lists them.
 
     Args:
       wanted: the name asked for.
-      known: the names that exist, in the order in which to list them.
+      names: the names that exist, in the order in which to list them.
       what: what the names are, for the message, such as "stage".
     """
-    known = list(known)
-    if wanted not in known:
-        raise UserError(f"unknown {what} {wanted!r}: expected one of {', '.join(map(str, known))}")
+    names = list(names)
+    if wanted not in names:
+        raise UserError(f"unknown {what} {wanted!r}: expected one of {', '.join(map(str, names))}")
     return wanted

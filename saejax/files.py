@@ -30,14 +30,14 @@ def file_sha256(path: Path) -> str:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
     try:
-        yield beside
-        with open(beside, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -67,8 +67,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with whole_file(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -92,8 +92,8 @@ def write_array(path: Path, array: "np.ndarray") -> None:
 
     buffer = io.BytesIO()  # numpy writing to a file itself loses the error number of a full disk
     np.save(buffer, array)
-    with whole_file(path) as beside:
-        beside.write_bytes(buffer.getbuffer())
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def read_json(path: Path) -> Any:
@@ -108,9 +108,9 @@ def read_json(path: Path) -> Any:
 
 def read_object(path: Path, *keys: str) -> dict[str, Any]:
     """Return a JSON object with these keys; anything else is a ``UserError`` that names the file."""
-    found = read_json(path)
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing or not isinstance(found, dict):
-        told = f"has no {missing[0]}" if missing else "is no JSON object"
-        raise UserError(f"{path} {told}: it is damaged; delete its folder and run the stage again")
-    return found
+    content = read_json(path)
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        problem = f"has no {missing[0]}" if missing else "is no JSON object"
+        raise UserError(f"{path} {problem}: it is damaged; delete its folder and run the stage again")
+    return content

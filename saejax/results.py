@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from saejax.errors import UserError
-from saejax.files import read_json
+from saejax.files import read_json, read_object
 from saejax.runner.registry import STAGES
-from saejax.runner.workspace import SUMMARY
+from saejax.runner.workspace import STACK, SUMMARY
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -110,6 +110,14 @@ def load_summary(folder: Path) -> Summary:
     return dataclasses.replace(summary, results=from_json(cls, summary.results, path, "results"))
 
 
+def unit_seconds(folder: Path) -> float:
+    """Return how long a finished unit took in the processes that finished it; of a stack, all members together."""
+    if not (folder / STACK).exists():
+        return read_object(folder / SUMMARY, "seconds")["seconds"]
+    members = read_object(folder / STACK, "members")["members"]
+    return sum(unit_seconds(folder.with_name(name)) for name in members.values())
+
+
 def results_class(stage: str) -> Any:
     """Return the class of a stage's results; ``Any`` for one that has none."""
     results = STAGES[stage].results if stage in STAGES else None
@@ -172,7 +180,7 @@ def _read(hint: Any, data: Any, field: str) -> Any:
     if origin in (tuple, Sequence) and isinstance(data, list | tuple):
         every = arguments[:1] * len(data) if arguments[-1] is ... or origin is Sequence else arguments
         if len(every) == len(data):
-            return tuple(_read(one, item, f"{field}[{i}]") for i, (one, item) in enumerate(zip(every, data)))
+            return tuple(_read(element, item, f"{field}[{i}]") for i, (element, item) in enumerate(zip(every, data)))
     if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
         return float(data)
     if hint in (int, str, bool, types.NoneType) and type(data) is hint:
@@ -203,9 +211,9 @@ def _read_fields(cls: Any, data: Any, field: str) -> Any:
     for name in data:
         if name not in hints:
             raise _Unfit(f"has a field {inside}{name} that is unknown")
-    for one in dataclasses.fields(cls):
-        if one.name not in data and one.default is not None:
-            raise _Unfit(f"has no field {inside}{one.name}")
+    for entry in dataclasses.fields(cls):
+        if entry.name not in data and entry.default is not None:
+            raise _Unfit(f"has no field {inside}{entry.name}")
     return cls(**{name: _read(hints[name], item, f"{inside}{name}") for name, item in data.items()})
 
 

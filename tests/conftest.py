@@ -94,9 +94,9 @@ def two_devices():
     found = jax.devices()[:2]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("devices", "local_devices"):
-            patch.setattr(jax, name, lambda *of: found)
+            patch.setattr(jax, name, lambda *of, **more: found)
         for name in ("device_count", "local_device_count"):
-            patch.setattr(jax, name, lambda *of: len(found))
+            patch.setattr(jax, name, lambda *of, **more: len(found))
         yield
 
 

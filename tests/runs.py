@@ -198,7 +198,7 @@ def dictionary_checksums(workdir: Path) -> dict:
     """The checksums of every dictionary's arrays, by its folder."""
     found = {}
     for unit in sorted(path for path in (workdir / "train").iterdir() if path.is_symlink()):
-        for path in sorted(unit.rglob("dictionary/dictionary.json")):
+        for path in sorted([*unit.glob("dictionary/dictionary.json"), *unit.glob("*/dictionary/dictionary.json")]):
             member = path.parent.parent.relative_to(workdir / "train")
             found[str(member)] = json.loads(path.read_text())["arrays"]
     return found

@@ -8,9 +8,9 @@ be the same wherever these letters stand in one call of one function (in one rou
 as in ``answers_Bx2``. An x in front or behind stands for any further dimensions, the same in one call: ``pre_xF`` has
 features last, ``array_SxRx`` has shards and rows first. WORKSPACE.md has the letters.
 
-The source stays free of annotations: modules are rewritten when they are imported. Functions and rounds of loops are
-wrapped in jaxtyping's context, and every array is compared with ``Shaped[Any, "B T D"]`` there. Lambdas and
-comprehensions are not seen, and in generators each array is checked by itself.
+The source stays free of annotations: modules are rewritten when they are imported. Functions and rounds of loops become
+scopes, in which every letter keeps the size that it was first seen with. Lambdas and comprehensions are not seen, and
+in generators each array is checked by itself.
 """
 
 import ast
@@ -18,6 +18,7 @@ import contextlib
 import functools
 import re
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -25,11 +26,9 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from jaxtyping import Shaped, jaxtyped
-
 ROOT = Path(__file__).parent.parent
 CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution", "causal")
-CHECKED += ("interventions", "transfer", "track", "clusters", "interpret", "ground_truth")
+CHECKED += ("interventions", "matching", "interpret", "ground_truth")
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 
 
@@ -52,10 +51,11 @@ def table() -> dict[str, str]:
 
 
 @functools.cache
-def annotation(shape: str) -> Any:
-    """jaxtyping's type of a shape: "BxTxD" is "B T D", "xF" is "*before F", "SxRx" is "S R *behind"."""
-    before, behind = shape.startswith("x"), shape.endswith("x")
-    return Shaped[Any, " ".join(["*before"] * before + shape.strip("x").split("x") + ["*behind"] * behind)]
+def parsed(name: str) -> tuple[bool, tuple[str | int, ...], bool]:
+    """The shape of a name: are there dimensions in front, the letters and sizes, are there dimensions behind."""
+    shape = suffix(name) or ""
+    parts = shape.strip("x").split("x")
+    return shape.startswith("x"), tuple(int(part) if part.isdigit() else part for part in parts), shape.endswith("x")
 
 
 class Contradictions:
@@ -71,12 +71,8 @@ class Contradictions:
             return
         if shape is None or not hasattr(value, "dtype"):
             return self._report(f"{where} {name}", f"{type(value).__name__} is no array")
-        try:
-            expected = annotation(suffix(name) or "")
-            if not isinstance(value, expected):
-                self._report(f"{where} {name}", f"is {list(shape)}: {expected.__instancecheck_str__(value)}")
-        except NotImplementedError:
-            return
+        if fault := mismatch(name, tuple(shape)):
+            self._report(f"{where} {name}", f"is {list(shape)}: {fault}")
 
     def _report(self, place: str, what: str) -> None:
         if self.listed is None:
@@ -87,9 +83,44 @@ class Contradictions:
 CONTRADICTIONS = Contradictions()
 
 
+class _Scopes(threading.local):
+    """The sizes of the letters in each scope that a thread has entered, the last one on top; a context manager."""
+
+    def __init__(self) -> None:
+        self.sizes: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        self.sizes.append({})
+
+    def __exit__(self, *error: object) -> None:
+        self.sizes.pop()
+
+
+_SCOPES = _Scopes()
+
+
 def scope() -> contextlib.AbstractContextManager:
     """Within it the letters keep the sizes that they were first seen with."""
-    return jaxtyped("context")
+    return _SCOPES
+
+
+def mismatch(name: str, shape: tuple[int, ...]) -> str:
+    """What contradicts a name, given the sizes of letters in the scope that was entered last; "" if nothing does."""
+    before, parts, behind = parsed(name)
+    known = _SCOPES.sizes[-1] if _SCOPES.sizes else {}
+    more = len(shape) - len(parts)
+    if more < 0 or (more and not (before or behind)):
+        return f"it has {len(shape)} dimensions, expected {'at least ' * (before or behind)}{len(parts)}"
+    new: dict[str, Any] = {}
+    sizes = list(zip(parts, shape[more:] if before else shape, strict=False))
+    sizes += [("before", shape[:more])] * before + [("behind", shape[len(parts) :])] * (behind and not before)
+    for letter, size in sizes:
+        expected = letter if isinstance(letter, int) else known.get(letter, new.get(letter, size))
+        if size != expected:
+            return f"the size of {letter} is {size}, expected {expected}"
+        new[str(letter)] = size
+    known.update(new)
+    return ""
 
 
 def install(listed: bool) -> None:

@@ -95,3 +95,38 @@ def test_processes_with_different_flags_are_refused(inputs, tmp_path):
     assert f"process 1 of 2: error: {told}" in second
     assert "process 0 of 2: process 1 was given bad input, so this one ends" in first
     assert not list((tmp_path / "run").glob("capture*"))
+
+
+KEEP_GOING = """
+import dataclasses
+from saejax.runner import command, pipeline
+from saejax.parallel.cluster import joined
+
+def fail(run):
+    if joined().rank == RANK:
+        raise RuntimeError("a bug in one process")
+    run.each(range(4), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
+
+def work(run):
+    run.each(range(4), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
+    return dict(value=1)
+
+for stage, function in dict(baseline=fail, capture=work, train=work).items():
+    pipeline.STAGES[stage] = dataclasses.replace(pipeline.STAGES[stage], run=function, processes="items")
+command.main(["baseline", "capture", "train"], "", ["program", *__import__("sys").argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_kept_going_processes_leave_a_failed_unit_together_and_make_the_others(inputs, tmp_path, rank):
+    program = KEEP_GOING.replace("RANK", str(rank))
+    flags = runs.small_flags(*inputs, tmp_path / "run", train__kinds="topk")
+    pair = runs.start_pair(program, [*flags, "--keep_going"])
+    outputs = [runs.finish(process, 1) for process in pair]
+    assert "RuntimeError: a bug in one process" in outputs[rank]
+    assert f"process {rank} failed" in outputs[1 - rank]
+    for number, output in enumerate(outputs):
+        assert f"process {number} of 2: failed: 1 of 3 units: baseline: " in output, output
+    for unit in ("capture", "train/topk"):
+        assert (tmp_path / "run" / unit / "done.json").exists()
+    assert not (tmp_path / "run" / "baseline" / "done.json").exists()

@@ -57,6 +57,8 @@ def test_the_library_has_what_it_promises():
         assert getattr(saejax, name).__doc__, name
     with pytest.raises(AttributeError, match="no_such_name"):
         saejax.no_such_name  # noqa: B018
+    assert saejax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## {saejax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_checkers_know_the_types_of_names(tmp_path):

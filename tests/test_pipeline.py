@@ -77,9 +77,8 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(train__penalty_warmup=0.5), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__log_every=7, capture__batch_tokens=9, mesh__model=2), []),
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
-        (dict(ablate__dictionary="topk/k9"), ["ablate/topk-k9", "report"]),
         (dict(probe__labels=("answer",)), ["probe/topk", "report"]),
-        (dict(probe__labels=("answer",), probe__dictionary="topk/k9"), ["probe/topk-k9", "report"]),
+        (dict(probe__labels=("answer",), probe__dictionary="standard"), ["probe/standard", "report"]),
         (dict(probe__pool="max"), []),  # no label is asked for
         (dict(evaluate__batch_tokens=9, ablate__batch_rows=9), []),
         (dict(train__kinds=("topk",)), ["report"]),

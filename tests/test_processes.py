@@ -16,7 +16,7 @@ from saejax.dictionaries import load_dictionary
 from saejax.interventions.importance import Importance
 from saejax.interventions.table import load_effects
 
-TWO = dict(task__behaviours="agreement,capital")  # half of them, where nothing is asked of what is dealt out
+TWO = dict(task__behaviours="agreement,capital")  # as many as processes; the others add time alone
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def whole(inputs, tmp_path_factory):
     """An uninterrupted run: its workdir and how long it took."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     clock = time.monotonic()
-    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir)))
+    runs.finish(runs.start("pipeline", runs.small_flags(*inputs, workdir, **TWO)))
     return workdir, time.monotonic() - clock
 
 
@@ -36,7 +36,7 @@ def test_killed_at_random_moments_the_run_ends_with_the_same_bits(inputs, whole,
     while killed < kills:
         source = moments.choice(["resident", "streamed"])  # a run may go on with the other
         process = runs.start("pipeline", runs.small_flags(*inputs, folder, train__input=source, **TWO))
-        time.sleep(0.75 * moments.uniform(0.1, 1.0) * seconds)  # with half of the behaviours it takes less
+        time.sleep(0.75 * moments.uniform(0.1, 1.0) * seconds)  # what another process compiled is read from the cache
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1
@@ -224,7 +224,7 @@ def trained_only(whole, folder):
 def test_two_processes_run_a_whole_pipeline_as_one(inputs, whole, tmp_path):
     """Capture in parts, ablation together, evaluation and behaviours dealt out, and the report by one of them."""
     trained_only(whole[0], tmp_path / "run")
-    pair = runs.start_pair("pipeline", runs.small_flags(*inputs, tmp_path / "run"))
+    pair = runs.start_pair("pipeline", runs.small_flags(*inputs, tmp_path / "run", **TWO))
     said = [runs.finish(process).splitlines() for process in pair]
     for number, lines in enumerate(said):
         assert all(f"process {number} of 2: " in line for line in lines if not line.startswith("[Gloo]")), lines

@@ -16,10 +16,13 @@ BASE = dict(interpret__dictionaries="topk")
 
 def marks(inputs, tmp_path, **changes) -> dict[str, str]:
     """The hashes of all units of a small configuration."""
+    plan = plan_of(inputs, tmp_path, **changes)
+    return {unit: plan.fingerprint(unit) for stage in ASKED for unit in STAGES[stage].units(plan.configs)}
+
+
+def plan_of(inputs, tmp_path, **changes) -> Workplan:
     flags = runs.small_flags(*inputs, tmp_path / "run", **BASE | changes)
-    configs = command_line.read_configs(command_line.stage_flags(), ["program", *flags])
-    plan = Workplan(configs)
-    return {unit: plan.fingerprint(unit) for stage in ASKED for unit in STAGES[stage].units(configs)}
+    return Workplan(command_line.read_configs(command_line.stage_flags(), ["program", *flags]))
 
 
 DICTIONARIES = {"train/topk", "train/standard"}
@@ -31,7 +34,7 @@ PROMPTS = {"baseline", "ablate/topk", "report"}
 @pytest.mark.parametrize(
     ("changes", "made"),
     [
-        (dict(train__k="8,16", ablate__dictionary="topk/k8"), OF_TOPK - {"ablate/topk"} | {"ablate/topk-k8"}),  # member
+        (dict(train__k="8,16", ablate__dictionary="topk/k8"), OF_TOPK - {"ablate/topk"} | {"ablate/topk-k8"}),
         (dict(train__k=16), OF_TOPK),
         (dict(train__l1=0.1), {"train/standard", "evaluate/standard", "report"}),
         (dict(train__kinds="topk,standard,gated"), {"train/gated", "evaluate/gated", "report"}),
@@ -64,6 +67,17 @@ def test_the_same_model_and_text_elsewhere_change_nothing(inputs, tmp_path):
     shutil.copytree(model, tmp_path / "moved")
     shutil.copy(corpus, tmp_path / corpus.name)
     assert marks((tmp_path / "moved", tmp_path / corpus.name), tmp_path) == marks(inputs, tmp_path)
+
+
+def test_one_more_member_is_one_dictionary(inputs, tmp_path):
+    swept = dict(train__k="8,16", ablate__dictionary="topk/k8")
+    before, after = (marks(inputs, tmp_path, **swept | more) for more in ({}, dict(train__k="8,16,32")))
+    made = {unit for unit, mark in after.items() if before[unit] != mark}
+    assert made == {"train/topk", "evaluate/topk", "interpret/topk", "report"}, "of the first two the new member alone"
+    plans = [plan_of(inputs, tmp_path, **swept), plan_of(inputs, tmp_path, **swept | dict(train__k="32,16,8"))]
+    for stage in ("train", "evaluate"):
+        for member in ("k8", "k16"):
+            assert len({plan.fingerprint(f"{stage}/topk/{member}") for plan in plans}) == 1
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

@@ -73,9 +73,6 @@ def test_failures_are_status_1_and_are_listed(inputs, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "failed: 5 of 6 units: capture: " in error and error.count("\n") == 1
     assert (tmp_path / "run" / "baseline" / "done.json").exists()
-    many = [*flags, "--keep_going", "--mesh.processes=2"]
-    assert command.run(STAGE_NAMES, "", ["program", *many]) == 2
-    assert "--keep_going works with one process" in capsys.readouterr().err
 
 
 def test_a_profile_of_a_few_steps(tmp_path):

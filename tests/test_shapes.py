@@ -82,7 +82,7 @@ def test_dimensions_and_letters(module):
     module["product"](np.ones((3, 4)), np.ones((4, 5)))
     with wrong("made_up.py:6 acts_BxF", "3 dimensions"):
         module["product"](np.ones((1, 3, 4)), np.ones((4, 5)))
-    with wrong("rows_FxD", "F is 6", "4"):
+    with wrong("rows_FxD", "F is 6, expected 4"):
         module["product"](np.ones((3, 4)), np.ones((6, 5)))
     with wrong("names_B list is no array"):
         module["product"](np.ones((3, 4)), np.ones((4, 5)), names_B=["a"])

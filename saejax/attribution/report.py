@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from saejax.attribution.forms import figure as graph_figure
-from saejax.attribution.report_graphs import ReportedGraph, meaning, missed, one_line, span, tables
+from saejax.attribution.report_graphs import ReportedGraph, curves, meaning, missed, one_line, span, tables
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
 from saejax.files import write_text
@@ -58,7 +58,7 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         f"feature, or what the {missed(graphs)} miss: an error) adds to its target (a feature or a logit){stays}. "
         f"{several} pruned to the nodes and edges with the most influence on the answer."
     )
-    blocks: list[Block] = [Text(intro), *tables(graphs), meaning(graphs)]
+    blocks: list[Block] = [Text(intro), *tables(graphs), meaning(graphs), *curves(graphs)]
     if graphs[SHOWN:]:
         blocks.append(Links("Pages of the other graphs", tuple(_link(graph, report) for graph in graphs[SHOWN:])))
     first = Section("Attribution graphs", tuple(blocks), lead=lead(graphs))

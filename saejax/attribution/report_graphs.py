@@ -74,6 +74,29 @@ def tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
     ]
 
 
+def curves(graphs: Sequence[ReportedGraph]) -> list[Table]:
+    """Return a table of graphs whose parts were run alone; none where no graph's were."""
+    shown = [(graph, graph.curve) for graph in graphs]
+    rows = [
+        (
+            f"{graph.number}: {graph.slug}", percent(share), f"{features:,}", f"{errors:,}", number(faithful),
+            number(incomplete),
+        )
+        for graph, curve in shown
+        if curve
+        for share, features, errors, faithful, incomplete in zip(
+            curve.share, curve.features, curve.errors, curve.faithfulness, curve.incompleteness, strict=True
+        )
+    ]  # fmt: skip
+    columns = ("Graph", "Influence kept", "Features", "Errors", "Faithfulness", "Incompleteness")
+    note = (
+        "The model was run with the kept features and errors alone. Faithfulness is the first target in that run: "
+        "1 is the whole model and 0 the model without any feature and error. Incompleteness is the same of all that "
+        "was not kept: 0 if the kept part does all the work."
+    )
+    return [Table("Parts of the graphs run alone", columns, tuple(rows), note=note)] if rows else []
+
+
 def _short(name: str, names: Sequence[str]) -> str:
     """Return the last two parts of each path, which all of a hub id are, unless others have the same."""
     short = [", ".join("/".join(Path(part).parts[-2:]) for part in other.split(",")) for other in names]

@@ -95,7 +95,7 @@ def identity(config: GraphConfig) -> str:
     marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
     if known := labels_of_folders(folders):
         marks.append(fingerprint(sorted([*place, label] for place, label in known.items())))
-    return fingerprint([*_given_files(config), *marks])
+    return fingerprint([*_given_files(config), *_feature_files(config), *marks])
 
 
 def _given_files(config: GraphConfig) -> list[str]:
@@ -104,9 +104,21 @@ def _given_files(config: GraphConfig) -> list[str]:
     return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
 
 
+def _feature_files(config: GraphConfig) -> list[str]:
+    """Return what identifies the feature files that a flag names: contents, or the commit on the hub.
+
+    Of packed files, gigabytes, the index stands for all: it has the size of every feature.
+    """
+    if not config.features.startswith("hf://"):
+        return _marks(Path(config.features).expanduser()) if config.features else []
+    from saejax.attribution.forms.features import index_on_hub
+
+    return [content_sha256(index_on_hub(config.features))]
+
+
 def _marks(folder: Path) -> list[str]:
     """Return what the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
-    kinds = ("*.json", "*.yaml", "*.safetensors", "*.npz")
+    kinds = ("*.json", "*.json.gz", "*.yaml", "*.safetensors", "*.npz")
     found = sorted(path for kind in kinds for path in folder.rglob(kind))
     return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in found]
 

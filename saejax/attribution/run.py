@@ -1,6 +1,6 @@
 """The stage ``attribute``: prompts to attribution graphs, each checked by running it.
 
-A prompt is a part in the sense of ``causal.parts``; ``outputs`` writes its files.
+A prompt is a part in the sense of ``runner.parts``; ``outputs`` writes its files.
 """
 
 import functools
@@ -10,6 +10,7 @@ from typing import Any
 
 from saejax.attribution.checks import circuits
 from saejax.attribution.checks.validation import double, double_saes
+from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
@@ -74,6 +75,8 @@ def run_attribute(
     def begin() -> Measure:
         model, dictionaries = opened(run)
         dictionaries.check_labels(labels, config.labels or "its workdir")
+        if config.features:
+            open_folder(config.features)
         for request in requests.values():  # before hours are spent on the first
             _check_request(model, dictionaries, request, config)
 

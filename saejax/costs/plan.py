@@ -14,7 +14,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site
 from saejax.parallel.mesh import alone_config, make_mesh
 from saejax.runner.config import Configs
-from saejax.runner.stage import Stage, is_folder
+from saejax.runner.stage import Stage, check_member, is_folder
 from saejax.settings import CaptureConfig, ModelConfig
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}  # bytes
@@ -103,5 +103,5 @@ class PlannedRun:
             return read_config(name)
         kind, member = stacks.kind_and_member(name)
         stack = self.stacks[one_of(kind, self.stacks, f"dictionary for {stage} (--train.kinds)")]
-        stacks.check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
+        check_member(name, [entry.name for entry in stack.members], f"--{stage}.dictionary")
         return stack.of(next(entry for entry in stack.members if entry.name == member))

@@ -18,8 +18,8 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.files import file_sha256, read_json
 from saejax.results import from_json
-from saejax.runner.stage import is_folder
-from saejax.runner.workspace import SUMMARY
+from saejax.runner.stage import check_member, is_folder
+from saejax.runner.workspace import SUMMARY, member_folder
 
 # The first holds checksums of its arrays.
 _HASHED = (
@@ -59,10 +59,10 @@ def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
 
 
 def load_member(unit: Path, name: str, flag: str) -> Dictionary:
-    """Load the dictionary that a flag names.
+    """Load the dictionary that a flag names from the unit of its whole stack.
 
     Args:
-      unit: folder of its train unit.
+      unit: folder of the unit.
       name: in full, such as "topk/k16".
       flag: for the message, such as "--ablate.dictionary".
 
@@ -70,7 +70,7 @@ def load_member(unit: Path, name: str, flag: str) -> Dictionary:
       UserError: the unit has no such member, or is a stack and the flag names none of its members.
     """
     check_member(name, [entry.name for entry in members(unit)], flag)
-    return load_dictionary(Path(unit) / kind_and_member(name)[1])
+    return load_dictionary(member_folder(Path(unit), kind_and_member(name)[1]))
 
 
 def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
@@ -78,24 +78,48 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
 
     Args:
       name: such as "topk" or "topk/k16", or a folder that ``load_dictionary`` reads.
-      units: folders of the train units, such as that of "train/topk", unless a folder is named.
+      units: folders of units, such as those of "train/topk" or "train/topk/k16", unless a folder is named.
       flag: for the message, such as "--ablate.dictionary".
 
     Raises:
       UserError: as ``load_member``, or the folder holds no dictionary.
     """
     if not is_folder(name):
-        return load_member(units[f"train/{kind_and_member(name)[0]}"], name, flag)
+        kind, member = kind_and_member(name)
+        if member and (folder := units.get(f"train/{name}")):
+            return load_dictionary(folder)
+        return load_member(units[f"train/{kind}"], name, flag)
     try:
         return rescale.to_output_units(load_dictionary(name))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
 
 
+def find_trained(name: str, units: Mapping[str, Path], flag: str) -> dict[str, Path]:
+    """Return the folders of the trained dictionaries that a flag names, of a stack all members, by their full names.
+
+    Args:
+      name: such as "topk" or "topk/k16".
+      units: folders of units, such as those of "train/topk" or "train/topk/k16".
+      flag: for the message, such as "--transfer.dictionaries".
+
+    Raises:
+      UserError: there is no such member.
+    """
+    kind, member = kind_and_member(name)
+    if member and f"train/{name}" in units:
+        return {name: units[f"train/{name}"]}
+    unit = units[f"train/{kind}"]
+    names = [entry.name for entry in members(unit)]
+    if member:
+        check_member(name, names, flag)
+    return {full_name(kind, each): member_folder(unit, each) for each in ([member] if member else names)}
+
+
 def identity(folder: str) -> str:
     """Hash the dictionaries in a folder, or a file, which may be on the hub: 16 hexadecimal digits."""
     digest, place = hashlib.sha256(), resolve_path(folder)
-    files = [place] if place.is_file() else sorted(path for pattern in _HASHED for path in place.rglob(pattern))
+    files = [place] if place.is_file() else _hashed_files(place)
     # Where a file is named, its settings are in another one beside it.
     settings = [place.with_name(name) for name in ("config.json", "cfg.json")] if place.is_file() else []
     digest.update(repr(sorted(registry_overrides(folder).items())).encode())
@@ -104,12 +128,7 @@ def identity(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_member(name: str, members: list[str], flag: str) -> None:
-    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's ``members``."""
-    kind, member = kind_and_member(name)
-    if member in members:
-        return
-    if members == [""]:
-        raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
-    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(members)} dictionaries"
-    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{members[0]}, of {', '.join(members)}")
+def _hashed_files(folder: Path) -> list[Path]:
+    """Return the files in a folder, and in the members that a stack links to, that say what dictionaries it holds."""
+    files = [Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names]
+    return sorted(path for path in files if any(path.match(pattern) for pattern in _HASHED))

@@ -79,30 +79,32 @@ def evaluate_layers(run: Run, store: Store, folder: Path) -> EvaluateResults:
     store.check_model(lm.source)
     scores = reconstruct_layers(loaded, store, mesh, config.batch_tokens)
     losses = replaced_losses(lm, loaded.layers, loaded.decoders, loaded.sites, store, config)
-    write_array(run.folder / "firing_rate.npy", np.stack([one.firing_rate_F for one in scores]).astype(np.float32))
-    active_LxF = np.stack([one.mean_activation_F for one in scores])
+    write_array(run.folder / "firing_rate.npy", np.stack([score.firing_rate_F for score in scores]).astype(np.float32))
+    active_LxF = np.stack([score.mean_activation_F for score in scores])
     write_array(run.folder / "mean_activation.npy", active_LxF.astype(np.float32))
-    found = _describe(config, scores, losses)
-    write_json(run.folder / "scores.json", to_json(found))
+    described = _describe(config, scores, losses)
+    write_json(run.folder / "scores.json", to_json(described))
     run.say(
-        f"explained variance {found.explained_variance:.3f}, L0 {found.l0:.1f}, dead {found.dead_fraction:.1%} on "
-        f"{found.tokens:,} held-out tokens; all MLPs replaced: cross-entropy {found.ce.reconstructed:.3f}, clean "
-        f"{found.ce.clean:.3f}, means {found.ce.mean_ablated:.3f}"
+        f"explained variance {described.explained_variance:.3f}, L0 {described.l0:.1f}, dead "
+        f"{described.dead_fraction:.1%} on {described.tokens:,} held-out tokens; all MLPs replaced: cross-entropy "
+        f"{described.ce.reconstructed:.3f}, clean {described.ce.clean:.3f}, means {described.ce.mean_ablated:.3f}"
     )
-    return EvaluateResults(run.name, (), found)
+    return EvaluateResults(run.name, (), described)
 
 
 def _describe(config: EvaluateConfig, scores: Sequence[Reconstruction], losses: Losses) -> CrossLayerScores:
     dense = config.dense_above
     layers = [
-        LayerScores(layer, one.explained_variance, one.cosine, one.l0, one.dead_fraction, one.dense_fraction(dense))
-        for layer, one in enumerate(scores)
+        LayerScores(
+            layer, score.explained_variance, score.cosine, score.l0, score.dead_fraction, score.dense_fraction(dense)
+        )
+        for layer, score in enumerate(scores)
     ]
     return CrossLayerScores(
         tokens=scores[0].tokens,
-        explained_variance=float(np.mean([one.explained_variance for one in scores])),
-        l0=float(np.sum([one.l0 for one in scores])),
-        dead_fraction=float(np.mean([one.dead_fraction for one in scores])),
+        explained_variance=float(np.mean([score.explained_variance for score in scores])),
+        l0=float(np.sum([score.l0 for score in scores])),
+        dead_fraction=float(np.mean([score.dead_fraction for score in scores])),
         layers=tuple(layers),
         ce=StandInMeans(**losses.ce, tokens=losses.tokens),
         kl=StandInMeans(**losses.kl, tokens=None),
@@ -124,13 +126,13 @@ def reconstruct_layers(loaded: LoadedLayers, store: Store, mesh: Mesh, batch: in
     for parts, rows in batches(read_blocks(store, "held_out", names, batch), batch):
         stacked = [np.stack(parts[:count]), np.stack(parts[count:])]
         placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, None, "data", None)) for part in stacked]
-        found = jax.device_get(_score_layers(mesh, loaded.layers, loaded.decoders, *placed, rows))
-        for layer, own in enumerate(zip(*found, strict=True)):
-            sums[layer].add(*own)
+        measured = jax.device_get(_score_layers(mesh, loaded.layers, loaded.decoders, *placed, rows))
+        for layer, of_layer in enumerate(zip(*measured, strict=True)):
+            sums[layer].add(*of_layer)
             spreads[layer].add(parts[count + layer][:rows])
     if not spreads[0].tokens:
         raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
-    return [own.scores(spread) for own, spread in zip(sums, spreads, strict=True)]
+    return [of_layer.scores(spread) for of_layer, spread in zip(sums, spreads, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -182,11 +184,11 @@ def replaced_losses(
         streams = [start] * 4  # in the order of ``VARIANTS``
         below = [jnp.zeros(start.shape, jnp.float32) for _ in layers]
         for layer, member in enumerate(layers):
-            own = lm.config, lm.params, np.int32(layer)
-            streams[0], inside_BxT = _clean_layer(*own, streams[0], limits[layer])
+            layer_arguments = lm.config, lm.params, np.int32(layer)
+            streams[0], inside_BxT = _clean_layer(*layer_arguments, streams[0], limits[layer])
             for variant, value_D in ((1, means[layer]), (2, np.zeros_like(means[layer]))):
-                streams[variant] = _constant_layer(*own, streams[variant], inside_BxT, value_D)
-            streams[3], f_BxTxF = _replaced_layer(*own, streams[3], inside_BxT, member, below[layer])
+                streams[variant] = _constant_layer(*layer_arguments, streams[variant], inside_BxT, value_D)
+            streams[3], f_BxTxF = _replaced_layer(*layer_arguments, streams[3], inside_BxT, member, below[layer])
             below[layer + 1 :] = _written(f_BxTxF, decoders[layer], below[layer + 1 :])
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(streams), ids_BxT, lengths_B)
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))

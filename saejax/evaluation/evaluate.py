@@ -1,5 +1,6 @@
 """The evaluate stage: held-out scores of the members of a train unit."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from saejax.models.sites import decoder_site, is_joined, site_parts
 from saejax.models.source import other_model
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, member_folder
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig
 
 SCORES = "scores.json"
@@ -39,8 +40,8 @@ _AT_A_TIME = 4  # members of one site that are scored together, and by one proce
 def run_evaluate(run: Run) -> EvaluateResults:
     """Score the dictionaries of the train unit ``run.name`` on the store's held-out split.
 
-    This writes for each member, in a folder of its name if there are several: ``firing_rate.npy`` and
-    ``mean_activation.npy`` [F], fp32, and ``scores.json``; a resumed run skips members with scores.
+    This writes for each member, in a folder of its own if there are several: ``firing_rate.npy`` and
+    ``mean_activation.npy`` [F], fp32, and ``scores.json``; members with scores are left out.
     """
     config = run.configs[EvaluateConfig]
     store = Store.open(run.inputs["capture"])
@@ -59,22 +60,29 @@ def run_evaluate(run: Run) -> EvaluateResults:
         store.check_model(lm.source)
         return mesh, lm, load_other(model, store, mesh)
 
-    def file(some: Sequence[TrainedMember]) -> Path:
+    def file(members: Sequence[TrainedMember]) -> Path:
         """Return the scores file of the first member that is not scored; of the last one if all are."""
-        files = [run.folder / one.name / SCORES for one in some]
+        files = [run.member_folder(member.name) / SCORES for member in members]
         return next((path for path in files if not path.exists()), files[-1])
 
-    def score(some: Sequence[TrainedMember]) -> None:
+    def score(members: Sequence[TrainedMember]) -> None:
         if run.stopping():
             raise Interrupted("stopped; the dictionaries that were scored are kept: run the same command to go on")
-        names = [one.name for one in some if not (run.folder / one.name / SCORES).exists()]
-        mesh, lm, other = models()
-        sites = some[0].site, some[0].target
-        _score_site(run, config, store, (lm, other), mesh, sites, {name: trained / name for name in names})
+        names = [member.name for member in members if not (run.member_folder(member.name) / SCORES).exists()]
+        mesh, lm, second = models()
+        sites = members[0].site, members[0].target
+        _score_site(
+            run, config, store, (lm, second), mesh, sites, {name: member_folder(trained, name) for name in names}
+        )
 
-    run.each(_together(trained, stack), file, score)
-    paths = [run.folder / member.name / SCORES for member in stack]
-    return EvaluateResults(run.name, tuple(from_json(DictionaryScores, read_json(path), path) for path in paths))
+    run.each(_together(trained, [member for member in stack if run.computes(member.name)]), file, score)
+    paths = {member.name: run.member_folder(member.name) / SCORES for member in stack}
+    scores = {name: from_json(DictionaryScores, read_json(path), path) for name, path in paths.items()}
+    if run.stack:  # where each has no name
+        for name in run.stack.missing:
+            run.finish_member(name, EvaluateResults(run.name, (scores[name],)))
+    named = [dataclasses.replace(score, name=name) for name, score in scores.items()]
+    return EvaluateResults(run.name, tuple(named))
 
 
 def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[TrainedMember]]:
@@ -84,9 +92,9 @@ def _together(trained: Path, stack: Sequence[TrainedMember]) -> list[list[Traine
     """
     alike: dict[tuple, list[TrainedMember]] = {}
     for member in stack:
-        config = read_config(trained / member.name)
+        config = read_config(member_folder(trained, member.name))
         alike.setdefault((member.site, member.target, compiled_in(config), config.scales), []).append(member)
-    return [own[first : first + _AT_A_TIME] for own in alike.values() for first in range(0, len(own), _AT_A_TIME)]
+    return [group[first : first + _AT_A_TIME] for group in alike.values() for first in range(0, len(group), _AT_A_TIME)]
 
 
 def load_other(model: ModelConfig, store: Store, mesh: Mesh) -> LanguageModel | None:
@@ -136,7 +144,7 @@ def _score_site(
         of_models = parts_by_model(site, *models)
         all_losses = part_losses(of_models, dictionaries, documents, mean_D, config.batch_tokens)
         variances = part_variances(dictionaries, read_blocks(store, "held_out", sites, config.batch_tokens))
-        losses = [found["+".join(of_models[0].sites)] for found in all_losses]
+        losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         relative = [
             part_norms.relative_norms(
                 decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
@@ -152,14 +160,14 @@ def _score_site(
     for name, dictionary, score, loss, of_parts, of_shared in zip(
         folders, dictionaries, scores, losses, parts, shared, strict=True
     ):
-        folder = run.folder / name
+        folder = run.member_folder(name)
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
-        where = dict(name=name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
+        where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
         described = _describe(config, dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
         write_json(folder / SCORES, to_json(described))
-        run.say(_line(described))
+        run.say(_line(dataclasses.replace(described, name=name)))
         if conflict := dictionary.config.bos_conflict(store.manifest.bos):
             run.say(f"{name or run.name}: {conflict}")
 

@@ -103,7 +103,7 @@ def stand_in_losses(
         kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
         tokens += predicted
     ce_E, kl_E = ce_E / max(tokens, 1), kl_E / max(tokens, 1)
-    return [Losses.of(tokens, ce_E[[0, 1, 2, own]], kl_E[[0, 1, 2, own]]) for own in range(3, 3 + len(members))]
+    return [Losses.of(tokens, ce_E[[0, 1, 2, index]], kl_E[[0, 1, 2, index]]) for index in range(3, 3 + len(members))]
 
 
 def _same_rule(dictionaries: Sequence[Dictionary]) -> DictionaryConfig:

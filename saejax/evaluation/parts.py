@@ -28,18 +28,18 @@ class Parts(NamedTuple):
     sites: dict[str, Site]
 
 
-def parts_by_model(site: str, lm: LanguageModel, other: LanguageModel | None) -> list[Parts]:
+def parts_by_model(site: str, lm: LanguageModel, second: LanguageModel | None) -> list[Parts]:
     """Return the parts of a joined site, by the models that they are of; the first model first.
 
     Raises:
       UserError: a site does not exist in its model.
     """
-    found = []
-    for model, of_other in ((lm, False), (other, True)):
+    parts = []
+    for model, of_other in ((lm, False), (second, True)):
         names = [name for name in site_parts(site) if OtherSite.names(name) == of_other]
         if model is not None and names:
-            found.append(Parts(model, {name: decoder_site(name).check(model.config) for name in names}))
-    return found
+            parts.append(Parts(model, {name: decoder_site(name).check(model.config) for name in names}))
+    return parts
 
 
 def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
@@ -50,11 +50,11 @@ def clean_values(models: Sequence[Parts], ids_BxT: jax.Array, lengths_B: jax.Arr
       ids_BxT: token ids, padded on the right.
       lengths_B: number of tokens of each text.
     """
-    found: dict[str, jax.Array] = {}
+    by_part: dict[str, jax.Array] = {}
     for lm, sites in models:
         _, values = forward(lm.config, tuple(sites.values()), False, lm.params, ids_BxT, lengths_B)
-        found |= dict(zip(sites, values, strict=True))
-    return found
+        by_part |= dict(zip(sites, values, strict=True))
+    return by_part
 
 
 def replaced(sites: Mapping[str, Site], new: Mapping[str, jax.Array]) -> tuple[SiteEdit, ...]:
@@ -103,10 +103,10 @@ def part_losses(
     of_variants = len(VARIANTS) - 1
     return [
         {
-            name: Losses.of(tokens, *(sums_2xE[:, [*range(of_variants), of_variants + own]] / max(tokens, 1)))
+            name: Losses.of(tokens, *(sums_2xE[:, [*range(of_variants), of_variants + index]] / max(tokens, 1)))
             for name, sums_2xE in sums.items()
         }
-        for own in range(len(dictionaries))
+        for index in range(len(dictionaries))
     ]
 
 
@@ -127,7 +127,7 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
         total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
         for error, dictionary in zip(errors, dictionaries, strict=True):
             made = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
-            error += [np.square(part - own).sum() for part, own in zip(parts, made, strict=True)]
+            error += [np.square(part - reconstructed).sum() for part, reconstructed in zip(parts, made, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
     return [np.where(variance > 0, 1 - error / np.where(variance > 0, variance, 1), 0).tolist() for error in errors]
 

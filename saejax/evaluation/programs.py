@@ -102,9 +102,9 @@ def compare(
             ce_B, kl_B = (jnp.sum(jnp.where(predicts_BxC, part_BxC, 0.0), -1) for part_BxC in (ce_BxC, kl_BxC))
             return ce_B, kl_B
 
-        others = lax.map(lambda part_BxCxD: sums(decoder.unembed(config, params, part_BxCxD)), part_ExBxCxD[1:])
+        edited = lax.map(lambda part_BxCxD: sums(decoder.unembed(config, params, part_BxCxD)), part_ExBxCxD[1:])
         first = (values_B[None] for values_B in sums(clean_BxCxV))
-        ce_ExB, kl_ExB = (jnp.concatenate(pair) for pair in zip(first, others, strict=True))
+        ce_ExB, kl_ExB = (jnp.concatenate(pair) for pair in zip(first, edited, strict=True))
         return ce_ExB, kl_ExB
 
     return lax.map(chunk, jnp.arange(0, length, size))

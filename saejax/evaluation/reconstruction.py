@@ -84,11 +84,11 @@ def reconstruct(
         placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, "data", None)) for part in parts]
         scores = [_score(member, placed[0], placed[-1], count) for member in members]
         spread.add(parts[-1][:count])  # on the host, while the devices work
-        for own, score in zip(sums, scores, strict=True):
-            own.add(*jax.device_get(score))
+        for running, score in zip(sums, scores, strict=True):
+            running.add(*jax.device_get(score))
     if not spread.tokens:
         raise UserError("there are no held-out activations to score: raise --corpus.held_out or give more text")
-    return [own.scores(spread) for own in sums]
+    return [running.scores(spread) for running in sums]
 
 
 class Spread:

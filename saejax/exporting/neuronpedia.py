@@ -34,7 +34,7 @@ from saejax.exporting.rows import (
 from saejax.files import read_json, whole_file, write_text
 from saejax.interpret.feature_record import FEATURES, FeatureRecord
 from saejax.models.sites import Site
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, member_folder
 from saejax.settings import ExportConfig
 
 # What sets of sources at Neuronpedia are called by the site that they read.
@@ -70,7 +70,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         raise UserError(f"members of {kind} would be one source of Neuronpedia: {', '.join(s.id for s in sources)}")
     folders = [f"v1/{model}/{source.id}" for source in sources]
     for member, source, folder in zip(members, sources, folders, strict=True):
-        W_dec_FxD = np.asarray(load_dictionary(unit / member.name).W_dec_FxD[...], np.float64)
+        W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((run.inputs[f"interpret/{kind}"] / member.name / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train)

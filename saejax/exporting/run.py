@@ -18,7 +18,7 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
 from saejax.exporting.neuronpedia import setting_of, write_bundle
 from saejax.exporting.results import ExportedMember, ExportResults
-from saejax.runner.workspace import CLAIM, STARTED, Run
+from saejax.runner.workspace import CLAIM, STARTED, Run, member_folder
 from saejax.settings import ExportConfig
 
 
@@ -35,7 +35,9 @@ def run_export(run: Run) -> ExportResults:
         raise UserError(
             f"--export.format={config.format} has no cross-layer transcoders, and {unit} is one: use circuit_tracer"
         )
-    described = [] if joined else [own.read_config(unit / member.name / "dictionary") for member in members]
+    described = (
+        [] if joined else [own.read_config(member_folder(unit, member.name) / "dictionary") for member in members]
+    )
     _clear(run.folder)  # what a killed run left
     try:
         if joined:
@@ -62,7 +64,7 @@ def _write_folders(
         saelens.check(config)
     folders = [member.name or member.site for member in members]
     for member, folder in zip(members, folders, strict=True):
-        saelens.save(out / folder, load_dictionary(unit / member.name))
+        saelens.save(out / folder, load_dictionary(member_folder(unit, member.name)))
     return folders
 
 

@@ -23,7 +23,7 @@ from saejax.results import Interval, to_json
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
 from saejax.stages.ground_truth import CONTROLS, TruthConfig
-from saejax.training.stack import Member, make_members
+from saejax.training.members import Member, make_members
 from saejax.training.train import for_expansion, train_stack
 
 _SHARE_RANGE = (0.0, 1.0)  # of shares and absolute cosines

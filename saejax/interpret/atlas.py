@@ -1,24 +1,25 @@
 """The stage ``atlas``: a folder that opens from disk and shows every feature.
 
-``index.html`` finds features and shows one at a time, ``index.html#topk/123``. Browsers do not let a page read files of
-its folder, but run scripts from it: ``data/index.js`` has a few columns of all features, ``data/00000.js`` and so on
-the records of ``CHUNK`` features each, which are loaded when one is looked at.
+``index.html`` opens on an overview, finds features and shows one at a time, ``index.html#topk/123``. Browsers do not
+let a page read files of its folder, but run scripts from it: ``data/index.js`` has a few columns of all features,
+``data/00000.js`` and so on the records of ``CHUNK`` features each, which are loaded when one is looked at.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.dictionaries import stacks
 from saejax.dictionaries.labels import EXPLAINED, LABELS, Label, load_labels
 from saejax.files import read_json, write_json, write_text
-from saejax.interpret.feature_record import FeatureMaps, FeatureRecord, iterate_records
+from saejax.interpret.feature_record import FeatureMaps, FeatureRecord, iterate_records, read_records
 from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
-from saejax.interventions.answers import AblateResults
+from saejax.interpret.review import write_sheets
+from saejax.interventions.answers import AblateResults, FeatureEffect
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
 from saejax.runner.workspace import Run
@@ -26,7 +27,7 @@ from saejax.stages.interpret import AtlasConfig, InterpretConfig
 
 CHUNK = 32  # features of a file that is loaded at once
 _VIEWER = Path(__file__).parent / "viewer"
-_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js")
+_PAGE = ("index.html", "atlas.css", "atlas.js", "feature.js", "heatmap.js", "overview.js")
 
 
 def run_atlas(run: Run) -> AtlasResults:
@@ -42,7 +43,7 @@ def run_atlas(run: Run) -> AtlasResults:
         member.name: read_labels(Path(path), stacks.full_name(run.name, member.name), member.features, several)
         for member in (interpreted.members if path else ())
     }  # all of them before anything is written
-    measured = _effects(run)
+    tested = _ablated(run)
     made = []
     for member in interpreted.members:
         source, own = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
@@ -51,10 +52,15 @@ def run_atlas(run: Run) -> AtlasResults:
         labels = load_labels(source / LABELS) | by_model | own
         records = _with_scores(source, judged)
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
-        write_atlas(run.folder / member.name, name, records, labels, measured.get(name, {}), maps)
+        top = tested.top if tested and tested.dictionary == name else {}
+        write_atlas(run.folder / member.name, name, records, labels, _effects(top), maps)
+        wanted = {item.feature for items in top.values() for item in items}
+        automatic = load_labels(source / LABELS) | by_model
+        sheets = run.folder / member.name / "review"
+        reviewed = write_sheets(sheets, name, top, read_records(source, wanted), automatic, own) if top else ()
         written = len(by_model.keys() - own.keys())
         found = len(labels) - len(own) - written
-        made.append(AtlasPages(name, member.name, member.features, len(own), found, written))
+        made.append(AtlasPages(name, member.name, member.features, len(own), found, written, reviewed))
         run.say(f"open {run.folder / member.name / 'index.html'}")
     return AtlasResults(run.name, tuple(made))
 
@@ -74,17 +80,19 @@ def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]
     return load_labels(folder / member / LABELS), read_json(folder / member / EXPLAINED)
 
 
-def _effects(run: Run) -> dict[str, dict[int, dict[str, float]]]:
-    """Return dictionary -> feature -> behaviour -> drop in logit difference when the feature is ablated."""
-    for unit, folder in run.inputs.items():
-        if unit.startswith("ablate/"):
-            results: AblateResults = load_results(folder)
-            found: dict[int, dict[str, float]] = {}
-            for behaviour, top in results.top.items():
-                for item in top:
-                    found.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
-            return {results.dictionary: found}
-    return {}
+def _ablated(run: Run) -> AblateResults | None:
+    """Return the results of the ablation that this run reads; None: it reads none."""
+    folders = [folder for unit, folder in run.inputs.items() if unit.startswith("ablate/")]
+    return load_results(folders[0]) if folders else None
+
+
+def _effects(top: Mapping[str, Sequence[FeatureEffect]]) -> dict[int, dict[str, float]]:
+    """Return feature -> behaviour -> drop in logit difference when the feature is ablated."""
+    found: dict[int, dict[str, float]] = {}
+    for behaviour, items in top.items():
+        for item in items:
+            found.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
+    return found
 
 
 def write_atlas(

@@ -31,7 +31,7 @@ from saejax.models.source import load_tokenizer, resolve
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, member_folder
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.stages.explain import FOUND, ExplainConfig, check
 from saejax.tasks.scoring import bootstrap_mean
@@ -97,7 +97,7 @@ def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, L
     if config.given == FOUND:
         return load_labels(run.inputs[f"interpret/{run.name}"] / member.name / LABELS)
     several = several or len(config.dictionaries) > 1
-    features = load_dictionary(run.inputs[f"train/{run.name}"] / member.name).config.n_features
+    features = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member.name)).config.n_features
     name = stacks.full_name(run.name, member.name)
     return read_labels(Path(config.given), name, features, several, "--explain.given")
 
@@ -172,7 +172,7 @@ class _Explainer:
     def _choose_features(self, scratch: Path) -> tuple[list[HeldOut], int, int]:
         """Return the held-out contexts of the features to judge, the number skipped, and of the dictionary."""
         config, store = self._config, self.text.store
-        dictionary = load_dictionary(self.run.inputs[f"train/{self.run.name}"] / self.member.name)
+        dictionary = load_dictionary(member_folder(self.run.inputs[f"train/{self.run.name}"], self.member.name))
         features, mesh = dictionary.config.n_features, make_mesh(self.run.configs[MeshConfig])
         if unknown := [feature for feature in config.features if feature >= features]:
             raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")

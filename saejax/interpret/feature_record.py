@@ -36,6 +36,17 @@ class FeatureCode(TypedDict):
     q: NotRequired[float]
 
 
+class FeatureCategory(TypedDict):
+    """A prompt category on which a feature is active more often than elsewhere; see ``categories``."""
+
+    category: str  # a behaviour or benchmark, or its right or wrong answers
+    active: int  # prompts of the category on which the feature fires
+    prompts: int  # of the category
+    active_elsewhere: int  # the same of the other prompts; of answers, those of the category with the other verdict
+    prompts_elsewhere: int
+    q: float  # of Fisher's exact test, one-sided, Benjamini and Hochberg
+
+
 class LogitHistogram(TypedDict):
     """Logits that a feature adds to all tokens: the ends, and how many are in each of equal bins between them."""
 
@@ -108,6 +119,7 @@ class FeatureRecord(TypedDict):
     shapes: NotRequired[list[FeatureCode]]
     together: NotRequired[list[tuple[int, int, float]]]
     attention: NotRequired[HeadLooks]
+    categories: NotRequired[list[FeatureCategory]]
     detectors: NotRequired[list[DetectorRecord]]
     shuffled_f1: NotRequired[float]
     label: NotRequired[str]

@@ -18,9 +18,10 @@ from saejax.evaluation.reconstruction import reconstruct
 from saejax.files import read_json, write_json, write_text
 from saejax.interpret import neighbours
 from saejax.interpret.attended import HeadShares
+from saejax.interpret.categories import categorise, read_prompts
 from saejax.interpret.control import frozen_random, random_directions, spread
 from saejax.interpret.detectors import Detector, PairCounts, best_detectors
-from saejax.interpret.feature_record import FEATURES, FeatureMaps, FeatureRecord
+from saejax.interpret.feature_record import FEATURES, FeatureCategory, FeatureMaps, FeatureRecord
 from saejax.interpret.firings import Block, blocks, record
 from saejax.interpret.heatmaps import MAPS, TokenMaps, across_layers, layers_bar
 from saejax.interpret.records import Describer
@@ -94,7 +95,11 @@ class Interpreter:
         shutil.rmtree(scratch)
         labels = scored.labels(random_scores)
         write_json(folder / LABELS, {str(i): to_json(label) for i, label in labels.items()})
-        self._finish(folder, scored, labels, describer)
+        categories: dict[int, list[FeatureCategory]] = {}
+        counts, prompts = None, read_prompts(self.run.inputs)
+        if prompts:  # these units are read with --interpret.categories alone
+            categories, counts = categorise(self.lm, self.dictionary, prompts, seed)
+        self._finish(folder, scored, labels, describer, categories)
         live = rate > 0
         return InterpretedDictionary(
             name=self.name,
@@ -108,6 +113,7 @@ class Interpreter:
             shuffled_f1=scored.mean_shuffled(live),
             families=scored.families(labels),
             frozen=self._frozen(frozen, frozen_scores, searched[1][1] > 0, frozen_scores.labels(random_scores)),
+            categories=counts,
         )
 
     def _describe(self, folder: Path, scratch: Path, frozen: Dictionary) -> tuple[Describer, list[Searched]]:
@@ -232,8 +238,15 @@ class Interpreter:
             return None
         return HeadShares(self.lm, self.store.documents, self.text, layers, tokens)
 
-    def _finish(self, folder: Path, scored: "Scored", labels: dict[int, Label], describer: Describer) -> None:
-        """Add labels, their scores and q-values to the records."""
+    def _finish(
+        self,
+        folder: Path,
+        scored: "Scored",
+        labels: dict[int, Label],
+        describer: Describer,
+        categories: Mapping[int, list[FeatureCategory]],
+    ) -> None:
+        """Add labels, their scores, q-values and prompt categories to the records."""
         for path in sorted((folder / FEATURES).glob("*.json")):
             records: list[FeatureRecord] = read_json(path)
             for one in records:
@@ -241,4 +254,6 @@ class Interpreter:
                 scored.describe(one)
                 if one["feature"] in labels:
                     one["label"] = labels[one["feature"]].label
+                if one["feature"] in categories:
+                    one["categories"] = categories[one["feature"]]
             write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))

@@ -51,7 +51,7 @@ def read_labels(
 
     Args:
       path: a .csv file with the columns feature, label, note, reviewer and, where there are several dictionaries,
-        dictionary.
+        dictionary; or a folder of such files, such as filled sheets of several behaviours.
       dictionary: name of the dictionary, such as "topk/k32".
       features: number of its features.
       several: whether other dictionaries are interpreted, too.
@@ -61,6 +61,17 @@ def read_labels(
       UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
     """
     found: dict[int, Label] = {}
+    if path.is_dir():
+        for file in sorted(path.glob("*.csv")):
+            labels = read_labels(file, dictionary, features, several, flag)
+            for feature in labels.keys() & found.keys():
+                if labels[feature].label != found[feature].label:
+                    raise UserError(
+                        f"{file}: feature {feature} is {labels[feature].label!r}, and {found[feature].label!r} in an "
+                        "earlier file: keep one of them"
+                    )
+            found |= labels
+        return found
     for number, row in enumerate(_rows(path, (*_COLUMNS, "dictionary") if several else _COLUMNS, flag), 2):
         if (row.get("dictionary") or dictionary) != dictionary:
             continue

@@ -1,8 +1,10 @@
 """The report's section on interpretation: how many features have a label, and how good labels and controls are."""
 
+from collections.abc import Sequence
+
 from saejax.dictionaries import stacks
 from saejax.interpret.results import AtlasResults, FrozenControl, InterpretedDictionary, InterpretResults, LabelCounts
-from saejax.page.blocks import Links, Text
+from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
@@ -34,7 +36,26 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     rows = [row for name, member in members for row in _rows(name, member)]
     fits = [Text(_fit(name, member.frozen)) for name, member in members if member.frozen]
     table = Table("Labels", columns, tuple(rows), note=note)
-    return [Section("What features mean", (Text(intro), table, *fits))]
+    return [Section("What features mean", (Text(intro), table, *fits, *_categories(members)))]
+
+
+def _categories(members: Sequence[tuple[str, InterpretedDictionary]]) -> list[Table]:
+    """Return a table of associations with prompt categories; none where no dictionary has any prompts."""
+    rows = [(name, member.categories) for name, member in members if member.categories]
+    columns = {
+        "Dictionary": lambda name, counts: name,
+        "Prompts": lambda name, counts: f"{counts.prompts:,}",
+        "Tests per feature": lambda name, counts: str(counts.tests),
+        "Features with a category": lambda name, counts: f"{counts.features:,} of {counts.live:,}",
+        "Shuffled": lambda name, counts: f"{counts.shuffled:,}",
+    }
+    note = (
+        "A feature has a category if it fires on more of the prompts of a behaviour or benchmark than of all others, "
+        "or on more of its right than of its wrong answers or the reverse (Fisher's exact test, false discovery rate "
+        "of 5 % over all features and tests). Shuffled: features with a category after categories and answers were "
+        "permuted. Prompts of a category share words: a category says what a feature fires on, not what it does."
+    )
+    return [Table.of("Prompt categories", rows, columns, note=note)] if rows else []
 
 
 def _rows(name: str, member: InterpretedDictionary) -> list[tuple[str, ...]]:
@@ -75,4 +96,20 @@ def links(found: Findings, draw: Draw) -> list[Section]:
             page = found.folders[f"atlas/{unit}"] / member.folder / "index.html"
             address = found.address(page)
             items.append((f"{member.dictionary}: {member.features:,} features", address))
-    return [Section("All features", (Links("Pages of every feature", tuple(items)),), level=3)] if items else []
+    if not items:
+        return []
+    pages = [member for results in found.each(AtlasResults).values() for member in results.members]
+    sheets = [(member.dictionary, sheet) for member in pages for sheet in member.reviewed]
+    blocks: tuple[Block, ...] = (Links("Pages of every feature", tuple(items)),)
+    if sheets:
+        columns = {
+            "Dictionary": lambda name, sheet: name,
+            "Behaviour": lambda name, sheet: sheet.behaviour,
+            "Top features reviewed": lambda name, sheet: f"{sheet.reviewed} of {sheet.features}",
+        }
+        note = (
+            "The atlas has a sheet of each behaviour's top features for people to read, review/BEHAVIOUR.csv; a filled "
+            "copy is given to --atlas.labels, and its names are used on all pages."
+        )
+        blocks += (Table.of("Features read by people", sheets, columns, note=note),)
+    return [Section("All features", blocks, level=3)]

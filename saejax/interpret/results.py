@@ -31,6 +31,17 @@ class FrozenControl:
 
 
 @dataclasses.dataclass(frozen=True)
+class CategoryCounts:
+    """Features that are active more often on prompts of a category, at a false discovery rate of 5 %."""
+
+    prompts: int  #: of behaviours and benchmarks
+    tests: int  #: categories, and right and wrong answers within them
+    live: int  #: features that are active on at least five prompts
+    features: int  #: of them, those with an association
+    shuffled: int  #: the same with the prompts' categories and answers permuted
+
+
+@dataclasses.dataclass(frozen=True)
 class InterpretedDictionary:
     """What the features of a dictionary mean; ``features/*.json`` has it of each."""
 
@@ -45,6 +56,7 @@ class InterpretedDictionary:
     shuffled_f1: float  #: mean F1 of the label of another feature that fires about as often
     families: Mapping[str, int]  #: labels by what they look at
     frozen: FrozenControl | None = None  #: the same of a frozen-random dictionary; None: of an older version
+    categories: CategoryCounts | None = None  #: associations with prompt categories; None: not asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +65,15 @@ class InterpretResults:
 
     kind: str  #: of the dictionaries
     members: tuple[InterpretedDictionary, ...]  #: in their order
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviewedFeatures:
+    """How many of a behaviour's top features a person has labelled; ``review/BEHAVIOUR.csv`` is the sheet."""
+
+    behaviour: str  #: its name
+    reviewed: int  #: top features with a label by hand
+    features: int  #: top features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +86,7 @@ class AtlasPages:
     by_hand: int  #: features with a label of one's own
     automatic: int  #: of the others, features with a label found without a language model
     by_model: int  #: of the others, features with a label by a language model, or found and judged by it
+    reviewed: tuple[ReviewedFeatures, ...] = ()  #: by behaviour, where effects of top features were measured
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from saejax.models.sites import Site
 from saejax.models.tokens import token_text
 from saejax.parallel.mesh import make_mesh
 from saejax.results import from_json, to_json
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, member_folder
 from saejax.settings import MeshConfig, ModelConfig
 
 DONE = "interpreted.json"
@@ -55,7 +55,7 @@ def run_interpret(run: Run) -> InterpretResults:
         if run.stopping():
             raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
         lm, mesh, text = read()
-        dictionary = load_dictionary(trained / member.name)
+        dictionary = load_dictionary(member_folder(trained, member.name))
         layers = {name: trained / name for name in other_layers(member, stack)}
         found = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
         write_json(path[member.name], to_json(found))

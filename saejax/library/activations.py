@@ -88,6 +88,7 @@ def capture(
     ends_N = np.concatenate([[0], np.cumsum(tokens.lengths_B)])
     values: dict[str, np.ndarray] = {}
     for chosen, rows, length in even_batches(tokens.lengths_B, batch_tokens, lm.mesh.shape["data"], _PROGRAM):
+        # Rows are filled up to a number that the devices divide; the copies are not kept.
         filled_B = np.resize(chosen, rows)
         batch = Tokens(tokens.ids_BxT[filled_B, :length], tokens.lengths_B[filled_B])
         for site, value_BxTxD in lm(batch, capture=sites, logits=False).sites.items():
@@ -102,6 +103,7 @@ def capture(
     text_N = np.repeat(np.arange(len(texts_ids)), tokens.lengths_B)
     index_Nx3 = np.stack([text_N, np.arange(ends_N[-1]) - ends_N[text_N], np.concatenate(texts_ids)], axis=1)
     model = CapturedModel.of(lm.source, str(lm.params["embed_VxD"].dtype))
+    # Some tokenizers have no BOS token at all.
     bos_id = getattr(lm.tokenizer, "bos_token_id", None)
     bos = bos_id is not None and all(ids[0] == bos_id for ids in texts_ids)
     return Activations(values, index_Nx3.astype(np.int32), texts_ids, sink_factor, model, bos)

@@ -19,7 +19,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, TrainConfig
-from saejax.training.stack import choose_sites, make_members
+from saejax.training.members import choose_sites, make_members
 from saejax.training.train import run_train
 
 
@@ -50,23 +50,24 @@ def train(
       UserError: a setting is unknown, out of range or a list of several values, the site is not there, or training
         diverges.
     """
-    with tempfile.TemporaryDirectory(prefix="saejax-train-") as beside:
+    with tempfile.TemporaryDirectory(prefix="saejax-train-") as temporary:
         if isinstance(acts, Activations):
-            store = acts.save(Path(beside) / "capture")
+            store = acts.save(Path(temporary) / "capture")
         else:
             store = acts if isinstance(acts, Store) else Store.open(acts)
         chosen = site or next(iter(store.sites))
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
+        # The stage itself does the work, so that results of both are the same bits.
         config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
-        stack = [member for one in config.each_expansion() for member in make_members(one, kind, sites)]
+        stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
         if len(stack) > 1:
             raise UserError(
                 f"these settings make {len(stack)} dictionaries ({', '.join(member.name for member in stack)}), "
                 "and this trains one: call it for each, or train them as a stack with experiments.train"
             )
-        target = Path(folder or Path(beside) / "train")
+        target = Path(folder or Path(temporary) / "train")
         target.mkdir(parents=True, exist_ok=True)
         configs = Configs(config, mesh or MeshConfig())
         run_train(Run("train", kind, target, configs, {"capture": store.folder}, on_progress, lambda: False))
@@ -114,6 +115,7 @@ def evaluate(
     """
     site, target = dictionary.site, dictionary.config.target or dictionary.site
     acts = capture(lm, texts, list(dict.fromkeys((site, target))))
+    # The model's rule, whoever trained the dictionary: as in the stage.
     dictionary = dictionary.with_sink_norms(lm.sink_norm, replace=True)
     limits = {site: dictionary.config.max_norm} | (
         {target: dictionary.config.target_max_norm} if target != site else {}

@@ -28,10 +28,10 @@ def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        own = field.metadata.get("nested", dict)().get(unit)
-        names = set(typing.get_type_hints(own)) - set(hints) if own else set()
+        inner = field.metadata.get("nested", dict)().get(unit)
+        names = set(typing.get_type_hints(inner)) - set(hints) if inner else set()
         if inside := {name: settings.pop(name) for name in names & set(settings)}:
-            values[field.name] = {unit: configured(own, **inside)}
+            values[field.name] = {unit: configured(inner, **inside)}
     for name, value in settings.items():
         one_of(name, hints, f"setting of {cls.__name__}")
         takes_list = typing.get_origin(hints[name]) is tuple

@@ -92,24 +92,24 @@ def check_same(processes: Processes, settings: Mapping[str, str]) -> None:
     """
     first = json.loads(processes.broadcast("settings", json.dumps(settings)))
     for name in sorted({*first, *settings}):
-        theirs, ours = (values.get(name, "nothing") for values in (first, settings))
-        if theirs != ours:
+        expected, actual = (values.get(name, "nothing") for values in (first, settings))
+        if expected != actual:
             raise UserError(
-                f"{name} is {ours} in process {processes.rank} and {theirs} in process 0: start all processes alike"
+                f"{name} is {actual} in process {processes.rank} and {expected} in process 0: start all processes alike"
             )
 
 
-def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int] | None) -> None:
+def check_devices(devices: "Sequence[jax.Device]", rank: int, gpus: Sequence[int] | None) -> None:
     """Raise a ``UserError`` unless all processes have equally many devices, and this one all of its GPUs.
 
     JAX without its GPU package runs on the processor instead, where a run would take days longer.
 
     Args:
       devices: the devices of all processes.
-      own: number of this process.
+      rank: number of this process.
       gpus: the GPUs of this process; None where there are none, or none are wanted.
     """
-    used = sum(device.process_index == own and device.platform != "cpu" for device in devices)
+    used = sum(device.process_index == rank and device.platform != "cpu" for device in devices)
     if gpus is not None and used < len(gpus):
         raise UserError(
             f"this process has {len(gpus)} GPUs, of which JAX uses {used}: install the extra cuda12 or cuda13, see "
@@ -117,8 +117,8 @@ def check_devices(devices: "Sequence[jax.Device]", own: int, gpus: Sequence[int]
         )
     count = collections.Counter(device.process_index for device in devices)
     if len(set(count.values())) > 1:
-        told = ", ".join(f"process {number} has {of_it}" for number, of_it in sorted(count.items()))
-        raise UserError(f"processes have different numbers of devices ({told}): start the run on equal nodes")
+        counts = ", ".join(f"process {number} has {of_it}" for number, of_it in sorted(count.items()))
+        raise UserError(f"processes have different numbers of devices ({counts}): start the run on equal nodes")
 
 
 def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | None:

@@ -213,16 +213,18 @@ def _check_parity_is_possible(shapes: Sequence[Shape], topology: str) -> None:
 def _parity(run: Run, shape: Shape) -> dict[str, dict[str, float]]:
     """Measure and print the largest error of every kind of site, on each kind of tokens."""
     run.say(f"{shape.path}: decoder against transformers in {run.configs[ModelConfig].dtype}; largest relative error")
-    found = parity.measure(run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig]))
-    for name, errors in found.items():
+    errors_by_tokens = parity.measure(
+        run.configs, named(shape.path, run.configs[ModelConfig]), make_mesh(run.configs[MeshConfig])
+    )
+    for name, errors in errors_by_tokens.items():
         for error in errors:
             where = f" (layer {error.layer})" if error.layer >= 0 else ""
             run.say(f"  {name:<14} {error.kind:<11} {error.value:.2e}{where}")
-    return {name: {error.kind: error.value for error in errors} for name, errors in found.items()}
+    return {name: {error.kind: error.value for error in errors} for name, errors in errors_by_tokens.items()}
 
 
-def _check_parity(found: Mapping[str, Mapping[str, Mapping[str, float]]], tolerance: float) -> None:
-    for path, by_tokens in found.items():
+def _check_parity(errors_by_path: Mapping[str, Mapping[str, Mapping[str, float]]], tolerance: float) -> None:
+    for path, by_tokens in errors_by_path.items():
         for name, errors in by_tokens.items():
             kind = max(errors, key=errors.__getitem__)
             if errors[kind] > tolerance:

@@ -52,7 +52,7 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
       has devices of several nodes; kinds that there are none of are left out.
     """
     lines, entry = _computations(text)
-    found: dict[str, float] = {}
+    sent: dict[str, float] = {}
     for name, times in _runs(lines, entry):
         for _, shapes, kind, rest, _ in lines[name]:
             base = kind.removesuffix("-start")
@@ -67,8 +67,8 @@ def sent_bytes(text: str, devices: int, of_node: int) -> dict[str, int]:
                 base, result = "reduce-scatter", result // size
             apart = any(len({device // of_node for device in group}) > 1 for group in groups)
             label = base + (" between nodes" if apart else "")
-            found[label] = found.get(label, 0.0) + times * _sent(base, result, size)
-    return {label: round(count) for label, count in sorted(found.items())}
+            sent[label] = sent.get(label, 0.0) + times * _sent(base, result, size)
+    return {label: round(count) for label, count in sorted(sent.items())}
 
 
 def _sent(kind: str, result: int, size: int) -> float:
@@ -86,8 +86,8 @@ def _computations(text: str) -> tuple[dict[str, list[Line]], str]:
             here = begins["name"]
             lines[here] = []
             entry = here if begins["entry"] else entry
-        elif here and (found := _LINE.match(line)):
-            lines[here].append(Line(found["name"], found["shapes"], found["kind"], found["rest"], bool(found["root"])))
+        elif here and (parts := _LINE.match(line)):
+            lines[here].append(Line(parts["name"], parts["shapes"], parts["kind"], parts["rest"], bool(parts["root"])))
     return lines, entry
 
 
@@ -98,9 +98,9 @@ def _runs(lines: Mapping[str, list[Line]], name: str, times: int = 1) -> Iterato
         called = _CALLED.findall(rest)
         for branches in _BRANCHES.findall(rest):
             called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        for other in called:
-            if other in lines and kind not in KINDS:
-                yield from _runs(lines, other, times)
+        for callee in called:
+            if callee in lines and kind not in KINDS:
+                yield from _runs(lines, callee, times)
         for body in _BODY.findall(rest):
             yield from _runs(lines, body, times * _trips(lines, rest))
 
@@ -110,15 +110,15 @@ def _trips(lines: Mapping[str, list[Line]], rest: str) -> int:
 
     A TPU's compiler says it by the loop's condition alone: that a count, which begins with 0, is below a constant.
     """
-    if told := _TRIPS.search(rest):
-        return int(told[1])
+    if count := _TRIPS.search(rest):
+        return int(count[1])
     condition = _CONDITION.search(rest)
-    said = lines.get(condition[1], []) if condition else []
-    constants = {line.name: line.rest for line in said if line.kind == "constant"}
-    for line in said:
+    operations = lines.get(condition[1], []) if condition else []
+    constants = {line.name: line.rest for line in operations if line.kind == "constant"}
+    for line in operations:
         below = _BELOW.match(line.rest) if line.root and line.kind == "compare" else None
-        if below and (told := re.match(r"(\d+)\)", constants.get(below[1], ""))):
-            return int(told[1])
+        if below and (count := re.match(r"(\d+)\)", constants.get(below[1], ""))):
+            return int(count[1])
     return 1
 
 

@@ -59,10 +59,10 @@ def measure(configs: Configs, model: ModelConfig, mesh: Mesh) -> dict[str, list[
     logits = {
         name: source.torch_logits(torch_model, tokens.ids_BxT, tokens.lengths_B) for name, tokens in prompts.items()
     }
-    theirs = _transformers(torch_model, list(ours["real text"][1]), list(prompts.values()))
+    expected = _transformers(torch_model, list(ours["real text"][1]), list(prompts.values()))
     return {
         name: _errors(tokens, (logits[name], sites), ours[name])
-        for (name, tokens), sites in zip(prompts.items(), theirs, strict=True)
+        for (name, tokens), sites in zip(prompts.items(), expected, strict=True)
     }
 
 
@@ -112,18 +112,21 @@ def _transformers(model: Any, sites: Sequence[Site], prompts: Sequence[Tokens]) 
 
 def _errors(
     tokens: Tokens,
-    theirs: tuple[np.ndarray, dict[Site, np.ndarray]],
-    ours: tuple[np.ndarray, dict[Site, np.ndarray]],
+    expected_values: tuple[np.ndarray, dict[Site, np.ndarray]],
+    decoder_values: tuple[np.ndarray, dict[Site, np.ndarray]],
 ) -> list[Error]:
     """Return the largest error of every kind, in the order of the forward pass, the logits last."""
     mask_BxT = tokens.mask_BxT
 
-    def error(mine: np.ndarray, other: np.ndarray) -> float:
-        real, expected = (value[mask_BxT].astype(np.float64) for value in (mine, other))
-        if not (np.isfinite(real).all() and np.isfinite(expected).all()):
+    def error(actual_BxTxD: np.ndarray, expected_BxTxD: np.ndarray) -> float:
+        actual, expected = (value[mask_BxT].astype(np.float64) for value in (actual_BxTxD, expected_BxTxD))
+        if not (np.isfinite(actual).all() and np.isfinite(expected).all()):
             return float("inf")
-        return float(np.abs(real - expected).max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny))
+        return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny))
 
-    found = [Error(site.kind, site.layer, error(ours[1][site], theirs[1][site])) for site in ours[1]]
-    worst = [max((e for e in found if e.kind == kind), key=lambda e: e.value) for kind in KINDS]
-    return [*worst, Error(LOGITS, -1, error(ours[0], theirs[0]))]
+    errors = [
+        Error(site.kind, site.layer, error(decoder_values[1][site], expected_values[1][site]))
+        for site in decoder_values[1]
+    ]
+    worst = [max((e for e in errors if e.kind == kind), key=lambda e: e.value) for kind in KINDS]
+    return [*worst, Error(LOGITS, -1, error(decoder_values[0], expected_values[0]))]

@@ -45,14 +45,14 @@ def find_place(configs: Configs) -> Place:
         from saejax.preflight.topology import GPUS, find_slice, host_alone, of_process
 
         slice_ = find_slice(name)
-        mesh, own = make_mesh(configs[MeshConfig], slice_.devices), of_process(name, len(slice_.devices))
+        mesh, per_process = make_mesh(configs[MeshConfig], slice_.devices), of_process(name, len(slice_.devices))
         stands_for = "gpu" if name.partition(":")[0] in GPUS else ""
-        host = host_alone(name) if own and not stands_for else ()
-        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, own, host, stands_for)
+        host = host_alone(name) if per_process and not stands_for else ()
+        return Place(mesh, slice_.limit, f"devices of a {name}", slice_.of_node, per_process, host, stands_for)
     mesh, device = make_mesh(configs[MeshConfig], jax.devices()), jax.devices()[0]
-    own = jax.local_device_count() if jax.process_count() > 1 else 0
+    per_process = jax.local_device_count() if jax.process_count() > 1 else 0
     if device.platform == "cpu":  # all of them have the host's memory
         limit = psutil.virtual_memory().available // jax.device_count()
-        return Place(mesh, limit, "CPU devices", jax.device_count(), own)
+        return Place(mesh, limit, "CPU devices", jax.device_count(), per_process)
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
-    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), own)
+    return Place(mesh, limit, f"{device.device_kind} devices", jax.local_device_count(), per_process)

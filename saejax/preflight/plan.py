@@ -63,10 +63,10 @@ def stage_programs(plan: PlannedRun) -> list[Program]:
     Raises:
       UserError: the mesh does not divide the training batch or the features.
     """
-    asked = [stage for stage in STAGES.values() if stage.programs and stage.units(plan.configs)]
-    if STAGES["study"].units(plan.configs) and STAGES["benchmark"] not in asked:
-        asked.append(STAGES["benchmark"])  # its programs are those of a study, too
-    placed = [(stage.programs, plan.placed(stage)) for stage in asked]
+    stages = [stage for stage in STAGES.values() if stage.programs and stage.units(plan.configs)]
+    if STAGES["study"].units(plan.configs) and STAGES["benchmark"] not in stages:
+        stages.append(STAGES["benchmark"])  # its programs are those of a study, too
+    placed = [(stage.programs, plan.placed(stage)) for stage in stages]
     return [program for programs, where in placed if programs for program in programs(where, where.mesh)]
 
 

@@ -87,8 +87,8 @@ def of_process(name: str, devices: int) -> int:
     """
     kind, _, layout = name.partition(":")
     of_host = 8 if kind in ("v5e", "v6e") and devices <= 8 else 4
-    own = int(layout.rpartition("x")[2]) if kind in GPUS else of_host
-    return own if own < devices else 0
+    per_node = int(layout.rpartition("x")[2]) if kind in GPUS else of_host
+    return per_node if per_node < devices else 0
 
 
 def host_alone(name: str) -> tuple[jax.Device, ...]:
@@ -99,8 +99,8 @@ def host_alone(name: str) -> tuple[jax.Device, ...]:
 
 def _stand_ins(name: str) -> Slice:
     """Return as many of the host's CPU devices as the nodes have GPUs."""
-    found = _NODES.fullmatch(name)
-    if not found or not (count := int(found[2] or 1) * int(found[3])):
+    match = _NODES.fullmatch(name)
+    if not match or not (count := int(match[2] or 1) * int(match[3])):
         raise UserError(f"--preflight.topology={name}: expected GPUs of a node, such as h100:8, or of nodes, h100:4x8")
     if jax.config.jax_num_cpu_devices < count:
         with contextlib.suppress(RuntimeError):  # the devices are there already; perhaps as many
@@ -109,7 +109,7 @@ def _stand_ins(name: str) -> Slice:
     if len(devices) < count:
         begun = f"JAX has begun with {len(devices)} devices"
         raise UserError(f"--preflight.topology={name}: {begun}: run experiments.preflight by itself")
-    return Slice(name, devices[:count], int(_USABLE * GPUS[found[1]]), int(found[3]))
+    return Slice(name, devices[:count], int(_USABLE * GPUS[match[1]]), int(match[3]))
 
 
 def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
@@ -180,10 +180,10 @@ def _limit(device: jax.Device) -> int:
 
 def _exceeded(error: Exception) -> tuple[int, int] | None:
     """Return bytes needed and available, from the compiler's message; None if it is another error."""
-    found = _EXCEEDED.search(str(error))
-    if not found:
+    match = _EXCEEDED.search(str(error))
+    if not match:
         return None
-    needed, unit, available, available_unit = found.groups()
+    needed, unit, available, available_unit = match.groups()
     return int(float(needed) * _UNITS[unit]), int(float(available) * _UNITS[available_unit])
 
 

@@ -52,8 +52,10 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
         workdir = command_line.named_workdir(flag_values)
         runs_model = "capture" in stages or ("train" in stages and configs[TrainConfig].source == "model")
         shares_gpu = runs_model and configs[CaptureConfig].backend != "jax"
+        # Before JAX is imported: it reads these variables when it first looks for devices.
         environment.for_devices(bool(flag_values["deterministic"].value), shares_gpu)
         environment.keep_programs(configs[MeshConfig].compile_cache, Path(workdir))
+        # Here, so that --help and bad flags end without it.
         from saejax.runner import pipeline
 
         options = pipeline.RunOptions(
@@ -107,9 +109,9 @@ def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
             raise
         return _refuse(f"{error.filename or 'writing'}: {_DISK[error.errno]}", flag_values)
     except Exception as error:
-        if not (told := out_of_room(error)):
+        if not (reason := out_of_room(error)):
             raise
-        return _refuse(f"{flag_values['workdir'].value}: {told}: free space, then run again", flag_values)
+        return _refuse(f"{flag_values['workdir'].value}: {reason}: free space, then run again", flag_values)
 
 
 def _show(text: str) -> None:

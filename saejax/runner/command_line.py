@@ -92,6 +92,7 @@ def read_configs(
       flags.Error: a flag is unknown or cannot be read.
     """
     environment.for_libraries()
+    # Plugins define settings, so they are loaded before flags are defined.
     _plugins(argv)
     config.define_flags(GROUPS, flag_values)
     try:
@@ -106,8 +107,8 @@ def read_configs(
     if flag_values["help"].value:
         return config.Configs()
     if len(rest) > 1:
-        told = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
-        raise UserError(f"{told} is not a flag: flags are --group.field=value; --help lists them")
+        argument = f"{_line_of(argv, rest[1].__eq__)}{textwrap.shorten(rest[1], 80)!r}"
+        raise UserError(f"{argument} is not a flag: flags are --group.field=value; --help lists them")
     if stages is None:
         return config.from_flags(GROUPS, flag_values)
     accepted = accepted_groups(stages)
@@ -119,6 +120,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
     """Raise a ``UserError`` for a flag of the command line itself that belongs to a stage which is not read."""
     for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
         group = flag.partition(".")[0]
+        # absl writes a false flag as --noNAME.
         group = group if group in GROUPS else group.removeprefix("no")  # --notrain.tensorboard
         if group in GROUPS and group not in accepted:
             raise UserError(
@@ -127,12 +129,12 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
             )
 
 
-def _line_of(argv: Sequence[str], found: Callable[[str], bool]) -> str:
+def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
     """Return the position of the flag file's line for which ``found`` holds, to begin an error message; "" if none."""
     for name, _, file in (argument.partition("=") for argument in argv):
         if name.lstrip("-") == "flagfile" and Path(file).is_file():
             for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):
-                if found(line.strip()):
+                if matches(line.strip()):
                     return f"{file}, line {number}: "
     return ""
 

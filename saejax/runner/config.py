@@ -113,16 +113,16 @@ def _settings(cls: type) -> dict[str, dataclasses.Field]:
 def _nested(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
     """Return the groups inside a group: the field that holds them, their name and class."""
     for field in dataclasses.fields(cls):
-        for name, own in field.metadata.get("nested", dict)().items():
-            yield field.name, name, own
+        for name, group in field.metadata.get("nested", dict)().items():
+            yield field.name, name, group
 
 
 def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
     """Return the settings of a group and of those inside it, by the names of their flags."""
-    found = {f"{group}.{name}": field for name, field in _settings(cls).items()}
-    for _, name, own in _nested(cls):
-        found |= {f"{group}.{name}.{key}": field for key, field in _settings(own).items()}
-    return found
+    fields = {f"{group}.{name}": field for name, field in _settings(cls).items()}
+    for _, name, inner in _nested(cls):
+        fields |= {f"{group}.{name}.{key}": field for key, field in _settings(inner).items()}
+    return fields
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -135,6 +135,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} is {value}: expected at least {low}")
     if high is not None and value > high:
         raise UserError(f"{field.name} is {value}: expected at most {high}")
+    # Kinds of plugins are known only when a value is checked.
     choices = choices() if callable(choices) else choices
     if choices is not None and value not in choices:
         raise UserError(f"{field.name} is {value!r}: expected one of {', '.join(map(str, choices))}")
@@ -152,12 +153,12 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def identity(config: Any, unit: str = "") -> dict[str, Any]:
     """Return the part of ``to_json`` that the results of the named unit depend on, its own nested group included."""
-    inside = [getattr(config, field).get(name, own()) for field, name, own in _nested(type(config)) if name == unit]
-    found = config.also(unit)
+    inside = [getattr(config, field).get(name, inner()) for field, name, inner in _nested(type(config)) if name == unit]
+    values = config.also(unit)
     for group in (config, *inside):
         data = to_json(group)
-        found |= {name: data[name] for name, field in _settings(type(group)).items() if _changes_results(field, unit)}
-    return found
+        values |= {name: data[name] for name, field in _settings(type(group)).items() if _changes_results(field, unit)}
+    return values
 
 
 def _changes_results(field: dataclasses.Field, unit: str) -> bool:
@@ -181,10 +182,11 @@ def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> N
     """
     for group, cls in groups.items():
         _define_all(group, cls, flag_values)
-        for _, name, own in _nested(cls):
-            _define_all(f"{group}.{name}", own, flag_values)
-        for _, name, own in _nested(cls):
-            for key in _settings(own):
+        for _, name, inner in _nested(cls):
+            _define_all(f"{group}.{name}", inner, flag_values)
+        for _, name, inner in _nested(cls):
+            for key in _settings(inner):
+                # Two kinds may have a setting of one name: then only the full name is unambiguous.
                 if f"{group}.{key}" not in flag_values:
                     flags.DEFINE_alias(f"{group}.{key}", f"{group}.{name}.{key}", flag_values=flag_values)
 
@@ -249,8 +251,8 @@ def from_flags(
             made.append(cls())
             continue
         inside: dict[str, dict[str, Config]] = {}
-        for field, name, own in _nested(cls):
-            inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", own, flag_values)
+        for field, name, inner in _nested(cls):
+            inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", inner, flag_values)
         made.append(_from_flags(group, cls, flag_values, inside))
     return Configs(*made)
 

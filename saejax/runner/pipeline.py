@@ -5,6 +5,7 @@
 3. Several processes run one unit together, or split its items (``Stage.processes``).
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -27,9 +28,10 @@ from saejax.runner.logs import log, log_path
 from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
 from saejax.runner.registry import STAGES, groups_of, with_inputs
+from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
-from saejax.runner.workspace import STARTED, SUMMARY, Run, Workspace, now, package_versions
+from saejax.runner.workspace import STARTED, SUMMARY, Run, StackWork, Workspace, member_folder, now, package_versions
 from saejax.settings import MeshConfig, ModelConfig
 
 _OF_PROCESS = {("mesh", "process_id"), ("mesh", "coordinator")}  # settings that differ between processes of a run
@@ -111,6 +113,7 @@ def run_stages(
     for stage in stages:
         one_of(stage, STAGES, "stage")
     workspace = workdir if isinstance(workdir, Workspace) else Workspace(workdir)
+    # A binary of one stage gives that stage's own error instead.
     if len(stages) > 1:
         stages = _without_decoder_stages(stages, configs, say)
     units = [unit for stage in stages for unit in STAGES[stage].units(configs)]
@@ -122,8 +125,6 @@ def run_stages(
             STAGES[stage].check(configs)
     if options.only:
         units = [one_of(options.only, units, "unit (--unit)")]
-    if options.keep_going and configs[MeshConfig].together:
-        raise UserError("--keep_going works with one process: leave it out, or start one process")
     processes = None
     if configs[MeshConfig].together:
         configs |= join(configs[MeshConfig], say)
@@ -138,18 +139,21 @@ def run_stages(
     for unit in units:
         if stopping():
             raise Interrupted(f"stopped before {unit}; what is done is kept: run the same command to go on")
+        # Between units, so that what was begun is always finished.
         check_budget(workspace, options.budget_device_hours, prefixed)
-        if failed and (missing := [need for need in pipeline.plan.needs(unit) if need in failed]):
-            failed[unit] = f"left out, for {missing[0]} failed"
-            continue
+        if processes and options.keep_going:
+            processes.begin_unit(unit)
         try:
+            if failed and (missing := [need for need in map(_whole, pipeline.plan.needs(unit)) if need in failed]):
+                failed[unit] = f"left out, for {missing[0]} failed"
+                continue
             _run_unit(pipeline, unit)
-        except (Interrupted, OtherFailed):
+        except Interrupted:
             raise
         except Exception as error:
-            expected = isinstance(error, UserError | CheckFailed)
+            expected = isinstance(error, UserError | CheckFailed | OtherFailed)
             pipeline.log(unit, f"failed: {error}" if expected else traceback.format_exc())
-            if not options.keep_going:
+            if not options.keep_going or (processes and not processes.regroup(1)):
                 raise
             failed[unit] = " ".join(str(error).split()) or type(error).__name__
             pipeline.report(unit, f"{unit}: failed: {failed[unit]}")
@@ -158,6 +162,11 @@ def run_stages(
     if failed:
         lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
         raise CheckFailed(f"{len(failed)} of {len(units)} units: {lines}")
+
+
+def _whole(unit: str) -> str:
+    """Return the unit that makes a unit: itself, or the stack that it is a member of."""
+    return split_unit(unit)[0]
 
 
 def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
@@ -191,7 +200,7 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     stage, _, _ = unit.partition("/")
     workspace, plan, processes = pipeline.workspace, pipeline.plan, pipeline.processes
     mark = plan.fingerprint(unit)
-    done = workspace.is_done(unit, mark) if pipeline.leads else False
+    done = plan.is_done(workspace, unit) if pipeline.leads else False
     if processes:  # the first process looks, since others may see a shared folder a little later
         done = processes.broadcast(f"{unit}: done", json.dumps(done)) == "true"
     if done:
@@ -203,17 +212,22 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
     if pipeline.leads:
         if shows_data(stage):
             write_rules(workspace.root, plan.configs, with_inputs(pipeline.stages))
-        with workspace.claim(unit, mark, pipeline.options.take_over):
-            if processes is None and workspace.is_done(unit, mark):  # another run has made it meanwhile
+        with contextlib.ExitStack() as claims:
+            claims.enter_context(workspace.claim(unit, mark, pipeline.options.take_over))
+            if processes is None and plan.is_done(workspace, unit):  # another run has made it meanwhile
                 pipeline.say(f"{unit}: done before, unchanged")
             else:
                 previous = workspace.current(unit)
-                resumed = workspace.begin(unit, mark, _start(plan, unit))
+                resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
                 differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
                 pipeline.report(unit, f"{unit}: {'going on' if resumed else 'started'}{differences}")
+                stack = None
                 try:
-                    _run_together(pipeline, unit, inputs)
+                    stack = _open_stack(pipeline, unit, claims) if plan.members(unit) else None
+                    _run_together(pipeline, unit, inputs, stack)
                 except UserError:
+                    for member in stack.missing if stack else ():
+                        workspace.discard_if_empty(unit, plan.fingerprint(f"{unit}/{member}"))
                     workspace.discard_if_empty(unit, mark)
                     raise
         if processes:
@@ -223,28 +237,52 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
         processes.barrier(f"{unit}: done")
 
 
-def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path]) -> None:
+def _open_stack(pipeline: _Pipeline, unit: str, claims: contextlib.ExitStack) -> StackWork:
+    """Find out which members of a stack are missing, and claim and begin these."""
+    plan, workspace = pipeline.plan, pipeline.workspace
+    marks = {member: plan.fingerprint(f"{unit}/{member}") for member in plan.members(unit)}
+    work = workspace.open_stack(unit, plan.fingerprint(unit), marks)
+    for member in work.missing:
+        claims.enter_context(workspace.claim(unit, marks[member], pipeline.options.take_over))
+        about = _start(plan, f"{unit}/{member}", plan.members(unit)[member].configs)
+        workspace.begin(unit, marks[member], about, current=False)
+    if reused := len(marks) - len(work.missing):
+        pipeline.report(unit, f"  {unit}: {reused} of {len(marks)} members done before")
+    return work
+
+
+def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: StackWork | None = None) -> None:
     """Run a unit's stage in this process, as far as it takes part; the first process writes the summary."""
     stage = STAGES[unit.partition("/")[0]]
     processes = pipeline.processes
     if processes is None:
-        return _run_stage(pipeline, unit, inputs, ProcessShare())
+        return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
     processes.barrier(f"{unit}: begun")  # its folder is there now
+    if pipeline.plan.members(unit):
+        made = [stack.together, stack.missing] if stack else []  # as the first process finds them
+        together, missing = json.loads(processes.broadcast(f"{unit}: members", json.dumps(made)))
+        stack = StackWork(_member_folders(pipeline, unit), together, missing)
     if stage.processes == "all":
         from saejax.parallel.collectives import wait_for_all
 
         wait_for_all(f"{unit} is begun")
-        return _run_stage(pipeline, unit, inputs, ProcessShare())
+        return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
     if stage.processes == "items" or pipeline.leads:
         from saejax.parallel.collectives import alone
 
+        share = ProcessShare(processes) if stage.processes == "items" else ProcessShare()
         with alone():
-            _run_stage(
-                pipeline, unit, inputs, ProcessShare(processes) if stage.processes == "items" else ProcessShare()
-            )
+            _run_stage(pipeline, unit, inputs, share, stack)
 
 
-def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare) -> None:
+def _member_folders(pipeline: _Pipeline, unit: str) -> dict[str, Path]:
+    plan, workspace = pipeline.plan, pipeline.workspace
+    return {member: workspace.folder(unit, plan.fingerprint(f"{unit}/{member}")) for member in plan.members(unit)}
+
+
+def _run_stage(
+    pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share: ProcessShare, stack: StackWork | None
+) -> None:
     """Run a stage's function; the first process writes the unit's summary."""
     workspace, plan, (stage, _, name) = pipeline.workspace, pipeline.plan, unit.partition("/")
     mark = plan.fingerprint(unit)
@@ -259,7 +297,18 @@ def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share
     profiler, stopping = None, pipeline.stopping
     if pipeline.options.profile:
         stopping = profiler = Profiler(Path(pipeline.options.profile) / unit, stopping, say)
-    run = Run(stage, name, workspace.folder(unit, mark), plan.configs, inputs, say, stopping, share)
+
+    def finish_member(member: str, results: Any) -> None:
+        """Write a member's summary; of the time, it has its share."""
+        if not pipeline.leads or not stack or member not in stack.missing:
+            return
+        configs, seconds = plan.members(unit)[member].configs, (time.monotonic() - clock) / len(stack.missing)
+        about = _describe(plan, stage, inputs, configs) | dict(start=started, seconds=round(seconds, 2))
+        member_mark = plan.fingerprint(f"{unit}/{member}")
+        workspace.finish(unit, member_mark, about | dict(results=to_json(results)), current=False)
+
+    folder = workspace.folder(unit, mark)
+    run = Run(stage, name, folder, plan.configs, inputs, say, stopping, share, stack, finish_member)
     try:
         results = (pipeline.substitutes.get(stage) or STAGES[stage].run)(run)
     except ShareDone:
@@ -272,21 +321,24 @@ def _run_stage(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], share
     seconds = round(time.monotonic() - clock, 2)
     peaks = dict(peak_host_bytes=peak_host_bytes(), peak_device_bytes=peak_device_bytes())
     measured = dict(start=started, seconds=seconds) | {name: peak for name, peak in peaks.items() if peak is not None}
-    workspace.finish(unit, mark, _describe(plan, stage, inputs) | measured | dict(results=to_json(results)))
+    if stack:
+        workspace.link_members(unit, mark, stack)
+    about = _describe(plan, stage, inputs, plan.configs) | measured
+    workspace.finish(unit, mark, about | dict(results=to_json(results)))
     pipeline.report(unit, f"{unit}: done in {seconds:.1f} s")
 
 
-def _start(plan: Workplan, unit: str) -> dict[str, Any]:
+def _start(plan: Workplan, unit: str, configs: Configs) -> dict[str, Any]:
     """Return what ``started.json`` says beside the fingerprint."""
     stage = unit.partition("/")[0]
     return dict(
-        start=now(), depends_on=plan.dependencies(unit), config=_settings(plan, stage), packages=package_versions()
+        start=now(), depends_on=plan.dependencies(unit), config=_settings(configs, stage), packages=package_versions()
     )
 
 
-def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[str, Any]:
+def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path], configs: Configs) -> dict[str, Any]:
     """Return what a summary says of settings, inputs, versions and devices."""
-    settings = _settings(plan, stage)
+    settings = _settings(configs, stage)
     return dict(
         config=settings,
         inputs={need: plan.fingerprint(need) for need in inputs},
@@ -296,10 +348,11 @@ def _describe(plan: Workplan, stage: str, inputs: Mapping[str, Path]) -> dict[st
     )
 
 
-def _settings(plan: Workplan, stage: str) -> dict[str, dict[str, Any]]:
+def _settings(configs: Configs, stage: str) -> dict[str, dict[str, Any]]:
     """Return all settings of the groups that a stage reads, JSON data."""
+    # Those that place a computation are recorded, too, though they are no part of the fingerprint.
     groups = (*groups_of(STAGES[stage]), *STAGES[stage].placement)
-    return {configuration.group_name(group): configuration.to_json(plan.configs[group]) for group in groups}
+    return {configuration.group_name(group): configuration.to_json(configs[group]) for group in groups}
 
 
 def _devices() -> dict[str, Any] | None:
@@ -314,10 +367,10 @@ def _devices() -> dict[str, Any] | None:
 
 def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
     """Return the folder of a finished unit that another one reads."""
-    workspace, mark = pipeline.workspace, pipeline.plan.fingerprint(need)
+    workspace, mark, whole = pipeline.workspace, pipeline.plan.fingerprint(need), split_unit(need)[0]
     if pipeline.processes and not pipeline.leads:  # the first process has seen it
-        pipeline.processes.wait_until_visible([workspace.folder(need, mark) / SUMMARY])
-    if not workspace.is_done(need, mark):
+        pipeline.processes.wait_until_visible([workspace.folder(whole, mark) / SUMMARY])
+    if not pipeline.plan.is_done(workspace, need):
         previous, state = workspace.current(need), "has not been made"
         if previous and (previous / SUMMARY).exists():
             state = f"was made with other settings{_describe_changes(pipeline.plan, need, previous)}"
@@ -325,17 +378,30 @@ def _input_folder(pipeline: _Pipeline, unit: str, need: str) -> Path:
             f"{unit} reads {need}, which {state} in {workspace.root}: "
             f"run experiments.{need.partition('/')[0]} with the same flags first"
         )
-    return workspace.folder(need, mark)
+    return workspace.folder(whole, mark)
 
 
 def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
     """Return in words in which settings and inputs a unit differs from an earlier one; "" if that does not say."""
-    try:
-        before = read_object(previous / STARTED).get("depends_on") or {}
-    except UserError:  # the line is for people: a damaged file of an earlier unit stops nothing
+    before, after = _recorded_dependencies(previous), plan.dependencies(unit)
+    if not before:
         return ""
-    changed = "; ".join(_changes(before, plan.dependencies(unit)))
-    return f" ({changed})" if changed else ""
+    changes, both = [*_changes(before, after)], [need for need in after["needs"] if need in before.get("needs", {})]
+    for member in (need.removeprefix(f"{unit}/") for need in both if plan.members(unit)):
+        if details := [
+            *_changes(_recorded_dependencies(member_folder(previous, member)), plan.dependencies(f"{unit}/{member}"))
+        ]:
+            changes = details  # which are mostly the same for all members
+            break
+    return f" ({'; '.join(changes)})" if changes else ""
+
+
+def _recorded_dependencies(folder: Path) -> dict[str, Any]:
+    """Return what a unit's ``started.json`` says that it depends on; empty if that is damaged: it is for people."""
+    try:
+        return read_object(folder / STARTED).get("depends_on") or {}
+    except UserError:
+        return {}
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -349,7 +415,11 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
                 differences.append(f"--{group}.{name} was {was}, is {now_is}")
     for kind in ("needs", "sources"):
         names = sorted({*old.get(kind, {}), *new[kind]})
-        differences += [f"{name} is another" for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]
+        changed = [name for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]
+        differences += [
+            f"{name} is {'new' if name not in old.get(kind, {}) else 'another' if name in new[kind] else 'left out'}"
+            for name in changed
+        ]
     if old.get("revision") != new["revision"]:
         differences.append("saejax computes it differently")
     yield from differences[:_NAMED]

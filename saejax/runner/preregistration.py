@@ -66,15 +66,15 @@ def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
 
 def read_rules(root: Path) -> list[WrittenRule]:
     """Return the rules in a workdir's file, none if there is no file. A line that a kill cut off is left out."""
-    found = []
+    rules = []
     lines = (root / FILE).read_text("utf-8").split("\n") if (root / FILE).exists() else []
     for line in lines:
         try:
             fields = json.loads(line)
-            found.append(WrittenRule(**fields | dict(seen=tuple(fields["seen"]))))
+            rules.append(WrittenRule(**fields | dict(seen=tuple(fields["seen"]))))
         except (ValueError, TypeError, KeyError):
             continue
-    return found
+    return rules
 
 
 def describe_rule(root: Path, stage: str, rule: str) -> str:
@@ -104,13 +104,13 @@ def describe_rule(root: Path, stage: str, rule: str) -> str:
 def measured(root: Path) -> list[str]:
     """Return the folders, in a workdir, of all units that show data and have been begun, whatever their settings."""
     stages = [stage for stage in STAGES if shows_data(stage)]
-    found = {
+    folders = {
         path.parent
         for stage in stages
         for pattern in ("-*", "/*-*")
         for path in root.glob(f"{stage}{pattern}/{STARTED}")
     }
-    return sorted(str(folder.relative_to(root)) for folder in found)
+    return sorted(str(folder.relative_to(root)) for folder in folders)
 
 
 def _without_hash(folder: str) -> str:

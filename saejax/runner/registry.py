@@ -43,17 +43,18 @@ def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
     named = {stage.name: stage for stage in stages}
     first = {stage.name for stage in named.values() if stage.first}
     waits = {name: {*stage.reads, *stage.follows, *(() if stage.first else first)} for name, stage in named.items()}
+    # A stage that reads all others runs after all of them.
     waits |= {name: set(named) - {name} for name, before in waits.items() if "*" in before}
-    ready, found = sorted(name for name in named if not waits[name]), dict[str, Stage]()
+    ready, in_order = sorted(name for name in named if not waits[name]), dict[str, Stage]()
     while ready:
         name = heapq.heappop(ready)
-        found[name] = named[name]
-        for other, before in waits.items():
-            if name in before and not before - found.keys():
-                heapq.heappush(ready, other)
-    if missing := named.keys() - found.keys():
+        in_order[name] = named[name]
+        for follower, before in waits.items():
+            if name in before and not before - in_order.keys():
+                heapq.heappush(ready, follower)
+    if missing := named.keys() - in_order.keys():
         raise ValueError(f"stages wait for each other, or for one that does not exist: {sorted(missing)}")
-    return found
+    return in_order
 
 
 STAGES = ordered(_discover())
@@ -69,13 +70,13 @@ def groups_of(stage: Stage) -> tuple[type[Config], ...]:
 
 def with_inputs(stages: Iterable[str]) -> list[str]:
     """Return stages and those whose units they read, directly or through others, in the order of ``STAGES``."""
-    waiting, found = list(stages), set[str]()
+    waiting, reached = list(stages), set[str]()
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found.add(name)
+        if name not in reached:
+            reached.add(name)
             waiting += STAGES if "*" in STAGES[name].reads or STAGES[name].reads_all else STAGES[name].reads
-    return [name for name in STAGES if name in found]
+    return [name for name in STAGES if name in reached]
 
 
 def accepted_groups(stages: Iterable[str]) -> list[str]:

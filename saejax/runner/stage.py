@@ -10,11 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from saejax.errors import UserError
 from saejax.runner.config import Config, Configs
 from saejax.runner.workspace import Run
 from saejax.settings.kinds import unit_names
 
 _LONGEST = 100  # characters of the name of a folder's unit
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitMember:
+    """A member of a unit that is a stack: a unit of its own.
+
+    Attributes:
+      configs: the settings of a run in which it is alone.
+      also: what else its result depends on, by name.
+    """
+
+    configs: Configs
+    also: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +64,8 @@ class Stage:
         before there are data (``preregistration``).
       unread: settings of its groups, as "group.field", that a unit's code does not read, given the configuration and
         the unit's name: what only another value of a setting makes count.
+      members: the members of a unit, each of which is a unit of its own, given the configuration and the unit's name;
+        the one member "" is the unit itself. Empty: the unit is made as a whole.
       revision: version of what it computes, raised when a code change alters its results; units of an earlier revision
         are made anew.
       processes: what several processes do with a unit: the first "one" does it alone; they split its "items"
@@ -78,6 +94,7 @@ class Stage:
     results: Callable[[], Any] | None = None
     rule: Callable[[Any], str] | None = None
     unread: Callable[[Configs, str], Sequence[str]] = lambda configs, name: ()
+    members: Callable[[Configs, str], Mapping[str, UnitMember]] = lambda configs, name: {}
     revision: int = 1
     processes: Literal["one", "items", "all"] = "one"
 
@@ -99,6 +116,23 @@ def is_folder(dictionary: str) -> bool:
 
 
 def train_units(*dictionaries: str) -> tuple[str, ...]:
-    """Return the distinct units that train these dictionaries; dictionaries named by a folder have none."""
-    kinds = [name.partition("/")[0] for name in dictionaries if not is_folder(name)]
-    return tuple(dict.fromkeys(f"train/{kind}" for kind in kinds))
+    """Return the distinct units of dictionaries, of a member its own; dictionaries named by a folder have none."""
+    return tuple(dict.fromkeys(f"train/{name}" for name in dictionaries if not is_folder(name)))
+
+
+def split_unit(unit: str) -> tuple[str, str]:
+    """Split the name of a unit from that of its member: ("train/topk", "k16") of "train/topk/k16"."""
+    stage, _, rest = unit.partition("/")
+    name, _, member = rest.partition("/")
+    return (f"{stage}/{name}" if name else stage), member
+
+
+def check_member(name: str, members: Sequence[str], flag: str) -> None:
+    """Raise a ``UserError`` that names the flag unless the dictionary ``name`` is one of a unit's ``members``."""
+    kind, _, member = name.partition("/")
+    if member in members:
+        return
+    if list(members) == [""]:
+        raise UserError(f"{flag}={name}, but {kind} is one dictionary and no stack: give {flag}={kind}")
+    problem = f"there is no member {member}" if member else f"{kind} is a stack of {len(members)} dictionaries"
+    raise UserError(f"{flag}={name}: {problem}: name one, such as {flag}={kind}/{members[0]}, of {', '.join(members)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saejax.errors import UserError
 from saejax.files import read_object
-from saejax.runner.workspace import SUMMARY, Workspace
+from saejax.runner.workspace import STACK, SUMMARY, Workspace
 
 _WARN = 0.8  # share of a budget from which a line says how much is used
 _PROCESS = Path("/proc/self")
@@ -30,8 +30,8 @@ def peak_host_bytes() -> int | None:
     ``getrusage`` does not help: a child process starts with its parent's peak.
     """
     with contextlib.suppress(OSError):
-        found = re.search(r"^VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+        return int(peak[1]) * 1024 if peak else None
     return None
 
 
@@ -41,8 +41,8 @@ def peak_device_bytes() -> int | None:
         return None
     import jax
 
-    found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    return max((peak for peak in found if peak is not None), default=None)
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
@@ -59,11 +59,15 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
 
 
 def used_device_hours(workspace: Workspace) -> float:
-    """Return the seconds of a workdir's finished units, times the devices of each, in hours."""
+    """Return the seconds of a workdir's finished units, current or not, times the devices of each, in hours."""
     total = 0.0
-    for folder in workspace.units().values():
-        if (folder / SUMMARY).exists():
-            summary = read_object(folder / SUMMARY, "seconds")
+    # Units lie in DIR/<stage>-<hash> or in DIR/<stage>/<name>-<hash>.
+    for pattern in ("*", "*/*"):
+        for path in workspace.root.glob(f"{pattern}/{SUMMARY}"):
+            folder = path.parent
+            if folder.is_symlink() or folder.parent.is_symlink() or (folder / STACK).exists():
+                continue  # counted under its own name; a stack's members are
+            summary = read_object(path, "seconds")
             total += summary["seconds"] * (summary.get("devices") or {}).get("count", 0) / 3600
     return total
 

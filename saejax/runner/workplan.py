@@ -3,6 +3,9 @@
 A unit's fingerprint is a hash of exactly what its result depends on: the settings that its code reads
 (``settings_read``), the fingerprints of the units that it reads, the content of the model and the text, and the
 ``revision`` of its stage, which is raised whenever its code computes something else.
+
+Each member of a stack, such as ``train/topk/k16``, is a unit of its own, which depends on what it would depend on in a
+run of it alone. A stack depends on its members.
 """
 
 from collections.abc import Mapping
@@ -12,8 +15,8 @@ from saejax.errors import UserError, one_of
 from saejax.runner import config as configuration
 from saejax.runner.config import Configs, group_name
 from saejax.runner.registry import STAGES, groups_of
-from saejax.runner.stage import Stage
-from saejax.runner.workspace import fingerprint
+from saejax.runner.stage import Stage, UnitMember, check_member, split_unit
+from saejax.runner.workspace import Workspace, fingerprint
 
 
 class Dependencies(TypedDict):
@@ -33,18 +36,31 @@ class Workplan:
         self.configs = configs
         self._dependencies: dict[str, Dependencies] = {}
         self._sources: dict[Any, str] = {}
-        self._partial: Workplan | None = None
+        self._members: dict[str, Mapping[str, UnitMember]] = {}
+        self._partial: list[Workplan] = []
+
+    def members(self, unit: str) -> Mapping[str, UnitMember]:
+        """Return the members of a unit that is a stack, by name; empty for any other unit."""
+        members = self._all_members(unit)
+        return {} if [*members] == [""] else members
+
+    def _all_members(self, unit: str) -> Mapping[str, UnitMember]:
+        if unit not in self._members:
+            stage, _, name = unit.partition("/")
+            self._members[unit] = STAGES[stage].members(self.configs, name)
+        return self._members[unit]
 
     def needs(self, unit: str) -> list[str]:
-        """Return the units that a unit reads.
+        """Return the units that a unit reads, such as "train/topk", or "train/topk/k16" where it reads a member alone.
 
         Raises:
           UserError: no flag asks for one of them.
         """
         stage, _, name = unit.partition("/")
-        needs = list(STAGES[stage].needs(self.configs, name))
-        for need in needs:
-            needed_stage, _, needed_name = need.partition("/")
+        needs = []
+        for need in STAGES[stage].needs(self.configs, name):
+            whole, member = split_unit(need)
+            needed_stage, _, needed_name = whole.partition("/")
             if not {needed_stage, "*"} & set(STAGES[stage].reads):
                 raise ValueError(f"the stage {stage} reads {need}: name {needed_stage} in its reads")
             if needed_name:
@@ -52,7 +68,14 @@ class Workplan:
                 if not STAGES[needed_stage].names(self.configs):
                     raise UserError(f"{unit} reads {need}, which no flag asks for: add --{flag}={needed_name}")
                 one_of(needed_name, STAGES[needed_stage].names(self.configs), f"dictionary for {stage} (--{flag})")
-        return needs
+            if member and self._all_members(whole):
+                dictionary = f"{needed_name}/{member}"
+                flag = f"--{stage}.{_naming_field(self.configs.named(stage), dictionary)}"
+                check_member(dictionary, list(self._all_members(whole)), flag)
+            needs.append(
+                need if self.members(whole) else whole
+            )  # members that are no units of their own are read from the whole
+        return list(dict.fromkeys(needs))
 
     def fingerprint(self, unit: str) -> str:
         """Return the unit's fingerprint: a hash of what it depends on."""
@@ -61,25 +84,51 @@ class Workplan:
     def dependencies(self, unit: str) -> Dependencies:
         """Return what the unit depends on."""
         if unit not in self._dependencies:
-            stage, _, name = unit.partition("/")
-            inputs = self._with(STAGES[stage].inputs(self.configs, name))
-            self._dependencies[unit] = Dependencies(
-                unit=unit,
-                settings=settings_read(STAGES[stage], self.configs, name),
-                needs={need: inputs.fingerprint(need) for need in self.needs(unit)},
-                sources=self._sources_of(STAGES[stage], name),
-                revision=STAGES[stage].revision,
-            )
+            self._dependencies[unit] = self._dependencies_of(*split_unit(unit))
         return self._dependencies[unit]
+
+    def is_done(self, workspace: Workspace, unit: str) -> bool:
+        """Return whether a unit or a member of a stack is finished; of a stack, all members."""
+        whole, _ = split_unit(unit)
+        members = self.members(unit) if unit == whole else {}
+        marks = [self.fingerprint(unit), *(self.fingerprint(f"{unit}/{member}") for member in members)]
+        return all(workspace.is_done(whole, mark) for mark in marks)
+
+    def _dependencies_of(self, unit: str, member: str) -> Dependencies:
+        stage, name = STAGES[unit.partition("/")[0]], unit.partition("/")[2]
+        members = self._all_members(unit)
+        if members and member not in members:  # the whole stack
+            marks = {f"{unit}/{name}": self.fingerprint(f"{unit}/{name}") for name in members}
+            return Dependencies(unit=unit, settings={}, needs=marks, sources={}, revision=stage.revision)
+        lone = members.get(member, UnitMember(self.configs))
+        # A reader of some sites of a store does not depend on the others.
+        inputs = self._with(stage.inputs(lone.configs, name))
+        needs = {
+            # Of a stack that this member was made from, it reads its namesake.
+            need: self.fingerprint(f"{need}/{member}")
+            if members and member in self._all_members(need)
+            else inputs.fingerprint(need)
+            for need in self.needs(unit)
+        }
+        return Dependencies(
+            unit=unit,
+            settings=settings_read(stage, lone.configs, name),
+            needs=needs,
+            sources={**self._sources_of(stage, name), **lone.also},
+            revision=stage.revision,
+        )
 
     def _with(self, configs: Configs) -> "Workplan":
         """Return the plan of a configuration that differs in which parts of units are read, not in sources."""
         if configs is self.configs:
             return self
-        if self._partial is None or [*self._partial.configs] != [*configs]:
-            self._partial = Workplan(configs)
-            self._partial._sources = self._sources
-        return self._partial
+        groups = [*configs]
+        plan = next((plan for plan in self._partial if [*plan.configs] == groups), None)
+        if plan is None:
+            plan = Workplan(configs)
+            plan._sources = self._sources
+            self._partial.append(plan)
+        return plan
 
     def _sources_of(self, stage: Stage, name: str) -> dict[str, str]:
         """Return the fingerprints of what a unit reads from outside; what units share is hashed once."""
@@ -88,6 +137,12 @@ class Workplan:
                 self._sources[identity] = identity(self.configs)
         shared = {source: self._sources[identity] for source, identity in stage.identity.items()}
         return shared | {source: identity(self.configs, name) for source, identity in stage.unit_identity.items()}
+
+
+def _naming_field(config: Any, dictionary: str) -> str:
+    """Return the field of a group whose value names a dictionary."""
+    values = {name: value if isinstance(value, tuple) else (value,) for name, value in vars(config).items()}
+    return next((name for name, value in values.items() if dictionary in value), "dictionary")
 
 
 def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[str, Any]]:
@@ -99,9 +154,9 @@ def settings_read(stage: Stage, configs: Configs, name: str) -> dict[str, dict[s
       name: name of the unit, such as "topk".
     """
     unread = set(stage.unread(configs, name))
-    found = {}
+    settings = {}
     for group in groups_of(stage):
         label = group_name(group)
         fields: Mapping[str, Any] = configuration.identity(configs[group], name)
-        found[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
-    return found
+        settings[label] = {field: value for field, value in fields.items() if f"{label}.{field}" not in unread}
+    return settings

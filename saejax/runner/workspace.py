@@ -5,11 +5,15 @@ covers everything that its result depends on (``workplan``), so other settings m
 back finds the earlier one. ``DIR/train/topk`` is a symbolic link to the current one; where a file system has no links,
 ``DIR/train/topk.current`` is a text file with the folder's name.
 
-Three files of a unit are ours, the rest is its stage's:
+A unit may be a *stack* of members that are units themselves. Then its folder holds links to theirs: ``train/topk/k16``
+is ``train/topk-<hash of k16>/``, which other stacks with such a member link to as well.
+
+These files of a unit are ours, the rest is its stage's:
 
   started.json  settings, inputs and versions, written when the work begins
   claim.json    the process that is working on it; it goes when the process stops
   done.json     the summary, written last: a unit is finished when it exists
+  stack.json    of a stack: its members' folders, and which of them are made together here
 """
 
 import contextlib
@@ -38,7 +42,7 @@ from saejax.runner.config import Configs
 T = TypeVar("T")
 SCHEMA_VERSION = 1
 _SAY_EVERY = 60.0  # seconds between lines that say how long a unit's items still take
-SUMMARY, STARTED, CLAIM = "done.json", "started.json", "claim.json"
+SUMMARY, STARTED, CLAIM, STACK = "done.json", "started.json", "claim.json", "stack.json"
 CHECKPOINTS = "checkpoints"  # folder from which training goes on; users may delete it when a unit is finished
 _CURRENT = ".current"  # ending of the text file that stands for a link
 _PACKAGES = ("saejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "torch", "numpy")
@@ -68,6 +72,7 @@ class Workspace:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            # Permission bits do not tell: the folder may be on a full or read-only disk.
             probe = self.root / f".writable-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink()
@@ -140,19 +145,23 @@ class Workspace:
                 f"{place} is a folder where saejax keeps a link: if it came from copying a workdir, delete it and copy "
                 "with links (cp -a, rsync -a); if it is from an earlier version, use another --workdir"
             )
+        # Folders in it are those of units, such as train/topk-<hash> in train.
         if any(path.is_file() for path in place.iterdir()):
             raise UserError(
                 f"{place} is a folder with files that this version of saejax did not write: move it away, or use "
                 "another --workdir"
             )
 
-    def begin(self, unit: str, mark: str, about: Mapping[str, Any] = types.MappingProxyType({})) -> bool:
+    def begin(
+        self, unit: str, mark: str, about: Mapping[str, Any] = types.MappingProxyType({}), current: bool = True
+    ) -> bool:
         """Prepare a claimed folder for work; files that a killed process left half-written are removed.
 
         Args:
           unit: such as "train/topk".
           mark: its fingerprint.
           about: what else ``started.json`` says where the work is new.
+          current: whether ``DIR/<unit>`` shall stand for it if it stands for none; not for a member of a stack.
 
         Returns:
           Whether the work was begun before and goes on.
@@ -162,14 +171,14 @@ class Workspace:
         resumed = (folder / STARTED).exists()
         if not resumed:
             write_json(folder / STARTED, dict(fingerprint=mark, **about))
-        if self.current(unit) is None:
+        if current and self.current(unit) is None:
             self.point(unit, mark)
         return resumed
 
     def discard_if_empty(self, unit: str, mark: str) -> None:
         """Remove a claimed folder in which nothing was made, and the link to it."""
         files = [path for path in self.folder(unit, mark).rglob("*") if path.is_file()]
-        if all(path.name in (STARTED, CLAIM) for path in files):
+        if all(path.name in (STARTED, CLAIM, STACK) for path in files):
             self.discard(unit, mark)
 
     def discard(self, unit: str, mark: str) -> None:
@@ -181,33 +190,64 @@ class Workspace:
                     path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
-    def finish(self, unit: str, mark: str, summary: Mapping[str, Any]) -> None:
-        """Write the unit's ``done.json``, last. Checkpoints, from which it went on, are not among its files."""
+    def finish(self, unit: str, mark: str, summary: Mapping[str, Any], current: bool = True) -> None:
+        """Write the unit's ``done.json``, last. Checkpoints, from which it went on, are not among its files.
+
+        Args:
+          unit: such as "train/topk".
+          mark: its fingerprint.
+          summary: what ``done.json`` says.
+          current: whether ``DIR/<unit>`` shall stand for it from now on; not for a member of a stack.
+        """
         folder = self.folder(unit, mark)
         files = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
-            and path.name not in (STARTED, SUMMARY, CLAIM)
+            and path.name not in (STARTED, SUMMARY, CLAIM, STACK)
             and CHECKPOINTS not in path.relative_to(folder).parts
         }
         stage, _, name = unit.partition("/")
         about = dict(schema_version=SCHEMA_VERSION, stage=stage, name=name, fingerprint=mark)
         write_json(folder / SUMMARY, about | dict(summary) | dict(files=files))
-        self.point(unit, mark)
+        if current:
+            self.point(unit, mark)
 
     def point(self, unit: str, mark: str) -> None:
         """Let ``DIR/<unit>`` stand for the folder with this fingerprint."""
-        link, folder = self.root / unit, self.folder(unit, mark)
-        if self.current(unit) == folder:
-            return
-        beside = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
-        try:
-            os.symlink(folder.name, beside)
-            os.replace(beside, link)
-        except OSError:  # no links here, or a folder of units in the link's place
-            beside.unlink(missing_ok=True)
-            write_text(link.with_name(link.name + _CURRENT), folder.name + "\n")
+        if self.current(unit) != self.folder(unit, mark):
+            _link(self.root / unit, self.folder(unit, mark).name)
+
+    def open_stack(self, unit: str, mark: str, marks: Mapping[str, str]) -> "StackWork":
+        """Prepare the claimed folder of a stack for work.
+
+        Members that are not finished are made together. A killed run goes on with the members that it began with, even
+        if some of them are finished: the bits of a member may depend on which others are in the program.
+
+        Args:
+          unit: such as "train/topk".
+          mark: its fingerprint.
+          marks: the fingerprints of its members, by name.
+        """
+        folder = self.folder(unit, mark)
+        folders = {member: self.folder(unit, fingerprint) for member, fingerprint in marks.items()}
+        missing = tuple(member for member, fingerprint in marks.items() if not self.is_done(unit, fingerprint))
+        recorded = read_object(folder / STACK, "together")["together"] if (folder / STACK).exists() else []
+        together = tuple(recorded)
+        if not {*missing} <= {*together}:
+            for path in folder.iterdir():  # work on other members
+                if path.name not in (STARTED, CLAIM):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            together = missing
+        together = together if missing else ()
+        names = {member: path.name for member, path in folders.items()}
+        write_json(folder / STACK, dict(members=names, together=together))
+        return StackWork(folders, together, missing)
+
+    def link_members(self, unit: str, mark: str, work: "StackWork") -> None:
+        """Link the finished members of a stack from its folder."""
+        for member, folder in work.folders.items():
+            _link(self.folder(unit, mark) / member, f"../{folder.name}")
 
     def units(self) -> dict[str, Path]:
         """Return the folders of the current units by name, such as "train/topk", finished or not."""
@@ -258,9 +298,26 @@ def current_folder(path: Path) -> Path | None:
     return path.parent / stand_in.read_text("utf-8").strip() if stand_in.is_file() else None
 
 
+def _link(place: Path, target: str) -> None:
+    """Make a path a symbolic link, or a text file beside it that stands for one, in place of an earlier one."""
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+    try:
+        os.symlink(target, temporary)
+        os.replace(temporary, place)
+    except OSError:  # no links here, or a folder of units in the link's place
+        temporary.unlink(missing_ok=True)
+        write_text(place.with_name(place.name + _CURRENT), target + "\n")
+
+
+def member_folder(unit: Path, member: str) -> Path:
+    """Return the folder of a member of a stack, given that of the stack; the folder itself for the one member ""."""
+    place = unit / member
+    return place if place.is_dir() or not member else current_folder(place) or place
+
+
 def current_units(root: Path) -> dict[str, Path]:
     """Return the folders of the current units in a workdir, by name, or in a study's folder, by row and name."""
-    found = {}
+    units = {}
     for folder, folders, files in os.walk(root):
         stand_ins = [file.removesuffix(_CURRENT) for file in files if file.endswith(_CURRENT)]
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -271,8 +328,8 @@ def current_units(root: Path) -> dict[str, Path]:
         for name in sorted([*links, *stand_ins]):
             target = current_folder(Path(folder) / name)
             if target and (target / STARTED).exists():
-                found[(Path(folder) / name).relative_to(root).as_posix()] = target
-    return found
+                units[(Path(folder) / name).relative_to(root).as_posix()] = target
+    return units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,22 +358,22 @@ class _Claimant:
         except (ValueError, TypeError):  # cut off by a full disk, or being written where there are no hard links
             return cls("an unknown host", 0, 0.0, "", "an unknown time")
 
-    def is_gone(self, other: "_Claimant") -> bool:
+    def is_gone(self, observer: "_Claimant") -> bool:
         """Return whether this process no longer works, as far as another one can tell."""
-        if self.host == other.host:
+        if self.host == observer.host:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return abs(psutil.Process(self.process).create_time() - self.began) > 1
             return True
-        return bool(self.job) and self.job == other.job  # the job was put back into the queue
+        return bool(self.job) and self.job == observer.job  # the job was put back into the queue
 
 
 def _create(path: Path, text: str) -> bool:
     """Create a file with its content unless it exists; return whether it did not."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        beside.write_text(text, "utf-8")
+        temporary.write_text(text, "utf-8")
         try:
-            os.link(beside, path)  # whole at once
+            os.link(temporary, path)  # whole at once
         except FileExistsError:
             return False
         except OSError:  # a file system without hard links
@@ -327,7 +384,7 @@ def _create(path: Path, text: str) -> bool:
                 return False
         return True
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def package_versions() -> dict[str, str]:
@@ -345,6 +402,21 @@ def now() -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class StackWork:
+    """The members of a stack as a run finds them.
+
+    Attributes:
+      folders: the folders of all members, by name.
+      together: names of those that are computed in one program.
+      missing: names of those of them that are not finished.
+    """
+
+    folders: Mapping[str, Path]
+    together: Sequence[str]
+    missing: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """The context in which a stage runs.
 
@@ -357,6 +429,8 @@ class Run:
       say: prints one line of progress.
       stopping: whether the process was asked to stop; the stage then saves and raises ``Interrupted``.
       share: the processes among which items are split.
+      stack: the members of a unit that is a stack; None for any other unit, whose parts are folders in its own.
+      finish_member: writes the summary of a member whose files are written, given its name and its results.
     """
 
     stage: str
@@ -367,6 +441,20 @@ class Run:
     say: Callable[[str], None] = print
     stopping: Callable[[], bool] = lambda: False
     share: ProcessShare = dataclasses.field(default_factory=ProcessShare)
+    stack: StackWork | None = None
+    finish_member: Callable[[str, Any], None] = lambda name, results: None
+
+    def member_folder(self, name: str) -> Path:
+        """Return the folder in which a member's files are; the unit's own for the one member ""."""
+        return self.stack.folders[name] if self.stack else self.folder / name
+
+    def computes(self, member: str) -> bool:
+        """Return whether a member is in the program of this run."""
+        return not self.stack or member in self.stack.together
+
+    def writes(self, member: str) -> bool:
+        """Return whether this run writes a member's files: not those of a finished one."""
+        return not self.stack or member in self.stack.missing
 
     def each(self, items: Sequence[T], file: Callable[[T], Path], make: Callable[[T], None], last: bool = True) -> None:
         """Make every item whose file is not there; of several processes each makes a fixed part.
@@ -378,10 +466,10 @@ class Run:
           last: whether the first process alone continues after this; the others leave the stage here.
         """
         left = [item for item in self.share.of(items) if not file(item).exists()]
-        start = said = time.monotonic()
+        start = last_line = time.monotonic()
         for number, item in enumerate(left):
             make(item)
-            if (moment := time.monotonic()) - said > _SAY_EVERY and number + 1 < len(left):
-                said, minutes = moment, (moment - start) / (number + 1) * (len(left) - number - 1) / 60
+            if (moment := time.monotonic()) - last_line > _SAY_EVERY and number + 1 < len(left):
+                last_line, minutes = moment, (moment - start) / (number + 1) * (len(left) - number - 1) / 60
                 self.say(f"{number + 1} of {len(left)} items, about {minutes:.0f} minutes to go")
         self.share.join([file(item) for item in items], last)

@@ -128,7 +128,8 @@ class GraphStore:
 
     def details(self, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
         """Return what is known of a graph's features, also from ``features/`` in the folder."""
-        return details_of(config, document, [self.root / "features"])
+        own = self.root / "features"
+        return details_of(config, document, [own] if own.is_dir() else [])
 
     def save_groups(self, graph: StoredGraph, groups: Sequence[Sequence[str]]) -> Path:
         """Save groups, of each its label and the ids of its nodes, for ``--graph.supernodes``; returns the file.

@@ -83,8 +83,9 @@ class GraphConfig(Config):
     labels: str = setting("", 'file of labels of features, .json: {"3_17": "cities"}, by layer and index')
     features: str = setting(
         "",
-        "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's; those "
-        "of the set's own features/ and of interpret are shown anyway",
+        "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's, or "
+        "hf://org/name/folder for packed ones on the hub; those of the set's own features/ and of interpret are shown "
+        "anyway",
     )
     source_set: str = setting(
         "",

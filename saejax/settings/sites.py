@@ -14,14 +14,14 @@ def expand_ranges(names: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
       UserError: a range runs backwards or is too long for any model.
     """
-    found: list[str] = []
+    expanded: list[str] = []
     for name in names:
         parts = _RANGE.fullmatch(name)
         if not parts:
-            found.append(name)
+            expanded.append(name)
             continue
         kind, first, last = parts[1], int(parts[2]), int(parts[3])
         if not first <= last < _MOST_LAYERS:
             raise UserError(f"sites={name}: expected a first and a last layer, as in {kind}.0-29")
-        found += [f"{kind}.{layer}" for layer in range(first, last + 1)]
-    return tuple(found)
+        expanded += [f"{kind}.{layer}" for layer in range(first, last + 1)]
+    return tuple(expanded)

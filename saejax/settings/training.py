@@ -227,13 +227,6 @@ class TrainConfig(Config):
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)
-    best: str = setting(
-        "",
-        "keep the best checkpoint too, by this metric (mean over members and over the steps recorded since the one "
-        "before); the dictionary is that of the last step all the same",
-        choices=("", "loss", "mse", "explained_variance"),
-        changes_results=False,
-    )
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
     tensorboard: bool = setting(
         False, "write metrics as TensorBoard event files too (takes saejax[tensorboard])", changes_results=False
@@ -252,8 +245,8 @@ class TrainConfig(Config):
             if len(set(values)) < len(values):
                 raise UserError(f"{name}={','.join(map(str, values))}: name each one once")
         if self.expansions and (self.features or self.form == "cross_layer_transcoder"):
-            other = f"features={self.features}" if self.features else f"form={self.form}"
-            raise UserError(f"expansions and --train.{other} exclude each other: use --train.expansion")
+            excluded = f"features={self.features}" if self.features else f"form={self.form}"
+            raise UserError(f"expansions and --train.{excluded} exclude each other: use --train.expansion")
 
     def features_of(self, width: int) -> int:
         """Return the number of features of a dictionary whose inputs have this width."""
@@ -261,7 +254,7 @@ class TrainConfig(Config):
 
     def each_expansion(self) -> tuple["TrainConfig", ...]:
         """Return a group for each of ``expansions``, because a stack has one shape; this group if there are none."""
-        return tuple(dataclasses.replace(self, expansion=one) for one in self.expansions) or (self,)
+        return tuple(dataclasses.replace(self, expansion=expansion) for expansion in self.expansions) or (self,)
 
     def of_kind(self, kind: str) -> Any:
         """Return the settings that a single kind has."""

@@ -15,9 +15,9 @@ def _bases(configs: Configs) -> str:
     """Return the identity of dictionaries that are named by their folders: other bases, and tested ones."""
     from saejax.dictionaries import stacks
 
-    others = [name for name in _dictionaries(configs) if is_folder(name)]
+    by_folder = [name for name in _dictionaries(configs) if is_folder(name)]
     bases = [name for name in configs[AblateConfig].baselines if name not in BASES]
-    return fingerprint([stacks.identity(name) for name in (*bases, *others)])
+    return fingerprint([stacks.identity(name) for name in (*bases, *by_folder)])
 
 
 def _check(configs: Configs) -> None:
@@ -34,9 +34,9 @@ def _dictionaries(configs: Configs) -> tuple[str, ...]:
 
 def _names(configs: Configs) -> tuple[str, ...]:
     """Return the tested dictionary; none where only crosscoders are trained."""
-    own, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
-    crosscoders = not is_folder(own) and all("+" in site for site in sites)
-    return (folder_name(own),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
+    tested, sites = configs[AblateConfig].dictionary, configs[TrainConfig].sites
+    crosscoders = not is_folder(tested) and all("+" in site for site in sites)
+    return (folder_name(tested),) if configs[TaskConfig].has_behaviours and not crosscoders else ()
 
 
 def _run(run: Run) -> Any:

@@ -39,12 +39,12 @@ def _folders(configs: Configs) -> str:
 
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """Return the units of the dictionaries, of their store, and of measured effects of all features."""
-    asked, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
-    trained = train_units(*asked)
+    dictionaries, tested = configs[ClusterConfig].dictionaries, configs[AblateConfig].dictionary
+    trained = train_units(*dictionaries)
     stored = ("capture",) if trained and configs[TrainConfig].source == "store" else ()
     measured = configs[TaskConfig].has_behaviours and configs[AblateConfig].effects == "all"
-    own = any(tested == one or tested.startswith(f"{one}/") for one in asked)
-    return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and own else []))
+    among_them = any(tested == dictionary or tested.startswith(f"{dictionary}/") for dictionary in dictionaries)
+    return (*stored, *trained, *([f"ablate/{folder_name(tested)}"] if measured and among_them else []))
 
 
 def _run(run: Run) -> Any:

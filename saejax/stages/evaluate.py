@@ -6,7 +6,7 @@ from typing import Any
 from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
 from saejax.settings import EvaluateConfig, MeshConfig, ModelConfig, TrainConfig
-from saejax.stages.train import trained_sites
+from saejax.stages.train import train_members, trained_sites
 from saejax.tasks import identities
 
 
@@ -40,6 +40,7 @@ EVALUATE = Stage(
     inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,
     identity=dict(model=identities.model),
+    members=train_members,
     processes="items",
     programs=_programs,
 )

@@ -29,6 +29,10 @@ class InterpretConfig(Config):
     attention_tokens: int = setting(
         8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
     )
+    categories: bool = setting(
+        False,
+        "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
+    )
     heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
     batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
     seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
@@ -41,23 +45,25 @@ class AtlasConfig(Config):
     labels: str = setting(
         "",
         "a .csv file with labels of your own: columns feature, label, note, reviewer, and where there are several "
-        "dictionaries dictionary (such as topk/k32); they go before those that were found",
+        "dictionaries dictionary (such as topk/k32); or a folder of such files, such as a filled copy of the atlas's "
+        "review/; they go before those that were found",
         changes_results=False,  # what is in it counts, not its place
     )
 
 
 def _labels(configs: Configs) -> str:
-    """Return the hash of the file of labels; "" without one."""
+    """Return the hash of the files of labels; "" without any."""
     from saejax.files import file_sha256
 
-    path = configs[AtlasConfig].labels
-    return file_sha256(Path(path)) if path and Path(path).is_file() else ""  # what is missing is said when it runs
+    path = Path(configs[AtlasConfig].labels or "-")
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    return "-".join(file_sha256(file) for file in files if file.is_file())  # what is missing is said when it runs
 
 
 def _check(configs: Configs) -> None:
     path = configs[AtlasConfig].labels
-    if path and not Path(path).is_file():
-        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels, or leave it empty")
+    if path and not (Path(path).is_file() or list(Path(path).glob("*.csv"))):
+        raise UserError(f"--atlas.labels={path} is no file: name a .csv file of labels or a folder of such")
 
 
 def _shown(configs: Configs, name: str) -> Sequence[str]:
@@ -75,6 +81,13 @@ def _shown(configs: Configs, name: str) -> Sequence[str]:
 
 def _names(configs: Configs) -> Sequence[str]:
     return configs[InterpretConfig].dictionaries
+
+
+def _read(configs: Configs, name: str) -> Sequence[str]:
+    """Return the units read: text, dictionaries, and prompts if they are asked for."""
+    task = configs[TaskConfig]
+    prompts = [*(["baseline"] if task.has_behaviours else []), *(f"benchmark/{name}" for name in task.benchmarks)]
+    return ("capture", f"train/{name}", *(prompts if configs[InterpretConfig].categories else ()))
 
 
 def _run_interpret(run: Run) -> Any:
@@ -103,8 +116,8 @@ INTERPRET = Stage(
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),
     placement=(MeshConfig,),
-    reads=("capture", "train"),
-    needs=lambda configs, name: ("capture", f"train/{name}"),
+    reads=("baseline", "benchmark", "capture", "train"),
+    needs=_read,
     inputs=trained_sites,
     names=_names,
     identity=dict(model=identities.model),
@@ -133,7 +146,8 @@ def _sections_atlas(findings: Any, draw: Any) -> Sequence[Any]:
 
 ATLAS = Stage(
     name="atlas",
-    summary="writes pages of all features that were interpreted, with labels of one's own (--atlas.labels)",
+    summary="writes pages of all features that were interpreted, with labels by people (--atlas.labels)",
+    revision=2,  # sheets for review
     run=_run_atlas,
     results=_results_atlas,
     groups=(AtlasConfig,),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.runner.config import Config, Configs, setting
-from saejax.runner.stage import Stage, folder_name, is_folder, train_units
+from saejax.runner.stage import Stage, folder_name, is_folder, split_unit, train_units
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig
 from saejax.stages.interpret import InterpretConfig
@@ -61,7 +61,8 @@ def _names(configs: Configs) -> Sequence[str]:
 def _needs(configs: Configs, name: str) -> Sequence[str]:
     """Return the units of the dictionaries, and of their features' descriptions where this run makes them."""
     units = train_units(*configs[TrackConfig].dictionaries)
-    labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in units]
+    tracked = {split_unit(unit)[0] for unit in units}
+    labelled = [f"interpret/{kind}" for kind in configs[InterpretConfig].dictionaries if f"train/{kind}" in tracked]
     return (*units, *labelled, *(unit.replace("interpret", "atlas", 1) for unit in labelled))
 
 

@@ -1,13 +1,13 @@
 """The stage ``train``."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Configs, identity
-from saejax.runner.stage import Stage
+from saejax.runner.stage import Stage, UnitMember
 from saejax.runner.workspace import Run, fingerprint
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, TrainConfig
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
@@ -37,7 +37,9 @@ def _pretrained(configs: Configs, name: str) -> str:
     """Return the identity of the dictionaries that were trained elsewhere."""
     from saejax.dictionaries import stacks
 
-    return fingerprint([stacks.identity(one) for one in configs[TrainConfig].pretrained]) if name == PRETRAINED else ""
+    if name != PRETRAINED:
+        return ""
+    return fingerprint([stacks.identity(address) for address in configs[TrainConfig].pretrained])
 
 
 def _stream(configs: Configs) -> str:
@@ -74,6 +76,13 @@ def trained_sites(configs: Configs, name: str = "") -> Configs:
         read |= {site.replace("mlp_in", "mlp_out") for site in read}
     kept = tuple(site for site in capture.sites if site in read)
     return configs if kept == capture.sites else configs | dataclasses.replace(capture, sites=kept)
+
+
+def train_members(configs: Configs, name: str) -> Mapping[str, UnitMember]:
+    """Return the members of a train unit, which are units of their own, and so are their scores."""
+    from saejax.training.members import units_of_members
+
+    return units_of_members(configs, name)
 
 
 def _unread(configs: Configs, name: str) -> Sequence[str]:
@@ -127,6 +136,7 @@ TRAIN = Stage(
     unit_identity=dict(pretrained=_pretrained),
     check=_check,
     programs=_programs,
+    members=train_members,
     unread=_unread,
     processes="all",
 )

@@ -16,6 +16,7 @@ from saejax.files import read_object
 from saejax.preflight.results import PreflightResults
 from saejax.results import load_results
 from saejax.runner.registry import STAGES
+from saejax.runner.stage import split_unit
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import SUMMARY, Workspace
 from saejax.studies.progress import Key, TimeToGo, duration
@@ -128,13 +129,13 @@ class StudyUnits:
         plan, workspace = self._plans[row], Workspace(self._root / ROWS / row)
         firsts = [other for name, other in self._states if name == row and _is_first(other)]
         try:
-            for need in [*firsts, *plan.needs(unit)]:
+            for need in [*firsts, *(split_unit(need)[0] for need in plan.needs(unit))]:
                 if (row, need) not in self._states or self._states[row, need].state != "done":
                     return self._ended(key, "not run", f"{need} is not done")
             mark = plan.fingerprint(unit)
         except UserError as error:
             return self._ended(key, "failed", str(error))
-        if workspace.is_done(unit, mark):
+        if plan.is_done(workspace, unit):
             workspace.point(unit, mark)
             return self._ended(key, "done", mark=mark, ran=self._log(key).exists())
         self._wait_for(workspace, row, unit, mark)

@@ -1,4 +1,4 @@
-"""Training checkpoints by Orbax: written in the background, restored onto any mesh, the newest and best kept."""
+"""Training checkpoints by Orbax: written in the background, restored onto any mesh, the newest kept."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,6 @@ from saejax.files import read_json, write_json
 from saejax.parallel.collectives import is_first_process
 
 RUN = "run.json"
-_HIGH_IS_GOOD = ("explained_variance",)
 _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
@@ -24,29 +23,16 @@ class Checkpoints:
     Args:
       folder: their folder; made if missing. What a killed save left half-written is cleaned up.
       keep: number of the newest to keep.
-      best: a metric: the checkpoint with its best value is kept too. "": none.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, best: str = ""):
-        self._folder, self._best = Path(folder).absolute(), best
-        policies = ocp.training.preservation_policies
-        preserve: list[Any] = [policies.LatestN(keep)]
-        if best:
-            lowest = best not in _HIGH_IS_GOOD
-            preserve.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
-                    reverse=lowest,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+    def __init__(self, folder: Path, keep: int = 2):
+        self._folder = Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(
                 minimum_interval_secs=0
             ),
-            preservation_policy=policies.AnyPreservationPolicy(preserve),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,
         )
         self._writing: tuple[int, Any] | None = None
@@ -64,15 +50,6 @@ class Checkpoints:
         """The last step that was saved or is being written; None if there is none."""
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
-
-    @property
-    def best_step(self) -> int | None:
-        """The step with the best value of the metric ``best``; None without such a metric or checkpoint."""
-        with_metrics = [checkpoint for checkpoint in self._checkpointer.checkpoints if checkpoint.metrics]
-        if not self._best or not with_metrics:
-            return None
-        sign = 1 if self._best in _HIGH_IS_GOOD else -1
-        return max(with_metrics, key=lambda checkpoint: sign * checkpoint.metrics[self._best]).step
 
     def check_same_run(self, run: Mapping[str, Any]) -> None:
         """Raise a ``UserError`` that lists the differences if the checkpoints belong to another run.
@@ -96,13 +73,12 @@ class Checkpoints:
         if is_first_process():
             write_json(self._folder / RUN, run)
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Start to save; wait only for the previous save and until the state's buffers may be donated.
 
         Args:
           step: number of the step.
           state: a tree of arrays.
-          metrics: metrics of this checkpoint, ``best`` among them.
 
         Raises:
           UserError: the disk is full, now or at the save before; earlier checkpoints stay.
@@ -113,7 +89,7 @@ class Checkpoints:
         if jax.tree.leaves(state)[0].sharding.mesh.devices.flat[0].platform == "cpu":
             state = _copied(state)  # elsewhere Orbax copies to the host before it returns
         with self._disk_errors(step):
-            self._writing = step, self._checkpointer.save_async(step, state, force=True, metrics=metrics)
+            self._writing = step, self._checkpointer.save_async(step, state, force=True)
 
     def wait(self) -> None:
         """Wait until what was saved is on disk; raises as ``save`` does."""

@@ -33,10 +33,12 @@ def train_step(
     """Do one step of all layers; see ``step.train_step``."""
     x_LxBxD, y_LxBxD = (values_LxBxD.astype(stack.config.state_dtype) for values_LxBxD in batch)
     x_LxBxD, y_LxBxD = x_LxBxD * hyper.input_scale[:, None, None], y_LxBxD * hyper.output_scale[:, None, None]
+    # Losses are sums over layers of scaled values: layers with large norms would else dominate.
     dead_LxF = state.silent_MxF >= stack.config.dead_tokens
     gradient = jax.grad(functools.partial(cross_layer_loss, stack), has_aux=True)
     grads, (metrics, fired_LxF, min_kept_L) = gradient(state.params, x_LxBxD, y_LxBxD, hyper, state.step_M[0], dead_LxF)
     tokens = x_LxBxD.shape[1]
+    # Layers differ in the width of their decoders, so their updates cannot be one vectorised call.
     updated = [
         apply_update(stack, state.layer(layer), grads[layer], fired_LxF[layer], min_kept_L[layer], rate, tokens)
         for layer, rate in enumerate(hyper.learning_rate)
@@ -88,6 +90,7 @@ def cross_layer_loss(
     map_layers = (lambda args: lax.map(encode, args)) if stack.platform == "cpu" else jax.vmap(encode)
     f_LxBxF, min_kept_L, terms, firings_LxF = map_layers(layer_inputs)
 
+    # What a layer is given is the sum over all layers below, so errors need all activations first.
     bias_LxD = jnp.stack([arrays["b_dec_D"] for arrays in layers])
     error_LxBxD = y_LxBxD - sum_writes(f_LxBxF, decoders, stack.mesh, config.matmul) - bias_LxD[:, None]
     mse_L = jax.vmap(losses.squared_size)(error_LxBxD)
@@ -156,8 +159,8 @@ def _unscaled(stack: TrainStack, state: TrainState, layer: int) -> tuple[Diction
 
     Rows of the joined decoders have length 1.
     """
-    kind, own, scales = stack.kind, state.layer(layer), stack.scales
-    arrays = kind.finish(own.params, own.batch_topk_threshold_M)
+    kind, block, scales = stack.kind, state.layer(layer), stack.scales
+    arrays = kind.finish(block.params, block.batch_topk_threshold_M)
     arrays = rescale.fold_input_scaling(kind, arrays, scales[layer].input, scales[layer].output)
     # Each layer's outputs have their own scale, and activations that of the layer that they come from.
     factors = [scales[layer].output / scale.output for scale in scales[layer:]]
@@ -172,6 +175,7 @@ def _unscaled(stack: TrainStack, state: TrainState, layer: int) -> tuple[Diction
         max_norm=scale.max_norm,
         target_max_norm=scale.target_max_norm,
     )
+    # circuit-tracer reads JumpReLU alone; a threshold says the same of BatchTopK at inference.
     if kind.jumprelu:
         config, arrays = dataclasses.replace(config, kind="jumprelu"), kind.as_jumprelu(arrays)
     return config, arrays

@@ -14,8 +14,10 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary, own
 from saejax.errors import UserError
 from saejax.parallel.collectives import to_host
+from saejax.runner.workspace import member_folder
+from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, sample_rows
-from saejax.training.stack import Member, TrainStack
+from saejax.training.stack import TrainStack
 from saejax.training.state import TrainState, init_state
 from saejax.training.widening import widen
 
@@ -35,11 +37,12 @@ def state_from_folder(
     Raises:
       UserError: there is none for a member, or it differs in kind, form, width or model, or has more features.
     """
+    # Each member starts from its namesake where the folder is a stack of ours.
     dictionaries = [_load(Path(folder), member) for member in stack.members]
     if stack.config.widen != "random":
         assert rows is not None
         say(f"looking for what {stack.config.init_from} lacks, which may take minutes")
-        dictionaries = [_widen(stack, index, one, rows, say) for index, one in enumerate(dictionaries)]
+        dictionaries = [_widen(stack, index, dictionary, rows, say) for index, dictionary in enumerate(dictionaries)]
     return state_from_dictionaries(stack, dictionaries)
 
 
@@ -64,6 +67,7 @@ def state_from_dictionaries(stack: TrainStack, dictionaries: Sequence[Dictionary
       UserError: one differs from its member in kind, form, width or model, or has more features.
     """
     starts = [dictionary and _scale(stack, index, dictionary) for index, dictionary in enumerate(dictionaries)]
+    # Optimiser and counters start anew: those of another run were for other scales and data.
     state = init_state(stack)
     for name, array in state.params.items():
         host_Mx = to_host(array).copy()
@@ -85,8 +89,8 @@ def _load(folder: Path, member: Member) -> Dictionary:
                 f"--train.init_from={folder} has layers 0 to {len(layers.layers) - 1}, not the {layer} of {member.site}"
             )
         return layers.load(layer)
-    if member.name and (folder / member.name).is_dir():
-        folder = folder / member.name
+    if (inside := member_folder(folder, member.name)).is_dir():
+        folder = inside
     described_here = any((place / own.DESCRIPTION).exists() for place in (folder, folder / "dictionary"))
     # Other tools may name sites that do not exist here; ours describe themselves.
     return load_dictionary(folder) if described_here else load_dictionary(folder, site=member.site, target=target)
@@ -125,28 +129,29 @@ def _with_unit_rows(stack: TrainStack, dictionary: Dictionary) -> Dictionary:
 
 def _check(stack: TrainStack, index: int, dictionary: Dictionary) -> None:
     """Raise a ``UserError`` that lists in what the dictionary differs from the member that is to be trained."""
-    found, expected = dictionary.config, stack.dictionary
+    start, expected = dictionary.config, stack.dictionary
     pairs = dict(
-        kind=(found.kind, expected.kind),
-        form=tuple(_form(bool(config.target), config.skip) for config in (found, expected)),
-        width=(found.d_in, expected.d_in),
-        features=(found.n_features, f"at most {expected.n_features}"),
-        model=tuple(_model(config, found.model == expected.model) for config in (found, expected)),
+        kind=(start.kind, expected.kind),
+        form=tuple(_form(bool(config.target), config.skip) for config in (start, expected)),
+        width=(start.d_in, expected.d_in),
+        features=(start.n_features, f"at most {expected.n_features}"),
+        model=tuple(_model(config, start.model == expected.model) for config in (start, expected)),
     )
+    # Features and model have their own tests: fewer features are widened, models go by fingerprint.
     different = [name for name, (a, b) in pairs.items() if a != b and name not in ("features", "model")]
-    if found.n_features > expected.n_features:
+    if start.n_features > expected.n_features:
         different.append("features")
-    if found.fingerprint and expected.fingerprint:
-        same_model = found.fingerprint == expected.fingerprint
+    if start.fingerprint and expected.fingerprint:
+        same_model = start.fingerprint == expected.fingerprint
     else:
-        same_model = not found.model or not expected.model or _short(found.model) == _short(expected.model)
+        same_model = not start.model or not expected.model or _short(start.model) == _short(expected.model)
     if not same_model:
         different.append("model")
     if different:
-        told = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
+        differences = "; ".join(f"{name} is {pairs[name][0]}, expected {pairs[name][1]}" for name in different)
         member = stack.members[index].name
         of = f" for {member}" if member else ""
-        raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {told}")
+        raise UserError(f"--train.init_from={stack.config.init_from}: the dictionary{of} does not fit: {differences}")
 
 
 def _model(config: DictionaryConfig, twice: bool) -> str:

@@ -276,7 +276,7 @@ def place_rows(
         return values
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
-        sites, own = (axis.indices(size)[:2] for axis, size in zip(index[:2], shape[:2], strict=True))
-        return read(*sites, *own)
+        sites, local = (axis.indices(size)[:2] for axis, size in zip(index[:2], shape[:2], strict=True))
+        return read(*sites, *local)
 
     return jax.make_array_from_callback(shape, stack.batch_sharding, shard)

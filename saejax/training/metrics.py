@@ -19,10 +19,10 @@ import numpy as np
 from saejax.costs.passes import step_flops, weights_share
 from saejax.costs.peaks import peak_flops
 from saejax.errors import UserError
-from saejax.files import whole_file
+from saejax.files import read_object, whole_file
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.config import to_json
-from saejax.runner.workspace import fingerprint
+from saejax.runner.workspace import STACK, fingerprint, member_folder
 from saejax.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
@@ -67,6 +67,7 @@ class Metrics:
         self._step_flops = flops_of_step(stack)
         self._peak_flops = peak_flops(stack.mesh.devices.flat[0], stack.config.matmul)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        # Records after the checkpoint were of steps that are done again.
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         complete = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may have been cut off
         self.records = [record for record in complete if record["step"] <= first_step]
@@ -87,12 +88,6 @@ class Metrics:
         """Return the last metrics of a member."""
         record = next(record for record in reversed(self.records) if record["member"] == member)
         return {key: value for key, value in record.items() if key not in _HEAD}
-
-    def means(self, after: int) -> dict[str, float] | None:
-        """Return means over the members and over the records after a step; None without records."""
-        records = [record for record in self.records if record["step"] > after]
-        names = [name for name in records[0] if name not in _HEAD] if records else []
-        return {name: float(np.mean([record[name] for record in records])) for name in names} or None
 
     def push(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Take the metrics [M] of the step just dispatched, and read those of the step before.
@@ -119,6 +114,7 @@ class Metrics:
         (step, metrics), self._pending = self._pending, None
         seconds = time.monotonic() - self._start
         due = step % self._stack.config.log_every == 0 or step == self._steps
+        # Reading the loss alone each step is cheap; the other metrics are fetched when they are due.
         finite = np.isfinite(np.asarray(metrics["loss"])).all()
         if due or check or self._warm is None or not finite:
             values = {name: np.asarray(value_M, np.float64) for name, value_M in metrics.items()}
@@ -158,6 +154,7 @@ class Metrics:
         rate = self.tokens_per_second(step, seconds)
         if not rate:
             return {}
+        # XLA counts the body of a scan over members once; the formula counts all of them.
         flops = rate / self._stack.config.batch * self._step_flops
         rates = dict(tokens_per_second=rate, tflop_per_second=flops / 1e12)
         if self._peak_flops:
@@ -186,6 +183,7 @@ class Metrics:
                 file.write("".join(map(_line, self.records[self._new :])))
                 file.flush()
                 os.fsync(file.fileno())
+        # Two intervals are kept: the last metrics of each member are asked for after the final write.
         del self.records[: self._old]
         self._old, self._new = self._new - self._old, len(self.records)
 
@@ -219,6 +217,14 @@ def log_folder(unit: Path, config: TrainConfig) -> Path:
     return unit / f"expansion{config.expansion}" if config.expansions else unit
 
 
+def split_metrics(path: Path, member: str, into: Path) -> None:
+    """Write the records of one member of a stack to a file of its own, where it has no name."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    whole = [record | dict(member="") for record in records if record["member"] == member]
+    with whole_file(into) as temporary:
+        temporary.write_text("".join(map(_line, whole)))
+
+
 def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the metrics of all members of a train unit, in the order of steps of each.
 
@@ -232,11 +238,13 @@ def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     Raises:
       UserError: the file is missing or damaged.
     """
-    for path in sorted(unit.glob(f"expansion*/{METRICS}")) or [unit / METRICS]:
+    members = [*read_object(unit / STACK, "members")["members"]] if (unit / STACK).exists() else [""]
+    for member in members:
+        path = member_folder(unit, member) / METRICS
         try:
             for line in path.read_text(encoding="utf-8").splitlines():
                 record = json.loads(line)
-                yield dict(member=record["member"]) | {name: float(record[name]) for name in names}
+                yield dict(member=member or record["member"]) | {name: float(record[name]) for name in names}
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
                 f"{path} is missing or damaged: expected one JSON object with member, {', '.join(names)} per line; "

@@ -38,6 +38,7 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
       widths: widths of the parts of a joined site; (): one site.
     """
     frozen = _FROZEN[config.freeze]
+    # Clipping before Adam leaves its moments untouched by single outlier batches.
     update = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     mu_dtype = config.mu_dtype if config.mu_dtype != "float32" else None  # None: that of the parameters
     update.append(optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=mu_dtype))
@@ -46,8 +47,10 @@ def make_optimizer(config: TrainConfig, widths: Sequence[int] = ()) -> optax.Gra
         update.append(optax.add_decayed_weights(config.weight_decay, mask=lambda params: _named(params, decayed)))
     whole = optax.chain(*update, scale_by_learning_rate())
     if config.accumulate > 1:
+        # The whole tail is skipped on the steps between, so that Adam sees one mean gradient.
         steps = optax.MultiSteps(whole, config.accumulate)
         whole = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    # Frozen arrays are zeroed before the norm is measured: it is that of what is trained.
     first = [optax.masked(optax.set_to_zero(), lambda params: _named(params, frozen))] if frozen else []
     if config.decoder_norm == "unit":
         first.append(project_out_radial_gradient(widths))
@@ -105,6 +108,7 @@ def apply_constraints(
     """
     if config.decoder_norm == "unit":
         W_dec_FxD = params["W_dec_FxD"]
+        # A step along the tangent still makes a row longer, by a second-order term.
         norm_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
         length_Fx1 = row_lengths(W_dec_FxD, widths)[:, None] if widths else norm_Fx1
         params = params | dict(W_dec_FxD=W_dec_FxD / length_Fx1)
@@ -124,6 +128,7 @@ def linear_warmup(share: float, steps: int) -> optax.Schedule:
 
 def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """Return a factor in [0, 1]: it rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay``."""
+    # Both schedules count whole steps, so that the last one has a rate above 0.
     down = round(config.decay * steps)
     if config.decay_shape == "cosine":
         fall = optax.cosine_decay_schedule(1.0, max(down, 1))

@@ -22,17 +22,10 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.scales import SiteScale
-from saejax.training.stack import (
-    Member,
-    TrainStack,
-    batch_parts,
-    check_divides,
-    choose_sites,
-    make_members,
-    stack_shape,
-)
+from saejax.training.stack import TrainStack, batch_parts, check_divides, stack_shape
 from saejax.training.state import abstract_state
 from saejax.training.step import compile_step
 
@@ -51,22 +44,25 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
       UserError: a site does not exist in this model, or is read and not captured, or has another width than a
         dictionary that is there already; k is above the features.
     """
+    # "all" is resolved against the sites that the run will capture: there is no store yet.
     sites = captured if train.sites == ("all",) else single_sites(train.sites)
 
     def widths(flag: str, stack: Sequence[Member | Pretrained]) -> dict[str, int]:
         """Return the widths of the sites that members read and predict, all of which are captured."""
         needed = single_sites(site for member in stack for site in (member.site, member.target))
-        found = {site: decoder_site(site).check(model).width(model) for site in needed}
+        width_of_site = {site: decoder_site(site).check(model).width(model) for site in needed}
         missing = [site for site in needed if site not in captured]
         if missing and train.source == "store":
             raise UserError(f"{flag} needs {', '.join(missing)}, which --capture.sites={','.join(captured)} leaves out")
-        return found
+        return width_of_site
 
     planned = {}
     for kind in train.kinds:
         if kind == PRETRAINED:
-            found = find_pretrained(train.pretrained)
-            planned[kind] = PlannedStack(_largest(found, widths("--train.pretrained", found)), tuple(found))
+            pretrained = find_pretrained(train.pretrained)
+            planned[kind] = PlannedStack(
+                _largest(pretrained, widths("--train.pretrained", pretrained)), tuple(pretrained)
+            )
         else:
             planned[kind] = _planned(train, kind, choose_sites(train, sites), widths)
     return planned
@@ -76,19 +72,23 @@ def _planned(
     train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
 ) -> PlannedStack:
     """Return all members, those of the widest of several expansions last, with its shape."""
-    found = []
+    members = []
+    # The widest one is last, because memory is planned for it.
     for config in sorted(train.each_expansion(), key=lambda config: config.expansion):
-        own = make_members(config, kind, sites)
-        shape = stack_shape(config, kind, own, widths("--train.sites", own))
-        found += own
-    return PlannedStack(shape, tuple(found))
+        of_expansion = make_members(config, kind, sites)
+        shape = stack_shape(config, kind, of_expansion, widths("--train.sites", of_expansion))
+        members += of_expansion
+    return PlannedStack(shape, tuple(members))
 
 
-def _largest(found: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
-    for one in found:
-        if not is_joined(one.site) and one.config.d_in != widths[one.site]:
-            raise UserError(f"{one.place} reads {one.config.d_in} dimensions, but {one.site} has {widths[one.site]}")
-    return max((one.config for one in found), key=lambda config: config.d_in * config.n_features)
+def _largest(pretrained: Sequence[Pretrained], widths: Mapping[str, int]) -> DictionaryConfig:
+    for dictionary in pretrained:
+        if not is_joined(dictionary.site) and dictionary.config.d_in != widths[dictionary.site]:
+            raise UserError(
+                f"{dictionary.place} reads {dictionary.config.d_in} dimensions, but {dictionary.site} has "
+                f"{widths[dictionary.site]}"
+            )
+    return max((dictionary.config for dictionary in pretrained), key=lambda config: config.d_in * config.n_features)
 
 
 def checkpoint_bytes(plan: PlannedRun) -> int:
@@ -98,7 +98,7 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
         arrays = sum(prod(shape) for shape, _ in parameter_table(stack.dictionary).values()) * len(stack.members)
         arrays = round(weights_share(train.form, len(stack.members)) * arrays)
         means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
-        kept = 0 if kind == PRETRAINED else train.keep_checkpoints + bool(train.best)
+        kept = 0 if kind == PRETRAINED else train.keep_checkpoints
         total += arrays * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
     return total
 
@@ -192,6 +192,7 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
     members = stack.members[-(len(stack.members) // len(each)) :]
     d_in = dictionary.d_in
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    # A whitening matrix changes the program by its presence, not by its values.
     metric_DxD = np.eye(d_in, dtype=np.float32) if config.whiten_error else None
     scale = SiteScale(1.0, 1.0, np.zeros(d_in, np.float32), metric_DxD=metric_DxD)
     trained = TrainStack(config, dictionary, members, [scale] * len(members), _STEPS, mesh)
@@ -205,5 +206,5 @@ def _step(plan: PlannedRun, stack: PlannedStack, mesh: Mesh) -> Program:
         (abstract_state(trained), trained.abstract_hyperparams(), (batch,) if config.form == "sae" else (batch, batch)),
         (),
         weights_share(config.form, len(members)) * len(members) * step_flops(config.batch, d_in, dictionary.n_features),
-        _steps(plan) * sum(one.expansion for one in each) / max(one.expansion for one in each),
+        _steps(plan) * sum(expanded.expansion for expanded in each) / max(expanded.expansion for expanded in each),
     )

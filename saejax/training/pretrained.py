@@ -60,25 +60,27 @@ def run_pretrained(run: Run) -> TrainResults:
       UserError: see ``find_pretrained``.
     """
     config = run.configs[TrainConfig]
-    found = find_pretrained(config.pretrained)
-    for one in found:
-        folder = run.folder / one.name / "dictionary"
+    dictionaries = find_pretrained(config.pretrained)
+    for dictionary in dictionaries:
+        folder = run.folder / dictionary.name / "dictionary"
         if is_first_process():
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before its summary
-        save_dictionary(folder, rescale.to_output_units(one.load()))
-        run.say(f"{one.place}: {one.config.kind} of {one.config.n_features:,} features, {one.site}")
+        save_dictionary(folder, rescale.to_output_units(dictionary.load()))
+        kind, features = dictionary.config.kind, dictionary.config.n_features
+        run.say(f"{dictionary.place}: {kind} of {features:,} features, {dictionary.site}")
     members = tuple(
         TrainedMember(
-            name=one.name,
-            site=one.site,
-            target=one.target,
-            settings={"from": one.place, "kind": one.config.kind} | ({"k": one.config.k} if one.config.k else {}),
+            name=dictionary.name,
+            site=dictionary.site,
+            target=dictionary.target,
+            settings={"from": dictionary.place, "kind": dictionary.config.kind}
+            | ({"k": dictionary.config.k} if dictionary.config.k else {}),
             input_scale=1.0,
             output_scale=1.0,
             dead_fraction=None,
             final={},
         )
-        for one in found
+        for dictionary in dictionaries
     )
     mesh = MeshShape.of(make_mesh(run.configs[MeshConfig]), process_count())
     return TrainResults(PRETRAINED, 0, 0, 0.0, 0.0, members, mesh)
@@ -92,18 +94,19 @@ def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
     """
     if not addresses:
         raise UserError(f"--train.kinds={PRETRAINED} needs {_FLAG}=FOLDER,...: name what is to be taken")
-    found = [one for address in addresses for one in _in(address)]
-    for place, config, _ in found:
+    dictionaries = [entry for address in addresses for entry in _in(address)]
+    for place, config, _ in dictionaries:
         if hooks.UNKNOWN in (config.site, config.target) or ModuleSite.names(config.site):
             raise UserError(
                 f"{_FLAG}: {place} does not say which site it reads ({config.site}): load it with site= of "
                 "saejax.load_dictionary, save it with saejax.save_dictionary, and name that folder"
             )
-    names = [""] if len(found) == 1 else _names([(config.site, place) for place, config, _ in found])
-    return [Pretrained(name, *one) for name, one in zip(names, found, strict=True)]
+    # One dictionary alone has no member name, as one that is trained here has none.
+    names = [""] if len(dictionaries) == 1 else _names([(config.site, place) for place, config, _ in dictionaries])
+    return [Pretrained(name, *entry) for name, entry in zip(names, dictionaries, strict=True)]
 
 
-def _names(found: Sequence[tuple[str, str]]) -> list[str]:
+def _names(places: Sequence[tuple[str, str]]) -> list[str]:
     """Return the site of each and, as far as that is needed for distinct names, the last parts of its path."""
 
     def named(site: str, place: str, parts: int) -> str:
@@ -111,10 +114,10 @@ def _names(found: Sequence[tuple[str, str]]) -> list[str]:
         return f"{site}-{folder_name(end)}" if parts else site
 
     names = []
-    for site, place in found:
+    for site, place in places:
         for parts in range(len(Path(place).parts) + 1):
             name = named(site, place, parts)
-            if [named(*one, parts) for one in found].count(name) == 1:
+            if [named(*entry, parts) for entry in places].count(name) == 1:
                 names.append(name)
                 break
         else:

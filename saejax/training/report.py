@@ -43,34 +43,37 @@ _MORE_MEASURES: dict[str, Callable[[DictionaryScores], str]] = {
 }
 
 
-def scores_of(found: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
+def scores_of(findings: Findings) -> dict[str, tuple[DictionaryScores, ...]]:
     """Return the held-out scores of the members of each kind, cross-layer transcoders left out."""
-    return {kind: results.members for kind, results in found.each(EvaluateResults).items() if results.members}
+    return {kind: results.members for kind, results in findings.each(EvaluateResults).items() if results.members}
 
 
-def section(found: Findings, draw: Draw, tested: str) -> Section:
+def section(findings: Findings, draw: Draw, tested: str) -> Section:
     """Return the measures, tables and figures of all dictionaries.
 
     Args:
-      found: the results.
+      findings: the results.
       draw: saves a figure.
       tested: name of the dictionary that the causal tests use; "": there are none.
     """
-    dense_above, scores = found.settings()["evaluate"]["dense_above"], scores_of(found)
+    dense_above, scores = findings.settings()["evaluate"]["dense_above"], scores_of(findings)
     stacks = {kind: members for kind, members in scores.items() if len(members) > 1}
-    layers = {kind: one.cross_layer for kind, one in found.each(EvaluateResults).items() if one.cross_layer}
+    layers = {
+        kind: results.cross_layer for kind, results in findings.each(EvaluateResults).items() if results.cross_layer
+    }
     pictures = [_frontier(scores, draw)] if stacks else []
     curves = {
-        kind: training_curves(found.folders[f"train/{kind}"])
-        for kind, trained in found.each(TrainResults).items()
+        kind: training_curves(findings.folders[f"train/{kind}"])
+        for kind, trained in findings.each(TrainResults).items()
         if trained.steps  # none of what was there already
     }
     pictures += [_training(curves, draw, bool(stacks or layers))] if curves else []
     pictures += [_density(scores, draw, dense_above)] if scores else []
-    tables = [_table(found, tested)] if scores else []
+    tables = [_table(findings, tested)] if scores else []
     tables += [_members_table(kind, members) for kind, members in stacks.items()]
-    tables += [_layers_table(kind, one) for kind, one in layers.items()]
+    tables += [_layers_table(kind, results) for kind, results in layers.items()]
     tables += _parts_tables(scores)
+    # A cross-layer transcoder has no scores of single dictionaries to introduce.
     intro = _intro(scores, tested) if scores else "Trained: a cross-layer transcoder."
     blocks: tuple[Block, ...] = (Text(intro), Terms(_terms(dense_above)), *tables, *pictures)
     return Section("The dictionaries", blocks)
@@ -111,11 +114,11 @@ def _terms(dense_above: float) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _table(found: Findings, tested: str) -> Table:
+def _table(findings: Findings, tested: str) -> Table:
     """Return a table with a column for every dictionary that is no member of a stack, and for the tested one."""
     shown = {
-        full_name(kind, member.name): (member, found.each(TrainResults)[kind])
-        for kind, members in scores_of(found).items()
+        full_name(kind, member.name): (member, findings.each(TrainResults)[kind])
+        for kind, members in scores_of(findings).items()
         for member in members
         if len(members) == 1 or full_name(kind, member.name) == tested
     }
@@ -168,14 +171,14 @@ def _parts_tables(scores: Mapping[str, Sequence[DictionaryScores]]) -> list[Tabl
 def _layers_table(kind: str, scores: CrossLayerScores) -> Table:
     """Return a table with a row for every layer of a cross-layer transcoder."""
     columns = {
-        "Layer": lambda one: str(one.layer),
-        "Explained variance": lambda one: number(one.explained_variance, 3),
-        "Cosine": lambda one: number(one.cosine, 3),
-        "L0": lambda one: number(one.l0, 1),
-        "Dead": lambda one: percent(one.dead_fraction, 1),
-        "Dense": lambda one: percent(one.dense_fraction, 1),
+        "Layer": lambda layer: str(layer.layer),
+        "Explained variance": lambda layer: number(layer.explained_variance, 3),
+        "Cosine": lambda layer: number(layer.cosine, 3),
+        "L0": lambda layer: number(layer.l0, 1),
+        "Dead": lambda layer: percent(layer.dead_fraction, 1),
+        "Dense": lambda layer: percent(layer.dense_fraction, 1),
     }
-    rows = [(one,) for one in scores.layers]
+    rows = [(layer,) for layer in scores.layers]
     note = (
         f"All MLPs replaced at once: cross-entropy {number(scores.ce.reconstructed, 3)} nats per token on "
         f"{scores.ce.tokens:,}; untouched {number(scores.ce.clean, 3)}, with means in their place "
@@ -215,7 +218,7 @@ def _range(values: Sequence[float], digits: int) -> str:
 
 
 def _training(curves: Mapping[str, Sequence[TrainingCurve]], draw: Draw, stacks: bool) -> Picture:
-    last = {kind: [curve.explained_variance[-1] for curve in own] for kind, own in curves.items() if own}
+    last = {kind: [curve.explained_variance[-1] for curve in of_kind] for kind, of_kind in curves.items() if of_kind}
     band = " Of a stack: the median of its members, and the band between the least and the greatest."
     caption = "Training curves, on training batches; L0 on a logarithmic axis." + (band if stacks else "")
     final = " ".join(f"{kind}: {_range(values, 2)}." for kind, values in last.items())
@@ -226,9 +229,14 @@ def _training(curves: Mapping[str, Sequence[TrainingCurve]], draw: Draw, stacks:
 def _density(scores: Mapping[str, Sequence[DictionaryScores]], draw: Draw, dense_above: float) -> Picture:
     histograms = {kind: [member.density_histogram for member in members] for kind, members in scores.items()}
     never = " ".join(
-        f"{kind}: {_range([histogram.never for histogram in own], 0)} never fire." for kind, own in histograms.items()
+        f"{kind}: {_range([histogram.never for histogram in histograms_of_kind], 0)} never fire."
+        for kind, histograms_of_kind in histograms.items()
     )
-    mean = " Of a stack: the mean over its members." if any(len(own) > 1 for own in histograms.values()) else ""
+    mean = (
+        " Of a stack: the mean over its members."
+        if any(len(histograms_of_kind) > 1 for histograms_of_kind in histograms.values())
+        else ""
+    )
     return draw(
         "density",
         report_figures.density(histograms, dense_above),
@@ -243,9 +251,10 @@ def training_curves(unit: Path) -> list[TrainingCurve]:
     points: dict[str, list[list[float]]] = {}
     for record in read_metrics(unit, names):
         points.setdefault(record["member"], []).append([record[name] for name in names])
-    return [TrainingCurve(*zip(*_thinned(own), strict=True)) for own in points.values()]
+    return [TrainingCurve(*zip(*_thinned(of_member), strict=True)) for of_member in points.values()]
 
 
 def _thinned(points: list[list[float]]) -> list[list[float]]:
+    # Evenly spaced records keep the shape of the curve, and both of its ends.
     keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
     return [points[i] for i in keep]

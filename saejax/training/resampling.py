@@ -62,10 +62,12 @@ def resample(
     offset_BxD = x_BxD - params["b_dec_D"][None] if dictionary.centred else x_BxD
     targets_BxD = _directions(error_BxD if rows == "errors" else y_BxD - params["b_dec_D"][None])
     inputs_BxD = targets_BxD if rows == "errors" and not dictionary.target else _directions(offset_BxD)
+    # A token at the bias has no direction that a feature could start at.
     has_direction_B = jnp.any(inputs_BxD != 0, axis=-1) & jnp.any(targets_BxD != 0, axis=-1)
     loss_B = jnp.sum(jnp.square(error_BxD), axis=-1) * has_direction_B
     silent_F = state.silent_MxF >= config.dead_tokens
     dead_F, chosen_F = draw_tokens(hyper, state.step_M, loss_B, silent_F)
+    # Short encoder columns keep a new feature from disturbing the others at once.
     length = (1.0 if rows == "errors" else _LENGTH) * _mean_live_length(params["W_enc_DxF"], silent_F)
     start = kinds.by_name(dictionary.kind).start(config.of_kind(dictionary.kind))
     started = {name: jnp.full_like(value, start.get(name, 0.0)) for name, value in params.items()}
@@ -103,6 +105,7 @@ def draw_tokens(
       Which features get a token (where there are fewer tokens than dead features, the first ones), and its index.
     """
     key = jax.random.fold_in(jax.random.key(hyper.seed), step)
+    # Gumbel noise on log weights and a sort draw without replacement (Efraimidis and Spirakis, 2006).
     weight_B = jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30))
     order_B = jnp.argsort(-(jnp.log(weight_B) + jax.random.gumbel(key, weight_B.shape, weight_B.dtype)))
     rank_F = jnp.cumsum(dead_F) - 1

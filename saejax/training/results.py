@@ -1,7 +1,7 @@
 """Results of the stage ``train``."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from saejax.dictionaries.results import TrainedMember
 from saejax.results import MeshShape
@@ -12,24 +12,31 @@ class TrainResults:
     """A stack that was trained."""
 
     kind: str  #: of the dictionaries
-    steps: int  #: of training, of each expansion
-    tokens: int  #: of training, repeats counted, of each expansion
-    tokens_per_second: float  #: without compilation
-    seconds: float  #: of all steps
+    steps: int  #: of the training of each member
+    tokens: int  #: of the training of each member, repeats counted
+    tokens_per_second: float  #: of all members at once, without compilation; of one member: in its share of the time
+    seconds: float  #: of all steps; of one member of a stack: its share
     members: tuple[TrainedMember, ...]  #: of the stack
     mesh: MeshShape  #: that it was trained on
-    best_checkpoint: int | None = None  #: step of the best one by `train.best`; None of several expansions
+
+    def of_member(self, index: int) -> "TrainResults":
+        """Return the results of one of the members as those of a unit of it alone."""
+        count = len(self.members)
+        return dataclasses.replace(
+            self,
+            tokens_per_second=self.tokens_per_second * count,
+            seconds=self.seconds / count,
+            members=(dataclasses.replace(self.members[index], name=""),),
+        )
 
     @classmethod
-    def of_all(cls, each: Sequence["TrainResults"]) -> "TrainResults":
-        """Of the stacks of each expansion, trained one after the other on the same tokens."""
-        if len(each) == 1:
-            return each[0]
-        per_token = sum(1 / one.tokens_per_second for one in each if one.tokens_per_second)
+    def of_stack(cls, members: Mapping[str, "TrainResults"]) -> "TrainResults":
+        """Return the results of a stack, given those of each member alone by name."""
+        each = [*members.values()]
+        seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)
         return dataclasses.replace(
             each[0],
-            tokens_per_second=1 / per_token if per_token else 0.0,
-            seconds=sum(one.seconds for one in each),
-            members=tuple(member for one in each for member in one.members),
-            best_checkpoint=None,
+            tokens_per_second=1 / seconds_per_token if seconds_per_token else 0.0,
+            seconds=sum(results.seconds for results in each),
+            members=tuple(dataclasses.replace(results.members[0], name=name) for name, results in members.items()),
         )

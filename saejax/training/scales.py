@@ -92,6 +92,7 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
     sampled_N = sample_rows(rows.rows("train", *sites), config.seed[0])
     factor, bias, metric = {}, {}, {}
     for site in sites:
+        # In float64: sums over 65,536 rows of large activations lose digits in float32.
         acts_NxD = rows.read(site, sampled_N).astype(np.float64)
         norm = float(np.linalg.norm(acts_NxD, axis=1).mean())
         if norm == 0:
@@ -132,6 +133,7 @@ def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50
     """
     point_D = start_D
     for _ in range(rounds):
+        # A row at the point itself would have infinite weight.
         distance_N = np.maximum(np.linalg.norm(acts_NxD - point_D, axis=1), 1e-12)
         moved_D = (acts_NxD / distance_N[:, None]).sum(0) / (1 / distance_N).sum()
         if np.linalg.norm(moved_D - point_D) <= 1e-6 * np.linalg.norm(point_D):

@@ -6,10 +6,8 @@ seed and the hyperparameters are arrays with a leading axis over members (``Hype
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,32 +20,15 @@ from saejax.dictionaries.cross_layer import FORM
 from saejax.dictionaries.cross_layer import KINDS as CROSS_LAYER_KINDS
 from saejax.dictionaries.kinds.topk import is_plain_topk
 from saejax.errors import UserError, one_of
-from saejax.models.sites import KINDS as SITE_KINDS
-from saejax.models.sites import ModuleSite, is_joined, site_parts
+from saejax.models.sites import site_parts
 from saejax.parallel.mesh import fitting_sharding
 from saejax.settings import TrainConfig
-from saejax.settings.kinds import KIND_SETTINGS
+from saejax.training.members import Member
 from saejax.training.scales import ScaledRows, SiteScale
 
 _AT_ONCE = 2**26  # values of tokens x features of members that are vectorised: 256 MB in float32, times a few
 # Settings that a cross-layer transcoder does not support, and the values that turn them off.
 _NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error=0.0, resample_every=0, init_from="")
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One dictionary of a stack.
-
-    Attributes:
-      name: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
-      site, target: what it reads and predicts; the same for an SAE.
-      settings: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
-    """
-
-    name: str
-    site: str
-    target: str
-    settings: Mapping[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -97,6 +78,7 @@ class TrainStack:
     def __post_init__(self):
         if self.is_cross_layer:
             check_cross_layer(self.config, self.dictionary.kind, self.members, self.mesh.shape)
+        # Asked for here, so that a setting that does not fit is refused before any step.
         self.products  # noqa: B018 (raises if the setting does not fit the devices)
 
     @property
@@ -136,6 +118,7 @@ class TrainStack:
     @property
     def batch_sharding(self) -> NamedSharding:
         """Sharding of a batch [sites, B, D]: tokens over ``data``; sites over ``member`` if each member has its own."""
+        # Otherwise members of one site would each need a copy of its values on their devices.
         by_member = "member" if len(self.sites) == len(self.members) else None
         return fitting_sharding(self.mesh, (len(self.sites), self.config.batch, 1), by_member, "data", None)
 
@@ -175,7 +158,7 @@ class TrainStack:
 
 
 def choose_members_at_once(
-    asked: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
+    max_members: int, members: int, tokens: int, features: int, axes: Mapping[str, int], platform: str
 ) -> int:
     """Return how many members a device vectorises; the others wait for their turn.
 
@@ -184,7 +167,7 @@ def choose_members_at_once(
     size do not.
 
     Args:
-      asked: maximum number; 0: what is best.
+      max_members: maximum number; 0: what is best.
       members: number of members, which ``axes["member"]`` divides.
       tokens: tokens of a step, over all devices.
       features: features of a member, over all devices.
@@ -195,104 +178,11 @@ def choose_members_at_once(
       A divisor of the number of members of a device.
     """
     local = members // axes["member"]
-    if not asked:
+    if not max_members:
+        # Activations [tokens, features] of one member, the largest array of a step.
         values = math.ceil(tokens / axes["data"]) * math.ceil(features / axes["model"])
-        asked = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
-    return max(size for size in range(1, min(asked, local) + 1) if local % size == 0)
-
-
-def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
-    """Return a member for every site and combination of the swept settings.
-
-    Args:
-      config: settings with one expansion, as from ``each_expansion``.
-      kind: kind of the dictionaries.
-      sites: sites that they read.
-
-    Raises:
-      UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
-        the same.
-    """
-    lists = swept_settings(config, kind)
-    swept = [name for name, values in lists.items() if len(values) > 1]
-    depth_l1 = _l1_by_depth(config, kind, sites)
-    made = []
-    for site in sites:
-        for values in itertools.product(*lists.values()):
-            settings = dict(zip(lists, values, strict=True))
-            parts = [site] if len(sites) > 1 else []
-            parts += [f"expansion{config.expansion}"] if config.expansions else []
-            parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
-            made.append(Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {})))
-    names = [member.name for member in made]
-    if len(set(names)) < len(made):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
-    return made
-
-
-def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
-    """Return the values of each setting that can be swept and that a kind reads, in the order of members' names."""
-    read = ("learning_rate", "seed", *KIND_SETTINGS[kind].reads)
-    fields = {field.name: field for field in dataclasses.fields(config)}
-    kind_config = config.of_kind(kind)
-    return {name: getattr(config, name) for name in read if fields[name].metadata["swept"]} | {
-        field.name: getattr(kind_config, field.name)
-        for field in dataclasses.fields(kind_config)
-        if field.metadata["swept"]
-    }
-
-
-def _target(config: TrainConfig, site: str) -> str:
-    if config.form == "sae":
-        return site
-    kind, _, layer = site.partition(".")
-    if kind != "mlp_in" or is_joined(site):
-        raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
-    return f"mlp_out.{layer}"
-
-
-def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
-    if "l1" not in KIND_SETTINGS[kind].reads or not config.l1_by_depth:
-        return {}
-    if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
-        raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
-    for site in sites:
-        if ModuleSite.names(site) or is_joined(site):
-            raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not name one: use --train.l1")
-    layers = sorted({int(site.rpartition(".")[2]) for site in sites})
-    third = {layer: min(3 * rank // len(layers), 2) for rank, layer in enumerate(layers)}
-    return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}
-
-
-def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[str]:
-    """Return the sites that ``--train.sites`` names; "all" are those of one kind, in order of layers.
-
-    Args:
-      config: the settings.
-      captured: sites of the store; None with ``--train.source=model``, where any site can be read and "all" has no
-        meaning.
-
-    Raises:
-      UserError: no site is named, or one that is not captured.
-    """
-    if captured is None:
-        if not config.sites or config.sites == ("all",):
-            raise UserError(f"--train.sites={','.join(config.sites)} with --train.source=model: name the sites to read")
-        return list(config.sites)
-    if config.sites == ("all",):
-        found_kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
-        kind = found_kinds.pop() if len(found_kinds) == 1 else "resid_post"
-        kind = "mlp_in" if config.form != "sae" else kind
-        sites = [site for site in captured if site.partition(".")[0] == kind]
-        if not sites:
-            raise UserError(f"the store has no {kind} sites for --train.sites=all: it has {', '.join(captured)}")
-        return sorted(sites, key=lambda site: int(site.rpartition(".")[2]))
-    if not config.sites:
-        raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
-    for site in single_sites(config.sites):
-        one_of(site, captured, "site in this store (--train.sites)")
-    return list(config.sites)
+        max_members = 1 if platform == "cpu" else max(_AT_ONCE // values, 1)
+    return max(size for size in range(1, min(max_members, local) + 1) if local % size == 0)
 
 
 def batch_parts(members: Sequence[Member]) -> Parts:
@@ -340,6 +230,7 @@ def stack_shape(
     d_in, kind_object = sum(shape), kinds.by_name(kind)
     features = config.features_of(d_in)
     each = [kind_object.facts(member.settings, config.of_kind(kind), features) for member in members]
+    # One static k serves all members: the program selects the largest, each keeps its own.
     facts = max(each, key=lambda facts: facts.get("k", 0))
     _check_settings(config, kind_object, facts.get("k", 0), features)
     return DictionaryConfig(

@@ -76,8 +76,7 @@ def _initial_state(stack: TrainStack) -> TrainState:
         return arrays | {name: jnp.full_like(arrays[name], value) for name, value in vectors.items()}
 
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
-    sites = list(dict.fromkeys(member.site for member in members))
-    keys = [(jax.random.key(member.settings["seed"]), sites.index(member.site)) for member in members]
+    keys = [(jax.random.key(member.settings["seed"]), member.site_index) for member in members]
     key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
     # One by one, so that a member of the first site starts with the same bits alone and in a stack.
     params: Any = lax.map(lambda args: init_member(*args), (key_M, jnp.asarray(bias_MxD)))
@@ -110,6 +109,7 @@ def abstract_state(stack: TrainStack) -> TrainState:
     specs = {name: spec for name, (_, spec) in parameter_table(stack.dictionary).items()}
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # Moments of the optimiser carry the name of their parameter in their path, and are placed like it.
         names = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
         spec = next((specs[name] for name in names if name in specs), (None,) * max(leaf.ndim - 1, 0))
         spec = ("model",) if names[0] == "silent_MxF" else spec
@@ -193,6 +193,7 @@ def apply_update(
     longest = MOST_TOKENS - tokens  # the count stops there, as int32 would overflow
     silent_F = jnp.where(fired_F, 0, jnp.minimum(state.silent_MxF, longest) + tokens)
     mean = state.batch_topk_threshold_M + _THRESHOLD_RATE * (min_kept - state.batch_topk_threshold_M)
+    # The first batch sets the running mean; otherwise it would rise from 0 for hundreds of steps.
     threshold = jnp.where(state.step_M == 0, min_kept, mean)
     norm = optax.tree.get(optimizer_state, "gradient_norm")
     metrics = dict(learning_rate=rate, gradient_norm=norm, dead=jnp.mean(dead_F.astype(jnp.float32)))
@@ -209,6 +210,7 @@ def finish_dictionary(stack: TrainStack, state: TrainState, index: int) -> Dicti
     """
     arrays = {name: array[index] for name, array in state.params.items()}
     dictionary, kind, member, scale = stack.dictionary, stack.kind, stack.members[index], stack.scales[index]
+    # Rows first get length 1 in scaled units, because the scales of input and output may differ.
     arrays = rescale.unit_rows(kind, kind.finish(arrays, state.batch_topk_threshold_M[index]), dictionary.widths)
     is_sae = member.target == member.site
     config = dataclasses.replace(

@@ -61,6 +61,7 @@ def train_step(stack: TrainStack, state: TrainState, hyper: Hyperparams, batch: 
             most_dead = [jnp.max(jnp.sum(state.silent_MxF >= stack.config.dead_tokens, axis=-1))]
         after, metrics = _map_over_batch(stack, _member_step, state, hyper, batch, *most_dead)
         if stack.config.resample_every:
+            # All members have done the same number of steps, so the condition is one scalar.
             due = resampling.is_due(stack.config, stack.steps, after.step_M[0])
 
             def resample(state: TrainState) -> tuple[TrainState, tuple[()]]:
@@ -211,6 +212,7 @@ def _map_over_batch(
     def apply_to_member(state: TrainState, per_member: Any, *shared: jax.Array) -> tuple[TrainState, Any]:
         (hyper, values), common, shared = per_member, shared[:count], shared[count:]
         if values is None:
+            # Several members read one site: each picks it from the batch, which is there once.
             values = [lax.dynamic_index_in_dim(value_SxBxD, hyper.site_index, keepdims=False) for value_SxBxD in shared]
         x_BxD = values[0] * hyper.input_scale
         y_BxD = values[1] * hyper.output_scale if len(values) > 1 else x_BxD

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from saejax.activations.batches import sites_of
 from saejax.activations.joined import with_joined
@@ -17,7 +19,7 @@ from saejax.dictionaries.results import TrainedMember
 from saejax.errors import Interrupted, UserError
 from saejax.parallel.collectives import AgreedStop, is_first_process, process_count
 from saejax.parallel.mesh import make_mesh, sharding
-from saejax.results import MeshShape
+from saejax.results import MeshShape, load_results
 from saejax.runner.config import identity
 from saejax.runner.workspace import Run
 from saejax.settings import MOST_TOKENS, MeshConfig, TrainConfig
@@ -26,31 +28,24 @@ from saejax.training import cross_layer
 from saejax.training.checkpoints import Checkpoints
 from saejax.training.init_from import state_from_folder
 from saejax.training.inputs import Batches, Source, model_source, store_source
-from saejax.training.metrics import METRICS, Metrics, log_folder, make_writers
+from saejax.training.members import Member, choose_sites, make_members
+from saejax.training.metrics import METRICS, Metrics, log_folder, make_writers, split_metrics
 from saejax.training.pretrained import run_pretrained
 from saejax.training.results import TrainResults
 from saejax.training.scales import estimate_scales
-from saejax.training.stack import (
-    Member,
-    TrainStack,
-    batch_parts,
-    check_divides,
-    choose_sites,
-    describe_stack,
-    make_members,
-)
+from saejax.training.stack import TrainStack, batch_parts, check_divides, describe_stack
 from saejax.training.state import STATE_VERSION, TrainState, abstract_state, finish_dictionary, init_state
 from saejax.training.step import Step, compile_step
 from saejax.training.thresholds import calibrate_thresholds
 
 
-def run_train(run: Run) -> TrainResults:
+def run_train(run: Run) -> TrainResults | None:
     """Train the members of kind ``run.name`` and write them to ``run.folder``; copy existing ones for "pretrained".
 
-    This writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and, for each
-    member, ``dictionary/`` (in a folder of the member's name if there are several); a cross-layer transcoder is one
-    set, in circuit-tracer's format, in ``run.folder`` itself. An interrupted run goes on at its newest checkpoint and
-    ends with the same bits as an uninterrupted one.
+    This writes ``checkpoints/`` and ``metrics.jsonl`` (in a folder for each of several expansions) and ``dictionary/``.
+    Each member of a stack has a folder of its own for its ``dictionary/`` and ``metrics.jsonl``, and only members that
+    are not there are trained. A cross-layer transcoder is one set, in circuit-tracer's format, in ``run.folder``. An
+    interrupted run goes on at its newest checkpoint and ends with the same bits as an uninterrupted one.
     """
     config = run.configs[TrainConfig]
     if run.name == PRETRAINED:
@@ -59,7 +54,10 @@ def run_train(run: Run) -> TrainResults:
         raise UserError(
             "--train.state_dtype=float64 needs the variable JAX_ENABLE_X64=1: without it JAX has no float64"
         )
-    return TrainResults.of_all([_run_expansion(for_expansion(run, one)) for one in config.each_expansion()])
+    (*_, results) = [_run_expansion(for_expansion(run, expanded)) for expanded in config.each_expansion()]
+    if not run.stack or not is_first_process():
+        return results
+    return TrainResults.of_stack({name: load_results(folder) for name, folder in run.stack.folders.items()})
 
 
 def for_expansion(run: Run, config: TrainConfig) -> Run:
@@ -67,19 +65,25 @@ def for_expansion(run: Run, config: TrainConfig) -> Run:
     return dataclasses.replace(run, configs=run.configs | config)
 
 
-def _run_expansion(run: Run) -> TrainResults:
+def _run_expansion(run: Run) -> TrainResults | None:
+    """Train the members that are not there; None if all are."""
     config = run.configs[TrainConfig]
-    if config.source == "model":
-        members = make_members(config, run.name, choose_sites(config, None))
-        return train_stack(run, members, model_source(run, batch_parts(members)))
-    store = Store.open(run.inputs["capture"])
-    members = make_members(config, run.name, choose_sites(config, store.sites))
+    # Members come before the source, which reads no sites but theirs.
+    store = None if config.source == "model" else Store.open(run.inputs["capture"])
+    members = make_members(config, run.name, choose_sites(config, store.sites if store else None))
+    if run.stack:
+        names = [*run.stack.together]  # in the order of checkpoints, whatever that of the flags is now
+        members = sorted((member for member in members if member.name in names), key=lambda m: names.index(m.name))
+    if not members:
+        return None
     parts = batch_parts(members)
+    if store is None:
+        return train_stack(run, members, model_source(run, parts))
     return train_stack(run, members, store_source(config, with_joined(store, sites_of(parts)), parts, run.say))
 
 
 def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainResults:
-    """Train members together, and write each one's dictionary to ``run.folder / member.name / "dictionary"``.
+    """Train members together, and write each one's ``dictionary/`` to ``run.member_folder(member.name)``.
 
     Args:
       run: the run, whose name is the kind.
@@ -93,27 +97,27 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
       UserError: there are fewer rows than a batch has, or settings that do not fit.
       Interrupted: asked to stop; the state is saved.
     """
-    config, mesh = run.configs[TrainConfig], make_mesh(run.configs[MeshConfig])
+    config, mesh = run.configs[TrainConfig], _fitting_mesh(run, len(members))
     dictionary = describe_stack(config, run.name, source.rows, members)
     if source.per_epoch == 0:
         raise UserError(f"the training tokens are fewer than one batch: lower --train.batch={config.batch}")
     steps = min(source.per_epoch * config.epochs, config.max_steps or source.per_epoch * config.epochs)
     check_divides(config, dictionary.n_features, len(members), mesh.shape)
+    # Scales are estimated anew on resuming: they are a function of data and seed alone.
     scales = estimate_scales(source.rows, config, [(member.site, member.target) for member in members])
     stack = TrainStack(config, dictionary, members, scales, steps, mesh)
     folder = log_folder(run.folder, config)
     folder.mkdir(exist_ok=True)
     try:
-        with Checkpoints(folder / "checkpoints", config.keep_checkpoints, config.best) as checkpoints:
+        with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
             state, metrics = _train(run, stack, source, checkpoints)
-            best_step = checkpoints.best_step
     finally:
         source.close()
     _save(run, stack, state)
     # A feature is dead if it did not fire in the last epoch.
     dead_after = min(min(source.per_epoch, steps) * config.batch, MOST_TOKENS)
     dead = jax.jit(lambda silent_MxF: jnp.mean(silent_MxF >= dead_after, axis=1), out_shardings=sharding(mesh))
-    return TrainResults(
+    results = TrainResults(
         kind=run.name,
         steps=steps,
         tokens=steps * config.batch,
@@ -121,8 +125,21 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
         seconds=metrics.seconds,
         members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF))),
         mesh=MeshShape.of(mesh, process_count()),
-        best_checkpoint=best_step if config.best else None,
     )
+    for index, member in enumerate(members):
+        if run.stack and run.writes(member.name):
+            if is_first_process():
+                split_metrics(folder / METRICS, member.name, run.member_folder(member.name) / METRICS)
+            run.finish_member(member.name, results.of_member(index))
+    return results
+
+
+def _fitting_mesh(run: Run, members: int) -> Mesh:
+    """Return the run's mesh; of a stack of which some members are there, as many parts of it as divide the others."""
+    config = run.configs[MeshConfig]
+    if run.stack and members < len(run.stack.folders):
+        config = dataclasses.replace(config, member=math.gcd(config.member, members), data=0)
+    return make_mesh(config)
 
 
 def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints) -> tuple[TrainState, Metrics]:
@@ -192,11 +209,12 @@ def train_loop(
             step += 1
             metrics.push(step, values)
         stop = agreed_stop() or batch is None
+        # A batch that was not made means that the process was asked to stop meanwhile.
         due = batch is not None and (step % every == 0 or step == stack.steps)
         if due or (stop and step > first_step):
             metrics.flush(check=True)  # a state whose loss is not finite must not become the newest checkpoint
             metrics.write()
-            checkpoints.save(step, state, metrics.means(after=(step - 1) // every * every))
+            checkpoints.save(step, state)
         if stop and step < stack.steps:
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of {stack.steps}; saved: run the same command to go on")
@@ -213,7 +231,9 @@ def _save(run: Run, stack: TrainStack, state: TrainState) -> None:
         circuit_tracer.save_cross_layer(run.folder, len(stack.members), layer)
         return
     for index, member in enumerate(stack.members):
-        folder = run.folder / member.name / "dictionary"
+        if not run.writes(member.name):
+            continue
+        folder = run.member_folder(member.name) / "dictionary"
         if is_first_process():
             (folder / own.DESCRIPTION).unlink(missing_ok=True)
         save_dictionary(folder, finish_dictionary(stack, state, index))

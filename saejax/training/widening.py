@@ -1,10 +1,8 @@
 """Features that a dictionary lacks: found in its errors (``--train.widen``), and kept apart (``--train.alignment``).
 
 A token's error is a sum of features that the dictionary lacks. From the direction w of one error, these steps converge
-to one of them (the update of one nonnegative atom in K-SVD; Aharon et al., 2006):
-
-    active tokens     the share ``_RATE`` of tokens whose errors e have the largest projections z = <w, e>
-    w                 sum of z e over these tokens, normalised
+to one of them (the update of one nonnegative atom in K-SVD; Aharon et al., 2006): active are the share ``_RATE`` of
+tokens whose errors e have the largest projections z = <w, e>; w becomes the sum of z e over these, normalised.
 """
 
 import dataclasses
@@ -86,8 +84,8 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
             break
         tokens = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
         w = errors_NxD[np.resize(tokens, starts + -starts % block)].astype(np.float32)
-        found = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
-        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*found, strict=True))
+        new_rows = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
+        rows, level, strength = (np.concatenate(parts)[:starts] for parts in zip(*new_rows, strict=True))
         is_new = (level > 0) & (np.abs(rows @ np.concatenate(directions).T).max(axis=1, initial=0.0) <= _SAME)
         taken: list[int] = []
         for i in np.argsort(-strength):

@@ -19,6 +19,8 @@ from saejax.results import from_json, to_json
 from saejax.runner import command
 from saejax.settings import GraphConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 @pytest.fixture(scope="module")
 def flags(tiny_llama, one_device, tmp_path_factory):
@@ -31,7 +33,7 @@ def flags(tiny_llama, one_device, tmp_path_factory):
         "--graph.doubled=4",
         "--graph.circuits",
         "--graph.heads",
-        "--mesh.data=8",
+        "--mesh.data=2",
     ]
 
 

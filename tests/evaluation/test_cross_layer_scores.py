@@ -17,6 +17,8 @@ from saejax.evaluation.results import EvaluateResults
 from saejax.models.tokens import Tokens
 from saejax.runner import command
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 SITES = "mlp_in.0,mlp_in.1,mlp_out.0,mlp_out.1"
 FORM = dict(
     train__form="cross_layer_transcoder", train__sites="mlp_in.0-1", train__kinds="jumprelu", capture__sites=SITES
@@ -53,7 +55,7 @@ def test_killed_it_ends_with_the_same_bytes(workdir, flags, tmp_path):
     assert list(whole) == ["W_dec_0.safetensors", "W_dec_1.safetensors", "W_enc_0.safetensors", "W_enc_1.safetensors"]
     folder = tmp_path / "run"
     assert command.run(["capture"], "", flags(folder)) == 0
-    own = [*flags(folder, train__checkpoint_every=2)[1:]], dict(JAX_NUM_CPU_DEVICES="8")
+    own = [*flags(folder, train__checkpoint_every=2)[1:]], dict(JAX_NUM_CPU_DEVICES="2")
     killed, checkpoints = runs.start("train", own[0], **own[1]), folder / "train" / "jumprelu" / "checkpoints"
     while not any(one.name.isdigit() for one in checkpoints.glob("*")) and killed.poll() is None:
         time.sleep(0.02)

@@ -15,6 +15,8 @@ from saejax.ground_truth.algorithms.paths import Paths
 from saejax.ground_truth.hub_folder import save_model
 from saejax.runner import command
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 
 def sum_of(text):
     """The answer's digits, lowest first, of "3 4 7 + 5 8 6 = 3"."""

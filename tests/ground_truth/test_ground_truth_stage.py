@@ -12,6 +12,8 @@ from saejax.ground_truth.results import FoundFeatures, JudgedDictionary
 from saejax.results import Interval
 from saejax.runner import command
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 FLAGS = {
     "task.behaviours": "",
     "truth.features": 32,
@@ -29,7 +31,7 @@ FLAGS = {
     "train.batch": 200,
     "train.epochs": 3,
     "train.seed": "0,1",
-    "mesh.data": 8,
+    "mesh.data": 2,
 }
 
 

@@ -28,6 +28,8 @@ from saejax.settings import TaskConfig
 from saejax.stages.algorithm import AlgorithmConfig
 from saejax.stages.known_circuits import CIRCUITS, KnownConfig
 
+pytestmark = pytest.mark.usefixtures("two_devices")
+
 SEED = 3
 
 
@@ -130,7 +132,7 @@ def test_random_transcoders_stand_for_nothing(tmp_path, one_device):
 
 @pytest.mark.slow
 def test_the_stage_finds_what_is_known(tmp_path):
-    flags = ["--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=8"]
+    flags = ["--known.circuits=logic", "--known.prompts=30", "--known.graphs=2", "--mesh.data=2"]
     assert command.run(["known_circuits"], "", ["program", f"--workdir={tmp_path}", *flags]) == 0
     results = load_results(tmp_path / "known_circuits" / "logic")
     assert holds(results) and results.logit_error < 1e-5 and results.accuracy == 1
@@ -156,7 +158,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
         "--probe.labels=xor_0",
         f"--graph.transcoders={unit / 'transcoders/exact'}",
         "--graph.behaviours=xor",
-        "--mesh.data=8",
+        "--mesh.data=2",
     ]
     own = [f"--workdir={tmp_path / 'own'}", flag_file(own)]
     for stage in ("baseline", "probe", "attribute"):

@@ -1,5 +1,6 @@
 """The atlas in a real browser, labels given by hand, and what is refused."""
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from saejax.errors import UserError
 from saejax.files import write_json
 from saejax.interpret.atlas import write_atlas
 from saejax.interpret.labels import read_labels
-from saejax.results import to_json
+from saejax.interpret.review import write_sheets
+from saejax.interventions.answers import FeatureEffect
+from saejax.results import Interval, to_json
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 LABELS = {1: Label("“ Paris”", FOUND, f1=0.9), 2: Label(f"a city {BAD}", "Ada", "seen & checked")}
@@ -64,6 +67,23 @@ def test_any_feature_is_shown_by_its_address(browser, page, dark, width):
     light = [sum(map(int, colour.strip("rgba()").split(",")[:3])) for colour in colours]
     assert (light[0] > light[1]) == dark and abs(light[0] - light[1]) > 400
     assert browser.errors == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [400, 1300])
+def test_it_opens_on_an_overview(browser, page, width):
+    """Defect of the first version: an empty pane, and features in the order of their numbers."""
+    browser.view(width, 900, dark=width == 400, phone=width == 400)
+    browser.open(page)
+    browser.wait("atlas.painted === 'overview'")
+    shown = text(browser, "#feature")
+    assert "69 of 70 (98.6 %)" in shown and "2 of 70 (2.86 %)" in shown and "… by Ada" in shown
+    rows = "[...t.querySelectorAll('tbody tr')].map(r => r.innerText)"
+    effects, best = browser.js(f"[...document.querySelectorAll('#feature table')].map(t => {rows})")
+    assert len(effects) == 1 and effects[0].startswith("1 “ Paris”") and "1.25" in effects[0] and len(best) == 2
+    bars = browser.js("[...document.querySelectorAll('#feature .bars i')].map(bar => Number(bar.title))")
+    assert sum(bars) == 69 and browser.js("document.querySelector('#list a').dataset.feature") == "1"
+    assert browser.js("document.documentElement.scrollWidth <= innerWidth") and browser.errors == []
 
 
 @needs_chromium
@@ -154,6 +174,27 @@ def test_labels_that_are_refused(tmp_path, content, said):
         path.write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_labels(path, "topk", 9, False)
+
+
+def test_sheets_for_review(tmp_path):
+    """The top features of a behaviour with contexts and automatic labels; a filled copy is a file of labels."""
+    effect = Interval(1.25, 1.0, 1.5)
+    top = {name: tuple(FeatureEffect(i, 1.0, effect, 0.5, 2.0) for i in ids) for name, ids in
+           dict(capital=(1, 2), plural=(2,)).items()}  # fmt: skip
+    records = {i: made_up_record(i) for i in (1, 2)}
+    automatic = {1: Label("“ Paris”", FOUND)}
+    counts = write_sheets(tmp_path / "review", "topk", top, records, automatic, {2: Label("cats", "Ada", "sure")})
+    assert [(one.behaviour, one.reviewed, one.features) for one in counts] == [("capital", 1, 2), ("plural", 1, 1)]
+    with (tmp_path / "review" / "capital.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert first["feature"] == "1" and first["label"] == "" and first["automatic_label"] == "“ Paris” (by detector)"
+    assert first["logits_lost"] == "1.250" and first["context_1"].startswith("The city") and BAD in first["context_1"]
+    assert (second["label"], second["note"], second["reviewer"]) == ("cats", "sure", "Ada")
+    assert read_labels(tmp_path / "review", "topk", 9, True) == {2: Label("cats", "Ada", "sure")}
+    lines = (tmp_path / "review" / "capital.csv").read_text()
+    (tmp_path / "review" / "capital.csv").write_text(lines.replace(",cats,", ",dogs,"))
+    with pytest.raises(UserError, match=r"plural.csv: feature 2 is 'cats', and 'dogs' in an earlier file"):
+        read_labels(tmp_path / "review", "topk", 9, True)
 
 
 def test_where_labels_are_asked_for(tmp_path):

@@ -22,7 +22,8 @@ def workdir(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interpreted")
     flags = runs.small_flags(
         *inputs, folder, train__kinds="topk", train__k="4,8", train__epochs=2, interpret__dictionaries="topk",
-        interpret__batch_tokens=64, task__train_prompts=2, task__test_prompts=2, ablate__dictionary="standard",
+        interpret__batch_tokens=64, interpret__categories=True, task__train_prompts=2, task__test_prompts=2,
+        ablate__dictionary="standard",
     )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0
     return folder, flags
@@ -44,6 +45,9 @@ def test_every_feature_of_every_member_is_described(workdir):
         assert [one["fires"] for one in made] == (f_BxF > 0).sum(0).tolist()
         assert member.features == len(made) == 128 and member.search_tokens == len(f_BxF)
         assert all(len(one["up"]) == len(one["down"]) == 10 for one in made)
+        counts = member.categories
+        assert counts.features == sum("categories" in one for one in made) and counts.shuffled <= counts.live
+        assert counts.prompts == len((folder / "baseline" / "prompts.jsonl").read_text().splitlines())
         labels = {one["feature"]: one["label"] for one in made if "label" in one}
         own = labels_of(folder, f"topk/{member.name}")
         assert {feature: label.label for feature, label in own.items()} == labels

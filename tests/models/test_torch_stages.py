@@ -79,3 +79,4 @@ def test_stages_of_an_architecture_without_a_jax_family(family, tmp_path, inputs
     assert (workdir / "report" / "index.html").exists()
     steered = json.loads((workdir / "steer" / "topk" / "done.json").read_text())["results"]["behaviours"]["agreement"]
     assert steered["reason"] is None
+    assert "Ablation" in (workdir / "report" / "report.md").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from preflight_setup import CONFIGS
 from saejax.attribution.planned import planned_graphs
 from saejax.errors import UserError
 from saejax.parallel.mesh import make_mesh
+from saejax.preflight import topology
 from saejax.preflight.plan import plan_run
 from saejax.preflight.shapes import read_shapes
 from saejax.runner import config
@@ -24,7 +25,8 @@ from saejax.settings import (
     TaskConfig,
     TrainConfig,
 )
-from saejax.training.stack import choose_sites
+from saejax.training.members import choose_sites
+from saejax.training.planned import train_programs
 
 FILES = sorted(CONFIGS.glob("*.flags"))
 OWN = ("demo", "addition")  # of models that are at hand, or made by the stage before
@@ -124,3 +126,17 @@ def test_transcoders_of_all_layers_and_a_graph_of_them(monkeypatch):
     # The set is not trained yet, but its sizes are known.
     size = planned_graphs(plan).size
     assert size.transcoder.n_features == 16_384 and size.active == 64
+
+
+def test_phi_2s_32_layers_fit_one_device_of_80_gb_in_turn(monkeypatch, quick_compiler):
+    monkeypatch.chdir(CONFIGS.parent)
+    configs = read(CONFIGS / "phi-2-all-layers.flags")
+    (shape,) = read_shapes(configs)
+    limit = topology.find_slice("a100-80:1").limit
+    plan = plan_of(shape, configs)
+    (stack,) = plan.stacks.values()
+    assert (len(stack.members), stack.dictionary.d_in, stack.dictionary.n_features) == (32, 2560, 8 * 2560)
+    (step,) = train_programs(plan, plan.mesh)
+    compiled = topology.compile_for(step, limit, 1)
+    weights = 32 * 2 * 2560 * 20_480 * 4  # of all members; Adam has two means of them
+    assert 3 * weights < compiled.memory < 3.5 * weights and compiled.fits

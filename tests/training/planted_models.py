@@ -13,8 +13,9 @@ from saejax.dictionaries.joined import split
 from saejax.interventions.activity import FeatureStatistics
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
+from saejax.training.members import make_members
 from saejax.training.scales import estimate_scales
-from saejax.training.stack import TrainStack, describe_stack, make_members
+from saejax.training.stack import TrainStack, describe_stack
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.step import compile_step
 

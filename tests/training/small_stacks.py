@@ -12,8 +12,9 @@ from saejax.dictionaries.kinds import by_name
 from saejax.parallel.mesh import AXES
 from saejax.settings import TrainConfig
 from saejax.settings.kinds import settings_of_kinds
+from saejax.training.members import make_members
 from saejax.training.scales import SiteScale
-from saejax.training.stack import TrainStack, make_members
+from saejax.training.stack import TrainStack
 from saejax.training.state import init_state
 from saejax.training.step import compile_step
 

@@ -1,11 +1,8 @@
 """Checkpoints: written while training goes on, the newest and the best kept, of one configuration only."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
-from small_runs import STEPS, go, make_stack
 from small_stacks import first_device
 
 from saejax.errors import UserError
@@ -87,31 +84,15 @@ def test_a_disk_that_fills_later_is_one_clear_line(tmp_path, monkeypatch, said, 
         raise KeyError
 
 
-@pytest.mark.parametrize(("best", "left"), [("", [4, 5]), ("loss", [2, 4, 5]), ("explained_variance", [1, 4, 5])])
-def test_the_newest_and_the_best_are_kept(tmp_path, best, left):
-    scores = [dict(loss=loss, explained_variance=ev) for loss, ev in [(5, 0.9), (1, 0.2), (3, 0.4), (4, 0.3), (2, 0.1)]]
-    for step, metrics in enumerate(scores, 1):
-        with Checkpoints(tmp_path, keep=2, best=best) as checkpoints:  # each by a process of its own
-            checkpoints.save(step, state_of(step), metrics)
+def test_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        with Checkpoints(tmp_path, keep=2) as checkpoints:  # each by a process of its own
+            checkpoints.save(step, state_of(step))
             checkpoints.wait()
-    assert kept(tmp_path) == left
-    checkpoints = Checkpoints(tmp_path, keep=2, best=best)
-    assert checkpoints.best_step == (left[0] if best else None) and checkpoints.latest_step == 5
-    assert checkpoints.restore(state_of(0))["values"][0] == 5
+    assert kept(tmp_path) == [4, 5]
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.latest_step == 5 and checkpoints.restore(state_of(0))["values"][0] == 5
     checkpoints.close()
-
-
-def test_the_loop_gives_means_since_the_checkpoint_before(tmp_path):
-    stack, given = make_stack(k=(2, 4), checkpoint_every=5), []
-    save = Checkpoints.save
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save", lambda self, step, state, metrics: given.append((step, metrics)))
-        go(tmp_path, stack)
-    assert save is Checkpoints.save and [step for step, _ in given] == [5, 10, STEPS]
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for (step, metrics), first in zip(given, (1, 6, 11), strict=True):
-        losses = [record["loss"] for record in records if first <= record["step"] <= step]
-        assert len(losses) == 2 * (step - first + 1) and metrics["loss"] == pytest.approx(np.mean(losses))
 
 
 def test_checkpoints_of_another_configuration(tmp_path):

@@ -57,7 +57,7 @@ def test_a_stopped_run_goes_on_with_the_one_it_was_at(inputs, workdir, tmp_path,
     (unit / "done.json").unlink()  # as if the wider ones alone had been done
     shutil.rmtree(unit / "expansion2")
     for member in unit.glob("expansion2-*"):
-        shutil.rmtree(member)
+        shutil.rmtree(member.resolve())
     capsys.readouterr()
     assert go(["train"], inputs, run, train__expansions="4,2") == 0
     said = capsys.readouterr().out

@@ -9,8 +9,9 @@ import pytest
 from small_stacks import first_device, make_config
 
 from saejax.dictionaries import DictionaryConfig
+from saejax.training.members import make_members
 from saejax.training.scales import SiteScale
-from saejax.training.stack import TrainStack, make_members
+from saejax.training.stack import TrainStack
 from saejax.training.state import init_state
 from saejax.training.step import compile_step, member_loss
 

@@ -4,7 +4,7 @@ import pytest
 from small_stacks import make_config
 
 from saejax.errors import UserError
-from saejax.training.stack import make_members
+from saejax.training.members import make_members
 
 SITES = tuple(f"resid_post.{layer}" for layer in range(6))
 

@@ -14,8 +14,9 @@ from saejax.parallel.mesh import make_mesh
 from saejax.preflight import topology
 from saejax.settings import MeshConfig, TrainConfig
 from saejax.settings.kinds import JumpReLUConfig
+from saejax.training.members import make_members
 from saejax.training.scales import SiteScale
-from saejax.training.stack import TrainStack, make_members
+from saejax.training.stack import TrainStack
 from saejax.training.state import abstract_state
 from saejax.training.step import compile_step
 

@@ -5,7 +5,7 @@ Three sources, of which the first that knows a feature is used:
 1. Our stage ``interpret``, for sets that were trained in a workdir: ``interpret/<kind>/<member>/features/*.json``.
 2. circuit-tracer's feature files: ``index.json.gz`` names for each layer a file and the byte range of each feature,
    where 4 bytes of length are followed by gzipped JSON; or one JSON file for each feature, ``<n>.json``, named by the
-   Cantor pairing of layer and index.
+   Cantor pairing of layer and index. Of a set on the hub the index and the bytes of the features are fetched, no more.
 3. Neuronpedia's JSON of a feature, ``<layer>_<index>.json`` or ``<n>.json``.
 """
 
@@ -14,20 +14,25 @@ import functools
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.neuronpedia import cantor_pair
+from saejax.dictionaries.formats.place import fetch_file, split_address
 from saejax.dictionaries.labels import trained_units
 from saejax.dictionaries.stacks import kind_and_member
 from saejax.errors import UserError
 from saejax.files import read_json
+from saejax.models.hub import hub_errors
 
 Feature = tuple[int, int]  # layer, index of the feature
+ReadRange = Callable[[str, int, int], bytes]  # of a file beside an index, from one byte to before another
 EXAMPLES = 5  # contexts of a feature that a page shows
 _TOKENS = 24  # of a context, on each side of its strongest token
 _INDEX = "index.json.gz"
+_CONNECTIONS = 16  # features that are fetched from the hub at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,27 +52,26 @@ class FeatureDetails:
 
 
 def read_details(
-    dictionaries: Sequence[str | Path], folders: Sequence[Path], features: Iterable[Feature]
+    dictionaries: Sequence[str | Path], folders: Sequence[str | Path], features: Iterable[Feature]
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of some features.
 
     Args:
-      dictionaries: folders of the set of transcoders or of SAEs; its own ``features/`` is read, too.
-      folders: of feature files.
+      dictionaries: the set of transcoders or SAEs, folders or hub ids; its own ``features/`` is read, too. A set on the
+        hub has none where there is no such folder, or the hub is out of reach.
+      folders: of feature files; hf://ORG/NAME[/FOLDER][@REVISION] is one on the hub.
       features: layers and indices.
 
     Raises:
-      UserError: a file is damaged.
+      UserError: a file is damaged, or ``folders`` names one that is not there.
     """
     wanted = list(dict.fromkeys(features))
-    places = [*folders, *(Path(folder).expanduser() / "features" for folder in dictionaries)]
-    places = [place for place in dict.fromkeys(places) if place.is_dir()]
     found = _from_interpret(dictionaries, wanted)
-    for feature in wanted:
-        for place in places if feature not in found else ():
-            if (data := _read_file(place, feature)) is not None:
-                found[feature] = parse_feature(data)
-                break
+    for read in [*map(open_folder, folders), *filter(None, map(_open_own, dictionaries))]:
+        missing = [feature for feature in wanted if feature not in found]
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            known = dict(zip(missing, pool.map(read, missing), strict=True))
+        found |= {feature: parse_feature(data) for feature, data in known.items() if data is not None}
     return found
 
 
@@ -119,12 +123,66 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
     return found
 
 
-def _read_file(place: Path, feature: Feature) -> Mapping[str, Any] | None:
-    """Return the JSON of a feature in a folder; None: the folder does not know it."""
-    layer, index = feature
+def open_folder(folder: str | Path) -> Callable[[Feature], Mapping[str, Any] | None]:
+    """Return what reads the JSON of a feature in a folder, or gives None where the folder does not know it.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    if str(folder).startswith("hf://"):
+        return functools.partial(_read_packed, index_on_hub(str(folder)), _range_on_hub(str(folder)))
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise UserError(f"there is no folder {folder} of feature files: expected one, or hf://ORG/NAME/FOLDER")
     if (place / _INDEX).is_file():
-        return _read_packed(place, layer, index)
-    for name in (f"{cantor_pair(layer, index)}.json", f"{layer}_{index}.json"):
+        return functools.partial(_read_packed, place / _INDEX, functools.partial(_range_of_file, place))
+    return functools.partial(_read_single, place)
+
+
+def index_on_hub(address: str) -> Path:
+    """Return the index of packed feature files on the hub, which is fetched if need be.
+
+    Raises:
+      UserError: there is none, or the hub is out of reach.
+    """
+    folder, at, revision = address.partition("@")
+    return fetch_file(f"{folder}/{_INDEX}{at}{revision}")
+
+
+def _open_own(dictionaries: str | Path) -> Callable[[Feature], Mapping[str, Any] | None] | None:
+    """Return what reads the feature files that come with a set, as ``open_folder``; None where there are none."""
+    local = Path(dictionaries).expanduser()
+    if local.exists():
+        return open_folder(local / "features") if (local / "features").is_dir() else None
+    address, at, revision = str(dictionaries).removeprefix("hf://").partition("@")
+    try:
+        return open_folder(f"hf://{address}/features{at}{revision}")
+    except UserError:
+        return None
+
+
+def _range_of_file(place: Path, file: str, start: int, stop: int) -> bytes:
+    if not (place / file).is_file():
+        return b""  # its layer was not fetched
+    with (place / file).open("rb") as opened:
+        opened.seek(start)
+        return opened.read(stop - start)
+
+
+def _range_on_hub(address: str) -> ReadRange:
+    from huggingface_hub import HfFileSystem
+
+    name, revision, folder = split_address(address, "main", "")
+
+    def read(file: str, start: int, stop: int) -> bytes:
+        with hub_errors(name, revision, "set of feature files", file, "feature files"):
+            return HfFileSystem().cat_file(f"{name}@{revision}/{folder}/{file}", start=start, end=stop)
+
+    return read
+
+
+def _read_single(place: Path, feature: Feature) -> Mapping[str, Any] | None:
+    for name in (f"{cantor_pair(*feature)}.json", "{}_{}.json".format(*feature)):
         for path in (place / name, *sorted(place.glob(f"*/{name}"))):
             if path.is_file():
                 return read_json(path)
@@ -139,19 +197,17 @@ def _packed_index(path: Path, changed: float) -> Mapping[str, Any]:
         raise UserError(f"{path} is damaged: fetch the feature files again") from None
 
 
-def _read_packed(place: Path, layer: int, index: int) -> Mapping[str, Any] | None:
-    path = place / _INDEX
+def _read_packed(path: Path, read: ReadRange, feature: Feature) -> Mapping[str, Any] | None:
+    layer, index = feature
     entry = _packed_index(path, path.stat().st_mtime).get(str(layer))
     if not entry or index + 1 >= len(entry["offsets"]):
         return None
     start, stop = entry["offsets"][index : index + 2]
-    if stop <= start or not (place / entry["filename"]).is_file():
-        return None  # it never fired, or its layer was not fetched
-    with (place / entry["filename"]).open("rb") as file:
-        file.seek(start)
-        part = file.read(stop - start)
+    part = read(entry["filename"], start, stop) if stop > start else b""  # else it never fired
+    if not part:
+        return None
     try:
         size = int.from_bytes(part[:4], "little")
         return json.loads(gzip.decompress(part[4 : 4 + size]))
     except (OSError, EOFError, ValueError, zlib.error):
-        raise UserError(f"{place / entry['filename']} is damaged: fetch the feature files again") from None
+        raise UserError(f"{path.with_name(entry['filename'])} is damaged: fetch the feature files again") from None

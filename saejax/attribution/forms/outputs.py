@@ -25,6 +25,7 @@ from saejax.attribution.forms.scores import strongest
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import LOGIT
 from saejax.attribution.heads.attention import Attention
+from saejax.dictionaries.formats.place import split_address
 from saejax.errors import UserError
 from saejax.files import read_json, write_text
 from saejax.parallel.collectives import is_first_process
@@ -96,8 +97,14 @@ def details_of(
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
     keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in nodes]
     features = [(layer, index) for layer, index in dict.fromkeys(keys)][:_DETAILS_ON_PAGE]
-    dictionaries = [config.transcoders] if config.transcoders else list(config.dictionaries)
-    named = [Path(config.features).expanduser()] if config.features else []
+    dictionaries = list(config.dictionaries)
+    if config.transcoders and Path(config.transcoders).expanduser().exists():
+        dictionaries = [str(Path(config.transcoders) / config.subfolder)]
+    elif config.transcoders:
+        address = f"hf://{config.transcoders.removeprefix('hf://')}"
+        name, revision, folder = split_address(address, config.revision, config.subfolder)
+        dictionaries = [f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"]
+    named = [config.features] if config.features else []
     return read_details(dictionaries, [*named, *folders], features)
 
 

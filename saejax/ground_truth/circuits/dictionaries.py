@@ -25,7 +25,7 @@ from saejax.models.language_model import LanguageModel
 from saejax.models.sinks import NO_SINKS
 from saejax.runner.workspace import Run
 from saejax.settings import TrainConfig
-from saejax.training.stack import make_members
+from saejax.training.members import make_members
 from saejax.training.train import run_train
 
 EXACT, WRONG, RANDOM, UNTRAINED, TRAINED = "exact", "wrong", "random", "untrained", "trained"

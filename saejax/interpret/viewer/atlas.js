@@ -16,6 +16,8 @@ const atlas = (() => {
     at('about').textContent = `${data.features.toLocaleString('en')} features. Left and right arrow: neighbours by number.`;
     at('maps').hidden = !data.maps;
     at('maps').href = `#${data.dictionary}/maps`;
+    at('overview').href = `#${data.dictionary}/overview`;
+    if (!data.columns.effect.some(Boolean)) at('sort').value = 'f1';  // what matters first, as far as it was measured
     data.searched = data.columns.label.map((label, i) => `${i} ${label} ${data.columns.token[i]}`.toLowerCase());
     sort();
     route();
@@ -67,7 +69,12 @@ const atlas = (() => {
       atlas.painted = 'maps';
       return mark();
     }
-    if (feature < 0) return location.hash ? say('There is no feature of this number.') : undefined;
+    if (feature < 0 && (!location.hash || location.hash.endsWith('/overview'))) {
+      at('feature').replaceChildren(overviewPage(about, labelOf));
+      atlas.painted = 'overview';
+      return mark();
+    }
+    if (feature < 0) return say('There is no feature of this number.');
     load(Math.floor(feature / about.chunk), (records) => {
       if (feature !== current()) return;
       const record = records.find((one) => one.feature === feature);

@@ -1,22 +1,36 @@
 'use strict';
 // The page of one feature, made of its record. All text goes in as text, never as HTML.
 
+// A table of cells, which may be elements; all columns but the first hold numbers.
+const table = (heads, rows) => {
+  const head = make('tr', {}, ...heads.map((text, i) => make('th', i ? {class: 'number', scope: 'col'} : {scope: 'col'}, text)));
+  const body = rows.map((row) => make('tr', {}, ...row.map((cell, i) => make('td', i ? {class: 'number'} : {}, cell))));
+  return make('div', {class: 'scroll', tabindex: '0', role: 'region', 'aria-label': heads[0]},
+    make('table', {}, make('thead', {}, head), make('tbody', {}, ...body)));
+};
+
+// A histogram with the texts at its two ends.
+const bars = (counts, from, to, alt) => {
+  const most = Math.max(...counts, 1);
+  const made = counts.map((count) => {
+    const bar = make('i', {title: number(count)});
+    bar.style.height = `${100 * count / most}%`;
+    return bar;
+  });
+  return [make('div', {class: 'bars', role: 'img', 'aria-label': alt}, ...made),
+    make('div', {class: 'ends'}, make('span', {}, from), make('span', {}, to))];
+};
+
 const interval = (one) => `${one.mean.toFixed(2)} [${one.low.toFixed(2)}, ${one.high.toFixed(2)}]`;
 
 // What a language model's answers say of a label, and of another feature's.
 const judgements = (judged) => {
   if (!judged) return [];
-  const told = ['detection', 'fuzzing'].filter((name) => judged[name]).map((name) => {
-    const control = judged[`${name}_control`];
-    return `${name} ${judged[name].accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`;
-  });
-  if (judged.intruder !== undefined && judged.intruder !== null) told.push(`intruders found ${judged.intruder.toFixed(2)} (by guessing 0.20)`);
-  if (typeof judged.embedding === 'number') {
-    const control = judged.embedding_control;
-    told.push(`embedding AUROC ${judged.embedding.toFixed(2)}${typeof control === 'number' ? ` (another feature's label ${control.toFixed(2)})` : ''}`);
-  }
+  const said = [], score = judged.detection, control = judged.detection_control;
+  if (score) said.push(`detection ${score.accuracy.toFixed(2)}${control ? ` (another feature's label ${control.accuracy.toFixed(2)})` : ''}`);
+  if (typeof judged.intruder === 'number') said.push(`intruders found ${judged.intruder.toFixed(2)} (chance 0.20)`);
   const name = judged.label && !judged.kept ? `Label “${visible(judged.label)}”, not kept` : 'Judged by a language model';
-  return told.length ? [[name, `balanced accuracy on held-out text: ${told.join(', ')}`]] : [];
+  return said.length ? [[name, `balanced accuracy on held-out text: ${said.join(', ')}`]] : [];
 };
 
 function featurePage(record, dictionary, labelOf, layersBar) {
@@ -30,22 +44,6 @@ function featurePage(record, dictionary, labelOf, layersBar) {
     page.append(make('h3', {}, title));
     if (note) page.append(make('p', {class: 'note'}, note));
     page.append(...inside);
-  };
-  const table = (heads, rows) => {
-    const head = make('tr', {}, ...heads.map((text, i) => make('th', i ? {class: 'number', scope: 'col'} : {scope: 'col'}, text)));
-    const body = rows.map((row) => make('tr', {}, ...row.map((cell, i) => make('td', i ? {class: 'number'} : {}, cell))));
-    return make('div', {class: 'scroll', tabindex: '0', role: 'region', 'aria-label': heads[0]},
-      make('table', {}, make('thead', {}, head), make('tbody', {}, ...body)));
-  };
-  const bars = (counts, from, to, alt) => {
-    const most = Math.max(...counts, 1);
-    const made = counts.map((count) => {
-      const bar = make('i', {title: number(count)});
-      bar.style.height = `${100 * count / most}%`;
-      return bar;
-    });
-    return [make('div', {class: 'bars', role: 'img', 'aria-label': alt}, ...made),
-      make('div', {class: 'ends'}, make('span', {}, from), make('span', {}, to))];
   };
   const context = (one) => {
     const pieces = one.tokens.map((text, i) => {
@@ -95,6 +93,12 @@ function featurePage(record, dictionary, labelOf, layersBar) {
     section('Tokens', 'Mean: activation over all places of the token. PMI: pointwise mutual information. q: Benjamini and Hochberg.',
       associations(record.tokens));
     section('What tokens look like', '', associations(record.shapes));
+  }
+  if ((record.categories || []).length) {
+    section('Prompt categories', 'Prompts on which it fires, in the category and elsewhere; of right answers, against wrong ones of the same category. ' +
+      'q: Fisher\'s exact test, Benjamini and Hochberg over all features and categories. Prompts of a category share words.',
+      table(['category', 'fires on', 'elsewhere', 'q'], record.categories.map((one) => [one.category, `${one.active} of ${one.prompts}`,
+        `${one.active_elsewhere} of ${one.prompts_elsewhere}`, number(one.q, 2)])));
   }
   if (record.attention) {
     const rows = record.attention.heads.map(([layer, head, looksAt, r]) => [`layer ${layer}, head ${head}: ${looksAt}`, number(r, 2)]);

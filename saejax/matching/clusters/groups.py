@@ -63,18 +63,23 @@ def find_groups(
     similarity_FxF = view.similarity()
     group_F = group_features(similarity_FxF, smallest)
     on_step()
-    overlap_RxU = [overlaps(group_F, group(view, view.bootstrap(rng))) for _ in range(resamples)]
+    overlaps_by_resample = [overlaps(group_F, group(view, view.bootstrap(rng))) for _ in range(resamples)]
     null_overlaps = []
     for _ in range(resamples):
         shuffled = view.shuffled(rng)
         null_overlaps.append(overlaps(group(shuffled, None), group(shuffled, shuffled.bootstrap(rng))))
     null_groups = float(np.mean([len(overlap_U) for overlap_U in null_overlaps]))
-    found = StableGroups(group_F, np.mean(overlap_RxU, axis=0), np.concatenate(null_overlaps), null_groups)
+    found = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
     return found, similarity_FxF
 
 
 def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:
-    """Return the group of each feature by HDBSCAN, numbered from 0, int [F]; -1: none."""
+    """Return the group of each feature by HDBSCAN, numbered from 0, int [F]; -1: none.
+
+    Args:
+      similarity_FxF: similarity of all pairs, at most 1; negative ones count as 0.
+      smallest: minimum number of features of a group.
+    """
     features = len(similarity_FxF)
     if features < max(smallest, _CORE):
         return np.full(features, -1)

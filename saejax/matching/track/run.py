@@ -1,6 +1,6 @@
 """The stage ``track``: texts followed through the layers, one after the other, and the page that shows them.
 
-A text is a part in the sense of ``causal.parts``: its results are in ``<slug>.json``, what the page shows of it in
+A text is a part in the sense of ``runner.parts``: its results are in ``<slug>.json``, what the page shows of it in
 ``<slug>-cells.json``. ``index.html`` and ``track.txt`` have all texts.
 """
 

@@ -58,7 +58,7 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageM
 
     Args:
       names: trained stacks ("topk"), members ("topk/resid_post.3"), or folders.
-      units: folders of the train units that are read, such as that of "train/topk".
+      units: folders of the train units that are read, such as those of "train/topk" or "train/topk/k16".
       model: that they are of.
 
     Raises:
@@ -80,7 +80,8 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageM
     whole = len(names) == 1 and len(layers) == model.config.n_layers
     transcoders = None
     if whole and all((each.config.site, each.config.target) == _of_mlp(each.layer) for each in layers):
-        path = names[0] if is_folder(names[0]) else str(units[f"train/{names[0]}"])
+        trained = units.get(f"train/{names[0]}") or units.get(f"train/{stacks.kind_and_member(names[0])[0]}")
+        path = names[0] if is_folder(names[0]) else str(trained)
         transcoders = open_transcoders(path).check(model)
     return Stack(layers, transcoders)
 
@@ -93,31 +94,28 @@ def _of_mlp(layer: int) -> tuple[str, str]:
 def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
     flag = "--track.dictionaries"
     if is_folder(name):
-        folder, kind, member = Path(name), Path(name).name, ""
+        folder = Path(name)
         if circuit_tracer.is_set(folder):
             return _of_set(folder)
-    else:
-        kind, member = stacks.kind_and_member(name)
-        folder = units[f"train/{kind}"]
-        if member:
-            stacks.check_member(name, [entry.name for entry in stacks.members(folder)], flag)
-    try:
-        places = folders_of(folder / member)
-    except UserError as error:
-        raise UserError(f"{flag}: {error}") from None
-    found = []
-    for place in places:
-        inside = place.relative_to(folder).as_posix()
-        own = stacks.full_name(kind, "" if inside == "." else inside)
+        try:
+            inside = {place.relative_to(folder).as_posix(): place for place in folders_of(folder)}
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
+        places = {stacks.full_name(folder.name, "" if at == "." else at): place for at, place in inside.items()}
         workdir = folder.parent.parent
-        page = workdir / "atlas" / own / "index.html"
+    else:
+        places = stacks.find_trained(name, units, flag)
+        workdir = next(folder for unit, folder in units.items() if unit.startswith("train/")).parent.parent
+    found = []
+    for full_name, place in places.items():
+        page = workdir / "atlas" / full_name / "index.html"
         found.append(
             LayerDictionary(
-                own,
+                full_name,
                 read_config(place),
                 lambda place=place: load_dictionary(place),  # type: ignore[misc]
                 page if page.exists() else None,
-                labels_of(workdir, own),
+                labels_of(workdir, full_name),
             )
         )
     return sorted(found, key=lambda each: (each.layer, KINDS.index(each.reads.kind)))

@@ -78,13 +78,19 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
         for site in sites:
             value_BxTxD = np.asarray(output.sites[site], np.float32)
             for row, piece in enumerate(chosen):
-                part_TxD = value_BxTxD[row, read.front : filled.lengths_B[row]]
-                values[site][starts[piece] : starts[piece] + len(part_TxD)] = part_TxD
+                part_NxD = value_BxTxD[row, read.front : filled.lengths_B[row]]
+                values[site][starts[piece] : starts[piece] + len(part_NxD)] = part_NxD
     return values
 
 
 def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Activity:
-    """Return the activity of a dictionary on values of its site, ``batch_tokens`` at a time."""
+    """Return the activity of a dictionary on values of its site.
+
+    Args:
+      dictionary: the dictionary.
+      x_NxD: values of its site.
+      batch_tokens: tokens that are encoded at a time; the last batch is padded.
+    """
     parts, real = [], []
     for start in range(0, len(x_NxD), batch_tokens):
         batch_XxD = x_NxD[start : start + batch_tokens]

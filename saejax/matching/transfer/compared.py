@@ -60,7 +60,7 @@ class Compared:
     def trained_in(self, workdir: Path) -> tuple[Path, str]:
         """Return the workdir that trained it, or else another one, and its name there."""
         parts = self.folder.absolute().parts
-        if "train" not in parts:
+        if not is_folder(self.name) or "train" not in parts:
             return workdir, self.name
         index = len(parts) - 1 - parts[::-1].index("train")
         return Path(*parts[:index]), "/".join(parts[index + 1 :])
@@ -81,7 +81,7 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) ->
 
     Args:
       names: kinds, members or folders.
-      units: folders of the train units, such as that of "train/topk".
+      units: folders of the train units, such as those of "train/topk" or "train/topk/k16".
       flag: the flag, for messages.
 
     Raises:
@@ -92,16 +92,11 @@ def load_compared(names: Sequence[str], units: Mapping[str, Path], flag: str) ->
         if is_folder(name):
             compared += [Compared(str(folder), folder, read_config(folder)) for folder in folders_of(name)]
             continue
-        kind, member = stacks.kind_and_member(name)
-        unit = units[f"train/{kind}"]
-        known = [entry.name for entry in stacks.members(unit)]
-        if member:
-            stacks.check_member(name, known, flag)
-        chosen = [member] if member else known
-        compared += [Compared(stacks.full_name(kind, one), unit / one, read_config(unit / one)) for one in chosen]
-    folders = [each.folder.resolve() for each in compared]
-    for each, folder in zip(compared, folders, strict=True):
-        if folders.count(folder) > 1:
+        folders = stacks.find_trained(name, units, flag)
+        compared += [Compared(full_name, folder, read_config(folder)) for full_name, folder in folders.items()]
+    resolved = [each.folder.resolve() for each in compared]
+    for each, folder in zip(compared, resolved, strict=True):
+        if resolved.count(folder) > 1:
             raise UserError(f"{flag}={','.join(names)} names {each.name} twice: name each dictionary once")
     return compared
 

@@ -154,11 +154,21 @@ class Reading:
         self._model = functools.lru_cache(maxsize=1)(lambda index: load_model_of(run, compared[index], mesh))
 
     def tokens(self, first: int, second: int) -> int:
-        """Return the number of tokens on which two dictionaries are compared."""
+        """Return the number of tokens on which two dictionaries are compared.
+
+        Args:
+          first: number of a dictionary.
+          second: number of another.
+        """
         return len(self._tokens(first, second)[0])
 
     def compared_features(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the features of two dictionaries that fire often enough on both halves of the text, bool [F], [G]."""
+        """Return the features of two dictionaries that fire often enough on both halves of the text, bool [F], [G].
+
+        Args:
+          first: number of a dictionary.
+          second: number of another.
+        """
         halves = [self._half(first, second, measures) for measures in (False, True)]
         first_F, second_G = (
             np.all([self._activity(index).firings(half[side]) >= MIN_FIRINGS for half in halves], axis=0)
@@ -181,7 +191,13 @@ class Reading:
         return self._activity(first).rows(first_N, first_F), self._activity(second).rows(second_N, second_G)
 
     def ceiling_rows(self, first: int, second: int, measures: bool) -> np.ndarray:
-        """Return the first dictionary's rows alone, for matching it with itself on the same tokens and features."""
+        """Return the first dictionary's rows alone, for matching it with itself on the same tokens and features.
+
+        Args:
+          first: number of a dictionary.
+          second: number of the dictionary that it is compared with.
+          measures: use the half of the text that measures, not the one that chooses pairs.
+        """
         first_N, _ = self._half(first, second, measures)
         return self._activity(first).rows(first_N, self.compared_features(first, second)[0])
 
@@ -204,7 +220,12 @@ class Reading:
         return float(np.einsum("mn,mn->m", first_FxN[paired], second_GxN[other_M]).mean(dtype=np.float64))
 
     def transfers(self, first: int, second: int) -> dict[str, ReconstructionTransfer]:
-        """Return each of two SAEs evaluated at the other's site; nothing for transcoders."""
+        """Return each of two SAEs evaluated at the other's site; nothing for transcoders.
+
+        Args:
+          first: number of a dictionary.
+          second: number of another.
+        """
         pair = (first, second)
         if any(self._compared[index].config.target for index in pair):
             return {}

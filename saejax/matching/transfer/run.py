@@ -86,7 +86,13 @@ def run_transfer(run: Run) -> TransferResults:
 
 
 def select_pairs(compared: Sequence[Compared], between: int, seed: int) -> list[Pair]:
-    """Return all pairs of one model, and of different models ``between`` random ones; 0: all."""
+    """Return the pairs to compare: all of one model, and some of different models.
+
+    Args:
+      compared: the dictionaries.
+      between: number of random pairs of different models; 0: all.
+      seed: of the random choice.
+    """
     pairs = list(itertools.combinations(range(len(compared)), 2))
     across = [pair for pair in pairs if not same_model(*(compared[index] for index in pair))]
     if between and len(across) > between:
@@ -140,7 +146,13 @@ class Comparison:
             self._reading = Reading(run, compared, self._mesh, text)
 
     def measure(self, part: str, first: int, on_progress: OnProgress) -> Measured:
-        """Compare a dictionary with all later ones that are wanted, and write the pairs of features of a part."""
+        """Compare a dictionary with all later ones that are wanted, and write the pairs of features of a part.
+
+        Args:
+          part: name of the part, in the sense of ``runner.parts``.
+          first: number of the dictionary.
+          on_progress: takes the number of comparisons done and in all.
+        """
         measures = {
             second: measures_of(self._config.measures, self._compared[first], self._compared[second])
             for one, second in self._wanted

@@ -9,12 +9,12 @@ from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.forms.page import write_page
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def document():
     return made_up_document()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page(document, tmp_path_factory):
     """The address of the page of a small graph; its features have examples, and one a label that is HTML."""
     path = tmp_path_factory.mktemp("page") / "graph.html"
@@ -27,7 +27,7 @@ def page(document, tmp_path_factory):
     return path.as_uri()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     with chromium(tmp_path_factory.mktemp("profile")) as browser:
         yield browser

@@ -1,13 +1,17 @@
 """Contexts, logits and labels of features from files of circuit-tracer, Neuronpedia and our own runs."""
 
+import dataclasses
 import gzip
 import json
+import shutil
 
 import pytest
 
 from saejax.attribution.forms.features import EXAMPLES, FeatureDetails, parse_feature, read_details
 from saejax.attribution.forms.neuronpedia import cantor_pair
+from saejax.attribution.requests import identity
 from saejax.errors import UserError
+from saejax.settings.attribution import GraphConfig
 
 CONTEXT = dict(tokens=["The", " city", " of"], tokens_acts_list=[0.0, 2.5, 0.5], train_token_ind=1)
 WEAKER = dict(tokens=["a", " town"], tokens_acts_list=[0.0, 1.0], train_token_ind=1)
@@ -53,6 +57,49 @@ def test_single_files_are_read(tmp_path, name):
     found = read_details([], [tmp_path], [(3, 7), (2, 7)])
     contexts = (dict(tokens=["The", " city"], activations=[0.0, 3.0]),)
     assert found == {(3, 7): FeatureDetails(contexts, (" Paris",), (" the",), "cities")}
+
+
+def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, monkeypatch):
+    """circuit-tracer's sets carry ``features/``: an index, and one file of gigabytes for each layer."""
+    pack(tmp_path / "hub" / "set" / "features", {0: None, 1: TRACER, 2: dict(TRACER, label="towns")})
+    fetched, read = [], []
+
+    def fetch_file(address):
+        fetched.append(address)
+        if "nothing" in address:
+            raise UserError("the hub has no index.json.gz")
+        return tmp_path / "hub" / "set" / "features" / "index.json.gz"
+
+    class Files:
+        def cat_file(self, path, start, end):
+            read.append((path, end - start))
+            return (tmp_path / "hub" / "set" / "features" / path.rpartition("/")[2]).read_bytes()[start:end]
+
+    monkeypatch.setattr("saejax.attribution.forms.features.fetch_file", fetch_file)
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
+    monkeypatch.setattr("saejax.models.hub._answers", lambda address: True)
+    found = read_details(["hf://org/set@v2"], [], [(3, 0), (3, 2)])
+    assert found.keys() == {(3, 2)} and found[3, 2].label == "towns"
+    assert fetched == ["hf://org/set/features/index.json.gz@v2"]
+    size = (tmp_path / "hub" / "set" / "features" / "layer_3.bin").stat().st_size
+    assert [path for path, _ in read] == ["org/set@v2/features/layer_3.bin"] and read[0][1] < size
+    assert read_details(["org/nothing"], [], [(3, 2)]) == {}
+    assert read_details([], ["hf://org/set/features"], [(3, 2)])[3, 2].label == "towns"
+    for absent in ("hf://org/nothing/features", tmp_path / "none"):
+        with pytest.raises(UserError, match=r"no index|no folder"):
+            read_details([], [absent], [(3, 2)])
+
+
+def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):
+    pack(tmp_path / "features", {0: None, 1: TRACER})
+    config = GraphConfig(prompt="a", dictionaries=(str(tmp_path / "sae"),), features=str(tmp_path / "features"))
+    before = identity(config)
+    assert before != identity(dataclasses.replace(config, features=""))
+    shutil.copytree(tmp_path / "features", tmp_path / "copy")
+    assert identity(dataclasses.replace(config, features=str(tmp_path / "copy"))) == before
+    shutil.rmtree(tmp_path / "features")
+    pack(tmp_path / "features", {0: None, 1: dict(TRACER, label="towns")})
+    assert identity(config) != before
 
 
 def test_long_contexts_are_cut_around_their_strongest_token():

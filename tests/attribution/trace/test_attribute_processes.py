@@ -10,6 +10,7 @@ from made_transcoders import made_set
 from saejax import load_model, save_transcoders
 from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import FEATURE
+from saejax.runner import command
 
 BARE = ("--graph.node_threshold=1", "--graph.edge_threshold=1")
 CHECKED = (*BARE, "--graph.doubled=8", "--graph.circuits", "--graph.heads")
@@ -23,11 +24,12 @@ CHECKED = (*BARE, "--graph.doubled=8", "--graph.circuits", "--graph.heads")
         pytest.param(dict(model=2), CHECKED, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("two_devices")
 def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, settings):
     save_transcoders(tmp_path / "set", made_set(load_model(str(tiny_llama), mesh=one_device), skip=True))
     flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.token_ids=5,17,33,8"]
     flags += ["--graph.max_logits=3", "--graph.slug=ids", *settings]
-    runs.finish(runs.start("attribute", [*flags, f"--workdir={tmp_path / 'one'}"]))
+    assert command.run(["attribute"], "", ["attribute", *flags, f"--workdir={tmp_path / 'one'}"]) == 0
     both = [*flags, f"--workdir={tmp_path / 'two'}", *(f"--mesh.{axis}={size}" for axis, size in mesh.items())]
     for process in runs.start_pair("attribute", both):
         runs.finish(process)

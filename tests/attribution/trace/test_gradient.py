@@ -267,13 +267,14 @@ def test_other_bad_input_is_refused(llama):
         trace_gradient(lm, nan, IDS)
 
 
+@pytest.mark.usefixtures("two_devices")
 def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys):
     lm, saes = llama
     folders = [tmp_path / sae.site for sae in saes]
     for folder, sae in zip(folders, saes, strict=True):
         save_dictionary(folder, sae)
     named = f"--graph.dictionaries={','.join(map(str, folders))}"
-    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=8"]
+    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=2"]
     flags += ["--graph.token_ids=" + ",".join(map(str, IDS)), "--graph.slug=mine", "--graph.doubled=5"]
     flags += ["--graph.top_edges=6", "--graph.max_logits=3"]
     assert command.run(["attribute"], "", ["attribute", *flags, named]) == 0

@@ -1,0 +1,185 @@
+"""Prompt categories: features that fire more on prompts of one behaviour or benchmark, or where answers are right.
+
+1. The model runs the prompts of ``baseline`` and ``benchmark``. A feature is active on a prompt if it fires at any
+   position but attention sinks.
+2. Each feature and each category (a behaviour or a benchmark) is a test: is the feature active on more of the
+   category's prompts than of all others? Within a category, right answers are compared with wrong ones in the same way.
+   The test is Fisher's exact one, one-sided.
+3. Benjamini and Hochberg's correction (1995) is over all tests of a dictionary.
+4. The control: the same with the prompts' categories, and right and wrong answers within a category, permuted.
+
+Prompts of a behaviour share words, so an association says what a feature fires on, not what it does.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from scipy.stats import hypergeom
+
+from saejax.dictionaries import Dictionary
+from saejax.files import read_lines
+from saejax.interpret.describe import adjusted
+from saejax.interpret.feature_record import FeatureCategory
+from saejax.interpret.results import CategoryCounts
+from saejax.models.language_model import LanguageModel
+from saejax.models.lengths import round_length
+from saejax.models.tokens import Tokens
+
+LEVEL = 0.05  # of the false discovery rate
+LISTED = 5  # associations of a feature that are kept
+_LEAST = 5  # prompts of either side, and prompts on which a feature is active: fewer can show nothing
+_BATCH = 32  # prompts that run together
+
+
+@dataclasses.dataclass(frozen=True)
+class CategorisedPrompt:
+    """A prompt with its category and whether the model's answer is right; None: no answer was judged."""
+
+    text: str
+    category: str
+    right: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class CategoryTest:
+    """A test: prompts on one side against prompts on the other, bool [P] each."""
+
+    name: str
+    inside_P: np.ndarray
+    outside_P: np.ndarray
+
+
+def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
+    """Return the prompts of the baseline and benchmark units among a run's inputs.
+
+    Args:
+      inputs: folders of units by name.
+    """
+    found = []
+    for unit, folder in inputs.items():
+        stage, _, name = unit.partition("/")
+        if stage == "baseline":
+            for line in read_lines(folder / "prompts.jsonl"):
+                found.append(CategorisedPrompt(line["text"], line["behaviour"], line["logit_diff"] > 0))
+        elif stage == "benchmark":
+            for line in read_lines(folder / "items.jsonl"):
+                verdict = line.get("flexible") or line.get("raw")
+                found.append(CategorisedPrompt(line["prompt"], name, verdict["correct"] if verdict else None))
+    return found
+
+
+def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str]) -> np.ndarray:
+    """Return on which prompts each feature fires at any position but attention sinks, bool [P, F].
+
+    Args:
+      lm: the model.
+      dictionary: with its rule for attention sinks.
+      texts: the prompts.
+
+    Raises:
+      UserError: a prompt is empty or longer than the context.
+    """
+    ids = [lm.tokenize([text]).ids_BxT[0] for text in texts]
+    active_PxF = np.zeros((len(texts), dictionary.config.n_features), bool)
+    order = np.argsort([len(one) for one in ids], kind="stable")
+    for start in range(0, len(order), _BATCH):
+        chosen = order[start : start + _BATCH]
+        lengths_N = np.array([len(ids[i]) for i in chosen], np.int32)
+        # Lengths are rounded and the last batch is filled up, so that few programs are compiled.
+        ids_BxT = np.zeros((_BATCH, min(round_length(int(lengths_N.max())), lm.config.context)), np.int32)
+        for row, i in enumerate(chosen):
+            ids_BxT[row, : len(ids[i])] = ids[i]
+        tokens = Tokens(ids_BxT, np.pad(lengths_N, (0, _BATCH - len(chosen)), constant_values=1))
+        x_BxTxD = lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
+        for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
+            fires_TxF = np.asarray(_firings(dictionary, np.asarray(x_BxTxD[row], np.float32)))
+            active_PxF[i] = fires_TxF[: lengths_N[row]].any(axis=0)
+    return active_PxF
+
+
+@jax.jit
+def _firings(dictionary: Dictionary, x_TxD: jax.Array) -> jax.Array:
+    """Return where features fire at no attention sink, bool [T, F]."""
+    return dictionary.fires(dictionary.encode(x_TxD)) & dictionary.is_not_sink(x_TxD)[:, None]
+
+
+def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | None = None) -> Iterator[CategoryTest]:
+    """Yield the tests of all categories that have enough prompts on both sides.
+
+    Args:
+      prompts: of all categories.
+      rng: permutes categories, and answers within a category, for the control; None: they stay.
+    """
+    category_P = np.array([prompt.category for prompt in prompts])
+    right_P = np.array([{None: -1, False: 0, True: 1}[prompt.right] for prompt in prompts])
+    moved_P = category_P if rng is None else rng.permutation(category_P)
+    for category in dict.fromkeys(category_P.tolist()):
+        judged = np.flatnonzero((category_P == category) & (right_P >= 0))
+        answers = right_P[judged] if rng is None else rng.permutation(right_P[judged])
+        right = np.isin(np.arange(len(prompts)), judged[answers == 1])
+        wrong = np.isin(np.arange(len(prompts)), judged[answers == 0])
+        for test in (
+            CategoryTest(category, moved_P == category, moved_P != category),
+            CategoryTest(f"{category}: right answers", right, wrong),
+            CategoryTest(f"{category}: wrong answers", wrong, right),
+        ):
+            if min(test.inside_P.sum(), test.outside_P.sum()) >= _LEAST:
+                yield test
+
+
+def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int, list[FeatureCategory]]:
+    """Return the associations at a false discovery rate of ``LEVEL``, by feature, those of smallest q first.
+
+    Args:
+      active_PxF: on which prompts each feature fires.
+      tests: of the categories.
+    """
+    live = np.flatnonzero(active_PxF.sum(axis=0) >= _LEAST)
+    if not (len(live) and tests):
+        return {}
+    cells, p = [], []
+    for test in tests:
+        inside_A, outside_A = (active_PxF[side][:, live].sum(axis=0) for side in (test.inside_P, test.outside_P))
+        n_in, n_out = int(test.inside_P.sum()), int(test.outside_P.sum())
+        cells.append((inside_A, n_in, outside_A, n_out))
+        p.append(hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in))
+    p_MxA = np.stack(p)
+    rising, q_of = adjusted(p_MxA.reshape(-1), p_MxA.size)
+    q_MxA = q_of[np.searchsorted(rising, p_MxA, side="right") - 1]
+    found: dict[int, list[FeatureCategory]] = {}
+    for a in np.flatnonzero((q_MxA <= LEVEL).any(axis=0)):
+        for m in np.argsort(q_MxA[:, a], kind="stable")[:LISTED]:
+            if q_MxA[m, a] <= LEVEL:
+                inside_A, n_in, outside_A, n_out = cells[m]
+                found.setdefault(int(live[a]), []).append(
+                    FeatureCategory(
+                        category=tests[m].name,
+                        active=int(inside_A[a]),
+                        prompts=n_in,
+                        active_elsewhere=int(outside_A[a]),
+                        prompts_elsewhere=n_out,
+                        q=float(f"{q_MxA[m, a]:.4g}"),
+                    )
+                )
+    return found
+
+
+def categorise(
+    lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[CategorisedPrompt], seed: int
+) -> tuple[dict[int, list[FeatureCategory]], CategoryCounts]:
+    """Return the associations of a dictionary's features with prompt categories, and their number beside the control's.
+
+    Args:
+      lm: the model.
+      dictionary: the dictionary.
+      prompts: at least one.
+      seed: of the permutation of the control.
+    """
+    active_PxF = active_on_prompts(lm, dictionary.with_sink_norms(lm.sink_norm), [prompt.text for prompt in prompts])
+    tests, shuffled = list(make_tests(prompts)), list(make_tests(prompts, np.random.default_rng(seed)))
+    found, control = associate(active_PxF, tests), associate(active_PxF, shuffled)
+    live = int((active_PxF.sum(axis=0) >= _LEAST).sum())
+    return found, CategoryCounts(len(prompts), len(tests), live, len(found), len(control))

@@ -1,0 +1,79 @@
+"""Sheets for people who read a behaviour's top features: ``review/BEHAVIOUR.csv``, one line for each feature.
+
+A sheet holds what a reader needs (effect, firing rate, automatic label, strongest contexts) and the empty columns
+label, note and reviewer. A filled copy is a file of labels, as ``--atlas.labels`` takes it; the report then says how
+many of a behaviour's top features were reviewed, and all pages use their names.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from saejax.dictionaries.labels import Label
+from saejax.files import write_text
+from saejax.interpret.feature_record import FeatureContext, FeatureRecord, top_tokens
+from saejax.interpret.results import ReviewedFeatures
+from saejax.interventions.answers import FeatureEffect
+from saejax.runner.stage import folder_name
+
+CONTEXTS = 3  # of the strongest, in columns of their own
+_AROUND = 12  # tokens shown on each side of the strongest
+
+
+def write_sheets(
+    folder: Path,
+    dictionary: str,
+    top: Mapping[str, Sequence[FeatureEffect]],
+    records: Mapping[int, FeatureRecord],
+    automatic: Mapping[int, Label],
+    by_hand: Mapping[int, Label],
+) -> tuple[ReviewedFeatures, ...]:
+    """Write a sheet for each behaviour, and count the features that have a label by hand.
+
+    Args:
+      folder: for the sheets.
+      dictionary: name of the dictionary.
+      top: behaviour -> its top features, with the effect of ablating each.
+      records: of these features.
+      automatic: labels by a rule or a language model, by feature.
+      by_hand: labels by people, by feature.
+    """
+    counts = []
+    for behaviour, effects in top.items():
+        rows = []
+        for effect in effects:
+            feature, record = effect.feature, records.get(effect.feature)
+            own, found = by_hand.get(feature), automatic.get(feature)
+            contexts = [_one_line(context) for context in (record or {}).get("examples", ())[:CONTEXTS]]
+            rows.append(
+                dict(
+                    feature=feature,
+                    label=own.label if own else "",
+                    note=own.note if own else "",
+                    reviewer=own.by if own else "",
+                    dictionary=dictionary,
+                    logits_lost=f"{effect.drop.mean:.3f}",
+                    firing_rate=f"{effect.firing_rate:.4f}",
+                    automatic_label=f"{found.label} (by {found.by})" if found else "",
+                    top_tokens=top_tokens(record) if record else "",
+                    **{f"context_{n + 1}": contexts[n] if n < len(contexts) else "" for n in range(CONTEXTS)},
+                )
+            )
+        if rows:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / f"{folder_name(behaviour)}.csv", text.getvalue())
+            counts.append(ReviewedFeatures(behaviour, sum(row["feature"] in by_hand for row in rows), len(rows)))
+    return tuple(counts)
+
+
+def _one_line(context: FeatureContext) -> str:
+    """Return a context on one line, with the strongest token in double brackets."""
+    peak = context["peak"]
+    pieces = [f"[[{token}]]" if n == peak else token for n, token in enumerate(context["tokens"])]
+    line = "".join(pieces[max(peak - _AROUND, 0) : peak + _AROUND + 1]).encode("utf-8", "replace").decode()
+    return " ".join(line.split())

@@ -1,0 +1,182 @@
+"""The members of a stack: one dictionary for every site and combination of the swept settings.
+
+Each of them is a unit of its own (``units_of_members``): its result depends on its settings as if it were alone.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from saejax.errors import UserError, one_of
+from saejax.models.sites import KINDS as SITE_KINDS
+from saejax.models.sites import ModuleSite, is_joined, site_parts
+from saejax.runner.config import Configs
+from saejax.runner.stage import UnitMember
+from saejax.settings import CaptureConfig, TrainConfig
+from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One dictionary of a stack.
+
+    Attributes:
+      name: its site and swept settings, such as "resid_post.15-k32"; "" if it is alone.
+      site, target: what it reads and predicts; the same for an SAE.
+      settings: its values of the settings that can be swept: "learning_rate", "seed" and those that its kind reads.
+      site_index: index of its site among those of the whole stack, from which its initial values are drawn.
+    """
+
+    name: str
+    site: str
+    target: str
+    settings: Mapping[str, Any]
+    site_index: int = 0
+
+
+def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[Member]:
+    """Return a member for every site and combination of the swept settings.
+
+    Args:
+      config: settings with one expansion, as from ``each_expansion``.
+      kind: kind of the dictionaries.
+      sites: sites that they read.
+
+    Raises:
+      UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
+        the same.
+    """
+    # Names say only what differs between members, so that those of a plain run stay short.
+    lists = swept_settings(config, kind)
+    swept = [name for name, values in lists.items() if len(values) > 1]
+    depth_l1 = _l1_by_depth(config, kind, sites)
+    made = []
+    for site_index, site in enumerate(sites):
+        for values in itertools.product(*lists.values()):
+            settings = dict(zip(lists, values, strict=True))
+            parts = [site] if len(sites) > 1 else []
+            parts += [f"expansion{config.expansion}"] if config.expansions else []
+            parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
+            made.append(
+                Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), site_index)
+            )
+    names = [member.name for member in made]
+    if len(set(names)) < len(made):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
+    return made
+
+
+def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each setting that can be swept and that a kind reads, in the order of members' names."""
+    read = ("learning_rate", "seed", *KIND_SETTINGS[kind].reads)
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    kind_config = config.of_kind(kind)
+    return {name: getattr(config, name) for name in read if fields[name].metadata["swept"]} | {
+        field.name: getattr(kind_config, field.name)
+        for field in dataclasses.fields(kind_config)
+        if field.metadata["swept"]
+    }
+
+
+def _target(config: TrainConfig, site: str) -> str:
+    if config.form == "sae":
+        return site
+    kind, _, layer = site.partition(".")
+    if kind != "mlp_in" or is_joined(site):
+        raise UserError(f"a transcoder reads mlp_in.L, but --train.sites names {site}: name sites such as mlp_in.15")
+    return f"mlp_out.{layer}"
+
+
+def _l1_by_depth(config: TrainConfig, kind: str, sites: Sequence[str]) -> dict[str, dict[str, float]]:
+    if "l1" not in KIND_SETTINGS[kind].reads or not config.l1_by_depth:
+        return {}
+    if len(config.l1_by_depth) != 3 or len(config.l1) > 1:
+        raise UserError("--train.l1_by_depth takes three values (early, middle, late), and no list in --train.l1")
+    for site in sites:
+        if ModuleSite.names(site) or is_joined(site):
+            raise UserError(f"--train.l1_by_depth goes by layers, and {site} does not name one: use --train.l1")
+    # Thirds of the trained layers, not of the model: a stack of late layers has early ones, too.
+    layers = sorted({int(site.rpartition(".")[2]) for site in sites})
+    third = {layer: min(3 * rank // len(layers), 2) for rank, layer in enumerate(layers)}
+    return {site: dict(l1=config.l1_by_depth[third[int(site.rpartition(".")[2])]]) for site in sites}
+
+
+def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[str]:
+    """Return the sites that ``--train.sites`` names; "all" are those of one kind, in order of layers.
+
+    Args:
+      config: the settings.
+      captured: sites of the store; None with ``--train.source=model``, where any site can be read and "all" has no
+        meaning.
+
+    Raises:
+      UserError: no site is named, or one that is not captured.
+    """
+    if captured is None:
+        if not config.sites or config.sites == ("all",):
+            raise UserError(f"--train.sites={','.join(config.sites)} with --train.source=model: name the sites to read")
+        return list(config.sites)
+    if config.sites == ("all",):
+        found_kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
+        kind = found_kinds.pop() if len(found_kinds) == 1 else "resid_post"
+        kind = "mlp_in" if config.form != "sae" else kind
+        sites = [site for site in captured if site.partition(".")[0] == kind]
+        if not sites:
+            raise UserError(f"the store has no {kind} sites for --train.sites=all: it has {', '.join(captured)}")
+        return sorted(sites, key=lambda site: int(site.rpartition(".")[2]))
+    if not config.sites:
+        raise UserError("--train.sites is empty: name at least one captured site, such as resid_post.15")
+    for part in dict.fromkeys(part for site in config.sites for part in site_parts(site)):
+        one_of(part, captured, "site in this store (--train.sites)")
+    return list(config.sites)
+
+
+def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
+    """Return the members of a train unit as units of their own, by name.
+
+    A member alone has the name "" and the same hash, so that a stack takes a dictionary that was trained before it.
+
+    Args:
+      configs: all settings.
+      kind: name of the train unit.
+
+    Returns:
+      Each member's settings, as of a run of it alone, and what else its result depends on: where its site stands among
+      those of the stack, the seed of the order of tokens, and the dictionary that it starts from. Empty for a
+      cross-layer transcoder, which is one dictionary, and for pretrained ones, which are copied.
+
+    Raises:
+      UserError: as ``make_members`` and ``choose_sites``.
+    """
+    train = configs[TrainConfig]
+    if kind == PRETRAINED or train.form == "cross_layer_transcoder":
+        return {}
+    # A store has the sites that it was asked for, so that members are known before it exists.
+    captured = None if train.source == "model" else configs[CaptureConfig].sites
+    units = {}
+    for config in train.each_expansion():
+        for member in make_members(config, kind, choose_sites(config, captured)):
+            # Nothing is added where it is what a run of this member alone would have.
+            seed, also = member.settings["seed"], {}
+            if member.site_index:
+                also["site_index"] = str(member.site_index)
+            if seed != train.seed[0]:
+                also["order_seed"] = str(train.seed[0])
+            if train.init_from and member.name:
+                also["init_from"] = member.name
+            units[member.name] = UnitMember(configs | _settings_alone(config, kind, member), also)
+    return units
+
+
+def _settings_alone(config: TrainConfig, kind: str, member: Member) -> TrainConfig:
+    """Return the settings of a run that trains one member alone."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    single = {name: (value,) for name, value in member.settings.items()}
+    shared: dict[str, Any] = {name: value for name, value in single.items() if name in fields}
+    of_kind = {name: value for name, value in single.items() if name not in fields}
+    inner = {**config.own, kind: dataclasses.replace(config.of_kind(kind), **of_kind)}
+    return dataclasses.replace(
+        config, kinds=(kind,), sites=(member.site,), expansions=(), l1_by_depth=(), own=inner, **shared
+    )

@@ -1,0 +1,98 @@
+"""Prompt categories against planted features, scipy's exact test, and activations of the model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy.stats import false_discovery_control, fisher_exact
+
+from saejax import load_model
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interpret.categories import (
+    CategorisedPrompt,
+    active_on_prompts,
+    associate,
+    make_tests,
+    read_prompts,
+)
+
+
+@pytest.fixture
+def planted():
+    """Feature 0 fires on capitals, 1 where plurals are answered rightly, 2 never, the others at random."""
+    rng = np.random.default_rng(0)
+    prompts = [CategorisedPrompt(str(i), "capital", None if i % 2 else True) for i in range(40)]
+    prompts += [CategorisedPrompt(str(i), "plural", i < 20) for i in range(40)]
+    active_PxF = rng.random((80, 60)) < 0.3
+    active_PxF[:, 0] = np.arange(80) < 38
+    active_PxF[:, 1] = (np.arange(80) >= 40) & (np.arange(80) < 59)
+    active_PxF[:, 2] = False
+    return prompts, active_PxF
+
+
+def test_planted_features_are_found_and_few_others(planted):
+    prompts, active_PxF = planted
+    found = associate(active_PxF, list(make_tests(prompts)))
+    assert found[0][0]["category"] == "capital" and 2 not in found and len(found) <= 4
+    assert (found[0][0]["active"], found[0][0]["prompts"]) == (38, 40) and found[0][0]["active_elsewhere"] == 0
+    assert {one["category"] for one in found[1]} == {"plural", "plural: right answers"}
+    names = [test.name for test in make_tests(prompts)]
+    # Of capitals no answer was wrong: there is nothing to compare the right ones with.
+    assert names == ["capital", "plural", "plural: right answers", "plural: wrong answers"]
+
+
+def test_q_values_are_those_of_scipy(planted):
+    prompts, active_PxF = planted
+    tests = list(make_tests(prompts))
+    live = np.flatnonzero(active_PxF.sum(0) >= 5)
+    p = []
+    for test in tests:
+        for feature in live:
+            a, b = active_PxF[test.inside_P, feature], active_PxF[test.outside_P, feature]
+            p.append(fisher_exact([[a.sum(), (~a).sum()], [b.sum(), (~b).sum()]], alternative="greater").pvalue)
+    q_MxA = false_discovery_control(p).reshape(len(tests), len(live))
+    for feature, rows in associate(active_PxF, tests).items():
+        for row in rows:
+            m = [test.name for test in tests].index(row["category"])
+            assert row["q"] == pytest.approx(q_MxA[m, live.tolist().index(feature)], rel=1e-3)
+
+
+def test_of_permuted_categories_nothing_is_left(planted):
+    prompts, active_PxF = planted
+    shuffled = list(make_tests(prompts, np.random.default_rng(1)))
+    assert {len(test.inside_P) for test in shuffled} == {80}
+    assert sum(test.inside_P.sum() for test in shuffled if test.name == "capital") == 40
+    assert len(associate(active_PxF, shuffled)) <= 1
+    assert associate(np.zeros((80, 3), bool), shuffled) == {} == associate(active_PxF, [])
+
+
+def test_a_feature_is_active_where_it_fires(tiny_llama, one_device):
+    lm = load_model(str(tiny_llama), mesh=one_device)
+    config = DictionaryConfig(kind="topk", site="resid_post.1", d_in=64, n_features=48, k=3, max_norm=1e9)
+    dictionary = Dictionary.initial(config, jax.random.key(0))
+    texts = ["The cat near the dogs runs.", "a", "3 + 4 = 7, 5 + 2"]
+    active_PxF = active_on_prompts(lm, dictionary, texts)
+    for text, active_F in zip(texts, active_PxF, strict=True):
+        x_1xTxD = lm(lm.tokenize([text]), capture=["resid_post.1"], logits=False).sites["resid_post.1"]
+        f_TxF = np.asarray(dictionary.encode(x_1xTxD))[0]
+        np.testing.assert_array_equal(active_F, (f_TxF != 0).any(axis=0))
+
+
+def test_prompts_come_from_the_baseline_and_benchmarks(tmp_path):
+    lines = {
+        "baseline/prompts.jsonl": [dict(text="a", behaviour="capital", logit_diff=-1.0)],
+        "gsm8k/items.jsonl": [dict(prompt="b", flexible=dict(correct=True, answer="3")), dict(prompt="d")],
+        "logic/items.jsonl": [dict(prompt="c", raw=dict(correct=False))],
+    }
+    for name, rows in lines.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    units = {"baseline": "baseline", "benchmark/gsm8k": "gsm8k", "benchmark/logic": "logic", "capture": "none"}
+    found = read_prompts({unit: tmp_path / folder for unit, folder in units.items()})
+    assert found == [
+        CategorisedPrompt("a", "capital", False),
+        CategorisedPrompt("b", "gsm8k", True),
+        CategorisedPrompt("d", "gsm8k", None),
+        CategorisedPrompt("c", "logic", False),
+    ]

@@ -1,0 +1,68 @@
+"""Agreement of two rows on items: simulated rows whose agreement is known."""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from saejax.studies.item_alignment import ItemLosses, align_items
+
+ITEMS, SETS, PAIRS = 100, 20, 20
+
+
+def simulated(rng, fragility_N, importance_N):
+    """Losses of a row: items of large fragility lose more under any set, the top features' set is larger than others.
+
+    ``importance_N`` is the logarithm of how much each item depends on the top features.
+    """
+    top_N = fragility_N * np.exp(0.7 * importance_N) + 0.3 * rng.normal(size=ITEMS)
+    random_DxN = np.exp(0.5 * rng.normal(size=(SETS, ITEMS)))
+    return ItemLosses(top_N, 0.4 * fragility_N * random_DxN + 0.3 * rng.normal(size=(SETS, ITEMS)))
+
+
+def pairs(shared):
+    """Pairs of rows on items of one fragility; ``shared`` is the correlation of their importances."""
+    rng = np.random.default_rng(0)
+    for _ in range(PAIRS):
+        fragility_N, common_N = np.exp(1.5 * rng.normal(size=ITEMS)), rng.normal(size=ITEMS)
+        parts = [np.sqrt(shared) * common_N + np.sqrt(1 - shared) * rng.normal(size=ITEMS) for _ in range(2)]
+        yield [simulated(rng, fragility_N, part_N) for part_N in parts]
+
+
+@pytest.fixture(autouse=True)
+def fewer_permutations(monkeypatch):
+    monkeypatch.setattr("saejax.studies.item_alignment._PERMUTATIONS", 199)
+
+
+def is_aligned(found):
+    return found.correlation >= 0.3 and found.p_value <= 0.05 and found.correlation > found.placebo
+
+
+def test_fragile_items_make_no_agreement():
+    """Losses beyond the mean control set, as they were compared before, agree in many of these pairs."""
+    beyond = aligned = 0
+    for first, second in pairs(shared=0):
+        plain = [losses.top_N - losses.control_DxN.mean(0) for losses in (first, second)]
+        beyond += spearmanr(*plain).statistic >= 0.3
+        aligned += is_aligned(align_items(first, second, seed=0))
+    assert aligned <= 1 and beyond >= 5
+
+
+def test_shared_importance_is_found():
+    assert sum(is_aligned(align_items(*pair, seed=0)) for pair in pairs(shared=1)) >= PAIRS - 1
+
+
+def test_a_row_agrees_with_itself_and_not_with_the_other_way_round():
+    first, _ = next(iter(pairs(shared=0)))
+    itself = align_items(first, first, seed=0)
+    assert itself.correlation == pytest.approx(1) and itself.p_value == 1 / 200 and itself.placebo < 0.5
+    turned = ItemLosses(-first.top_N, first.control_DxN)
+    assert align_items(first, turned, seed=0).correlation < -0.5
+
+
+def test_too_little_to_compare():
+    first, second = next(iter(pairs(shared=0)))
+    few = np.arange(7)
+    assert align_items(first.choose(few), second.choose(few), seed=0) is None
+    alone = ItemLosses(first.top_N, first.control_DxN[:1])
+    assert align_items(alone, second, seed=0) is None
+    assert align_items(ItemLosses(np.zeros(ITEMS), first.control_DxN), second, seed=0) is None

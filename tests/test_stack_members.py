@@ -1,0 +1,155 @@
+"""Each member of a stack is a unit of its own: what is trained, what is reused, and what a kill leaves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+
+from saejax import load_dictionary, load_results
+from saejax.errors import UserError
+from saejax.runner import command, command_line, pipeline
+from saejax.runner.workplan import Workplan
+from saejax.runner.workspace import Workspace, member_folder
+from saejax.training.metrics import read_metrics
+
+pytestmark = pytest.mark.usefixtures("one_device")
+BASE = dict(train__kinds="topk", task__behaviours="", train__max_steps=12, train__checkpoint_every=5)
+STAGES = ["capture", "train", "evaluate"]
+
+
+def flags(inputs, folder, **changes) -> list[str]:
+    return runs.small_flags(*inputs, folder, **BASE | changes)
+
+
+def go(inputs, folder, stages=STAGES, **changes) -> None:
+    assert command.run(stages, "", ["program", *flags(inputs, folder, **changes)]) == 0
+
+
+def plan(inputs, folder, **changes) -> Workplan:
+    return Workplan(
+        command_line.read_configs(command_line.stage_flags(), ["program", *flags(inputs, folder, **changes)])
+    )
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of the last change and bytes of each file."""
+    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="module")
+def swept(inputs, tmp_path_factory):
+    """A sweep of k through to its scores."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    go(inputs, folder, train__k="4,8")
+    return folder
+
+
+def test_one_more_member_trains_and_scores_one_dictionary(inputs, swept, tmp_path, capsys):
+    run = runs.copy_run(swept, tmp_path / "run")
+    places = [run / stage / "topk" / member for stage in ("train", "evaluate") for member in ("k4", "k8")]
+    before = [contents(place) for place in places]
+    capsys.readouterr()
+    go(inputs, run, train__k="4,8,16")
+    output = capsys.readouterr().out
+    assert output.count("2 of 3 members done before") == 2, output
+    assert "training topk: 32 -> 128" in output, "the new member alone"
+    assert [contents(place) for place in places] == before
+    for stage in ("train", "evaluate"):
+        assert [member.name for member in load_results(run / stage / "topk").members] == ["k4", "k8", "k16"]
+    assert {record["member"] for record in read_metrics(run / "train" / "topk", ("loss",))} == {"k4", "k8", "k16"}
+    go(inputs, run, train__k="4,8")
+    assert capsys.readouterr().out.count("done before, unchanged") == 3
+
+
+def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys):
+    run = runs.copy_run(swept, tmp_path / "run")
+    capsys.readouterr()
+    go(inputs, run, train__k="8")
+    assert capsys.readouterr().out.count("done before, unchanged") == 3
+    assert (run / "train" / "topk").resolve().name == (swept / "train" / "topk" / "k8").resolve().name
+    (member,) = load_results(run / "train" / "topk").members
+    assert (member.name, member.settings["k"]) == ("", 8)
+    assert load_dictionary(run / "train" / "topk").config.k == 8
+
+
+def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
+    base = dict(train__k="4,8", train__seed="1,2", capture__sites="resid_post.0,resid_post.1")
+    stack = plan(inputs, tmp_path / "run", train__sites="resid_post.0,resid_post.1", **base)
+    names = list(stack.members("train/topk"))
+    assert names[0] == "resid_post.0-seed1-k4" and len(names) == 8
+    marks = {name: stack.fingerprint(f"train/topk/{name}") for name in names}
+    assert len({*marks.values()}) == 8
+    alone = dict(train__k="4", train__sites="resid_post.0", capture__sites="resid_post.0")
+    assert marks["resid_post.0-seed1-k4"] == plan(inputs, tmp_path, **alone, train__seed="1").fingerprint("train/topk")
+    # Seed 2 of the stack takes tokens in the order of seed 1, and a second site has other initial values than a first.
+    assert marks["resid_post.0-seed2-k4"] != plan(inputs, tmp_path, **alone, train__seed="2").fingerprint("train/topk")
+    second = dict(train__k="4", train__sites="resid_post.1", capture__sites="resid_post.1", train__seed="1")
+    assert marks["resid_post.1-seed1-k4"] != plan(inputs, tmp_path, **second).fingerprint("train/topk")
+    for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2)):
+        other = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | setting)
+        assert {name: other.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
+
+
+def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):
+    ablated = dict(task__behaviours="agreement", ablate__dictionary="topk/k8")
+    two = plan(inputs, tmp_path, train__k="4,8", **ablated)
+    assert two.needs("ablate/topk-k8") == ["baseline", "train/topk/k8"]
+    three = plan(inputs, tmp_path, train__k="4,8,16", **ablated)
+    assert two.fingerprint("ablate/topk-k8") == three.fingerprint("ablate/topk-k8")
+    with pytest.raises(UserError, match=r"--ablate.dictionary=topk/k8: there is no member k8.* of k4, k16"):
+        plan(inputs, tmp_path, train__k="4,16", **ablated).needs("ablate/topk-k8")
+
+
+@pytest.mark.parametrize("members_done", [0, 1])
+def test_a_stack_that_was_stopped_goes_on_with_the_same_bits(inputs, swept, tmp_path, monkeypatch, members_done):
+    """Stopped in the middle of its training, or between the summaries of two members."""
+    run = tmp_path / "run"
+    runs.copy_units(swept, run, "capture")
+    finish, summaries = Workspace.finish, []
+
+    def stop_between(self, unit, *rest, **options):
+        if len(summaries) == members_done:
+            raise KeyboardInterrupt
+        summaries.append(unit)
+        return finish(self, unit, *rest, **options)
+
+    questions = iter(range(100))
+    changed = flags(inputs, run, train__k="4,8")
+    if members_done:
+        monkeypatch.setattr(Workspace, "finish", stop_between)
+        assert command.run(["train"], "", ["program", *changed]) == 130
+        monkeypatch.undo()
+    else:
+        configs = command_line.read_configs(command_line.stage_flags(), ["program", *changed])
+        with pytest.raises(pipeline.Interrupted):
+            pipeline.run_stages(["train"], configs, run, stopping=lambda: next(questions) > 7)
+    stack = json.loads((run / "train" / "topk" / "stack.json").read_text())
+    assert stack["together"] == ["k4", "k8"]
+    done = [(run / "train" / folder / "done.json").exists() for folder in stack["members"].values()]
+    assert done == [members_done == 1, False]
+    go(inputs, run, ["train"], train__k="4,8")
+    assert runs.dictionary_checksums(run) == runs.dictionary_checksums(swept)
+
+
+def test_a_member_that_was_deleted_is_trained_again(inputs, swept, tmp_path):
+    run = runs.copy_run(swept, tmp_path / "run")
+    kept = contents(run / "train" / "topk" / "k4")
+    shutil.rmtree((run / "train" / "topk" / "k8").resolve())
+    go(inputs, run, ["train"], train__k="4,8")
+    assert contents(run / "train" / "topk" / "k4") == kept
+    assert load_dictionary(run / "train" / "topk" / "k8").config.k == 8
+
+
+def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, monkeypatch):
+    def no_links(*arguments):
+        raise OSError("no links here")
+
+    run = tmp_path / "run"
+    monkeypatch.setattr("os.symlink", no_links)
+    go(inputs, run, train__k="4,8")
+    unit = run / "train" / (run / "train" / "topk.current").read_text().strip()
+    assert load_dictionary(member_folder(unit, "k8")).config.k == 8
+    assert [member.name for member in load_results(unit).members] == ["k4", "k8"]
