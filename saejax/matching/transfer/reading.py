@@ -258,9 +258,9 @@ class Reading:
     def _evaluate_at_home(self, index: int) -> Rebuilt:
         each, real_N = self._compared[index], self._activity(index).real_N
         odd_N = self._shared.reads[each.fingerprint].text_N % 2 == 1
-        fit_N, measure_N = (np.flatnonzero(real_N & (odd_N == odd)) for odd in (False, True))
+        fit, measure = (np.flatnonzero(real_N & (odd_N == odd)) for odd in (False, True))
         values_NxD = self._shared.values(each)
-        own = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit_N]), np.asarray(values_NxD[measure_N]))
+        own = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
         return evaluate_at_home(own, self._mesh, self._config.batch_tokens, self._losses(index))
 
     def _shared_tokens(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
