@@ -283,7 +283,7 @@ def test_a_full_disk_is_said_and_leaves_no_part_of_a_file(make_store, monkeypatc
 
 
 def test_other_errors_of_the_disk_are_not_taken_for_a_full_one():
-    with pytest.raises(PermissionError), writer_module._disk_room(Path("x")):
+    with pytest.raises(PermissionError), writer_module._explain_full_disk(Path("x")):
         raise PermissionError(errno.EACCES, "denied")
 
 
