@@ -73,8 +73,7 @@ def test_the_decoder_and_its_gradients(tiny_llama, one_device):
     check(jax.grad(loss), lm.params, np.zeros((2, 6), np.int32), least=20)
 
 
-@pytest.mark.parametrize("points", [1, 10])
-def test_attribution(tiny_llama, one_device, points):
+def test_attribution(tiny_llama, one_device):
     from saejax import load_model
     from saejax.dictionaries import DictionaryConfig
 
@@ -87,7 +86,6 @@ def test_attribution(tiny_llama, one_device, points):
     check(
         lambda params, dictionary: screening.score_features(
             point,
-            points,
             params,
             dictionary,
             SiteRows(value, value, value, jnp.ones((2, 6), bool), jnp.array([5, 5]), jnp.ones((2, 2), int)),
