@@ -58,7 +58,7 @@ def details(found: Findings) -> list[Section]:
 
 
 def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
-    """Write of the top features of each behaviour, one by one, with the contexts of the first ``shown``."""
+    """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
     ablate = found.one(AblateResults)
     intro = (
         "Features were ranked by attribution: the activation times the gradient of the logit difference, "

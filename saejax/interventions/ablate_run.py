@@ -1,7 +1,7 @@
 """The stage ``ablate``: do a dictionary's features cause the behaviours?
 
 A behaviour is a part in the sense of ``saejax.runner.parts``. What it measures goes to ``<behaviour>-effects/`` at
-once, so that a run that was killed goes on with the next one; at the end all of it becomes the unit's effects table, of
+once, so that a killed run continues with the next one; at the end all of it becomes the unit's effects table, of
 which the verdict is a pure function.
 """
 
@@ -33,14 +33,14 @@ from saejax.tasks import run_inputs
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourResults:
-    """What the stage keeps of a behaviour beside its effects table."""
+    """Results of a behaviour, in addition to its effects table."""
 
     top: tuple[FeatureEffect, ...]  #: the top features, one by one
     importance: ImportanceSummary | None = None  #: of all features
 
 
 def run_ablate(run: Run) -> AblateResults:
-    """Ablate the top features of every behaviour, beside controls, and draw the verdict.
+    """Ablate the top features of every behaviour, with controls, and draw the verdict.
 
     Args:
       run: of the unit; ``effects.parquet`` and its definitions, and with ``--ablate.effects=all``

@@ -11,7 +11,7 @@ For each dictionary (the tested one, an untrained one, those of other seeds):
    fraction that brings its dose to T's: the change is linear in the fraction, so that is the ratio of the doses.
 5. T is ablated on the prompts of the other behaviours and on held-out text.
 
-For the tested dictionary alone: each feature of T, growing sets, on request every live feature by itself; and of each
+For the tested dictionary alone: each feature of T, growing sets, on request every live feature alone; and of each
 simpler basis as many directions, by the same attribution, as reach T's dose, ablated by the same fractions.
 """
 
@@ -25,7 +25,7 @@ from saejax.dictionaries import Dictionary, load_dictionary
 from saejax.errors import UserError
 from saejax.interventions import activity, bases
 from saejax.interventions.activity import FeatureStatistics
-from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.answers import FeatureEffect, VerdictConfig, mean_interval
 from saejax.interventions.edits import ActivationReplacement, mask
 from saejax.interventions.engine import LogitDiffs, OnProgress, change_norms, run_edits
 from saejax.interventions.slopes import attribution, leaders, likely_tokens, target_attributions
@@ -43,16 +43,15 @@ from saejax.interventions.text import HeldOutText
 from saejax.models.config import TorchConfig
 from saejax.models.language_model import LanguageModel
 from saejax.models.sites import Site
-from saejax.results import Interval
 from saejax.settings import BASES, AblateConfig
-from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.bootstrap import resampling_weights
 from saejax.statistics.partition import disjoint_sets
 from saejax.tasks.behaviours import Prompt
 
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 KL_FRACTIONS = (0.5, 1.0)  # those at which held-out text is read, which takes longer than the prompts
 MIN_FIRING = 0.05  # share of test prompts on which a feature of a random set fires, at least
-LIKELY = 40  # a placebo token is among so many likeliest ones
+LIKELY = 40  # a placebo token is among this many most likely ones
 TEXT_LENGTH = 32  # tokens of a held-out document
 WIDEST = 8  # directions of a basis, in multiples of k, at most
 _FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl")
@@ -74,7 +73,7 @@ class RowProgress:
         self._on_progress(self._done, max(self._done, self._rows))
 
     def of_call(self, rows: int) -> OnProgress:
-        """Return the progress function of the next call, of so many rows."""
+        """Return the progress function of the next call, which runs ``rows`` rows."""
         before, self._done = self._done, self._done + rows
         total_rows = max(self._done, self._rows)
         return lambda done, total: self._on_progress(before + (done * rows // total if total else 0), total_rows)
@@ -568,11 +567,9 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     objective = table.objective(ablation.behaviour)
     drop_KxP = table.clean_values(prompts, objective) - table.values(edits, prompts, objective)
     templates = [prompt.template for prompt in prompts]
-    intervals = [Interval(float(drop_P.mean()), float(drop_P.mean()), float(drop_P.mean())) for drop_P in drop_KxP]
-    if len(prompts) > 1:
-        weights_SxP = resampling_weights(templates, ablation.config.bootstrap, ablation.config.seed)
-        ends = [percentile_interval(weights_SxP @ drop_P) for drop_P in drop_KxP]
-        intervals = [Interval(old.mean, low, high) for old, (low, high) in zip(intervals, ends, strict=True)]
+    config = ablation.config
+    weights_SxP = resampling_weights(templates, config.bootstrap, config.seed) if len(prompts) > 1 else None
+    intervals = [mean_interval(drop_P, weights_SxP) for drop_P in drop_KxP]
     statistics = ablation.statistics()
     return tuple(
         FeatureEffect(

@@ -5,8 +5,8 @@ every item another item's reference of equal length (``placebo_references``). Be
 
 1. T is also resampled: where a feature fires, its activation is drawn from those where it fires on train items.
 2. Answers are generated, or chosen among those given, and scored: without an edit, with T set to zero and resampled,
-   and under some random and placebo sets. The flexible rule says whether a generated answer is right; how often the
-   strict rule finds none, and how often the answer was cut off, stands beside it.
+   and under some random and placebo sets. The flexible rule judges generated answers; the share in which the strict
+   rule finds no answer, and the share cut off, are measured, too.
 """
 
 import dataclasses

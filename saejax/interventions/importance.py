@@ -1,7 +1,7 @@
-"""The importance of every live feature: its exact effect, ablated alone, beside estimates that need no ablation.
+"""The importance of every live feature: its exact effect, ablated alone, and estimates that need no ablation.
 
-Every feature that fires on the test prompts is ablated by itself (group ``every`` of the effects table). Beside its
-mean drop of the logit difference stand
+Every feature that fires on the test prompts is ablated alone (group ``every`` of the effects table). In addition to
+its mean drop of the logit difference there are
 
 - a bootstrap interval, over prompts within templates;
 - a p-value of the sign-flip test over prompts, adjusted for all features by step-down maxT (Westfall and Young, 1993).

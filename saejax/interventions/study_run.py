@@ -5,7 +5,7 @@
 3. Answers are scored under each condition (``benchmark.scored_conditions``), which several processes divide among them.
 4. Both become the unit's effects table, of which the verdict is a pure function.
 
-Everything is kept as soon as it is there, so that a run that was killed goes on.
+The log-likelihoods, once all are measured, and the answers of each condition are kept: a killed run continues there.
 """
 
 import shutil

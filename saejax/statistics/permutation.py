@@ -8,7 +8,7 @@ References:
 import numpy as np
 from scipy.stats import rankdata
 
-_EXACT = 16  # up to so many prompts all sign patterns are counted: 65,536
+_EXACT = 16  # up to this many prompts all sign patterns are counted: 65,536
 _CHUNK = 2**23  # numbers of a product held at once: 64 MB
 
 
