@@ -65,7 +65,7 @@ def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
 
 ABLATE = Stage(
     name="ablate",
-    summary="ablates top features, with random and placebo sets as controls, and says whether they cause the behaviours",
+    summary="ablates top features and control sets, and says whether the features cause the behaviours",
     run=_run,
     results=_results,
     groups=(ModelConfig, CorpusConfig, AblateConfig),

@@ -57,7 +57,7 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 
 STUDY = Stage(
     name="study",
-    summary="ablates top features on benchmarks, with random and placebo sets as controls, if --study.benchmarks names any",
+    summary="ablates top features and control sets on benchmarks, if --study.benchmarks names any",
     run=_run,
     results=_results,
     groups=(ModelConfig, TaskConfig, StudyConfig),
