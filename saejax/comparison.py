@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
             raise UserError(f"compare takes two folders, got {len(folders)}: experiments.compare runs/a runs/b")
         print("\n".join(compare(*map(Path, folders))))
 
-    return command.ended(work, flag_values)
+    return command.run_and_report(work, flag_values)
 
 
 def compare(first: Path, second: Path) -> Iterator[str]:

@@ -28,7 +28,7 @@ def file_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
+    """Yield a path next to ``path`` to write to; it becomes ``path`` if the block succeeds, and is removed if not."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{WRITING}{os.getpid()}")
     try:

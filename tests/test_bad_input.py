@@ -208,7 +208,7 @@ def test_a_quota_that_ends(error, capsys):
 
     flag_values = command_line.stage_flags()
     flag_values(["program", "--workdir=x"])
-    assert command.ended(work, flag_values) == 2
+    assert command.run_and_report(work, flag_values) == 2
     assert capsys.readouterr().err == "error: x: the disk quota is used up: free space, then run again\n"
 
 

@@ -70,10 +70,10 @@ import dataclasses
 import sys
 from saejax.runner import pipeline
 from saejax.experiments import baseline
-from saejax.parallel.cluster import joined
+from saejax.parallel.cluster import joined_processes
 
 def fail(run):
-    if joined().rank == 1:
+    if joined_processes().rank == 1:
         raise RuntimeError("UNAVAILABLE: NCCL, says a bug that comes every time")
     run.each(range(2), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
 
@@ -100,10 +100,10 @@ def test_processes_with_different_flags_are_refused(inputs, tmp_path):
 KEEP_GOING = """
 import dataclasses
 from saejax.runner import command, pipeline
-from saejax.parallel.cluster import joined
+from saejax.parallel.cluster import joined_processes
 
 def fail(run):
-    if joined().rank == RANK:
+    if joined_processes().rank == RANK:
         raise RuntimeError("a bug in one process")
     run.each(range(4), lambda item: run.folder / str(item), lambda item: (run.folder / str(item)).touch())
 

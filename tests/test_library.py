@@ -14,7 +14,7 @@ from tiny_models import TINY_TEXT
 import saejax
 from saejax import experiments
 from saejax.errors import UserError
-from saejax.library.settings import configured
+from saejax.library.settings import make_config
 from saejax.runner.registry import STAGES
 from saejax.settings import TrainConfig
 
@@ -251,8 +251,8 @@ def test_no_module_has_the_name_of_a_function_which_it_would_hide():
 )
 def test_settings_of_another_type_are_refused(settings, told):
     with pytest.raises(UserError, match=re.escape(told)):
-        configured(TrainConfig, "topk", **settings)
-    assert configured(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)
+        make_config(TrainConfig, "topk", **settings)
+    assert make_config(TrainConfig, "topk", k=np.int64(3), learning_rate=1).k == (3,)
 
 
 def test_one_site_is_a_list_of_one(lm):

@@ -15,7 +15,7 @@ import typing
 import pytest
 import runs
 
-from saejax.runner.registry import STAGES, default_configs, ordered
+from saejax.runner.registry import STAGES, default_configs, sort_stages
 from saejax.runner.stage import Stage
 from saejax.runner.workplan import Workplan
 from saejax.settings import ModelConfig
@@ -30,10 +30,10 @@ def stage(name: str, *after: str, **more) -> Stage:
 
 def test_the_order_follows_from_what_stages_wait_for():
     made = [stage("last", "*"), stage("b", "c"), stage("a", "b"), stage("c"), stage("check", first=True)]
-    assert list(ordered(made)) == ["check", "c", "b", "a", "last"]
+    assert list(sort_stages(made)) == ["check", "c", "b", "a", "last"]
     for wrong in ([stage("a", "b"), stage("b", "a")], [stage("a", "nothing")]):
         with pytest.raises(ValueError, match=r"wait for each other, or for one that does not exist: \['a'"):
-            ordered(wrong)
+            sort_stages(wrong)
 
 
 def test_every_stage_comes_after_those_whose_units_it_reads():

@@ -169,8 +169,8 @@ def replaced_losses(
     Args:
       lm: the language model.
       layers: encoders of a cross-layer transcoder, as in ``LoadedLayers``.
-      decoders: its decoders, likewise.
-      sites: its sites and targets, likewise.
+      decoders: its decoders, as in ``LoadedLayers``.
+      sites: its sites and targets, as in ``LoadedLayers``.
       store: source of the documents, means and sink rules.
       config: the number of documents, and tokens per program.
     """

@@ -16,7 +16,7 @@ from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.parallel.mesh import fitting_sharding, sharding
 
-_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # beside the largest of its numbers
+_COMPILED_IN = ("kind", "d_in", "n_features", "groups", "skip", "centred")  # in addition to the largest of its numbers
 
 
 def compiled_in(config: DictionaryConfig) -> DictionaryConfig:

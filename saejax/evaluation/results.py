@@ -54,7 +54,7 @@ class PartScores:
     ce: StandInMeans  #: next-token cross-entropy of the part's model, with this part alone replaced
     kl: StandInMeans  #: the same of KL divergence from that model
     ce_recovered_mean: float | None  #: as of a dictionary of one site
-    kl_recovered_mean: float | None  #: likewise
+    kl_recovered_mean: float | None  #: share of KL recovered against the mean
     private: int  #: live features written here alone: relative norms of their decoder rows above 0.9
     relative_norms: tuple[int, ...]  #: live features by relative norm here: 20 bins from 0 to 1 (here alone)
 

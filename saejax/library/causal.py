@@ -19,7 +19,7 @@ from saejax.interventions.steer_run import BehaviourSteering, SteeringTest, judg
 from saejax.interventions.table import EffectsTable, merge_tables
 from saejax.interventions.text import LENGTH, HeldOutText
 from saejax.interventions.verdict import verdict
-from saejax.library.settings import configured
+from saejax.library.settings import make_config
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode
 from saejax.settings import BASES, AblateConfig, ProbeConfig, SteerConfig
@@ -67,7 +67,7 @@ def ablate(
     repeats: Mapping[str, Dictionary] | None = None,
     **settings: Any,
 ) -> Ablation:
-    """Ablate features on the prompts of one or more behaviours, beside controls, and draw the verdict.
+    """Ablate features on the prompts of one or more behaviours, with controls, and draw the verdict.
 
     Nothing is written to disk. Several behaviours are each other's test of selectivity.
 
@@ -91,7 +91,7 @@ def ablate(
         if len(by_behaviour) > 1:
             raise UserError(f"features were named for {len(by_behaviour)} behaviours: give the prompts of one")
         settings["top"] = len(features)
-    config = configured(AblateConfig, **settings)
+    config = make_config(AblateConfig, **settings)
     parse_positions(config.positions)
     for name in config.baselines:
         if "/" not in name:
@@ -171,7 +171,7 @@ def steer(
     Raises:
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
-    config = configured(SteerConfig, prompts=0, **settings)  # all that are given
+    config = make_config(SteerConfig, prompts=0, **settings)  # all that are given
     split, text = SplitModel(lm, dictionary, config.positions), _held_out_text(lm, documents, LENGTH)
     measured = {name: SteeringTest(lm, split, own, text, config).results() for name, own in _group(prompts).items()}
     return judge(measured)
@@ -197,7 +197,7 @@ def probe(
     Raises:
       UserError: a setting or a label is unknown, or there are no prompts.
     """
-    config, prompts = configured(ProbeConfig, labels=labels, **settings), list(prompts)
+    config, prompts = make_config(ProbeConfig, labels=labels, **settings), list(prompts)
     _group(prompts)
     split = SplitModel(lm, dictionary)
     diffs = [0.0] * len(prompts)

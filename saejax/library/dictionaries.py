@@ -14,7 +14,7 @@ from saejax.errors import UserError, one_of
 from saejax.evaluation.loss_recovered import Losses, recovered, stand_in_losses
 from saejax.evaluation.reconstruction import Reconstruction, reconstruct
 from saejax.library.activations import Activations, capture
-from saejax.library.settings import configured
+from saejax.library.settings import make_config
 from saejax.models.language_model import LanguageModel
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
@@ -59,7 +59,7 @@ def train(
         if not site and len(store.sites) > 1 and settings.get("form", "sae") == "sae":
             raise UserError(f"there are activations of {', '.join(store.sites)}: name the site")
         # The stage itself does the work, so that results of both are the same bits.
-        config = configured(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
+        config = make_config(TrainConfig, kind, kinds=kind, sites=chosen, **settings)
         sites = choose_sites(config, list(store.sites))
         stack = [member for expanded in config.each_expansion() for member in make_members(expanded, kind, sites)]
         if len(stack) > 1:

@@ -14,7 +14,7 @@ _TAKES: dict[Any, Any] = {bool: bool, int: Integral, float: Real, str: str | os.
 _WORDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
-def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
+def make_config(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
     """Return a group of settings; a value in place of a list makes a list of one.
 
     Args:
@@ -31,7 +31,7 @@ def configured(cls: type[ConfigT], unit: str = "", **settings: Any) -> ConfigT:
         inner = field.metadata.get("nested", dict)().get(unit)
         names = set(typing.get_type_hints(inner)) - set(hints) if inner else set()
         if inside := {name: settings.pop(name) for name in names & set(settings)}:
-            values[field.name] = {unit: configured(inner, **inside)}
+            values[field.name] = {unit: make_config(inner, **inside)}
     for name, value in settings.items():
         one_of(name, hints, f"setting of {cls.__name__}")
         takes_list = typing.get_origin(hints[name]) is tuple

@@ -1,7 +1,7 @@
 """Several processes of one run: how they find one another, and what each makes of the devices of its node.
 
 Under SLURM, under Open MPI's ``mpirun`` and on the hosts of a TPU slice, ``--mesh.distributed=auto`` finds out which
-processes there are. Elsewhere each is told by ``--mesh.processes``, ``process_id`` and ``coordinator``.
+processes there are. Elsewhere ``--mesh.processes``, ``process_id`` and ``coordinator`` say it.
 """
 
 import collections
@@ -69,14 +69,14 @@ def join(config: MeshConfig, say: Callable[[str], None]) -> MeshConfig:
     return dataclasses.replace(config, processes=count, process_id=rank)
 
 
-def joined() -> Processes | None:
+def joined_processes() -> Processes | None:
     """Return the processes that this one has joined; None where it is alone."""
     return next((processes for processes in _joined if processes.count > 1), None)
 
 
-def label() -> str:
+def process_label() -> str:
     """Return what stands before this process's lines, such as "process 3 of 4: "; "" for one alone."""
-    processes = joined()
+    processes = joined_processes()
     return f"process {processes.rank} of {processes.count}: " if processes else ""
 
 
@@ -141,7 +141,7 @@ def gpus_of_process(environment: Mapping[str, str], gpus: int) -> list[int] | No
     if place is None or not seen:
         return None
     local, here = place
-    if seen < int(environment.get("SLURM_GPUS_ON_NODE") or 0):  # SLURM has dealt them out already
+    if seen < int(environment.get("SLURM_GPUS_ON_NODE") or 0):  # SLURM has assigned them already
         return list(range(seen))
     if seen % here:
         raise UserError(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from saejax.parallel.cluster import joined
+from saejax.parallel.cluster import joined_processes
 
 _alone = [False]  # whether this process works by itself for the time being
 
@@ -51,7 +51,7 @@ def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 def wait_for_all(place: str) -> None:
     """Wait until all processes have reached the place of this name."""
-    if (processes := joined()) and process_count() > 1:
+    if (processes := joined_processes()) and process_count() > 1:
         processes.barrier(place)
         multihost_utils.sync_global_devices(place)  # devices of CPUs give each other up if they meet 30 s apart
 

@@ -93,7 +93,7 @@ def part_size(axes: Mapping[str, int], shape: Sequence[int], *spec: str | None) 
 
 
 def on_host() -> contextlib.AbstractContextManager[Any]:
-    """Make arrays in the host's memory in a block, unless JAX was told to do without its CPU."""
+    """Make arrays in the host's memory in a block, unless JAX runs without its CPU backend."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS names accelerators alone

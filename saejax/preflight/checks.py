@@ -13,7 +13,14 @@ from saejax.parallel.collectives import process_count
 from saejax.parallel.mesh import make_mesh
 from saejax.preflight import parity, rates
 from saejax.preflight.place import Place, find_place
-from saejax.preflight.plan import check_dictionaries, disk_bytes, plan_run, replicated, stage_programs, stage_seconds
+from saejax.preflight.plan import (
+    check_dictionaries,
+    describe_replicated,
+    disk_bytes,
+    plan_run,
+    stage_programs,
+    stage_seconds,
+)
 from saejax.preflight.results import CompiledProgram, ModelNeeds, PreflightResults
 from saejax.preflight.shapes import Shape, named, read_shapes
 from saejax.preflight.topology import compile_for
@@ -95,7 +102,7 @@ def _check_model(run: Run, plan: PlannedRun, place: Place) -> ModelNeeds:
     """Compile the programs of a model, with a line for each."""
     model = plan.model
     run.say(f"{plan.name}: {parameters(model) / 1e6:,.1f} M parameters, {model.n_layers} layers, {plan.dtype}")
-    split = replicated(plan)
+    split = describe_replicated(plan)
     for line in split:
         run.say(f"{plan.name}: {line}")
     check_dictionaries(plan)

@@ -92,7 +92,7 @@ def stage_seconds(programs: Sequence[CompiledProgram], rates: Mapping[str, float
     return seconds
 
 
-def replicated(plan: PlannedRun) -> list[str]:
+def describe_replicated(plan: PlannedRun) -> list[str]:
     """Return the weights that the mesh does not divide, so that every device holds all of them; a line each."""
     axes, names = plan.mesh.shape, dict[tuple[int, str], list[str]]()
     over = axes["model"]

@@ -18,13 +18,13 @@ from pathlib import Path
 from absl import flags
 
 from saejax.errors import NO_ROOM, CheckFailed, Interrupted, OtherFailed, UserError, out_of_room
-from saejax.parallel.cluster import joined, label
+from saejax.parallel.cluster import joined_processes, process_label
 from saejax.runner import command_line, environment
 from saejax.settings import CaptureConfig, MeshConfig, TrainConfig
 
 _signals: list[int] = []  # that came since the handlers were installed
 _DISK = {
-    **{number: f"{told}: free space, then run again" for number, told in NO_ROOM.items()},
+    **{number: f"{reason}: free space, then run again" for number, reason in NO_ROOM.items()},
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission denied",
 }
@@ -69,12 +69,12 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
 
     status = 1
     try:
-        status = ended(work, flag_values)
+        status = run_and_report(work, flag_values)
     except Exception:
-        if not joined():
+        if not joined_processes():
             raise
         traceback.print_exc()
-    if (processes := joined()) and status:
+    if (processes := joined_processes()) and status:
         # An orderly end would wait for the other processes, which may wait for this one.
         processes.tell_failure(status)
         sys.stdout.flush()
@@ -83,22 +83,22 @@ def run(stages: Sequence[str], about: str, argv: Sequence[str]) -> int:
     return status
 
 
-def ended(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
+def run_and_report(work: Callable[[], None], flag_values: flags.FlagValues) -> int:
     """Do a program's work, print an error in one line, and return the exit status."""
     try:
         work()
         return 0
     except CheckFailed as failed:
-        print(f"{label()}failed:", failed, file=sys.stderr)
+        print(f"{process_label()}failed:", failed, file=sys.stderr)
         return 1
     except Interrupted as stop:
-        print(f"{label()}{stop}", file=sys.stderr)
+        print(f"{process_label()}{stop}", file=sys.stderr)
         return 128 + (_signals[0] if _signals else signal.SIGTERM)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the handlers are there
-        print(f"{label()}stopped; finished units are kept: run the same command to go on", file=sys.stderr)
+        print(f"{process_label()}stopped; finished units are kept: run the same command to go on", file=sys.stderr)
         return 128 + signal.SIGINT
     except OtherFailed as failure:
-        print(f"{label()}{failure}", file=sys.stderr)
+        print(f"{process_label()}{failure}", file=sys.stderr)
         return failure.status
     except flags.Error as error:
         return _refuse(f"{command_line.flag_error(error)}; --help lists the flags", flag_values)
@@ -125,7 +125,7 @@ def _show(text: str) -> None:
 def _refuse(message: str, flag_values: flags.FlagValues) -> int:
     if flag_values["debug"].value:
         traceback.print_exc()
-    print(f"{label()}error:", " ".join(message.split()), file=sys.stderr)
+    print(f"{process_label()}error:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 

@@ -13,7 +13,7 @@ def for_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if not _may_have_tpu():  # then libtpu, if it is installed for preflight, is told what it would complain to miss
+    if not _may_have_tpu():  # or libtpu, installed for preflight, would report that they are missing
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     keep_freed_memory()
@@ -24,7 +24,7 @@ def for_devices(deterministic: bool, shares_gpu: bool) -> None:
 
     Args:
       deterministic: whether results on a GPU must be the same bits at every run.
-      shares_gpu: whether torch uses the GPU beside JAX, which then takes memory as it needs it, not most of it at once.
+      shares_gpu: whether torch uses the GPU, too; JAX then takes memory as it needs it, not most of it at once.
     """
     if shares_gpu:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -18,7 +18,7 @@ from typing import Any
 
 from saejax.errors import CheckFailed, Interrupted, OtherFailed, UserError, one_of
 from saejax.files import read_object
-from saejax.parallel.cluster import check_same, join, joined, label
+from saejax.parallel.cluster import check_same, join, joined_processes, process_label
 from saejax.parallel.processes import Processes
 from saejax.parallel.share import ProcessShare, ShareDone
 from saejax.results import to_json
@@ -128,12 +128,12 @@ def run_stages(
     processes = None
     if configs[MeshConfig].together:
         configs |= join(configs[MeshConfig], say)
-        processes = joined()
+        processes = joined_processes()
     if processes:
         processes.stopping = stopping
         check_same(processes, _settings_to_compare(configs, units))
-        processes.barrier("all are started alike")  # or the first one would begin a unit
-    prefixed = (lambda line: say(label() + line)) if processes else say
+        processes.barrier("all have the same settings")  # before the first process begins a unit
+    prefixed = (lambda line: say(process_label() + line)) if processes else say
     pipeline = _Pipeline(workspace, Workplan(configs), processes, prefixed, stopping, substitutes, options, stages)
     failed: dict[str, str] = {}
     for unit in units:
@@ -252,7 +252,7 @@ def _open_stack(pipeline: _Pipeline, unit: str, claims: contextlib.ExitStack) ->
 
 
 def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], stack: StackWork | None = None) -> None:
-    """Run a unit's stage in this process, as far as it takes part; the first process writes the summary."""
+    """Run a unit's stage in this process where it takes part; the first process writes the summary."""
     stage = STAGES[unit.partition("/")[0]]
     processes = pipeline.processes
     if processes is None:
@@ -329,7 +329,7 @@ def _run_stage(
 
 
 def _start(plan: Workplan, unit: str, configs: Configs) -> dict[str, Any]:
-    """Return what ``started.json`` says beside the fingerprint."""
+    """Return what ``started.json`` holds in addition to the fingerprint."""
     stage = unit.partition("/")[0]
     return dict(
         start=now(), depends_on=plan.dependencies(unit), config=_settings(configs, stage), packages=package_versions()

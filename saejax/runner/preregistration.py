@@ -16,7 +16,7 @@ from saejax.runner.registry import STAGES
 from saejax.runner.workspace import STARTED, fingerprint, now
 
 FILE = "rules.jsonl"
-DATA = ("baseline", "benchmark")  # stages that show what rules are about, beside those with a rule themselves
+DATA = ("baseline", "benchmark")  # stages that show what rules are about, in addition to those with a rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def write_rules(root: Path, configs: Configs, stages: Iterable[str] = tuple(STAG
     """
     for stage in map(STAGES.__getitem__, stages):
         if stage.rule and stage.units(configs):
-            write_rule(root, stage.name, stage.rule(configs.named(stage.name)), measured(root))
+            write_rule(root, stage.name, stage.rule(configs.named(stage.name)), list_measured(root))
 
 
 def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def write_rule(root: Path, stage: str, rule: str, seen: Sequence[str]) -> None:
       root: the folder of the file.
       stage: the stage whose verdict the rule decides.
       rule: the rule in words.
-      seen: folders of units whose measurement had begun; see ``measured``.
+      seen: folders of units whose measurement had begun; see ``list_measured``.
     """
     if (stage, fingerprint(rule)) in {(written.stage, written.hash) for written in read_rules(root)}:
         return
@@ -96,12 +96,12 @@ def describe_rule(root: Path, stage: str, rule: str) -> str:
         when = (
             f"The rule, written down on {line.written[:10]} before anything was measured in this workdir (hash {mark})"
         )
-    attempts = Counter(map(_without_hash, measured(root)))
+    attempts = Counter(map(_without_hash, list_measured(root)))
     several = ", ".join(f"{unit} {count} times" for unit, count in sorted(attempts.items()) if count > 1)
     return when + (f"; begun in this workdir with several settings: {several}" if several else "")
 
 
-def measured(root: Path) -> list[str]:
+def list_measured(root: Path) -> list[str]:
     """Return the folders, in a workdir, of all units that show data and have been begun, whatever their settings."""
     stages = [stage for stage in STAGES if shows_data(stage)]
     folders = {

@@ -34,7 +34,7 @@ def _discover() -> Iterable[Stage]:
         yield from (value for value in vars(loaded).values() if isinstance(value, Stage))
 
 
-def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
+def sort_stages(stages: Iterable[Stage]) -> dict[str, Stage]:
     """Return stages by name, each after those that it must follow, otherwise in alphabetical order.
 
     Raises:
@@ -57,7 +57,7 @@ def ordered(stages: Iterable[Stage]) -> dict[str, Stage]:
     return in_order
 
 
-STAGES = ordered(_discover())
+STAGES = sort_stages(_discover())
 GROUPS: Mapping[str, type[Config]] = {
     group_name(group): group for stage in STAGES.values() for group in (*stage.groups, *stage.placement)
 }

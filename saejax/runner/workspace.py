@@ -128,7 +128,7 @@ class Workspace:
         folder = self.folder(unit, mark)
         self._check_place(unit)
         folder.mkdir(parents=True, exist_ok=True)
-        with claimed(folder, unit, take_over):
+        with hold_claim(folder, unit, take_over):
             yield folder
 
     def is_claimed(self, unit: str, mark: str) -> bool:
@@ -255,7 +255,7 @@ class Workspace:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
+def hold_claim(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
     """Hold a folder by creating its ``claim.json`` exclusively; see ``Workspace.claim``.
 
     Args:
@@ -279,7 +279,7 @@ def claimed(folder: Path, what: str, take_over: bool = False) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):  # of several that find it gone, one moves it away
             aside = path.with_name(f".{CLAIM}.{uuid.uuid4().hex}")
             os.rename(path, aside)
-            if _Claimant.read(aside) != holder:  # meanwhile another process had replaced it: that claim is put back
+            if _Claimant.read(aside) != holder:  # another process has replaced it meanwhile: restore that claim
                 os.rename(aside, path)
             else:
                 aside.unlink()
@@ -299,7 +299,7 @@ def current_folder(path: Path) -> Path | None:
 
 
 def _link(place: Path, target: str) -> None:
-    """Make a path a symbolic link, or a text file beside it that stands for one, in place of an earlier one."""
+    """Make a path a symbolic link, or a text file in its place where there are no links; replace an earlier one."""
     temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
         os.symlink(target, temporary)
@@ -359,12 +359,12 @@ class _Claimant:
             return cls("an unknown host", 0, 0.0, "", "an unknown time")
 
     def is_gone(self, observer: "_Claimant") -> bool:
-        """Return whether this process no longer works, as far as another one can tell."""
+        """Return whether this process has ended, as far as another one can tell."""
         if self.host == observer.host:
             with contextlib.suppress(psutil.NoSuchProcess):
                 return abs(psutil.Process(self.process).create_time() - self.began) > 1
             return True
-        return bool(self.job) and self.job == observer.job  # the job was put back into the queue
+        return bool(self.job) and self.job == observer.job  # the job was requeued
 
 
 def _create(path: Path, text: str) -> bool:

@@ -65,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
         if stopped():
             raise Interrupted("serve: stopped")
 
-    return command.ended(work, own)
+    return command.run_and_report(work, own)
 
 
 def _listen(port: int) -> socket.socket:

@@ -49,4 +49,4 @@ def run(argv: Sequence[str]) -> int:
         more: dict[str, Any] = {name: own[name].value for name in ("at_once", "take_over")}
         run_study_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 
-    return command.ended(work, own)
+    return command.run_and_report(work, own)

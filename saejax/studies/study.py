@@ -6,8 +6,8 @@ from pathlib import Path
 
 from saejax.errors import CheckFailed
 from saejax.files import read_json
-from saejax.runner.preregistration import measured, write_rule
-from saejax.runner.workspace import Workspace, claimed, fingerprint
+from saejax.runner.preregistration import list_measured, write_rule
+from saejax.runner.workspace import Workspace, fingerprint, hold_claim
 from saejax.studies import criteria, report
 from saejax.studies.gather import gather
 from saejax.studies.rows import StudyRow
@@ -39,7 +39,7 @@ def run_study_rows(
       Interrupted: asked to stop, and saved.
     """
     parts, root = shares(at_once), Workspace(workdir).root
-    with claimed(root, f"the study in {root}", take_over):
+    with hold_claim(root, f"the study in {root}", take_over):
         _write_rules(root, rows)
         states = StudyUnits(root, rows, say, stopping, parts).run()
         mark = fingerprint([[vars(state) for state in states], list(criteria.RULES.values())])
@@ -54,7 +54,7 @@ def run_study_rows(
 
 def _write_rules(root: Path, rows: Sequence[StudyRow]) -> None:
     """Write down the study's rules, with what its rows have measured by then."""
-    seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in measured(root / ROWS / row.name)]
+    seen = [f"{ROWS}/{row.name}/{unit}" for row in rows for unit in list_measured(root / ROWS / row.name)]
     for rule in criteria.RULES.values():
         write_rule(root, report.STAGE, rule, seen)
 

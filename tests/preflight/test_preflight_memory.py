@@ -13,7 +13,7 @@ from saejax.activations.planned import recorded_rows, store_bytes
 from saejax.errors import UserError
 from saejax.parallel.mesh import AXES
 from saejax.preflight import rates, topology
-from saejax.preflight.plan import check_dictionaries, disk_bytes, replicated, stage_programs, stage_seconds
+from saejax.preflight.plan import check_dictionaries, describe_replicated, disk_bytes, stage_programs, stage_seconds
 from saejax.runner.registry import STAGES
 from saejax.training.planned import host_bytes, resident_bytes, train_programs
 from saejax.training.state import init_state
@@ -109,7 +109,7 @@ def test_devices_of_a_process():
 
 def test_replicated_parts_are_named():
     def of(name: str, axes) -> list[str]:
-        return replicated(plan_run(shape(name), "", axes))
+        return describe_replicated(plan_run(shape(name), "", axes))
 
     assert of("smollm2-135m", axes(1, 8)) == [
         "9 query heads over 8 devices: o, q are replicated",

@@ -16,7 +16,7 @@ import pytest
 
 from saejax.errors import UserError
 from saejax.runner import pipeline, workplan
-from saejax.runner.workspace import claimed
+from saejax.runner.workspace import hold_claim
 from saejax.studies import run, shares
 from saejax.studies.progress import TimeToGo, duration
 
@@ -170,7 +170,7 @@ def test_two_rows_of_one_name(tmp_path, capsys):
 
 def test_two_studies_in_one_folder(fake, tmp_path, capsys):
     (tmp_path / "study").mkdir()
-    with claimed(tmp_path / "study", "it"):
+    with hold_claim(tmp_path / "study", "it"):
         folder = write_rows(tmp_path / "rows", dict(a="main"))
         assert run.run(["study_run", f"--workdir={tmp_path / 'study'}", f"--rows={folder}"]) == 2
     assert "is being made by process" in capsys.readouterr().err
