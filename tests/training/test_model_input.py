@@ -70,7 +70,9 @@ def test_what_it_depends_on(inputs):
         train__sites=("mlp_out.0",),
     )
     assert len({mark(), *(mark(**{key: value}) for key, value in others.items())}) == 6
-    assert mark(train__source="store") != mark(train__source="store", capture__sites=("mlp_out.0",))
+    store = dict(train__source="store")
+    assert mark(**store) == mark(**store, capture__sites=("resid_post.15", "mlp_out.0")), "of a store its own sites"
+    assert mark(**store) != mark(**store, capture__dtype="bfloat16")
 
 
 def test_bad_input_is_one_line(train, capsys):
