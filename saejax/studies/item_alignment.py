@@ -62,11 +62,16 @@ class ItemAlignment:
 def align_items(first: ItemLosses, second: ItemLosses, seed: int) -> ItemAlignment | None:
     """Return the agreement of two rows on the same items; None with fewer than 8 items, or fewer than 2 control sets.
 
+    Items with a loss that was not measured (NaN) are left out.
+
     Args:
       first: losses of a row.
       second: losses of another row under its own features, of the same items in the same order.
       seed: of the permutations.
     """
+    every = [array for losses in (first, second) for array in (losses.top_N[None], losses.control_DxN)]
+    measured = np.flatnonzero(np.all([np.isfinite(array).all(axis=0) for array in every], axis=0))
+    first, second = first.choose(measured), second.choose(measured)
     least_sets = min(len(first.control_DxN), len(second.control_DxN))
     if len(first.top_N) < 8 or least_sets < 2 or min(np.ptp(first.top_N), np.ptp(second.top_N)) == 0:
         return None

@@ -59,6 +59,13 @@ def test_a_row_agrees_with_itself_and_not_with_the_other_way_round():
     assert align_items(first, turned, seed=0).correlation < -0.5
 
 
+def test_items_that_were_not_measured_are_left_out():
+    first, second = next(iter(pairs(shared=1)))
+    wanted = align_items(first.choose(np.arange(1, ITEMS)), second.choose(np.arange(1, ITEMS)), seed=0)
+    first.control_DxN[3, 0] = np.nan
+    assert align_items(first, second, seed=0) == wanted
+
+
 def test_too_little_to_compare():
     first, second = next(iter(pairs(shared=0)))
     few = np.arange(7)
