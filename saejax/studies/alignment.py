@@ -1,12 +1,13 @@
 """Do two rows of a study agree on what matters in a benchmark?
 
-Two rankings can be compared. *Items*: by the log-likelihood that each item loses under a row's top features, less
-what it loses on average under random sets; this is defined for any two models that were asked
-the same items. *Features*: by attribution, where dictionaries have features in common
-(``stability.match_by_direction``), which those of unrelated models have not.
+Two rankings can be compared. *Items*: by the log-likelihood that each item loses under a row's top features, without
+what random sets explain (``item_alignment``); this is defined for any two models that were asked the same items.
+*Features*: by attribution, where two rows have dictionaries of one model, whose features are matched by direction
+(``stability.match_by_direction``); directions of two models have nothing to do with each other.
 
-The rank correlation is compared with those where one side is shuffled; that of features, besides, with partners that
-fire as often and as strongly: features that fire often matter more in every dictionary.
+A correlation is compared with those where one side is shuffled, and with a placebo: of items, a random set in the place
+of one row's top features; of features, partners that fire as often and as strongly, as features that fire often matter
+more in every dictionary.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import rankdata
 
-from saejax.dictionaries import stacks
+from saejax.dictionaries import Dictionary, stacks
 from saejax.files import read_json
 from saejax.interventions.study_results import BenchmarkFeature, StudyResults
 from saejax.interventions.study_run import RANKING
@@ -27,14 +28,16 @@ from saejax.matching.transfer.stability import compare, match_by_direction
 from saejax.page.findings import Findings
 from saejax.results import from_json
 from saejax.statistics.ranks import holm
+from saejax.studies.item_alignment import ItemLosses, align_items
 from saejax.studies.results import AlignmentFigures
 
 LEVEL, LEAST = 0.05, 0.3
 RULE = (
-    f"Two rows are aligned on a benchmark if the rank correlation (Spearman) of what items lose beyond random "
-    f"sets, or of the attributions of matched features, is at least {LEAST:g}, is as large with one side shuffled "
-    f"in at most {100 * LEVEL:g} % of the cases after Holm's correction over all comparisons, and, of features, lies "
-    "above the middle 95 % of what partners give that fire as often and as strongly."
+    f"Two rows are aligned on a benchmark if the rank correlation of what items lose under the top features, without "
+    "what random sets explain, or (Spearman's) of the attributions of matched features of one model, is at least "
+    f"{LEAST:g}, is as large with one side shuffled in at most {100 * LEVEL:g} % of the cases after Holm's correction "
+    "over all comparisons, and is above its placebo: of items, the 95 % quantile with a random set in the place of one "
+    "row's top features; of features, the middle 95 % of what partners give that fire as often and as strongly."
 )
 _PERMUTATIONS, _SEED = 9999, 789
 
@@ -77,15 +80,16 @@ def _judged(one: AlignmentFigures, p: float) -> AlignmentFigures:
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
-    losses = [_losses(folder, benchmark) for folder in folders]
+    (one_ids, one_items), (two_ids, two_items) = (_losses(folder, benchmark) for folder in folders)
     same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
-    shared = [item for item in losses[0] if item in losses[1]] if same else []
-    one_N, two_N = (np.array([own[item] for item in shared]) for own in losses)
-    correlation, p = rank_correlation(one_N, two_N)
-    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, None, None)
-    loaded = [_decoder(rows[name], benchmark) for name in pair]
-    if loaded[0].shape[1] == loaded[1].shape[1]:
-        matches = match_by_direction(loaded[0], loaded[1])
+    shared = [item for item in one_ids if item in two_ids] if same else []
+    chosen = one_items.choose(_indices(one_ids, shared)), two_items.choose(_indices(two_ids, shared))
+    agreement = align_items(*chosen, _SEED)
+    values = (agreement.correlation, agreement.p_value, None, agreement.placebo) if agreement else (None,) * 4
+    yield AlignmentFigures(*pair, benchmark, "items", len(shared), *values, None)
+    loaded = [_dictionary(rows[name], benchmark) for name in pair]
+    if loaded[0].config.fingerprint == loaded[1].config.fingerprint and loaded[0].config.d_in == loaded[1].config.d_in:
+        matches = match_by_direction(*(np.asarray(dictionary.W_dec_FxD[...]) for dictionary in loaded))
         one, two = (_attributions(folder) for folder in folders)
         at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
         one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]
@@ -112,17 +116,20 @@ def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> tuple[float, 
     return seen, (1 + as_large) / (1 + _PERMUTATIONS)
 
 
-def _losses(folder: Path, benchmark: str) -> dict[str, float]:
-    """Return for each item the nats that it loses under the top features, beyond the mean of random sets."""
+def _indices(ids: Mapping[str, int], items: Sequence[str]) -> np.ndarray:
+    return np.array([ids[item] for item in items], np.int64)
+
+
+def _losses(folder: Path, benchmark: str) -> tuple[dict[str, int], ItemLosses]:
+    """Return the index of each item, and what items lose under the top features and under random sets, in nats."""
     table = load_effects(folder)
     prompts = table.select_prompts(benchmark)
-    whole = {
-        group: [edit for edit in table.select_edits(benchmark, group) if edit.fraction == 1]
-        for group in ("top", "random")
-    }
-    value_P, random_ExP = (table.values(edits, prompts, "answer_log_prob") for edits in whole.values())
-    beyond_P = random_ExP.mean(axis=0) - value_P[0]  # both less than the clean value, which cancels
-    return {prompt.id: float(loss) for prompt, loss in zip(prompts, beyond_P, strict=True)}
+    top, random = (
+        [edit for edit in table.select_edits(benchmark, group) if edit.fraction == 1] for group in ("top", "random")
+    )
+    clean_P = table.clean_values(prompts, "answer_log_prob")
+    top_1xP, random_DxP = (clean_P - table.values(edits, prompts, "answer_log_prob") for edits in (top[:1], random))
+    return {prompt.id: index for index, prompt in enumerate(prompts)}, ItemLosses(top_1xP[0], random_DxP)
 
 
 def _attributions(folder: Path) -> Attributions:
@@ -133,7 +140,7 @@ def _attributions(folder: Path) -> Attributions:
     return Attributions(np.array([one.feature for one in ranking], np.int64), *map(np.array, columns))
 
 
-def _decoder(found: Findings, benchmark: str) -> np.ndarray:
-    """Return the decoder rows of the dictionary that was tested, [F, D]."""
+def _dictionary(found: Findings, benchmark: str) -> Dictionary:
+    """Return the dictionary that was tested."""
     name = found.each(StudyResults)[benchmark].dictionary
-    return np.asarray(stacks.load_trained(name, found.folders, "--study.dictionary").W_dec_FxD[...])
+    return stacks.load_trained(name, found.folders, "--study.dictionary")
