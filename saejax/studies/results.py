@@ -123,10 +123,12 @@ class AlignmentFigures:
     benchmark: str  #: its name
     by: Literal["items", "features"]  #: what is ranked: items by what they lose, or features by their importance
     n: int  #: of them in both
-    rank_correlation: float | None  #: Spearman's; None where it is not defined
+    rank_correlation: float | None  #: of items without what random sets explain; None where it is not defined
     p_value: float | None  #: of rank correlations as large where one side is shuffled
     p_holm: float | None  #: over all comparisons of the report
-    control: float | None  #: of features: upper end of the middle 95 % with partners that fire alike
+    #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the upper end
+    #: of the middle 95 % with partners that fire alike
+    control: float | None
     aligned: bool | None  #: by the criterion; None where it is not known
 
 

@@ -61,11 +61,13 @@ FOUND = (
             "Number": lambda one: str(one.n),
             "Rank correlation": lambda one: number(one.rank_correlation),
             "p (Holm)": lambda one: number(one.p_holm, 4),
-            "Partners that fire alike": lambda one: f"up to {number(one.control)}" if one.control else MISSING,
+            "Placebo": lambda one: MISSING if one.control is None else f"up to {number(one.control)}",
             "Aligned": lambda one: answer(one.aligned),
         },
         frozenset({"Benchmark", "Ranked", "Aligned"}),
-        "A dash: fewer than three items or matched features, or no two of a different rank.",
+        "Items: without what random sets explain. Placebo: of items, a random set in the place of one row's top "
+        "features; of features, partners that fire as often and as strongly. A dash: too few items or features, "
+        "or no two of a different rank.",
     ),
     Sheet(
         "gates",

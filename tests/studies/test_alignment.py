@@ -1,9 +1,16 @@
 """Agreement of two rows on items: simulated rows whose agreement is known."""
 
+import dataclasses
+from types import SimpleNamespace
+
+import jax
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, save_effects
+from saejax.studies import alignment
 from saejax.studies.item_alignment import ItemLosses, align_items
 
 ITEMS, SETS, PAIRS = 100, 20, 20
@@ -64,6 +71,31 @@ def test_items_that_were_not_measured_are_left_out():
     wanted = align_items(first.choose(np.arange(1, ITEMS)), second.choose(np.arange(1, ITEMS)), seed=0)
     first.control_DxN[3, 0] = np.nan
     assert align_items(first, second, seed=0) == wanted
+
+
+def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
+    """Models of equal width and another origin: their features are not matched by direction (cosines mean nothing)."""
+    first, second = next(iter(pairs(shared=1)))
+    rows = {}
+    for name, losses, order in (("a", first, np.arange(ITEMS)), ("b", second, np.arange(ITEMS)[::-1])):
+        edits = [EditDefinition("gsm8k", "clean"), EditDefinition("gsm8k", "top", features=(1,))]
+        edits += [EditDefinition("gsm8k", "random", index=i, features=(2 + i,)) for i in range(SETS)]
+        prompts = [PromptDefinition(f"test:{i:03d}", "gsm8k") for i in order]
+        value_ExP = -20.0 - np.concatenate([np.zeros((1, ITEMS)), losses.top_N[None], losses.control_DxN])[:, order]
+        blocks = [(edits, prompts, ["answer_log_prob"], value_ExP[..., None])]
+        save_effects(tmp_path / name, EffectsTable.from_blocks(edits, prompts, blocks))
+        results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk")}
+        folders = {"study/gsm8k": tmp_path / name}
+        rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)
+    config = DictionaryConfig(kind="topk", site="resid_post.1", d_in=8, n_features=16, k=2)
+    sets = [Dictionary.initial(dataclasses.replace(config, fingerprint=name), jax.random.key(0)) for name in "ab"]
+    monkeypatch.setattr(alignment, "_dictionary", lambda found, benchmark: sets[found is rows["b"]])
+    (found,) = alignment.alignments(rows)
+    wanted = align_items(first, second, seed=alignment._SEED)
+    assert (found.by, found.n, found.aligned) == ("items", ITEMS, True)
+    assert found.rank_correlation == pytest.approx(wanted.correlation) and found.control == pytest.approx(
+        wanted.placebo
+    )
 
 
 def test_too_little_to_compare():
