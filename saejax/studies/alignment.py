@@ -83,10 +83,13 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     (one_ids, one_items), (two_ids, two_items) = (_losses(folder, benchmark) for folder in folders)
     same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
     shared = [item for item in one_ids if item in two_ids] if same else []
-    chosen = one_items.choose(_indices(one_ids, shared)), two_items.choose(_indices(two_ids, shared))
-    agreement = align_items(*chosen, _SEED)
-    values = (agreement.correlation, agreement.p_value, None, agreement.placebo) if agreement else (None,) * 4
-    yield AlignmentFigures(*pair, benchmark, "items", len(shared), *values, None)
+    agreement = align_items(
+        one_items.choose(_indices(one_ids, shared)), two_items.choose(_indices(two_ids, shared)), _SEED
+    )
+    correlation, p, placebo = None, None, None
+    if agreement:
+        correlation, p, placebo = agreement.correlation, agreement.p_value, agreement.placebo
+    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None)
     loaded = [_dictionary(rows[name], benchmark) for name in pair]
     if loaded[0].config.fingerprint == loaded[1].config.fingerprint and loaded[0].config.d_in == loaded[1].config.d_in:
         matches = match_by_direction(*(np.asarray(dictionary.W_dec_FxD[...]) for dictionary in loaded))
