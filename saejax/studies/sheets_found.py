@@ -4,9 +4,9 @@ from saejax.page.tables import MISSING, answer, interval, number, percent
 from saejax.studies.sheet import Sheet, points
 
 _EFFECTS_NOTE = (
-    "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drops of "
-    "accuracy are in percentage points, those of the reference's log-likelihood in nats; square brackets: 95 % "
-    "intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero and resampled. "
+    "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: of "
+    "accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's log-likelihood; "
+    "square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero and resampled. "
     "Placebo sets too: the share of sets chosen for other items' answers that also do more than random sets."
 )
 FOUND = (
@@ -15,22 +15,19 @@ FOUND = (
         "Benchmarks under ablation",
         {
             "Row": lambda one: one.row,
-            "Benchmark": lambda one: one.benchmark,
+            "Benchmark": lambda one: f"{one.benchmark}, {one.items} items; {one.top} features of {one.dictionary}",
             "Accuracy before, %": lambda one: percent(one.accuracy, 1) + (" (at chance)" if one.at_chance else ""),
-            "Accuracy drop": lambda one: points(one.accuracy_drop),
-            "Resampled": lambda one: points(one.accuracy_drop_resampled),
-            "Random sets": lambda one: number(one.random_accuracy_drop, 1, 100),
-            "Placebo sets": lambda one: number(one.placebo_accuracy_drop, 1, 100),
+            "Drop; resampled": lambda one: f"{points(one.accuracy_drop)}; {points(one.accuracy_drop_resampled)}",
+            "Random; placebo sets": lambda one: "; ".join(
+                number(drop, 1, 100) for drop in (one.random_accuracy_drop, one.placebo_accuracy_drop)
+            ),
             "Falls": lambda one: f"{one.effect}, {one.effect_resampled}",
-            "Log-likelihood drop": lambda one: interval(one.nats_drop),
-            "Resampled, nats": lambda one: interval(one.nats_drop_resampled),
+            "Nats; resampled": lambda one: f"{interval(one.nats_drop)}; {interval(one.nats_drop_resampled)}",
             "More than random": lambda one: one.random,
             "Placebo sets too": lambda one: percent(one.fooled),
             "Specific": lambda one: one.placebo,
-            "Features": lambda one: f"{one.top} of {one.dictionary}",
-            "Items": lambda one: str(one.items),
         },
-        frozenset({"Benchmark", "Falls", "More than random", "Specific", "Features"}),
+        frozenset({"Benchmark", "Falls", "More than random", "Specific", "Drop; resampled", "Nats; resampled"}),
         _EFFECTS_NOTE,
     ),
     Sheet(
