@@ -7,7 +7,8 @@ _EFFECTS_NOTE = (
     "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: of "
     "accuracy, in percentage points, also under random and placebo sets; nats: drop of the reference's log-likelihood; "
     "square brackets: 95 % intervals over items. Falls: whether accuracy falls by more than the criterion, set to zero "
-    "and resampled. Placebo sets too: the share of sets chosen for other items' answers that also do more than random sets."
+    "and resampled. Placebo sets too: the share of sets chosen for other items' answers that also do more than random "
+    "sets."
 )
 FOUND = (
     Sheet(
