@@ -36,8 +36,9 @@ PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0), permutations=200,
 
 @pytest.fixture(scope="module")
 def asked(tiny, make_prompt):
-    """48 prompts that the model answers rightly, with counterparts of as many tokens."""
+    """48 prompts that the model answers correctly, with counterparts of as many tokens."""
     prompts = [make_prompt(i, "train" if i < 24 else "test") for i in range(48)]
+    prompts = [dataclasses.replace(p, wrong=" far") for p in prompts]  # few pairs of answers, each a run of its own
     swapped = [dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in prompts]
     outputs = [tiny(tiny.tokenize([p.text])) for p in prompts]
     right = [

@@ -202,6 +202,7 @@ def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
     prompts = []
     for behaviour in ("first", "second"):
         own = [make_prompt(i, "train" if i < 24 else "test", behaviour) for i in range(48)]
+        own = [dataclasses.replace(p, wrong=" far") for p in own]  # few pairs of answers, each a run of its own
         own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
                else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
         prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
