@@ -242,6 +242,18 @@ def test_the_stage_killed_and_resumed(make_run):
     assert stage.run_steer(make_run("stopped")) == results
 
 
+def test_controls_have_the_dose_that_is_asked_for(tiny, dictionary, inputs):
+    """Over all prompts, also where the method changes nothing in some of them."""
+    prompts = [p for p in read_prompts(inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
+    steered = stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, CONFIG)
+    for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
+        if silent:
+            steered._tops[next(iter(steered._groups))] = []
+        norm_SxP = steered._steer_controls(method, 3.0).norm_SxP
+        assert len(norm_SxP) and (norm_SxP == 0).any() == silent
+        np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
+
+
 def test_the_last_position_without_text(make_run):
     config = dataclasses.replace(CONFIG, positions="last", text_documents=0, doses=(0.4,), prompts=6)
     result = stage.run_steer(make_run("last", config)).behaviours["first"]
