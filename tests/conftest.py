@@ -55,9 +55,12 @@ from saejax.parallel.mesh import AXES
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 LONGEST = (
-    "processes kinds attribute_processes new_behaviour bad_input study_run interpret_stages meshes explain_binary loop "
-    "inputs decoder baseline crosscoder_stages explain_stage transfer_stage ground_truth_stage model_input precision "
-    "steering track_stage detectors evaluate generation supernodes configs_run cluster_stage stages"
+    "processes study_run kinds steering causal_clients expansions widening each_member preflight_stage "
+    "explain_binary configs_run model_input detectors interpret_stages baseline library_calls "
+    "ablation_measurements meshes generation ablate_stage crosscoder_stages stages ground_truth_stage "
+    "cluster_stage reuse transfer_stage settings_read collectives library precision cross_layer_training "
+    "track_stage readme engine_worlds parity effects report decoder null_and_power world patch_stage "
+    "attribute_processes new_behaviour bad_input loop inputs explain_stage evaluate supernodes"
 )
 
 

@@ -45,7 +45,7 @@ def write_sheets(
         for effect in effects:
             feature, record = effect.feature, records.get(effect.feature)
             own, found = by_hand.get(feature), automatic.get(feature)
-            contexts = [_one_line(context) for context in (record or {}).get("examples", ())[:CONTEXTS]]
+            contexts = [_one_line(context) for context in record.get("examples", [])[:CONTEXTS]] if record else []
             rows.append(
                 dict(
                     feature=feature,

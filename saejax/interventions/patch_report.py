@@ -21,8 +21,8 @@ from saejax.page.tables import Table, interval, percent
 from saejax.page.words import behaviour
 
 _TITLES = dict(
-    denoising="denoising: prompt's value in the counterpart's run",
-    noising="noising: counterpart's value in the prompt's run",
+    denoising="denoising: prompt into counterpart",
+    noising="noising: counterpart into prompt",
 )
 
 

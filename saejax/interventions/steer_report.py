@@ -91,7 +91,7 @@ def steering(steered: Mapping[str, BehaviourSteering]) -> Figure:
         axes.set_xscale("log")
         style.plain_log(axes.xaxis)
         axes.axhline(0, color=style.INK, linewidth=0.7)
-        axes.set_ylabel("logits")
+        axes.set_ylabel("drop, logits")
         axes.grid(axis="y", color=style.INK, alpha=0.13, linewidth=0.7)
     below[-1].set_xlabel("dose: norm of the change at the site")
     style.legend(below[-1], 1)

@@ -290,11 +290,6 @@ class SteeringTest:
         """Run the controls of a method, scaled so that their dose is the method's."""
         assert self._texts
         texts, config = self._texts, self._config
-        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
-        unit_D = np.eye(1, texts.value_NxD.shape[1])[0]
-        unit = self._steer(self._test, self._groups, lambda swap: [SteeringChange(unit_D)])
-        norm = dose / max(_root_mean_square(unit.norm_SxP[0]), 1.0)
-
         # The method changes nothing in prompts of a swap without top features, and neither do its controls.
         drawn: dict[AnswerSwap, list[np.ndarray]] = {}
         for swap in self._groups:
@@ -302,9 +297,15 @@ class SteeringTest:
                 drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
             elif top := self._tops[swap]:
                 drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
-        count = min(map(len, drawn.values()))
+        count = min(map(len, drawn.values()), default=0)
         if not count:
             return Steered(*np.zeros((3, 0, len(self._test))))
+        # A vector of norm 1 has the dose sqrt(n) on a prompt with n positions that may change.
+        unit = SteeringChange(np.eye(1, texts.value_NxD.shape[1])[0])
+        unit_1xP = self._steer(
+            self._test, self._groups, lambda swap: [unit if swap in drawn else SteeringChange()]
+        ).norm_SxP
+        norm = dose / max(_root_mean_square(unit_1xP[0]), 1e-6)
 
         def changes(swap: AnswerSwap) -> list[SteeringChange]:
             vectors = drawn.get(swap, [])[:count]
@@ -321,8 +322,10 @@ class SteeringTest:
         """Return the rise of cross-entropy at each strength, mean over the most frequent swaps; None without text."""
         if self._text is None:
             return None
-        swaps = [swap for swap in list(self._groups)[:TEXT_SWAPS] if method == "mean_difference" or self._tops[swap]]
-        rises = [rise_on_text(self._lm, self._split, self._text, self._changes(method, swap)) for swap in swaps]
+        swaps = [swap for swap in self._groups if method == "mean_difference" or self._tops[swap]] or list(self._groups)
+        rises = [
+            rise_on_text(self._lm, self._split, self._text, self._changes(method, swap)) for swap in swaps[:TEXT_SWAPS]
+        ]
         rise_SxN = np.mean(rises, axis=0)
         weight_RxN = None
         if rise_SxN.shape[1] > 1:

@@ -92,7 +92,8 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None)
     loaded = [_dictionary(rows[name], benchmark) for name in pair]
     if loaded[0].config.fingerprint == loaded[1].config.fingerprint and loaded[0].config.d_in == loaded[1].config.d_in:
-        matches = match_by_direction(*(np.asarray(dictionary.W_dec_FxD[...]) for dictionary in loaded))
+        first, second = (np.asarray(dictionary.W_dec_FxD[...]) for dictionary in loaded)
+        matches = match_by_direction(first, second)
         one, two = (_attributions(folder) for folder in folders)
         at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
         one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]

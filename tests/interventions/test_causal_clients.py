@@ -30,22 +30,28 @@ from saejax.settings import (
 from saejax.tasks.behaviours import PromptScore, write_prompts
 
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
-STEER = dict(top=3, doses=(0.4, 0.1), random_sets=5, bootstrap=200)
+STEER = dict(top=3, doses=(0.4, 0.1), random_sets=3, bootstrap=200)
 PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0), permutations=200, folds=3)
 
 
 @pytest.fixture(scope="module")
 def asked(tiny, make_prompt):
-    """48 prompts that the model answers rightly, with counterparts of as many tokens."""
-    prompts = [make_prompt(i, "train" if i < 24 else "test") for i in range(48)]
+    """32 prompts that the model answers correctly, with counterparts of as many tokens and a label to probe."""
+    prompts = [make_prompt(i, "train" if i < 16 else "test") for i in range(32)]
+    prompts = [dataclasses.replace(p, wrong=" far") for p in prompts]  # few pairs of answers, each a run of its own
     swapped = [dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in prompts]
     outputs = [tiny(tiny.tokenize([p.text])) for p in prompts]
     right = [
         p if o.logit(p.correct) > o.logit(p.wrong) else s for p, s, o in zip(prompts, swapped, outputs, strict=True)
     ]
     return [
-        dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
-        for i, p in enumerate(right)
+        dataclasses.replace(
+            prompt,
+            counterpart=prompt.text.replace(" near ", " that "),
+            template=str(i % 2),
+            labels=(("length", "long" if i % 4 > 1 else "short"),),
+        )
+        for i, prompt in enumerate(right)
     ]
 
 
@@ -60,7 +66,7 @@ def call_all(lm, dictionary, prompts):
     """Return what the three calls give, as JSON data."""
     patched = saejax.patch(lm, prompts, "resid_post", layers=[1, 2])
     steered = saejax.steer(lm, dictionary, prompts, documents=DOCUMENTS, **STEER)
-    probed = saejax.probe(lm, dictionary, prompts, ["answer", "correct"], **PROBE)
+    probed = saejax.probe(lm, dictionary, prompts, ["length", "correct"], **PROBE)
     return dict(
         patch=dict(effect=patched.effect_DxLxHxPxC[..., -3:].tolist()),
         steer={name: to_json(result) for name, result in steered.items()},
@@ -109,8 +115,8 @@ def test_results_are_not_empty(on_one_device):
     assert steered["reason"] is None and set(steered["methods"]) == {"add", "clamp", "mean_difference"}
     for method in steered["methods"].values():
         assert method["controls"] > 0 and method["points"][0]["ce_rise"] is not None
-    answer, correct = on_one_device["probe"]
-    assert len(answer["probes"]) == 6 and answer["selected"]["matched"]
+    length, correct = on_one_device["probe"]
+    assert len(length["probes"]) == 6 and length["selected"]["matched"]
     assert correct["reason"].startswith("fewer than two classes")
 
 
@@ -121,7 +127,7 @@ def test_controls_are_drawn_by_the_seed_of_interventions():
 CONFIGS = dict(
     patch=PatchConfig(dictionary="topk", kinds=("mlp_out",), top=3, random_sets=6, placebo_targets=3, bootstrap=200),
     steer=SteerConfig(dictionary="topk", text_documents=0, **STEER),
-    probe=ProbeConfig(labels=("answer",), **PROBE),
+    probe=ProbeConfig(labels=("length",), **PROBE),
 )
 
 

@@ -202,6 +202,7 @@ def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
     prompts = []
     for behaviour in ("first", "second"):
         own = [make_prompt(i, "train" if i < 24 else "test", behaviour) for i in range(48)]
+        own = [dataclasses.replace(p, wrong=" far") for p in own]  # few pairs of answers, each a run of its own
         own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
                else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
         prompts += [dataclasses.replace(p, counterpart=p.text.replace(" near ", " that "), template=str(i % 2))
@@ -239,6 +240,18 @@ def test_the_stage_killed_and_resumed(make_run):
     with pytest.raises(Interrupted, match="second .2 of 2.: stopped"):
         stage.run_steer(make_run("stopped", stopping=lambda: True))
     assert stage.run_steer(make_run("stopped")) == results
+
+
+def test_controls_have_the_dose_that_is_asked_for(tiny, dictionary, inputs):
+    """Over all prompts, also where the method changes nothing in some of them."""
+    prompts = [p for p in read_prompts(inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
+    steered = stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, CONFIG)
+    for method, silent in (("mean_difference", False), ("add", False), ("add", True)):
+        if silent:
+            steered._tops[next(iter(steered._groups))] = []
+        norm_SxP = steered._steer_controls(method, 3.0).norm_SxP
+        assert len(norm_SxP) and (norm_SxP == 0).any() == silent
+        np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
 
 
 def test_the_last_position_without_text(make_run):

@@ -11,7 +11,7 @@ from saejax.runner import command
 
 pytestmark = pytest.mark.slow
 STAGES = ["baseline", "benchmark", "capture", "train", "evaluate", "interpret"]
-STAGES += ["ablate", "patch", "probe", "steer", "study", "report"]
+STAGES += ["ablate", "patch", "probe", "steer", "study", "atlas", "report"]
 UNITS = ["baseline", "capture", "report", "patch/mlp_out", "study/gsm8k"]
 UNITS += [f"{stage}/topk" for stage in ("train", "evaluate", "interpret", "ablate", "patch", "probe", "steer")]
 SETTINGS = dict(
@@ -20,7 +20,7 @@ SETTINGS = dict(
     interpret__dictionaries="topk",
     interpret__attention_tokens=0,
     task__train_prompts=12,
-    task__test_prompts=10,
+    task__test_prompts=24,
     task__behaviours="agreement",
     task__benchmarks="gsm8k",
     task__examples=6,

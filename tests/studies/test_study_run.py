@@ -67,11 +67,14 @@ def test_a_study_runs_every_unit_once(fake, tmp_path, capsys):
     assert again == {unit: 2 for unit in ("train/topk", "evaluate/topk", "report")}
 
 
-def test_units_that_fail_stop_no_other_row(fake, capsys):
+def test_units_that_fail_stop_no_other_row(fake, tmp_path, capsys):
     reasons = dict(bug="ZeroDivisionError: a bug", memory="when memory runs out")
-    status, states = fake(**{wish: f"{wish}@train/topk" for wish in reasons}, well="main")
+    status, states = fake(**{wish: f"{wish}@train/topk" for wish in reasons}, well="main", unfit="refuse@preflight")
     error = capsys.readouterr().err
-    assert status == 1 and "failed: 2 of 18 units: bug, train/topk: ZeroDivisionError: a bug (and others)" in error
+    assert status == 1 and "failed: 3 of 24 units: " in error and "(and others)" in error
+    assert "ZeroDivisionError: a bug" in states["bug", "train/topk"]["reason"]
+    assert [states["unfit", unit]["state"] for unit in UNITS] == ["failed"] + ["not run"] * 5
+    assert [name for name in ran(tmp_path) if name.startswith("unfit/")] == ["unfit/preflight"]
     for row, reason in reasons.items():
         assert states[row, "capture"]["state"] == "done"
         assert states[row, "train/topk"]["state"] == "failed" and reason in states[row, "train/topk"]["reason"]
@@ -110,12 +113,6 @@ def test_shares_of_a_host(monkeypatch):
     ]
     with pytest.raises(UserError, match="this host has 4 GPUs"):
         shares.shares(5)
-
-
-def test_a_row_without_its_preflight_is_left(fake, tmp_path):
-    _, states = fake(a="refuse@preflight", b="main")
-    assert [states["a", unit]["state"] for unit in UNITS] == ["failed"] + ["not run"] * 5
-    assert [name for name in ran(tmp_path) if name.startswith("a/")] == ["a/preflight"]
 
 
 def test_a_row_whose_files_cannot_be_read(fake, monkeypatch):
