@@ -252,7 +252,7 @@ def steer(
     for places in (np.flatnonzero(adds_S), np.flatnonzero(~adds_S)):
         if not len(places):
             continue
-        edits = make_edits(split.dictionary, [changes[s] for s in places])
+        edits = make_edits(split.dictionary, [changes[s] for s in places.tolist()])
         # A vector is an edit of another basis at the same site.
         edited = SplitModel(lm, edits.dictionary, positions) if adds_S[places[0]] else split
         runs = edited.run(prompts)
