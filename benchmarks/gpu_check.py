@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from saejax.runner.environment import keep_freed_memory
@@ -73,11 +73,12 @@ def check_devices() -> dict[str, Any]:
     return dict(kind=device.device_kind, count=len(jax.devices()), jax=jax.__version__, memory=memory)
 
 
-def check_rates(shape: Sequence[int]) -> dict[str, float]:
+def check_rates(shape: tuple[int, int, int]) -> dict[str, float]:
     """Print and return the FLOP/s of matrix products by dtype."""
     rates = {}
     for dtype in ("float32", "bfloat16"):
-        rates[dtype] = matmul_rate(dtype, *shape, repeats=10)
+        batch, d, features = shape
+        rates[dtype] = matmul_rate(dtype, batch, d, features, repeats=10)
         peak = peak_flops(jax.devices()[0], dtype)
         share = f", {rates[dtype] / peak:.0%} of the peak" if peak else ""
         report(f"matmul {dtype}", True, f"{rates[dtype] / 1e12:.2f} TFLOP/s{share}")
