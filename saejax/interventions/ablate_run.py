@@ -21,7 +21,7 @@ from saejax.interventions.ablation import (
 from saejax.interventions.answers import AblateResults, CausalVerdict, FeatureEffect, ImportanceSummary
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.split_model import parse_positions
-from saejax.interventions.table import TESTED, load_effects, merge_tables, save_effects
+from saejax.interventions.table import TESTED, has_effects, load_effects, merge_tables, save_effects
 from saejax.interventions.text import HeldOutText
 from saejax.interventions.verdict import verdict
 from saejax.parallel.collectives import is_first_process, wait_for_all
@@ -69,7 +69,7 @@ def run_ablate(run: Run) -> AblateResults:
         lm = run_inputs.load_run_model(run)
         corpus, task = run.configs[CorpusConfig], run.configs[TaskConfig]
         text = HeldOutText.of(corpus, task, lm, config.text_documents, TEXT_LENGTH)
-        if text and not text_folder.exists():
+        if text and not has_effects(text_folder):
             table = measure_text(lm, text, dictionary, config.error)
             if is_first_process():
                 save_effects(text_folder, table)
@@ -88,14 +88,18 @@ def run_ablate(run: Run) -> AblateResults:
 
     measured = parts.each_part(run, list(prompts), begin, BehaviourResults, unit="rows")
     wait_for_all("ablate: effects written")  # by the first process
-    folders = [*(_effects_folder(run, name) for name in prompts), *([text_folder] if text_folder.exists() else [])]
-    table = merge_tables([load_effects(folder) for folder in folders])
+    folders = [_effects_folder(run, name) for name in prompts]
+    folders += [text_folder] if text_folder.exists() else []
+    # A run that was killed while it removed the parts has left the whole table.
+    is_merged = has_effects(run.folder)
+    table = load_effects(run.folder) if is_merged else merge_tables([load_effects(folder) for folder in folders])
     answers = verdict(table, verdict_config(config))
     for name in prompts:
         run.say(f"{name}: {summarise(answers, name)}")
     wait_for_all("ablate: effects read")
     if is_first_process():
-        save_effects(run.folder, table)
+        if not is_merged:
+            save_effects(run.folder, table)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
     importance = {name: results.importance for name, results in measured.items() if results.importance}

@@ -38,7 +38,14 @@ from saejax.interventions.study_results import (
     StudyItems,
     StudyResults,
 )
-from saejax.interventions.table import READOUTS, EffectsTable, load_effects, merge_tables, save_effects
+from saejax.interventions.table import (
+    READOUTS,
+    EffectsTable,
+    has_effects,
+    load_effects,
+    merge_tables,
+    save_effects,
+)
 from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
 from saejax.runner.parts import Progress
@@ -96,15 +103,18 @@ def run_study(run: Run) -> StudyResults:
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
     run.each([FEATURES], lambda name: run.folder / name, measure, last=False)
-    table = load_effects(run.folder / _MEASURED)
+    # A run that was killed while it removed what was measured has left the whole table, answers included.
+    is_merged = has_effects(run.folder)
+    table = load_effects(run.folder if is_merged else run.folder / _MEASURED)
     chosen: ChosenFeatures = from_json(ChosenFeatures, read_json(run.folder / FEATURES), run.folder / FEATURES)
     scores = _Answers(run, items, dictionary, chosen, table, score)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
     at_chance = scores.measure_all(chance)
     run.each([], lambda _: run.folder, lambda _: None)  # the other processes leave the stage here
-    table = merge_tables([table, *scores.tables])
+    table = table if is_merged else merge_tables([table, *scores.tables])
     judged = verdict(table, study_verdict_config(config))
-    save_effects(run.folder, table)
+    if not is_merged:
+        save_effects(run.folder, table)
     results = StudyResults(
         dictionary=config.dictionary,
         site=dictionary.site,
@@ -123,7 +133,7 @@ def run_study(run: Run) -> StudyResults:
     for result in judged.dictionaries["tested"].values():
         for answer in (*result.ablation.values(), result.random, result.placebo):
             run.say(f"{run.name}: {answer.sentence}")
-    shutil.rmtree(run.folder / _MEASURED)  # last, so that a run that is killed until then has it
+    shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
 
 

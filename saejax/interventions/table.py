@@ -264,8 +264,13 @@ def merge_tables(tables: Sequence[EffectsTable]) -> EffectsTable:
     return EffectsTable(edits, prompts, *(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
+def has_effects(folder: str | Path) -> bool:
+    """Return whether a folder holds a whole table: ``save_effects`` writes its last file last."""
+    return (Path(folder) / _FILES[-1]).exists()
+
+
 def save_effects(folder: str | Path, table: EffectsTable) -> None:
-    """Write a table into a folder as ``effects.parquet``, ``edits.json`` and ``prompts.json``."""
+    """Write a table into a folder as ``effects.parquet``, ``edits.json`` and, last, ``prompts.json``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

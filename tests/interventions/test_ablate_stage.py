@@ -90,6 +90,8 @@ def test_the_stage_end_to_end_stopped_and_resumed(make_run, tiny, make_dictionar
     assert stage.run_ablate(resumed) == results
     assert (folder / "first.json").stat().st_mtime_ns == written
     assert said[0] == "ablate: kept from an earlier run: first"
+    # Killed while it removed the parts' tables, before it was done: the whole table is there.
+    assert stage.run_ablate(make_run("stopped")[0]) == results
     again = load_effects(folder)
     for edit_group in ("top", "random", "placebo"):
         edits, prompts_P = again.select_edits("second", edit_group), again.select_prompts("second")

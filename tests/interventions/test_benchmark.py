@@ -217,6 +217,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     kept = (run.folder / study_run.FEATURES).read_text()
     results = study_run.run_study(run)
     assert (run.folder / study_run.FEATURES).read_text() == kept
+    assert study_run.run_study(run) == results  # killed after it had removed what was measured
     assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert results.items == StudyItems(train=6, test=6) and results.k == len(results.top) <= 3
 
