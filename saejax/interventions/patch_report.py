@@ -14,7 +14,7 @@ from saejax.interventions.patch_run import (
 from saejax.interventions.patching import DIRECTIONS
 from saejax.interventions.table import TESTED
 from saejax.page import style
-from saejax.page.blocks import Block, Picture, Terms
+from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, interval, percent
@@ -23,6 +23,13 @@ from saejax.page.words import behaviour
 _TITLES = dict(
     denoising="denoising: prompt into counterpart",
     noising="noising: counterpart into prompt",
+)
+
+_INTRO = (
+    "Denoising puts a value of the prompt's run into the counterpart's run; the effect is the rise of the logit "
+    "difference of the prompt's answers. Noising puts a value of the counterpart's run into the prompt's run; the "
+    "effect is the drop. The strongest location is chosen on train prompts and judged on test prompts, because the largest of "
+    "many effects is large by chance, too; its p-values are corrected by Holm's method over behaviours and directions."
 )
 
 
@@ -42,6 +49,8 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         if results.unpatched:
             reasons = results.unpatched.items()
             blocks.append(Terms(tuple((behaviour(name), f"not patched: {reason}.") for name, reason in reasons)))
+    if any(isinstance(block, Picture) for block in blocks):
+        blocks.insert(0, Text(_INTRO))
     return [Section("Activation patching", tuple(blocks))] if blocks else []
 
 
