@@ -26,10 +26,11 @@ _TITLES = dict(
 )
 
 _INTRO = (
-    "Denoising puts a value of the prompt's run into the counterpart's run; the effect is the rise of the logit "
-    "difference of the prompt's answers. Noising puts a value of the counterpart's run into the prompt's run; the "
-    "effect is the drop. The strongest location is chosen on train prompts and judged on test prompts, because the largest of "
-    "many effects is large by chance, too; its p-values are corrected by Holm's method over behaviours and directions."
+    "Denoising puts a value of the prompt's run into the counterpart's run; its effect is the rise of the logit "
+    "difference of the prompt's answers. Noising puts a value of the counterpart's run into the prompt's run; its "
+    "effect is the drop. The strongest location is chosen on train prompts and judged on test prompts, because the "
+    "largest of many effects is large by chance, too; its p-values are corrected by Holm's method over behaviours and "
+    "directions."
 )
 
 
