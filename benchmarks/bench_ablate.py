@@ -1,4 +1,4 @@
-"""How fast the exact effect of every feature is measured, beside a plain loop with hooks in PyTorch.
+"""Speed of exact feature ablation, compared with a plain loop with hooks in PyTorch.
 
 Run: python -m benchmarks.bench_ablate [--dictionary runs/demo/train/topk] [--features 200] [--prompts 80]
 Of the features that fire on the prompts of a behaviour, 200 are drawn at random, and 200 are those that fire on most

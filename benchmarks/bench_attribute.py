@@ -1,4 +1,4 @@
-"""How fast attribution graphs are made: random transcoders on the embedded SmolLM2, fp32.
+"""Speed of attribution graphs: random transcoders on the embedded SmolLM2, fp32.
 
 Run: python -m benchmarks.bench_attribute [--rows 3000] [--tokens 11] [--growth [--growth-rows 512]]
 The transcoders have 2,048 features a layer, of which 18 are active at each position, so 11 tokens have 5,400 active

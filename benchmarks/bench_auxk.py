@@ -1,4 +1,4 @@
-"""What AuxK takes by the number of dead features: with their columns alone, and with all columns.
+"""Time of AuxK by the number of dead features: with their columns alone, and with all columns.
 
 Run: python -m benchmarks.bench_auxk [--features 4608] [--width 576] [--batch 1024] [--rounds 5]
 Value and gradients of one batch, both ways in turn. The floor is the time that the products of the columns that are

@@ -1,4 +1,4 @@
-"""How fast activations are captured, JAX decoder against hooks in PyTorch.
+"""Speed of activation capture, JAX decoder against hooks in PyTorch.
 
 Run: python -m benchmarks.bench_capture [--model smollm2] [--layer 15] [--batches 4] [--pairs 5]
 Both backends' readers, the ones that `experiments.capture` uses, take three sites (resid_post, mlp_in, mlp_out) of one

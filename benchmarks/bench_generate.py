@@ -1,4 +1,4 @@
-"""How fast new tokens are made, beside transformers, and beside the time that reading all weights takes.
+"""Speed of generation, compared with transformers and with the time that reading all weights takes.
 
 Run: python -m benchmarks.bench_generate [--model smollm2] [--batches 1,8] [--new 48] [--rounds 3]
 Both continue the same prompts of 128 tokens greedily in float32, in turn. Seconds of a token are those of ``new``

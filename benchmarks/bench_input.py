@@ -1,4 +1,4 @@
-"""How fast training batches are read: a store of random vectors, its gathers, and the Grain pipeline over them.
+"""Speed of reading training batches: a store of random vectors, its gathers, and the Grain pipeline over them.
 
 Run: python -m benchmarks.bench_input [--rows 300000] [--d 576] [--batch 1024] [--dtype bfloat16]
 Prints a table of milliseconds per batch and, last, one line of JSON. Every figure is over a page cache that holds

@@ -1,4 +1,4 @@
-"""How fast features are interpreted, beside the encoder alone, at the demo's size (random store, d 576, F 4,608).
+"""Speed of interpreting features, compared with the encoder alone, at the demo's size (d 576, F 4,608, random store).
 
 Run: python -m benchmarks.bench_interpret [--rows 65536] [--features 4608] [--k 64]
      python -m benchmarks.bench_interpret --growth

@@ -1,4 +1,4 @@
-"""What a dictionary for each of Qwen3-4B's layers needs from its text to its report, on large machines not at hand.
+"""Memory and traffic of a dictionary for each of Qwen3-4B's layers, from text to report, on machines not at hand.
 
 Run: python -m benchmarks.bench_jobs [--jobs node,nodes,slice] [--config FILE]
 The file's stages go through `experiments.preflight`, which compiles every program for one node of eight H100, for four

@@ -1,4 +1,4 @@
-"""What a large set of transcoders takes of the host's memory when a long prompt is traced.
+"""Host memory that a large set of transcoders takes when a long prompt is traced.
 
 Run: python -m benchmarks.bench_large_set [--layers 36] [--features 16384] [--tokens 2048] [--rows 64] [--folder DIR]
 The set is circuit-tracer's form in bfloat16: by default a tenth of the 36 x 163,840 features of Qwen3-4B's, 6 GB of

@@ -1,4 +1,4 @@
-"""How well dictionaries rebuild held-out activations at equal sparsity: ours beside sae-lens', on one real store.
+"""Held-out explained variance of dictionaries at equal sparsity: ours and sae-lens', on one real store.
 
 Run: python -m benchmarks.bench_quality --text FILE [--text FILE ...] [--kinds standard,topk]
 Captures SmolLM2's residual stream (layer 15) on equal parts of the texts, then trains dictionaries 8 times as wide on

@@ -1,4 +1,4 @@
-"""What large jobs would do at best: their programs compiled for 8 to 256 devices that are not there.
+"""Bounds on the speed of large jobs: their programs compiled for 8 to 256 devices that are not there.
 
 Run: python -m benchmarks.bench_scaling [--jobs h100,nodes,v5e,wide] [--tiny]
 h100: one node of eight H100; nodes: four of them, and weak scaling up to 256 devices; v5e: TPU slices up to 8x8 (where

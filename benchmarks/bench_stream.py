@@ -1,4 +1,4 @@
-"""How fast buffers of a model's activations are made: on the devices, through the host, and by the pass alone.
+"""Speed of filling buffers with a model's activations: on the devices, through the host, and by the pass alone.
 
 Run: python -m benchmarks.bench_stream [--models 16:32:float32 128:128:float32 64:128:bfloat16] [--layers 12]
          [--rows 16384] [--pairs 5]

@@ -1,4 +1,4 @@
-"""What the studies' configs need on GPUs and TPUs that are not there: does every program of every stage fit?
+"""Memory and time of the studies' configs on GPUs and TPUs that are not there: does every program of every stage fit?
 
 Run: python -m benchmarks.bench_studies [--configs FILE ...] [--topologies h100:1,h100:4,h100:8,v5e:2x4]
 Each file of configs/ that names a model's shape goes through `experiments.preflight`, which compiles its programs for
@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
 
 
 def study_configs() -> list[Path]:
-    """Those that name the shape of a real model, or change a file that does."""
+    """Return the configs that name the shape of a real model, or change a file that does."""
 
     def lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
@@ -48,7 +48,7 @@ def study_configs() -> list[Path]:
 
 
 def devices(topology: str) -> int:
-    """How many a topology has: "h100:8" or "v5e:2x4" eight."""
+    """Return the number of devices of a topology: 8 for "h100:8" or "v5e:2x4"."""
     count = 1
     for part in topology.partition(":")[2].split("x"):
         count *= int(part)

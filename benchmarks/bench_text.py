@@ -1,4 +1,4 @@
-"""How much memory text of any size takes: tokenised as a stream, trained on from the model, evaluated, interpreted.
+"""Memory that text of any size takes: tokenised as a stream, trained on from the model, evaluated, interpreted.
 
 Run: python -m benchmarks.bench_text [--bytes 1e8,4e8] [--steps 200] [--stages tokenize]
 The text is the embedded corpus, over and over, each document with a mark of its own, in one file. A random Llama with a

@@ -1,4 +1,4 @@
-"""How fast dictionaries train: against sae-lens, against the machine's matrix products, and what feeds and stacks them.
+"""Speed of training: against sae-lens, against the machine's matrix products, and of the input pipeline and stacks.
 
 Run: python -m benchmarks.bench_train [--parts kinds,input,stack] [--kinds standard,topk] [--d 576] [--features 4608]
 Ours and sae-lens' own trainer take turns on the same activations in memory, each through whole steps with Adam,

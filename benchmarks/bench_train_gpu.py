@@ -1,4 +1,4 @@
-"""How fast dictionaries train on an accelerator, from synthetic activations of the shapes of real runs.
+"""Speed of training on an accelerator, from synthetic activations of the shapes of real runs.
 
 Run: python -m benchmarks.bench_train_gpu [--parts dense,topk,study] [--tiny]
 dense: one dictionary d 2304, F 32,768, batch 8,192, bf16 products: the share of the rate of a matrix product of the

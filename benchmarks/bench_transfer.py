@@ -1,4 +1,4 @@
-"""How fast dictionaries of all layers are matched with each other: random stacks of the size of a stack of SmolLM2.
+"""Speed of matching the dictionaries of all layers with each other: random stacks of the size of one of SmolLM2.
 
 Half of each dictionary's directions are those of the one before, turned a little, as features drift through layers; the
 others are new.

@@ -1,4 +1,4 @@
-"""What harder worlds, and worse dictionaries, do to what is found and to what is claimed falsely; and all kinds.
+"""Effects of harder worlds and worse dictionaries on true and false discoveries, for all kinds.
 
 Run: python -m benchmarks.bench_truth [--kinds topk,batchtopk]
      python -m benchmarks.bench_truth --worlds demo --kinds topk,batchtopk,matryoshka,jumprelu,gated,standard

@@ -1,4 +1,4 @@
-"""What the training benchmarks share: stacks of any shape, activations to train on, and steps that are timed."""
+"""Setup shared by the training benchmarks: stacks of any shape, activations to train on, and timed steps."""
 
 import time
 from collections.abc import Sequence

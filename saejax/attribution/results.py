@@ -8,7 +8,7 @@ from saejax.attribution.graph.data import GraphScores
 
 @dataclasses.dataclass(frozen=True)
 class GraphTarget:
-    """What a graph explains."""
+    """A logit, logit difference or direction that a graph explains."""
 
     label: str  #: a token, a difference of two such as "' Paris' - ' Rome'", or the name of a direction
     logit: float  #: the logit or the difference, as the model gives it
@@ -17,7 +17,7 @@ class GraphTarget:
 
 @dataclasses.dataclass(frozen=True)
 class EdgeCorrelation:
-    """How well edges foretell what happens, over all targets that an edge reaches; None where fewer than 3 do."""
+    """Agreement of edges with measured effects over all targets that an edge reaches; None if fewer than 3."""
 
     pearson: float | None  #: correlation, -1 to 1
     spearman: float | None  #: of the ranks
@@ -71,7 +71,7 @@ class HeadResults:
 
 @dataclasses.dataclass(frozen=True)
 class SourcePair:
-    """What a pair of sources adds to a score."""
+    """The contribution of a pair of sources to a score."""
 
     query: str  #: id of the node that adds to the query; "own_bias": biases of the head's own layer
     key: str  #: id of the node that adds to the key, likewise

@@ -49,18 +49,18 @@ class Matching:
 
     @property
     def invented_F(self) -> np.ndarray:
-        """Whether most of a feature's squared length lies along no direction, bool [F]."""
+        """True for a feature with most of its squared length along no direction, bool [F]."""
         return self.cosine_FxJ.max(axis=1) <= _MOSTLY
 
     @property
     def split_J(self) -> np.ndarray:
-        """Whether at least two features have most of their squared length along a direction, bool [J]."""
+        """True for a direction along which at least two features have most of their squared length, bool [J]."""
         mostly_F = self.cosine_FxJ[np.arange(len(self.nearest_F)), self.nearest_F] > _MOSTLY
         return np.bincount(self.nearest_F[mostly_F], minlength=self.cosine_FxJ.shape[1]) > 1
 
     @property
     def merged_J(self) -> np.ndarray:
-        """Whether a direction's nearest feature is close to it and is also another's nearest and close, bool [J]."""
+        """True for a direction whose nearest feature is close to it and also nearest and close to another, bool [J]."""
         nearest_J = self.cosine_FxJ.argmax(0)
         close_J = self.cosine_FxJ[nearest_J, np.arange(len(nearest_J))] > _CLOSE
         count_F = np.bincount(nearest_J[close_J], minlength=len(self.nearest_F))

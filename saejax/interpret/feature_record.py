@@ -98,7 +98,7 @@ class FeatureMaps(TypedDict):
 
 
 class FeatureRecord(TypedDict):
-    """What there is to say of a feature; docs/artifacts.md explains it. Of one that never fires much is left out."""
+    """The record of a feature; docs/artifacts.md explains it. A feature that never fires lacks many of its fields."""
 
     feature: int
     fires: int

@@ -34,7 +34,7 @@ class HeldOut:
 
     @property
     def fires(self) -> list[bool]:
-        """Whether the feature fires, for the active and then the silent contexts."""
+        """True for each active context, then False for each silent one."""
         return [True] * len(self.active) + [False] * len(self.silent)
 
 

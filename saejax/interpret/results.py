@@ -8,7 +8,7 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class LabelCounts:
-    """How many features get a label, and how good the best detector of each is, on held-out text."""
+    """Counts of labelled features, and the quality of each feature's best detector, on held-out text."""
 
     features: int  #: that fire on the search text
     labelled: int  #: of them, those with a label
@@ -43,7 +43,7 @@ class CategoryCounts:
 
 @dataclasses.dataclass(frozen=True)
 class InterpretedDictionary:
-    """What the features of a dictionary mean; ``features/*.json`` has it of each."""
+    """Interpretation of a dictionary's features; ``features/*.json`` has the record of each."""
 
     name: str  #: the member of its stack; "" for one alone
     site: str  #: read
@@ -69,7 +69,7 @@ class InterpretResults:
 
 @dataclasses.dataclass(frozen=True)
 class ReviewedFeatures:
-    """How many of a behaviour's top features a person has labelled; ``review/BEHAVIOUR.csv`` is the sheet."""
+    """Counts of a behaviour's top features that a person has labelled; ``review/BEHAVIOUR.csv`` is the sheet."""
 
     behaviour: str  #: its name
     reviewed: int  #: top features with a label by hand

@@ -148,7 +148,7 @@ class BehaviourPairs(NamedTuple):
 
     @property
     def missing(self) -> str:
-        """Why the behaviour cannot be patched; "" if it can."""
+        """The reason why the behaviour cannot be patched; "" if it can."""
         if self.tests:
             return ""
         return (

@@ -63,7 +63,7 @@ class SelectedFeature:
 
 @dataclasses.dataclass(frozen=True)
 class SelectedFeatures:
-    """Whether the features that a probe selects are those whose ablation has an effect."""
+    """Effects of ablating the features that a probe selects."""
 
     k: int  #: size of the probe that selected them
     readout: str  #: the readout whose fall is measured: logit difference, or log-likelihood of the reference answer

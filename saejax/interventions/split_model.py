@@ -104,7 +104,7 @@ class SplitModel:
 
     @property
     def edits_everywhere(self) -> bool:
-        """Whether every position is editable, attention sinks excepted, and the reconstruction error is kept."""
+        """True if every position except attention sinks is editable and the reconstruction error is kept."""
         return self._positions == "all" and self.error == "keep"
 
     def run(self, prompts: Sequence[Prompt]) -> list[CleanRun]:

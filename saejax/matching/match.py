@@ -111,7 +111,7 @@ class _Problem:
 
     @property
     def fresh(self) -> bool:
-        """Whether no products are known yet."""
+        """True if no products have been computed yet."""
         return self._nearest is None
 
     @property

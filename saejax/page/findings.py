@@ -19,7 +19,7 @@ Draw = Callable[[str, Figure, str, str], Picture]  # name, figure, caption, alt
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What the sections of a report are written from.
+    """The results and settings that the sections of a report are written from.
 
     Attributes:
       summaries: unit -> its summary.

@@ -41,7 +41,7 @@ class ModelNeeds:
 
 @dataclasses.dataclass(frozen=True)
 class PreflightResults:
-    """What will run, whether it fits, and how long it takes."""
+    """The programs that will run, their memory and their expected time."""
 
     mesh: MeshShape  #: of the run
     topology: str  #: the devices that programs were compiled for; "" for the devices at hand

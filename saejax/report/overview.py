@@ -21,7 +21,7 @@ _MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
 def prompt_count(found: Findings) -> str:
-    """How many test prompts a behaviour has, as "20", or "19 or 20" where they differ."""
+    """Return the number of test prompts of a behaviour, as "20", or "19 or 20" where they differ."""
     return " or ".join(map(str, sorted({one.test.n for one in found.one(BaselineResults).behaviours.values()})))
 
 
@@ -57,7 +57,7 @@ def left_out(found: Findings) -> Section:
 
 
 def limits(found: Findings) -> Section:
-    """How far the answer reaches."""
+    """Return the section on the limits of the answer."""
     ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
     settings = found.settings()
     with_prompts = settings["corpus"]["behaviours"]

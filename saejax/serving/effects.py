@@ -60,7 +60,7 @@ class ChangedDifference:
 
 @dataclasses.dataclass(frozen=True)
 class ChangeEffects:
-    """What changes do to the next token.
+    """Effects of changes on the next token.
 
     Attributes:
       tokens: the most probable, after the changes first.

@@ -1,4 +1,4 @@
-"""Who may ask the server: whoever knows its token, from its own page, under its own name.
+"""Access control: requests need the server's token, its own page as origin and its own host name.
 
 A page of another site can send requests to 127.0.0.1, and with a name of its own that it has lead here (DNS rebinding)
 it could read the answers. So a request is refused if its Host is not this server's, if it comes from another Origin, or

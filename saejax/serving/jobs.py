@@ -23,7 +23,7 @@ _MOST_LINES = 200  # steps that are told of one piece of work
 
 
 class Job:
-    """What work tells of itself, and whether it is to stop.
+    """Progress messages of a piece of work, and a request to stop it.
 
     Args:
       tell: takes a line; called from the work's thread.
@@ -33,21 +33,21 @@ class Job:
         self._tell, self._stop, self._told = tell, threading.Event(), -1
 
     def stop(self) -> None:
-        """Asks the work to stop."""
+        """Ask the work to stop."""
         self._stop.set()
 
     def stopping(self) -> bool:
-        """Whether it is to stop."""
+        """Return whether the work is to stop."""
         return self._stop.is_set()
 
     def say(self, words: str) -> None:
-        """Tells what is done now; raises ``Interrupted`` if it is to stop."""
+        """Send a line that says what is done now; raise ``Interrupted`` if it is to stop."""
         self._check()
         self._told = -1
         self._tell(dict(say=words.strip()))
 
     def progress(self, done: int, total: int) -> None:
-        """Tells how far the work is, in any unit; raises ``Interrupted`` if it is to stop."""
+        """Send the progress, in any unit; raise ``Interrupted`` if it is to stop."""
         self._check()
         step = done * _MOST_LINES // max(total, 1)
         if step != self._told:

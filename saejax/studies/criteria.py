@@ -174,6 +174,6 @@ def _later(figures: StudyFigures) -> list[CriterionFigures]:
 
 
 def _all(answers) -> bool | None:
-    """Whether all are yes; None where there is none."""
+    """Return whether all answers are yes; None if there is no answer."""
     answers = list(answers)
     return all(answers) if answers else None

@@ -25,7 +25,7 @@ _PERMUTATIONS = 9999
 
 @dataclasses.dataclass(frozen=True)
 class ItemLosses:
-    """What N items lose in one row, in nats.
+    """The log-likelihood that N items lose in one row, in nats.
 
     Attributes:
       top_N: under the top features.

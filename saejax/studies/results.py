@@ -29,7 +29,7 @@ class ModelFigures:
 
 @dataclasses.dataclass(frozen=True)
 class BaselineFigures:
-    """What a model can do before anything is changed."""
+    """The model's score on a task before any intervention."""
 
     row: str  #: of the study
     task: str  #: benchmark or behaviour
@@ -101,7 +101,7 @@ class EffectFigures:
 
 @dataclasses.dataclass(frozen=True)
 class BehaviourFigures:
-    """What removing a dictionary's top features does to a behaviour."""
+    """Effects of removing a dictionary's top features on a behaviour."""
 
     row: str  #: of the study
     behaviour: str  #: its name
@@ -116,7 +116,7 @@ class BehaviourFigures:
 
 @dataclasses.dataclass(frozen=True)
 class AlignmentFigures:
-    """Whether two rows agree on what matters in a benchmark."""
+    """Agreement of two rows on which items or features matter in a benchmark."""
 
     first: str  #: row
     second: str  #: row
@@ -134,7 +134,7 @@ class AlignmentFigures:
 
 @dataclasses.dataclass(frozen=True)
 class GateFigures:
-    """Which of three a row is on a benchmark."""
+    """The gate's answer, one of three, for a row on a benchmark."""
 
     row: str  #: of the study
     benchmark: str  #: its name
@@ -155,7 +155,7 @@ class CriterionFigures:
 
 @dataclasses.dataclass(frozen=True)
 class TransferFigures:
-    """What two dictionaries have in common by one measure; chance: of random directions, or text shifted by half."""
+    """Similarity of two dictionaries by one measure; chance: of random directions, or text shifted by half."""
 
     row: str  #: of the study
     first: str  #: dictionary
@@ -182,7 +182,7 @@ class TrackingFigures:
 
 @dataclasses.dataclass(frozen=True)
 class ResourceFigures:
-    """What a finished unit took."""
+    """Time and memory that a finished unit took."""
 
     row: str  #: of the study
     unit: str  #: such as "train/topk"

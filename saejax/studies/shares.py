@@ -47,7 +47,7 @@ def shares(count: int) -> list[Share]:
 
 
 def _gpus() -> list[str]:
-    """Those that this process may use."""
+    """Return the GPUs that this process may use."""
     if _VISIBLE in os.environ:
         return [name for name in os.environ[_VISIBLE].split(",") if name]
     if not shutil.which("nvidia-smi"):

@@ -51,12 +51,12 @@ class UnitProcess:
 
     @property
     def last_line(self) -> str:
-        """What it said last; "" if it has said nothing."""
+        """The last line that the process printed; "" if there is none."""
         text = self._log.read_bytes()[self._start :].decode(errors="replace")
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
     def ended(self, within: float | None = 0.0) -> bool:
-        """Whether it has ended, or does so within some seconds; None: waits until it has."""
+        """Return whether the process has ended, or ends within some seconds; None: wait until it has."""
         try:
             self._process.wait(within)
         except subprocess.TimeoutExpired:

@@ -32,7 +32,7 @@ _STOPPED = "what is done is kept: run the same command to go on"
 
 @dataclasses.dataclass(frozen=True)
 class UnitState:
-    """How a unit of a row ended."""
+    """The final state of a unit of a row."""
 
     row: str  #: its name
     unit: str  #: such as "train/topk"
@@ -176,7 +176,7 @@ class StudyUnits:
         self._learn(key)
 
     def _learn(self, key: Key) -> None:
-        """How long it took, and after preflight what to expect of the row."""
+        """Record the unit's duration and, after preflight, the durations to expect of the row."""
         units = [unit for row, unit in (*self._states, *self._running, *self._waiting) if row == key[0]]
         if self._states[key].state == "done":
             folder = self._root / ROWS / key[0] / key[1]

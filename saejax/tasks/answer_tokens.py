@@ -41,7 +41,7 @@ def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
 
 
 def fault(tokenizer: Any, prompt: Prompt) -> str:
-    """Why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
+    """Return why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
     texts = [prompt.text, *([prompt.counterpart] if prompt.counterpart else [])]
     answers = (prompt.correct, prompt.wrong)
     found = [[continuation_ids(tokenizer, answer, text)[:1] for answer in answers] for text in texts]

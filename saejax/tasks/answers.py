@@ -29,7 +29,7 @@ _SECONDS = 5  # for one formula; a tower of powers could take for ever
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one rule says of a generated text.
+    """The answer that one rule extracts from a generated text.
 
     Attributes:
       found: the final answer as it is written there; None if the rule finds none.

@@ -51,7 +51,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class PromptScore:
-    """What the model makes of a prompt; the baseline adds it to the prompt's line.
+    """The model's scores on a prompt; the baseline adds them to the prompt's line.
 
     Attributes:
       logit_diff: logit of the correct answer's first token minus the wrong one's, at the last position.

@@ -63,7 +63,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read and scored.
+    """The definition of a benchmark: its data set, prompts and ways of scoring.
 
     Attributes:
       hub: its data set's id on the hub.

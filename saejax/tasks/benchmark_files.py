@@ -67,7 +67,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a benchmark's rows come from.
+    """The source of a benchmark's rows.
 
     Attributes:
       files: local files by part, the shards of one table in order; empty for the hub.

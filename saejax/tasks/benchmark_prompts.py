@@ -33,7 +33,7 @@ class Prompter:
 
     @property
     def delimiter(self) -> str:
-        """What stands between a prompt and its answer: a space, or nothing after a chat template."""
+        """The text between a prompt and its answer: a space, or nothing after a chat template."""
         return "" if self.chat else " "
 
     def prompt(self, item: Item) -> str:

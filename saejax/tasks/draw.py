@@ -105,7 +105,7 @@ def _fitting(
 
 
 def _shares(items: int, train: int, test: int, least: int) -> tuple[int, int]:
-    """How many of a kind's items go to train and to test: in proportion, but ``least`` to each."""
+    """Return the numbers of a kind's items for train and test: in proportion, but ``least`` to each."""
     for_test = min(max(-(-items * test // (train + test)), least), items - least)
     return items - for_test, for_test
 

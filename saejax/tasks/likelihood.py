@@ -32,7 +32,7 @@ _ROWS_OF_LOGITS = 256  # positions whose logits exist at one time: 50 MB for a v
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """What the model makes of one continuation.
+    """The likelihood of one continuation under the model.
 
     Attributes:
       total: its log-likelihood in nats, at most 0.
@@ -46,7 +46,7 @@ class Likelihood:
 
     @property
     def greedy(self) -> bool:
-        """Whether greedy decoding from the context gives the continuation."""
+        """True if greedy decoding from the context gives the continuation."""
         return self.correct_tokens == self.tokens
 
     @property

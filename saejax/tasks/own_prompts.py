@@ -71,7 +71,7 @@ def as_line(prompt: Prompt) -> str:
 
 
 def count_behaviours(task: TaskConfig) -> int:
-    """How many behaviours the file has; 0 if none is named.
+    """Return the number of behaviours in the file; 0 if no file is named.
 
     Raises:
       UserError: it cannot be read.

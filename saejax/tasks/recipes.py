@@ -55,7 +55,7 @@ class Draft(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """How a behaviour's prompts are made.
+    """The templates and content from which a behaviour's prompts are made.
 
     Attributes:
       templates: texts with the content's places in braces; the last is for test prompts only.

@@ -8,7 +8,7 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class BaselineScores:
-    """How well the model has a behaviour, on the prompts of a split."""
+    """The model's scores on a behaviour's prompts of one split."""
 
     n: int  #: prompts
     accuracy: Interval  #: share of the prompts whose correct answer has a higher logit than the wrong one
@@ -34,7 +34,7 @@ class PromptExample:
 
 @dataclasses.dataclass(frozen=True)
 class BaselineBehaviour:
-    """How well the model has a behaviour."""
+    """The model's scores on a behaviour, by split."""
 
     train: BaselineScores  #: on the prompts that choose features
     test: BaselineScores  #: on those that judge them
@@ -55,7 +55,7 @@ class BaselineBehaviour:
 
 @dataclasses.dataclass(frozen=True)
 class BaselineResults:
-    """What the model can do before anything is explained."""
+    """Baseline scores of the unedited model."""
 
     behaviours: Mapping[str, BaselineBehaviour]  #: by name
     #: behaviours that the causal tests leave out, and why; one with too few prompts for this model's tokenizer is not

@@ -8,7 +8,7 @@ from saejax.tasks.answers import Verdict
 
 @dataclasses.dataclass(frozen=True)
 class ScoredItem:
-    """What every way of scoring says.
+    """The fields that every way of scoring gives.
 
     Attributes:
       id: of the item.

@@ -45,7 +45,7 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a stack's activations come from.
+    """The source of a stack's activations.
 
     Attributes:
       rows: widths, norms, the model, and rows from which scales are estimated.

@@ -27,7 +27,7 @@ class TrainingCurve:
 
 @styled
 def training(curves: Mapping[str, Sequence[TrainingCurve]]) -> Figure:
-    """How training went: explained variance and L0 on training batches.
+    """Plot the training curves: explained variance and L0 on training batches.
 
     Args:
       curves: kind -> of each member, of equal lengths; none if there is no record. Of several members the median is

@@ -18,7 +18,7 @@ _SAMPLE = 65_536  # rows from which something is estimated
 
 @dataclasses.dataclass(frozen=True)
 class SiteScale:
-    """What training knows about the activations that a member reads and predicts.
+    """Scales and norm limits of the activations that a member reads and predicts.
 
     Attributes:
       input: factor that brings inputs to a mean norm of sqrt(d).

@@ -34,7 +34,7 @@ _NOT_CROSS_LAYER = dict(auxk=0.0, decorrelation=0.0, alignment=0.0, whiten_error
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hyperparams:
-    """What the step reads of its members: arrays with a leading axis M, or without it for one member.
+    """Hyperparameters of a step's members: arrays with a leading axis M, or without it for one member.
 
     Attributes:
       learning_rate, seed: as in ``Member.settings``; ``kind_params``: the other settings there.
@@ -54,7 +54,7 @@ class Hyperparams:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainStack:
-    """What is trained, and on which devices; everything that the step's program depends on.
+    """The members to train and their devices: everything that the step's program depends on.
 
     Attributes:
       config: how to train.
@@ -83,7 +83,7 @@ class TrainStack:
 
     @property
     def is_cross_layer(self) -> bool:
-        """Whether the members are the layers of one cross-layer transcoder."""
+        """True if the members are the layers of one cross-layer transcoder."""
         return self.config.form == FORM
 
     @property

@@ -31,7 +31,7 @@ _THRESHOLD_RATE = 0.01  # weight of each batch in the running mean of the thresh
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes.
+    """The arrays that a training step updates.
 
     Attributes:
       params: arrays of the dictionaries, by name.

@@ -37,7 +37,7 @@ _CONNECTIONS = 16  # features that are fetched from the hub at once
 
 @dataclasses.dataclass(frozen=True)
 class FeatureDetails:
-    """What is known of a feature.
+    """The label, examples and logit effects of a feature.
 
     Attributes:
       examples: contexts in which it fires most strongly, each with ``tokens`` and ``activations``, strongest first.

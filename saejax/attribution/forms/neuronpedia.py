@@ -153,7 +153,7 @@ def _metadata(graph: Graph, slug: str, scan: str, source_set: str, info: Mapping
 
 
 def _scan(graph: Graph, source_set: str) -> str:
-    """Where viewers look for the features; see ``to_document``."""
+    """Return the name under which viewers look up the features; see ``to_document``."""
     name, commit = str(graph.transcoders.get("name", "")), graph.transcoders.get("revision")
     if commit and not source_set:
         owner, repository, *folder = name.split("/")

@@ -16,7 +16,7 @@ from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 
 @dataclasses.dataclass(frozen=True)
 class GraphScores:
-    """How much of the graph goes through features; each between 0 and 1."""
+    """The shares of a graph's influence that go through features, each between 0 and 1."""
 
     replacement: float  #: influence of the tokens, of that of tokens and errors together
     completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives
@@ -24,7 +24,7 @@ class GraphScores:
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """What a pruned graph keeps of the whole one.
+    """The nodes and edges of the whole graph that pruning keeps.
 
     Attributes:
       node_threshold, edge_threshold: the shares of influence that were kept.
@@ -68,7 +68,7 @@ class GraphSet(TypedDict, total=False):
 
 
 class GraphSettings(TypedDict, total=False):
-    """How a graph was made."""
+    """The settings that a graph was made with."""
 
     max_logits: int
     logit_mass: float
@@ -121,7 +121,7 @@ class GraphData:
         return int(np.isin(self.nodes.kind_N, kinds).sum())
 
     def slice_of(self, kind: int) -> slice:
-        """Where the nodes of a kind stand in the table."""
+        """Return the slice of the node table that holds the nodes of a kind."""
         start, stop = np.searchsorted(self.nodes.kind_N, [kind, kind + 1])
         return slice(int(start), int(stop))
 
@@ -137,7 +137,7 @@ class GraphData:
 
     @property
     def unexplained_R(self) -> np.ndarray:
-        """What is missing from each target's value, float64: rounding alone where the graph has bias nodes."""
+        """The residual of each target's value, float64: rounding alone where the graph has bias nodes."""
         parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.untraced_R
         return self.value_R - sum(part.astype(np.float64) for part in parts)
 

@@ -98,7 +98,7 @@ def _by_graph(text: str) -> dict[str, Any]:
 
 
 def _are_groups(groups: Any) -> bool:
-    """Whether this is a list of labels with ids behind them."""
+    """Return whether this is a list of groups, each a label followed by ids."""
     return isinstance(groups, list) and all(
         isinstance(group, list) and len(group) > 1 and all(isinstance(part, str) for part in group) for group in groups
     )

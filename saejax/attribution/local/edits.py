@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 
 class Circuit(NamedTuple):
-    """Which features are kept [A], of ``LocalState.active``, and which errors [L, P]."""
+    """Masks of the features [A] of ``LocalState.active``, and of the errors [L, P], that are kept."""
 
     features_A: np.ndarray
     errors_LxP: np.ndarray

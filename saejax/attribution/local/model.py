@@ -39,7 +39,7 @@ AnySet = LayerTranscoders | Sequence[Dictionary] | str | Path
 
 @dataclasses.dataclass(frozen=True)
 class LocalRun:
-    """What R edited runs of a prompt read, fp32.
+    """Values read from R edited runs of a prompt, fp32.
 
     Attributes:
       feature_RxJ: pre-activations of the requested features.

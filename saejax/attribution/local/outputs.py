@@ -11,7 +11,7 @@ _AT_ONCE = 1 << 26  # numbers of decoder rows that are in memory at once
 
 
 class FeatureOutputs:
-    """What features write to their own layer and, in cross-layer transcoders, to later ones.
+    """The outputs of features to their own layer and, in cross-layer transcoders, to later ones.
 
     Sums are made as runs go up through the layers: ``add`` a layer's features, then ``pop`` its sum.
 

@@ -41,7 +41,7 @@ CHAT_STARTS = dict.fromkeys(("gemma3", "gemma3_text"), (2, 105, 2364, 107))
 
 
 class LocalState(PromptRun):
-    """What is frozen of one prompt; arrays are on the devices, in fp32.
+    """The frozen state of one prompt; arrays are on the devices, in fp32.
 
     Args:
       model: the language model.

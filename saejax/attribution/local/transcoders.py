@@ -58,7 +58,7 @@ class LayerTranscoders(LayerDictionaries):
 
     @property
     def cross_layer(self) -> bool:
-        """Whether features also write to later layers than their own."""
+        """True if features also write to later layers than their own."""
         return self._writes is not None
 
     def written_layers(self, layer: int) -> int:

@@ -192,5 +192,5 @@ class _Rows:
 
 
 def _slots(run: SaeRun, layer_A: np.ndarray) -> np.ndarray:
-    """Which of the SAEs are those of these layers."""
+    """Return the index of each layer's SAE among the SAEs."""
     return np.searchsorted(run.places.layer_S, layer_A)

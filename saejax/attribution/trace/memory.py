@@ -59,7 +59,7 @@ class Memory(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class GraphSize:
-    """What decides the memory of a graph, beside the number of tokens.
+    """The sizes that, with the number of tokens, determine the memory of a graph.
 
     Attributes:
       model: the decoder.

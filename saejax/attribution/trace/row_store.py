@@ -56,11 +56,11 @@ class RowStore:
         self._left_X = np.empty(0, np.int64)
 
     def room(self, done: int) -> int:
-        """How many more rows of features fit, after so many of them, before columns have to be given up."""
+        """Return how many feature rows still fit after ``done`` of them, before columns have to be given up."""
         return len(self.row_BxC) - self._others - done
 
     def put(self, start: int | None) -> Put:
-        """Where rows are written to: to those from ``start`` on, or (None) to those that are of no feature."""
+        """Return the writer of the rows from ``start`` on, or (None) of the rows that belong to no feature."""
         first = len(self.row_BxC) - self._others if start is None else start
 
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:

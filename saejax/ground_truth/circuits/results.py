@@ -51,7 +51,7 @@ class JudgedSet:
 
 @dataclasses.dataclass(frozen=True)
 class KnownCircuitResults:
-    """What the method says of a transformer that was set by hand."""
+    """Results of the method on a transformer whose weights were set by hand."""
 
     layers: int  #: of the transformer
     neurons: int  #: of all layers

@@ -45,7 +45,7 @@ class ShownLayer:
 
 @dataclasses.dataclass(frozen=True)
 class ShownReading:
-    """What a lens reads at each layer with a dictionary and each position."""
+    """A lens's readout at each layer with a dictionary and each position."""
 
     said: tuple[tuple[Numbers, ...], ...]  #: place among the texts and probability of the likeliest tokens, in turn
     kl: tuple[Numbers, ...]  #: divergence from the model's prediction, nats
@@ -55,7 +55,7 @@ class ShownReading:
 
 @dataclasses.dataclass(frozen=True)
 class ShownText:
-    """What the page shows of a text, besides its results."""
+    """The data that the page shows of a text, besides its results."""
 
     prompt: str  #: before the solution
     tokens: tuple[str, ...]  #: of the text

@@ -37,7 +37,7 @@ class TrackedStep:
 
 @dataclasses.dataclass(frozen=True)
 class LensLayers:
-    """What a lens says of the answer where it is the next token, layer by layer; and of all tokens."""
+    """A lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
 
     answer: tuple[float, ...]  #: probability of the answer's first token, of each layer
     rank: tuple[int, ...]  #: how many tokens are likelier
@@ -64,6 +64,6 @@ class TrackedText:
 
 @dataclasses.dataclass(frozen=True)
 class TrackResults:
-    """What was followed."""
+    """The texts whose features were tracked."""
 
     texts: Mapping[str, TrackedText]  #: by slug

@@ -143,7 +143,7 @@ class Chains:
 
 @dataclasses.dataclass(frozen=True)
 class TransferResults:
-    """What dictionaries have in common."""
+    """The features that dictionaries share."""
 
     dictionaries: tuple[ComparedDictionary, ...]  #: in the order of the matrices
     rule: str  #: when two features count as shared

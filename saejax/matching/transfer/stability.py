@@ -57,12 +57,12 @@ class RankedFeatures(Protocol):
 
     @property
     def firing_rate(self) -> np.ndarray:
-        """How often each fires."""
+        """The share of tokens on which each fires."""
         ...
 
     @property
     def mean_activation(self) -> np.ndarray:
-        """How strongly each fires."""
+        """The mean activation of each where it fires."""
         ...
 
 
