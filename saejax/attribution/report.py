@@ -83,7 +83,7 @@ def _section(graph: ReportedGraph, report: Path) -> Section:
 
 
 def _targets(targets: Sequence[GraphTarget], most: int = 5) -> str:
-    """Tokens with their probabilities, differences with their logits; of many, the first ones."""
+    """Return tokens with their probabilities and differences with their logits; of many, the first ones."""
     said = [
         f"{one_line(target.label)} "
         + (f"(difference of {number(target.logit)})" if " - " in target.label else f"({_chance(target)})")

@@ -44,7 +44,7 @@ class ReportedGraph:
 
     @property
     def correlation(self) -> float | None:
-        """Of edges with what happens when features are doubled and nothing is held; None: not known."""
+        """Correlation of edges with the effects of doubling features, nothing frozen; None: not known."""
         return self.results.doubling.free.pearson if self.results.doubling else None
 
 

@@ -54,7 +54,7 @@ def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
 def run_attribute(
     run: Run, opened: Callable[[Run], Any] = open_parts, trace: Callable[..., Any] | None = None
 ) -> AttributeResults:
-    """Traces each prompt, prunes its graph, checks it and writes it.
+    """Trace each prompt, prune its graph, check it and write it.
 
     Args:
       run: of the stage.
@@ -100,7 +100,7 @@ def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
 def _check_request(
     model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
 ) -> None:
-    """Refuses a prompt that cannot be traced.
+    """Check that a prompt can be traced.
 
     Raises:
       UserError: it is empty or too long, a target is not one token, a head does not exist, or there is too little

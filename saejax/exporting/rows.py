@@ -158,7 +158,7 @@ def _example(context: FeatureContext) -> dict[str, Any]:
 
 
 def _acts(context: FeatureContext) -> list[float]:
-    """Activations of a context, 0 where the store has none."""
+    """Return the activations of a context, 0 where the store has none."""
     return [act or 0.0 for act in context["acts"]]
 
 

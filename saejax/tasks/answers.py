@@ -41,7 +41,7 @@ class Verdict:
 
 
 def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
-    """Verdicts by the strict and the flexible rule for numbers.
+    """Return the verdicts by the strict and the flexible rule for numbers.
 
     Args:
       text: what the model wrote.
@@ -84,7 +84,7 @@ def _value(number: str) -> Decimal | str:
 
 
 def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
-    """Verdicts by the strict and the flexible rule for formulas.
+    """Return the verdicts by the strict and the flexible rule for formulas.
 
     Args:
       text: what the model wrote.

@@ -53,7 +53,7 @@ _EXAMPLES = 3  # prompts shown in the results
 
 
 def run_baseline(run: Run) -> BaselineResults:
-    """Draws the prompts, scores them, and writes them with their scores to ``prompts.jsonl``.
+    """Draw the prompts, score them, and write them with their scores to ``prompts.jsonl``.
 
     Raises:
       UserError: the model cannot be loaded, prompts cannot be made or are too long, or logits are not finite.

@@ -26,7 +26,7 @@ _ITEMS = 64  # scored by log-likelihood between two writings
 
 
 def run_benchmark(run: Run) -> BenchmarkResults:
-    """Scores the model on the benchmark named ``run.name``; writes ``items.jsonl``, a line per item.
+    """Score the model on the benchmark named ``run.name``; write ``items.jsonl``, a line per item.
 
     Raises:
       UserError: the items or the model cannot be read, an item is longer than the model's context, or a setting does

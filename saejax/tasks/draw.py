@@ -32,7 +32,7 @@ class Drawn(NamedTuple):
 
 
 def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: Any) -> Drawn:
-    """Draws the prompts of a behaviour; which ones depends on the arguments alone.
+    """Draw the prompts of a behaviour; the result depends on the arguments alone.
 
     Args:
       behaviour: one of ``settings.BEHAVIOURS``.

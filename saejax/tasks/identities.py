@@ -6,7 +6,7 @@ from saejax.settings import CorpusConfig, ModelConfig, TaskConfig
 
 
 def model(configs: Configs) -> str:
-    """Of the files of the model, and of a second one; with ``--model.backend=jax`` other families are refused."""
+    """Fingerprint the files of the model, and of a second one; ``--model.backend=jax`` refuses other families."""
     from saejax.models.source import other_model, resolve
 
     decoder = configs[ModelConfig].backend == "jax"
@@ -17,7 +17,7 @@ def model(configs: Configs) -> str:
 
 
 def corpus(configs: Configs) -> str:
-    """Of the text."""
+    """Fingerprint the text."""
     from saejax.tasks import corpora
 
     return corpora.identity(configs[CorpusConfig], configs[TaskConfig])
@@ -34,7 +34,7 @@ def training_text(configs: Configs) -> tuple[str, ...]:
 
 
 def dictionary(configs: Configs, stage: str) -> str:
-    """Of the folder that ``--<stage>.dictionary`` names; "" where it names a dictionary that is trained here."""
+    """Fingerprint the folder that ``--<stage>.dictionary`` names; "" if the dictionary is trained here."""
     from saejax.dictionaries import stacks
 
     name = configs.named(stage).dictionary
@@ -42,14 +42,14 @@ def dictionary(configs: Configs, stage: str) -> str:
 
 
 def prompts(configs: Configs) -> str:
-    """Of the file of one's own behaviours."""
+    """Fingerprint the file of the user's own behaviours."""
     from saejax.tasks import own_prompts
 
     return own_prompts.identity(configs[TaskConfig])
 
 
 def benchmark(configs: Configs, name: str) -> str:
-    """Of the items of the benchmark of this name."""
+    """Fingerprint the items of the benchmark of this name."""
     from saejax.tasks import benchmarks
 
     return benchmarks.identity(name, configs[TaskConfig])

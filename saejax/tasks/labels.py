@@ -111,7 +111,7 @@ def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 
 
 def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> list[Labelled]:
-    """Labels prompts: those of each behaviour by themselves, or, where the behaviour is the label, all together.
+    """Label prompts: those of each behaviour by themselves, or, where the behaviour is the label, all together.
 
     Args:
       label: one of ``settings.PROBE_LABELS``, or a label that some prompts have.

@@ -137,7 +137,7 @@ def _check(number: int, context: Sequence[int], continuation: Sequence[int], lim
 
 
 def batch_shape(asked: int, left: int, limit: int, data: int, batch_tokens: int = BATCH_TOKENS) -> tuple[int, int]:
-    """Rows and length of a forward pass.
+    """Return the rows and the length of a forward pass.
 
     Args:
       asked: tokens of the longest text.
@@ -151,7 +151,7 @@ def batch_shape(asked: int, left: int, limit: int, data: int, batch_tokens: int 
 
 
 def _rows(fitting: int, left: int, data: int) -> int:
-    """Rows of a batch: those that fit, no more than double those left, and a multiple of the data axis."""
+    """Return the rows of a batch: those that fit, at most double those left, and a multiple of the data axis."""
     count = max(1, min(fitting, 1 << (left - 1).bit_length()))
     return -(-count // data) * data
 
@@ -159,7 +159,7 @@ def _rows(fitting: int, left: int, data: int) -> int:
 def _score(
     lm: LanguageModel, rows: Sequence[tuple[list[int], list[int]]], length: int, edits: tuple[Edit, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row the log-likelihood of every continuation token and whether it was the likeliest, both [B, C]."""
+    """Return each row's log-likelihoods of continuation tokens and whether each was the likeliest, both [B, C]."""
     tokens, positions_BxC, targets_BxC = align(rows, length)
     last = f"resid_post.{lm.config.n_layers - 1}"
     x_BxTxD = lm(tokens, capture=[last], edits=edits, logits=False).sites[last]
@@ -170,7 +170,7 @@ def _score(
 
 
 def align(rows: Sequence[tuple[list[int], list[int]]], length: int) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    """Contexts and continuations as a batch.
+    """Pad contexts and continuations to a batch.
 
     Args:
       rows: B pairs of token ids.

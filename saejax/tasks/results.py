@@ -49,7 +49,7 @@ class BaselineBehaviour:
 
     @property
     def splits(self) -> dict[str, BaselineScores]:
-        """By name."""
+        """The scores by the name of the split."""
         return dict(test=self.test, train=self.train)
 
 

@@ -107,7 +107,7 @@ def _opened(path: Path) -> contextlib.AbstractContextManager[IO[bytes]]:
 
 @functools.lru_cache(maxsize=4096)
 def _hash(path: Path, before: bytes, state: object) -> str:
-    """Of a file's content, read once while the file's ``state`` is the same."""
+    """Hash a file's content, read once while the file's ``state`` is the same."""
     digest = hashlib.sha256(before)
     with _opened(path) as file:
         while block := file.read(_BLOCK):

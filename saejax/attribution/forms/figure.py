@@ -29,7 +29,7 @@ def draw_graph(
     max_nodes: int = 50,
     max_edges: int = 150,
 ) -> Figure:
-    """Draws a graph in Neuronpedia's format.
+    """Draw a graph in Neuronpedia's format.
 
     Args:
       document: metadata, qParams, nodes, links.

@@ -74,7 +74,7 @@ def _output_text(node: DocumentNode) -> str:
 
 @functools.lru_cache(10_000)
 def text_width(text: str) -> float:
-    """Inches of one line."""
+    """Return the width of one line in inches."""
     plain = text.replace("$", "\\$")  # a single dollar sign is none to TextPath
     return TextPath((0, 0), plain, size=SIZE, prop=FontProperties(family="DejaVu Sans")).get_extents().width / 72
 
@@ -140,7 +140,7 @@ def _place(boxes: list[Box], spread: float) -> tuple[list[Row], tuple[float, flo
 
 
 def _place_columns(cells: Mapping[tuple[int, int], Cell]) -> float:
-    """Columns as close together as the cells of each row allow; the width that all take."""
+    """Place columns as close together as the cells of each row allow; return the width that all take."""
     right: dict[int, float] = {}  # of the last cell in each row so far
     middle = GUTTER
     for column in sorted({column for _, column in cells}):

@@ -167,6 +167,6 @@ def _pruning_settings(pruning: Pruning) -> dict[str, float]:
 
 
 def check_slug(slug: str) -> None:
-    """Refuses (``UserError``) what cannot be the name of a graph's file."""
+    """Raise ``UserError`` for a slug that cannot be the name of a graph's file."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", slug) or slug == "graph-metadata":
         raise UserError(f"{slug!r} cannot name a graph: use letters, digits, '.', '_' and '-', as in a file's name")

@@ -70,7 +70,7 @@ def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScor
 
 
 def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
-    """For each node, the share of all influence that the nodes up to it have, the most influential first; fp32 [N]."""
+    """Return each node's cumulative share of all influence, the most influential first, fp32 [N]."""
     order_N = np.argsort(-influence_N, kind="stable")
     share_N = np.empty(len(influence_N), np.float32)
     share_N[order_N] = np.cumsum(influence_N[order_N]) / max(influence_N.sum(), _SMALLEST)
@@ -227,7 +227,7 @@ def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
 
 
 def _row_weights(graph: GraphData) -> np.ndarray:
-    """Weights of the logits, 0 for features, float64 [R]."""
+    """Return the weights of the rows: those of the logits, 0 for features, float64 [R]."""
     return np.concatenate([np.zeros(graph.count(FEATURE)), graph.probability_K.astype(np.float64)])
 
 

@@ -81,7 +81,7 @@ class FrozenModel:
         return leaving_TxD, self.read(params, layer, seen)
 
     def _attend(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, tables: AttentionTables) -> jax.Array:
-        """As ``attention.attend``, with constant weights and a transpose that moves no more than it must."""
+        """Attend as ``attention.attend``, with constant weights and a transpose that moves no more than it must."""
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
             block = tables._replace(mask=tables.mask[queries, keys])

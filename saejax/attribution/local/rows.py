@@ -23,12 +23,12 @@ TOKENS = {"cpu": 256, "gpu": 1 << 14, "tpu": 1 << 14}  # positions of a chunk's 
 
 
 def batch_tokens(platform: str, length: int) -> int:
-    """Positions of the targets of a batch, together, on each device of a platform, of prompts of a length."""
+    """Return the total positions of a batch's targets on each device of a platform, for prompts of a length."""
     return CHUNKS * max(TOKENS[platform], length)
 
 
 def chunk_size(platform: str, length: int, mesh: Mesh) -> int:
-    """Targets of a chunk on a platform's devices, of prompts of a length."""
+    """Return the number of targets of a chunk on a platform's devices, for prompts of a length."""
     return max(TOKENS[platform] // length, 1) * mesh.shape["data"]
 
 
@@ -97,7 +97,7 @@ class RowTracer:
     def _batches(
         self, layer_R: np.ndarray, position_R: np.ndarray, in_stream: bool
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Chunks of targets of similar position and layer, in batches: the number of their length, and which they are.
+        """Yield batches of chunks of targets of similar position and layer: the index of their length, and the targets.
 
         Directions of the stream share a chunk only with others of the same layer. The longest come first, so that of
         workers side by side none is left alone with a long one.

@@ -202,7 +202,7 @@ def _biases(state: LocalState) -> _Part:
 def _blocks(
     state: LocalState, place_E: np.ndarray, position_E: np.ndarray, row_E: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Entries in blocks by place and position: ``at_E``, ``first_X``, ``row_BxW`` and ``position_B``."""
+    """Return the entries in blocks by place and position: ``at_E``, ``first_X``, ``row_BxW`` and ``position_B``."""
     places, tokens = state.model.config.n_layers + 1, len(state.ids_P)
     group_E = place_E * tokens + position_E
     order_E = np.argsort(group_E, kind="stable")

@@ -41,7 +41,7 @@ class Places:
 
     @classmethod
     def of(cls, sites: Sequence[Site], layers: int) -> "Places":
-        """Of sites of a model with so many layers."""
+        """Return the places of the sites of a model with so many layers."""
         kinds = tuple(sorted({site.kind for site in sites}))
         layer_S = np.array([site.layer for site in sites], np.int32)
         kind_S = np.array([kinds.index(site.kind) for site in sites], np.int32)
@@ -123,7 +123,7 @@ def gradients(
     readings: Readings,
     top: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients of what a batch of targets reads, with respect to changes at sites and to the embedded tokens.
+    """Return the gradients of a batch of targets with respect to changes at sites and to the embedded tokens.
 
     Args:
       config: of the decoder (static).

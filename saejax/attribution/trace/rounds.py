@@ -73,7 +73,7 @@ def attribute_in_rounds(
 
 
 def _counting(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
-    """Has what writes rows say how many of all there are by now; rows come from several threads."""
+    """Return a wrapper of row writers that reports progress; rows come from several threads."""
     done, lock = 0, threading.Lock()
 
     def counted(put: Put) -> Put:

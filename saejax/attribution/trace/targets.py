@@ -77,7 +77,7 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
 
 
 def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -> Readouts:
-    """Tokens, and pairs of them."""
+    """Return the readouts of tokens and of pairs of them."""
     model, text = run.model, token_text(run.model.tokenizer)
     pairs_Kx2 = np.full((len(targets), 2), -1, np.int32)
     for pair, target in zip(pairs_Kx2, targets, strict=True):
@@ -179,7 +179,7 @@ def logit_directions(
     rows_VxD = embed_VxD.astype(last_D.dtype)
 
     def less(rows: jax.Array) -> jax.Array:
-        """Rows of the first tokens less those of the second ones or the mean."""
+        """Return the rows of the first tokens less those of the second ones or the mean."""
         single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
         return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
