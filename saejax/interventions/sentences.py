@@ -81,7 +81,8 @@ def sets(
       answer: yes, no or not testable.
       group: group of the control sets.
       k: number of features of each set.
-      numbers: sets, needed, mean and max (of the controls), top; effects at equal dose in logits.
+      numbers: sets, needed, mean (effect of the controls), top (mean effect of the features). Each pair is compared at
+        the smaller of its two doses, so the effect of the features differs between pairs.
       p_value: before correction.
       p_holm: after correction.
       behaviours: number of behaviours that the correction is over.
@@ -95,17 +96,22 @@ def sets(
         )
     if answer == "not testable":
         return f"Not testable: {count} placebo targets of {needed} needed; raise their number."
-    verb = "more than" if answer == "yes" else "not significantly more than"
-    moved = "lower" if numbers["top"] >= 0 else "raise"
+    lowers = numbers["top"] >= 0
+    verb, sign = ("lower", 1) if lowers else ("raise", -1)
+    # p = (1 + sets that lower the objective at least as much) / (1 + sets); see ``ranks.rank_p``.
+    reaching = round(p_value * (count + 1)) - 1
+    reach = f"{_conjugate(verb, reaching)} it {'at least as much' if lowers else 'no more'}"
     corrected = f", {p_holm:.2g} after correction for {behaviours} behaviours" if behaviours > 1 else ""
-    text = (
-        f"At equal dose the {features(k)} {moved} {ABLATION_READOUTS[objective][0]} by {abs(numbers['top']):.2f}, "
-        f"{verb} {count} {group} sets (mean {numbers['mean']:.2f}, maximum {numbers['max']:.2f}; "
-        f"p = {p_value:.2g}{corrected})"
-    )
     if group == "placebo":
-        return f"{text}: {'specific to this answer' if answer == 'yes' else 'not shown to be specific to this answer'}."
-    return f"{text}."
+        conclusion = "specific to this answer" if answer == "yes" else "not shown to be specific to this answer"
+    else:
+        conclusion = f"{'more' if answer == 'yes' else 'not significantly more'} than {group} sets"
+    return (
+        f"Compared with each of {count} {group} sets at the smaller of the two doses, the {features(k)} "
+        f"{_conjugate(verb, k)} {ABLATION_READOUTS[objective][0]} by {sign * numbers['top']:z.2f} on average and the "
+        f"sets by {sign * numbers['mean']:z.2f}; {reaching} of the {count} sets {reach} "
+        f"(p = {p_value:.2g}{corrected}): {conclusion}."
+    )
 
 
 def fooled(count: int | None, placebo_sets: int) -> str:
@@ -196,3 +202,8 @@ def replication(counts: Mapping[str, int], dictionaries: int) -> str:
 def features(k: int) -> str:
     """Return "10 top features" with the right number."""
     return f"{k} top feature{'' if k == 1 else 's'}"
+
+
+def _conjugate(verb: str, count: int) -> str:
+    """Return a verb that agrees with a count."""
+    return f"{verb}s" if count == 1 else verb

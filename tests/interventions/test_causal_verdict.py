@@ -8,6 +8,7 @@ import pytest
 from effect_worlds import attribution, planted_world, top_features, world_table
 
 from saejax.errors import UserError
+from saejax.interventions import sentences
 from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.curves import read_curves
 from saejax.interventions.table import (
@@ -114,6 +115,11 @@ def test_random_and_placebo_sets_by_hand():
     assert result.random.effect is not None
     assert result.random.effect.mean == pytest.approx(1.05 - 0.9)
     assert result.random.answer == "no"
+    assert result.random.sentence == (
+        "Compared with each of 19 random sets at the smaller of the two doses, the 2 top features lower the logit "
+        "difference by 1.05 on average and the sets by 0.90; 8 of the 19 sets lower it at least as much (p = 0.45): "
+        "not significantly more than random sets."
+    )
     rows = Rows()
     behaviour_rows(rows)
     result = judge(rows)
@@ -121,6 +127,18 @@ def test_random_and_placebo_sets_by_hand():
     assert (result.random.answer, result.placebo.answer) == ("yes", "yes")
     # The placebo set that loses 1.8 ties with the largest random set; no other loses as much.
     assert (result.fooled, result.placebo_sets) == (0, 19)
+    assert result.placebo.sentence.endswith(
+        "; 0 of the 19 sets lower it at least as much (p = 0.05): specific to this answer."
+    )
+
+
+def test_a_single_feature_that_raises_the_logit_difference_is_compared_in_words():
+    numbers = dict(sets=19.0, needed=19.0, mean=-0.001, max=0.1, top=-0.3)
+    assert sentences.sets("no", "random", 1, numbers, 0.1, 0.2, 2) == (
+        "Compared with each of 19 random sets at the smaller of the two doses, the 1 top feature raises the logit "
+        "difference by 0.30 on average and the sets by 0.00; 1 of the 19 sets raises it no more (p = 0.1, 0.2 after "
+        "correction for 2 behaviours): not significantly more than random sets."
+    )
 
 
 def test_placebo_sets_that_pass_are_counted():
