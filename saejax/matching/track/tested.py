@@ -103,7 +103,8 @@ class StepTester:
         seed = int(np.random.SeedSequence([self._config.seed, step.start, self._point.site.layer]).generate_state(1)[0])
         random_sets = disjoint_sets(pool, len(tested), self._config.random_sets, seed)
         sets = [np.array(tested), *random_sets]
-        dose_S = np.array([self._dose(f_WxF, members) for members in sets])
+        W_dec_FxD = to_host(self._dictionary.W_dec_FxD[...])
+        dose_S = np.array([_dose(f_WxF, W_dec_FxD, members) for members in sets])
         share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
         edits = [(sets[0], fraction) for fraction in FRACTIONS] + [(members, 1.0) for members in random_sets]
         edits += [(members, share) for members, share in zip(random_sets, share_S[1:], strict=True) if share < 1]
@@ -121,11 +122,6 @@ class StepTester:
             doses = [0.0, *([share * dose] if share < 1 else []), dose]
             curves.append(EffectCurve((), np.array(doses), np.stack(rows)))
         return top, curves
-
-    def _dose(self, f_WxF: np.ndarray, members: np.ndarray) -> float:
-        """Return the norm of the change at the site, over all positions of the step."""
-        directions_MxD = to_host(self._dictionary.W_dec_FxD[...])[members].astype(np.float64)
-        return float(np.linalg.norm(f_WxF[:, members].astype(np.float64) @ directions_MxD))
 
     def _scores(self, step: Segment, pool_K: np.ndarray, edits: Sequence[tuple[np.ndarray, float]]) -> np.ndarray:
         """Return the log-likelihood of the step's tokens but the first, under each partial ablation, [N, P]."""
@@ -147,6 +143,11 @@ class StepTester:
             logp_RxW, _ = run_rows(self._point, self._lm.params, self._dictionary, *arrays, targets_W, start)
             parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
         return np.concatenate(parts)
+
+
+def _dose(f_WxF: np.ndarray, W_dec_FxD: np.ndarray, members: np.ndarray) -> float:
+    """Return the norm of the change at the site when features are ablated, over all positions of the step."""
+    return float(np.linalg.norm(f_WxF[:, members].astype(np.float64) @ W_dec_FxD[members].astype(np.float64)))
 
 
 def filled(tokens: int, features: int) -> tuple[int, int]:
