@@ -66,13 +66,24 @@ def read_details(
       UserError: a file is damaged, or ``folders`` names one that is not there.
     """
     wanted = list(dict.fromkeys(features))
-    found = _from_interpret(dictionaries, wanted)
-    for read in [*map(open_folder, folders), *filter(None, map(_open_own, dictionaries))]:
-        missing = [feature for feature in wanted if feature not in found]
-        with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            known = dict(zip(missing, pool.map(read, missing), strict=True))
-        found |= {feature: parse_feature(data) for feature, data in known.items() if data is not None}
-    return found
+    details = _from_interpret(dictionaries, wanted)
+    for read in [open_folder(folder) for folder in folders]:
+        _add_missing(details, wanted, read)
+    for dictionary in dictionaries:
+        # Opening a set on the hub fetches its index, so this is done only if features are still missing.
+        if len(details) < len(wanted) and (read_own := _open_own(dictionary)):
+            _add_missing(details, wanted, read_own)
+    return details
+
+
+def _add_missing(
+    details: dict[Feature, FeatureDetails], wanted: Sequence[Feature], read: Callable[[Feature], Mapping | None]
+) -> None:
+    """Read those of the wanted features that ``details`` lacks, and add what there is."""
+    missing = [feature for feature in wanted if feature not in details]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        data_by_feature = dict(zip(missing, pool.map(read, missing), strict=True))
+    details |= {feature: parse_feature(data) for feature, data in data_by_feature.items() if data is not None}
 
 
 def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
