@@ -59,7 +59,7 @@ def load_params(
         params[name] = _place(fill, shape, dtype, mesh, spec)
     if damaged:
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
-        raise not_finite_error(f"the weights in {folder}", sorted(files) or damaged, dtype)
+        raise not_finite_error(f"the weights in {folder}", sorted(files) or list(dict.fromkeys(damaged)), dtype)
     return {name: params[name] for name in table}
 
 
