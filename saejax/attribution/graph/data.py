@@ -16,7 +16,7 @@ from saejax.attribution.graph.nodes import FEATURE, LOGIT, Nodes
 
 @dataclasses.dataclass(frozen=True)
 class GraphScores:
-    """The shares of a graph's influence that go through features, each between 0 and 1."""
+    """Replacement and completeness scores of a graph, each between 0 and 1."""
 
     replacement: float  #: influence of the tokens, of that of tokens and errors together
     completeness: float  #: mean over nodes, weighted by influence, of the share of a node's input that no error gives

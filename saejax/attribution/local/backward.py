@@ -121,7 +121,7 @@ def _read_off(
     cotangent_NxRxTxD: jax.Array,
     read_BxNxRxW: jax.Array,
 ) -> jax.Array:
-    """Add the products of a place's blocks with all cotangents there, 0 for a chunk that starts further down.
+    """Fill in the products of a place's blocks with all cotangents there, 0 for chunks that start further down.
 
     Those that start further down are the last, so they are left out as far as whole groups of chunks do.
     """

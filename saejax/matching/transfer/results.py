@@ -143,7 +143,7 @@ class Chains:
 
 @dataclasses.dataclass(frozen=True)
 class TransferResults:
-    """The features that dictionaries share."""
+    """Results of the comparison of dictionaries."""
 
     dictionaries: tuple[ComparedDictionary, ...]  #: in the order of the matrices
     rule: str  #: when two features count as shared
