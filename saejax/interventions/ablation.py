@@ -564,8 +564,7 @@ def describe_top(table: EffectsTable, ablation: BehaviourAblation) -> tuple[Feat
     """Return what each top feature does alone, from a table's group ``single``."""
     prompts = table.select_prompts(ablation.behaviour)
     edits = table.select_edits(ablation.behaviour, "single", TESTED)
-    objective = table.objective(ablation.behaviour)
-    drop_KxP = table.clean_values(prompts, objective) - table.values(edits, prompts, objective)
+    drop_KxP = table.drops(edits, prompts, table.objective(ablation.behaviour))
     templates = [prompt.template for prompt in prompts]
     config = ablation.config
     weights_SxP = resampling_weights(templates, config.bootstrap, config.seed) if len(prompts) > 1 else None

@@ -248,11 +248,10 @@ def scored_conditions(table: EffectsTable, name: str, sets: int) -> Conditions:
       name: the benchmark.
       sets: number of random, and of placebo sets.
     """
-    (top,) = (edit for edit in table.select_edits(name, "top") if edit.fraction == 1)
+    (top,) = table.select_whole_edits(name, "top")
     conditions: Conditions = {"clean": None, "top": top, "resample": dataclasses.replace(top, group="resample")}
     for group in ("random", "placebo"):
-        whole = [edit for edit in table.select_edits(name, group) if edit.fraction == 1]
-        conditions |= {f"{group}-{edit.index}": edit for edit in whole[:sets]}
+        conditions |= {f"{group}-{edit.index}": edit for edit in table.select_whole_edits(name, group)[:sets]}
     return conditions
 
 

@@ -67,7 +67,7 @@ def read_curves(
     if not edits or not prompts or (dose == "kl" and not documents):
         return []
     objective = table.objective(behaviour)
-    drop_ExP = table.clean_values(prompts, objective) - table.values(edits, prompts, objective)
+    drop_ExP = table.drops(edits, prompts, objective)
     norm_ExP = table.values(edits, prompts, "change_norm")
     if not np.isfinite(drop_ExP + norm_ExP).all():
         first = edits[int(np.argmin(np.isfinite(drop_ExP + norm_ExP).all(axis=1)))]

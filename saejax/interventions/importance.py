@@ -128,7 +128,7 @@ def load_drops(folder: Path, behaviour: str) -> np.ndarray:
     edits, prompts = table.select_edits(behaviour, "every"), table.select_prompts(behaviour)
     if not edits:
         raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")
-    return table.clean_values(prompts, "logit_diff") - table.values(edits, prompts, "logit_diff")
+    return table.drops(edits, prompts, "logit_diff")
 
 
 def _rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> float | None:

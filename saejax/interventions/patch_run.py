@@ -300,13 +300,12 @@ def describe_features(
     if both_P.any():
         site = Site.parse(split.dictionary.config.target or split.dictionary.site)
         whole = patch_sites(lm, site.kind, pairs.tests, "all", [site.layer], config.batch_rows)
-        random = table.select_edits(ablation.behaviour, "random")
-        whole_random = [edit for edit in random if edit.fraction == 1.0]
-        random_ExP = table.values(whole_random, table.select_prompts(ablation.behaviour), "logit_diff")
+        random_sets = table.select_whole_edits(ablation.behaviour, "random")
+        random_ExP = table.values(random_sets, table.select_prompts(ablation.behaviour), "logit_diff")
         interchange = Interchange(
             prompts=int(both_P.sum()),
             top=wilson((noised_P < 0)[both_P]),
-            random=float((random_ExP[:, both_P] < 0).mean()) if whole_random else None,
+            random=float((random_ExP[:, both_P] < 0).mean()) if random_sets else None,
             site=wilson((whole.diff_DxLxHxPxC[1, 0, 0, :, 0] < 0)[both_P]),
         )
     return PatchedFeatures(

@@ -263,7 +263,7 @@ def summarize_scores(table: EffectsTable, name: str) -> tuple[AnswerScores, ...]
     scores = []
     tested_drop: float | None = None
     for group in _GROUPS:
-        edits = [edit for edit in table.select_edits(name, group) if edit.fraction == 1]
+        edits = table.select_whole_edits(name, group)
         values = {
             readout: table.values(edits, prompts, readout) for readout in ("accuracy", "strict", "formatted", "cut")
         }

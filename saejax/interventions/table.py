@@ -168,6 +168,10 @@ class EffectsTable:
         chosen = self._edits_by_group.get((behaviour, group, dictionary), [])
         return [edit for edit in chosen if index is None or edit.index == index]
 
+    def select_whole_edits(self, behaviour: str, group: str) -> list[EditDefinition]:
+        """Return the tested dictionary's edits of a group that are applied whole, ordered by index."""
+        return [edit for edit in self.select_edits(behaviour, group) if edit.fraction == 1]
+
     def select_prompts(self, behaviour: str) -> list[PromptDefinition]:
         """Return the test prompts of a behaviour (documents for ``TEXT``), ordered by id."""
         chosen = [prompt for prompt in self.prompts if prompt.behaviour == behaviour and prompt.split == "test"]
@@ -198,6 +202,10 @@ class EffectsTable:
         behaviour = prompts[0].behaviour
         clean = self.select_edits(behaviour, "clean")[:1]
         return self.values(clean, prompts, readout)[0] if clean else np.full(len(prompts), np.nan)
+
+    def drops(self, edits: Sequence[EditDefinition], prompts: Sequence[PromptDefinition], readout: str) -> np.ndarray:
+        """Return by how much each edit lowers a readout on prompts of one behaviour, ``[E, P]``; NaN: not measured."""
+        return self.clean_values(prompts, readout) - self.values(edits, prompts, readout)
 
     def objective(self, behaviour: str) -> str:
         """Return the readout whose drop is the effect: of benchmarks ``answer_log_prob``, otherwise ``logit_diff``."""

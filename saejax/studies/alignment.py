@@ -128,11 +128,10 @@ def _losses(folder: Path, benchmark: str) -> tuple[dict[str, int], ItemLosses]:
     """Return the index of each item, and what items lose under the top features and under random sets, in nats."""
     table = load_effects(folder)
     prompts = table.select_prompts(benchmark)
-    top, random = (
-        [edit for edit in table.select_edits(benchmark, group) if edit.fraction == 1] for group in ("top", "random")
+    top_1xP, random_DxP = (
+        table.drops(table.select_whole_edits(benchmark, group), prompts, "answer_log_prob")
+        for group in ("top", "random")
     )
-    clean_P = table.clean_values(prompts, "answer_log_prob")
-    top_1xP, random_DxP = (clean_P - table.values(edits, prompts, "answer_log_prob") for edits in (top[:1], random))
     return {prompt.id: index for index, prompt in enumerate(prompts)}, ItemLosses(top_1xP[0], random_DxP)
 
 

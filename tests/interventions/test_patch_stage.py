@@ -90,10 +90,7 @@ def test_features(make_run):
     for name, entry in results.behaviours.items():
         verdict, table = results.verdict.dictionaries[TESTED][name], load_effects(run.folder / f"{name}-effects")
         # Noising is what the effects table has of the same edits, measured by another call.
-        drop_P = table.clean_values(table.select_prompts(name), "logit_diff")
-        drop_P = (
-            drop_P - table.values(table.select_edits(name, "top")[-1:], table.select_prompts(name), "logit_diff")[0]
-        )
+        (drop_P,) = table.drops(table.select_whole_edits(name, "top"), table.select_prompts(name), "logit_diff")
         assert entry.removed.mean == pytest.approx(drop_P.mean(), abs=1e-6)
         assert verdict.features == entry.features
         # Four behaviours' worth of random sets are not to be had from 160 features.
