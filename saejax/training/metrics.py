@@ -217,12 +217,21 @@ def log_folder(unit: Path, config: TrainConfig) -> Path:
     return unit / f"expansion{config.expansion}" if config.expansions else unit
 
 
-def split_metrics(path: Path, member: str, into: Path) -> None:
-    """Write the records of one member of a stack to a file of its own, where it has no name."""
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    whole = [record | dict(member="") for record in records if record["member"] == member]
-    with whole_file(into) as temporary:
-        temporary.write_text("".join(map(_line, whole)))
+def split_metrics(path: Path, folders: Mapping[str, Path]) -> None:
+    """Write the records of members of a stack to files in folders of their own, where they have no names.
+
+    Args:
+      path: the records of all members.
+      folders: the folder of each member whose records are written, by name.
+    """
+    lines: dict[str, list[str]] = {member: [] for member in folders}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if record["member"] in lines:
+            lines[record["member"]].append(_line(record | dict(member="")))
+    for member, folder in folders.items():
+        with whole_file(folder / METRICS) as temporary:
+            temporary.write_text("".join(lines[member]))
 
 
 def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -126,11 +126,12 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
         members=_member_results(stack, metrics, np.asarray(dead(state.silent_MxF))),
         mesh=MeshShape.of(mesh, process_count()),
     )
-    for index, member in enumerate(members):
-        if run.stack and run.writes(member.name):
-            if is_first_process():
-                split_metrics(folder / METRICS, member.name, run.member_folder(member.name) / METRICS)
-            run.finish_member(member.name, results.of_member(index))
+    if run.stack:
+        finished = {index: member.name for index, member in enumerate(members) if run.writes(member.name)}
+        if is_first_process():
+            split_metrics(folder / METRICS, {name: run.member_folder(name) for name in finished.values()})
+        for index, name in finished.items():
+            run.finish_member(name, results.of_member(index))
     return results
 
 
