@@ -144,7 +144,9 @@ def run_stages(
         if processes and options.keep_going:
             processes.begin_unit(unit)
         try:
-            if failed and (missing := [need for need in map(_whole, pipeline.plan.needs(unit)) if need in failed]):
+            # Of a stack that failed, all members count as failed.
+            needs = [split_unit(need)[0] for need in pipeline.plan.needs(unit)] if failed else []
+            if missing := [need for need in needs if need in failed]:
                 failed[unit] = f"left out, for {missing[0]} failed"
                 continue
             _run_unit(pipeline, unit)
@@ -162,11 +164,6 @@ def run_stages(
     if failed:
         lines = "; ".join(f"{unit}: {why}" for unit, why in failed.items())
         raise CheckFailed(f"{len(failed)} of {len(units)} units: {lines}")
-
-
-def _whole(unit: str) -> str:
-    """Return the unit that makes a unit: itself, or the stack that it is a member of."""
-    return split_unit(unit)[0]
 
 
 def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callable[[str], None]) -> Sequence[str]:
@@ -214,27 +211,32 @@ def _run_unit(pipeline: _Pipeline, unit: str) -> None:
             write_rules(workspace.root, plan.configs, with_inputs(pipeline.stages))
         with contextlib.ExitStack() as claims:
             claims.enter_context(workspace.claim(unit, mark, pipeline.options.take_over))
-            if processes is None and plan.is_done(workspace, unit):  # another run has made it meanwhile
-                pipeline.say(f"{unit}: done before, unchanged")
-            else:
-                previous = workspace.current(unit)
-                resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
-                differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
-                pipeline.report(unit, f"{unit}: {'going on' if resumed else 'started'}{differences}")
-                stack = None
-                try:
-                    stack = _open_stack(pipeline, unit, claims) if plan.members(unit) else None
-                    _run_together(pipeline, unit, inputs, stack)
-                except UserError:
-                    for member in stack.missing if stack else ():
-                        workspace.discard_if_empty(unit, plan.fingerprint(f"{unit}/{member}"))
-                    workspace.discard_if_empty(unit, mark)
-                    raise
-        if processes:
-            processes.barrier(f"{unit}: done")
-    elif processes:
+            _run_claimed(pipeline, unit, inputs, claims)
+    else:
         _run_together(pipeline, unit, inputs)
+    if processes:
         processes.barrier(f"{unit}: done")
+
+
+def _run_claimed(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], claims: contextlib.ExitStack) -> None:
+    """Begin a claimed unit and run its stage; after bad input no folder is left in which nothing was made."""
+    workspace, plan = pipeline.workspace, pipeline.plan
+    if pipeline.processes is None and plan.is_done(workspace, unit):  # another run has made it meanwhile
+        pipeline.say(f"{unit}: done before, unchanged")
+        return
+    mark, previous = plan.fingerprint(unit), workspace.current(unit)
+    resumed = workspace.begin(unit, mark, _start(plan, unit, plan.configs))
+    differences = "" if resumed or previous is None else _describe_changes(plan, unit, previous)
+    pipeline.report(unit, f"{unit}: {'going on' if resumed else 'started'}{differences}")
+    stack: StackWork | None = None
+    try:
+        stack = _open_stack(pipeline, unit, claims) if plan.members(unit) else None
+        _run_together(pipeline, unit, inputs, stack)
+    except UserError:
+        for member in stack.missing if stack else ():
+            workspace.discard_if_empty(unit, plan.fingerprint(f"{unit}/{member}"))
+        workspace.discard_if_empty(unit, mark)
+        raise
 
 
 def _open_stack(pipeline: _Pipeline, unit: str, claims: contextlib.ExitStack) -> StackWork:
@@ -276,6 +278,7 @@ def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], st
 
 
 def _member_folders(pipeline: _Pipeline, unit: str) -> dict[str, Path]:
+    """Return the folders of a stack's members, by name."""
     plan, workspace = pipeline.plan, pipeline.workspace
     return {member: workspace.folder(unit, plan.fingerprint(f"{unit}/{member}")) for member in plan.members(unit)}
 

@@ -24,11 +24,11 @@ class UnitMember:
 
     Attributes:
       configs: the settings of a run in which it is alone.
-      also: what else its result depends on, by name.
+      sources: what else its result depends on, by name; its fingerprint counts them.
     """
 
     configs: Configs
-    also: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,7 @@ class Workplan:
         return {} if [*members] == [""] else members
 
     def _all_members(self, unit: str) -> Mapping[str, UnitMember]:
+        """Return the members of a unit as its stage names them: a dictionary alone is the one member ""."""
         if unit not in self._members:
             stage, _, name = unit.partition("/")
             self._members[unit] = STAGES[stage].members(self.configs, name)
@@ -72,9 +73,8 @@ class Workplan:
                 dictionary = f"{needed_name}/{member}"
                 flag = f"--{stage}.{_naming_field(self.configs.named(stage), dictionary)}"
                 check_member(dictionary, list(self._all_members(whole)), flag)
-            needs.append(
-                need if self.members(whole) else whole
-            )  # members that are no units of their own are read from the whole
+            # Members that are no units of their own are read from the whole.
+            needs.append(need if self.members(whole) else whole)
         return list(dict.fromkeys(needs))
 
     def fingerprint(self, unit: str) -> str:
@@ -95,10 +95,11 @@ class Workplan:
         return all(workspace.is_done(whole, mark) for mark in marks)
 
     def _dependencies_of(self, unit: str, member: str) -> Dependencies:
+        """Return what a unit depends on; ``member`` "": the whole unit, whether it is a stack or not."""
         stage, name = STAGES[unit.partition("/")[0]], unit.partition("/")[2]
         members = self._all_members(unit)
         if members and member not in members:  # the whole stack
-            marks = {f"{unit}/{name}": self.fingerprint(f"{unit}/{name}") for name in members}
+            marks = {f"{unit}/{key}": self.fingerprint(f"{unit}/{key}") for key in members}
             return Dependencies(unit=unit, settings={}, needs=marks, sources={}, revision=stage.revision)
         lone = members.get(member, UnitMember(self.configs))
         # A reader of some sites of a store does not depend on the others.
@@ -114,7 +115,7 @@ class Workplan:
             unit=unit,
             settings=settings_read(stage, lone.configs, name),
             needs=needs,
-            sources={**self._sources_of(stage, name), **lone.also},
+            sources={**self._sources_of(stage, name), **lone.sources},
             revision=stage.revision,
         )
 

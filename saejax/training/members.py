@@ -119,8 +119,8 @@ def choose_sites(config: TrainConfig, captured: Sequence[str] | None) -> list[st
             raise UserError(f"--train.sites={','.join(config.sites)} with --train.source=model: name the sites to read")
         return list(config.sites)
     if config.sites == ("all",):
-        found_kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
-        kind = found_kinds.pop() if len(found_kinds) == 1 else "resid_post"
+        kinds = {site.partition(".")[0] for site in captured} & set(SITE_KINDS)
+        kind = kinds.pop() if len(kinds) == 1 else "resid_post"
         kind = "mlp_in" if config.form != "sae" else kind
         sites = [site for site in captured if site.partition(".")[0] == kind]
         if not sites:
@@ -159,14 +159,14 @@ def units_of_members(configs: Configs, kind: str) -> dict[str, UnitMember]:
     for config in train.each_expansion():
         for member in make_members(config, kind, choose_sites(config, captured)):
             # Nothing is added where it is what a run of this member alone would have.
-            seed, also = member.settings["seed"], {}
+            seed, sources = member.settings["seed"], {}
             if member.site_index:
-                also["site_index"] = str(member.site_index)
+                sources["site_index"] = str(member.site_index)
             if seed != train.seed[0]:
-                also["order_seed"] = str(train.seed[0])
+                sources["order_seed"] = str(train.seed[0])
             if train.init_from and member.name:
-                also["init_from"] = member.name
-            units[member.name] = UnitMember(configs | _settings_alone(config, kind, member), also)
+                sources["init_from"] = member.name
+            units[member.name] = UnitMember(configs | _settings_alone(config, kind, member), sources)
     return units
 
 
