@@ -25,18 +25,18 @@ def lead(graphs: Sequence[ReportedGraph]) -> str:
     """Return a paragraph on all graphs for the beginning of the report."""
     explained = [graph.results.scores.replacement for graph in graphs]
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
-    said = (
+    paragraph = (
         f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
         f"it {span(explained, percent)} comes from the prompt's tokens through features; the rest starts at what "
         f"the {missed(graphs)} do not explain."
     )
     correlations = [value for value in (graph.correlation for graph in graphs) if value is not None]
     if correlations:
-        said += (
+        paragraph += (
             " What the edges foretell has a correlation of "
             f"{span(correlations, number)} with what happens when features are doubled."
         )
-    return said
+    return paragraph
 
 
 def sections(found: Findings, draw: Draw) -> list[Section]:
@@ -84,13 +84,13 @@ def _section(graph: ReportedGraph, report: Path) -> Section:
 
 def _targets(targets: Sequence[GraphTarget], most: int = 5) -> str:
     """Return tokens with their probabilities and differences with their logits; of many, the first ones."""
-    said = [
+    descriptions = [
         f"{one_line(target.label)} "
         + (f"(difference of {number(target.logit)})" if " - " in target.label else f"({_chance(target)})")
         for target in targets[:most]
     ]
     rest = f", and {len(targets) - most} more" if len(targets) > most else ""
-    return ", ".join(said) + rest
+    return ", ".join(descriptions) + rest
 
 
 def _chance(target: GraphTarget) -> str:

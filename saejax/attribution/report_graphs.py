@@ -122,7 +122,7 @@ def _row(graph: ReportedGraph) -> tuple[str, ...]:
 
 def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
     """Return what the columns of the tables are."""
-    said = {
+    meanings = {
         "Traced": "active features that have a node, the most influential ones.",
         "Replacement": "of the influence on the answer, which starts at tokens and at errors, the share of the tokens: "
         "1 if features explain all, 0 if errors do.",
@@ -136,14 +136,14 @@ def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
             transcoders="features were raised one by one with all held as the graph has it",
             SAEs="the effect of each of some features was taken by derivatives forwards",
         )
-        said |= {
+        meanings |= {
             "Edges off by": f"{'; of SAEs '.join(held[kind] for kind in missed(graphs).split(' or '))}; the largest "
             "difference between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is "
             "an error of the arithmetic.",
             "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "
             "picture drawn on this prompt foretells the model.",
         }
-    return Terms(tuple(said.items()))
+    return Terms(tuple(meanings.items()))
 
 
 def known(value: float | None) -> bool:

@@ -47,13 +47,13 @@ def unit_name(config: GraphConfig) -> str:
       UserError: prompts are given in two ways, or not with one of transcoders and SAEs, or a head is not written as
         one.
     """
-    given = {
+    is_given = {
         "--graph.prompt": bool(config.prompt),
         "--graph.token_ids": bool(config.token_ids),
         "--graph.prompts": bool(config.prompts),
         "--graph.behaviours": bool(config.behaviours),
     }
-    named = [flag for flag, there in given.items() if there]
+    named = [flag for flag, there in is_given.items() if there]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
     if not named:
@@ -158,20 +158,20 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     """
     from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
 
-    found = labels_of_folders([config.transcoders] if config.transcoders else config.dictionaries)
+    automatic = labels_of_folders([config.transcoders] if config.transcoders else config.dictionaries)
     if not config.labels:
-        return found
+        return automatic
     path = Path(config.labels)
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)
     except ValueError:
         labels = None
-    known = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
-    if not known or not all(isinstance(label, str) for label in labels.values()):
+    has_feature_keys = isinstance(labels, dict) and all(re.fullmatch(r"\d+_\d+", key) for key in labels)
+    if not has_feature_keys or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
     pairs = {key: key.split("_") for key in labels}
-    return found | {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
+    return automatic | {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:
@@ -180,13 +180,13 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:
     Raises:
       UserError: a text is no head.
     """
-    found = []
+    heads = []
     for text in config.query_key:
         parts = re.fullmatch(r"(\d+)\.(\d+)(?:@(-?\d+))?", text.strip())
         if not parts:
             raise UserError(f"--graph.query_key={text}: expected layer.head or layer.head@position")
-        found.append((int(parts[1]), int(parts[2]), int(parts[3] or -1)))
-    return list(dict.fromkeys(found))
+        heads.append((int(parts[1]), int(parts[2]), int(parts[3] or -1)))
+    return list(dict.fromkeys(heads))
 
 
 def of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...] = ()) -> Request:
@@ -200,15 +200,15 @@ def of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText
 def _of_line(record: Any, targets: tuple[TargetText, ...], where: str) -> Request:
     if not isinstance(record, dict) or set(record) - set(_KEYS) or ("prompt" in record) == ("token_ids" in record):
         raise UserError(f"{where} is no prompt to trace: expected {_EXAMPLE}, or token_ids in place of prompt")
-    text, ids, own = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
+    text, ids, named = record.get("prompt", ""), record.get("token_ids", ()), record.get("targets")
     if text == "" and not ids:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     right = isinstance(text, str) and isinstance(ids, list | tuple) and all(type(token) is int for token in ids)
-    if not (right and (text or ids)) or not (own is None or all(isinstance(target, str) for target in own)):
+    if not (right and (text or ids)) or not (named is None or all(isinstance(target, str) for target in named)):
         raise UserError(f"{where}: prompt and targets are texts, token_ids whole numbers: expected {_EXAMPLE}")
     slug = record.get("slug")
     slug = _slug_of(text or "-".join(map(str, ids))) if slug is None else _checked_slug(slug, where)
-    return Request(slug, text or tuple(ids), targets if own is None else tuple(map(_target, own)))
+    return Request(slug, text or tuple(ids), targets if named is None else tuple(map(_target, named)))
 
 
 def _target(text: str) -> TargetText:

@@ -121,12 +121,12 @@ def _write_about(folder: Path, source: NeuronpediaSource, creator: str, document
     """
     for name in ("features", "activations", "explanations"):
         (folder / name).mkdir(parents=True)
-    release, said = f"{source.model}-{source.set}", f"Features of {source.model}, interpreted by saejax"
+    release, description = f"{source.model}-{source.set}", f"Features of {source.model}, interpreted by saejax"
     shared = dict(creatorId=CREATOR_ID, visibility="PUBLIC")
-    made = shared | dict(creatorName=creator, description=said, urls=[])
+    made = shared | dict(creatorName=creator, description=description, urls=[])
     named = dict(displayName=source.model, displayNameShort=source.model)
     rows = dict(
-        release=made | dict(name=release, descriptionShort=said),
+        release=made | dict(name=release, descriptionShort=description),
         # No layers of no neurons, as other writers have it: none are in the bundle.
         model=shared | named | dict(id=source.model, layers=0, neuronsPerLayer=0, owner="", instruct=False),
         sourceset=made | dict(modelId=source.model, name=source.set, releaseName=release, hasGraphs=False),
@@ -146,12 +146,12 @@ def _write_batch(
 ) -> None:
     """Write some features, their contexts and their labels to the bundle."""
     rows: dict[str, Iterable[dict[str, Any]]] = dict(
-        features=(feature_row(source, one, W_dec_FxD[one["feature"]]) for one in records),
-        activations=(row for one in records for row in activation_rows(source, one)),
+        features=(feature_row(source, record, W_dec_FxD[record["feature"]]) for record in records),
+        activations=(row for record in records for row in activation_rows(source, record)),
         explanations=(
-            explanation_row(source, one["feature"], labels[one["feature"]])
-            for one in records
-            if one["feature"] in labels
+            explanation_row(source, record["feature"], labels[record["feature"]])
+            for record in records
+            if record["feature"] in labels
         ),
     )
     for name, some in rows.items():

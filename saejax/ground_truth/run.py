@@ -80,27 +80,29 @@ def _judge(
     folder.mkdir(exist_ok=True)
     stack: list[Member] = []
     for config in train.each_expansion():
-        own = make_members(config, kind, [SITE])
+        members = make_members(config, kind, [SITE])
         inner = for_expansion(dataclasses.replace(run, name=kind, folder=folder), config)
-        train_stack(inner, own, synthetic_source(truth, world, train.batch))
-        stack += own
+        train_stack(inner, members, synthetic_source(truth, world, train.batch))
+        stack += members
     groups: dict[str, list[Member]] = {}
     for member in stack:
         groups.setdefault(_without_seed(member), []).append(member)
     judged = []
-    for name, own in groups.items():
-        found = []
-        for member in own:
+    for name, members in groups.items():
+        seed_scores = []
+        for member in members:
             if run.stopping():
                 raise Interrupted("stopped while dictionaries were scored: run the same command again to continue")
             dictionary = load_dictionary(folder / member.name / "dictionary")
             matching = Matching.of(np.asarray(dictionary.W_dec_FxD[...]), np.asarray(world.directions_JxD))
             counts = count(dictionary, world, truth, matching)
-            found.append(scores(counts, matching, world, truth.frequent))
-            write_json(folder / member.name / "scores.json", found[-1])
-        seeds = tuple(member.settings["seed"] for member in own)
-        ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in found[0]}
-        spread = FoundFeatures(**{score: over_seeds([one[score] for one in found], ends[score]) for score in ends})
+            seed_scores.append(scores(counts, matching, world, truth.frequent))
+            write_json(folder / member.name / "scores.json", seed_scores[-1])
+        seeds = tuple(member.settings["seed"] for member in members)
+        ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in seed_scores[0]}
+        spread = FoundFeatures(
+            **{score: over_seeds([one[score] for one in seed_scores], ends[score]) for score in ends}
+        )
         judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
     return judged
 

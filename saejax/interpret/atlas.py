@@ -46,10 +46,10 @@ def run_atlas(run: Run) -> AtlasResults:
     tested = _ablated(run)
     made = []
     for member in interpreted.members:
-        source, own = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
+        source, hand_labels = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
-        labels = load_labels(source / LABELS) | by_model | own
+        labels = load_labels(source / LABELS) | by_model | hand_labels
         records = _with_scores(source, judged)
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
         top = tested.top if tested and tested.dictionary == name else {}
@@ -57,10 +57,10 @@ def run_atlas(run: Run) -> AtlasResults:
         wanted = {item.feature for items in top.values() for item in items}
         automatic = load_labels(source / LABELS) | by_model
         sheets = run.folder / member.name / "review"
-        reviewed = write_sheets(sheets, name, top, read_records(source, wanted), automatic, own) if top else ()
-        written = len(by_model.keys() - own.keys())
-        found = len(labels) - len(own) - written
-        made.append(AtlasPages(name, member.name, member.features, len(own), found, written, reviewed))
+        reviewed = write_sheets(sheets, name, top, read_records(source, wanted), automatic, hand_labels) if top else ()
+        written = len(by_model.keys() - hand_labels.keys())
+        by_rule = len(labels) - len(hand_labels) - written
+        made.append(AtlasPages(name, member.name, member.features, len(hand_labels), by_rule, written, reviewed))
         run.say(f"open {run.folder / member.name / 'index.html'}")
     return AtlasResults(run.name, tuple(made))
 

@@ -83,22 +83,22 @@ class HeadShares:
     """
 
     def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
-        own = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
-        lengths = documents.lengths_N[own]
+        documents_D = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
+        lengths = documents.lengths_N[documents_D]
         length = int(min(LONGEST, np.median(lengths)))
-        own = own[lengths >= length]
-        own = own[np.argsort(priority(own))][: -(-tokens // length)]
-        place_DxT = documents.starts_N[own][:, None] + np.arange(length)
+        documents_D = documents_D[lengths >= length]
+        documents_D = documents_D[np.argsort(priority(documents_D))][: -(-tokens // length)]
+        place_DxT = documents.starts_N[documents_D][:, None] + np.arange(length)
         marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
         rows = []
-        for start in range(0, len(own), AT_ONCE):
+        for start in range(0, len(documents_D), AT_ONCE):
             ids_BxT = documents.ids_T[place_DxT[start : start + AT_ONCE]]
             padded = np.pad(ids_BxT, ((0, AT_ONCE - len(ids_BxT)), (0, 0)))
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
         shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
-            len(own), length - 1, -1
+            len(documents_D), length - 1, -1
         )  # the first token attends only to itself
-        self._heads, self._documents, self._length = lm.config.n_heads, len(own), length - 1
+        self._heads, self._documents, self._length = lm.config.n_heads, len(documents_D), length - 1
         flat_NxM = shares_DxXxM.reshape(-1, shares_DxXxM.shape[-1])
         spread_M = flat_NxM.std(axis=0)
         self._shares_NxM = np.where(spread_M > 1e-6, (flat_NxM - flat_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)

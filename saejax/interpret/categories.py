@@ -58,17 +58,17 @@ def read_prompts(inputs: Mapping[str, Path]) -> list[CategorisedPrompt]:
     Args:
       inputs: folders of units by name.
     """
-    found = []
+    prompts = []
     for unit, folder in inputs.items():
         stage, _, name = unit.partition("/")
         if stage == "baseline":
             for line in read_lines(folder / "prompts.jsonl"):
-                found.append(CategorisedPrompt(line["text"], line["behaviour"], line["logit_diff"] > 0))
+                prompts.append(CategorisedPrompt(line["text"], line["behaviour"], line["logit_diff"] > 0))
         elif stage == "benchmark":
             for line in read_lines(folder / "items.jsonl"):
                 verdict = line.get("flexible") or line.get("raw")
-                found.append(CategorisedPrompt(line["prompt"], name, verdict["correct"] if verdict else None))
-    return found
+                prompts.append(CategorisedPrompt(line["prompt"], name, verdict["correct"] if verdict else None))
+    return prompts
 
 
 def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence[str]) -> np.ndarray:
@@ -149,12 +149,12 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
     p_MxA = np.stack(p)
     rising, q_of = adjusted(p_MxA.reshape(-1), p_MxA.size)
     q_MxA = q_of[np.searchsorted(rising, p_MxA, side="right") - 1]
-    found: dict[int, list[FeatureCategory]] = {}
+    categories: dict[int, list[FeatureCategory]] = {}
     for a in np.flatnonzero((q_MxA <= LEVEL).any(axis=0)):
         for m in np.argsort(q_MxA[:, a], kind="stable")[:LISTED]:
             if q_MxA[m, a] <= LEVEL:
                 inside_A, n_in, outside_A, n_out = cells[m]
-                found.setdefault(int(live[a]), []).append(
+                categories.setdefault(int(live[a]), []).append(
                     FeatureCategory(
                         category=tests[m].name,
                         active=int(inside_A[a]),
@@ -164,7 +164,7 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
                         q=float(f"{q_MxA[m, a]:.4g}"),
                     )
                 )
-    return found
+    return categories
 
 
 def categorise(

@@ -194,14 +194,14 @@ class _Explainer:
         self, answers: Answers, chosen: Sequence[HeldOut], records: Mapping[int, FeatureRecord]
     ) -> dict[int, Label]:
         """Return the labels that the model writes from training text."""
-        asked = []
+        requests = []
         for held in chosen:
             record = records[held.feature]
             contexts = record["examples"] + record["groups"]
             distinct = {(context["document"], context["position"]): context for context in contexts}
             promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
-            asked.append(questions.explain(list(distinct.values()), promoted, self._config.answer_tokens))
-        labels = map(questions.read_label, answers.all(asked, "labels"))
+            requests.append(questions.explain(list(distinct.values()), promoted, self._config.answer_tokens))
+        labels = map(questions.read_label, answers.all(requests, "labels"))
         model = self._config.model
         return {held.feature: Label(label, model) for held, label in zip(chosen, labels, strict=True) if label}
 

@@ -52,8 +52,8 @@ def held_out(
       draws: contexts from each tenth of a feature's firings.
       seed: seed of the silent contexts and of ``wrong``; each feature has its own generator.
     """
-    known = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
-    known[place] = True
+    in_text = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
+    in_text[place] = True
     for block in blocks(folder, features):
         chosen = [i for i in range(block.size) if block.first + i in wanted and block.counts[i] >= MIN_FIRINGS]
         if chosen:
@@ -61,8 +61,8 @@ def held_out(
         for i in chosen:
             rng = np.random.default_rng((seed, block.first + i))
             firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
-            active = contexts.contexts(block, text, known, i, firings)
-            silent = contexts.contexts(block, text, known, i, _silent_places(block, text, place, i, rng, len(active)))
+            active = contexts.contexts(block, text, in_text, i, firings)
+            silent = contexts.contexts(block, text, in_text, i, _silent_places(block, text, place, i, rng, len(active)))
             marks = -(-sum(len(active_positions(context)) for context in active) // len(active))
             lengths = [len(context["tokens"]) for context in silent]
             wrong = [sorted(rng.choice(length, min(marks, length), replace=False).tolist()) for length in lengths]

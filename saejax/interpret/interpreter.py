@@ -184,21 +184,21 @@ class Interpreter:
           output: tokens that features promote; None: unknown.
           on_block: called with the number of each block of firings, the block, and its counts of tokens.
         """
-        found: Found = []
+        all_detectors: Found = []
         fires_F = np.zeros(features)
         what = dict(own="of the dictionary", frozen="of the frozen-random one", random="of random directions")[
             firings.name
         ]
         progress = TextProgress(lambda line: self.run.say(f"labels {what} are searched: {line}"), features, "features")
         for number, block in enumerate(blocks(firings, features)):
-            own = slice(block.first, block.first + block.size)
-            codes = output.raised(own) if output else ()
+            of_block = slice(block.first, block.first + block.size)
+            codes = output.raised(of_block) if output else ()
             detectors, tokens = best_detectors(block, self.text, bases, codes)
-            found, fires_F[own] = found + detectors, block.counts
+            all_detectors, fires_F[of_block] = all_detectors + detectors, block.counts
             if on_block:
                 on_block(number, block, tokens)
             progress.add(block.size)
-        return found, fires_F / bases["position"].places
+        return all_detectors, fires_F / bases["position"].places
 
     def _frozen(
         self, frozen: Dictionary, scored: Scored, live: np.ndarray, labels: Mapping[int, Label]
@@ -249,11 +249,11 @@ class Interpreter:
         """Add labels, their scores, q-values and prompt categories to the records."""
         for path in sorted((folder / FEATURES).glob("*.json")):
             records: list[FeatureRecord] = read_json(path)
-            for one in records:
-                describer.adjust(one)
-                scored.describe(one)
-                if one["feature"] in labels:
-                    one["label"] = labels[one["feature"]].label
-                if one["feature"] in categories:
-                    one["categories"] = categories[one["feature"]]
+            for feature_record in records:
+                describer.adjust(feature_record)
+                scored.describe(feature_record)
+                if feature_record["feature"] in labels:
+                    feature_record["label"] = labels[feature_record["feature"]].label
+                if feature_record["feature"] in categories:
+                    feature_record["categories"] = categories[feature_record["feature"]]
             write_text(path, json.dumps(records, separators=(",", ":"), ensure_ascii=False, allow_nan=False))

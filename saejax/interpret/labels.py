@@ -60,18 +60,18 @@ def read_labels(
     Raises:
       UserError: the file cannot be read, a column is missing, or a feature does not exist or comes twice.
     """
-    found: dict[int, Label] = {}
+    label_of: dict[int, Label] = {}
     if path.is_dir():
         for file in sorted(path.glob("*.csv")):
             labels = read_labels(file, dictionary, features, several, flag)
-            for feature in labels.keys() & found.keys():
-                if labels[feature].label != found[feature].label:
+            for feature in labels.keys() & label_of.keys():
+                if labels[feature].label != label_of[feature].label:
                     raise UserError(
-                        f"{file}: feature {feature} is {labels[feature].label!r}, and {found[feature].label!r} in an "
-                        "earlier file: keep one of them"
+                        f"{file}: feature {feature} is {labels[feature].label!r}, and {label_of[feature].label!r} in "
+                        "an earlier file: keep one of them"
                     )
-            found |= labels
-        return found
+            label_of |= labels
+        return label_of
     for number, row in enumerate(_rows(path, (*_COLUMNS, "dictionary") if several else _COLUMNS, flag), 2):
         if (row.get("dictionary") or dictionary) != dictionary:
             continue
@@ -80,11 +80,11 @@ def read_labels(
             raise UserError(
                 f"{path}, line {number}: there is no feature {text!r} in {dictionary}: expected 0 to {features - 1}"
             )
-        if int(text) in found:
+        if int(text) in label_of:
             raise UserError(f"{path}, line {number}: feature {text} has a label already: keep one line of it")
         if row["label"].strip():
-            found[int(text)] = Label(row["label"].strip(), row["reviewer"].strip() or "by hand", row["note"].strip())
-    return found
+            label_of[int(text)] = Label(row["label"].strip(), row["reviewer"].strip() or "by hand", row["note"].strip())
+    return label_of
 
 
 def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer: str, flag: str) -> None:

@@ -44,18 +44,18 @@ def write_sheets(
         rows = []
         for effect in effects:
             feature, record = effect.feature, records.get(effect.feature)
-            own, found = by_hand.get(feature), automatic.get(feature)
+            label_by_hand, automatic_label = by_hand.get(feature), automatic.get(feature)
             contexts = [_one_line(context) for context in record.get("examples", [])[:CONTEXTS]] if record else []
             rows.append(
                 dict(
                     feature=feature,
-                    label=own.label if own else "",
-                    note=own.note if own else "",
-                    reviewer=own.by if own else "",
+                    label=label_by_hand.label if label_by_hand else "",
+                    note=label_by_hand.note if label_by_hand else "",
+                    reviewer=label_by_hand.by if label_by_hand else "",
                     dictionary=dictionary,
                     logits_lost=f"{effect.drop.mean:.3f}",
                     firing_rate=f"{effect.firing_rate:.4f}",
-                    automatic_label=f"{found.label} (by {found.by})" if found else "",
+                    automatic_label=f"{automatic_label.label} (by {automatic_label.by})" if automatic_label else "",
                     top_tokens=top_tokens(record) if record else "",
                     **{f"context_{n + 1}": contexts[n] if n < len(contexts) else "" for n in range(CONTEXTS)},
                 )

@@ -33,19 +33,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Like ``main``, but returns the exit status."""
-    own = command_line.stage_flags()
-    flags.DEFINE_string("dir", "", "", flag_values=own)
-    flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=own)
-    flags.DEFINE_string("labels", "", "", flag_values=own)
+    flag_values = command_line.stage_flags()
+    flags.DEFINE_string("dir", "", "", flag_values=flag_values)
+    flags.DEFINE_integer("port", 8765, "", lower_bound=0, upper_bound=65535, flag_values=flag_values)
+    flags.DEFINE_string("labels", "", "", flag_values=flag_values)
     program, *rest = argv
     if rest and not rest[0].startswith("-"):
         rest[0] = f"--dir={rest[0]}"
 
     def work() -> None:
-        configs = command_line.read_configs(own, [program, *rest], ["attribute"])
-        if own["help"].value:
+        configs = command_line.read_configs(flag_values, [program, *rest], ["attribute"])
+        if flag_values["help"].value:
             return print(ABOUT)
-        folder = own["dir"].value or own["workdir"].value
+        folder = flag_values["dir"].value or flag_values["workdir"].value
         if not folder:
             raise UserError("--dir=DIR is missing: name a workdir, or a folder of graphs")
         if not Path(folder).is_dir():
@@ -55,17 +55,17 @@ def run(argv: Sequence[str]) -> int:
                 raise UserError(
                     f"experiments.serve needs {package}, which is not installed: pip install 'saejax[serve]'"
                 )
-        token, listening = secrets.token_urlsafe(24), _listen(int(own["port"].value or 0))
+        token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()
         named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
-        labels = Path(own["labels"].value) if own["labels"].value else None
+        labels = Path(flag_values["labels"].value) if flag_values["labels"].value else None
         from saejax.serving.server import serve
 
         serve(Path(folder), configs, named, labels, token, listening)
         if stopped():
             raise Interrupted("serve: stopped")
 
-    return command.run_and_report(work, own)
+    return command.run_and_report(work, flag_values)
 
 
 def _listen(port: int) -> socket.socket:

@@ -207,7 +207,7 @@ class GraphStore:
 
     def _loose(self) -> list[StoredGraph]:
         """Return graphs of the folder without a list."""
-        found = []
+        graphs = []
         for path in sorted(self.root.glob("*.json")):
             key = path, path.stat().st_mtime
             if key not in self._looked:
@@ -216,20 +216,20 @@ class GraphStore:
             if isinstance(entry, str):
                 self._note(path, entry)
             elif entry is not None and (graph := self._at(path, entry)):
-                found.append(graph)
-        return found
+                graphs.append(graph)
+        return graphs
 
     @staticmethod
     def _read_loose(path: Path) -> DocumentMetadata | str | None:
         """Return a graph's metadata; what is wrong with it; None: it is something else."""
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return "is not JSON, or is cut off"
-        if not isinstance(found, dict) or "nodes" not in found:
+        if not isinstance(content, dict) or "nodes" not in content:
             return None
         try:
-            return read_document(found)["metadata"]
+            return read_document(content)["metadata"]
         except UserError as error:
             return str(error)
 

@@ -20,18 +20,18 @@ OTHER = "after the counterpart an answer begins with another token"
 
 
 def answer_ids(tokenizer: Any, text: str, answer: str) -> list[int]:
-    """Token ids of an answer that goes on from a text, at least one.
+    """Return the token ids of an answer that continues a text, at least one.
 
     Raises:
       UserError: the text's own tokens are other ones when the answer follows, so that no token begins the answer.
     """
-    found = continuation_ids(tokenizer, answer, text)
-    if not found:
+    ids = continuation_ids(tokenizer, answer, text)
+    if not ids:
         raise UserError(
             f"the answer {answer!r} has no token of its own after {text!r}: {MERGED}; write it so that the answer "
             "begins a word, or follows a mark such as '=' or '$'"
         )
-    return found
+    return ids
 
 
 def first_answer_ids(tokenizer: Any, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -44,9 +44,9 @@ def fault(tokenizer: Any, prompt: Prompt) -> str:
     """Return why a prompt's answers cannot be told apart by their first tokens; "" if they can."""
     texts = [prompt.text, *([prompt.counterpart] if prompt.counterpart else [])]
     answers = (prompt.correct, prompt.wrong)
-    found = [[continuation_ids(tokenizer, answer, text)[:1] for answer in answers] for text in texts]
-    if not all(map(all, found)):
+    first_ids = [[continuation_ids(tokenizer, answer, text)[:1] for answer in answers] for text in texts]
+    if not all(map(all, first_ids)):
         return MERGED
-    if found[0][0] == found[0][1]:
+    if first_ids[0][0] == first_ids[0][1]:
         return ALIKE
-    return "" if found[0] == found[-1] else OTHER
+    return "" if first_ids[0] == first_ids[-1] else OTHER

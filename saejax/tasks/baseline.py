@@ -61,8 +61,8 @@ def run_baseline(run: Run) -> BaselineResults:
     """
     task = run.configs[TaskConfig]
     tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: _load(run))
-    own = read_own_prompts(task, tokenizer)
-    names = (*task.behaviours, *own)
+    own_prompts = read_own_prompts(task, tokenizer)
+    names = (*task.behaviours, *own_prompts)
 
     def file(name: str) -> Path:
         return run.folder / PARTS / f"{name}.json"
@@ -72,29 +72,34 @@ def run_baseline(run: Run) -> BaselineResults:
             raise Interrupted("baseline: stopped; behaviours that were measured are kept")
         try:
             asked = name, task.train_prompts, task.test_prompts, task.seed, tokenizer
-            drawn = Drawn(own[name], {}) if name in own else make_prompts(*asked)
+            drawn = Drawn(own_prompts[name], {}) if name in own_prompts else make_prompts(*asked)
         except TooFewPrompts as error:
             run.say(f"{name}: not measured: {error}")
-            found = _Measured(None, str(error))
+            measured = _Measured(None, str(error))
         else:
             scores = score_prompts(model(), drawn.prompts)
             result = summarize(drawn, scores, task)
-            found = _Measured(result, None, tuple(drawn.prompts), tuple(scores))
+            measured = _Measured(result, None, tuple(drawn.prompts), tuple(scores))
             run.say(_line(name, result))
         file(name).parent.mkdir(exist_ok=True)
-        write_json(file(name), to_json(found))
+        write_json(file(name), to_json(measured))
 
     run.each(names, file, measure)
-    found = {name: from_json(_Measured, read_json(file(name)), file(name)) for name in names}
-    behaviours = {name: one.result for name, one in found.items() if one.result}
-    reasons = {name: one.result.left_out if one.result else one.too_few for name, one in found.items()}
+    measured_by_name = {name: from_json(_Measured, read_json(file(name)), file(name)) for name in names}
+    behaviours = {name: outcome.result for name, outcome in measured_by_name.items() if outcome.result}
+    reasons = {
+        name: outcome.result.left_out if outcome.result else outcome.too_few
+        for name, outcome in measured_by_name.items()
+    }
     left_out = {name: why for name, why in reasons.items() if why}
     if not behaviours and left_out:
         shutil.rmtree(run.folder / PARTS, ignore_errors=True)
         raise UserError(none_left(left_out))
     if left_out and len(left_out) == len(names):
         run.say(none_left(left_out))
-    prompts, scores = ([each for one in found.values() for each in getattr(one, of)] for of in ("prompts", "scores"))
+    prompts, scores = (
+        [each for outcome in measured_by_name.values() for each in getattr(outcome, of)] for of in ("prompts", "scores")
+    )
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
     write_left_out(run.folder, left_out)
     shutil.rmtree(run.folder / PARTS, ignore_errors=True)

@@ -105,15 +105,15 @@ def _read_lines(path: Path, read: Callable[[dict[str, Any]], Any], what: str) ->
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # other line separators are part of a text
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: run the stage baseline first") from None
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
-            found.append(read(json.loads(line)))
+            records.append(read(json.loads(line)))
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(
                 f"line {number} of {path} is not {what}: the file is damaged; delete its folder and run the stage "
                 "baseline again"
             ) from None
-    return found
+    return records

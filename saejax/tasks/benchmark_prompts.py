@@ -38,24 +38,24 @@ class Prompter:
 
     def prompt(self, item: Item) -> str:
         """Return the text before the answer to a question."""
-        known = definition(self.name)
+        benchmark = definition(self.name)
         shown = _examples(self.name, item.task)[: self.shots]
         if self.brief:
-            shown = [(asked, final_number(answer)) for asked, answer in shown]
+            shown = [(question, final_number(answer)) for question, answer in shown]
         if not self.chat:
-            worked = "".join(f"{known.question.format(asked)} {answer}{_ENDS}" for asked, answer in shown)
-            return worked + known.question.format(item.question)
+            worked = "".join(f"{benchmark.question.format(question)} {answer}{_ENDS}" for question, answer in shown)
+            return worked + benchmark.question.format(item.question)
         messages = []
-        for asked, answer in shown:
-            messages += [dict(role="user", content=asked), dict(role="assistant", content=answer)]
+        for question, answer in shown:
+            messages += [dict(role="user", content=question), dict(role="assistant", content=answer)]
         messages.append(dict(role="user", content=item.question))
         # Not as a system message, which some templates do not have.
-        instruction = known.brief if self.brief else known.instruction
+        instruction = benchmark.brief if self.brief else benchmark.instruction
         messages[0]["content"] = f"{instruction}\n\n{messages[0]['content']}"
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt; of a chat template, which writes the special tokens itself, without further ones."""
+        """Return the token ids of a prompt; a chat template writes the special tokens itself, so none are added."""
         return encode(self.tokenizer, text, bos="never" if self.chat else "auto")
 
 
@@ -65,16 +65,16 @@ def make_prompter(name: str, task: TaskConfig, tokenizer: Any) -> Prompter:
     Raises:
       UserError: there are not so many worked examples, or the tokenizer has no chat template.
     """
-    known = definition(name)
-    shots = known.shots if task.shots < 0 else task.shots
-    most = min(len(_examples(name, part)) for part in known.parts)
+    benchmark = definition(name)
+    shots = benchmark.shots if task.shots < 0 else task.shots
+    most = min(len(_examples(name, part)) for part in benchmark.parts)
     if shots > most:
         raise UserError(f"--task.shots={shots}: {name} has {most} worked examples; expected 0 to {most}")
     if task.chat_template and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "--task.chat_template: the model's tokenizer has no chat template (base models have none): leave it out"
         )
-    brief = way(name, task) == "choice" and bool(known.brief)
+    brief = way(name, task) == "choice" and bool(benchmark.brief)
     return Prompter(name, shots, task.chat_template, tokenizer, brief)
 
 

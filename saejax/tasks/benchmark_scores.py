@@ -60,11 +60,11 @@ def score_items(
     ways: dict[str, Callable[..., Sequence[ScoredItem]]]
     ways = dict(generate=_generate, choice=_choose, likelihood=_reference)
     score, prompts = ways[scored or way(name, task)], [prompter.prompt(item) for item in items]
-    return [*score(lm, _Asked(prompter, items, prompts, task, tuple(edits)))] if items else []
+    return [*score(lm, _ScoringRequest(prompter, items, prompts, task, tuple(edits)))] if items else []
 
 
-class _Asked(NamedTuple):
-    """Items with their prompts, and how they are asked."""
+class _ScoringRequest(NamedTuple):
+    """Items to score, with their prompts and settings."""
 
     prompter: Prompter
     items: Sequence[Item]
@@ -73,32 +73,32 @@ class _Asked(NamedTuple):
     edits: tuple[Edit, ...]
 
     def each(self) -> list[tuple[Item, tuple[str, str, str, str]]]:
-        """Every item with the fields of its ``ScoredItem``."""
+        """Return every item with the fields of its ``ScoredItem``."""
         pairs = zip(self.items, self.prompts, strict=True)
         return [(item, (item.id, item.task, prompt, item.answer)) for item, prompt in pairs]
 
 
-def _generate(lm: LanguageModel, asked: _Asked) -> list[GeneratedItem]:
-    prompter, task = asked.prompter, asked.task
-    known, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in asked.prompts]
+def _generate(lm: LanguageModel, request: _ScoringRequest) -> list[GeneratedItem]:
+    prompter, task = request.prompter, request.task
+    benchmark, ids = definition(prompter.name), [prompter.encode(prompt) for prompt in request.prompts]
     most = answer_tokens(prompter.name, task)
-    for item, prompt_ids in zip(asked.items, ids):
+    for item, prompt_ids in zip(request.items, ids):
         _check_length(lm, prompter, item, len(prompt_ids), most, " or --task.max_new_tokens")
     rows = []
     for first in range(0, len(ids), task.batch):
         batch = slice(first, first + task.batch)
-        answers = lm.generate(pad(ids[batch]), most, stop=known.stop, edits=asked.edits)
-        for (item, about), answer in zip(asked.each()[batch], answers, strict=True):
+        answers = lm.generate(pad(ids[batch]), most, stop=benchmark.stop, edits=request.edits)
+        for (item, about), answer in zip(request.each()[batch], answers, strict=True):
             verdicts = _VERDICTS[prompter.name](answer.text, item.answer)
             rows.append(GeneratedItem(*about, answer.text, answer.finished, verdicts["strict"], verdicts["flexible"]))
     return rows
 
 
-def _choose(lm: LanguageModel, asked: _Asked) -> list[ChosenItem]:
-    choices = [(item, prompt, one) for item, prompt in zip(asked.items, asked.prompts) for one in item.choices]
-    scored = iter(_scored(lm, asked, choices))
+def _choose(lm: LanguageModel, request: _ScoringRequest) -> list[ChosenItem]:
+    choices = [(item, prompt, one) for item, prompt in zip(request.items, request.prompts) for one in item.choices]
+    scored = iter(_scored(lm, request, choices))
     rows = []
-    for item, about in asked.each():
+    for item, about in request.each():
         totals = [next(scored).total for _ in item.choices]
         per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
         chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
@@ -107,25 +107,25 @@ def _choose(lm: LanguageModel, asked: _Asked) -> list[ChosenItem]:
     return rows
 
 
-def _reference(lm: LanguageModel, asked: _Asked) -> list[ReferenceItem]:
-    solutions = [(item, prompt, item.solution) for item, prompt in zip(asked.items, asked.prompts)]
+def _reference(lm: LanguageModel, request: _ScoringRequest) -> list[ReferenceItem]:
+    solutions = [(item, prompt, item.solution) for item, prompt in zip(request.items, request.prompts)]
     return [
         ReferenceItem(
             *about,
             solution=item.solution,
-            tokens=one.tokens,
-            log_likelihood=one.total,
-            log_likelihood_per_token=one.per_token,
-            token_accuracy=one.correct_tokens / one.tokens,
+            tokens=likelihood.tokens,
+            log_likelihood=likelihood.total,
+            log_likelihood_per_token=likelihood.per_token,
+            token_accuracy=likelihood.correct_tokens / likelihood.tokens,
         )
-        for (item, about), one in zip(asked.each(), _scored(lm, asked, solutions), strict=True)
+        for (item, about), likelihood in zip(request.each(), _scored(lm, request, solutions), strict=True)
     ]
 
 
-def _scored(lm: LanguageModel, asked: _Asked, answers: Sequence[tuple[Item, str, str]]) -> list[Likelihood]:
+def _scored(lm: LanguageModel, request: _ScoringRequest, answers: Sequence[tuple[Item, str, str]]) -> list[Likelihood]:
     """Return the log-likelihood of each answer after its item's prompt."""
-    pairs = [encode_answer(lm, asked.prompter, *answer) for answer in answers]
-    return loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], asked.edits)
+    pairs = [encode_answer(lm, request.prompter, *answer) for answer in answers]
+    return loglikelihoods(lm, [context for context, _ in pairs], [answer for _, answer in pairs], request.edits)
 
 
 def encode_answer(
@@ -169,12 +169,16 @@ def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: s
     if score == "choice":
         chosen, rules = cast(Sequence[ChosenItem], rows), ("raw", "normalised")
         parts = dict.fromkeys(row.task for row in chosen)
-        own = {part: [row for row in chosen if row.task == part] for part in parts}
+        rows_by_part = {part: [row for row in chosen if row.task == part] for part in parts}
         return dataclasses.replace(
             results,
             accuracy=_accuracies(chosen, rules),
             chance=float(np.mean([1 / len(row.choices) for row in chosen])),
-            tasks={part: ChoiceScores(len(group), **_accuracies(group, rules)) for part, group in own.items() if part},
+            tasks={
+                part: ChoiceScores(len(group), **_accuracies(group, rules))
+                for part, group in rows_by_part.items()
+                if part
+            },
         )
     written, rules = cast(Sequence[GeneratedItem], rows), ("strict", "flexible")
     unparsed = {rule: [row for row in written if getattr(row, rule).found is None] for rule in rules}

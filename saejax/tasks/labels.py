@@ -101,13 +101,13 @@ def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     In what results, the noun beside the verb says nothing of the subject's number.
     """
     seen: dict[tuple[str, ...], int] = defaultdict(int)
-    found = list(prompts)
+    balanced_prompts = list(prompts)
     for place, prompt in enumerate(prompts):
         if same := congruent(prompt):
             group = (prompt.behaviour, prompt.split, prompt.template, prompt.correct)
-            found[place] = same if seen[group] % 2 else prompt
+            balanced_prompts[place] = same if seen[group] % 2 else prompt
             seen[group] += 1
-    return tuple(found)
+    return tuple(balanced_prompts)
 
 
 def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> list[Labelled]:

@@ -102,27 +102,27 @@ def loglikelihoods(
     pairs = [(list(context), list(continuation)) for context, continuation in zip(contexts, continuations, strict=True)]
     for number, pair in enumerate(pairs):
         _check(number, *pair, lm.config.context)
-    found: dict[int, Likelihood] = {}
+    by_pair: dict[int, Likelihood] = {}
     # Longest first: pairs of like length share a batch, and what needs the most memory comes first.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
     while order:
-        asked = sum(map(len, pairs[order[0]]))
-        count, length = batch_shape(asked, len(order), lm.config.context, lm.mesh.shape["data"], batch_tokens)
+        pair_length = sum(map(len, pairs[order[0]]))
+        count, length = batch_shape(pair_length, len(order), lm.config.context, lm.mesh.shape["data"], batch_tokens)
         batch, order = order[:count], order[count:]
         filled = batch + batch[-1:] * (count - len(batch))
         fitted = fit_values(edits, (len(pairs), longest), length, filled)
         logp_BxC, hits_BxC = _score(lm, [pairs[i] for i in filled], length, fitted)
         for i, logp_C, hits_C in zip(batch, logp_BxC, hits_BxC):
             n = len(pairs[i][1])
-            found[i] = Likelihood(float(logp_C[:n].sum()), n, int(hits_C[:n].sum()))
+            by_pair[i] = Likelihood(float(logp_C[:n].sum()), n, int(hits_C[:n].sum()))
     for number in range(len(pairs)):
-        if not math.isfinite(found[number].total):
+        if not math.isfinite(by_pair[number].total):
             raise UserError(
-                f"continuation {number} of {len(pairs)} has the log-likelihood {found[number].total}: the model's "
+                f"continuation {number} of {len(pairs)} has the log-likelihood {by_pair[number].total}: the model's "
                 "weights hold NaN or it overflows; try --model.dtype=float32 or another model"
             )
-    return [found[number] for number in range(len(pairs))]
+    return [by_pair[number] for number in range(len(pairs))]
 
 
 def _check(number: int, context: Sequence[int], continuation: Sequence[int], limit: int) -> None:
@@ -136,17 +136,17 @@ def _check(number: int, context: Sequence[int], continuation: Sequence[int], lim
         )
 
 
-def batch_shape(asked: int, left: int, limit: int, data: int, batch_tokens: int = BATCH_TOKENS) -> tuple[int, int]:
+def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: int = BATCH_TOKENS) -> tuple[int, int]:
     """Return the rows and the length of a forward pass.
 
     Args:
-      asked: tokens of the longest text.
+      longest: tokens of the longest text.
       left: texts.
       limit: the model's context.
       data: parts in which the rows are split.
       batch_tokens: as for ``loglikelihoods``.
     """
-    length = min(round_length(asked), limit)
+    length = min(round_length(longest), limit)
     return _rows(batch_tokens // length, left, data), length
 
 

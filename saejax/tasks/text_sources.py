@@ -117,13 +117,13 @@ def _hash(path: Path, before: bytes, state: object) -> str:
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
     """Yield the texts between blank lines."""
-    own: list[str] = []
+    paragraph: list[str] = []
     for line in itertools.chain(lines, [""]):
         if line.strip():
-            own.append(line.removesuffix("\r"))
-        elif own:
-            yield "\n".join(own).strip()
-            own = []
+            paragraph.append(line.removesuffix("\r"))
+        elif paragraph:
+            yield "\n".join(paragraph).strip()
+            paragraph = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +181,9 @@ class BenchmarkText:
 
     def texts(self) -> Iterator[Text]:
         """Yield its texts, each with its group."""
-        known = benchmarks.definition(self.name)
+        benchmark = benchmarks.definition(self.name)
         for item in benchmarks.training_items(self.name, self.task):
-            yield f"{known.question.format(item.question)} {item.solution}", item.id
+            yield f"{benchmark.question.format(item.question)} {item.solution}", item.id
 
 
 def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
@@ -198,15 +198,15 @@ def text_sources(config: CorpusConfig, task: TaskConfig) -> list[TextSource]:
     """
     if not config.path:
         return [FileText(EMBEDDED, "text")]
-    found: list[TextSource] = []
+    sources: list[TextSource] = []
     for part in filter(None, map(str.strip, config.path.split(","))):
         if part in BENCHMARKS:
-            found.append(BenchmarkText(part, task))
+            sources.append(BenchmarkText(part, task))
         elif part.startswith("hf://"):
-            found.append(_hub_text(part, config))
+            sources.append(_hub_text(part, config))
         else:
-            found += [FileText(path, config.field) for path in _files(part)]
-    return found
+            sources += [FileText(path, config.field) for path in _files(part)]
+    return sources
 
 
 def _hub_text(part: str, config: CorpusConfig) -> HubText:

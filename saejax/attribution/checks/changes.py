@@ -111,22 +111,24 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     taken = set(_keys(features))
     active = _nodes_of(run.active)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
-    found: dict[tuple[int, ...], Nodes] = {}
+    chosen_sets: dict[tuple[int, ...], Nodes] = {}
     for number in range(2 * _TRIES * draws):
-        if len(found) == draws:
+        if len(chosen_sets) == draws:
             break
         order = rng.permutation(len(others))
         parts = []
         for layer in np.unique(features.layer_N):
-            own = features.position_N[features.layer_N == layer]
+            of_layer = features.position_N[features.layer_N == layer]
             pool = order[others.layer_N[order] == layer]
-            if len(pool) < len(own):
-                raise UserError(f"layer {layer} has {len(pool)} other active features: expected {len(own)} or more")
+            if len(pool) < len(of_layer):
+                raise UserError(
+                    f"layer {layer} has {len(pool)} other active features: expected {len(of_layer)} or more"
+                )
             near = number < _TRIES * draws
-            parts.append(_at_positions(pool, others.position_N[pool], own) if near else pool[: len(own)])
+            parts.append(_at_positions(pool, others.position_N[pool], of_layer) if near else pool[: len(of_layer)])
         chosen = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
-        found.setdefault(tuple(chosen.tolist()), others[chosen])
-    return list(found.values())
+        chosen_sets.setdefault(tuple(chosen.tolist()), others[chosen])
+    return list(chosen_sets.values())
 
 
 def _at_positions(pool: np.ndarray, position: np.ndarray, wanted: np.ndarray) -> np.ndarray:

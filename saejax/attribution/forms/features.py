@@ -119,7 +119,7 @@ def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, lis
 
 
 def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
-    found = {}
+    details = {}
     trained = trained_units(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
         workdir, name = trained[layer]
@@ -130,8 +130,8 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
                 if record["feature"] in wanted and "examples" in record:
                     contexts = tuple(_cut(one["tokens"], one["acts"]) for one in record["examples"][:EXAMPLES])
                     up, down = (tuple(text for text, _ in record.get(name, ())) for name in ("up", "down"))
-                    found[layer, record["feature"]] = FeatureDetails(contexts, up, down)
-    return found
+                    details[layer, record["feature"]] = FeatureDetails(contexts, up, down)
+    return details
 
 
 def open_folder(folder: str | Path) -> Callable[[Feature], Mapping[str, Any] | None]:

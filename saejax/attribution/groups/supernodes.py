@@ -27,7 +27,7 @@ def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
       UserError: the graph has no node of an id, or a node is in two groups.
     """
     place = {node_id: node for node, node_id in enumerate(graph.ids)}
-    found = []
+    supernodes = []
     for label, *members in groups:
         unknown = [member for member in members if member not in place]
         if unknown:
@@ -35,9 +35,9 @@ def named(graph: GraphData, groups: Sequence[Sequence[str]]) -> list[Supernode]:
                 f"the supernode {label!r} names {unknown[0]!r}, and no node of the graph has that id: was it made of "
                 "another prompt, or is it pruned away?"
             )
-        found.append(Supernode(label, tuple(place[member] for member in members)))
-    check_apart(graph, found)
-    return found
+        supernodes.append(Supernode(label, tuple(place[member] for member in members)))
+    check_apart(graph, supernodes)
+    return supernodes
 
 
 def as_groups(graph: GraphData, supernodes: Sequence[Supernode]) -> list[list[str]]:
@@ -75,26 +75,26 @@ def read_groups(config: GraphConfig, slugs: Sequence[str]) -> dict[str, list[lis
         return {}
     path = Path(config.supernodes)
     text = decode(read_bytes(path, "--graph.supernodes", "name a file of supernodes"), path)
-    found = _by_graph(text)
-    if not all(map(_are_groups, found.values())) or not found:
+    groups = _by_graph(text)
+    if not all(map(_are_groups, groups.values())) or not groups:
         raise UserError(f"{path} holds no supernodes: expected {_GROUPS}")
-    if not {"*", *slugs} & set(found):
-        raise UserError(f"{path} has supernodes for {', '.join(found)}: expected {', '.join(slugs)}, or * for all")
-    return {slug: found.get(slug, found.get("*", [])) for slug in slugs}
+    if not {"*", *slugs} & set(groups):
+        raise UserError(f"{path} has supernodes for {', '.join(groups)}: expected {', '.join(slugs)}, or * for all")
+    return {slug: groups.get(slug, groups.get("*", [])) for slug in slugs}
 
 
 def _by_graph(text: str) -> dict[str, Any]:
     """Return what a file of supernodes holds for each graph, unchecked."""
     try:
-        found = json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         return {}
-    params, metadata = found.get("qParams"), found.get("metadata")
+    params, metadata = content.get("qParams"), content.get("metadata")
     if isinstance(params, dict) and isinstance(metadata, dict):  # a whole graph
         return {str(metadata.get("slug", "*")): params.get("supernodes")}
-    return {"*": found.get("supernodes")} if "pinnedIds" in found else found
+    return {"*": content.get("supernodes")} if "pinnedIds" in content else content
 
 
 def _are_groups(groups: Any) -> bool:

@@ -88,15 +88,15 @@ class HeadContributions:
 
     def by_edge(self) -> dict[tuple[int, int], list[tuple[int, int, float]]]:
         """Return (source, target) -> (layer, head, contribution), the largest first; edges without any left out."""
-        found = {}
+        heads_by_edge = {}
         ends = zip(self.source_E.tolist(), self.target_E.tolist(), strict=True)
         for edge, heads, values in zip(ends, self.head_ExJ.tolist(), self.value_ExJ.tolist(), strict=True):
             heads_of_edge = [
                 (*divmod(head, self._heads), value) for head, value in zip(heads, values, strict=True) if value
             ]
             if heads_of_edge:
-                found[edge] = heads_of_edge
-        return found
+                heads_by_edge[edge] = heads_of_edge
+        return heads_by_edge
 
     def named(self) -> dict[tuple[str, str], list[tuple[int, int, float]]]:
         """Return ``by_edge`` by the nodes' ids, as ``page.write_page`` takes it, to four digits."""

@@ -263,7 +263,7 @@ def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], token
             if not 0 <= position < tokens:
                 raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
             by_layer.setdefault(int(layer), [[] for _ in rows])[row].append((int(position), int(feature), value))
-    found = {}
+    changes_by_layer = {}
     most = max((len(entries) for lists in by_layer.values() for entries in lists), default=0)
     for changed_layer, lists in by_layer.items():
         arrays = LayerChanges(*(np.zeros((len(rows), most), dtype) for dtype in [np.int32] * 2 + [np.float32] * 2))
@@ -273,5 +273,5 @@ def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], token
                 old = 0.0 if index is None else active.value_A[index]
                 for array, entry in zip(arrays, (place, number, new, old), strict=True):
                     array[row, m] = entry
-        found[changed_layer] = arrays
-    return found
+        changes_by_layer[changed_layer] = arrays
+    return changes_by_layer

@@ -136,13 +136,13 @@ class FrozenModel:
           x_TxD: the stream entering the layer, that of the prompt.
           skip_DxD: skip path of the layer's transcoder; None: there is none.
         """
-        own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+        bias_params = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
 
         def with_biases(biases: decoder.Params) -> tuple[jax.Array, jax.Array]:
             function = functools.partial(attend, self.config, RELP)  # which can be differentiated this way round
             return self.layer({**params, **biases}, layer, tables, x_TxD, skip_DxD, function)
 
-        return jax.jvp(with_biases, (own,), (own,))[1]
+        return jax.jvp(with_biases, (bias_params,), (bias_params,))[1]
 
 
 @jax.custom_vjp

@@ -104,12 +104,12 @@ class RowTracer:
         """
         length_R = np.searchsorted(self._lengths, position_R + 1)
         for index in reversed(range(len(self._lengths))):
-            own = np.flatnonzero(length_R == index)
-            own = own[np.argsort(-layer_R[own], kind="stable")]
-            changes = np.flatnonzero(np.diff(layer_R[own]) * in_stream) + 1
+            targets = np.flatnonzero(length_R == index)
+            targets = targets[np.argsort(-layer_R[targets], kind="stable")]
+            changes = np.flatnonzero(np.diff(layer_R[targets]) * in_stream) + 1
             size = self._chunk_size(index)
             chunks = [
-                part[start : start + size] for part in np.split(own, changes) for start in range(0, len(part), size)
+                part[start : start + size] for part in np.split(targets, changes) for start in range(0, len(part), size)
             ]
             for start in range(0, len(chunks), CHUNKS):
                 yield index, chunks[start : start + CHUNKS]

@@ -144,12 +144,12 @@ def _features(state: LocalState) -> tuple[_Part, list[np.ndarray]]:
       The part, and the features of each layer in the order of the table.
     """
     active, transcoders = state.active, state.dictionaries
-    row_A, known, features = np.empty(len(active), np.int64), 0, []
+    row_A, rows_before, features = np.empty(len(active), np.int64), 0, []
     for layer in range(state.model.config.n_layers):
-        own = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
-        features_U, index = np.unique(active.feature_A[own], return_inverse=True)
-        row_A[own] = known + index * transcoders.written_layers(layer)
-        known += len(features_U) * transcoders.written_layers(layer)
+        of_layer = slice(*np.searchsorted(active.layer_A, [layer, layer + 1]))
+        features_U, index = np.unique(active.feature_A[of_layer], return_inverse=True)
+        row_A[of_layer] = rows_before + index * transcoders.written_layers(layer)
+        rows_before += len(features_U) * transcoders.written_layers(layer)
         features.append(features_U)
     written_L = np.array([transcoders.written_layers(layer) for layer in range(len(transcoders.configs))])
     count_A = written_L[active.layer_A]

@@ -87,7 +87,7 @@ class LocalState(PromptRun):
     def _run_layers(self, x_TxD: jax.Array, first: int) -> None:
         model, transcoders, length = self.model, self.dictionaries, len(x_TxD)
         used_T = (np.arange(length) >= first) & (np.arange(length) < len(self.ids_P))
-        outputs, found, broken = FeatureOutputs(transcoders, length), list[Active](), list[int]()
+        outputs, active_by_layer, broken = FeatureOutputs(transcoders, length), list[Active](), list[int]()
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
             # 1. The layer.
@@ -104,7 +104,7 @@ class LocalState(PromptRun):
             error_TxD, other_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)
-            found.append(active)
+            active_by_layer.append(active)
             values = dict(stream=x_TxD, error=error_TxD, first=other_TxD[:first], b_dec=encoder.b_dec_D[...])
             if encoder.config.skip:
                 values["skip"] = encoder.W_skip_DxD[...]
@@ -120,7 +120,7 @@ class LocalState(PromptRun):
                 f"{transcoders.name}, layer {broken[0]}: what the transcoder gives is not finite: its file is damaged, "
                 "fetch or train it again"
             )
-        self.active = Active.concatenate(found)
+        self.active = Active.concatenate(active_by_layer)
         if not len(self.active):
             raise UserError(f"no feature of {transcoders.name} is active in this prompt: is it of this model?")
         stacks: dict[str, Any] = {name: jnp.stack(parts.pop(name)) for name in list(parts)}

@@ -116,13 +116,13 @@ class LayerTranscoders(LayerDictionaries):
     def describe(self) -> GraphSet:
         """Return what a graph says of the set."""
         first = self.configs[0]
-        own = GraphSet(
+        description = GraphSet(
             name=self.name, revision=self.revision, reads=self.reads, layers=len(self.configs),
             kind=first.kind, n_features=first.n_features, skip=first.skip, model=first.model,
         )  # fmt: skip
         if self.cross_layer:
-            own["cross_layer"] = True
-        return own
+            description["cross_layer"] = True
+        return description
 
 
 def open_transcoders(

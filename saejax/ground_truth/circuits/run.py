@@ -49,11 +49,11 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         causal = None
         if case.layer is not None:
             feature_of = {neuron: feature for (layer, feature), neuron in neuron_of.items() if layer == case.layer}
-            idle = {variable: [feature_of[one] for one in own] for variable, own in case.idle.items()}
+            idle = {variable: [feature_of[one] for one in neurons] for variable, neurons in case.idle.items()}
             causal = stages.judge(name, folder / f"layer{case.layer}", idle)
         judged[name] = JudgedSet(recovered, edges, causal)
         run.say(_line(name, judged[name]))
-    known = [
+    circuits = [
         circuit(known_edges(case.model, one.text, one.correct.strip(), one.wrong.strip()), SHARE) for one in traced
     ]
     right = [one.test.accuracy.mean for one in stages.baseline.behaviours.values()]
@@ -62,7 +62,7 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         neurons=sum(len(layer.neurons) for layer in case.model.layers),
         accuracy=float(np.mean(right)),
         logit_error=_logit_error(case, model, traced),
-        circuit=float(np.mean([len(edges) for edges in known])),
+        circuit=float(np.mean([len(edges) for edges in circuits])),
         sets=judged,
     )
 
@@ -82,16 +82,16 @@ def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tup
       transcoders: the transcoders to match.
       seed: seed of the transformer's weights.
     """
-    found: dict[tuple[int, int], int] = {}
+    matched: dict[tuple[int, int], int] = {}
     cosines: list[np.ndarray] = []
     for layer, spec in enumerate(case.model.layers):
         count = len(spec.neurons)
         neurons = neuron_arrays(case.model, layer, frame(case.model, seed))
         W_dec_FxD = np.asarray(transcoders.load(layer).arrays["W_dec_FxD"], np.float64)
         matching = Matching.of(W_dec_FxD, neurons["W_dec_FxD"][:count])
-        found |= {(layer, int(feature)): neuron for neuron, feature in enumerate(matching.feature_J) if feature >= 0}
+        matched |= {(layer, int(feature)): neuron for neuron, feature in enumerate(matching.feature_J) if feature >= 0}
         cosines.append(matching.matched_J)
-    return found, float((np.concatenate(cosines) > RECOVERED).mean())
+    return matched, float((np.concatenate(cosines) > RECOVERED).mean())
 
 
 def _logit_error(case: Case, model: LanguageModel, prompts: list[Prompt]) -> float:
@@ -105,12 +105,12 @@ def _logit_error(case: Case, model: LanguageModel, prompts: list[Prompt]) -> flo
 
 def _line(name: str, judged: JudgedSet) -> str:
     edges, causal = judged.edges, judged.causal
-    said = (
+    text = (
         f"{name}: {100 * judged.recovered:.0f} % of the neurons; edges off by {edges.error:.1e}, AUROC "
         f"{edges.auroc.mean:.3f}, precision {edges.precision.mean:.2f}, recall {edges.recall.mean:.2f}"
     )
     if causal and causal.interchange:
-        said += f"; answers carried over {100 * causal.interchange.mean:.0f} %"
+        text += f"; answers carried over {100 * causal.interchange.mean:.0f} %"
     if causal:
-        said += f"; of {causal.behaviours} claimed {causal.claimed}, also carried over {causal.shown}"
-    return said
+        text += f"; of {causal.behaviours} claimed {causal.claimed}, also carried over {causal.shown}"
+    return text

@@ -51,13 +51,13 @@ def profiles(behaviours: Mapping[str, BehaviourEffects]) -> tuple[np.ndarray, np
 
     The effects on each behaviour are divided by their root mean square, so that all behaviours have equal weight.
     """
-    feature_F = np.unique(np.concatenate([one.table.feature for one in behaviours.values()]))
+    feature_F = np.unique(np.concatenate([effects.table.feature for effects in behaviours.values()]))
     parts = []
-    for one in behaviours.values():
-        drop_NxP = one.drop_NxP[:, ::2]
+    for effects in behaviours.values():
+        drop_NxP = effects.drop_NxP[:, ::2]
         part_FxP = np.zeros((len(feature_F), drop_NxP.shape[1]))
         size = float(np.sqrt(np.mean(np.square(drop_NxP)))) if drop_NxP.size else 0.0
-        part_FxP[np.searchsorted(feature_F, one.table.feature)] = drop_NxP / (size or 1.0)
+        part_FxP[np.searchsorted(feature_F, effects.table.feature)] = drop_NxP / (size or 1.0)
         parts.append(part_FxP)
     return feature_F, np.concatenate(parts, axis=1)
 
@@ -73,20 +73,20 @@ def costs(
       features: number of features of the dictionary.
       seed: seed of the matched sets, which contain no feature of the group.
     """
-    found: list[dict[str, GroupCost]] = [{} for _ in groups]
-    for name, one in behaviours.items():
-        statistics = one.statistics(features)
+    costs_by_group: list[dict[str, GroupCost]] = [{} for _ in groups]
+    for name, effects in behaviours.items():
+        statistics = effects.statistics(features)
         cost_F = np.zeros(features)
-        cost_F[one.table.feature] = one.drop_NxP[:, 1::2].mean(axis=1)
+        cost_F[effects.table.feature] = effects.drop_NxP[:, 1::2].mean(axis=1)
         for place, group in enumerate(groups):
-            own = statistics.firing(group)
-            if not own or 2 * len(own) + _MATCHES > len(one.table.feature):
+            firing = statistics.firing(group)
+            if not firing or 2 * len(firing) + _MATCHES > len(effects.table.feature):
                 continue
-            cost_N = cost_F[_matched_sets(statistics, own, [seed, place])].sum(axis=1)
-            cost = float(cost_F[own].sum())
+            cost_N = cost_F[_matched_sets(statistics, firing, [seed, place])].sum(axis=1)
+            cost = float(cost_F[firing].sum())
             p = rank_p(cost, cost_N)
-            found[place][name] = GroupCost(len(own), cost, float(cost_N.mean()), p, p)
-    return _adjusted(found)
+            costs_by_group[place][name] = GroupCost(len(firing), cost, float(cost_N.mean()), p, p)
+    return _adjusted(costs_by_group)
 
 
 def _matched_sets(statistics: FeatureStatistics, group: Sequence[int], seed: Sequence[int]) -> np.ndarray:
@@ -119,14 +119,14 @@ def _matched_sets(statistics: FeatureStatistics, group: Sequence[int], seed: Seq
     return drawn_NxK
 
 
-def _adjusted(found: list[dict[str, GroupCost]]) -> list[dict[str, GroupCost]]:
+def _adjusted(costs_by_group: list[dict[str, GroupCost]]) -> list[dict[str, GroupCost]]:
     """Return the effects with q-values over all groups and behaviours."""
-    keys = [(place, name) for place, own in enumerate(found) for name in own]
+    keys = [(place, name) for place, by_behaviour in enumerate(costs_by_group) for name in by_behaviour]
     if keys:
-        q_N = false_discovery_control([found[place][name].p for place, name in keys])
+        q_N = false_discovery_control([costs_by_group[place][name].p for place, name in keys])
         for (place, name), q in zip(keys, q_N, strict=True):
-            found[place][name] = dataclasses.replace(found[place][name], q=float(q))
-    return found
+            costs_by_group[place][name] = dataclasses.replace(costs_by_group[place][name], q=float(q))
+    return costs_by_group
 
 
 def primitives(costs_of_group: Mapping[str, GroupCost]) -> tuple[str, ...]:

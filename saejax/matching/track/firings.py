@@ -74,13 +74,13 @@ def follow(lm: LanguageModel, stack: Stack, ids_T: np.ndarray) -> list[LayerFiri
     """
     sites = [each.reads for each in stack.layers]
     values = lm(pad([ids_T.tolist()]), capture=sites, logits=False).sites
-    found = []
+    firings_by_layer = []
     for each in stack.layers:
         f_TxF = activations(lm, each.load().with_sink_norms(lm.sink_norm), values[str(each.reads)])
         if not np.isfinite(f_TxF).all():
             raise UserError(f"features of {each.name} are not finite on this text: try --model.dtype=float32")
-        found.append(LayerFirings.of(f_TxF))
-    return found
+        firings_by_layer.append(LayerFirings.of(f_TxF))
+    return firings_by_layer
 
 
 def activations(lm: LanguageModel, dictionary: Dictionary, x_1xTxD: jax.Array) -> np.ndarray:

@@ -144,13 +144,13 @@ def attribution(
         zip(nodes.layer_N[features].tolist(), nodes.position_N[features].tolist(), nodes.index_N[features].tolist())
     )
     kept_A = np.array([key in wanted for key in keys], bool)
-    found = list[Link]()
+    links = list[Link]()
     for row in np.flatnonzero(kept_A):
         weight_A = np.where(kept_A, graph.adjacency_RxS[row, features], 0.0)
         for source in np.argsort(-np.abs(weight_A), kind="stable")[:_SOURCES]:
             if weight_A[source]:
-                found.append((keys[source], keys[row], float(weight_A[source])))
-    return FeatureLinks(ATTRIBUTION, found)
+                links.append((keys[source], keys[row], float(weight_A[source])))
+    return FeatureLinks(ATTRIBUTION, links)
 
 
 def chain(links: Sequence[Link], node: Node) -> set[Node]:

@@ -110,11 +110,11 @@ def follow_text(
     """
     start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
-    shown = [one.strongest(config.top) for one in firings]
+    shown = [layer_firings.strongest(config.top) for layer_firings in firings]
     readings = {"logit": _read_lens(lm, text, config.seed)}
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
-    found = _links(lm, stack, text, answer, shown)
-    chosen = [step_features(one, text.segment_T, config.step_features) for one in firings]
+    feature_links = _links(lm, stack, text, answer, shown)
+    chosen = [step_features(layer_firings, text.segment_T, config.step_features) for layer_firings in firings]
     steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
     results = TrackedText(
@@ -124,12 +124,12 @@ def follow_text(
         sites=tuple(str(each.reads) for each in stack.layers),
         steps=steps,
         lenses={name: _layers(reading, text, answer) for name, reading in readings.items()},
-        link_kind=found.kind,
-        links=len(found.links),
-        same_number=found.same_number,
+        link_kind=feature_links.kind,
+        links=len(feature_links.links),
+        same_number=feature_links.same_number,
         seconds=round(time.monotonic() - start, 2),
     )
-    cells = shown_text(stack, text, shown, found, chosen, readings, as_text, firings)
+    cells = shown_text(stack, text, shown, feature_links, chosen, readings, as_text, firings)
     return results, cells
 
 

@@ -65,18 +65,18 @@ def open_stack(names: Sequence[str], units: Mapping[str, Path], model: LanguageM
       UserError: one does not exist, is of another model or of a layer that the model does not have, or two are of one
         layer.
     """
-    found: dict[int, LayerDictionary] = {}
+    by_layer: dict[int, LayerDictionary] = {}
     for name in names:
         for each in _of_name(name, units):
             each.reads.check(model.config)
             check_dictionary(each.config, model, f"--track.dictionaries: {each.name}")
-            if each.layer in found:
+            if each.layer in by_layer:
                 raise UserError(
-                    f"--track.dictionaries: {found[each.layer].name} and {each.name} are both of layer {each.layer}: "
-                    "name one of each layer, such as the members of a stack by themselves"
+                    f"--track.dictionaries: {by_layer[each.layer].name} and {each.name} are both of layer "
+                    f"{each.layer}: name one of each layer, such as the members of a stack by themselves"
                 )
-            found[each.layer] = each
-    layers = tuple(found[layer] for layer in sorted(found))
+            by_layer[each.layer] = each
+    layers = tuple(by_layer[layer] for layer in sorted(by_layer))
     whole = len(names) == 1 and len(layers) == model.config.n_layers
     transcoders = None
     if whole and all((each.config.site, each.config.target) == _of_mlp(each.layer) for each in layers):
@@ -106,10 +106,10 @@ def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
     else:
         places = stacks.find_trained(name, units, flag)
         workdir = next(folder for unit, folder in units.items() if unit.startswith("train/")).parent.parent
-    found = []
+    dictionaries = []
     for full_name, place in places.items():
         page = workdir / "atlas" / full_name / "index.html"
-        found.append(
+        dictionaries.append(
             LayerDictionary(
                 full_name,
                 read_config(place),
@@ -118,7 +118,7 @@ def _of_name(name: str, units: Mapping[str, Path]) -> list[LayerDictionary]:
                 labels_of(workdir, full_name),
             )
         )
-    return sorted(found, key=lambda each: (each.layer, KINDS.index(each.reads.kind)))
+    return sorted(dictionaries, key=lambda each: (each.layer, KINDS.index(each.reads.kind)))
 
 
 def _of_set(folder: Path) -> list[LayerDictionary]:

@@ -44,11 +44,11 @@ def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> l
     own_U, segments = mean_UxS.argmax(axis=1), mean_UxS.shape[1]
     largest_U = mean_UxS.max(axis=1)
     contrast_U = largest_U - (mean_UxS.sum(axis=1) - largest_U) / max(segments - 1, 1)
-    found = []
+    by_segment = []
     for segment in range(segments):
         mine = np.flatnonzero(own_U == segment)
         mine = mine[np.argsort(-contrast_U[mine], kind="stable")][:count]
-        found.append(
+        by_segment.append(
             [
                 StepFeature(
                     int(features_U[u]), float(largest_U[u]), float(contrast_U[u]), *_later(mean_UxS[u] > 0, segment)
@@ -56,7 +56,7 @@ def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> l
                 for u in mine
             ]
         )
-    return found
+    return by_segment
 
 
 def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -118,23 +118,25 @@ def read_problems(config: TrackConfig) -> list[Problem]:
     """
     if not config.prompts:
         return [Problem(folder_name(config.prompt[:40]), config.prompt, answer=config.answer)]
-    path, found = Path(config.prompts), dict[str, Problem]()
+    path, problems = Path(config.prompts), dict[str, Problem]()
     text = decode(read_bytes(path, "--track.prompts", "name a file of prompts"), path)
     for number, record in json_lines(text, path, _EXAMPLE):
         problem = _problem(record, f"{path}, line {number}", config.answer)
-        if problem.slug in found:
+        if problem.slug in problems:
             raise UserError(f"{path}, line {number} has the slug {problem.slug!r} of an earlier line")
-        found[problem.slug] = problem
-    if not 1 <= len(found) <= MOST:
-        raise UserError(f"--track.prompts={path} holds {len(found)} prompts: expected 1 to {MOST}, shown side by side")
-    return list(found.values())
+        problems[problem.slug] = problem
+    if not 1 <= len(problems) <= MOST:
+        raise UserError(
+            f"--track.prompts={path} holds {len(problems)} prompts: expected 1 to {MOST}, shown side by side"
+        )
+    return list(problems.values())
 
 
 def _problem(record: Any, where: str, answer: str) -> Problem:
     if isinstance(record, dict) and set(record) == _GSM8K:
         record = _from_gsm8k(record)
-    known = isinstance(record, dict) and not set(record) - set(_KEYS)
-    if not known or not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("answer", ""), str):
+    keys_fit = isinstance(record, dict) and not set(record) - set(_KEYS)
+    if not keys_fit or not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("answer", ""), str):
         raise UserError(f"{where} is no prompt to follow: expected {_EXAMPLE}")
     solution, prompt = record.get("solution", ""), record.get("prompt", "")
     if not (isinstance(solution, str) or (isinstance(solution, list) and all(isinstance(s, str) for s in solution))):

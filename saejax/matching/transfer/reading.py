@@ -238,9 +238,9 @@ class Reading:
             )
             for side, index in enumerate(pair)
         }
-        found = {}
+        transfers = {}
         for name, moved, there in (("onto_second", first, second), ("onto_first", second, first)):
-            found[name] = evaluate_at_other_site(
+            transfers[name] = evaluate_at_other_site(
                 on_text[moved],
                 on_text[there],
                 self._home(there),
@@ -249,7 +249,7 @@ class Reading:
                 [self._config.seed, moved],
                 self._losses(there),
             )
-        return found
+        return transfers
 
     def _load(self, index: int):
         each = self._compared[index]
@@ -260,19 +260,20 @@ class Reading:
         odd_N = self._shared.reads[each.fingerprint].text_N % 2 == 1
         fit, measure = (np.flatnonzero(real_N & (odd_N == odd)) for odd in (False, True))
         values_NxD = self._shared.values(each)
-        own = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
-        return evaluate_at_home(own, self._mesh, self._config.batch_tokens, self._losses(index))
+        at_home = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
+        return evaluate_at_home(at_home, self._mesh, self._config.batch_tokens, self._losses(index))
 
     def _shared_tokens(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens at which both dictionaries apply, among the tokens of each model."""
-        one, two = self._compared[first], self._compared[second]
-        first_N, second_N = aligned(self._shared.reads[one.fingerprint], self._shared.reads[two.fingerprint])
+        left, right = self._compared[first], self._compared[second]
+        first_N, second_N = aligned(self._shared.reads[left.fingerprint], self._shared.reads[right.fingerprint])
         real = self._activity(first).real_N[first_N] & self._activity(second).real_N[second_N]
-        odd = self._shared.reads[one.fingerprint].text_N[first_N[real]] % 2
+        odd = self._shared.reads[left.fingerprint].text_N[first_N[real]] % 2
         if min((odd == 0).sum(), (odd == 1).sum()) < _MIN_SHARED:
             raise UserError(
-                f"{one.name} and {two.name} share {real.sum()} tokens of {self._config.tokens} asked for, in halves of "
-                f"whole texts: expected {_MIN_SHARED} in each; raise --transfer.tokens, or name another --corpus.path"
+                f"{left.name} and {right.name} share {real.sum()} tokens of {self._config.tokens} asked for, in halves "
+                f"of whole texts: expected {_MIN_SHARED} in each; raise --transfer.tokens, or name another "
+                "--corpus.path"
             )
         return first_N[real], second_N[real]
 

@@ -159,18 +159,18 @@ class Comparison:
             if one == first
         }
         total = sum(len(self._sides(measure)) for some in measures.values() for measure in some)
-        found: dict[Key, Matched] = {}
+        matched_by_key: dict[Key, Matched] = {}
         on_progress(0, total)
         for key, matched in match(self._problems(first, measures), self._mesh):
-            found[key] = self._with_measured_values(first, key, matched)
-            on_progress(len(found), total)
+            matched_by_key[key] = self._with_measured_values(first, key, matched)
+            on_progress(len(matched_by_key), total)
         tables: dict[str, list[FeaturePairs]] = {}
         pairs = []
         for second, names in measures.items():
             for name in names:
-                table = _table(second, found[name, second, _FOUND], found[name, second, _NULL])
+                table = _table(second, matched_by_key[name, second, _FOUND], matched_by_key[name, second, _NULL])
                 tables.setdefault(name, []).append(table)
-            pairs.append(self._pair(first, second, names, found))
+            pairs.append(self._pair(first, second, names, matched_by_key))
         for name, some in tables.items():
             columns = {column: np.concatenate([table.columns[column] for table in some]) for column in some[0].columns}
             FeaturePairs(**columns).save(part_file(self._run, part, f"-{name}.parquet"))

@@ -133,8 +133,8 @@ def _mutual(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> Matc
     step = max(_CHUNK // len(second_GxD), 1)
     for start in range(0, len(first_FxD), step):
         product_KxG = first_FxD[start : start + step] @ second_GxD.T
-        own = slice(start, start + len(product_KxG))
-        best_F[own], most_F[own] = product_KxG.argmax(axis=1), product_KxG.max(axis=1)
+        of_chunk = slice(start, start + len(product_KxG))
+        best_F[of_chunk], most_F[of_chunk] = product_KxG.argmax(axis=1), product_KxG.max(axis=1)
         better_G = product_KxG.max(axis=0) > most_G
         best_G[better_G] = start + product_KxG.argmax(axis=0)[better_G]
         most_G = np.maximum(most_G, product_KxG.max(axis=0))
