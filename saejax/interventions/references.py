@@ -166,12 +166,12 @@ class References:
         """Return the norm of each edit's change at the site, over all positions, float64 [E, N]."""
         amounts = _amounts(edits)
         norm_ExN = np.zeros((len(edits), len(self._references)))
-        for places_N, *shape in self.planned():
-            batch, count = self.batch(places_N, *shape), len(places_N)
+        for places_Q, *shape in self.planned():
+            batch, count = self.batch(places_Q, *shape), len(places_Q)
             for chosen, features_K in amounts.chunks(FEATURES):
                 f_BxTxK, W_dec_KxD = self._gather(batch, features_K)
                 arrays = np.asarray(f_BxTxK)[:count], np.asarray(W_dec_KxD), np.asarray(batch.domain_BxT)[:count]
-                norm_ExN[np.array(chosen)[:, None], places_N] = amounts.norms(chosen, features_K, *arrays)
+                norm_ExN[np.array(chosen)[:, None], places_Q] = amounts.norms(chosen, features_K, *arrays)
         return norm_ExN
 
     def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -195,13 +195,13 @@ class References:
         """
         amounts = _amounts(edits).with_clean_rows(1)  # the last edit changes nothing
         value_ExN, done = np.full((len(amounts.sets), len(self._references)), np.nan), 0
-        for places_N, *shape in self.planned():
-            batch = self.batch(places_N, *shape)
+        for places_Q, *shape in self.planned():
+            batch = self.batch(places_Q, *shape)
             for chosen, features_K in amounts.chunks(FEATURES):
                 on_progress(done, value_ExN.size)
-                value_MxN = self._run(batch, len(places_N), amounts, chosen, features_K)
-                value_ExN[np.array(chosen)[:, None], places_N] = value_MxN
-                done += value_MxN.size
+                value_MxQ = self._run(batch, len(places_Q), amounts, chosen, features_K)
+                value_ExN[np.array(chosen)[:, None], places_Q] = value_MxQ
+                done += value_MxQ.size
         if not np.isfinite(value_ExN).all():
             raise UserError(
                 "log-likelihoods under edits are not finite: the model or the dictionary holds NaN or overflows; try "
