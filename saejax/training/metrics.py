@@ -22,7 +22,7 @@ from saejax.errors import UserError
 from saejax.files import read_object, whole_file
 from saejax.parallel.collectives import is_first_process
 from saejax.runner.config import to_json
-from saejax.runner.workspace import STACK, fingerprint, member_folder
+from saejax.runner.workspace import STACK, STARTED, fingerprint, member_folder
 from saejax.settings import TrainConfig
 from saejax.training.stack import TrainStack
 
@@ -261,12 +261,12 @@ def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def make_writers(config: TrainConfig, folder: Path, name: str, first_step: int) -> Sequence[Writer]:
+def make_writers(config: TrainConfig, unit: Path, name: str, first_step: int) -> Sequence[Writer]:
     """Return the writers that the settings ask for; none in processes other than the first.
 
     Args:
       config: the settings.
-      folder: folder of the train unit.
+      unit: folder of the train unit.
       name: name of the train unit, such as "topk".
       first_step: step at which training starts or resumes; what a killed run wrote after it does not count.
 
@@ -276,9 +276,9 @@ def make_writers(config: TrainConfig, folder: Path, name: str, first_step: int) 
     made: list[Writer] = []
     if is_first_process():
         if config.tensorboard:
-            made.append(TensorBoard(folder / "tensorboard", first_step))
+            made.append(TensorBoard(log_folder(unit, config) / "tensorboard", first_step))
         if config.wandb:
-            made.append(Wandb(config, folder, name))
+            made.append(Wandb(config, unit, name))
     return made
 
 
@@ -314,24 +314,25 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases; offline with WANDB_MODE=offline in the environment. Members are prefixes of metrics.
 
-    An interrupted run goes on in the same run of wandb.
+    An interrupted run goes on in the same run of wandb. Each of several expansions is a run.
 
     Args:
       config: ``config.wandb`` is the project, or "entity/project".
-      folder: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run.
+      unit: folder of the train unit; wandb writes to ``wandb/`` in the workdir, as its files change after the run.
       name: name of the train unit.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, name: str):
+    def __init__(self, config: TrainConfig, unit: Path, name: str):
         library = _library("wandb", "--train.wandb", "wandb")
+        folder = log_folder(unit, config)
         entity, _, project = config.wandb.rpartition("/")
         self._run = library.init(
             project=project,
             entity=entity or None,
             name=name,
-            id=fingerprint(dict(folder=str(folder.absolute()), started=(folder / "started.json").read_text())),
+            id=fingerprint(dict(folder=str(folder.absolute()), started=(unit / STARTED).read_text())),
             resume="allow",
-            dir=str(folder.parents[1]),
+            dir=str(unit.parents[1]),
             config=to_json(config),
             settings=library.Settings(silent=True),
         )

@@ -165,9 +165,8 @@ def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints
     )
     batches = source.open(stack)
     checkpoints.record_run(described)
-    folder = log_folder(run.folder, config)
-    writers = make_writers(config, folder, run.name, first_step)
-    metrics = Metrics(stack, folder / METRICS, first_step, run.say, writers)
+    writers = make_writers(config, run.folder, run.name, first_step)
+    metrics = Metrics(stack, log_folder(run.folder, config) / METRICS, first_step, run.say, writers)
     try:
         state = train_loop(stack, state, batches, first_step, metrics, checkpoints, run.stopping)
     finally:

@@ -96,6 +96,18 @@ def test_wandb_takes_every_record(tmp_path, monkeypatch):
     assert "k2/loss" in wandb.logged[0][1] and "k4/loss" in wandb.logged[1][1]
 
 
+def test_each_expansion_is_a_run_of_wandb(tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    unit = tmp_path / "train" / "topk"
+    unit.mkdir(parents=True)
+    (unit / "started.json").write_text("{}")
+    for expanded in config(wandb="saes", expansions=(2, 4)).each_expansion():
+        make_writers(expanded, unit, "topk", 0)
+    first, second = wandb.runs
+    assert first["id"] != second["id"] and first["dir"] == second["dir"] == str(tmp_path)
+
+
 @pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_a_missing_package_is_one_clear_line(tmp_path, monkeypatch, flag, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
