@@ -197,17 +197,17 @@ def main() -> int:
     if small:
         sizes = dict(d=128, features=1024, batch=512, k=16, steps=10)
     dtype = "float32" if small else "bfloat16"
-    found: dict[str, Any] = dict(check="gpu", small=small, devices=check_devices())
+    results: dict[str, Any] = dict(check="gpu", small=small, devices=check_devices())
     rates = check_rates((sizes["batch"], sizes["d"], sizes["features"]))
     lm = saejax.load_model("smollm2")
     passed = [check_logits(lm), *[check_gradient(kind) for kind in KINDS]]
-    found["training"] = {kind: measure_training(kind, sizes, dtype, rates[dtype]) for kind in KINDS}
-    found["capture"] = measure_capture(lm, 2 if small else 64, rates["float32"])
+    results["training"] = {kind: measure_training(kind, sizes, dtype, rates[dtype]) for kind in KINDS}
+    results["capture"] = measure_capture(lm, 2 if small else 64, rates["float32"])
     passed.append(check_ablation(lm, random_sae(lm)))
     passed.append(check_graph(lm, 200 if small else 3000, rates["float32"]))
     memory = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     report("memory", True, f"peak {memory / 2**30:.1f} GiB" if memory else "JAX does not tell on this device")
-    print(json.dumps(found | dict(rates=rates, passed=all(passed), peak_bytes=memory)))
+    print(json.dumps(results | dict(rates=rates, passed=all(passed), peak_bytes=memory)))
     return 0 if all(passed) else 1
 
 

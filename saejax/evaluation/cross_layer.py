@@ -189,7 +189,7 @@ def replaced_losses(
             for variant, value_D in ((1, means[layer]), (2, np.zeros_like(means[layer]))):
                 streams[variant] = _constant_layer(*layer_arguments, streams[variant], inside_BxT, value_D)
             streams[3], f_BxTxF = _replaced_layer(*layer_arguments, streams[3], inside_BxT, member, below[layer])
-            below[layer + 1 :] = _written(f_BxTxF, decoders[layer], below[layer + 1 :])
+            below[layer + 1 :] = _add_writes(f_BxTxF, decoders[layer], below[layer + 1 :])
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(streams), ids_BxT, lengths_B)
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
         kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
@@ -262,7 +262,7 @@ def _replaced_layer(
 
 
 @jax.jit
-def _written(f_BxTxF: jax.Array, W_dec_FxX: jax.Array, above: list[jax.Array]) -> list[jax.Array]:
+def _add_writes(f_BxTxF: jax.Array, W_dec_FxX: jax.Array, above: list[jax.Array]) -> list[jax.Array]:
     """Return the sums written to each later layer, with one more layer's features added."""
     if not above:
         return []

@@ -126,7 +126,7 @@ def compile_for(program: Program, limit: int, of_node: int) -> CompiledProgram:
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = _exceeded(error)
+        needed = _memory_from_error(error)
         if needed is None:
             raise
         return CompiledProgram(*about, needed[0] + kept, False, None, time.monotonic() - start)
@@ -171,14 +171,14 @@ def _limit(device: jax.Device) -> int:
     try:
         jax.jit(jnp.negative).lower(huge).compile()
     except jax.errors.JaxRuntimeError as error:
-        exceeded = _exceeded(error)
+        exceeded = _memory_from_error(error)
         if exceeded is None:
             raise
         return exceeded[1]
     raise RuntimeError("the compiler found room for 8 TiB on one device")
 
 
-def _exceeded(error: Exception) -> tuple[int, int] | None:
+def _memory_from_error(error: Exception) -> tuple[int, int] | None:
     """Return bytes needed and available, from the compiler's message; None if it is another error."""
     match = _EXCEEDED.search(str(error))
     if not match:

@@ -130,7 +130,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
 
 
 def _line_of(argv: Sequence[str], matches: Callable[[str], bool]) -> str:
-    """Return the position of the flag file's line for which ``found`` holds, to begin an error message; "" if none."""
+    """Return the position of the flag file's line that ``matches``, to begin an error message; "" if there is none."""
     for name, _, file in (argument.partition("=") for argument in argv):
         if name.lstrip("-") == "flagfile" and Path(file).is_file():
             for number, line in enumerate(Path(file).read_text(errors="replace").splitlines(), 1):

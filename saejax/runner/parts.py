@@ -66,17 +66,17 @@ def each_part(
     # The first process says what is there: it may write the next one before another has looked.
     there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
     kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
-    found = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
-    if found:
-        run.say(f"{run.stage}: kept from an earlier run: {', '.join(found)}")
-    left = [part for part in parts if part not in found]
+    by_part = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
+    if by_part:
+        run.say(f"{run.stage}: kept from an earlier run: {', '.join(by_part)}")
+    left = [part for part in parts if part not in by_part]
     measure, progress = functools.cache(begin), Progress(run, unit)
 
     def make(part: str) -> None:
         label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
-        found[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
+        by_part[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
         if is_first_process():
-            write_json(part_file(run, part), to_json(found[part]))  # last: it says that the part is done
+            write_json(part_file(run, part), to_json(by_part[part]))  # last: it says that the part is done
         run.say(f"{label}: {message}")
 
     if run.share.processes:
@@ -85,9 +85,9 @@ def each_part(
         for part in left:
             make(part)
     for part in left:
-        if part not in found:  # another process made it
-            found[part] = from_json(results, read_json(part_file(run, part)), part_file(run, part))
-    return {part: found[part] for part in parts}
+        if part not in by_part:  # another process made it
+            by_part[part] = from_json(results, read_json(part_file(run, part)), part_file(run, part))
+    return {part: by_part[part] for part in parts}
 
 
 class Progress:

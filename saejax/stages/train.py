@@ -46,9 +46,8 @@ def _stream(configs: Configs) -> str:
     """Return a hash of model, text and settings of training straight from the model; "" with a store."""
     if configs[TrainConfig].source != "model":
         return ""
-    capture = dataclasses.replace(
-        configs[CaptureConfig], sites=(), tokens=0
-    )  # training reads its own sites, of all text
+    # Training reads its own sites, of all text.
+    capture = dataclasses.replace(configs[CaptureConfig], sites=(), tokens=0)
     settings = [identity(config) for config in (configs[CorpusConfig], capture)]
     return fingerprint([identities.model(configs), identities.corpus(configs), settings])
 

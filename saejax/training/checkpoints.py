@@ -14,7 +14,7 @@ from saejax.files import read_json, write_json
 from saejax.parallel.collectives import is_first_process
 
 RUN = "run.json"
-_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+_copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 class Checkpoints:
@@ -87,7 +87,7 @@ class Checkpoints:
         if self.latest_step == step:
             return
         if jax.tree.leaves(state)[0].sharding.mesh.devices.flat[0].platform == "cpu":
-            state = _copied(state)  # elsewhere Orbax copies to the host before it returns
+            state = _copy_arrays(state)  # elsewhere Orbax copies to the host before it returns
         with self._disk_errors(step):
             self._writing = step, self._checkpointer.save_async(step, state, force=True)
 

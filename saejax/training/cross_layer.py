@@ -147,14 +147,14 @@ def finish_layer(stack: TrainStack, state: TrainState, layer: int) -> tuple[Dict
       The layer alone, with the decoder to its own layer, arrays on the host; and the decoders to each layer from its
       own on, [F, X, D].
     """
-    config, arrays = _unscaled(stack, state, layer)
+    config, arrays = _unscale(stack, state, layer)
     host = {name: to_host(array) for name, array in arrays.items()}
     writes_FxXxD = host["W_dec_FxD"].reshape(config.n_features, -1, config.d_in)
     placed = {name: jnp.asarray(array) for name, array in (host | dict(W_dec_FxD=writes_FxXxD[:, 0])).items()}
     return Dictionary(config, stack.config.matmul, **placed), writes_FxXxD
 
 
-def _unscaled(stack: TrainStack, state: TrainState, layer: int) -> tuple[DictionaryConfig, Arrays]:
+def _unscale(stack: TrainStack, state: TrainState, layer: int) -> tuple[DictionaryConfig, Arrays]:
     """Return what a layer is (a JumpReLU where its kind can be one), and its arrays for raw activations.
 
     Rows of the joined decoders have length 1.

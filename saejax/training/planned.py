@@ -64,11 +64,11 @@ def planned_stacks(train: TrainConfig, captured: Sequence[str], model: DecoderCo
                 _largest(pretrained, widths("--train.pretrained", pretrained)), tuple(pretrained)
             )
         else:
-            planned[kind] = _planned(train, kind, choose_sites(train, sites), widths)
+            planned[kind] = _plan_members(train, kind, choose_sites(train, sites), widths)
     return planned
 
 
-def _planned(
+def _plan_members(
     train: TrainConfig, kind: str, sites: Sequence[str], widths: Callable[[str, Sequence[Member]], Mapping[str, int]]
 ) -> PlannedStack:
     """Return all members, those of the widest of several expansions last, with its shape."""
@@ -139,7 +139,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     programs: list[Program] = []
     for stack in (stack for kind, stack in plan.stacks.items() if kind != PRETRAINED):
         step = _step(plan, stack, mesh)
-        if filled and not _joined(stack):
+        if filled and not _reads_joined_site(stack):
             fill = _fill(plan, stack, mesh)
             params, parts, norms, *_ = fill.arguments
             state, hyper, _ = step.arguments
@@ -149,7 +149,7 @@ def train_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     return programs
 
 
-def _joined(stack: PlannedStack) -> bool:
+def _reads_joined_site(stack: PlannedStack) -> bool:
     return any(is_joined(site) for member in stack.members for site in (member.site, member.target))
 
 

@@ -94,7 +94,7 @@ def find_pretrained(addresses: Sequence[str]) -> list[Pretrained]:
     """
     if not addresses:
         raise UserError(f"--train.kinds={PRETRAINED} needs {_FLAG}=FOLDER,...: name what is to be taken")
-    dictionaries = [entry for address in addresses for entry in _in(address)]
+    dictionaries = [entry for address in addresses for entry in _dictionaries_at(address)]
     for place, config, _ in dictionaries:
         if hooks.UNKNOWN in (config.site, config.target) or ModuleSite.names(config.site):
             raise UserError(
@@ -125,7 +125,7 @@ def _names(places: Sequence[tuple[str, str]]) -> list[str]:
     return names
 
 
-def _in(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
+def _dictionaries_at(address: str) -> Iterator[tuple[str, DictionaryConfig, Callable[[], Dictionary]]]:
     """Yield path, configuration and reader of each dictionary at an address."""
     try:
         folder = resolve_path(address)

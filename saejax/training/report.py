@@ -251,10 +251,10 @@ def training_curves(unit: Path) -> list[TrainingCurve]:
     points: dict[str, list[list[float]]] = {}
     for record in read_metrics(unit, names):
         points.setdefault(record["member"], []).append([record[name] for name in names])
-    return [TrainingCurve(*zip(*_thinned(of_member), strict=True)) for of_member in points.values()]
+    return [TrainingCurve(*zip(*_thin(of_member), strict=True)) for of_member in points.values()]
 
 
-def _thinned(points: list[list[float]]) -> list[list[float]]:
+def _thin(points: list[list[float]]) -> list[list[float]]:
     # Evenly spaced records keep the shape of the curve, and both of its ends.
     keep = np.unique(np.linspace(0, len(points) - 1, min(len(points), _POINTS)).round().astype(int))
     return [points[i] for i in keep]
