@@ -16,6 +16,7 @@ simpler basis as many directions, by the same attribution, as reach T's dose, ab
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -237,11 +238,16 @@ class BehaviourAblation:
 
     def statistics(self) -> FeatureStatistics:
         """Return firing statistics on the test prompts."""
-        return activity.statistics(self.split, self.runs)
+        return self._firings[0]
 
-    def firing_share(self) -> np.ndarray:
-        """Return the share of test prompts on which each feature fires at an editable position, [F]."""
-        return activity.firing_prompts(self.split, self.runs) / len(self.test)
+    def firing_prompts(self) -> np.ndarray:
+        """Return the number of test prompts on which each feature fires at an editable position, int64 [F]."""
+        return self._firings[1]
+
+    @functools.cached_property
+    def _firings(self) -> tuple[FeatureStatistics, np.ndarray]:
+        """Firing statistics on the test prompts, and the number of those on which each feature fires."""
+        return activity.statistics_and_prompts(self.split, self.runs)
 
     def site_values(self) -> np.ndarray:
         """Return the site's values at editable positions of the train prompts, [N, D]."""
@@ -262,7 +268,7 @@ class BehaviourAblation:
 
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
-        pool = np.setdiff1d(np.flatnonzero(self.firing_share() >= MIN_FIRING), np.asarray(top))
+        pool = np.setdiff1d(np.flatnonzero(self.firing_prompts() / len(self.test) >= MIN_FIRING), np.asarray(top))
         return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
 
     def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
@@ -435,8 +441,8 @@ def _measure_dictionary(
         """Return the norms of partial edits: the change is linear in the fraction, and so is its norm."""
         return np.stack([edit.fraction * norm_of[dataclasses.replace(edit, fraction=1.0)] for edit in edits])
 
-    dose = _root_mean_square(norm_of[grid[-1]])
-    shares = [dose / max(_root_mean_square(norm_of[edit]), 1e-30) for edit in controls]
+    dose = root_mean_square(norm_of[grid[-1]])
+    shares = [dose / max(root_mean_square(norm_of[edit]), 1e-30) for edit in controls]
     reduced = [
         dataclasses.replace(edit, fraction=share) for edit, share in zip(controls, shares, strict=True) if share < 1
     ]
@@ -469,7 +475,7 @@ def _measure_dictionary(
 
 def _measure_every(ablation: BehaviourAblation, test: Sequence[PromptDefinition], rows: TableRows) -> None:
     """Measure every feature that fires on the test prompts, one by one."""
-    live = np.flatnonzero(activity.firing_prompts(ablation.split, ablation.runs) > 0)
+    live = np.flatnonzero(ablation.firing_prompts() > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
     diffs = ablation.run(every)
     # All features share one rounding error per prompt, which would make many small effects agree.
@@ -489,7 +495,7 @@ def _measure_basis(
         return EditDefinition(ablation.behaviour, BASIS + name, 0, tuple(order[:size]), fraction)
 
     norm_SxP = ablation.norms([define(size) for size in range(1, len(order) + 1)])
-    dose_S = np.array([_root_mean_square(norm_P) for norm_P in norm_SxP])
+    dose_S = np.array([root_mean_square(norm_P) for norm_P in norm_SxP])
     reaches_S = dose_S >= dose
     size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
     most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
@@ -517,7 +523,8 @@ def _measure_text(
     rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N[None]])
 
 
-def _root_mean_square(norm_P: np.ndarray) -> float:
+def root_mean_square(norm_P: np.ndarray) -> float:
+    """Return the dose of an edit, given the norm of its change on each prompt."""
     return float(np.sqrt(np.mean(np.square(norm_P))))
 
 

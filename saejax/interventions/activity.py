@@ -132,9 +132,19 @@ def statistics(split: SplitModel, runs: Sequence[CleanRun]) -> FeatureStatistics
     return FeatureStatistics.total(_count(split, run) for run in runs)
 
 
+def statistics_and_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> tuple[FeatureStatistics, np.ndarray]:
+    """Return ``statistics`` and ``firing_prompts`` from one pass over the prompts."""
+    counts = [_count(split, run) for run in runs]
+    return FeatureStatistics.total(counts), _total_rows(counts)
+
+
 def firing_prompts(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return the number of prompts on which each feature fires at an editable position, int64 [F]."""
-    return np.sum([np.asarray(_count(split, run).rows_F, np.int64) for run in runs], axis=0)
+    return _total_rows(_count(split, run) for run in runs)
+
+
+def _total_rows(counts: Iterable[Firings]) -> np.ndarray:
+    return np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
 
 
 def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:

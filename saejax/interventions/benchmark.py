@@ -10,6 +10,7 @@ every item another item's reference of equal length (``placebo_references``). Be
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -120,7 +121,6 @@ class BenchmarkAblation(BehaviourAblation):
         self.test_references = self._references(self.items.references(self.test))
         self._train_references = self.items.references(self.train)
         self.attribution_F = self._references(self._train_references).attribution()
-        self._counts: tuple[FeatureStatistics, np.ndarray] | None = None
 
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
@@ -145,17 +145,10 @@ class BenchmarkAblation(BehaviourAblation):
         """Return the norm of each edit's change on each test item, [E, P]."""
         return self.test_references.change_norms(self.edits(definitions))
 
-    def statistics(self) -> FeatureStatistics:
-        """Return firing statistics on the test items and their reference answers."""
-        return self._count()[0]
-
-    def firing_share(self) -> np.ndarray:
-        """Return the share of test items on which each feature fires, [F]."""
-        return self._count()[1] / len(self.test)
-
-    def _count(self) -> tuple[FeatureStatistics, np.ndarray]:
-        self._counts = self._counts or self.test_references.statistics()
-        return self._counts
+    @functools.cached_property
+    def _firings(self) -> tuple[FeatureStatistics, np.ndarray]:
+        """Firing statistics on the test items with their reference answers, and the number on which each fires."""
+        return self.test_references.statistics()
 
     def site_values(self) -> np.ndarray:
         """Return the site's values on the train items, [N, D]."""

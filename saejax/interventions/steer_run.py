@@ -13,7 +13,7 @@ import numpy as np
 
 from saejax.errors import UserError
 from saejax.interventions import activity
-from saejax.interventions.ablation import spread_over_templates
+from saejax.interventions.ablation import root_mean_square, spread_over_templates
 from saejax.interventions.answers import CausalAnswer, VerdictConfig, mean_interval
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
@@ -259,7 +259,7 @@ class SteeringTest:
         points = tuple(
             SteeringPoint(
                 strength=strength,
-                dose=_root_mean_square(steered.norm_SxP[s]),
+                dose=root_mean_square(steered.norm_SxP[s]),
                 drop=mean_interval(clean_P - steered.diff_SxP[s], weight_RxP),
                 turned=wilson(steered.diff_SxP[s] < 0),
                 top1=float(steered.top1_SxP[s].mean()),
@@ -305,7 +305,7 @@ class SteeringTest:
         unit_1xP = self._steer(
             self._test, self._groups, lambda swap: [unit if swap in drawn else SteeringChange()]
         ).norm_SxP
-        norm = dose / max(_root_mean_square(unit_1xP[0]), 1e-6)
+        norm = dose / max(root_mean_square(unit_1xP[0]), 1e-6)
 
         def changes(swap: AnswerSwap) -> list[SteeringChange]:
             vectors = drawn.get(swap, [])[:count]
@@ -398,7 +398,3 @@ def _line(result: BehaviourSteering) -> str:
     chosen = {name: each.points[each.chosen] for name, each in result.methods.items()}
     listed = [f"{name} turns {100 * p.turned.mean:.0f} % at strength {p.strength:g}" for name, p in chosen.items()]
     return f"{result.prompts} test prompts: {', '.join(listed)}"
-
-
-def _root_mean_square(values_P: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(values_P))))

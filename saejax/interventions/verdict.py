@@ -38,7 +38,7 @@ from saejax.interventions.curves import (
 from saejax.interventions.table import BASIS, TESTED, TEXT, UNTRAINED, EffectsTable
 from saejax.results import Interval
 from saejax.statistics import bootstrap
-from saejax.statistics.ranks import holm, min_controls, rank_p
+from saejax.statistics.ranks import holm_by_key, min_controls, rank_p
 
 
 def verdict(table: EffectsTable, config: VerdictConfig | None = None) -> CausalVerdict:
@@ -113,7 +113,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
 def _correct(tests: Mapping[Any, _Test]) -> dict[Any, CausalAnswer]:
     """Correct the p-values of one question over its tests, and conclude."""
     p_values = {key: test.p_value for key, test in tests.items() if test.p_value is not None}
-    adjusted = dict(zip(p_values, holm(np.array(list(p_values.values()))).tolist(), strict=True))
+    adjusted = holm_by_key(p_values)
     return {key: test.conclude(adjusted.get(key)) for key, test in tests.items()}
 
 
