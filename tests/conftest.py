@@ -48,7 +48,7 @@ import numpy as np
 import pytest
 import runs
 from jax.sharding import AxisType, Mesh
-from tiny_models import save_tiny_llama, save_tiny_tokenizer
+from tiny_models import save_identity_llama, save_tiny_llama, save_tiny_tokenizer
 
 from saejax.parallel.mesh import AXES
 
@@ -126,6 +126,16 @@ def tiny_llama(tmp_path_factory) -> Path:
     save_tiny_llama(folder)
     save_tiny_tokenizer(folder, 384)
     return folder
+
+
+@pytest.fixture(scope="session")
+def identity_llama(tiny_llama, tmp_path_factory, one_device):
+    """The tiny Llama without what its layers add: the stream carries the embedding to the last norm, unchanged."""
+    from saejax import load_model
+
+    folder = tmp_path_factory.mktemp("identity_llama")
+    save_identity_llama(tiny_llama, folder)
+    return load_model(str(folder), mesh=one_device)
 
 
 @pytest.fixture(scope="session")

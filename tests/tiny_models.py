@@ -36,6 +36,19 @@ def save_tiny_llama(folder: Path, seed: int = 0, **changes) -> None:
     model.save_pretrained(folder)
 
 
+def save_identity_llama(source: Path, folder: Path) -> None:
+    """Save a Llama without what its layers add: the stream carries the embedding to the last norm, unchanged."""
+    from safetensors.numpy import load_file, save_file
+
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    weights = load_file(folder / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = 0 * weights[name]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 _TINY = dict(vocab_size=131, bos_token_id=None, eos_token_id=0, pad_token_id=0)
 _TINY_ROTARY = _TINY | dict(
     hidden_size=40,

@@ -1,12 +1,8 @@
 """A model whose answer is known by construction: the right features come first, with the effects of the formula."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from saejax import load_model
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interventions import engine as ablation
 from saejax.interventions import slopes as screening
@@ -18,26 +14,13 @@ PLANTED = [7, 3, 11]  # features that write the answer, strongest first
 
 
 @pytest.fixture(scope="module")
-def readout(tiny_llama, tmp_path_factory, one_device):
-    """The tiny Llama without what its layers add: the logits are the unembedding of the normed embedding."""
-    folder = tmp_path_factory.mktemp("readout")
-    for path in tiny_llama.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = np.zeros_like(weights[name])
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
-    return load_model(str(folder), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
-def planted(readout):
+def planted(identity_llama):
     """Prompts, and a linear dictionary that is a basis of the stream: three of its directions write the answer."""
-    answers = readout.token_id(" runs"), readout.token_id(" far")
-    unembed_VxD = np.asarray(readout.params["embed_VxD"] if readout.config.tied else readout.params["unembed_DxV"].T)
-    gain_D = np.asarray(readout.params["final_norm_D"], np.float64)
+    answers = identity_llama.token_id(" runs"), identity_llama.token_id(" far")
+    unembed_VxD = np.asarray(
+        identity_llama.params["embed_VxD"] if identity_llama.config.tied else identity_llama.params["unembed_DxV"].T
+    )
+    gain_D = np.asarray(identity_llama.params["final_norm_D"], np.float64)
     along_D = (unembed_VxD[answers[0]] - unembed_VxD[answers[1]]).astype(np.float64) * gain_D
     rng = np.random.default_rng(0)
     across_FxD = rng.normal(size=(64, 64))
@@ -47,8 +30,8 @@ def planted(readout):
         W_dec_FxD[feature] = 0.3 * W_dec_FxD[feature] + strength * along_D / np.linalg.norm(along_D)
     W_dec_FxD /= np.linalg.norm(W_dec_FxD, axis=1, keepdims=True)
     config = DictionaryConfig(
-        kind="standard", site="resid_post.1", d_in=64, n_features=64, model=readout.source.name,
-        fingerprint=readout.source.fingerprint, max_norm=1e9,
+        kind="standard", site="resid_post.1", d_in=64, n_features=64, model=identity_llama.source.name,
+        fingerprint=identity_llama.source.fingerprint, max_norm=1e9,
     )  # fmt: skip
     W_enc_DxF = rng.normal(size=(64, 64)) / 8
     b_enc_F = np.where(np.isin(np.arange(64), PLANTED), 2.0, 0.0)  # the planted ones fire everywhere
@@ -59,12 +42,12 @@ def planted(readout):
     return dictionary, prompts, along_D
 
 
-def test_effects_equal_the_formula_and_the_right_features_come_first(readout, planted):
+def test_effects_equal_the_formula_and_the_right_features_come_first(identity_llama, planted):
     dictionary, prompts, along_D = planted
-    split = SplitModel(readout, dictionary)
+    split = SplitModel(identity_llama, dictionary)
     runs = split.run(prompts)
     diffs = ablation.ablate_sets(split, runs, [[feature] for feature in range(64)] + [PLANTED])
-    eps = readout.config.norm_eps
+    eps = identity_llama.config.norm_eps
     W_dec_FxD = np.asarray(dictionary.W_dec_FxD[...], np.float64)
     worst = 0.0
     for run in runs:

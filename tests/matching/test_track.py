@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from made_transcoders import IDS, made_set
@@ -31,20 +30,6 @@ from saejax.stages.track import TrackConfig
 
 D, F = 64, 48
 CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each
-
-
-@pytest.fixture(scope="module")
-def carrying(tiny_llama, tmp_path_factory, one_device):
-    """The tiny Llama without what its layers add: the stream carries every direction on, unchanged."""
-    folder = tmp_path_factory.mktemp("carrying")
-    for path in tiny_llama.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    weights = load_file(folder / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = np.zeros_like(weights[name])
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return load_model(str(folder), mesh=one_device)
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +57,16 @@ def unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
 
-def test_planted_chains_are_followed_and_nothing_else(carrying):
+def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     rng = np.random.default_rng(3)
     tables = [unit(rng.standard_normal((F, D))) for _ in range(4)]
     for places in CHAINS:
         direction = rng.standard_normal(D)
         for layer, feature in places.items():
             tables[layer][feature] = unit(unit(direction) + 0.03 * rng.standard_normal(D))
-    made = stack_of(*(sae(carrying, layer, table, threshold=0) for layer, table in enumerate(tables)))
-    ids_T = np.array(carrying.tokenizer("The cat near the dogs runs to Paris")["input_ids"])
-    shown = [one.strongest(F) for one in follow(carrying, made, ids_T)]
+    made = stack_of(*(sae(identity_llama, layer, table, threshold=0) for layer, table in enumerate(tables)))
+    ids_T = np.array(identity_llama.tokenizer("The cat near the dogs runs to Paris")["input_ids"])
+    shown = [one.strongest(F) for one in follow(identity_llama, made, ids_T)]
     found = geometry(made, shown)
     active = [set(zip(one.position_A.tolist(), one.feature_A.tolist(), strict=True)) for one in shown]
     wanted = {
@@ -105,21 +90,21 @@ def test_planted_chains_are_followed_and_nothing_else(carrying):
 
 
 @pytest.fixture(scope="module")
-def by_token(carrying):
+def by_token(identity_llama):
     """A dictionary of which each feature is a token: its embedding."""
-    embed_VxD = np.asarray(carrying.params["embed_VxD"])
-    return sae(carrying, 1, unit(embed_VxD), threshold=0, k=1)
+    embed_VxD = np.asarray(identity_llama.params["embed_VxD"])
+    return sae(identity_llama, 1, unit(embed_VxD), threshold=0, k=1)
 
 
-def test_planted_steps_are_told_apart(carrying, by_token):
-    cat, war = carrying.token_id(" cat"), carrying.token_id(" war")
+def test_planted_steps_are_told_apart(identity_llama, by_token):
+    cat, war = identity_llama.token_id(" cat"), identity_llama.token_id(" war")
     problem = Problem(
         "x", "One day:", ("The cat runs. ", "She said the cat was far. ", "The war lasted. ", "The cat was there.")
     )
-    text = encode(carrying, problem)
+    text = encode(identity_llama, problem)
     assert [part.name for part in text.segments] == ["prompt", "step 1", "step 2", "step 3", "step 4"]
     assert "".join(text.tokens[text.steps[2].start : text.steps[2].stop]).strip() == "The war lasted."
-    (firings,) = follow(carrying, stack_of(by_token), text.ids_T)
+    (firings,) = follow(identity_llama, stack_of(by_token), text.ids_T)
     assert firings.feature_A.tolist() == text.ids_T.tolist()  # each token is its own feature
     found = step_features(firings, text.segment_T, 100)
     for number, part in enumerate(text.segments):
