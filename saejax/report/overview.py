@@ -110,7 +110,7 @@ def limits(found: Findings) -> Section:
 
 
 def reproduce(found: Findings) -> Section:
-    """Everything needed to run it again."""
+    """Return the section with all that is needed to run it again."""
     rows = tuple(
         (
             unit,

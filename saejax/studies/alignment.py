@@ -27,7 +27,7 @@ from saejax.interventions.table import load_effects
 from saejax.matching.transfer.stability import compare, match_by_direction
 from saejax.page.findings import Findings
 from saejax.results import from_json
-from saejax.statistics.ranks import holm
+from saejax.statistics.ranks import holm_by_key
 from saejax.studies.item_alignment import ItemLosses, align_items
 from saejax.studies.results import AlignmentFigures
 
@@ -52,7 +52,7 @@ class Attributions(NamedTuple):
 
 
 def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
-    """Every pair of rows on every benchmark of both.
+    """Compare every pair of rows on every benchmark of both.
 
     Args:
       rows: what each found, by name.
@@ -60,22 +60,24 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
     Raises:
       UserError: a file of a unit is damaged.
     """
-    found = [
-        one
+    comparisons = [
+        comparison
         for first, second in itertools.combinations(rows, 2)
         for benchmark in rows[first].each(StudyResults).keys() & rows[second].each(StudyResults).keys()
-        for one in _pair((first, second), benchmark, rows)
+        for comparison in _pair((first, second), benchmark, rows)
     ]
-    found.sort(key=lambda one: (one.by, one.benchmark))
-    adjusted = iter(holm(np.array([one.p_value for one in found if one.p_value is not None])).tolist())
-    return [one if one.p_value is None else _judged(one, next(adjusted)) for one in found]
+    comparisons.sort(key=lambda comparison: (comparison.by, comparison.benchmark))
+    p_values = {number: each.p_value for number, each in enumerate(comparisons) if each.p_value is not None}
+    for number, p_holm in holm_by_key(p_values).items():
+        comparisons[number] = _judge(comparisons[number], p_holm)
+    return comparisons
 
 
-def _judged(one: AlignmentFigures, p: float) -> AlignmentFigures:
+def _judge(comparison: AlignmentFigures, p: float) -> AlignmentFigures:
     """Return a comparison with what the rule says, given its corrected p."""
-    correlation = one.rank_correlation or 0.0
-    above = one.control is None or correlation > one.control
-    return dataclasses.replace(one, p_holm=p, aligned=correlation >= LEAST and p <= LEVEL and above)
+    correlation = comparison.rank_correlation or 0.0
+    above = comparison.control is None or correlation > comparison.control
+    return dataclasses.replace(comparison, p_holm=p, aligned=correlation >= LEAST and p <= LEVEL and above)
 
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:

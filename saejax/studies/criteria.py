@@ -64,13 +64,13 @@ def gate(row: str, benchmark: str, result: BehaviourVerdict, recovered: float | 
 
 
 def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionFigures]:
-    """Every criterion, met or not, with its evidence.
+    """Return every criterion, met or not, with its evidence.
 
     Args:
       figures: all figures but the criteria.
       rows: what the rows found.
     """
-    units, done = sum(one.units for one in figures.models), sum(one.done for one in figures.models)
+    units, done = sum(model.units for model in figures.models), sum(model.done for model in figures.models)
     finished = CriterionFigures("Every unit is done", done == units, f"{done} of {units}", "4 models of 6 planned")
     return [
         finished,
@@ -83,13 +83,15 @@ def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionF
 
 
 def _dictionaries(figures: StudyFigures) -> list[CriterionFigures]:
-    falls = [one.improvement for one in figures.dictionaries if one.improvement is not None]
-    seconds = sum({(one.row, one.dictionary.split("/")[0]): one.seconds for one in figures.dictionaries}.values())
+    falls = [scores.improvement for scores in figures.dictionaries if scores.improvement is not None]
+    seconds = sum(
+        {(scores.row, scores.dictionary.split("/")[0]): scores.seconds for scores in figures.dictionaries}.values()
+    )
     fell = f"{sum(fall > 0 for fall in falls)} of {len(falls)} dictionaries"
     if falls:
         fell += f"; improvement {percent(min(falls), 1)} to {percent(max(falls), 1)}; trained in {number(seconds, 0)} s"
-    recovered = [one.ce_recovered for one in figures.dictionaries if one.ce_recovered is not None]
-    kept = f"{sum(one >= FAITHFUL for one in recovered)} of {len(recovered)} dictionaries"
+    recovered = [scores.ce_recovered for scores in figures.dictionaries if scores.ce_recovered is not None]
+    kept = f"{sum(share >= FAITHFUL for share in recovered)} of {len(recovered)} dictionaries"
     if recovered:
         kept += f"; {number(min(recovered), 3)} to {number(max(recovered), 3)}"
     return [
@@ -103,19 +105,19 @@ def _dictionaries(figures: StudyFigures) -> list[CriterionFigures]:
 
 
 def _causal(figures: StudyFigures) -> list[CriterionFigures]:
-    asked = [one for one in figures.effects if one.accuracy_drop is not None]
+    measured = [effect for effect in figures.effects if effect.accuracy_drop is not None]
     falls = {
-        row: any(one.effect == one.effect_resampled == "yes" for one in asked if one.row == row)
-        for row in dict.fromkeys(one.row for one in asked)
+        row: any(effect.effect == effect.effect_resampled == "yes" for effect in measured if effect.row == row)
+        for row in dict.fromkeys(effect.row for effect in measured)
     }
-    chance = sorted((one.row, one.benchmark) for one in figures.effects if one.at_chance)
+    chance = sorted((effect.row, effect.benchmark) for effect in figures.effects if effect.at_chance)
     evidence = f"{sum(falls.values())} of {len(falls)} rows whose accuracy was measured"
     if chance:
         evidence += "; at chance before any edit: " + ", ".join(f"{row} on {name}" for row, name in chance)
-    tested = [one for one in figures.effects if {one.random, one.placebo} <= {"yes", "no"}]
+    tested = [effect for effect in figures.effects if {effect.random, effect.placebo} <= {"yes", "no"}]
     specific = {
-        row: any(one.random == one.placebo == "yes" for one in tested if one.row == row)
-        for row in dict.fromkeys(one.row for one in tested)
+        row: any(effect.random == effect.placebo == "yes" for effect in tested if effect.row == row)
+        for row in dict.fromkeys(effect.row for effect in tested)
     }
     return [
         CriterionFigures(
@@ -131,45 +133,42 @@ def _causal(figures: StudyFigures) -> list[CriterionFigures]:
 
 
 def _own_effects(rows: Sequence[Findings]) -> CriterionFigures:
-    found = [
+    summaries = [
         summary
         for row in rows
         for results in row.each(AblateResults).values()
         for summary in (results.importance or {}).values()
     ]
-    shares = [summary.significant / summary.features for summary in found if summary.features]
-    said = "no stage measured single features (--ablate.effects=all)"
+    shares = [summary.significant / summary.features for summary in summaries if summary.features]
+    evidence = "no stage measured single features (--ablate.effects=all)"
     if shares:
-        said = f"{percent(min(shares), 1)} to {percent(max(shares), 1)} of the features that fire on a behaviour"
+        evidence = f"{percent(min(shares), 1)} to {percent(max(shares), 1)} of the features that fire on a behaviour"
     name = "Half of the features that fire have an effect of their own"
-    return CriterionFigures(name, _all(share >= 0.5 for share in shares), said, _LATENTS)
+    return CriterionFigures(name, _all(share >= 0.5 for share in shares), evidence, _LATENTS)
 
 
 def _aligned(figures: StudyFigures) -> CriterionFigures:
-    asked = [one for one in figures.alignment if one.aligned is not None]
-    said = f"{sum(bool(one.aligned) for one in asked)} of {len(asked)} comparisons"
-    return CriterionFigures("Rows agree on what matters", _all(bool(one.aligned) for one in asked), said, "")
+    answers = [comparison.aligned for comparison in figures.alignment if comparison.aligned is not None]
+    evidence = f"{sum(answers)} of {len(answers)} comparisons"
+    return CriterionFigures("Rows agree on what matters", _all(answers), evidence, "")
 
 
 def _later(figures: StudyFigures) -> list[CriterionFigures]:
-    above = [one.shared.low > one.shared_null.high for one in figures.transfer]
+    above = [pair.shared.low > pair.shared_null.high for pair in figures.transfer]
     compared = f"{sum(above)} of {len(above)} comparisons"
     if above:
-        found, null = (
-            [own.mean for own in sides] for sides in zip(*((x.shared, x.shared_null) for x in figures.transfer))
-        )
-        compared += (
-            f"; shared {percent(min(found), 1)} to {percent(max(found), 1)}, by chance at most {percent(max(null), 1)}"
-        )
-    tested = [one for one in figures.tracking if one.tests]
-    tests, hurt = (sum(getattr(one, name) for one in tested) for name in ("tests", "hurt"))
+        shared = [pair.shared.mean for pair in figures.transfer]
+        null = [pair.shared_null.mean for pair in figures.transfer]
+        compared += f"; shared {percent(min(shared), 1)} to {percent(max(shared), 1)}"
+        compared += f", by chance at most {percent(max(null), 1)}"
+    tests, hurt = (sum(getattr(text, name) for text in figures.tracking if text.tests) for name in ("tests", "hurt"))
     followed, more = "no step was tested", None
     if tests:
         more = hurt / tests >= 0.5
         followed = f"{hurt} of {tests} steps with enough random sets are hurt"
     return [
         CriterionFigures("Dictionaries transfer", _all(above), compared if above else "not run", _TRANSFER),
-        CriterionFigures("Features are tracked through layers", more, followed if tested else "not run", _TRANSFER),
+        CriterionFigures("Features are tracked through layers", more, followed if tests else "not run", _TRANSFER),
     ]
 
 

@@ -53,7 +53,7 @@ def effects(row: str, found: Findings) -> Iterator[EffectFigures]:
 
 
 def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
-    """Return the answers of the causal verdict for each behaviour."""
+    """Yield the answers of the causal verdict for each behaviour."""
     for results in found.each(AblateResults).values():
         for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(
@@ -70,16 +70,16 @@ def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
 
 
 def gates(row: str, found: Findings) -> Iterator[GateFigures]:
-    """Of each benchmark, what must hold before its effects are believed."""
+    """Yield the gate of each benchmark: what must hold before its effects are believed."""
     for benchmark, results in found.each(StudyResults).items():
         kind, member = kind_and_member(results.dictionary)
         scores = found.each(EvaluateResults)
-        known = {one.name: one.ce_recovered_mean for one in scores[kind].members} if kind in scores else {}
-        yield criteria.gate(row, benchmark, results.verdict.dictionaries[TESTED][benchmark], known.get(member))
+        recovered = {each.name: each.ce_recovered_mean for each in scores[kind].members} if kind in scores else {}
+        yield criteria.gate(row, benchmark, results.verdict.dictionaries[TESTED][benchmark], recovered.get(member))
 
 
 def transfer(row: str, found: Findings) -> Iterator[TransferFigures]:
-    """Of each pair of dictionaries and measure, how much they share, and how much by chance."""
+    """Yield, for each pair of dictionaries and each measure, how much they share, and how much by chance."""
     for results in found.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
@@ -88,7 +88,7 @@ def transfer(row: str, found: Findings) -> Iterator[TransferFigures]:
 
 
 def tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
-    """Of each tracked text, its links between layers and which of its steps were hurt."""
+    """Yield the links of each tracked text between layers, and how many of its steps were hurt."""
     for results in found.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [test for step in text.steps for test in step.tests.values()]

@@ -42,25 +42,27 @@ def _count(number: int, what: str) -> str:
 
 
 def _lead(figures: StudyFigures) -> Sequence[str]:
-    met, asked = (sum(test(one.met) for one in figures.criteria) for test in (bool, lambda met: met is not None))
-    found = [f"{one.row} on {one.benchmark}: {one.gate}" for one in figures.gates]
+    answers = [criterion.met for criterion in figures.criteria if criterion.met is not None]
+    met = sum(answers)
+    gates = [f"{gate.row} on {gate.benchmark}: {gate.gate}" for gate in figures.gates]
     lines = [
         f"{_count(len(figures.models), 'row')}, each a model in a folder of its own. Of {len(figures.criteria)} "
-        f"criteria {met} are met, {asked - met} are not, and {len(figures.criteria) - asked} could not be asked."
+        f"criteria {met} are met, {len(answers) - met} are not, and {len(figures.criteria) - len(answers)} were not "
+        "tested."
     ]
-    if found:
-        lines.append("; ".join(found) + ".")
+    if gates:
+        lines.append("; ".join(gates) + ".")
     if figures.failures:
-        failed = sum(one.state == "failed" for one in figures.failures)
+        failed = sum(failure.state == "failed" for failure in figures.failures)
         missing = (
-            f"{_count(failed, 'unit')} failed, and {len(figures.failures) - failed} were not run for want of these"
+            f"{_count(failed, 'unit')} failed, and {len(figures.failures) - failed} that depend on them were skipped"
         )
         lines.append(f"Not everything was done: {missing}; the last section says why.")
     return lines
 
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
-    seconds = sum(one.seconds for one in figures.resources)
+    seconds = sum(unit.seconds for unit in figures.resources)
     rules = tuple((_TITLES[name], f"{describe_rule(root, STAGE, rule)}: {rule}") for name, rule in RULES.items())
     took = Text(f"All units together took {duration(seconds)}.")
     return [
@@ -69,14 +71,16 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
         _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
         _section("Activations", figures, "activations", "No row has captured activations."),
-        _section("Causal effects", figures, "effects", "No row took features out on a benchmark (--study.benchmarks)."),
+        _section(
+            "Causal effects", figures, "effects", "No row ran feature ablation on a benchmark (--study.benchmarks)."
+        ),
         *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
-        _section("The gate", figures, "gates", "No row took features out on a benchmark, so there is no gate."),
+        _section("The gate", figures, "gates", "No row ran feature ablation on a benchmark, so there is no gate."),
         _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
         _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
         _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
         Section("Resources", (took, SHEETS["resources"].table(figures))),
-        _section("What is not done", figures, "failures", "No unit of any row was left undone."),
+        _section("What is not done", figures, "failures", "All units finished."),
     ]
 
 
@@ -88,7 +92,7 @@ def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "")
 
 def _reports(root: Path, figures: StudyFigures) -> Links:
     """Return the rows' own reports, and the files of this one's figures."""
-    there = [one.row for one in figures.models if (root / ROWS / one.row / "report" / "index.html").exists()]
-    items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in there]
+    rows = [model.row for model in figures.models if (root / ROWS / model.row / "report" / "index.html").exists()]
+    items = [(f"The report of {row}", f"{ROWS}/{quote(row)}/report/index.html") for row in rows]
     items += [(FILE, FILE), *((f"tables/{name}.csv", f"tables/{name}.csv") for name in SHEETS)]
     return Links("More, and all figures as files", tuple(items))

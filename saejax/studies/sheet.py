@@ -32,12 +32,12 @@ class Sheet:
     cards: bool = False
 
     def table(self, figures: StudyFigures) -> Table:
-        """Its rows as text."""
+        """Return the rows as text."""
         rows = [(one,) for one in getattr(figures, self.name)]
         return Table.of(self.caption, rows, self.columns, self.words, self.cards, self.note)
 
     def csv(self, figures: StudyFigures) -> str:
-        """All fields of its figures; an interval is three columns, what is not known is empty."""
+        """Return all fields of the figures; an interval is three columns, what is not known is empty."""
         lines = [_flat(to_json(one)) for one in getattr(figures, self.name)]
         names = list(dict.fromkeys(name for line in lines for name in line))
         text = io.StringIO()
@@ -58,7 +58,7 @@ def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def listed(items: Sequence[str]) -> str:
-    """Names in a cell; of a long list the ends."""
+    """Return names in a cell; of a long list the ends."""
     items = [*items[:2], "...", items[-1]] if len(items) > 4 else list(items)
     return ", ".join(items) or MISSING
 
@@ -69,7 +69,7 @@ def points(value: Interval | None) -> str:
 
 
 def size(value: int | None) -> str:
-    """Bytes in a cell."""
+    """Return a number of bytes as a cell's text."""
     if value is None:
         return MISSING
     unit, scale = ("GB", 1e9) if value >= 1e9 else ("MB", 1e6) if value >= 1e6 else ("kB", 1e3)

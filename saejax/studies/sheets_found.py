@@ -33,7 +33,7 @@ FOUND = (
     ),
     Sheet(
         "behaviours",
-        "Behaviours without top features",
+        "Behaviours under ablation",
         {
             "Row": lambda one: one.row,
             "Behaviour": lambda one: one.behaviour,
@@ -115,7 +115,7 @@ FOUND = (
         "Criteria of success",
         {
             "Criterion": lambda one: one.criterion,
-            "Met": lambda one: answer(one.met, "not asked"),
+            "Met": lambda one: answer(one.met, "not tested"),
             "Evidence": lambda one: one.evidence,
             "The reasoning study reports": lambda one: one.published or MISSING,
         },
