@@ -136,9 +136,18 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
 
 
 def _fitting_mesh(run: Run, members: int) -> Mesh:
-    """Return the run's mesh; of a stack of which some members are there, as many parts of it as divide the others."""
+    """Return the run's mesh; of a stack of which some members are there, as many parts of it as divide the others.
+
+    Args:
+      run: the run.
+      members: number of members that are trained at once: those of one expansion.
+
+    Raises:
+      UserError: see ``make_mesh``.
+    """
     config = run.configs[MeshConfig]
-    if run.stack and members < len(run.stack.folders):
+    # A mesh that does not fit a whole stack is for ``check_divides`` to refuse, also where it has several expansions.
+    if run.stack and len(run.stack.together) < len(run.stack.folders):
         config = dataclasses.replace(config, member=math.gcd(config.member, members), data=0)
     return make_mesh(config)
 

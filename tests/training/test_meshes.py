@@ -11,8 +11,11 @@ from every_kind import KINDS, MADE_UP
 from small_stacks import STEPS, D, F, batches, make_stack, run, step
 
 from saejax.parallel.mesh import make_mesh
+from saejax.runner.config import Configs
+from saejax.runner.workspace import Run, StackWork
 from saejax.settings import MeshConfig
 from saejax.training.state import init_state
+from saejax.training.train import _fitting_mesh
 
 SHAPES = [(1, 8, 1), (1, 4, 2), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
 # One kind that shards its features freely and two that must find the largest over all of them; the others take minutes.
@@ -94,3 +97,19 @@ def test_layers_of_a_stack_train_on_their_own_values(one_device):
         alone, _ = run(single, data[:, index], dataclasses.replace(init_state(single), params=own))
         for name, value in alone.params.items():
             np.testing.assert_allclose(state.params[name][index], value[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("together", "members", "shape"),
+    [
+        (6, 6, (4, 2, 1)),  # all of them: that 4 does not divide 6 is refused later
+        (6, 3, (4, 2, 1)),  # all of them, in two expansions
+        (2, 2, (2, 4, 1)),
+        (1, 1, (1, 8, 1)),
+    ],
+)
+def test_members_that_are_left_are_trained_on_a_mesh_that_divides_them(tmp_path, together, members, shape):
+    names = [f"k{k}" for k in range(6)]
+    stack = StackWork({name: tmp_path / name for name in names}, names[:together], names[:together])
+    run = Run("train", "topk", tmp_path, Configs(MeshConfig(member=4, data=2)), {}, stack=stack)
+    assert tuple(_fitting_mesh(run, members).shape.values()) == shape
