@@ -301,11 +301,15 @@ def _run_stage(
     if pipeline.options.profile:
         stopping = profiler = Profiler(Path(pipeline.options.profile) / unit, stopping, say)
 
+    shares: list[float] = []  # seconds of the members that are finished
+
     def finish_member(member: str, results: Any) -> None:
-        """Write a member's summary; of the time, it has its share."""
+        """Write a member's summary; it and those that are left share the time that is not counted yet."""
         if not pipeline.leads or not stack or member not in stack.missing:
             return
-        configs, seconds = plan.members(unit)[member].configs, (time.monotonic() - clock) / len(stack.missing)
+        seconds = (time.monotonic() - clock - sum(shares)) / (len(stack.missing) - len(shares))
+        shares.append(seconds)
+        configs = plan.members(unit)[member].configs
         about = _describe(plan, stage, inputs, configs) | dict(start=started, seconds=round(seconds, 2))
         member_mark = plan.fingerprint(f"{unit}/{member}")
         workspace.finish(unit, member_mark, about | dict(results=to_json(results)), current=False)
