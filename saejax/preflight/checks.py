@@ -86,7 +86,7 @@ def _planned_runs(run: Run, shapes: Sequence[Shape], place: Place, runs_here: bo
     """
     corpus, plans = run.configs[CorpusConfig], []
     documents, tokens = rates.used_text(corpus, run.configs[TaskConfig]) if runs_here else (0, 0)
-    here = dict(documents=documents, tokens=tokens, own_devices=place.own, host=place.host)
+    here = dict(documents=documents, tokens=tokens, own_devices=place.per_process, host=place.host)
     for shape in shapes:
         try:
             name = Path(shape.path).name

@@ -20,7 +20,7 @@ class Place:
       limit: bytes of memory on each.
       kind: what they are, for messages.
       of_node: how many of them share a node.
-      own: how many a process has, of which there is one a host; 0: one has all.
+      per_process: how many a process has, of which there is one a host; 0: one has all.
       host: the devices of a host by itself, where the compiler of a slice takes no part of a slice.
       stands_for: the platform that the mesh's devices stand for; "": they are what they are.
     """
@@ -29,7 +29,7 @@ class Place:
     limit: int
     kind: str
     of_node: int
-    own: int = 0
+    per_process: int = 0
     host: tuple[jax.Device, ...] = ()
     stands_for: str = ""
 

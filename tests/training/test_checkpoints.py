@@ -1,4 +1,4 @@
-"""Checkpoints: written while training goes on, the newest and the best kept, of one configuration only."""
+"""Checkpoints: written while training goes on, the newest kept, of one configuration only."""
 
 import jax
 import numpy as np
