@@ -54,7 +54,7 @@ class SiteReader:
         """Give the model's memory back; the reader cannot be used afterwards."""
         del self._model
         if torch.cuda.is_available():
-            torch.cuda.init_cache()  # torch would keep it for itself, and JAX could not have it
+            torch.cuda.empty_cache()  # torch would keep it for itself, and JAX could not have it
 
 
 def _array(value: torch.Tensor) -> np.ndarray:
