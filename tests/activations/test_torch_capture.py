@@ -1,7 +1,5 @@
 """The torch backend: values against plain forward passes of single documents, and what it leaves unrun."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -31,18 +29,25 @@ def test_the_model_can_run_in_bfloat16(setup):
     assert np.array_equal(values, torch.tensor(values).to(torch.bfloat16).float().numpy())  # not run in fp32
 
 
-@pytest.mark.parametrize(("site", "unused"), [("resid_post.2", "layers.3"), ("mlp_in.2", "layers.2.mlp")])
-def test_nothing_after_the_last_site_is_run(setup, captured, tiny_llama, tmp_path, site, unused):
-    from safetensors.numpy import load_file, save_file
+@pytest.mark.parametrize(("site", "unused"), [("resid_post.2", "layers.3"), ("mlp_in.2", "layers.2.mlp.act_fn")])
+def test_nothing_after_the_last_site_is_run(setup, captured, monkeypatch, site, unused):
+    load, guarded = source.load_torch_model, []
 
-    shutil.copytree(tiny_llama, tmp_path / "model")
-    weights = load_file(tmp_path / "model" / "model.safetensors")
-    poisoned = [name for name in weights if any(part in name for part in (unused, "layers.3", "model.norm", "lm_head"))]
-    assert len(poisoned) > 3
-    for name in poisoned:
-        weights[name] = np.full_like(weights[name], 1e30)  # overflows where it is multiplied
-    save_file(weights, tmp_path / "model" / "model.safetensors", metadata=dict(format="pt"))
-    store, _ = setup.capture("poisoned", model=tmp_path / "model", sites=(site,))
+    def refuse(module, args):
+        # Passes on up to 8 tokens look for the sites; they run all of the model.
+        assert args[0].shape[-2] <= 8, f"{type(module).__name__} was run"
+
+    def load_guarded(*args, **kwargs):
+        model = load(*args, **kwargs)
+        for name, module in model.named_modules():
+            if any(part in name for part in (unused, "layers.3", "model.norm", "lm_head")):
+                module.register_forward_pre_hook(refuse)
+                guarded.append(name)
+        return model
+
+    monkeypatch.setattr(source, "load_torch_model", load_guarded)
+    store, _ = setup.capture("guarded", sites=(site,))
+    assert len(guarded) > 3
     rows = np.arange(store.manifest.rows)
     assert relative_error(store.read(site, rows), captured[0].read(site, rows)) < 1e-5
 
