@@ -111,10 +111,10 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "train.l1": 0.05,
         "evaluate.ce_documents": 3,
         "ablate.top": 2,
-        "ablate.random_sets": 6,
-        "ablate.placebo_targets": 4,
+        "causal.random_sets": 6,
+        "causal.placebo_targets": 4,
         "ablate.text_documents": 4,
-        "ablate.bootstrap": 200,
+        "causal.bootstrap": 200,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--workdir={workdir}", flag_file(f"--{key}={value}" for key, value in values.items() if key != "workdir")]

@@ -1,15 +1,14 @@
 """Each binary accepts the flags of its stage and of the stages it reads, refuses others, and explains those it has."""
 
-import dataclasses
-
 import pytest
 import runs
 
+from saejax.errors import UserError
 from saejax.runner import command, command_line
-from saejax.runner.config import Configs, group_name
-from saejax.runner.registry import GROUPS, STAGES, accepted_groups, with_inputs
+from saejax.runner.config import Configs, flag_fields, group_name
+from saejax.runner.registry import GROUPS, STAGES, accepted_groups, flag_of, with_inputs
 from saejax.runner.workplan import Workplan
-from saejax.settings import CaptureConfig, PatchConfig, TrainConfig
+from saejax.settings import AblateConfig, CaptureConfig, PatchConfig, ProbeConfig, SteerConfig, StudyConfig, TrainConfig
 
 
 def read(stages, *flags):
@@ -45,15 +44,34 @@ def test_another_stages_flag_is_ignored_in_a_file(tmp_path):
     assert read(["train"], f"--flagfile={file}")[TrainConfig].k == (3,)
 
 
+def test_a_shared_flag_is_accepted_where_a_group_that_shares_it_is(tmp_path, capsys):
+    configs = read(["ablate"], "--causal.seed=7", "--causal.batch_rows=5")
+    assert (configs[AblateConfig].seed, configs[AblateConfig].batch_rows, configs[PatchConfig].seed) == (7, 5, 456)
+    assert read(["patch"], "--causal.seed=7")[PatchConfig].seed == 7
+    everything = read(None, "--causal.seed=7")
+    assert {everything[group].seed for group in (AblateConfig, PatchConfig, SteerConfig, StudyConfig, ProbeConfig)} == {
+        7
+    }
+    with pytest.raises(UserError, match=r"--causal.seed belongs to the stage ablate or .* which capture does not read"):
+        read(["capture"], "--causal.seed=7")
+    with pytest.raises(UserError, match=r"--causal.batch_rows is 0: expected at least 1"):
+        read(["ablate"], "--causal.batch_rows=0")
+    assert (flag_of("ablate", "seed"), flag_of("ablate", "top"), flag_of("train.topk", "k")) == (
+        "causal.seed",
+        "ablate.top",
+        "train.topk.k",
+    )
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_lists_the_accepted_flags_with_their_defaults(stage):
     flag_values = command_line.stage_flags()
     command_line.read_configs(flag_values, ["program", "--help"], [stage])
     text = command_line.help_text([stage], "", flag_values)
+    accepted = {flag for group in accepted_groups([stage]) for flag in flag_fields(group, GROUPS[group])}
     for group, cls in GROUPS.items():
-        fields = [field.name for field in dataclasses.fields(cls) if "nested" not in field.metadata]
-        for field in fields:
-            assert (f"\n  --{group}.{field}  " in text) == (group in accepted_groups([stage])), (group, field)
+        for flag in flag_fields(group, cls):
+            assert text.count(f"\n  --{flag}  ") == (flag in accepted), (group, flag)
     lines = [line for line in text.splitlines() if line.startswith("  --")]
     assert all("(default: " in line or "(required)" in line or "--flagfile" in line for line in lines)
 

@@ -94,7 +94,11 @@ def test_what_is_read_is_declared(recorded):
     missing = {}
     for unit, names in read.items():
         groups = groups_of(STAGES[unit.partition("/")[0]])
-        fields = {flag: field for group in groups for flag, field in flag_fields(group_name(group), group).items()}
+        fields = {
+            f"{group_name(group)}.{field.name}": field
+            for group in groups
+            for field in flag_fields(group_name(group), group).values()
+        }
         counted = {flag for flag in names & fields.keys() if fields[flag].metadata["changes_results"]}
         if left := counted - declared(unit, configs):
             missing[unit] = sorted(left)

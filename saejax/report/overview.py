@@ -14,6 +14,7 @@ from saejax.page.findings import Findings
 from saejax.page.tables import MISSING, Table, number, percent, significant
 from saejax.page.words import BEHAVIOURS, behaviour, place
 from saejax.results import Devices, Settings, unit_seconds
+from saejax.runner.registry import flag_of
 from saejax.tasks.results import BaselineResults
 from saejax.training.report import scores_of
 
@@ -123,7 +124,7 @@ def reproduce(found: Findings) -> Section:
     )
     columns = ("Stage", "Seconds", "Devices", "Seeds", "Started, UTC")
     stages = Table("The stages that this report reads", columns, rows, frozenset({2, 3, 4}))
-    flags = "\n".join(_flags(found.settings()))
+    flags = "\n".join(dict.fromkeys(_flags(found.settings())))  # groups share some
     packages: dict[str, str] = {}
     for summary in found.summaries.values():
         packages |= summary.packages
@@ -163,7 +164,7 @@ def _flags(settings: Settings) -> Iterator[str]:
             if isinstance(value, Mapping):
                 yield from _flags({f"{group}.{name}": inside for name, inside in value.items()})
             else:
-                yield f"--{group}.{field}={_flag(value)}"
+                yield f"--{flag_of(group, field)}={_flag(value)}"
 
 
 def _flag(value: object) -> str:

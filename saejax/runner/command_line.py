@@ -10,7 +10,7 @@ from absl import flags
 
 from saejax.errors import UserError
 from saejax.runner import config, environment
-from saejax.runner.registry import GROUPS, accepted_groups, stages_of
+from saejax.runner.registry import GROUPS, accepted_groups, groups_sharing, stages_of
 
 _OF_BINARIES = (
     "plugins",
@@ -122,9 +122,11 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
         group = flag.partition(".")[0]
         # absl writes a false flag as --noNAME.
         group = group if group in GROUPS else group.removeprefix("no")  # --notrain.tensorboard
-        if group in GROUPS and group not in accepted:
+        groups = [group] if group in GROUPS else groups_sharing(flag.partition(".")[2], group)
+        if groups and not {*groups} & {*accepted}:
+            owners = dict.fromkeys(stage for each in groups for stage in stages_of(each))
             raise UserError(
-                f"--{flag} belongs to the stage {' or '.join(stages_of(group))}, which {stages[0]} does not read: "
+                f"--{flag} belongs to the stage {' or '.join(owners)}, which {stages[0]} does not read: "
                 "leave it out (in a flag file it is ignored)"
             )
 
@@ -179,9 +181,14 @@ def help_text(stages: Sequence[str], about: str, flag_values: flags.FlagValues) 
         flag = flag_values[name]
         default = flag.default if flag.default not in (None, "", []) else "none"
         lines.append(f"  --{name}  {(flag.help or '').splitlines()[0].rstrip(';')} (default: {default})")
+    listed = set[str]()
     for group in accepted_groups(stages):
         lines += ["", f"{group}: {(GROUPS[group].__doc__ or '').strip()}"]
-        for name, field in config.flag_fields(group, GROUPS[group]).items():
+        fields = config.flag_fields(group, GROUPS[group])
+        for name, field in fields.items():
+            if name in listed:  # shared, and explained with an earlier group
+                continue
+            listed.add(name)
             flag = flag_values[name]
             default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
             lines.append(f"  --{flag.name}  {flag.help} (default: {default if default != '' else 'empty'})")

@@ -3,7 +3,8 @@
 A *group* is one frozen dataclass, such as ``TrainConfig``, whose name is that of the class, ``train``. Each of
 its fields is made with ``setting`` and becomes the flag ``--train.<field>``. Field types are str, int,
 float, bool and ``tuple[...]`` of those (written as a comma-separated list on the command line). One field may be made
-with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``.
+with ``nested``: groups by name, whose settings become ``--train.<name>.<field>``. A setting that several groups have in
+common, such as the seed of all causal tests, is *shared*: one flag, ``--causal.seed``, gives its value to all of them.
 """
 
 import dataclasses
@@ -29,6 +30,7 @@ def setting(
     changes_results: bool = True,
     only: tuple[str, ...] | Callable[[str], bool] = (),
     swept: bool = False,
+    shared: str = "",
 ) -> Any:
     """Declare a dataclass field that becomes a flag.
 
@@ -42,9 +44,11 @@ def setting(
         make a finished unit run again.
       only: names of the units whose results it changes, such as ("gsm8k",), or a test of the name; empty: of all.
       swept: whether several values make as many members of a stack.
+      shared: prefix of the flag that sets this field in every group that shares it, with one default and help; empty:
+        the group's name, for a flag of the group alone.
     """
     metadata = dict(help=help, low=low, high=high, choices=choices, changes_results=changes_results, only=only)
-    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept))
+    return dataclasses.field(default=default, metadata=metadata | dict(swept=swept, shared=shared))
 
 
 def nested(groups: Callable[[], Mapping[str, type["Config"]]]) -> Any:
@@ -117,9 +121,14 @@ def _nested(cls: type) -> Iterator[tuple[str, str, type[Config]]]:
             yield field.name, name, group
 
 
+def flag_name(group: str, field: dataclasses.Field) -> str:
+    """Return the name of the flag of a setting of a group."""
+    return f"{field.metadata['shared'] or group}.{field.name}"
+
+
 def flag_fields(group: str, cls: type) -> dict[str, dataclasses.Field]:
     """Return the settings of a group and of those inside it, by the names of their flags."""
-    fields = {f"{group}.{name}": field for name, field in _settings(cls).items()}
+    fields = {flag_name(group, field): field for field in _settings(cls).values()}
     for _, name, inner in _nested(cls):
         fields |= {f"{group}.{name}.{key}": field for key, field in _settings(inner).items()}
     return fields
@@ -194,8 +203,12 @@ def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> N
 def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:
     hints = typing.get_type_hints(cls)
     for name, field in _settings(cls).items():
-        default = typing.cast(Any, field.default)
-        _define(f"{group}.{name}", hints[name], default, field.metadata["help"], flag_values)
+        default, flag = typing.cast(Any, field.default), flag_name(group, field)
+        if field.metadata["shared"] and flag in flag_values:  # another group has defined it
+            if (flag_values[flag].default, flag_values[flag].help) != (default, field.metadata["help"]):
+                raise ValueError(f"--{flag} has another default or help in the group {group}")
+            continue
+        _define(flag, hints[name], default, field.metadata["help"], flag_values)
 
 
 def _define(name: str, hint: Any, default: Any, help_text: str, flag_values: flags.FlagValues) -> None:
@@ -258,8 +271,11 @@ def from_flags(
 
 
 def _from_flags(group: str, cls: type, flag_values: flags.FlagValues, inside: Mapping[str, Any] | None = None) -> Any:
-    values = {name: flag_values[f"{group}.{name}"].value for name in _settings(cls)}
+    fields = _settings(cls)
+    values = {name: flag_values[flag_name(group, field)].value for name, field in fields.items()}
     try:
         return cls(**values, **inside or {})
     except UserError as error:
-        raise UserError(f"--{group}.{error}") from None
+        name, _, rest = str(error).partition(" ")  # the message begins with the field's name
+        flag = flag_name(group, fields[name]) if name in fields else f"{group}.{name}"
+        raise UserError(f"--{flag} {rest}") from None

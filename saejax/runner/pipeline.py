@@ -27,7 +27,7 @@ from saejax.runner.config import Configs
 from saejax.runner.logs import log, log_path
 from saejax.runner.preregistration import shows_data, write_rules
 from saejax.runner.profiling import Profiler
-from saejax.runner.registry import STAGES, groups_of, with_inputs
+from saejax.runner.registry import STAGES, flag_of, groups_of, with_inputs
 from saejax.runner.stage import split_unit
 from saejax.runner.usage import check_budget, forget_peak, peak_device_bytes, peak_host_bytes
 from saejax.runner.workplan import Workplan
@@ -183,7 +183,7 @@ def _without_decoder_stages(stages: Sequence[str], configs: Configs, say: Callab
 def _settings_to_compare(configs: Configs, units: Sequence[str]) -> dict[str, str]:
     """Return what must be equal in all processes of a run: settings by their flags, units, versions."""
     flags = {
-        f"--{group}.{name}": json.dumps(value)
+        f"--{flag_of(group, name)}": json.dumps(value)
         for config in configs
         for group in (configuration.group_name(type(config)),)
         for name, value in configuration.to_json(config).items()
@@ -419,7 +419,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
                 was, now_is = (_flag_value(data[name]) if name in data else "unread" for data in (before, after))
-                differences.append(f"--{group}.{name} was {was}, is {now_is}")
+                differences.append(f"--{flag_of(group, name)} was {was}, is {now_is}")
     for kind in ("needs", "sources"):
         names = sorted({*old.get(kind, {}), *new[kind]})
         changed = [name for name in names if old.get(kind, {}).get(name) != new[kind].get(name)]

@@ -16,13 +16,14 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             attribute/<slug> ─────────────────┘
 """
 
+import dataclasses
 import heapq
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 
 from saejax import stages
-from saejax.runner.config import Config, Configs, group_name
+from saejax.runner.config import Config, Configs, flag_fields, flag_name, group_name
 from saejax.runner.stage import Stage
 from saejax.settings import MeshConfig
 
@@ -93,6 +94,18 @@ def stages_of(group: str) -> list[str]:
     """Return the names of the stages that a group belongs to, that of its own name first."""
     groups = {name: {*map(group_name, (*stage.groups, *stage.placement))} for name, stage in STAGES.items()}
     return sorted((name for name in STAGES if group in groups[name]), key=lambda name: name != group)
+
+
+def groups_sharing(field: str, prefix: str) -> list[str]:
+    """Return the names of the groups that share the flag ``--prefix.field``; none if it is not a shared flag."""
+    flag = f"{prefix}.{field}"
+    return [name for name, group in GROUPS.items() if prefix != name and flag in flag_fields(name, group)]
+
+
+def flag_of(group: str, name: str) -> str:
+    """Return the flag of a setting by the names in saved files, those of the group, such as "ablate", and the field."""
+    fields = {field.name: field for field in dataclasses.fields(GROUPS[group])} if group in GROUPS else {}
+    return flag_name(group, fields[name]) if name in fields and "shared" in fields[name].metadata else f"{group}.{name}"
 
 
 def default_configs() -> Configs:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.runner.config import Config, setting
+from saejax.settings import shared
 
 GRAPH_ESTIMATES = ("gradient", "relp")
 
@@ -105,4 +106,4 @@ class GraphConfig(Config):
         "heads whose query-key scores are split over pairs of sources, each layer.head or layer.head@position of the "
         "query (default -1, the last), such as 12.3,14.0@5",
     )
-    seed: int = setting(456, "random seed of the choice of features that are doubled", low=0)
+    seed: int = shared.causal_seed()

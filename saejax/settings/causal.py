@@ -3,6 +3,7 @@
 import dataclasses
 
 from saejax.runner.config import Config, setting
+from saejax.settings import shared
 from saejax.settings.tasks import BENCHMARKS
 
 REPLACEMENTS = ("zero", "mean", "random", "counterpart")
@@ -46,12 +47,8 @@ class AblateConfig(Config):
         "goes through the dictionary, too, and no other basis is compared",
         choices=("keep", "drop"),
     )
-    random_sets: int = setting(
-        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
-    )
-    placebo_targets: int = setting(
-        199, "pairs of likely tokens that are no answers, whose top features the top ones are compared with", low=0
-    )
+    random_sets: int = shared.random_sets()
+    placebo_targets: int = shared.placebo_targets()
     attribution_prompts: int = setting(
         0, "train prompts that rank features, for the answers and for placebo targets alike; 0: all", low=0
     )
@@ -73,15 +70,13 @@ class AblateConfig(Config):
         "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way; each "
         "takes about as long as the first",
     )
-    min_accuracy_drop: float = setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0)
+    min_accuracy_drop: float = shared.min_accuracy_drop()
     max_ce_rise: float = setting(
         0.05, "rise of cross-entropy on held-out text, nats per token, below which an effect is selective", low=0.0
     )
-    seed: int = setting(
-        456, "seed of the random sets, the placebo targets, the bootstrap and random replacements", low=0
-    )
-    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    batch_rows: int = setting(64, "edited prompts per batch of the program", low=1, changes_results=False)
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +119,7 @@ class ProbeConfig(Config):
         low=1,
     )
     permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
-    seed: int = setting(456, "seed of the folds, the shuffled labels, the controls and the permutations", low=0)
+    seed: int = shared.causal_seed()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,15 +146,11 @@ class PatchConfig(Config):
     )
     behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
     top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
-    random_sets: int = setting(
-        199, "maximum number of disjoint random sets of features that the top ones are compared with", low=1
-    )
-    placebo_targets: int = setting(
-        199, "pairs of likely tokens that are no answers, whose top features the top ones are compared with", low=0
-    )
-    seed: int = setting(456, "seed of the random sets, the placebo targets and the bootstrap", low=0)
-    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    batch_rows: int = setting(64, "patched prompts per batch of the program", low=1, changes_results=False)
+    random_sets: int = shared.random_sets()
+    placebo_targets: int = shared.placebo_targets()
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +189,9 @@ class SteerConfig(Config):
         "dose; a positive answer needs 20 per behaviour, minus one",
         low=1,
     )
-    seed: int = setting(456, "seed of the random sets, the random directions and the bootstrap", low=0)
-    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    batch_rows: int = setting(64, "steered prompts per batch of the program", low=1, changes_results=False)
+    seed: int = shared.causal_seed()
+    bootstrap: int = shared.causal_bootstrap()
+    batch_rows: int = shared.causal_batch_rows()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +237,9 @@ class StudyConfig(Config):
     repeats: tuple[str, ...] = setting(
         (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
     )
-    min_accuracy_drop: float = setting(0.05, "share of accuracy whose loss counts as an effect", low=0.0, high=1.0)
-    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
-    seed: int = setting(
-        456, "seed of the split of items, the random sets, the placebo targets, resampling and the bootstrap", low=0
-    )
+    min_accuracy_drop: float = shared.min_accuracy_drop()
+    bootstrap: int = shared.causal_bootstrap()
+    seed: int = shared.causal_seed()
     batch_tokens: int = setting(
         2048, "tokens per batch, padding included, of log-likelihoods and slopes", low=1, changes_results=False
     )

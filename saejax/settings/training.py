@@ -6,6 +6,7 @@ from typing import Any
 
 from saejax.errors import UserError
 from saejax.runner.config import Config, nested, setting
+from saejax.settings import shared
 from saejax.settings.kinds import KIND_SETTINGS, PRETRAINED, read_by_kind, settings_of_kinds, unit_names
 from saejax.settings.sites import expand_ranges
 
@@ -274,4 +275,4 @@ class EvaluateConfig(Config):
         0.1, "a feature that fires on more than this share of tokens counts as dense", low=0.0, high=1.0
     )
     ce_documents: int = setting(200, "held-out documents on which cross-entropy is measured; 0: all", low=0)
-    batch_tokens: int = setting(4096, "tokens per batch", low=1, changes_results=False)
+    batch_tokens: int = shared.analysis_batch_tokens()

@@ -7,7 +7,7 @@ from typing import Any
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, train_units
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig
+from saejax.settings import AblateConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig, TrainConfig, shared
 from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
@@ -25,8 +25,8 @@ class ClusterConfig(Config):
     most: int = setting(8192, "largest number of features to group; more are sampled from those that fire", low=2)
     tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
     resamples: int = setting(10, "number of bootstrap samples, and of shuffled data sets", low=2)
-    batch_tokens: int = setting(2048, "tokens in a batch", low=32, changes_results=False)
-    seed: int = setting(789, "seed of samples, shuffled data and matched sets", low=0)
+    batch_tokens: int = shared.analysis_batch_tokens()
+    seed: int = shared.analysis_seed()
 
 
 def _folders(configs: Configs) -> str:

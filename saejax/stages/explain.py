@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig, unit_names
+from saejax.settings import MeshConfig, ModelConfig, shared, unit_names
 from saejax.stages.train import trained_sites
 
 FOUND = "found"  # instead of a file: the labels of ``interpret``
@@ -55,7 +55,7 @@ class ExplainConfig(Config):
     timeout: float = setting(
         120.0, "longest time for an answer of the endpoint, in seconds", low=0.1, changes_results=False
     )
-    seed: int = setting(321, "seed of the random features, silent contexts and order of contexts", low=0)
+    seed: int = shared.analysis_seed()
 
 
 def _given(configs: Configs) -> str:

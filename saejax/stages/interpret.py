@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name
 from saejax.runner.workspace import Run
-from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, unit_names
+from saejax.settings import AblateConfig, MeshConfig, ModelConfig, TaskConfig, shared, unit_names
 from saejax.stages.train import trained_sites
 from saejax.tasks import identities
 
@@ -34,8 +34,8 @@ class InterpretConfig(Config):
         "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
     )
     heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
-    batch_tokens: int = setting(4096, "tokens encoded at a time", low=32, changes_results=False)
-    seed: int = setting(789, "seed of the random directions that labels are compared with", low=0)
+    batch_tokens: int = shared.analysis_batch_tokens()
+    seed: int = shared.analysis_seed()
 
 
 @dataclasses.dataclass(frozen=True)

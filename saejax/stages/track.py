@@ -8,7 +8,7 @@ from typing import Any
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, folder_name, is_folder, split_unit, train_units
 from saejax.runner.workspace import Run
-from saejax.settings import MeshConfig, ModelConfig
+from saejax.settings import MeshConfig, ModelConfig, shared
 from saejax.stages.interpret import InterpretConfig
 from saejax.tasks import identities
 
@@ -38,10 +38,8 @@ class TrackConfig(Config):
     test_layers: tuple[int, ...] = setting(
         (), "layers at which the features of steps are removed (empty: the dictionary in the middle)", low=0
     )
-    random_sets: int = setting(
-        199, "maximum number of disjoint random sets of features that the features of a step are compared with", low=1
-    )
-    seed: int = setting(456, "seed of random sets and of the lenses' control", low=0)
+    random_sets: int = shared.random_sets()
+    seed: int = shared.causal_seed()
 
 
 def _names(configs: Configs) -> Sequence[str]:

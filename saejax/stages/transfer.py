@@ -47,8 +47,8 @@ class TransferConfig(Config):
         "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: compare the "
         "effects of shared features of their dictionaries",
     )
-    batch_tokens: int = setting(2048, "tokens in a batch", low=32, changes_results=False)
-    seed: int = setting(789, "seed of random directions, rotations, pairs and the order of texts", low=0)
+    batch_tokens: int = shared.analysis_batch_tokens()
+    seed: int = shared.analysis_seed()
 
 
 def _folders(configs: Configs) -> str:

@@ -22,7 +22,7 @@ def workdir(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("explained")
     flags = runs.small_flags(
         *inputs, folder, train__kinds="topk", train__epochs=2, interpret__dictionaries="topk",
-        interpret__batch_tokens=64, interpret__attention_tokens=0, task__train_prompts=2, task__test_prompts=2,
+        analysis__batch_tokens=64, interpret__attention_tokens=0, task__train_prompts=2, task__test_prompts=2,
         ablate__dictionary="standard", explain__dictionaries="topk", explain__model="judge", explain__sample=6,
         explain__concurrent=2,
     )  # fmt: skip

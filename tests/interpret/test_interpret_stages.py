@@ -22,7 +22,7 @@ def workdir(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("interpreted")
     flags = runs.small_flags(
         *inputs, folder, train__kinds="topk", train__k="4,8", train__epochs=2, interpret__dictionaries="topk",
-        interpret__batch_tokens=64, interpret__categories=True, task__train_prompts=2, task__test_prompts=2,
+        analysis__batch_tokens=64, interpret__categories=True, task__train_prompts=2, task__test_prompts=2,
         ablate__dictionary="standard",
     )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0

@@ -27,7 +27,7 @@ def workdir(inputs, tmp_path_factory):
     flags = runs.small_flags(
         *inputs, folder, capture__sites=SITES, train__sites=SITES, train__k="4,8", train__kinds="topk",
         train__epochs=10, task__behaviours="", transfer__dictionaries="topk", transfer__tokens=600,
-        transfer__measures="decoder,encoder,activity", transfer__batch_tokens=128,
+        transfer__measures="decoder,encoder,activity", analysis__batch_tokens=128,
     )  # fmt: skip
     assert command.run(["capture", "train", "transfer"], "", ["test", *flags]) == 0
     return folder, flags

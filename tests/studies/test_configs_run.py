@@ -85,9 +85,9 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "train.k": 8,
         "evaluate.ce_documents": 2,
         "ablate.top": 2,
-        "ablate.random_sets": 6,
-        "ablate.placebo_targets": 4,
-        "ablate.bootstrap": 100,
+        "causal.random_sets": 6,
+        "causal.placebo_targets": 4,
+        "causal.bootstrap": 100,
         "ablate.baselines": "pca",
         "ablate.untrained": False,
         "ablate.text_documents": 2,
@@ -96,7 +96,6 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "study.random_sets": 2,
         "study.placebo_targets": 2,
         "study.scored_sets": 1,
-        "study.bootstrap": 100,
     }
     if configs[CaptureConfig].last:  # so few positions of a document are no batch
         values["train.batch"] = 32
