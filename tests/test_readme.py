@@ -67,11 +67,18 @@ def test_flags_and_names_of_the_guides_exist(guide):
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_command_lines_of_the_guides_are_read(guide):
+def test_command_lines_of_the_guides_are_read(guide, tmp_path):
     """As far as flags go: their names, ranges and choices, whether their binary takes them, and the files they name."""
     text = (README.parent / guide).read_text().replace("\\\n", " ")
+    # The reader's own flag file is the block of flags that stands before the commands.
+    (tmp_path / "mine.flags").write_text("".join(re.findall(r"^```\n((?:--.*\n)+)```$", text, re.MULTILINE)))
     several = dict(baseline=["baseline", "benchmark"], pipeline=list(STAGES))
     for binary, line in re.findall(r"^\.venv/bin/python -m experiments\.(\w+) (.*)$", text, re.MULTILINE):
         if binary not in ("study_run", "serve", "compare"):
-            words = shlex.split(line.replace("=configs/", f"={README.parent}/configs/"), comments=True)
+            words = shlex.split(
+                line.replace("=configs/", f"={README.parent}/configs/").replace(
+                    "=mine.flags", f"={tmp_path}/mine.flags"
+                ),
+                comments=True,
+            )
             command_line.read_configs(command_line.stage_flags(), ["program", *words], several.get(binary, [binary]))

@@ -83,11 +83,10 @@ class HeadShares:
     """
 
     def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
-        documents_D = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
-        lengths = documents.lengths_N[documents_D]
-        length = int(min(LONGEST, np.median(lengths)))
-        documents_D = documents_D[lengths >= length]
-        documents_D = documents_D[np.argsort(priority(documents_D))][: -(-tokens // length)]
+        train_S = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
+        length = int(min(LONGEST, np.median(documents.lengths_N[train_S])))
+        long_C = train_S[documents.lengths_N[train_S] >= length]
+        documents_D = long_C[np.argsort(priority(long_C))][: -(-tokens // length)]
         place_DxT = documents.starts_N[documents_D][:, None] + np.arange(length)
         marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
         rows = []

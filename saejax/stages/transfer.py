@@ -8,6 +8,7 @@ from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage, is_folder, train_units
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings.shared import analysis_batch_tokens, analysis_seed
 from saejax.tasks import identities
 
 MEASURES = ("decoder", "encoder", "activity")
@@ -47,8 +48,8 @@ class TransferConfig(Config):
         "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: compare the "
         "effects of shared features of their dictionaries",
     )
-    batch_tokens: int = shared.analysis_batch_tokens()
-    seed: int = shared.analysis_seed()
+    batch_tokens: int = analysis_batch_tokens()
+    seed: int = analysis_seed()
 
 
 def _folders(configs: Configs) -> str:
