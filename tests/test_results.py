@@ -114,5 +114,5 @@ def test_the_page_says_what_every_field_is(monkeypatch):
     text = script.PAGE.read_text(encoding="utf-8")
     assert script.documented_stages(text) == {name for name, stage in registry.STAGES.items() if stage.results}
     lines = script.fill_page(text).splitlines()
-    assert any("**CaptureResults**" in line for line in lines) and len(lines) > 2 * len(text.splitlines())
+    assert any("**CaptureResults**" in line for line in lines) and len(lines) > len(text.splitlines()) + 400
     assert not any(": ;" in line or line.endswith(":.") for line in lines)  # fields without a comment

@@ -17,6 +17,7 @@ from saejax.errors import Interrupted, OtherFailed, UserError
 
 _LOOK_EVERY, _SAY_EVERY = 0.1, 300.0  # seconds
 _VISIBLE = 120.0  # seconds within which a file is seen on all hosts that share its folder
+_LAST = 10.0  # seconds for which process 0, having failed, waits for the others to end
 _REGROUP = 60.0  # seconds within which all processes leave a unit in which one of them has failed
 _FAILED = "failed"
 
@@ -79,9 +80,18 @@ class Processes:
         self._wait(place, key, range(self.count))
 
     def tell_failure(self, status: int) -> None:
-        """Tell the others that this process ends with an exit status other than 0."""
+        """Tell the others that this process ends with an exit status other than 0.
+
+        Process 0 keeps the store, without which JAX aborts the others, whatever status they end with. So it waits some
+        seconds for those that end, too; one that still computes does not hear of the failure, and is not waited for.
+        """
         with contextlib.suppress(Exception):  # process 0 may be gone, and with it the store
             self._client.key_value_set(f"{_FAILED}/{self.rank}", str(status), allow_overwrite=True)
+            until = time.monotonic() + _LAST
+            while self.rank == 0 and self._late(_FAILED, range(self.count)) and time.monotonic() < until:
+                time.sleep(_LOOK_EVERY)
+            if self.rank == 0:
+                time.sleep(_LOOK_EVERY)  # between their last word and their end
 
     def failure(self) -> tuple[int, int] | None:
         """Return the rank and the exit status of another process that has failed; None if none has."""
