@@ -80,7 +80,7 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(probe__labels=("answer",)), ["probe/topk", "report"]),
         (dict(probe__labels=("answer",), probe__dictionary="standard"), ["probe/standard", "report"]),
         (dict(probe__pool="max"), []),  # no label is asked for
-        (dict(analysis__batch_tokens=9, causal__batch_rows=9), []),
+        (dict(evaluate__batch_tokens=99, ablate__batch_rows=9), []),
         (dict(train__kinds=("topk",)), ["report"]),
     ],
     ids=str,

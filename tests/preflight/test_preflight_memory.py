@@ -84,7 +84,7 @@ def test_more_is_expected_of_longer_runs(tiny_llama):
     assert set(base) == {"capture", "train", "evaluate", "ablate"} and min(base.values()) > 0
     assert seconds(train__epochs=12)["train"] == pytest.approx(2 * base["train"])
     assert seconds(capture__dtype="bfloat16")["capture"] == pytest.approx(base["capture"] / 2)
-    assert seconds(causal__placebo_targets=0)["ablate"] < base["ablate"]
+    assert seconds(ablate__placebo_targets=0)["ablate"] < base["ablate"]
     assert seconds(ablate__effects="all")["ablate"] > base["ablate"]
     generated = [seconds(task__benchmarks=(name,))["benchmark"] for name in ("gsm8k", "math")]
     assert generated[0] > generated[1] > 0

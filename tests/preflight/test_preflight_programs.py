@@ -40,7 +40,7 @@ def plan(tiny_llama, mesh):
         capture__store_dtype="float32",
         train__batch=64,
         train__expansion=4,
-        analysis__batch_tokens=256,
+        evaluate__batch_tokens=256,
         preflight__prompt_tokens=5,
         preflight__benchmark_tokens=32,
         task__benchmarks=("gsm8k",),
