@@ -53,8 +53,8 @@ from tiny_models import save_identity_llama, save_tiny_llama, save_tiny_tokenize
 from saejax.parallel.mesh import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Programs of child processes are kept, which later children run again; those of this process are rarely needed again, and
-# keeping them takes a tenth of the time.
+# Programs of child processes are kept, which later children run again. Those of this process are rarely needed again,
+# and keeping them would take a tenth of the time.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
 
 LONGEST = (
