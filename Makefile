@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
+.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -101,6 +101,10 @@ test-slow: $(INSTALLED)
 # A SLURM cluster of two nodes on this machine: takes slurm-wlm and munge, and root.
 test-cluster: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow tests/cluster
+
+# A hundred faults in the numeric code, one at a time: which do the tests notice? An hour. FAULTS: packages, all if not given.
+faults: $(INSTALLED)
+	$(BIN)/python scripts/inject_faults.py $(FAULTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
