@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -58,12 +59,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
 
 LONGEST = (
-    "processes study_run kinds steering causal_clients expansions widening each_member preflight_stage "
-    "explain_binary configs_run model_input detectors interpret_stages baseline library_calls "
-    "ablation_measurements meshes generation ablate_stage crosscoder_stages stages ground_truth_stage "
-    "cluster_stage reuse transfer_stage settings_read collectives library precision cross_layer_training "
-    "track_stage readme engine_worlds parity effects report decoder null_and_power world patch_stage "
-    "attribute_processes new_behaviour bad_input loop inputs explain_stage evaluate supernodes"
+    "processes torch_model family_parity causal_clients steering study_run new_behaviour kinds expansions "
+    "widening report crosscoder_stages configs_run null_and_power library model_input attribute_processes "
+    "ground_truth_stage detectors interpret_stages transfer_stage engine_worlds explain_binary preflight_stage "
+    "cross_layer_training ablate_stage baseline each_member ablation_measurements benchmark sinks "
+    "attribute_stage generation killed_processes settings_read stages cluster_stage library_calls precision "
+    "explain_stage evaluate reuse readme local_model loss_recovered preflight_programs behaviours "
+    "second_prompt collectives patch_stage report_page ablation known_circuits reading track_stage probing "
+    "world"
 )
 
 
@@ -79,6 +82,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section(f"{len(shapes.CONTRADICTIONS.listed)} arrays contradict their names")
         for place, what in sorted(shapes.CONTRADICTIONS.listed.items()):
             terminalreporter.write_line(f"{place} {what}")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage less often, and never look again at what was imported: that took a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

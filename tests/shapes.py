@@ -27,7 +27,7 @@ from types import CodeType
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "analysis", "attribution", "causal")
+CHECKED = ("models", "dictionaries", "training", "activations", "evaluation", "attribution")
 CHECKED += ("interventions", "matching", "interpret", "ground_truth")
 _SUFFIX = re.compile(r"_*[A-Za-z0-9]\w*?_(x?(?:[A-Z]|\d+)(?:x(?:[A-Z]|\d+))*x?)")
 

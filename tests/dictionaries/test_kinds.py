@@ -160,6 +160,7 @@ def test_a_user_who_forgets_the_file_is_told(trained, inputs, tmp_path):
     assert "shrunk" in output and "expected one of" in output and "Traceback" not in output
 
 
+@pytest.mark.slow  # test_loop.py stops and resumes this kind with all others
 def test_killed_it_ends_with_the_same_bits(trained, inputs, tmp_path):
     """The kill strikes between the first checkpoint and the end."""
     changes = SETTINGS | dict(train__epochs=100, train__checkpoint_every=20)

@@ -143,16 +143,18 @@ def test_members_of_different_sites_are_not_scored_together(lm):
 
 def test_sinks_keep_their_value(lm, model):
     limit = 8.0
-
-    def change(x):
-        return torch.where(x.norm(dim=-1, keepdim=True) <= limit, torch.zeros_like(x), x)
-
-    (losses,) = stand_in_losses(lm, [identity(lm, limit)], documents(), np.zeros(64, np.float32))
+    whole, limited = (random_dictionary(lm, max_norm=norm) for norm in (1e9, limit))
+    (losses,) = stand_in_losses(lm, [limited], documents(), np.zeros(64, np.float32))
     clean = log_probabilities(model)
-    ce, kl = ce_and_kl(clean, log_probabilities(model, change_stream(model, change)))
-    np.testing.assert_allclose([losses.ce["zero_ablated"], losses.kl["zero_ablated"]], [ce, kl], rtol=1e-4)
-    everything, _ = ce_and_kl(clean, log_probabilities(model, change_stream(model, torch.zeros_like)))
-    assert abs(losses.ce["zero_ablated"] - everything) > 1e-3, "the limit must leave some positions as they are"
+    for name, stand_in in dict(zero_ablated=torch.zeros_like, reconstructed=as_torch(whole)).items():
+
+        def change(x, stand_in=stand_in):
+            return torch.where(x.norm(dim=-1, keepdim=True) <= limit, stand_in(x), x)
+
+        ce, kl = ce_and_kl(clean, log_probabilities(model, change_stream(model, change)))
+        np.testing.assert_allclose([losses.ce[name], losses.kl[name]], [ce, kl], rtol=1e-4)
+        everything, _ = ce_and_kl(clean, log_probabilities(model, change_stream(model, stand_in)))
+        assert abs(losses.ce[name] - everything) > 1e-3, "the limit must leave some positions as they are"
 
 
 def test_sinks_of_a_transcoders_target_keep_their_value(lm, model):

@@ -97,6 +97,8 @@ def test_the_transformer_is_its_description_here_and_in_transformers(known):
 def test_graphs_have_the_known_edges_and_wrong_decoders_have_others(known):
     case, model = known
     made = [untrained_sets(case, model, layer, SEED) for layer in range(len(case.model.layers))]
+    orders = {tuple(order(case, layer, SEED).tolist()) for layer in range(len(made))}
+    assert len(orders) == len(made), "each layer is shuffled by itself"
     neuron_of = {
         (layer, feature): int(neuron)
         for layer in range(len(made))

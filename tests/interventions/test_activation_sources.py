@@ -1,6 +1,7 @@
 """What stands in place of removed features: against a plain loop with PyTorch hooks, and what must change nothing."""
 
 import dataclasses
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,15 @@ def test_counterparts(tiny, split, dictionary, pairs, plain):
     )
     np.testing.assert_allclose(diffs.ablated_SxP[:, run.index_P], wanted_SxP, atol=1e-4)
     assert np.abs(diffs.drop_SxP).max() > 0.05
+
+
+def test_a_prefix_is_shared_where_that_of_the_counterpart_is_too():
+    prefix_PxT, other_PxT = np.array([[0, 1, 1], [0, 2, 2], [0, 1, 0]]), np.array([[0, 0, 2], [2, 0, 0], [0, 0, 2]])
+    runs = [types.SimpleNamespace(prefix_PxT=number_PxT) for number_PxT in (prefix_PxT, other_PxT)]
+    shared_PxT = ablation.EditedRun(*runs, ActivationReplacement("counterpart")).shared_prefixes()
+    pairs = list(zip(prefix_PxT.ravel().tolist(), other_PxT.ravel().tolist(), strict=True))
+    for a, first in zip(shared_PxT.ravel(), pairs, strict=True):
+        assert [a == b for b in shared_PxT.ravel()] == [first == second for second in pairs]
 
 
 def test_the_same_prompt_as_counterpart_changes_nothing_and_is_not_run(split, pairs):

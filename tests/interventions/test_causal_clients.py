@@ -138,8 +138,12 @@ CONFIGS = dict(
 
 @pytest.mark.parametrize(
     "run_stage, unit",
-    [(run_patch, "mlp_out"), (run_patch, "topk"), (run_steer, "topk"), (run_probe, "topk")],
-    ids=["sites", "features", "steer", "probe"],
+    [
+        pytest.param(run_patch, "mlp_out", id="sites", marks=pytest.mark.slow),  # the calls above are compared, too
+        pytest.param(run_patch, "topk", id="features"),
+        pytest.param(run_steer, "topk", id="steer", marks=pytest.mark.slow),
+        pytest.param(run_probe, "topk", id="probe"),
+    ],
 )
 def test_stages_in_pytorch_equal_those_in_jax(run_stage, unit, tiny_llama, dictionary, asked, tmp_path, monkeypatch):
     devices = jax.devices()[:1]  # a model in PyTorch runs on one

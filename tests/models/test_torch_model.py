@@ -125,19 +125,26 @@ def test_modules(both):
         decoder(tokens, edits=edits)
 
 
-@pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_p=0.9, seed=3), dict(stop=["e"])])
-def test_generated_tokens(both, options):
+EDITS = [make_dictionary("resid_post.1").steer([3], 1.0, "last"), SiteEdit.ablate("mlp_out.0", (2, None))]
+
+
+@pytest.mark.parametrize(
+    ("edits", "options"),
+    [([], {}), ([], dict(stop=["e"])), (EDITS, {}), (EDITS, dict(temperature=0.8, top_p=0.9, seed=3))],
+    ids=["plain", "stop", "edits", "sampled edits"],
+)
+def test_generated_tokens(both, edits, options):
     tokens = both[0].tokenize(TEXTS)
-    edits = [make_dictionary("resid_post.1").steer([3], 1.0, "last"), SiteEdit.ablate("mlp_out.0", (2, None))]
-    for some in ([], edits):
-        ours, theirs = (lm.generate(tokens, 8, edits=some, **options) for lm in both)
-        assert ours == theirs
+    ours, theirs = (lm.generate(tokens, 8, edits=edits, **options) for lm in both)
+    assert ours == theirs
 
 
-@pytest.mark.parametrize("kind", ["resid_post", "mlp_out", "resid_mid"])
+@pytest.mark.parametrize("kind", ["resid_post", "inside"])
 def test_jax_functions_of_a_model(both, kind):
     """The functions that causal stages run: split at a site, differentiated, vmapped, and run from a changed token."""
     lm = both[1]
+    if kind == "inside":  # each of two sites in a family of either layout: without and with norms behind, or parallel
+        kind = "mlp_out" if both[0].config.family in ("gpt2", "gemma2") else "resid_mid"
     tokens = lm.tokenize(TEXTS)
     ids_BxT, last_B = jnp.asarray(tokens.ids_BxT), jnp.asarray(tokens.last_B)
     answers_Bx2 = jnp.array([[3, 4], [5, 6], [7, 8]])

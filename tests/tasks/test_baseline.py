@@ -118,9 +118,9 @@ def words(text, verbose=False, add_special_tokens=True):
     return dict(input_ids=list(map(hash, text.split(" "))))
 
 
-def summary_of(diffs, **changes):
+def summary_of(diffs, counterpart=1.0, **changes):
     drawn = make_prompts("agreement", 2, len(diffs), 42, words)
-    scores = [PromptScore(diff, True, 1.0, -1.0, -2.0) for diff in (1.0, 2.0, *diffs)]
+    scores = [PromptScore(diff, True, counterpart, -1.0, -2.0) for diff in (1.0, 2.0, *diffs)]
     return baseline.summarize(drawn, scores, dataclasses.replace(TASK, **changes))
 
 
@@ -135,6 +135,7 @@ def test_weak_behaviours_are_flagged_in_words():
         "separation 0.998 on test prompts is below 1.000",
     )
     assert summary_of([0.0] * 4).test.accuracy.mean == 0  # a tie is not a correct answer
+    assert summary_of([1.0] * 4, counterpart=0.0).test.counterpart_accuracy.mean == 0
     json.dumps(to_json(summary_of([3.0] * 4)), allow_nan=False)
 
 

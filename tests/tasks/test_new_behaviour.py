@@ -31,17 +31,23 @@ def go(stages, inputs, workdir, **changes):
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 
 
-def test_it_is_added_in_the_same_workdir(inputs, trained, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    runs.copy_run(trained, workdir)
-    changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="agreement")
+@pytest.fixture(scope="module")
+def added(inputs, trained, tmp_path_factory):
+    """A copy of the workdir in which the behaviour was added and tested."""
+    workdir = runs.copy_run(trained, tmp_path_factory.mktemp("added") / "run")
+    changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="")
     assert go(["baseline", "capture", "train", "ablate"], inputs, workdir, **changes) == 0
-    said = capsys.readouterr().out
-    assert "capture: done before, unchanged" in said and "train/topk: done before, unchanged" in said
-    assert list(load_results(workdir, "ablate/topk").top) == ["agreement", "colour"]
+    return workdir
 
 
-def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
+def test_it_is_added_in_the_same_workdir(trained, added):
+    for unit in ("capture", "train/topk"):
+        before, after = ((folder / unit / "done.json").read_text() for folder in (trained, added))
+        assert before == after, "done before, unchanged"
+    assert list(load_results(added, "ablate/topk").top) == ["colour"]
+
+
+def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, added, tmp_path):
     workdir, folder = tmp_path / "fresh", trained / "train" / "topk"
     changes = dict(task__prompts=trained.parent / "colour.jsonl", task__behaviours="", probe__labels="correct")
     changes |= {f"{stage}__dictionary": folder for stage in ("ablate", "patch", "probe")}
@@ -51,10 +57,7 @@ def test_a_fresh_workdir_needs_the_folder_alone(inputs, trained, tmp_path):
     unit = units["ablate"]
     assert load_results(unit).dictionary == str(folder)
     # The same as by name where it was trained.
-    there = tmp_path / "there"
-    runs.copy_run(trained, there)
-    assert go(["baseline", "ablate"], inputs, there, **changes | dict(ablate__dictionary="topk")) == 0
-    assert load_results(there, "ablate/topk").verdict == load_results(unit).verdict
+    assert load_results(added, "ablate/topk").verdict == load_results(unit).verdict
     # The report tells of the dictionary what is told where it was trained: nothing before it is evaluated there.
     asked = {name: value for name, value in changes.items() if not name.startswith(("patch", "probe"))}
     again = runs.copy_run(workdir, tmp_path / "again")

@@ -14,7 +14,7 @@ from saejax.training.init_from import state_from_folder
 from saejax.training.state import finish_dictionary, init_state
 from saejax.training.widening import missing_features, widen
 
-D, J, N = 96, 128, 40_000
+D, J, N = 96, 128, 16_000
 
 
 def world(rate=0.01, noise=0.0, seed=0):
