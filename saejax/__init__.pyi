@@ -16,6 +16,8 @@ from saejax.dictionaries import save_transcoders as save_transcoders
 from saejax.interventions.answers import CausalVerdict as CausalVerdict
 from saejax.interventions.answers import VerdictConfig as VerdictConfig
 from saejax.interventions.engine import effects as effects
+from saejax.interventions.falsify import Falsification as Falsification
+from saejax.interventions.falsify import falsify as falsify
 from saejax.interventions.slopes import slopes as slopes
 from saejax.interventions.table import EffectsTable as EffectsTable
 from saejax.interventions.table import load_effects as load_effects

@@ -4,13 +4,14 @@ import textwrap
 
 from saejax.interventions.ablate_report import answer_columns, dose_picture, summary_sentences
 from saejax.interventions.answers import VerdictConfig
+from saejax.interventions.falsify import Falsification, FalsifiedFeature
 from saejax.interventions.study_results import AnswerScores, StudyResults
 from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
 from saejax.interventions.verdict import verdict
 from saejax.page.blocks import Block, Code, Terms, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import MISSING, Table, number, percent
+from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, signed
 from saejax.runner.preregistration import describe_rule
 
@@ -59,6 +60,9 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     )
     blocks.append(Table.of("The five questions, for benchmarks", rows, columns, words=set(columns), note=note))
     blocks += [_score_table(name, results) for name, results in studies.items() if results.scores]
+    for name, results in studies.items():
+        if results.falsification:
+            blocks += falsification_tables(name, results.falsification)
     at_chance = [name for name, results in studies.items() if results.at_chance]
     if at_chance:
         chance = (
@@ -70,6 +74,54 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     rule = f"{describe_rule(found.report.parent, 'study', first.rule)}."
     blocks.append(Code("The rule in full", "\n".join([*textwrap.wrap(rule, 96), "", *textwrap.wrap(first.rule, 96)])))
     return [Section("Benchmarks under ablation", tuple(blocks))]
+
+
+def falsification_tables(benchmark: str, found: Falsification) -> list[Block]:
+    """Return what drives the features of a benchmark: the shares of each group, and the tested features one by one."""
+    shares = {
+        "Features": lambda row: row.group,
+        "Number": lambda row: str(row.features),
+        "Driven by tokens, %": lambda row: interval(row.tokens, 0, 100),
+        "By context, %": lambda row: interval(row.context, 0, 100),
+        "Undecided, %": lambda row: interval(row.undecided, 0, 100),
+    }
+    columns = {
+        "Feature": lambda row: str(row.feature),
+        "Tokens": lambda row: ", ".join(f"\u201c{token}\u201d" for token in row.tokens) or MISSING,
+        "Ordinary text": lambda row: number(row.ordinary.mean),
+        "Random tokens": lambda row: number(row.random.mean),
+        "Its tokens": lambda row: number(row.activation.mean),
+        "Real text": lambda row: number(row.real.mean),
+        "Reach": lambda row: interval(row.test.reach),
+        "Effect size": lambda row: number(row.test.effect_size),
+        "Same tokens elsewhere": lambda row: (
+            f"{number(row.counterexample and row.counterexample.mean)} ({row.counterexamples})"
+        ),
+        "Driven by": lambda row: row.test.driver,
+    }
+    tested: list[tuple[FalsifiedFeature]] = [(row,) for row in found.features if row.group == "tested"]
+    note = (
+        f"{found.rule} Activations are means over texts of the largest one of each: {found.ordinary} ordinary texts, "
+        f"without and with injected tokens, and {found.texts} texts of the benchmark. Same tokens elsewhere: at these "
+        "tokens in ordinary text, and the number of texts that hold them."
+    )
+    caption = f"Do the top features of {benchmark} fire on words alone?"
+    return [
+        Table.of(
+            caption,
+            [(row,) for row in found.shares],
+            shares,
+            words={"Features"},
+            note="Square brackets: 95 % intervals over features.",
+        ),
+        Table.of(
+            f"The top features of {benchmark} under injected tokens",
+            tested,
+            columns,
+            words={"Tokens", "Driven by"},
+            note=note,
+        ),
+    ]
 
 
 def _score_table(name: str, results: StudyResults) -> Table:

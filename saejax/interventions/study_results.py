@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.falsify import Falsification
 from saejax.results import Interval
 
 
@@ -72,6 +73,7 @@ class StudyResults:
     rule: str  #: of the verdict, in words
     score: str  #: how items are scored: generate, choice or likelihood
     items: StudyItems  #: how many
+    log_likelihood: float  #: of the reference answers without an edit, mean over test items, nats
     chance: float  #: accuracy of guessing; 0 of generated answers
     #: whether accuracy's interval before any edit holds that of guessing (of generated answers: whether nothing is
     #: right). Then only log-likelihoods are compared. None without accuracy.
@@ -81,3 +83,4 @@ class StudyResults:
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: of the items
     activations: BenchmarkActivations | None = None  #: of the test items
+    falsification: Falsification | None = None  #: whether the top features fire on words alone

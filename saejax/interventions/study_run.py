@@ -18,6 +18,7 @@ from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted, UserError
 from saejax.evaluation.reconstruction import reconstruct
 from saejax.files import read_json, read_lines, write_json, write_lines
+from saejax.interventions import bases
 from saejax.interventions.ablation import describe_top, verdict_config
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
 from saejax.interventions.benchmark import (
@@ -29,6 +30,7 @@ from saejax.interventions.benchmark import (
     measure_benchmark,
     scored_conditions,
 )
+from saejax.interventions.falsify import Falsification, falsify
 from saejax.interventions.references import References
 from saejax.interventions.study_results import (
     AnswerScores,
@@ -50,15 +52,16 @@ from saejax.interventions.verdict import verdict
 from saejax.results import from_json, to_json
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
-from saejax.settings import StudyConfig, TaskConfig
+from saejax.settings import CorpusConfig, StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
+from saejax.tasks import corpora
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin, read_items
 from saejax.tasks.run_inputs import load_run_dictionary, load_run_model
 from saejax.tasks.scored_items import WAYS, ReferenceItem, ScoredItem
 from saejax.tasks.scoring import wilson
 
-FEATURES, RANKING = "features.json", "feature_importance_ranking.json"
+FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
 _ACCURACY = READOUTS.index("accuracy")
@@ -69,8 +72,9 @@ def run_study(run: Run) -> StudyResults:
     """Measure the benchmark named ``run.name`` with and without the top features of a dictionary.
 
     ``effects.parquet`` and its definitions hold every measured value, ``answers/<condition>.jsonl`` the scored answers,
-    ``features.json`` the top features and the activations from which they are resampled, and
-    ``feature_importance_ranking.json`` all features that fire, the largest attribution first.
+    ``features.json`` the top features and the activations from which they are resampled,
+    ``feature_importance_ranking.json`` all features that fire, the largest attribution first, and, if it was asked for,
+    ``falsification.json`` what drives the top features.
 
     Args:
       run: the unit.
@@ -107,6 +111,12 @@ def run_study(run: Run) -> StudyResults:
     is_merged = has_effects(run.folder)
     table = load_effects(run.folder if is_merged else run.folder / _MEASURED)
     chosen: ChosenFeatures = from_json(ChosenFeatures, read_json(run.folder / FEATURES), run.folder / FEATURES)
+    if config.falsify:
+
+        def refute(_: str) -> None:
+            write_json(run.folder / FALSIFIED, to_json(_falsify(items, dictionary, chosen, config)))
+
+        run.each([FALSIFIED], lambda name: run.folder / name, refute, last=False)
     scores = _Answers(run, items, dictionary, chosen, table, score)
     chance = float(np.mean([1 / len(item.choices) for item in test])) if score == "choice" else 0.0
     at_chance = scores.measure_all(chance)
@@ -122,6 +132,7 @@ def run_study(run: Run) -> StudyResults:
         rule=judged.rule,
         score=score,
         items=StudyItems(train=len(train), test=len(test)),
+        log_likelihood=float(table.clean_values(table.select_prompts(run.name), "answer_log_prob").mean()),
         chance=chance,
         at_chance=at_chance,
         top=chosen.top,
@@ -129,12 +140,37 @@ def run_study(run: Run) -> StudyResults:
         scores=summarize_scores(table, run.name),
         origin=str(origin(run.name, task)),
         activations=chosen.activations,
+        falsification=(
+            from_json(Falsification, read_json(run.folder / FALSIFIED), run.folder / FALSIFIED)
+            if config.falsify
+            else None
+        ),
     )
     for result in judged.dictionaries["tested"].values():
         for answer in (*result.ablation.values(), result.random, result.placebo):
             run.say(f"{run.name}: {answer.sentence}")
     shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
+
+
+def _falsify(
+    items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
+) -> Falsification:
+    """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
+    train, test = ([f"{item.question}\n{item.solution}" for item in half] for half in (items.train, items.test))
+    # Held-out text of the embedded corpus, whatever the dictionary was trained on: a benchmark is no ordinary text.
+    documents = corpora.held_out_documents(CorpusConfig())
+    places = np.unique(np.arange(config.falsify) * len(documents) // config.falsify)
+    return falsify(
+        items.lm,
+        dictionary,
+        [effect.feature for effect in chosen.top],
+        train,
+        [documents[place].text for place in places],
+        test_texts=test,
+        random_dictionary=bases.untrained(dictionary, round(chosen.activations.l0), config.seed),
+        seed=config.seed,
+    )
 
 
 def study_verdict_config(config: StudyConfig) -> VerdictConfig:

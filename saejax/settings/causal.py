@@ -237,6 +237,12 @@ class StudyConfig(Config):
     repeats: tuple[str, ...] = setting(
         (), "dictionaries of other seeds, such as topk/seed43, whose own top features are tested in the same way"
     )
+    falsify: int = setting(
+        0,
+        "ordinary texts, of the embedded corpus, into which the tokens that excite a top feature most are injected, to "
+        "see whether it detects words rather than reasoning; 0: not tested",
+        low=0,
+    )
     min_accuracy_drop: float = shared.min_accuracy_drop()
     bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()

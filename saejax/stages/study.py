@@ -70,7 +70,7 @@ STUDY = Stage(
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
     rule=_rule,
-    revision=2,
+    revision=3,
     processes="items",
     section=_sections,
 )

@@ -4,23 +4,30 @@ The gate asks about log-likelihoods, which every model has, however weak. Beside
 also do more than random sets.
 """
 
+import math
 from collections.abc import Sequence
 
-from saejax.interventions.answers import AblateResults, BehaviourVerdict
-from saejax.interventions.sentences import RESAMPLED
+from scipy.stats import norm
+
+from saejax.interventions.answers import AblateResults, BehaviourVerdict, CausalAnswer
 from saejax.page.findings import Findings
 from saejax.page.tables import number, percent
+from saejax.results import Interval
 from saejax.studies import alignment
 from saejax.studies.results import CriterionFigures, Gated, GateFigures, StudyFigures
 
 LEVEL = 0.05  # of the gate, for each row and benchmark
+SMALLEST = 0.05  # share of the reference answers' log-likelihood: the smallest effect that the gate cares for
+POWER, SEEDS = 0.8, 3  # of finding it; dictionaries, the tested one included
 FAITHFUL = 0.8  # cross-entropy that a dictionary recovers
 EPOCH = 4  # with whose loss the last one is compared, as the reasoning study did
 GATE = (
-    "A row is interpretable on a benchmark if ablating its dictionary's top features lowers the log-likelihood of the "
-    "reference answers, set to zero and resampled, and does so more than random sets at equal dose (questions 1 and 2 "
-    f"of the verdict), and the dictionary recovers at least {FAITHFUL:g} of the cross-entropy; unstable if only one of "
-    "the replacements has an effect, or the dictionary recovers less; else there is no signal."
+    "A row on a benchmark gets one of four answers, the first that holds. Cannot tell: the question whether ablation "
+    "does more than random sets (2) or is specific to the answers (3) is not testable, or ablation has no effect (1) "
+    f"but one of {100 * SMALLEST:g} % of the log-likelihood would have been found in fewer than {100 * POWER:g} % of "
+    "cases. No signal: question 1 or 2 is answered no. Interpretable: question 3 is answered yes, and all three are "
+    f"answered yes in at least two of three of at least {SEEDS} dictionaries that differ in their seed; with fewer "
+    "dictionaries, cannot tell. Unstable: everything else."
 )
 CRITERIA = (
     f"A study succeeds as far as these hold: every unit is done; every dictionary's loss is lower in the last epoch "
@@ -40,27 +47,59 @@ _LATENTS = "100 % of the latents change the output; without a control"
 _TRANSFER = "planned for its 98 layers"
 
 
-def gate(row: str, benchmark: str, result: BehaviourVerdict, recovered: float | None) -> GateFigures:
-    """Return which of the three a row is on a benchmark.
+def gate(row: str, benchmark: str, answers: Sequence[BehaviourVerdict], items: int, clean: float) -> GateFigures:
+    """Return the gate's answer for a row on a benchmark, a function of the verdict's answers alone.
 
     Args:
       row: its name.
       benchmark: its name.
-      result: the verdict on the benchmark.
-      recovered: cross-entropy that the dictionary recovers, against the mean; None if it was not measured.
+      answers: those of the tested dictionary, then those of dictionaries of other seeds.
+      items: of the benchmark that judged.
+      clean: log-likelihood of the reference answers without an edit, mean over these, nats.
     """
-    effects = [result.ablation.get(name) for name in ("answer_log_prob", "answer_log_prob" + RESAMPLED)]
-    if None in effects or result.random.answer not in ("yes", "no"):
-        reason = "effects of a replacement are missing" if None in effects else result.random.sentence
-        return GateFigures(row, benchmark, "not measured", reason, None)
-    falls = [effect is not None and effect.answer == "yes" for effect in effects]
-    is_faithful = recovered is not None and recovered >= FAITHFUL
-    answer: Gated = "no signal"
-    if any(falls) and result.random.answer == "yes":
-        answer = "interpretable" if all(falls) and is_faithful else "unstable"
-    reason = f"{result.random.sentence} Cross-entropy recovered: {number(recovered, 3)}."
-    share = result.fooled / result.placebo_sets if result.fooled is not None else None
-    return GateFigures(row, benchmark, answer, reason, share)
+    tested = answers[0]
+    holds = [[_effect(each).answer, each.random.answer, each.placebo.answer] for each in answers]
+    agreeing = sum(three == ["yes"] * 3 for three in holds)
+    needed = items_needed(_effect(tested).effect, items, SMALLEST * abs(clean))
+    untestable = [each for each in (tested.random, tested.placebo) if each.answer not in ("yes", "no")]
+    answer: Gated = "unstable"
+    reason = f"All three questions are answered yes in {agreeing} of {len(answers)} dictionaries."
+    if untestable or _effect(tested).effect is None:
+        answer, reason = "cannot tell", (untestable or [_effect(tested)])[0].sentence
+    elif holds[0][0] == "no" and needed is not None and needed > items:
+        answer = "cannot tell"
+        reason = f"{_effect(tested).sentence} With {items} items the power is short: about {needed:,} are needed."
+    elif holds[0][0] != "yes" or holds[0][1] != "yes":
+        answer = "no signal"
+        reason = (_effect(tested) if holds[0][0] != "yes" else tested.random).sentence
+    elif holds[0][2] != "yes":
+        reason = tested.placebo.sentence
+    elif len(answers) < SEEDS:
+        answer = "cannot tell"
+        reason = f"The answers hold, but {len(answers)} of {SEEDS} dictionaries of different seeds were tested."
+    elif 3 * agreeing >= 2 * len(answers):
+        answer = "interpretable"
+    fooled = tested.fooled / tested.placebo_sets if tested.fooled is not None else None
+    return GateFigures(row, benchmark, answer, reason, len(answers), agreeing, needed, fooled)
+
+
+def items_needed(effect: Interval | None, items: int, smallest: float) -> int | None:
+    """Return how many items would find an effect in ``POWER`` of cases, by the width of a measured interval.
+
+    Args:
+      effect: a mean and its 95 % interval over ``items``.
+      items: how many there are.
+      smallest: the effect to find; the unit of ``effect``.
+    """
+    if effect is None or smallest <= 0:
+        return None
+    sigmas = 1 + norm.ppf(POWER) / norm.ppf(0.975)  # the effect in half-widths of the interval
+    return math.ceil(items * (sigmas * (effect.high - effect.low) / 2 / smallest) ** 2)
+
+
+def _effect(answers: BehaviourVerdict) -> CausalAnswer:
+    """Return the first answer to question 1: of the log-likelihood, or the logit difference."""
+    return next(iter(answers.ablation.values()))
 
 
 def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionFigures]:

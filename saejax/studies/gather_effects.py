@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 
-from saejax.dictionaries.stacks import kind_and_member
-from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.sentences import RESAMPLED
 from saejax.interventions.study_results import StudyResults
-from saejax.interventions.table import TESTED
+from saejax.interventions.table import TESTED, UNTRAINED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings
@@ -72,10 +70,10 @@ def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
 def gates(row: str, found: Findings) -> Iterator[GateFigures]:
     """Yield the gate of each benchmark: what must hold before its effects are believed."""
     for benchmark, results in found.each(StudyResults).items():
-        kind, member = kind_and_member(results.dictionary)
-        scores = found.each(EvaluateResults)
-        recovered = {each.name: each.ce_recovered_mean for each in scores[kind].members} if kind in scores else {}
-        yield criteria.gate(row, benchmark, results.verdict.dictionaries[TESTED][benchmark], recovered.get(member))
+        judged = results.verdict.dictionaries
+        seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
+        answers = [each[benchmark] for each in seeds if benchmark in each]
+        yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
 
 
 def transfer(row: str, found: Findings) -> Iterator[TransferFigures]:

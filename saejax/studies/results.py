@@ -5,7 +5,7 @@ from typing import Literal
 
 from saejax.results import Interval
 
-Gated = Literal["interpretable", "unstable", "no signal", "not measured"]
+Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +134,15 @@ class AlignmentFigures:
 
 @dataclasses.dataclass(frozen=True)
 class GateFigures:
-    """The gate's answer, one of three, for a row on a benchmark."""
+    """The gate's answer, one of four, for a row on a benchmark."""
 
     row: str  #: of the study
     benchmark: str  #: its name
     gate: Gated  #: the answer
     reason: str  #: in words
+    seeds: int  #: dictionaries that differ in their seed, the tested one included
+    agreeing: int  #: of these, those for which questions 1 to 3 are all answered yes
+    items_needed: int | None  #: items that would find the smallest effect; None where none was measured
     fooled: float | None  #: share of placebo sets that also do more than random sets
 
 

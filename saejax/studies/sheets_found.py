@@ -1,6 +1,6 @@
 """The tables of what a study's rows found: effects, agreement, and what follows from them."""
 
-from saejax.page.tables import MISSING, answer, interval, number, percent
+from saejax.page.tables import MISSING, answer, count, interval, number, percent
 from saejax.studies.sheet import Sheet, points
 
 _EFFECTS_NOTE = (
@@ -69,12 +69,14 @@ FOUND = (
     ),
     Sheet(
         "gates",
-        "Interpretable, unstable, or no signal",
+        "Interpretable, unstable, no signal, or cannot tell",
         {
             "Row": lambda one: one.row,
             "Benchmark": lambda one: one.benchmark,
             "Gate": lambda one: one.gate,
             "Why": lambda one: one.reason,
+            "Seeds that agree": lambda one: f"{one.agreeing} of {one.seeds}",
+            "Items needed": lambda one: count(one.items_needed),
             "Placebo sets beyond random": lambda one: percent(one.fooled, 1),
         },
         frozenset({"Benchmark", "Gate", "Why"}),

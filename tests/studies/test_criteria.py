@@ -1,12 +1,16 @@
 """The gate, alignment and the criteria: worlds where nothing is true, planted ones, and what was not measured."""
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from saejax.interventions.answers import BehaviourVerdict, CausalAnswer
+from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig
+from saejax.interventions.table import TESTED
+from saejax.interventions.verdict import verdict
 from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
@@ -15,32 +19,62 @@ from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 
+sys.path.append(str(Path(__file__).parent.parent / "interventions"))
 
-def result(zero, resampled, random, fooled=3, sentence="It does.") -> BehaviourVerdict:
-    """A verdict with these answers."""
+from effect_worlds import attribution, random_world, top_features, world_table
 
-    def answer(text):
-        return CausalAnswer(text, sentence)
 
-    ablation = dict(answer_log_prob=answer(zero), accuracy=answer("yes"))
-    if resampled:
-        ablation["answer_log_prob_resampled"] = answer(resampled)
-    other = answer("not tested")
-    return BehaviourVerdict((1,), 1.0, ablation, {}, (), answer(random), other, {}, other, fooled, 10)
+def result(ablation="yes", random="yes", placebo="yes", interval=(1.0, 3.0), fooled=3) -> BehaviourVerdict:
+    """A verdict with these answers to questions 1 to 3, and this interval of the effect."""
+    effect = Interval(sum(interval) / 2, *interval)
+    other = CausalAnswer("not tested", "Not tested.")
+    one, two, three = (CausalAnswer(text, f"Question: {text}.", effect) for text in (ablation, random, placebo))
+    ablations = dict(answer_log_prob=one, accuracy=other)
+    return BehaviourVerdict((1,), 1.0, ablations, {}, (), two, three, {}, other, fooled, 10)
 
 
 def test_the_gate():
-    def gate(*args):
-        return criteria.gate("row", "logic", *args).gate
+    yes, vague = result(), result("no", "no", "no", interval=(-1.0, 3.0))
 
-    assert gate(result("yes", "yes", "yes"), 0.9) == "interpretable"
-    assert gate(result("yes", "no", "yes"), 0.9) == gate(result("no", "yes", "yes"), 0.9) == "unstable"
-    assert gate(result("yes", "yes", "yes"), 0.79) == gate(result("yes", "yes", "yes"), None) == "unstable"
-    assert gate(result("no", "no", "yes"), 0.9) == gate(result("yes", "yes", "no"), 0.9) == "no signal"
-    assert gate(result("yes", None, "yes"), 0.9) == "not measured"
-    few = criteria.gate("row", "logic", result("yes", "yes", "not testable", None, "Too few sets."), 0.9)
-    assert few.gate == "not measured" and few.reason == "Too few sets." and few.fooled is None
-    assert criteria.gate("row", "logic", result("yes", "yes", "yes"), 0.9).fooled == 0.3
+    def gate(*answers, items=20, clean=-20.0):
+        return criteria.gate("row", "logic", answers, items, clean)
+
+    assert gate(yes, yes, yes).gate == gate(yes, yes, result("no")).gate == "interpretable"
+    assert gate(yes, result("no"), result(placebo="no")).gate == gate(result(placebo="no"), yes, yes).gate == "unstable"
+    assert (
+        gate(result("no", interval=(-0.1, 0.1)), yes, yes).gate
+        == gate(result(random="no"), yes, yes).gate
+        == "no signal"
+    )
+    for untestable in (result(random="not testable"), result(placebo="not tested")):
+        assert gate(untestable, yes, yes).gate == "cannot tell"
+    assert gate(yes).gate == gate(yes, yes).gate == "cannot tell"
+    found = gate(vague, yes, yes)
+    # A half-width of 2 nats at 20 items; 5 % of 20 nats is 1, found in 80 % of cases at 2.8 standard errors.
+    needed = 20 * (2.0 * 2.8015 / 1.95996) ** 2
+    assert found.gate == "cannot tell" and found.items_needed == pytest.approx(needed, abs=1)
+    assert f"about {found.items_needed:,} are needed" in found.reason
+    assert gate(vague, yes, yes, clean=-200.0).gate == "no signal"
+    assert gate(yes, yes, yes).fooled == 0.3 and (found.seeds, found.agreeing) == (3, 2)
+
+
+def test_the_gate_on_worlds_where_nothing_is_true():
+    """Three dictionaries of each world, whose features were chosen by attribution for answers drawn at random."""
+    found = []
+    for seed in range(100):
+        world, answers = random_world(seed, features=900), []
+        for part in range(3):
+            mine = slice(300 * part, 300 * (part + 1))
+            some = dataclasses.replace(world, acts_PxF=world.acts_PxF[:, mine], decoder_FxD=world.decoder_FxD[mine])
+            top = top_features(attribution(some, some.answers_Px2), 5)
+            table = world_table(some, top, random_sets=39, placebo_sets=39, seed=seed)
+            judged = verdict(table, VerdictConfig(resamples=400))
+            answers.append(judged.dictionaries[TESTED]["b"])
+        items = len(world.answers_Px2) - world.train
+        clean = float(table.clean_values(table.select_prompts("b"), "log_prob").mean())
+        found.append(criteria.gate("row", "b", answers, items, clean).gate)
+    assert found.count("interpretable") <= 5
+    assert found.count("no signal") + found.count("cannot tell") >= 80
 
 
 def test_rank_correlation_is_spearmans_and_finds_nothing_in_noise():

@@ -1,0 +1,340 @@
+"""A test that tries to refute features of reasoning: do they fire on words alone?
+
+Published work put a few tokens into ordinary text and found that most features claimed for reasoning fire on them (Ma
+et al., Do Sparse Autoencoders Identify Reasoning Features in Language Models?, 2026). For each feature:
+
+1. Training texts give the tokens that excite it most, and the short contexts before its strongest activations.
+2. These are inserted into ordinary text at random places; the control is the same text with random tokens there.
+3. Test texts give the level that the feature reaches on real text. A text's activation is its largest one.
+4. The feature is driven by tokens if the injection brings it more than half of the way from the control to that level,
+   by context if it brings it less than half, and undecided if the interval of the difference includes zero.
+5. Ordinary text that holds the tokens in other roles is searched, and the activation at these tokens compared.
+
+Features drawn at random, and those of a random dictionary, are tested in the same way.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.dictionaries import Dictionary
+from saejax.errors import UserError
+from saejax.interventions.answers import mean_interval
+from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import Tokens, encode, token_text
+from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.tasks.scoring import wilson
+
+Driver = Literal["tokens", "context", "undecided"]
+
+TOKENS, CONTEXT = 4, 3  # tokens, and contexts, that are inserted; tokens of a context
+LENGTH = 64  # tokens of a text before anything is inserted
+HALFWAY = 0.5  # share of the way to the real level that decides
+LIVE = 0.05  # share of the training texts on which a feature drawn at random fires
+RULE = (
+    f"The {TOKENS} tokens that excite a feature most, or {TOKENS} contexts of {CONTEXT} tokens, whichever excites it "
+    "more, are inserted into ordinary text. The feature is driven by tokens if this brings its largest activation more "
+    f"than {100 * HALFWAY:g} % of the way from text with random tokens to real text, by context if less, and undecided "
+    "if the 95 % bootstrap interval over texts includes both, or if it is not more active on real text."
+)
+_BATCH, _WIDTH = 32, LENGTH + TOKENS * CONTEXT
+
+
+@dataclasses.dataclass(frozen=True)
+class InjectionTest:
+    """What injected tokens do to one feature."""
+
+    driver: Driver  #: by the rule
+    reach: Interval | None  #: share of the way from random tokens to real text; None: not more active on real text
+    effect_size: float | None  #: Cohen's d of injected against random tokens; None: no spread
+
+
+@dataclasses.dataclass(frozen=True)
+class FalsifiedFeature:
+    """A feature under injection; activations are means over texts of the largest one of each."""
+
+    group: str  #: tested, random features or random dictionary
+    feature: int  #: its index
+    tokens: tuple[str, ...]  #: that excite it most
+    contexts: tuple[str, ...]  #: before its strongest activations
+    injected: Literal["tokens", "contexts"]  #: which of both excites it more
+    ordinary: Interval  #: activation on ordinary text
+    random: Interval  #: with random tokens inserted
+    activation: Interval  #: with its tokens or contexts inserted
+    real: Interval  #: on real text
+    test: InjectionTest  #: its class
+    counterexamples: int  #: ordinary texts that hold one of its tokens
+    counterexample: Interval | None  #: activation at these tokens; None with fewer than 2 texts
+
+
+@dataclasses.dataclass(frozen=True)
+class DriverShares:
+    """Shares of a group of features by what drives them, with Wilson's interval over features."""
+
+    group: str  #: of features
+    features: int  #: how many
+    tokens: Interval  #: driven by tokens
+    context: Interval  #: driven by context
+    undecided: Interval  #: neither is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Falsification:
+    """Do features fire on words alone?"""
+
+    rule: str  #: in words
+    texts: int  #: that give the level on real text
+    ordinary: int  #: into which tokens are inserted
+    features: tuple[FalsifiedFeature, ...]  #: every one that was tested
+    shares: tuple[DriverShares, ...]  #: by group of features
+
+
+def falsify(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    features: Sequence[int],
+    texts: Sequence[str],
+    ordinary: Sequence[str],
+    *,
+    test_texts: Sequence[str] = (),
+    random_features: int | None = None,
+    random_dictionary: Dictionary | None = None,
+    resamples: int = 2000,
+    seed: int = 456,
+) -> Falsification:
+    """Test whether features that seem to reason fire on words alone, by injecting these into ordinary text.
+
+    Args:
+      lm: the model that the dictionary was trained on.
+      dictionary: whose features are tested.
+      features: their indices.
+      texts: texts of the kind that the features are claimed for; they show which tokens excite a feature.
+      ordinary: other text, half of which gives random tokens and half of which is injected.
+      test_texts: texts of the same kind that show the activation on real text; empty: every second one of ``texts``.
+      random_features: how many of the dictionary's other features are tested as a control; None: as many.
+      random_dictionary: a control at the same site, of which as many features are tested.
+      resamples: bootstrap samples of the intervals.
+      seed: seed of places, random tokens, random features and the bootstrap.
+
+    Returns:
+      The class of every feature, and the shares of each group.
+
+    Raises:
+      UserError: there are fewer than 4 texts of a kind, or the dictionary does not fit the model.
+    """
+    if not test_texts:
+        texts, test_texts = texts[::2], texts[1::2]
+    kinds = [_encode_texts(lm, kind) for kind in (texts, test_texts, ordinary[::2], ordinary[1::2])]
+    if min(map(len, kinds)) < 2:
+        counts = ", ".join(str(len(kind)) for kind in kinds)
+        raise UserError(f"falsify has {counts} texts to choose tokens, to test, and ordinary ones: expected 2 of each")
+    count = len(features) if random_features is None else random_features
+    rng = np.random.default_rng(seed)
+    groups = [("tested", dictionary, list(features))]
+    groups.append(("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)))
+    if random_dictionary is not None:
+        drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
+        groups.append(("random dictionary", random_dictionary, drawn))
+    rows: list[FalsifiedFeature] = []
+    for group, owner, members in groups:
+        rows += _test_group(lm, owner, group, members, kinds, resamples, seed) if members else []
+    return Falsification(
+        rule=RULE,
+        texts=len(kinds[1]),
+        ordinary=len(kinds[3]),
+        features=tuple(rows),
+        shares=tuple(_shares(group, [row for row in rows if row.group == group]) for group, _, some in groups if some),
+    )
+
+
+def judge_injection(
+    random_N: np.ndarray, injected_N: np.ndarray, real_M: np.ndarray, resamples: int = 2000, seed: int = 456
+) -> InjectionTest:
+    """Return what drives a feature.
+
+    Args:
+      random_N: its activation on N ordinary texts with random tokens, at least 2.
+      injected_N: on the same texts with the tokens that excite it in the same places.
+      real_M: on M texts of the kind that it is claimed for, at least 2.
+      resamples: bootstrap samples.
+      seed: seed of the bootstrap.
+    """
+    weight_RxN, weight_RxM = (
+        resampling_weights(np.zeros(len(values)), resamples, seed + number)
+        for number, values in enumerate((random_N, real_M))
+    )
+    rise, way = float((injected_N - random_N).mean()), float(real_M.mean() - random_N.mean())
+    rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
+    spread = float(np.sqrt((random_N.var(ddof=1) + injected_N.var(ddof=1)) / 2))
+    effect_size = rise / spread if spread > 0 else None
+    if percentile_interval(way_R)[0] <= 0:
+        return InjectionTest("undecided", None, effect_size)
+    # A difference, where a ratio would have no mean.
+    low, high = percentile_interval(rise_R - HALFWAY * way_R)
+    driver: Driver = "tokens" if low > 0 else "context" if high < 0 else "undecided"
+    tiny = 1e-12 * way  # a bootstrap sample may have no way to go
+    return InjectionTest(
+        driver, Interval(rise / way, *percentile_interval(rise_R / np.maximum(way_R, tiny))), effect_size
+    )
+
+
+def _test_group(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    group: str,
+    features: Sequence[int],
+    kinds: Sequence[Sequence[list[int]]],
+    resamples: int,
+    seed: int,
+) -> Iterator[FalsifiedFeature]:
+    """Yield the test of K features of one dictionary.
+
+    Args:
+      lm: the model.
+      dictionary: of the features.
+      group: of the features.
+      features: their indices.
+      kinds: token ids of training texts, test texts, ordinary texts that give random tokens, and ordinary ones.
+      resamples: bootstrap samples.
+      seed: seed of places, random tokens and the bootstrap.
+    """
+    train, test, drawn_from, ordinary = kinds
+    read = functools.partial(_activations, lm, dictionary, np.asarray(features, np.int32))
+    excited = list(read(train))
+    snippets = [_exciting_snippets(train, [acts_TxK[:, k] for acts_TxK in excited]) for k in range(len(features))]
+    pool = np.concatenate([ids[1:] for ids in drawn_from])
+    real_MxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in read(test)])
+    plain = list(read(ordinary))
+    plain_NxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in plain])
+    # [kind of snippet, text, feature]: random tokens are the same for all features, and read once.
+    random_2xNxK, injected_2xNxK = np.zeros((2, *plain_NxK.shape)), np.zeros((2, *plain_NxK.shape))
+    for kind, size in enumerate((1, CONTEXT)):
+        rng = np.random.default_rng([seed, kind])
+        places = [np.sort(rng.integers(1, len(ids) + 1, TOKENS)) for ids in ordinary]
+        random = [rng.choice(pool, (TOKENS, size)).tolist() for _ in ordinary]
+        mixed = [_insert(*row) for row in zip(ordinary, random, places, strict=True)]
+        random_2xNxK[kind] = [acts_TxK.max(axis=0) for acts_TxK in read(mixed)]
+        for k, feature in enumerate(features):
+            mixed = [_insert(ids, snippets[k][kind], at) for ids, at in zip(ordinary, places, strict=True)]
+            alone = _activations(lm, dictionary, np.array([feature], np.int32), mixed)
+            injected_2xNxK[kind, :, k] = [acts_Tx1.max() for acts_Tx1 in alone]
+    weight_RxN, weight_RxM = (
+        resampling_weights(np.zeros(len(texts)), resamples, seed + number)
+        for number, texts in enumerate((ordinary, test))
+    )
+    text = token_text(lm.tokenizer)
+    for k, feature in enumerate(features):
+        kind = int(np.argmax(injected_2xNxK[:, :, k].mean(axis=1)))
+        random_N, injected_N = random_2xNxK[kind, :, k], injected_2xNxK[kind, :, k]
+        tokens = [ids[0] for ids in snippets[k][0]]
+        at_tokens = [acts_TxK[np.isin(ids, tokens), k] for ids, acts_TxK in zip(ordinary, plain, strict=True)]
+        other = np.array([acts.max() for acts in at_tokens if len(acts)], np.float64)
+        weights = resampling_weights(np.zeros(len(other)), resamples, seed) if len(other) > 1 else None
+        yield FalsifiedFeature(
+            group=group,
+            feature=int(feature),
+            tokens=tuple(map(text, tokens)),
+            contexts=tuple("".join(map(text, ids)) for ids in snippets[k][1]),
+            injected=("tokens", "contexts")[kind],
+            ordinary=mean_interval(plain_NxK[:, k], weight_RxN),
+            random=mean_interval(random_N, weight_RxN),
+            activation=mean_interval(injected_N, weight_RxN),
+            real=mean_interval(real_MxK[:, k], weight_RxM),
+            test=judge_injection(random_N, injected_N, real_MxK[:, k], resamples, seed),
+            counterexamples=len(other),
+            counterexample=mean_interval(other, weights) if weights is not None else None,
+        )
+
+
+def _exciting_snippets(texts: Sequence[list[int]], acts: Sequence[np.ndarray]) -> tuple[list[list[int]], ...]:
+    """Return the tokens that excite a feature most, and the contexts of its strongest activations, best first.
+
+    Args:
+      texts: token ids.
+      acts: the feature's activation at each token of each text.
+    """
+    ids_A, act_A = np.concatenate(texts), np.concatenate(acts).astype(np.float64)
+    token_V, index_A, count_V = np.unique(ids_A, return_inverse=True, return_counts=True)
+    # One more in the count: the mean of a token that was seen once says little.
+    score_V = np.bincount(index_A, act_A) / (count_V + 1)
+    best = np.argsort(-score_V, kind="stable")[:TOKENS]
+    tokens = [[int(token_V[v])] for v in best if score_V[v] > 0]
+    places = [(n, t) for n, ids in enumerate(texts) for t in range(len(ids))]
+    contexts: dict[tuple[int, ...], None] = {}
+    for a in np.argsort(-act_A, kind="stable").tolist():
+        if act_A[a] <= 0 or len(contexts) == TOKENS:
+            break
+        n, t = places[a]
+        contexts[tuple(texts[n][max(t - CONTEXT + 1, 0) : t + 1])] = None
+    return tokens, [list(context) for context in contexts]
+
+
+def _insert(ids: list[int], snippets: Sequence[list[int]], places: np.ndarray) -> list[int]:
+    """Return a text with snippets inserted before some of its positions, in ascending order."""
+    parts, last = [], 0
+    for snippet, place in zip(snippets, places.tolist(), strict=False):  # a feature may have fewer snippets
+        parts += [*ids[last:place], *snippet]
+        last = place
+    return [*parts, *ids[last:]]
+
+
+def _draw_live(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    texts: Sequence[list[int]],
+    without: Sequence[int],
+    count: int,
+    rng: np.random.Generator,
+) -> list[int]:
+    """Return random features that fire on at least ``LIVE`` of the texts."""
+    if not count:
+        return []
+    every_F = np.arange(dictionary.config.n_features, dtype=np.int32)
+    fires_F = sum((acts_TxF.max(axis=0) > 0).astype(int) for acts_TxF in _activations(lm, dictionary, every_F, texts))
+    pool = np.setdiff1d(np.flatnonzero(fires_F >= LIVE * len(texts)), np.asarray(without, int))
+    return np.sort(rng.choice(pool, min(count, len(pool)), replace=False)).tolist()
+
+
+def _encode_texts(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of texts, cut to ``LENGTH``."""
+    length = min(LENGTH, lm.config.context - TOKENS * CONTEXT)
+    ids = [encode(lm.tokenizer, text[: 16 * length])[:length] for text in texts]
+    return [some for some in ids if len(some) > 1]
+
+
+def _activations(
+    lm: LanguageModel, dictionary: Dictionary, features_K: np.ndarray, texts: Sequence[list[int]]
+) -> Iterator[np.ndarray]:
+    """Yield the activations of K features at every token of each text, [T, K]; 0 at attention sinks."""
+    dictionary.config.check_model(lm.source.name, lm.source.fingerprint)
+    dictionary, width = dictionary.with_sink_norms(lm.sink_norm), min(_WIDTH, lm.config.context)
+    for first in range(0, len(texts), _BATCH):
+        batch = texts[first : first + _BATCH]
+        ids_BxT = np.zeros((_BATCH, width), np.int32)  # one shape, so that one program is compiled
+        for row, ids in enumerate(batch):
+            ids_BxT[row, : len(ids)] = ids
+        lengths_B = np.array([len(ids) for ids in batch] + [1] * (_BATCH - len(batch)), np.int32)
+        x_BxTxD = lm(Tokens(ids_BxT, lengths_B), capture=[dictionary.site], logits=False).sites[dictionary.site]
+        acts_BxTxK = np.asarray(_encode(dictionary, x_BxTxD, jnp.asarray(features_K)))
+        for row, ids in enumerate(batch):
+            yield acts_BxTxK[row, : len(ids)]
+
+
+@jax.jit
+def _encode(dictionary: Dictionary, x_BxTxD: jax.Array, features_K: jax.Array) -> jax.Array:
+    acts_BxTxK = dictionary.encode_features(x_BxTxD, features_K)
+    return jnp.where(dictionary.is_not_sink(x_BxTxD)[..., None], acts_BxTxK, 0.0)
+
+
+def _shares(group: str, rows: Sequence[FalsifiedFeature]) -> DriverShares:
+    shares = {
+        driver: wilson(np.array([row.test.driver == driver for row in rows]))
+        for driver in ("tokens", "context", "undecided")
+    }
+    return DriverShares(group, len(rows), **shares)

@@ -1,0 +1,158 @@
+"""The test that tries to refute reasoning features: planted detectors of words are refuted, features of context not."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import saejax
+from saejax.dictionaries import Dictionary, DictionaryConfig
+from saejax.errors import UserError
+from saejax.interventions import falsify as module
+from saejax.interventions.falsify import RULE, falsify, judge_injection
+
+WORDS, STATES = 120, 20  # words of the language; features of context, each of its own word
+FAR = 4  # tokens that a context feature looks back over
+
+
+class Words:
+    """A tokenizer of a language whose words are numbers."""
+
+    bos_token_id = None
+
+    def __call__(self, text, add_special_tokens=False, verbose=True):
+        # "a" is what the tokens in front are measured with.
+        return {"input_ids": [0 if word == "a" else int(word) for word in text.split()]}
+
+    def decode(self, ids, clean_up_tokenization_spaces=False):
+        return f" {ids[0]}"
+
+    def convert_ids_to_tokens(self, token):
+        return str(token)
+
+
+@dataclasses.dataclass
+class World:
+    """A model whose one site says which word stands here and which words stand several tokens before, one-hot.
+
+    A text reasons if each of its words follows from one that stands ``FAR`` tokens before it: word + 60, modulo 120.
+    """
+
+    seed: int
+    tokenizer: Words = dataclasses.field(default_factory=Words)
+    source = types.SimpleNamespace(name="", fingerprint="")
+    config = types.SimpleNamespace(context=512)
+
+    def sink_norm(self, site):
+        return 1e6
+
+    def __call__(self, tokens, capture, logits):
+        ids_BxT = tokens.ids_BxT
+        before_BxT = np.pad(ids_BxT, ((0, 0), (FAR, 0)), constant_values=-1)[:, : ids_BxT.shape[1]]
+        here, there = (np.eye(WORDS + 1)[ids] for ids in (ids_BxT, before_BxT))
+        x_BxTxD = np.concatenate([here, there], axis=-1).astype(np.float32)
+        return types.SimpleNamespace(sites={capture[0]: jax.numpy.asarray(x_BxTxD)})
+
+    def reasoning(self, rng):
+        words = rng.integers(0, WORDS, FAR).tolist()
+        while len(words) < module.LENGTH:
+            words.append((words[-FAR] + 60) % WORDS)
+        return " ".join(map(str, words))
+
+    def ordinary(self, rng):
+        return " ".join(map(str, rng.integers(0, WORDS, module.LENGTH)))
+
+    def dictionary(self, detectors, states):
+        """Features that fire on 4 words each, and features that fire where one of 20 words follows from another."""
+        rng = np.random.default_rng(self.seed)
+        W_enc_DxF = np.zeros((2 * (WORDS + 1), detectors + states), np.float32)
+        b_enc_F = np.zeros(detectors + states, np.float32)
+        for feature in range(detectors):
+            W_enc_DxF[rng.choice(WORDS, 4, replace=False), feature] = rng.uniform(1, 3, 4)
+        for feature in range(detectors, detectors + states):
+            for word in rng.choice(WORDS, 20, replace=False):
+                # Neither word suffices.
+                W_enc_DxF[(word + 60) % WORDS, feature] = W_enc_DxF[WORDS + 1 + word, feature] = 1.0
+            b_enc_F[feature] = -1.5
+        config = DictionaryConfig(
+            kind="standard", site="resid_post.0", d_in=len(W_enc_DxF), n_features=detectors + states
+        )
+        arrays = dict(
+            W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=np.zeros(len(W_enc_DxF), np.float32)
+        )
+        return Dictionary(config, **{name: jax.numpy.asarray(array) for name, array in arrays.items()})
+
+
+def run_world(seed, detectors=10, states=10, **settings):
+    world, rng = World(seed), np.random.default_rng(seed)
+    reasoning, ordinary = ([make(rng) for _ in range(96)] for make in (world.reasoning, world.ordinary))
+    dictionary = world.dictionary(detectors, states)
+    return falsify(world, dictionary, range(detectors + states), reasoning, ordinary, resamples=500, **settings)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    return [run_world(seed, random_features=0) for seed in range(5)]
+
+
+def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
+    rows = [row for found in worlds for row in found.features]
+    right = [row.test.driver == ("tokens" if row.feature < 10 else "context") for row in rows]
+    assert len(right) == 100 and np.mean(right) >= 0.9
+    share = worlds[0].shares[0]
+    assert (share.group, share.features) == ("tested", 20) and 0.35 <= share.tokens.mean <= 0.65
+    assert share.tokens.low < share.tokens.mean < share.tokens.high
+
+
+def test_the_tokens_are_those_that_were_planted(worlds):
+    W_enc_DxF = np.asarray(World(0).dictionary(10, 10).W_enc_DxF[...])
+    for row in worlds[0].features[:10]:
+        planted = {f" {word}" for word in np.flatnonzero(W_enc_DxF[: WORDS + 1, row.feature])}
+        assert set(row.tokens[: len(planted)]) == planted
+        # A word that fires in any role fires in ordinary text, too.
+        assert row.counterexamples > 5 and row.counterexample.mean > 0.3 * row.real.mean
+    for row in worlds[0].features[10:]:
+        assert row.real.mean == pytest.approx(0.5) and row.counterexample.mean < 0.25
+
+
+def test_controls_are_tested_too():
+    other = World(9).dictionary(12, 0)
+    found = run_world(3, 8, 8, random_features=3, random_dictionary=other)
+    assert [share.group for share in found.shares] == ["tested", "random dictionary"]  # all features are tested ones
+    found = run_world(3, 8, 8, random_features=3)
+    assert found.rule == RULE and (found.texts, found.ordinary) == (48, 48)
+
+
+def test_activations_are_the_dictionarys(worlds):
+    """The mean of the largest activations, by hand."""
+    rng, world = np.random.default_rng(0), World(0)
+    reasoning, ordinary = ([make(rng) for _ in range(96)] for make in (world.reasoning, world.ordinary))
+    W_enc_DxF = np.asarray(world.dictionary(10, 10).W_enc_DxF[...], np.float64)
+    for name, texts in (("real", reasoning[1::2]), ("ordinary", ordinary[1::2])):
+        ids = [[int(word) for word in text.split()] for text in texts]
+        expected_F = np.mean([np.max(W_enc_DxF[text], axis=0) for text in ids], axis=0)[:10]
+        found = [getattr(row, name).mean for row in worlds[0].features[:10]]
+        np.testing.assert_allclose(found, expected_F, rtol=1e-5)
+
+
+def test_the_rule_is_undecided_where_nothing_is_shown():
+    rng = np.random.default_rng(0)
+    noise_N, other_N = rng.normal(size=(2, 60))
+    assert judge_injection(noise_N, noise_N, other_N).driver == "undecided"
+    assert judge_injection(noise_N, noise_N, other_N).reach is None
+    assert judge_injection(noise_N, noise_N, other_N + 5).driver == "context"
+    assert judge_injection(noise_N, noise_N + 5, other_N + 5).driver == "tokens"
+    halfway = judge_injection(noise_N, noise_N + 2.5, other_N + 5 - other_N.mean() + noise_N.mean())
+    assert halfway.driver == "undecided" and halfway.reach.mean == pytest.approx(0.5)
+    zeros_N = np.zeros(8)
+    assert judge_injection(zeros_N, zeros_N, zeros_N).effect_size is None
+
+
+def test_a_real_model(tiny, make_dictionary):
+    texts = [f"The {word} near the dogs runs so {word}" for word in ("cat", "war", "year", "water", "way", "capital")]
+    found = saejax.falsify(tiny, make_dictionary("resid_post.1"), [3, 8], texts, texts[::-1] * 2, resamples=100)
+    assert [row.group for row in found.features] == ["tested"] * 2 + ["random features"] * 2
+    with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
+        saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])
