@@ -243,6 +243,13 @@ class StudyConfig(Config):
         "see whether it detects words rather than reasoning; 0: not tested",
         low=0,
     )
+    known: str = setting(
+        "",
+        "what a row of a study is known to be: a relative of the first row's model, which shares most features with it, "
+        "or a stranger with random weights, of which nothing is shared or specific; the report shows known answers",
+        choices=("", "relative", "stranger"),
+        changes_results=False,
+    )
     min_accuracy_drop: float = shared.min_accuracy_drop()
     bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()

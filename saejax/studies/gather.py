@@ -14,9 +14,10 @@ from saejax.evaluation.results import EvaluateResults
 from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
-from saejax.settings import ModelConfig, TaskConfig, TrainConfig
+from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.studies import criteria, gather_effects
 from saejax.studies.alignment import alignments
+from saejax.studies.learned import learned
 from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
@@ -64,8 +65,10 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         behaviours=tuple(one for row, own in each for one in gather_effects.behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
         gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),
+        drivers=tuple(one for row, own in each for one in gather_effects.drivers(row.name, own)),
         transfer=tuple(one for row, own in each for one in gather_effects.transfer(row.name, own)),
         tracking=tuple(one for row, own in each for one in gather_effects.tracking(row.name, own)),
+        learned=(),
         criteria=(),
         resources=tuple(one for row, own in each for one in _resources(row.name, own)),
         failures=tuple(
@@ -74,6 +77,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
             if state.state != "done"
         ),
     )
+    figures = dataclasses.replace(figures, learned=learned(figures))
     return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(found.values()))))
 
 
@@ -88,6 +92,7 @@ def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> Model
     needs, own = _needs(found), [state for state in states if state.row == row.name]
     return ModelFigures(
         row=row.name,
+        known=row.configs[StudyConfig].known,
         model=model.path,
         revision=model.revision,
         dtype=model.dtype,

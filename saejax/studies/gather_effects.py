@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from saejax.interventions.answers import AblateResults
+from saejax.interventions.answers import AblateResults, CausalAnswer
 from saejax.interventions.sentences import RESAMPLED
 from saejax.interventions.study_results import StudyResults
 from saejax.interventions.table import TESTED, UNTRAINED
@@ -12,6 +12,7 @@ from saejax.page.findings import Findings
 from saejax.studies import criteria
 from saejax.studies.results import (
     BehaviourFigures,
+    DriverFigures,
     EffectFigures,
     GateFigures,
     TrackingFigures,
@@ -42,12 +43,20 @@ def effects(row: str, found: Findings) -> Iterator[EffectFigures]:
             placebo_accuracy_drop=scores["placebo"].drop if "placebo" in scores else None,
             nats_drop=answers["answer_log_prob"].effect,
             nats_drop_resampled=resampled[1].effect if resampled[1] else None,
+            random_nats=_mean_of(result.random),
+            placebo_nats=_mean_of(result.placebo),
+            lowers=answers["answer_log_prob"].answer,
             effect=answers["accuracy"].answer,
             effect_resampled=resampled[0].answer if resampled[0] else "not tested",
             random=result.random.answer,
             fooled=result.fooled / result.placebo_sets if result.fooled is not None else None,
             placebo=result.placebo.answer,
         )
+
+
+def _mean_of(answer: CausalAnswer) -> float | None:
+    """Return the mean effect of control sets; None where there were none."""
+    return (answer.numbers or {}).get("mean")
 
 
 def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
@@ -74,6 +83,13 @@ def gates(row: str, found: Findings) -> Iterator[GateFigures]:
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
         answers = [each[benchmark] for each in seeds if benchmark in each]
         yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
+
+
+def drivers(row: str, found: Findings) -> Iterator[DriverFigures]:
+    """Yield what drives the features of each benchmark, by group."""
+    for benchmark, results in found.each(StudyResults).items():
+        for one in results.falsification.shares if results.falsification else ():
+            yield DriverFigures(row, benchmark, one.group, one.features, one.tokens, one.context, one.undecided)
 
 
 def transfer(row: str, found: Findings) -> Iterator[TransferFigures]:

@@ -1,20 +1,28 @@
 """The report of a study: what its rows found, side by side, and which criteria are met.
 
-Written to the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content), ``study.json`` (all
-figures) and ``tables/<name>.csv``.
+The page opens with what was learned: a table of rows by questions, five sentences, then figures; tables follow, and the
+rules at the end. Written to the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content),
+``study.json`` (all figures), ``tables/<name>.csv`` and ``figures/``.
 """
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from matplotlib.figure import Figure
+
 from saejax.files import write_json, write_text
-from saejax.page.blocks import Links, Terms, Text
+from saejax.page import style
+from saejax.page.blocks import Block, Code, Links, Picture, Terms, Text
 from saejax.page.document import Section, to_html, to_markdown
+from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import RULES
+from saejax.studies.learned import sentences, table_rows
+from saejax.studies.pictures import draw_drivers, draw_effects
 from saejax.studies.progress import duration
 from saejax.studies.results import StudyFigures
 from saejax.studies.sheets import SHEETS
@@ -26,10 +34,11 @@ _TITLES = dict(gate="The gate", alignment="Alignment", criteria="Success")
 
 def write_report(root: Path, figures: StudyFigures) -> None:
     """Write the report; ``study.json`` last, which says that the others are there."""
+    for folder in ("tables", "figures"):
+        (root / folder).mkdir(exist_ok=True)
     title = f"A study of {_count(len(figures.models), 'model')}"
     parts, lead = _sections(root, figures), _lead(figures)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    (root / "tables").mkdir(exist_ok=True)
     for name, sheet in SHEETS.items():
         write_text(root / "tables" / f"{name}.csv", sheet.csv(figures))
     write_text(root / "study.md", to_markdown(title, lead, parts, footer))
@@ -42,14 +51,8 @@ def _count(number: int, what: str) -> str:
 
 
 def _lead(figures: StudyFigures) -> Sequence[str]:
-    answers = [criterion.met for criterion in figures.criteria if criterion.met is not None]
-    met = sum(answers)
     gates = [f"{gate.row} on {gate.benchmark}: {gate.gate}" for gate in figures.gates]
-    lines = [
-        f"{_count(len(figures.models), 'row')}, each a model in a folder of its own. Of {len(figures.criteria)} "
-        f"criteria {met} are met, {len(answers) - met} are not, and {len(figures.criteria) - len(answers)} were not "
-        "tested."
-    ]
+    lines = [f"{_count(len(figures.models), 'row')}, each a model in a folder of its own."]
     if gates:
         lines.append("; ".join(gates) + ".")
     if figures.failures:
@@ -63,25 +66,54 @@ def _lead(figures: StudyFigures) -> Sequence[str]:
 
 def _sections(root: Path, figures: StudyFigures) -> list[Section]:
     seconds = sum(unit.seconds for unit in figures.resources)
-    rules = tuple((_TITLES[name], f"{describe_rule(root, STAGE, rule)}: {rule}") for name, rule in RULES.items())
     took = Text(f"All units together took {duration(seconds)}.")
     return [
-        Section("Criteria", (SHEETS["criteria"].table(figures), Terms(rules))),
-        Section("Setup", (SHEETS["models"].table(figures), _reports(root, figures))),
-        _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
-        _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
-        _section("Activations", figures, "activations", "No row has captured activations."),
+        Section("What was learned", tuple(_learned(root, figures))),
         _section(
             "Causal effects", figures, "effects", "No row ran feature ablation on a benchmark (--study.benchmarks)."
         ),
-        *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("The gate", figures, "gates", "No row ran feature ablation on a benchmark, so there is no gate."),
+        _section("Words or context", figures, "drivers", "No row injected tokens (--study.falsify)."),
         _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
+        *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
         _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
+        _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
+        _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
+        _section("Activations", figures, "activations", "No row has captured activations."),
+        _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
+        Section("Criteria", (SHEETS["criteria"].table(figures), *_rules(root))),
+        Section("Setup", (SHEETS["models"].table(figures), _reports(root, figures))),
         Section("Resources", (took, SHEETS["resources"].table(figures))),
         _section("What is not done", figures, "failures", "All units finished."),
     ]
+
+
+def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
+    """Yield what the page opens with: the table of answers, five sentences, and figures."""
+    if not figures.learned:
+        yield Text("No row ran feature ablation on a benchmark (--study.benchmarks), so nothing was learned about it.")
+        return
+    rows, columns = table_rows(figures.learned)
+    note = "Known: the answer that a control row must give. The sections below say how each question is answered."
+    yield Table.of("Rows by questions", rows, columns, set(columns), True, note)
+    yield Terms(sentences(figures.learned))
+    if figures.effects:
+        caption = "Effects of the top features, beside those of control sets at equal dose."
+        yield _picture(root, "study_effects", draw_effects(figures.effects), caption)
+    if figures.drivers:
+        caption = "Shares of features that fire on words alone, beside random features and a random dictionary."
+        yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
+
+
+def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:
+    return Picture(name, style.inline(style.save(figure, root / "figures", name), name, caption), caption, caption)
+
+
+def _rules(root: Path) -> Iterator[Code]:
+    """Yield each rule, folded away, with when it was written down."""
+    for name, rule in RULES.items():
+        yield Code(_TITLES[name], "\n".join(textwrap.wrap(f"{describe_rule(root, STAGE, rule)}: {rule}", 96)))
 
 
 def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from saejax.results import Interval
 
+Answered = Literal["yes", "no", "cannot tell"]
 Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
 
 
@@ -13,6 +14,7 @@ class ModelFigures:
     """A row of the study: what was run on what."""
 
     row: str  #: its name
+    known: str  #: relative or stranger: a control row whose answers are known; "" for others
     model: str  #: path or hub id
     revision: str  #: of the model
     dtype: str  #: of weights and products in JAX
@@ -92,6 +94,9 @@ class EffectFigures:
     placebo_accuracy_drop: float | None  #: mean over placebo sets
     nats_drop: Interval | None  #: of the reference's log-likelihood, with features set to zero
     nats_drop_resampled: Interval | None  #: with features resampled
+    random_nats: float | None  #: mean drop of the log-likelihood under random sets at equal dose
+    placebo_nats: float | None  #: mean drop under placebo sets at equal dose
+    lowers: str  #: whether the log-likelihood falls with features set to zero
     effect: str  #: whether accuracy falls by more than the criterion with features set to zero
     effect_resampled: str  #: likewise with features resampled
     random: str  #: whether the log-likelihood falls more than under random sets at equal dose
@@ -144,6 +149,31 @@ class GateFigures:
     agreeing: int  #: of these, those for which questions 1 to 3 are all answered yes
     items_needed: int | None  #: items that would find the smallest effect; None where none was measured
     fooled: float | None  #: share of placebo sets that also do more than random sets
+
+
+@dataclasses.dataclass(frozen=True)
+class DriverFigures:
+    """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    group: str  #: tested, random features or random dictionary
+    features: int  #: of the group
+    tokens: Interval  #: share that fires on words alone
+    context: Interval  #: share that does not
+    undecided: Interval  #: neither is shown
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedFigures:
+    """The answer to a question for a row on a benchmark."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    question: str  #: solves, effect, random, placebo, gate, context, features or items; see ``learned.QUESTIONS``
+    answer: Answered  #: as found
+    known: str  #: the known answer of a control row; "" where none is known
+    evidence: str  #: figures, in words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,8 +252,10 @@ class StudyFigures:
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark
+    drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
     transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
     tracking: tuple[TrackingFigures, ...]  #: of texts
+    learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question
     criteria: tuple[CriterionFigures, ...]  #: of success
     resources: tuple[ResourceFigures, ...]  #: of finished units
     failures: tuple[FailureFigures, ...]  #: units that are not done

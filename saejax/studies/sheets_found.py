@@ -1,6 +1,7 @@
 """The tables of what a study's rows found: effects, agreement, and what follows from them."""
 
 from saejax.page.tables import MISSING, answer, count, interval, number, percent
+from saejax.studies.learned import QUESTIONS
 from saejax.studies.sheet import Sheet, points
 
 _EFFECTS_NOTE = (
@@ -80,6 +81,36 @@ FOUND = (
             "Placebo sets beyond random": lambda one: percent(one.fooled, 1),
         },
         frozenset({"Benchmark", "Gate", "Why"}),
+        cards=True,
+    ),
+    Sheet(
+        "drivers",
+        "Words or context?",
+        {
+            "Row": lambda one: one.row,
+            "Benchmark": lambda one: one.benchmark,
+            "Features": lambda one: f"{one.features}, {one.group}",
+            "Driven by tokens, %": lambda one: interval(one.tokens, 0, 100),
+            "By context, %": lambda one: interval(one.context, 0, 100),
+            "Undecided, %": lambda one: interval(one.undecided, 0, 100),
+        },
+        frozenset({"Benchmark", "Features"}),
+        "The tokens that excite a feature most are injected into ordinary text. A feature is driven by tokens if that "
+        "brings it more than half of the way to its activation on the benchmark. Square brackets: 95 % intervals over "
+        "features.",
+    ),
+    Sheet(
+        "learned",
+        "All answers",
+        {
+            "Row": lambda one: one.row,
+            "Benchmark": lambda one: one.benchmark,
+            "Question": lambda one: QUESTIONS[one.question].heading if one.question in QUESTIONS else one.question,
+            "Answer": lambda one: one.answer,
+            "Known": lambda one: one.known or MISSING,
+            "Evidence": lambda one: one.evidence,
+        },
+        frozenset({"Benchmark", "Question", "Answer", "Known", "Evidence"}),
         cards=True,
     ),
     Sheet(

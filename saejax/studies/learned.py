@@ -1,0 +1,178 @@
+"""What a study has learned: its questions, each answered yes, no or cannot tell for every row and benchmark.
+
+A row may be a control whose answers are known (``--study.known``): a *relative* was tuned from the model of the first
+row, so that both share most features; a *stranger* has random weights, so that nothing of it is shared, specific or
+interpretable.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from saejax.page.tables import interval, number, percent
+from saejax.studies.results import Answered, DriverFigures, LearnedFigures, StudyFigures
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question of the first table.
+
+    Attributes:
+      heading: of its column.
+      known: kind of control row -> its known answer.
+    """
+
+    heading: str
+    known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
+
+
+QUESTIONS = {
+    "solves": Question("The model beats guessing", {"stranger": "no"}),
+    "effect": Question("Ablation lowers the answers"),
+    "random": Question("More than random features"),
+    "placebo": Question("Specific to the answers", {"stranger": "no"}),
+    "gate": Question("In two of three seeds", {"stranger": "no"}),
+    "context": Question("More than words", {"stranger": "no"}),
+    "features": Question("The first row has these features", {"relative": "yes", "stranger": "no"}),
+    "items": Question("On the same items", {"relative": "yes", "stranger": "no"}),
+}
+#: Answers that contradict each other: (question, answer, question, answer, what that means).
+_CONTRADICTIONS: tuple[tuple[str, Answered, str, Answered, str], ...] = (
+    ("random", "yes", "placebo", "no", "more than random features, but no more than features chosen for other answers"),
+    ("placebo", "yes", "gate", "no", "specific to the answers, but not in dictionaries of other seeds"),
+    ("placebo", "yes", "context", "no", "specific to the answers, but the features fire on words alone"),
+    ("solves", "no", "placebo", "yes", "specific features of answers that the model only guesses"),
+    ("items", "yes", "features", "no", "the same items depend on features that are not the same"),
+    ("features", "yes", "items", "no", "the same features, on which other items depend"),
+)
+_SHOWN = 4  # rows that a sentence names
+
+
+def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
+    """Return the answer to each question for each row and benchmark whose features were ablated.
+
+    Args:
+      figures: all other figures of the study.
+    """
+    known = {model.row: model.known for model in figures.models}
+    rows = []
+    for gate in figures.gates:
+        answers = dict(_answers(figures, gate.row, gate.benchmark))
+        for name, question in QUESTIONS.items():
+            answer, evidence = answers.get(name, ("", ""))
+            if answer:
+                expected = question.known.get(known[gate.row], "")
+                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
+    return tuple(rows)
+
+
+def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[str, tuple[Answered, str]]]:
+    """Yield each question that was asked, with its answer and evidence."""
+    first = figures.models[0].row
+
+    def of(kind: Sequence[Any], **fields: str) -> Any:
+        return next((each for each in kind if all(getattr(each, key) == fields[key] for key in fields)), None)
+
+    if baseline := of(figures.baselines, row=row, task=benchmark):
+        chance = baseline.chance or 0.0
+        if "nats" not in baseline.measure:
+            yield (
+                "solves",
+                (
+                    _yes(baseline.value.low > chance),
+                    f"{percent(baseline.value.mean, 1)}; by guessing {percent(chance, 1)}",
+                ),
+            )
+    if effect := of(figures.effects, row=row, benchmark=benchmark):
+        yield "effect", (_plain(effect.lowers), f"{interval(effect.nats_drop)} nats")
+        yield "random", (_plain(effect.random), f"random sets at equal dose: {number(effect.random_nats)} nats")
+        yield "placebo", (_plain(effect.placebo), f"placebo sets at equal dose: {number(effect.placebo_nats)} nats")
+    gate = of(figures.gates, row=row, benchmark=benchmark)
+    by_gate: dict[str, Answered] = {"interpretable": "yes", "cannot tell": "cannot tell"}
+    yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
+    if drivers := of(figures.drivers, row=row, benchmark=benchmark, group="tested"):
+        yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
+    for name in ("features", "items"):
+        if row != first and (pair := of(figures.alignment, first=first, second=row, benchmark=benchmark, by=name)):
+            yield name, (_yes(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
+
+
+def _yes(answer: bool | None) -> Answered:
+    return "cannot tell" if answer is None else "yes" if answer else "no"
+
+
+def _plain(answer: str) -> Answered:
+    return "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
+
+
+def _driven(drivers: DriverFigures) -> Answered:
+    """Return whether context drives more features than tokens do; cannot tell where the intervals overlap."""
+    if drivers.context.low > drivers.tokens.high:
+        return "yes"
+    return "no" if drivers.tokens.low > drivers.context.high else "cannot tell"
+
+
+def cell(answer: LearnedFigures | None) -> str:
+    """Return an answer with the known one, as the first table shows it; "" where the question was not asked."""
+    if answer is None:
+        return ""
+    if not answer.known:
+        return answer.answer
+    return f"{answer.answer} (known: {answer.known})"
+
+
+def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
+    """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
+    by_key = {(one.row, one.benchmark, one.question): one for one in answers}
+    places = list(dict.fromkeys((one.row, one.benchmark) for one in answers))
+    clashes = [
+        f"{_names([place])}: {meaning}"
+        for first, one, second, two, meaning in _CONTRADICTIONS
+        for place in places
+        if _is(by_key.get((*place, first)), one) and _is(by_key.get((*place, second)), two)
+    ]
+    controls = [one for one in answers if one.known]
+    wrong = [one for one in controls if one.answer != one.known]
+    as_known = f"{len(controls) - len(wrong)} of {len(controls)} known answers were found."
+    if wrong:
+        as_known += " Not so: " + "; ".join(
+            f"{QUESTIONS[one.question].heading.lower()}, {_names([(one.row, one.benchmark)])}: {one.answer}, known "
+            f"{one.known}"
+            for one in wrong
+        )
+    return (
+        ("What held", _by_question(answers, "yes")),
+        ("What did not", _by_question(answers, "no")),
+        ("What cannot be told", _by_question(answers, "cannot tell")),
+        ("What contradicts what", "; ".join(clashes) + "." if clashes else "No two answers contradict each other."),
+        ("Control rows", as_known if controls else "No row is a control whose answers are known (--study.known)."),
+    )
+
+
+def _is(answer: LearnedFigures | None, wanted: Answered) -> bool:
+    return answer is not None and answer.answer == wanted
+
+
+def _by_question(answers: Sequence[LearnedFigures], wanted: Answered) -> str:
+    parts = []
+    for name, question in QUESTIONS.items():
+        places = [(one.row, one.benchmark) for one in answers if one.question == name and one.answer == wanted]
+        if places:
+            parts.append(f"{question.heading.lower()} ({_names(places)})")
+    return "; ".join(parts) + "." if parts else "Nothing."
+
+
+def _names(places: Sequence[tuple[str, str]]) -> str:
+    shown = [f"{row} on {benchmark}" for row, benchmark in places[:_SHOWN]]
+    return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
+
+
+def table_rows(
+    answers: Sequence[LearnedFigures],
+) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[Any, Any], str]]]:
+    """Return the rows of the first table, (row, benchmark), and its columns."""
+    by_key = {(one.row, one.benchmark, one.question): one for one in answers}
+    columns: dict[str, Callable[[Any, Any], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
+    for name, question in QUESTIONS.items():
+        columns[question.heading] = lambda row, benchmark, name=name: cell(by_key.get((row, benchmark, name)))
+    return list(dict.fromkeys((one.row, one.benchmark) for one in answers)), columns

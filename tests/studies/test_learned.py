@@ -1,0 +1,122 @@
+"""What a study has learned: one answer for each question, the known answers of control rows, five sentences."""
+
+import dataclasses
+
+import pytest
+
+from saejax.results import Interval
+from saejax.studies.learned import QUESTIONS, cell, learned, sentences, table_rows
+from saejax.studies.results import (
+    AlignmentFigures,
+    BaselineFigures,
+    DriverFigures,
+    EffectFigures,
+    GateFigures,
+    ModelFigures,
+    StudyFigures,
+)
+
+
+def share(mean, low, high):
+    return Interval(mean, low, high)
+
+
+def model(row, known=""):
+    return ModelFigures(row, known, "m", "main", "float32", None, None, None, (), (), (), (), 1, 1)
+
+
+def effect(row, lowers, random, placebo):
+    fields = dict.fromkeys((field.name for field in dataclasses.fields(EffectFigures)), None)
+    answers = dict(row=row, benchmark="sums", lowers=lowers, random=random, placebo=placebo, random_nats=0.25)
+    return EffectFigures(**fields | answers)
+
+
+@pytest.fixture
+def figures():
+    """A row, its relative and a stranger, which answers two questions as it must not."""
+    empty = dict.fromkeys(StudyFigures.__dataclass_fields__, ()) | dict(fingerprint="0")
+    gates = [
+        GateFigures(*pair, "Why.", 3, 2, 9, 0.5)
+        for pair in (
+            ("base", "sums", "interpretable"),
+            ("tuned", "sums", "unstable"),
+            ("random", "sums", "cannot tell"),
+        )
+    ]
+    aligned = [
+        AlignmentFigures("base", other, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer)
+        for other, by, answer in (("tuned", "features", True), ("tuned", "items", False), ("random", "features", None))
+    ]
+    return StudyFigures(
+        **empty
+        | dict(
+            models=(model("base"), model("tuned", "relative"), model("random", "stranger")),
+            baselines=(
+                BaselineFigures("base", "sums", "accuracy", share(0.6, 0.5, 0.7), 0.25, 40),
+                BaselineFigures("random", "sums", "accuracy", share(0.3, 0.2, 0.4), 0.25, 40),
+                BaselineFigures("tuned", "sums", "log-likelihood, nats per token", share(-1, -2, 0), None, 40),
+            ),
+            effects=(
+                effect("base", "yes", "yes", "yes"),
+                effect("tuned", "yes", "yes", "no"),
+                effect("random", "no", "no", "not testable"),
+            ),
+            gates=tuple(gates),
+            drivers=(
+                DriverFigures("base", "sums", "tested", 8, share(0.9, 0.6, 1.0), share(0.0, 0.0, 0.3), share(0.1, 0, 0.4)),
+                DriverFigures("random", "sums", "tested", 8, share(0.1, 0.0, 0.4), share(0.8, 0.5, 1.0), share(0.1, 0, 0.4)),
+            ),
+            alignment=tuple(aligned),
+        )
+    )  # fmt: skip
+
+
+def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures):
+    answers = {(one.row, one.question): one for one in learned(figures)}
+    said = {key: (one.answer, one.known) for key, one in answers.items()}
+    assert said == {
+        ("base", "solves"): ("yes", ""),
+        ("base", "effect"): ("yes", ""),
+        ("base", "random"): ("yes", ""),
+        ("base", "placebo"): ("yes", ""),
+        ("base", "gate"): ("yes", ""),
+        ("base", "context"): ("no", ""),
+        ("tuned", "effect"): ("yes", ""),
+        ("tuned", "random"): ("yes", ""),
+        ("tuned", "placebo"): ("no", ""),
+        ("tuned", "gate"): ("no", ""),
+        ("tuned", "features"): ("yes", "yes"),
+        ("tuned", "items"): ("no", "yes"),
+        ("random", "solves"): ("no", "no"),
+        ("random", "effect"): ("no", ""),
+        ("random", "random"): ("no", ""),
+        ("random", "placebo"): ("cannot tell", "no"),
+        ("random", "gate"): ("cannot tell", "no"),
+        ("random", "context"): ("yes", "no"),
+        ("random", "features"): ("cannot tell", "no"),
+    }
+    assert answers["base", "random"].evidence == "random sets at equal dose: 0.25 nats"
+    rows, columns = table_rows(learned(figures))
+    assert rows == [("base", "sums"), ("tuned", "sums"), ("random", "sums")]
+    assert [column(*rows[2]) for column in columns.values()][:2] == ["random, sums", "no (known: no)"]
+    assert len(columns) == 1 + len(QUESTIONS) and cell(None) == ""
+
+
+def test_five_sentences(figures):
+    told = dict(sentences(learned(figures)))
+    assert len(told) == 5
+    assert "more than random features (base on sums, tuned on sums)" in told["What held"]
+    assert "more than words (base on sums)" in told["What did not"]
+    assert told["What contradicts what"] == (
+        "tuned on sums: more than random features, but no more than features chosen for other answers; base on sums: "
+        "specific to the answers, but the features fire on words alone; tuned on sums: the same features, on which "
+        "other items depend."
+    )
+    assert told["Control rows"].startswith("2 of 7 known answers were found. Not so: ")
+    assert "on the same items, tuned on sums: no, known yes" in told["Control rows"]
+
+
+def test_a_study_without_controls_or_benchmarks(figures):
+    plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
+    assert dict(sentences(learned(plain)))["Control rows"].startswith("No row is a control")
+    assert learned(dataclasses.replace(figures, gates=())) == ()
