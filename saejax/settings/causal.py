@@ -245,8 +245,8 @@ class StudyConfig(Config):
     )
     known: str = setting(
         "",
-        "what a row of a study is known to be: a relative of the first row's model, which shares most features with it, "
-        "or a stranger with random weights, of which nothing is shared or specific; the report shows known answers",
+        "what a row of a study is known to be: a relative of the first row's model, with most features in common, or a "
+        "stranger with random weights, of which nothing is shared or specific; the report shows the known answers",
         choices=("", "relative", "stranger"),
         changes_results=False,
     )

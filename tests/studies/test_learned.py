@@ -31,6 +31,10 @@ def effect(row, lowers, random, placebo):
     return EffectFigures(**fields | answers)
 
 
+def drivers(row, tokens, context):
+    return DriverFigures(row, "sums", "tested", 8, tokens, context, share(0.1, 0.0, 0.4))
+
+
 @pytest.fixture
 def figures():
     """A row, its relative and a stranger, which answers two questions as it must not."""
@@ -63,8 +67,8 @@ def figures():
             ),
             gates=tuple(gates),
             drivers=(
-                DriverFigures("base", "sums", "tested", 8, share(0.9, 0.6, 1.0), share(0.0, 0.0, 0.3), share(0.1, 0, 0.4)),
-                DriverFigures("random", "sums", "tested", 8, share(0.1, 0.0, 0.4), share(0.8, 0.5, 1.0), share(0.1, 0, 0.4)),
+                drivers("base", share(0.9, 0.6, 1.0), share(0.0, 0.0, 0.3)),
+                drivers("random", share(0.1, 0.0, 0.4), share(0.8, 0.5, 1.0)),
             ),
             alignment=tuple(aligned),
         )
