@@ -64,10 +64,16 @@ class BenchmarkItems:
         return [Reference(*pair) for pair in pairs]
 
     def definitions(self) -> list[PromptDefinition]:
-        """Return the definitions of all items; items are written one by one, so they have no template."""
+        """Return the definitions of all items; those of held-out templates are a stratum of their own."""
         return [
             PromptDefinition(
-                f"{self.name}/{item.id}", self.name, split=split, text=item.question, correct=item.solution
+                f"{self.name}/{item.id}",
+                self.name,
+                template="held-out wording" if item.held_out else "",
+                held_out=item.held_out,
+                split=split,
+                text=item.question,
+                correct=item.solution,
             )
             for split, items in (("train", self.train), ("test", self.test))
             for item in items
@@ -108,10 +114,14 @@ class BenchmarkAblation(BehaviourAblation):
     Args:
       items: the items.
       batch_tokens: tokens per batch.
+
+    Attributes:
+      placebo_attribution: attribution of each feature for each placebo target, [F] each, once these were measured.
     """
 
     items: BenchmarkItems
     batch_tokens: int
+    placebo_attribution: list[np.ndarray] = dataclasses.field(default_factory=list, init=False)
 
     def __post_init__(self):
         config, train = self.config, self.items.train
@@ -161,7 +171,8 @@ class BenchmarkAblation(BehaviourAblation):
     def placebo_sets(self) -> list[tuple[None, list[int]]]:
         """Return the top features of each placebo target."""
         targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
-        sets = [leaders(self._references(target).attribution(), self.config.top) for target in targets]
+        self.placebo_attribution = [self._references(target).attribution() for target in targets]
+        sets = [leaders(attribution_F, self.config.top) for attribution_F in self.placebo_attribution]
         return [(None, members) for members in sets if members]
 
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:

@@ -8,6 +8,7 @@
 The log-likelihoods, once all are measured, and the answers of each condition are kept: a killed run continues there.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,6 +50,8 @@ from saejax.interventions.table import (
     save_effects,
 )
 from saejax.interventions.verdict import verdict
+from saejax.matching.importance import read_features
+from saejax.matching.rows import rotate
 from saejax.results import from_json, to_json
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
@@ -62,6 +65,7 @@ from saejax.tasks.scored_items import WAYS, ReferenceItem, ScoredItem
 from saejax.tasks.scoring import wilson
 
 FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
+FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items.npz"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
 _ACCURACY = READOUTS.index("accuracy")
@@ -103,6 +107,7 @@ def run_study(run: Run) -> StudyResults:
             activations=_measure_activations(ablation),
         )
         write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
+        _save_activity(run.folder, items, ablation, config.seed)
         save_effects(run.folder / _MEASURED, table)
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
@@ -153,11 +158,28 @@ def run_study(run: Run) -> StudyResults:
     return results
 
 
+def _item_texts(items: Sequence[Item]) -> dict[str, str]:
+    """Return each item's question with its solution, by its id."""
+    return {item.id: f"{item.question}\n{item.solution}" for item in items}
+
+
+def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:
+    """Write what ``saejax.matching.importance`` compares: features on all items, and those of a rotated dictionary."""
+    is_fast = getattr(items.lm.tokenizer, "is_fast", False)
+    if not is_fast or ablation.basis.config.d_in != items.lm.config.d_model:
+        return  # no character offsets, or no site of the stream: not compared with features of other models
+    texts, none_0xF = _item_texts([*items.train, *items.test]), np.zeros((0, ablation.basis.config.n_features))
+    placebo_RxF = np.array(ablation.placebo_attribution) if ablation.placebo_attribution else none_0xF
+    rotated = dataclasses.replace(ablation, basis=rotate(ablation.basis, [seed]))
+    for name, some, other_RxF in ((FEATURES_ON_ITEMS, ablation, placebo_RxF), (ROTATED_ON_ITEMS, rotated, none_0xF)):
+        read_features(items.lm, some.basis, texts, some.attribution_F, other_RxF).save(folder / name)
+
+
 def _falsify(
     items: BenchmarkItems, dictionary: Dictionary, chosen: ChosenFeatures, config: StudyConfig
 ) -> Falsification:
     """Return what drives the top features: tokens from train items, the level on test items, both with solutions."""
-    train, test = ([f"{item.question}\n{item.solution}" for item in half] for half in (items.train, items.test))
+    train, test = (list(_item_texts(half).values()) for half in (items.train, items.test))
     # Held-out text of the embedded corpus, whatever the dictionary was trained on: a benchmark is no ordinary text.
     documents = corpora.held_out_documents(CorpusConfig())
     places = np.unique(np.arange(config.falsify) * len(documents) // config.falsify)
@@ -189,7 +211,8 @@ def rule(config: StudyConfig) -> str:
 def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[list[Item], list[Item]]:
     """Return the items that choose features and those that judge them, drawn by seed; the second half is not smaller.
 
-    The split is drawn among all items given; ``--study.items`` is the number of items that are read.
+    The split is drawn among all items given; ``--study.items`` is the number of items that are read. Items of held-out
+    templates choose nothing.
 
     Args:
       items: items of the benchmark.
@@ -204,7 +227,8 @@ def split_items(items: Sequence[Item], config: StudyConfig, name: str) -> tuple[
         raise UserError(f"{name} has {len(items)} items for --study: expected at least 4; raise --task.examples")
     order = np.random.default_rng([config.seed, *name.encode()]).permutation(len(items))
     half = len(items) // 2
-    return [items[i] for i in order[:half]], [items[i] for i in order[half:]]
+    train = [i for i in order if not items[i].held_out][:half]
+    return [items[i] for i in train], [items[i] for i in order if i not in train]
 
 
 class _Answers:

@@ -200,7 +200,7 @@ class StudyConfig(Config):
 
     benchmarks: tuple[str, ...] = setting(
         (),
-        "benchmarks on which a dictionary's top features are ablated: gsm8k, math, logic; empty: none",
+        "benchmarks on which a dictionary's top features are ablated: gsm8k, math, logic, ...; empty: none",
         choices=BENCHMARKS,
         changes_results=False,
     )

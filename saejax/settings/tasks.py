@@ -6,7 +6,7 @@ from saejax.runner.config import Config, setting
 from saejax.settings.sites import expand_ranges
 
 BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
-BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense")
+BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TaskConfig(Config):
     benchmarks: tuple[str, ...] = setting(
         (),
         "benchmarks to score the model on: gsm8k, math, logic (six tasks of BIG-Bench Hard), logiqa, commonsense "
-        "(CommonsenseQA, or files laid out like it)",
+        "(CommonsenseQA, or files laid out like it), word_problems (made from templates, for small models)",
         choices=BENCHMARKS,
         changes_results=False,
     )

@@ -1,54 +1,39 @@
 """Do two rows of a study agree on what matters in a benchmark?
 
-Two rankings can be compared. *Items*: by the log-likelihood that each item loses under a row's top features, without
-what random sets explain (``item_alignment``); this is defined for any two models that were asked the same items.
-*Features*: by attribution, where two rows have dictionaries of one model, whose features are matched by direction
-(``stability.match_by_direction``); directions of two models have nothing to do with each other.
+Two rankings can be compared between any two models that were asked the same items. *Items*: by the log-likelihood that
+each item loses under a row's top features, without what random sets explain (``item_alignment``). *Features*: by their
+attribution, matched by their activity on the items (``saejax.matching.importance``).
 
-A correlation is compared with those where one side is shuffled, and with a placebo: of items, a random set in the place
-of one row's top features; of features, partners that fire as often and as strongly, as features that fire often matter
-more in every dictionary.
+A correlation is compared with those where one side is shuffled, and with placebos: of items, a random set in the place
+of one row's top features; of features, a rotated dictionary, and the importance for other items' answers.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
-from saejax.dictionaries import Dictionary, stacks
-from saejax.files import read_json
-from saejax.interventions.study_results import BenchmarkFeature, StudyResults
-from saejax.interventions.study_run import RANKING
+from saejax.interventions.study_results import StudyResults
+from saejax.interventions.study_run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
 from saejax.interventions.table import load_effects
-from saejax.matching.transfer.stability import compare, match_by_direction
+from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
-from saejax.results import from_json
 from saejax.statistics.ranks import holm_by_key
 from saejax.studies.item_alignment import ItemLosses, align_items
 from saejax.studies.results import AlignmentFigures
 
 LEVEL, LEAST = 0.05, 0.3
 RULE = (
-    f"Two rows are aligned on a benchmark if the rank correlation of what items lose under the top features, without "
-    "what random sets explain, or (Spearman's) of the attributions of matched features of one model, is at least "
+    "Two rows are aligned on a benchmark if a rank correlation is at least "
     f"{LEAST:g}, is as large with one side shuffled in at most {100 * LEVEL:g} % of the cases after Holm's correction "
-    "over all comparisons, and is above its placebo: of items, the 95 % quantile with a random set in the place of one "
-    "row's top features; of features, the middle 95 % of what partners give that fire as often and as strongly."
+    "over all comparisons, and is above its placebos. Of items it is that of what they lose under the top features, "
+    "without what random sets explain; the placebo is the 95 % quantile with a random set in the place of one row's top "
+    "features. Of features it is that of the attributions of those matched by their activity on the items; the placebos "
+    "are a rotated dictionary, and the 95 % quantile with the importance for other items' answers."
 )
-_PERMUTATIONS, _SEED = 9999, 789
-
-
-class Attributions(NamedTuple):
-    """The features of a ranking, as ``stability.compare`` takes them; arrays [N]."""
-
-    feature: np.ndarray
-    drop: np.ndarray
-    firing_rate: np.ndarray
-    mean_activation: np.ndarray
+_SEED = 789
 
 
 def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
@@ -91,35 +76,26 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     correlation, p, placebo = None, None, None
     if agreement:
         correlation, p, placebo = agreement.correlation, agreement.p_value, agreement.placebo
-    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None)
-    loaded = [_dictionary(rows[name], benchmark) for name in pair]
-    if loaded[0].config.fingerprint == loaded[1].config.fingerprint and loaded[0].config.d_in == loaded[1].config.d_in:
-        first, second = (np.asarray(dictionary.W_dec_FxD[...]) for dictionary in loaded)
-        matches = match_by_direction(first, second)
-        one, two = (_attributions(folder) for folder in folders)
-        at_M = np.isin(matches.first_M, one.feature) & np.isin(matches.second_M, two.feature)
-        one_M = one.drop[np.searchsorted(one.feature, matches.first_M[at_M])]
-        two_M = two.drop[np.searchsorted(two.feature, matches.second_M[at_M])]
-        alike, (correlation, p) = compare(one, two, matches, seed=_SEED).alike, rank_correlation(one_M, two_M)
-        control = alike.high if alike else None
-        yield AlignmentFigures(*pair, benchmark, "features", len(one_M), correlation, p, None, control, None)
-
-
-def rank_correlation(first_N: np.ndarray, second_N: np.ndarray) -> tuple[float, float] | tuple[None, None]:
-    """Return Spearman's correlation and its permutation p-value; None if it is not defined.
-
-    Args:
-      first_N: finite numbers of N things.
-      second_N: others of the same things.
-    """
-    if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
-        return None, None
-    one_N, two_N = (rankdata(values_N) for values_N in (first_N, second_N))
-    one_N, two_N = ((ranks_N - ranks_N.mean()) / (ranks_N.std() * len(ranks_N) ** 0.5) for ranks_N in (one_N, two_N))
-    rng = np.random.default_rng(_SEED)
-    seen = float(one_N @ two_N)
-    as_large = sum(float(rng.permutation(one_N) @ two_N) >= seen - 1e-12 for _ in range(_PERMUTATIONS))
-    return seen, (1 + as_large) / (1 + _PERMUTATIONS)
+    yield AlignmentFigures(*pair, benchmark, "items", len(shared), correlation, p, None, placebo, None, None, None)
+    if not all((folder / FEATURES_ON_ITEMS).exists() for folder in folders):
+        return
+    first, second = (ItemFeatures.load(folder / FEATURES_ON_ITEMS) for folder in folders)
+    found = align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
+    if found:
+        controls = [value for value in (found.rotated, found.placebo) if value is not None]
+        yield AlignmentFigures(
+            *pair,
+            benchmark,
+            "features",
+            found.pairs,
+            found.correlation,
+            found.p_value,
+            None,
+            max(controls, default=None),
+            None,
+            found.shared,
+            found.shared_null,
+        )
 
 
 def _indices(ids: Mapping[str, int], items: Sequence[str]) -> np.ndarray:
@@ -135,17 +111,3 @@ def _losses(folder: Path, benchmark: str) -> tuple[dict[str, int], ItemLosses]:
         for group in ("top", "random")
     )
     return {prompt.id: index for index, prompt in enumerate(prompts)}, ItemLosses(top_1xP[0], random_DxP)
-
-
-def _attributions(folder: Path) -> Attributions:
-    path = folder / RANKING
-    ranking: Sequence[BenchmarkFeature] = from_json(tuple[BenchmarkFeature, ...], read_json(path), path)
-    ranking = sorted(ranking, key=lambda one: one.feature)
-    columns = ([getattr(one, name) for one in ranking] for name in ("attribution", "firing_rate", "mean_activation"))
-    return Attributions(np.array([one.feature for one in ranking], np.int64), *map(np.array, columns))
-
-
-def _dictionary(found: Findings, benchmark: str) -> Dictionary:
-    """Return the dictionary that was tested."""
-    name = found.each(StudyResults)[benchmark].dictionary
-    return stacks.load_trained(name, found.folders, "--study.dictionary")

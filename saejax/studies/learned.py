@@ -33,8 +33,9 @@ QUESTIONS = {
     "placebo": Question("Specific to the answers", {"stranger": "no"}),
     "gate": Question("In two of three seeds", {"stranger": "no"}),
     "context": Question("More than words", {"stranger": "no"}),
-    "features": Question("The first row has these features", {"relative": "yes", "stranger": "no"}),
-    "items": Question("On the same items", {"relative": "yes", "stranger": "no"}),
+    "shared": Question("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
+    "features": Question("The same features matter as there", {"relative": "yes", "stranger": "no"}),
+    "items": Question("For the same items as there", {"relative": "yes", "stranger": "no"}),
 }
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[str, Answered, str, Answered, str], ...] = (
@@ -45,6 +46,7 @@ _CONTRADICTIONS: tuple[tuple[str, Answered, str, Answered, str], ...] = (
     ("items", "yes", "features", "no", "the same items depend on features that are not the same"),
     ("features", "yes", "items", "no", "the same features, on which other items depend"),
 )
+MOST = 0.5  # share of the first row's features that have a partner, beyond chance
 _SHOWN = 4  # rows that a sentence names
 
 
@@ -95,6 +97,9 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     for name in ("features", "items"):
         if row != first and (pair := of(figures.alignment, first=first, second=row, benchmark=benchmark, by=name)):
             yield name, (_yes(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
+            if pair.shared is not None and pair.shared_null is not None:
+                evidence = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
+                yield "shared", (_yes(pair.shared - pair.shared_null > MOST), evidence)
 
 
 def _yes(answer: bool | None) -> Answered:

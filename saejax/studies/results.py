@@ -131,10 +131,12 @@ class AlignmentFigures:
     rank_correlation: float | None  #: of items without what random sets explain; None where it is not defined
     p_value: float | None  #: of rank correlations as large where one side is shuffled
     p_holm: float | None  #: over all comparisons of the report
-    #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the upper end
-    #: of the middle 95 % with partners that fire alike
+    #: of items: the 95 % quantile with a random set in the place of one row's top features; of features: the larger of
+    #: that with a rotated dictionary and the 95 % quantile of those with the importance for other items' answers
     control: float | None
     aligned: bool | None  #: by the criterion; None where it is not known
+    shared: float | None  #: share of the first row's live features that have a partner by activity; None of items
+    shared_null: float | None  #: the same with the text shifted by half
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ class LearnedFigures:
 
     row: str  #: of the study
     benchmark: str  #: its name
-    question: str  #: solves, effect, random, placebo, gate, context, features or items; see ``learned.QUESTIONS``
+    question: str  #: a key of ``learned.QUESTIONS``
     answer: Answered  #: as found
     known: str  #: the known answer of a control row; "" where none is known
     evidence: str  #: figures, in words

@@ -61,12 +61,13 @@ FOUND = (
             "Rank correlation": lambda one: number(one.rank_correlation),
             "p (Holm)": lambda one: number(one.p_holm, 4),
             "Placebo": lambda one: MISSING if one.control is None else f"up to {number(one.control)}",
+            "Shared; by chance": lambda one: f"{percent(one.shared)}; {percent(one.shared_null)}",
             "Aligned": lambda one: answer(one.aligned),
         },
         frozenset({"Benchmark", "Ranked", "Aligned"}),
-        "Items: without what random sets explain. Placebo: of items, a random set in the place of one row's top "
-        "features; of features, partners that fire as often and as strongly. A dash: too few items or features, "
-        "or no two of a different rank.",
+        "Items: without what random sets explain. Features: matched by their activity on the items. Placebo: of items, "
+        "a random set in the place of one row's top features; of features, a rotated dictionary, and the importance "
+        "for other answers. Shared: of the first row's features that fire. A dash: too few items or features.",
     ),
     Sheet(
         "gates",

@@ -6,6 +6,7 @@ r"""The benchmarks: how each is read, asked and scored.
 - ``logic``: multiple choice, six tasks of BIG-Bench Hard (Suzgun et al., 2022) under one name.
 - ``logiqa``: multiple choice, questions of civil service examinations (Liu et al., 2020; LogiQA 2.0, 2023).
 - ``commonsense``: multiple choice, CommonsenseQA (Talmor et al., 2019), and files laid out like it, such as ARC's.
+- ``word_problems``: multiple choice, problems of one and two steps and logic of one hop, made from templates.
 """
 
 import dataclasses
@@ -46,11 +47,12 @@ class Item:
 
     Attributes:
       id: where it stands, such as "test:17": file or hub configuration, and line or row from 1.
-      task: of logic, the task; "" for others.
+      task: of logic, the task; of word_problems, the operation and the number of steps; "" for others.
       question: the text of the question, its options included.
       solution: what a perfect model would write: the worked solution, or of multiple choice the right choice.
       answer: the final answer alone.
       choices: the answers to choose from; empty where none are given.
+      held_out: whether it may only judge features, because no item that chooses them may have its template.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Item:
     solution: str
     answer: str
     choices: tuple[str, ...] = ()
+    held_out: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Benchmark:
     """The definition of a benchmark: its data set, prompts and ways of scoring.
 
     Attributes:
-      hub: its data set's id on the hub.
+      hub: its data set's id on the hub; "": its items are made from templates.
       configurations: the data set's configurations to read.
       parts: the tasks it consists of; ("",) if it is one.
       examples: how many items are asked by default.
@@ -134,6 +137,12 @@ def _logic(row: Row) -> Item:
             "fix or remove the row"
         )
     return Item(row.name, row.part, question, answer, answer, choices)
+
+
+def _word_problem(row: Row) -> Item:
+    fields = row.fields
+    answer, choices = fields["answer"], tuple(fields["choices"])
+    return Item(row.name, fields["category"], fields["question"], answer, answer, choices, fields["held_out"])
 
 
 def _multiple_choice(row: Row) -> Item:
@@ -252,6 +261,13 @@ DEFINITIONS = {
         parse=_multiple_choice,
         training=("tau/commonsense_qa", ("default",)),
         splits=("validation", "dev", "test"),  # the answers of its test split are not published
+    ),
+    "word_problems": _multiple_choice_benchmark(
+        hub="",
+        configurations=(),
+        parts=("",),
+        parse=_word_problem,
+        question="Question: {}\nAnswer:",
     ),
 }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.errors import UserError
+from saejax.tasks import word_problems
 from saejax.tasks.files import decode, json_lines, read_bytes, shown, table_rows
 from saejax.tasks.hub import hub_commit, hub_rows
 
@@ -75,6 +76,7 @@ class Origin:
       configurations: the data set's configurations by part; a part "" may have several.
       revision: of the data set.
       split: of the data set.
+      made: whether the rows are made from templates (``word_problems``); there are no files then.
     """
 
     files: Mapping[str, Sequence[Path]] = dataclasses.field(default_factory=dict)
@@ -82,15 +84,20 @@ class Origin:
     configurations: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     revision: str = ""
     split: str = TEST[0]
+    made: bool = False
 
     def __str__(self) -> str:
+        if self.made:
+            return "templates of saejax"
         if self.hub:
             return f"{self.hub} at revision {self.revision}"
         paths = [path for shards in self.files.values() for path in shards]
         return str(paths[0]) if len(paths) == 1 else ", ".join(sorted({str(path.parent) for path in paths}))
 
     def identity(self) -> list[str]:
-        """Return what results depend on: the content of local files; of the hub, the commit."""
+        """Return what results depend on: the content of local files or templates; of the hub, the commit."""
+        if self.made:
+            return [hashlib.sha256(word_problems.read_data()).hexdigest(), str(word_problems.PER_TEMPLATE)]
         if self.hub:
             return [
                 self.hub,
@@ -108,6 +115,8 @@ class Origin:
         Raises:
           UserError: a file is missing or damaged, or the hub cannot be reached.
         """
+        for number, fields in enumerate(word_problems.make_questions() if self.made else (), start=1):
+            yield Row(fields, "", f"made:{number:04d}", f"question {number} of {self}")
         for part, paths in self.files.items():
             stems = [_stem(path) for path in paths]
             for path, stem in zip(paths, stems, strict=True):

@@ -22,6 +22,8 @@ def origin(name: str, task: TaskConfig) -> Origin:
       UserError: ``--task.path`` names no such place, or the hub data set has not what is expected.
     """
     known = definition(name)
+    if not known.hub:
+        return Origin(made=True)
     if task.path:
         files = find(task.path, name, len(task.benchmarks) > 1, known.parts, known.configurations, known.splits)
         if files is not None:

@@ -1,14 +1,11 @@
 """Agreement of two rows on items: simulated rows whose agreement is known."""
 
-import dataclasses
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition, save_effects
 from saejax.studies import alignment
 from saejax.studies.item_alignment import ItemLosses, align_items
@@ -73,8 +70,7 @@ def test_items_that_were_not_measured_are_left_out():
     assert align_items(first, second, seed=0) == wanted
 
 
-def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
-    """Models of equal width and another origin: their features are not matched by direction (cosines mean nothing)."""
+def test_items_of_two_rows_are_read_from_their_tables(tmp_path):
     first, second = next(iter(pairs(shared=1)))
     rows = {}
     for name, losses, order in (("a", first, np.arange(ITEMS)), ("b", second, np.arange(ITEMS)[::-1])):
@@ -87,9 +83,6 @@ def test_items_of_two_rows_are_read_from_their_tables(tmp_path, monkeypatch):
         results = {"gsm8k": SimpleNamespace(origin="one file", dictionary="topk")}
         folders = {"study/gsm8k": tmp_path / name}
         rows[name] = SimpleNamespace(each=lambda cls, results=results: results, folders=folders)
-    config = DictionaryConfig(kind="topk", site="resid_post.1", d_in=8, n_features=16, k=2)
-    sets = [Dictionary.initial(dataclasses.replace(config, fingerprint=name), jax.random.key(0)) for name in "ab"]
-    monkeypatch.setattr(alignment, "_dictionary", lambda found, benchmark: sets[found is rows["b"]])
     (found,) = alignment.alignments(rows)
     wanted = align_items(first, second, seed=alignment._SEED)
     assert (found.by, found.n, found.aligned) == ("items", ITEMS, True)

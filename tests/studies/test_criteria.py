@@ -16,7 +16,7 @@ from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchSc
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
 from saejax.studies import criteria, gather_effects
-from saejax.studies.alignment import rank_correlation
+from saejax.matching.importance import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))

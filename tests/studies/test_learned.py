@@ -48,8 +48,12 @@ def figures():
         )
     ]
     aligned = [
-        AlignmentFigures("base", other, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer)
-        for other, by, answer in (("tuned", "features", True), ("tuned", "items", False), ("random", "features", None))
+        AlignmentFigures("base", other, "sums", by, 9, 0.5, 0.01, 0.02, 0.1, answer, *shared)
+        for other, by, answer, shared in (
+            ("tuned", "features", True, (0.9, 0.1)),
+            ("tuned", "items", False, (None, None)),
+            ("random", "features", None, (0.3, 0.1)),
+        )
     ]
     return StudyFigures(
         **empty
@@ -89,6 +93,7 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
         ("tuned", "random"): ("yes", ""),
         ("tuned", "placebo"): ("no", ""),
         ("tuned", "gate"): ("no", ""),
+        ("tuned", "shared"): ("yes", "yes"),
         ("tuned", "features"): ("yes", "yes"),
         ("tuned", "items"): ("no", "yes"),
         ("random", "solves"): ("no", "no"),
@@ -97,6 +102,7 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
         ("random", "placebo"): ("cannot tell", "no"),
         ("random", "gate"): ("cannot tell", "no"),
         ("random", "context"): ("yes", "no"),
+        ("random", "shared"): ("no", "no"),
         ("random", "features"): ("cannot tell", "no"),
     }
     assert answers["base", "random"].evidence == "random sets at equal dose: 0.25 nats"
@@ -116,8 +122,8 @@ def test_five_sentences(figures):
         "specific to the answers, but the features fire on words alone; tuned on sums: the same features, on which "
         "other items depend."
     )
-    assert told["Control rows"].startswith("2 of 7 known answers were found. Not so: ")
-    assert "on the same items, tuned on sums: no, known yes" in told["Control rows"]
+    assert told["Control rows"].startswith("4 of 9 known answers were found. Not so: ")
+    assert "for the same items as there, tuned on sums: no, known yes" in told["Control rows"]
 
 
 def test_a_study_without_controls_or_benchmarks(figures):

@@ -1,0 +1,200 @@
+"""Do two models find the same features important for a benchmark? Features are matched by their activity on its items.
+
+1. Both models read the same items; their tokens are paired where they end at the same character.
+2. Two features are a pair if, over these tokens, the correlation of their activations is each one's largest with any
+   feature of the other model, and at least ``LEAST``. The same with one text shifted by half is what chance gives.
+3. The statistic is Spearman's correlation of the importance of paired features (attribution for the right answers),
+   with a permutation p-value.
+4. Two placebos: pairs with a rotated dictionary of the second model, and the importance in one model against that for
+   other items' answers in the other. What is important for any answer makes both agree, the right one or not.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+from saejax.dictionaries import Dictionary
+from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode, site_values
+from saejax.matching.transfer.stability import Matches, match_by_direction
+from saejax.matching.transfer.text import ReadText, aligned, read_text
+from saejax.models.language_model import LanguageModel
+
+LEAST = 0.5  # correlation of the activations of a pair
+PLACEBO_QUANTILE = 0.95
+_PERMUTATIONS, _PAIRS = 9999, 8  # fewer pairs have no rank correlation to speak of
+_FRONT: tuple[np.ndarray, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemFeatures:
+    """A dictionary's features on the items of a benchmark, in one model.
+
+    Attributes:
+      ids: names of the items.
+      activity: activations at the tokens of all items.
+      text_N, end_N: as in ``ReadText``.
+      importance_F: attribution of each feature for the right answers, nats.
+      placebo_RxF: the same for other items' answers, by placebo target; no rows: not measured.
+    """
+
+    ids: tuple[str, ...]
+    activity: Activity
+    text_N: np.ndarray
+    end_N: np.ndarray
+    importance_F: np.ndarray
+    placebo_RxF: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write the features to a .npz file."""
+        f = self.activity.f_NxF
+        arrays = {name: getattr(self, name) for name in ("text_N", "end_N", "importance_F", "placebo_RxF")}
+        parts = dict(data=f.data, indices=f.indices, indptr=f.indptr, shape=f.shape, real_N=self.activity.real_N)
+        np.savez(path, ids=np.array(self.ids), **parts, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "ItemFeatures":
+        """Read what ``save`` wrote."""
+        activity = Activity.load(path)
+        with np.load(path) as parts:
+            arrays = {name: parts[name] for name in ("text_N", "end_N", "importance_F", "placebo_RxF")}
+            return cls(tuple(parts["ids"].tolist()), activity, **arrays)
+
+    @property
+    def read(self) -> ReadText:
+        """The tokens, without their ids."""
+        return ReadText(_FRONT, 0, self.text_N, self.end_N)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportanceAlignment:
+    """Agreement of two models on which features matter.
+
+    Attributes:
+      pairs: number of matched features.
+      shared: share of the first model's features, of those that fire often enough, that have a partner.
+      shared_null: the same with one text shifted by half.
+      correlation: rank correlation of importance over pairs; None with fewer than 8 pairs.
+      p_value: share of permutations in which it is as large, above 0.
+      rotated: correlation over pairs with a rotated dictionary; None with fewer than 8 pairs.
+      placebo: 95 % quantile of the correlations with the importance for other answers; None: not measured.
+    """
+
+    pairs: int
+    shared: float
+    shared_null: float
+    correlation: float | None
+    p_value: float | None
+    rotated: float | None
+    placebo: float | None
+
+
+def read_features(
+    lm: LanguageModel,
+    dictionary: Dictionary,
+    texts: dict[str, str],
+    importance_F: np.ndarray,
+    placebo_RxF: np.ndarray,
+    batch_tokens: int = 2048,
+) -> ItemFeatures:
+    """Return a dictionary's features on the texts of items.
+
+    Args:
+      lm: the model.
+      dictionary: the dictionary.
+      texts: text of each item, by its name.
+      importance_F: attribution for the right answers.
+      placebo_RxF: attribution for other answers.
+      batch_tokens: tokens of a batch.
+    """
+    read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
+    value_NxD = site_values(lm, read, [dictionary.site], batch_tokens)[dictionary.site]
+    activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, batch_tokens)
+    importance: dict[str, Any] = dict(importance_F=importance_F, placebo_RxF=placebo_RxF)
+    return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, **importance)
+
+
+def align_importance(
+    first: ItemFeatures, second: ItemFeatures, rotated: ItemFeatures | None = None, seed: int = 789
+) -> ImportanceAlignment | None:
+    """Return the agreement of two models on the same items; None where they read other items.
+
+    Args:
+      first: features of a model.
+      second: features of another model.
+      rotated: those of a rotated dictionary of the second model.
+      seed: seed of the permutations.
+    """
+    if first.ids != second.ids:
+        return None
+    matches, live = match_features(first, second)
+    shifted, _ = match_features(first, second, shift=True)
+    first_M, second_M = first.importance_F[matches.first_M], second.importance_F[matches.second_M]
+    correlation, p_value = rank_correlation(first_M, second_M, seed) if len(first_M) >= _PAIRS else (None, None)
+    turned, values = None, []
+    if rotated is not None:
+        pairs, _ = match_features(first, rotated)
+        if len(pairs.first_M) >= _PAIRS:
+            turned = _spearman(first.importance_F[pairs.first_M], rotated.importance_F[pairs.second_M])
+    if correlation is not None:
+        values = [_spearman(first_M, other_F[matches.second_M]) for other_F in second.placebo_RxF]
+        values += [_spearman(other_F[matches.first_M], second_M) for other_F in first.placebo_RxF]
+    return ImportanceAlignment(
+        pairs=len(first_M),
+        shared=len(first_M) / max(live, 1),
+        shared_null=len(shifted.first_M) / max(live, 1),
+        correlation=correlation,
+        p_value=p_value,
+        rotated=turned,
+        placebo=float(np.quantile(values, PLACEBO_QUANTILE, method="higher")) if values else None,
+    )
+
+
+def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = False) -> tuple[Matches, int]:
+    """Return the pairs of features by activity, and the number of the first's features that could have one.
+
+    Args:
+      first: features of a model.
+      second: features of another model on the same items.
+      shift: pair each token with that half the text further on: what chance gives.
+    """
+    token_N, other_N = aligned(first.read, second.read)
+    real_N = first.activity.real_N[token_N] & second.activity.real_N[other_N]
+    token_N, other_N = token_N[real_N], other_N[real_N]
+    if shift:
+        other_N = np.roll(other_N, len(other_N) // 2)
+    live, rows = [], []
+    for one, at_N in ((first, token_N), (second, other_N)):
+        live.append(one.activity.firings(at_N) >= MIN_FIRINGS)
+        rows.append(one.activity.rows(at_N, live[-1]))
+    return match_by_direction(*rows, least=LEAST), int(live[0].sum())
+
+
+def rank_correlation(
+    first_N: np.ndarray, second_N: np.ndarray, seed: int = 789
+) -> tuple[float, float] | tuple[None, None]:
+    """Return Spearman's correlation and its permutation p-value; None if it is not defined.
+
+    Args:
+      first_N: finite numbers of N things.
+      second_N: others of the same things.
+      seed: seed of the permutations.
+    """
+    if len(first_N) < 3 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
+        return None, None
+    one_N, two_N = _unit_ranks(first_N), _unit_ranks(second_N)
+    rng, measured = np.random.default_rng(seed), float(one_N @ two_N)
+    as_large = sum(float(rng.permutation(one_N) @ two_N) >= measured - 1e-12 for _ in range(_PERMUTATIONS))
+    return measured, (1 + as_large) / (1 + _PERMUTATIONS)
+
+
+def _spearman(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    return float(_unit_ranks(first_N) @ _unit_ranks(second_N))
+
+
+def _unit_ranks(value_N: np.ndarray) -> np.ndarray:
+    """Return centred ranks of unit length; zeros where all are equal."""
+    rank_N = rankdata(value_N) - (len(value_N) + 1) / 2
+    return rank_N / max(float(np.linalg.norm(rank_N)), 1e-12)

@@ -1,0 +1,80 @@
+"""The benchmark of templates: answers worked out again, held-out templates, choices that no guess prefers."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from saejax.interventions.study_run import split_items
+from saejax.settings import StudyConfig, TaskConfig
+from saejax.tasks import benchmarks, exemplars
+from saejax.tasks.word_problems import PER_TEMPLATE, evaluate, make_questions, read_data
+
+TASK = TaskConfig(benchmarks=("word_problems",), examples=400, shots=0)
+
+
+@pytest.fixture(scope="module")
+def items():
+    return benchmarks.read_items("word_problems", TASK)
+
+
+def work_out(question: str) -> str:
+    """The answer, from the text alone."""
+    if "What is" in question:
+        kind = re.search(r"(?:is|be) a (\w+)\.", question)[1]
+        every = {}
+        for pattern in (r"[Aa]ll (\w+?)e?s are (\w+)", r"[Ee]very (\w+) is (\w+)", r"[Ww]hatever is a (\w+) is (\w+)"):
+            every |= dict(re.findall(pattern, question))
+        return every.get(kind) or every[kind.rstrip("e")]
+    a, *rest = map(int, re.findall(r"\d+", question))
+    b, c = [*rest, None, None][:2]
+    if re.search(r"bags|shelves|children|boxes|each of", question):
+        return str(a * b + (c or 0))
+    if "gets" in question:
+        return str(a * b + c)
+    if "adds" in question or "brings" in question:
+        return str(a + b - c)
+    if "gives away" in question:
+        return str(a - b + c)
+    return str(a - b if re.search(r"gives|takes|loses", question) else a + b)
+
+
+def test_answers_are_right(items):
+    for item in items:
+        assert work_out(item.question) == item.answer, item.question
+        assert item.answer in item.choices and len(set(item.choices)) == len(item.choices) > 1
+    for question, answer in exemplars.WORD_PROBLEMS:
+        assert work_out(question) == answer
+        assert not set(re.findall(r"Otto|Vera|glims|spoons", question)) & set(json.loads(read_data())["names"])
+
+
+def test_steps_are_done_from_left_to_right():
+    assert evaluate("c * d + b", dict(b=1, c=2, d=3)) == 7 and evaluate("a - b + c", dict(a=9, b=4, c=1)) == 6
+
+
+def test_no_guess_does_better_than_chance(items):
+    logic = [item for item in items if "logic" in item.task]
+    assert 0.4 < sum(item.answer == min(item.choices) for item in logic) / len(logic) < 0.6
+    numbers = [item for item in items if "logic" not in item.task]
+    places = Counter(item.choices.index(item.answer) for item in numbers)
+    assert min(places[place] for place in range(4)) > len(numbers) / 6
+
+
+def test_questions_are_the_same_everywhere_and_all_differ():
+    questions = [row["question"] for row in make_questions()]
+    assert questions == [row["question"] for row in make_questions()] and len(set(questions)) == len(questions)
+    categories = Counter(row["category"] for row in make_questions())
+    assert len(categories) == 6 and set(categories.values()) == {3 * PER_TEMPLATE}
+    assert len(benchmarks.identity("word_problems", TASK)) == 16
+    with_path = dataclasses.replace(TASK, path="/nowhere")
+    assert benchmarks.identity("word_problems", with_path) == benchmarks.identity("word_problems", TASK)
+
+
+def test_held_out_templates_choose_no_features(items):
+    train, test = split_items(items, StudyConfig(items=100), "word_problems")
+    assert not any(item.held_out for item in train) and 20 <= sum(item.held_out for item in test) <= 45
+    assert {*train, *test} == set(items[:100]) and len(train) + len(test) == 100
+    ids = [item.id for item in train]
+    assert len(ids) == 50 and len(set(ids)) == 50
