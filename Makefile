@@ -74,11 +74,20 @@ demo-truth: $(INSTALLED)
 	$(BIN)/python -m experiments.report --workdir=runs/truth --flagfile=configs/ground_truth.flags
 	@echo "Open runs/truth/report/index.html"
 
-# Two rows of real weights, two benchmarks, one report. BENCHMARKS: a folder with gsm8k (a folder or file) and logic (a folder),
-# or the hub's data sets if it is not given.
+# A model, a relative of it and a stranger with random weights on word problems, one report. BENCHMARKS: a folder with gsm8k (a folder
+# or file) and logic (a folder), which are tested, too. ROWS: other rows, such as configs/phase4 (BENCHMARKS, or the hub's data sets).
+ROWS ?= configs/study
+, := ,
+ALSO := $(if $(BENCHMARKS),--task.path=$(BENCHMARKS))
+ifeq ($(ROWS),configs/study)
+ALSO += $(if $(BENCHMARKS),--task.benchmarks=word_problems$(,)gsm8k$(,)logic --study.benchmarks=word_problems$(,)gsm8k$(,)logic)
+endif
 study: $(INSTALLED)
-	$(BIN)/python -m experiments.study_run --workdir=runs/study --rows=configs/study $(if $(BENCHMARKS),--task.path=$(BENCHMARKS))
-	@echo "Open runs/study/index.html"
+ifeq ($(ROWS),configs/study)
+	$(BIN)/python scripts/tuned_model.py runs/study/tuned
+endif
+	$(BIN)/python -m experiments.study_run --workdir=runs/$(notdir $(ROWS)) --rows=$(ROWS) $(ALSO)
+	@echo "Open runs/$(notdir $(ROWS))/index.html"
 
 SUITE := $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 

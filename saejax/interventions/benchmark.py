@@ -175,6 +175,11 @@ class BenchmarkAblation(BehaviourAblation):
         sets = [leaders(attribution_F, self.config.top) for attribution_F in self.placebo_attribution]
         return [(None, members) for members in sets if members]
 
+    def choose_features(self, items: BenchmarkItems) -> list[int]:
+        """Return the top features of another benchmark's train items, by the same attribution."""
+        references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
+        return leaders(self._references(references).attribution(), self.config.top)
+
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""
         return self._references(self._train_references).pools(features, POOL, self.config.seed)

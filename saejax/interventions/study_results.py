@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.domains import DomainEffect
 from saejax.interventions.falsify import Falsification
 from saejax.results import Interval
 
@@ -83,4 +84,5 @@ class StudyResults:
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: of the items
     activations: BenchmarkActivations | None = None  #: of the test items
+    domains: Mapping[str, DomainEffect] | None = None  #: effects of the top features of other benchmarks
     falsification: Falsification | None = None  #: whether the top features fire on words alone

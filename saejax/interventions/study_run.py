@@ -31,6 +31,7 @@ from saejax.interventions.benchmark import (
     measure_benchmark,
     scored_conditions,
 )
+from saejax.interventions.domains import judge_domains, measure_domains
 from saejax.interventions.falsify import Falsification, falsify
 from saejax.interventions.references import References
 from saejax.interventions.study_results import (
@@ -52,6 +53,7 @@ from saejax.interventions.table import (
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import read_features
 from saejax.matching.rows import rotate
+from saejax.models.language_model import LanguageModel
 from saejax.results import from_json, to_json
 from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
@@ -93,10 +95,10 @@ def run_study(run: Run) -> StudyResults:
     """
     config, task = run.configs[StudyConfig], run.configs[TaskConfig]
     score = way(run.name, task)
-    train, test = split_items(read_items(run.name, task), config, run.name)
     repeats = {name: stacks.load_trained(name, run.inputs, "--study.repeats") for name in config.repeats}
     dictionary, lm = load_run_dictionary(run), load_run_model(run)
-    items = BenchmarkItems(lm, run.name, task, train, test)
+    items = _read_benchmark(run.name, lm, task, config)
+    train, test = items.train, items.test
 
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
@@ -107,6 +109,10 @@ def run_study(run: Run) -> StudyResults:
             activations=_measure_activations(ablation),
         )
         write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
+        others = [name for name in config.benchmarks if name != run.name]
+        chosen_on = {name: ablation.choose_features(_read_benchmark(name, lm, task, config)) for name in others}
+        if chosen_on:
+            table = merge_tables([table, measure_domains(ablation, chosen_on)])
         _save_activity(run.folder, items, ablation, config.seed)
         save_effects(run.folder / _MEASURED, table)
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
@@ -145,6 +151,7 @@ def run_study(run: Run) -> StudyResults:
         scores=summarize_scores(table, run.name),
         origin=str(origin(run.name, task)),
         activations=chosen.activations,
+        domains=judge_domains(table, run.name, config.bootstrap, config.seed) or None,
         falsification=(
             from_json(Falsification, read_json(run.folder / FALSIFIED), run.folder / FALSIFIED)
             if config.falsify
@@ -156,6 +163,10 @@ def run_study(run: Run) -> StudyResults:
             run.say(f"{run.name}: {answer.sentence}")
     shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
+
+
+def _read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: StudyConfig) -> BenchmarkItems:
+    return BenchmarkItems(lm, name, task, *split_items(read_items(name, task), config, name))
 
 
 def _item_texts(items: Sequence[Item]) -> dict[str, str]:

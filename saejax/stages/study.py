@@ -25,6 +25,11 @@ def _bases(configs: Configs) -> str:
     return fingerprint([stacks.identity(name) for name in names if is_folder(name)])
 
 
+def _benchmarks(configs: Configs) -> str:
+    """Return the identity of all benchmarks: features chosen on each are ablated on the others."""
+    return fingerprint([identities.benchmark(configs, name) for name in configs[StudyConfig].benchmarks])
+
+
 def _check(configs: Configs) -> None:
     for name in configs[StudyConfig].baselines:
         if not is_folder(name):
@@ -66,7 +71,7 @@ STUDY = Stage(
     follows=("ablate",),
     needs=lambda configs, name: train_units(*_dictionaries(configs)),
     names=lambda configs: configs[StudyConfig].benchmarks,
-    identity=dict(model=identities.model, bases=_bases),
+    identity=dict(model=identities.model, bases=_bases, benchmarks=_benchmarks),
     unit_identity=dict(benchmark=identities.benchmark),
     check=_check,
     rule=_rule,

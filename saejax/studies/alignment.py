@@ -29,9 +29,9 @@ RULE = (
     "Two rows are aligned on a benchmark if a rank correlation is at least "
     f"{LEAST:g}, is as large with one side shuffled in at most {100 * LEVEL:g} % of the cases after Holm's correction "
     "over all comparisons, and is above its placebos. Of items it is that of what they lose under the top features, "
-    "without what random sets explain; the placebo is the 95 % quantile with a random set in the place of one row's top "
-    "features. Of features it is that of the attributions of those matched by their activity on the items; the placebos "
-    "are a rotated dictionary, and the 95 % quantile with the importance for other items' answers."
+    "without what random sets explain; the placebo is the 95 % quantile with a random set in the place of one row's "
+    "top features. Of features it is that of the attributions of those matched by their activity on the items; the "
+    "placebos are a rotated dictionary, and the 95 % quantile with the importance for other items' answers."
 )
 _SEED = 789
 

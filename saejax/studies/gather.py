@@ -65,6 +65,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         behaviours=tuple(one for row, own in each for one in gather_effects.behaviours(row.name, own)),
         alignment=tuple(alignments(found)),
         gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),
+        domains=gather_effects.domains(found),
         drivers=tuple(one for row, own in each for one in gather_effects.drivers(row.name, own)),
         transfer=tuple(one for row, own in each for one in gather_effects.transfer(row.name, own)),
         tracking=tuple(one for row, own in each for one in gather_effects.tracking(row.name, own)),

@@ -1,6 +1,7 @@
 """The figures of a study that say what features cause."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 from saejax.interventions.answers import AblateResults, CausalAnswer
 from saejax.interventions.sentences import RESAMPLED
@@ -9,9 +10,11 @@ from saejax.interventions.table import TESTED, UNTRAINED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings
+from saejax.statistics.ranks import holm_by_key
 from saejax.studies import criteria
 from saejax.studies.results import (
     BehaviourFigures,
+    DomainFigures,
     DriverFigures,
     EffectFigures,
     GateFigures,
@@ -83,6 +86,30 @@ def gates(row: str, found: Findings) -> Iterator[GateFigures]:
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
         answers = [each[benchmark] for each in seeds if benchmark in each]
         yield criteria.gate(row, benchmark, answers, results.items.test, results.log_likelihood)
+
+
+def domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
+    """Return what features chosen on one benchmark do on another; p-values corrected over all of them."""
+    figures = [
+        DomainFigures(
+            row=row,
+            chosen_on=other,
+            benchmark=benchmark,
+            effect=one.effect,
+            own=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
+            common=one.common,
+            random=one.random,
+            random_sets=one.random_sets,
+            p_value=one.p_value,
+            p_holm=None,
+        )
+        for row, found in rows.items()
+        for benchmark, results in found.each(StudyResults).items()
+        for other, one in (results.domains or {}).items()
+    ]
+    p_values = {number: each.p_value for number, each in enumerate(figures) if each.p_value is not None}
+    corrected = holm_by_key(p_values)
+    return tuple(dataclasses.replace(each, p_holm=corrected.get(number)) for number, each in enumerate(figures))
 
 
 def drivers(row: str, found: Findings) -> Iterator[DriverFigures]:

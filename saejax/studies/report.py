@@ -74,6 +74,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         ),
         _section("The gate", figures, "gates", "No row ran feature ablation on a benchmark, so there is no gate."),
         _section("Words or context", figures, "drivers", "No row injected tokens (--study.falsify)."),
+        _section("Transfer to other benchmarks", figures, "domains", "No row tested two benchmarks."),
         _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
         *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),

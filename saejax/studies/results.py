@@ -154,6 +154,22 @@ class GateFigures:
 
 
 @dataclasses.dataclass(frozen=True)
+class DomainFigures:
+    """Features chosen on one benchmark, ablated on another."""
+
+    row: str  #: of the study
+    chosen_on: str  #: benchmark
+    benchmark: str  #: whose items judge
+    effect: Interval  #: drop of the reference's log-likelihood, nats
+    own: Interval | None  #: the same under the features chosen here
+    common: int  #: features that both chose
+    random: float | None  #: mean drop under random sets at equal dose
+    random_sets: int  #: that hold none of the features
+    p_value: float | None  #: rank among random sets at equal dose
+    p_holm: float | None  #: over all pairs of benchmarks of the report
+
+
+@dataclasses.dataclass(frozen=True)
 class DriverFigures:
     """Shares of the features of a group by what drives them, under injected tokens; see ``saejax.falsify``."""
 
@@ -254,6 +270,7 @@ class StudyFigures:
     behaviours: tuple[BehaviourFigures, ...]  #: effects on them
     alignment: tuple[AlignmentFigures, ...]  #: between rows
     gates: tuple[GateFigures, ...]  #: by row and benchmark
+    domains: tuple[DomainFigures, ...]  #: features chosen on one benchmark, ablated on another
     drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
     transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
     tracking: tuple[TrackingFigures, ...]  #: of texts

@@ -85,6 +85,23 @@ FOUND = (
         cards=True,
     ),
     Sheet(
+        "domains",
+        "Transfer to unseen domains",
+        {
+            "Row": lambda one: one.row,
+            "Chosen on": lambda one: one.chosen_on,
+            "Ablated on": lambda one: one.benchmark,
+            "Effect, nats": lambda one: interval(one.effect),
+            "Features chosen there": lambda one: interval(one.own),
+            "In common": lambda one: str(one.common),
+            "Random sets": lambda one: f"{number(one.random)} ({one.random_sets})",
+            "p (Holm)": lambda one: number(one.p_holm, 3),
+        },
+        frozenset({"Chosen on", "Ablated on"}),
+        "Features chosen on the train items of one benchmark, ablated on the test items of another, beside those chosen "
+        "there. Random sets: mean effect at equal dose, of those that hold none of the features, and their number.",
+    ),
+    Sheet(
         "drivers",
         "Words or context?",
         {

@@ -11,12 +11,12 @@ from scipy.stats import spearmanr
 from saejax.interventions.answers import BehaviourVerdict, CausalAnswer, VerdictConfig
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
+from saejax.matching.importance import rank_correlation
 from saejax.matching.track.results import StepTest, TrackedStep, TrackedText, TrackResults
 from saejax.matching.transfer.results import ComparedPair, ComparedRows, MatchScores, TransferResults
 from saejax.page.findings import Findings
 from saejax.results import Interval, Summary
 from saejax.studies import criteria, gather_effects
-from saejax.matching.importance import rank_correlation
 from saejax.studies.results import CriterionFigures, ModelFigures, StudyFigures
 
 sys.path.append(str(Path(__file__).parent.parent / "interventions"))

@@ -1,0 +1,82 @@
+"""Transfer to unseen domains: features chosen on one benchmark, ablated on the items of another.
+
+The effect is compared at equal dose with the other benchmark's random sets, without those that hold one of the features.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saejax.interventions.ablation import FRACTIONS, TableRows
+from saejax.interventions.benchmark import BenchmarkAblation
+from saejax.interventions.curves import compare_at_equal_dose, read_curves
+from saejax.interventions.table import EditDefinition, EffectsTable
+from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.ranks import rank_p
+
+GROUP = "chosen on "  # and the benchmark: the group of such edits
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainEffect:
+    """What features chosen on another benchmark do here."""
+
+    effect: Interval  #: drop of the reference's log-likelihood, nats
+    random: float | None  #: mean drop under random sets at equal dose; None without any
+    p_value: float | None  #: rank among random sets at equal dose, not corrected
+    random_sets: int  #: that hold none of the features
+    common: int  #: features that were also chosen here
+
+
+def measure_domains(ablation: BenchmarkAblation, chosen: Mapping[str, Sequence[int]]) -> EffectsTable:
+    """Return the rows of features that other benchmarks chose, ablated on this one's items.
+
+    Args:
+      ablation: the tested dictionary on this benchmark.
+      chosen: other benchmark -> features.
+    """
+    rows, definitions = TableRows(), ablation.definitions()
+    test = [prompt for prompt in definitions if prompt.split == "test"]
+    rows.add([], definitions, (), [])
+    for other, features in chosen.items():
+        whole = EditDefinition(ablation.behaviour, GROUP + other, features=tuple(map(int, features)))
+        edits = [dataclasses.replace(whole, fraction=fraction) for fraction in FRACTIONS]
+        norm_AxP = np.array(FRACTIONS)[:, None] * ablation.norms([whole])
+        pairs = ablation.measure(edits)
+        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
+    return rows.table()
+
+
+def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> dict[str, DomainEffect]:
+    """Return the effects of features that other benchmarks chose, a function of the table alone.
+
+    Args:
+      table: effects table of a benchmark.
+      name: the benchmark.
+      resamples: bootstrap samples of the intervals.
+      seed: seed of the bootstrap.
+    """
+    groups = dict.fromkeys(edit.group for edit in table.edits if edit.group.startswith(GROUP))
+    prompts, found = table.select_prompts(name), {}
+    (own,) = read_curves(table, name, "top")
+    random = read_curves(table, name, "random")
+    for group in groups:
+        (curve,) = read_curves(table, name, group)
+        features = set(curve.edits[-1].features)
+        controls = [each for each in random if not features & set(each.edits[-1].features)]
+        drop_P = curve.drop_AxP[-1]
+        weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
+        tested_N, control_N = np.zeros(0), np.zeros(0)
+        if controls:
+            tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
+            tested_N, control_N = tested_NxP.mean(axis=1), control_NxP.mean(axis=1)
+        found[group.removeprefix(GROUP)] = DomainEffect(
+            effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
+            random=float(control_N.mean()) if controls else None,
+            p_value=rank_p(tested_N, control_N) if controls else None,
+            random_sets=len(controls),
+            common=len(features & set(own.edits[-1].features)),
+        )
+    return found
