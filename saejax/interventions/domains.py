@@ -1,6 +1,6 @@
 """Transfer to unseen domains: features chosen on one benchmark, ablated on the items of another.
 
-The effect is compared at equal dose with the other benchmark's random sets, without those that hold one of the features.
+The effect is compared at equal dose with the other benchmark's random sets, but those that hold one of the features.
 """
 
 import dataclasses

@@ -98,8 +98,9 @@ FOUND = (
             "p (Holm)": lambda one: number(one.p_holm, 3),
         },
         frozenset({"Chosen on", "Ablated on"}),
-        "Features chosen on the train items of one benchmark, ablated on the test items of another, beside those chosen "
-        "there. Random sets: mean effect at equal dose, of those that hold none of the features, and their number.",
+        "Features chosen on the train items of one benchmark, ablated on the test items of another, beside those "
+        "chosen there. Random sets: mean effect at equal dose, of those that hold none of the features, and their "
+        "number.",
     ),
     Sheet(
         "drivers",

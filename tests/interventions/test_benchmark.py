@@ -12,12 +12,14 @@ from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import study_report, study_run
 from saejax.interventions.curves import read_curves
+from saejax.interventions.domains import GROUP
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, placebo_references
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.study_results import StudyItems, StudyResults
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
+from saejax.matching.importance import ItemFeatures
 from saejax.models.tokens import pad
 from saejax.page.findings import Findings
 from saejax.results import Summary, from_json, to_json
@@ -211,7 +213,7 @@ def test_placebo_targets_are_other_items_answers_of_equal_length():
     ("name", "settings"), [("gsm8k", dict(score="likelihood")), pytest.param("logic", {}, marks=pytest.mark.slow)]
 )
 def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings):
-    run, said = make_run(name, **settings)
+    run, said = make_run(name, falsify=8, **settings)
     path = run.folder / study_run.FEATURES
     with pytest.raises(Interrupted, match="stopped"):
         study_run.run_study(dataclasses.replace(run, stopping=path.exists))
@@ -261,6 +263,28 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert {entry["feature"] for entry in ranking if "drop" in entry} == {
         e.feature for e in results.top if e.firing_rate
     }
+    other = {"gsm8k": "logic", "logic": "gsm8k"}[name]
+    (chosen_there,) = (edit for edit in table.select_whole_edits(name, GROUP + other))
+    edits = [dictionary.ablate(chosen_there.features)]
+    expected_P = [row.log_likelihood for row in score_items(tiny, name, ordered, likelihood, edits)]
+    measured_P = table.values([chosen_there], prompts, "answer_log_prob")[0]
+    np.testing.assert_allclose(measured_P, expected_P, atol=1e-3)
+    clean_P = table.clean_values(prompts, "answer_log_prob")
+    assert results.log_likelihood == pytest.approx(clean_P.mean())
+    assert results.domains[other].effect.mean == pytest.approx((clean_P - measured_P).mean())
+    groups = [share.group for share in results.falsification.shares]
+    assert groups == ["tested", "random features", "random dictionary"]
+    assert [row.feature for row in results.falsification.features][: results.k] == [
+        each.feature for each in results.top
+    ]
+    found, turned = (
+        ItemFeatures.load(run.folder / file) for file in (study_run.FEATURES_ON_ITEMS, study_run.ROTATED_ON_ITEMS)
+    )
+    assert set(found.ids) == {item.id for item in (*train, *test)} and found.placebo_RxF.shape[0] == 4
+    assert [entry["attribution"] for entry in ranking] == pytest.approx(
+        [found.importance_F[entry["feature"]] for entry in ranking], rel=1e-5
+    )
+    assert turned.ids == found.ids and not np.allclose(turned.importance_F, found.importance_F)
     if name == "gsm8k":
         assert results.at_chance is None and results.scores == ()
         assert result.ablation["accuracy"].answer == "not tested"
