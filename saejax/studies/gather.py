@@ -143,6 +143,7 @@ def _dictionaries(row: str, found: Findings) -> Iterator[DictionaryFigures]:
                 seconds=train.seconds,
                 loss_epoch_4=early,
                 loss_end=end,
+                losses=tuple(loss for (name, _), loss in sorted(losses.items()) if name == scores.name),
                 improvement=1 - end / early if early and end is not None and epochs > criteria.EPOCH else None,
                 l0=scores.l0,
                 dead=scores.dead_fraction,

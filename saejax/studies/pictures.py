@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from saejax.page.style import BLUE, GREY, INK, ORANGE, height_of, legend, name_rows, panels, point, styled
+from saejax.page.style import BLUE, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
-from saejax.studies.results import DriverFigures, EffectFigures
+from saejax.studies.results import DictionaryFigures, DriverFigures, EffectFigures
 
 
 @styled
@@ -42,5 +43,30 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> Figure:
     name_rows(axes, names)
     axes.set_xlim(-3, 103)
     axes.set_xlabel("% of the features of a group")
+    legend(axes, 1)
+    return figure
+
+
+@styled
+def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
+    """Draw the training loss of every dictionary by epoch, as a share of that of its first epoch, a colour for each row."""
+    figure, (axes,) = panels((2.6,), ("Training loss, as a share of the first epoch's",))
+    rows = list(dict.fromkeys(one.row for one in dictionaries))
+    for one in dictionaries:
+        color, dashes, marker = LINES[rows.index(one.row) % len(LINES)]
+        if one.losses and one.losses[0]:
+            share = [loss / one.losses[0] for loss in one.losses]
+            axes.plot(
+                range(1, len(share) + 1),
+                share,
+                linestyle=dashes,
+                marker=marker,
+                markersize=3,
+                color=color,
+                label=one.row,
+            )
+    axes.set(xlabel="epoch", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
     legend(axes, 1)
     return figure

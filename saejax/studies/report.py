@@ -22,7 +22,7 @@ from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import RULES
 from saejax.studies.learned import sentences, table_rows
-from saejax.studies.pictures import draw_drivers, draw_effects
+from saejax.studies.pictures import draw_drivers, draw_effects, draw_losses
 from saejax.studies.progress import duration
 from saejax.studies.results import StudyFigures
 from saejax.studies.sheets import SHEETS
@@ -80,7 +80,7 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
         _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
         _section("Before anything is changed", figures, "baselines", "No row was scored on a benchmark or behaviour."),
-        _section("The dictionaries", figures, "dictionaries", "No row has trained a dictionary."),
+        Section("The dictionaries", tuple(_dictionaries(root, figures))),
         _section("Activations", figures, "activations", "No row has captured activations."),
         _section("All answers", figures, "learned", "No row ran feature ablation on a benchmark."),
         Section("Criteria", (SHEETS["criteria"].table(figures), *_rules(root))),
@@ -105,6 +105,17 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if figures.drivers:
         caption = "Shares of features that fire on words alone, beside random features and a random dictionary."
         yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
+
+
+def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
+    """Yield the loss curves of all rows, and the table of dictionaries."""
+    if not figures.dictionaries:
+        yield Text("No row has trained a dictionary.")
+        return
+    if any(one.losses for one in figures.dictionaries):
+        caption = "Training loss by epoch: a line for each dictionary, a colour for each row."
+        yield _picture(root, "study_losses", draw_losses(figures.dictionaries), caption)
+    yield SHEETS["dictionaries"].table(figures)
 
 
 def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:

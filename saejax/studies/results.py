@@ -55,6 +55,7 @@ class DictionaryFigures:
     loss_epoch_4: float | None  #: mean over the recorded steps of the fourth epoch; None with fewer epochs
     loss_end: float | None  #: the same of the last epoch
     improvement: float | None  #: 1 - loss_end / loss_epoch_4
+    losses: tuple[float, ...]  #: mean over the recorded steps of each epoch
     l0: float  #: features active per token, mean
     dead: float  #: share of features that fire on no held-out token
     explained_variance: float  #: 1 is perfect
