@@ -49,7 +49,7 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> Figure:
 
 @styled
 def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
-    """Draw the training loss of every dictionary by epoch, as a share of that of its first epoch, a colour for each row."""
+    """Draw the training loss of every dictionary by epoch, a colour for each row."""
     figure, (axes,) = panels((2.6,), ("Training loss, as a share of the first epoch's",))
     rows = list(dict.fromkeys(one.row for one in dictionaries))
     for one in dictionaries:
