@@ -68,14 +68,15 @@ def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> 
         controls = [each for each in random if not features & set(each.edits[-1].features)]
         drop_P = curve.drop_AxP[-1]
         weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
-        tested_N, control_N = np.zeros(0), np.zeros(0)
+        random_mean, p_value = None, None
         if controls:
             tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
-            tested_N, control_N = tested_NxP.mean(axis=1), control_NxP.mean(axis=1)
+            random_mean = float(control_NxP.mean())
+            p_value = rank_p(tested_NxP.mean(axis=1), control_NxP.mean(axis=1))
         found[group.removeprefix(GROUP)] = DomainEffect(
             effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
-            random=float(control_N.mean()) if controls else None,
-            p_value=rank_p(tested_N, control_N) if controls else None,
+            random=random_mean,
+            p_value=p_value,
             random_sets=len(controls),
             common=len(features & set(own.edits[-1].features)),
         )

@@ -9,11 +9,13 @@ The log-likelihoods, once all are measured, and the answers of each condition ar
 """
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import norm
 
 from saejax.dictionaries import Dictionary, stacks
 from saejax.errors import Interrupted, UserError
@@ -70,6 +72,7 @@ FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json
 FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items.npz"
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
+_CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
 _ACCURACY = READOUTS.index("accuracy")
 _GROUPS = ("clean", "top", "resample", "random", "placebo")
 
@@ -99,6 +102,7 @@ def run_study(run: Run) -> StudyResults:
     dictionary, lm = load_run_dictionary(run), load_run_model(run)
     items = _read_benchmark(run.name, lm, task, config)
     train, test = items.train, items.test
+    run.say(f"{run.name}: {describe_power(len(test), config.min_accuracy_drop)}")
 
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
@@ -163,6 +167,25 @@ def run_study(run: Run) -> StudyResults:
             run.say(f"{run.name}: {answer.sentence}")
     shutil.rmtree(run.folder / _MEASURED, ignore_errors=True)  # last, so that a run that is killed until then has it
     return results
+
+
+def describe_power(items: int, drop: float) -> str:
+    """Return how often some items find a fall of accuracy, and how many find it in 80 % of cases.
+
+    Of the answers ``_CHANGED`` are assumed to change under ablation, so that the change of an item has the standard
+    deviation sqrt(changed - drop^2).
+
+    Args:
+      items: how many judge.
+      drop: the fall, a share above 0.
+    """
+    spread = math.sqrt(max(_CHANGED, drop) - drop**2)
+    power = norm.cdf(drop / spread * math.sqrt(items) - norm.ppf(0.975))
+    needed = math.ceil(((norm.ppf(0.975) + norm.ppf(0.8)) * spread / max(drop, 1e-9)) ** 2)
+    return (
+        f"{items} test items find a fall of accuracy by {100 * drop:g} points in {100 * power:.0f} % of cases, if "
+        f"{100 * _CHANGED:g} % of the answers change; 80 % of cases take {needed:,} items"
+    )
 
 
 def _read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: StudyConfig) -> BenchmarkItems:

@@ -169,7 +169,7 @@ def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = Fals
     for one, at_N in ((first, token_N), (second, other_N)):
         live.append(one.activity.firings(at_N) >= MIN_FIRINGS)
         rows.append(one.activity.rows(at_N, live[-1]))
-    return match_by_direction(*rows, least=LEAST), int(live[0].sum())
+    return match_by_direction(rows[0], rows[1], LEAST), int(live[0].sum())
 
 
 def rank_correlation(

@@ -6,11 +6,12 @@ interpretable.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from saejax.page.tables import interval, number, percent
-from saejax.studies.results import Answered, DriverFigures, LearnedFigures, StudyFigures
+from saejax.studies.results import Answered, Asked, DriverFigures, LearnedFigures, StudyFigures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Question:
     known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
 
 
-QUESTIONS = {
+QUESTIONS: Mapping[Asked, Question] = {
     "solves": Question("The model beats guessing", {"stranger": "no"}),
     "effect": Question("Ablation lowers the answers"),
     "random": Question("More than random features"),
@@ -38,7 +39,7 @@ QUESTIONS = {
     "items": Question("For the same items as there", {"relative": "yes", "stranger": "no"}),
 }
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
-_CONTRADICTIONS: tuple[tuple[str, Answered, str, Answered, str], ...] = (
+_CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
     ("random", "yes", "placebo", "no", "more than random features, but no more than features chosen for other answers"),
     ("placebo", "yes", "gate", "no", "specific to the answers, but not in dictionaries of other seeds"),
     ("placebo", "yes", "context", "no", "specific to the answers, but the features fire on words alone"),
@@ -61,14 +62,13 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
     for gate in figures.gates:
         answers = dict(_answers(figures, gate.row, gate.benchmark))
         for name, question in QUESTIONS.items():
-            answer, evidence = answers.get(name, ("", ""))
-            if answer:
+            if found := answers.get(name):
                 expected = question.known.get(known[gate.row], "")
-                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
+                rows.append(LearnedFigures(gate.row, gate.benchmark, name, found[0], expected, found[1]))
     return tuple(rows)
 
 
-def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[str, tuple[Answered, str]]]:
+def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[Asked, tuple[Answered, str]]]:
     """Yield each question that was asked, with its answer and evidence."""
     first = figures.models[0].row
 
@@ -94,7 +94,8 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     if drivers := of(figures.drivers, row=row, benchmark=benchmark, group="tested"):
         yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
-    for name in ("features", "items"):
+    ranked: tuple[Asked, ...] = ("features", "items")
+    for name in ranked:
         if row != first and (pair := of(figures.alignment, first=first, second=row, benchmark=benchmark, by=name)):
             yield name, (_yes(pair.aligned), f"rank correlation {number(pair.rank_correlation)}")
             if pair.shared is not None and pair.shared_null is not None:
@@ -115,15 +116,6 @@ def _driven(drivers: DriverFigures) -> Answered:
     if drivers.context.low > drivers.tokens.high:
         return "yes"
     return "no" if drivers.tokens.low > drivers.context.high else "cannot tell"
-
-
-def cell(answer: LearnedFigures | None) -> str:
-    """Return an answer with the known one, as the first table shows it; "" where the question was not asked."""
-    if answer is None:
-        return ""
-    if not answer.known:
-        return answer.answer
-    return f"{answer.answer} (known: {answer.known})"
 
 
 def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
@@ -174,10 +166,16 @@ def _names(places: Sequence[tuple[str, str]]) -> str:
 
 def table_rows(
     answers: Sequence[LearnedFigures],
-) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[Any, Any], str]]]:
-    """Return the rows of the first table, (row, benchmark), and its columns."""
+) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[str, str], str]]]:
+    """Return the rows of the first table, (row, benchmark), and its columns; "" where a question was not asked."""
     by_key = {(one.row, one.benchmark, one.question): one for one in answers}
-    columns: dict[str, Callable[[Any, Any], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
-    for name, question in QUESTIONS.items():
-        columns[question.heading] = lambda row, benchmark, name=name: cell(by_key.get((row, benchmark, name)))
+
+    def cell(name: Asked, row: str, benchmark: str) -> str:
+        one = by_key.get((row, benchmark, name))
+        if one is None:
+            return ""
+        return f"{one.answer} (known: {one.known})" if one.known else one.answer
+
+    columns: dict[str, Callable[[str, str], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
+    columns |= {question.heading: functools.partial(cell, name) for name, question in QUESTIONS.items()}
     return list(dict.fromkeys((one.row, one.benchmark) for one in answers)), columns

@@ -41,7 +41,7 @@ def draw_drivers(drivers: Sequence[DriverFigures]) -> Figure:
         share: Interval = one.tokens
         point(axes, share, row, colors.get(one.group, INK), "o", f"{one.group}, with the 95 % interval", 100, 5)
     name_rows(axes, names)
-    axes.set_xlim(-3, 103)
+    axes.set_xlim(-3, 103 * max(1.0, *(one.tokens.high for one in drivers)))
     axes.set_xlabel("% of the features of a group")
     legend(axes, 1)
     return figure

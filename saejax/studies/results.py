@@ -6,6 +6,7 @@ from typing import Literal
 from saejax.results import Interval
 
 Answered = Literal["yes", "no", "cannot tell"]
+Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "shared", "features", "items"]
 Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
 
 
@@ -189,7 +190,7 @@ class LearnedFigures:
 
     row: str  #: of the study
     benchmark: str  #: its name
-    question: str  #: a key of ``learned.QUESTIONS``
+    question: Asked  #: see ``learned.QUESTIONS``
     answer: Answered  #: as found
     known: str  #: the known answer of a control row; "" where none is known
     evidence: str  #: figures, in words

@@ -124,7 +124,7 @@ FOUND = (
         {
             "Row": lambda one: one.row,
             "Benchmark": lambda one: one.benchmark,
-            "Question": lambda one: QUESTIONS[one.question].heading if one.question in QUESTIONS else one.question,
+            "Question": lambda one: QUESTIONS[one.question].heading,
             "Answer": lambda one: one.answer,
             "Known": lambda one: one.known or MISSING,
             "Evidence": lambda one: one.evidence,

@@ -33,7 +33,7 @@ def make_questions() -> Iterator[dict[str, Any]]:
     for template in (*data["problems"], *data["rules"]):
         make, made = (_problem if "steps" in template else _rule), 0
         while made < PER_TEMPLATE:
-            question, answer, choices = make(template, data, rng)
+            question, answer, choices = make(template, data, rng, made)
             if question not in seen:
                 seen.add(question)
                 made += 1
@@ -41,19 +41,20 @@ def make_questions() -> Iterator[dict[str, Any]]:
                 yield dict(question=question, answer=answer, choices=choices, **about)
 
 
-def _problem(template: Mapping, data: Mapping, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
     numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
     name, other = rng.choice(data["names"], 2, replace=False).tolist()
     question = template["text"].format(**numbers, name=name, other=other, thing=str(rng.choice(data["things"])))
     return question, str(evaluate(template["steps"], numbers)), []
 
 
-def _rule(template: Mapping, data: Mapping, rng: np.random.Generator) -> tuple[str, str, list[str]]:
+def _rule(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
     (kind, kinds), (other, others) = (data["kinds"][i] for i in rng.choice(len(data["kinds"]), 2, replace=False))
     properties = data["properties"][str(rng.choice(sorted(data["properties"])))]
-    yes, no = rng.choice(properties, 2, replace=False).tolist()
+    choices = sorted(rng.choice(properties, 2, replace=False).tolist())
+    yes, no = choices[:: 1 if number % 2 else -1]  # each choice is right as often as the other
     words = dict(kind=kind, kinds=kinds, other=other, others=others, yes=yes, no=no)
-    return template["text"].format(**words, name=str(rng.choice(data["names"]))), yes, sorted([yes, no])
+    return template["text"].format(**words, name=str(rng.choice(data["names"]))), yes, choices
 
 
 def evaluate(steps: str, numbers: Mapping[str, int]) -> int:

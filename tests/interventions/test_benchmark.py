@@ -293,6 +293,17 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert any("log-likelihood of the reference answer" in line for line in said)
 
 
+def test_the_power_that_is_said_is_that_of_simulations():
+    rng, items, drop = np.random.default_rng(0), 100, 0.05
+    # Of 100 answers 7.5 become wrong and 2.5 right on average.
+    change_RxN = rng.choice([1, -1, 0], (4000, items), p=[0.075, 0.025, 0.9])
+    error_R = change_RxN.std(axis=1, ddof=1) / items**0.5
+    power = np.mean(change_RxN.mean(axis=1) > 1.96 * error_R)
+    said = study_run.describe_power(items, drop)
+    assert float(said.split(" points in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
+    assert said.endswith("80 % of cases take 307 items")
+
+
 def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatch):
     """The model is replaced by one that is right without an edit, and wrong, unformatted or cut off under it."""
     from saejax.tasks.answers import Verdict

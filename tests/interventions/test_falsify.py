@@ -13,8 +13,8 @@ from saejax.errors import UserError
 from saejax.interventions import falsify as module
 from saejax.interventions.falsify import RULE, falsify, judge_injection
 
-WORDS, STATES = 120, 20  # words of the language; features of context, each of its own word
-FAR = 4  # tokens that a context feature looks back over
+WORDS, LOGIC = 120, 20  # plain words of the language, and those of reasoning, which come after them
+FAR, RECENT = 4, 8  # a word follows from the one so many tokens before; tokens over which that is counted
 
 
 class Words:
@@ -35,9 +35,10 @@ class Words:
 
 @dataclasses.dataclass
 class World:
-    """A model whose one site says which word stands here and which words stand several tokens before, one-hot.
+    """A model whose one site says which word stands here, one-hot, and how many of the last words followed.
 
-    A text reasons if each of its words follows from one that stands ``FAR`` tokens before it: word + 60, modulo 120.
+    Texts that reason have many words of reasoning, and most of their plain words follow from the one ``FAR`` tokens
+    before: word + 60, modulo 120. Ordinary text has few such words, and follows by chance alone.
     """
 
     seed: int
@@ -50,32 +51,38 @@ class World:
 
     def __call__(self, tokens, capture, logits):
         ids_BxT = tokens.ids_BxT
-        before_BxT = np.pad(ids_BxT, ((0, 0), (FAR, 0)), constant_values=-1)[:, : ids_BxT.shape[1]]
-        here, there = (np.eye(WORDS + 1)[ids] for ids in (ids_BxT, before_BxT))
-        x_BxTxD = np.concatenate([here, there], axis=-1).astype(np.float32)
+        before_BxT = np.pad(ids_BxT, ((0, 0), (FAR, 0)), constant_values=WORDS)[:, : ids_BxT.shape[1]]
+        follows_BxT = (before_BxT < WORDS) & (ids_BxT == (before_BxT + 60) % WORDS)
+        count_BxT = np.cumsum(np.pad(follows_BxT, ((0, 0), (RECENT, 0))), axis=1)
+        count_BxT = count_BxT[:, RECENT:] - count_BxT[:, :-RECENT]
+        x_BxTxD = np.concatenate([np.eye(WORDS + LOGIC)[ids_BxT], count_BxT[..., None]], axis=-1).astype(np.float32)
         return types.SimpleNamespace(sites={capture[0]: jax.numpy.asarray(x_BxTxD)})
 
     def reasoning(self, rng):
-        words = rng.integers(0, WORDS, FAR).tolist()
-        while len(words) < module.LENGTH:
-            words.append((words[-FAR] + 60) % WORDS)
-        return " ".join(map(str, words))
+        return self.text(rng, logic=0.2, follows=0.8)
 
     def ordinary(self, rng):
-        return " ".join(map(str, rng.integers(0, WORDS, module.LENGTH)))
+        return self.text(rng, logic=0.03, follows=0.0)
+
+    def text(self, rng, logic, follows):
+        words = rng.integers(0, WORDS, module.LENGTH)
+        for place in range(module.LENGTH):
+            if rng.random() < logic:
+                words[place] = rng.integers(WORDS, WORDS + LOGIC)
+            elif place >= FAR and words[place - FAR] < WORDS and rng.random() < follows:
+                words[place] = (words[place - FAR] + 60) % WORDS
+        return " ".join(map(str, words))
 
     def dictionary(self, detectors, states):
-        """Features that fire on 4 words each, and features that fire where one of 20 words follows from another."""
+        """Features that fire on 4 words of reasoning each, and those of plain words where 2 of the last followed."""
         rng = np.random.default_rng(self.seed)
-        W_enc_DxF = np.zeros((2 * (WORDS + 1), detectors + states), np.float32)
+        W_enc_DxF = np.zeros((WORDS + LOGIC + 1, detectors + states), np.float32)
         b_enc_F = np.zeros(detectors + states, np.float32)
         for feature in range(detectors):
-            W_enc_DxF[rng.choice(WORDS, 4, replace=False), feature] = rng.uniform(1, 3, 4)
+            W_enc_DxF[WORDS + rng.choice(LOGIC, 4, replace=False), feature] = rng.uniform(1, 3, 4)
         for feature in range(detectors, detectors + states):
-            for word in rng.choice(WORDS, 20, replace=False):
-                # Neither word suffices.
-                W_enc_DxF[(word + 60) % WORDS, feature] = W_enc_DxF[WORDS + 1 + word, feature] = 1.0
-            b_enc_F[feature] = -1.5
+            W_enc_DxF[rng.choice(WORDS, 60, replace=False), feature] = W_enc_DxF[-1, feature] = 1.0
+            b_enc_F[feature] = -2.5
         config = DictionaryConfig(
             kind="standard", site="resid_post.0", d_in=len(W_enc_DxF), n_features=detectors + states
         )
@@ -87,7 +94,7 @@ class World:
 
 def run_world(seed, detectors=10, states=10, **settings):
     world, rng = World(seed), np.random.default_rng(seed)
-    reasoning, ordinary = ([make(rng) for _ in range(96)] for make in (world.reasoning, world.ordinary))
+    reasoning, ordinary = ([make(rng) for _ in range(128)] for make in (world.reasoning, world.ordinary))
     dictionary = world.dictionary(detectors, states)
     return falsify(world, dictionary, range(detectors + states), reasoning, ordinary, resamples=500, **settings)
 
@@ -99,8 +106,8 @@ def worlds():
 
 def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
     rows = [row for found in worlds for row in found.features]
-    right = [row.test.driver == ("tokens" if row.feature < 10 else "context") for row in rows]
-    assert len(right) == 100 and np.mean(right) >= 0.9
+    wrong = [row for row in rows if row.test.driver != ("tokens" if row.feature < 10 else "context")]
+    assert len(rows) == 100 and len(wrong) <= 10, wrong[:2]
     share = worlds[0].shares[0]
     assert (share.group, share.features) == ("tested", 20) and 0.35 <= share.tokens.mean <= 0.65
     assert share.tokens.low < share.tokens.mean < share.tokens.high
@@ -109,12 +116,12 @@ def test_planted_detectors_of_words_are_told_from_features_of_context(worlds):
 def test_the_tokens_are_those_that_were_planted(worlds):
     W_enc_DxF = np.asarray(World(0).dictionary(10, 10).W_enc_DxF[...])
     for row in worlds[0].features[:10]:
-        planted = {f" {word}" for word in np.flatnonzero(W_enc_DxF[: WORDS + 1, row.feature])}
+        planted = {f" {word}" for word in np.flatnonzero(W_enc_DxF[: WORDS + LOGIC, row.feature])}
         assert set(row.tokens[: len(planted)]) == planted
         # A word that fires in any role fires in ordinary text, too.
         assert row.counterexamples > 5 and row.counterexample.mean > 0.3 * row.real.mean
     for row in worlds[0].features[10:]:
-        assert row.real.mean == pytest.approx(0.5) and row.counterexample.mean < 0.25
+        assert row.real.mean > 1 and row.counterexample.mean < row.real.mean / 2
 
 
 def test_controls_are_tested_too():
@@ -122,13 +129,13 @@ def test_controls_are_tested_too():
     found = run_world(3, 8, 8, random_features=3, random_dictionary=other)
     assert [share.group for share in found.shares] == ["tested", "random dictionary"]  # all features are tested ones
     found = run_world(3, 8, 8, random_features=3)
-    assert found.rule == RULE and (found.texts, found.ordinary) == (48, 48)
+    assert found.rule == RULE and (found.texts, found.ordinary) == (64, 64)
 
 
 def test_activations_are_the_dictionarys(worlds):
     """The mean of the largest activations, by hand."""
     rng, world = np.random.default_rng(0), World(0)
-    reasoning, ordinary = ([make(rng) for _ in range(96)] for make in (world.reasoning, world.ordinary))
+    reasoning, ordinary = ([make(rng) for _ in range(128)] for make in (world.reasoning, world.ordinary))
     W_enc_DxF = np.asarray(world.dictionary(10, 10).W_enc_DxF[...], np.float64)
     for name, texts in (("real", reasoning[1::2]), ("ordinary", ordinary[1::2])):
         ids = [[int(word) for word in text.split()] for text in texts]
