@@ -129,10 +129,12 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
         if _is(by_key.get((*place, first)), one) and _is(by_key.get((*place, second)), two)
     ]
     controls = [one for one in answers if one.known]
-    wrong = [one for one in controls if one.answer != one.known]
-    as_known = f"{len(controls) - len(wrong)} of {len(controls)} known answers were found."
+    wrong = [one for one in controls if one.answer not in (one.known, "cannot tell")]
+    untold = sum(one.answer == "cannot tell" for one in controls)
+    as_known = f"{len(controls) - len(wrong) - untold} of {len(controls)} known answers were found"
+    as_known += f", and {untold} cannot be told." if untold else "."
     if wrong:
-        as_known += " Not so: " + "; ".join(
+        as_known += " Contradicted: " + "; ".join(
             f"{QUESTIONS[one.question].heading.lower()}, {_names([(one.row, one.benchmark)])}: {one.answer}, known "
             f"{one.known}"
             for one in wrong

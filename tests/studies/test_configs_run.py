@@ -12,7 +12,9 @@ from tiny_models import save_tiny
 
 from saejax.runner import command, config
 from saejax.runner.registry import GROUPS, STAGES
+from saejax.studies.rows import read_rows
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
+from saejax.training.members import make_members
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tasks"))
 from tokenizer_kinds import tokenizer
@@ -127,3 +129,18 @@ def test_a_file_ends_in_its_report(path, tmp_path, monkeypatch, capsys):
     for benchmark in configs[TaskConfig].benchmarks:
         assert benchmark in text
     assert "Explained variance" in text and "How to reproduce" in text
+
+
+@pytest.mark.parametrize("folder", ["study", "phase4", "phase5"])
+def test_rows_of_a_folder_name_dictionaries_that_are_trained(folder, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    rows = read_rows([f"configs/{folder}"], [])
+    known = [row.configs[StudyConfig].known for row in rows]
+    assert known == (["", "relative", "stranger"] if folder == "study" else [""] * 4)
+    for row in rows:
+        train, capture, study = (row.configs[group] for group in (TrainConfig, CaptureConfig, StudyConfig))
+        sites = capture.sites if train.sites == ("all",) else train.sites
+        made = {member.name for kind in train.kinds for member in make_members(train, kind, sites)}
+        named = (study.dictionary, *study.repeats)
+        assert {name.partition("/")[2] for name in named} <= made and study.falsify
+        assert len(named) == (1 if folder == "phase5" else 3)
