@@ -15,7 +15,7 @@ from saejax.studies.results import Answered, Asked, DriverFigures, LearnedFigure
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class StudyQuestion:
     """A question of the first table.
 
     Attributes:
@@ -27,16 +27,16 @@ class Question:
     known: Mapping[str, Answered] = dataclasses.field(default_factory=dict)
 
 
-QUESTIONS: Mapping[Asked, Question] = {
-    "solves": Question("The model beats guessing", {"stranger": "no"}),
-    "effect": Question("Ablation lowers the answers"),
-    "random": Question("More than random features"),
-    "placebo": Question("Specific to the answers", {"stranger": "no"}),
-    "gate": Question("In two of three seeds", {"stranger": "no"}),
-    "context": Question("More than words", {"stranger": "no"}),
-    "shared": Question("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
-    "features": Question("The same features matter as there", {"relative": "yes", "stranger": "no"}),
-    "items": Question("For the same items as there", {"relative": "yes", "stranger": "no"}),
+QUESTIONS: Mapping[Asked, StudyQuestion] = {
+    "solves": StudyQuestion("The model beats guessing", {"stranger": "no"}),
+    "effect": StudyQuestion("Ablation lowers the answers"),
+    "random": StudyQuestion("More than random features"),
+    "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
+    "gate": StudyQuestion("In two of three seeds", {"stranger": "no"}),
+    "context": StudyQuestion("More than words", {"stranger": "no"}),
+    "shared": StudyQuestion("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
+    "features": StudyQuestion("The same features matter as there", {"relative": "yes", "stranger": "no"}),
+    "items": StudyQuestion("For the same items as there", {"relative": "yes", "stranger": "no"}),
 }
 #: Answers that contradict each other: (question, answer, question, answer, what that means).
 _CONTRADICTIONS: tuple[tuple[Asked, Answered, Asked, Answered, str], ...] = (
