@@ -16,7 +16,8 @@ from saejax.dictionaries import load_dictionary
 from saejax.interventions.importance import Importance
 from saejax.interventions.table import load_effects
 
-TWO = dict(task__behaviours="agreement,capital")  # as many as processes; the others add time alone
+# As many behaviours as processes, and one simpler basis: more of either add time alone.
+TWO = dict(task__behaviours="agreement,capital", ablate__baselines="pca")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_two_processes_train_as_one(inputs, whole, tmp_path, kind, dtype, tolera
 
 def ablate_flags(inputs, folder, **changes):
     """Flags of a run with two behaviours, all of whose features are ablated, and top neurons."""
-    asked = dict(TWO, train__kinds="topk", ablate__effects="all", ablate__baselines="neurons")
+    asked = dict(TWO, train__kinds="topk", ablate__effects="all") | dict(ablate__baselines="neurons")
     return runs.small_flags(*inputs, folder, **asked, **changes)
 
 
