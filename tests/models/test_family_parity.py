@@ -156,6 +156,7 @@ CASES = {
         norm_topk_prob=True, use_sliding_window=True, sliding_window=4, attention_bias=True, num_experts_per_tok=4
     ),
 }
+FIRST_CASES = {name.partition("-")[0]: name for name in reversed(CASES)}.values()  # one of each family
 LENGTH, MIDDLE = 19, 1
 # Programs this small are run once or twice, so compiling them is what takes time: this makes it a third.
 QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
@@ -292,13 +293,14 @@ def test_equals_transformers(name, tmp_path, one_device):
 
     errors = check_fp32(config, params, model, ids_BxT)
     errors["cached"] = check_cached(config, params, model, ids_BxT)
-    errors |= check_bfloat16(config, tmp_path, one_device, model, ids_BxT)
+    if name in FIRST_CASES:  # what differs among the cases of a family is computed by code that all families share
+        errors |= check_bfloat16(config, tmp_path, one_device, model, ids_BxT)
+        assert max(errors["bf16_logits"], errors["bf16_sites"]) < 2.5e-2
     print(name, {key: f"{value:.1e}" for key, value in errors.items()})
     assert errors["logits"] < 1e-5
     assert errors["sites"] < 1e-5
     assert errors["cached"] < 1e-5
     assert errors["gradients"] < 1e-4
-    assert max(errors["bf16_logits"], errors["bf16_sites"]) < 2.5e-2
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_neox"])
