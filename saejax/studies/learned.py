@@ -139,6 +139,7 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
             f"{one.known}"
             for one in wrong
         )
+        as_known += "."
     return (
         ("What held", _by_question(answers, "yes")),
         ("What did not", _by_question(answers, "no")),
