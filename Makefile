@@ -10,7 +10,7 @@ DEPTH := runs/demo_depth/train/topk
 CLT := --workdir=runs/demo_clt --flagfile=configs/demo_clt.flags
 CLT_GRAPH := --graph.prompt="The capital of France is the city of" --graph.target=" Paris"
 
-.PHONY: demo demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
+.PHONY: demo circuits demo-atlas demo-clt demo-crosscode demo-depth demo-graphs demo-seeds demo-tiny demo-truth study suite test test-busy test-slow test-cluster faults lint docs check-wheel bench-input bench-interpret bench-transfer bench-ablate bench-attribute bench-capture bench-quality bench-scaling bench-text bench-train bench-train-gpu gpu-check clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m experiments.pipeline --workdir=runs/demo --flagfile=configs/demo.flags
@@ -36,6 +36,12 @@ demo-graphs: $(INSTALLED)
 	    --graph.transcoders=runs/demo_graphs/train/topk --graph.behaviours=agreement,capital \
 	    --graph.doubled=32 --graph.circuits
 	@echo "Open runs/demo/report/index.html"
+
+# After demo-graphs: circuits of the behaviours of published work, with its transcoders, and published claims beside them.
+circuits: $(INSTALLED)
+	$(BIN)/python -m experiments.circuits --workdir=runs/circuits --flagfile=configs/circuits.flags
+	$(BIN)/python -m experiments.report --workdir=runs/circuits --flagfile=configs/circuits.flags
+	@echo "Open runs/circuits/report/index.html"
 
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
 demo-clt: $(INSTALLED)

@@ -58,11 +58,11 @@ def small_tokenizer():
     from transformers import AutoTokenizer
 
     from saejax.models import source
-    from saejax.settings import BEHAVIOURS, ModelConfig
+    from saejax.settings import DEMO_BEHAVIOURS, ModelConfig
     from saejax.tasks.draw import make_prompts
 
     own = AutoTokenizer.from_pretrained(source.resolve(ModelConfig()).folder)
-    prompts = [prompt for name in BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, own).prompts]
+    prompts = [prompt for name in DEMO_BEHAVIOURS for prompt in make_prompts(name, 100, 100, 42, own).prompts]
     texts = [one.text + answer for one in prompts for answer in (one.correct, one.wrong)]
     return own.train_new_from_iterator([*texts, *_documents(40)], 1024, show_progress=False)
 

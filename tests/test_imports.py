@@ -22,6 +22,7 @@ ORDER = [
     "library",
     "report",
     "analysis",
+    "circuits",
     "attribution",
     "causal",
     "interventions",

@@ -36,14 +36,20 @@ class PlannedGraphs:
         return sum(self.size.traced(tokens) for tokens in self.lengths)
 
 
-def planned_graphs(plan: PlannedRun) -> PlannedGraphs | None:
+def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraphs | None:
     """Return the graphs of a configuration on one model; None if they are of SAEs, or their transcoders are unknown.
+
+    Args:
+      plan: the planned run.
+      behaviour_prompts: number of prompts of behaviours that are traced; 0: the prompts that ``GraphConfig`` names.
 
     Raises:
       UserError: prompts or transcoders are not what the stage takes.
     """
     config = plan.configs[GraphConfig]
-    lengths = [_PROMPT] * len(config.behaviours) or [_tokens(request) for request in read_requests(config)]
+    lengths = [_PROMPT] * (behaviour_prompts or len(config.behaviours)) or [
+        _tokens(request) for request in read_requests(config)
+    ]
     found = _transcoder(plan, config) if config.transcoders else None
     if found is None:
         return None
@@ -71,5 +77,8 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
     if folder.is_dir():
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
         return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
+    if features := plan.configs[PreflightConfig].transcoder_features:
+        sites = dict(site="mlp_in.0", target="mlp_out.0")
+        return DictionaryConfig(kind="standard", d_in=plan.model.d_model, n_features=features, **sites), False
     trained = (stack.dictionary for stack in plan.stacks.values())
     return next(((config, False) for config in trained if config.target and config.kind == folder.name), None)

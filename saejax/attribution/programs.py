@@ -11,7 +11,7 @@ from saejax.attribution.local import backward, rows
 from saejax.attribution.local.frozen import FrozenModel
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.sources import WIDTH, SourceBank
-from saejax.attribution.planned import planned_graphs
+from saejax.attribution.planned import PlannedGraphs, planned_graphs
 from saejax.attribution.requests import unit_name
 from saejax.attribution.trace.memory import bank_sizes
 from saejax.costs.plan import PlannedRun
@@ -27,8 +27,18 @@ def attribute_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
       UserError: prompts or transcoders are not what the stage takes.
     """
     planned = planned_graphs(plan) if unit_name(plan.configs[GraphConfig]) else None
-    if planned is None:
-        return []
+    return [rows_program(plan, mesh, planned, "attribute")] if planned else []
+
+
+def rows_program(plan: PlannedRun, mesh: Mesh, planned: PlannedGraphs, stage: str) -> Program:
+    """Return the program that computes rows of graphs, for the longest prompt.
+
+    Args:
+      plan: the planned run.
+      mesh: its devices.
+      planned: the graphs.
+      stage: that traces them.
+    """
     size, model, length = planned.size, plan.model, padded(planned.longest)
     count, chunks = rows.chunk_size(plan.platform, length, mesh), rows.CHUNKS
     table, blocks = bank_sizes(size, planned.longest)
@@ -54,11 +64,11 @@ def attribute_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     flops = rows.row_flops(model, np.full(count * chunks, model.n_layers), length)
     flops += 2.0 * count * chunks * blocks * WIDTH * width
     program = Program(
-        "attribute: rows",
+        f"{stage}: rows",
         f"{count * chunks:,} targets, {table:,} directions",
         backward.contributions,
         (FrozenModel(model), mesh, params, stream_LxTxD, skip_LxDxD, bank, *places, batch),
         stream_LxTxD,  # the errors, beside it
         flops,
     )
-    return [dataclasses.replace(program, runs=planned.rows / (count * chunks))]
+    return dataclasses.replace(program, runs=planned.rows / (count * chunks))

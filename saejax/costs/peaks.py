@@ -25,7 +25,12 @@ _PEAKS: dict[str, tuple[float, float | None]] = {
 
 def peak_flops(device: jax.Device, dtype: str) -> float | None:
     """Return the peak FLOP/s of a device for products with operands of a dtype; None where it is not known."""
-    matches = [name for name in _PEAKS if name in device.device_kind]
+    return peak_of_kind(device.device_kind, dtype)
+
+
+def peak_of_kind(kind: str, dtype: str) -> float | None:
+    """Return the peak FLOP/s of a kind of device, such as "NVIDIA A100-SXM4-80GB" or "a100-80"; see ``peak_flops``."""
+    matches = [name for name in _PEAKS if name.lower() in kind.lower()]
     if not matches:
         return None
     bfloat16, float32 = _PEAKS[max(matches, key=len)]

@@ -13,7 +13,8 @@ preflight   baseline ──► capture ──► train/<kind> ──► evaluate
             transfer ─────────────────────────┤
             cluster ──────────────────────────┤
             track/<slug> ─────────────────────┤
-            attribute/<slug> ─────────────────┘
+            attribute/<slug> ─────────────────┤
+            circuits ─────────────────────────┘
 """
 
 import dataclasses

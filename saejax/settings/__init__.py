@@ -24,6 +24,7 @@ from saejax.settings.run import PreflightConfig as PreflightConfig
 from saejax.settings.run import ReportConfig as ReportConfig
 from saejax.settings.tasks import BEHAVIOURS as BEHAVIOURS
 from saejax.settings.tasks import BENCHMARKS as BENCHMARKS
+from saejax.settings.tasks import DEMO_BEHAVIOURS as DEMO_BEHAVIOURS
 from saejax.settings.tasks import CaptureConfig as CaptureConfig
 from saejax.settings.tasks import CorpusConfig as CorpusConfig
 from saejax.settings.tasks import TaskConfig as TaskConfig

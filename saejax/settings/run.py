@@ -108,6 +108,12 @@ class PreflightConfig(Config):
         "assumed active features per layer and token in attribution graphs; for topk transcoders it is known",
         low=1,
     )
+    transcoder_features: int = setting(
+        0,
+        "features per layer of a set of transcoders on the hub, so that graphs can be planned before it is downloaded; "
+        "0: unknown, and no graph of such a set is planned",
+        low=0,
+    )
     parity: bool = setting(False, "compare the decoder with transformers, in --model.dtype")
     tolerance: float = setting(
         1e-4, "largest relative error of a site or of the logits that passes (about 2e-2 is usual in bfloat16)", low=0.0

@@ -5,7 +5,9 @@ import dataclasses
 from saejax.runner.config import Config, setting
 from saejax.settings.sites import expand_ranges
 
-BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+DEMO_BEHAVIOURS = ("agreement", "capital", "greater_than", "addition")
+PUBLISHED_BEHAVIOURS = ("two_hop", "antonym", "antonym_french", "antonym_spanish", "rhyme", "acronym", "sport")
+BEHAVIOURS = DEMO_BEHAVIOURS + PUBLISHED_BEHAVIOURS
 BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems")
 
 
@@ -13,7 +15,7 @@ BENCHMARKS = ("gsm8k", "math", "logic", "logiqa", "commonsense", "word_problems"
 class TaskConfig(Config):
     """The behaviours to explain, and the benchmarks to score the model on."""
 
-    behaviours: tuple[str, ...] = setting(BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
+    behaviours: tuple[str, ...] = setting(DEMO_BEHAVIOURS, "behaviours to test", choices=BEHAVIOURS, only=("",))
     prompts: str = setting(
         "",
         "a .jsonl or .jsonl.gz file with behaviours of your own, tested beside --task.behaviours (which may be empty): "

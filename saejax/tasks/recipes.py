@@ -1,4 +1,4 @@
-"""The four behaviours: their content items, their templates, and how a prompt is made of both.
+"""The demo's four behaviours: their content items, their templates, and how a prompt is made of both.
 
 ==============  ================================================  =======  =======  ==============================
 behaviour       prompt                                            correct  wrong    counterpart
@@ -32,54 +32,23 @@ import functools
 import importlib.resources
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
+
+from saejax.tasks.facts import Fact, draw_fact
+from saejax.tasks.published_recipes import published_recipes
+from saejax.tasks.recipe import Draft, Recipe, deal, pick
 
 _PLACES = ("near", "beside", "behind")
 _VERBS = (" is", " are")
 _LATE_DECADES = range(2, 9)  # leaves two earlier decades and a later one
 _EXAMPLES = ((13, 24), (58, 16))  # of addition
-_Item = TypeVar("_Item")
-
-
-class Draft(NamedTuple):
-    """A prompt that has no split and template yet; the fields are those of ``behaviours.Prompt``."""
-
-    text: str
-    correct: str
-    counterpart: str
-    counterpart_correct: str
-    items: tuple[str, ...]
-
-
-class Recipe(NamedTuple):
-    """The templates and content from which a behaviour's prompts are made.
-
-    Attributes:
-      templates: texts with the content's places in braces; the last is for test prompts only.
-      pools: its content items, by kind.
-      least: how many of each kind a split needs for a prompt and its counterpart.
-      capacity: from the numbers of items of a split, by kind, how many different prompts they give of a template.
-      drawer: from a random generator and a split's items, by kind, a function that drafts a prompt of a template; of
-        those with an even and an odd number there should be as many.
-    """
-
-    templates: Sequence[str]
-    pools: Mapping[str, Sequence]
-    least: int
-    capacity: Callable[..., int]
-    drawer: Callable[..., Callable[[int, str], Draft]]
-
-    def of_split(self, split: str) -> Sequence[str]:
-        """Return the templates of a split; of test prompts the held-out one first, so that fewest prompts have it."""
-        return self.templates[:-1] if split == "train" else self.templates[::-1]
 
 
 @functools.cache
 def recipes() -> Mapping[str, Recipe]:
-    """Return the recipe of every behaviour, by name."""
+    """Return the recipe of every behaviour, those of ``published_recipes`` among them, by name."""
     words = json.loads((importlib.resources.files(__package__) / "data" / "behaviours.json").read_text("utf-8"))
     sums = [pair for pair in itertools.combinations(range(11, 90), 2) if sum(pair) < 100]
     first, second = (f"{a}+{b}={a + b}" for a, b in _EXAMPLES)
@@ -101,10 +70,10 @@ def recipes() -> Mapping[str, Recipe]:
                 "The government of {place} sits in its capital,",
                 "They flew to {place} and spent a week in its capital,",
             ),
-            dict(places=list(words["places"].items())),
+            dict(places=[Fact(place, f" {city}", dict(place=place)) for place, city in words["places"].items()]),
             least=2,
             capacity=lambda places: places,
-            drawer=_capital,
+            drawer=draw_fact,
         ),
         greater_than=Recipe(
             (
@@ -128,17 +97,18 @@ def recipes() -> Mapping[str, Recipe]:
             capacity=lambda pairs: pairs,
             drawer=_addition,
         ),
+        **published_recipes(words),
     )
 
 
 def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
-    deck = _deal(rng, nouns)
+    deck = deal(rng, nouns)
 
     def draft(i: int, template: str) -> Draft:
         number, subject, other = i % 2, next(deck), next(deck)
         while other == subject:
             other = next(deck)
-        place = _pick(rng, _PLACES)
+        place = pick(rng, _PLACES)
         text, counterpart = (
             template.format(subject=subject[n], place=place, other=other[1 - number]) for n in (number, 1 - number)
         )
@@ -147,23 +117,9 @@ def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callab
     return draft
 
 
-def _capital(rng: np.random.Generator, places: list[tuple[str, str]]) -> Callable[[int, str], Draft]:
-    deck = _deal(rng, places)
-
-    def draft(i: int, template: str) -> Draft:
-        here = next(deck)
-        others = [other for other in places if other != here]
-        # Another first letter is another first token in every tokenizer.
-        there = _pick(rng, [other for other in others if other[1][0] != here[1][0]] or others)
-        text, counterpart = (template.format(place=place) for place in (here[0], there[0]))
-        return Draft(text, f" {here[1]}", counterpart, f" {there[1]}", (here[0], there[0]))
-
-    return draft
-
-
 def _greater_than(rng: np.random.Generator, digits: list[int], events: list[str]) -> Callable[[int, str], Draft]:
     # A year and its counterpart end in the same digit, so that they differ in the decade's alone.
-    digit_deck, event_deck, decade_deck = _deal(rng, digits), _deal(rng, events), _deal(rng, _LATE_DECADES)
+    digit_deck, event_deck, decade_deck = deal(rng, digits), deal(rng, events), deal(rng, _LATE_DECADES)
 
     def draft(i: int, template: str) -> Draft:
         digit, event, late, end = next(digit_deck), next(event_deck), next(decade_deck), int(rng.integers(10))
@@ -176,11 +132,11 @@ def _greater_than(rng: np.random.Generator, digits: list[int], events: list[str]
 
 
 def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callable[[int, str], Draft]:
-    deck = _deal(rng, pairs)
+    deck = deal(rng, pairs)
 
     def draft(i: int, template: str) -> Draft:
         pair = next(deck)
-        other = _pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
+        other = pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
         texts = []
         for a, b in (pair, other):
             a, b = (a, b) if rng.integers(2) else (b, a)
@@ -189,13 +145,3 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
         return Draft(texts[0], str(sum(pair)), texts[1], str(sum(other)), items)
 
     return draft
-
-
-def _deal(rng: np.random.Generator, items: Sequence[_Item]) -> Iterator[_Item]:
-    """Every item once in random order, then again in another, without end."""
-    while True:
-        yield from (items[i] for i in rng.permutation(len(items)))
-
-
-def _pick(rng: np.random.Generator, items: Sequence[_Item]) -> _Item:
-    return items[int(rng.integers(len(items)))]

@@ -5,11 +5,16 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
+import yaml
 from absl import flags
+from safetensors.numpy import save_file
 from tiny_models import save_tiny
 
+from saejax import load_model
+from saejax.activations.store import Store
 from saejax.runner import command, config
 from saejax.runner.registry import GROUPS, STAGES
 from saejax.studies.rows import read_rows
@@ -35,7 +40,10 @@ MODELS = {
     "smollm2-135m": ("llama", "gpt2"),
     "qwen3": ("qwen3", "qwen3"),
 }
-FILES = [path for path in sorted(CONFIGS.glob("*.flags")) if path.stem.startswith(tuple(MODELS))]
+PUBLISHED = "qwen3-4b-instruct-2507-behaviours"  # with transcoders of others: nothing is trained
+FILES = [
+    path for path in sorted(CONFIGS.glob("*.flags")) if path.stem.startswith(tuple(MODELS)) and path.stem != PUBLISHED
+]
 QUICK = "gpt2-medium-gsm8k"  # the one that every run of the tests has
 
 
@@ -144,3 +152,68 @@ def test_rows_of_a_folder_name_dictionaries_that_are_trained(folder, monkeypatch
         named = (study.dictionary, *study.repeats)
         assert {name.partition("/")[2] for name in named} <= made and study.falsify
         assert len(named) == (1 if folder == "phase5" else 3)
+
+
+def write_published_set(folder: Path, model: Path, features: int = 32) -> Path:
+    """A set in the layout of the published ones: a file for each layer, ReLU, feature files beside them."""
+    lm, rng = load_model(str(model)), np.random.default_rng(0)
+    width = lm.config.d_model
+    folder.mkdir()
+    hooks = dict(feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(model_name="some", model_kind="transcoder_set", **hooks)))
+    (folder / "features").mkdir()
+    for layer in range(lm.config.n_layers):
+        arrays = {
+            "W_enc": rng.normal(size=(features, width)) / width**0.5,
+            "W_dec": rng.normal(size=(features, width)) / width**0.5,
+            "b_enc": np.zeros(features),
+            "b_dec": np.zeros(width),
+        }
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+        save_file(arrays, folder / f"layer_{layer}.safetensors")
+        for feature in range(features):
+            context = dict(tokens=["a", " word"], tokens_acts_list=[0.0, 1.0])
+            known = dict(label=f"label {layer}.{feature}", examples_quantiles=[dict(examples=[context])])
+            (folder / "features" / f"{layer}_{feature}.json").write_text(json.dumps(known))
+    return folder
+
+
+def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
+    """The file's stages on a tiny model of the family: graphs and circuits open with labels, nothing is trained."""
+    monkeypatch.chdir(CONFIGS.parent)
+    model = model_of(CONFIGS / f"{PUBLISHED}.flags", tmp_path / "model", 4)
+    transcoders = write_published_set(tmp_path / "set", model)
+    behaviours = "two_hop,addition"
+    own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
+    own += [f"--ablate.dictionary={transcoders / 'layer_2.safetensors'}", "--preflight.transcoder_features=0"]
+    own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
+    own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1", "--task.bootstrap=100"]
+    own += ["--circuits.traced=2", "--circuits.bootstrap=100", "--graph.doubled=2", "--patch.bootstrap=100"]
+    own += ["--ablate.top=2", "--ablate.random_sets=3", "--ablate.placebo_targets=2", "--ablate.bootstrap=100"]
+    own += ["--ablate.baselines=", "--ablate.untrained=False", "--ablate.text_documents=0", "--preflight.models="]
+    own += ["--model.dtype=float32"]
+    stages = ["baseline", "ablate", "patch", "attribute", "circuits", "report"]
+    flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
+    assert command.run(stages, "", ["pipeline", flagfile, *own]) == 0, capsys.readouterr().err
+    run = tmp_path / "run"
+    assert not (run / "train").exists() and not (run / "capture").exists()
+    for page in (run / "attribute" / "behaviours" / "two_hop.html", run / "circuits" / "two_hop.html"):
+        assert "label 1." in page.read_text()
+    report = (run / "report" / "report.md").read_text()
+    assert "Published claims" in report and "Attribution graphs" in report
+    # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
+    own += [f"--corpus.path={run / 'baseline' / 'prompts.jsonl'}", "--capture.dtype=float32"]
+    own += ["--capture.sites=resid_post.1-2,mlp_in.1-2,mlp_out.1-2", "--capture.max_sink_share=0.5"]
+    assert command.run(["capture"], "", ["capture", flagfile, *own]) == 0, capsys.readouterr().err
+    store = Store.open(run / "capture")
+    assert len(store.documents.starts_N) == 20 and len(store.rows("train", "mlp_in.1")) <= 20 * 5
+
+
+def test_published_transcoders_are_planned_for_one_device(tmp_path, monkeypatch, capsys):
+    """Memory and time of one A100 without the model, the set, or the device."""
+    monkeypatch.chdir(CONFIGS.parent)
+    flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
+    flags = ["preflight", f"--workdir={tmp_path}", flagfile, "--preflight.topology=a100-80:1"]
+    assert command.run(["preflight"], "", flags) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "circuits: rows" in said and "device-hours" in said

@@ -16,7 +16,7 @@ from saejax.models.loading import load_model
 from saejax.results import to_json
 from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
-from saejax.settings import BEHAVIOURS, ModelConfig, TaskConfig
+from saejax.settings import DEMO_BEHAVIOURS, ModelConfig, TaskConfig
 from saejax.tasks import baseline
 from saejax.tasks.answer_tokens import MERGED
 from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
@@ -46,7 +46,7 @@ def test_scores_are_those_of_pytorch(finished):
     found = source.resolve(ModelConfig(path=str(model)))
     tokenizer, torch_model = source.load_tokenizer(found), source.load_torch_model(found, "float32")
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    assert len(lines) == len(BEHAVIOURS) * 21
+    assert len(lines) == len(DEMO_BEHAVIOURS) * 21
     for line in lines:
         length = len(tokenizer(line["text"])["input_ids"])
         answers = [tokenizer(line["text"] + line[key])["input_ids"][length:] for key in ("correct", "wrong")]
@@ -69,7 +69,7 @@ def test_scores_are_those_of_pytorch(finished):
 def test_results_sum_up_the_scores(finished):
     _, folder, results, lines = finished
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    assert list(results.behaviours) == list(BEHAVIOURS) and len(lines) == len(BEHAVIOURS)
+    assert list(results.behaviours) == list(DEMO_BEHAVIOURS) and len(lines) == len(DEMO_BEHAVIOURS)
     json.dumps(to_json(results), allow_nan=False)
     for (name, result), line in zip(results.behaviours.items(), lines, strict=True):
         for split, n in (("train", 15), ("test", 6)):
@@ -101,11 +101,11 @@ def test_prompts_are_those_of_the_task(finished):
     model, folder, _, _ = finished
     prompts = read_prompts(folder / "prompts.jsonl")
     tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(model))))
-    assert prompts == [p for name in BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, tokenizer).prompts]
+    assert prompts == [p for name in DEMO_BEHAVIOURS for p in make_prompts(name, 15, 6, TASK.seed, tokenizer).prompts]
 
 
 def test_smollm2_has_the_behaviours(smollm2):
-    for name in BEHAVIOURS:
+    for name in DEMO_BEHAVIOURS:
         prompts, _ = make_prompts(name, 8, 8, 42, smollm2.tokenizer)  # with their counterparts one full batch
         scores = baseline.score_prompts(smollm2, prompts)
         assert all(tuple(vars(score)) == SCORES for score in scores)

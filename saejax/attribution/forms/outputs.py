@@ -16,7 +16,7 @@ from typing import Any
 
 from saejax.attribution.forms.attention_tables import attention_tables
 from saejax.attribution.forms.document import FEATURE_TYPE, GraphDocument
-from saejax.attribution.forms.features import FeatureDetails, read_details
+from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
 from saejax.attribution.forms.neuronpedia import to_document
@@ -97,6 +97,13 @@ def details_of(
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
     keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in nodes]
     features = [(layer, index) for layer, index in dict.fromkeys(keys)][:_DETAILS_ON_PAGE]
+    return details_of_features(config, features, folders)
+
+
+def details_of_features(
+    config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
+) -> dict[Feature, FeatureDetails]:
+    """Return what is known of features of the set that ``config`` names; see ``details_of``."""
     dictionaries = list(config.dictionaries)
     if config.transcoders and Path(config.transcoders).expanduser().exists():
         dictionaries = [str(Path(config.transcoders) / config.subfolder)]

@@ -214,11 +214,16 @@ def _scored(graph: GraphData) -> np.ndarray:
     return graph.adjacency_RxS[:, : graph.slice_of(TOKEN).stop]
 
 
-def source_influence(graph: GraphData) -> np.ndarray:
-    """Return the influence of the graph's features, errors and tokens, in this order, float64."""
+def source_influence(graph: GraphData, weight_K: np.ndarray | None = None) -> np.ndarray:
+    """Return the influence of the graph's features, errors and tokens, in this order, float64.
+
+    Args:
+      graph: a graph.
+      weight_K: weights of its logits; None: their probabilities.
+    """
     features = graph.count(FEATURE)
     column_R = np.concatenate([np.arange(features), np.full(graph.count(LOGIT), -1)])
-    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, _row_weights(graph))
+    return influence(_scored(graph), graph.nodes.layer_N[graph.target_R], column_R, _row_weights(graph, weight_K))
 
 
 def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
@@ -226,9 +231,10 @@ def _target_influence(graph: GraphData, influence_S: np.ndarray) -> np.ndarray:
     return np.concatenate([influence_S[graph.slice_of(FEATURE)], graph.probability_K])
 
 
-def _row_weights(graph: GraphData) -> np.ndarray:
+def _row_weights(graph: GraphData, weight_K: np.ndarray | None = None) -> np.ndarray:
     """Return the weights of the rows: those of the logits, 0 for features, float64 [R]."""
-    return np.concatenate([np.zeros(graph.count(FEATURE)), graph.probability_K.astype(np.float64)])
+    weight_K = graph.probability_K if weight_K is None else weight_K
+    return np.concatenate([np.zeros(graph.count(FEATURE)), weight_K.astype(np.float64)])
 
 
 def _blocks(rows: np.ndarray, width: int) -> list[np.ndarray]:

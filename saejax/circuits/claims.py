@@ -1,0 +1,203 @@
+"""Published claims about circuits, beside what was measured here.
+
+A claim is *confirmed* if the edges that it predicts are drawn, which takes an interval and two controls
+(``edges.judge_edges``), or if features are shared beyond what unrelated behaviours share. It is *not seen* if they were
+measured and are not drawn, and *not testable* where the model does not have the behaviour or this study has no test.
+"""
+
+import dataclasses
+import importlib.resources
+import itertools
+import json
+from collections.abc import Callable, Mapping
+
+from saejax.circuits.edges import ANSWER, Edge
+from saejax.circuits.groups import THIRDS, third_of
+from saejax.circuits.results import CircuitResults, CircuitsResults
+from saejax.page.tables import interval, percent
+from saejax.page.words import behaviour as title
+
+CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
+_LANGUAGES = ("antonym", "antonym_french", "antonym_spanish")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A published claim.
+
+    Attributes:
+      id: its name.
+      behaviour: that it is about; "": none of ours.
+      test: name of its test in ``TESTS``; "": there is none.
+      source: where it was published.
+      claim: in our words.
+      note: what is not tested, or why nothing is.
+    """
+
+    id: str
+    behaviour: str
+    test: str
+    source: str
+    claim: str
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedClaim:
+    """A claim, what came out here, and the evidence in a sentence."""
+
+    claim: Claim
+    outcome: str
+    evidence: str
+
+
+def read_claims() -> list[Claim]:
+    """Return the claims of ``data/claims.json``."""
+    text = (importlib.resources.files(__package__) / "data" / "claims.json").read_text("utf-8")
+    return [Claim(**fields) for fields in json.loads(text)]
+
+
+def compare_claims(results: CircuitsResults) -> list[JudgedClaim]:
+    """Return every claim beside what was measured."""
+    return [_compare(claim, results) for claim in read_claims()]
+
+
+def _compare(claim: Claim, results: CircuitsResults) -> JudgedClaim:
+    note = f" {claim.note}" if claim.note else ""
+    if not claim.test:
+        return JudgedClaim(claim, NOT_TESTABLE, claim.note)
+    if claim.behaviour not in results.behaviours:
+        why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
+        return JudgedClaim(claim, NOT_TESTABLE, f"{title(claim.behaviour)}: {why}.")
+    if claim.test in _SHARED:
+        outcome, evidence = _SHARED[claim.test](results)
+    else:
+        outcome, evidence = TESTS[claim.test](results.behaviours[claim.behaviour])
+    return JudgedClaim(claim, outcome, evidence + note)
+
+
+def _drawn(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
+    return [edge for edge in circuit.edges if edge.drawn and edge.edit == edit]
+
+
+def _has_role(circuit: CircuitResults, name: str, role: str) -> bool:
+    """Return whether most features of a group stand at positions of a role."""
+    (group,) = (group for group in circuit.groups if group.name == name)
+    return sum(member.endswith(f"_{role}") for member in group.members) * 2 > len(group.members)
+
+
+def _say(edge: Edge) -> str:
+    """Return an edge with its effect and controls in words."""
+    unit = "" if edge.target == ANSWER else " of the target's activation"
+    scale, digits = (1.0, 2) if edge.target == ANSWER else (100.0, 0)
+    sign = "" if edge.target == ANSWER else " %"
+    controls = f"random {scale * edge.random:.{digits}f}, placebo {scale * edge.placebo:.{digits}f}"
+    target = "the answer" if edge.target == ANSWER else f"“{edge.target}”"
+    return f"“{edge.source}” to {target}: {interval(edge.effect, digits, scale)}{sign}{unit} ({controls})"
+
+
+def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
+    """Return the groups on a drawn path from a group of a role to the answer, each with both edges."""
+    drawn = _drawn(circuit)
+    into = {edge.source: edge for edge in drawn if edge.target == ANSWER}
+    for _ in circuit.groups:  # what reaches the answer through others, too
+        for edge in drawn:
+            if edge.target in into and edge.source not in into:
+                into[edge.source] = edge
+    return {
+        edge.target: (edge, into[edge.target])
+        for edge in drawn
+        if edge.target in into and _has_role(circuit, edge.source, role)
+    }
+
+
+def _through(circuit: CircuitResults) -> tuple[str, str]:
+    if steps := _steps(circuit, "content"):
+        first, second = next(iter(steps.values()))
+        return CONFIRMED, f"{_say(first)}; {_say(second)}."
+    return NOT_SEEN, "No drawn path leads from what differs between prompts through another group to the answer."
+
+
+def _meeting(circuit: CircuitResults) -> tuple[str, str]:
+    content, context = _steps(circuit, "content"), _steps(circuit, "context")
+    for name in content.keys() & context.keys():
+        return CONFIRMED, f"{_say(content[name][0])}; {_say(context[name][0])}; {_say(content[name][1])}."
+    return NOT_SEEN, "No group on a drawn path to the answer is fed by both the content and the words around it."
+
+
+def _direct(circuit: CircuitResults) -> tuple[str, str]:
+    for edge in _drawn(circuit):
+        if edge.target == ANSWER and _has_role(circuit, edge.source, "content"):
+            return CONFIRMED, f"{_say(edge)} while all other groups were held."
+    return NOT_SEEN, "No group at the content acts on the answer while the other groups are held."
+
+
+def _swap(circuit: CircuitResults) -> tuple[str, str]:
+    if not circuit.swapped:
+        return NOT_TESTABLE, "Prompts and counterparts differ in length, so nothing was exchanged."
+    if drawn := _drawn(circuit, "swap"):
+        best = max(drawn, key=lambda edge: edge.effect.mean)
+        turned = "which turns the mean answer around" if best.effect.mean > circuit.logit_diff else (
+            f"of a mean logit difference of {circuit.logit_diff:.2f}, which does not turn the answer around"
+        )  # fmt: skip
+        outcome = CONFIRMED if best.effect.mean > circuit.logit_diff else NOT_SEEN
+        return outcome, f"Exchanged with the counterpart's activations, {_say(best)}, {turned}."
+    return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
+
+
+TESTS: Mapping[str, Callable[[CircuitResults], tuple[str, str]]] = dict(
+    through=_through, meeting=_meeting, direct=_direct, swap=_swap
+)
+
+
+def shared_share(one: CircuitResults, other: CircuitResults, third: str = "") -> float:
+    """Return the shared part of the features that return in two behaviours, of their union, 0 to 1.
+
+    Args:
+      one: a behaviour.
+      other: another one.
+      third: of the layers; "": all.
+    """
+    sets = [
+        {(layer, feature) for layer, feature, _ in (key.split("_") for key in circuit.returning)}
+        for circuit in (one, other)
+    ]
+    if third:
+        sets = [{key for key in keys if third_of(int(key[0]), one.layers) == third} for keys in sets]
+    return len(sets[0] & sets[1]) / max(len(sets[0] | sets[1]), 1)
+
+
+def _overlaps(results: CircuitsResults, third: str = "") -> tuple[list[float], list[float]]:
+    """Return the shared parts of pairs of languages, and of a language with every unrelated behaviour."""
+    languages = [name for name in _LANGUAGES if name in results.behaviours]
+    others = [name for name in results.behaviours if name not in _LANGUAGES]
+    share = {
+        pair: shared_share(*(results.behaviours[name] for name in pair), third)
+        for pair in [*itertools.combinations(languages, 2), *itertools.product(languages, others)]
+    }
+    related = [value for pair, value in share.items() if pair[1] in languages]
+    return related, [value for pair, value in share.items() if pair[1] not in languages]
+
+
+def _shared(results: CircuitsResults) -> tuple[str, str]:
+    related, unrelated = _overlaps(results)
+    if not related or not unrelated:
+        return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
+    outcome = CONFIRMED if min(related) > max(unrelated) else NOT_SEEN
+    return outcome, (
+        f"Languages share {percent(min(related))} to {percent(max(related))} of the features that return, a language "
+        f"and an unrelated behaviour {percent(min(unrelated))} to {percent(max(unrelated))}."
+    )
+
+
+def _shared_middle(results: CircuitsResults) -> tuple[str, str]:
+    parts = {third: _overlaps(results, third) for third in THIRDS}
+    if not parts[THIRDS[1]][0] or not parts[THIRDS[1]][1]:
+        return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
+    beyond = {third: sum(one) / len(one) - sum(other) / len(other) for third, (one, other) in parts.items()}
+    outcome = CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN
+    said = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
+    return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {said}."
+
+
+_SHARED: Mapping[str, Callable[[CircuitsResults], tuple[str, str]]] = dict(shared=_shared, shared_middle=_shared_middle)

@@ -1,0 +1,126 @@
+"""From effects on prompts to the edges that are drawn: a pure function of the measured arrays.
+
+An edge is *drawn* if three things hold, each at the level 0.05 over the number of edges that are tested together:
+
+1. the interval of its mean effect over prompts excludes 0, and the effect is at least ``LEAST_EFFECT``: what rounding
+   leaves is as clear as it is small;
+2. the interval of effect minus that of the random sets, in the direction of the effect, lies above 0;
+3. the same of the placebo sets.
+
+Where control sets reach less than ``LEAST_DOSE`` of the group's dose they are no fair comparison, and the edge is not
+drawn. Intervals are bootstrap intervals over prompts within templates (``statistics.bootstrap``).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from saejax.circuits.measure import CONTROLS, EDITS, PromptEffects
+from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+
+ANSWER = "answer"
+LEAST_DOSE = 0.9
+LEAST_EFFECT = 1e-3  # logits, or share of a group's activation
+_LEVEL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """A measured effect of a group on another group or on the answer.
+
+    Attributes:
+      source, target: names of groups; the target may be ``ANSWER``.
+      edit: one of ``EDITS``.
+      effect: fall of the logit difference, or share of the target's activation that vanishes; mean over prompts.
+      random, placebo: the same of control sets of equal dose.
+      over_random, over_placebo: effect minus that of the control sets.
+      dose: share of the group's dose that the control sets reach, the smaller of both.
+      level: coverage of the intervals.
+      prompts: number of prompts.
+      drawn: whether it is an edge; see above.
+    """
+
+    source: str
+    target: str
+    edit: str
+    effect: Interval
+    random: float
+    placebo: float
+    over_random: Interval
+    over_placebo: Interval
+    dose: float
+    level: float
+    prompts: int
+    drawn: bool
+
+
+def judge_edges(
+    names: Sequence[str],
+    effects: Sequence[PromptEffects],
+    templates: Sequence[str],
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> list[Edge]:
+    """Return every measured effect with its controls, those of ``total`` first, then ``direct``, then ``swap``.
+
+    Args:
+      names: of the G groups.
+      effects: of each prompt.
+      templates: of each prompt.
+      resamples: bootstrap samples of the prompts.
+      seed: of the bootstrap.
+    """
+    answer_PxExGxS, group_PxGxSxG, dose_PxExGxS = (
+        np.stack([getattr(one, name) for one in effects]) for name in ("answer_ExGxS", "group_GxSxG", "dose_ExGxS")
+    )
+    direct, numbers = EDITS.index("direct"), range(len(names))
+    measured = [
+        ((names[g], ANSWER, edit), answer_PxExGxS[:, e, g], dose_PxExGxS[:, e, g])
+        for e, edit in enumerate(EDITS)
+        for g in numbers
+    ]
+    measured += [
+        ((names[g], names[h], "direct"), group_PxGxSxG[:, g, :, h], dose_PxExGxS[:, direct, g])
+        for g in numbers
+        for h in numbers
+        if g != h
+    ]
+    # A silent group cannot be lost, and without a counterpart of equal length nothing is swapped.
+    known = [np.isfinite(value_PxS).all(axis=1) for _, value_PxS, _ in measured]
+    kept = [
+        (
+            ends,
+            value_PxS[known_P],
+            dose_PxS[known_P],
+            resampling_weights(np.asarray(templates)[known_P], resamples, seed),
+        )
+        for (ends, value_PxS, dose_PxS), known_P in zip(measured, known, strict=True)
+        if known_P.sum() > 1 and np.any(value_PxS[known_P])
+    ]
+    edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
+    return sorted(edges, key=lambda edge: EDITS.index(edge.edit))
+
+
+def _judge(
+    ends: tuple[str, str, str], value_PxS: np.ndarray, dose_PxS: np.ndarray, weight_RxP: np.ndarray, level: float
+) -> Edge:
+    own_P, control_PxKxC = value_PxS[:, 0], value_PxS[:, 1:].reshape(len(value_PxS), len(CONTROLS), -1)
+    random_P, placebo_P = control_PxKxC.mean(axis=2).T
+
+    def interval(value_P: np.ndarray) -> Interval:
+        return Interval(float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level))
+
+    parts = effect, over_random, over_placebo = [
+        interval(part) for part in (own_P, own_P - random_P, own_P - placebo_P)
+    ]
+    reached = dose_PxS.mean(axis=0)
+    dose = float(reached[1:].reshape(len(CONTROLS), -1).mean(axis=1).min() / reached[0]) if reached[0] > 0 else 0.0
+    sign = 1 if effect.mean > 0 else -1
+    is_clear = all(min(sign * part.low, sign * part.high) > 0 for part in parts)
+    return Edge(
+        *ends, effect, float(random_P.mean()), float(placebo_P.mean()), over_random, over_placebo, dose, level,
+        len(own_P), is_clear and abs(effect.mean) >= LEAST_EFFECT and dose >= LEAST_DOSE,
+    )  # fmt: skip

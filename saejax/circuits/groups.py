@@ -1,0 +1,185 @@
+"""Groups of features that return over a behaviour's prompts: found, proposed, and edited by hand.
+
+1. A graph of each traced prompt gives the influence of its features on the answer, and on placebo targets.
+2. A feature is named by its layer, its index and the *role* of its position: ``content`` is what differs between the
+   prompt and its counterpart, ``last`` the last position, ``context`` all others. So a feature can return in a prompt
+   of another template or length.
+3. Features that are among the most influential ones of several prompts return (``find_returning``).
+4. Those that share a label are a group; others are grouped by role and by third of the layers (``propose_groups``).
+
+The proposal is written to ``groups.json``; an edited copy is read back by ``read_groups``.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saejax.attribution.graph import Graph
+from saejax.attribution.graph.nodes import FEATURE
+from saejax.attribution.graph.pruning import source_influence
+from saejax.errors import UserError
+from saejax.tasks.files import decode, read_bytes
+
+ROLES = ("content", "context", "last")
+THIRDS = ("early", "middle", "late")  # of the layers
+_LEAST = 1e-3  # of a prompt's largest influence; less may be rounding
+_FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, then features as layer_index_role'
+
+
+class Key(NamedTuple):
+    """A feature at positions of a role."""
+
+    layer: int
+    feature: int
+    role: str
+
+    def __str__(self) -> str:
+        return f"{self.layer}_{self.feature}_{self.role}"
+
+
+class Group(NamedTuple):
+    """Features that are taken to do one thing together."""
+
+    name: str
+    members: tuple[Key, ...]
+
+
+def position_roles(ids_P: np.ndarray, counterpart_P: np.ndarray | None) -> np.ndarray:
+    """Return the role of each position of a prompt, strings [P].
+
+    Args:
+      ids_P: its token ids.
+      counterpart_P: those of its counterpart; None: there is none, and no position is ``content``.
+    """
+    roles = ["context"] * len(ids_P)
+    if counterpart_P is not None:
+        matcher = SequenceMatcher(None, ids_P.tolist(), counterpart_P.tolist(), autojunk=False)
+        for kind, start, stop, *_ in matcher.get_opcodes():
+            if kind != "equal":
+                roles[start:stop] = ["content"] * (stop - start)
+    roles[-1] = "last"
+    return np.array(roles)
+
+
+def influence_by_key(graph: Graph, roles: np.ndarray, target: int) -> dict[Key, float]:
+    """Return the influence of a graph's features on one of its targets, summed over positions of a role.
+
+    Args:
+      graph: a whole one.
+      roles: of its positions.
+      target: index of the target.
+    """
+    weight_K = np.zeros(len(graph.labels))
+    weight_K[target] = 1.0
+    nodes = graph.nodes[graph.slice_of(FEATURE)]
+    influence_F = source_influence(graph, weight_K)[: len(nodes)]
+    by_key: dict[Key, float] = defaultdict(float)
+    for layer, position, index, influence in zip(
+        nodes.layer_N.tolist(), nodes.position_N.tolist(), nodes.index_N.tolist(), influence_F.tolist(), strict=True
+    ):
+        by_key[Key(layer, index, str(roles[position]))] += influence
+    return dict(by_key)
+
+
+def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: float) -> dict[Key, float]:
+    """Return the features that return, with their mean influence over all prompts, the most influential first.
+
+    Args:
+      prompts: influence of each feature, prompt by prompt.
+      top: a feature counts in a prompt where it is among so many most influential ones.
+      share: share of the prompts in which it has to count, and at least in two of several.
+    """
+    total: dict[Key, float] = defaultdict(float)
+    count: dict[Key, int] = defaultdict(int)
+    for influences in prompts:
+        least_influence = _LEAST * max(influences.values(), default=0.0)
+        for key in sorted(influences, key=lambda key: (-influences[key], key))[:top]:
+            if influences[key] > least_influence:
+                count[key] += 1
+                total[key] += influences[key]
+    least = max(share * len(prompts), min(2, len(prompts)))
+    found = {key: total[key] / len(prompts) for key in total if count[key] >= least}
+    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+
+
+def propose_groups(
+    scores: Mapping[Key, float], n_layers: int, size: int, most: int, labels: Mapping[tuple[int, int], str] = {}
+) -> list[Group]:
+    """Return groups of features that return, the most influential first.
+
+    Args:
+      scores: influence of each.
+      n_layers: of the model.
+      size: most features of a group, the most influential ones.
+      most: most groups.
+      labels: (layer, index) -> label; two features or more of one role and label are a group.
+    """
+    named: dict[str, list[Key]] = defaultdict(list)
+    for key in scores:
+        if label := labels.get((key.layer, key.feature), "").strip():
+            named[f"{label} ({key.role})"].append(key)
+    groups = {name: keys for name, keys in named.items() if len(keys) > 1}
+    grouped = {key for keys in groups.values() for key in keys}
+    for key in scores:
+        if key not in grouped:
+            groups.setdefault(f"{key.role}, {third_of(key.layer, n_layers)}", []).append(key)
+    cut = [Group(name, tuple(sorted(keys, key=lambda key: -scores[key])[:size])) for name, keys in groups.items()]
+    cut.sort(key=lambda group: -sum(scores[key] for key in group.members))
+    return cut[:most]
+
+
+def third_of(layer: int, n_layers: int) -> str:
+    """Return the third of the layers that a layer is in."""
+    return THIRDS[layer * len(THIRDS) // n_layers]
+
+
+def as_json(groups: Mapping[str, Sequence[Group]]) -> str:
+    """Return groups by behaviour as a file that ``read_groups`` reads, a group on a line."""
+    parts = []
+    for behaviour, some in groups.items():
+        lines = ",\n  ".join(json.dumps([group.name, *map(str, group.members)], ensure_ascii=False) for group in some)
+        parts.append(f" {json.dumps(behaviour)}: [\n  {lines}\n ]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def read_groups(file: str, behaviours: Iterable[str]) -> dict[str, list[Group]]:
+    """Return the groups of a file by behaviour; none if no file is named.
+
+    Raises:
+      UserError: the file cannot be read, holds something else, has a feature in two groups of a behaviour, or groups
+        for none of the behaviours.
+    """
+    if not file:
+        return {}
+    path = Path(file)
+    try:
+        content = json.loads(decode(read_bytes(path, "--circuits.groups", "name a file of groups"), path))
+        groups = {name: [_parse(entry) for entry in entries] for name, entries in content.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} holds no groups of features: expected {_FORMAT}") from None
+    for name, some in groups.items():
+        members = [key for group in some for key in group.members]
+        for key in {key for key in members if members.count(key) > 1}:
+            raise UserError(f"{path}: the feature {key} is in the groups of {name} twice: expected it in one, once")
+    if not set(groups) & set(behaviours):
+        raise UserError(f"{path} has groups for {', '.join(groups)}: expected some of {', '.join(behaviours)}")
+    return groups
+
+
+def _parse(entry: Any) -> Group:
+    """Return a group of the file; raises ``ValueError`` where it is none."""
+    name, *members = entry
+    if not isinstance(name, str) or not members:
+        raise ValueError
+    keys = []
+    for member in members:
+        layer, feature, role = member.split("_")
+        if role not in ROLES:
+            raise ValueError
+        keys.append(Key(int(layer), int(feature), role))
+    return Group(name, tuple(keys))

@@ -1,0 +1,233 @@
+"""What groups of features do on one prompt, measured by running the model with edits, beside control sets.
+
+Three edits of each group, each in a run of its own in which everything else is recomputed:
+
+total    its active features are set to 0
+direct   the same while the features of all other groups keep the activations that they have in the prompt: what then
+         changes is not carried by another group. Pre-activations of the held features are read, so this one run gives
+         the group's edges to all other groups and to the answer
+swap     its features take the activations that they have in the counterpart prompt, which asks for the wrong answer
+
+Each edit is repeated with control sets of the same *dose*, the norm of all changes of what features write to the
+stream, over layers and positions. Control sets are drawn from features of no group at the group's roles, in its span
+of layers: *random* ones, and *placebo* ones, the most influential ones on the difference of two tokens that are no
+answers. Features are added until the dose is reached; then all are edited partially, so that doses are equal.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saejax.attribution.local.edits import Change
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.readouts import Readouts
+from saejax.circuits.groups import Group, Key
+from saejax.runner.parts import OnProgress, silent
+
+EDITS = ("total", "direct", "swap")
+CONTROLS = ("random", "placebo")
+_BLOCK = 64  # features whose decoder rows are read at once
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEffects:
+    """Effects of G groups on one prompt; each has its own sets first, then random and placebo sets, S in all.
+
+    Attributes:
+      answer_ExGxS: fp64 fall of the logit difference by each of ``EDITS``; NaN: there is no counterpart to swap with.
+      group_GxSxG: fp64 share of each group's activation that vanishes by the edit ``direct`` of another; NaN for the
+        group itself, and for groups that are silent in this prompt.
+      dose_ExGxS: fp64 doses.
+    """
+
+    answer_ExGxS: np.ndarray
+    group_GxSxG: np.ndarray
+    dose_ExGxS: np.ndarray
+
+
+class EditTable(NamedTuple):
+    """Features of a prompt that an edit may change: layers, positions, indices, activations before and after, [N]."""
+
+    layer_N: np.ndarray
+    position_N: np.ndarray
+    feature_N: np.ndarray
+    old_N: np.ndarray
+    new_N: np.ndarray
+
+    def changes(self, rows: np.ndarray, fraction: float = 1.0) -> list[Change]:
+        """Return the changes of some rows, made to a fraction."""
+        value_N = self.old_N[rows] + fraction * (self.new_N[rows] - self.old_N[rows])
+        columns = self.layer_N[rows], self.position_N[rows], self.feature_N[rows], value_N
+        return [Change(*map(int, place), float(value)) for *place, value in zip(*columns, strict=True)]
+
+
+def ablation_table(local: LocalModel) -> EditTable:
+    """Return the table of setting active features to 0."""
+    active = local.active
+    return EditTable(active.layer_A, active.position_A, active.feature_A, active.value_A, np.zeros_like(active.value_A))
+
+
+def swap_table(local: LocalModel, other: LocalModel) -> EditTable:
+    """Return the table of giving features the activations that they have in another prompt of the same length."""
+    index_of, other_of = local.active.index_of, other.active.index_of
+    places = sorted(index_of.keys() | other_of.keys())
+    old_N, new_N = (
+        np.array([model.active.value_A[where[place]] if place in where else 0.0 for place in places])
+        for model, where in ((local, index_of), (other, other_of))
+    )
+    return EditTable(*np.array(places, np.int32).T, old_N, new_N)
+
+
+def measure_prompt(
+    local: LocalModel,
+    roles: np.ndarray,
+    groups: Sequence[Group],
+    answer: Readouts,
+    *,
+    counterpart: LocalModel | None = None,
+    placebo: Mapping[Key, float] = {},
+    controls: int = 2,
+    seed: int = 0,
+    on_progress: OnProgress = silent,
+) -> PromptEffects:
+    """Measure all groups on a prompt.
+
+    Args:
+      local: of the prompt.
+      roles: of its positions.
+      groups: disjoint.
+      answer: the logit difference of the answers, one readout.
+      counterpart: of its counterpart, of the same length; None: nothing is swapped.
+      placebo: influence of features on a placebo target.
+      controls: random and placebo sets of each group and edit.
+      seed: of the control sets.
+      on_progress: see ``LocalModel.run``.
+    """
+    rng = np.random.default_rng(seed)
+    group_of = {key: number for number, group in enumerate(groups) for key in group.members}
+    ablation = ablation_table(local)
+    swap = swap_table(local, counterpart) if counterpart else None
+    owner_A = _owners(ablation, roles, group_of)
+    held = [ablation._replace(new_N=ablation.old_N).changes(np.flatnonzero(owner_A == g)) for g in range(len(groups))]
+    sets = 1 + len(CONTROLS) * controls
+    shape = len(EDITS), len(groups), sets
+    rows: list[list[Change]] = []
+    dose_ExGxS = np.full(shape, np.nan)
+    for e, edit in enumerate(EDITS):
+        table = swap if edit == "swap" else ablation
+        for g, group in enumerate(groups):
+            if table is None:
+                rows += [[]] * sets
+                continue
+            kept = [change for h, some in enumerate(held) if h != g for change in some] if edit == "direct" else []
+            drawn = _Sets(local, table, roles, group_of, group, g)
+            for s, (chosen, fraction, dose) in enumerate(drawn.draw(controls, placebo, rng)):
+                rows.append(table.changes(chosen, fraction) + kept)
+                dose_ExGxS[e, g, s] = dose
+    member_J = np.flatnonzero(owner_A >= 0)
+    run = local.run(rows, readouts=answer, features=member_J, logits=False, on_progress=on_progress)
+    answer_ExGxS = (answer.value_K[0] - run.readout_RxK[:, 0]).astype(np.float64).reshape(shape)
+    if swap is None:
+        answer_ExGxS[EDITS.index("swap")] = np.nan
+    direct = slice(len(groups) * sets, 2 * len(groups) * sets)
+    act_RxJ = np.maximum(run.feature_RxJ[direct], 0).astype(np.float64)
+    return PromptEffects(answer_ExGxS, _lost_shares(local, owner_A, member_J, act_RxJ, sets, len(groups)), dose_ExGxS)
+
+
+def _lost_shares(
+    local: LocalModel, owner_A: np.ndarray, member_J: np.ndarray, act_RxJ: np.ndarray, sets: int, count: int
+) -> np.ndarray:
+    """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
+    size_J = np.array([np.linalg.norm(vector) for vector in _written(local, *_places(local, member_J))])
+    lost_GxSxG = np.full((count, sets, count), np.nan)
+    for h in range(count):
+        here = owner_A[member_J] == h
+        clean = float(local.active.value_A[member_J[here]].astype(np.float64) @ size_J[here]) if here.any() else 0.0
+        if clean > 0:
+            lost_GxSxG[:, :, h] = 1 - (act_RxJ[:, here] @ size_J[here] / clean).reshape(count, sets)
+            lost_GxSxG[h, :, h] = np.nan
+    return lost_GxSxG
+
+
+def _places(local: LocalModel, index_J: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return local.active.layer_A[index_J], local.active.feature_A[index_J]
+
+
+def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> list[np.ndarray]:
+    """Return what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
+    vectors: list[np.ndarray] = [np.empty(0)] * len(layer_J)
+    for layer in np.unique(layer_J):
+        here = np.flatnonzero(layer_J == layer)
+        feature_U, index = np.unique(feature_J[here], return_inverse=True)
+        vector_UxXxD = local.dictionaries.writes(int(layer), feature_U)
+        for j, u in zip(here, index, strict=True):
+            vectors[j] = vector_UxXxD[u]
+    return vectors
+
+
+def _owners(table: EditTable, roles: np.ndarray, group_of: Mapping[Key, int]) -> np.ndarray:
+    """Return the group of each row, int [N]; -1: none."""
+    columns = table.layer_N.tolist(), table.feature_N.tolist(), roles[table.position_N].tolist()
+    return np.array([group_of.get(Key(*key), -1) for key in zip(*columns, strict=True)], np.int64)
+
+
+class _Sets:
+    """The rows of a table that one group and its control sets change."""
+
+    def __init__(
+        self,
+        local: LocalModel,
+        table: EditTable,
+        roles: np.ndarray,
+        group_of: Mapping[Key, int],
+        group: Group,
+        number: int,
+    ):
+        self._local, self._table, self._roles = local, table, roles
+        owner_N, changed_N = _owners(table, roles, group_of), table.old_N != table.new_N
+        layers = [key.layer for key in group.members]
+        near_N = (table.layer_N >= min(layers)) & (table.layer_N <= max(layers))
+        near_N &= np.isin(roles[table.position_N], list({key.role for key in group.members}))
+        self._own = np.flatnonzero((owner_N == number) & changed_N)
+        self._pool = np.flatnonzero(near_N & (owner_N < 0) & changed_N)
+
+    def draw(
+        self, controls: int, placebo: Mapping[Key, float], rng: np.random.Generator
+    ) -> list[tuple[np.ndarray, float, float]]:
+        """Return rows, the fraction to which they are changed, and the dose: of the group, random and placebo sets."""
+        dose = self._reach(self._own, np.inf)[2]
+        drawn = [(self._own, 1.0, dose)]
+        table = self._table
+        columns = (table.layer_N, table.feature_N, self._roles[table.position_N])
+        keys = zip(*(column[self._pool].tolist() for column in columns), strict=True)
+        influence_M = np.array([placebo.get(Key(*key), 0.0) for key in keys])
+        for control in CONTROLS:
+            for _ in range(controls):
+                order = rng.permutation(len(self._pool))
+                if control == "placebo":  # the most influential half in random order, so that placebo sets differ
+                    half = np.argsort(-influence_M[order], kind="stable")
+                    first = order[half][: max((influence_M > 0).sum() // 2, 1)]
+                    order = np.concatenate([rng.permutation(first), order[half][len(first) :]])
+                drawn.append(self._reach(self._pool[order], dose))
+        return drawn
+
+    def _reach(self, rows: np.ndarray, dose: float) -> tuple[np.ndarray, float, float]:
+        """Return as many of the first rows as reach a dose, the fraction of their change that does, and the dose."""
+        table, sums = self._table, dict[tuple[int, int], np.ndarray]()
+        taken, square = 0, 0.0
+        while taken < len(rows) and square < dose**2:
+            block = rows[taken : taken + _BLOCK]
+            vectors = _written(self._local, table.layer_N[block], table.feature_N[block])
+            for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
+                place = int(table.layer_N[row]), int(table.position_N[row])
+                before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+                sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
+                square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
+                taken += 1
+                if square >= dose**2:
+                    break
+        reached = max(square, 0.0) ** 0.5
+        fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
+        return rows[:taken], fraction, reached * fraction

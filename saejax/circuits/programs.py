@@ -1,0 +1,39 @@
+"""The programs of the stage ``circuits`` that take the most, with shapes in place of arrays."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.attribution.local import layers
+from saejax.attribution.local.frozen import FrozenModel
+from saejax.attribution.local.readouts import padded
+from saejax.attribution.planned import planned_graphs
+from saejax.attribution.programs import rows_program
+from saejax.circuits.measure import CONTROLS, EDITS
+from saejax.costs.passes import pass_flops
+from saejax.costs.plan import PlannedRun
+from saejax.costs.programs import Program, abstract_params, by_row, whole
+from saejax.stages.circuits import CircuitsConfig
+
+
+def circuit_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
+    """Return the programs that trace prompts, and that run a layer of all edits of a prompt."""
+    config = plan.configs[CircuitsConfig]
+    count = len(config.behaviours)
+    planned = planned_graphs(plan, config.traced * count) if count else None
+    if planned is None:
+        return []
+    model, length = plan.model, padded(planned.longest)
+    rows = padded(len(EDITS) * config.max_groups * (1 + len(CONTROLS) * config.controls), 8)
+    streams = by_row(mesh, (1 + rows, length, model.d_model), jnp.float32)
+    skip = whole(mesh, (model.d_model, model.d_model), jnp.float32) if planned.size.transcoder.skip else None
+    edits = Program(
+        "circuits: a layer of edited runs",
+        f"{rows} runs of {length} tokens",
+        layers.run_layer,
+        (FrozenModel(model), "none", abstract_params(model, mesh, plan.dtype), np.int32(0), streams, skip, length),
+        streams,
+        pass_flops(model, (1 + rows) * length, length, 1),
+        runs=float(config.measured * count * model.n_layers),
+    )
+    return [rows_program(plan, mesh, planned, "circuits"), edits]

@@ -1,0 +1,40 @@
+"""Results of the stage ``circuits``."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from saejax.circuits.edges import Edge
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupResults:
+    """A group of features."""
+
+    name: str  #: as in ``groups.json``
+    members: tuple[str, ...]  #: its features, each layer_index_role
+    layer: float  #: mean layer of its features
+
+
+@dataclasses.dataclass(frozen=True)
+class CircuitResults:
+    """The circuit of a behaviour."""
+
+    traced: int  #: train prompts whose graphs chose the features
+    measured: int  #: test prompts on which effects were measured
+    swapped: int  #: of these, those whose counterpart has as many tokens
+    logit_diff: float  #: mean logit difference of the measured prompts
+    groups: tuple[GroupResults, ...]  #: the most influential first
+    proposed: bool  #: whether the groups are the proposal, and not a file's
+    edges: tuple[Edge, ...]  #: every measured effect with its controls
+    returning: Mapping[str, float]  #: features that return, layer_index_role -> mean influence on the answer
+    layers: int  #: of the model
+    seconds: float  #: that it took
+
+
+@dataclasses.dataclass(frozen=True)
+class CircuitsResults:
+    """Circuits of behaviours."""
+
+    transcoders: str  #: the set
+    behaviours: Mapping[str, CircuitResults]  #: by behaviour
+    left_out: Mapping[str, str]  #: behaviours that the model does not have, and why

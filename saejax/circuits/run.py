@@ -1,0 +1,146 @@
+"""The stage ``circuits``: the circuit of each behaviour, and a page of each.
+
+Files of the unit, for each behaviour: ``<behaviour>.html`` opens with the circuit, ``<behaviour>-edges.csv`` has every
+measured effect with its controls and intervals, and ``<behaviour>-groups.json`` the groups, to be edited and given to
+``--circuits.groups``.
+"""
+
+import csv
+import dataclasses
+import io
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from saejax.attribution.forms.features import Feature, FeatureDetails
+from saejax.attribution.forms.outputs import details_of_features
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.requests import read_labels
+from saejax.attribution.run import open_parts
+from saejax.circuits.contexts import find_contexts
+from saejax.circuits.edges import Edge
+from saejax.circuits.groups import Group, as_json, read_groups
+from saejax.circuits.pages import write_page
+from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
+from saejax.circuits.study import find_circuit
+from saejax.errors import UserError
+from saejax.files import write_text
+from saejax.models.language_model import LanguageModel
+from saejax.results import Interval
+from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
+from saejax.runner.workspace import Run
+from saejax.settings import CorpusConfig, GraphConfig
+from saejax.stages.circuits import CircuitsConfig
+from saejax.tasks.behaviours import read_logit_diffs, read_prompts
+from saejax.tasks.corpora import read_corpus
+from saejax.tasks.gate import read_tested
+
+
+def run_circuits(run: Run) -> CircuitsResults:
+    """Find the circuit of each behaviour that the model has.
+
+    Raises:
+      UserError: a behaviour is unknown, the model has none of them, or the transcoders do not fit the model.
+    """
+    config, graph_config = run.configs[CircuitsConfig], run.configs[GraphConfig]
+    baseline = run.inputs["baseline"]
+    tested = read_tested(baseline, config.behaviours, "--circuits.behaviours")
+    for name, why in tested.left_out.items():
+        run.say(f"circuits: {name} is left out: {why}")
+    given = read_groups(config.groups, config.behaviours)
+    files = baseline / "prompts.jsonl"
+    diff_of = {p: diff for p, diff in zip(read_prompts(files), read_logit_diffs(files), strict=True)}
+
+    def begin() -> Measure:
+        model, transcoders = open_parts(run)
+        if not isinstance(transcoders, LayerTranscoders):
+            raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
+        labels = read_labels(graph_config)
+        transcoders.check_labels(labels, graph_config.labels or "its workdir")
+
+        def measure(name: str, on_progress: OnProgress) -> Measured:
+            start = time.monotonic()
+            train, test = (
+                [p for p in tested.prompts[name] if p.split == split][:most]
+                for split, most in (("train", config.traced), ("test", config.measured))
+            )
+            circuit = find_circuit(
+                model, transcoders, train, test, groups=given.get(name, ()), labels=labels,
+                max_features=graph_config.max_features or None, top=config.top, share=config.returns,
+                size=config.group_size, most=config.max_groups, controls=config.controls, resamples=config.bootstrap,
+                seed=config.seed, on_progress=on_progress,
+            )  # fmt: skip
+            details = _details(graph_config, model, transcoders, circuit.groups, config.contexts)
+            for key in {key[:2] for group in circuit.groups for key in group.members if key[:2] in labels}:
+                details[key] = dataclasses.replace(details.get(key, FeatureDetails()), label=labels[key])
+            results = CircuitResults(
+                traced=len(train),
+                measured=len(test),
+                swapped=sum(bool((one.dose_ExGxS[-1] >= 0).all()) for one in circuit.effects),
+                logit_diff=sum(diff_of[p] for p in test) / len(test),
+                groups=tuple(_group_results(group) for group in circuit.groups),
+                proposed=not given.get(name),
+                edges=circuit.edges,
+                returning={str(key): value for key, value in circuit.returning.items()},
+                layers=model.config.n_layers,
+                seconds=round(time.monotonic() - start, 1),
+            )
+            write_text(part_file(run, name, "-groups.json"), as_json({name: circuit.groups}))
+            write_text(part_file(run, name, "-edges.csv"), edges_csv(circuit.edges))
+            write_page(part_file(run, name, ".html"), name, results, details, test)
+            return Measured(results, _message(results))
+
+        return measure
+
+    behaviours = each_part(run, list(tested.prompts), begin, CircuitResults, "prompts")
+    return CircuitsResults(graph_config.transcoders, behaviours, tested.left_out)
+
+
+def _group_results(group: Group) -> GroupResults:
+    layers = [key.layer for key in group.members]
+    return GroupResults(group.name, tuple(map(str, group.members)), sum(layers) / len(layers))
+
+
+def _details(
+    config: GraphConfig,
+    model: LanguageModel,
+    transcoders: LayerTranscoders,
+    groups: Sequence[Group],
+    documents: int,
+) -> dict[Feature, FeatureDetails]:
+    """Return what is known of the features of groups; contexts of others are looked for in the embedded corpus."""
+    features = list(dict.fromkeys((key.layer, key.feature) for group in groups for key in group.members))
+    details = details_of_features(config, features)
+    missing = [feature for feature in features if feature not in details]
+    texts = [document.text for document in read_corpus(CorpusConfig())[:documents]] if missing else []
+    return details | find_contexts(model, transcoders, texts, missing)
+
+
+def edges_csv(edges: Sequence[Edge]) -> str:
+    """Return every measured effect as a table: its fields, of intervals the mean and both ends."""
+    file = io.StringIO()
+    rows = [dict(_columns(edge)) for edge in edges]
+    writer = csv.DictWriter(file, list(rows[0]) if rows else ["source", "target", "edit"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _columns(edge: Edge) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(edge).items():
+        if isinstance(value, Interval):
+            yield from ((f"{name}_{part}", f"{number:.6g}") for part, number in vars(value).items())
+        else:
+            yield name, value
+
+
+def _message(results: CircuitResults) -> str:
+    """Return a circuit's results in a line."""
+    drawn = [edge for edge in results.edges if edge.drawn]
+    by_edit = {edit: sum(edge.edit == edit for edge in drawn) for edit in ("direct", "total", "swap")}
+    return (
+        f"{len(results.returning)} features return over {results.traced} prompts; {len(results.groups)} groups, "
+        f"{by_edit['direct']} edges drawn of {sum(edge.edit == 'direct' for edge in results.edges)} measured; "
+        f"{by_edit['total']} groups are needed for the answer, {by_edit['swap']} carry which one it is; "
+        f"{results.seconds:.0f} s"
+    )

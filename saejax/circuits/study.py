@@ -1,0 +1,161 @@
+"""The circuit of a behaviour: groups from traced prompts, effects on other prompts, edges."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.transcoders import LayerTranscoders
+from saejax.attribution.trace.prompt import trace_prompt
+from saejax.attribution.trace.targets import read_targets
+from saejax.circuits.edges import Edge, judge_edges
+from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups
+from saejax.circuits.measure import PromptEffects, measure_prompt
+from saejax.errors import UserError
+from saejax.models.language_model import LanguageModel
+from saejax.runner.parts import OnProgress, silent
+from saejax.tasks.answer_tokens import first_answer_ids
+from saejax.tasks.behaviours import Prompt
+
+_LIKELY = 40  # most probable tokens of each prompt, from which placebo targets are drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class BehaviourCircuit:
+    """The circuit of a behaviour.
+
+    Attributes:
+      groups: its groups.
+      edges: every measured effect; see ``edges.Edge.drawn``.
+      returning: the features that return, with their influence; none if groups were given.
+      effects: of each measured prompt.
+    """
+
+    groups: tuple[Group, ...]
+    edges: tuple[Edge, ...]
+    returning: Mapping[Key, float]
+    effects: tuple[PromptEffects, ...]
+
+
+def find_circuit(
+    model: LanguageModel,
+    transcoders: LayerTranscoders,
+    traced: Sequence[Prompt],
+    measured: Sequence[Prompt],
+    *,
+    groups: Sequence[Group] = (),
+    labels: Mapping[tuple[int, int], str] = {},
+    max_features: int | None = 512,
+    top: int = 100,
+    share: float = 0.2,
+    size: int = 10,
+    most: int = 6,
+    controls: int = 2,
+    resamples: int = 10_000,
+    seed: int = 0,
+    on_progress: OnProgress = silent,
+) -> BehaviourCircuit:
+    """Find the circuit of a behaviour's prompts.
+
+    Args:
+      model: the language model.
+      transcoders: of all its layers.
+      traced: prompts that choose features: each is traced.
+      measured: other prompts of the behaviour, two or more, on which effects are measured.
+      groups: given groups; none: they are proposed.
+      labels: of features, (layer, index) -> label.
+      max_features: most features of a graph.
+      top: how many most influential features of a prompt count; see ``find_returning``.
+      share: share of the prompts in which a feature returns.
+      size: most features of a group; see ``propose_groups``.
+      most: most groups.
+      controls: random and placebo sets of each group.
+      resamples: of the bootstrap.
+      seed: of placebo targets, control sets and the bootstrap.
+      on_progress: called with the prompts done and of all; may raise to stop.
+
+    Raises:
+      UserError: a prompt cannot be traced, or there are fewer than two prompts to measure.
+    """
+    if len(measured) < 2:
+        raise UserError(f"effects are measured on {len(measured)} prompts: expected 2 or more")
+    transcoders.check(model)
+    total = len(traced) + len(measured)
+    answers, placebos = [], []
+    pairs = draw_placebo_pairs(model, traced, measured, seed)
+    for number, (prompt, answer, pair) in enumerate(
+        zip(traced, first_answer_ids(model.tokenizer, traced).tolist(), pairs, strict=True)
+    ):
+        on_progress(number, total)
+        graph = trace_prompt(
+            model, transcoders, prompt.text, targets=[tuple(answer), pair], max_features=max_features
+        ).graph
+        roles = _roles(model, prompt)
+        answers.append(influence_by_key(graph, roles, 0))
+        placebos.append(influence_by_key(graph, roles, 1))
+    returning = find_returning(answers, top, share)
+    chosen = tuple(groups) or tuple(propose_groups(returning, model.config.n_layers, size, most, labels))
+    placebo = {key: sum(one.get(key, 0.0) for one in placebos) for key in {key for one in placebos for key in one}}
+    effects = []
+    for number, prompt in enumerate(measured):
+        on_progress(len(traced) + number, total)
+        if chosen:
+            effects.append(_measure(model, transcoders, prompt, chosen, placebo, controls, seed + number))
+    templates = [prompt.template for prompt in measured]
+    names = [group.name for group in chosen]
+    edges = judge_edges(names, effects, templates, resamples=resamples, seed=seed) if effects else []
+    return BehaviourCircuit(chosen, tuple(edges), returning, tuple(effects))
+
+
+def _measure(
+    model: LanguageModel,
+    transcoders: LayerTranscoders,
+    prompt: Prompt,
+    groups: Sequence[Group],
+    placebo: Mapping[Key, float],
+    controls: int,
+    seed: int,
+) -> PromptEffects:
+    local, roles = LocalModel(model, transcoders, prompt.text), _roles(model, prompt)
+    other = LocalModel(model, transcoders, prompt.counterpart) if prompt.counterpart else None
+    if other and len(other.ids_P) != len(local.ids_P):
+        other = None
+    correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
+    answer = read_targets(local, [(correct, wrong)], 1, 1.0)
+    return measure_prompt(
+        local, roles, groups, answer, counterpart=other, placebo=placebo, controls=controls, seed=seed
+    )
+
+
+def _roles(model: LanguageModel, prompt: Prompt) -> np.ndarray:
+    counterpart_P = prompt_ids(model, prompt.counterpart) if prompt.counterpart else None
+    return position_roles(prompt_ids(model, prompt.text), counterpart_P)
+
+
+def draw_placebo_pairs(
+    model: LanguageModel, traced: Sequence[Prompt], measured: Sequence[Prompt], seed: int
+) -> list[tuple[int, int]]:
+    """Return a placebo target for each traced prompt: two tokens that are likely in these contexts and no answers.
+
+    Args:
+      model: the language model.
+      traced: prompts whose most probable next tokens are taken.
+      measured: prompts whose answers are left out, too.
+      seed: of the choice.
+
+    Raises:
+      UserError: the vocabulary has no two such tokens.
+    """
+    if not traced:
+        return []
+    output = model(model.tokenize([prompt.text for prompt in traced]))
+    assert output.logits_BxTxV is not None
+    logits_BxV = np.asarray(output.logits_BxTxV[np.arange(len(traced)), output.tokens.last_B], np.float32)
+    likely = np.unique(np.argsort(-logits_BxV, axis=1)[:, :_LIKELY])
+    pool = np.setdiff1d(likely, first_answer_ids(model.tokenizer, [*traced, *measured]))
+    if len(pool) < 2:
+        raise UserError(f"{len(pool)} likely tokens are no answers of {traced[0].behaviour}: a placebo target takes 2")
+    rng = np.random.default_rng(seed)
+    return [tuple(rng.choice(pool, 2, replace=False).tolist()) for _ in traced]

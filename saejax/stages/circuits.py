@@ -1,0 +1,114 @@
+"""The stage ``circuits``."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from saejax.errors import UserError
+from saejax.runner.config import Config, Configs, setting
+from saejax.runner.stage import Stage
+from saejax.runner.workspace import Run
+from saejax.settings import GraphConfig, MeshConfig, ModelConfig
+from saejax.tasks import identities
+
+_READ = ("transcoders", "revision", "subfolder", "l0", "max_features", "labels", "features")  # of GraphConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CircuitsConfig(Config):
+    """Circuits of behaviours, with the transcoders of --graph.transcoders."""
+
+    behaviours: tuple[str, ...] = setting((), "behaviours whose circuits are found; empty: none")
+    traced: int = setting(10, "train prompts of each behaviour that are traced, to choose features", low=1)
+    measured: int = setting(20, "most test prompts of each behaviour on which effects are measured", low=2)
+    top: int = setting(
+        100, "a feature counts in a traced prompt where it is among this many most influential ones", low=1
+    )
+    returns: float = setting(
+        0.2, "share of the traced prompts in which a feature has to count, to be in a circuit", low=0.0, high=1.0
+    )
+    group_size: int = setting(10, "most features of a proposed group", low=1)
+    max_groups: int = setting(6, "most proposed groups, the most influential ones", low=1)
+    groups: str = setting(
+        "",
+        'file of groups to measure in place of proposed ones, .json: {"two_hop": [["places", "3_17_content", '
+        '"12_208_last"]]}, features as layer_index_role with a role of content, context or last',
+        changes_results=False,  # what is in it counts
+    )
+    controls: int = setting(2, "random and placebo sets that each edit of a group is compared with", low=1)
+    contexts: int = setting(40, "documents of the embedded corpus in which contexts of unknown features are looked for")
+    bootstrap: int = setting(10_000, "bootstrap resamples for intervals", low=100)
+    seed: int = setting(456, "seed of placebo targets, control sets and the bootstrap", low=0)
+
+
+def _names(configs: Configs) -> Sequence[str]:
+    return ("",) if configs[CircuitsConfig].behaviours else ()
+
+
+def _files(configs: Configs) -> str:
+    """Return the identity of the transcoders, labels and groups."""
+    from saejax.attribution import requests
+    from saejax.files import file_sha256
+
+    path = Path(configs[CircuitsConfig].groups)
+    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="", dictionaries=())
+    return requests.identity(graph) + (file_sha256(path) if path.is_file() else "")
+
+
+def _unread(configs: Configs, name: str) -> Sequence[str]:
+    return [f"graph.{field.name}" for field in dataclasses.fields(GraphConfig) if field.name not in _READ]
+
+
+def check(configs: Configs) -> None:
+    """Raise a ``UserError`` unless transcoders are named, and the file of groups exists."""
+    if not configs[GraphConfig].transcoders:
+        raise UserError("--circuits.behaviours takes transcoders of all layers: name a set in --graph.transcoders")
+    groups = configs[CircuitsConfig].groups
+    if groups and not Path(groups).is_file():
+        raise UserError(f"--circuits.groups={groups} cannot be read: name a .json file of groups")
+
+
+def _run(run: Run) -> Any:
+    from saejax.circuits.run import run_circuits
+
+    return run_circuits(run)
+
+
+def _results() -> Any:
+    from saejax.circuits.results import CircuitsResults
+
+    return CircuitsResults
+
+
+def _programs(plan: Any, mesh: Any) -> Sequence[Any]:
+    from saejax.circuits.programs import circuit_programs
+
+    return circuit_programs(plan, mesh)
+
+
+def _sections(findings: Any, draw: Any) -> Sequence[Any]:
+    from saejax.circuits.report import sections
+
+    return sections(findings, draw)
+
+
+CIRCUITS = Stage(
+    name="circuits",
+    summary="groups features that return over a behaviour's prompts and measures what each group does, if "
+    "--circuits.behaviours is set",
+    run=_run,
+    results=_results,
+    groups=(ModelConfig, GraphConfig, CircuitsConfig),
+    placement=(MeshConfig,),
+    reads=("baseline",),
+    follows=("train", "ablate", "attribute"),  # --graph.transcoders may name what this run trains
+    needs=lambda configs, name: ("baseline",),
+    names=_names,
+    identity=dict(model=identities.model, graph=_files),
+    check=check,
+    programs=_programs,
+    section=_sections,
+    unread=_unread,
+    processes="all",
+)

@@ -1,0 +1,99 @@
+"""The stage as a binary: its files, its page, its part of the report, groups that were edited, bad input."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
+from made_transcoders import made_set
+
+from saejax import load_model, load_results, save_transcoders
+from saejax.circuits.claims import compare_claims
+from saejax.runner import command
+
+pytestmark = pytest.mark.usefixtures("two_devices")
+WORDS = ("war", "water", "way", "near", "runs", "side")
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_llama, one_device, tmp_path_factory):
+    """A model, transcoders for it, and prompts with counterparts of a made-up behaviour."""
+    folder = tmp_path_factory.mktemp("circuits")
+    save_transcoders(folder / "transcoders", made_set(load_model(str(tiny_llama), mesh=one_device)))
+    lines = [
+        dict(
+            behaviour="sides", text=f"The {word} of the {other} is", counterpart=f"The {other} of the {word} is",
+            correct=f" {word}", wrong=f" {other}", split=split, template=split + word[0],
+        )
+        for n, word in enumerate(WORDS)
+        for other in WORDS
+        for split in ["train" if n % 2 else "test"]
+        if word[0] != other[0]
+    ]  # fmt: skip
+    (folder / "sides.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return [
+        f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
+        f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1", "--task.bootstrap=100",
+        "--circuits.behaviours=sides", "--circuits.traced=3", "--circuits.measured=4", "--circuits.bootstrap=200",
+        "--circuits.contexts=2", "--mesh.data=2",
+    ]  # fmt: skip
+
+
+def run(workdir, *flags: str, stages=("baseline", "circuits", "report")) -> int:
+    return command.run(list(stages), "", ["circuits", f"--workdir={workdir}", *flags])
+
+
+def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
+    assert run(tmp_path / "run", *flags) == 0, capsys.readouterr().err
+    unit = tmp_path / "run" / "circuits"
+    results = load_results(tmp_path / "run", "circuits")
+    circuit = results.behaviours["sides"]
+    assert circuit.traced == 3 and circuit.measured == circuit.swapped == 4 and circuit.proposed
+    assert 0 < len(circuit.groups) <= 6 and circuit.edges
+    with (unit / "sides-edges.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["source"], row["target"], row["edit"]) for row in rows] == [
+        (edge.source, edge.target, edge.edit) for edge in circuit.edges
+    ]
+    assert {"effect_mean", "random", "placebo", "over_random_low", "over_placebo_high", "dose", "drawn"} <= set(rows[0])
+    page = (unit / "sides.html").read_text()
+    assert page.index("<figure") < page.index("<table") and "Group: " in page
+    for group in circuit.groups:
+        assert f"Group: {group.name}" in page
+    report = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert "## Circuits" in report and "Published claims" in report
+    assert all(one.claim.id in report for one in compare_claims(results))
+
+    # The proposal is edited, and the edited groups are measured.
+    groups = json.loads((unit / "sides-groups.json").read_text())
+    assert [name for name, *_ in groups["sides"]] == [group.name for group in circuit.groups]
+    groups["sides"] = [["mine", *groups["sides"][0][1:]]]
+    (tmp_path / "mine.json").write_text(json.dumps(groups))
+    assert run(tmp_path / "run", *flags, f"--circuits.groups={tmp_path / 'mine.json'}") == 0
+    mine = load_results(tmp_path / "run", "circuits").behaviours["sides"]
+    assert [group.name for group in mine.groups] == ["mine"] and not mine.proposed
+    assert {edge.source for edge in mine.edges} == {"mine"}
+    assert run(tmp_path / "run", *flags) == 0 and "circuits: done before, unchanged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--graph.transcoders=", "--circuits.behaviours takes transcoders of all layers"),
+        ("--circuits.groups=none.json", "--circuits.groups=none.json cannot be read"),
+        ("--circuits.behaviours=rhyme", "unknown behaviour (--circuits.behaviours) 'rhyme'"),
+    ],
+)
+def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
+    assert run(tmp_path / "run", *flags, wrong, stages=("baseline", "circuits")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_preflight_compiles_its_programs(flags, tmp_path, capsys):
+    assert run(tmp_path / "run", *flags, stages=("preflight",)) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "circuits: rows" in said and "circuits: a layer of edited runs" in said

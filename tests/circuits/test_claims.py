@@ -1,0 +1,91 @@
+"""Published claims: each has a row, and none is confirmed without a drawn edge or a control."""
+
+import dataclasses
+
+import pytest
+
+from saejax.circuits.claims import CONFIRMED, NOT_SEEN, NOT_TESTABLE, TESTS, compare_claims, read_claims
+from saejax.circuits.edges import ANSWER, Edge
+from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
+from saejax.results import Interval
+from saejax.settings import BEHAVIOURS
+
+GROUPS = (
+    GroupResults("city", ("0_1_content", "1_2_content"), 0.5),
+    GroupResults("asks", ("1_3_context",), 1),
+    GroupResults("says", ("7_4_last",), 7),
+)
+
+
+def edge(source, target, edit="direct", drawn=True, effect=1.0):
+    part = Interval(effect, effect - 0.1, effect + 0.1)
+    return Edge(source, target, edit, part, 0.0, 0.0, part, part, 1.0, 0.99, 20, drawn)
+
+
+CHAIN = (edge("city", "says"), edge("asks", "says"), edge("says", ANSWER), edge("city", ANSWER))
+EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0))
+
+
+def circuit(edges=EVERY, returning=("0_1_content",), layers=9):
+    return CircuitResults(10, 20, 20, 2.0, GROUPS, True, tuple(edges), dict.fromkeys(returning, 1.0), layers, 1.0)
+
+
+def outcomes(results) -> dict[str, str]:
+    return {one.claim.id: one.outcome for one in compare_claims(results)}
+
+
+def test_every_claim_has_a_row():
+    claims = read_claims()
+    assert len({claim.id for claim in claims}) == len(claims) == 16
+    assert {claim.behaviour for claim in claims} <= {*BEHAVIOURS, ""}
+    assert {claim.test for claim in claims} <= {*TESTS, "shared", "shared_middle", ""}
+    for claim in claims:
+        assert claim.source and claim.claim and (claim.test or claim.note)  # what is not tested says why
+    assert set(outcomes(CircuitsResults("set", {}, {})).values()) == {NOT_TESTABLE}
+    rows = compare_claims(CircuitsResults("set", {}, {"two_hop": "the model does not have it"}))
+    assert rows[0].evidence == "Capital of a city's state: the model does not have it."
+
+
+def test_edges_confirm_claims():
+    found = outcomes(CircuitsResults("set", dict(two_hop=circuit(), sport=circuit(), rhyme=circuit()), {}))
+    for claim in ("hop-1", "hop-2", "hop-3", "hop-4", "fact-1", "rhyme-2"):
+        assert found[claim] == CONFIRMED
+    assert found["ant-1"] == found["add-1"] == NOT_TESTABLE
+
+
+@pytest.mark.parametrize("claim", ["hop-1", "hop-2", "hop-3", "hop-4"])
+def test_edges_that_are_not_drawn_confirm_nothing(claim):
+    faint = [dataclasses.replace(one, drawn=False) for one in EVERY]
+    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(faint)), {}))[claim] == NOT_SEEN
+
+
+@pytest.mark.parametrize(
+    ("edges", "claim", "outcome"),
+    [
+        (CHAIN[:1] + CHAIN[2:], "hop-2", NOT_SEEN),  # the question does not join
+        (CHAIN[:3], "hop-4", NOT_SEEN),
+        (CHAIN[:2] + CHAIN[3:], "hop-1", NOT_SEEN),  # what follows the city does not reach the answer
+        ([edge("city", ANSWER, "swap", effect=1.5)], "hop-3", NOT_SEEN),  # less than the logit difference of 2
+    ],
+)
+def test_each_claim_takes_its_own_edges(edges, claim, outcome):
+    assert outcomes(CircuitsResults("set", dict(two_hop=circuit(edges)), {}))[claim] == outcome
+
+
+def test_sharing_is_compared_with_unrelated_behaviours():
+    shared = [f"4_{n}_last" for n in range(6)]
+    languages = {
+        "antonym": circuit(returning=[*shared, "0_1_last", "8_1_last"]),
+        "antonym_french": circuit(returning=[*shared, "0_2_last", "8_2_last"]),
+    }
+    other = circuit(returning=["4_0_context", "0_9_last", "8_9_last"])
+    found = outcomes(CircuitsResults("set", languages | dict(capital=other), {}))
+    assert found["ant-1"] == found["ant-3"] == CONFIRMED
+    alike = circuit(returning=[*shared, "0_1_last", "8_1_last"])
+    assert outcomes(CircuitsResults("set", languages | dict(capital=alike), {}))["ant-1"] == NOT_SEEN
+    assert outcomes(CircuitsResults("set", languages, {}))["ant-1"] == NOT_TESTABLE  # there is no control
+
+
+def test_without_counterparts_of_equal_length_nothing_is_swapped():
+    plain = dataclasses.replace(circuit(), swapped=0)
+    assert outcomes(CircuitsResults("set", dict(rhyme=plain), {}))["rhyme-2"] == NOT_TESTABLE

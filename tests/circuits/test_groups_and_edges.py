@@ -1,0 +1,132 @@
+"""Roles, features that return, proposed groups and their file; edges as a function of the measured arrays."""
+
+import json
+
+import numpy as np
+import pytest
+
+from saejax.circuits.edges import ANSWER, judge_edges
+from saejax.circuits.groups import Group, Key, as_json, find_returning, position_roles, propose_groups, read_groups
+from saejax.circuits.measure import PromptEffects
+from saejax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("ids", "counterpart", "roles"),
+    [
+        ([1, 2, 3, 4], [1, 9, 3, 4], ["context", "content", "context", "last"]),
+        ([1, 2, 5, 3, 4], [1, 9, 3, 4], ["context", "content", "content", "context", "last"]),
+        ([1, 2, 3, 4], [1, 3, 4], ["context", "content", "context", "last"]),
+        ([1, 2], [1, 3], ["context", "last"]),
+        ([7], None, ["last"]),
+        ([1, 2, 3], None, ["context", "context", "last"]),
+    ],
+)
+def test_roles(ids, counterpart, roles):
+    other = None if counterpart is None else np.array(counterpart)
+    assert position_roles(np.array(ids), other).tolist() == roles
+
+
+A, B, C, D = Key(0, 1, "content"), Key(5, 2, "last"), Key(5, 3, "last"), Key(11, 4, "last")
+
+
+def test_features_return_that_are_influential_in_several_prompts():
+    prompts = [{A: 3.0, B: 2.0, C: 1.0}, {A: 1.0, B: 5.0, D: 9.0}, {C: 4.0, D: 0.0, A: 2.0}]
+    assert find_returning(prompts, top=2, share=0.2) == {B: 7 / 3, A: pytest.approx(5 / 3)}  # A counts in two
+    assert find_returning(prompts, top=9, share=1.0) == {A: 2.0}
+    assert find_returning([], top=9, share=0.2) == {}
+    assert find_returning([{A: 1.0, B: 0.0}], top=9, share=0.2) == {A: 1.0}  # of one prompt, once
+
+
+def test_groups_are_proposed_from_labels_and_positions():
+    scores = {A: 4.0, B: 3.0, C: 2.0, D: 1.0}
+    groups = propose_groups(scores, n_layers=12, size=10, most=9)
+    assert groups == [Group("last, middle", (B, C)), Group("content, early", (A,)), Group("last, late", (D,))]
+    labels = {(5, 2): "capitals", (11, 4): "capitals", (0, 1): "alone"}
+    labelled = propose_groups(scores, 12, 10, 9, labels)
+    assert {group.name: group.members for group in labelled} == {
+        "capitals (last)": (B, D), "content, early": (A,), "last, middle": (C,),
+    }  # fmt: skip
+    assert propose_groups(scores, 12, size=1, most=2) == [Group("content, early", (A,)), Group("last, middle", (B,))]
+
+
+def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "groups.json"
+    groups = {"two_hop": [Group("places, “here”", (A, B)), Group("late", (D,))], "other": [Group("x", (C,))]}
+    path.write_text(as_json(groups))
+    assert read_groups(str(path), ["two_hop"]) == groups
+    assert read_groups("", ["two_hop"]) == {}
+    assert len(path.read_text().splitlines()) == 9  # a group on a line, to be edited
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "holds no groups of features"),
+        ("[]", "holds no groups"),
+        ('{"two_hop": [["a"]]}', "holds no groups"),
+        ('{"two_hop": [["a", "3_17"]]}', "holds no groups"),
+        ('{"two_hop": [["a", "3_17_middle"]]}', "holds no groups"),
+        ('{"two_hop": [["a", "3_17_last"], ["b", "3_17_last"]]}', "3_17_last is in the groups of two_hop twice"),
+        ('{"four_hop": [["a", "3_17_last"]]}', "has groups for four_hop: expected some of two_hop"),
+    ],
+)
+def test_a_bad_file_of_groups(tmp_path, content, message):
+    path = tmp_path / "groups.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_groups(str(path), ["two_hop"])
+    with pytest.raises(UserError, match="--circuits.groups"):
+        read_groups(str(tmp_path / "none.json"), ["two_hop"])
+
+
+def measured(own, control, dose=1.0, prompts=20, placebo=None, seed=0) -> list[PromptEffects]:
+    """Effects on the answer of one group: its own, that of random and of placebo sets, with noise of 0.1."""
+    rng = np.random.default_rng(seed)
+    effects = []
+    for _ in range(prompts):
+        means = np.array([own, control, control, *[control if placebo is None else placebo] * 2])
+        answer_ExGxS = np.full((3, 1, 5), np.nan)
+        answer_ExGxS[0, 0] = means + 0.1 * rng.normal(size=5)
+        answer_ExGxS[1, 0] = 0.0
+        dose_ExGxS = np.full((3, 1, 5), 2.0)
+        dose_ExGxS[..., 1:] *= dose
+        effects.append(PromptEffects(answer_ExGxS, np.full((1, 5, 1), np.nan), dose_ExGxS))
+    return effects
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "options", "drawn"),
+    [
+        (1.0, 0.2, {}, True),
+        (-1.0, -0.2, {}, True),
+        (0.0, 0.0, {}, False),  # nothing
+        (1.0, 1.0, {}, False),  # what any features of this dose do
+        (1.0, 0.2, dict(placebo=1.0), False),  # what features for other tokens do
+        (1.0, 0.2, dict(dose=0.5), False),  # compared with too little
+        (-0.2, -1.0, {}, False),  # less than the controls
+    ],
+)
+def test_an_edge_takes_an_interval_and_both_controls(own, control, options, drawn):
+    edges = judge_edges(["group"], measured(own, control, **options), ["a", "b"] * 10, resamples=2000)
+    assert [edge.edit for edge in edges] == ["total"]  # of the others nothing is known, or all is 0
+    assert edges[0].drawn == drawn and edges[0].target == ANSWER and edges[0].prompts == 20
+    assert edges[0].effect.mean == pytest.approx(own, abs=0.1)
+    assert edges[0].dose == pytest.approx(options.get("dose", 1.0))
+
+
+def test_edges_without_effect_are_rarely_drawn():
+    """The level holds for all edges of a behaviour together."""
+    drawn = [judge_edges(["g"], measured(0, 0, seed=n), ["a"] * 20, resamples=1000)[0].drawn for n in range(200)]
+    assert sum(drawn) <= 8  # three intervals have to agree, so far below 10
+
+
+def test_the_level_is_divided_by_the_number_of_edges():
+    one = measured(1.0, 0.0)
+    both = [
+        PromptEffects(np.tile(p.answer_ExGxS, (1, 2, 1)), np.full((2, 5, 2), np.nan), np.tile(p.dose_ExGxS, (1, 2, 1)))
+        for p in one
+    ]
+    first, second = (judge_edges(names, some, ["a"] * 20, resamples=500) for names, some in (("g", one), ("gh", both)))
+    assert first[0].level == pytest.approx(0.95) and second[0].level == pytest.approx(0.975)
+    assert json.dumps([edge.drawn for edge in second]) == "[true, true]"
