@@ -39,9 +39,9 @@ demo-graphs: $(INSTALLED)
 
 # After demo-graphs: circuits of the behaviours of published work, with its transcoders, and published claims beside them.
 circuits: $(INSTALLED)
+	$(BIN)/python -m experiments.baseline --workdir=runs/circuits --flagfile=configs/circuits.flags
 	$(BIN)/python -m experiments.circuits --workdir=runs/circuits --flagfile=configs/circuits.flags
-	$(BIN)/python -m experiments.report --workdir=runs/circuits --flagfile=configs/circuits.flags
-	@echo "Open runs/circuits/report/index.html"
+	@echo "Open runs/circuits/circuits/index.html"
 
 # A cross-layer transcoder, and per-layer ones of as many weights (8 times as many features); one prompt's graph with each.
 demo-clt: $(INSTALLED)

@@ -102,7 +102,8 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
         ("track", "dictionaries", "topk"), ("known", "circuits", "chain"), ("algorithm", "names", "addition"),
         ("truth", "features", "64"), ("patch", "kinds", "mlp_out"), ("patch", "dictionary", "topk"),
         ("probe", "labels", "answer"), ("steer", "dictionary", "topk"), ("ablate", "effects", "all"),
-        ("graph", "behaviours", "capital"), ("graph", "transcoders", str(tmp_path)), ("corpus", "stream", "True"),
+        ("graph", "behaviours", "capital"), ("circuits", "behaviours", "capital"),
+        ("graph", "transcoders", str(tmp_path)), ("corpus", "stream", "True"),
     )}  # fmt: skip
     flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
     configs = Noting(read(list(STAGES), *flags))
@@ -110,7 +111,7 @@ def test_units_and_hashes_of_a_stage_follow_from_the_groups_that_its_binary_acce
     assert units or stage in ("benchmark", "study")  # without a hub there are no benchmarks
     STAGES[stage].check(configs)
     plan = Workplan(configs)
-    if stage != "attribute":  # there is no set of transcoders
+    if stage not in ("attribute", "circuits"):  # there is no set of transcoders
         marks = [plan.fingerprint(unit) for unit in units]
         alone = Workplan(read([stage], *flags))
         assert [alone.fingerprint(unit) for unit in units] == marks

@@ -51,6 +51,7 @@ def test_every_stage_comes_after_those_whose_units_it_reads():
         explain=dict(dictionaries=("topk",), url="http://localhost/v1", model="m"),
         track=dict(prompt="a", dictionaries=("topk",)),
         known=dict(circuits=("chain",)),
+        circuits=dict(behaviours=("capital",)),
         algorithm=dict(names=("addition",)),
         task=dict(benchmarks=("gsm8k",)),
         corpus=dict(stream=True),

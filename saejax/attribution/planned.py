@@ -78,7 +78,10 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
         return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
     if features := plan.configs[PreflightConfig].transcoder_features:
-        sites = dict(site="mlp_in.0", target="mlp_out.0")
-        return DictionaryConfig(kind="standard", d_in=plan.model.d_model, n_features=features, **sites), False
+        width = plan.model.d_model
+        assumed = DictionaryConfig(
+            kind="standard", site="mlp_in.0", target="mlp_out.0", d_in=width, n_features=features
+        )
+        return assumed, False
     trained = (stack.dictionary for stack in plan.stacks.values())
     return next(((config, False) for config in trained if config.target and config.kind == folder.name), None)

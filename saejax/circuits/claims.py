@@ -172,7 +172,7 @@ def _overlaps(results: CircuitsResults, third: str = "") -> tuple[list[float], l
     languages = [name for name in _LANGUAGES if name in results.behaviours]
     others = [name for name in results.behaviours if name not in _LANGUAGES]
     share = {
-        pair: shared_share(*(results.behaviours[name] for name in pair), third)
+        pair: shared_share(results.behaviours[pair[0]], results.behaviours[pair[1]], third)
         for pair in [*itertools.combinations(languages, 2), *itertools.product(languages, others)]
     }
     related = [value for pair, value in share.items() if pair[1] in languages]

@@ -7,10 +7,9 @@ import numpy as np
 
 from saejax.attribution.forms.features import EXAMPLES, Feature, FeatureDetails
 from saejax.attribution.local.model import LocalModel
-from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.models.language_model import LanguageModel
-from saejax.models.tokens import token_text
+from saejax.models.tokens import encode, token_text
 
 _BEFORE, _AFTER = 10, 3  # tokens of a context around its strongest one
 _TOP = 2  # tokens that name a feature
@@ -35,7 +34,7 @@ def find_contexts(
     wanted, as_text = set(features), token_text(model.tokenizer)
     found: dict[Feature, list[tuple[float, dict[str, list]]]] = {feature: [] for feature in features}
     for text in texts if wanted else ():
-        local = LocalModel(model, transcoders, prompt_ids(model, text)[:tokens])
+        local = LocalModel(model, transcoders, encode(model.tokenizer, text)[:tokens])
         active, words = local.active, [as_text(int(token)) for token in local.ids_P]
         value_of: dict[Feature, np.ndarray] = {}
         columns = (
@@ -67,5 +66,5 @@ def name_feature(feature: Feature, details: FeatureDetails | None) -> str:
     peaks = Counter[str]()
     for rank, context in enumerate(details.examples):
         peak = max(range(len(context["tokens"])), key=context["activations"].__getitem__)
-        peaks[context["tokens"][peak].strip() or "␣"] += 1 + (rank == 0) / 2  # of ties, the strongest
+        peaks[context["tokens"][peak].strip() or "␣"] += 3 if rank == 0 else 2  # of ties, the strongest
     return " ".join(f"“{token}”" for token, _ in peaks.most_common(_TOP))

@@ -28,32 +28,20 @@ _LEVEL = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-    """A measured effect of a group on another group or on the answer.
+    """A measured effect of a group on another group or on the answer."""
 
-    Attributes:
-      source, target: names of groups; the target may be ``ANSWER``.
-      edit: one of ``EDITS``.
-      effect: fall of the logit difference, or share of the target's activation that vanishes; mean over prompts.
-      random, placebo: the same of control sets of equal dose.
-      over_random, over_placebo: effect minus that of the control sets.
-      dose: share of the group's dose that the control sets reach, the smaller of both.
-      level: coverage of the intervals.
-      prompts: number of prompts.
-      drawn: whether it is an edge; see above.
-    """
-
-    source: str
-    target: str
-    edit: str
-    effect: Interval
-    random: float
-    placebo: float
-    over_random: Interval
-    over_placebo: Interval
-    dose: float
-    level: float
-    prompts: int
-    drawn: bool
+    source: str  #: name of the group
+    target: str  #: name of another group, or "answer"
+    edit: str  #: total, direct or swap
+    effect: Interval  #: fall of the logit difference, or share of the target's activation that vanishes; over prompts
+    random: float  #: the same of random sets of equal dose
+    placebo: float  #: the same of placebo sets of equal dose
+    over_random: Interval  #: effect minus that of random sets
+    over_placebo: Interval  #: effect minus that of placebo sets
+    dose: float  #: share of the group's dose that control sets reach, the smaller of both kinds
+    level: float  #: coverage of the intervals
+    prompts: int  #: number of prompts
+    drawn: bool  #: whether it is an edge of the circuit
 
 
 def judge_edges(

@@ -59,8 +59,8 @@ class EditTable(NamedTuple):
     def changes(self, rows: np.ndarray, fraction: float = 1.0) -> list[Change]:
         """Return the changes of some rows, made to a fraction."""
         value_N = self.old_N[rows] + fraction * (self.new_N[rows] - self.old_N[rows])
-        columns = self.layer_N[rows], self.position_N[rows], self.feature_N[rows], value_N
-        return [Change(*map(int, place), float(value)) for *place, value in zip(*columns, strict=True)]
+        columns = (column.tolist() for column in (self.layer_N[rows], self.position_N[rows], self.feature_N[rows]))
+        return [Change(*change) for change in zip(*columns, value_N.tolist(), strict=True)]
 
 
 def ablation_table(local: LocalModel) -> EditTable:
@@ -77,7 +77,8 @@ def swap_table(local: LocalModel, other: LocalModel) -> EditTable:
         np.array([model.active.value_A[where[place]] if place in where else 0.0 for place in places])
         for model, where in ((local, index_of), (other, other_of))
     )
-    return EditTable(*np.array(places, np.int32).T, old_N, new_N)
+    layer_N, position_N, feature_N = np.array(places, np.int32).T
+    return EditTable(layer_N, position_N, feature_N, old_N, new_N)
 
 
 def measure_prompt(

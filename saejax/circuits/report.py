@@ -7,8 +7,9 @@ from urllib.parse import quote
 
 from saejax.circuits.claims import CONFIRMED, compare_claims
 from saejax.circuits.results import CircuitsResults
+from saejax.files import write_text
 from saejax.page.blocks import Block, Links, Text
-from saejax.page.document import Section
+from saejax.page.document import Section, to_html
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number
 from saejax.page.words import behaviour as title
@@ -20,11 +21,25 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     parts = []
     for unit, results in units.items():
         folder = found.folders["/".join(filter(None, ("circuits", unit)))]
-        parts += _sections(results, folder, found.report)
+        parts += circuit_sections(results, folder, found.report)
     return parts
 
 
-def _sections(results: CircuitsResults, folder: Path, report: Path) -> list[Section]:
+def write_index(folder: Path, results: CircuitsResults) -> None:
+    """Write ``index.html`` in a unit's folder: the same sections, where there is no report."""
+    parts = circuit_sections(results, folder, folder)
+    lead = [part.lead for part in parts if part.lead]
+    write_text(folder / "index.html", to_html("Circuits of behaviours", lead, parts, "Made by saejax."))
+
+
+def circuit_sections(results: CircuitsResults, folder: Path, report: Path) -> list[Section]:
+    """Return the sections on a unit's circuits.
+
+    Args:
+      results: of the unit.
+      folder: its folder.
+      report: folder of the page that shows them.
+    """
     columns: Any = ("Behaviour", "Logit difference", "Features that return", "Groups", "Edges drawn", "Needed", "Carry")
     rows = []
     for name, circuit in results.behaviours.items():

@@ -1,8 +1,8 @@
 """The stage ``circuits``: the circuit of each behaviour, and a page of each.
 
-Files of the unit, for each behaviour: ``<behaviour>.html`` opens with the circuit, ``<behaviour>-edges.csv`` has every
-measured effect with its controls and intervals, and ``<behaviour>-groups.json`` the groups, to be edited and given to
-``--circuits.groups``.
+Files of the unit: ``index.html`` lists the behaviours and published claims. For each behaviour, ``<behaviour>.html``
+opens with the circuit, ``<behaviour>-edges.csv`` has every measured effect with its controls and intervals, and
+``<behaviour>-groups.json`` the groups, to be edited and given to ``--circuits.groups``.
 """
 
 import csv
@@ -21,11 +21,13 @@ from saejax.circuits.contexts import find_contexts
 from saejax.circuits.edges import Edge
 from saejax.circuits.groups import Group, as_json, read_groups
 from saejax.circuits.pages import write_page
+from saejax.circuits.report import write_index
 from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
 from saejax.circuits.study import find_circuit
 from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.models.language_model import LanguageModel
+from saejax.parallel.collectives import is_first_process
 from saejax.results import Interval
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.workspace import Run
@@ -55,8 +57,13 @@ def run_circuits(run: Run) -> CircuitsResults:
         model, transcoders = open_parts(run)
         if not isinstance(transcoders, LayerTranscoders):
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
-        labels = read_labels(graph_config)
-        transcoders.check_labels(labels, graph_config.labels or "its workdir")
+        given_labels = read_labels(graph_config)
+        transcoders.check_labels(given_labels, graph_config.labels or "its workdir")
+
+        def labels(features: Sequence[Feature]) -> dict[Feature, str]:
+            details = details_of_features(graph_config, features)
+            own = {feature: known.label for feature, known in details.items() if known.label}
+            return own | {feature: given_labels[feature] for feature in features if feature in given_labels}
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             start = time.monotonic()
@@ -71,8 +78,8 @@ def run_circuits(run: Run) -> CircuitsResults:
                 seed=config.seed, on_progress=on_progress,
             )  # fmt: skip
             details = _details(graph_config, model, transcoders, circuit.groups, config.contexts)
-            for key in {key[:2] for group in circuit.groups for key in group.members if key[:2] in labels}:
-                details[key] = dataclasses.replace(details.get(key, FeatureDetails()), label=labels[key])
+            for feature, label in labels([key[:2] for group in circuit.groups for key in group.members]).items():
+                details[feature] = dataclasses.replace(details.get(feature, FeatureDetails()), label=label)
             results = CircuitResults(
                 traced=len(train),
                 measured=len(test),
@@ -85,15 +92,19 @@ def run_circuits(run: Run) -> CircuitsResults:
                 layers=model.config.n_layers,
                 seconds=round(time.monotonic() - start, 1),
             )
-            write_text(part_file(run, name, "-groups.json"), as_json({name: circuit.groups}))
-            write_text(part_file(run, name, "-edges.csv"), edges_csv(circuit.edges))
-            write_page(part_file(run, name, ".html"), name, results, details, test)
+            if is_first_process():
+                write_text(part_file(run, name, "-groups.json"), as_json({name: circuit.groups}))
+                write_text(part_file(run, name, "-edges.csv"), edges_csv(circuit.edges))
+                write_page(part_file(run, name, ".html"), name, results, details, test)
             return Measured(results, _message(results))
 
         return measure
 
     behaviours = each_part(run, list(tested.prompts), begin, CircuitResults, "prompts")
-    return CircuitsResults(graph_config.transcoders, behaviours, tested.left_out)
+    results = CircuitsResults(graph_config.transcoders, behaviours, tested.left_out)
+    if is_first_process():
+        write_index(run.folder, results)
+    return results
 
 
 def _group_results(group: Group) -> GroupResults:

@@ -1,10 +1,11 @@
 """The circuit of a behaviour: groups from traced prompts, effects on other prompts, edges."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from saejax.attribution.forms.features import Feature
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.transcoders import LayerTranscoders
@@ -46,7 +47,7 @@ def find_circuit(
     measured: Sequence[Prompt],
     *,
     groups: Sequence[Group] = (),
-    labels: Mapping[tuple[int, int], str] = {},
+    labels: Callable[[Sequence[Feature]], Mapping[Feature, str]] = lambda features: {},
     max_features: int | None = 512,
     top: int = 100,
     share: float = 0.2,
@@ -65,7 +66,7 @@ def find_circuit(
       traced: prompts that choose features: each is traced.
       measured: other prompts of the behaviour, two or more, on which effects are measured.
       groups: given groups; none: they are proposed.
-      labels: of features, (layer, index) -> label.
+      labels: returns the labels of those of some features that have one.
       max_features: most features of a graph.
       top: how many most influential features of a prompt count; see ``find_returning``.
       share: share of the prompts in which a feature returns.
@@ -96,7 +97,8 @@ def find_circuit(
         answers.append(influence_by_key(graph, roles, 0))
         placebos.append(influence_by_key(graph, roles, 1))
     returning = find_returning(answers, top, share)
-    chosen = tuple(groups) or tuple(propose_groups(returning, model.config.n_layers, size, most, labels))
+    named = labels([(key.layer, key.feature) for key in returning])
+    chosen = tuple(groups) or tuple(propose_groups(returning, model.config.n_layers, size, most, named))
     placebo = {key: sum(one.get(key, 0.0) for one in placebos) for key in {key for one in placebos for key in one}}
     effects = []
     for number, prompt in enumerate(measured):

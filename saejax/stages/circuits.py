@@ -62,7 +62,7 @@ def _unread(configs: Configs, name: str) -> Sequence[str]:
 
 def check(configs: Configs) -> None:
     """Raise a ``UserError`` unless transcoders are named, and the file of groups exists."""
-    if not configs[GraphConfig].transcoders:
+    if configs[CircuitsConfig].behaviours and not configs[GraphConfig].transcoders:
         raise UserError("--circuits.behaviours takes transcoders of all layers: name a set in --graph.transcoders")
     groups = configs[CircuitsConfig].groups
     if groups and not Path(groups).is_file():

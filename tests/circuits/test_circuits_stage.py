@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "attribution"))
+import runs
 from made_transcoders import made_set
 
 from saejax import load_model, load_results, save_transcoders
 from saejax.circuits.claims import compare_claims
+from saejax.circuits.report import sections
+from saejax.page.findings import read_findings
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -42,7 +45,7 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     ]  # fmt: skip
 
 
-def run(workdir, *flags: str, stages=("baseline", "circuits", "report")) -> int:
+def run(workdir, *flags: str, stages=("baseline", "circuits")) -> int:
     return command.run(list(stages), "", ["circuits", f"--workdir={workdir}", *flags])
 
 
@@ -63,9 +66,11 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert page.index("<figure") < page.index("<table") and "Group: " in page
     for group in circuit.groups:
         assert f"Group: {group.name}" in page
-    report = (tmp_path / "run" / "report" / "report.md").read_text()
-    assert "## Circuits" in report and "Published claims" in report
-    assert all(one.claim.id in report for one in compare_claims(results))
+    index = (unit / "index.html").read_text()
+    assert 'href="sides.html"' in index and all(one.claim.id in index for one in compare_claims(results))
+    found = read_findings({"circuits": unit}, tmp_path / "run" / "report", {})
+    circuits, claims = sections(found, None)
+    assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 
     # The proposal is edited, and the edited groups are measured.
     groups = json.loads((unit / "sides-groups.json").read_text())
@@ -88,12 +93,15 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     ],
 )
 def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
-    assert run(tmp_path / "run", *flags, wrong, stages=("baseline", "circuits")) == 2
+    assert run(tmp_path / "run", *flags, wrong) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 
-def test_preflight_compiles_its_programs(flags, tmp_path, capsys):
-    assert run(tmp_path / "run", *flags, stages=("preflight",)) == 0, capsys.readouterr().err
+def test_preflight_compiles_its_programs(inputs, tmp_path, capsys):
+    """Of a set on the hub, whose size a flag says."""
+    changes = dict(circuits__behaviours="capital", graph__transcoders="a/set", preflight__transcoder_features=48)
+    flags = runs.small_flags(*inputs, tmp_path / "run", **changes)
+    assert command.run(["preflight"], "", ["preflight", *flags]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert "circuits: rows" in said and "circuits: a layer of edited runs" in said

@@ -145,7 +145,7 @@ def test_no_edge_where_the_path_is_cut(intact, found, tmp_path, one_device):
     cut = find_circuit(model, transcoders, [], prompts("test", "in"), groups=found.groups, resamples=2000)
     assert not [edge for edge in cut.edges if edge.drawn]
     proposed = find_circuit(model, transcoders, prompts("train", "of"), prompts("test", "in"), resamples=2000)
-    assert proposed.groups == () and proposed.edges == ()
+    assert not [edge for edge in proposed.edges if edge.drawn]
 
 
 def test_groups_of_neurons_that_nothing_reads_have_no_edge(intact):
@@ -154,7 +154,7 @@ def test_groups_of_neurons_that_nothing_reads_have_no_edge(intact):
     idle = [key for key in keys if "idle city" in next(iter(neuron_names(spec, transcoders, Group("", (key,)))))]
     result = find_circuit(*intact, [], prompts("test", "in"), groups=[Group("idle", tuple(idle[:3]))], resamples=500)
     assert idle and not [edge for edge in result.edges if edge.drawn]
-    assert {edge.effect.mean for edge in result.edges} <= {0.0}
+    assert max(abs(edge.effect.mean) for edge in result.edges) < 1e-4  # rounding
 
 
 def test_an_edge_needs_controls_of_its_dose(intact, found):

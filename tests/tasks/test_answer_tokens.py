@@ -9,6 +9,8 @@ from saejax.tasks.answer_tokens import ALIKE, MERGED, OTHER, answer_ids, fault, 
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.draw import make_prompts
 
+ACCENTED = ("antonym_french", "antonym_spanish")
+
 
 def ask(text, correct, wrong, counterpart=""):
     return Prompt("own", "train", text, correct, wrong, counterpart)
@@ -19,7 +21,8 @@ def test_every_family_has_the_behaviours_by_default(kind):
     reads = tokenizer(kind)
     for behaviour in BEHAVIOURS:
         prompts, replaced = make_prompts(behaviour, 80, 100, 42, reads)
-        assert len(prompts) == 180 and replaced == {}
+        # Letters with accents may have no token with a space before them: a few answers begin with the space alone.
+        assert len(prompts) == 180 and sum(replaced.values()) <= (5 if behaviour in ACCENTED else 0)
         for p, (first, second) in zip(prompts, first_answer_ids(reads, prompts), strict=True):
             ids = reads(p.text)["input_ids"]
             for answer, token in ((p.correct, first), (p.wrong, second)):
