@@ -68,7 +68,7 @@ def _tokens(request: Request) -> int:
 
 
 def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig, bool] | None:
-    """Return one of the set's transcoders: of a folder that is there, or of those that the run will train into it.
+    """Return one of the set's transcoders: of a folder, of a set on the hub, or of those that the run will train.
 
     Returns:
       What it is, and whether the set is a cross-layer one; None: nothing is known of it.
@@ -77,11 +77,7 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
     if folder.is_dir():
         opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
         return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
-    if features := plan.configs[PreflightConfig].transcoder_features:
-        width = plan.model.d_model
-        assumed = DictionaryConfig(
-            kind="standard", site="mlp_in.0", target="mlp_out.0", d_in=width, n_features=features
-        )
+    if assumed := plan.assumed_transcoder():
         return assumed, False
     trained = (stack.dictionary for stack in plan.stacks.values())
     return next(((config, False) for config in trained if config.target and config.kind == folder.name), None)
