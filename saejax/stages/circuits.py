@@ -9,7 +9,7 @@ from saejax.errors import UserError
 from saejax.runner.config import Config, Configs, setting
 from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
-from saejax.settings import GraphConfig, MeshConfig, ModelConfig
+from saejax.settings import GraphConfig, MeshConfig, ModelConfig, shared
 from saejax.tasks import identities
 
 _READ = ("transcoders", "revision", "subfolder", "l0", "max_features", "labels", "features")  # of GraphConfig
@@ -38,8 +38,8 @@ class CircuitsConfig(Config):
     )
     controls: int = setting(2, "random and placebo sets that each edit of a group is compared with", low=1)
     contexts: int = setting(40, "documents of the embedded corpus in which contexts of unknown features are looked for")
-    bootstrap: int = setting(10_000, "bootstrap resamples for intervals", low=100)
-    seed: int = setting(456, "seed of placebo targets, control sets and the bootstrap", low=0)
+    bootstrap: int = shared.causal_bootstrap()
+    seed: int = shared.causal_seed()
 
 
 def _names(configs: Configs) -> Sequence[str]:

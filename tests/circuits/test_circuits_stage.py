@@ -40,7 +40,7 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     return [
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
         f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1", "--task.bootstrap=100",
-        "--circuits.behaviours=sides", "--circuits.traced=3", "--circuits.measured=4", "--circuits.bootstrap=200",
+        "--circuits.behaviours=sides", "--circuits.traced=3", "--circuits.measured=4", "--causal.bootstrap=200",
         "--circuits.contexts=2", "--mesh.data=2",
     ]  # fmt: skip
 
