@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from saejax.circuits.edges import ANSWER, Edge
 from saejax.circuits.groups import THIRDS, third_of
 from saejax.circuits.results import CircuitResults, CircuitsResults
-from saejax.page.tables import interval, percent
+from saejax.page.tables import interval, number, percent
 from saejax.page.words import behaviour as title
 
 CONFIRMED, NOT_SEEN, NOT_TESTABLE = "confirmed", "not seen", "not testable"
@@ -69,10 +69,7 @@ def _compare(claim: Claim, results: CircuitsResults) -> JudgedClaim:
     if claim.behaviour not in results.behaviours:
         why = results.left_out.get(claim.behaviour, "the behaviour was not studied in this run")
         return JudgedClaim(claim, NOT_TESTABLE, f"{title(claim.behaviour)}: {why}.")
-    if claim.test in _SHARED:
-        outcome, evidence = _SHARED[claim.test](results)
-    else:
-        outcome, evidence = TESTS[claim.test](results.behaviours[claim.behaviour])
+    outcome, evidence = TESTS[claim.test](results, results.behaviours[claim.behaviour])
     return JudgedClaim(claim, outcome, evidence + note)
 
 
@@ -88,12 +85,13 @@ def _has_role(circuit: CircuitResults, name: str, role: str) -> bool:
 
 def _say(edge: Edge) -> str:
     """Return an edge with its effect and controls in words."""
-    unit = "" if edge.target == ANSWER else " of the target's activation"
-    scale, digits = (1.0, 2) if edge.target == ANSWER else (100.0, 0)
-    sign = "" if edge.target == ANSWER else " %"
-    controls = f"random {scale * edge.random:.{digits}f}, placebo {scale * edge.placebo:.{digits}f}"
-    target = "the answer" if edge.target == ANSWER else f"“{edge.target}”"
-    return f"“{edge.source}” to {target}: {interval(edge.effect, digits, scale)}{sign}{unit} ({controls})"
+    if edge.target == ANSWER:
+        target, scale, digits, unit = "the answer", 1.0, 2, "logits"
+    else:
+        target, scale, digits, unit = f"“{edge.target}”", 100.0, 0, "% of its activation"
+    random, placebo = (number(value, digits, scale) for value in (edge.random, edge.placebo))
+    effect = interval(edge.effect, digits, scale)
+    return f"“{edge.source}” to {target}: {effect} {unit} (random {random}, placebo {placebo})"
 
 
 def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
@@ -111,28 +109,28 @@ def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
     }
 
 
-def _through(circuit: CircuitResults) -> tuple[str, str]:
+def _through(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if steps := _steps(circuit, "content"):
         first, second = next(iter(steps.values()))
         return CONFIRMED, f"{_say(first)}; {_say(second)}."
     return NOT_SEEN, "No drawn path leads from what differs between prompts through another group to the answer."
 
 
-def _meeting(circuit: CircuitResults) -> tuple[str, str]:
+def _meeting(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     content, context = _steps(circuit, "content"), _steps(circuit, "context")
     for name in content.keys() & context.keys():
         return CONFIRMED, f"{_say(content[name][0])}; {_say(context[name][0])}; {_say(content[name][1])}."
     return NOT_SEEN, "No group on a drawn path to the answer is fed by both the content and the words around it."
 
 
-def _direct(circuit: CircuitResults) -> tuple[str, str]:
+def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     for edge in _drawn(circuit):
         if edge.target == ANSWER and _has_role(circuit, edge.source, "content"):
             return CONFIRMED, f"{_say(edge)} while all other groups were held."
     return NOT_SEEN, "No group at the content acts on the answer while the other groups are held."
 
 
-def _swap(circuit: CircuitResults) -> tuple[str, str]:
+def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if not circuit.swapped:
         return NOT_TESTABLE, "Prompts and counterparts differ in length, so nothing was exchanged."
     if drawn := _drawn(circuit, "swap"):
@@ -143,11 +141,6 @@ def _swap(circuit: CircuitResults) -> tuple[str, str]:
         outcome = CONFIRMED if best.effect.mean > circuit.logit_diff else NOT_SEEN
         return outcome, f"Exchanged with the counterpart's activations, {_say(best)}, {turned}."
     return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
-
-
-TESTS: Mapping[str, Callable[[CircuitResults], tuple[str, str]]] = dict(
-    through=_through, meeting=_meeting, direct=_direct, swap=_swap
-)
 
 
 def shared_share(one: CircuitResults, other: CircuitResults, third: str = "") -> float:
@@ -179,7 +172,7 @@ def _overlaps(results: CircuitsResults, third: str = "") -> tuple[list[float], l
     return related, [value for pair, value in share.items() if pair[1] not in languages]
 
 
-def _shared(results: CircuitsResults) -> tuple[str, str]:
+def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     related, unrelated = _overlaps(results)
     if not related or not unrelated:
         return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
@@ -190,7 +183,7 @@ def _shared(results: CircuitsResults) -> tuple[str, str]:
     )
 
 
-def _shared_middle(results: CircuitsResults) -> tuple[str, str]:
+def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     parts = {third: _overlaps(results, third) for third in THIRDS}
     if not parts[THIRDS[1]][0] or not parts[THIRDS[1]][1]:
         return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
@@ -200,4 +193,6 @@ def _shared_middle(results: CircuitsResults) -> tuple[str, str]:
     return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {said}."
 
 
-_SHARED: Mapping[str, Callable[[CircuitsResults], tuple[str, str]]] = dict(shared=_shared, shared_middle=_shared_middle)
+TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(
+    through=_through, meeting=_meeting, direct=_direct, swap=_swap, shared=_shared, shared_middle=_shared_middle
+)
