@@ -22,7 +22,7 @@ from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 
 ANSWER = "answer"
 LEAST_DOSE = 0.9
-LEAST_EFFECT = 1e-3  # logits, or share of a group's activation
+LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05
 
 
