@@ -24,6 +24,7 @@ ANSWER = "answer"
 LEAST_DOSE = 0.9
 LEAST_EFFECT = 1e-2  # logits, or share of a group's activation
 _LEVEL = 0.05
+_ROUNDING = 1e-5  # effects that are all smaller are those of groups that cannot reach the target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,7 @@ def judge_edges(
             resampling_weights(np.asarray(templates)[known_P], resamples, seed),
         )
         for (ends, value_PxS, dose_PxS), known_P in zip(measured, known, strict=True)
-        if known_P.sum() > 1 and np.any(value_PxS[known_P])
+        if known_P.sum() > 1 and np.abs(value_PxS[known_P]).max() > _ROUNDING
     ]
     edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
     return sorted(edges, key=lambda edge: EDITS.index(edge.edit))
