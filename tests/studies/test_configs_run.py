@@ -185,22 +185,18 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     transcoders = write_published_set(tmp_path / "set", model)
     behaviours = "two_hop,addition"
     own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
-    own += [f"--ablate.dictionary={transcoders / 'layer_2.safetensors'}", "--preflight.transcoder_features=0"]
     own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
     own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1", "--task.bootstrap=100"]
     own += ["--circuits.traced=2", "--causal.bootstrap=100", "--graph.doubled=2"]
-    own += ["--ablate.top=2", "--causal.random_sets=3", "--causal.placebo_targets=2"]
-    own += ["--ablate.baselines=", "--ablate.untrained=False", "--ablate.text_documents=0", "--preflight.models="]
     own += ["--model.dtype=float32"]
-    stages = ["baseline", "ablate", "patch", "attribute", "circuits", "report"]
+    stages = ["baseline", "patch", "attribute", "circuits"]
     flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
     assert command.run(stages, "", ["pipeline", flagfile, *own]) == 0, capsys.readouterr().err
     run = tmp_path / "run"
     assert not (run / "train").exists() and not (run / "capture").exists()
     for page in (run / "attribute" / "behaviours" / "two_hop.html", run / "circuits" / "two_hop.html"):
         assert "label 1." in page.read_text()
-    report = (run / "report" / "report.md").read_text()
-    assert "Published claims" in report and "Attribution graphs" in report
+    assert "Published claims" in (run / "circuits" / "index.html").read_text()
     # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
     own += [f"--corpus.path={run / 'baseline' / 'prompts.jsonl'}", "--capture.dtype=float32"]
     own += ["--capture.sites=resid_post.1-2,mlp_in.1-2,mlp_out.1-2", "--capture.max_sink_share=0.5"]
