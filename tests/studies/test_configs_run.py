@@ -198,11 +198,12 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
         assert "label 1." in page.read_text()
     assert "Published claims" in (run / "circuits" / "index.html").read_text()
     # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
+    own = [flag for flag in own if not flag.startswith(("--graph", "--circuits", "--causal"))]
     own += [f"--corpus.path={run / 'baseline' / 'prompts.jsonl'}", "--capture.dtype=float32"]
     own += ["--capture.sites=resid_post.1-2,mlp_in.1-2,mlp_out.1-2", "--capture.max_sink_share=0.5"]
     assert command.run(["capture"], "", ["capture", flagfile, *own]) == 0, capsys.readouterr().err
     store = Store.open(run / "capture")
-    assert len(store.documents.starts_N) == 20 and len(store.rows("train", "mlp_in.1")) <= 20 * 5
+    assert 0 < len(store.rows("train", "mlp_in.1")) <= 20 * 5
 
 
 def test_published_transcoders_are_planned_for_one_device(tmp_path, monkeypatch, capsys):
