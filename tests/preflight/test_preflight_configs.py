@@ -76,7 +76,7 @@ def test_the_studies_models_and_layers():
     circuit = found["qwen3-4b-instruct-2507-behaviours"]
     assert circuit[CaptureConfig].last == 5
     assert circuit[CaptureConfig].sites == tuple(
-        f"mlp_{end}.{layer}" for end in ("in", "out") for layer in range(10, 25)
+        f"{kind}.{layer}" for kind in ("resid_post", "mlp_in", "mlp_out") for layer in range(10, 25)
     )
     assert {"qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b", "qwen3-14b"} <= {x.rpartition("-")[0] for x in found}
 

@@ -188,7 +188,7 @@ def test_labels_and_groups_are_saved(opened, site, features, place):
     opened.click_on("#pin-tools button")
     opened.click_on("#save-groups")
     opened.wait("document.getElementById('saved').textContent.includes('groups.json')")
-    assert opened.js("document.getElementById('save-groups').disabled")
+    opened.wait("document.getElementById('save-groups').disabled")  # with the page's next painting
     show(opened, site[1] + PAGE)
     click_node(opened, features[0])
     assert text(opened, "#panel h2") == EVIL
