@@ -1,17 +1,19 @@
 """The figures of the ablation report: effect against dose, and single features."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from saejax.interventions import sentences
 from saejax.interventions.curves import EffectCurve
 from saejax.page import style
 from saejax.page.style import BLUE, GREY, INK, ORANGE, legend, name_rows, panels, point, styled
 from saejax.results import Interval
 
-_BASES = (  # colour, dashes: after those of the features and the sets
+_STYLES = (  # colours and dashes of bases; those that need no folder have the same ones in all figures
     (style.GREEN, "--"),
     (style.VIOLET, "-."),
     (style.OCHRE, ":"),
@@ -58,7 +60,11 @@ def dose_effect(
             axes.plot(
                 dose_N, drop_N, marker, color=color, markersize=4.2, alpha=0.75, zorder=2, label=f"{len(curves)} {name}"
             )
-    for (name, curve), (color, dashes) in zip(bases.items(), _BASES, strict=False):
+    # A folder's basis comes after those that any figure may have.
+    order = dict.fromkeys([*sentences.BASES.values(), *bases])
+    styles = dict(zip(order, itertools.cycle(_STYLES), strict=False))
+    for name, curve in bases.items():
+        color, dashes = styles[name]
         # Up to the dose of the top features: nothing is compared beyond it.
         inside = curve.dose_A < top.reach
         end = min(curve.reach, top.reach)

@@ -14,6 +14,7 @@ from saejax.evaluation.results import DensityHistogram
 from saejax.interventions import ablate_figures as figures
 from saejax.interventions import patch_report as patching
 from saejax.interventions import probe_report as probes
+from saejax.interventions import sentences
 from saejax.interventions import steer_report as steering
 from saejax.interventions.curves import EffectCurve
 from saejax.interventions.patch_run import PatchGrid
@@ -197,6 +198,16 @@ def test_sets_are_drawn_at_the_smaller_dose_and_nothing_beyond_that_of_the_top_f
     assert lines["neurons"].get_xydata() == pytest.approx(np.array([[0, 0], [40, 1], [60, 1.5]]))
     features = next(line for label, line in lines.items() if "20 top features" in label)
     assert features.get_xydata() == pytest.approx(np.array([[0, 0], [30, 2], [60, 3]]))
+
+
+def test_a_basis_has_the_same_style_in_every_figure():
+    """The difference of means exists for some behaviours alone."""
+    top, words = curve([30.0], [2.0]), sentences.BASES
+    for names in ([*words.values()], [words["neurons"], words["untrained"], "runs/other"]):
+        (axes,) = figures.dose_effect("b", top, interval(2.0), [], [], dict.fromkeys(names, top)).axes
+        styles = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in axes.lines}
+        assert len({styles[name] for name in names}) == len(names)
+        assert styles[words["untrained"]][0] == style.PINK and styles[words["neurons"]][0] == style.GREEN
 
 
 def test_probes_show_accuracy_by_size_above_what_shuffled_labels_reach():
