@@ -1,4 +1,4 @@
-"""What groups of features do on one prompt, measured by running the model with edits, beside control sets.
+"""Measured effects of groups of features on one prompt: the model is run with edits, and with those of control sets.
 
 Three edits of each group, each in a run of its own in which everything else is recomputed:
 

@@ -21,7 +21,7 @@ GROUP = "chosen on "  # and the benchmark: the group of such edits
 
 @dataclasses.dataclass(frozen=True)
 class DomainEffect:
-    """What features chosen on another benchmark do here."""
+    """The effect of features that were chosen on another benchmark."""
 
     effect: Interval  #: drop of the reference's log-likelihood, nats
     random: float | None  #: mean drop under random sets at equal dose; None without any
@@ -59,25 +59,25 @@ def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> 
       seed: seed of the bootstrap.
     """
     groups = dict.fromkeys(edit.group for edit in table.edits if edit.group.startswith(GROUP))
-    prompts, found = table.select_prompts(name), {}
-    (own,) = read_curves(table, name, "top")
+    effects, prompts = {}, table.select_prompts(name)
+    (top,) = read_curves(table, name, "top")
     random = read_curves(table, name, "random")
+    weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
     for group in groups:
         (curve,) = read_curves(table, name, group)
         features = set(curve.edits[-1].features)
         controls = [each for each in random if not features & set(each.edits[-1].features)]
         drop_P = curve.drop_AxP[-1]
-        weight_RxP = resampling_weights([prompt.template for prompt in prompts], resamples, seed)
         random_mean, p_value = None, None
         if controls:
             tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
             random_mean = float(control_NxP.mean())
             p_value = rank_p(tested_NxP.mean(axis=1), control_NxP.mean(axis=1))
-        found[group.removeprefix(GROUP)] = DomainEffect(
+        effects[group.removeprefix(GROUP)] = DomainEffect(
             effect=Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P)),
             random=random_mean,
             p_value=p_value,
             random_sets=len(controls),
-            common=len(features & set(own.edits[-1].features)),
+            common=len(features & set(top.edits[-1].features)),
         )
-    return found
+    return effects

@@ -48,7 +48,7 @@ _BATCH, _WIDTH = 32, LENGTH + TOKENS * CONTEXT
 
 @dataclasses.dataclass(frozen=True)
 class InjectionTest:
-    """What injected tokens do to one feature."""
+    """The effect of injected tokens on one feature."""
 
     driver: Driver  #: by the rule
     reach: Interval | None  #: share of the way from random tokens to real text; None: not more active on real text

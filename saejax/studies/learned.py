@@ -1,4 +1,4 @@
-"""What a study has learned: its questions, each answered yes, no or cannot tell for every row and benchmark.
+"""The answers of a study: yes, no or cannot tell to each of its questions, for every row and benchmark.
 
 A row may be a control whose answers are known (``--study.known``): a *relative* was tuned from the model of the first
 row, so that both share most features; a *stranger* has random weights, so that nothing of it is shared, specific or

@@ -1,4 +1,4 @@
-"""What a behaviour's recipe is: templates, content items, and a function that makes a prompt of both."""
+"""Recipes of behaviours: templates, content items, and a function that makes a prompt of both."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
