@@ -8,13 +8,15 @@ An edge is *drawn* if three things hold, each at the level 0.05 over the number 
 3. the same of the placebo sets.
 
 Where control sets reach less than ``LEAST_DOSE`` of the group's dose they are no fair comparison, and the edge is not
-drawn. Intervals are bootstrap intervals over prompts within templates (``statistics.bootstrap``).
+drawn. An interval covers the bootstrap interval over prompts within templates (``statistics.bootstrap``) and Student's
+t interval over prompts: a bootstrap of few prompts excludes 0 whenever these happen to agree.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import t
 
 from saejax.circuits.measure import CONTROLS, EDITS, PromptEffects
 from saejax.results import Interval
@@ -100,7 +102,9 @@ def _judge(
     random_P, placebo_P = control_PxKxC.mean(axis=2).T
 
     def interval(value_P: np.ndarray) -> Interval:
-        return Interval(float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level))
+        mean, low, high = float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level)
+        error = float(value_P.std(ddof=1)) / len(value_P) ** 0.5 * float(t.ppf((1 + level) / 2, len(value_P) - 1))
+        return Interval(mean, min(low, mean - error), max(high, mean + error))
 
     parts = effect, over_random, over_placebo = [
         interval(part) for part in (own_P, own_P - random_P, own_P - placebo_P)

@@ -121,6 +121,20 @@ def test_edges_without_effect_are_rarely_drawn():
     assert sum(drawn) <= 8  # three intervals have to agree, so far below 10
 
 
+@pytest.mark.parametrize("count", [2, 5, 12])
+def test_noise_on_few_prompts_draws_no_edge(count):
+    """Forty-eight edges between six groups, where nothing is true: two prompts agree on half of them."""
+    rng, drawn = np.random.default_rng(0), 0
+    for seed in range(40):
+        noise = [rng.normal(size=(6, 5, 6)) for _ in range(count)]
+        effects = [PromptEffects(rng.normal(size=(3, 6, 5)), np.where(np.eye(6)[:, None], np.nan, group_GxSxG),
+                                 np.ones((3, 6, 5))) for group_GxSxG in noise]  # fmt: skip
+        edges = judge_edges("abcdef", effects, ["a"] * count, resamples=1000, seed=seed)
+        assert len(edges) == 48
+        drawn += any(edge.drawn for edge in edges)
+    assert drawn <= 4
+
+
 def test_the_level_is_divided_by_the_number_of_edges():
     one = measured(1.0, 0.0)
     both = [
