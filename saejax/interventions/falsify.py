@@ -7,7 +7,8 @@ et al., Do Sparse Autoencoders Identify Reasoning Features in Language Models?, 
 2. These are inserted into ordinary text at random places; the control is the same text with random tokens there.
 3. Test texts give the level that the feature reaches on real text. A text's activation is its largest one.
 4. The feature is driven by tokens if the injection brings it more than half of the way from the control to that level,
-   by context if it brings it less than half, and undecided if the interval of the difference includes zero.
+   by context if it brings it less than half, and undecided if the interval of the difference includes zero, or if there
+   are too few texts.
 5. Ordinary text that holds the tokens in other roles is searched, and the activation at these tokens compared.
 
 Features drawn at random, and those of a random dictionary, are tested in the same way.
@@ -36,12 +37,14 @@ Driver = Literal["tokens", "context", "undecided"]
 TOKENS, CONTEXT = 4, 3  # tokens, and contexts, that are inserted; tokens of a context
 LENGTH = 64  # tokens of a text before anything is inserted
 HALFWAY = 0.5  # share of the way to the real level that decides
+LEAST_TEXTS = 6  # fewer all have one sign by chance in more than 5 % of cases, and decide nothing
 LIVE = 0.05  # share of the training texts on which a feature drawn at random fires
 RULE = (
     f"The {TOKENS} tokens that excite a feature most, or {TOKENS} contexts of {CONTEXT} tokens, whichever excites it "
     "more, are inserted into ordinary text. The feature is driven by tokens if this brings its largest activation more "
     f"than {100 * HALFWAY:g} % of the way from text with random tokens to real text, by context if less, and undecided "
-    "if the 95 % bootstrap interval over texts includes both, or if it is not more active on real text."
+    "if the 95 % bootstrap interval over texts includes both, if it is not more active on real text, or with fewer "
+    f"than {LEAST_TEXTS} texts."
 )
 _BATCH, _WIDTH = 32, LENGTH + TOKENS * CONTEXT
 
@@ -173,7 +176,7 @@ def judge_injection(
     rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
     spread = float(np.sqrt((random_N.var(ddof=1) + injected_N.var(ddof=1)) / 2))
     effect_size = rise / spread if spread > 0 else None
-    if percentile_interval(way_R)[0] <= 0:
+    if min(len(random_N), len(real_M)) < LEAST_TEXTS or percentile_interval(way_R)[0] <= 0:
         return InjectionTest("undecided", None, effect_size)
     # A difference, where a ratio would have no mean.
     low, high = percentile_interval(rise_R - HALFWAY * way_R)

@@ -153,6 +153,8 @@ def test_the_rule_is_undecided_where_nothing_is_shown():
     assert judge_injection(noise_N, noise_N + 5, other_N + 5).driver == "tokens"
     halfway = judge_injection(noise_N, noise_N + 2.5, other_N + 5 - other_N.mean() + noise_N.mean())
     assert halfway.driver == "undecided" and halfway.reach.mean == pytest.approx(0.5)
+    few = judge_injection(noise_N[:3], noise_N[:3] + 5, other_N[:3] + 5)
+    assert few.driver == "undecided", "three texts agree by chance"
     zeros_N = np.zeros(8)
     assert judge_injection(zeros_N, zeros_N, zeros_N).effect_size is None
 
