@@ -121,9 +121,9 @@ def _measure(
     seed: int,
 ) -> PromptEffects:
     local, roles = LocalModel(model, transcoders, prompt.text), _roles(model, prompt)
-    other = LocalModel(model, transcoders, prompt.counterpart) if prompt.counterpart else None
-    if other and len(other.ids_P) != len(local.ids_P):
-        other = None
+    # Activations are exchanged position by position, so both prompts need one length.
+    swaps = prompt.counterpart and len(prompt_ids(model, prompt.counterpart)) == len(local.ids_P)
+    other = LocalModel(model, transcoders, prompt.counterpart) if swaps else None
     correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
     answer = read_targets(local, [(correct, wrong)], 1, 1.0)
     return measure_prompt(
