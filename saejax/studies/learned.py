@@ -32,7 +32,7 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
     "effect": StudyQuestion("Ablation lowers the answers"),
     "random": StudyQuestion("More than random features"),
     "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
-    "gate": StudyQuestion("In two of three seeds", {"stranger": "no"}),
+    "gate": StudyQuestion("Interpretable, in other seeds too", {"stranger": "no"}),
     "context": StudyQuestion("More than words", {"stranger": "no"}),
     "shared": StudyQuestion("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
     "features": StudyQuestion("The same features matter as there", {"relative": "yes", "stranger": "no"}),
