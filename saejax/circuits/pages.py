@@ -47,8 +47,8 @@ def write_page(
         for member in group.members
     }
     lead = (
-        f"Prompts such as “{visible(prompts[0].text)}” (right: “{visible(prompts[0].correct)}”, wrong: "
-        f"“{visible(prompts[0].wrong)}”). {circuit.traced} train prompts chose the features, {circuit.measured} test "
+        f"Prompts such as “{visible(prompts[0].text)}” (right: “{visible(prompts[0].correct.strip())}”, wrong: "
+        f"“{visible(prompts[0].wrong.strip())}”). {circuit.traced} train prompts chose the features, {circuit.measured} test "
         "prompts measured what they do. A group is a set of features that return over prompts; an arrow is the "
         "measured effect of removing its source while all other groups keep their activations.",
     )
