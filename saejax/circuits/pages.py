@@ -48,8 +48,8 @@ def write_page(
     }
     lead = (
         f"Prompts such as “{visible(prompts[0].text)}” (right: “{visible(prompts[0].correct.strip())}”, wrong: "
-        f"“{visible(prompts[0].wrong.strip())}”). {circuit.traced} train prompts chose the features, {circuit.measured} "
-        "test prompts measured what they do. A group is a set of features that return over prompts; an arrow is the "
+        f"“{visible(prompts[0].wrong.strip())}”). {circuit.traced} train prompts chose the features, "
+        f"{circuit.measured} test prompts measured what they do. A group is a set of features that return over prompts; an arrow is the "
         "measured effect of removing its source while all other groups keep their activations.",
     )
     sections = [
