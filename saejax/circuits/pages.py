@@ -50,7 +50,8 @@ def write_page(
         f"Prompts such as “{visible(prompts[0].text)}” (right: “{visible(prompts[0].correct.strip())}”, wrong: "
         f"“{visible(prompts[0].wrong.strip())}”). {circuit.traced} train prompts chose the features, "
         f"{circuit.measured} test prompts measured what they do. A group is a set of features that return over "
-        "prompts; an arrow is the measured effect of removing its source while all other groups keep their activations.",
+        "prompts; an arrow is the measured effect of removing its source while all other groups keep their "
+        "activations.",
     )
     sections = [
         Section("The circuit", (picture(path, name, circuit, names), *edge_tables(circuit))),
