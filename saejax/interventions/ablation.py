@@ -59,7 +59,9 @@ _FULL = ("logit_diff", "log_prob", "top1", "two_way", "kl")
 
 
 class RowProgress:
-    """Progress of a behaviour, whose edits are run in several calls, in rows: each an edit on a prompt.
+    """Progress of a behaviour, whose edits are run in several calls, in rows.
+
+    A row is an edit on a prompt or on a document, or a placebo target on a train prompt.
 
     Args:
       on_progress: called with the rows done and expected; may raise to stop.
@@ -161,6 +163,7 @@ class BehaviourAblation:
     config: AblateConfig
     progress: RowProgress
     features: Sequence[int] | None = None
+    _placebos: Sequence[tuple[tuple[str, str], list[int]]] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         train = [prompt for prompt in self.prompts if prompt.split == "train"]
@@ -273,15 +276,34 @@ class BehaviourAblation:
 
     def placebo_sets(self) -> Sequence[tuple[tuple[str, str] | None, list[int]]]:
         """Return the placebo targets, as text if they are two tokens, and the top features of each."""
+        if self._placebos is None:
+            self.choose_placebos(())
+        return self._placebos or []
+
+    def choose_placebos(self, others: "Sequence[BehaviourAblation]") -> None:
+        """Choose the placebo sets of this dictionary, and of others of the same site and behaviour with it.
+
+        The targets are the same for all, and so are the slopes, which take most of the time.
+        """
+        sharing = [self, *(other for other in others if other.split.point == self.split.point)]
         targets_Rx2 = self.placebo_targets()
-        if not len(targets_Rx2):
-            return []
+        texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
         # A swapped activation is one draw of a random one: targets are ranked by what zero ablation would do.
         source = ActivationReplacement() if self.replacement.kind == "counterpart" else self.replacement
-        attribution_RxF = target_attributions(self.split, self.train_runs, targets_Rx2, source, self.progress.check)
-        texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
-        sets = [leaders(attribution_F, self.config.top) for attribution_F in attribution_RxF]
-        return [((right, wrong), members) for (right, wrong), members in zip(texts, sets, strict=True) if members]
+        # Mean activations are those of each dictionary's features.
+        groups = [[each] for each in sharing] if source.kind == "mean" else [sharing]
+        for group in groups if len(targets_Rx2) else ():
+            attributions = target_attributions(
+                [each.split for each in group],
+                [each.train_runs for each in group],
+                targets_Rx2,
+                group[0].replacement if source.kind == "mean" else source,
+                self.progress.of_call(len(targets_Rx2) * len(self.train)),
+            )
+            for each, attribution_RxF in zip(group, attributions, strict=True):
+                sets = [leaders(attribution_F, self.config.top) for attribution_F in attribution_RxF]
+                pairs = zip(texts, sets, strict=True)
+                each._placebos = [((right, wrong), members) for (right, wrong), members in pairs if members]
 
     def placebo_targets(self) -> np.ndarray:
         """Return pairs of likely tokens that are the beginning of no answer, [R, 2]; drawn without replacement."""
@@ -334,7 +356,13 @@ def measure_behaviour(
     Raises:
       UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
     """
-    progress = RowProgress(on_progress, expected_rows(config, prompts, behaviour, dictionary.config.n_features))
+    expected = expected_rows(config, prompts, behaviour, dictionary.config.n_features)
+    train = sum(prompt.split == "train" for prompt in prompts[behaviour])
+    expected += config.placebo_targets * min(train, config.attribution_prompts or train)
+    if text:
+        edits = len(KL_FRACTIONS) * (1 + len(config.baselines)) + config.untrained + len(config.repeats)
+        expected += edits * len(text.documents)
+    progress = RowProgress(on_progress, expected)
 
     def ablation(basis: Dictionary) -> BehaviourAblation:
         return BehaviourAblation(lm, basis, behaviour, prompts[behaviour], config, progress)
@@ -364,14 +392,14 @@ def measure_all(
       UserError: no feature has an attribution above zero, or repeats do not go with the settings.
     """
     config, dictionary, rows = tested.config, tested.basis, TableRows()
-    dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
     baselines = config.baselines if keeps_error else ()
-    untrained = None
-    if keeps_error and (config.untrained or "untrained" in baselines):
-        untrained = ablation(_untrained(tested, dictionary))
-        if config.untrained:
-            _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
+    needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
+    untrained = ablation(_untrained(tested, dictionary)) if needs_untrained else None
+    tested.choose_placebos([untrained] if untrained and config.untrained else ())
+    dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
+    if untrained and config.untrained:
+        _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
     for name in baselines:
         basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
         if basis is not None:
@@ -461,11 +489,13 @@ def _measure_dictionary(
         edits = [*controls, *reduced]
         pairs = ablation.measure(edits)
         rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
-    for other, theirs in prompts.items():
-        if other != ablation.behaviour:
-            others = [prompt for prompt in define_prompts(other, theirs) if prompt.split == "test"]
-            diffs = ablation.run(grid[-1:], prompts=[prompt for prompt in theirs if prompt.split == "test"])
-            rows.add(grid[-1:], others, ("logit_diff",), [diffs.ablated_SxP])
+    others = {name: theirs for name, theirs in prompts.items() if name != ablation.behaviour}
+    theirs = [prompt for each in others.values() for prompt in each if prompt.split == "test"]
+    if theirs:
+        # Together, so that few programs are compiled.
+        diffs = ablation.run(grid[-1:], prompts=theirs)
+        named = [prompt for each in others.items() for prompt in define_prompts(*each) if prompt.split == "test"]
+        rows.add(grid[-1:], named, ("logit_diff",), [diffs.ablated_SxP])
     if text:
         _measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text, rows)
     if name == TESTED and ablation.config.effects == "all":
@@ -518,7 +548,7 @@ def _measure_text(
     """Measure some edits of a grid on held-out text."""
     chosen = [grid[FRACTIONS.index(fraction)] for fraction in fractions]
     diffs = text.effects(ablation.split, ablation.edits(chosen))
-    ablation.progress.check()
+    ablation.progress.of_call(len(chosen) * len(text.documents))(1, 1)
     ce_SxN = (diffs.clean_N[None] + diffs.rise_SxN) / diffs.tokens_N[None]
     rows.add(chosen, _documents(text), ("ce", "kl"), [ce_SxN, diffs.kl_SxN / diffs.tokens_N[None]])
 

@@ -168,6 +168,9 @@ class BenchmarkAblation(BehaviourAblation):
         """Return no means: nearly every item has an answer of its own."""
         return np.zeros((0, 0))
 
+    def choose_placebos(self, others: Sequence[BehaviourAblation]) -> None:
+        """Do nothing: each dictionary's placebo sets are chosen when they are asked for."""
+
     def placebo_sets(self) -> list[tuple[None, list[int]]]:
         """Return the top features of each placebo target."""
         targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)

@@ -94,6 +94,19 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     attributions = ranked * (trainings + len(ablate.baselines))
     size = f"{PROMPTS} prompts of {length} tokens"
 
+    def placebo_program() -> Program:
+        few, sharing = slopes.TARGET_PROMPTS, 1 + (ablate.untrained and ablate.error == "keep")  # dictionaries
+        row_value, last_B = value(by_row, few), by_row(mesh, (few,), jnp.int32)
+        answers_Bx2 = by_row(mesh, (few, 2), jnp.int32)
+        rows = SiteRows(row_value, row_value, row_value, domain(by_row, few), last_B, answers_Bx2)
+        sums, real_B = [counts if ablate.replacement == "random" else ()] * sharing, whole(mesh, (few,), bool)
+        targets_Cx2, trained = whole(mesh, (slopes.TARGETS, 2), jnp.int32), [dictionary] * sharing
+        arguments = (point, params, trained, [rows] * sharing, real_B, targets_Cx2, source, sums)
+        flops = (1 + slopes.TARGETS) * suffix_flops(few) + sharing * slopes.TARGETS * encode_flops(few)
+        calls = ranked * PROMPTS / few * ablate.placebo_targets / slopes.TARGETS * (1 + len(ablate.repeats))
+        size = f"{few} prompts of {length} tokens"
+        return program("placebo attribution", size, slopes.score_targets, arguments, flops, calls)
+
     ids_BxT, last_B = by_row(mesh, (PROMPTS, length), jnp.int32), by_row(mesh, (PROMPTS,), jnp.int32)
     head = (point, ablate.error, params, dictionary, ids_BxT, last_B, domain(by_row, PROMPTS))
     head_flops = pass_flops(plan.model, PROMPTS * length, length, writes.layer + 1)
@@ -108,12 +121,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     programs.append(program("attribution", size, slopes.score_features, scored, flops, attributions))
 
     if ablate.placebo_targets:
-        targets_Cx2 = whole(mesh, (slopes.TARGETS, 2), jnp.int32)
-        sums = counts if ablate.replacement == "random" else ()
-        arguments = (point, params, dictionary, rows, whole(mesh, (PROMPTS,), bool), targets_Cx2, source, sums)
-        flops = (1 + slopes.TARGETS) * suffix_flops(PROMPTS) + slopes.TARGETS * encode_flops(PROMPTS)
-        calls = trainings * ranked * ablate.placebo_targets / slopes.TARGETS
-        programs.append(program("placebo attribution", size, slopes.score_targets, arguments, flops, calls))
+        programs.append(placebo_program())
 
     gathered = filled_features(min(used.n_features, max(FEATURES, ablate.top)))
     sides = [value(whole, prompts), domain(whole, prompts)] * (2 if ablate.replacement == "counterpart" else 1)

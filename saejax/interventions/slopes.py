@@ -32,7 +32,8 @@ from saejax.parallel.mesh import by_row, sharding
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
-TARGETS = 8  # targets whose slopes are computed together: as many times the tokens of a batch
+TARGETS = 16  # targets whose slopes are computed together: as many times the tokens of a batch
+TARGET_PROMPTS = 8  # prompts of that batch: a divisor of PROMPTS
 
 
 def slopes(lm: LanguageModel, prompts: Sequence[Prompt], readout: str, site: str) -> np.ndarray:
@@ -114,70 +115,88 @@ def _likeliest(point: SplitPoint, most: int, params: decoder.Params, end_BxD: ja
 
 
 def target_attributions(
-    split: SplitModel,
-    runs: Sequence[CleanRun],
+    splits: Sequence[SplitModel],
+    runs_of: Sequence[Sequence[CleanRun]],
     targets_Rx2: np.ndarray,
     source: ActivationReplacement = ZERO,
-    check: Callable[[], None] = lambda: None,
-) -> np.ndarray:
-    """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F].
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[np.ndarray]:
+    """Return each feature's attribution for R pairs of tokens, mean over prompts, float64 [R, F] of each dictionary.
 
-    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt.
+    The attribution is that of ``attribution``, with logit(first token) - logit(second token) as L on every prompt. The
+    slopes, which take nearly all of the time, are computed once for all dictionaries.
 
     Args:
-      split: the model, split at the dictionary's site.
-      runs: from ``split.run``.
+      splits: the model, split at one site, with each dictionary.
+      runs_of: for each of them ``split.run`` of the same prompts.
       targets_Rx2: token ids.
       source: what replaces activations; not ``counterpart``.
-      check: called now and then; may raise to stop.
+      on_progress: called with the pairs of a prompt and a target that are done and in total; may raise to stop.
 
     Raises:
       UserError: the result is not finite.
     """
-    count = len(targets_Rx2)
+    if any(split.point != splits[0].point for split in splits):
+        raise ValueError("slopes are shared by dictionaries of one site alone")
+    first_split, count = splits[0], len(targets_Rx2)
     padded_Cx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
-    total_CxF = np.zeros((len(padded_Cx2), split.dictionary.config.n_features))
-    for run in runs:
-        sums = firing_sums(split, run) if source.kind == "random" else ()
-        for part in slices(run):
-            rows = split.placed(run.rows(part))
-            real_B = np.arange(part.start, part.stop) < len(run.index_P)
+    totals = [np.zeros((len(padded_Cx2), split.dictionary.config.n_features)) for split in splits]
+    prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
+    for runs in zip(*runs_of, strict=True):
+        pairs = list(zip(splits, runs, strict=True))
+        sums = [firing_sums(split, run) if source.kind == "random" else () for split, run in pairs]
+        for start in range(0, len(runs[0].index_P), TARGET_PROMPTS):
+            part = slice(start, start + TARGET_PROMPTS)
+            rows = [split.placed(run.rows(part)) for split, run in pairs]
+            real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
             for first in range(0, len(padded_Cx2), TARGETS):
-                check()
+                on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
-                total_CxF[chunk] += to_host(
-                    score_targets(
-                        split.point, split.params, split.dictionary, rows, real_B, padded_Cx2[chunk], source, sums
-                    )
+                dictionaries = [split.dictionary for split in splits]
+                targets_Cx2 = padded_Cx2[chunk]
+                scores = score_targets(
+                    first_split.point, first_split.params, dictionaries, rows, real_B, targets_Cx2, source, sums
                 )
-    if not np.isfinite(total_CxF).all():
-        raise UserError(_not_finite(split.point))
-    return total_CxF[:count] / sum(len(run.index_P) for run in runs)
+                for total_CxF, scores_CxF in zip(totals, scores, strict=True):
+                    total_CxF[chunk] += to_host(scores_CxF)
+                done += int(real_B.sum()) * min(TARGETS, count - first)
+    if not all(np.isfinite(total_CxF).all() for total_CxF in totals):
+        raise UserError(_not_finite(first_split.point))
+    return [total_CxF[:count] / prompts for total_CxF in totals]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def score_targets(
     point: SplitPoint,
     params: decoder.Params,
-    dictionary: Dictionary,
-    rows: SiteRows,
+    dictionaries: Sequence[Dictionary],
+    rows_of: Sequence[SiteRows],
     real_B: jax.Array,
     targets_Cx2: jax.Array,
     source: ActivationReplacement = ZERO,
-    source_arrays: tuple[jax.Array, ...] = (),
-) -> jax.Array:
-    """Return the attribution of every feature for C targets, summed over the real ones of some rows: [C, F].
+    source_arrays_of: Sequence[tuple[jax.Array, ...]] = ((),),
+) -> list[jax.Array]:
+    """Return the attribution of every feature for C targets, summed over the real rows: [C, F] of each dictionary.
 
     The layers above the site run forward once and backward once per target.
+
+    Args:
+      point: where the model is split (static).
+      params: parameters of the decoder.
+      dictionaries: dictionaries of the site.
+      rows_of: clean values of the same prompts, as each dictionary reads them.
+      real_B: True for the rows that count: not for copies that pad a batch.
+      targets_Cx2: token ids.
+      source: what replaces activations.
+      source_arrays_of: for each dictionary, as for ``score_features``.
     """
-    removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
-    removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
+    first = rows_of[0]
 
     def end(value_BxTxD: jax.Array) -> jax.Array:
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
-        return jnp.take_along_axis(x_BxTxD, rows.last_B[:, None, None], axis=1)[:, 0]
+        x_BxTxD = point.run_suffix(params, first.stream_BxTxD, value_BxTxD)
+        return jnp.take_along_axis(x_BxTxD, first.last_B[:, None, None], axis=1)[:, 0]
 
-    last_BxD, pullback = jax.vjp(end, rows.value_BxTxD)
+    last_BxD, pullback = jax.vjp(end, first.value_BxTxD)
 
     def difference(last_BxD: jax.Array, target_2: jax.Array) -> jax.Array:
         target_Bx2 = jnp.broadcast_to(target_2, (len(last_BxD), 2))
@@ -185,12 +204,18 @@ def score_targets(
 
     end_slope_CxBxD = jax.vmap(jax.grad(difference), in_axes=(None, 0))(last_BxD, targets_Cx2)
     slope_CxBxTxD = jax.vmap(lambda cotangent_BxD: pullback(cotangent_BxD)[0])(end_slope_CxBxD)
-    W_dec_FxD = dictionary.W_dec_FxD[...]
-    # One target at a time: [C, B, T, F] would be large.
-    scores_CxF = jax.lax.map(
-        lambda slope_BxTxD: weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD).sum(axis=0), slope_CxBxTxD
-    )
-    return jax.lax.with_sharding_constraint(scores_CxF, sharding(point.mesh))
+
+    def score(dictionary: Dictionary, rows: SiteRows, source_arrays: tuple[jax.Array, ...]) -> jax.Array:
+        removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
+        removed_BxTxF = jnp.where(real_B[:, None, None], removed_BxTxF, 0.0)
+        W_dec_FxD = dictionary.W_dec_FxD[...]
+        # One target at a time: [C, B, T, F] would be large.
+        return jax.lax.map(
+            lambda slope_BxTxD: weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD).sum(axis=0), slope_CxBxTxD
+        )
+
+    scores = [score(*each) for each in zip(dictionaries, rows_of, source_arrays_of, strict=True)]
+    return jax.lax.with_sharding_constraint(scores, sharding(point.mesh))
 
 
 def attribution(

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from saejax.dictionaries import Dictionary
 from saejax.evaluation import programs
 from saejax.interventions.edits import ZERO, FeatureEdits
 from saejax.interventions.engine_programs import edit_value, gather
 from saejax.interventions.rows import Amounts
 from saejax.interventions.split_model import SplitModel, run_head
+from saejax.models import decoder
 from saejax.models.language_model import LanguageModel
 from saejax.models.lengths import round_length
 from saejax.models.split import SplitPoint
@@ -56,6 +58,7 @@ class HeldOutText:
 
     def __init__(self, documents: Sequence[Sequence[int]]):
         self.documents = [list(document) for document in documents]
+        self._clean: dict[SplitPoint, list[CleanText]] = {}
 
     @classmethod
     def of(
@@ -89,32 +92,86 @@ class HeldOutText:
           split: the model, split at the site that the edits' dictionary writes to.
           edits: edits of the split's dictionary.
         """
-        parts = [self._batch(split, edits, first) for first in range(0, len(self.documents), _AT_ONCE)]
+        parts = [_run_edits(split, edits, clean) for clean in self._clean_runs(split)]
         ce_ExN, kl_ExN = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
         tokens_N = np.array([len(document) - 1 for document in self.documents])
         return TextDiffs(tokens_N, clean_N=ce_ExN[0], rise_SxN=ce_ExN[1:] - ce_ExN[0], kl_SxN=kl_ExN[1:])
 
-    def _batch(self, split: SplitModel, edits: FeatureEdits, first: int) -> list[np.ndarray]:
-        """Return cross-entropy and divergence of the documents from ``first`` on, [E, N]: clean ones, then edited."""
-        documents, point = self.documents[first : first + _AT_ONCE], split.point
-        real = len(documents)
-        padded = pad([*documents, *[[0, 0]] * (_AT_ONCE - real)])
-        width = round_length(max(map(len, self.documents)))
+    def _clean_runs(self, split: SplitModel) -> "list[CleanText]":
+        """Return the batches of documents without an edit; those with the error kept serve all dictionaries of a site.
+
+        They are kept for the model that asked last.
+        """
+        if self._clean and next(iter(self._clean.values()))[0].params is not split.params:
+            self._clean.clear()
+        clean = self._clean.get(split.point)
+        if clean is None:
+            firsts = range(0, len(self.documents), _AT_ONCE)
+            clean = [CleanText.of(split, self.documents, slice(first, first + _AT_ONCE)) for first in firsts]
+            if split.error == "keep":
+                self._clean[split.point] = clean
+        return clean
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanText:
+    """A batch of B documents without an edit, of which the first N are real.
+
+    Attributes:
+      params: parameters of the decoder that ran them.
+      documents: N.
+      ids_BxT, lengths_B: the tokens, and how many there are.
+      stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
+      end_BxTxD: the stream leaving the last layer.
+    """
+
+    params: decoder.Params
+    documents: int
+    ids_BxT: jax.Array
+    lengths_B: jax.Array
+    stream_BxTxD: jax.Array
+    value_BxTxD: jax.Array
+    read_BxTxD: jax.Array
+    end_BxTxD: jax.Array
+
+    @classmethod
+    def of(cls, split: SplitModel, documents: Sequence[Sequence[int]], some: slice) -> "CleanText":
+        """Run some documents, padded to the length of the longest of all."""
+        chosen = documents[some]
+        padded = pad([*chosen, *[[0, 0]] * (_AT_ONCE - len(chosen))])
+        width = round_length(max(map(len, documents)))
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
-        stream, value, read, domain, _ = run_head(point, split.error, split.params, split.dictionary, *rows)
-        amounts = Amounts.of(edits)
-        ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
-        source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
-        changes = gather(point, split.dictionary, source, [read, domain], features_K, real)
-        values = [value]
-        fraction_SxK, addend_SxK = amounts.over(chosen, features_K)
-        addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
-        for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
-            values.append(_edited(point, value, domain, *changes, fraction_K, addend_K))
-        end_ExBxTxD = jnp.stack([programs.tail(point, split.params, stream, left) for left in values])
-        sums = programs.compare(point.config, split.params, end_ExBxTxD, rows[0], split.by_row(padded.lengths_B)[0])
-        return [to_host(part).astype(np.float64).sum(axis=0)[:, :real] for part in sums]
+        stream, value, read, *_ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
+        end_BxTxD = programs.tail(split.point, split.params, stream, value)
+        (lengths_B,) = split.by_row(padded.lengths_B)
+        return cls(split.params, len(chosen), rows[0], lengths_B, stream, value, read, end_BxTxD)
+
+
+def _run_edits(split: SplitModel, edits: FeatureEdits, clean: CleanText) -> list[np.ndarray]:
+    """Return cross-entropy and divergence of documents, [E, N]: clean ones, then edited."""
+    point = split.point
+    domain_BxT = _domain(split.dictionary, clean.read_BxTxD, clean.value_BxTxD, clean.lengths_B)
+    amounts = Amounts.of(edits)
+    ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
+    source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
+    arrays = [clean.read_BxTxD, domain_BxT]
+    changes = gather(point, split.dictionary, source, arrays, features_K, clean.documents)
+    ends = [clean.end_BxTxD]
+    fraction_SxK, addend_SxK = amounts.over(chosen, features_K)
+    addend_SxK = np.zeros_like(fraction_SxK) if addend_SxK is None else addend_SxK
+    for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
+        value_BxTxD = _edited(point, clean.value_BxTxD, domain_BxT, *changes, fraction_K, addend_K)
+        ends.append(programs.tail(point, split.params, clean.stream_BxTxD, value_BxTxD))
+    sums = programs.compare(point.config, split.params, jnp.stack(ends), clean.ids_BxT, clean.lengths_B)
+    return [to_host(part).astype(np.float64).sum(axis=0)[:, : clean.documents] for part in sums]
+
+
+@jax.jit
+def _domain(dictionary: Dictionary, read_BxTxD: jax.Array, value_BxTxD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Return True at real tokens that are no attention sinks of the dictionary, [B, T]."""
+    real_BxT = jnp.arange(read_BxTxD.shape[1])[None, :] < lengths_B[:, None]
+    return real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
 
 
 @functools.partial(jax.jit, static_argnums=0)

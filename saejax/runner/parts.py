@@ -127,7 +127,10 @@ class Progress:
                 part = self._before - self._of_parts + total
                 seconds = (total - done + left * part) / speed
                 rate = f"{speed:,.0f}/s" if speed >= 1 else f"{60 * speed:.1f}/min"
-                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}, {rate}, {seconds:.0f} s to go")
+                # The first work counted took what is compiled and read once: its speed says nothing.
+                is_known = self._counted is not None and now - self._counted[0] > _SAY_EVERY
+                speed_and_time = f", {rate}, {seconds:.0f} s to go" if is_known else ""
+                self._run.say(f"{label}: {done:,} of {total:,} {self._unit}{speed_and_time}")
                 self._said = now
 
         return on_progress

@@ -73,7 +73,8 @@ def test_ablation(programs, plan, lm, spy):
     cut_model = split.SplitModel(lm, make_dictionary(lm, plan))
     runs = cut_model.run(prompts)
     screening.attribution(cut_model, runs)
-    screening.target_attributions(cut_model, runs, np.array([[3, 4]]))
+    both = plan.configs[AblateConfig].untrained + 1  # the untrained dictionary, too
+    screening.target_attributions([cut_model] * both, [runs] * both, np.array([[3, 4]]))
     rows = plan.configs[AblateConfig].batch_rows
     ablation.ablate_sets(cut_model, runs, [list(range(K))] * 6, rows, plain=True)
     for name, seen in calls.items():
