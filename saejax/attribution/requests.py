@@ -100,8 +100,9 @@ def identity(config: GraphConfig) -> str:
 
 def _given_files(config: GraphConfig) -> list[str]:
     """Return what the files hold that the flags name; "" for one that is not there."""
-    files = [config.prompts, config.labels, config.supernodes]
-    return [file_sha256(Path(file)) if file and Path(file).exists() else "" for file in files]
+    named = [Path(file or "-") for file in (config.prompts, config.labels, config.supernodes)]
+    files = [path for place in named for path in (sorted(place.glob("*.csv")) if place.is_dir() else [place])]
+    return [file_sha256(path) if path.is_file() else "" for path in files]
 
 
 def _feature_files(config: GraphConfig) -> list[str]:
@@ -156,12 +157,14 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     Raises:
       UserError: a file cannot be read, or is no such file.
     """
-    from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
+    from saejax.dictionaries.labels import labels_of_folders, labels_of_sheets  # this file is read by every binary
 
     automatic = labels_of_folders([config.transcoders] if config.transcoders else config.dictionaries)
     if not config.labels:
         return automatic
     path = Path(config.labels)
+    if path.is_dir() or path.suffix == ".csv":
+        return automatic | labels_of_sheets(path, "--graph.labels")
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)

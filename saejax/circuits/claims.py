@@ -88,10 +88,10 @@ def _say(edge: Edge) -> str:
     if edge.target == ANSWER:
         target, scale, digits, unit = "the answer", 1.0, 2, "logits"
     else:
-        target, scale, digits, unit = f"“{edge.target}”", 100.0, 0, "% of its activation"
+        target, scale, digits, unit = edge.target, 100.0, 0, "% of its activation"
     random, placebo = (number(value, digits, scale) for value in (edge.random, edge.placebo))
     effect = interval(edge.effect, digits, scale)
-    return f"“{edge.source}” to {target}: {effect} {unit} (random {random}, placebo {placebo})"
+    return f"{edge.source} to {target}: {effect} {unit} (random {random}, placebo {placebo})"
 
 
 def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
@@ -114,6 +114,17 @@ def _through(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, st
         first, second = next(iter(steps.values()))
         return CONFIRMED, f"{_say(first)}; {_say(second)}."
     return NOT_SEEN, "No drawn path leads from what differs between prompts through another group to the answer."
+
+
+def _through_entity(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
+    """Judge a step before the answer: a group that carries which answer it is, and is none of those that say it."""
+    carrying = {edge.source for edge in _drawn(circuit, "swap")}
+    layer_of = {group.name: group.layer for group in circuit.groups}
+    for name, (first, second) in _steps(circuit, "content").items():
+        says = _has_role(circuit, name, "last") and third_of(int(layer_of[name]), circuit.layers) == THIRDS[-1]
+        if name in carrying and not says:
+            return CONFIRMED, f"{_say(first)}; {_say(second)}; exchanged with the counterpart's, it moves the answer."
+    return NOT_SEEN, "No group before those that say the answer is on a drawn path to it and carries which one it is."
 
 
 def _meeting(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
@@ -194,5 +205,11 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[s
 
 
 TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(
-    through=_through, meeting=_meeting, direct=_direct, swap=_swap, shared=_shared, shared_middle=_shared_middle
+    through=_through,
+    through_entity=_through_entity,
+    meeting=_meeting,
+    direct=_direct,
+    swap=_swap,
+    shared=_shared,
+    shared_middle=_shared_middle,
 )

@@ -5,7 +5,8 @@
    prompt and its counterpart, ``last`` the last position, ``context`` all others. So a feature can return in a prompt
    of another template or length.
 3. Features that are among the most influential ones of several prompts return (``find_returning``).
-4. Those that share a label are a group; others are grouped by role and by third of the layers (``propose_groups``).
+4. Those that share a label are a group; others are grouped by role and by third of the layers, and named by the tokens
+   that tell their features (``propose_groups``).
 
 The proposal is written to ``groups.json``; an edited copy is read back by ``read_groups``.
 """
@@ -26,7 +27,9 @@ from saejax.errors import UserError
 from saejax.tasks.files import decode, read_bytes
 
 ROLES = ("content", "context", "last")
+ROLE_WORDS = dict(content="differing words", context="other words", last="last position")
 THIRDS = ("early", "middle", "late")  # of the layers
+_NAMING = 3  # tokens that name a group
 _LEAST = 1e-3  # of a prompt's largest influence; less may be rounding
 _FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, then features as layer_index_role'
 
@@ -108,7 +111,12 @@ def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: floa
 
 
 def propose_groups(
-    scores: Mapping[Key, float], n_layers: int, size: int, most: int, labels: Mapping[tuple[int, int], str] = {}
+    scores: Mapping[Key, float],
+    n_layers: int,
+    size: int,
+    most: int,
+    labels: Mapping[tuple[int, int], str] = {},
+    tokens: Mapping[Key, Mapping[str, float]] = {},
 ) -> list[Group]:
     """Return groups of features that return, the most influential first.
 
@@ -118,19 +126,41 @@ def propose_groups(
       size: most features of a group, the most influential ones.
       most: most groups.
       labels: (layer, index) -> label; two features or more of one role and label are a group.
+      tokens: that tell each feature, with weights; the leading ones name a group without a label.
     """
     named: dict[str, list[Key]] = defaultdict(list)
     for key in scores:
         if label := labels.get((key.layer, key.feature), "").strip():
-            named[f"{label} ({key.role})"].append(key)
-    groups = {name: keys for name, keys in named.items() if len(keys) > 1}
-    grouped = {key for keys in groups.values() for key in keys}
+            named[f"{label} ({ROLE_WORDS[key.role]})"].append(key)
+    groups = [(name, keys) for name, keys in named.items() if len(keys) > 1]
+    grouped = {key for _, keys in groups for key in keys}
+    others: dict[str, list[Key]] = defaultdict(list)
     for key in scores:
         if key not in grouped:
-            groups.setdefault(f"{key.role}, {third_of(key.layer, n_layers)}", []).append(key)
-    cut = [Group(name, tuple(sorted(keys, key=lambda key: -scores[key])[:size])) for name, keys in groups.items()]
-    cut.sort(key=lambda group: -sum(scores[key] for key in group.members))
-    return cut[:most]
+            others[f"{ROLE_WORDS[key.role]}, {third_of(key.layer, n_layers)} layers"].append(key)
+    cut = [
+        (name, sorted(keys, key=lambda key: -scores[key])[:size], not is_labelled)
+        for some, is_labelled in ((groups, True), (others.items(), False))
+        for name, keys in some
+    ]
+    cut.sort(key=lambda group: -sum(scores[key] for key in group[1]))
+    return [
+        Group(_name_by_tokens(name, keys, scores, tokens) if by_tokens else name, tuple(keys))
+        for name, keys, by_tokens in cut[:most]
+    ]
+
+
+def _name_by_tokens(
+    where: str, keys: Sequence[Key], scores: Mapping[Key, float], tokens: Mapping[Key, Mapping[str, float]]
+) -> str:
+    """Return the tokens that tell most of a group's influence, before where it stands."""
+    weight: dict[str, float] = defaultdict(float)
+    for key in keys:
+        total = sum(tokens.get(key, {}).values())
+        for token, value in tokens.get(key, {}).items():
+            weight[token] += scores[key] * value / total
+    leading = sorted(weight, key=lambda token: -weight[token])[:_NAMING]
+    return f"{' '.join(leading)} ({where})" if leading else where
 
 
 def third_of(layer: int, n_layers: int) -> str:
@@ -176,10 +206,12 @@ def _parse(entry: Any) -> Group:
     name, *members = entry
     if not isinstance(name, str) or not members:
         raise ValueError
-    keys = []
-    for member in members:
-        layer, feature, role = member.split("_")
-        if role not in ROLES:
-            raise ValueError
-        keys.append(Key(int(layer), int(feature), role))
-    return Group(name, tuple(keys))
+    return Group(name, tuple(map(parse_key, members)))
+
+
+def parse_key(member: str) -> Key:
+    """Return the key that a text such as 3_17_content names; raises ``ValueError`` where it is none."""
+    layer, feature, role = member.split("_")
+    if role not in ROLES:
+        raise ValueError(member)
+    return Key(int(layer), int(feature), role)

@@ -7,6 +7,7 @@ from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.circuits import figure as circuit_figure
 from saejax.circuits.contexts import name_feature
 from saejax.circuits.edges import ANSWER, LEAST_DOSE, Edge
+from saejax.circuits.groups import ROLE_WORDS, parse_key
 from saejax.circuits.results import CircuitResults, GroupResults
 from saejax.files import write_text
 from saejax.page import style
@@ -22,6 +23,10 @@ _EDITS = dict(
     total="Without the group",
     direct="Without the group, all other groups held",
     swap="The group as in the counterpart",
+)
+_CONTEXTS = (
+    "Each feature with the contexts in which it fires most strongly, from files of its set or else from the embedded "
+    "corpus and the traced prompts, and the tokens that it promotes."
 )
 
 
@@ -42,39 +47,54 @@ def write_page(
       prompts: that were measured.
     """
     names = {
-        member: visible(name_feature(feature_of(member), details.get(feature_of(member))))
+        member: visible(name_feature(key, details[key[:2]], circuit.layers))
         for group in circuit.groups
-        for member in group.members
+        for member, key in ((member, parse_key(member)) for member in group.members)
     }
     lead = (
         f"Prompts such as “{visible(prompts[0].text)}” (right: “{visible(prompts[0].correct.strip())}”, wrong: "
         f"“{visible(prompts[0].wrong.strip())}”). {circuit.traced} train prompts chose the features, "
         f"{circuit.measured} test prompts measured what they do. A group is a set of features that return over "
         "prompts; an arrow is the measured effect of removing its source while all other groups keep their "
-        "activations.",
+        "activations. Positions are of three roles: words that differ between a prompt and its counterpart, which asks "
+        "for the wrong answer; the last position; and other words.",
     )
     sections = [
         Section("The circuit", (picture(path, name, circuit, names), *edge_tables(circuit))),
+        Section("Features of the groups", (Text(_CONTEXTS),)),
         *(_group_section(group, names, details) for group in circuit.groups),
     ]
-    footer = f"Groups: {path.stem}-groups.json, {'a proposal' if circuit.proposed else 'as given'}. Made by saejax."
+    footer = (
+        f"Groups: {path.stem}-groups.json, {'a proposal' if circuit.proposed else 'as given'}; edited, they go to "
+        f"--circuits.groups. Labels: fill in review/{path.stem}.csv and give it to --graph.labels. Made by saejax."
+    )
     write_text(path, to_html(f"Circuit: {title(name)}", lead, sections, footer))
 
 
 def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, str]) -> Picture:
     """Return the picture of a circuit, which is also written beside a page."""
-    figure = circuit_figure.draw_circuit(circuit, names)
-    svg = style.save(figure, path.parent, path.stem)
+    outline = circuit_figure.read_outline(name)
+    svg = style.save(circuit_figure.draw_circuit(circuit, names, outline), path.parent, path.stem)
     drawn = [edge for edge in circuit.edges if edge.drawn and edge.edit == "direct"]
     caption = (
         "Boxes are groups of features with the names of the most influential ones, from below by their mean layer, "
-        "across by the positions at which they stand. An arrow says what vanishes without its source: of a group, the "
-        "share of its activation; of the answer, logit difference. Blue supports, orange (broken) inhibits. Arrows are "
-        "drawn where the effect exceeds random and placebo features at the same dose."
+        "across by the positions at which they stand. A feature without a label is named by the tokens on which it "
+        "fires most strongly; → stands before tokens that it promotes. An arrow says what vanishes without its source: "
+        "of a group, the share of its activation; of the answer, logit difference. Blue supports, orange (broken) "
+        "inhibits. Arrows are drawn where the effect exceeds random and placebo features at the same dose."
     )
+    if not drawn:
+        caption += " Here no effect does, so no arrow is drawn."
+    if outline:
+        caption += (
+            f" To the right, the outline of the circuit that {outline['source']} describe for “{outline['prompt']}”; "
+            "the sizes of its effects are not drawn."
+        )
     said = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in drawn) or "no edge"
     alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {said}."
-    return Picture(f"circuit_{name}", style.inline(svg, f"circuit_{name}", alt, _COLOURS), caption, alt, "svg", "100%")
+    # Narrow screens scroll: text of this size is still read where the picture is 60 rem wide.
+    svg_inline = style.inline(svg, f"circuit_{name}", alt, _COLOURS)
+    return Picture(f"circuit_{name}", svg_inline, caption, alt, "svg", "max(100%, 58rem)")
 
 
 def edge_tables(circuit: CircuitResults) -> list[Block]:
@@ -113,21 +133,17 @@ def _row(edge: Edge) -> tuple[str, ...]:
 def _group_section(group: GroupResults, names: Mapping[str, str], details: Mapping[Feature, FeatureDetails]) -> Section:
     strips = []
     for member in group.members:
-        known = details.get(feature_of(member))
-        layer, feature = feature_of(member)
-        examples = tuple(_example(context) for context in known.examples) if known else ()
-        note = f"layer {layer}, feature {feature}" + ("" if examples else "; it does not fire in the searched text")
-        strips.append(Strips(names[member], note, examples))
-    return Section(f"Group: {group.name}", tuple(strips), level=2)
+        key = parse_key(member)
+        known = details[key[:2]]
+        promoted = ", ".join(f"“{visible(token)}”" for token in known.top_logits[:5])
+        note = f"layer {key.layer}, feature {key.feature}, at: {ROLE_WORDS[key.role]}"
+        note += f"; promotes {promoted}" if promoted else ""
+        note += "" if known.examples else "; it does not fire in the searched text"
+        strips.append(Strips(names[member], note, tuple(map(_example, known.examples))))
+    return Section(f"Group: {group.name}", tuple(strips), level=3)
 
 
 def _example(context: Mapping[str, list]) -> Example:
     acts = tuple(map(float, context["activations"]))
     peak = max(range(len(acts)), key=acts.__getitem__)
     return Example(0, 0, tuple(map(str, context["tokens"])), acts, peak, "strongest of its text")
-
-
-def feature_of(member: str) -> Feature:
-    """Return layer and index of a feature named layer_index_role."""
-    layer, index, _ = member.split("_")
-    return int(layer), int(index)

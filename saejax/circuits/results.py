@@ -23,6 +23,8 @@ class CircuitResults:
     measured: int  #: test prompts on which effects were measured
     swapped: int  #: of these, those whose counterpart has as many tokens
     logit_diff: float  #: mean logit difference of the measured prompts
+    answer: str  #: correct answer of the first measured prompt
+    example: Mapping[str, str]  #: role -> words of the first measured prompt at its positions
     groups: tuple[GroupResults, ...]  #: the most influential first
     proposed: bool  #: whether the groups are the proposal, and not a file's
     edges: tuple[Edge, ...]  #: every measured effect with its controls

@@ -1,15 +1,16 @@
 """The stage ``circuits``: the circuit of each behaviour, and a page of each.
 
 Files of the unit: ``index.html`` lists the behaviours and published claims. For each behaviour, ``<behaviour>.html``
-opens with the circuit, ``<behaviour>-edges.csv`` has every measured effect with its controls and intervals, and
-``<behaviour>-groups.json`` the groups, to be edited and given to ``--circuits.groups``.
+opens with the circuit, ``<behaviour>-edges.csv`` has every measured effect with its controls and intervals,
+``<behaviour>-groups.json`` the groups, to be edited and given to ``--circuits.groups``, and ``review/<behaviour>.csv``
+a line for each feature of the groups, where a person fills in labels, to be given to ``--graph.labels``.
 """
 
 import csv
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
@@ -17,23 +18,24 @@ from saejax.attribution.forms.outputs import details_of_features
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.requests import read_labels
 from saejax.attribution.run import open_parts
-from saejax.circuits.contexts import find_contexts
+from saejax.circuits.contexts import FeatureSearch
 from saejax.circuits.edges import Edge
 from saejax.circuits.groups import Group, as_json, read_groups
 from saejax.circuits.pages import write_page
 from saejax.circuits.report import write_index
 from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
-from saejax.circuits.study import find_circuit
+from saejax.circuits.study import BehaviourCircuit, find_circuit, words_by_role
+from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError
 from saejax.files import write_text
-from saejax.models.language_model import LanguageModel
+from saejax.page.tables import visible
 from saejax.parallel.collectives import is_first_process
 from saejax.results import Interval
 from saejax.runner.parts import Measure, Measured, OnProgress, each_part, part_file
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, GraphConfig
 from saejax.stages.circuits import CircuitsConfig
-from saejax.tasks.behaviours import read_logit_diffs, read_prompts
+from saejax.tasks.behaviours import Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.gate import read_tested
 
@@ -57,13 +59,16 @@ def run_circuits(run: Run) -> CircuitsResults:
         model, transcoders = open_parts(run)
         if not isinstance(transcoders, LayerTranscoders):
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
-        given_labels = read_labels(graph_config)
-        transcoders.check_labels(given_labels, graph_config.labels or "its workdir")
+        labels = read_labels(graph_config)
+        transcoders.check_labels(labels, graph_config.labels or "its workdir")
+        search = FeatureSearch(model, transcoders, _texts(config, tested.prompts))
 
-        def labels(features: Sequence[Feature]) -> dict[Feature, str]:
-            details = details_of_features(graph_config, features)
-            own = {feature: known.label for feature, known in details.items() if known.label}
-            return own | {feature: given_labels[feature] for feature in features if feature in given_labels}
+        def describe(features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
+            details = search.complete(features, details_of_features(graph_config, features))
+            return {
+                feature: dataclasses.replace(known, label=labels.get(feature, known.label))
+                for feature, known in details.items()
+            }
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
             start = time.monotonic()
@@ -72,19 +77,18 @@ def run_circuits(run: Run) -> CircuitsResults:
                 for split, most in (("train", config.traced), ("test", config.measured))
             )
             circuit = find_circuit(
-                model, transcoders, train, test, groups=given.get(name, ()), labels=labels,
+                model, transcoders, train, test, groups=given.get(name, ()), describe=describe,
                 max_features=graph_config.max_features or None, top=config.top, share=config.returns,
                 size=config.group_size, most=config.max_groups, controls=config.controls, resamples=config.bootstrap,
                 seed=config.seed, on_progress=on_progress,
             )  # fmt: skip
-            details = _details(graph_config, model, transcoders, circuit.groups, config.contexts)
-            for feature, label in labels([key[:2] for group in circuit.groups for key in group.members]).items():
-                details[feature] = dataclasses.replace(details.get(feature, FeatureDetails()), label=label)
             results = CircuitResults(
                 traced=len(train),
                 measured=len(test),
                 swapped=sum(bool((one.dose_ExGxS[-1] >= 0).all()) for one in circuit.effects),
                 logit_diff=sum(diff_of[p] for p in test) / len(test),
+                answer=test[0].correct.strip(),
+                example=words_by_role(model, test[0]),
                 groups=tuple(_group_results(group) for group in circuit.groups),
                 proposed=not given.get(name),
                 edges=circuit.edges,
@@ -95,7 +99,10 @@ def run_circuits(run: Run) -> CircuitsResults:
             if is_first_process():
                 write_text(part_file(run, name, "-groups.json"), as_json({name: circuit.groups}))
                 write_text(part_file(run, name, "-edges.csv"), edges_csv(circuit.edges))
-                write_page(part_file(run, name, ".html"), name, results, details, test)
+                write_page(part_file(run, name, ".html"), name, results, circuit.details, test)
+                review = run.folder / "review" / f"{name}.csv"
+                review.parent.mkdir(exist_ok=True)
+                write_text(review, review_sheet(graph_config.transcoders, circuit))
             return Measured(results, _message(results))
 
         return measure
@@ -112,25 +119,47 @@ def _group_results(group: Group) -> GroupResults:
     return GroupResults(group.name, tuple(map(str, group.members)), sum(layers) / len(layers))
 
 
-def _details(
-    config: GraphConfig,
-    model: LanguageModel,
-    transcoders: LayerTranscoders,
-    groups: Sequence[Group],
-    documents: int,
-) -> dict[Feature, FeatureDetails]:
-    """Return what is known of the features of groups; contexts of others are looked for in the embedded corpus."""
-    features = list(dict.fromkeys((key.layer, key.feature) for group in groups for key in group.members))
-    details = details_of_features(config, features)
-    missing = [feature for feature in features if feature not in details]
-    texts = [document.text for document in read_corpus(CorpusConfig())[:documents]] if missing else []
-    return details | find_contexts(model, transcoders, texts, missing)
+def _texts(config: CircuitsConfig, prompts: Mapping[str, Sequence[Prompt]]) -> list[str]:
+    """Return the texts in which contexts are looked for: of the embedded corpus, and the prompts that are traced.
+
+    Features of a circuit fire on the latter, if on nothing else.
+    """
+    documents = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
+    train = [[prompt.text for prompt in some if prompt.split == "train"][: config.traced] for some in prompts.values()]
+    return [*documents, *(text for some in train for text in some)]
+
+
+def review_sheet(transcoders: str, circuit: BehaviourCircuit) -> str:
+    """Return the features of a circuit's groups as a sheet to be filled in with labels; see ``labels_of_sheets``."""
+    names = names_of_layers([transcoders], {key.layer for group in circuit.groups for key in group.members})
+    rows = []
+    for group in circuit.groups:
+        for key in group.members:
+            known = circuit.details[key[:2]]
+            rows.append(
+                dict(
+                    feature=key.feature, label=known.label, note="", reviewer="", dictionary=names[key.layer],
+                    group=group.name, role=key.role, influence=f"{circuit.returning.get(key, 0.0):.4f}",
+                    promotes=visible(" ".join(known.top_logits)), contexts=" | ".join(map(_one_line, known.examples)),
+                )
+            )  # fmt: skip
+    return _as_csv(rows)
+
+
+def _one_line(context: Mapping[str, list]) -> str:
+    """Return a context on one line, its strongest token in double brackets."""
+    peak = max(range(len(context["tokens"])), key=context["activations"].__getitem__)
+    pieces = [f"[[{token}]]" if n == peak else token for n, token in enumerate(context["tokens"])]
+    return visible("".join(pieces))
 
 
 def edges_csv(edges: Sequence[Edge]) -> str:
     """Return every measured effect as a table: its fields, of intervals the mean and both ends."""
+    return _as_csv([dict(_columns(edge)) for edge in edges])
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     file = io.StringIO()
-    rows = [dict(_columns(edge)) for edge in edges]
     writer = csv.DictWriter(file, list(rows[0]) if rows else ["source", "target", "edit"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)

@@ -5,17 +5,19 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from saejax.attribution.forms.features import Feature
+from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.prompt_run import prompt_ids
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import read_targets
+from saejax.circuits.contexts import telling_tokens
 from saejax.circuits.edges import Edge, judge_edges
 from saejax.circuits.groups import Group, Key, find_returning, influence_by_key, position_roles, propose_groups
 from saejax.circuits.measure import PromptEffects, measure_prompt
 from saejax.errors import UserError
 from saejax.models.language_model import LanguageModel
+from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
@@ -30,13 +32,15 @@ class BehaviourCircuit:
     Attributes:
       groups: its groups.
       edges: every measured effect; see ``edges.Edge.drawn``.
-      returning: the features that return, with their influence; none if groups were given.
+      returning: the features that return, with their influence.
+      details: what is known of the features that return or are in a group.
       effects: of each measured prompt.
     """
 
     groups: tuple[Group, ...]
     edges: tuple[Edge, ...]
     returning: Mapping[Key, float]
+    details: Mapping[Feature, FeatureDetails]
     effects: tuple[PromptEffects, ...]
 
 
@@ -47,7 +51,7 @@ def find_circuit(
     measured: Sequence[Prompt],
     *,
     groups: Sequence[Group] = (),
-    labels: Callable[[Sequence[Feature]], Mapping[Feature, str]] = lambda features: {},
+    describe: Callable[[Sequence[Feature]], Mapping[Feature, FeatureDetails]] = lambda features: {},
     max_features: int | None = 512,
     top: int = 100,
     share: float = 0.2,
@@ -66,7 +70,7 @@ def find_circuit(
       traced: prompts that choose features: each is traced.
       measured: other prompts of the behaviour, two or more, on which effects are measured.
       groups: given groups; none: they are proposed.
-      labels: returns the labels of those of some features that have one.
+      describe: returns what is known of features, by which groups are made and named.
       max_features: most features of a graph.
       top: how many most influential features of a prompt count; see ``find_returning``.
       share: share of the prompts in which a feature returns.
@@ -97,8 +101,11 @@ def find_circuit(
         answers.append(influence_by_key(graph, roles, 0))
         placebos.append(influence_by_key(graph, roles, 1))
     returning = find_returning(answers, top, share)
-    named = labels([(key.layer, key.feature) for key in returning])
-    chosen = tuple(groups) or tuple(propose_groups(returning, model.config.n_layers, size, most, named))
+    keys = dict.fromkeys([*returning, *(key for group in groups for key in group.members)])
+    details = dict(describe(list(dict.fromkeys(key[:2] for key in keys))))
+    n_layers, labels = model.config.n_layers, {feature: known.label for feature, known in details.items()}
+    tokens = {key: telling_tokens(key, details[key[:2]], n_layers) for key in keys if key[:2] in details}
+    chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, size, most, labels, tokens))
     placebo = {key: sum(one.get(key, 0.0) for one in placebos) for key in {key for one in placebos for key in one}}
     effects = []
     for number, prompt in enumerate(measured):
@@ -108,7 +115,7 @@ def find_circuit(
     templates = [prompt.template for prompt in measured]
     names = [group.name for group in chosen]
     edges = judge_edges(names, effects, templates, resamples=resamples, seed=seed) if effects else []
-    return BehaviourCircuit(chosen, tuple(edges), returning, tuple(effects))
+    return BehaviourCircuit(chosen, tuple(edges), returning, details, tuple(effects))
 
 
 def _measure(
@@ -129,6 +136,18 @@ def _measure(
     return measure_prompt(
         local, roles, groups, answer, counterpart=other, placebo=placebo, controls=controls, seed=seed
     )
+
+
+def words_by_role(model: LanguageModel, prompt: Prompt) -> dict[str, str]:
+    """Return the words of a prompt at the positions of each role, those that are apart with an ellipsis between."""
+    roles, as_text = _roles(model, prompt), token_text(model.tokenizer)
+    words: dict[str, str] = {}
+    for position, token in enumerate(prompt_ids(model, prompt.text).tolist()):
+        role = str(roles[position])
+        apart = " …" if role in words and roles[position - 1] != role else ""
+        if token not in model.tokenizer.all_special_ids:
+            words[role] = words.get(role, "") + apart + as_text(token)
+    return {role: text.strip() for role, text in words.items()}
 
 
 def _roles(model: LanguageModel, prompt: Prompt) -> np.ndarray:

@@ -1,15 +1,23 @@
-"""Labels of features, as the stages ``interpret``, ``explain`` and ``atlas`` write them and all pages read them."""
+"""Labels of features, as the stages ``interpret``, ``explain`` and ``atlas`` write them and all pages read them.
 
+A *sheet* is a .csv file with the columns feature, label, note, reviewer and dictionary, which a person fills in.
+"""
+
+import csv
 import dataclasses
-from collections.abc import Iterable, Mapping
+import io
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from saejax.dictionaries.stacks import full_name, kind_and_member, members
+from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.results import from_json
 from saejax.runner.workspace import SUMMARY
 
 LABELS = "labels.json"
+COLUMNS = ("feature", "label", "note", "reviewer")  # of a sheet; where it has several dictionaries, dictionary
 EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote
 FOUND = "detector"  # who gave a label that was found
 
@@ -95,3 +103,63 @@ def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
         if path.exists():
             return load_labels(path)
     return {}
+
+
+def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> dict[int, str]:
+    """Return the names of the dictionaries of layers, as a sheet has them: "topk/mlp_in.3", or "layer 3" if not ours.
+
+    Args:
+      folders: as for ``trained_units``.
+      layers: that are named.
+    """
+    trained = trained_units(folders)
+    return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
+
+
+def labels_of_sheets(path: Path, flag: str) -> dict[tuple[int, int], str]:
+    """Return the labels of a sheet, or of all in a folder, by layer and number; lines without a label have none.
+
+    Args:
+      path: a .csv file, or a folder of such. The layer is the number at the end of the column dictionary.
+      flag: flag that names it, for messages.
+
+    Raises:
+      UserError: a file cannot be read, lacks a column, or a line names no layer and feature; or two labels of a
+        feature differ.
+    """
+    labels: dict[tuple[int, int], str] = {}
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        for number, row in enumerate(read_sheet(file, (*COLUMNS, "dictionary"), flag), 2):
+            layer, feature = re.search(r"(?:^|\D)(\d+)$", row["dictionary"].strip()), row["feature"].strip()
+            if not layer or not feature.isdecimal():
+                raise UserError(
+                    f"{file}, line {number}: {row['dictionary']!r} and {feature!r} name no layer and feature: expected "
+                    "such as layer 3 and 17"
+                )
+            key, label = (int(layer[1]), int(feature)), row["label"].strip()
+            if label and labels.setdefault(key, label) != label:
+                raise UserError(
+                    f"{file}, line {number}: feature {feature} of {row['dictionary']} is {label!r}, and "
+                    f"{labels[key]!r} in an earlier line: keep one of them"
+                )
+    return labels
+
+
+def read_sheet(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, str]]:
+    """Return the lines of a sheet, which has these columns and perhaps others.
+
+    Raises:
+      UserError: it cannot be read, a column is missing, or a line has another number of cells.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"
+        raise UserError(f"{flag}={path} cannot be read ({reason}): name a .csv file") from None
+    missing = [name for name in wanted if rows and name not in rows[0]]
+    if missing:
+        raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
+    return rows

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from saejax.dictionaries import rescale
 from saejax.dictionaries.formats import circuit_tracer, load_dictionary
-from saejax.dictionaries.formats.place import registry_overrides, resolve_path
+from saejax.dictionaries.formats.place import BESIDE, registry_overrides, resolve_path
 from saejax.dictionaries.modules import Dictionary
 from saejax.dictionaries.results import TrainedMember
 from saejax.errors import UserError
@@ -121,7 +121,7 @@ def identity(folder: str) -> str:
     digest, place = hashlib.sha256(), resolve_path(folder)
     files = [place] if place.is_file() else _hashed_files(place)
     # Where a file is named, its settings are in another one beside it.
-    settings = [place.with_name(name) for name in ("config.json", "cfg.json")] if place.is_file() else []
+    settings = [place.with_name(name) for name in BESIDE] if place.is_file() else []
     digest.update(repr(sorted(registry_overrides(folder).items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:
         digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())

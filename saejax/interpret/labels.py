@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.dictionaries.labels import Label
+from saejax.dictionaries.labels import COLUMNS, Label, read_sheet
 from saejax.errors import UserError
 from saejax.files import locked, write_text
 
-_COLUMNS = ("feature", "label", "note", "reviewer")
 _NEAR = 100  # random directions of the most similar firing rates, which a feature's label has to exceed
 _LEVEL = 0.95  # share of these that it exceeds
 
@@ -72,7 +71,7 @@ def read_labels(
                     )
             label_of |= labels
         return label_of
-    for number, row in enumerate(_rows(path, (*_COLUMNS, "dictionary") if several else _COLUMNS, flag), 2):
+    for number, row in enumerate(read_sheet(path, (*COLUMNS, "dictionary") if several else COLUMNS, flag), 2):
         if (row.get("dictionary") or dictionary) != dictionary:
             continue
         text = row["feature"].strip()
@@ -103,13 +102,13 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")):
-        rows = _rows(path, _COLUMNS, flag) if path.exists() else []
+        rows = read_sheet(path, COLUMNS, flag) if path.exists() else []
         old = [row for row in rows if _means(row, dictionary, feature)]
         rows = [row for row in rows if not _means(row, dictionary, feature)]
         if label:
             own = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
             rows.append((old[0] if old else {}) | own)
-        columns = list(dict.fromkeys([*_COLUMNS, "dictionary", *(name for row in rows for name in row)]))
+        columns = list(dict.fromkeys([*COLUMNS, "dictionary", *(name for row in rows for name in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
@@ -120,23 +119,3 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
 def _means(row: Mapping[str, str], dictionary: str, feature: int) -> bool:
     """Return whether a line is of this feature; a line without a dictionary is of any."""
     return row["feature"].strip() == str(feature) and (row.get("dictionary") or dictionary) == dictionary
-
-
-def _rows(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, str]]:
-    """Return the lines of a file of labels, which has these columns and perhaps others.
-
-    Raises:
-      UserError: it cannot be read, a column is missing, or a line has another number of cells.
-    """
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"
-        raise UserError(f"{flag}={path} cannot be read ({reason}): name a .csv file") from None
-    missing = [name for name in wanted if rows and name not in rows[0]]
-    if missing:
-        raise UserError(f"{flag}={path} has no column {', '.join(missing)}: expected {', '.join(wanted)}")
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise UserError(f"{path}, line {number} has not as many cells as there are columns: quote commas in it")
-    return rows

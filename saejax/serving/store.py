@@ -15,7 +15,7 @@ from typing import Any
 from saejax.attribution.forms.document import DocumentMetadata, GraphDocument, read_document
 from saejax.attribution.forms.graph_folder import INDEX
 from saejax.attribution.forms.outputs import details_of, read_shown
-from saejax.dictionaries.labels import trained_units
+from saejax.dictionaries.labels import names_of_layers
 from saejax.errors import UserError
 from saejax.files import file_sha256, locked, read_json, write_json
 from saejax.interpret.labels import read_labels, write_label
@@ -162,23 +162,18 @@ class GraphStore:
         if not path.exists():
             return {}
         layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
-        names = self._names(folders, layers)
+        names = names_of_layers(folders, layers)
         read = {layer: read_labels(path, name, _ANY, several=False, flag="--labels") for layer, name in names.items()}
         return {(layer, feature): one.label for layer, labels in read.items() for feature, one in labels.items()}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
         path = self._labels_file(folders)
-        write_label(path, self._names(folders, {layer})[layer], feature, label, "by hand", "--labels")
+        write_label(path, names_of_layers(folders, {layer})[layer], feature, label, "by hand", "--labels")
         return path
 
     def _labels_file(self, folders: Sequence[str]) -> Path:
         return self._labels or self.root / _SAVED / folder_name("-".join(folders)) / "labels.csv"
-
-    def _names(self, folders: Sequence[str], layers: set[int]) -> dict[int, str]:
-        """Return the names of dictionaries of layers: those of the atlas, or "layer 3" for other sets."""
-        trained = trained_units(folders)
-        return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
 
     def _groups_file(self, graph: StoredGraph) -> Path:
         return self.root / _SAVED / folder_name(graph.id.rpartition("/graphs/")[0] or "graphs") / "groups.json"

@@ -81,7 +81,11 @@ class GraphConfig(Config):
         'file of groups of nodes that the page and Neuronpedia show, .json: {"paris": [["cities", "3_17_4", '
         '"5_208_4"]]} ("*": all graphs), or a state saved by the page; empty: none',
     )
-    labels: str = setting("", 'file of labels of features, .json: {"3_17": "cities"}, by layer and index')
+    labels: str = setting(
+        "",
+        'file of labels of features, .json: {"3_17": "cities"}, by layer and index; or a sheet that a person filled '
+        "in, .csv, as the stages interpret and circuits write them, or a folder of such",
+    )
     features: str = setting(
         "",
         "folder of feature files, whose contexts and labels the page shows: circuit-tracer's or Neuronpedia's, or "

@@ -63,7 +63,8 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     ]
     assert {"effect_mean", "random", "placebo", "over_random_low", "over_placebo_high", "dose", "drawn"} <= set(rows[0])
     page = (unit / "sides.html").read_text()
-    assert page.index("<figure") < page.index("<table") and "Group: " in page
+    assert page.index("<figure") < page.index("<table") and "Group: " in page and "promotes" in page
+    assert 'class="contexts"' in page and "does not fire" not in page  # at the latest in the prompts that were traced
     for group in circuit.groups:
         assert f"Group: {group.name}" in page
     index = (unit / "index.html").read_text()
@@ -72,9 +73,27 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     circuits, claims = sections(found, None)
     assert claims.blocks[0].rows and circuits.blocks[1].items == (("Sides", "../circuits/sides.html"),)
 
+    # A person labels two features of a position; they become a group, and name it.
+    with (unit / "review" / "sides.csv").open() as file:
+        sheet = list(csv.DictReader(file))
+    assert [row["group"] for row in sheet] == [group.name for group in circuit.groups for _ in group.members]
+    pair = [row for row in sheet if row["role"] == sheet[0]["role"]][:2]
+    for row in pair:
+        row |= dict(label="sides of things", reviewer="R")
+    (tmp_path / "filled").mkdir()
+    with (tmp_path / "filled" / "sides.csv").open("w") as file:
+        writer = csv.DictWriter(file, list(sheet[0]))
+        writer.writeheader()
+        writer.writerows(sheet)
+    assert run(tmp_path / "run", *flags, f"--graph.labels={tmp_path / 'filled'}") == 0, capsys.readouterr().err
+    labelled = load_results(tmp_path / "run", "circuits").behaviours["sides"]
+    (group,) = [group for group in labelled.groups if group.name.startswith("sides of things (")]
+    assert len(group.members) == len(pair)
+    assert "sides of things" in (unit / "sides.html").read_text() and "things" in (unit / "sides.svg").read_text()
+
     # The proposal is edited, and the edited groups are measured.
     groups = json.loads((unit / "sides-groups.json").read_text())
-    assert [name for name, *_ in groups["sides"]] == [group.name for group in circuit.groups]
+    assert [name for name, *_ in groups["sides"]] == [group.name for group in labelled.groups]
     groups["sides"] = [["mine", *groups["sides"][0][1:]]]
     (tmp_path / "mine.json").write_text(json.dumps(groups))
     assert run(tmp_path / "run", *flags, f"--circuits.groups={tmp_path / 'mine.json'}") == 0

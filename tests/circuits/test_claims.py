@@ -13,6 +13,7 @@ from saejax.settings import BEHAVIOURS
 GROUPS = (
     GroupResults("city", ("0_1_content", "1_2_content"), 0.5),
     GroupResults("asks", ("1_3_context",), 1),
+    GroupResults("state", ("4_5_content", "5_6_last", "4_8_last"), 4.3),
     GroupResults("says", ("7_4_last",), 7),
 )
 
@@ -22,12 +23,16 @@ def edge(source, target, edit="direct", drawn=True, effect=1.0):
     return Edge(source, target, edit, part, 0.0, 0.0, part, part, 1.0, 0.99, 20, drawn)
 
 
-CHAIN = (edge("city", "says"), edge("asks", "says"), edge("says", ANSWER), edge("city", ANSWER))
-EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0))
+CHAIN = (
+    edge("city", "state"), edge("asks", "state"), edge("state", "says"), edge("says", ANSWER), edge("city", ANSWER),
+)  # fmt: skip
+EVERY = (*CHAIN, edge("city", ANSWER, "swap", effect=3.0), edge("state", ANSWER, "swap"))
 
 
 def circuit(edges=EVERY, returning=("0_1_content",), layers=9):
-    return CircuitResults(10, 20, 20, 2.0, GROUPS, True, tuple(edges), dict.fromkeys(returning, 1.0), layers, 1.0)
+    return CircuitResults(
+        10, 20, 20, 2.0, "Austin", {}, GROUPS, True, tuple(edges), dict.fromkeys(returning, 1.0), layers, 1.0
+    )
 
 
 def outcomes(results) -> dict[str, str]:
@@ -63,8 +68,14 @@ def test_edges_that_are_not_drawn_confirm_nothing(claim):
     ("edges", "claim", "outcome"),
     [
         (CHAIN[:1] + CHAIN[2:], "hop-2", NOT_SEEN),  # the question does not join
-        (CHAIN[:3], "hop-4", NOT_SEEN),
-        (CHAIN[:2] + CHAIN[3:], "hop-1", NOT_SEEN),  # what follows the city does not reach the answer
+        (CHAIN[:4], "hop-4", NOT_SEEN),
+        (CHAIN, "hop-1", NOT_SEEN),  # the state does not carry which answer it is
+        ([*CHAIN[:3], CHAIN[4], edge("state", ANSWER, "swap")], "hop-1", NOT_SEEN),  # it does not reach the answer
+        (
+            [edge("city", "says"), edge("says", ANSWER), edge("says", ANSWER, "swap")],
+            "hop-1",
+            NOT_SEEN,
+        ),  # what says the answer is no step
         ([edge("city", ANSWER, "swap", effect=1.5)], "hop-3", NOT_SEEN),  # less than the logit difference of 2
     ],
 )

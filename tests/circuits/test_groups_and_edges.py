@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from saejax.attribution.forms.features import FeatureDetails
+from saejax.circuits.contexts import name_feature
 from saejax.circuits.edges import ANSWER, judge_edges
 from saejax.circuits.groups import Group, Key, as_json, find_returning, position_roles, propose_groups, read_groups
 from saejax.circuits.measure import PromptEffects
@@ -27,6 +29,11 @@ def test_roles(ids, counterpart, roles):
     assert position_roles(np.array(ids), other).tolist() == roles
 
 
+def context(*tokens: str) -> dict:
+    """A context in which the second token, or the only one, is the strongest."""
+    return dict(tokens=list(tokens), activations=[float(n == (len(tokens) > 1)) for n in range(len(tokens))])
+
+
 A, B, C, D = Key(0, 1, "content"), Key(5, 2, "last"), Key(5, 3, "last"), Key(11, 4, "last")
 
 
@@ -41,13 +48,44 @@ def test_features_return_that_are_influential_in_several_prompts():
 def test_groups_are_proposed_from_labels_and_positions():
     scores = {A: 4.0, B: 3.0, C: 2.0, D: 1.0}
     groups = propose_groups(scores, n_layers=12, size=10, most=9)
-    assert groups == [Group("last, middle", (B, C)), Group("content, early", (A,)), Group("last, late", (D,))]
+    assert groups == [
+        Group("last position, middle layers", (B, C)),
+        Group("differing words, early layers", (A,)),
+        Group("last position, late layers", (D,)),
+    ]
     labels = {(5, 2): "capitals", (11, 4): "capitals", (0, 1): "alone"}
     labelled = propose_groups(scores, 12, 10, 9, labels)
     assert {group.name: group.members for group in labelled} == {
-        "capitals (last)": (B, D), "content, early": (A,), "last, middle": (C,),
-    }  # fmt: skip
-    assert propose_groups(scores, 12, size=1, most=2) == [Group("content, early", (A,)), Group("last, middle", (B,))]
+        "capitals (last position)": (B, D),
+        "differing words, early layers": (A,),
+        "last position, middle layers": (C,),
+    }
+    assert [group.members for group in propose_groups(scores, 12, size=1, most=2)] == [(A,), (B,)]
+
+
+def test_groups_without_a_label_are_named_by_the_tokens_of_their_most_influential_features():
+    scores = {A: 4.0, B: 3.0, C: 2.0, D: 1.0}
+    tokens = {A: {"“Dallas”": 5, "“Boston”": 2}, B: {"“of”": 1}, C: {"“is”": 2, "“of”": 2}}
+    names = [group.name for group in propose_groups(scores, 12, 10, 9, {}, tokens)]
+    assert names == [
+        "“of” “is” (last position, middle layers)",
+        "“Dallas” “Boston” (differing words, early layers)",
+        "last position, late layers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "details", "name"),
+    [
+        (B, FeatureDetails(), "layer 5, feature 2"),
+        (B, FeatureDetails(label="capitals", top_logits=("x",)), "capitals"),
+        (B, FeatureDetails((context("in", " Texas", "?"),) * 2 + (context(" of"),), (" Rome",)), "“Texas” “of”"),
+        (D, FeatureDetails((context("is"),), (" Rome", "\n", "c")), "→“Rome” →“↵”"),  # the answer is read there
+        (D, FeatureDetails((context("  "),)), "“␣”"),
+    ],
+)
+def test_features_are_named(key, details, name):
+    assert name_feature(key, details, 12) == name
 
 
 def test_a_file_of_groups_is_read_as_it_was_written(tmp_path):

@@ -114,28 +114,32 @@ def neuron_names(spec, transcoders, group) -> set[str]:
 def test_the_groups_are_the_planted_ones(intact, found):
     named = {group.name: neuron_names(planted(), intact[1], group) for group in found.groups}
     assert named == {
-        "content, early": {f"state {k}" for k in range(PLACES)},
-        "context, early": {"question"},
-        "last, middle": {f"say {k}" for k in range(PLACES)},
-        "last, late": {f"write {k}" for k in range(PLACES)},
+        "differing words, early layers": {f"state {k}" for k in range(PLACES)},
+        "other words, early layers": {"question"},
+        "last position, middle layers": {f"say {k}" for k in range(PLACES)},
+        "last position, late layers": {f"write {k}" for k in range(PLACES)},
     }
 
 
 def test_the_edges_are_the_planted_ones(found):
     drawn = {(edge.source, edge.target) for edge in found.edges if edge.drawn and edge.edit == "direct"}
     assert drawn == {
-        ("content, early", "last, middle"),
-        ("context, early", "last, middle"),
-        ("last, middle", "last, late"),
-        ("last, late", ANSWER),
+        ("differing words, early layers", "last position, middle layers"),
+        ("other words, early layers", "last position, middle layers"),
+        ("last position, middle layers", "last position, late layers"),
+        ("last position, late layers", ANSWER),
     }
     # Each group is needed for the answer, and each but the question carries which answer it is.
     of_edit = {
         edit: {edge.source for edge in found.edges if edge.drawn and edge.edit == edit} for edit in ("total", "swap")
     }
     assert of_edit["total"] == {group.name for group in found.groups}
-    assert of_edit["swap"] == {"content, early", "last, middle", "last, late"}
-    (last,) = [edge for edge in found.edges if (edge.source, edge.edit) == ("last, late", "swap")]
+    assert of_edit["swap"] == {
+        "differing words, early layers",
+        "last position, middle layers",
+        "last position, late layers",
+    }
+    (last,) = [edge for edge in found.edges if (edge.source, edge.edit) == ("last position, late layers", "swap")]
     assert last.effect.mean == pytest.approx(2 * 8 * FULL * (1 - MARGIN), rel=1e-4)  # from one answer to the other
 
 

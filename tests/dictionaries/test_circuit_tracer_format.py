@@ -213,7 +213,7 @@ def test_a_stack_of_folders_is_a_set_too(tmp_path):
 
 def test_a_set_is_no_dictionary(tmp_path):
     save_transcoders(tmp_path, make_set())
-    with pytest.raises(UserError, match="a set of transcoders: use load_transcoders"):
+    with pytest.raises(UserError, match="a set of transcoders: name the file of a layer in it"):
         load_dictionary(tmp_path)
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from safetensors.numpy import save_file
 from tiny_models import save_tiny
 
-from saejax import load_model
+from saejax import load_model, load_results
 from saejax.activations.store import Store
 from saejax.runner import command, config
 from saejax.runner.registry import GROUPS, STAGES
@@ -188,8 +188,11 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
     own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1", "--task.bootstrap=100"]
     own += ["--circuits.traced=2", "--causal.bootstrap=100", "--graph.doubled=2"]
-    own += ["--model.dtype=float32"]
-    stages = ["baseline", "patch", "attribute", "circuits"]
+    layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
+    own += ["--model.dtype=float32", f"--ablate.dictionary={layer}", f"--patch.dictionary={layer}"]
+    own += ["--ablate.top=2", "--causal.random_sets=6", "--causal.placebo_targets=4", "--ablate.text_documents=2"]
+    own += ["--ablate.baselines=", "--ablate.untrained=False"]
+    stages = ["baseline", "patch", "attribute", "circuits", "ablate"]
     flagfile = f"--flagfile={CONFIGS / PUBLISHED}.flags"
     assert command.run(stages, "", ["pipeline", flagfile, *own]) == 0, capsys.readouterr().err
     run = tmp_path / "run"
@@ -197,8 +200,13 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     for page in (run / "attribute" / "behaviours" / "two_hop.html", run / "circuits" / "two_hop.html"):
         assert "label 1." in page.read_text()
     assert "Published claims" in (run / "circuits" / "index.html").read_text()
+    (tested,) = (unit for unit in (run / "ablate").iterdir() if unit.is_symlink())
+    assert load_results(run, f"ablate/{tested.name}").behaviours
+    assert {unit.name for unit in (run / "patch").iterdir() if unit.is_symlink()} == {
+        "resid_post", "mlp_out", tested.name,
+    }  # fmt: skip
     # The activations that the file records: of the behaviours' prompts, at their last 5 positions.
-    own = [flag for flag in own if not flag.startswith(("--graph", "--circuits", "--causal"))]
+    own = [flag for flag in own if flag.startswith(("--workdir", "--model", "--task"))]
     own += [f"--corpus.path={run / 'baseline' / 'prompts.jsonl'}", "--capture.dtype=float32"]
     own += ["--capture.sites=resid_post.1-2,mlp_in.1-2,mlp_out.1-2", "--capture.max_sink_share=0.5"]
     assert command.run(["capture"], "", ["capture", flagfile, *own]) == 0, capsys.readouterr().err

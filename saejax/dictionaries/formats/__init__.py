@@ -9,7 +9,7 @@ params_layer_{i}.safetensors in layer_7_13_... Gemma Scope 2's crosscoders (``ge
 hyperparams.json, config.json with sae_type    Llama Scope, Llama-Scope-R1, Llama-Scope-2 (``published``)
 model.safetensors, config.json with num_layers crosscoders of science-of-finetuning (``published``)
 layer3.sae.pt, NAME.pth, NAME.pt               Qwen-Scope, Goodfire, DeepSeek-R1 by qresearch (``published``)
-config.yaml, layer_0.safetensors, ...          sets of transcoders of all layers (``circuit_tracer``)
+config.yaml, layer_0.safetensors, ...          sets of transcoders of all layers (``circuit_tracer``), or one file
 
 Each is in a folder here, on the hub, hf://ORG/NAME[/FOLDER][@REVISION], or named as in SAELens' registry,
 saelens:RELEASE/SAE_ID (``place``). Every format is folded at load time into the one affine form of ``modules``, with
@@ -61,6 +61,7 @@ FORMATS = (
     Format("Llama Scope", published.find_llama_scope, published.parse_llama_scope),
     Format("science-of-finetuning", published.is_crosscoder, published.parse_crosscoder),
     Format("Qwen-Scope, Goodfire, qresearch", published.find_pickled, published.parse_pickled),
+    Format("circuit-tracer, one layer", circuit_tracer.is_layer, circuit_tracer.parse_layer),
 )
 
 
@@ -306,7 +307,7 @@ def _hint(folder: Path) -> str:
             "hub as hf://ORG/NAME/FOLDER"
         )
     if folder.is_dir() and circuit_tracer.is_set(folder):
-        return "but a set of transcoders: use load_transcoders"
+        return "but a set of transcoders: name the file of a layer in it, or use load_transcoders"
     if (folder / saelens.DESCRIPTION).is_file():
         return f"but its description alone: {saelens.WEIGHTS} or sae.safetensors is missing"
     inside = [child.name for child in _find_all(folder) if child != folder]

@@ -42,6 +42,7 @@ DESCRIPTION = "config.yaml"
 LAYERS, ENCODERS, DECODERS = "layer_{}.safetensors", "W_enc_{}.safetensors", "W_dec_{}.safetensors"
 PER_LAYER, CROSS_LAYER = "transcoder_set", "cross_layer_transcoder"  # values of model_kind
 FACTS = "saejax"  # key of the description under which our own folders say more
+_LAYER_FILE = re.compile(r"layer_\d+\.safetensors")
 _THRESHOLD = "activation_function.threshold"
 _HOOKS = ("feature_input_hook", "feature_output_hook")
 _ACTIVATIONS = {"relu": "standard", "jumprelu": "jumprelu", "jump_relu": "jumprelu", "topk": "topk"}
@@ -113,6 +114,27 @@ class TranscoderSet:
 def is_set(folder: Path) -> bool:
     """Return whether a folder holds a set, or a description of one."""
     return (folder / DESCRIPTION).is_file() or bool(_numbered_files(folder, LAYERS)) or is_cross_layer(folder)
+
+
+def is_layer(file: Path) -> bool:
+    """Return whether a path is the file of one layer of a set that is not cross-layer."""
+    return file.is_file() and bool(_LAYER_FILE.fullmatch(file.name))
+
+
+def parse_layer(file: Path, site: str = "", target: str = "") -> tensors.Published:
+    """Describe the transcoder in the file of one layer, whose set's description may lie beside it.
+
+    Args:
+      file: such as ``layer_17.safetensors``.
+      site: the site that it reads, in place of the hook that the description names.
+      target: the site that it predicts, likewise.
+
+    Raises:
+      UserError: the file or the description is damaged.
+    """
+    layer = int(file.stem.rpartition("_")[2])
+    kinds = (name.partition(".")[0] for name in (site, target))
+    return _parse_layer(file.parent, read_settings(file.parent), layer, file, *kinds)
 
 
 def is_cross_layer(folder: Path) -> bool:

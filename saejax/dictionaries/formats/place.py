@@ -19,6 +19,7 @@ REGISTRY = "saelens:"
 _FILES = ("*.json", "*.yaml", "*.safetensors", "*.npz")
 _PICKLED = ("*.pt", "*.pth")  # fetched where there is nothing else: a repository may hold one for every layer
 _SUFFIXES = (".npz", ".safetensors", ".pt", ".pth")  # of addresses of files
+BESIDE = ("config.json", "cfg.json", "config.yaml")  # settings beside a dictionary that is one file
 
 
 def resolve_path(path: str | os.PathLike) -> Path:
@@ -84,7 +85,7 @@ def _fetch(address: str) -> Path:
     folder = PurePosixPath(named["folder"] or ".")
     fetch = functools.partial(hub.hub_folder, repository, revision, what="dictionary")
     if folder.suffix in _SUFFIXES:
-        files = [(folder.parent / name).as_posix() for name in (folder.name, "config.json", "cfg.json")]
+        files = [(folder.parent / name).as_posix() for name in (folder.name, *BESIDE)]
         return fetch(files) / folder
     prefix = "" if folder == PurePosixPath(".") else f"{folder}/"
     below = [f"{prefix}*/*"]  # in patterns a star stands for slashes, too
