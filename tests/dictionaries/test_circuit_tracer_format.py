@@ -11,7 +11,7 @@ import yaml
 from known_dictionaries import D, F
 from safetensors.numpy import load_file
 
-from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders
+from saejax.dictionaries import load_dictionary, load_transcoders, save_dictionary, save_transcoders, stacks
 from saejax.dictionaries.formats import circuit_tracer
 from saejax.errors import UserError
 
@@ -51,6 +51,27 @@ def test_a_set_is_written_as_what_it_computes_and_comes_back(kind, form, tmp_pat
     assert names == ["config.yaml", *(f"layer_{i}.safetensors" for i in range(3))]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind,form", [("topk", "transcoder"), ("jumprelu", "skip_transcoder")])
+def test_one_layer_of_a_set_is_a_dictionary(kind, form, tmp_path):
+    """Its file, with the set's description beside it or, if there is none, as sets without one are."""
+    save_transcoders(tmp_path, make_set(kind, form))
+    x, file = known.activations(), tmp_path / "layer_1.safetensors"
+    layer, of_set = load_dictionary(file), load_transcoders(tmp_path)[1]
+    assert layer.config == of_set.config
+    np.testing.assert_array_equal(layer(x), of_set(x))
+    f, y = known.circuit_tracer_by_formula(tmp_path, 1, x)
+    assert known.relative(layer.encode(x), f) < 1e-5 and known.relative(layer(x), y) < 1e-5
+    before = stacks.identity(str(file))
+    change(tmp_path, feature_input_hook="hook_resid_mid")
+    assert stacks.identity(str(file)) != before and load_dictionary(file).site == "resid_mid.1"
+    assert load_dictionary(file, site="mlp_in.1").site == "mlp_in.1"
+    (tmp_path / "config.yaml").unlink()
+    if kind == "jumprelu":  # of a TopK without its k nothing says that it is one
+        assert load_dictionary(file).config.kind == kind
+    with pytest.raises(UserError, match=r"layer_9.safetensors holds no dictionary because it does not exist"):
+        load_dictionary(tmp_path / "layer_9.safetensors")
 
 
 def test_the_layout_is_that_of_circuit_tracer(tmp_path):

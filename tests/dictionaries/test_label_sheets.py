@@ -1,0 +1,66 @@
+"""Sheets of labels that a person filled in, as ``--graph.labels`` reads them."""
+
+import csv
+import json
+
+import pytest
+
+from saejax.attribution.requests import identity, read_labels
+from saejax.dictionaries.labels import COLUMNS, labels_of_sheets
+from saejax.errors import UserError
+from saejax.settings import GraphConfig
+
+
+def write(path, *rows: tuple[str, str, str], columns=(*COLUMNS, "dictionary")) -> None:
+    """Write lines of dictionary, feature and label."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for dictionary, feature, label in rows:
+            writer.writerow(dict(feature=feature, label=label, note="", reviewer="R", dictionary=dictionary))
+
+
+def test_labels_are_read_by_layer_and_feature(tmp_path):
+    write(
+        tmp_path / "one.csv", ("topk/mlp_in.3", "17", "cities, “old”"), ("layer 12", "0", ""), ("layer 12", "4", " x ")
+    )
+    write(tmp_path / "two.csv", ("mlp_in.3", "17", "cities, “old”"), ("mlp_in.3", "18", "rivers"))
+    one = {(3, 17): "cities, “old”", (12, 4): "x"}
+    assert labels_of_sheets(tmp_path / "one.csv", "--graph.labels") == one
+    assert read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path))) == one | {(3, 18): "rivers"}
+
+
+def test_what_a_sheet_says_belongs_to_the_identity(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "config.json").write_text(json.dumps({}))
+    (tmp_path / "filled").mkdir()
+    config = GraphConfig(transcoders=str(tmp_path / "set"), labels=str(tmp_path / "filled"))
+    write(tmp_path / "filled" / "a.csv", ("layer 3", "17", "cities"))
+    before = identity(config)
+    write(tmp_path / "filled" / "a.csv", ("layer 3", "17", "towns"))
+    assert identity(config) != before
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("topk", "17", "a")], r"line 2: 'topk' and '17' name no layer and feature"),
+        ([("layer 3", "x", "a")], r"line 2: 'layer 3' and 'x' name no layer and feature"),
+        (
+            [("layer 3", "1", "a"), ("mlp_in.3", "1", "b")],
+            r"line 3: feature 1 of mlp_in.3 is 'b', and 'a' in an earlier",
+        ),
+    ],
+)
+def test_a_bad_sheet_is_one_line(tmp_path, rows, message):
+    write(tmp_path / "a.csv", *rows)
+    with pytest.raises(UserError, match=message):
+        labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
+
+
+def test_a_sheet_without_a_column(tmp_path):
+    write(tmp_path / "a.csv", ("layer 3", "1", "a"), columns=COLUMNS)
+    with pytest.raises(UserError, match="--graph.labels=.* has no column dictionary"):
+        labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / "none.csv")))
