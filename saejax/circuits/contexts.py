@@ -83,7 +83,8 @@ class FeatureSearch:
 
     def promoted(self, features: Collection[Feature]) -> dict[Feature, tuple[str, ...]]:
         """Return the tokens whose logits features raise most, by what they write to their own layer."""
-        as_text, tokens = token_text(self._model.tokenizer), {}
+        as_text = token_text(self._model.tokenizer)
+        tokens: dict[Feature, tuple[str, ...]] = {}
         for layer in sorted({layer for layer, _ in features}):
             indices = sorted(index for own, index in features if own == layer)
             rows_UxD = self._transcoders.writes(layer, np.array(indices))[:, 0]
