@@ -116,8 +116,10 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     rows = SiteRows(row_value, row_value, row_value, row_domain, last_B, by_row(mesh, (PROMPTS, 2), jnp.int32))
     counts = tuple(whole(mesh, (used.n_features,), dtype) for dtype in (jnp.int32, kept_dtype))
     source_arrays = dict(counterpart=(row_value, row_domain), random=counts).get(ablate.replacement, ())
-    scored = (point, params, dictionary, rows, source, source_arrays)
-    flops = 3.0 * suffix_flops(PROMPTS) + 2.0 * encode_flops(PROMPTS)
+    flops = 3.0 * suffix_flops(PROMPTS)
+    programs.append(program("slopes", size, slopes.answer_slopes, (point, params, rows), flops, attributions))
+    scored = (point, dictionary, rows, value(whole, PROMPTS), source, source_arrays)
+    flops = 2.0 * encode_flops(PROMPTS)
     programs.append(program("attribution", size, slopes.score_features, scored, flops, attributions))
 
     if ablate.placebo_targets:

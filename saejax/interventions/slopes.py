@@ -246,8 +246,9 @@ def attribution(
         for part in slices(run):
             rows = split.placed(run.rows(part))
             source_arrays = (other.read_BxTxD[part], other.domain_BxT[part]) if source.kind == "counterpart" else ()
+            slope_BxTxD = answer_slopes(split.point, split.params, rows)
             attribution_BxF = score_features(
-                split.point, split.params, split.dictionary, rows, source, sums or (*split.by_row(*source_arrays),)
+                split.point, split.dictionary, rows, slope_BxTxD, source, sums or (*split.by_row(*source_arrays),)
             )
             index_P = run.index_P[part]
             attribution_NxF[index_P] = np.asarray(attribution_BxF)[: len(index_P)]
@@ -263,11 +264,26 @@ def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def answer_slopes(point: SplitPoint, params: decoder.Params, rows: SiteRows) -> jax.Array:
+    """Return the slope of the logit difference with respect to the site's value, [B, T, D].
+
+    A program of its own, which all dictionaries of the site share.
+    """
+
+    def difference(value_BxTxD: jax.Array) -> jax.Array:
+        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
+        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
+        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
+
+    return jax.lax.with_sharding_constraint(jax.grad(difference)(rows.value_BxTxD), sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def score_features(
     point: SplitPoint,
-    params: decoder.Params,
     dictionary: Dictionary,
     rows: SiteRows,
+    slope_BxTxD: jax.Array,
     source: ActivationReplacement = ZERO,
     source_arrays: tuple[jax.Array, ...] = (),
 ) -> jax.Array:
@@ -275,24 +291,16 @@ def score_features(
 
     Args:
       point: where the model is split (static).
-      params: parameters of the decoder.
       dictionary: the dictionary of the features.
       rows: clean values of the prompts.
+      slope_BxTxD: from ``answer_slopes``.
       source: what replaces activations.
       source_arrays: for the source ``counterpart``, what is read and the domain of the counterparts; for ``random``, at
         how many positions of the clean run each feature is not 0, and the sum of its activations.
     """
-    value_BxTxD = rows.value_BxTxD
     removed_BxTxF = _mean_fall(dictionary, rows, source, source_arrays)
-    W_dec_FxD = dictionary.W_dec_FxD[...]
-
-    def difference(value_BxTxD: jax.Array) -> jax.Array:
-        # Prompts do not see each other, so the gradient of the sum holds every prompt's own.
-        x_BxTxD = point.run_suffix(params, rows.stream_BxTxD, value_BxTxD)
-        return point.logit_difference(params, x_BxTxD, rows.last_B, rows.answers_Bx2).sum()
-
-    slope_BxTxD = jax.grad(difference)(value_BxTxD)
-    return jax.lax.with_sharding_constraint(weighted(removed_BxTxF, slope_BxTxD, W_dec_FxD), sharding(point.mesh))
+    attribution_BxF = weighted(removed_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
+    return jax.lax.with_sharding_constraint(attribution_BxF, sharding(point.mesh))
 
 
 def _mean_fall(

@@ -60,6 +60,7 @@ def programs(plan):
 def test_ablation(programs, plan, lm, spy):
     calls = {
         "ablate: head": spy(split, "run_head"),
+        "ablate: slopes": spy(screening, "answer_slopes"),
         "ablate: attribution": spy(screening, "score_features"),
         "ablate: placebo attribution": spy(screening, "score_targets"),
         "ablate: features": spy(ablation, "gather"),

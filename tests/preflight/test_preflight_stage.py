@@ -68,8 +68,10 @@ def test_one_model_is_planned(tmp_path, inputs, capsys):
 def test_a_machine_without_bfloat16(tmp_path, inputs, capsys, monkeypatch):
     model, corpus = inputs
     monkeypatch.setattr(checks.rates, "matmul_rates", lambda: dict(float32=1e11, bfloat16=5e10))
-    assert preflight(*runs.small_flags(model, corpus, tmp_path, capture__dtype="bfloat16")) == 0
+    asked = dict(capture__dtype="bfloat16", train__input="resident")
+    assert preflight(*runs.small_flags(model, corpus, tmp_path, **asked)) == 0
     output = capsys.readouterr().out
+    assert re.search(r"activations that stay on the devices: 0\.\d+ GiB on each", output)
     assert "--capture.dtype=float32 would take less time" in output and "--train.matmul=float32 would" not in output
 
 
