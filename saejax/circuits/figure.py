@@ -104,7 +104,7 @@ def _measured(circuit: CircuitResults, order: Sequence[GroupResults], names: Map
     for row, group in enumerate(order):
         shown = ", ".join(dict.fromkeys(names.get(member, member) for member in group.members[:_NAMED]))
         title = group.name.partition(" (")[0]  # what follows is said by rows and columns
-        lines = [f"{len(group.members)} features: {shown}"]
+        lines = [f"{len(group.members)} feature{'s' * (len(group.members) > 1)}: {shown}"]
         boxes[group.name] = _Box(role_of(group), row, textwrap.wrap(title, 30)[:2], textwrap.wrap(lines[0], 38)[:2])
     return boxes
 
@@ -135,8 +135,7 @@ def _panel(
     axes.text(left, top + 0.55, title, size=_SIZE + 1.5, color=INK, weight="bold", va="center")
     for role, x in x_of.items():
         axes.text(x, 0.38, ROLE_WORDS[role], size=_SIZE, color=SOFT, ha="center", va="center")
-        example = words.get(role, "")
-        example = f"{example[:34].rstrip(' …')} …”" if len(example) > 37 else example
+        example = textwrap.shorten(words.get(role, ""), 38, placeholder=" …”").replace("… …", "…")
         axes.text(x, 0.18, example, size=_SIZE - 1, color=SOFT, ha="center", va="center", parse_math=False)
     height = {name: 0.5 if name == ANSWER else _TALL for name in boxes}
     place = {
