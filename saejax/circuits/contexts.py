@@ -20,7 +20,6 @@ from saejax.circuits.groups import THIRDS, Key, third_of
 from saejax.interpret.neighbours import output_tokens
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import encode, token_text
-from saejax.page.tables import visible
 
 _BEFORE, _AFTER = 10, 3  # tokens of a context around its strongest one
 _TOKENS = 64  # of each text that are read
@@ -119,13 +118,8 @@ def telling_tokens(key: Key, details: FeatureDetails, n_layers: int) -> Counter[
     They are those on which it fires; of a feature late at the last position, where the answer is read, those that it
     promotes, with an arrow.
     """
-    if key.role == "last" and third_of(key.layer, n_layers) == THIRDS[-1] and details.top_logits:
-        return Counter({f"→{_quoted(token)}": _TOP - n for n, token in enumerate(details.top_logits[:_TOP])})
-    peaks = Counter[str]()
-    for rank, context in enumerate(details.examples):
-        peak = max(range(len(context["tokens"])), key=context["activations"].__getitem__)
-        peaks[_quoted(context["tokens"][peak])] += 3 if rank == 0 else 2  # of ties, the strongest
-    return peaks
+    says = key.role == "last" and third_of(key.layer, n_layers) == THIRDS[-1]
+    return (details.promoted() if says else None) or details.peaks() or details.promoted()
 
 
 def name_feature(key: Key, details: FeatureDetails, n_layers: int) -> str:
@@ -133,7 +127,3 @@ def name_feature(key: Key, details: FeatureDetails, n_layers: int) -> str:
     tokens = telling_tokens(key, details, n_layers)
     by_tokens = " ".join(token for token, _ in tokens.most_common(_TOP))
     return details.label or by_tokens or f"layer {key.layer}, feature {key.feature}"
-
-
-def _quoted(token: str) -> str:
-    return f"“{visible(token).strip() or '␣'}”"

@@ -173,7 +173,8 @@ def write_published_set(folder: Path, model: Path, features: int = 32) -> Path:
         save_file(arrays, folder / f"layer_{layer}.safetensors")
         for feature in range(features):
             context = dict(tokens=["a", " word"], tokens_acts_list=[0.0, 1.0])
-            known = dict(label=f"label {layer}.{feature}", examples_quantiles=[dict(examples=[context])])
+            known = dict(examples_quantiles=[dict(examples=[context])])
+            known |= dict(label=f"label {layer}.{feature}") if feature % 2 else {}  # most published ones have none
             (folder / "features" / f"{layer}_{feature}.json").write_text(json.dumps(known))
     return folder
 
@@ -199,9 +200,12 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     assert not (run / "train").exists() and not (run / "capture").exists()
     for page in (run / "attribute" / "behaviours" / "two_hop.html", run / "circuits" / "two_hop.html"):
         assert "label 1." in page.read_text()
+        drawn = page.with_suffix(".svg").read_text()  # text is drawn as paths, and is said in comments
+        assert "“word”" in drawn and "label" in drawn and not re.search(r"<!-- (feature |#)\d+ -->", drawn)
     assert "Published claims" in (run / "circuits" / "index.html").read_text()
     (tested,) = (unit for unit in (run / "ablate").iterdir() if unit.is_symlink())
-    assert load_results(run, f"ablate/{tested.name}").behaviours
+    ablated = load_results(run, f"ablate/{tested.name}")
+    assert ablated.site.endswith(".1") and set(ablated.top) == set(behaviours.split(","))
     assert {unit.name for unit in (run / "patch").iterdir() if unit.is_symlink()} == {
         "resid_post", "mlp_out", tested.name,
     }  # fmt: skip

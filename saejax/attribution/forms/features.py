@@ -14,6 +14,7 @@ import functools
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +27,12 @@ from saejax.dictionaries.stacks import kind_and_member
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.models.hub import hub_errors
+from saejax.page.tables import visible
 
 Feature = tuple[int, int]  # layer, index of the feature
 ReadRange = Callable[[str, int, int], bytes]  # of a file beside an index, from one byte to before another
 EXAMPLES = 5  # contexts of a feature that a page shows
+_NAMING = 2  # tokens that name a feature without a label
 _TOKENS = 24  # of a context, on each side of its strongest token
 _INDEX = "index.json.gz"
 _CONNECTIONS = 16  # features that are fetched from the hub at once
@@ -49,6 +52,30 @@ class FeatureDetails:
     top_logits: tuple[str, ...] = ()
     bottom_logits: tuple[str, ...] = ()
     label: str = ""
+
+    def peaks(self) -> Counter[str]:
+        """Return the tokens at which the contexts are strongest, quoted, with weights."""
+        tokens = Counter[str]()
+        for rank, context in enumerate(self.examples):
+            if context["tokens"]:
+                peak = max(range(len(context["tokens"])), key=context["activations"].__getitem__)
+                tokens[quoted(context["tokens"][peak])] += 3 if rank == 0 else 2  # of ties, the strongest context
+        return tokens
+
+    def promoted(self) -> Counter[str]:
+        """Return the tokens whose logits it raises most, quoted, after an arrow, with weights."""
+        return Counter({f"→{quoted(token)}": _NAMING - n for n, token in enumerate(self.top_logits[:_NAMING])})
+
+    @property
+    def name(self) -> str:
+        """Its label, or else the tokens on which it fires most strongly, or those that it promotes; "": unknown."""
+        tokens = self.peaks() or self.promoted()
+        return self.label or " ".join(token for token, _ in tokens.most_common(_NAMING))
+
+
+def quoted(token: str) -> str:
+    """Return a token in quotation marks, on one line and without spaces around it."""
+    return f"“{visible(token).strip() or '␣'}”"
 
 
 def read_details(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.attribution.forms.attention_tables import attention_tables
-from saejax.attribution.forms.document import FEATURE_TYPE, GraphDocument
+from saejax.attribution.forms.document import FEATURE_TYPE, DocumentNode, GraphDocument
 from saejax.attribution.forms.features import Feature, FeatureDetails, read_details
 from saejax.attribution.forms.figure import draw_graph, save_figure
 from saejax.attribution.forms.graph_folder import write_graph
@@ -77,7 +77,22 @@ def write_outputs(
     shown = {edge: heads[edge] for edge in ends if edge in heads}
     details = details_of(config, document)
     write_page(part_file(run, slug, ".html"), document, heads=shown, tables=tables, details=details)
-    save_figure(draw_graph(document), part_file(run, slug, ".svg"))
+    save_figure(draw_graph(_named(document, details)), part_file(run, slug, ".svg"))
+
+
+def _named(document: GraphDocument, details: Mapping[Feature, FeatureDetails]) -> GraphDocument:
+    """Return a document whose features without a label have the names of their details."""
+    nodes = []
+    for node in document["nodes"]:
+        is_bare = node["feature_type"] == FEATURE_TYPE and not node["clerp"]
+        known = details.get(_feature_of(node)) if is_bare else None
+        nodes.append({**node, "clerp": known.name} if known else node)
+    return {**document, "nodes": nodes}
+
+
+def _feature_of(node: DocumentNode) -> Feature:
+    layer, index = map(int, node["node_id"].split("_")[:2])
+    return layer, index
 
 
 def details_of(
@@ -95,8 +110,7 @@ def details_of(
     """
     nodes = [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
-    keys = [tuple(map(int, node["node_id"].split("_")[:2])) for node in nodes]
-    features = [(layer, index) for layer, index in dict.fromkeys(keys)][:_DETAILS_ON_PAGE]
+    features = list(dict.fromkeys(map(_feature_of, nodes)))[:_DETAILS_ON_PAGE]
     return details_of_features(config, features, folders)
 
 

@@ -62,7 +62,7 @@ def page_html(
 
     Args:
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
-      labels: of features; they go before the document's own ``clerp``, and that before the labels of ``details``.
+      labels: of features; they go before the document's own ``clerp``, and that before the names of ``details``.
       details: contexts, logits and labels of features.
       heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
         (layer, head, part of the weight that vanishes without it).
@@ -77,7 +77,9 @@ def page_html(
         "document": {key: value for key, value in document.items() if key != "links"},
         "edges": packed_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
-        "details": {_key(feature): dataclasses.asdict(known) for feature, known in details.items()},
+        "details": {
+            _key(feature): dataclasses.asdict(known) | dict(name=known.name) for feature, known in details.items()
+        },
         "source": _source(document["metadata"]),
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
         "tables": [dataclasses.asdict(table) for table in tables],

@@ -11,6 +11,7 @@ import pytest
 from made_up_documents import made_up_document
 from pages import busy_feature, click_node, clicked, needs_chromium, rows, show, slide, strongest, text
 
+from saejax.attribution.forms.document import FEATURE_TYPE
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.attribution.forms.page import write_page
 
@@ -178,6 +179,24 @@ def test_nodes_of_other_programs_have_their_kind_and_row(browser, tmp_path):
     assert all(place["y"] is not None and place["y"] > 0 for place in places)
     click_node(browser, features[0]["node_id"])
     assert "Feature\n" not in text(browser, "#panel .facts") and browser.errors == []
+
+
+@needs_chromium
+def test_features_without_a_label_have_the_tokens_of_their_contexts_as_name(browser, document, tmp_path):
+    """As in published sets, whose files have contexts and no labels: no node is called by its number."""
+    nodes = [{**one, "clerp": ""} if one["feature_type"] == FEATURE_TYPE else one for one in document["nodes"]]
+    features = {tuple(map(int, one["node_id"].split("_")[:2])) for one in nodes if one["feature_type"] == FEATURE_TYPE}
+    context = dict(tokens=["of", " Texas", "."], activations=[0.0, 2.0, 0.5])
+    details = {feature: FeatureDetails((context, context), (" Austin",)) for feature in features}
+    details[min(features)] = FeatureDetails((), (" Austin", " Dallas"))
+    write_page(tmp_path / "bare.html", {**document, "nodes": nodes}, details=details)
+    browser.view(1440, 900, still=True)
+    show(browser, (tmp_path / "bare.html").as_uri())
+    ids = [one["node_id"] for one in nodes if one["feature_type"] == FEATURE_TYPE]
+    names = browser.js(f"{json.dumps(ids)}.map(id => attributionGraph.place(id).label)")
+    assert set(names) == {"“Texas”", "→“Austin” →“Dallas”"}
+    click_node(browser, busy_feature(document))
+    assert "“Texas”" in text(browser, "#panel") and browser.errors == []
 
 
 @needs_chromium

@@ -44,12 +44,12 @@ function nameNodes(graph, labels) {
   );
 }
 
-/** Labels of features by layer and number: those that were saved, then the document's own, then those of files. */
+/** Names of features by layer and number: labels that were saved, then the document's own, then those of files. */
 function namesOf({ document: doc, labels, details }) {
   const names = { ...labels };
   for (const node of doc.nodes) {
     const key = featureKey(node);
-    if (!names[key] && !node.clerp && details[key]?.label) names[key] = details[key].label;
+    if (!names[key] && !node.clerp && details[key]?.name) names[key] = details[key].name;
   }
   return names;
 }
