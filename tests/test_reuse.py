@@ -75,7 +75,7 @@ def test_one_more_member_is_one_dictionary(inputs, tmp_path):
     made = {unit for unit, mark in after.items() if before[unit] != mark}
     assert made == {"train/topk", "evaluate/topk", "interpret/topk", "report"}, "of the first two the new member alone"
     plans = [plan_of(inputs, tmp_path, **swept), plan_of(inputs, tmp_path, **swept | dict(train__k="32,16,8"))]
-    for stage in ("train", "evaluate"):
+    for stage in ("train", "evaluate", "interpret"):
         for member in ("k8", "k16"):
             assert len({plan.fingerprint(f"{stage}/topk/{member}") for plan in plans}) == 1
 

@@ -15,8 +15,11 @@ from saejax.runner.workspace import Workspace, member_folder
 from saejax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_device")
-BASE = dict(train__kinds="topk", task__behaviours="", train__max_steps=12, train__checkpoint_every=5)
-STAGES = ["capture", "train", "evaluate"]
+BASE = dict(
+    train__kinds="topk", task__behaviours="", train__max_steps=12, train__checkpoint_every=5,
+    interpret__dictionaries="topk", interpret__attention_tokens=0,
+)  # fmt: skip
+STAGES = ["capture", "train", "evaluate", "interpret"]
 
 
 def flags(inputs, folder, **changes) -> list[str]:
@@ -41,34 +44,35 @@ def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 @pytest.fixture(scope="module")
 def swept(inputs, tmp_path_factory):
-    """A sweep of k through to its scores."""
+    """A sweep of k through to its scores and descriptions."""
     folder = tmp_path_factory.mktemp("swept") / "run"
     go(inputs, folder, train__k="4,8")
     return folder
 
 
-def test_one_more_member_trains_and_scores_one_dictionary(inputs, swept, tmp_path, capsys):
+def test_one_more_member_trains_scores_and_interprets_one_dictionary(inputs, swept, tmp_path, capsys):
     run = runs.copy_run(swept, tmp_path / "run")
-    places = [run / stage / "topk" / member for stage in ("train", "evaluate") for member in ("k4", "k8")]
+    places = [run / stage / "topk" / member for stage in STAGES[1:] for member in ("k4", "k8")]
     before = [contents(place) for place in places]
     capsys.readouterr()
     go(inputs, run, train__k="4,8,16")
     output = capsys.readouterr().out
-    assert output.count("2 of 3 members done before") == 2, output
+    assert output.count("2 of 3 members done before") == 3, output
     assert "training topk: 32 -> 128" in output, "the new member alone"
     assert [contents(place) for place in places] == before
-    for stage in ("train", "evaluate"):
+    for stage in STAGES[1:]:
         assert [member.name for member in load_results(run / stage / "topk").members] == ["k4", "k8", "k16"]
+        assert [member.name for member in load_results(run / stage / "topk" / "k16").members] == [""]
     assert {record["member"] for record in read_metrics(run / "train" / "topk", ("loss",))} == {"k4", "k8", "k16"}
     go(inputs, run, train__k="4,8")
-    assert capsys.readouterr().out.count("done before, unchanged") == 3
+    assert capsys.readouterr().out.count("done before, unchanged") == 4
 
 
 def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys):
     run = runs.copy_run(swept, tmp_path / "run")
     capsys.readouterr()
     go(inputs, run, train__k="8")
-    assert capsys.readouterr().out.count("done before, unchanged") == 3
+    assert capsys.readouterr().out.count("done before, unchanged") == 4
     assert (run / "train" / "topk").resolve().name == (swept / "train" / "topk" / "k8").resolve().name
     (member,) = load_results(run / "train" / "topk").members
     assert (member.name, member.settings["k"]) == ("", 8)
@@ -91,6 +95,14 @@ def test_members_depend_on_what_their_training_reads(inputs, tmp_path):
     for setting in (dict(train__l1=3), dict(train__log_every=7), dict(mesh__member=2)):
         other = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | setting)
         assert {name: other.fingerprint(f"train/topk/{name}") for name in names} == marks, setting
+    # A feature is compared with features of other layers, so its description depends on their dictionaries.
+    first = "interpret/topk/resid_post.0-seed1-k4"
+    later = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | dict(train__seed="1,3"))
+    other_k = plan(inputs, tmp_path, train__sites="resid_post.0,resid_post.1", **base | dict(train__k="4"))
+    lone = plan(inputs, tmp_path, **base | dict(train__sites="resid_post.0"))
+    assert stack.fingerprint(first) == later.fingerprint(first)
+    assert stack.fingerprint(first) == other_k.fingerprint(first.removesuffix("-k4"))
+    assert stack.fingerprint(first) != lone.fingerprint("interpret/topk/seed1-k4")
 
 
 def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):

@@ -80,7 +80,7 @@ class Interpreter:
 
     def interpret(self) -> InterpretedDictionary:
         """Interpret the dictionary and write the records of its features."""
-        folder, seed = self.run.folder / self.name, self.run.configs[InterpretConfig].seed
+        folder, seed = self.run.member_folder(self.name), self.run.configs[InterpretConfig].seed
         scratch = folder / "firings"
         shutil.rmtree(scratch, ignore_errors=True)
         frozen = frozen_random(self.store, self.dictionary, seed)

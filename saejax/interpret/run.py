@@ -4,6 +4,7 @@ Records and the search for labels use training text; held-out text only scores l
 unit's folder while a member is interpreted, and deleted afterwards.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -41,7 +42,7 @@ def run_interpret(run: Run) -> InterpretResults:
     """
     trained = run.inputs[f"train/{run.name}"]
     stack, store = stacks.members(trained), Store.open(run.inputs["capture"])
-    path = {member.name: run.folder / member.name / DONE for member in stack}
+    path = {member.name: run.member_folder(member.name) / DONE for member in stack}
 
     @functools.cache
     def read() -> tuple[LanguageModel, Mesh, CodedText]:
@@ -58,12 +59,15 @@ def run_interpret(run: Run) -> InterpretResults:
         dictionary = load_dictionary(member_folder(trained, member.name))
         layers = {name: trained / name for name in other_layers(member, stack)}
         found = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
-        write_json(path[member.name], to_json(found))
+        write_json(path[member.name], to_json(dataclasses.replace(found, name="")))  # as of a run of it alone
         run.say(line(found))
 
     run.each(stack, lambda member: path[member.name], interpret)
-    members = tuple(from_json(InterpretedDictionary, read_json(done), done) for done in path.values())
-    return InterpretResults(run.name, members)
+    interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
+    for name in run.stack.missing if run.stack else ():
+        run.finish_member(name, InterpretResults(run.name, (interpreted[name],)))
+    named = tuple(dataclasses.replace(dictionary, name=name) for name, dictionary in interpreted.items())
+    return InterpretResults(run.name, named)
 
 
 def other_layers(member: TrainedMember, stack: Sequence[TrainedMember]) -> list[str]:
