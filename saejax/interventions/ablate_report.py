@@ -25,24 +25,24 @@ from saejax.tasks.results import BaselineResults
 TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a figure
 
 
-def answer(found: Findings, draw: Draw) -> Section:
+def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a picture for each behaviour, the table of answers, a sentence for each question, the rule."""
-    ablate = found.one(AblateResults)
+    ablate = findings.one(AblateResults)
     tested = ablate.verdict.dictionaries[TESTED]
-    blocks: list[Block] = list(_pictures(found, draw))
+    blocks: list[Block] = list(_pictures(findings, draw))
     blocks.append(_answer_table(ablate))
     if not any(result.placebo.answer == "yes" for result in tested.values()):
         blocks.append(Text("For no behaviour are the top features shown to be specific to its answer.", strong=True))
     blocks.append(Terms(tuple((title, signed(text)) for title, text in summary_sentences(tested).items())))
     rule = ablate.verdict.rule
-    written = f"{describe_rule(found.report.parent, 'ablate', rule)}."
+    written = f"{describe_rule(findings.report.parent, 'ablate', rule)}."
     blocks.append(Code("The rule in full", "\n".join(textwrap.wrap(written, 96) + [""] + textwrap.wrap(rule, 96))))
     return Section("The answer", tuple(blocks))
 
 
-def details(found: Findings) -> list[Section]:
+def details(findings: Findings) -> list[Section]:
     """Write the answers to the five questions for each behaviour, in sentences with their figures."""
-    ablate, baseline = found.one(AblateResults), found.one(BaselineResults).behaviours
+    ablate, baseline = findings.one(AblateResults), findings.one(BaselineResults).behaviours
     intro = (
         "Square brackets hold 95 % bootstrap intervals over prompts within templates. p-values are corrected by Holm's "
         "method over the behaviours, within each question. Points are percentage points of accuracy on test prompts."
@@ -57,9 +57,9 @@ def details(found: Findings) -> list[Section]:
     return sections
 
 
-def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
+def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
-    ablate = found.one(AblateResults)
+    ablate = findings.one(AblateResults)
     intro = (
         "Features were ranked by attribution: the activation times the gradient of the logit difference, "
         "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
@@ -70,8 +70,8 @@ def features(found: Findings, draw: Draw, shown: int) -> list[Section]:
         "a character."
     )
     sections = [Section("The features", (Text(intro),))]
-    labels = labels_in(found.folders, ablate.dictionary)
-    contexts = _Contexts(found, labels) if shown and found.examples else None
+    labels = labels_in(findings.folders, ablate.dictionary)
+    contexts = _Contexts(findings, labels) if shown and findings.examples else None
     for name, top in ablate.top.items():
         if not top:
             nothing = "No feature was tested: none has an attribution above zero on the train prompts."
@@ -170,10 +170,10 @@ def _bases_by_answer(result: BehaviourVerdict) -> dict[str, list[str]]:
     return by_answer
 
 
-def _pictures(found: Findings, draw: Draw) -> list[Picture]:
-    ablate = found.one(AblateResults)
-    unit = next(unit for unit, summary in found.summaries.items() if summary.stage == "ablate")
-    table = load_effects(found.folders[unit])
+def _pictures(findings: Findings, draw: Draw) -> list[Picture]:
+    ablate = findings.one(AblateResults)
+    unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
+    table = load_effects(findings.folders[unit])
     return [
         dose_picture(name, behaviour(name), table, result, draw)
         for name, result in ablate.verdict.dictionaries[TESTED].items()
@@ -360,11 +360,11 @@ def _feature_table(top: tuple[FeatureEffect, ...], labels: Mapping[int, Label]) 
     )
 
 
-def held_out(found: Findings, name: str) -> np.ndarray:
+def held_out(findings: Findings, name: str) -> np.ndarray:
     """Return a statistic of the tested dictionary on held-out text.
 
     Args:
-      found: what the report is written from.
+      findings: what the report is written from.
       name: "firing_rate", or "mean_activation" over the tokens on which a feature fires.
 
     Returns:
@@ -373,8 +373,8 @@ def held_out(found: Findings, name: str) -> np.ndarray:
     Raises:
       UserError: the file is missing or damaged.
     """
-    kind, member = stacks.kind_and_member(found.one(AblateResults).dictionary)
-    path: Path = found.folders[f"evaluate/{kind}"] / member / f"{name}.npy"
+    kind, member = stacks.kind_and_member(findings.one(AblateResults).dictionary)
+    path: Path = findings.folders[f"evaluate/{kind}"] / member / f"{name}.npy"
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -386,10 +386,10 @@ def held_out(found: Findings, name: str) -> np.ndarray:
 class _Contexts:
     """The contexts of features and their statistics on held-out text, whose files are read once."""
 
-    def __init__(self, found: Findings, labels: Mapping[int, Label]):
-        self._examples, self._labels = found.examples, labels
-        self._rate_F, self._mean_F = (held_out(found, name) for name in ("firing_rate", "mean_activation"))
-        tops = found.one(AblateResults).top
+    def __init__(self, findings: Findings, labels: Mapping[int, Label]):
+        self._examples, self._labels = findings.examples, labels
+        self._rate_F, self._mean_F = (held_out(findings, name) for name in ("firing_rate", "mean_activation"))
+        tops = findings.one(AblateResults).top
         self._tops = {name: {item.feature for item in top} for name, top in tops.items()}
 
     def strips(self, name: str, item: FeatureEffect) -> Strips:

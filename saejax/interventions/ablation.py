@@ -98,10 +98,10 @@ class TableRows:
         values: Sequence[np.ndarray],
     ) -> None:
         """Add a block: one array ``[E, P]`` for each readout."""
-        known = {(edit.behaviour, edit.id) for edit in self.edits}
-        self.edits += [edit for edit in edits if (edit.behaviour, edit.id) not in known]
-        names = {prompt.id for prompt in self.prompts}
-        self.prompts += [prompt for prompt in prompts if prompt.id not in names]
+        edit_keys = {(edit.behaviour, edit.id) for edit in self.edits}
+        self.edits += [edit for edit in edits if (edit.behaviour, edit.id) not in edit_keys]
+        prompt_ids = {prompt.id for prompt in self.prompts}
+        self.prompts += [prompt for prompt in prompts if prompt.id not in prompt_ids]
         if len(edits):
             self.blocks.append((list(edits), list(prompts), tuple(readouts), np.stack(values, axis=-1)))
 

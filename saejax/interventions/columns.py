@@ -31,8 +31,8 @@ class Columns:
     def save(self, path: Path) -> None:
         """Write a Parquet table with a column for each attribute, null where it is NaN."""
         columns = {name: pa.array(values_N, from_pandas=True) for name, values_N in self.columns.items()}
-        with whole_file(path) as beside:
-            pq.write_table(pa.table(columns), beside)
+        with whole_file(path) as temporary:
+            pq.write_table(pa.table(columns), temporary)
 
     @classmethod
     def load(cls, path: Path) -> Self:

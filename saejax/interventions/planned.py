@@ -76,8 +76,8 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
 
     def program(name: str, size: str, function: Callable, arguments: tuple, flops: float, runs: float) -> Program:
         """Return a program; model and dictionary are kept in memory even where it does not read them."""
-        given = {id(argument) for argument in arguments}
-        kept: list[Any] = [tree for tree in (params, dictionary) if id(tree) not in given]
+        argument_ids = {id(argument) for argument in arguments}
+        kept: list[Any] = [tree for tree in (params, dictionary) if id(tree) not in argument_ids]
         return Program(f"ablate: {name}", size, function, arguments, kept, flops, runs)
 
     def suffix_flops(count: int) -> float:

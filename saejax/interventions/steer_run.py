@@ -221,8 +221,8 @@ class SteeringTest:
         """Return prompts answered correctly whose answers the texts have, and the number of others by reason."""
         swaps = group_by_swap(self._lm, prompts)
         texts = self._texts
-        known = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
-        chosen = [prompts[place] for place in known]
+        covered = sorted(p for swap, places in swaps.items() if texts is not None and texts.knows(swap) for p in places)
+        chosen = [prompts[place] for place in covered]
         diff_P = steer(self._lm, self._split, chosen, [SteeringChange()]).diff_SxP[0] if chosen else np.zeros(0)
         right = [prompt for prompt, diff in zip(chosen, diff_P, strict=True) if diff > 0]
         return right, {"unknown answers": len(prompts) - len(chosen), "answered wrongly": len(chosen) - len(right)}

@@ -81,11 +81,13 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
         for group in ("random", "placebo")
     }
     fooled = {name: _count_fooled(sets["placebo"][name], sets["random"][name], config) for name in names}
-    asked = {name: ablation_readouts(table, measured[name]) for name in names}
+    readouts_of = {name: ablation_readouts(table, measured[name]) for name in names}
     ablation: dict[str, dict[str, CausalAnswer]] = {}
-    for readout in dict.fromkeys(readout for readouts in asked.values() for readout in readouts):
-        asking = [name for name in names if readout in asked[name]]
-        ablation[readout] = _correct({name: _test_ablation(table, measured[name], readout, config) for name in asking})
+    for readout in dict.fromkeys(readout for readouts in readouts_of.values() for readout in readouts):
+        with_readout = [name for name in names if readout in readouts_of[name]]
+        ablation[readout] = _correct(
+            {name: _test_ablation(table, measured[name], readout, config) for name in with_readout}
+        )
     random, placebo = (
         _correct({name: _test_sets(measured[name], group, curves[name], len(names), config) for name in names})
         for group, curves in sets.items()
@@ -96,7 +98,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
         name: BehaviourVerdict(
             features=measured[name].top.edits[-1].features,
             dose=float(measured[name].top.dose_A[-1]),
-            ablation={readout: ablation[readout][name] for readout in asked[name]},
+            ablation={readout: ablation[readout][name] for readout in readouts_of[name]},
             held_out=tuple(sorted({prompt.template for prompt in measured[name].prompts if prompt.held_out})),
             templates=bootstrap.stratum_means(measured[name].top.drop_AxP[-1], measured[name].templates),
             random=random[name],

@@ -77,13 +77,13 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
     ready, solving = list[_Problem](), dict[Future, _Problem]()
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         while True:
-            while len(ready) + len(solving) < 2 * block and (given := next(waiting, None)) is not None:
-                ready.append(_Problem(*given))
+            while len(ready) + len(solving) < 2 * block and (next_problem := next(waiting, None)) is not None:
+                ready.append(_Problem(*next_problem))
             if not ready and not solving:
                 return
-            now = [one for one in ready if one.kind == ready[0].kind][:block]
-            ready = [one for one in ready if one not in now]
-            for problem in _look(now, block, mesh):
+            batch = [problem for problem in ready if problem.kind == ready[0].kind][:block]
+            ready = [problem for problem in ready if problem not in batch]
+            for problem in _look(batch, block, mesh):
                 solving[pool.submit(problem.auction.bid)] = problem
             done, _ = wait(solving, timeout=0 if ready else None, return_when=FIRST_COMPLETED)
             for future in done:
@@ -167,12 +167,15 @@ def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Pro
     if not problems:
         return []
     filled = [*problems, *[problems[-1]] * (block - len(problems))]
-    parts = [np.stack(part) for part in zip(*((one.rows_NxD, one.many_GxD, one.auction.price_G) for one in filled))]
+    parts = [
+        np.stack(part)
+        for part in zip(*((problem.rows_NxD, problem.many_GxD, problem.auction.price_G) for problem in filled))
+    ]
     placed = jax.device_put(parts, NamedSharding(mesh, PartitionSpec(AXES)))
     vmapped = side_by_side(jax.default_backend())
-    found = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))
+    best = jax.device_get(best_rows(mesh, vmapped, CANDIDATES, problems[0].fresh, *placed))
     for number, problem in enumerate(problems):
-        problem.look(*(values[number] for values in found))
+        problem.look(*(values[number] for values in best))
     return problems
 
 
@@ -201,8 +204,8 @@ def best_rows(
     def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return lax.map(lambda pair: _best_of_pair(count, both, *pair), arrays, batch_size=vmapped)
 
-    own = PartitionSpec(AXES)
-    split = jax.shard_map(here, mesh=mesh, in_specs=own, out_specs=own)
+    spec = PartitionSpec(AXES)
+    split = jax.shard_map(here, mesh=mesh, in_specs=spec, out_specs=spec)
     return split(first_PxNxD, second_PxGxD, price_PxG)
 
 

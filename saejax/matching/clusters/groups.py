@@ -69,8 +69,8 @@ def find_groups(
         shuffled = view.shuffled(rng)
         null_overlaps.append(overlaps(group(shuffled, None), group(shuffled, shuffled.bootstrap(rng))))
     null_groups = float(np.mean([len(overlap_U) for overlap_U in null_overlaps]))
-    found = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
-    return found, similarity_FxF
+    stable = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
+    return stable, similarity_FxF
 
 
 def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:

@@ -132,5 +132,5 @@ def _adjusted(costs_by_group: list[dict[str, GroupCost]]) -> list[dict[str, Grou
 def primitives(costs_of_group: Mapping[str, GroupCost]) -> tuple[str, ...]:
     """Return the behaviours on which a group has a larger effect than matched features."""
     return tuple(
-        name for name, one in costs_of_group.items() if one.q <= LEVEL and one.drop > max(one.matched_drop, 0.0)
+        name for name, cost in costs_of_group.items() if cost.q <= LEVEL and cost.drop > max(cost.matched_drop, 0.0)
     )

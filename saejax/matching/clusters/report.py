@@ -17,9 +17,9 @@ _DICTIONARIES = 3  # dictionaries whose groups are shown
 _VIEWS = dict(coactivation="firing together", effects="equal effects", decoder="similar decoder rows")
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on groups of features for each unit of the stage."""
-    return [_section(results, draw) for results in found.each(ClusterResults).values()]
+    return [_section(results, draw) for results in findings.each(ClusterResults).values()]
 
 
 def _section(results: ClusterResults, draw: Draw) -> Section:

@@ -71,8 +71,8 @@ def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_prog
     """Group the features of a dictionary in every view."""
     config, features = run.configs[ClusterConfig], compared.config.n_features
     behaviours = _load_effects(run, compared)
-    made, without, tokens = _make_views(compared, text, behaviours, config.seed, config.most)
-    total, done = len(made) * (1 + 3 * config.resamples), 0
+    view_by_name, without, tokens = _make_views(compared, text, behaviours, config.seed, config.most)
+    total, done = len(view_by_name) * (1 + 3 * config.resamples), 0
 
     def step() -> None:
         nonlocal done
@@ -82,7 +82,7 @@ def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_prog
     names = feature_names(*compared.trained_in(run.folder.parent))
     groupings: list[Grouping] = []
     tables: list[GroupedFeatures] = []
-    for number, (name, view) in enumerate(made.items()):
+    for number, (name, view) in enumerate(view_by_name.items()):
         groups, similarity_FxF = find_groups(view, config.smallest, config.resamples, [config.seed, number], step)
         centrality_F = _centrality(groups.group_F, similarity_FxF)
         groupings.append(_describe(name, view, groups, centrality_F, names))
@@ -111,19 +111,19 @@ def _make_views(
 ) -> tuple[dict[str, View], dict[str, str], int]:
     """Return the views of a dictionary's features, the skipped ones with the reason, and the tokens of the text."""
     activity, text_N = text.of(compared)
-    made = dict(
+    view_by_name = dict(
         coactivation=views.coactivation(activity, text_N),
         decoder=views.decoder(np.asarray(compared.dictionary.W_dec_FxD[...], np.float32), activity),
     )
     without = {}
     if behaviours:
-        made["effects"] = views.effects(*primitives.profiles(behaviours))
+        view_by_name["effects"] = views.effects(*primitives.profiles(behaviours))
     else:
         without["effects"] = "effects of all features were not measured (--ablate.effects=all)"
-    for name in [name for name, view in made.items() if len(view.feature_F) < 2]:
-        without[name] = f"only {len(made.pop(name).feature_F)} features fire often enough"
+    for name in [name for name, view in view_by_name.items() if len(view.feature_F) < 2]:
+        without[name] = f"only {len(view_by_name.pop(name).feature_F)} features fire often enough"
     rng = np.random.default_rng(seed)
-    return {name: view.among(most, rng) for name, view in made.items()}, without, int(activity.real_N.sum())
+    return {name: view.among(most, rng) for name, view in view_by_name.items()}, without, int(activity.real_N.sum())
 
 
 def _centrality(group_F: np.ndarray, similarity_FxF: np.ndarray) -> np.ndarray:

@@ -45,9 +45,9 @@ class ClusterText:
         dictionary = each.dictionary.with_sink_norms(self._store.max_norm)
         rows = self._store.rows("train", dictionary.site)
         document_N = self._store.tokens(rows)[0]
-        known, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
-        order = np.random.default_rng(self._config.seed).permutation(len(known))
-        taken = np.zeros(len(known), bool)
+        documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
+        order = np.random.default_rng(self._config.seed).permutation(len(documents))
+        taken = np.zeros(len(documents), bool)
         taken[order[: int(np.searchsorted(np.cumsum(count[order]), self._config.tokens)) + 1]] = True
         kept_N = taken[index_N]
         values_NxD = np.asarray(self._store.read(dictionary.site, rows[kept_N]), np.float32)

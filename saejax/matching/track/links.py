@@ -107,13 +107,13 @@ class _Cosines:
         """Yield the links into the dictionary at a place of the stack, of each target the strongest."""
         for position in np.intersect1d(low.position_A, high.position_A).tolist():
             sources, targets = low.at(position), high.at(position)
-            own_K, into_E = (
-                np.searchsorted(known, some.feature_A)
-                for known, some in ((self.lower_U, sources), (self.upper_J, targets))
+            from_K, into_E = (
+                np.searchsorted(ids, firings.feature_A)
+                for ids, firings in ((self.lower_U, sources), (self.upper_J, targets))
             )
-            bar_E = float(ndtri(1 - _LEVEL / len(own_K))) * self.spread_J[into_E]
-            weight_KxE = sources.value_A[:, None] * self.dot_UxJ[np.ix_(own_K, into_E)]
-            weight_KxE = np.where(self.cosine_UxJ[np.ix_(own_K, into_E)] > bar_E, weight_KxE, -np.inf)
+            bar_E = float(ndtri(1 - _LEVEL / len(from_K))) * self.spread_J[into_E]
+            weight_KxE = sources.value_A[:, None] * self.dot_UxJ[np.ix_(from_K, into_E)]
+            weight_KxE = np.where(self.cosine_UxJ[np.ix_(from_K, into_E)] > bar_E, weight_KxE, -np.inf)
             for e, k in np.argwhere(np.sort(weight_KxE, axis=0)[::-1][:_SOURCES].T > 0):
                 source = int(np.argsort(-weight_KxE[:, e], kind="stable")[k])
                 low_node = place - 1, position, int(sources.feature_A[source])

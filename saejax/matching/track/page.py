@@ -47,7 +47,9 @@ class ShownLayer:
 class ShownReading:
     """A lens's readout at each layer with a dictionary and each position."""
 
-    said: tuple[tuple[Numbers, ...], ...]  #: place among the texts and probability of the likeliest tokens, in turn
+    top_tokens: tuple[
+        tuple[Numbers, ...], ...
+    ]  #: index among the texts and probability of the likeliest tokens, in turn
     kl: tuple[Numbers, ...]  #: divergence from the model's prediction, nats
     control_kl: tuple[Numbers, ...]  #: of the control
     answer: tuple[Numbers, ...]  #: probability of the answer
@@ -106,7 +108,9 @@ def shown_text(
             )
             for each, every, cells, parts in zip(stack.layers, firings, shown, chosen, strict=True)
         ),
-        cells=tuple(tuple(_cell(one, position) for position in range(len(text.tokens))) for one in shown),
+        cells=tuple(
+            tuple(_cell(layer_firings, position) for position in range(len(text.tokens))) for layer_firings in shown
+        ),
         links=tuple((*source, *target, float(f"{weight:.4g}")) for source, target, weight in links.links),
         belongs=tuple(tuple(map(tuple, layer)) for layer in chosen),
         readings=readings_of,
@@ -132,32 +136,32 @@ def _names(
     names: dict[str, str] = {}
     peaks: dict[str, float] = {}
     for feature in features:
-        own = firings[np.flatnonzero(firings.feature_A == feature)]
-        order = np.argsort(-np.abs(own.value_A), kind="stable")
-        distinct = dict.fromkeys(tokens[position].strip() for position in own.position_A[order])
+        feature_firings = firings[np.flatnonzero(firings.feature_A == feature)]
+        order = np.argsort(-np.abs(feature_firings.value_A), kind="stable")
+        distinct = dict.fromkeys(tokens[position].strip() for position in feature_firings.position_A[order])
         quoted = " ".join(f"“{token}”" for token in list(distinct)[:_NAMING])
         names[str(feature)] = labels[feature].label if feature in labels else quoted
-        peaks[str(feature)] = float(f"{np.abs(own.value_A).max():.4g}")
+        peaks[str(feature)] = float(f"{np.abs(feature_firings.value_A).max():.4g}")
     return dict(labels=names, peaks=peaks)
 
 
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
     """Return what a lens reads; tokens that ``words`` lacks (token id -> index of its text) are added there."""
 
-    def said(layer: int) -> tuple[Numbers, ...]:
+    def top_tokens(layer: int) -> tuple[Numbers, ...]:
         ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])
         return tuple(
             tuple(
-                one
+                value
                 for token, p in zip(ids, ps, strict=True)
-                for one in (words.setdefault(token, len(words)), round(p, 4))
+                for value in (words.setdefault(token, len(words)), round(p, 4))
             )
             for ids, ps in zip(ids_TxC.tolist(), p_TxC.tolist(), strict=True)
         )
 
     layers = [each.layer for each in stack.layers]
     return ShownReading(
-        said=tuple(said(layer) for layer in layers),
+        top_tokens=tuple(top_tokens(layer) for layer in layers),
         kl=tuple(_rounded(reading.kl_LxBxT[layer, 0]) for layer in layers),
         control_kl=tuple(_rounded(reading.control.kl_LxBxT[layer, 0]) for layer in layers),
         answer=tuple(_rounded(np.exp(reading.answer_logp_LxBxTxN[layer, 0, :, 0])) for layer in layers),
@@ -181,8 +185,8 @@ def write_page(path: Path, results: TrackResults, cells: Mapping[str, ShownText]
 
 def _cell(firings: LayerFirings, position: int) -> Numbers:
     """Return the features of a cell and their activations, in turn, the strongest first."""
-    own = firings.at(position)
-    pairs = zip(own.feature_A.tolist(), own.value_A.tolist(), strict=True)
+    cell = firings.at(position)
+    pairs = zip(cell.feature_A.tolist(), cell.value_A.tolist(), strict=True)
     return tuple(number for feature, value in pairs for number in (feature, float(f"{value:.4g}")))
 
 

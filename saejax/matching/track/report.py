@@ -7,9 +7,9 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, number
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a table of the texts, and links to their pages; no section if there are none."""
-    units = found.each(TrackResults)
+    units = findings.each(TrackResults)
     if not units:
         return []
     intro = (
@@ -36,8 +36,8 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     ]
     pages = []
     for unit, results in units.items():
-        page = found.folders[f"track/{unit}"] / "index.html"
-        address = found.address(page)
+        page = findings.folders[f"track/{unit}"] / "index.html"
+        address = findings.address(page)
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
     note = "Answer: the probability of its first token."
     table = Table.of("Texts", rows, columns, note=note)

@@ -52,9 +52,9 @@ def run_track(run: Run) -> TrackResults:
         texts = {slug: encode(lm, problem) for slug, problem in problems.items()}  # all, before the first is followed
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
-            found, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
+            tracked, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
             write_json(_cells(run, slug), to_json(cells))
-            return Measured(found, terminal.summary(found))
+            return Measured(tracked, terminal.summary(tracked))
 
         return measure
 
@@ -145,7 +145,7 @@ def _test_steps(
 ) -> tuple[TrackedStep, ...]:
     """Return the text's steps, with what removing the features of each does, by the site of the dictionary."""
     testers = {place: _tester(lm, stack, place, text, config) for place in tested}
-    numbers = {place: [[one.feature for one in part] for part in chosen[place]] for place in tested}
+    numbers = {place: [[feature.feature for feature in part] for part in chosen[place]] for place in tested}
     tests, untested = tested_steps(testers, text, numbers, config, on_progress)
     sites = {place: str(stack.layers[place].reads) for place in tested}
     alone = {place: only_here(firings[place], text.segment_T, config.seed) for place in tested}
@@ -155,7 +155,10 @@ def _test_steps(
             part.text,
             part.start,
             part.stop,
-            {sites[place]: (float(own[number]), float(shifted[number])) for place, (own, shifted) in alone.items()},
+            {
+                sites[place]: (float(count_S[number]), float(shifted_S[number]))
+                for place, (count_S, shifted_S) in alone.items()
+            },
             {site: tests[place, number] for place, site in sites.items() if (place, number) in tests},
             {site: untested[place, number] for place, site in sites.items() if (place, number) in untested},
         )

@@ -21,7 +21,7 @@ class LayerDictionary:
     """The dictionary of a layer.
 
     Attributes:
-      name: what is said of it, such as "topk/resid_post.3".
+      name: its name on pages and in results, such as "topk/resid_post.3".
       config: what it is.
       load: loads it.
       atlas: the page that shows its features; None where there is none.
@@ -129,8 +129,8 @@ def _of_set(folder: Path) -> list[LayerDictionary]:
             f"{folder}: transcoders that read before the norm's gain cannot be followed: use experiments.attribute"
         )
 
-    def one(layer: int, config: DictionaryConfig) -> LayerDictionary:
+    def layer_dictionary(layer: int, config: DictionaryConfig) -> LayerDictionary:
         name = f"{folder.name}/{layer}"
         return LayerDictionary(name, config, lambda: opened.load(layer), None, {})
 
-    return [one(layer, config) for layer, config in enumerate(opened.configs)]
+    return [layer_dictionary(layer, config) for layer, config in enumerate(opened.configs)]

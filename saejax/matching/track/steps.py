@@ -83,8 +83,8 @@ def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[
     return counts(segment_T), np.mean([counts(np.roll(segment_T, shift)) for shift in shifts], axis=0)
 
 
-def _later(fires_S: Sequence[bool], own: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _later(fires_S: Sequence[bool], home: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the later segments to which a feature carries over, and those in which it returns."""
-    later = [segment for segment in range(own + 1, len(fires_S)) if fires_S[segment]]
-    carries = tuple(segment for n, segment in enumerate(later) if segment == own + 1 + n)
+    later = [segment for segment in range(home + 1, len(fires_S)) if fires_S[segment]]
+    carries = tuple(segment for n, segment in enumerate(later) if segment == home + 1 + n)
     return carries, tuple(later[len(carries) :])

@@ -51,15 +51,15 @@ def shares(dictionaries: Sequence[ComparedDictionary], links: Links, null: Links
       links: links between compared ones.
       null: the same under the null.
     """
-    found = []
-    for index, one in enumerate(dictionaries):
+    all_shares = []
+    for index, dictionary in enumerate(dictionaries):
         others = sum(index in pair for pair in links)
         if not others:
             continue
         count_F, chance_F = (_count_shared(index, dictionaries, some) for some in (links, null))
-        found.append(
+        all_shares.append(
             FeatureShares(
-                name=one.name,
+                name=dictionary.name,
                 everywhere=wilson(count_F == others),
                 somewhere=wilson(count_F > 0),
                 nowhere=wilson(count_F == 0),
@@ -67,7 +67,7 @@ def shares(dictionaries: Sequence[ComparedDictionary], links: Links, null: Links
                 somewhere_null=float((chance_F > 0).mean()),
             )
         )
-    return tuple(found)
+    return tuple(all_shares)
 
 
 def _count_shared(index: int, dictionaries: Sequence[ComparedDictionary], links: Links) -> np.ndarray:
@@ -96,7 +96,7 @@ def follow(links: Sequence[Link]) -> list[Followed]:
     Args:
       links: links from each dictionary to the next.
     """
-    found: list[Followed] = []
+    finished: list[Followed] = []
     begun: dict[int, Followed] = {}  # by the feature of the current dictionary in which they end
     for place, link in enumerate(links):
         ended, going = begun, {}
@@ -104,10 +104,10 @@ def follow(links: Sequence[Link]) -> list[Followed]:
             value, partner = float(link.value_F[feature]), int(link.partner_F[feature])
             before = ended.pop(feature, Followed(place, (feature,), np.inf))
             going[partner] = Followed(before.start, (*before.features, partner), min(before.value, value))
-        found += ended.values()
+        finished += ended.values()
         begun = going
-    found += begun.values()
-    return sorted(found, key=lambda run: (-len(run.features), -run.value))
+    finished += begun.values()
+    return sorted(finished, key=lambda run: (-len(run.features), -run.value))
 
 
 def through_layers(

@@ -59,10 +59,10 @@ def load_effects(ablations: Sequence[str], compared: Sequence[Compared]) -> Abla
         if not isinstance(results, AblateResults):
             raise UserError(f"{_FLAG}={folder} is not an ablate unit: name one, such as runs/demo/ablate/topk")
         name = results.dictionary
-        own = Path(name) if is_folder(name) else folder.absolute().parent.parent / "train" / name
-        places = [place for place, one in enumerate(compared) if one.folder.resolve() == own.resolve()]
+        tested = Path(name) if is_folder(name) else folder.absolute().parent.parent / "train" / name
+        places = [place for place, dictionary in enumerate(compared) if dictionary.folder.resolve() == tested.resolve()]
         if not places:
-            raise UserError(f"{_FLAG}={folder} tested {own}, which --transfer.dictionaries does not name: add it")
+            raise UserError(f"{_FLAG}={folder} tested {tested}, which --transfer.dictionaries does not name: add it")
         measured = list(results.importance or {})
         if not measured:
             raise UserError(f"{folder} has no effects of all features: run ablate with --ablate.effects=all")

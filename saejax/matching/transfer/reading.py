@@ -239,15 +239,15 @@ class Reading:
             for side, index in enumerate(pair)
         }
         transfers = {}
-        for name, moved, there in (("onto_second", first, second), ("onto_first", second, first)):
+        for name, moved, native in (("onto_second", first, second), ("onto_first", second, first)):
             transfers[name] = evaluate_at_other_site(
                 on_text[moved],
-                on_text[there],
-                self._home(there),
+                on_text[native],
+                self._home(native),
                 self._mesh,
                 self._config.batch_tokens,
                 [self._config.seed, moved],
-                self._losses(there),
+                self._losses(native),
             )
         return transfers
 

@@ -81,14 +81,14 @@ class DictionaryOnText(NamedTuple):
     measure_NxD: np.ndarray
 
 
-def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, there: Dictionary) -> Dictionary:
+def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native: Dictionary) -> Dictionary:
     """Return the dictionary of another site that maps values in, encodes, decodes, and maps back.
 
     Args:
       dictionary: an SAE of D dimensions.
       into: map from the other site to the dictionary's.
       back: map from the dictionary's site to the other.
-      there: dictionary of the other site, whose site and sink rule are used.
+      native: dictionary of the other site, whose site and sink rule are used.
     """
     plain = rescale.uncentre(dictionary)
     arrays = {name: np.asarray(array, np.float64) for name, array in plain.arrays.items()}
@@ -99,7 +99,7 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, there:
         b_dec_D=arrays["b_dec_D"] @ back.matrix_DxK + back.shift_K,
     )
     config = dataclasses.replace(
-        plain.config, d_in=len(back.shift_K), site=there.config.site, target="", max_norm=there.config.max_norm
+        plain.config, d_in=len(back.shift_K), site=native.config.site, target="", max_norm=native.config.max_norm
     )
     arrays_fp32 = {name: jnp.asarray(array, jnp.float32) for name, array in moved.items()}
     return Dictionary(config, plain.matmul_dtype, **arrays_fp32)
@@ -112,8 +112,8 @@ def evaluate_at_home(place: DictionaryOnText, mesh: Mesh, batch: int, losses: Lo
 
 def evaluate_at_other_site(
     moved: DictionaryOnText,
-    there: DictionaryOnText,
-    own: Rebuilt,
+    native: DictionaryOnText,
+    native_scores: Rebuilt,
     mesh: Mesh,
     batch: int,
     seed: Sequence[int],
@@ -123,27 +123,27 @@ def evaluate_at_other_site(
 
     Args:
       moved: the dictionary and the values of its own site.
-      there: the dictionary of the other site and its values, on the same tokens.
-      own: scores of the latter at its own site.
+      native: the dictionary of the other site and its values, on the same tokens.
+      native_scores: scores of ``native`` at its site.
       mesh: the devices.
       batch: tokens in a batch.
       seed: seed of the rotation.
       losses: measures cross-entropy recovered at the other site; None: not wanted.
     """
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
-    into = AffineMap.fit(there.fit_NxD, moved.fit_NxD)
-    back = AffineMap.fit(moved.fit_NxD, there.fit_NxD)
+    into = AffineMap.fit(native.fit_NxD, moved.fit_NxD)
+    back = AffineMap.fit(moved.fit_NxD, native.fit_NxD)
     maps = (
-        FittedMap(len(there.fit_NxD), into.r2(there.measure_NxD, moved.measure_NxD), into.ridge),
-        FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, there.measure_NxD), back.ridge),
+        FittedMap(len(native.fit_NxD), into.r2(native.measure_NxD, moved.measure_NxD), into.ridge),
+        FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, native.measure_NxD), back.ridge),
     )
-    mapped = [insert_maps(each, into, back, there.dictionary) for each in (straight, rotated)]
-    affine, affine_null = _evaluate(mapped, there, mesh, batch, losses)
-    if moved.fit_NxD.shape[1] != there.fit_NxD.shape[1]:
-        return ReconstructionTransfer(own, None, None, affine, affine_null, *maps)
-    as_they_are = [_at_site(each, there.dictionary) for each in (straight, rotated)]
-    direct, direct_null = _evaluate(as_they_are, there, mesh, batch, losses)
-    return ReconstructionTransfer(own, direct, direct_null, affine, affine_null, *maps)
+    mapped = [insert_maps(each, into, back, native.dictionary) for each in (straight, rotated)]
+    affine, affine_null = _evaluate(mapped, native, mesh, batch, losses)
+    if moved.fit_NxD.shape[1] != native.fit_NxD.shape[1]:
+        return ReconstructionTransfer(native_scores, None, None, affine, affine_null, *maps)
+    as_they_are = [_at_site(each, native.dictionary) for each in (straight, rotated)]
+    direct, direct_null = _evaluate(as_they_are, native, mesh, batch, losses)
+    return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, *maps)
 
 
 def has_few_rows(width: int, rows: int) -> bool:
@@ -151,15 +151,15 @@ def has_few_rows(width: int, rows: int) -> bool:
     return rows < ROWS_PER_DIMENSION * width
 
 
-def _at_site(dictionary: Dictionary, there: Dictionary) -> Dictionary:
+def _at_site(dictionary: Dictionary, native: Dictionary) -> Dictionary:
     """Return a dictionary unchanged at the site of another, with its sink rule."""
-    config = dataclasses.replace(dictionary.config, site=there.config.site, target="", max_norm=there.config.max_norm)
+    config = dataclasses.replace(dictionary.config, site=native.config.site, target="", max_norm=native.config.max_norm)
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
 def _evaluate(
-    dictionaries: Sequence[Dictionary], there: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None
+    dictionaries: Sequence[Dictionary], native: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None
 ) -> list[Rebuilt]:
-    scores = reconstruct(dictionaries, [(there.measure_NxD,)], mesh, batch)
+    scores = reconstruct(dictionaries, [(native.measure_NxD,)], mesh, batch)
     ce = losses(dictionaries) if losses else [None] * len(scores)
-    return [Rebuilt(one.explained_variance, one.l0, share) for one, share in zip(scores, ce, strict=True)]
+    return [Rebuilt(score.explained_variance, score.l0, share) for score, share in zip(scores, ce, strict=True)]

@@ -19,9 +19,9 @@ _ROWS = 15  # pairs or dictionaries in a table; more are drawn
 _MEASURES = dict(decoder="decoder rows", encoder="encoder rows", activity="activity")
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on what dictionaries share for each unit of the stage."""
-    return [_section(results, draw) for results in found.each(TransferResults).values()]
+    return [_section(results, draw) for results in findings.each(TransferResults).values()]
 
 
 def _section(results: TransferResults, draw: Draw) -> Section:
@@ -116,8 +116,8 @@ def _matrices(results: TransferResults, draw: Draw) -> list[Block]:
             f"mean value of its pairs {number(most.found.matched.mean)}, under the null "
             f"{number(most.null.matched.mean)}."
         )
-        found, null = (_share_matrix(names, results.pairs, measure, side) for side in ("found", "null"))
-        figure = draw_heatmaps(names, {"shared": found, "null": null}, "share of pairs")
+        shares, null_shares = (_share_matrix(names, results.pairs, measure, side) for side in ("found", "null"))
+        figure = draw_heatmaps(names, {"shared": shares, "null": null_shares}, "share of pairs")
         blocks.append(draw(f"transfer-{measure}", figure, caption, caption))
     return blocks
 

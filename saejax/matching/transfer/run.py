@@ -66,7 +66,7 @@ def run_transfer(run: Run) -> TransferResults:
     if len(compared) < 2:
         raise UserError(f"{_FLAG}={','.join(config.dictionaries)} is one dictionary: name two at least")
     wanted = select_pairs(compared, config.between, config.seed)
-    for first, second in ((compared[one], compared[other]) for one, other in wanted):
+    for first, second in ((compared[i], compared[j]) for i, j in wanted):
         if not measures_of(config.measures, first, second):
             raise UserError(
                 f"{first.name} and {second.name} are of different models or widths, so directions cannot be compared: "
@@ -79,8 +79,8 @@ def run_transfer(run: Run) -> TransferResults:
         comparison = Comparison(run, compared, wanted, effects)
         return lambda part, on_progress: comparison.measure(part, parts.index(part), on_progress)
 
-    found = each_part(run, parts, begin, tuple[ComparedPair, ...], "assignments")
-    results = summarize(run, compared, parts, [pair for part in parts for pair in found[part]], wanted)
+    pairs_of = each_part(run, parts, begin, tuple[ComparedPair, ...], "assignments")
+    results = summarize(run, compared, parts, [pair for part in parts for pair in pairs_of[part]], wanted)
     shutil.rmtree(run.folder / "text", ignore_errors=True)
     return results
 
@@ -155,8 +155,8 @@ class Comparison:
         """
         measures = {
             second: measures_of(self._config.measures, self._compared[first], self._compared[second])
-            for one, second in self._wanted
-            if one == first
+            for index, second in self._wanted
+            if index == first
         }
         total = sum(len(self._sides(measure)) for some in measures.values() for measure in some)
         matched_by_key: dict[Key, Matched] = {}
@@ -231,19 +231,19 @@ class Comparison:
         rows = self._weights(name, first, False), self._weights(name, second, False)
         return np.any(rows[0], axis=1), np.any(rows[1], axis=1)
 
-    def _pair(self, first: int, second: int, names: Sequence[str], found: Mapping[Key, Matched]) -> ComparedPair:
+    def _pair(self, first: int, second: int, names: Sequence[str], matched: Mapping[Key, Matched]) -> ComparedPair:
         """Return the results of two dictionaries."""
         least, measures = self._config.shared, {}
         for name in names:
             features = self._compared_features(name, first, second)
             ceiling = rate_matched = None
             if name == "activity" and self._reading:
-                itself = score(found[name, second, _CEILING], (features[0], features[0]), least)
+                itself = score(matched[name, second, _CEILING], (features[0], features[0]), least)
                 ceiling = itself.shared.mean
-                rate_matched = self._reading.rate_matched(first, second, found[name, second, _FOUND].partner_F)
+                rate_matched = self._reading.rate_matched(first, second, matched[name, second, _FOUND].partner_F)
             measures[name] = ComparedRows(
-                score(found[name, second, _FOUND], features, least),
-                score(found[name, second, _NULL], features, least),
+                score(matched[name, second, _FOUND], features, least),
+                score(matched[name, second, _NULL], features, least),
                 compared=tuple(int(some.sum()) for some in features),  # type: ignore[arg-type]
                 left_out=tuple(int((~some).sum()) for some in features),  # type: ignore[arg-type]
                 ceiling=ceiling,
@@ -251,10 +251,10 @@ class Comparison:
             )
         agreeing = None
         if "decoder" in names and "encoder" in names:
-            by_decoder_F, by_encoder_F = (found[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
+            by_decoder_F, by_encoder_F = (matched[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
             paired = by_decoder_F >= 0
             agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None
-        main = found["activity" if "activity" in names else names[0], second, _FOUND]
+        main = matched["activity" if "activity" in names else names[0], second, _FOUND]
         link = Link.shared(main.partner_F, main.value_F, least)
         transfers: dict[str, ReconstructionTransfer] = {}
         if self._config.reconstruction and self._reading:
@@ -272,10 +272,10 @@ class Comparison:
 
     def _warn(self, first: int, second: int, transfers: Mapping[str, ReconstructionTransfer]) -> None:
         """Log maps that were fitted on too few rows, with what they explain of held-out rows."""
-        for name, moved, there in (("onto_second", first, second), ("onto_first", second, first)):
+        for name, moved, native in (("onto_second", first, second), ("onto_first", second, first)):
             if name not in transfers:
                 continue
-            maps = ((there, transfers[name].into), (moved, transfers[name].back))
+            maps = ((native, transfers[name].into), (moved, transfers[name].back))
             for source, fitted in maps:
                 width = self._compared[source].config.d_in
                 if has_few_rows(width, fitted.rows):
@@ -323,13 +323,13 @@ def _share(is_N: np.ndarray) -> Interval:
     return wilson(is_N) if len(is_N) else Interval(0.0, 0.0, 0.0)
 
 
-def _table(second: int, found: Matched, null: Matched) -> FeaturePairs:
-    features = len(found.partner_F)
+def _table(second: int, matched: Matched, null: Matched) -> FeaturePairs:
+    features = len(matched.partner_F)
     return FeaturePairs(
         np.full(features, second, np.int32),
         np.arange(features, dtype=np.int32),
-        found.partner_F.astype(np.int32),
-        found.value_F.astype(np.float32),
+        matched.partner_F.astype(np.int32),
+        matched.value_F.astype(np.float32),
         null.partner_F.astype(np.int32),
         null.value_F.astype(np.float32),
     )

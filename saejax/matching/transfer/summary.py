@@ -44,9 +44,9 @@ class FeaturePairs(Columns):
 
     def link(self, second: int, least: float, null: bool) -> Link:
         """Return the features shared with the dictionary number ``second``, of a value of at least ``least``."""
-        own = self.second == second
+        in_pair = self.second == second
         partner, value = (self.null_partner, self.null_value) if null else (self.partner, self.value)
-        return Link.shared(partner[own].astype(np.int64), value[own], least)
+        return Link.shared(partner[in_pair].astype(np.int64), value[in_pair], least)
 
 
 def summarize(
@@ -65,7 +65,7 @@ def summarize(
     links: tuple[dict, dict] = {}, {}
     for first, part in enumerate(parts):
         tables: dict[str, FeaturePairs] = {}
-        for second in (other for one, other in wanted if one == first):
+        for second in (j for i, j in wanted if i == first):
             measure = measures_of(config.measures, compared[first], compared[second])[0]
             if measure not in tables:
                 tables[measure] = FeaturePairs.load(part_file(run, part, f"-{measure}.parquet"))
@@ -118,9 +118,9 @@ def _by_layer(compared: Sequence[Compared]) -> list[list[int]]:
     Of several at a layer the first is used.
     """
     groups: dict[tuple[str, str], dict[int, int]] = {}
-    for place, one in enumerate(compared):
-        group = groups.setdefault((one.fingerprint, one.target.partition(".")[0]), {})
-        group.setdefault(one.layer, place)
+    for place, dictionary in enumerate(compared):
+        group = groups.setdefault((dictionary.fingerprint, dictionary.target.partition(".")[0]), {})
+        group.setdefault(dictionary.layer, place)
     return [[layers[layer] for layer in sorted(layers)] for layers in groups.values() if len(layers) > 1]
 
 
@@ -129,9 +129,9 @@ def _csv(pairs: Sequence[ComparedPair]) -> str:
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     figures = ("nearest", "nearest_back", "matched", "shared", "close")
-    told = ["", "_low", "_high", "_null"]
+    suffixes = ["", "_low", "_high", "_null"]
     table.writerow(
-        ["first", "second", "measure", *(name + end for name in figures for end in told), "mutual", "mutual_null"]
+        ["first", "second", "measure", *(name + end for name in figures for end in suffixes), "mutual", "mutual_null"]
     )
     for pair in pairs:
         for measure, both in pair.measures.items():
@@ -140,6 +140,6 @@ def _csv(pairs: Sequence[ComparedPair]) -> str:
                 for name in figures
                 for value in (*dataclasses.astuple(getattr(both.found, name)), getattr(both.null, name).mean)
             ]
-            mutual = [f"{one.mutual:.6g}" for one in (both.found, both.null)]
+            mutual = [f"{scores.mutual:.6g}" for scores in (both.found, both.null)]
             table.writerow([pair.first, pair.second, measure, *values, *mutual])
     return out.getvalue()

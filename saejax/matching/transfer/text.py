@@ -63,7 +63,7 @@ def read_text(tokenizer: Any, texts: Sequence[str], context: int) -> ReadText:
     for number, text in enumerate(texts):
         read = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, ends = read["input_ids"], [end for _, end in read["offset_mapping"]]
-        ends = [_whole_end(text, end, as_text(one)) for one, end in zip(ids, ends, strict=True)]
+        ends = [_whole_end(text, end, as_text(token)) for token, end in zip(ids, ends, strict=True)]
         pieces += [np.array([*front, *ids[i : i + size]], np.int32) for i in range(0, len(ids), size)]
         numbers.append(np.full(len(ids), number))
         places.append(np.array(ends, np.int64))

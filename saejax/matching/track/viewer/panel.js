@@ -1,4 +1,4 @@
-// What is said of a cell, of a feature that is followed, and of the steps.
+// The panels of a cell, of a followed feature, and of the steps.
 
 const nameOf = (text, l, f) => {
   const label = text.layers[l].labels[f];
@@ -7,8 +7,8 @@ const nameOf = (text, l, f) => {
 
 function lensLines(text, l, t) {
   return Object.entries(text.readings).map(([lens, reading]) => {
-    const said = reading.said[l][t], words = [];
-    for (let i = 0; i < said.length; i += 2) words.push(token(text.texts[said[i]]), ` ${number(said[i + 1], 2)} `);
+    const top = reading.top_tokens[l][t], words = [];
+    for (let i = 0; i < top.length; i += 2) words.push(token(text.texts[top[i]]), ` ${number(top[i + 1], 2)} `);
     return make('p', {}, `${lens} lens: `, ...words,
       make('small', {}, `KL divergence from the model ${number(reading.kl[l][t], 2)}, on a rotated stream ${number(reading.control_kl[l][t], 2)}`));
   });
