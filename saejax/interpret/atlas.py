@@ -44,7 +44,7 @@ def run_atlas(run: Run) -> AtlasResults:
         for member in (interpreted.members if path else ())
     }  # all of them before anything is written
     tested = _ablated(run)
-    made = []
+    pages = []
     for member in interpreted.members:
         source, hand_labels = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
         name = stacks.full_name(run.name, member.name)
@@ -60,9 +60,9 @@ def run_atlas(run: Run) -> AtlasResults:
         reviewed = write_sheets(sheets, name, top, read_records(source, wanted), automatic, hand_labels) if top else ()
         written = len(by_model.keys() - hand_labels.keys())
         by_rule = len(labels) - len(hand_labels) - written
-        made.append(AtlasPages(name, member.name, member.features, len(hand_labels), by_rule, written, reviewed))
+        pages.append(AtlasPages(name, member.name, member.features, len(hand_labels), by_rule, written, reviewed))
         run.say(f"open {run.folder / member.name / 'index.html'}")
-    return AtlasResults(run.name, tuple(made))
+    return AtlasResults(run.name, tuple(pages))
 
 
 def _with_scores(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
@@ -88,11 +88,11 @@ def _ablated(run: Run) -> AblateResults | None:
 
 def _effects(top: Mapping[str, Sequence[FeatureEffect]]) -> dict[int, dict[str, float]]:
     """Return feature -> behaviour -> drop in logit difference when the feature is ablated."""
-    found: dict[int, dict[str, float]] = {}
+    effects: dict[int, dict[str, float]] = {}
     for behaviour, items in top.items():
         for item in items:
-            found.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
-    return found
+            effects.setdefault(item.feature, {})[behaviour] = round(item.drop.mean, 4)
+    return effects
 
 
 def write_atlas(
@@ -142,8 +142,8 @@ def write_atlas(
     maps = maps or FeatureMaps(texts=[], layers_bar=None)
     about = dict(dictionary=dictionary, features=number, chunk=CHUNK, columns=columns, maps=len(maps["texts"]))
     about |= dict(layers_bar=maps["layers_bar"])
-    for place, one in enumerate(maps["texts"]):
-        write_text(folder / "data" / f"map-{place}.js", f"atlas.map({place},{_json(one)})\n")
+    for place, token_map in enumerate(maps["texts"]):
+        write_text(folder / "data" / f"map-{place}.js", f"atlas.map({place},{_json(token_map)})\n")
     write_text(folder / "data" / "index.js", f"atlas.index({_json(about)})\n")
     write_json(folder / LABELS, {str(feature): to_json(label) for feature, label in labels.items()})
     for name in _PAGE:

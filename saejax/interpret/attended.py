@@ -60,11 +60,11 @@ def attended(
     by_key = [jnp.arange(length) == 0, same_BxTxT, after_BxTxT, marks_V[ids_BxT][:, None, :]]
     masks = [jnp.broadcast_to(mask, same_BxTxT.shape).astype(jnp.float32) for mask in (*by_age, *by_key)]
 
-    def look(plain: Any, layer: Any, qkv: Any, found: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def look(plain: Any, layer: Any, qkv: Any, carried: jax.Array) -> tuple[jax.Array, jax.Array]:
         weights = attention_weights(config, GRADIENT, qkv[0], qkv[1], tables.at(config, layer)).astype(jnp.float32)
         weights_BxHxTxT = weights.reshape(count, config.n_heads, length, length)
         shares = [jnp.einsum("bhts,bts->bth", weights_BxHxTxT, mask) for mask in masks]
-        return plain(*qkv), found.at[:, :, layer].set(jnp.stack(shares, axis=-1))
+        return plain(*qkv), carried.at[:, :, layer].set(jnp.stack(shares, axis=-1))
 
     start = jnp.zeros((count, length, layers, config.n_heads, len(CLASSES)), jnp.float32)
     attention = AttentionSpec(tables, look, start)

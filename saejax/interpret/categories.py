@@ -84,7 +84,7 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     """
     ids = [lm.tokenize([text]).ids_BxT[0] for text in texts]
     active_PxF = np.zeros((len(texts), dictionary.config.n_features), bool)
-    order = np.argsort([len(one) for one in ids], kind="stable")
+    order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
         lengths_N = np.array([len(ids[i]) for i in chosen], np.int32)
@@ -170,7 +170,7 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
 def categorise(
     lm: LanguageModel, dictionary: Dictionary, prompts: Sequence[CategorisedPrompt], seed: int
 ) -> tuple[dict[int, list[FeatureCategory]], CategoryCounts]:
-    """Return the associations of a dictionary's features with prompt categories, and their number beside the control's.
+    """Return the prompt categories with which a dictionary's features are associated, and counts with the control's.
 
     Args:
       lm: the model.
@@ -180,6 +180,6 @@ def categorise(
     """
     active_PxF = active_on_prompts(lm, dictionary.with_sink_norms(lm.sink_norm), [prompt.text for prompt in prompts])
     tests, shuffled = list(make_tests(prompts)), list(make_tests(prompts, np.random.default_rng(seed)))
-    found, control = associate(active_PxF, tests), associate(active_PxF, shuffled)
+    associations, control = associate(active_PxF, tests), associate(active_PxF, shuffled)
     live = int((active_PxF.sum(axis=0) >= _LEAST).sum())
-    return found, CategoryCounts(len(prompts), len(tests), live, len(found), len(control))
+    return associations, CategoryCounts(len(prompts), len(tests), live, len(associations), len(control))

@@ -36,17 +36,17 @@ def top_contexts(
       texts: text of every token id.
       mesh: devices that encode.
     """
-    coded, known = CodedText(store.documents, texts), np.zeros(len(store.documents.ids_T), bool)
-    found: dict[int, list[FeatureContext]] = {feature: [] for feature in features}
+    coded, is_stored = CodedText(store.documents, texts), np.zeros(len(store.documents.ids_T), bool)
+    contexts_of: dict[int, list[FeatureContext]] = {feature: [] for feature in features}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        known[record(store, "train", {folder: dictionary}, mesh, _BATCH, features=features)] = True
+        is_stored[record(store, "train", {folder: dictionary}, mesh, _BATCH, features=features)] = True
         for block in blocks(folder, dictionary.config.n_features):
-            for feature in found.keys() & set(range(block.first, block.first + block.size)):
-                own = feature - block.first
-                places = strongest(block, store.documents, coded, own, count)
-                found[feature] = contexts(block, coded, known, own, places)
-    return found
+            for feature in contexts_of.keys() & set(range(block.first, block.first + block.size)):
+                index = feature - block.first
+                places = strongest(block, store.documents, coded, index, count)
+                contexts_of[feature] = contexts(block, coded, is_stored, index, places)
+    return contexts_of
 
 
 def strongest(block: Block, documents: Documents, text: CodedText, feature: int, count: int) -> list[int]:
@@ -63,9 +63,9 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
       feature: index of the feature in the block.
       count: number of contexts.
     """
-    own = block.of(feature)
-    order = np.argsort(-block.value[own], kind="stable")  # equal activations in the order of the text
-    place_A = block.place[own][order]  # of all firings; the candidates are N of them
+    firings = block.of(feature)
+    order = np.argsort(-block.value[firings], kind="stable")  # equal activations in the order of the text
+    place_A = block.place[firings][order]  # of all firings; the candidates are N of them
     document_A = text.document(place_A)
     group_A = documents.column("group")[document_A]
     candidates = [_first_of_each(key_A, _SPARE * count) for key_A in (group_A, document_A, np.arange(len(place_A)))]
@@ -104,14 +104,14 @@ def surroundings(text: CodedText, place: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def contexts(
-    block: Block, text: CodedText, known: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
+    block: Block, text: CodedText, is_stored: np.ndarray, feature: int, places: Sequence[int] | np.ndarray
 ) -> list[FeatureContext]:
     """Return the contexts of a feature's firings.
 
     Args:
       block: firings.
       text: text of the documents.
-      known: whether the store has an activation, for every place.
+      is_stored: whether the store has an activation, for every place.
       feature: index of the feature in the block.
       places: places of the firings.
     """
@@ -124,7 +124,7 @@ def contexts(
             tokens=[text.texts[i] for i in ids[n][inside[n]]],
             acts=[
                 float(f"{act:.3g}") if has_act else None
-                for act, has_act in zip(acts[n][inside[n]], known[around[n][inside[n]]], strict=True)
+                for act, has_act in zip(acts[n][inside[n]], is_stored[around[n][inside[n]]], strict=True)
             ],
             peak=int(inside[n][:BEFORE].sum()),
             document=int(document),

@@ -62,18 +62,18 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
       dictionary: the dictionary that it is a control of.
       seed: seed of the directions.
     """
-    own = dictionary.config
-    rows = spread(store.rows("train", *{own.site, own.target or own.site}), _FITTED)
-    x_NxD = store.read(own.site, rows).astype(np.float32)
-    y_NxD = store.read(own.target, rows).astype(np.float32) if own.target else x_NxD
-    W_enc_DxF, mean_D = _directions(own.d_in, own.n_features, seed), x_NxD.mean(axis=0)
+    original = dictionary.config
+    rows = spread(store.rows("train", *{original.site, original.target or original.site}), _FITTED)
+    x_NxD = store.read(original.site, rows).astype(np.float32)
+    y_NxD = store.read(original.target, rows).astype(np.float32) if original.target else x_NxD
+    W_enc_DxF, mean_D = _directions(original.d_in, original.n_features, seed), x_NxD.mean(axis=0)
     shape: dict[str, Any] = dict(
-        site=own.site, target=own.target, d_in=own.d_in, n_features=own.n_features, centred=False
+        site=original.site, target=original.target, d_in=original.d_in, n_features=original.n_features, centred=False
     )
     b_enc_F = -mean_D @ W_enc_DxF
     arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=y_NxD.mean(axis=0))
     if is_plain_topk(dictionary.kind):
-        config = DictionaryConfig(kind="topk", k=own.k, **shape)
+        config = DictionaryConfig(kind="topk", k=original.k, **shape)
     else:
         counted = slice(None, None, -(-len(rows) // _COUNTED))
         fires = sum(map(sparse.csr_array.count_nonzero, _codes(dictionary, x_NxD[counted])))
@@ -81,7 +81,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         at = min(max(len(pre) - fires, 0), len(pre) - 1)
         threshold = max(float(np.partition(pre, at)[at]), 0.0)
         config = DictionaryConfig(kind="jumprelu", **shape)
-        arrays |= dict(threshold_F=np.full(own.n_features, threshold, np.float32))
+        arrays |= dict(threshold_F=np.full(original.n_features, threshold, np.float32))
     arrays = {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
     f_NxF = sparse.vstack(list(_codes(Dictionary(config, **arrays), x_NxD)), format="csr")
     arrays |= dict(W_dec_FxD=jnp.asarray(fit_decoder(f_NxF, y_NxD - np.asarray(arrays["b_dec_D"]))))

@@ -29,7 +29,7 @@ class Associations:
       feature: feature of each pair, counted from the block's first.
       code: code of each pair.
       hits: places of the code at which the feature fires.
-      there: places of the code.
+      occurrences: places of the code.
       total: summed activation on these.
       pmi: pointwise mutual information of firing and code, in bits.
       odds: odds ratio (Woolf, 1955, half a count added to each cell).
@@ -41,7 +41,7 @@ class Associations:
     feature: np.ndarray
     code: np.ndarray
     hits: np.ndarray
-    there: np.ndarray
+    occurrences: np.ndarray
     total: np.ndarray
     pmi: np.ndarray
     odds: np.ndarray
@@ -140,17 +140,17 @@ def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int)
     rank = np.arange(len(order)) - np.searchsorted(pairs.feature, np.arange(block.size))[pairs.feature[order]]
     kept = np.sort(order[rank < _BLOCK_CODES])
     feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
-    there, fires = base[code], block.counts[feature]
-    cells = [hits, there - hits, fires - hits, places - there - fires + hits]
+    occurrences, fires = base[code], block.counts[feature]
+    cells = [hits, occurrences - hits, fires - hits, places - occurrences - fires + hits]
     a, b, c, d = (cell + 0.5 for cell in cells)
     log_odds, error = np.log(a * d / (b * c)), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
     return Associations(
         feature,
         code,
         hits,
-        there,
+        occurrences,
         pairs.total[kept],
-        np.log2(hits * places / (there * fires)),
+        np.log2(hits * places / (occurrences * fires)),
         np.exp(log_odds),
         np.exp(log_odds - 1.96 * error),
         np.exp(log_odds + 1.96 * error),

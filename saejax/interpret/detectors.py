@@ -93,8 +93,8 @@ class PairCounts:
 
     def of(self, feature: int, codes: Codes) -> int:
         """Return the number of firings of a feature on any of some codes."""
-        own = slice(*np.searchsorted(self.feature, [feature, feature + 1]))
-        return int(self.count[own][np.isin(self.code[own], codes)].sum())
+        of_feature = slice(*np.searchsorted(self.feature, [feature, feature + 1]))
+        return int(self.count[of_feature][np.isin(self.code[of_feature], codes)].sum())
 
 
 def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> list[tuple[Detector, float] | None]:
@@ -109,27 +109,27 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
     fires, most = block.counts, _POSITIONS if family == "position" else MOST
     kept = pairs.count >= np.maximum(_SEEN, _SHARE * fires[pairs.feature])
     feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
-    there, best = base[code], np.zeros(block.size)
+    occurrences, best = base[code], np.zeros(block.size)
     chosen = np.zeros(len(feature), bool)
-    np.maximum.at(best, feature, 2 * hits / np.maximum(there + fires[feature], 1))
+    np.maximum.at(best, feature, 2 * hits / np.maximum(occurrences + fires[feature], 1))
     starts = np.searchsorted(feature, np.arange(block.size))
     while True:
-        surplus = 2 * hits - best[feature] * there
+        surplus = 2 * hits - best[feature] * occurrences
         order = np.lexsort((-surplus, feature))
         rank = np.empty(len(feature), np.int64)
         rank[order] = np.arange(len(feature)) - starts[feature[order]]
         picked = (rank < most) & (surplus > 0)
-        found = np.bincount(feature, hits * picked, block.size)
-        f1 = 2 * found / np.maximum(np.bincount(feature, there * picked, block.size) + fires, 1)
+        hits_of = np.bincount(feature, hits * picked, block.size)
+        f1 = 2 * hits_of / np.maximum(np.bincount(feature, occurrences * picked, block.size) + fires, 1)
         better = f1 > best * (1 + 1e-12)
         if not len(feature) or not (better.any() or not chosen.any()):
             break
         chosen, best = picked, np.maximum(best, f1)
     detectors: list[tuple[Detector, float] | None] = []
     for number in range(block.size):
-        own = slice(*np.searchsorted(feature, [number, number + 1]))
-        order = np.argsort(-hits[own], kind="stable")
-        codes = tuple(code[own][order][chosen[own][order]].tolist())
+        of_feature = slice(*np.searchsorted(feature, [number, number + 1]))
+        order = np.argsort(-hits[of_feature], kind="stable")
+        codes = tuple(code[of_feature][order][chosen[of_feature][order]].tolist())
         detectors.append((Detector(family, codes), float(best[number])) if codes else None)
     return detectors
 
@@ -148,21 +148,21 @@ def best_detectors(
     Returns:
       For every feature, family -> (detector, F1 on the search text); and the counts of tokens.
     """
-    found: list[dict[str, tuple[Detector, float]]] = [{} for _ in range(block.size)]
+    detectors: list[dict[str, tuple[Detector, float]]] = [{} for _ in range(block.size)]
     tokens = None
     for family in FAMILIES:
         pairs = PairCounts(block, text.code(family, block.place))
         tokens = tokens or pairs
-        for own, one in zip(found, search(block, family, bases[family], pairs), strict=True):
-            own |= {family: one} if one else {}
+        for by_family, best in zip(detectors, search(block, family, bases[family], pairs), strict=True):
+            by_family |= {family: best} if best else {}
         if family == "next" and output:
             for number, codes in enumerate(output):
                 places = int(bases[family][np.array(codes, np.int64)].sum()) + int(block.counts[number])
                 if places and codes:
                     f1 = 2 * pairs.of(number, codes) / places
-                    found[number] |= {OUTPUT: (Detector(OUTPUT, codes), f1)} if f1 else {}
+                    detectors[number] |= {OUTPUT: (Detector(OUTPUT, codes), f1)} if f1 else {}
     assert tokens
-    return found, tokens
+    return detectors, tokens
 
 
 def scores(
@@ -176,25 +176,25 @@ def scores(
       bases: frequency of each code there, by family.
       detectors: detectors of each feature of the block.
     """
-    wanted = {one.looks_at for some in detectors for one in some}
+    wanted = {detector.looks_at for of_feature in detectors for detector in of_feature}
     pairs = {family: PairCounts(block, text.code(family, block.place)) for family in wanted}
     return [
         [
             _score(
-                pairs[one.looks_at].of(number, one.codes),
-                int(bases[one.looks_at][np.array(one.codes, np.int64)].sum()),
+                pairs[detector.looks_at].of(number, detector.codes),
+                int(bases[detector.looks_at][np.array(detector.codes, np.int64)].sum()),
                 int(block.counts[number]),
             )
-            for one in some
+            for detector in of_feature
         ]
-        for number, some in enumerate(detectors)
+        for number, of_feature in enumerate(detectors)
     ]
 
 
-def _score(found: int, places: int, fires: int) -> DetectorScore:
-    union = _share(found, places + fires - found)
+def _score(hits: int, places: int, fires: int) -> DetectorScore:
+    union = _share(hits, places + fires - hits)
     f1 = Interval(*(2 * share / (1 + share) for share in (union.mean, union.low, union.high)))
-    return DetectorScore(_share(found, places), _share(found, fires), f1)
+    return DetectorScore(_share(hits, places), _share(hits, fires), f1)
 
 
 def _share(hits: int, of: int) -> Interval:

@@ -55,9 +55,10 @@ def run_explain(run: Run) -> ExplainResults:
     check(run.configs)
     config = run.configs[ExplainConfig]
     stack = stacks.members(run.inputs[f"train/{run.name}"])
-    given = [_given_labels(run, member, len(stack) > 1) for member in stack]  # refused before anything is asked
+    # All files are read first: a bad one is refused before any question costs money or time.
+    labels_to_judge = [_given_labels(run, member, len(stack) > 1) for member in stack]
     results, text, judge = [], None, None
-    for member, labels in zip(stack, given, strict=True):
+    for member, labels in zip(stack, labels_to_judge, strict=True):
         path = run.folder / member.name / DONE
         if not path.exists():
             if run.stopping():
@@ -126,14 +127,14 @@ class _Explainer:
       member: the dictionary.
       text: store and text.
       judge: the language model.
-      given: labels to judge; None: they are to be written.
+      labels_to_judge: labels of the features; None: the language model writes them.
     """
 
     run: Run
     member: TrainedMember
     text: _Text
     judge: Endpoint | LocalJudge
-    given: Mapping[int, Label] | None
+    labels_to_judge: Mapping[int, Label] | None
 
     def __post_init__(self) -> None:
         self._config = self.run.configs[ExplainConfig]
@@ -146,7 +147,7 @@ class _Explainer:
         answers = Answers(self.run, self._folder, self.judge)
         interpreted = self.run.inputs[f"interpret/{self.run.name}"] / self.member.name
         records = read_records(interpreted, {held.feature for held in chosen})
-        labels = self._write_labels(answers, chosen, records) if self.given is None else self.given
+        labels = self._write_labels(answers, chosen, records) if self.labels_to_judge is None else self.labels_to_judge
         rates = np.array([records[held.feature]["rate"] for held in chosen])
         partner_N = partners(rates, [held.feature in labels for held in chosen])
         texts = [labels[held.feature].label if held.feature in labels else None for held in chosen]
@@ -180,8 +181,8 @@ class _Explainer:
         place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=self.run.stopping)
         fires_F = np.concatenate([block.counts for block in blocks(scratch, features)])
         able = np.flatnonzero(fires_F >= MIN_FIRINGS)
-        if self.given is not None:
-            able = np.intersect1d(able, list(self.given))
+        if self.labels_to_judge is not None:
+            able = np.intersect1d(able, list(self.labels_to_judge))
         wanted = np.intersect1d(able, config.features or able)
         if not config.features and len(wanted) > config.sample:
             wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))

@@ -9,9 +9,9 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the judged dictionaries; none if there are none."""
-    units = list(found.each(ExplainResults).values())
+    units = list(findings.each(ExplainResults).values())
     if not units:
         return []
     rows = [row for results in units for member in results.members for row in _rows(results, member)]

@@ -27,8 +27,8 @@ class FeatureCode(TypedDict):
 
     text: str
     hits: int  # firings on it
-    there: int  # how often it stands in the text
-    sum: float  # of activations on it; ``mean``: over all places where it stands
+    occurrences: int  # in the text
+    sum: float  # of activations on it; ``mean``: over all its occurrences
     mean: float
     pmi: float  # bits
     odds: list[float]  # ratio and its 95 % interval

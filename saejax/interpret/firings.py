@@ -133,13 +133,13 @@ class _Files:
 
 
 def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
-    for number, (own, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
+    for number, (file, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
         count = int(ends[-1])
         room = min(ROOM, 1 << max(count - 1, 1).bit_length())
         for first in range(0, count, room):
             taken = jax.device_get(take_firings(size_BxF, words, ends, first, room))
             feature, row, value = (part[: count - first] for part in taken)
-            own.write(feature, place_N[row], value)
+            file.write(feature, place_N[row], value)
             if on_batch and not number:
                 on_batch(feature, place_N[row])
 
@@ -230,8 +230,8 @@ class Block:
         wanted = feature.astype(np.int64) << 32 | place.astype(np.int64)
         if not len(self._key):
             return np.zeros(wanted.shape, np.float32)
-        found = np.minimum(np.searchsorted(self._key, wanted), len(self._key) - 1)
-        return np.where(self._key[found] == wanted, self.value[found], np.float32(0))
+        index = np.minimum(np.searchsorted(self._key, wanted), len(self._key) - 1)
+        return np.where(self._key[index] == wanted, self.value[index], np.float32(0))
 
 
 def blocks(folder: Path, features: int) -> Iterator[Block]:
@@ -248,9 +248,13 @@ def blocks(folder: Path, features: int) -> Iterator[Block]:
         while start < size:
             stop = min(size, start + max(1, int(np.searchsorted(np.cumsum(counts[start:]), _MOST, side="right"))))
             kept = [piece[(piece["feature"] >= start) & (piece["feature"] < stop)] for piece in pieces]
-            own = np.concatenate([np.zeros(0, _RECORD), *kept])
+            records = np.concatenate([np.zeros(0, _RECORD), *kept])
             yield Block(
-                first + start, stop - start, own["feature"].astype(np.int64) - start, own["place"], own["value"]
+                first + start,
+                stop - start,
+                records["feature"].astype(np.int64) - start,
+                records["place"],
+                records["value"],
             )
             start = stop
 

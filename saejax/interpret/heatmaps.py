@@ -37,17 +37,17 @@ class TokenMaps:
         self._documents = every[np.argsort(priority(every), kind="stable")[::-1][:documents]]
         starts = text.starts(self._documents)
         self._places = [np.arange(start, start + min(TOKENS, 1 + int(text.left(start)))) for start in starts]
-        self._wanted = np.zeros(text.tokens, bool)
+        self._is_shown = np.zeros(text.tokens, bool)
         for places in self._places:
-            self._wanted[places] = True
-        self._known = np.isin(np.concatenate([np.zeros(0, np.int64), *self._places]), place)
+            self._is_shown[places] = True
+        self._is_encoded = np.isin(np.concatenate([np.zeros(0, np.int64), *self._places]), place)
         self._firings: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._means: list[np.ndarray] = []
 
     def add(self, block: Block) -> None:
         """Add the firings of a block; blocks come in order."""
-        own = self._wanted[block.place]
-        self._firings.append((block.feature[own] + block.first, block.place[own], block.value[own]))
+        is_shown = self._is_shown[block.place]
+        self._firings.append((block.feature[is_shown] + block.first, block.place[is_shown], block.value[is_shown]))
         self._means.append(np.bincount(block.feature, block.value, block.size) / self._count)
 
     def maps(self, length_F: np.ndarray) -> list[TokenMap]:
@@ -60,24 +60,24 @@ class TokenMaps:
           length_F: norms of the decoder rows.
         """
         feature, place, value = (np.concatenate(part) for part in zip(*self._firings, strict=True))
-        mean_F, found, first = np.concatenate(self._means), list[TokenMap](), 0
+        mean_F, token_maps, first = np.concatenate(self._means), list[TokenMap](), 0
         for document, places in zip(self._documents.tolist(), self._places, strict=True):
-            known = self._known[first : first + len(places)]
+            is_encoded = self._is_encoded[first : first + len(places)]
             first += len(places)
-            own = (place >= places[0]) & (place <= places[-1])
-            excess_F = np.bincount(feature[own], value[own], len(mean_F)) - known.sum() * mean_F
+            in_document = (place >= places[0]) & (place <= places[-1])
+            excess_F = np.bincount(feature[in_document], value[in_document], len(mean_F)) - is_encoded.sum() * mean_F
             excess_F *= length_F
             best = np.argsort(-excess_F, kind="stable")[:SHOWN]
             best = best[excess_F[best] > 0]
             acts_FxT = np.zeros((len(mean_F), len(places)), np.float32)
-            acts_FxT[feature[own], place[own] - places[0]] = value[own]
+            acts_FxT[feature[in_document], place[in_document] - places[0]] = value[in_document]
             rows = [
-                [float(f"{act:.3g}") if there else None for act, there in zip(row, known, strict=True)]
+                [float(f"{act:.3g}") if has_act else None for act, has_act in zip(row, is_encoded, strict=True)]
                 for row in acts_FxT[best].tolist()
             ]
             tokens = [self._text.texts[i] for i in self._text.back(places, 0)]
-            found.append(TokenMap(document=document, tokens=tokens, features=best.tolist(), acts=rows))
-        return found
+            token_maps.append(TokenMap(document=document, tokens=tokens, features=best.tolist(), acts=rows))
+        return token_maps
 
 
 def layers_bar(features: int, width: int, level: float = 0.95) -> float:
@@ -99,8 +99,8 @@ def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarra
     """
     rows = -(-len(W_dec_FxD) // _ROWS) * _ROWS
     padded_PxD = jnp.pad(_unit(W_dec_FxD), ((0, rows - len(W_dec_FxD)), (0, 0)))
-    found = jax.device_get(_largest(padded_PxD.reshape(-1, _ROWS, padded_PxD.shape[1]), _unit(other_GxD)))
-    ids, cosines = (part.reshape(-1)[: len(W_dec_FxD)] for part in found)
+    largest = jax.device_get(_largest(padded_PxD.reshape(-1, _ROWS, padded_PxD.shape[1]), _unit(other_GxD)))
+    ids, cosines = (part.reshape(-1)[: len(W_dec_FxD)] for part in largest)
     return ids, cosines
 
 

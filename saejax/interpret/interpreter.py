@@ -44,8 +44,9 @@ IN_STREAM = (
     "attn_out",
     "mlp_out",
 )  # added to the residual stream, or the stream itself
-Found = list[dict[str, tuple[Detector, float]]]  # for every feature: family -> detector and its F1 on the search text
-Searched = tuple[Found, np.ndarray]  # with the firing rate of each feature there
+#: For every feature: family -> detector and its F1 on the search text.
+Detectors = list[dict[str, tuple[Detector, float]]]
+Searched = tuple[Detectors, np.ndarray]  # with the firing rate of each feature on the search text
 
 
 def heads_before(site: str) -> int:
@@ -146,8 +147,8 @@ class Interpreter:
             self._search(scratch / "frozen", features, bases, self._output(frozen)),
         ]
         bar = round(layers_bar(*W_dec_FxD.shape), 3) if self.layers else None
-        told = maps.maps(np.linalg.norm(W_dec_FxD, axis=1))
-        write_text(folder / MAPS, json.dumps(FeatureMaps(texts=told, layers_bar=bar), ensure_ascii=False))
+        token_maps = maps.maps(np.linalg.norm(W_dec_FxD, axis=1))
+        write_text(folder / MAPS, json.dumps(FeatureMaps(texts=token_maps, layers_bar=bar), ensure_ascii=False))
         return describer, searched
 
     def _score(
@@ -158,8 +159,8 @@ class Interpreter:
         place = self._record("held_out", firings)
         bases = self._bases(place)
         scores = [
-            Scored.of(path, found, self.text, bases, rates)
-            for path, (found, rates) in zip(firings, searched, strict=True)
+            Scored.of(path, detectors, self.text, bases, rates)
+            for path, (detectors, rates) in zip(firings, searched, strict=True)
         ]
         return len(place), scores
 
@@ -184,7 +185,7 @@ class Interpreter:
           output: tokens that features promote; None: unknown.
           on_block: called with the number of each block of firings, the block, and its counts of tokens.
         """
-        all_detectors: Found = []
+        all_detectors: Detectors = []
         fires_F = np.zeros(features)
         what = dict(own="of the dictionary", frozen="of the frozen-random one", random="of random directions")[
             firings.name
@@ -208,9 +209,9 @@ class Interpreter:
         rows = spread(self.store.rows("held_out", *{config.site, config.target or config.site}), _REBUILT)
         sites = (config.site, config.target) if config.target else (config.site,)
         values = [[self.store.read(site, rows).astype(np.float32) for site in sites]]
-        own, control = (reconstruct([one], values, self.mesh)[0] for one in (self.dictionary, frozen))
-        variance = (control.explained_variance, own.explained_variance)
-        return FrozenControl(scored.counts(live, labels), scored.mean_shuffled(live), control.l0, own.l0, *variance)
+        trained, control = (reconstruct([dictionary], values, self.mesh)[0] for dictionary in (self.dictionary, frozen))
+        variance = (control.explained_variance, trained.explained_variance)
+        return FrozenControl(scored.counts(live, labels), scored.mean_shuffled(live), control.l0, trained.l0, *variance)
 
     def _record(self, split: str, dictionaries: dict[Path, Dictionary], on_batch: Any = None) -> np.ndarray:
         config = self.run.configs[InterpretConfig]
@@ -226,8 +227,10 @@ class Interpreter:
 
     def _layers(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return for each other layer's dictionary the features with the nearest decoder rows, and the cosines."""
-        own = self.dictionary.W_dec_FxD[...]
-        return {name: across_layers(own, load_dictionary(path).W_dec_FxD[...]) for name, path in self.layers.items()}
+        W_dec_FxD = self.dictionary.W_dec_FxD[...]
+        return {
+            name: across_layers(W_dec_FxD, load_dictionary(path).W_dec_FxD[...]) for name, path in self.layers.items()
+        }
 
     def _heads(self) -> HeadShares | None:
         """Return the attention shares of the heads before the site; None if not asked for, or without heads."""

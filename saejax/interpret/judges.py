@@ -76,9 +76,9 @@ class Endpoint:
         """
 
         def answer(number: int) -> None:
-            found = self._answer(questions[number])
+            reply = self._answer(questions[number])
             with self._lock:
-                on_answer(number, found)
+                on_answer(number, reply)
 
         with concurrent.futures.ThreadPoolExecutor(self._at_once) as threads:
             waiting = [threads.submit(answer, number) for number in range(len(questions))]
@@ -178,9 +178,9 @@ class LocalJudge:
             batch = order[start : start + self._at_once]
             longest = max(len(ids[n]) for n in batch)
             most = min(max(questions[n].short_tokens for n in batch), context - longest)
-            for n, made in zip(batch, self._lm.generate(pad([ids[n] for n in batch]), most), strict=True):
-                text = None if made.finished == "length" else made.text
-                on_answer(n, Answer(text, (len(ids[n]), len(made.ids))))
+            for n, generated in zip(batch, self._lm.generate(pad([ids[n] for n in batch]), most), strict=True):
+                text = None if generated.finished == "length" else generated.text
+                on_answer(n, Answer(text, (len(ids[n]), len(generated.ids))))
 
     def _token_ids(self, question: Question) -> list[int]:
         tokenizer = self._lm.tokenizer

@@ -78,7 +78,9 @@ def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[b
       correct: for each question whether the feature fires in each of its contexts.
       read: the parsed replies; None: unparsed.
     """
-    pairs = [pair for of, said in zip(correct, read, strict=True) if said for pair in zip(of, said, strict=True)]
+    pairs = [
+        pair for truth, reply in zip(correct, read, strict=True) if reply for pair in zip(truth, reply, strict=True)
+    ]
     count = Counter(pairs)  # (fires, called active)
     hit, missed, false, true = (count[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
     if not (hit + missed and false + true):
@@ -90,7 +92,7 @@ def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[b
 
 def intruder_score(correct: Sequence[int], read: Sequence[int | None]) -> float | None:
     """Return the share of intruders found; None if no reply could be parsed."""
-    hits = [said == index for index, said in zip(correct, read, strict=True) if said is not None]
+    hits = [choice == index for index, choice in zip(correct, read, strict=True) if choice is not None]
     return sum(hits) / len(hits) if hits else None
 
 

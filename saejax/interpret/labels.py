@@ -36,11 +36,11 @@ def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
     """Return for every feature another one with a detector and the next larger firing rate; -1 where there is none."""
     order = np.argsort(rate, kind="stable")
     has = np.flatnonzero(np.asarray(labelled)[order])
-    found = np.full(len(rate), -1)
+    partner = np.full(len(rate), -1)
     if len(has) > 1:
         after = has[np.searchsorted(has, np.arange(len(order)), side="right") % len(has)]
-        found[order] = order[after]
-    return found
+        partner[order] = order[after]
+    return partner
 
 
 def read_labels(
@@ -106,8 +106,8 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
         old = [row for row in rows if _means(row, dictionary, feature)]
         rows = [row for row in rows if not _means(row, dictionary, feature)]
         if label:
-            own = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
-            rows.append((old[0] if old else {}) | own)
+            entry = dict(feature=str(feature), label=label, reviewer=reviewer, dictionary=dictionary)
+            rows.append((old[0] if old else {}) | entry)
         columns = list(dict.fromkeys([*COLUMNS, "dictionary", *(name for row in rows for name in row)]))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

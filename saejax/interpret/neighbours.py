@@ -39,7 +39,7 @@ class OutputTokens:
 
     def raised(self, some: slice = slice(None)) -> list[tuple[int, ...]]:
         """Return the tokens that each of some features promotes most."""
-        return [tuple(own.tolist()) for own in self.ids[some, : self.ids.shape[1] // 2]]
+        return [tuple(token_ids.tolist()) for token_ids in self.ids[some, : self.ids.shape[1] // 2]]
 
 
 def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> OutputTokens:
@@ -139,8 +139,8 @@ class Together:
         fires = self._matrix()
         counts = np.diff(fires.indptr)
         both = (fires[:, first : first + size].T @ fires).toarray()
-        own = counts[first : first + size, None]
-        share = both / np.maximum(own + counts[None] - both, 1)
+        block_counts = counts[first : first + size, None]
+        share = both / np.maximum(block_counts + counts[None] - both, 1)
         share[np.arange(size), first + np.arange(size)] = -1.0
         count = min(count, self._features - 1)
         best = np.argpartition(-share, count - 1, axis=1)[:, :count]
@@ -151,7 +151,7 @@ class Together:
         if self._fires is None:
             feature, place = (np.concatenate(part) for part in zip(*self._parts, strict=True))
             self._parts.clear()
-            known, row = np.unique(place, return_inverse=True)
-            shape = (len(known), self._features)
+            distinct, row = np.unique(place, return_inverse=True)
+            shape = (len(distinct), self._features)
             self._fires = sparse.csc_array((np.ones(len(row), np.int32), (row, feature)), shape)
         return self._fires

@@ -112,9 +112,9 @@ def read_judgements(reply: str | None, count: int) -> list[bool] | None:
     Read is the last list of ``count`` values 0, 1, true or false; failing that, a line "Text N: 0 or 1" for each text.
     """
     text = _without_thinking(reply)
-    for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
+    for listed in reversed(re.findall(r"\[[^\[\]]*\]", text)):
         try:
-            values = json.loads(found.lower())
+            values = json.loads(listed.lower())
         except json.JSONDecodeError:
             continue
         if len(values) == count and all(isinstance(value, bool | int) and value in (0, 1) for value in values):
@@ -127,15 +127,15 @@ def read_judgements(reply: str | None, count: int) -> list[bool] | None:
 
 def read_choice(reply: str | None, count: int) -> int | None:
     """Return the index of the context, of ``count``, that a reply names ("[RESPONSE]: Text 3"); None: unparsed."""
-    found = re.match(r"(?:text|number|no\.?)?\W*(\d+)\b", _read_field(reply, "RESPONSE") or "", re.IGNORECASE)
-    return int(found[1]) - 1 if found and 1 <= int(found[1]) <= count else None
+    match = re.match(r"(?:text|number|no\.?)?\W*(\d+)\b", _read_field(reply, "RESPONSE") or "", re.IGNORECASE)
+    return int(match[1]) - 1 if match and 1 <= int(match[1]) <= count else None
 
 
 def _read_field(reply: str | None, name: str) -> str | None:
     """Return the last value after "[NAME]:", whatever Markdown surrounds name or value; None: there is none."""
     mark = r"[\s*_`]*"
-    found = re.findall(rf"{mark}\[?\b{name}\b\]?{mark}:{mark}(\S.*)", _without_thinking(reply), re.IGNORECASE)
-    return found[-1].strip().strip("*_`").strip() or None if found else None
+    values = re.findall(rf"{mark}\[?\b{name}\b\]?{mark}:{mark}(\S.*)", _without_thinking(reply), re.IGNORECASE)
+    return values[-1].strip().strip("*_`").strip() or None if values else None
 
 
 def _without_thinking(reply: str | None) -> str:

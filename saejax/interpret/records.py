@@ -56,8 +56,8 @@ class Describer:
     layers: Mapping[str, tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self._known = np.zeros(len(self.store.documents.ids_T), bool)
-        self._known[self.place] = True
+        self._is_stored = np.zeros(len(self.store.documents.ids_T), bool)
+        self._is_stored[self.place] = True
         self._fires: list[np.ndarray] = []
         self._p: list[np.ndarray] = []
         self._sorted_q: tuple[np.ndarray, np.ndarray] | None = None
@@ -75,14 +75,14 @@ class Describer:
             for family, pairs in (("token", tokens), ("shape", shapes))
         }
         self._fires.append(block.counts)
-        self._p += [own.p for own in about.values()]
+        self._p += [associations.p for associations in about.values()]
         looks = self.heads.of(block) if self.heads else [None] * block.size
-        found = [self._of_weights(block, i) for i in range(block.size)]
-        self._describe_firings(found, block, about)
-        for one, look in zip(found, looks, strict=True):
+        records = [self._of_weights(block, i) for i in range(block.size)]
+        self._describe_firings(records, block, about)
+        for record, look in zip(records, looks, strict=True):
             if look:
-                one["attention"] = look
-        return found
+                record["attention"] = look
+        return records
 
     def _describe_firings(
         self, records: Sequence[FeatureRecord], block: Block, about: Mapping[str, Associations]
@@ -93,52 +93,54 @@ class Describer:
         order = describe.weakest_first(block)
         edges, (drawn, group) = describe.tenths(block, order), describe.group_draws(block, order, self.draws)
         partners = self.together.partners(block.first, block.size, _TOGETHER)
-        for i, one in enumerate(records):
-            if not one["fires"]:
+        for i, record in enumerate(records):
+            if not record["fires"]:
                 continue
-            own = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
+            of_feature = slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))
             strongest = contexts.strongest(block, self.store.documents, self.text, i, self.examples)
-            grouped = zip(group[own], self._contexts(block, i, block.place[drawn[own]]), strict=True)
-            one["mean"], one["max"] = short(total[i] / one["fires"]), short(largest[i])
-            one["tenths"] = [short(edge) for edge in edges[i]]
-            one["histogram"], one["positions"] = bins[i].tolist(), position[i].tolist()
-            one["examples"] = self._contexts(block, i, strongest)
-            one["groups"] = [FeatureContext(group=int(number), **context) for number, context in grouped]
-            one["tokens"], one["shapes"] = (self._codes(about[family], i, family) for family in ("token", "shape"))
-            one["together"] = [
+            grouped = zip(group[of_feature], self._contexts(block, i, block.place[drawn[of_feature]]), strict=True)
+            record["mean"], record["max"] = short(total[i] / record["fires"]), short(largest[i])
+            record["tenths"] = [short(edge) for edge in edges[i]]
+            record["histogram"], record["positions"] = bins[i].tolist(), position[i].tolist()
+            record["examples"] = self._contexts(block, i, strongest)
+            record["groups"] = [FeatureContext(group=int(number), **context) for number, context in grouped]
+            record["tokens"], record["shapes"] = (
+                self._codes(about[family], i, family) for family in ("token", "shape")
+            )
+            record["together"] = [
                 (int(other), int(both), short(share))
                 for other, both, share in zip(*(part[i] for part in partners), strict=True)
                 if both
             ]
 
     def _contexts(self, block: Block, feature: int, places: Sequence[int] | np.ndarray) -> list[FeatureContext]:
-        return contexts.contexts(block, self.text, self._known, feature, places)
+        return contexts.contexts(block, self.text, self._is_stored, feature, places)
 
     def _of_weights(self, block: Block, number: int) -> FeatureRecord:
         """Return the record of a block's feature with its firing rate and what follows from the weights."""
         feature, fires = block.first + number, int(block.counts[number])
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         nearest = [(int(other), short(cosine)) for other, cosine in near]
-        one = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
+        record = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
         if self.layers:
             across = self.layers.items()
-            one["layers"] = [(name, int(ids[feature]), short(cosines[feature])) for name, (ids, cosines) in across]
+            record["layers"] = [(name, int(ids[feature]), short(cosines[feature])) for name, (ids, cosines) in across]
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]
             pairs = [(self.text.texts[i], short(logit)) for i, logit in zip(ids, logits, strict=True)]
-            one["up"], one["down"] = pairs[: len(pairs) // 2], pairs[: len(pairs) // 2 - 1 : -1]
+            record["up"], record["down"] = pairs[: len(pairs) // 2], pairs[: len(pairs) // 2 - 1 : -1]
             # The first is the largest of all logits, the last the smallest.
             counts = self.output.counts[feature].tolist()
-            one["logits"] = LogitHistogram(low=short(logits[-1]), high=short(logits[0]), counts=counts)
-        return one
+            record["logits"] = LogitHistogram(low=short(logits[-1]), high=short(logits[0]), counts=counts)
+        return record
 
     def _codes(self, about: Associations, feature: int, family: str) -> list[FeatureCode]:
         """Return the codes with the largest sums and the largest means of activation, sorted by sum."""
-        own = np.flatnonzero(about.feature == feature)
-        mean = about.total[own] / about.there[own]
-        often = np.flatnonzero(about.there[own] >= _TIMES)
+        rows = np.flatnonzero(about.feature == feature)
+        mean = about.total[rows] / about.occurrences[rows]
+        often = np.flatnonzero(about.occurrences[rows] >= _TIMES)
         by_mean = often[np.argsort(-mean[often], kind="stable")][:_BY_MEAN]
-        by_sum = np.argsort(-about.total[own], kind="stable")
+        by_sum = np.argsort(-about.total[rows], kind="stable")
         kept = [*by_sum[:_BY_SUM], *(i for i in by_mean if i not in by_sum[:_BY_SUM])]
         return [
             FeatureCode(
@@ -146,14 +148,14 @@ class Describer:
                 if family == "token"
                 else self.text.says(family, int(about.code[n])),
                 hits=int(about.hits[n]),
-                there=int(about.there[n]),
+                occurrences=int(about.occurrences[n]),
                 sum=short(about.total[n]),
-                mean=short(about.total[n] / about.there[n]),
+                mean=short(about.total[n] / about.occurrences[n]),
                 pmi=short(about.pmi[n]),
                 odds=[short(part[n]) for part in (about.odds, about.odds_low, about.odds_high)],
                 p=float(about.p[n]),
             )
-            for n in own[kept]
+            for n in rows[kept]
         ]
 
     def adjust(self, record: FeatureRecord) -> None:
@@ -161,8 +163,8 @@ class Describer:
         rows = [*record.get("tokens", ()), *record.get("shapes", ())]
         if rows:
             q = self.q_values(np.array([row["p"] for row in rows]))
-            for row, one in zip(rows, q.tolist(), strict=True):
-                row["q"] = short(one)
+            for row, q_value in zip(rows, q.tolist(), strict=True):
+                row["q"] = short(q_value)
                 del row["p"]
 
     def q_values(self, p: np.ndarray) -> np.ndarray:

@@ -10,11 +10,11 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, number, percent
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section with a table of the interpreted dictionaries; none if there are none."""
     members = [
         (stacks.full_name(results.kind, member.name), member)
-        for results in found.each(InterpretResults).values()
+        for results in findings.each(InterpretResults).values()
         for member in results.members
     ]
     if not members:
@@ -88,17 +88,17 @@ def _fit(name: str, frozen: FrozenControl) -> str:
     )
 
 
-def links(found: Findings, draw: Draw) -> list[Section]:
+def links(findings: Findings, draw: Draw) -> list[Section]:
     """Return links to the pages of all features; none if there are none."""
     items = []
-    for unit, results in found.each(AtlasResults).items():
+    for unit, results in findings.each(AtlasResults).items():
         for member in results.members:
-            page = found.folders[f"atlas/{unit}"] / member.folder / "index.html"
-            address = found.address(page)
+            page = findings.folders[f"atlas/{unit}"] / member.folder / "index.html"
+            address = findings.address(page)
             items.append((f"{member.dictionary}: {member.features:,} features", address))
     if not items:
         return []
-    pages = [member for results in found.each(AtlasResults).values() for member in results.members]
+    pages = [member for results in findings.each(AtlasResults).values() for member in results.members]
     sheets = [(member.dictionary, sheet) for member in pages for sheet in member.reviewed]
     blocks: tuple[Block, ...] = (Links("Pages of every feature", tuple(items)),)
     if sheets:

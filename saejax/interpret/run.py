@@ -58,9 +58,9 @@ def run_interpret(run: Run) -> InterpretResults:
         lm, mesh, text = read()
         dictionary = load_dictionary(member_folder(trained, member.name))
         layers = {name: trained / name for name in other_layers(member, stack)}
-        found = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
-        write_json(path[member.name], to_json(dataclasses.replace(found, name="")))  # as of a run of it alone
-        run.say(line(found))
+        results = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
+        write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
+        run.say(line(results))
 
     run.each(stack, lambda member: path[member.name], interpret)
     interpreted = {name: from_json(InterpretedDictionary, read_json(done), done) for name, done in path.items()}
@@ -76,25 +76,27 @@ def other_layers(member: TrainedMember, stack: Sequence[TrainedMember]) -> list[
     Empty if they do not write to the residual stream, where directions of all layers are comparable.
     """
 
-    def but_layer(one: TrainedMember) -> tuple[str, str, str]:
-        kinds = (Site.parse(one.site).kind, Site.parse(one.target).kind)
-        return (*kinds, one.name.removeprefix(one.site).removeprefix("-"))
+    def but_layer(candidate: TrainedMember) -> tuple[str, str, str]:
+        kinds = (Site.parse(candidate.site).kind, Site.parse(candidate.target).kind)
+        return (*kinds, candidate.name.removeprefix(candidate.site).removeprefix("-"))
 
     if Site.parse(member.target).kind not in IN_STREAM:
         return []
-    like = [one for one in stack if one.name != member.name and but_layer(one) == but_layer(member)]
-    return [one.name for one in sorted(like, key=lambda one: Site.parse(one.site).layer)]
+    like = [
+        candidate for candidate in stack if candidate.name != member.name and but_layer(candidate) == but_layer(member)
+    ]
+    return [candidate.name for candidate in sorted(like, key=lambda candidate: Site.parse(candidate.site).layer)]
 
 
-def line(found: InterpretedDictionary) -> str:
+def line(interpreted: InterpretedDictionary) -> str:
     """Return the figures of a dictionary as a log line."""
-    name = f"{found.name}: " if found.name else ""
-    controls = [("random directions", found.random)]
-    if found.frozen:
-        controls.append(("a frozen-random dictionary", found.frozen.labels))
+    name = f"{interpreted.name}: " if interpreted.name else ""
+    labels, controls = interpreted.found, [("random directions", interpreted.random)]
+    if interpreted.frozen:
+        controls.append(("a frozen-random dictionary", interpreted.frozen.labels))
     return (
-        f"{name}{found.found.labelled:,} of {found.found.features:,} features that fire have a label "
-        f"({found.found.share:.1%}; {', '.join(f'{one.share:.1%} of {of}' for of, one in controls)}); mean F1 "
-        f"{found.found.mean_f1:.3f}, {', '.join(f'of {of} {one.mean_f1:.3f}' for of, one in controls)}, "
-        f"of another feature's label {found.shuffled_f1:.3f}"
+        f"{name}{labels.labelled:,} of {labels.features:,} features that fire have a label "
+        f"({labels.share:.1%}; {', '.join(f'{counts.share:.1%} of {of}' for of, counts in controls)}); mean F1 "
+        f"{labels.mean_f1:.3f}, {', '.join(f'of {of} {counts.mean_f1:.3f}' for of, counts in controls)}, "
+        f"of another feature's label {interpreted.shuffled_f1:.3f}"
     )

@@ -20,7 +20,7 @@ from saejax.tasks.scoring import bootstrap_mean, wilson_of
 
 _RESAMPLES, _SEED = 2000, 789
 
-Found = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: family -> detector, F1 on the search text
+Detectors = Sequence[Mapping[str, tuple[Detector, float]]]  # of each feature: family -> detector, F1 on the search text
 
 
 @dataclasses.dataclass
@@ -28,8 +28,8 @@ class Scored:
     """The detectors of all features with their scores on held-out text.
 
     Attributes:
-      text: text, which puts codes into words.
-      found: detectors of each feature and their F1 on the search text.
+      text: text of the store, which describes codes in words.
+      detectors: detectors of each feature and their F1 on the search text.
       score: scores of each feature by family.
       chosen: family with the largest F1 on the search text; "" without a detector.
       rate: firing rate of each feature on held-out text.
@@ -37,42 +37,48 @@ class Scored:
     """
 
     text: CodedText
-    found: Found
+    detectors: Detectors
     score: list[dict[str, DetectorScore]]
     chosen: list[str]
     rate: np.ndarray
     shuffled: np.ndarray
 
     @classmethod
-    def of(cls, folder: Path, found: Found, text: CodedText, bases: Mapping[str, CodeCounts], rate: np.ndarray) -> Self:
+    def of(
+        cls, folder: Path, detectors: Detectors, text: CodedText, bases: Mapping[str, CodeCounts], rate: np.ndarray
+    ) -> Self:
         """Score detectors.
 
         Args:
           folder: folder with the firings on held-out text.
-          found: detectors of each feature, with their F1 on the search text.
+          detectors: detectors of each feature, with their F1 on the search text.
           text: text of the store.
           bases: frequency of each code in the held-out text.
           rate: firing rate of each feature on the search text, which selects other features.
         """
-        chosen = [max(own, key=lambda family: own[family][1]) if own else "" for own in found]
+        chosen = [
+            max(by_family, key=lambda family: by_family[family][1]) if by_family else "" for by_family in detectors
+        ]
         other = partners(rate, [bool(family) for family in chosen])
         score: list[dict[str, DetectorScore]] = []
-        shuffled, fires = np.zeros(len(found)), np.zeros(len(found))
-        for block in blocks(folder, len(found)):
+        shuffled, fires = np.zeros(len(detectors)), np.zeros(len(detectors))
+        for block in blocks(folder, len(detectors)):
             numbers = range(block.first, block.first + block.size)
-            tried = [[detector for detector, _ in found[i].values()] for i in numbers]
-            others = [[found[other[i]][chosen[other[i]]][0]] if other[i] >= 0 else [] for i in numbers]
+            tried = [[detector for detector, _ in detectors[i].values()] for i in numbers]
+            others = [[detectors[other[i]][chosen[other[i]]][0]] if other[i] >= 0 else [] for i in numbers]
             results = scores(block, text, bases, [a + b for a, b in zip(tried, others, strict=True)])
-            for i, own, result in zip(numbers, tried, results, strict=True):
-                score.append(dict(zip(found[i], result[: len(own)], strict=True)))
-                shuffled[i] = result[-1].f1.mean if len(result) > len(own) else 0.0
+            for i, candidates, result in zip(numbers, tried, results, strict=True):
+                score.append(dict(zip(detectors[i], result[: len(candidates)], strict=True)))
+                shuffled[i] = result[-1].f1.mean if len(result) > len(candidates) else 0.0
             fires[block.first : block.first + block.size] = block.counts
-        return cls(text, found, score, chosen, fires / max(1, bases["position"].places), shuffled)
+        return cls(text, detectors, score, chosen, fires / max(1, bases["position"].places), shuffled)
 
     @property
     def f1(self) -> np.ndarray:
         """F1 of the chosen detector of each feature; 0 where there is none."""
-        return np.array([own[family].f1.mean if family else 0.0 for own, family in zip(self.score, self.chosen)])
+        return np.array(
+            [by_family[family].f1.mean if family else 0.0 for by_family, family in zip(self.score, self.chosen)]
+        )
 
     def labels(self, random: "Scored") -> dict[int, Label]:
         """Return the labels by feature: chosen detectors that exceed random directions and another feature's label.
@@ -81,9 +87,9 @@ class Scored:
         """
         bar = np.maximum(bars(self.rate, random.rate, random.f1), self.shuffled)
         return {
-            i: Label(self.found[i][family][0].says(self.text), FOUND, f1=round(own[family].f1.mean, 4))
-            for i, (own, family) in enumerate(zip(self.score, self.chosen, strict=True))
-            if family and own[family].f1.low > bar[i]
+            i: Label(self.detectors[i][family][0].says(self.text), FOUND, f1=round(by_family[family].f1.mean, 4))
+            for i, (by_family, family) in enumerate(zip(self.score, self.chosen, strict=True))
+            if family and by_family[family].f1.low > bar[i]
         }
 
     def counts(self, live: np.ndarray, labels: Mapping[int, Label]) -> LabelCounts:
@@ -106,20 +112,20 @@ class Scored:
     def describe(self, record: FeatureRecord) -> None:
         """Add a feature's detectors to its record, the chosen one first."""
         feature = record["feature"]
-        own, chosen, score = self.found[feature], self.chosen[feature], self.score[feature]
+        by_family, chosen, score = self.detectors[feature], self.chosen[feature], self.score[feature]
         record["detectors"] = [
             DetectorRecord(
                 family=family,
-                says=own[family][0].says(self.text),
-                search_f1=round(own[family][1], 4),
+                says=by_family[family][0].says(self.text),
+                search_f1=round(by_family[family][1], 4),
                 precision=_rounded(score[family].precision),
                 recall=_rounded(score[family].recall),
                 f1=_rounded(score[family].f1),
             )
-            for family in sorted(own, key=lambda family: (family != chosen, -own[family][1]))
+            for family in sorted(by_family, key=lambda family: (family != chosen, -by_family[family][1]))
         ]
         record["shuffled_f1"] = round(float(self.shuffled[feature]), 4)
 
 
-def _rounded(found: Interval) -> MeanInterval:
-    return MeanInterval(mean=round(found.mean, 4), low=round(found.low, 4), high=round(found.high, 4))
+def _rounded(share: Interval) -> MeanInterval:
+    return MeanInterval(mean=round(share.mean, 4), low=round(share.low, 4), high=round(share.high, 4))

@@ -155,5 +155,5 @@ class CodeCounts:
         """Return the counts of codes, 0 for a code that does not occur."""
         if not len(self._code):
             return np.zeros(len(code), np.int64)
-        found = np.minimum(np.searchsorted(self._code, code), len(self._code) - 1)
-        return np.where(self._code[found] == code, self._count[found], 0)
+        index = np.minimum(np.searchsorted(self._code, code), len(self._code) - 1)
+        return np.where(self._code[index] == code, self._count[index], 0)

@@ -138,7 +138,7 @@ def test_associations(made):
         for n in np.random.default_rng(0).integers(0, len(about.code), 60):
             fires, there = dense.f[:, about.feature[n]] > 0, code == about.code[n]
             a, b, c, d = (np.sum(x & y) + 0.5 for x in (fires, ~fires) for y in (there, ~there))
-            assert (about.hits[n], about.there[n]) == (a - 0.5, there.sum())
+            assert (about.hits[n], about.occurrences[n]) == (a - 0.5, there.sum())
             assert about.total[n] == pytest.approx(dense.f[there, about.feature[n]].sum(), rel=1e-4)
             assert about.pmi[n] == pytest.approx(np.log2((a - 0.5) / len(code) / (fires.mean() * there.mean())))
             log, error = np.log(a * d / b / c), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)

@@ -58,7 +58,7 @@ function featurePage(record, dictionary, labelOf, layersBar) {
   };
   const associations = (rows) => table(
     ['', 'fires on', 'mean', 'sum', 'PMI, bits', 'odds ratio', 'q'],
-    rows.map((row) => [token(row.text), `${number(row.hits, 9)} of ${number(row.there, 9)}`, number(row.mean), number(row.sum),
+    rows.map((row) => [token(row.text), `${number(row.hits, 9)} of ${number(row.occurrences, 9)}`, number(row.mean), number(row.sum),
       number(row.pmi), `${number(row.odds[0])} [${number(row.odds[1])}, ${number(row.odds[2])}]`, number(row.q, 2)]));
 
   page.append(make('h2', {id: 'name'}, `Feature ${record.feature}`));
