@@ -25,8 +25,8 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(folder, words)
     contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in tensors.items()}
-    with whole_file(folder / "model.safetensors") as beside:
-        save_file(contiguous, beside, {"format": "pt"})
+    with whole_file(folder / "model.safetensors") as temporary:
+        save_file(contiguous, temporary, {"format": "pt"})
     special = dict(bos_token_id=0, eos_token_id=0, pad_token_id=0)
     write_json(folder / "config.json", dict(fields) | special | dict(vocab_size=len(words), dtype="float32"))
 

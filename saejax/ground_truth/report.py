@@ -35,10 +35,10 @@ _NOTE = (
 )
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the synthetic world; none if there is none."""
-    units = found.each(TruthResults)
-    return [section(list(units.values()), found.settings()["truth"]["frequent"])] if CONTROLS in units else []
+    units = findings.each(TruthResults)
+    return [section(list(units.values()), findings.settings()["truth"]["frequent"])] if CONTROLS in units else []
 
 
 def section(results: Sequence[TruthResults], frequent: float) -> Section:
@@ -49,7 +49,7 @@ def section(results: Sequence[TruthResults], frequent: float) -> Section:
       frequent: share of vectors in which a feature must be active to count.
     """
     world, some = results[0].world, results[0]
-    judged = [(name, one) for each in results for name, one in _named(each)]
+    judged = [(name, dictionary) for each in results for name, dictionary in _named(each)]
     seeds = len(judged[0][1].seeds)
     spread = f"with 95 % t intervals over {seeds} seeds" if seeds > 1 else "one seed each, so without intervals"
     intro = (
@@ -62,7 +62,7 @@ def section(results: Sequence[TruthResults], frequent: float) -> Section:
     )
     verdict = line(judged)
     columns = ("Dictionary", *(heading for heading, *_ in _COLUMNS))
-    rows = tuple(row for name, one in judged for row in _rows(name, one))
+    rows = tuple(row for name, dictionary in judged for row in _rows(name, dictionary))
     table = Table(
         f"True features and what dictionaries recover of them, {spread}", columns, rows, stack=False, note=_NOTE
     )
@@ -72,35 +72,35 @@ def section(results: Sequence[TruthResults], frequent: float) -> Section:
 
 def line(judged: Sequence[tuple[str, JudgedDictionary]]) -> str:
     """Return the verdict in a sentence or two."""
-    learned = [(name, one) for name, one in judged if not one.control]
+    learned = [(name, dictionary) for name, dictionary in judged if not dictionary.control]
     name, best = max(learned, key=lambda pair: pair[1].scores.recovered.mean)
     share = best.scores.recovered
-    above = max((one.scores.recovered.mean for _, one in judged if one.control), default=0.0)
+    above = max((dictionary.scores.recovered.mean for _, dictionary in judged if dictionary.control), default=0.0)
     answer = "YES" if share.mean >= ENOUGH and share.mean > above else "NO"
-    told = interval(share, 1, 100) if share.low < share.high else number(100 * share.mean, 1)  # of one seed
+    recovered = interval(share, 1, 100) if share.low < share.high else number(100 * share.mean, 1)  # of one seed
     return (
         f"Does training recover known features? {answer}: of the synthetic world's frequent features {name} recovers "
-        f"{told} % ({percent(ENOUGH)} are required), the best control {percent(above, 1)}."
+        f"{recovered} % ({percent(ENOUGH)} are required), the best control {percent(above, 1)}."
     )
 
 
 def _named(results: TruthResults) -> Iterator[tuple[str, JudgedDictionary]]:
-    for one in results.dictionaries:
-        member = f"{results.kind}/{one.name}" if one.name else results.kind
-        yield f"{_CONTROL_NAMES[one.control]} ({member})" if one.control else member, one
+    for dictionary in results.dictionaries:
+        member = f"{results.kind}/{dictionary.name}" if dictionary.name else results.kind
+        yield f"{_CONTROL_NAMES[dictionary.control]} ({member})" if dictionary.control else member, dictionary
 
 
-def _rows(name: str, one: JudgedDictionary) -> Iterator[tuple[str, ...]]:
+def _rows(name: str, judged: JudgedDictionary) -> Iterator[tuple[str, ...]]:
     """Yield the row of a dictionary's scores and the row of the best possible scores with as many activations."""
 
     def cell(field: str, digits: int, scale: float) -> str:
-        value = getattr(one.scores, field)
+        value = getattr(judged.scores, field)
         if value is None:
             return MISSING
-        return interval(value, digits, scale) if len(one.seeds) > 1 else number(value.mean * scale, digits)
+        return interval(value, digits, scale) if len(judged.seeds) > 1 else number(value.mean * scale, digits)
 
     yield name, *(cell(field, digits, scale) for _, field, digits, scale in _COLUMNS)
-    if not one.control:
+    if not judged.control:
         best = dict(f1="best_f1", explained_variance="best_explained_variance")
         blank = ("100.0", "1.000")
         yield (

@@ -52,16 +52,16 @@ def run_ground_truth(run: Run) -> TruthResults:
     else:
         judged = _judge(run, world, kind, "", train)
     dictionary, counts = judged[0][1:]
-    found = tuple(one for one, _, _ in judged)
-    for one in found:
-        run.say(_line(one))
+    dictionaries = tuple(scored for scored, _, _ in judged)
+    for scored in dictionaries:
+        run.say(_line(scored))
     return TruthResults(
         kind=kind,
         features=dictionary.config.n_features,
         samples=truth.samples // train.batch * train.batch * train.epochs,
         held_out=counts.tokens,
         world=_facts(world, counts, truth.frequent),
-        dictionaries=found,
+        dictionaries=dictionaries,
     )
 
 
@@ -101,7 +101,7 @@ def _judge(
         seeds = tuple(member.settings["seed"] for member in members)
         ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in seed_scores[0]}
         spread = FoundFeatures(
-            **{score: over_seeds([one[score] for one in seed_scores], ends[score]) for score in ends}
+            **{score: over_seeds([by_score[score] for by_score in seed_scores], ends[score]) for score in ends}
         )
         judged.append((JudgedDictionary(name, control, seeds, spread), dictionary, counts))
     return judged
@@ -136,9 +136,9 @@ def _facts(world: World, counts: Counts, frequent: float) -> WorldFacts:
     )
 
 
-def _line(one: JudgedDictionary) -> str:
-    score = to_json(one.scores)
-    name = " ".join(filter(None, (one.control, one.name)))
+def _line(judged: JudgedDictionary) -> str:
+    score = to_json(judged.scores)
+    name = " ".join(filter(None, (judged.control, judged.name)))
     return f"{name + ': ' if name else ''}" + ", ".join(
         f"{field} {score[field]['mean']:.3f}"
         for field in ("recovered", "mcc", "f1", "l0", "explained_variance", "best_explained_variance")

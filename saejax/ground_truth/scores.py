@@ -102,8 +102,8 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
     steps = max(config.held_out // _BATCH, 1)
     for number in range(steps):
         drawn = sample_with_code(world, batch_key(config.seed, HELD_OUT, number), _BATCH)
-        found = _count(dictionary, world, *drawn, places, threshold)
-        for name, value in found.items():
+        batch_sums = _count(dictionary, world, *drawn, places, threshold)
+        for name, value in batch_sums.items():
             value = np.asarray(value)
             wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
             sums[name] = sums.get(name, 0) + wide
@@ -152,9 +152,9 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
     )
 
 
-def _f1(both: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _f1(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return 2 both / (one + other), the harmonic mean of precision and recall; 0 where both are 0."""
-    return 2 * both / np.maximum(one + other, 1)
+    return 2 * both / np.maximum(first + second, 1)
 
 
 def absorbed(counts: Counts, matching: Matching, world: World) -> np.ndarray:

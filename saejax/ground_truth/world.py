@@ -101,9 +101,11 @@ def conditional_rates(config: TruthConfig) -> np.ndarray:
     """
     rate_J, conditional_J = rates(config), rates(config)
     for start, count in levels(config.roots, config.branching, config.depth):
-        given = rate_J[start : start + count * config.branching].reshape(count, -1)
-        given = given / rate_J[start - count : start, None]
-        raised = given * (1 + given.sum(1, keepdims=True) - given) if config.exclusive else given
+        conditional = rate_J[start : start + count * config.branching].reshape(count, -1)
+        conditional = conditional / rate_J[start - count : start, None]
+        raised = (
+            conditional * (1 + conditional.sum(1, keepdims=True) - conditional) if config.exclusive else conditional
+        )
         conditional_J[start : start + count * config.branching] = np.minimum(raised, 1).ravel()
     return conditional_J
 

@@ -112,10 +112,10 @@ class Paths(Algorithm):
         edge_M, far_NxN = edges[0, : size_1[0]], far_1xNxN[0]
         start, goal = rng.permutation(self._nodes)[:2].tolist()
         turned = self._next if behaviour == "next" else self._length
-        found = turned(edge_M, far_NxN, start, goal, rng)
-        if not found:
+        question = turned(edge_M, far_NxN, start, goal, rng)
+        if not question:
             return None
-        right, wrong, other_M = found
+        right, wrong, other_M = question
         labels = [("distance", str(far_NxN[start, goal]))]
         for name, far in zip(self._names, far_NxN[start], strict=True):
             labels += [(f"near_{name}", "yes" if far == 1 else "no"), (f"two_{name}", "yes" if far == 2 else "no")]

@@ -7,9 +7,9 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import Table, interval, number, percent
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the accuracy of the trained transformers; none if none was trained."""
-    units = found.each(AlgorithmResults)
+    units = findings.each(AlgorithmResults)
     if not units:
         return []
     rows = [(results, kind, share) for results in units.values() for kind, share in results.accuracy.items()]

@@ -140,7 +140,7 @@ def correct(config: DecoderConfig, params: Params, questions: Questions) -> np.n
 
 def tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
     """Return the checkpoint's tensors by name: the inverse of ``weights.load_params``."""
-    made = {}
+    tensor_by_name = {}
     for name, weight in FAMILIES[config.family].weights.items():
         if name not in params:
             continue
@@ -150,5 +150,5 @@ def tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
                 array = array.reshape(len(array), -1).T
             elif weight.view is linear_of_heads:
                 array = array.reshape(-1, array.shape[-1]).T
-            made[weight.name.format(layer)] = array
-    return made
+            tensor_by_name[weight.name.format(layer)] = array
+    return tensor_by_name

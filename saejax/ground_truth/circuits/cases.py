@@ -71,20 +71,20 @@ def chain(count: int, rng: np.random.Generator) -> Case:
     """
     signals = [f"signal {number}" for number in range(_WIDTH // 2)]
     before = Head((("at 2", "at 1"),), tuple((signal, f"{signal} before") for signal in signals))
-    known, layers = [*signals, *(f"{signal} before" for signal in signals)], []
+    variables, layers = [*signals, *(f"{signal} before" for signal in signals)], []
     for layer in range(_DEPTH):
         neurons = []
         for number in range(_WIDTH):
-            recent = rng.choice(known[-_WIDTH:], 2, replace=False).tolist()
-            older = rng.choice(known[:-_WIDTH] or known, 1).tolist()
+            recent = rng.choice(variables[-_WIDTH:], 2, replace=False).tolist()
+            older = rng.choice(variables[:-_WIDTH] or variables, 1).tolist()
             reads = {name: float(rng.uniform(0.5, 1.5) * rng.choice([1, 1, -1])) for name in (*recent, *older)}
             writes = {f"layer {layer} unit {number}": float(rng.uniform(0.5, 1.5))}
             neurons.append(Neuron(f"unit {number}", reads, writes, float(rng.uniform(0.2, 0.6))))
         layers.append(Layer((before,) if not layer else (), tuple(neurons)))
-        known += [f"layer {layer} unit {number}" for number in range(_WIDTH)]
+        variables += [f"layer {layer} unit {number}" for number in range(_WIDTH)]
     answers = [f"answer{number}" for number in range(_ANSWERS)]
     logits = {
-        word: {str(name): float(rng.uniform(-1.5, 1.5)) for name in rng.choice(known[-_WIDTH:], 3, replace=False)}
+        word: {str(name): float(rng.uniform(-1.5, 1.5)) for name in rng.choice(variables[-_WIDTH:], 3, replace=False)}
         for word in answers
     }
     contents = [f"word{number}" for number in range(_WORDS)]
@@ -120,12 +120,12 @@ def induction(count: int, rng: np.random.Generator) -> Case:
 
     def draw(split: str) -> Prompt:
         letters = rng.permutation(list(LETTERS))[:SEQUENCE].tolist()
-        asked = int(rng.integers(SEQUENCE - 1))
-        other = int(rng.choice([place for place in range(SEQUENCE) if place not in (asked, asked + 1)]))
+        query = int(rng.integers(SEQUENCE - 1))
+        other = int(rng.choice([place for place in range(SEQUENCE) if place not in (query, query + 1)]))
         swapped = list(letters)
-        swapped[asked + 1], swapped[other] = letters[other], letters[asked + 1]
-        right, wrong = f" {letters[asked + 1]}", f" {letters[other]}"
-        text, turned = (" ".join([*one, letters[asked]]) for one in (letters, swapped))
+        swapped[query + 1], swapped[other] = letters[other], letters[query + 1]
+        right, wrong = f" {letters[query + 1]}", f" {letters[other]}"
+        text, turned = (" ".join([*sequence, letters[query]]) for sequence in (letters, swapped))
         return Prompt("induction", split, text, right, wrong, turned, wrong)
 
     def texts(number: int, seed: int) -> list[str]:
@@ -156,7 +156,7 @@ def _induction_model() -> HandSet:
         tuple((f"is {letter}", f"1 back is {letter}") for letter in LETTERS),
         tuple((f"named {letter}", f"found {letter}") for letter in LETTERS),
     )
-    found = tuple(
+    matches = tuple(
         Neuron(f"found {letter}", {f"found {letter}": 1.0}, {f"next {letter}": FULL}, -MARGIN) for letter in LETTERS
     )
     seen = tuple(
@@ -168,7 +168,7 @@ def _induction_model() -> HandSet:
     return HandSet(
         words,
         tuple({f"at {place}": 1.0} for place in range(length)),
-        (Layer(back, named), Layer((find,), found + seen)),
+        (Layer(back, named), Layer((find,), matches + seen)),
         {letter: {f"next {letter}": 8.0} for letter in LETTERS},
     )
 
@@ -213,7 +213,7 @@ def _logic_model() -> HandSet:
         Head((("", f"at {place + 1}"),), tuple((f"bit {value}", f"bit {place} is {value}") for value in (0, 1)))
         for place in range(_BITS)
     )
-    known = tuple(
+    bits = tuple(
         _both(f"bit {place} is {value}", [f"bit {place} is {value}", "asked"], f"known {place} is {value}")
         for place in range(_BITS)
         for value in (0, 1)
@@ -239,7 +239,7 @@ def _logic_model() -> HandSet:
     return HandSet(
         words | {word: {} for word in logits},
         tuple({f"at {place}": 1.0} for place in range(_BITS + 2)),
-        (Layer(fetch, known), Layer((), pairs), Layer((), answers)),
+        (Layer(fetch, bits), Layer((), pairs), Layer((), answers)),
         logits,
     )
 
@@ -260,11 +260,11 @@ def _logic_text(bits_N: np.ndarray, name: str) -> str:
 
 def _logic_prompt(rng: np.random.Generator, name: str, split: str) -> Prompt:
     """Return a question, either answer equally likely, with a counterpart that differs in the two bits it asks for."""
-    answer, asked = int(rng.integers(2)), list(_ASKED[name])
+    answer, places = int(rng.integers(2)), list(_ASKED[name])
     bits_N = rng.integers(2, size=_BITS)
-    bits_N[asked] = rng.choice(_values(name, answer))
+    bits_N[places] = rng.choice(_values(name, answer))
     others_N = bits_N.copy()
-    others_N[asked] = rng.choice(_values(name, 1 - answer))
+    others_N[places] = rng.choice(_values(name, 1 - answer))
     labels = {
         f"{other}_{place}": str(_TRUTH[other](*bits_N[[place, place + 1]].tolist()))
         for other, (place, _) in _ASKED.items()

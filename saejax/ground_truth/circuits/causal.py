@@ -108,9 +108,11 @@ class KnownStages:
         folder = self._run.folder / stage / name
         folder.mkdir(parents=True, exist_ok=True)
         inputs = dict(baseline=self._run.folder / "baseline")
-        own: dict[str, Any] = dict(stage=stage, name=name, folder=folder, configs=self._configs | config, inputs=inputs)
+        overrides: dict[str, Any] = dict(
+            stage=stage, name=name, folder=folder, configs=self._configs | config, inputs=inputs
+        )
         say = lambda line: self._run.say(f"{name}: {line}" if name else line)  # noqa: E731
-        return run_stage(dataclasses.replace(self._run, say=say, **own))
+        return run_stage(dataclasses.replace(self._run, say=say, **overrides))
 
     def _idle(
         self, transcoder: Path, features: Mapping[str, list[int]], options: Mapping[str, Any], refused: list[str]
@@ -119,40 +121,40 @@ class KnownStages:
         dictionary, claimed = load_dictionary(transcoder), 0
         behaviour = next(iter(self._case.causes))
         prompts = [prompt for prompt in self._case.prompts if prompt.behaviour == behaviour]
-        for variable, own in features.items():
+        for variable, indices in features.items():
             try:
-                found = ablate(self._model, dictionary, prompts, features=own, **options)
+                results = ablate(self._model, dictionary, prompts, features=indices, **options)
             except UserError as error:
                 refused.append(f"ablate of {variable}: {error}")
                 return None
-            claimed += _has_effect(found.verdict.dictionaries[TESTED][behaviour])
+            claimed += _has_effect(results.verdict.dictionaries[TESTED][behaviour])
         return claimed
 
 
-def _interchange(found: PatchResults) -> tuple[Interval | None, float | None]:
+def _interchange(results: PatchResults) -> tuple[Interval | None, float | None]:
     """Return the interchange accuracy of the top features and of random ones, pooled over behaviours."""
-    assert isinstance(found, FeaturePatchResults)
-    shares = [one.interchange for one in found.behaviours.values() if one.interchange]
+    assert isinstance(results, FeaturePatchResults)
+    shares = [behaviour.interchange for behaviour in results.behaviours.values() if behaviour.interchange]
     if not shares:
         return None, None
-    flipped = sum(round(one.top.mean * one.prompts) for one in shares)
-    random = [one.random for one in shares if one.random is not None]
-    return _share(flipped, sum(one.prompts for one in shares)), float(np.mean(random)) if random else None
+    flipped = sum(round(share.top.mean * share.prompts) for share in shares)
+    random = [share.random for share in shares if share.random is not None]
+    return _share(flipped, sum(share.prompts for share in shares)), float(np.mean(random)) if random else None
 
 
-def _carried(found: PatchResults) -> set[str]:
+def _carried(results: PatchResults) -> set[str]:
     """Return the behaviours most of whose answers the top features carry over: the interval is above one half.
 
     A layer's few features leave too few random sets to compare with.
     """
-    assert isinstance(found, FeaturePatchResults)
-    shares = {name: one.interchange for name, one in found.behaviours.items() if one.interchange}
+    assert isinstance(results, FeaturePatchResults)
+    shares = {name: behaviour.interchange for name, behaviour in results.behaviours.items() if behaviour.interchange}
     return {name for name, share in shares.items() if share.top.low > 0.5}
 
 
-def _harm(found: AblateResults, table: EffectsTable) -> tuple[float, float | None]:
+def _harm(ablated: AblateResults, table: EffectsTable) -> tuple[float, float | None]:
     """Return the two-way accuracy lost, and the largest loss of another behaviour."""
-    results = found.verdict.dictionaries[TESTED].values()
+    results = ablated.verdict.dictionaries[TESTED].values()
     effects = [result.ablation["two_way"].effect for result in results]
     lost = [effect.mean for effect in effects if effect]
     others = []
@@ -164,9 +166,9 @@ def _harm(found: AblateResults, table: EffectsTable) -> tuple[float, float | Non
     return float(np.mean(lost)), max(others, default=None)
 
 
-def _harmed(found: AblateResults) -> set[str]:
+def _harmed(ablated: AblateResults) -> set[str]:
     """Return the behaviours on whose two-way accuracy ablating the top features has an effect."""
-    return {name for name, result in found.verdict.dictionaries[TESTED].items() if _has_effect(result)}
+    return {name for name, result in ablated.verdict.dictionaries[TESTED].items() if _has_effect(result)}
 
 
 def _has_effect(result: BehaviourVerdict) -> bool:
@@ -174,11 +176,11 @@ def _has_effect(result: BehaviourVerdict) -> bool:
     return result.ablation["two_way"].answer == "yes"
 
 
-def _probes(found: ProbeResults) -> tuple[Interval, float]:
+def _probes(results: ProbeResults) -> tuple[Interval, float]:
     """Return the accuracy of probes of all features, pooled over labels and behaviours, and with shuffled labels."""
     fits = [
         (probe, sum(counts["test"] for counts in label.classes.values()))
-        for label in found.labels
+        for label in results.labels
         for probe in label.probes
         if probe.input == "features" and probe.k is None
     ]

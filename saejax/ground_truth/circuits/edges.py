@@ -41,29 +41,29 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
     A source's output passes through the heads of every later layer, with their attention weights on this text, and is
     read by neurons and logits. As in attribution graphs, neurons at the first position are left out.
     """
-    found = run(model, text)
-    length, last = len(found.start_TxJ), len(found.start_TxJ) - 1
+    forward = run(model, text)
+    length, last = len(forward.start_TxJ), len(forward.start_TxJ) - 1
     firing = [
         (layer, int(position), int(neuron))
-        for layer, act_TxF in enumerate(found.acts)
+        for layer, act_TxF in enumerate(forward.acts)
         for position, neuron in np.argwhere(act_TxF > NOTHING * act_TxF.max())
         if position
     ]
     sources: list[Node] = [*((-1, position, -1) for position in range(length)), *firing]
     targets: list[Node] = [*firing, (len(model.layers), last, -1)]
     stream_SxTxJ = np.zeros((len(sources), length, len(model.directions)))
-    stream_SxTxJ[np.arange(length), np.arange(length)] = found.start_TxJ
+    stream_SxTxJ[np.arange(length), np.arange(length)] = forward.start_TxJ
     parts = []
-    for layer, (moves, spec) in enumerate(zip(found.moves, model.layers, strict=True)):
+    for layer, (moves, spec) in enumerate(zip(forward.moves, model.layers, strict=True)):
         stream_SxTxJ = stream_SxTxJ + sum(at_TxS @ stream_SxTxJ @ moved_JxJ for at_TxS, moved_JxJ in moves)
-        own = [node for node in firing if node[0] == layer]
-        position_N, neuron_N = (np.array([node[i] for node in own], int) for i in (1, 2))
+        nodes = [node for node in firing if node[0] == layer]
+        position_N, neuron_N = (np.array([node[i] for node in nodes], int) for i in (1, 2))
         reads_FxJ, writes_FxJ = (
-            model.vectors([getattr(one, part) for one in spec.neurons]) for part in ("reads", "writes")
+            model.vectors([getattr(neuron, part) for neuron in spec.neurons]) for part in ("reads", "writes")
         )
         parts.append(np.einsum("snj,nj->sn", stream_SxTxJ[:, position_N], reads_FxJ[neuron_N]))
-        rows = [sources.index(node) for node in own]
-        stream_SxTxJ[rows, position_N] += found.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
+        rows = [sources.index(node) for node in nodes]
+        stream_SxTxJ[rows, position_N] += forward.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
     along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in (better, worse)))
     parts.append(stream_SxTxJ[:, last] @ along_1xJ.T)
     return Edges(tuple(sources), tuple(targets), np.concatenate(parts, axis=1))
@@ -77,16 +77,16 @@ def circuit(edges: Edges, share: float) -> set[Edge]:
       share: smallest size of an edge, relative to its target's largest; above 0.
     """
     share_SxR, column = shares(edges), {node: place for place, node in enumerate(edges.targets)}
-    open_nodes, seen, found = [edges.root], {edges.root}, set[Edge]()
+    open_nodes, seen, edges_to_logit = [edges.root], {edges.root}, set[Edge]()
     while open_nodes:
         target = open_nodes.pop()
         for place in np.flatnonzero(share_SxR[:, column[target]] >= share):
             source = edges.sources[place]
-            found.add((source, target))
+            edges_to_logit.add((source, target))
             if source in column and source not in seen:
                 seen.add(source)
                 open_nodes.append(source)
-    return found
+    return edges_to_logit
 
 
 def shares(edges: Edges) -> np.ndarray:

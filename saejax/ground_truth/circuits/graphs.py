@@ -76,22 +76,22 @@ def judge_edges(
     for prompt in prompts:
         answers = model.token_id(prompt.correct), model.token_id(prompt.wrong)
         graph = trace(model, transcoders, prompt.text, targets=[answers])
-        found = renamed(graph_edges(graph), named)
-        known = known_edges(spec, prompt.text, prompt.correct.strip(), prompt.wrong.strip())
-        rows.append((*_scores(found, known), graph.scores().replacement))
+        traced = renamed(graph_edges(graph), named)
+        truth = known_edges(spec, prompt.text, prompt.correct.strip(), prompt.wrong.strip())
+        rows.append((*_scores(traced, truth), graph.scores().replacement))
     columns = [over_seeds(column) for column in list(zip(*rows, strict=True))[1:]]
     return EdgeScores(len(prompts), max(row[0] for row in rows), *columns)
 
 
-def _scores(found: Edges, known: Edges) -> tuple[float, float, float, float]:
+def _scores(traced: Edges, truth: Edges) -> tuple[float, float, float, float]:
     """Return error, AUROC, precision and recall of one graph."""
-    every = (dict.fromkeys([*getattr(known, side), *getattr(found, side)]) for side in ("sources", "targets"))
+    every = (dict.fromkeys([*getattr(truth, side), *getattr(traced, side)]) for side in ("sources", "targets"))
     sources, targets = map(tuple, every)
-    weight_NxM = aligned(known, sources, targets)
-    error = np.abs(aligned(found, sources, targets) - weight_NxM).max() / np.abs(weight_NxM).max()
-    size_SxR = aligned(dataclasses.replace(found, weight_SxR=shares(found)), known.sources, known.targets)
-    there, true_SxR = possible(known), shares(known) > NOTHING
-    auroc = roc_auc_score(true_SxR[there], size_SxR[there])
-    made, wanted = circuit(found, SHARE), circuit(known, SHARE)
-    both = len(made & wanted)
-    return float(error), float(auroc), both / max(len(made), 1), both / len(wanted)
+    weight_NxM = aligned(truth, sources, targets)
+    error = np.abs(aligned(traced, sources, targets) - weight_NxM).max() / np.abs(weight_NxM).max()
+    size_SxR = aligned(dataclasses.replace(traced, weight_SxR=shares(traced)), truth.sources, truth.targets)
+    is_possible_SxR, true_SxR = possible(truth), shares(truth) > NOTHING
+    auroc = roc_auc_score(true_SxR[is_possible_SxR], size_SxR[is_possible_SxR])
+    predicted, actual = circuit(traced, SHARE), circuit(truth, SHARE)
+    both = len(predicted & actual)
+    return float(error), float(auroc), both / max(len(predicted), 1), both / len(actual)

@@ -129,7 +129,7 @@ def run(model: HandSet, text: str) -> HandSetRun:
         moves.append(tuple((_attention(model, head, stream_TxJ), _moved(model, head)) for head in layer.heads))
         stream_TxJ = stream_TxJ + sum(at_TxS @ stream_TxJ @ moved_JxJ for at_TxS, moved_JxJ in moves[-1])
         reads_FxJ, writes_FxJ = (
-            model.vectors([getattr(one, part) for one in layer.neurons]) for part in ("reads", "writes")
+            model.vectors([getattr(neuron, part) for neuron in layer.neurons]) for part in ("reads", "writes")
         )
         bias_F = np.array([neuron.bias for neuron in layer.neurons])
         acts.append(np.maximum(stream_TxJ @ reads_FxJ.T + bias_F[None], 0))

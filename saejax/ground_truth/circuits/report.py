@@ -54,9 +54,9 @@ _CAUSAL_NOTE = (
 )
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the transformers set by hand; none if there are none."""
-    units = found.each(KnownCircuitResults)
+    units = findings.each(KnownCircuitResults)
     return [section(units)] if units else []
 
 
@@ -70,8 +70,8 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
     )
     blocks: list[Block] = [Text(verdict, strong=True), Text(intro), Terms(tuple(_terms(units)))]
     for name, results in units.items():
-        ordered = {one: results.sets[one] for one in _SETS if one in results.sets}
-        rows = tuple(_edge_row(one, judged) for one, judged in ordered.items())
+        ordered = {kind: results.sets[kind] for kind in _SETS if kind in results.sets}
+        rows = tuple(_edge_row(kind, judged) for kind, judged in ordered.items())
         blocks.append(
             Table(
                 f"{name}: attribution graphs of {ordered[EXACT].edges.prompts} prompts",
@@ -81,7 +81,7 @@ def section(units: Mapping[str, KnownCircuitResults]) -> Section:
                 note=_EDGE_NOTE,
             )
         )
-        causal = tuple(_causal_row(one, judged.causal) for one, judged in ordered.items() if judged.causal)
+        causal = tuple(_causal_row(kind, judged.causal) for kind, judged in ordered.items() if judged.causal)
         if causal:
             blocks.append(Table(f"{name}: causal tests", _CAUSAL, causal, stack=False, note=_CAUSAL_NOTE))
     return Section("Known circuits", tuple(blocks), lead=verdict)
@@ -91,11 +91,11 @@ def holds(results: KnownCircuitResults) -> bool:
     """Return whether exact transcoders recover everything that is known, and nothing else."""
     exact = results.sets[EXACT]
     edges, causal = exact.edges, exact.causal
-    found = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
+    edges_recovered = edges.error <= _EDGE and edges.precision.mean == edges.recall.mean == edges.auroc.mean == 1
     if causal is None:
-        return found
-    told = causal.shown == causal.behaviours and causal.idle_claimed == 0 and not causal.harm_others
-    return found and told and causal.interchange is not None and causal.interchange.mean == 1
+        return edges_recovered
+    ablation_recovered = causal.shown == causal.behaviours and causal.idle_claimed == 0 and not causal.harm_others
+    return edges_recovered and ablation_recovered and causal.interchange is not None and causal.interchange.mean == 1
 
 
 def line(units: Mapping[str, KnownCircuitResults]) -> str:
@@ -111,18 +111,18 @@ def line(units: Mapping[str, KnownCircuitResults]) -> str:
         if name in (WRONG, RANDOM, UNTRAINED) and judged.causal
     ]
     learned = [results.sets[TRAINED].edges.auroc.mean for results in units.values() if TRAINED in results.sets]
-    said = (
+    text = (
         f"Are known circuits recovered? {answer}, with exact transcoders: {len(right)} of {len(units)} hand-set "
         f"transformers are recovered exactly, with edge errors of at most {significant(worst, 2)}"
     )
-    said += f"; not {failed}." if failed else "."
+    text += f"; not {failed}." if failed else "."
     if wrong:
-        shown, claimed = (sum(getattr(one, of) or 0 for one in wrong) for of in ("shown", "claimed"))
-        said += (
-            f" Of {sum(one.behaviours for one in wrong)} behaviours tested with permuted, random and almost untrained "
-            f"transcoders {claimed} pass the ablation test, {shown} ablation and interchange."
+        shown, claimed = (sum(getattr(causal, of) or 0 for causal in wrong) for of in ("shown", "claimed"))
+        text += (
+            f" Of {sum(causal.behaviours for causal in wrong)} behaviours tested with permuted, random and almost "
+            f"untrained transcoders {claimed} pass the ablation test, {shown} ablation and interchange."
         )
-    return f"{said} With trained ones the AUROC of edges is at least {number(min(learned), 3)}." if learned else said
+    return f"{text} With trained ones the AUROC of edges is at least {number(min(learned), 3)}." if learned else text
 
 
 def _terms(units: Mapping[str, KnownCircuitResults]) -> Iterator[tuple[str, str]]:

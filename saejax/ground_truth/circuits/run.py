@@ -49,14 +49,15 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
         causal = None
         if case.layer is not None:
             feature_of = {neuron: feature for (layer, feature), neuron in neuron_of.items() if layer == case.layer}
-            idle = {variable: [feature_of[one] for one in neurons] for variable, neurons in case.idle.items()}
+            idle = {variable: [feature_of[neuron] for neuron in neurons] for variable, neurons in case.idle.items()}
             causal = stages.judge(name, folder / f"layer{case.layer}", idle)
         judged[name] = JudgedSet(recovered, edges, causal)
         run.say(_line(name, judged[name]))
     circuits = [
-        circuit(known_edges(case.model, one.text, one.correct.strip(), one.wrong.strip()), SHARE) for one in traced
+        circuit(known_edges(case.model, prompt.text, prompt.correct.strip(), prompt.wrong.strip()), SHARE)
+        for prompt in traced
     ]
-    right = [one.test.accuracy.mean for one in stages.baseline.behaviours.values()]
+    right = [behaviour.test.accuracy.mean for behaviour in stages.baseline.behaviours.values()]
     return KnownCircuitResults(
         layers=len(case.model.layers),
         neurons=sum(len(layer.neurons) for layer in case.model.layers),
@@ -71,7 +72,9 @@ def _traced(case: Case, count: int) -> list[Prompt]:
     """Return the first test prompts of each behaviour."""
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
     behaviours = dict.fromkeys(prompt.behaviour for prompt in tests)
-    return [one for name in behaviours for one in [one for one in tests if one.behaviour == name][:count]]
+    return [
+        prompt for name in behaviours for prompt in [prompt for prompt in tests if prompt.behaviour == name][:count]
+    ]
 
 
 def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tuple[dict[tuple[int, int], int], float]:
