@@ -45,8 +45,8 @@ class PlainLoop:
         site = Site.parse(dictionary.site)
         if site.kind != "resid_post":
             raise SystemExit(f"{dictionary.site}: this benchmark takes a dictionary at a resid_post site")
-        found = source.resolve(source.ModelConfig(path=path))
-        self._model, tokenizer = source.load_torch_model(found), source.load_tokenizer(found)
+        model_source = source.resolve(source.ModelConfig(path=path))
+        self._model, tokenizer = source.load_torch_model(model_source), source.load_tokenizer(model_source)
         tokenizer.padding_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         self._tokens = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
@@ -97,33 +97,36 @@ def measure(split: SplitModel, prompts: Sequence[Prompt], features: Sequence[int
 
 
 def work(split: SplitModel, plain: PlainLoop, features: int, diffs: ablation.LogitDiffs) -> tuple[float, float]:
-    """Floating-point operations of ours and of the hooks."""
+    """Return the floating-point operations of ours and of the hooks."""
     config = split.point.config
     texts, length = plain.shape
     below = Site.parse(str(split.point.site)).layer + 1
     head = pass_flops(config, texts * length, length, below)
     tail = pass_flops(config, diffs.tokens, length, config.n_layers - below)
-    one = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)
-    return head + tail, features * one
+    full_pass = pass_flops(config, texts * length, length, config.n_layers) + head_flops(config, texts * length)
+    return head + tail, features * full_pass
 
 
 def compare(
     split: SplitModel, plain: PlainLoop, prompts: Sequence[Prompt], features: Sequence[int], rounds: int
 ) -> tuple[float, float, float, float, ablation.LogitDiffs]:
-    """Our seconds with compiling, our median without, those of the hooks, the ratio, and our figures, which agree."""
+    """Return our seconds with compiling and our median without, the hooks' seconds, the ratio, and our figures.
+
+    Ends if the two sides differ by more than ``AGREEMENT`` logits.
+    """
     first, _ = measure(split, prompts, features)
     start = time.perf_counter()
     theirs_SxP = np.stack([plain.without(int(feature)) for feature in features])
     theirs = time.perf_counter() - start
-    own_seconds = []
+    our_seconds = []
     for _ in range(rounds):
         seconds, diffs = measure(split, prompts, features)
-        own_seconds.append(seconds)
+        our_seconds.append(seconds)
     worst = np.abs(diffs.drop_SxP - (plain.clean_B[None, :] - theirs_SxP)).max()
     if worst > AGREEMENT:
         raise SystemExit(f"the two sides differ by {worst:.2g} logits: this is a bug")
-    own = float(np.median(own_seconds))
-    return first, own, theirs, theirs / own, diffs
+    ours = float(np.median(our_seconds))
+    return first, ours, theirs, theirs / ours, diffs
 
 
 def main() -> None:
@@ -153,15 +156,15 @@ def main() -> None:
     )
     ratios = {}
     for name, features in (("ratio", drawn), ("ratio_frequent", frequent)):
-        first, own, theirs, ratios[name], diffs = compare(split, plain, prompts, features, args.rounds)
+        first, our_s, their_s, ratios[name], diffs = compare(split, plain, prompts, features, args.rounds)
         effects = len(features) * args.prompts
         skipped = 1 - (diffs.rows - args.prompts) / effects
         ours, hooks = work(split, plain, len(features), diffs)
-        rates = f"{ours / own / 1e9:.0f} / {hooks / theirs / 1e9:.0f}"
+        rates = f"{ours / our_s / 1e9:.0f} / {hooks / their_s / 1e9:.0f}"
         label = f"{len(features)} {'at random' if name == 'ratio' else 'most frequent'}"
         print(
-            f"{label:>20} {first:8.2f} {own:8.2f} {theirs:8.1f} {ratios[name]:7.1f} {hooks / ours:8.1f} {rates:>11} "
-            f"{effects / own:10,.0f} "
+            f"{label:>20} {first:8.2f} {our_s:8.2f} {their_s:8.1f} {ratios[name]:7.1f} {hooks / ours:8.1f} {rates:>11} "
+            f"{effects / our_s:10,.0f} "
             f"{skipped:13.0%} {diffs.tokens:9,}",
             flush=True,
         )

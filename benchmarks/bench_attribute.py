@@ -110,11 +110,11 @@ class Clock:
         """Return the median of all prompts but the first, which compiles."""
         return np.median(self.taken[name][1:] or self.taken[name], axis=0)
 
-    def beside_trace(self, name: str) -> dict[str, float]:
-        """Print times, and how often that of the trace they are."""
-        own, trace = self.steady(name), self.steady("trace")
+    def relative_to_trace(self, name: str) -> dict[str, float]:
+        """Return the times of a part, and their ratios to those of the trace."""
+        part, trace = self.steady(name), self.steady("trace")
         names = ("seconds", "cpu_s", "ratio", "cpu_ratio")
-        return dict(zip(names, np.concatenate([own, own / trace]).round(2).tolist(), strict=True))
+        return dict(zip(names, np.concatenate([part, part / trace]).round(2).tolist(), strict=True))
 
 
 def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
                 circuits.faithfulness_curve(local, graph, readouts)
     compiled_later = events.count(COMPILED) if rounds else None
     speed, (seconds, cpu_s) = gflops(), clock.steady("trace")
-    found = dict(
+    results = dict(
         rows=graph.count(FEATURE),
         active=graph.settings["active_features"],
         seconds=round(seconds, 2),
@@ -154,11 +154,11 @@ def measure(rows: int, tokens: int, rounds: int, checked: bool) -> dict[str, Any
         unexplained=float(np.abs(graph.unexplained_R).max() / np.abs(graph.value_R).max()),
     )
     if checked:
-        found |= {part: clock.beside_trace(part) for part in ("heads", "checks")}
+        results |= {part: clock.relative_to_trace(part) for part in ("heads", "checks")}
         ends = np.unique(np.concatenate(pruned.edges()[:2]))
-        found["heads"] |= dict(nodes=len(ends), edges=len(pruned.edges()[0]))
-        found["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
-    return found
+        results["heads"] |= dict(nodes=len(ends), edges=len(pruned.edges()[0]))
+        results["heads"]["of_floor"] = round(heads_gflop(pruned, lm.config) / speed / clock.steady("heads")[0], 2)
+    return results
 
 
 def main() -> None:
@@ -174,35 +174,35 @@ def main() -> None:
     names = ("tokens", "active", "rows", "seconds", "CPU s", "compile", "ms/row", "rows GB", "peak GB", "of floor")
     print(" ".join(f"{name:>8}" for name in names))
 
-    def show(tokens: int, found: dict[str, Any]) -> None:
+    def show(tokens: int, results: dict[str, Any]) -> None:
         print(
-            f"{tokens:8} {found['active']:8,} {found['rows']:8,} {found['seconds']:8.2f} {found['cpu_s']:8.2f} "
-            f"{found['compile_s']:8.1f} {1000 * found['seconds'] / found['rows']:8.2f} {found['rows_gb']:8.2f} "
-            f"{found['peak_gb']:8.2f} {found['of_floor']:8.0%}",
+            f"{tokens:8} {results['active']:8,} {results['rows']:8,} {results['seconds']:8.2f} {results['cpu_s']:8.2f} "
+            f"{results['compile_s']:8.1f} {1000 * results['seconds'] / results['rows']:8.2f} {results['rows_gb']:8.2f} "
+            f"{results['peak_gb']:8.2f} {results['of_floor']:8.0%}",
             flush=True,
         )
 
-    found = measure(args.rows, args.tokens, args.rounds, not args.rows_only)
-    show(args.tokens, found)
+    results = measure(args.rows, args.tokens, args.rounds, not args.rows_only)
+    show(args.tokens, results)
     for tokens in GROWTH if args.growth else ():
         command = [sys.executable, "-m", "benchmarks.bench_attribute", "--rounds=1", "--rows-only"]
         command += [f"--tokens={tokens}", f"--rows={args.growth_rows}"]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         show(tokens, json.loads(printed.splitlines()[-1]))
     for part in ("heads", "checks") if not args.rows_only else ():
-        own = found[part]
+        figures = results[part]
         print(
-            f"{part}: {own['seconds']:.2f} s, {own['ratio']:.2f} times the trace; {own['cpu_s']:.2f} CPU s, "
-            f"{own['cpu_ratio']:.2f} times"
+            f"{part}: {figures['seconds']:.2f} s, {figures['ratio']:.2f} times the trace; "
+            f"{figures['cpu_s']:.2f} CPU s, {figures['cpu_ratio']:.2f} times"
         )
-    if "heads" in found:
-        own = found["heads"]
+    if "heads" in results:
+        figures = results["heads"]
         print(
-            f"heads: of {own['edges']:,} edges between {own['nodes']:,} nodes, those of {SHARE:.0%} of the influence; "
-            f"{own['of_floor']:.0%} of floor"
+            f"heads: {figures['edges']:,} edges between {figures['nodes']:,} nodes carry {SHARE:.0%} of the influence; "
+            f"{figures['of_floor']:.0%} of floor"
         )
-    print(f"programs that later prompts compiled: {found['compiled_later']}")
-    print(json.dumps(dict(bench="attribute", **found)))
+    print(f"programs that later prompts compiled: {results['compiled_later']}")
+    print(json.dumps(dict(bench="attribute", **results)))
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ def main() -> None:
         count = int(dead_F.sum())
         arguments = pre_BxF, W_dec_FxD, error_BxD, dead_F
         taken = {name: functools.partial(seconds, way, *arguments) for name, way in ways.items()}
-        found = medians(taken, args.rounds)
+        timings = medians(taken, args.rounds)
         columns = 0 if not count else few if count <= few else features
         floor = 6 * batch * columns * width / rate
-        rows.append(dict(dead=count, **found, ratio=found["all"] / found["few"], floor=floor / found["few"]))
+        rows.append(dict(dead=count, **timings, ratio=timings["all"] / timings["few"], floor=floor / timings["few"]))
         print(
-            f"{count:6,} of {features:,} dead: {found['few'] * 1e3:.1f} ms, all columns {found['all'] * 1e3:.1f} "
+            f"{count:6,} of {features:,} dead: {timings['few'] * 1e3:.1f} ms, all columns {timings['all'] * 1e3:.1f} "
             f"({rows[-1]['ratio']:.2f} times); products alone {rows[-1]['floor']:.0%}",
             flush=True,
         )

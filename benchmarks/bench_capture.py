@@ -72,10 +72,10 @@ class Capture:
     """
 
     def __init__(self, model: str, layer: int, batches: int, batch_tokens: int):
-        found = source.resolve(ModelConfig(path=model))
-        self.config = read_config(source.read_model_config(found.folder), model)
+        model_source = source.resolve(ModelConfig(path=model))
+        self.config = read_config(source.read_model_config(model_source.folder), model)
         self.sites = tuple(Site(kind, layer).check(self.config) for kind in ("resid_post", "mlp_in", "mlp_out"))
-        documents = make_documents(CorpusConfig(), {}, source.load_tokenizer(found), self.config.context)
+        documents = make_documents(CorpusConfig(), {}, source.load_tokenizer(model_source), self.config.context)
         plan = Plan(documents, CaptureConfig().shard_rows, batch_tokens, last=0, seed=CorpusConfig().seed)
         whole = plan.batches(0)
         self.batches = [whole[int(i)] for i in np.linspace(0, len(whole) - 2, batches)]  # the last one is not full
@@ -84,9 +84,9 @@ class Capture:
         self._buffers = ShardBuffers(widths, plan.size(0), "bfloat16")
         self.readers: dict[Side, Reader] = {}
         for dtype in DTYPES:
-            self.readers["torch", dtype] = SiteReader(source.load_torch_model(found, dtype), self.sites)
+            self.readers["torch", dtype] = SiteReader(source.load_torch_model(model_source, dtype), self.sites)
             self.readers["jax", dtype] = DecoderReader(
-                found, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
+                model_source, self.config, self.sites, plan.padded_shape, make_mesh(), dtype, "bfloat16"
             )
 
     def run(self, side: Side) -> float:

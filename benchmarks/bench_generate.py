@@ -40,27 +40,27 @@ def of_a_token(run: Callable[[int], None], new: int) -> float:
 
 
 def measure(lm: LanguageModel, torch_model: torch.nn.Module, batch: int, new: int, rounds: int) -> dict[str, float]:
-    """Median seconds of a token by either, and what is checked: whether the new tokens are the same."""
+    """Return the median seconds of a token by either side, and the share of new tokens that are the same."""
     words = np.array(lm.tokenizer(TEXT * 8)["input_ids"])
     ids_BxT = np.stack([np.roll(words, 3 * b)[:PROMPT] for b in range(batch)]).astype(np.int32)
     tokens = Tokens(ids_BxT, np.full(batch, PROMPT, np.int32))
     inputs = dict(input_ids=torch.tensor(ids_BxT, dtype=torch.int64), attention_mask=torch.ones(batch, PROMPT))
-    made: dict[str, list[list[int]]] = {}
+    generated: dict[str, list[list[int]]] = {}
 
     def ours(count: int) -> None:
-        made["ours"] = [list(row.ids) for row in lm.generate(tokens, count)]
+        generated["ours"] = [list(row.ids) for row in lm.generate(tokens, count)]
 
     def theirs(count: int) -> None:
         with torch.no_grad():
             out = torch_model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        made["theirs"] = out[:, PROMPT:].tolist()
+        generated["theirs"] = out[:, PROMPT:].tolist()
 
     ways = {name: functools.partial(of_a_token, run, new) for name, run in dict(ours=ours, theirs=theirs).items()}
-    found = medians(ways, rounds)
-    lengths = {len(row) for row in made["ours"]}
+    timings = medians(ways, rounds)
+    lengths = {len(row) for row in generated["ours"]}
     assert lengths == {FIRST + new}, f"texts ended after {lengths} tokens"
-    same = np.mean(np.array(made["ours"]) == np.array(made["theirs"]))
-    return found | dict(same=float(same))
+    same = np.mean(np.array(generated["ours"]) == np.array(generated["theirs"]))
+    return timings | dict(same=float(same))
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
 
 
 def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, folder: Path) -> tuple[float, float]:
-    """Return the seconds of the pass, and of what follows."""
+    """Return the seconds of the pass that records firings, and of describing all features from them."""
     features, mesh = dictionary.config.n_features, make_mesh()
     record(store, "held_out", {folder / "warm": dictionary}, mesh, BATCH)  # compiles
     start = time.perf_counter()
@@ -64,14 +64,16 @@ def interpret_seconds(store: Store, dictionary: Dictionary, text: CodedText, fol
 
 def growth() -> None:
     """Run this benchmark on two lengths of text, each in a process of its own."""
-    made = []
+    measured = []
     for rows in GROWN:
         command = [sys.executable, "-m", "benchmarks.bench_interpret", f"--rows={rows}", *NARROW]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        made.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{made[-1]['tokens']:12,} tokens: peak of memory {made[-1]['peak_gb']:.2f} GB", flush=True)
-    (one, ten), tokens = (run["peak_gb"] for run in made), made[1]["tokens"] - made[0]["tokens"]
-    results = dict(peak_gb=[one, ten], ratio=round(ten / one, 2), bytes_per_token=round(1e9 * (ten - one) / tokens))
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{measured[-1]['tokens']:12,} tokens: peak of memory {measured[-1]['peak_gb']:.2f} GB", flush=True)
+    (small, large), tokens = (run["peak_gb"] for run in measured), measured[1]["tokens"] - measured[0]["tokens"]
+    results = dict(
+        peak_gb=[small, large], ratio=round(large / small, 2), bytes_per_token=round(1e9 * (large - small) / tokens)
+    )
     print(f"{results['ratio']} x, {results['bytes_per_token']} bytes for a further token")
     print(json.dumps(results))
 
@@ -96,9 +98,9 @@ def main() -> None:
         tokens = len(store.rows("train", SITE))
         encoder = encoder_seconds(store, dictionary)
         text = CodedText(store.documents, [f" {i}" for i in range(VOCABULARY)])
-        written, said = interpret_seconds(store, dictionary, text, Path(folder) / "firings")
+        recording, describing = interpret_seconds(store, dictionary, text, Path(folder) / "firings")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    results = {"encoder": encoder, "pass": written, "all": written + said}
+    results = {"encoder": encoder, "pass": recording, "all": recording + describing}
     for name, seconds in results.items():
         print(f"{name:10s} {tokens / seconds:12,.0f} tokens/s, {seconds / encoder:5.2f} x the encoder alone")
     print(f"peak of memory {peak:.2f} GB")

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--jobs", default=",".join(JOBS), help="with commas between")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/large/qwen3-4b-every-layer.flags")
     args = parser.parse_args()
-    found = {}
+    summary = {}
     for job in args.jobs.split(","):
         results = programs(args.config, job)
         (needs,) = results.models
@@ -63,9 +63,9 @@ def main() -> None:
         print(f"\n{results.topology}: {axes}; {needs.peak_bytes / 2**30:.1f} of {limit:.1f} GiB\n")
         print("| program | size | GiB a device | sends | TFLOP |\n|---|---|---|---|---|")
         print("\n".join(map(row, needs.programs)), flush=True)
-        found[job] = dict(fits=needs.fits, gib=round(needs.peak_bytes / 2**30, 2), programs=len(needs.programs))
-    print(json.dumps(dict(bench="jobs", **found)))
-    sys.exit(0 if all(job["fits"] for job in found.values()) else 1)
+        summary[job] = dict(fits=needs.fits, gib=round(needs.peak_bytes / 2**30, 2), programs=len(needs.programs))
+    print(json.dumps(dict(bench="jobs", **summary)))
+    sys.exit(0 if all(job["fits"] for job in summary.values()) else 1)
 
 
 if __name__ == "__main__":

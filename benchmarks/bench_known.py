@@ -51,30 +51,30 @@ PROMPTS, TRACED, TEXTS, SEED, OUTPUT = (
 )  # of texts half are searched; the seed is not that of training
 
 
-def made(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel, dict[str, LayerTranscoders]]:
+def make_circuit(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel, dict[str, LayerTranscoders]]:
     """Return a transformer of the catalogue, and its transcoders, as the stage `known_circuits` makes them."""
     case = make_case(name, PROMPTS, 0)
     save_model(folder / "model", *checkpoint(case.model, 0), list(case.model.words))
     model = load_model(str(folder / "model"))
     if set(sets) & {TRAINED, UNTRAINED}:
         run = Run("known_circuits", name, folder, default_configs(), {}, lambda line: None, lambda: False)
-        return case, model, {one: open_transcoders(path) for one, path in write_sets(run, case, model, 0).items()}
+        return case, model, {kind: open_transcoders(path) for kind, path in write_sets(run, case, model, 0).items()}
     layers = [untrained_sets(case, model, layer, 0) for layer in range(len(case.model.layers))]
-    return case, model, {one: LayerTranscoders.of([layer[one] for layer in layers]) for one in (EXACT, *sets)}
+    return case, model, {kind: LayerTranscoders.of([layer[kind] for layer in layers]) for kind in (EXACT, *sets)}
 
 
-def judged(case: Case, model: LanguageModel, name: str, transcoders: LayerTranscoders) -> dict[str, float]:
-    """Print how well edges of graphs of a set are those of the weights, and return the AUROC."""
+def judge_set(case: Case, model: LanguageModel, name: str, transcoders: LayerTranscoders) -> dict[str, float]:
+    """Print how well graphs with a set of transcoders recover the edges of the weights, and return the AUROC."""
     tests = [prompt for prompt in case.prompts if prompt.split == "test"]
     neuron_of, _ = matched_neurons(case, transcoders, 0)
     edges = judge_edges(model, transcoders, case.model, tests[:: len(tests) // TRACED], neuron_of)
-    shown = (f"{one} {said(getattr(edges, one))}" for one in ("auroc", "precision", "recall"))
+    shown = (f"{score} {with_interval(getattr(edges, score))}" for score in ("auroc", "precision", "recall"))
     print(f"  {name:<10} edges: {', '.join(shown)}", flush=True)
     return dict(auroc=round(edges.auroc.mean, 3))
 
 
-def said(value: Interval) -> str:
-    """With its interval."""
+def with_interval(value: Interval) -> str:
+    """Return a mean with its interval."""
     return f"{value.mean:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
@@ -119,49 +119,58 @@ class Labels:
         """Return the label of each feature: the detector with the best F1 on the texts that are searched."""
         block, text, bases = self._coded(self._stores[0], dictionary)
         output = output_tokens(self._lm, dictionary.W_dec_FxD[...], OUTPUT).raised()
-        found, _ = best_detectors(block, text, bases, output)
-        return [max(own.values(), key=lambda one: one[1])[0] if own else None for own in found]
+        detectors, _ = best_detectors(block, text, bases, output)
+        return [
+            max(by_family.values(), key=lambda detector: detector[1])[0] if by_family else None
+            for by_family in detectors
+        ]
 
     def judged(self, label_of: Mapping[int, Detector | None]) -> dict[int, float]:
-        """F1 of a label of some features of the exact transcoder with their firings on the other texts."""
+        """Return the F1 of labels of the exact transcoder's features on the texts that were not searched."""
         block, text, bases = self._judge
-        asked = [[own] if (own := label_of.get(feature)) else [] for feature in range(block.size)]
-        found = scores(block, text, bases, asked)
-        return {feature: found[feature][0].f1.mean if found[feature] else 0.0 for feature in label_of}
+        labels = [[label] if (label := label_of.get(feature)) else [] for feature in range(block.size)]
+        results = scores(block, text, bases, labels)
+        return {feature: results[feature][0].f1.mean if results[feature] else 0.0 for feature in label_of}
 
     def others(self) -> np.ndarray:
-        """For every feature of the exact transcoder another that fires about as often."""
+        """Return for every feature of the exact transcoder another that fires about as often."""
         counts_F = self._search[0].counts
         return partners(counts_F / max(counts_F.sum(), 1), [count > 0 for count in counts_F])
 
 
-def named(
+def score_labels(
     lm: LanguageModel, case: Case, transcoders: Mapping[str, LayerTranscoders], sets: list[str]
 ) -> dict[str, dict[str, float]]:
-    """By sort of neuron, how well labels tell where it fires: of each set's features, and another neuron's label."""
-    features = {one: matched_neurons(case, transcoders[one], 0)[0] for one in dict.fromkeys([EXACT, *sets])}
-    found: dict[str, dict[str, float]] = {}
+    """Print and return mean F1 of labels by sort of neuron: of each set's features, and of another neuron's label."""
+    features = {kind: matched_neurons(case, transcoders[kind], 0)[0] for kind in dict.fromkeys([EXACT, *sets])}
+    means_of: dict[str, dict[str, float]] = {}
     for layer, spec in enumerate(case.model.layers):
         judge = Labels(lm, case, layer, of_layer(transcoders[EXACT], layer))
-        own = {neuron: feature for (at, feature), neuron in features[EXACT].items() if at == layer}
+        exact_feature = {neuron: feature for (at, feature), neuron in features[EXACT].items() if at == layer}
         f1: dict[str, dict[int, float]] = {}
         for name in sets:
             chosen = judge.chosen(of_layer(transcoders[name], layer))
-            of = {own[neuron]: chosen[feature] for (at, feature), neuron in features[name].items() if at == layer}
-            f1[name] = judge.judged({feature: of.get(feature) for feature in own.values()})
+            of = {
+                exact_feature[neuron]: chosen[feature]
+                for (at, feature), neuron in features[name].items()
+                if at == layer
+            }
+            f1[name] = judge.judged({feature: of.get(feature) for feature in exact_feature.values()})
             if name == EXACT:
                 other_F = judge.others()
-                f1["another's"] = judge.judged({one: chosen[other_F[one]] for one in own.values() if other_F[one] >= 0})
+                f1["another's"] = judge.judged(
+                    {feature: chosen[other_F[feature]] for feature in exact_feature.values() if other_F[feature] >= 0}
+                )
         sorts: dict[str, list[int]] = {}
         for number, neuron in enumerate(spec.neurons):
-            sorts.setdefault(re.sub(r"\b([a-h]|\d+(?! back))\b", "*", neuron.name), []).append(own[number])
+            sorts.setdefault(re.sub(r"\b([a-h]|\d+(?! back))\b", "*", neuron.name), []).append(exact_feature[number])
         for sort, places in sorts.items():
-            shares = {name: [own_f1[one] for one in places if one in own_f1] for name, own_f1 in f1.items()}
-            means = {name: bootstrap_mean(np.array(own_N), 2000, 789) for name, own_N in shares.items() if own_N}
-            cells = "".join(f"{name + ' ' + said(mean):>34}" for name, mean in means.items())
+            shares = {name: [f1_of[feature] for feature in places if feature in f1_of] for name, f1_of in f1.items()}
+            means = {name: bootstrap_mean(np.array(f1_N), 2000, 789) for name, f1_N in shares.items() if f1_N}
+            cells = "".join(f"{name + ' ' + with_interval(mean):>34}" for name, mean in means.items())
             print(f"  layer {layer} {sort:<16}{len(places):>4}{cells}", flush=True)
-            found[f"{layer} {sort}"] = {name: round(mean.mean, 3) for name, mean in means.items()}
-    return found
+            means_of[f"{layer} {sort}"] = {name: round(mean.mean, 3) for name, mean in means.items()}
+    return means_of
 
 
 def main() -> None:
@@ -174,10 +183,10 @@ def main() -> None:
     sets = args.sets.split(",")
     line: dict[str, dict] = {}
     for name in args.circuits.split(","):
-        case, model, transcoders = made(args.folder.absolute() / name, name, sets)
-        scored = {one: judged(case, model, one, transcoders[one]) for one in sets}
+        case, model, transcoders = make_circuit(args.folder.absolute() / name, name, sets)
+        scored = {kind: judge_set(case, model, kind, transcoders[kind]) for kind in sets}
         print(f"{name}: F1 of labels, by sort of neuron", flush=True)
-        line[name] = dict(edges=scored, labels=named(model, case, transcoders, sets))
+        line[name] = dict(edges=scored, labels=score_labels(model, case, transcoders, sets))
     print(json.dumps(dict(bench="known", circuits=line)))
 
 

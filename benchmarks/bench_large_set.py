@@ -78,10 +78,10 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        own = psutil.Process()
+        this_process = psutil.Process()
         while not self._stop.wait(EVERY):
             devices = sum(array.nbytes for array in jax.live_arrays()) / GB
-            memory = own.memory_info()
+            memory = this_process.memory_info()
             process = (memory.rss - memory.shared) / GB
             self.process, self.devices = max(self.process, process), max(self.devices, devices)
             self.host = max(self.host, process - devices)
@@ -102,16 +102,19 @@ def main() -> None:
     try:
         write_set(folder / "set", args.layers, args.features)
         write_model(folder / "model", args.layers, args.tokens)
-        found = measure(folder, args.tokens, args.rows)
+        measured = measure(folder, args.tokens, args.rows)
     finally:
         shutil.rmtree(folder)
     size = args.layers * args.features * WIDTH * 2 * 2 / GB
     print(
-        f"set {size:.1f} GB in bfloat16, {args.tokens:,} tokens, {found['active']:,} active features, {args.rows} rows"
+        f"set {size:.1f} GB in bfloat16, {args.tokens:,} tokens, {measured['active']:,} active features, "
+        f"{args.rows} rows"
     )
-    print(f"  process {found['process_gb']:.1f} GB at the most, of that arrays of the device {found['device_gb']:.1f}")
-    print(f"  what a host would need beside the device {found['host_gb']:.1f} GB; {found['seconds']:.0f} s")
-    print(json.dumps(dict(set_gb=round(size, 2), tokens=args.tokens, rows=args.rows, **found)))
+    print(
+        f"  peak of the process {measured['process_gb']:.1f} GB, of that device arrays {measured['device_gb']:.1f} GB"
+    )
+    print(f"  peak of host memory without device arrays {measured['host_gb']:.1f} GB; {measured['seconds']:.0f} s")
+    print(json.dumps(dict(set_gb=round(size, 2), tokens=args.tokens, rows=args.rows, **measured)))
 
 
 def measure(folder: Path, tokens: int, rows: int) -> dict[str, Any]:

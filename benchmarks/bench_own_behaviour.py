@@ -77,10 +77,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prompts, workdir = Path(folder) / "prompts.jsonl", Path(folder) / "run"
         prompts.write_text("".join(json.dumps(line) + "\n" for line in own_prompts()))
-        asked = {"model.path": args.model, "task.prompts": prompts, "task.behaviours": ""}
-        asked["ablate.dictionary"] = args.dictionary
+        settings = {"model.path": args.model, "task.prompts": prompts, "task.behaviours": ""}
+        settings["ablate.dictionary"] = args.dictionary
         shared = Path(folder) / "run.flags"  # a file, in which the baseline ignores the flags of ablate
-        shared.write_text("\n".join([*(f"--{name}={value}" for name, value in asked.items()), *more]))
+        shared.write_text("\n".join([*(f"--{name}={value}" for name, value in settings.items()), *more]))
         flags = [f"--workdir={workdir}", f"--flagfile={shared}"]
         spent = {stage: run_stage(stage, flags) for stage in ("baseline", "ablate")}
         (unit,) = (workdir / "ablate").iterdir()
@@ -92,8 +92,8 @@ def main() -> None:
         print(f"{name:>15}: {answer.answer}: {answer.sentence}")
     totals = [round(sum(each), 1) for each in zip(*spent.values(), strict=True)]
     figures = dict(seconds=totals[0], processor_seconds=totals[1])
-    said = {name: answer.answer for name, answer in answers.items()}
-    print(json.dumps(dict(bench="own_behaviour", **figures, **said)))
+    answer_words = {name: answer.answer for name, answer in answers.items()}
+    print(json.dumps(dict(bench="own_behaviour", **figures, **answer_words)))
 
 
 if __name__ == "__main__":

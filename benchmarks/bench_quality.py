@@ -76,21 +76,23 @@ def write_text(paths: Sequence[Path], target: Path, characters: int) -> None:
 
 
 def run_stage(stage: str, args: argparse.Namespace, **flags: object) -> None:
-    """``experiments.<stage>`` in the folder of the benchmark."""
-    asked = dict(model__path="smollm2", corpus__path=args.folder / "text.jsonl", corpus__max_tokens=args.tokens)
-    asked |= dict(corpus__held_out=args.held_out, task__behaviours="", capture__sites=SITE, capture__dtype="bfloat16")
-    named = [f"--{name.replace('__', '.')}={value}" for name, value in (asked | flags).items()]
+    """Run ``experiments.<stage>`` in the folder of the benchmark."""
+    settings = dict(model__path="smollm2", corpus__path=args.folder / "text.jsonl", corpus__max_tokens=args.tokens)
+    settings |= dict(
+        corpus__held_out=args.held_out, task__behaviours="", capture__sites=SITE, capture__dtype="bfloat16"
+    )
+    named = [f"--{name.replace('__', '.')}={value}" for name, value in (settings | flags).items()]
     subprocess.run(
         [sys.executable, "-m", f"experiments.{stage}", f"--workdir={args.folder / 'run'}", *named], cwd=ROOT, check=True
     )
 
 
 def check_same(args: argparse.Namespace) -> None:
-    """End unless what is in the folder was made of the same activations."""
-    made, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "done.json")
-    if not made.exists():
-        write_json(made, used["fingerprint"])
-    if read_json(made) != used["fingerprint"]:
+    """End the program unless the folder's dictionaries were trained on the same activations."""
+    recorded, used = args.folder / "activations.json", read_json(args.folder / "run" / "capture" / "done.json")
+    if not recorded.exists():
+        write_json(recorded, used["fingerprint"])
+    if read_json(recorded) != used["fingerprint"]:
         raise SystemExit(f"{args.folder} holds dictionaries trained on other activations: name another --folder")
 
 
@@ -100,47 +102,49 @@ def train_theirs(kind: str, value: float, rate: float, rows: Path, args: argpars
     folder = args.folder / "saelens" / f"{kind}-{name}{value:g}-lr{rate:g}"
     if not (folder / "cfg.json").exists():
         tokens = len(np.load(rows, mmap_mode="r")) * EPOCHS // BATCH * BATCH
-        asked = dict(kind=kind, features=FEATURES, batch=BATCH, tokens=tokens, lr=rate, seed=0)
-        asked |= {name: value, "hook": "blocks.15.hook_resid_post"}
+        settings = dict(kind=kind, features=FEATURES, batch=BATCH, tokens=tokens, lr=rate, seed=0)
+        settings |= {name: value, "hook": "blocks.15.hook_resid_post"}
         script = str(Path(__file__).with_name("bench_quality_saelens.py"))
         python = args.saelens or saelens_python()
-        subprocess.run([python, "-W", "ignore", script, str(rows), str(folder), json.dumps(asked)], check=True)
+        subprocess.run([python, "-W", "ignore", script, str(rows), str(folder), json.dumps(settings)], check=True)
     return folder
 
 
-def scored(dictionary: Dictionary, store: Store) -> dict[str, float]:
-    """Held-out scores."""
+def score(dictionary: Dictionary, store: Store) -> dict[str, float]:
+    """Return the held-out scores of a dictionary."""
     rows = store.rows("held_out", SITE)
     blocks = ([store.read(SITE, rows[start : start + 4096])] for start in range(0, len(rows), 4096))
-    found: Reconstruction = reconstruct([dictionary], blocks, make_mesh())[0]
-    return dict(l0=found.l0, explained_variance=found.explained_variance, dead=found.dead_fraction, tokens=found.tokens)
+    scores: Reconstruction = reconstruct([dictionary], blocks, make_mesh())[0]
+    return dict(
+        l0=scores.l0, explained_variance=scores.explained_variance, dead=scores.dead_fraction, tokens=scores.tokens
+    )
 
 
 def measure_theirs(kind: str, store: Store, rows: Path, args: argparse.Namespace) -> list[dict]:
-    """Scores at three sparsities, each with its learning rate, and of the other rate at the middle one."""
+    """Return sae-lens' scores at three sparsities, with the learning rate that is best at the middle one."""
     middle, *others = THEIRS[kind][1]
 
     def measure(value: float, rate: float) -> dict:
         folder = train_theirs(kind, value, rate, rows, args)
-        return dict(setting=value, rate=rate) | scored(load_dictionary(folder), store)
+        return dict(setting=value, rate=rate) | score(load_dictionary(folder), store)
 
     tried = [measure(middle, float(rate)) for rate in args.rates.split(",")]
     best = max(tried, key=lambda scores: scores["explained_variance"])
-    for found in tried:
-        print(f"{kind}: sae-lens at {found['rate']:g}: {found['explained_variance']:.4f} at L0 {found['l0']:.1f}")
+    for result in tried:
+        print(f"{kind}: sae-lens at {result['rate']:g}: {result['explained_variance']:.4f} at L0 {result['l0']:.1f}")
     return sorted([best, *(measure(value, best["rate"]) for value in others)], key=lambda scores: scores["l0"])
 
 
 def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse.Namespace) -> list[dict]:
-    """Scores of our stack."""
+    """Return the scores of our stack, by rising L0."""
     flags = (
         TRAIN | OURS[kind] | (dict(target_l0=",".join(f"{t['l0']:.1f}" for t in theirs)) if kind == "jumprelu" else {})
     )
     run_stage("train", args, train__kinds=kind, **{f"train__{name}": value for name, value in flags.items()})
     trained = args.folder / "run" / "train" / kind
     members = stacks.members(trained)
-    found = [dict(setting=member.name) | scored(load_dictionary(trained / member.name), store) for member in members]
-    return sorted(found, key=lambda scores: scores["l0"])
+    results = [dict(setting=member.name) | score(load_dictionary(trained / member.name), store) for member in members]
+    return sorted(results, key=lambda scores: scores["l0"])
 
 
 def at_l0(ours: Sequence[dict], l0: float) -> float:

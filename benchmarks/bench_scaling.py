@@ -81,9 +81,9 @@ def jobs(wanted: list[str]) -> Iterator[Job]:
 
 
 def plan_of(job: Job, tiny: bool) -> Any:
-    """Return the job on its devices, and these."""
-    found = find_slice(job.topology)
-    mesh = make_mesh(job.mesh, found.devices)
+    """Return the plan of a job, and the devices it is planned for."""
+    target_slice = find_slice(job.topology)
+    mesh = make_mesh(job.mesh, target_slice.devices)
     sites = tuple(f"resid_post.{layer}" for layer in range(job.sites)) if job.sites > 1 else ("resid_post.18",)
     changes = dict(
         model=dict(dtype="bfloat16"),
@@ -102,16 +102,16 @@ def plan_of(job: Job, tiny: bool) -> Any:
     if tiny:
         fields |= dict(hidden_size=64, intermediate_size=128, vocab_size=512, head_dim=16)
     model = read_config(fields, str(MODEL))
-    return plan_run("qwen3-4b", model, configs, mesh), found
+    return plan_run("qwen3-4b", model, configs, mesh), target_slice
 
 
 def measure(job: Job, tiny: bool) -> dict[str, Any]:
-    """One line of the table, printed and returned."""
-    plan, found = plan_of(job, tiny)
+    """Print and return a row of the table."""
+    plan, target_slice = plan_of(job, tiny)
     *_, step = train_programs(plan, plan.mesh)
-    compiled = compile_for(step, found.limit, found.of_node)
+    compiled = compile_for(step, target_slice.limit, target_slice.of_node)
     device = HARDWARE[job.topology.partition(":")[0]]
-    tokens, devices = plan.configs[TrainConfig].batch, len(found.devices)
+    tokens, devices = plan.configs[TrainConfig].batch, len(target_slice.devices)
     reading = pass_flops(plan.model, tokens, 256, 1 + max(site.layer for site in plan.sites))
     sends = compiled.sends or {}
     far = sum(count for kind, count in sends.items() if kind.endswith("nodes"))

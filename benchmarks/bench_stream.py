@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16_384)
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    found = {}
+    results = {}
     for model in args.models:
         shape = Shape.parse(model)
         with tempfile.TemporaryDirectory() as folder:
@@ -91,8 +91,8 @@ def main() -> None:
             f"  on the devices {ratio:.2f} times as fast as through the host, where the pass alone is {most:.2f} times "
             f"as fast; {of_floor:.0%} of the pass alone"
         )
-        found[model] = dict(ratio=round(ratio, 3), most=round(most, 3), of_floor=round(of_floor, 3))
-    print(json.dumps(vars(args) | dict(models=found)))
+        results[model] = dict(ratio=round(ratio, 3), most=round(most, 3), of_floor=round(of_floor, 3))
+    print(json.dumps(vars(args) | dict(models=results)))
 
 
 def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> dict[str, np.ndarray]:
@@ -102,15 +102,15 @@ def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> d
     config = read_config(json.loads((folder / "config.json").read_text()), "random")
     source = resolve(ModelConfig(path=str(folder)))
     reader = DecoderReader(source, config, sites, plan.padded_shape, make_mesh(), shape.dtype, shape.dtype)
-    there, here = DeviceBuffers(reader, [part], rows, shape.dtype), HostBuffers(reader, rows, shape.dtype)
+    on_devices, on_host = DeviceBuffers(reader, [part], rows, shape.dtype), HostBuffers(reader, rows, shape.dtype)
 
     def devices() -> None:
-        there.fill(plan.batches(0))
-        there.norms()
+        on_devices.fill(plan.batches(0))
+        on_devices.norms()
 
     def host() -> None:
-        here.fill(plan.batches(0))
-        held_SxRxD = np.stack([here.read(site, np.arange(rows)) for site in part])
+        on_host.fill(plan.batches(0))
+        held_SxRxD = np.stack([on_host.read(site, np.arange(rows)) for site in part])
         jax.block_until_ready(jax.device_put(held_SxRxD))
 
     dropped = jax.jit(lambda params, *batch: sum(map(jnp.sum, forward(config, tuple(sites), False, params, *batch)[1])))
@@ -128,7 +128,7 @@ def measure(folder: Path, layers: int, shape: Shape, rows: int, pairs: int) -> d
             way()
             taken[name].append(time.perf_counter() - start)
     for site in part:
-        np.testing.assert_array_equal(there.read(site, np.arange(rows)), here.read(site, np.arange(rows)))
+        np.testing.assert_array_equal(on_devices.read(site, np.arange(rows)), on_host.read(site, np.arange(rows)))
     return {name: np.array(values) for name, values in taken.items()}
 
 

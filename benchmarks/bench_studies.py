@@ -41,8 +41,8 @@ def study_configs() -> list[Path]:
 
     def names_a_shape(path: Path) -> bool:
         changed = [line.partition("=")[2] for line in lines(path) if line.startswith("--flagfile=")]
-        own = any(line.startswith("--preflight.models=") for line in lines(path))
-        return own or any(names_a_shape(CONFIGS.parent / other) for other in changed)
+        has_models = any(line.startswith("--preflight.models=") for line in lines(path))
+        return has_models or any(names_a_shape(CONFIGS.parent / other) for other in changed)
 
     return [path for path in sorted(CONFIGS.glob("*.flags")) if names_a_shape(path)]
 
@@ -56,7 +56,7 @@ def devices(topology: str) -> int:
 
 
 def fitted(config: Path, topology: str) -> Fitted | str:
-    """Return the smallest model axis with which everything fits; or why none does."""
+    """Return the smallest model axis with which everything fits; or the error of the largest."""
     model, why = 1, ""
     while model <= devices(topology):
         with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +68,13 @@ def fitted(config: Path, topology: str) -> Fitted | str:
             if done.returncode == 0:
                 results = load_results(Path(folder) / "preflight")
                 assert isinstance(results, PreflightResults)
-                return _told(results, topology, model)
+                return _fit(results, topology, model)
             why = done.stderr.strip().splitlines()[-1]
         model *= 2
     return why
 
 
-def _told(results: PreflightResults, topology: str, model: int) -> Fitted:
+def _fit(results: PreflightResults, topology: str, model: int) -> Fitted:
     (needs,) = results.models
     rate = HARDWARE[topology.partition(":")[0]].flops * devices(topology)
     flops = sum(program.runs * program.flops for program in needs.programs)
@@ -95,19 +95,19 @@ def main() -> None:
     ]
     print(f"| config | {' | '.join(topologies)} |")
     print(f"|---|{'---|' * len(topologies)}", flush=True)
-    found: dict[str, dict[str, bool]] = {}
+    fits: dict[str, dict[str, bool]] = {}
     for config in args.configs:
         cells = []
         for topology in topologies:
-            told = fitted(config, topology)
-            found.setdefault(config.stem, {})[topology] = not isinstance(told, str)
+            result = fitted(config, topology)
+            fits.setdefault(config.stem, {})[topology] = not isinstance(result, str)
             cells.append(
-                told
-                if isinstance(told, str)
-                else f"{told.peak:.1f} ({told.program}), model {told.model}, {told.hours:.2g} h"
+                result
+                if isinstance(result, str)
+                else f"{result.peak:.1f} ({result.program}), model {result.model}, {result.hours:.2g} h"
             )
         print(f"| {config.stem} | {' | '.join(cells)} |", flush=True)
-    print(json.dumps(dict(bench="studies", fits=found)))
+    print(json.dumps(dict(bench="studies", fits=fits)))
 
 
 if __name__ == "__main__":

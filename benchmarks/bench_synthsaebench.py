@@ -94,12 +94,16 @@ def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float]
 
 
 def train(args: argparse.Namespace, truth: TruthConfig) -> None:
-    """All kinds, by the binary."""
-    asked = {f"truth.{field.name}": getattr(truth, field.name) for field in dataclasses.fields(truth)}
-    asked |= {f"train.{name}": value for name, value in TRAIN.items()}
+    """Train dictionaries of all kinds with ``experiments.ground_truth``."""
+    flag_values = {f"truth.{field.name}": getattr(truth, field.name) for field in dataclasses.fields(truth)}
+    flag_values |= {f"train.{name}": value for name, value in TRAIN.items()}
     expansion = max(round(args.width_share * truth.features / truth.dimensions), 1)
-    asked |= {"train.kinds": args.kinds, "train.k": L0.get(args.scale, 25 // args.scale), "train.expansion": expansion}
-    flags = [f"--{name}={value}" for name, value in asked.items()]
+    flag_values |= {
+        "train.kinds": args.kinds,
+        "train.k": L0.get(args.scale, 25 // args.scale),
+        "train.expansion": expansion,
+    }
+    flags = [f"--{name}={value}" for name, value in flag_values.items()]
     command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={args.folder}"]
     for kind in args.kinds.split(","):
         subprocess.run([*command, f"--unit=ground_truth/{kind}", *flags, *args.more], cwd=ROOT, check=True)
@@ -152,19 +156,20 @@ def main() -> None:
         if not args.trained:
             train(args, truth)
         for kind in args.kinds.split(","):
-            theirs, own = judge(args, kind)
-            line[kind] = scored(kind, theirs["judged"], own) | compared(args, theirs, ours, rate_J, ours_seconds)
+            theirs, our_scores = judge(args, kind)
+            line[kind] = scored(kind, theirs["judged"], our_scores) | compared(args, theirs, ours, rate_J, ours_seconds)
     print(json.dumps(dict(bench="synthsaebench", scale=args.scale, samples=args.samples, kinds=line)))
 
 
-def scored(label: str, judged: dict, own: dict) -> dict:
-    """Print how sae-lens and we judge a dictionary."""
+def scored(label: str, judged: dict, our_scores: dict) -> dict:
+    """Print sae-lens' scores of a dictionary and ours, and return sae-lens'."""
     print(
         f"{label} sae-lens: F1 {judged['classification']['f1_score']:.4f}, MCC {judged['mcc']:.4f}, uniqueness "
         f"{judged['uniqueness']:.3f}, L0 {judged['sae_l0']:.2f}, explained variance "
         f"{judged['explained_variance']:.4f}, dead {judged['dead_latents']}\n"
-        f"{label} ours:     F1 {own['f1_features']:.4f}, MCC {own['mcc']:.4f}, uniqueness {own['uniqueness']:.3f}, "
-        f"L0 {own['l0']:.2f}, explained variance {own['explained_variance']:.4f}"
+        f"{label} ours:     F1 {our_scores['f1_features']:.4f}, MCC {our_scores['mcc']:.4f}, uniqueness "
+        f"{our_scores['uniqueness']:.3f}, L0 {our_scores['l0']:.2f}, explained variance "
+        f"{our_scores['explained_variance']:.4f}"
     )
     f1, mcc, l0 = judged["classification"]["f1_score"], judged["mcc"], judged["sae_l0"]
     return dict(f1=round(f1, 4), mcc=round(mcc, 4), l0=round(l0, 2))

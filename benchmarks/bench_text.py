@@ -69,9 +69,9 @@ def write_model(folder: Path) -> None:
 
 
 def held(field: str) -> int:
-    """Bytes that this process holds, by Linux's name for them."""
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    """Return the bytes of memory in a field of ``/proc/self/status``; 0 if it is absent."""
+    match = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
@@ -100,17 +100,17 @@ def peak_of(stage: str, argv: list[str]) -> dict[str, float]:
 
 
 def run(size: int, steps: int, stages: list[str]) -> None:
-    """Stages on text of one size, in this process."""
+    """Run stages on text of one size in this process, and print their peaks of memory."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
         write_text(Path(folder) / "text.jsonl", size)
-        own = {"corpus.path": f"{folder}/text.jsonl", "model.path": f"{folder}/model", "train.max_steps": steps}
-        lines = [f"--{name}={value}" for name, value in {**FLAGS, **own}.items()]
+        overrides = {"corpus.path": f"{folder}/text.jsonl", "model.path": f"{folder}/model", "train.max_steps": steps}
+        lines = [f"--{name}={value}" for name, value in {**FLAGS, **overrides}.items()]
         (Path(folder) / "run.flags").write_text("\n".join(lines))  # in a file, where a stage ignores others' flags
         argv = ["program", f"--workdir={folder}/run", f"--flagfile={folder}/run.flags"]
-        found = {stage: peak_of(stage, argv) for stage in stages}
+        peaks = {stage: peak_of(stage, argv) for stage in stages}
         text = json.loads((Path(folder) / "run" / "tokenize" / "done.json").read_text())["results"]
-    print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=found)))
+    print(json.dumps(dict(bytes=size, tokens=sum(text["tokens"].values()), stages=peaks)))
 
 
 def main() -> None:
@@ -124,17 +124,17 @@ def main() -> None:
     sizes = [int(float(size)) for size in args.bytes.split(",")]
     if args.here:
         return run(sizes[0], args.steps, args.stages.split(","))
-    made = []
+    measured = []
     for size in sizes:
         flags = [f"--bytes={size}", f"--steps={args.steps}", f"--stages={args.stages}", "--here"]
-        again = [sys.executable, "-m", "benchmarks.bench_text", *flags]
-        done = subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True)
-        made.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"{size / 1e9:.3f} GB of text, {made[-1]['tokens']:,} tokens")
-        for stage, peak in made[-1]["stages"].items():
-            told = "  {:10s} {:.2f} GB allocated, {:.2f} GB with pages of files, {} s, {:.1f} s of processors"
-            print(told.format(stage, *peak.values()), flush=True)
-    print(json.dumps(made))
+        command = [sys.executable, "-m", "benchmarks.bench_text", *flags]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        measured.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"{size / 1e9:.3f} GB of text, {measured[-1]['tokens']:,} tokens")
+        for stage, peak in measured[-1]["stages"].items():
+            template = "  {:10s} {:.2f} GB allocated, {:.2f} GB with pages of files, {} s, {:.1f} s of processors"
+            print(template.format(stage, *peak.values()), flush=True)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -56,10 +56,10 @@ class SaeLens:
         command = [python, "-W", "ignore", str(script), str(activations), str(features), str(k)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, **asked: object) -> float:
-        """Return the seconds that it took."""
+    def ask(self, **request: object) -> float:
+        """Send a request to the process; return the seconds that it took."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
@@ -72,7 +72,7 @@ class SaeLens:
 
 
 def measure_kind(kind: str, args: argparse.Namespace, batches: np.ndarray, theirs: SaeLens | None) -> dict:
-    """Tokens per second of ours and theirs, and the share of the floor, of every precision: medians over rounds."""
+    """Return tokens per second of ours and theirs, and our share of the floor, by precision: medians over rounds."""
     ours = {dtype: Stepper(make_stack(kind, args.d, args.features, args.batch, K, dtype), batches) for dtype in DTYPES}
     compared = theirs is not None and kind in COMPARED
     shape, flops = (args.batch, args.d, args.features), FLOOR[kind] * args.d * args.features
@@ -80,27 +80,28 @@ def measure_kind(kind: str, args: argparse.Namespace, batches: np.ndarray, their
         ours[dtype].run(2)
         if compared:
             theirs.ask(kind=kind, autocast=dtype == "bfloat16", steps=1)
-    own: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
-    other: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    our_rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    their_rates: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     share: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     for _ in range(args.rounds):
         for dtype in DTYPES:
             before = matmul_rate(dtype, *shape)
-            own[dtype].append(args.steps * args.batch / ours[dtype].run(args.steps))
-            share[dtype].append(own[dtype][-1] * flops / ((before + matmul_rate(dtype, *shape)) / 2))
+            our_rates[dtype].append(args.steps * args.batch / ours[dtype].run(args.steps))
+            share[dtype].append(our_rates[dtype][-1] * flops / ((before + matmul_rate(dtype, *shape)) / 2))
             if compared:
                 seconds = theirs.ask(kind=kind, autocast=dtype == "bfloat16", steps=args.steps)
-                other[dtype].append(args.steps * args.batch / seconds)
+                their_rates[dtype].append(args.steps * args.batch / seconds)
     if compared:
         theirs.ask(forget=True)
     medians = [
-        {dtype: float(np.median(values)) for dtype, values in side.items() if values} for side in (own, other, share)
+        {dtype: float(np.median(values)) for dtype, values in side.items() if values}
+        for side in (our_rates, their_rates, share)
     ]
     return dict(zip(("ours", "theirs", "floor"), medians, strict=True))
 
 
 def measure_kinds(args: argparse.Namespace) -> dict[str, dict]:
-    """``measure_kind`` of every kind, printed."""
+    """Measure every kind, and print a table."""
     batches = sparse_sums(4, args.batch, args.d)
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,15 +115,15 @@ def measure_kinds(args: argparse.Namespace) -> dict[str, dict]:
             f"{'floor fp32':>12}{'bf16':>7}"
         )
         for kind in args.kinds:
-            measured[kind] = found = measure_kind(kind, args, batches, theirs)
+            measured[kind] = result = measure_kind(kind, args, batches, theirs)
             theirs_shown = "".join(
-                f"{found['theirs'][dtype]:{width},.0f}" if found["theirs"] else f"{'':{width}}"
+                f"{result['theirs'][dtype]:{width},.0f}" if result["theirs"] else f"{'':{width}}"
                 for dtype, width in zip(DTYPES, (15, 9), strict=True)
             )
-            ratio = f"{ratio_of(found):7.2f}" if found["theirs"] else f"{'':7}"
-            own, floor = found["ours"], found["floor"]
+            ratio = f"{ratio_of(result):7.2f}" if result["theirs"] else f"{'':7}"
+            ours, floor = result["ours"], result["floor"]
             print(
-                f"{kind:11}{own['float32']:11,.0f}{own['bfloat16']:9,.0f}{theirs_shown}{ratio}"
+                f"{kind:11}{ours['float32']:11,.0f}{ours['bfloat16']:9,.0f}{theirs_shown}{ratio}"
                 f"{floor['float32']:12.0%}{floor['bfloat16']:7.0%}",
                 flush=True,
             )
@@ -131,9 +132,9 @@ def measure_kinds(args: argparse.Namespace) -> dict[str, dict]:
     return measured
 
 
-def ratio_of(found: dict) -> float:
-    """Our better precision to theirs."""
-    return max(found["ours"].values()) / max(found["theirs"].values())
+def ratio_of(result: dict) -> float:
+    """Return the ratio of our speed to theirs, each in its faster precision."""
+    return max(result["ours"].values()) / max(result["theirs"].values())
 
 
 def standard_rate(args: argparse.Namespace) -> float:
@@ -232,10 +233,10 @@ def main() -> None:
     fastest = 0.0
     if "kinds" in parts:
         measured = measure_kinds(args)
-        line["ratio"] = {kind: round(ratio_of(found), 2) for kind, found in measured.items() if found["theirs"]}
-        line["floor"] = {kind: round(found["floor"]["float32"], 2) for kind, found in measured.items()}
-        line["floor_bf16"] = {kind: round(found["floor"]["bfloat16"], 2) for kind, found in measured.items()}
-        fastest = max(max(found["ours"].values()) for found in measured.values())
+        line["ratio"] = {kind: round(ratio_of(result), 2) for kind, result in measured.items() if result["theirs"]}
+        line["floor"] = {kind: round(result["floor"]["float32"], 2) for kind, result in measured.items()}
+        line["floor_bf16"] = {kind: round(result["floor"]["bfloat16"], 2) for kind, result in measured.items()}
+        fastest = max(max(result["ours"].values()) for result in measured.values())
     if "stack" in parts:
         whole, steady = measure_stack(args)
         line |= dict(stack=round(whole, 2), stack_steady=round(steady, 2))

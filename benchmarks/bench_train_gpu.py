@@ -32,27 +32,27 @@ STUDY_SECONDS = 372.0  # of the study's own trainer, for all four
 
 
 def measure_steps(args: argparse.Namespace) -> dict[str, float]:
-    """Dense kinds as a share of the matmul rate, and topk as a multiple of what the dense floor allows."""
+    """Return the speed of each kind as a multiple of the dense floor, which is set by the measured matmul rate."""
     batches, shape = sparse_sums(2, args.batch, args.d), (args.batch, args.d, args.features)
     wanted = {kind: (kind, "auto") for kind in DENSE if "dense" in args.parts}
     if "topk" in args.parts:
         wanted |= dict(topk=("topk", "dense"))
-    found = {}
+    ratios = {}
     for name, (kind, products) in wanted.items():
         shape_of = kind, args.d, args.features, args.batch, args.k, "bfloat16"
         stepper = Stepper(make_stack(*shape_of, products=products), batches)
         stepper.run(3)  # compiles
         rate = matmul_rate("bfloat16", *shape, repeats=20)
         speeds = [args.steps * args.batch / stepper.run(args.steps) for _ in range(3)]
-        floor = rate / (12 * args.d * args.features)
-        found[name] = float(np.median(speeds)) / floor
-        own = 12 * args.d * args.features
+        flops_per_token = 12 * args.d * args.features  # encoder and decoder, forward and backward
+        floor = rate / flops_per_token
+        ratios[name] = float(np.median(speeds)) / floor
         print(
-            f"{name:12} {np.median(speeds):12,.0f} tokens/s, {found[name]:.2f} of the dense floor of {floor:,.0f}, "
-            f"{np.median(speeds) * own / rate:.2f} of {rate / 1e12:.1f} TFLOP/s",
+            f"{name:12} {np.median(speeds):12,.0f} tokens/s, {ratios[name]:.2f} of the dense floor of {floor:,.0f}, "
+            f"{np.median(speeds) * flops_per_token / rate:.2f} of {rate / 1e12:.1f} TFLOP/s",
             flush=True,
         )
-    return found
+    return ratios
 
 
 def train_epochs(
@@ -85,11 +85,11 @@ def train_epochs(
 
 
 def measure_study(args: argparse.Namespace) -> dict[str, float]:
-    """Return the four shapes of the study at batch 1,024, and beside each a run at batch 32."""
+    """Train the shapes of the study in large batches and at batch 32; return the seconds and the worst ratio."""
     total, ratios = 0.0, []
     for d, features, tokens in args.study:
-        made = sparse_sums(1, tokens + tokens // 10, d)[0]
-        rows, held_out = made[:tokens], made[tokens:]
+        vectors = sparse_sums(1, tokens + tokens // 10, d)[0]
+        rows, held_out = vectors[:tokens], vectors[tokens:]
         large, small = (
             train_epochs(d, features, rows, held_out, batch, "bfloat16") for batch in (args.study_batch, 32)
         )

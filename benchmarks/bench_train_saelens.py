@@ -70,15 +70,15 @@ def main() -> None:
     torch.manual_seed(0)
     trainers: dict[tuple[str, bool], SAETrainer] = {}
     for line in sys.stdin:
-        asked = json.loads(line)
-        if asked.get("forget"):
+        request = json.loads(line)
+        if request.get("forget"):
             trainers.clear()
             answer = dict(seconds=0.0)
         else:
-            side = asked["kind"], asked["autocast"]
+            side = request["kind"], request["autocast"]
             if side not in trainers:
                 trainers[side] = make_trainer(*side, batches_NxBxD, features, k)
-            answer = dict(seconds=run(trainers[side], asked["steps"]))
+            answer = dict(seconds=run(trainers[side], request["steps"]))
         print(json.dumps(answer), flush=True)
 
 

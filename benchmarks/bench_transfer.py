@@ -30,12 +30,12 @@ def stack(count: int, features: int, width: int) -> list[np.ndarray]:
     """Return unit rows [F, D] of each dictionary; most directions lie in few dimensions, as in a residual stream."""
     rng = np.random.default_rng(0)
     scale = np.arange(1, width + 1, dtype=np.float32) ** -0.5
-    found = [unit(rng.standard_normal((features, width), np.float32) * scale)]
+    dictionaries = [unit(rng.standard_normal((features, width), np.float32) * scale)]
     for _ in range(count - 1):
         new = unit(rng.standard_normal((features, width), np.float32) * scale)
         kept = np.arange(features)[:, None] < features // 2
-        found.append(unit(np.where(kept, 0.9 * found[-1] + 0.44 * new, new))[rng.permutation(features)])
-    return found
+        dictionaries.append(unit(np.where(kept, 0.9 * dictionaries[-1] + 0.44 * new, new))[rng.permutation(features)])
+    return dictionaries
 
 
 BOUND = 600  # seconds that all pairs of 30 layers may take on two cores
@@ -63,9 +63,9 @@ def main() -> None:
     rows, mesh = stack(args.dictionaries, args.features, args.d), make_mesh()
     pairs = list(itertools.combinations(range(args.dictionaries), 2))
     chosen = pairs[:: max(1, len(pairs) // args.pairs)] if args.pairs else pairs
-    one = product_seconds(rows)
+    product_s = product_seconds(rows)
     start = time.perf_counter()
-    nulls = [independent_rows(own, [1, place]) for place, own in enumerate(rows)]
+    nulls = [independent_rows(rows_FxD, [1, place]) for place, rows_FxD in enumerate(rows)]
     drawn = time.perf_counter() - start
     list(match([(0, rows[0], rows[1])], mesh))  # compiles
     list(match([(0, rows[0], nulls[1])], mesh))
@@ -73,10 +73,10 @@ def main() -> None:
     problems = (
         ((*pair, null), rows[pair[0]], (nulls if null else rows)[pair[1]]) for pair in chosen for null in (0, 1)
     )
-    for (first, second, null), found in match(problems, mesh):
-        gap = max(gap, found.gap)
+    for (first, second, null), matched in match(problems, mesh):
+        gap = max(gap, matched.gap)
         if not null:
-            shared[first, second] = float((found.value_F >= 0.7).mean())
+            shared[first, second] = float((matched.value_F >= 0.7).mean())
     seconds, busy = time.perf_counter() - start, time.process_time() - begun
     table = rows[0] @ rows[1].T
     start = time.process_time()
@@ -88,10 +88,11 @@ def main() -> None:
     whole, processor = seconds * scale + drawn, busy * scale + drawn
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(
-        f"one product {one:.3f} s: the floor of all {len(pairs)} pairs, found and null, is {2 * one * len(pairs):.0f} s"
+        f"one product {product_s:.3f} s: the floor of all {len(pairs)} pairs, with nulls, is "
+        f"{2 * product_s * len(pairs):.0f} s"
     )
     print(
-        f"{len(chosen)} pairs, found and null: {seconds:.1f} s, {busy:.1f} processor seconds, "
+        f"{len(chosen)} pairs, with nulls: {seconds:.1f} s, {busy:.1f} processor seconds, "
         f"{busy / len(chosen):.2f} a pair; largest gap {gap:.1e}"
     )
     print(
@@ -104,7 +105,7 @@ def main() -> None:
     )
     print(f"shared between neighbours {np.mean([v for (i, j), v in shared.items() if j == i + 1] or [np.nan]):.3f}")
     results = dict(
-        product=one,
+        product=product_s,
         seconds=seconds,
         processor_seconds=busy,
         all_seconds=whole,

@@ -68,21 +68,23 @@ OWN: dict[str, dict[str, object]] = {
 SCORES = ("recovered", "f1", "invented", "merged", "split", "absorbed", "mcc")
 
 
-def judged(args: argparse.Namespace, number: int, changes: dict[str, object]) -> list[tuple[str, JudgedDictionary]]:
-    """Dictionaries of every kind on a world, and the controls of the first kind."""
+def judge_world(
+    args: argparse.Namespace, number: int, changes: dict[str, object]
+) -> list[tuple[str, JudgedDictionary]]:
+    """Train on a world; return the scored dictionaries of every kind, and the controls of the first kind."""
     workdir = args.folder / str(number)
     kinds = args.kinds.split(",")
-    found: list[tuple[str, JudgedDictionary]] = []
+    dictionaries: list[tuple[str, JudgedDictionary]] = []
     for unit in (*kinds, CONTROLS):
         kind = kinds[0] if unit == CONTROLS else unit
-        asked = (changes if "flagfile" in changes else BASE | changes) | {"train.kinds": kind} | OWN.get(kind, {})
-        flags = [f"--{name}={value}" for name, value in asked.items()]
+        flag_values = (changes if "flagfile" in changes else BASE | changes) | {"train.kinds": kind} | OWN.get(kind, {})
+        flags = [f"--{name}={value}" for name, value in flag_values.items()]
         command = [sys.executable, "-m", "experiments.ground_truth", f"--workdir={workdir}", *flags]
         subprocess.run([*command, f"--unit=ground_truth/{unit}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         results = load_results(workdir / "ground_truth" / unit)
         assert isinstance(results, TruthResults)
-        found += [(one.control or unit, one) for one in results.dictionaries]
-    return found
+        dictionaries += [(dictionary.control or unit, dictionary) for dictionary in results.dictionaries]
+    return dictionaries
 
 
 def main() -> None:
@@ -96,15 +98,15 @@ def main() -> None:
     args = parser.parse_args()
     line: dict[str, dict[str, dict[str, float]]] = {}
     print("".join(f"{heading:<34}" if not place else f"{heading:>22}" for place, heading in enumerate(("", *SCORES))))
-    asked = [name.strip() for name in args.worlds.split(";")] if args.worlds else [*WORLDS][:-1]
-    if unknown := set(asked) - set(WORLDS):
+    worlds = [name.strip() for name in args.worlds.split(";")] if args.worlds else [*WORLDS][:-1]
+    if unknown := set(worlds) - set(WORLDS):
         parser.error(f"--worlds names {', '.join(sorted(unknown))}: expected some of {'; '.join(WORLDS)}")
     for number, (name, changes) in enumerate(WORLDS.items()):
-        if name not in asked:
+        if name not in worlds:
             continue
         print(name, flush=True)
-        for kind, one in judged(args, number, changes):
-            scores = {score: getattr(one.scores, score) for score in SCORES}
+        for kind, dictionary in judge_world(args, number, changes):
+            scores = {score: getattr(dictionary.scores, score) for score in SCORES}
             shown = (f"{s.mean:.3f}" + f" [{s.low:.3f}, {s.high:.3f}]" * (s.low < s.high) for s in scores.values())
             print("".join([f"  {kind:<32}", *(f"{cell:>22}" for cell in shown)]), flush=True)
             line.setdefault(name, {})[kind] = {score: round(value.mean, 3) for score, value in scores.items()}

@@ -46,8 +46,10 @@ def main() -> None:
     status = subprocess.run(command).returncode
     whole, again = time.monotonic() - start, time.monotonic()
     second = subprocess.run(command).returncode
-    found = dict(status=status, seconds=round(whole), second=second, second_seconds=round(time.monotonic() - again, 1))
-    print(json.dumps(dict(bench="killed_study", kills=args.kills, **found)))
+    figures = dict(
+        status=status, seconds=round(whole), second=second, second_seconds=round(time.monotonic() - again, 1)
+    )
+    print(json.dumps(dict(bench="killed_study", kills=args.kills, **figures)))
 
 
 if __name__ == "__main__":

@@ -48,14 +48,14 @@ def make_stack(
 
 
 def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: int = 0) -> np.ndarray:
-    """Sparse sums of random directions and some noise, of mean norm sqrt(d), [batches, batch, d]."""
+    """Return sparse sums of random directions and some noise, of mean norm sqrt(d), [batches, batch, d]."""
     rng = np.random.default_rng(seed)
     directions_NxD = rng.standard_normal((directions, d), np.float32) / np.sqrt(d)
-    made = np.empty((batches, batch, d), np.float32)
+    x_NxBxD = np.empty((batches, batch, d), np.float32)
     for place in range(batches):
         codes_BxN = rng.standard_exponential((batch, directions), np.float32) * (rng.random((batch, directions)) < 0.01)
-        made[place] = codes_BxN @ directions_NxD + 0.1 * rng.standard_normal((batch, d), np.float32)
-    return made * np.sqrt(d, dtype=np.float32) / np.linalg.norm(made, axis=-1).mean()
+        x_NxBxD[place] = codes_BxN @ directions_NxD + 0.1 * rng.standard_normal((batch, d), np.float32)
+    return x_NxBxD * np.sqrt(d, dtype=np.float32) / np.linalg.norm(x_NxBxD, axis=-1).mean()
 
 
 def matmul_rate(dtype: str, batch: int, d: int, features: int, repeats: int = 3) -> float:
