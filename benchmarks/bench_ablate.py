@@ -63,7 +63,7 @@ class PlainLoop:
         self.clean_B = self._run(lambda x_BxTxD: None)[0]
 
     def without(self, feature: int) -> np.ndarray:
-        """Logit differences [B] without a feature."""
+        """Return the logit differences [B] with a feature removed."""
         change_BxTxD = self._f_BxTxF[:, :, feature, None] * self._W_dec_FxD[feature]
         return self._run(lambda x_BxTxD: x_BxTxD - change_BxTxD)[0]
 

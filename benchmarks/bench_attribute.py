@@ -79,7 +79,7 @@ def heads_gflop(pruned: Graph, config: DecoderConfig) -> float:
 
 
 def gflops(size: int = 1024, products: int = 100) -> float:
-    """Speed of a product of matrices, 10^9 operations a second."""
+    """Return the speed of a matrix product in fp32, GFLOP/s."""
     a, b = jnp.ones((size, 576)), jnp.ones((576, 576)) / 576
     run = jax.jit(lambda a, b: jax.lax.fori_loop(0, products, lambda _, a: a @ b, a))
     run(a, b).block_until_ready()
@@ -94,14 +94,14 @@ def peak_gb() -> float:
 
 
 class Clock:
-    """Seconds on the clock and on all cores, [2], of what is done once for each prompt, by its name."""
+    """Wall-clock and processor seconds, [2], of named steps that run once for each prompt."""
 
     def __init__(self) -> None:
         self.taken: dict[str, list[np.ndarray]] = {}
 
     @contextmanager
     def times(self, name: str) -> Iterator[None]:
-        """Add the time that the block takes to those of ``name``."""
+        """Add the seconds of the block to the times of step ``name``."""
         start = np.array([time.perf_counter(), time.process_time()])
         yield
         self.taken.setdefault(name, []).append(np.array([time.perf_counter(), time.process_time()]) - start)

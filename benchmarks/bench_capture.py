@@ -36,14 +36,14 @@ Side = tuple[str, str]  # backend and dtype
 
 
 def matmul_rate(dtype: str, size: int = 2048) -> float:
-    """FLOP/s of a matrix product with operands of a dtype and sums in fp32."""
+    """Return the FLOP/s of a matrix product with operands of a dtype and sums in fp32."""
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     return 2 * size**3 / seconds(lambda: product(a, a).block_until_ready())
 
 
 def seconds(work: Callable[[], object], least: float = 0.5) -> float:
-    """Mean time of ``work()``, repeated for at least so many seconds."""
+    """Return the mean seconds of ``work()``, repeated for at least ``least`` seconds."""
     start, count = time.perf_counter(), 0
     while count == 0 or time.perf_counter() - start < least:
         work()
@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], least: float = 0.5) -> float:
 
 
 def flops_per_token(config: DecoderConfig, layers: int) -> float:
-    """Of the products with the layers' weights; attention's own products, a few per cent more, are not counted."""
+    """Return the FLOPs of products with the layers' weights; attention scores, a few per cent more, are left out."""
     matrices = [
         np.prod(shape[1:])
         for name, (shape, _) in parameter_table(config).items()
@@ -90,14 +90,14 @@ class Capture:
             )
 
     def run(self, side: Side) -> float:
-        """Tokens per second of one run over all batches."""
+        """Return the tokens per second of one run over all batches."""
         start = time.perf_counter()
         self.readers[side].read(self.batches, lambda batch, site, value: self._buffers.take(site, value, batch))
         return self.tokens / (time.perf_counter() - start)
 
 
 def measure_capture(capture: Capture, pairs: int) -> tuple[dict[Side, np.ndarray], dict[str, np.ndarray]]:
-    """Tokens per second of every side, and FLOP/s of a product of every dtype, [pairs] each."""
+    """Return tokens per second of every side, and FLOP/s of a matrix product of every dtype, [pairs] each."""
     for side in capture.readers:
         capture.run(side)  # compiles, and touches all memory
     speeds: dict[Side, list[float]] = {side: [] for side in capture.readers}

@@ -27,7 +27,7 @@ TEXT = "The students went to the library because they had to read the books that
 
 
 def bandwidth() -> float:
-    """Bytes a second of a sum over a gigabyte."""
+    """Return the bytes per second at which a gigabyte is summed."""
     x_N = jnp.ones(2**28)
     total = jax.jit(jnp.sum)
     return x_N.nbytes / min([seconds(total, x_N) for _ in range(5)][1:])

@@ -40,7 +40,7 @@ def random_store(folder: Path, rows: int, d: int, dtype: str, shard_rows: int) -
 
 
 def median_ms(work: Callable[[int], object], repeats: int) -> float:
-    """Median wall-clock time of ``work(i)``, in milliseconds."""
+    """Return the median wall-clock time of ``work(i)``, in milliseconds."""
     times = []
     for i in range(repeats):
         start = time.perf_counter()
@@ -50,7 +50,7 @@ def median_ms(work: Callable[[int], object], repeats: int) -> float:
 
 
 def epoch_ms(store: Store, batch: int, seed: int) -> float:
-    """Mean time per batch of one epoch through the pipeline, its start included."""
+    """Return the mean milliseconds per batch of one epoch through the pipeline, its start included."""
     start = time.perf_counter()
     batches = store.batches(PARTS, batch, seed, 1, WINDOW_ROWS)
     count = sum(1 for _ in batches.to_iter_dataset(READ_OPTIONS))
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(store: Store, batch: int) -> dict[str, float]:
-    """Milliseconds per batch of every way to read one."""
+    """Return the milliseconds per batch of each way to read one."""
     start = time.perf_counter()
     Store.open(store.folder).batches(PARTS, batch, 0, 1, WINDOW_ROWS)[0]
     results = {"first batch of a process": 1e3 * (time.perf_counter() - start)}

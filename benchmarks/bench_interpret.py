@@ -36,7 +36,7 @@ GROWN, NARROW = (131_072, 1_310_720), ("--d=32", "--features=512", "--k=8")
 
 
 def encoder_seconds(store: Store, dictionary: Dictionary) -> float:
-    """Read and encodes all training rows."""
+    """Return the seconds of reading and encoding all training rows."""
     (member,), rows = MemberData.of([dictionary], make_mesh()), store.rows("train", SITE)
     encode = jax.jit(lambda member, x_BxD: member.encode(x_BxD))
     jax.block_until_ready(encode(member, store.read(SITE, rows[:BATCH])))

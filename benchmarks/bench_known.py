@@ -42,13 +42,8 @@ from saejax.runner.workspace import Run
 from saejax.tasks.scoring import bootstrap_mean
 
 ROOT = Path(__file__).parent.parent
-PROMPTS, TRACED, TEXTS, SEED, OUTPUT = (
-    20,
-    6,
-    4000,
-    1,
-    10,
-)  # of texts half are searched; the seed is not that of training
+PROMPTS, TRACED, OUTPUT = 20, 6, 10
+TEXTS, SEED = 4000, 1  # half of the texts are searched; the seed differs from that of training
 
 
 def make_circuit(folder: Path, name: str, sets: list[str]) -> tuple[Case, LanguageModel, dict[str, LayerTranscoders]]:

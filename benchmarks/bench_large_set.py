@@ -60,9 +60,9 @@ def write_model(folder: Path, layers: int, tokens: int) -> None:
 
 
 class Watch:
-    """Samples, in a thread, what the process has in memory, of that what is in arrays of devices, and the rest.
+    """Peaks of a process's memory, of its device arrays, and of the rest, sampled in a thread.
 
-    Files that are mapped are not counted: the system takes them back when it needs room.
+    Memory-mapped files are not counted: the system drops their pages when it needs room.
     """
 
     def __init__(self) -> None:

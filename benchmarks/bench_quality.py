@@ -64,7 +64,7 @@ def passages(path: Path) -> Iterator[str]:
 
 
 def write_text(paths: Sequence[Path], target: Path, characters: int) -> None:
-    """So many characters of each file, as a corpus."""
+    """Write a corpus of about ``characters`` characters of each file."""
     with target.open("w") as out:
         for path in paths:
             written = 0
@@ -148,7 +148,7 @@ def measure_ours(kind: str, theirs: Sequence[dict], store: Store, args: argparse
 
 
 def at_l0(ours: Sequence[dict], l0: float) -> float:
-    """Explained variance at an L0, on the straight line through the two points nearest to it; L0 on a log scale."""
+    """Return explained variance at an L0: linear in log L0 through the two nearest points."""
     place = np.log([scores["l0"] for scores in ours])
     value = [scores["explained_variance"] for scores in ours]
     left = int(np.clip(np.searchsorted(place, np.log(l0)) - 1, 0, len(ours) - 2))
@@ -158,7 +158,7 @@ def at_l0(ours: Sequence[dict], l0: float) -> float:
 
 @style.styled
 def frontiers(measured: Mapping[str, Mapping]) -> Figure:
-    """Held-out explained variance against L0 of each kind, ours beside sae-lens'."""
+    """Return a figure of held-out explained variance against L0, ours and sae-lens', a panel per kind."""
     figure, below = style.panels([1.9] * len(measured), [f"{kind}: held-out explained variance" for kind in measured])
     for axes, sides in zip(below, measured.values(), strict=True):
         for name, (color, line, marker) in zip(("ours", "saelens"), style.LINES, strict=False):

@@ -17,7 +17,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 
 
 def batches(rows_NxD: np.ndarray, batch: int, seed: int):
-    """Batches without end, of rows in another order in each epoch."""
+    """Yield batches without end, with the rows shuffled anew in each epoch."""
     for epoch in range(10**6):
         order_N = np.random.default_rng([seed, epoch]).permutation(len(rows_NxD))
         for start in range(0, len(order_N) - batch + 1, batch):

@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 
 def jobs(wanted: list[str]) -> Iterator[Job]:
-    """Return the program that is compiled."""
+    """Yield the jobs whose train step is compiled."""
     if "h100" in wanted:
         yield from (Job("h100:8", MeshConfig(member=m, model=n), 4096) for m, n in ((4, 1), (2, 1), (1, 1), (1, 8)))
         yield from (Job("h100:8", MeshConfig(member=m), 4096, zero=True) for m in (4, 2, 1))

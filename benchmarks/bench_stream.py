@@ -38,7 +38,7 @@ VOCABULARY = 512
 
 
 class Shape(NamedTuple):
-    """Of a model and its texts."""
+    """The shape of a model and its texts."""
 
     width: int
     length: int  # tokens of a text
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
 
 
 def random_model(folder: Path, layers: int, width: int, length: int) -> None:
-    """Return a Llama with random weights, in the hub's format."""
+    """Write a Llama with random weights, in the hub's format."""
     torch.manual_seed(0)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=length)
     shape = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, vocab_size=VOCABULARY)
@@ -60,7 +60,7 @@ def random_model(folder: Path, layers: int, width: int, length: int) -> None:
 
 
 def random_documents(rows: int, length: int) -> Documents:
-    """Random tokens, in documents of one length."""
+    """Return random tokens, in documents of one length."""
     ids_T = np.random.default_rng(0).integers(1, VOCABULARY, rows).astype(np.int32)
     lengths_N = np.diff(np.append(np.arange(0, rows, length), rows))
     return Documents.contiguous(ids_T, lengths_N, np.zeros((len(lengths_N), len(COLUMNS)), np.int32), ("random",))

@@ -25,7 +25,7 @@ TOPOLOGIES = "h100:1,h100:4,h100:8,v5e:2x4"
 
 
 class Fitted(NamedTuple):
-    """A config on a topology."""
+    """The smallest mesh on which a config fits a topology."""
 
     model: int  # size of the mesh's model axis
     peak: float  # GiB of a device

@@ -74,7 +74,7 @@ def save_world(world: World, file: Path) -> None:
 
 
 def our_generator(world: World, seed: int, count: int) -> tuple[dict[str, float], np.ndarray, tuple[float, float]]:
-    """L0 and mean square of our samples, how often each feature fires, and a batch's seconds: processor, wall."""
+    """Return L0 and mean square of our samples, firing rates of features, and processor and wall seconds of a batch."""
 
     @jax.jit
     def sums(x_BxD: jax.Array, code_BxJ: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -109,8 +109,8 @@ def train(args: argparse.Namespace, truth: TruthConfig) -> None:
         subprocess.run([*command, f"--unit=ground_truth/{kind}", *flags, *args.more], cwd=ROOT, check=True)
 
 
-def saelens_says(args: argparse.Namespace, folder: str) -> dict:
-    """Of the world, and of an exported dictionary if there is a folder of one."""
+def run_saelens(args: argparse.Namespace, folder: str) -> dict:
+    """Return sae-lens' figures of the world, and of the dictionary exported to ``folder`` unless it is empty."""
     script = str(Path(__file__).with_name("synthsaebench_saelens.py"))
     python = args.saelens or saelens_python()
     command = [python, "-W", "ignore", script, str(args.folder / "world.npz"), folder, str(args.held_out), str(BATCH)]
@@ -127,7 +127,7 @@ def judge(args: argparse.Namespace, kind: str) -> tuple[dict, dict]:
         shutil.rmtree(folder, ignore_errors=True)  # of another dictionary, perhaps
     if not folder.exists():
         save_dictionary(folder, dictionary, "saelens")
-    return saelens_says(args, str(folder)), read_json(scores)
+    return run_saelens(args, str(folder)), read_json(scores)
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
     ours, rate_J, ours_seconds = our_generator(world, truth.seed, args.held_out)
     line: dict[str, dict] = {}
     if not args.samples:
-        line["generators"] = compared(args, saelens_says(args, ""), ours, rate_J, ours_seconds)
+        line["generators"] = compared(args, run_saelens(args, ""), ours, rate_J, ours_seconds)
     else:
         if not args.trained:
             train(args, truth)

@@ -44,7 +44,7 @@ FLAGS = {
 
 
 def write_text(path: Path, size: int) -> None:
-    """Documents of at least so many bytes, none twice."""
+    """Write distinct documents of at least ``size`` bytes together."""
     with gzip.open(EMBEDDED, "rt") as file:
         texts = [json.loads(line)["text"] for line in file]
     written = number = 0
@@ -55,7 +55,7 @@ def write_text(path: Path, size: int) -> None:
 
 
 def write_model(folder: Path) -> None:
-    """Return a small random model that knows the corpus's commonest words."""
+    """Write a small random model whose vocabulary is the corpus's most frequent words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -43,7 +43,7 @@ K = 32
 
 
 class SaeLens:
-    """sae-lens' trainer in a process of its own, which only works when asked.
+    """sae-lens' trainer in a process of its own, which idles between requests.
 
     Args:
       python: an interpreter that has it.
@@ -138,7 +138,7 @@ def ratio_of(result: dict) -> float:
 
 
 def standard_rate(args: argparse.Namespace) -> float:
-    """Tokens per second of a standard dictionary with bf16 products."""
+    """Return the tokens per second of a standard dictionary with bf16 products."""
     stack = make_stack("standard", args.d, args.features, args.batch, K, "bfloat16")
     stepper = Stepper(stack, sparse_sums(2, args.batch, args.d))
     stepper.run(2)  # compiles
@@ -146,7 +146,7 @@ def standard_rate(args: argparse.Namespace) -> float:
 
 
 def measure_input(args: argparse.Namespace, training: float) -> float:
-    """Rows per second of the input pipeline alone, as a multiple of a training rate; printed."""
+    """Print the rows per second of the input pipeline alone; return it as a multiple of a training rate."""
     with tempfile.TemporaryDirectory() as folder:
         store = random_store(Path(folder), 40 * args.batch, args.d, "bfloat16", 65_536)
         rates = []
@@ -161,7 +161,7 @@ def measure_input(args: argparse.Namespace, training: float) -> float:
 
 
 def train_members(store_folder: str, seeds: Sequence[int], args: argparse.Namespace) -> float:
-    """Train one dictionary for each seed on a store, as one stack; the seconds of a step, compiling left out."""
+    """Train a dictionary per seed on a store, as one stack; return the seconds of a step without compiling."""
     store = Store.open(Path(store_folder))
     stack = make_stack("topk", store.d(SITE), 4 * store.d(SITE), args.batch, K, "bfloat16", seeds)
     train_step, state, times, metrics = compile_step(stack), init_state(stack), [], None

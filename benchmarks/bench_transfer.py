@@ -42,7 +42,7 @@ BOUND = 600  # seconds that all pairs of 30 layers may take on two cores
 
 
 def product_seconds(rows: list[np.ndarray]) -> float:
-    """Of one product of all rows of two dictionaries with each other."""
+    """Return the seconds of the product of all rows of two dictionaries."""
     multiply = jax.jit(lambda first, second: jnp.matmul(first, second.T, precision="highest").max(axis=0))
     placed = jax.device_put(rows[:2])
     jax.block_until_ready(multiply(*placed))

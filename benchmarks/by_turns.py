@@ -1,4 +1,4 @@
-"""Ways of doing one thing, timed by turns, so that whatever else the machine does meets them alike."""
+"""Timing of alternatives by turns, so that other load on the machine affects all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Of one call, until what it returns is there."""
+    """Return the seconds of one call, until its results are computed."""
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start

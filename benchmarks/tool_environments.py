@@ -9,12 +9,12 @@ _TORCH = "torch==2.13.0"  # as constraints.txt pins it: a newer build may need a
 
 
 def saelens_python() -> str:
-    """Return the path of one that has sae-lens; its environment, build/saelens, is made on first use."""
+    """Return the path of an interpreter with sae-lens; its environment, build/saelens, is made on first use."""
     return _python("saelens", "-c", str(_ROOT / "constraints.txt"), "sae-lens", _TORCH)
 
 
 def circuit_tracer_python() -> str:
-    """One that has circuit-tracer, which needs older packages than saejax does; in build/circuit_tracer."""
+    """Return the path of an interpreter with circuit-tracer, in build/circuit_tracer; it needs older packages."""
     return _python("circuit_tracer", "circuit-tracer==0.5.0", _TORCH)
 
 

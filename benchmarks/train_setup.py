@@ -59,7 +59,7 @@ def sparse_sums(batches: int, batch: int, d: int, directions: int = 2048, seed: 
 
 
 def matmul_rate(dtype: str, batch: int, d: int, features: int, repeats: int = 3) -> float:
-    """FLOP/s of the encoder's product [B, D] x [D, F], or of a square one if that is faster; sums are in fp32."""
+    """Return FLOP/s of the encoder's product [B, D] x [D, F], or of a square one if faster; sums are in fp32."""
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     best = 0.0
     for rows, inner, columns in ((batch, d, features), (1024, 1024, 1024)):
@@ -85,7 +85,7 @@ class Stepper:
         self._state, self._next = init_state(stack), 0
 
     def run(self, steps: int) -> float:
-        """Return the seconds of so many steps, the batches' way to the devices included."""
+        """Return the seconds of ``steps`` steps, copying batches to the devices included."""
         start, metrics = time.perf_counter(), None
         for _ in range(steps):
             batch = self._batches[self._next % len(self._batches)][None]

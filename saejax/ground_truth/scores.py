@@ -153,7 +153,7 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
 
 
 def _f1(both: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return 2 both / (one + other), the harmonic mean of precision and recall; 0 where both are 0."""
+    """Return 2 both / (first + second), the harmonic mean of precision and recall; 0 where both are 0."""
     return 2 * both / np.maximum(first + second, 1)
 
 

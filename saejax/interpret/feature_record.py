@@ -23,7 +23,7 @@ class FeatureContext(TypedDict):
 
 
 class FeatureCode(TypedDict):
-    """A token, or what tokens look like, on which a feature fires; ``q`` takes the place of ``p`` in the end."""
+    """A token or a token shape on which a feature fires; ``q`` replaces ``p`` once all p-values are known."""
 
     text: str
     hits: int  # firings on it
@@ -75,7 +75,7 @@ class DetectorRecord(TypedDict):
 
 
 class HeadLooks(TypedDict):
-    """Attention heads that a feature goes with; see ``attended``."""
+    """Attention heads that correlate with a feature; see ``attended``."""
 
     heads: list[tuple[int, int, str, float]]  # layer, head, class of keys, correlation; the largest by size first
     bar: float  # correlation that the heads go beyond

@@ -72,7 +72,7 @@ def intruders(held: HeldOut, seed: int, max_tokens: int) -> Exam:
 
 
 def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> FeatureScore | None:
-    """Return the score of yes and no; None if only contexts of one class were scored.
+    """Return the score of yes and no replies; None if only contexts of one class were scored.
 
     Args:
       correct: for each question whether the feature fires in each of its contexts.

@@ -73,7 +73,7 @@ def active_positions(context: FeatureContext) -> list[int]:
 
 
 def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tokens: int) -> Question:
-    """Return a question for a label.
+    """Return the question that asks for a feature's label.
 
     Args:
       contexts: contexts in which the feature fires.
@@ -87,7 +87,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tok
 
 
 def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Question:
-    """Return the question in which contexts the feature with a label fires; ``max_tokens`` limits the reply."""
+    """Return the question in which contexts a labelled feature fires; ``max_tokens`` limits the reply."""
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
     text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
@@ -95,7 +95,7 @@ def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Q
 
 
 def intrude(contexts: Sequence[FeatureContext], positions: Sequence[Sequence[int]], max_tokens: int) -> Question:
-    """Return the question which context, with tokens marked at ``positions``, does not belong with the others."""
+    """Return the question that asks which context, with tokens marked at ``positions``, is the intruder."""
     text = _numbered([marked(*pair) for pair in zip(contexts, positions, strict=True)])
     return Question(_INTRUDE, text, max_tokens, 200)
 

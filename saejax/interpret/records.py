@@ -117,7 +117,7 @@ class Describer:
         return contexts.contexts(block, self.text, self._is_stored, feature, places)
 
     def _of_weights(self, block: Block, number: int) -> FeatureRecord:
-        """Return the record of a block's feature with its firing rate and what follows from the weights."""
+        """Return the record of a block's feature with its firing rate and the statistics of its weights."""
         feature, fires = block.first + number, int(block.counts[number])
         near = zip(*(part[feature] for part in self.nearest), strict=True)
         nearest = [(int(other), short(cosine)) for other, cosine in near]

@@ -163,7 +163,7 @@ class _Problem:
 
 
 def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Problem]:
-    """Run the program on problems of one kind and hand them the results; the last one is repeated to fill the block."""
+    """Find the best columns of the problems' next rows; the last problem is repeated to fill the block."""
     if not problems:
         return []
     filled = [*problems, *[problems[-1]] * (block - len(problems))]

@@ -63,7 +63,7 @@ _WORDS, _WIDTH, _DEPTH, _ANSWERS = 16, 12, 4, 4
 
 
 def chain(count: int, rng: np.random.Generator) -> Case:
-    """Return the case.
+    """Return the case of features passed on from layer to layer by random weights.
 
     Args:
       count: prompts of each behaviour and split.
@@ -110,7 +110,7 @@ _BACK = 6  # words
 
 
 def induction(count: int, rng: np.random.Generator) -> Case:
-    """Return the case.
+    """Return the case of the word that followed the last word before.
 
     Args:
       count: prompts of each behaviour and split.
@@ -140,7 +140,7 @@ def induction(count: int, rng: np.random.Generator) -> Case:
 
 
 def _induction_model() -> HandSet:
-    """Return the model: heads fetch the words before, and a head of the next layer finds the asked one among them."""
+    """Return the model: heads fetch the words before, and a head of the next layer finds the queried one among them."""
     length = SEQUENCE + 2
     back = tuple(
         Head(
@@ -179,7 +179,7 @@ _GUESS = 0.5  # weight of the unrelated bit; a known answer has 8
 
 
 def logic(count: int, rng: np.random.Generator) -> Case:
-    """Return the case.
+    """Return the case of logical functions of two of sixteen bits.
 
     Args:
       count: prompts of each behaviour and split.

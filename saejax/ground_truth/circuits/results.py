@@ -8,7 +8,7 @@ from saejax.results import Interval
 
 @dataclasses.dataclass(frozen=True)
 class EdgeScores:
-    """Attribution graphs beside what is known; intervals are 95 % t intervals over prompts."""
+    """Attribution graphs compared with the known edges; intervals are 95 % t intervals over prompts."""
 
     prompts: int  #: whose graphs were made
     #: largest difference between an edge and the products of weights along its paths, over the largest edge
@@ -21,7 +21,7 @@ class EdgeScores:
 
 @dataclasses.dataclass(frozen=True)
 class CausalScores:
-    """The causal stages beside what is known; None: the stage refused, see ``refused``."""
+    """The causal stages compared with the known variables; None: the stage refused, see ``refused``."""
 
     behaviours: int  #: that were tested
     #: share of prompts whose answer becomes the counterpart's when its top features do, with a 95 % Wilson interval

@@ -52,7 +52,7 @@ def _picture(dictionaries: Sequence[ClusteredDictionary], draw: Draw) -> Block:
 
 @style.styled
 def draw_counts(dictionaries: Sequence[ClusteredDictionary]) -> Figure:
-    """Return bars of the stable groups of each view beside the groups of shuffled data, a panel per dictionary."""
+    """Return bars of the stable groups of each view and of the groups of shuffled data, a panel per dictionary."""
     names = [[_VIEWS[grouping.view] for grouping in each.groupings] for each in dictionaries]
     heights = [style.height_of(some, 0.45) + 0.7 for some in names]  # with the title and the axis
     figure, below = style.panels(heights, [each.name for each in dictionaries])

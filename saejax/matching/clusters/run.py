@@ -34,7 +34,7 @@ _RULE = (
 
 @dataclasses.dataclass(frozen=True)
 class GroupedFeatures(Columns):
-    """Features that were looked at, a row for each view.
+    """The grouped features, a row for each feature and view.
 
     Attributes:
       view: name of the view.

@@ -37,12 +37,12 @@ class LayerFirings:
         return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32), len(f_TxF))
 
     def strongest(self, count: int) -> "LayerFirings":
-        """Return the ``count`` strongest of each position."""
+        """Return the ``count`` strongest firings of each position."""
         start_A = np.searchsorted(self.position_A, self.position_A, side="left")
         return self[np.arange(len(self.position_A)) - start_A < count]
 
     def at(self, position: int) -> "LayerFirings":
-        """Return those of one position."""
+        """Return the firings at a position."""
         start, stop = np.searchsorted(self.position_A, [position, position + 1])
         return self[np.arange(start, stop)]
 

@@ -75,7 +75,7 @@ def geometry(stack: Stack, shown: Sequence[LayerFirings]) -> FeatureLinks:
 
 @dataclasses.dataclass(frozen=True)
 class _Cosines:
-    """Decoder rows of U lower features beside encoder columns of J upper ones.
+    """Cosines of decoder rows of U lower features with encoder columns of J upper ones.
 
     Attributes:
       lower_U, upper_J: the features, rising.

@@ -79,7 +79,7 @@ def shown_text(
     as_text: Callable[[int], str],
     firings: Sequence[LayerFirings],
 ) -> ShownText:
-    """Return what the page shows of a text.
+    """Return the data that the page shows of a text.
 
     Args:
       stack: the dictionaries.
@@ -146,7 +146,7 @@ def _names(
 
 
 def _reading(stack: Stack, reading: LensOutput, words: dict[int, int]) -> ShownReading:
-    """Return what a lens reads; tokens that ``words`` lacks (token id -> index of its text) are added there."""
+    """Return a lens's readouts; tokens that ``words`` (token id -> index of its text) lacks are added to it."""
 
     def top_tokens(layer: int) -> tuple[Numbers, ...]:
         ids_TxC, p_TxC = reading.ids_LxBxTxC[layer, 0], np.exp(reading.logp_LxBxTxC[layer, 0])

@@ -70,12 +70,12 @@ def run_track(run: Run) -> TrackResults:
 
 
 def _cells(run: Run, slug: str) -> Path:
-    """Return the file of what the page shows of a text."""
+    """Return the path of the file with a text's data for the page."""
     return run.folder / f"{slug}-cells.json"
 
 
 def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
-    """Return the indices in the stack of the dictionaries whose features are removed.
+    """Return the indices in the stack of the dictionaries whose features are ablated.
 
     Raises:
       UserError: a layer has no dictionary.
@@ -143,7 +143,7 @@ def _test_steps(
     config: TrackConfig,
     on_progress: OnProgress,
 ) -> tuple[TrackedStep, ...]:
-    """Return the text's steps, with what removing the features of each does, by the site of the dictionary."""
+    """Return the text's steps, with the effects of ablating each step's features, by the site of the dictionary."""
     testers = {place: _tester(lm, stack, place, text, config) for place in tested}
     numbers = {place: [[feature.feature for feature in part] for part in chosen[place]] for place in tested}
     tests, untested = tested_steps(testers, text, numbers, config, on_progress)

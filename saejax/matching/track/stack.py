@@ -47,7 +47,7 @@ class LayerDictionary:
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Dictionaries in the order of layers, and all layers' transcoders as a set where they are that."""
+    """Dictionaries in the order of layers; if they are the transcoders of all layers, also as a set."""
 
     layers: tuple[LayerDictionary, ...]
     transcoders: LayerTranscoders | None

@@ -71,7 +71,7 @@ def shares(dictionaries: Sequence[ComparedDictionary], links: Links, null: Links
 
 
 def _count_shared(index: int, dictionaries: Sequence[ComparedDictionary], links: Links) -> np.ndarray:
-    """Return with how many other dictionaries each feature of one is shared, [F]."""
+    """Return the number of other dictionaries that share each feature of a dictionary, [F]."""
     others = [first + second - index for first, second in links if index in (first, second)]
     return np.sum([_between(index, other, dictionaries, links).partner_F >= 0 for other in others], axis=0)
 

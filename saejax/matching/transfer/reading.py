@@ -283,7 +283,7 @@ class Reading:
         return first_N[half], second_N[half]
 
     def _losses(self, index: int) -> LossesOf | None:
-        """Return what measures cross-entropy recovered at a dictionary's site, on the texts that measure."""
+        """Return a function that measures cross-entropy recovered at a dictionary's site, on odd-numbered texts."""
         each, read = self._compared[index], self._shared.reads[self._compared[index].fingerprint]
         starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])[:-1]
         odd = [piece for piece, start in zip(read.pieces, starts, strict=True) if read.text_N[start] % 2]
