@@ -87,7 +87,7 @@ def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tok
 
 
 def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Question:
-    """Return the question in which contexts a labelled feature fires; ``max_tokens`` limits the reply."""
+    """Return the question in which contexts the feature with a label fires; ``max_tokens`` limits the reply."""
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
     text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
