@@ -23,8 +23,7 @@ import numpy as np
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
 from saejax.attribution.local.readouts import Readouts
-from saejax.circuits.groups import Group, Key
-from saejax.runner.parts import OnProgress, silent
+from saejax.circuits.groups import THIRDS, Group, Key
 
 EDITS = ("total", "direct", "swap")
 CONTROLS = ("random", "placebo")
@@ -91,7 +90,6 @@ def measure_prompt(
     placebo: Mapping[Key, float] = {},
     controls: int = 2,
     seed: int = 0,
-    on_progress: OnProgress = silent,
 ) -> PromptEffects:
     """Measure all groups on a prompt.
 
@@ -104,7 +102,6 @@ def measure_prompt(
       placebo: influence of features on a placebo target.
       controls: random and placebo sets of each group and edit.
       seed: of the control sets.
-      on_progress: see ``LocalModel.run``.
     """
     rng = np.random.default_rng(seed)
     group_of = {key: number for number, group in enumerate(groups) for key in group.members}
@@ -122,19 +119,40 @@ def measure_prompt(
             if table is None:
                 rows += [[]] * sets
                 continue
-            kept = [change for h, some in enumerate(held) if h != g for change in some] if edit == "direct" else []
+            # Below the group nothing changes, so there is nothing to hold.
+            lowest = min(key.layer for key in group.members)
+            others = [change for h, some in enumerate(held) if h != g for change in some if change.layer >= lowest]
+            kept = others if edit == "direct" else []
             drawn = _Sets(local, table, roles, group_of, group, g)
             for s, (chosen, fraction, dose) in enumerate(drawn.draw(controls, placebo, rng)):
                 rows.append(table.changes(chosen, fraction) + kept)
                 dose_ExGxS[e, g, s] = dose
     member_J = np.flatnonzero(owner_A >= 0)
-    run = local.run(rows, readouts=answer, features=member_J, logits=False, on_progress=on_progress)
-    answer_ExGxS = (answer.value_K[0] - run.readout_RxK[:, 0]).astype(np.float64).reshape(shape)
+    readout_R, feature_RxJ = _run_rows(local, rows, answer, member_J)
+    answer_ExGxS = (answer.value_K[0] - readout_R).astype(np.float64).reshape(shape)
     if swap is None:
         answer_ExGxS[EDITS.index("swap")] = np.nan
     direct = slice(len(groups) * sets, 2 * len(groups) * sets)
-    act_RxJ = np.maximum(run.feature_RxJ[direct], 0).astype(np.float64)
+    act_RxJ = np.maximum(feature_RxJ[direct], 0).astype(np.float64)
     return PromptEffects(answer_ExGxS, _lost_shares(local, owner_A, member_J, act_RxJ, sets, len(groups)), dose_ExGxS)
+
+
+def _run_rows(
+    local: LocalModel, rows: Sequence[list[Change]], answer: Readouts, member_J: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the readout of each row of changes [R], and the pre-activations of some features [R, J].
+
+    Rows whose changes begin in one third of the layers run together: what lies below a change is not run again.
+    """
+    n_layers = local.model.config.n_layers
+    start_R = np.array([min((change.layer for change in row), default=n_layers - 1) for row in rows])
+    readout_R, feature_RxJ = np.empty(len(rows), np.float32), np.empty((len(rows), len(member_J)), np.float32)
+    third_R = start_R * len(THIRDS) // n_layers
+    for third in np.unique(third_R):
+        here = np.flatnonzero(third_R == third)
+        run = local.run([rows[r] for r in here], readouts=answer, features=member_J, logits=False)
+        readout_R[here], feature_RxJ[here] = run.readout_RxK[:, 0], run.feature_RxJ
+    return readout_R, feature_RxJ
 
 
 def _lost_shares(
