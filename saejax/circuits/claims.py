@@ -154,20 +154,20 @@ def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     return NOT_SEEN, "No group moves the answer to the counterpart's when its activations are exchanged."
 
 
-def shared_share(one: CircuitResults, other: CircuitResults, third: str = "") -> float:
+def shared_share(first: CircuitResults, second: CircuitResults, third: str = "") -> float:
     """Return the shared part of the features that return in two behaviours, of their union, 0 to 1.
 
     Args:
-      one: a behaviour.
-      other: another one.
+      first: a behaviour.
+      second: another behaviour.
       third: of the layers; "": all.
     """
     sets = [
         {(layer, feature) for layer, feature, _ in (key.split("_") for key in circuit.returning)}
-        for circuit in (one, other)
+        for circuit in (first, second)
     ]
     if third:
-        sets = [{key for key in keys if third_of(int(key[0]), one.layers) == third} for keys in sets]
+        sets = [{key for key in keys if third_of(int(key[0]), first.layers) == third} for keys in sets]
     return len(sets[0] & sets[1]) / max(len(sets[0] | sets[1]), 1)
 
 
@@ -198,7 +198,10 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[s
     parts = {third: _overlaps(results, third) for third in THIRDS}
     if not parts[THIRDS[1]][0] or not parts[THIRDS[1]][1]:
         return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
-    beyond = {third: sum(one) / len(one) - sum(other) / len(other) for third, (one, other) in parts.items()}
+    beyond = {
+        third: sum(languages) / len(languages) - sum(others) / len(others)
+        for third, (languages, others) in parts.items()
+    }
     outcome = CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN
     said = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
     return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {said}."

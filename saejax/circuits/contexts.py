@@ -85,7 +85,7 @@ class FeatureSearch:
         as_text = token_text(self._model.tokenizer)
         tokens: dict[Feature, tuple[str, ...]] = {}
         for layer in sorted({layer for layer, _ in features}):
-            indices = sorted(index for own, index in features if own == layer)
+            indices = sorted(index for its_layer, index in features if its_layer == layer)
             rows_UxD = self._transcoders.writes(layer, np.array(indices))[:, 0]
             raised = output_tokens(self._model, jnp.asarray(rows_UxD, jnp.float32), _PROMOTED).raised()
             tokens |= {(layer, index): tuple(map(as_text, ids)) for index, ids in zip(indices, raised, strict=True)}

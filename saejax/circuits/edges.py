@@ -65,7 +65,8 @@ def judge_edges(
       seed: of the bootstrap.
     """
     answer_PxExGxS, group_PxGxSxG, dose_PxExGxS = (
-        np.stack([getattr(one, name) for one in effects]) for name in ("answer_ExGxS", "group_GxSxG", "dose_ExGxS")
+        np.stack([getattr(effect, name) for effect in effects])
+        for name in ("answer_ExGxS", "group_GxSxG", "dose_ExGxS")
     )
     direct, numbers = EDITS.index("direct"), range(len(names))
     measured = [

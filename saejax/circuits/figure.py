@@ -69,11 +69,11 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[str, str], outline: Map
     boxes, arrows = _measured(circuit, order, names), _arrows(circuit)
     roles = [role for role in ROLES if role in {box.role for box in boxes.values()} | {"last"}]
     width, rows = _LEFT + len(roles) * _COLUMN, len(order)
-    beside = [0.5 + len(ROLES) * _NARROW] if outline else []
+    outline_width = 0.5 + len(ROLES) * _NARROW if outline else 0.0
     height = _BELOW + max(rows, 3) * (_TALL + _GAP) + 1.15
-    figure = Figure(figsize=(width + sum(beside), height))
+    figure = Figure(figsize=(width + outline_width, height))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, width + sum(beside)), ylim=(0, height))
+    axes.set(xlim=(0, width + outline_width), ylim=(0, height))
     axes.set_axis_off()
     words = {role: f"“{text}”" if (text := circuit.example.get(role)) else "" for role in roles}
     x_of = {role: _LEFT + _COLUMN * (k + 0.5) for k, role in enumerate(roles)}

@@ -106,8 +106,8 @@ def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: floa
                 count[key] += 1
                 total[key] += influences[key]
     least = max(share * len(prompts), min(2, len(prompts)))
-    found = {key: total[key] / len(prompts) for key in total if count[key] >= least}
-    return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+    returning = {key: total[key] / len(prompts) for key in total if count[key] >= least}
+    return dict(sorted(returning.items(), key=lambda item: (-item[1], item[0])))
 
 
 def propose_groups(

@@ -15,13 +15,13 @@ from saejax.page.tables import Table, number
 from saejax.page.words import behaviour as title
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return what was found in each behaviour, and a row for each published claim; nothing without circuits."""
-    units = found.each(CircuitsResults)
+    units = findings.each(CircuitsResults)
     parts = []
     for unit, results in units.items():
-        folder = found.folders["/".join(filter(None, ("circuits", unit)))]
-        parts += circuit_sections(results, folder, found.report)
+        folder = findings.folders["/".join(filter(None, ("circuits", unit)))]
+        parts += circuit_sections(results, folder, findings.report)
     return parts
 
 
@@ -59,11 +59,11 @@ def circuit_sections(results: CircuitsResults, folder: Path, report: Path) -> li
     if left_out:
         blocks.append(Text(f"Left out: {left_out}."))
     comparisons = compare_claims(results)
-    confirmed = sum(one.outcome == CONFIRMED for one in comparisons)
+    confirmed = sum(judged.outcome == CONFIRMED for judged in comparisons)
     claims = Table(
         "Published claims and what was measured here",
         ("Claim", "Published", "Here", "Evidence", "Source"),
-        tuple((one.claim.id, one.claim.claim, one.outcome, one.evidence, one.claim.source) for one in comparisons),
+        tuple((row.claim.id, row.claim.claim, row.outcome, row.evidence, row.claim.source) for row in comparisons),
         frozenset({1, 2, 3, 4}),
         note="Confirmed takes an edge that is drawn, so one that exceeds random and placebo features at equal dose. "
         "The published studies are of other, larger models.",

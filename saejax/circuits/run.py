@@ -85,7 +85,7 @@ def run_circuits(run: Run) -> CircuitsResults:
             results = CircuitResults(
                 traced=len(train),
                 measured=len(test),
-                swapped=sum(bool((one.dose_ExGxS[-1] >= 0).all()) for one in circuit.effects),
+                swapped=sum(bool((effect.dose_ExGxS[-1] >= 0).all()) for effect in circuit.effects),
                 logit_diff=sum(diff_of[p] for p in test) / len(test),
                 answer=test[0].correct.strip(),
                 example=words_by_role(model, test[0]),

@@ -106,7 +106,10 @@ def find_circuit(
     n_layers, labels = model.config.n_layers, {feature: known.label for feature, known in details.items()}
     tokens = {key: telling_tokens(key, details[key[:2]], n_layers) for key in keys if key[:2] in details}
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, size, most, labels, tokens))
-    placebo = {key: sum(one.get(key, 0.0) for one in placebos) for key in {key for one in placebos for key in one}}
+    placebo = {
+        key: sum(influence.get(key, 0.0) for influence in placebos)
+        for key in {key for influence in placebos for key in influence}
+    }
     effects = []
     for number, prompt in enumerate(measured):
         on_progress(len(traced) + number, total)
