@@ -58,6 +58,7 @@ def write_page(
         "prompts; an arrow is the measured effect of removing its source while all other groups keep their "
         "activations. Positions are of three roles: words that differ between a prompt and its counterpart, which asks "
         "for the wrong answer; the last position; and other words.",
+        *([] if _drawn(circuit) else ["No measured effect exceeds its controls here, so no arrow is drawn."]),
     )
     sections = [
         Section("The circuit", (picture(path, name, circuit, names), *edge_tables(circuit))),
@@ -75,7 +76,6 @@ def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, 
     """Return the picture of a circuit, which is also written beside a page."""
     outline = circuit_figure.read_outline(name)
     svg = style.save(circuit_figure.draw_circuit(circuit, names, outline), path.parent, path.stem)
-    drawn = [edge for edge in circuit.edges if edge.drawn and edge.edit == "direct"]
     caption = (
         "Boxes are groups of features with the names of the most influential ones, from below by their mean layer, "
         "across by the positions at which they stand. A feature without a label is named by the tokens on which it "
@@ -83,18 +83,21 @@ def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, 
         "of a group, the share of its activation; of the answer, logit difference. Blue supports, orange (broken) "
         "inhibits. Arrows are drawn where the effect exceeds random and placebo features at the same dose."
     )
-    if not drawn:
-        caption += " Here no effect does, so no arrow is drawn."
     if outline:
         caption += (
             f" To the right, the outline of the circuit that {outline['source']} describe for “{outline['prompt']}”; "
             "the sizes of its effects are not drawn."
         )
-    said = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in drawn) or "no edge"
-    alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {said}."
+    said = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in _drawn(circuit))
+    alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {said or 'none'}."
     # Narrow screens scroll: text of this size is still read where the picture is 60 rem wide.
     svg_inline = style.inline(svg, f"circuit_{name}", alt, _COLOURS)
     return Picture(f"circuit_{name}", svg_inline, caption, alt, "svg", "max(100%, 58rem)")
+
+
+def _drawn(circuit: CircuitResults) -> list[Edge]:
+    """Return the edges that are arrows of the picture."""
+    return [edge for edge in circuit.edges if edge.drawn and edge.edit == "direct"]
 
 
 def edge_tables(circuit: CircuitResults) -> list[Block]:
