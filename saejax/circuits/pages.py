@@ -58,7 +58,11 @@ def write_page(
         "prompts; an arrow is the measured effect of removing its source while all other groups keep their "
         "activations. Positions are of three roles: words that differ between a prompt and its counterpart, which asks "
         "for the wrong answer; the last position; and other words.",
-        *([] if _drawn(circuit) else ["No measured effect exceeds its controls here, so no arrow is drawn."]),
+        *(
+            []
+            if _drawn(circuit)
+            else ["With all other groups held, no effect exceeds its controls, so no arrow is drawn."]
+        ),
     )
     sections = [
         Section("The circuit", (picture(path, name, circuit, names), *edge_tables(circuit))),
