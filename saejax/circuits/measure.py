@@ -150,7 +150,7 @@ def _run_rows(
     third_R = start_R * len(THIRDS) // n_layers
     for third in np.unique(third_R):
         here = np.flatnonzero(third_R == third)
-        run = local.run([rows[r] for r in here], readouts=answer, features=member_J, logits=False)
+        run = local.run([rows[r] for r in here.tolist()], readouts=answer, features=member_J, logits=False)
         readout_R[here], feature_RxJ[here] = run.readout_RxK[:, 0], run.feature_RxJ
     return readout_R, feature_RxJ
 
