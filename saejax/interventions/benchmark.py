@@ -18,7 +18,14 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
-from saejax.interventions.ablation import BehaviourAblation, RowProgress, TableRows, expected_rows, measure_all
+from saejax.interventions.ablation import (
+    FRACTIONS,
+    BehaviourAblation,
+    RowProgress,
+    TableRows,
+    expected_rows,
+    measure_all,
+)
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.engine import OnProgress
 from saejax.interventions.references import Reference, References, placebo_references
@@ -183,6 +190,10 @@ class BenchmarkAblation(BehaviourAblation):
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
         return leaders(self._references(references).attribution(), self.config.top)
 
+    def item_attribution(self, items: Sequence[Item]) -> np.ndarray:
+        """Return the attribution of each feature for the answer to each of P items, float32 [P, F]."""
+        return self._references(self.items.references(items)).attributions()
+
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""
         return self._references(self._train_references).pools(features, POOL, self.config.seed)
@@ -246,6 +257,25 @@ def measure_benchmark(
 
     tested = ablation(dictionary)
     return measure_all(tested, ablation, {items.name: []}, repeats=repeats), tested
+
+
+def measure_sets(ablation: BenchmarkAblation, sets: Mapping[str, Sequence[int]]) -> EffectsTable:
+    """Return the rows of more sets of features, ablated by growing fractions.
+
+    Args:
+      ablation: the tested dictionary on the benchmark.
+      sets: group of the edits -> features.
+    """
+    rows, definitions = TableRows(), ablation.definitions()
+    test = [prompt for prompt in definitions if prompt.split == "test"]
+    rows.add([], definitions, (), [])
+    for group, features in sets.items():
+        whole = EditDefinition(ablation.behaviour, group, features=tuple(map(int, features)))
+        edits = [dataclasses.replace(whole, fraction=fraction) for fraction in FRACTIONS]
+        norm_AxP = np.array(FRACTIONS)[:, None] * ablation.norms([whole])
+        pairs = ablation.measure(edits)
+        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
+    return rows.table()
 
 
 #: A condition under which answers are scored: its edit, or None for the unedited model.

@@ -4,14 +4,9 @@ The effect is compared at equal dose with the other benchmark's random sets, but
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from saejax.interventions.ablation import FRACTIONS, TableRows
-from saejax.interventions.benchmark import BenchmarkAblation
 from saejax.interventions.curves import compare_at_equal_dose, read_curves
-from saejax.interventions.table import EditDefinition, EffectsTable
+from saejax.interventions.table import EffectsTable
 from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.statistics.ranks import rank_p
@@ -28,25 +23,6 @@ class DomainEffect:
     p_value: float | None  #: rank among random sets at equal dose, not corrected
     random_sets: int  #: that hold none of the features
     common: int  #: features that were also chosen here
-
-
-def measure_domains(ablation: BenchmarkAblation, chosen: Mapping[str, Sequence[int]]) -> EffectsTable:
-    """Return the rows of features that other benchmarks chose, ablated on this one's items.
-
-    Args:
-      ablation: the tested dictionary on this benchmark.
-      chosen: other benchmark -> features.
-    """
-    rows, definitions = TableRows(), ablation.definitions()
-    test = [prompt for prompt in definitions if prompt.split == "test"]
-    rows.add([], definitions, (), [])
-    for other, features in chosen.items():
-        whole = EditDefinition(ablation.behaviour, GROUP + other, features=tuple(map(int, features)))
-        edits = [dataclasses.replace(whole, fraction=fraction) for fraction in FRACTIONS]
-        norm_AxP = np.array(FRACTIONS)[:, None] * ablation.norms([whole])
-        pairs = ablation.measure(edits)
-        rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norm_AxP])
-    return rows.table()
 
 
 def judge_domains(table: EffectsTable, name: str, resamples: int, seed: int) -> dict[str, DomainEffect]:

@@ -107,17 +107,34 @@ class References:
         Raises:
           UserError: it is not finite.
         """
-        split = self._split
-        total_F = np.zeros(split.dictionary.config.n_features)
-        for batch in self.batches():
-            rows_BxF = attribute(self._point, split.params, split.dictionary, batch)
-            total_F += np.asarray(rows_BxF, np.float64).sum(axis=0)
-        if not np.isfinite(total_F).all():
-            raise UserError(
-                f"the gradient of the log-likelihood with respect to {split.point.site} is not finite: the model or "
-                "the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-            )
+        total_F = np.zeros(self._split.dictionary.config.n_features)
+        for _, rows_BxF in self._attributions():
+            total_F += rows_BxF.astype(np.float64).sum(axis=0)
         return total_F / len(self._references)
+
+    def attributions(self) -> np.ndarray:
+        """Return each feature's attribution for each reference, float32 [N, F] in nats.
+
+        Raises:
+          UserError: it is not finite.
+        """
+        rows_NxF = np.zeros((len(self._references), self._split.dictionary.config.n_features), np.float32)
+        for places_Q, rows_BxF in self._attributions():
+            rows_NxF[places_Q] = rows_BxF[: len(places_Q)]
+        return rows_NxF
+
+    def _attributions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the indices of each batch's references, and its rows, [B, F]; those of copies are 0."""
+        split = self._split
+        for places_Q, *shape in self.planned():
+            rows_BxF = attribute(self._point, split.params, split.dictionary, self.batch(places_Q, *shape))
+            rows_BxF = np.asarray(rows_BxF)
+            if not np.isfinite(rows_BxF).all():
+                raise UserError(
+                    f"the gradient of the log-likelihood with respect to {split.point.site} is not finite: the model "
+                    "or the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+                )
+            yield places_Q, rows_BxF
 
     def statistics(self) -> tuple[FeatureStatistics, np.ndarray]:
         """Return firing statistics of every feature, and the number of references on which it fires, int64 [F].

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
+from saejax.interventions.associations import BenchmarkAssociations
 from saejax.interventions.domains import DomainEffect
 from saejax.interventions.falsify import Falsification
+from saejax.interventions.primitives import BenchmarkPrimitives
 from saejax.results import Interval
 
 
@@ -47,6 +49,7 @@ class ChosenFeatures:
     top: tuple[FeatureEffect, ...]  #: the top features, one by one
     pools: Mapping[int, tuple[float, ...]]  #: feature -> up to 256 activations where it fires on train items
     activations: BenchmarkActivations  #: of the test items
+    primitives: BenchmarkPrimitives  #: groups of important features, not yet judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,5 +87,7 @@ class StudyResults:
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: of the items
     activations: BenchmarkActivations | None = None  #: of the test items
+    primitives: BenchmarkPrimitives | None = None  #: groups of features that matter for the same items
+    associations: BenchmarkAssociations | None = None  #: of features with categories and right answers
     domains: Mapping[str, DomainEffect] | None = None  #: effects of the top features of other benchmarks
     falsification: Falsification | None = None  #: whether the top features fire on words alone

@@ -11,10 +11,11 @@ The log-likelihoods, once all are measured, and the answers of each condition ar
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import sparse
 from scipy.stats import norm
 
 from saejax.dictionaries import Dictionary, stacks
@@ -24,6 +25,7 @@ from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.interventions import bases
 from saejax.interventions.ablation import describe_top, verdict_config
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
+from saejax.interventions.associations import RIGHT, BenchmarkAssociations, associate, item_activations
 from saejax.interventions.benchmark import (
     BenchmarkAblation,
     BenchmarkItems,
@@ -31,10 +33,20 @@ from saejax.interventions.benchmark import (
     answer_table,
     edits_of,
     measure_benchmark,
+    measure_sets,
     scored_conditions,
 )
-from saejax.interventions.domains import judge_domains, measure_domains
+from saejax.interventions.domains import GROUP as CHOSEN_ON
+from saejax.interventions.domains import judge_domains
 from saejax.interventions.falsify import Falsification, falsify
+from saejax.interventions.primitives import (
+    GROUP,
+    MOST,
+    BenchmarkPrimitives,
+    find_primitives,
+    judge_primitives,
+    recurring,
+)
 from saejax.interventions.references import References
 from saejax.interventions.study_results import (
     AnswerScores,
@@ -53,7 +65,7 @@ from saejax.interventions.table import (
     save_effects,
 )
 from saejax.interventions.verdict import verdict
-from saejax.matching.importance import read_features
+from saejax.matching.importance import ItemFeatures, read_features
 from saejax.matching.rows import rotate
 from saejax.models.language_model import LanguageModel
 from saejax.results import from_json, to_json
@@ -70,6 +82,7 @@ from saejax.tasks.scoring import wilson
 
 FEATURES, RANKING, FALSIFIED = "features.json", "feature_importance_ranking.json", "falsification.json"
 FEATURES_ON_ITEMS, ROTATED_ON_ITEMS = "features_on_items.npz", "rotated_on_items.npz"
+ITEM_ATTRIBUTION = "item_attribution.npz"  # [items, features], train items first
 ANSWERS = "answers"  # folder of the scored answers, a file for each condition
 _MEASURED = "log-likelihoods"  # folder of what is measured before answers are scored
 _CHANGED = 0.1  # share of answers that change under ablation, for what is said about power
@@ -82,8 +95,9 @@ def run_study(run: Run) -> StudyResults:
 
     ``effects.parquet`` and its definitions hold every measured value, ``answers/<condition>.jsonl`` the scored answers,
     ``features.json`` the top features and the activations from which they are resampled,
-    ``feature_importance_ranking.json`` all features that fire, the largest attribution first, and, if it was asked for,
-    ``falsification.json`` what drives the top features.
+    ``feature_importance_ranking.json`` all features that fire, the largest attribution first, ``item_attribution.npz``
+    the attribution of each feature for each item, and, if it was asked for, ``falsification.json`` what drives the top
+    features.
 
     Args:
       run: the unit.
@@ -107,17 +121,25 @@ def run_study(run: Run) -> StudyResults:
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
         table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
+        attribution_PxF = ablation.item_attribution([*train, *test])
         chosen = ChosenFeatures(
             top=describe_top(table, ablation),
             pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
             activations=_measure_activations(ablation),
+            primitives=_find_primitives(ablation, attribution_PxF, repeats, config.seed),
         )
         write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
-        others = [name for name in config.benchmarks if name != run.name]
-        chosen_on = {name: ablation.choose_features(_read_benchmark(name, lm, task, config)) for name in others}
-        if chosen_on:
-            table = merge_tables([table, measure_domains(ablation, chosen_on)])
+        sets: dict[str, Sequence[int]] = {
+            f"{GROUP}{number}": primitive.features
+            for number, primitive in enumerate(chosen.primitives.primitives[:MOST])
+        }
+        for name in config.benchmarks:
+            if name != run.name:
+                sets[CHOSEN_ON + name] = ablation.choose_features(_read_benchmark(name, lm, task, config))
+        if sets:
+            table = merge_tables([table, measure_sets(ablation, sets)])
         _save_activity(run.folder, items, ablation, config.seed)
+        sparse.save_npz(run.folder / ITEM_ATTRIBUTION, sparse.csr_array(attribution_PxF))
         save_effects(run.folder / _MEASURED, table)
         write_json(run.folder / FEATURES, to_json(chosen))  # last: it says that all of it is there
 
@@ -155,6 +177,18 @@ def run_study(run: Run) -> StudyResults:
         scores=summarize_scores(table, run.name),
         origin=str(origin(run.name, task)),
         activations=chosen.activations,
+        primitives=dataclasses.replace(
+            chosen.primitives,
+            effects=judge_primitives(
+                table,
+                run.name,
+                chosen.primitives.primitives,
+                {f"{run.name}/{item.id}": item.task for item in test},
+                config.bootstrap,
+                config.seed,
+            ),
+        ),
+        associations=_associate(run.folder, items, chosen, table, config.seed),
         domains=judge_domains(table, run.name, config.bootstrap, config.seed) or None,
         falsification=(
             from_json(Falsification, read_json(run.folder / FALSIFIED), run.folder / FALSIFIED)
@@ -195,6 +229,47 @@ def _read_benchmark(name: str, lm: LanguageModel, task: TaskConfig, config: Stud
 def _item_texts(items: Sequence[Item]) -> dict[str, str]:
     """Return each item's question with its solution, by its id."""
     return {item.id: f"{item.question}\n{item.solution}" for item in items}
+
+
+def _find_primitives(
+    ablation: BenchmarkAblation, attribution_PxF: np.ndarray, repeats: Mapping[str, Dictionary], seed: int
+) -> BenchmarkPrimitives:
+    """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have."""
+    train = ablation.items.train
+    ids, categories = [item.id for item in train], [item.task for item in train]
+    found = find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
+    seeds = {}
+    for name, dictionary in repeats.items():
+        other_PxF = dataclasses.replace(ablation, basis=dictionary).item_attribution(train)
+        others = find_primitives(other_PxF, ids, categories, seed)
+        seeds[name] = recurring(found.primitives, others.primitives)
+    return dataclasses.replace(found, seeds=seeds)
+
+
+def _associate(
+    folder: Path, items: BenchmarkItems, chosen: ChosenFeatures, table: EffectsTable, seed: int
+) -> BenchmarkAssociations | None:
+    """Return associations of features with categories and right answers; None where activity was not saved."""
+    if not (folder / FEATURES_ON_ITEMS).exists():
+        return None
+    read = ItemFeatures.load(folder / FEATURES_ON_ITEMS)
+    every, half = [*items.train, *items.test], len(items.train)
+    acts_PxF = item_activations(read.activity.f_NxF, read.text_N, len(every))
+    prompts = table.select_prompts(items.name)  # ordered by id
+    place = {f"{items.name}/{item.id}": half + number for number, item in enumerate(items.test)}
+    test_Q = np.array([place[prompt.id] for prompt in prompts])
+    names = sorted({item.task for item in every})
+    labels = {name: np.array([item.task == name for item in every]) for name in names}
+    test_labels = {name: has_P[test_Q] for name, has_P in labels.items()}
+    right_Q = table.clean_values(prompts, "accuracy")
+    if np.isfinite(right_Q).all():
+        test_labels[RIGHT] = right_Q > 0
+    singles = table.select_edits(items.name, "single")
+    drop_KxQ = table.drops(singles, prompts, "answer_log_prob")
+    drops = {edit.features[0]: drop_Q for edit, drop_Q in zip(singles, drop_KxQ, strict=True)}
+    tested = [effect.feature for effect in chosen.top]
+    train_labels = {name: has_P[:half] for name, has_P in labels.items()}
+    return associate(acts_PxF[:half], train_labels, acts_PxF[test_Q], test_labels, tested, drops, seed)
 
 
 def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:

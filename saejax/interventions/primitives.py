@@ -1,0 +1,298 @@
+"""Primitives of a benchmark: groups of features that matter for the same items, such as those of additions.
+
+1. Attributions of features for the answers to each train item are their profiles, once every item has the same size.
+   The most important features of any category are grouped by the correlation of their profiles (average linkage, cut
+   where 95 % of shuffled profiles have no group); a group is stable if it is found again on resampled items.
+2. A stable group is named after the category for whose items it matters most, if that is more than with categories
+   permuted over items. The largest contrast of all groups and categories is permuted, which corrects for their number.
+3. Groups are ablated on the test items. The effect on the items of the group's category is compared at equal dose with
+   random and placebo sets (``domains`` measures in the same way), and with its effect on other items.
+4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+
+from saejax.interventions.curves import EffectCurve, compare_at_equal_dose, read_curves
+from saejax.interventions.table import EffectsTable
+from saejax.matching.clusters.groups import DISSOLVED, overlaps
+from saejax.results import Interval
+from saejax.statistics.bootstrap import percentile_interval, resampling_weights
+from saejax.statistics.ranks import holm, min_controls, rank_p
+
+GROUP = "primitive "  # and its number: the group of its edits
+LEVEL = 0.05  # of a name, and of the comparison with control sets
+IMPORTANT, SMALLEST, MOST = 64, 3, 4  # features that are grouped; of the smallest group; groups that are ablated
+_RESAMPLES, _PERMUTATIONS = 50, 999
+RULE = (
+    f"The {IMPORTANT} features with the largest mean attribution in any category are grouped by the correlation of "
+    f"their attributions over train items (average linkage, at least {SMALLEST} features, cut where {100 * LEVEL:g} % "
+    "of shuffled profiles have a group). A group is a primitive if its mean overlap with a group of resampled items is "
+    f"at least {DISSOLVED:g}. It is named after a category if its attributions there exceed those elsewhere by more "
+    f"than with categories permuted over items (p at most {LEVEL:g} for the largest contrast of all groups and "
+    "categories)."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturePrimitive:
+    """A stable group of features with the category that it is named after."""
+
+    name: str  #: the category; "" where no category stands out
+    features: tuple[int, ...]  #: the most important first
+    overlap: float  #: mean Jaccard overlap with the most similar group of resampled items, at least 0.5
+    contrast: float  #: attribution in its category against that elsewhere, standard errors
+    p_value: float  #: of the largest contrast of all groups with categories permuted
+    examples: tuple[str, ...]  #: ids of the train items for which it matters most
+
+
+@dataclasses.dataclass(frozen=True)
+class PrimitiveEffect:
+    """The effect of ablating a primitive on test items."""
+
+    items: int  #: test items of its category; without a name all
+    effect: Interval  #: drop of the reference's log-likelihood on these, nats
+    elsewhere: Interval | None  #: on other test items; None without any
+    random: float | None  #: mean drop under random sets at equal dose, on the same items as ``effect``
+    placebo: float | None  #: the same under placebo sets
+    p_random: float | None  #: rank among random sets, corrected by Holm over the primitives; None without any
+    p_placebo: float | None  #: the same among placebo sets
+    answer: str  #: whether it is more than both: yes, no or not testable
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkPrimitives:
+    """The primitives of a benchmark."""
+
+    rule: str  #: in words
+    features: int  #: that were grouped
+    groups: int  #: found, stable or not
+    shuffled: float  #: groups of shuffled profiles at the same cut, mean
+    primitives: tuple[FeaturePrimitive, ...]  #: stable groups, the named ones first
+    effects: tuple[PrimitiveEffect, ...]  #: of the first of them
+    #: dictionary of another seed -> for each primitive whether one there has the same name
+    seeds: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
+
+
+def find_primitives(
+    attribution_PxF: np.ndarray, ids: Sequence[str], categories: Sequence[str], seed: int
+) -> BenchmarkPrimitives:
+    """Return the primitives of a benchmark, before they are ablated.
+
+    Args:
+      attribution_PxF: attribution of each feature for the answer to each train item, nats.
+      ids: names of the P items.
+      categories: of each.
+      seed: of the resamples and permutations.
+    """
+    category_P = np.asarray(categories)
+    names = np.unique(category_P)
+    # Items whose answer is unlikely have large attributions of all features, which would make all profiles alike.
+    size_Px1 = np.sqrt(np.square(attribution_PxF).mean(axis=1, keepdims=True))
+    rows_PxF = attribution_PxF / np.maximum(size_Px1, 1e-30)
+    mean_CxF = np.stack([rows_PxF[category_P == name].mean(axis=0) for name in names])
+    largest_F = mean_CxF.max(axis=0)
+    order_K = np.argsort(-largest_F, kind="stable")[:IMPORTANT]
+    feature_K = np.sort(order_K[largest_F[order_K] > 0])
+    group_K, overlap_G, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
+    stable = np.flatnonzero(overlap_G >= DISSOLVED)
+    members = [feature_K[group_K == group] for group in stable]
+    profile_GxP = np.array([rows_PxF[:, some].mean(axis=1) for some in members]).reshape(-1, len(category_P))
+    contrast_GxC, p_GxC = category_contrasts(profile_GxP, category_P, seed)
+    primitives = []
+    for g, some in enumerate(members):
+        best = int(np.argmax(contrast_GxC[g]))
+        mean_M = rows_PxF[:, some].mean(axis=0)
+        primitives.append(
+            FeaturePrimitive(
+                name=str(names[best]) if p_GxC[g, best] <= LEVEL else "",
+                features=tuple(some[np.argsort(-mean_M, kind="stable")].tolist()),
+                overlap=float(overlap_G[stable[g]]),
+                contrast=float(contrast_GxC[g, best]),
+                p_value=float(p_GxC[g, best]),
+                examples=tuple(ids[p] for p in np.argsort(-profile_GxP[g], kind="stable")[:3]),
+            )
+        )
+    primitives.sort(key=lambda one: (not one.name, -one.contrast))
+    return BenchmarkPrimitives(
+        rule=RULE,
+        features=len(feature_K),
+        groups=len(overlap_G),
+        shuffled=shuffled,
+        primitives=tuple(primitives),
+        effects=(),
+    )
+
+
+def group_profiles(profile_KxP: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the group of each feature (-1: none), the stability of each group, and how many shuffled profiles have.
+
+    Args:
+      profile_KxP: profile of each feature over items.
+      seed: of the shuffles and resamples.
+    """
+    features, items = profile_KxP.shape
+    if features < SMALLEST or items < 3:
+        return np.full(features, -1), np.zeros(0), 0.0
+    rng = np.random.default_rng(seed)
+    trees = [_tree(rng.permuted(profile_KxP, axis=1)) for _ in range(_RESAMPLES)]
+    # The distance at which the first group forms: below the cut it does in 5 % of shuffles.
+    cut = float(np.quantile([tree[tree[:, 3] >= SMALLEST, 2].min() for tree in trees], LEVEL, method="lower"))
+    shuffled = float(np.mean([_cut(tree, cut).max() + 1 for tree in trees]))
+    group_K = _cut(_tree(profile_KxP), cut)
+    again = [
+        overlaps(group_K, _cut(_tree(profile_KxP[:, rng.integers(items, size=items)]), cut)) for _ in range(_RESAMPLES)
+    ]
+    return group_K, np.mean(again, axis=0), shuffled
+
+
+def _tree(profile_KxP: np.ndarray) -> np.ndarray:
+    """Return the average-linkage tree of profiles; the distance is 1 - correlation, of constant profiles 1."""
+    centred_KxP = profile_KxP - profile_KxP.mean(axis=1, keepdims=True)
+    unit_KxP = centred_KxP / np.maximum(np.linalg.norm(centred_KxP, axis=1, keepdims=True), 1e-12)
+    distance_KxK = np.clip(1 - unit_KxP @ unit_KxP.T, 0, 2)
+    np.fill_diagonal(distance_KxK, 0)
+    return linkage(squareform(distance_KxK, checks=False), "average")
+
+
+def _cut(tree: np.ndarray, distance: float) -> np.ndarray:
+    """Return the groups of at least ``SMALLEST`` features that form below a distance, from 0; -1: none."""
+    _, label_K, count_U = np.unique(
+        fcluster(tree, np.nextafter(distance, 0), "distance"), return_inverse=True, return_counts=True
+    )
+    kept_U = count_U >= SMALLEST
+    return np.where(kept_U, np.cumsum(kept_U) - 1, -1)[label_K]
+
+
+def category_contrasts(profile_GxP: np.ndarray, category_P: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much each profile stands out in each category, with p-values corrected for all of them.
+
+    The contrast is the difference of the mean inside a category and outside in standard errors of the pooled variance;
+    p is the share of permutations of the items whose largest contrast is at least as large (Westfall and Young, 1993).
+
+    Args:
+      profile_GxP: a number for each group and item.
+      category_P: category of each item.
+      seed: of the permutations.
+
+    Returns:
+      Contrasts and p-values, ``[G, C]``; categories in ascending order.
+    """
+    inside_CxP = np.unique(category_P)[:, None] == category_P[None, :]
+    contrast_GxC = _contrasts(profile_GxP, inside_CxP)
+    rng = np.random.default_rng(seed)
+    largest_R = np.array(
+        [
+            _contrasts(profile_GxP[:, rng.permutation(len(category_P))], inside_CxP).max(initial=-np.inf)
+            for _ in range(_PERMUTATIONS)
+        ]
+    )
+    as_large_GxC = (largest_R[None, None, :] >= contrast_GxC[:, :, None] - 1e-12).sum(axis=2)
+    return contrast_GxC, (1 + as_large_GxC) / (1 + _PERMUTATIONS)
+
+
+def _contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray) -> np.ndarray:
+    count_C, total = inside_CxP.sum(axis=1), inside_CxP.shape[1]
+    if min(len(profile_GxP), len(count_C) - 1) < 1:
+        return np.zeros((len(profile_GxP), len(count_C)))
+    mean_GxC = profile_GxP @ inside_CxP.T / count_C
+    rest_GxC = profile_GxP @ ~inside_CxP.T / (total - count_C)
+    spread_Gx1 = np.maximum(profile_GxP.std(axis=1, ddof=1)[:, None], 1e-12)
+    return (mean_GxC - rest_GxC) / (spread_Gx1 * np.sqrt(1 / count_C + 1 / (total - count_C)))
+
+
+def recurring(primitives: Sequence[FeaturePrimitive], others: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:
+    """Return for each primitive whether another dictionary has one of the same name; False without a name."""
+    names = {other.name for other in others}
+    return tuple(bool(one.name) and one.name in names for one in primitives)
+
+
+def judge_primitives(
+    table: EffectsTable,
+    benchmark: str,
+    primitives: Sequence[FeaturePrimitive],
+    categories: Mapping[str, str],
+    resamples: int,
+    seed: int,
+) -> tuple[PrimitiveEffect, ...]:
+    """Return the effects of the primitives that were ablated, a function of the table alone.
+
+    Args:
+      table: effects table of the benchmark.
+      benchmark: its name.
+      primitives: all of them; those that the table has are judged.
+      categories: category of each item, by the id of its prompt.
+      resamples: bootstrap samples of the intervals.
+      seed: seed of the bootstrap.
+    """
+    prompts = table.select_prompts(benchmark)
+    random, placebo = (read_curves(table, benchmark, group) for group in ("random", "placebo"))
+    rows: list[PrimitiveEffect] = []
+    for number, primitive in enumerate(primitives[:MOST]):
+        curves = read_curves(table, benchmark, f"{GROUP}{number}")
+        if not curves:
+            break
+        category_P = np.array([categories[prompt.id] for prompt in prompts])
+        inside_P = category_P == primitive.name if primitive.name else np.ones(len(prompts), bool)
+        drop_P = curves[0].drop_AxP[-1]
+        effect = _interval(drop_P[inside_P], resamples, seed)
+        if effect is None:
+            break
+        features = set(primitive.features)
+        means, p_values = [], []
+        for sets in (random, placebo):
+            # Random sets hold no feature of the primitive; placebo sets are chosen as it was, so all of them count.
+            controls = [each for each in sets if sets is placebo or not features & set(each.edits[-1].features)]
+            mean, p_value = _rank(curves[0], controls, inside_P)
+            means.append(mean)
+            p_values.append(p_value)
+        rows.append(
+            PrimitiveEffect(
+                items=int(inside_P.sum()),
+                effect=effect,
+                elsewhere=_interval(drop_P[~inside_P], resamples, seed),
+                random=means[0],
+                placebo=means[1],
+                p_random=p_values[0],
+                p_placebo=p_values[1],
+                answer="not testable",
+            )
+        )
+    return _corrected(rows, min((len(sets) for sets in (random, placebo)), default=0))
+
+
+def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
+    if len(drop_P) < 2:
+        return None
+    weight_RxP = resampling_weights(np.zeros(len(drop_P)), resamples, seed)
+    return Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P))
+
+
+def _rank(
+    curve: EffectCurve, controls: Sequence[EffectCurve], inside_P: np.ndarray
+) -> tuple[float | None, float | None]:
+    """Return the mean drop under control sets at equal dose on some items, and the rank of the tested one."""
+    if not controls:
+        return None, None
+    tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
+    tested_N, control_N = tested_NxP[:, inside_P].mean(axis=1), control_NxP[:, inside_P].mean(axis=1)
+    return float(control_N.mean()), rank_p(tested_N, control_N)
+
+
+def _corrected(rows: Sequence[PrimitiveEffect], sets: int) -> tuple[PrimitiveEffect, ...]:
+    """Return the effects with p-values after Holm's correction, and the answers that follow."""
+    columns = []
+    for name in ("p_random", "p_placebo"):
+        p_values = [getattr(row, name) for row in rows]
+        columns.append(holm(np.array(p_values)).tolist() if rows and None not in p_values else [None] * len(rows))
+    corrected = []
+    for row, p_random, p_placebo in zip(rows, *columns, strict=True):
+        answer = row.answer
+        if p_random is not None and p_placebo is not None and sets >= min_controls(1, LEVEL):
+            answer = "yes" if max(p_random, p_placebo) <= LEVEL else "no"
+        corrected.append(dataclasses.replace(row, p_random=p_random, p_placebo=p_placebo, answer=answer))
+    return tuple(corrected)
