@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 from saejax.interventions.probing import ProbeTask, fit_probe
 from saejax.results import Interval
@@ -106,10 +106,10 @@ def associate(
     has_QxL = np.stack([*kept.values()], axis=1).astype(np.float64)
     unit_QxF, unit_QxL = _unit(np.where(live_F, test_QxF, 0.0).astype(np.float64)), _unit(has_QxL)
     seen_FxL = unit_QxF.T @ unit_QxL
-    order_RxQ = np.stack([rng.permutation(items) for _ in range(_PERMUTATIONS)])
-    shuffled = [np.abs(unit_QxF.T @ unit_QxL[order_Q]) for order_Q in order_RxQ]
-    largest_R = np.array([each_FxL.max() for each_FxL in shuffled])
-    cut = float(np.quantile(largest_R, 1 - LEVEL, method="higher"))
+    order_SxQ = np.stack([rng.permutation(items) for _ in range(_PERMUTATIONS)])
+    shuffled = [np.abs(unit_QxF.T @ unit_QxL[order_Q]) for order_Q in order_SxQ]
+    largest_S = np.array([each_FxL.max() for each_FxL in shuffled])
+    cut = float(np.quantile(largest_S, 1 - LEVEL, method="higher"))
     labels = tuple(
         LabelAssociations(
             label=name,
@@ -125,7 +125,7 @@ def associate(
     for feature in tested:
         place = int(seen_FxL[feature].argmax())
         name = list(kept)[place]
-        p_value = (1 + int((largest_R >= abs(seen_FxL[feature, place]) - 1e-12).sum())) / (1 + _PERMUTATIONS)
+        p_value = (1 + int((largest_S >= abs(seen_FxL[feature, place]) - 1e-12).sum())) / (1 + _PERMUTATIONS)
         auc, p_probe = None, None
         if name in train_labels and 0 < train_labels[name].sum() < len(train_PxF):
             columns = train_PxF[:, [feature]], train_labels[name].astype(int)
@@ -160,9 +160,13 @@ def _probe(
     """Return the AUC of a probe of one feature on test items, and its permutation p-value."""
     answers = fit_probe(ProbeTask(train_Px1.astype(float), train_P, test_Qx1.astype(float), test_Q), None, 1.0)
     assert answers.score_M is not None
-    auc = float(roc_auc_score(test_Q, answers.score_M))
-    as_large = sum(roc_auc_score(rng.permutation(test_Q), answers.score_M) >= auc - 1e-12 for _ in range(_PERMUTATIONS))
-    return auc, (1 + as_large) / (1 + _PERMUTATIONS)
+    # The AUC is Mann and Whitney's statistic, a sum of ranks, of which only the labels are permuted.
+    rank_Q, count = rankdata(answers.score_M), int(test_Q.sum())
+    order_SxQ = rng.permuted(np.tile(test_Q, (_PERMUTATIONS, 1)), axis=1)
+    auc, *shuffled = (np.vstack([test_Q, order_SxQ]) @ rank_Q - count * (count + 1) / 2) / (
+        count * (len(test_Q) - count)
+    )
+    return float(auc), (1 + int((np.array(shuffled) >= auc - 1e-12).sum())) / (1 + _PERMUTATIONS)
 
 
 def _correlation(value_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> Interval:

@@ -98,8 +98,8 @@ def find_primitives(
     largest_F = mean_CxF.max(axis=0)
     order_K = np.argsort(-largest_F, kind="stable")[:IMPORTANT]
     feature_K = np.sort(order_K[largest_F[order_K] > 0])
-    group_K, overlap_G, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
-    stable = np.flatnonzero(overlap_G >= DISSOLVED)
+    group_K, overlap_U, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
+    stable = np.flatnonzero(overlap_U >= DISSOLVED)
     members = [feature_K[group_K == group] for group in stable]
     profile_GxP = np.array([rows_PxF[:, some].mean(axis=1) for some in members]).reshape(-1, len(category_P))
     contrast_GxC, p_GxC = category_contrasts(profile_GxP, category_P, seed)
@@ -111,7 +111,7 @@ def find_primitives(
             FeaturePrimitive(
                 name=str(names[best]) if p_GxC[g, best] <= LEVEL else "",
                 features=tuple(some[np.argsort(-mean_M, kind="stable")].tolist()),
-                overlap=float(overlap_G[stable[g]]),
+                overlap=float(overlap_U[stable[g]]),
                 contrast=float(contrast_GxC[g, best]),
                 p_value=float(p_GxC[g, best]),
                 examples=tuple(ids[p] for p in np.argsort(-profile_GxP[g], kind="stable")[:3]),
@@ -121,7 +121,7 @@ def find_primitives(
     return BenchmarkPrimitives(
         rule=RULE,
         features=len(feature_K),
-        groups=len(overlap_G),
+        groups=len(overlap_U),
         shuffled=shuffled,
         primitives=tuple(primitives),
         effects=(),

@@ -336,10 +336,10 @@ COMMONSENSE = (
 
 # The benchmarks of one part, by name.
 WORD_PROBLEMS = (
-    ("Otto has 12 spoons and finds 5 more. How many spoons does Otto have now?", "17"),
+    ("Otto has 12 spoons and finds 5 more. How many spoons does Otto have now?", "12 + 5 = 17"),
     ("All glims are round. All prots are flat. Vera is a prot. What is Vera like?", "flat"),
-    ("Vera packs 3 crates with 6 lamps each. How many lamps are in the crates?", "18"),
-    ("Otto has 15 ropes, gives away 4 and finds 2. How many ropes does Otto have in the end?", "13"),
+    ("Vera packs 3 crates with 6 lamps each. How many lamps are in the crates?", "3 * 6 = 18"),
+    ("Otto has 15 ropes, gives away 4 and finds 2. How many ropes does Otto have in the end?", "15 - 4 + 2 = 13"),
 )
 
 WORKED = dict(gsm8k=GSM8K, math=MATH, logiqa=LOGIQA, commonsense=COMMONSENSE, word_problems=WORD_PROBLEMS)

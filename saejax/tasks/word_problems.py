@@ -2,19 +2,22 @@
 
 Questions are made from templates and words in ``data/word_problems.json``, which were written for this project. The
 templates of every category (operation and number of steps) differ in their words alone, and the last one of each is
-held out: its items judge features, but choose none. The choices of a problem are the answers to others
-(``number_choices``); those of logic are the property that the question asks for and one that it also mentions.
+held out: its items judge features, but choose none. The answer to a problem is its calculation, "12 + 5 = 17"; the
+other choices are right calculations with another operation on the same numbers. So what is asked is which operation the
+words mean: among bare numbers SmolLM2-135M guesses, worked examples or not. The choices of logic are the property that
+the question asks for and one that it also mentions.
 """
 
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-PER_TEMPLATE = 40  # questions
+PER_TEMPLATE, WRONG = 40, 2  # questions; wrong choices of a problem
 _FILE, _SEED = "word_problems.json", 42
 _RANGES = dict(a=(11, 20), b=(2, 9), c=(2, 5), d=(2, 9))  # of the numbers; so no result is below 1
 
@@ -25,7 +28,7 @@ def read_data() -> bytes:
 
 
 def make_questions() -> Iterator[dict[str, Any]]:
-    """Yield every question with its answer, choices (none of a number), category and whether its template is held out.
+    """Yield every question with its answer, choices, category and whether its template is held out.
 
     No two questions are the same; the seed is fixed.
     """
@@ -45,7 +48,12 @@ def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number:
     numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
     name, other = rng.choice(data["names"], 2, replace=False).tolist()
     question = template["text"].format(**numbers, name=name, other=other, thing=str(rng.choice(data["things"])))
-    return question, str(evaluate(template["steps"], numbers)), []
+    right = template["steps"]
+    values = {steps: evaluate(steps, numbers) for steps in (right, *_other_steps(right))}
+    wrong = [steps for steps in values if values[steps] != values[right]]
+    chosen = [right, *(wrong[i] for i in rng.choice(len(wrong), min(len(wrong), WRONG), replace=False))]
+    written = {steps: f"{_written(steps, numbers)} = {values[steps]}" for steps in chosen}
+    return question, written[right], sorted(written.values())
 
 
 def _rule(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
@@ -57,11 +65,20 @@ def _rule(template: Mapping, data: Mapping, rng: np.random.Generator, number: in
     return template["text"].format(**words, name=str(rng.choice(data["names"]))), yes, choices
 
 
+def _other_steps(steps: str) -> list[str]:
+    """Return steps with one of their operations exchanged for another."""
+    places = [place for place, sign in enumerate(steps) if sign in "+-*"]
+    return [f"{steps[:place]}{sign}{steps[place + 1 :]}" for place in places for sign in "+-*" if sign != steps[place]]
+
+
+def _written(steps: str, numbers: Mapping[str, int]) -> str:
+    return re.sub(r"[a-z]", lambda letter: str(numbers[letter[0]]), steps)
+
+
 def evaluate(steps: str, numbers: Mapping[str, int]) -> int:
-    """Return the value of steps such as "c * d + b", done from left to right."""
-    first, *rest = re.findall(r"\w|[+*-]", steps)
-    value = numbers[first]
-    for sign, letter in zip(rest[::2], rest[1::2], strict=True):
-        number = numbers[letter]
-        value = value * number if sign == "*" else value + number if sign == "+" else value - number
-    return value
+    """Return the value of steps such as "c * d + b", products first."""
+    terms = re.findall(r"([+-]?) ?(\w(?: \* \w)*)", steps)
+    return sum(
+        (-1 if sign == "-" else 1) * math.prod(numbers[letter] for letter in letters.split(" * "))
+        for sign, letters in terms
+    )

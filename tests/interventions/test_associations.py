@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from sklearn.metrics import roc_auc_score
 
 from saejax.interventions import associations
 from saejax.interventions.associations import RIGHT, associate, item_activations
@@ -15,7 +16,7 @@ def fewer_permutations(monkeypatch):
     monkeypatch.setattr(associations, "_PERMUTATIONS", 199)
 
 
-def make_world(seed, strength):
+def make_world(seed, strength, tested=(0, 1, 2)):
     """Items of two categories, half of them train items; feature 0 fires on additions, and answers rest on it."""
     rng = np.random.default_rng(seed)
     acts_PxF = np.maximum(rng.normal(0.3, 1, (2 * ITEMS, FEATURES)), 0)
@@ -25,7 +26,7 @@ def make_world(seed, strength):
     labels = [{"addition": is_sum_P[half], "logic": ~is_sum_P[half]} for half in (train_P, test_P)]
     right = {RIGHT: rng.random(ITEMS) < 0.5}
     drops = {0: strength * is_sum_P[test_P] + 0.2 * rng.normal(size=ITEMS), 1: 0.2 * rng.normal(size=ITEMS)}
-    return associate(acts_PxF[train_P], labels[0], acts_PxF[test_P], labels[1] | right, [0, 1, 2], drops, seed)
+    return associate(acts_PxF[train_P], labels[0], acts_PxF[test_P], labels[1] | right, tested, drops, seed)
 
 
 def test_a_planted_feature_is_found_by_all_three():
@@ -45,7 +46,7 @@ def test_the_causal_answer_is_the_difference_of_drops():
 
 
 def test_no_association_where_there_is_none():
-    fooled = sum(any(one.associated for one in make_world(seed, 0.0).labels) for seed in range(1, 41))
+    fooled = sum(any(one.associated for one in make_world(seed, 0.0, ()).labels) for seed in range(1, 41))
     assert fooled <= 5  # of 40 at a level of 5 %
 
 
@@ -58,6 +59,14 @@ def test_correlation_and_activation_of_items_are_those_of_numpy():
     value_Q, has_Q = rng.normal(size=20), np.arange(20) % 3 == 0
     weights = np.full((5, 20), 1 / 20)
     assert associations._correlation(value_Q, has_Q, weights).mean == pytest.approx(np.corrcoef(value_Q, has_Q)[0, 1])
+
+
+def test_the_area_under_the_curve_is_that_of_scikit_learn():
+    rng = np.random.default_rng(4)
+    value_Qx1, has_Q = np.round(rng.normal(size=(40, 1)), 1), np.arange(40) % 3 == 0
+    auc, p_value = associations._probe(value_Qx1, has_Q.astype(int), value_Qx1, has_Q.astype(int), rng)
+    found = roc_auc_score(has_Q, value_Qx1[:, 0])
+    assert auc == pytest.approx(max(found, 1 - found)) and 0 < p_value <= 1
 
 
 def test_labels_of_few_items_are_not_tested():

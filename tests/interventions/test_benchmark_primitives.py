@@ -103,7 +103,9 @@ def make_table(strength, items=20, sets=39):
             (strength * edit.fraction * (categories[prompt.id] == "addition") if is_primitive else 0.1 * rng.normal())
             for prompt in prompts
         ]
-        values.append([-5 - np.array(lost_P) * (edit.group != "clean"), np.full(items, float(edit.group != "clean"))])
+        values.append(
+            [-5 - np.array(lost_P) * (edit.group != "clean"), np.full(items, edit.fraction * (edit.group != "clean"))]
+        )
     block = (edits, prompts, ["answer_log_prob", "change_norm"], np.array(values).transpose(0, 2, 1))
     return EffectsTable.from_blocks(edits, prompts, [block]), categories
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from saejax.interventions.study_run import split_items
@@ -30,15 +31,13 @@ def work_out(question: str) -> str:
         return every.get(kind) or every[kind.rstrip("e")]
     a, *rest = map(int, re.findall(r"\d+", question))
     b, c = [*rest, None, None][:2]
-    if re.search(r"bags|shelves|children|boxes|crates|each of", question):
-        return str(a * b + (c or 0))
-    if "gets" in question:
-        return str(a * b + c)
+    if re.search(r"bags|shelves|children|boxes|crates|each of|gets", question):
+        return f"{a} * {b} = {a * b}" if c is None else f"{a} * {b} + {c} = {a * b + c}"
     if "adds" in question or "brings" in question:
-        return str(a + b - c)
+        return f"{a} + {b} - {c} = {a + b - c}"
     if "gives away" in question:
-        return str(a - b + c)
-    return str(a - b if re.search(r"gives|takes|loses", question) else a + b)
+        return f"{a} - {b} + {c} = {a - b + c}"
+    return f"{a} - {b} = {a - b}" if re.search(r"gives|takes|loses", question) else f"{a} + {b} = {a + b}"
 
 
 def test_answers_are_right(items):
@@ -50,16 +49,27 @@ def test_answers_are_right(items):
         assert not set(re.findall(r"Otto|Vera|glims|spoons", question)) & set(json.loads(read_data())["names"])
 
 
-def test_steps_are_done_from_left_to_right():
+def test_products_come_first():
     assert evaluate("c * d + b", dict(b=1, c=2, d=3)) == 7 and evaluate("a - b + c", dict(a=9, b=4, c=1)) == 6
+    assert evaluate("a - b * c", dict(a=9, b=2, c=3)) == 3 and evaluate("a * b * c", dict(a=2, b=2, c=3)) == 12
+
+
+def test_wrong_choices_are_right_calculations_of_the_same_numbers(items):
+    for item in items:
+        if "logic" not in item.task:
+            for choice in item.choices:
+                calculation, _, value = choice.partition(" = ")
+                assert set(calculation) <= set("0123456789+-* ") and eval(calculation) == int(value)
+                assert re.findall(r"\d+", calculation) == re.findall(r"\d+", item.answer.partition(" = ")[0])
 
 
 def test_no_guess_does_better_than_chance(items):
-    logic = [row for row in make_questions() if row["choices"]]
+    logic = [row for row in make_questions() if "logic" in row["category"]]
     assert 2 * sum(row["answer"] == row["choices"][0] for row in logic) == len(logic) == 3 * PER_TEMPLATE
-    numbers = [item for item in items if "logic" not in item.task]
-    places = Counter(item.choices.index(item.answer) for item in numbers)
-    assert min(places[place] for place in range(4)) > len(numbers) / 6
+    problems = [item for item in items if "logic" not in item.task]
+    for operation in "+-*":  # a model that likes an operation, whatever the words say
+        liked = [max(item.choices, key=lambda choice, sign=f" {operation} ": choice.count(sign)) for item in problems]
+        assert np.mean([choice == item.answer for choice, item in zip(liked, problems, strict=True)]) < 0.5
 
 
 def test_questions_are_the_same_everywhere_and_all_differ():
