@@ -86,6 +86,7 @@ class StudyResults:
     verdict: CausalVerdict  #: the five answers, as if this were the run's only benchmark
     scores: tuple[AnswerScores, ...]  #: accuracy, format failures and cut-off answers by group of edits
     origin: str  #: of the items
+    categories: Mapping[str, str] = dataclasses.field(default_factory=dict)  #: of each item, by its id
     activations: BenchmarkActivations | None = None  #: of the test items
     primitives: BenchmarkPrimitives | None = None  #: groups of features that matter for the same items
     associations: BenchmarkAssociations | None = None  #: of features with categories and right answers

@@ -176,6 +176,7 @@ def run_study(run: Run) -> StudyResults:
         verdict=judged,
         scores=summarize_scores(table, run.name),
         origin=str(origin(run.name, task)),
+        categories={item.id: item.task for item in (*train, *test)},
         activations=chosen.activations,
         primitives=dataclasses.replace(
             chosen.primitives,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
 from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
-from saejax.studies import criteria, gather_effects
+from saejax.studies import criteria, gather_effects, gather_features
 from saejax.studies.alignment import alignments
 from saejax.studies.learned import learned
+from saejax.studies.phases import phases
 from saejax.studies.results import (
     ActivationFigures,
     BaselineFigures,
@@ -54,6 +55,7 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
     """
     found = {row.name: _found(root, row.name, states) for row in rows}
     each = [(row, found[row.name]) for row in rows]
+    read = {name: gather_features.read_benchmarks(found, name) for name in _benchmarks(found.values())}
     figures = StudyFigures(
         fingerprint=mark,
         rules=tuple(criteria.RULES.values()),
@@ -67,6 +69,11 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
         gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),
         domains=gather_effects.domains(found),
         drivers=tuple(one for row, own in each for one in gather_effects.drivers(row.name, own)),
+        primitives=tuple(one for name in read for one in gather_features.primitives(found, name, read[name])),
+        labels=tuple(one for row, own in each for one in gather_features.labels(row.name, own)),
+        associations=tuple(one for row, own in each for one in gather_features.associations(row.name, own)),
+        problems=tuple(one for name in read for one in gather_features.problems(found, name, read[name])),
+        phases=(),
         transfer=tuple(one for row, own in each for one in gather_effects.transfer(row.name, own)),
         tracking=tuple(one for row, own in each for one in gather_effects.tracking(row.name, own)),
         learned=(),
@@ -78,8 +85,14 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
             if state.state != "done"
         ),
     )
+    figures = dataclasses.replace(figures, phases=phases(figures, found))
     figures = dataclasses.replace(figures, learned=learned(figures))
     return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(found.values()))))
+
+
+def _benchmarks(rows: Iterable[Findings]) -> list[str]:
+    """Return the benchmarks on which any row ablated features."""
+    return list(dict.fromkeys(name for found in rows for name in found.each(StudyResults)))
 
 
 def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:

@@ -1,13 +1,21 @@
 """The figures of a study's report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from saejax.page.style import BLUE, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
+from saejax.matching.transfer.report import draw_heatmaps
+from saejax.page.style import BLUE, GREEN, GREY, INK, LINES, ORANGE, height_of, legend, name_rows, panels, point, styled
 from saejax.results import Interval
-from saejax.studies.results import DictionaryFigures, DriverFigures, EffectFigures
+from saejax.studies.results import (
+    AlignmentFigures,
+    DictionaryFigures,
+    DriverFigures,
+    EffectFigures,
+    PrimitiveFigures,
+)
 
 
 @styled
@@ -69,4 +77,59 @@ def draw_losses(dictionaries: Sequence[DictionaryFigures]) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
     legend(axes, 1)
+    return figure
+
+
+@styled
+def draw_primitives(primitives: Sequence[PrimitiveFigures]) -> Figure:
+    """Draw what ablating each group costs the items of its category and others, beside control sets."""
+    names = [f"{one.row}: {one.name or 'no category'}" for one in primitives]
+    figure, (axes,) = panels((height_of(names, 0.42) + 1.5,), ("Log-likelihood lost when a group is ablated",))
+    for row, one in enumerate(primitives):
+        if one.effect:
+            point(axes, one.effect, row - 0.12, ORANGE, "D", "on items of its category", size=5)
+        if one.elsewhere:
+            point(axes, one.elsewhere, row + 0.12, GREEN, "s", "on other items", size=5)
+        for value, color, marker, label in (
+            (one.random, GREY, "o", "random sets at equal dose, mean"),
+            (one.placebo, BLUE, "x", "sets chosen for other answers, mean"),
+        ):
+            if value is not None:
+                axes.plot([value], [row + 0.3], marker, color=color, label=label, markersize=5)
+    axes.axvline(0, color=INK, linewidth=0.8)
+    name_rows(axes, names)
+    axes.set_xlabel("nats per answer")
+    legend(axes, 1)
+    return figure
+
+
+@styled
+def draw_models(rows: Sequence[str], alignment: Sequence[AlignmentFigures]) -> Figure:
+    """Draw the share of features that two rows share by activity on a benchmark, and the same by chance."""
+    matrices = {}
+    for title, field in (("Features with a partner", "shared"), ("By chance", "shared_null")):
+        share_NxN = np.full((len(rows), len(rows)), np.nan)
+        for one in alignment:
+            value = getattr(one, field)
+            if value is not None:
+                first, second = rows.index(one.first), rows.index(one.second)
+                share_NxN[first, second] = share_NxN[second, first] = value
+        matrices[title] = share_NxN
+    return draw_heatmaps(rows, matrices, "share of the first row's features")
+
+
+@styled
+def draw_trends(dictionaries: Sequence[DictionaryFigures], widths: Mapping[str, int]) -> Figure:
+    """Draw the explained variance of every dictionary against the model's width and its expansion, a colour a row."""
+    figure, below = panels((2.3, 2.3), ("Normalised error by width of the stream", "Normalised error by expansion"))
+    rows = list(dict.fromkeys(one.row for one in dictionaries))
+    for one in dictionaries:
+        if one.row in widths:
+            color, _, marker = LINES[rows.index(one.row) % len(LINES)]
+            for axes, x in zip(below, (widths[one.row], one.features / widths[one.row]), strict=True):
+                axes.plot([x], [1 - one.explained_variance], marker, color=color, markersize=5, label=one.row)
+    for axes, label in zip(below, ("width of the stream", "features per dimension"), strict=True):
+        axes.set(xlabel=label, ylim=(0, None))
+        axes.grid(axis="y", color=INK, alpha=0.13, linewidth=0.7)
+    legend(below[-1], 1)
     return figure

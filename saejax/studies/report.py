@@ -20,9 +20,17 @@ from saejax.page.tables import Table
 from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
-from saejax.studies.criteria import RULES
+from saejax.studies.criteria import EPOCH, RULES
 from saejax.studies.learned import sentences, table_rows
-from saejax.studies.pictures import draw_drivers, draw_effects, draw_losses
+from saejax.studies.phases import disagreements
+from saejax.studies.pictures import (
+    draw_drivers,
+    draw_effects,
+    draw_losses,
+    draw_models,
+    draw_primitives,
+    draw_trends,
+)
 from saejax.studies.progress import duration
 from saejax.studies.results import StudyFigures
 from saejax.studies.sheets import SHEETS
@@ -72,10 +80,14 @@ def _sections(root: Path, figures: StudyFigures) -> list[Section]:
         _section(
             "Causal effects", figures, "effects", "No row ran feature ablation on a benchmark (--study.benchmarks)."
         ),
+        Section("Reasoning primitives", tuple(_primitives(root, figures))),
+        Section("Features and categories", tuple(_associations(figures))),
+        _section("The same problem in every model", figures, "problems", "No row ran feature ablation on a benchmark."),
+        Section("All phases", tuple(_phases(figures))),
         _section("The gate", figures, "gates", "No row ran feature ablation on a benchmark, so there is no gate."),
         _section("Words or context", figures, "drivers", "No row injected tokens (--study.falsify)."),
         _section("Transfer to other benchmarks", figures, "domains", "No row tested two benchmarks."),
-        _section("Alignment", figures, "alignment", "There are no two rows with the same benchmark."),
+        Section("Alignment", tuple(_alignment(root, figures))),
         *([_section("Behaviours", figures, "behaviours")] if figures.behaviours else []),
         _section("Transfer", figures, "transfer", "No row compared dictionaries (--transfer.dictionaries)."),
         _section("Tracking", figures, "tracking", "No row followed a text through the layers (--track.prompts)."),
@@ -107,6 +119,60 @@ def _learned(root: Path, figures: StudyFigures) -> Iterator[Block]:
         yield _picture(root, "study_drivers", draw_drivers(figures.drivers), caption)
 
 
+def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
+    """Yield the groups of features that matter for the same items."""
+    if not figures.primitives:
+        yield Text("No group of features was stable: no row has a primitive.")
+        return
+    named = [one for one in figures.primitives if one.name]
+    held = [one for one in named if one.more == "yes" and 2 * one.recurs >= one.seeds]
+    sentence = (
+        f"{_count(len(figures.primitives), 'group')} of features are stable, {len(named)} of them have a category, and "
+        f"{len(held)} of these also lower its answers more than both kinds of control sets and recur in at least half "
+        "of the other seeds."
+    )
+    if held:
+        sentence += f" They are: {'; '.join(f'{one.name} in {one.row}' for one in held)}."
+    yield Text(sentence)
+    ablated = [one for one in figures.primitives if one.effect is not None]
+    if ablated:
+        caption = "What ablating each group costs, beside control sets at equal dose."
+        yield _picture(root, "study_primitives", draw_primitives(ablated), caption)
+    yield SHEETS["primitives"].table(figures)
+
+
+def _associations(figures: StudyFigures) -> Iterator[Block]:
+    """Yield which features go with which label, by three ways of asking."""
+    if not figures.labels:
+        yield Text("No row ran feature ablation on a benchmark with categories.")
+        return
+    tested = [one for one in figures.associations if one.agree is not None]
+    agree = sum(bool(one.agree) for one in tested)
+    yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
+    yield SHEETS["associations"].table(figures)
+    yield SHEETS["labels"].table(figures)
+
+
+def _phases(figures: StudyFigures) -> Iterator[Block]:
+    """Yield every test by phase, and where two phases disagree."""
+    yield SHEETS["phases"].table(figures)
+    lines = disagreements(figures)
+    yield Terms(tuple(("Disagreement", line) for line in lines)) if lines else Text("No two phases disagree.")
+
+
+def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
+    """Yield which rows agree on what matters, and a heatmap of the features that they share."""
+    if not figures.alignment:
+        yield Text("There are no two rows with the same benchmark.")
+        return
+    for benchmark in dict.fromkeys(one.benchmark for one in figures.alignment if one.shared is not None):
+        pairs = [one for one in figures.alignment if one.benchmark == benchmark]
+        rows = [model.row for model in figures.models if any(model.row in (one.first, one.second) for one in pairs)]
+        caption = f"Features of two rows that are active at the same tokens of {benchmark}, and how many by chance."
+        yield _picture(root, f"study_models_{benchmark}", draw_models(rows, pairs), caption)
+    yield SHEETS["alignment"].table(figures)
+
+
 def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
     """Yield the loss curves of all rows, and the table of dictionaries."""
     if not figures.dictionaries:
@@ -115,7 +181,35 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if any(one.losses for one in figures.dictionaries):
         caption = "Training loss by epoch: a line for each dictionary, a colour for each row."
         yield _picture(root, "study_losses", draw_losses(figures.dictionaries), caption)
+    widths = {model.row: model.width for model in figures.models if model.width}
+    if any(one.row in widths for one in figures.dictionaries):
+        caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
+        yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
+    yield Text(trend_sentence(figures))
     yield SHEETS["dictionaries"].table(figures)
+
+
+def trend_sentence(figures: StudyFigures) -> str:
+    """Return how losses, errors and activations differ between rows, in one sentence each."""
+    errors = {
+        model.row: [1 - one.explained_variance for one in figures.dictionaries if one.row == model.row]
+        for model in figures.models
+    }
+    means = {row: sum(some) / len(some) for row, some in errors.items() if some}
+    low, high = (choose(means, key=lambda row: means[row]) for choose in (min, max))
+    fell = [one.improvement for one in figures.dictionaries if one.improvement is not None]
+    falling = (
+        f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries."
+    )
+    error = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
+    norms = {(one.row, one.text): one.median_norm for one in figures.activations}
+    if not norms:
+        return f"{falling} {error}"
+    least, most = (choose(norms, key=lambda key: norms[key]) for choose in (min, max))
+    return (
+        f"{falling} {error} The median norm of activations ranges from {norms[least]:.3g} ({', '.join(least)}) to "
+        f"{norms[most]:.3g} ({', '.join(most)})."
+    )
 
 
 def _picture(root: Path, name: str, figure: Figure, caption: str) -> Picture:

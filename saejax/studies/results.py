@@ -185,6 +185,89 @@ class DriverFigures:
 
 
 @dataclasses.dataclass(frozen=True)
+class PrimitiveFigures:
+    """A group of features that matter for the same items of a benchmark, and what ablating it does."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    name: str  #: category that it is named after; "" where none stands out
+    features: tuple[int, ...]  #: the most important first
+    words: tuple[str, ...]  #: tokens of the items on which they are most active
+    overlap: float  #: mean Jaccard overlap with the most similar group of resampled items
+    p_value: float  #: of its name, corrected for all groups and categories
+    seeds: int  #: dictionaries of other seeds
+    recurs: int  #: of them, those with a group of the same name
+    rows: tuple[str, ...]  #: other rows with a group of the same name
+    partners: tuple[str, ...]  #: other row and share of its features that have a partner there, by chance in brackets
+    items: int | None  #: test items of its category; None, as in what follows, where it was not ablated
+    effect: Interval | None  #: drop of the reference's log-likelihood on these, nats
+    elsewhere: Interval | None  #: on other items
+    random: float | None  #: mean drop under random sets at equal dose
+    placebo: float | None  #: mean drop under placebo sets at equal dose
+    more: str  #: whether it is more than both: yes, no or not testable
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelFigures:
+    """How many features are associated with a label of a benchmark's items."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    label: str  #: category, or "answered rightly"
+    items: int  #: test items with it
+    features: int  #: that fire on at least 4 test items
+    associated: int  #: of them, after correction for all features and labels
+    shuffled: float  #: the same with labels permuted over items, mean
+
+
+@dataclasses.dataclass(frozen=True)
+class AssociationFigures:
+    """A tested feature and the label that it goes with, by three ways of asking."""
+
+    row: str  #: of the study
+    benchmark: str  #: its name
+    feature: int  #: its index
+    label: str  #: category, or "answered rightly"
+    correlation: Interval  #: of its largest activation on an item with having the label
+    p_value: float  #: corrected for all features and labels
+    associated: str  #: yes or no
+    auc: float | None  #: of a probe of this feature alone on test items
+    probe: str  #: whether that finds the label: yes, no or not tested
+    causal_drop: Interval | None  #: drop where it is ablated alone, on items with the label minus others, nats
+    causal: str  #: whether it is above zero: yes, no or not tested
+    agree: bool | None  #: whether all three answers are the same; None where one is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemFigures:
+    """A problem in one row: what its model makes of it, and the features that matter for its answer."""
+
+    benchmark: str  #: its name
+    item: str  #: id
+    category: str  #: of the item
+    question: str  #: its text
+    answer: str  #: the right one
+    row: str  #: of the study
+    right: bool | None  #: whether the model's answer is right; None where answers were not scored
+    log_likelihood: float  #: of the right answer, nats
+    universal: tuple[str, ...]  #: important features that have a partner in every other row
+    shared: tuple[str, ...]  #: in some other row
+    specific: tuple[str, ...]  #: in none
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseFigures:
+    """A test of one of the five phases of the former study, in one row."""
+
+    phase: str  #: 1 to 5, and what it is about
+    test: str  #: in words
+    row: str  #: of the study, and the benchmark where there is one
+    result: str  #: figures, in words
+    control: str  #: figures, in words
+    answer: Answered  #: whether the result is beyond the control
+
+
+@dataclasses.dataclass(frozen=True)
 class LearnedFigures:
     """The answer to a question for a row on a benchmark."""
 
@@ -274,6 +357,11 @@ class StudyFigures:
     gates: tuple[GateFigures, ...]  #: by row and benchmark
     domains: tuple[DomainFigures, ...]  #: features chosen on one benchmark, ablated on another
     drivers: tuple[DriverFigures, ...]  #: of features, by row, benchmark and group
+    primitives: tuple[PrimitiveFigures, ...]  #: groups of features, by row and benchmark
+    labels: tuple[LabelFigures, ...]  #: of items, by row and benchmark
+    associations: tuple[AssociationFigures, ...]  #: of tested features with labels
+    problems: tuple[ProblemFigures, ...]  #: the same problem in every row
+    phases: tuple[PhaseFigures, ...]  #: of the former study, by row
     transfer: tuple[TransferFigures, ...]  #: between dictionaries of a row
     tracking: tuple[TrackingFigures, ...]  #: of texts
     learned: tuple[LearnedFigures, ...]  #: by row, benchmark and question

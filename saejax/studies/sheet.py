@@ -63,6 +63,11 @@ def listed(items: Sequence[str]) -> str:
     return ", ".join(items) or MISSING
 
 
+def quoted(words: Sequence[str]) -> str:
+    """Return words in quotation marks."""
+    return ", ".join(f"\u201c{word}\u201d" for word in words) or MISSING
+
+
 def points(value: Interval | None) -> str:
     """Return an interval of shares, in percentage points."""
     return interval(value, 1, 100)

@@ -2,7 +2,7 @@
 
 from saejax.page.tables import MISSING, answer, count, interval, number, percent
 from saejax.studies.learned import QUESTIONS
-from saejax.studies.sheet import Sheet, points
+from saejax.studies.sheet import Sheet, points, quoted
 
 _EFFECTS_NOTE = (
     "Top features ablated, or each resampled: where it fires, its activation is drawn from those elsewhere. Drop: of "
@@ -117,6 +117,95 @@ FOUND = (
         "The tokens that excite a feature most are injected into ordinary text. A feature is driven by tokens if that "
         "brings it more than half of the way to its activation on the benchmark. Square brackets: 95 % intervals over "
         "features.",
+    ),
+    Sheet(
+        "primitives",
+        "Groups of features that matter for the same items",
+        {
+            "Row": lambda one: one.row,
+            "Group": lambda one: one.name or "no category stands out",
+            "Features": lambda one: f"{len(one.features)}: {quoted(one.words)}",
+            "Stable": lambda one: f"{number(one.overlap)}; {one.recurs} of {one.seeds} seeds",
+            "Nats lost there; elsewhere": lambda one: f"{interval(one.effect)}; {interval(one.elsewhere)}",
+            "Random; placebo sets": lambda one: f"{number(one.random)}; {number(one.placebo)}",
+            "More than both": lambda one: one.more,
+            "Also named in": lambda one: ", ".join(one.rows) or MISSING,
+            "Features with a partner": lambda one: "; ".join(one.partners) or MISSING,
+        },
+        frozenset({"Group", "Features", "Stable", "More than both", "Also named in", "Features with a partner"}),
+        "Important features are grouped by the items whose answers they matter for, and a group is named after the "
+        "category for which it matters most, if that is more than by chance. In quotation marks: the tokens on which "
+        "its features are most active. Stable: overlap with the groups of resampled items (1: always the same), and "
+        "dictionaries of other seeds with a group of that name. Nats lost: when the whole group is ablated, on test "
+        "items of its category and on others, beside control sets at equal dose. A dash: not ablated.",
+        cards=True,
+    ),
+    Sheet(
+        "labels",
+        "How many features go with a label",
+        {
+            "Row": lambda one: one.row,
+            "Benchmark": lambda one: one.benchmark,
+            "Label": lambda one: one.label,
+            "Items": lambda one: str(one.items),
+            "Features that go with it": lambda one: f"{one.associated} of {one.features}",
+            "With labels permuted": lambda one: number(one.shuffled),
+        },
+        frozenset({"Benchmark", "Label"}),
+        "A feature goes with a label if its activation on test items is correlated with it, after correction for all "
+        "features and labels. Labels: categories, and whether the model answers rightly.",
+    ),
+    Sheet(
+        "associations",
+        "Three answers for each top feature",
+        {
+            "Row": lambda one: one.row,
+            "Feature": lambda one: f"{one.feature}, {one.label}",
+            "Correlation": lambda one: interval(one.correlation),
+            "p": lambda one: number(one.p_value, 3),
+            "Goes with the label": lambda one: one.associated,
+            "Probe's AUC": lambda one: number(one.auc),
+            "Probe finds it": lambda one: one.probe,
+            "Nats more than elsewhere": lambda one: interval(one.causal_drop),
+            "Causes it": lambda one: one.causal,
+            "Agree": lambda one: answer(one.agree),
+        },
+        frozenset({"Feature", "Goes with the label", "Probe finds it", "Causes it", "Agree"}),
+        "Each top feature with the label that it goes with most. The correlation is corrected for all features and "
+        "labels, the probe (of this feature alone, on new items) for all rows of a benchmark. Causes it: ablating the "
+        "feature alone costs items with the label more than others.",
+    ),
+    Sheet(
+        "problems",
+        "The same problems in every row",
+        {
+            "Problem": lambda one: f"{one.question} ({one.answer})",
+            "Row": lambda one: one.row,
+            "Right": lambda one: answer(one.right),
+            "Nats": lambda one: number(one.log_likelihood),
+            "In every row": lambda one: "; ".join(one.universal) or MISSING,
+            "In some": lambda one: "; ".join(one.shared) or MISSING,
+            "In this row alone": lambda one: "; ".join(one.specific) or MISSING,
+        },
+        frozenset({"Problem", "Right", "In every row", "In some", "In this row alone"}),
+        "The features with the largest attribution for the right answer: number, tokens on which each is most active, "
+        "attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row. "
+        "Nats: log-likelihood of the right answer.",
+        cards=True,
+    ),
+    Sheet(
+        "phases",
+        "All phases",
+        {
+            "Phase": lambda one: one.phase,
+            "Test": lambda one: one.test,
+            "Row": lambda one: one.row,
+            "Result": lambda one: one.result,
+            "Control": lambda one: one.control,
+            "Beyond the control": lambda one: one.answer,
+        },
+        frozenset({"Phase", "Test", "Row", "Result", "Control", "Beyond the control"}),
+        cards=True,
     ),
     Sheet(
         "learned",

@@ -1,0 +1,233 @@
+"""The figures of a study that say which features matter for which items, and which rows share them."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+
+from saejax.interventions.primitives import recurring
+from saejax.interventions.study_results import StudyResults
+from saejax.interventions.study_run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
+from saejax.interventions.table import EffectsTable, PromptDefinition, load_effects
+from saejax.matching.importance import ItemFeatures, match_features
+from saejax.page.findings import Findings
+from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
+from saejax.studies.sheet import quoted
+
+PROBLEMS, FEATURES, WORDS = 6, 6, 3  # problems of a benchmark that are shown; features of each; words of a feature
+
+
+def associations(row: str, found: Findings) -> Iterator[AssociationFigures]:
+    """Yield the three answers for each tested feature."""
+    for benchmark, results in found.each(StudyResults).items():
+        for one in results.associations.top if results.associations else ():
+            answers = {one.associated, one.probe, one.causal}
+            yield AssociationFigures(
+                row=row,
+                benchmark=benchmark,
+                feature=one.feature,
+                label=one.label,
+                correlation=one.correlation,
+                p_value=one.p_value,
+                associated=one.associated,
+                auc=one.auc,
+                probe=one.probe,
+                causal_drop=one.causal_drop,
+                causal=one.causal,
+                agree=None if "not tested" in answers else len(answers) == 1,
+            )
+
+
+def labels(row: str, found: Findings) -> Iterator[LabelFigures]:
+    """Yield how many features go with each label."""
+    for benchmark, results in found.each(StudyResults).items():
+        for one in results.associations.labels if results.associations else ():
+            yield LabelFigures(row, benchmark, one.label, one.items, one.features, one.associated, one.shuffled)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadBenchmark:
+    """A row's features on the items of a benchmark.
+
+    Attributes:
+      table: its effects table.
+      features: activations on all items.
+      attribution_PxF: attribution for the answer to each item, sparse.
+      partner: other row -> this row's feature -> its partner there.
+      shared: other row -> share of this row's live features with a partner, and by chance.
+    """
+
+    table: EffectsTable
+    features: ItemFeatures
+    attribution_PxF: sparse.csr_array
+    partner: dict[str, dict[int, int]] = dataclasses.field(default_factory=dict)
+    shared: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[PromptDefinition]:
+        """All items, train and test."""
+        return list(self.table.prompts)
+
+
+def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, ReadBenchmark]:
+    """Return the features of every row on a benchmark, matched between rows that were asked the same items.
+
+    Args:
+      rows: what each found, by name.
+      benchmark: its name.
+
+    Raises:
+      UserError: a file of a unit is damaged.
+    """
+    folders = {name: found.folders[f"study/{benchmark}"] for name, found in rows.items() if _has(found, benchmark)}
+    read = {name: _read(folder) for name, folder in folders.items()}
+    for first, second in itertools.permutations(read, 2):
+        one, two = read[first], read[second]
+        if one.features.ids == two.features.ids:
+            matches, live = match_features(one.features, two.features)
+            shifted, _ = match_features(one.features, two.features, shift=True)
+            one.partner[second] = dict(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True))
+            one.shared[second] = (len(matches.first_M) / max(live, 1), len(shifted.first_M) / max(live, 1))
+    return read
+
+
+def _has(found: Findings, benchmark: str) -> bool:
+    folder = found.folders.get(f"study/{benchmark}")
+    return folder is not None and all((folder / name).exists() for name in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION))
+
+
+def _read(folder: Path) -> ReadBenchmark:
+    attribution_PxF = sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION))
+    return ReadBenchmark(load_effects(folder), ItemFeatures.load(folder / FEATURES_ON_ITEMS), attribution_PxF)
+
+
+def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int]) -> tuple[str, ...]:
+    """Return the tokens of the items on which some features are most active together, the strongest first.
+
+    Args:
+      read: the row's features.
+      benchmark: its name.
+      features: their indices.
+    """
+    texts = {prompt.id: f"{prompt.text}\n{prompt.correct}" for prompt in read.prompts}
+    items, known = read.features, dict[str, float]()
+    act_N = np.asarray(items.activity.f_NxF[:, np.asarray(features, np.int64)].sum(axis=1)).reshape(-1)
+    for n in np.argsort(-act_N, kind="stable")[:40]:
+        if act_N[n] <= 0:
+            break
+        starts_text = n == 0 or items.text_N[n - 1] != items.text_N[n]
+        text = texts[f"{benchmark}/{items.ids[items.text_N[n]]}"]
+        word = text[0 if starts_text else items.end_N[n - 1] : items.end_N[n]].strip()
+        known[word] = known.get(word, 0.0) + float(act_N[n])
+    return tuple(word for word in sorted(known, key=lambda word: -known[word]) if word)[:WORDS]
+
+
+def primitives(
+    rows: Mapping[str, Findings], benchmark: str, read: Mapping[str, ReadBenchmark]
+) -> Iterator[PrimitiveFigures]:
+    """Yield the primitives of a benchmark, row by row.
+
+    Args:
+      rows: what each found, by name.
+      benchmark: its name.
+      read: the features of the rows that saved them.
+    """
+    every = {
+        name: results.primitives
+        for name, found in rows.items()
+        if (results := found.each(StudyResults).get(benchmark)) and results.primitives
+    }
+    for row, some in every.items():
+        others = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
+        for number, one in enumerate(some.primitives):
+            effect = some.effects[number] if number < len(some.effects) else None
+            here = read.get(row)
+            yield PrimitiveFigures(
+                row=row,
+                benchmark=benchmark,
+                name=one.name,
+                features=one.features,
+                words=exciting_words(here, benchmark, one.features) if here else (),
+                overlap=one.overlap,
+                p_value=one.p_value,
+                seeds=len(some.seeds),
+                recurs=sum(same[number] for same in some.seeds.values()),
+                rows=tuple(name for name, same in others.items() if same[number]),
+                partners=_partners(here, one.features) if here else (),
+                items=effect.items if effect else None,
+                effect=effect.effect if effect else None,
+                elsewhere=effect.elsewhere if effect else None,
+                random=effect.random if effect else None,
+                placebo=effect.placebo if effect else None,
+                more=effect.answer if effect else "not testable",
+            )
+
+
+def _partners(here: ReadBenchmark, features: Sequence[int]) -> tuple[str, ...]:
+    return tuple(
+        f"{name}: {sum(feature in partner for feature in features)} of {len(features)} "
+        f"(by chance {here.shared[name][1] * len(features):.1f})"
+        for name, partner in here.partner.items()
+    )
+
+
+def problems(
+    rows: Mapping[str, Findings], benchmark: str, read: Mapping[str, ReadBenchmark]
+) -> Iterator[ProblemFigures]:
+    """Yield problems, one of each category, in every row, with the features that matter most for the right answer.
+
+    Args:
+      rows: what each found, by name.
+      benchmark: its name.
+      read: the features of the rows that saved them.
+    """
+    if not read:
+        return
+    first = next(iter(read.values()))
+    tests = {prompt.id for prompt in first.prompts if prompt.split == "test"}
+    results = rows[next(iter(read))].each(StudyResults)[benchmark]
+    chosen = choose_problems(
+        [item for item in first.features.ids if f"{benchmark}/{item}" in tests], results.categories
+    )
+    for item in chosen:
+        for row, here in read.items():
+            if item not in here.features.ids:
+                continue
+            prompts = {prompt.id: prompt for prompt in here.prompts}
+            prompt = prompts[f"{benchmark}/{item}"]
+            right = float(here.table.clean_values([prompt], "accuracy")[0])
+            marks = _important(here, benchmark, here.features.ids.index(item))
+            yield ProblemFigures(
+                benchmark=benchmark,
+                item=item,
+                category=results.categories.get(item, ""),
+                question=prompt.text,
+                answer=prompt.correct,
+                row=row,
+                right=None if np.isnan(right) else right > 0,
+                log_likelihood=float(here.table.clean_values([prompt], "answer_log_prob")[0]),
+                universal=tuple(text for text, count in marks if count and count == len(here.partner)),
+                shared=tuple(text for text, count in marks if 0 < count < len(here.partner)),
+                specific=tuple(text for text, count in marks if not count),
+            )
+
+
+def choose_problems(items: Sequence[str], categories: Mapping[str, str]) -> list[str]:
+    """Return the first item of each category, and then others, at most ``PROBLEMS``."""
+    first = list({categories.get(item, ""): item for item in reversed(items)}.values())[::-1]
+    return [*first, *(item for item in items if item not in first)][: max(PROBLEMS, 1)] if first else []
+
+
+def _important(here: ReadBenchmark, benchmark: str, place: int) -> list[tuple[str, int]]:
+    """Return the most important features of an item, in words, and in how many rows each has a partner."""
+    row_F = here.attribution_PxF[[place]].toarray()[0]
+    rows = []
+    for feature in np.argsort(-row_F, kind="stable")[:FEATURES].tolist():
+        if row_F[feature] > 0:
+            words = exciting_words(here, benchmark, [feature])
+            text = f"{feature} ({quoted(words)}; {row_F[feature]:.2f})"
+            rows.append((text, sum(feature in partner for partner in here.partner.values())))
+    return rows

@@ -1,0 +1,183 @@
+"""The five phases of the former study on one page: what each test found in each row, beside its control.
+
+1. Ground truth of effects: which features change the output at all.
+2. Known features: are they found where the truth is known?
+3. Probes: what can be read linearly.
+4. Causal tests: what the answers depend on.
+5. Layers and models: what is shared.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from saejax.ground_truth.results import TruthResults
+from saejax.interventions.answers import AblateResults
+from saejax.interventions.probe_run import ProbeResults
+from saejax.interventions.study_results import StudyResults
+from saejax.page.findings import Findings
+from saejax.page.tables import interval, number, percent
+from saejax.results import Interval
+from saejax.statistics.ranks import min_controls
+from saejax.studies.results import Answered, PhaseFigures, StudyFigures
+
+EFFECTS, KNOWN = "1. Which features change the output", "2. Are known features found"
+PROBES, CAUSES, LAYERS = "3. What can be read", "4. What causes the answers", "5. Layers and models"
+ORDER = (EFFECTS, KNOWN, PROBES, CAUSES, LAYERS)
+
+
+def phases(figures: StudyFigures, rows: Mapping[str, Findings]) -> tuple[PhaseFigures, ...]:
+    """Return every test that was run, phase by phase.
+
+    Args:
+      figures: of the study, but for these and what is concluded.
+      rows: what each row found, by name.
+    """
+    every = [*_effects(rows), *_known(rows), *_probes(figures, rows), *_causes(figures), *_layers(figures)]
+    return tuple(sorted(every, key=lambda one: ORDER.index(one.phase)))
+
+
+def _yes(is_beyond: bool) -> Answered:
+    return "yes" if is_beyond else "no"
+
+
+def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
+    for row, found in rows.items():
+        for results in found.each(AblateResults).values():
+            for name, one in (results.importance or {}).items():
+                result = f"{one.significant} of {one.features} features"
+                control = "corrected for all features: 5 % of studies would have one by chance"
+                test = "features whose ablation alone changes the answer"
+                yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(one.significant > 0))
+        for name, study in found.each(StudyResults).items():
+            above = sum(effect.drop.low > 0 for effect in study.top)
+            result = f"{above} of {len(study.top)} top features"
+            control = f"{0.025 * len(study.top):.1f} expected by chance"
+            test = "top features whose ablation alone lowers the answers"
+            # Two above what chance gives, as single ones are not corrected for their number.
+            yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(above >= 3))
+
+
+def _known(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
+    results = [(row, one) for row, found in rows.items() for one in found.each(TruthResults).values()]
+    for row, one in results:
+        trained = [each.scores.f1 for each in one.dictionaries if not each.control]
+        controls = [each.scores.f1 for each in one.dictionaries if each.control]
+        for best in sorted(trained, key=lambda f1: -f1.mean)[:1]:
+            control = max(controls, key=lambda f1: f1.mean, default=None)
+            yield PhaseFigures(
+                KNOWN,
+                "features of a synthetic world that a dictionary finds",
+                f"{row}, {one.kind}",
+                f"F1 {interval(best)}",
+                f"untrained or frozen: {interval(control)}" if control else "none in this unit",
+                "cannot tell" if control is None else _yes(best.low > control.high),
+            )
+    if not results:
+        test = "features of a synthetic world that a dictionary finds"
+        yield PhaseFigures(KNOWN, test, "no row", "not run here: make demo-truth", "", "cannot tell")
+
+
+def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
+    for row, found in rows.items():
+        for results in found.each(ProbeResults).values():
+            for label in results.labels:
+                for probe in label.probes[-1:]:
+                    where = f"{row}, {label.behaviour or 'all behaviours'}: {label.label}"
+                    result = f"accuracy {interval(probe.accuracy, 1, 100)} %"
+                    control = f"shuffled labels {interval(probe.shuffled, 1, 100)} %"
+                    test = f"linear probe of all {probe.input}"
+                    yield PhaseFigures(PROBES, test, where, result, control, _yes(probe.p_holm <= 0.05))
+    for row, benchmark in dict.fromkeys((one.row, one.benchmark) for one in figures.labels):
+        some = [one for one in figures.labels if (one.row, one.benchmark) == (row, benchmark)]
+        tested = [one for one in figures.associations if (one.row, one.benchmark) == (row, benchmark)]
+        found, features = sum(one.associated for one in some), max(one.features for one in some)
+        shuffled = sum(one.shuffled for one in some)
+        result = f"{found} associations of {features} features with {len(some)} labels"
+        control = f"permuted labels: {number(shuffled)}"
+        test = "features that go with a category or with right answers"
+        yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(found > max(shuffled, 0.5)))
+        probed = [one for one in tested if one.probe != "not tested"]
+        if probed:
+            right = sum(one.probe == "yes" for one in probed)
+            result, control = f"{right} of {len(probed)} top features", "permuted labels, corrected by Holm's method"
+            test = "a probe of one feature finds the label on new items"
+            yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(right > 0))
+
+
+def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
+    for one in figures.effects:
+        where, result = f"{one.row}, {one.benchmark}", f"{interval(one.nats_drop)} nats"
+        for test, mean, answer in (
+            ("top features lower the answers more than random sets at equal dose", one.random_nats, one.random),
+            ("more than sets chosen for other answers", one.placebo_nats, one.placebo),
+        ):
+            known: Answered = "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
+            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", known)
+    named = [one for one in figures.primitives if one.effect is not None]
+    needed = min_controls(1)
+    for primitive in named:
+        known = "yes" if primitive.more == "yes" else "no" if primitive.more == "no" else "cannot tell"
+        title = primitive.name or "a group without a name"
+        yield PhaseFigures(
+            CAUSES,
+            f"{len(primitive.features)} features of {title} lower its answers",
+            f"{primitive.row}, {primitive.benchmark}",
+            f"{interval(primitive.effect)} nats",
+            f"random sets {number(primitive.random)}, other answers {number(primitive.placebo)} nats "
+            f"({needed} sets of each are needed)",
+            known,
+        )
+
+
+def _layers(figures: StudyFigures) -> Iterator[PhaseFigures]:
+    for row, measure in dict.fromkeys((one.row, one.measure) for one in figures.transfer):
+        pairs = [one for one in figures.transfer if (one.row, one.measure) == (row, measure)]
+        shared, null = (_mean([getattr(one, name) for one in pairs]) for name in ("shared", "shared_null"))
+        above = sum(one.shared.low > one.shared_null.high for one in pairs)
+        result = f"{percent(shared, 1)} shared, mean of {len(pairs)} pairs"
+        test = f"features that dictionaries of a row share, by {measure}"
+        yield PhaseFigures(LAYERS, test, row, result, f"by chance {percent(null, 1)}", _yes(2 * above > len(pairs)))
+    for text in figures.tracking:
+        result = f"{text.hurt} of {text.tests} steps" if text.tests else "no step could be tested"
+        test = "steps of a solution that their features lower more than random sets"
+        answer: Answered = _yes(2 * text.hurt >= text.tests) if text.tests else "cannot tell"
+        yield PhaseFigures(LAYERS, test, f"{text.row}, {text.text}", result, "5 % by chance, corrected", answer)
+    for pair in figures.alignment:
+        where = f"{pair.first} and {pair.second}, {pair.benchmark}"
+        result, control = f"rank correlation {number(pair.rank_correlation)}", f"placebo {number(pair.control)}"
+        known = "cannot tell" if pair.aligned is None else _yes(pair.aligned)
+        yield PhaseFigures(LAYERS, f"the same {pair.by} matter in two models", where, result, control, known)
+
+
+def _mean(values: list[Interval]) -> float:
+    return float(np.mean([value.mean for value in values])) if values else 0.0
+
+
+def disagreements(figures: StudyFigures) -> tuple[str, ...]:
+    """Return where two phases disagree, in words: features that go with a label, but that it does not depend on."""
+    lines = []
+    for row, benchmark in dict.fromkeys((one.row, one.benchmark) for one in figures.associations):
+        some = [one for one in figures.associations if (one.row, one.benchmark) == (row, benchmark)]
+        where, tested = f"{row} on {benchmark}", [one for one in some if one.agree is not None]
+        read = sum(one.probe == "yes" and one.causal == "no" for one in tested)
+        used = sum(one.probe == "no" and one.causal == "yes" for one in tested)
+        if read:
+            lines.append(
+                f"{where}: of {len(tested)} top features {read} tell the label of new items (phase 3), but ablating "
+                "them does not cost those items more (phase 4)."
+            )
+        if used:
+            lines.append(
+                f"{where}: {used} of {len(tested)} top features matter more for items of a label (phase 4), but do not "
+                "tell it (phase 3)."
+            )
+    by_key = {(one.row, one.benchmark): one for one in figures.effects}
+    for (row, benchmark), effect in by_key.items():
+        alone = [one for one in figures.phases if one.phase == EFFECTS and one.row == f"{row}, {benchmark}"]
+        if effect.placebo == "no" and any(one.answer == "yes" for one in alone):
+            lines.append(
+                f"{row} on {benchmark}: features change the output (phase 1), but no more than features chosen for "
+                "other answers (phase 4)."
+            )
+    return tuple(lines)
