@@ -109,7 +109,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=2,
+    revision=3,
     processes="items",
     section=_sections,
 )

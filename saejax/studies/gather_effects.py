@@ -140,5 +140,7 @@ def tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
                 sites=len(text.sites),
                 links=text.links,
                 tests=sum(test.hurt != "not testable" for test in tests),
+                measured=len(text.measured),
+                holding=sum(link.holds for link in text.measured),
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

@@ -313,6 +313,8 @@ class TrackingFigures:
     sites: int  #: of dictionaries
     links: int  #: between features that are shown
     tests: int  #: steps tested, at each site, with enough random sets
+    measured: int  #: of the strongest links, those whose effect was measured
+    holding: int  #: of them: those above five random features at equal dose
     hurt: int  #: of them: those whose features have a larger effect than random sets at equal dose
 
 

@@ -11,7 +11,7 @@ import runs
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from browser import CHROMIUM, chromium
 
-from saejax import load_results
+from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.runner import command
 
@@ -42,6 +42,26 @@ def tracked(inputs, tmp_path_factory):
     assert command.run(["track"], "", ["test", *flags]) == 0
     shutil.copy(folder / "run" / "track" / "prompts" / "index.html", folder)  # other flags move the unit aside
     return folder, flags
+
+
+def test_links_are_measured_as_the_library_does(tracked, inputs):
+    """The feature is ablated at the position by the public edit; controls take away as much."""
+    folder, _ = tracked
+    river = load_results(folder / "run" / "track" / "prompts").texts["river"]
+    assert river.measured and all(link.controls == 3 for link in river.measured)  # four features fire, k = 4
+    lm = load_model(str(inputs[0]), dtype="float32")
+    lower, upper = (load_dictionary(str(folder / "run" / "train" / "topk" / f"resid_post.{i}")) for i in range(2))
+    text = f"{PROMPTS[0]['prompt']}\n{PROMPTS[0]['solution']}"
+    tokens = lm.tokenize([text])
+    for link in river.measured:
+        span = (link.position, link.position + 1)
+        acts = [
+            upper.encode(lm(tokens, capture=["resid_post.1"], edits=edits).sites["resid_post.1"])
+            for edits in ([], [lower.ablate([link.source], positions=span)])
+        ]
+        clean, edited = (float(act_BxTxF[0, link.position, link.target]) for act_BxTxF in acts)
+        assert link.lost == pytest.approx(1 - edited / clean, abs=1e-3)
+        assert not link.holds and not link.reaches_answer  # fewer than five controls decide nothing
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):

@@ -1,10 +1,13 @@
 """The report on texts that were followed: what became of their steps, and where their page is."""
 
-from saejax.matching.track.results import TrackResults
-from saejax.page.blocks import Links, Text
+from collections.abc import Sequence
+
+from saejax.matching.track.results import StepTest, TrackedText, TrackResults
+from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, number
+from saejax.page.tables import Table, answer, number
+from saejax.page.words import place
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -41,4 +44,27 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
     note = "Answer: the probability of its first token."
     table = Table.of("Texts", rows, columns, note=note)
-    return [Section("Through the layers", (Text(intro), table, Links("Pages", tuple(pages))))]
+    blocks = [Text(intro), table, *_measured(rows), Links("Pages", tuple(pages))]
+    return [Section("Through the layers", tuple(blocks))]
+
+
+def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> list[Block]:
+    """Return a table of the measured links of all texts; nothing if there are none."""
+    links = [(slug, link) for slug, text, _ in rows for link in text.measured]
+    columns = {
+        "Text": lambda slug, link: slug,
+        "Link": lambda slug, link: f"{link.source} in {place(link.lower)} to {link.target} in {place(link.upper)}",
+        "At": lambda slug, link: f"\u201c{link.token}\u201d",
+        "Lost, %": lambda slug, link: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
+        "Holds": lambda slug, link: answer(link.holds),
+        "Answer, nats": lambda slug, link: f"{number(link.answer_drop)}; {number(link.random_drop)}",
+        "Reaches it": lambda slug, link: answer(link.reaches_answer),
+    }
+    note = (
+        "Lost: share of the upper feature's activation that is lost when the lower one is set to zero there; after the "
+        "semicolon, the mean of five random features that are active there, at equal dose. Holds: more than each of "
+        "the five. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and "
+        "with five random ones of its layer."
+    )
+    words = {"Text", "Link", "At", "Holds", "Reaches it"}
+    return [Table.of("The strongest links, measured", links, columns, words=words, note=note)] if links else []

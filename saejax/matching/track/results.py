@@ -36,6 +36,26 @@ class TrackedStep:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasuredLink:
+    """A link between features of two layers, with its effects beside those of random active features at equal dose."""
+
+    lower: str  #: site of the lower dictionary
+    source: int  #: its feature
+    upper: str  #: site of the upper dictionary
+    target: int  #: its feature
+    position: int  #: of both
+    token: str  #: there
+    weight: float  #: by geometry
+    lost: float  #: share of the target's activation that is lost without the source
+    random_lost: float  #: the same without as much along each of the controls, mean
+    answer_drop: float  #: of the answer's log-probability without the target, nats
+    random_drop: float  #: the same of the controls in the upper dictionary, mean
+    controls: int  #: random features that are active at the position
+    holds: bool  #: whether more is lost than with each of five controls
+    reaches_answer: bool  #: the same of the answer
+
+
+@dataclasses.dataclass(frozen=True)
 class LensLayers:
     """A lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
 
@@ -60,6 +80,7 @@ class TrackedText:
     links: int  #: between shown features
     same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
+    measured: tuple[MeasuredLink, ...] = ()  #: the strongest links by geometry
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from saejax.files import read_json, write_json, write_text
 from saejax.matching.track import links, terminal
 from saejax.matching.track.firings import LayerFirings, follow
 from saejax.matching.track.links import FeatureLinks
+from saejax.matching.track.measured import measure_links
 from saejax.matching.track.page import ShownText, shown_text, write_page
 from saejax.matching.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.matching.track.stack import Stack, open_stack
@@ -117,6 +118,8 @@ def follow_text(
     chosen = [step_features(layer_firings, text.segment_T, config.step_features) for layer_firings in firings]
     steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
+    read_T = text.ids_T[: text.position + 1]
+    measured = measure_links(lm, stack, read_T, answer, feature_links, firings, as_text, config.seed)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
@@ -128,6 +131,7 @@ def follow_text(
         links=len(feature_links.links),
         same_number=feature_links.same_number,
         seconds=round(time.monotonic() - start, 2),
+        measured=measured,
     )
     cells = shown_text(stack, text, shown, feature_links, chosen, readings, as_text, firings)
     return results, cells

@@ -1,0 +1,78 @@
+"""Which features of a study matter for which items: words, problems, and where phases disagree."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+from scipy import sparse
+from test_study_report import made_up
+
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
+from saejax.matching.importance import ItemFeatures
+from saejax.matching.transfer.activity import Activity
+from saejax.results import Interval
+from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words
+from saejax.studies.phases import disagreements
+from saejax.studies.results import AssociationFigures, StudyFigures
+
+TEXTS = ("six and two\n8", "two plus six\n8")
+
+
+def read():
+    """Two items in words; feature 0 fires on "two", feature 1 nowhere, feature 2 on "six" and weakly on "and"."""
+    words = [text.replace("\n", " \n").split(" ") for text in TEXTS]
+    ends = [np.cumsum([len(word) + (place > 0) for place, word in enumerate(some)]) for some in words]
+    flat = [word.strip() for some in words for word in some]
+    acts_NxF = np.zeros((len(flat), 3))
+    acts_NxF[:, 0] = [2.0 * (word == "two") for word in flat]
+    acts_NxF[:, 2] = [{"six": 3.0, "and": 1.0}.get(word, 0.0) for word in flat]
+    prompts = [
+        PromptDefinition(f"sums/{number}", "sums", split="test", text=text.split("\n")[0], correct="8")
+        for number, text in enumerate(TEXTS)
+    ]
+    edits = [EditDefinition("sums", "clean")]
+    table = EffectsTable.from_blocks(edits, prompts, [(edits, prompts, ["answer_log_prob"], np.zeros((1, 2, 1)))])
+    features = ItemFeatures(
+        ids=("0", "1"),
+        activity=Activity(sparse.csr_array(acts_NxF), np.ones(len(flat), bool)),
+        text_N=np.repeat([0, 1], [len(some) for some in words]),
+        end_N=np.concatenate(ends),
+        importance_F=np.zeros(3),
+        placebo_RxF=np.zeros((0, 3)),
+    )
+    return ReadBenchmark(table, features, sparse.csr_array(acts_NxF[:2]))
+
+
+def test_words_are_those_on_which_features_fire_the_strongest_first():
+    assert exciting_words(read(), "sums", [0]) == ("two",)
+    assert exciting_words(read(), "sums", [1]) == ()
+    assert exciting_words(read(), "sums", [2]) == ("six", "and")
+    assert exciting_words(read(), "sums", [0, 2]) == ("six", "two", "and")
+
+
+def test_a_problem_of_each_category_comes_first():
+    categories = {str(number): "ab"[number // 4] for number in range(8)}
+    assert choose_problems(list(categories), categories) == ["0", "4", "1", "2", "3", "5"]
+    assert choose_problems(["1", "2"], {}) == ["1", "2"] and choose_problems([], categories) == []
+
+
+def test_phases_disagree_where_a_probe_reads_what_nothing_depends_on():
+    figures = made_up(StudyFigures, itertools.count(1))
+    one = AssociationFigures(
+        row="a",
+        benchmark="sums",
+        feature=1,
+        label="addition",
+        correlation=Interval(0.5, 0.4, 0.6),
+        p_value=0.01,
+        associated="yes",
+        auc=0.9,
+        probe="yes",
+        causal_drop=Interval(0.0, -1.0, 1.0),
+        causal="no",
+        agree=False,
+    )
+    figures = dataclasses.replace(figures, effects=(), associations=(one,))
+    (line,) = disagreements(figures)
+    assert line.startswith("a on sums: of 1 top features 1 tell the label")
+    assert disagreements(dataclasses.replace(figures, associations=(dataclasses.replace(one, causal="yes"),))) == ()
