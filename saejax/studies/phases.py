@@ -91,12 +91,12 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
     for row, benchmark in dict.fromkeys((one.row, one.benchmark) for one in figures.labels):
         some = [one for one in figures.labels if (one.row, one.benchmark) == (row, benchmark)]
         tested = [one for one in figures.associations if (one.row, one.benchmark) == (row, benchmark)]
-        found, features = sum(one.associated for one in some), max(one.features for one in some)
+        associated, features = sum(one.associated for one in some), max(one.features for one in some)
         shuffled = sum(one.shuffled for one in some)
-        result = f"{found} associations of {features} features with {len(some)} labels"
+        result = f"{associated} associations of {features} features with {len(some)} labels"
         control = f"permuted labels: {number(shuffled)}"
         test = "features that go with a category or with right answers"
-        yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(found > max(shuffled, 0.5)))
+        yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(associated > max(shuffled, 0.5)))
         probed = [one for one in tested if one.probe != "not tested"]
         if probed:
             right = sum(one.probe == "yes" for one in probed)

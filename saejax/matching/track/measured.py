@@ -124,5 +124,6 @@ class _Ablation:
         filled = changes + [changes[0]] * (2 + CONTROLS - len(changes))
         patched = clean.at[:, position].add(-jnp.asarray(np.stack(filled)).astype(clean.dtype))
         output = self._lm(self._tokens, capture=[capture], edits=[SiteEdit.patch(site, patched)])
+        assert output.logits_BxTxV is not None
         logits_RxV = np.asarray(output.logits_BxTxV[: len(changes), self._last], np.float64)
         return np.asarray(output.sites[capture], np.float32)[: len(changes)], logits_RxV
