@@ -4,7 +4,10 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 import runs
 
@@ -13,6 +16,10 @@ from browser import CHROMIUM, chromium
 
 from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
+from saejax.matching.track.firings import follow
+from saejax.matching.track.links import GEOMETRY, FeatureLinks
+from saejax.matching.track.measured import measure_links
+from saejax.models.tokens import pad
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("two_devices")
@@ -45,23 +52,29 @@ def tracked(inputs, tmp_path_factory):
 
 
 def test_links_are_measured_as_the_library_does(tracked, inputs):
-    """The feature is ablated at the position by the public edit; controls take away as much."""
+    """A feature is ablated at a position by the public edit; controls take away as much along other active features."""
     folder, _ = tracked
-    river = load_results(folder / "run" / "track" / "prompts").texts["river"]
-    assert river.measured and all(link.controls == 3 for link in river.measured)  # four features fire, k = 4
     lm = load_model(str(inputs[0]), dtype="float32")
-    lower, upper = (load_dictionary(str(folder / "run" / "train" / "topk" / f"resid_post.{i}")) for i in range(2))
-    text = f"{PROMPTS[0]['prompt']}\n{PROMPTS[0]['solution']}"
-    tokens = lm.tokenize([text])
-    for link in river.measured:
-        span = (link.position, link.position + 1)
-        acts = [
-            upper.encode(lm(tokens, capture=["resid_post.1"], edits=edits).sites["resid_post.1"])
-            for edits in ([], [lower.ablate([link.source], positions=span)])
-        ]
-        clean, edited = (float(act_BxTxF[0, link.position, link.target]) for act_BxTxF in acts)
-        assert link.lost == pytest.approx(1 - edited / clean, abs=1e-3)
-        assert not link.holds and not link.reaches_answer  # fewer than five controls decide nothing
+    pair = [load_dictionary(str(folder / "run" / "train" / "topk" / f"resid_post.{i}")) for i in range(2)]
+    layers = [SimpleNamespace(reads=one.site, name="", config=one.config, load=lambda one=one: one) for one in pair]
+    stack, ids_T = SimpleNamespace(layers=layers), np.arange(5, 17)
+    firings = follow(lm, stack, ids_T)
+    low, high = (each.at(9) for each in firings)
+    link = (0, 9, int(low.feature_A[0])), (1, 9, int(high.feature_A[0])), 1.0
+    (found,) = measure_links(lm, stack, ids_T, 3, FeatureLinks(GEOMETRY, [link]), firings, str, 0)
+    tokens = pad([ids_T.tolist()])
+    runs_of = [
+        [lm(tokens, capture=["resid_post.1"], edits=edits) for edits in ([], [one.ablate([node[2]], (9, 10))])]
+        for one, node in zip(pair, link, strict=False)
+    ]
+    clean, edited = (float(pair[1].encode(run.sites["resid_post.1"])[0, 9, found.target]) for run in runs_of[0])
+    assert found.lost == pytest.approx(1 - edited / clean, abs=1e-3)
+    logp = [jax.nn.log_softmax(run.logits_BxTxV[0, -1])[3] for run in runs_of[1]]
+    assert found.answer_drop == pytest.approx(float(logp[0] - logp[1]), abs=1e-4)
+    # Four features fire (k = 4): three controls, too few to decide.
+    assert found.controls == 3 and not found.holds and not found.reaches_answer
+    attribution = FeatureLinks("attribution", [link])
+    assert measure_links(lm, stack, ids_T, 3, attribution, firings, str, 0) == ()
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
