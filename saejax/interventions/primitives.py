@@ -96,8 +96,8 @@ def find_primitives(
     rows_PxF = attribution_PxF / np.maximum(size_Px1, 1e-30)
     mean_CxF = np.stack([rows_PxF[category_P == name].mean(axis=0) for name in names])
     largest_F = mean_CxF.max(axis=0)
-    order_K = np.argsort(-largest_F, kind="stable")[:IMPORTANT]
-    feature_K = np.sort(order_K[largest_F[order_K] > 0])
+    order_A = np.argsort(-largest_F, kind="stable")[:IMPORTANT]
+    feature_K = np.sort(order_A[largest_F[order_A] > 0])
     group_K, overlap_U, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
     stable = np.flatnonzero(overlap_U >= DISSOLVED)
     members = [feature_K[group_K == group] for group in stable]

@@ -54,9 +54,10 @@ def measure_links(
     for source, target, weight in sorted(usable, key=lambda link: -abs(link[2]))[:LINKS]:
         upper, of_target = stack.layers[target[0]], run.dictionary(target[0])
         values_RxTxD, _ = run(source, str(upper.reads))
-        acts_R = [activations(lm, of_target, value_TxD[None])[target[1], target[2]] for value_TxD in values_RxTxD]
-        clean = float(acts_R[0])
-        lost = [1 - float(act) / clean if clean else 0.0 for act in acts_R[1:]]
+        clean, *edited = (
+            float(activations(lm, of_target, value_TxD[None])[target[1], target[2]]) for value_TxD in values_RxTxD
+        )
+        lost = [1 - act / clean if clean else 0.0 for act in edited]
         _, logits_RxV = run(target, str(upper.reads))
         logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
         drop = [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
