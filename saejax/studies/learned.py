@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from saejax.page.tables import interval, number, percent
-from saejax.studies.results import Answered, Asked, DriverFigures, LearnedFigures, StudyFigures
+from saejax.studies.results import Answered, Asked, DriverFigures, LearnedFigures, PrimitiveFigures, StudyFigures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,7 @@ QUESTIONS: Mapping[Asked, StudyQuestion] = {
     "placebo": StudyQuestion("Specific to the answers", {"stranger": "no"}),
     "gate": StudyQuestion("Interpretable, in other seeds too", {"stranger": "no"}),
     "context": StudyQuestion("More than words", {"stranger": "no"}),
+    "primitives": StudyQuestion("A group of features causes a category's answers", {"stranger": "no"}),
     "shared": StudyQuestion("Most features are the first row's", {"relative": "yes", "stranger": "no"}),
     "features": StudyQuestion("The same features matter as there", {"relative": "yes", "stranger": "no"}),
     "items": StudyQuestion("For the same items as there", {"relative": "yes", "stranger": "no"}),
@@ -94,6 +95,9 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     if drivers := of(figures.drivers, row=row, benchmark=benchmark, group="tested"):
         yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
+    groups = [one for one in figures.primitives if (one.row, one.benchmark) == (row, benchmark)]
+    if groups or effect:
+        yield "primitives", _primitives(groups)
     ranked: tuple[Asked, ...] = ("features", "items")
     for name in ranked:
         if row != first and (pair := of(figures.alignment, first=first, second=row, benchmark=benchmark, by=name)):
@@ -101,6 +105,16 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
             if pair.shared is not None and pair.shared_null is not None:
                 evidence = f"{percent(pair.shared)} have a partner, by chance {percent(pair.shared_null)}"
                 yield "shared", (_yes(pair.shared - pair.shared_null > MOST), evidence)
+
+
+def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
+    """Return whether a named group does more than its controls and recurs in half of the other seeds."""
+    named = [one for one in groups if one.name]
+    held = [one for one in named if one.more == "yes" and 2 * one.recurs >= one.seeds]
+    evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
+    if not held and any(one.more == "not testable" for one in named):
+        return "cannot tell", evidence
+    return _yes(bool(held)), evidence
 
 
 def _yes(answer: bool | None) -> Answered:

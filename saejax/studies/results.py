@@ -6,7 +6,7 @@ from typing import Literal
 from saejax.results import Interval
 
 Answered = Literal["yes", "no", "cannot tell"]
-Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "shared", "features", "items"]
+Asked = Literal["solves", "effect", "random", "placebo", "gate", "context", "primitives", "shared", "features", "items"]
 Gated = Literal["interpretable", "unstable", "no signal", "cannot tell"]
 
 

@@ -13,6 +13,7 @@ from saejax.studies.results import (
     EffectFigures,
     GateFigures,
     ModelFigures,
+    PrimitiveFigures,
     StudyFigures,
 )
 
@@ -33,6 +34,14 @@ def effect(row, lowers, random, placebo):
 
 def drivers(row, tokens, context):
     return DriverFigures(row, "sums", "tested", 8, tokens, context, share(0.1, 0.0, 0.4))
+
+
+def group(row, more):
+    """A group of features that recurs in both other seeds."""
+    effect = share(1.0, 0.5, 1.5)
+    return PrimitiveFigures(
+        row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 2, 2, (), (), 8, effect, effect, 0.0, 0.0, more
+    )
 
 
 @pytest.fixture
@@ -64,6 +73,7 @@ def figures():
                 BaselineFigures("random", "sums", "accuracy", share(0.3, 0.2, 0.4), 0.25, 40),
                 BaselineFigures("tuned", "sums", "log-likelihood, nats per token", share(-1, -2, 0), None, 40),
             ),
+            primitives=(group("base", "yes"), group("tuned", "not testable")),
             effects=(
                 effect("base", "yes", "yes", "yes"),
                 effect("tuned", "yes", "yes", "no"),
@@ -89,10 +99,12 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
         ("base", "placebo"): ("yes", ""),
         ("base", "gate"): ("yes", ""),
         ("base", "context"): ("no", ""),
+        ("base", "primitives"): ("yes", ""),
         ("tuned", "effect"): ("yes", ""),
         ("tuned", "random"): ("yes", ""),
         ("tuned", "placebo"): ("no", ""),
         ("tuned", "gate"): ("no", ""),
+        ("tuned", "primitives"): ("cannot tell", ""),
         ("tuned", "shared"): ("yes", "yes"),
         ("tuned", "features"): ("yes", "yes"),
         ("tuned", "items"): ("no", "yes"),
@@ -102,6 +114,7 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
         ("random", "placebo"): ("cannot tell", "no"),
         ("random", "gate"): ("cannot tell", "no"),
         ("random", "context"): ("yes", "no"),
+        ("random", "primitives"): ("no", "no"),
         ("random", "shared"): ("no", "no"),
         ("random", "features"): ("cannot tell", "no"),
     }
@@ -122,7 +135,7 @@ def test_five_sentences(figures):
         "specific to the answers, but the features fire on words alone; tuned on sums: the same features, on which "
         "other items depend."
     )
-    assert told["Control rows"].startswith("4 of 9 known answers were found, and 3 cannot be told. Contradicted: ")
+    assert told["Control rows"].startswith("5 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
     assert "for the same items as there, tuned on sums: no, known yes" in told["Control rows"]
 
 
