@@ -48,7 +48,7 @@ def out_of_room(error: BaseException) -> str:
 
 
 def one_of(wanted: str, names, what: str) -> str:
-    """Return ``wanted`` if it is among ``known``; otherwise raise a ``UserError`` that lists them.
+    """Return ``wanted`` if it is among ``names``; otherwise raise a ``UserError`` that lists them.
 
     Args:
       wanted: the name asked for.

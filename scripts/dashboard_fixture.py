@@ -3,9 +3,9 @@
     python -m venv build/dashboard && build/dashboard/bin/pip install sae-dashboard torch==2.13.0
     build/dashboard/bin/python scripts/dashboard_fixture.py
 
-Needs nothing of saejax, and no torchvision of another build than torch. The residual stream that is read is the sum
-of a token's and a position's embedding, so the file holds all that decides an activation, and what the tool says. It
-shows no first tokens; nothing fires there.
+Does not import saejax; an installed torchvision must match the build of torch. The dictionary reads the sum of a
+token's and a position's embedding, so the file holds everything that determines an activation, and the tool's output.
+The tool does not show first tokens, so no feature fires there.
 """
 
 import importlib.metadata
@@ -37,7 +37,8 @@ def main() -> None:
     arrays = dict(W_enc=W_dec_FxD.T.round(3), b_enc=-rng.uniform(0.2, 1.5, FEATURES).round(3), W_dec=W_dec_FxD)
     position_TxD = rng.normal(scale=0.3, size=(LENGTH, WIDTH)).round(3)
     position_TxD[0] = np.linalg.lstsq(arrays["W_enc"].T, np.full(FEATURES, -9.0), rcond=None)[0].round(3)
-    model.W_E.data, model.W_pos.data = (torch.tensor(one, dtype=torch.float32) for one in (embed_VxD, position_TxD))
+    model.W_E.data = torch.tensor(embed_VxD, dtype=torch.float32)
+    model.W_pos.data = torch.tensor(position_TxD, dtype=torch.float32)
     sae = StandardSAE(StandardSAEConfig(d_in=WIDTH, d_sae=FEATURES, apply_b_dec_to_input=False))
     for name, array in arrays.items():
         getattr(sae, name).data = torch.tensor(array, dtype=torch.float32)
@@ -46,22 +47,22 @@ def main() -> None:
     config.feature_centric_layout.seq_cfg = SequencesConfig(
         buffer=None, top_acts_group_size=SHOWN, n_quantiles=0, compute_buffer=True
     )
-    found = SaeVisRunner(config).run(encoder=sae, model=model, tokens=torch.tensor(ids_NxT))
-    told = []
+    dashboard = SaeVisRunner(config).run(encoder=sae, model=model, tokens=torch.tensor(ids_NxT))
+    features = []
     for feature in range(FEATURES):
-        data = found.feature_data_dict[feature]
+        data = dashboard.feature_data_dict[feature]
         group = data.sequence_data.seq_group_data[0]
-        told.append(
+        features.append(
             dict(
                 title=data.acts_histogram_data.title,
                 top=[
                     dict(
-                        text=one.original_index,
-                        position=one.qualifying_token_index,
-                        ids=one.token_ids,
-                        acts=[round(act, 4) for act in one.feat_acts],
+                        text=sequence.original_index,
+                        position=sequence.qualifying_token_index,
+                        ids=sequence.token_ids,
+                        acts=[round(act, 4) for act in sequence.feat_acts],
                     )
-                    for one in group.seq_data
+                    for sequence in group.seq_data
                 ],
             )
         )
@@ -72,7 +73,7 @@ def main() -> None:
         ids=ids_NxT.tolist(),
         W_enc=arrays["W_enc"].tolist(),
         b_enc=arrays["b_enc"].tolist(),
-        features=told,
+        features=features,
     )
     PATH.write_text(json.dumps(data, separators=(",", ":")) + "\n")
     print(f"{PATH}: {PATH.stat().st_size:,} bytes")

@@ -116,8 +116,8 @@ def main() -> None:
                 noticed = run_tests(tree, fault.tests)
                 (tree / fault.file).write_text(text)
                 missed += [] if noticed else [fault]
-                told = f"caught by {noticed}" if noticed else "MISSED"
-                print(f"{time.monotonic() - start:4.0f} s  {fault.file}: {fault.line}\n        {told}", flush=True)
+                outcome = f"caught by {noticed}" if noticed else "MISSED"
+                print(f"{time.monotonic() - start:4.0f} s  {fault.file}: {fault.line}\n        {outcome}", flush=True)
         finally:
             subprocess.run([*worktree, "remove", "--force", str(tree)], check=True)
     for fault in missed:

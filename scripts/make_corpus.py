@@ -87,7 +87,7 @@ def grouped_attention(module, query, key, value, attention_mask, **unused):
 
 
 def draw(logits_BxV: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Tokens [B], int64, from the nucleus of the distribution at this temperature."""
+    """Draw tokens, [B] int64, from the nucleus of the distribution at this temperature."""
     logits_BxV = logits_BxV.float() / temperature
     top_BxC, ids_BxC = logits_BxV.topk(CANDIDATES)
     probabilities_BxC = (top_BxC - logits_BxV.logsumexp(-1, keepdim=True)).exp()
@@ -98,7 +98,7 @@ def draw(logits_BxV: torch.Tensor, temperature: float) -> torch.Tensor:
 
 @torch.inference_mode()
 def continue_texts(model, prompts: list[list[int]], limits: list[int], temperature: float, ends: set[int]):
-    """Continues every prompt to its end token (not returned) or its length limit.
+    """Continue every prompt to its end token (not returned) or its length limit.
 
     All rows advance together, one position a step; a row takes its prompt's tokens first and drawn ones
     after, so nothing is padded. Rows that have ended leave the batch when they are a quarter of it.
@@ -130,7 +130,7 @@ def continue_texts(model, prompts: list[list[int]], limits: list[int], temperatu
 
 
 def sample_round(number: int, tokenizer, model) -> list[dict]:
-    """One document for every opening, unfiltered."""
+    """Sample a document for every opening, unfiltered."""
     rng = random.Random(number)
     torch.manual_seed(number)
     openings = [
@@ -164,9 +164,9 @@ def sample(numbers: list[int]) -> None:
         start = time.time()
         documents = sample_round(number, tokenizer, model)
         path = SAMPLES / f"{number:04d}.jsonl"
-        beside = path.with_suffix(".writing")
-        beside.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
-        beside.replace(path)
+        partial = path.with_suffix(".writing")
+        partial.write_text("".join(json.dumps(document) + "\n" for document in documents), encoding="utf-8")
+        partial.replace(path)
         tokens = sum(len(ids) for ids in tokenizer([d["text"] for d in documents])["input_ids"])
         print(f"round {number}: {tokens} tokens in {time.time() - start:.0f} s", flush=True)
 

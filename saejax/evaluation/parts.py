@@ -126,8 +126,8 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
         square += [np.square(part).sum() for part in parts]
         total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
         for error, dictionary in zip(errors, dictionaries, strict=True):
-            made = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
-            error += [np.square(part - reconstructed).sum() for part, reconstructed in zip(parts, made, strict=True)]
+            outputs = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
+            error += [np.square(part - output).sum() for part, output in zip(parts, outputs, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]
     return [np.where(variance > 0, 1 - error / np.where(variance > 0, variance, 1), 0).tolist() for error in errors]
 

@@ -37,14 +37,14 @@ from saejax.models.sites import Site
 from saejax.runner.workspace import Run, member_folder
 from saejax.settings import ExportConfig
 
-# What sets of sources at Neuronpedia are called by the site that they read.
+# Names that Neuronpedia gives sets of sources, by the site that the dictionaries read.
 _SHORT = dict(resid_pre="res", resid_mid="res", resid_post="res", attn_out="att", mlp_in="transcoder", mlp_out="mlp")
 _MODEL_ID = re.compile(r"(?!.*(--|\.\.))[a-z][a-z0-9.-]{0,30}[a-z0-9]")
 _SET = re.compile(r"(?!neurons$)(?!.*--)[a-z][a-z0-9-]*")
 
 
 def setting_of(member: TrainedMember) -> str:
-    """Return what sets a member apart from others of its site: "k16" of "resid_post.3-k16", "" of "resid_post.3"."""
+    """Return the part of a member's name after its site: "k16" of "resid_post.3-k16", "" of "resid_post.3"."""
     return member.name.removeprefix(member.site).removeprefix("-")
 
 
@@ -60,7 +60,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
       The folder of each member's bundle.
 
     Raises:
-      UserError: a name is none that Neuronpedia takes, or two members would have the same.
+      UserError: Neuronpedia does not take a name, or two members would get the same name.
     """
     config = run.configs[ExportConfig]
     kind, store = run.name.partition("-")[2], Store.open(run.inputs["capture"])
@@ -111,25 +111,25 @@ def _tame(name: str) -> str:
 
 
 def _write_about(folder: Path, source: NeuronpediaSource, creator: str, documents: int) -> None:
-    """Write what the features belong to.
+    """Make a bundle's folders and write its release, model, set of sources and source.
 
     Args:
-      folder: of the bundle, which is made.
-      source: whose it is.
-      creator: who made it.
-      documents: of the text that was interpreted.
+      folder: the bundle's folder; it must not exist.
+      source: the dictionary at Neuronpedia.
+      creator: name of the release's creator.
+      documents: number of documents of the interpreted text.
     """
     for name in ("features", "activations", "explanations"):
         (folder / name).mkdir(parents=True)
     release, description = f"{source.model}-{source.set}", f"Features of {source.model}, interpreted by saejax"
     shared = dict(creatorId=CREATOR_ID, visibility="PUBLIC")
-    made = shared | dict(creatorName=creator, description=description, urls=[])
-    named = dict(displayName=source.model, displayNameShort=source.model)
+    public = shared | dict(creatorName=creator, description=description, urls=[])
+    titles = dict(displayName=source.model, displayNameShort=source.model)
     rows = dict(
-        release=made | dict(name=release, descriptionShort=description),
-        # No layers of no neurons, as other writers have it: none are in the bundle.
-        model=shared | named | dict(id=source.model, layers=0, neuronsPerLayer=0, owner="", instruct=False),
-        sourceset=made | dict(modelId=source.model, name=source.set, releaseName=release, hasGraphs=False),
+        release=public | dict(name=release, descriptionShort=description),
+        # 0 layers of 0 neurons, as other exporters write: the bundle holds no neurons.
+        model=shared | titles | dict(id=source.model, layers=0, neuronsPerLayer=0, owner="", instruct=False),
+        sourceset=public | dict(modelId=source.model, name=source.set, releaseName=release, hasGraphs=False),
         source=shared | dict(id=source.id, modelId=source.model, setName=source.set, num_prompts=documents),
     )
     for name, row in rows.items():
@@ -145,7 +145,7 @@ def _write_batch(
     W_dec_FxD: np.ndarray,
 ) -> None:
     """Write some features, their contexts and their labels to the bundle."""
-    rows: dict[str, Iterable[dict[str, Any]]] = dict(
+    rows_by_table: dict[str, Iterable[dict[str, Any]]] = dict(
         features=(feature_row(source, record, W_dec_FxD[record["feature"]]) for record in records),
         activations=(row for record in records for row in activation_rows(source, record)),
         explanations=(
@@ -154,22 +154,22 @@ def _write_batch(
             if record["feature"] in labels
         ),
     )
-    for name, some in rows.items():
-        text = "".join(map(_line, some))
+    for name, rows in rows_by_table.items():
+        text = "".join(map(_line, rows))
         if text:
-            with whole_file(folder / name / f"batch-{number}.jsonl.gz") as beside:
-                beside.write_bytes(gzip.compress(text.encode(), 5, mtime=0))
+            with whole_file(folder / name / f"batch-{number}.jsonl.gz") as path:
+                path.write_bytes(gzip.compress(text.encode(), 5, mtime=0))
 
 
 def _write_viewers(
     folder: Path, source: NeuronpediaSource, records: Sequence[FeatureRecord], labels: Mapping[int, Label]
 ) -> None:
     """Write a file for each feature that fires."""
-    for one in records:
-        if one["fires"]:
-            feature = one["feature"]
+    for record in records:
+        if record["fires"]:
+            feature = record["feature"]
             label = labels[feature].label if feature in labels else ""
-            text = _line(feature_json(one, source.layer, label))
+            text = _line(feature_json(record, source.layer, label))
             (folder / f"{cantor_pair(source.layer, feature)}.json").write_text(text, encoding="utf-8")
 
 
@@ -178,10 +178,10 @@ def _line(row: Any) -> str:
 
 
 def _clean(data: Any) -> Any:
-    """JSON data without what no database takes: half characters, NUL, tokens of no text."""
+    """Replace what databases refuse: lone surrogates and NUL in JSON strings, and empty tokens."""
     if isinstance(data, str):
         return data.encode("utf-8", "surrogatepass").decode("utf-8", "replace").replace("\0", "\ufffd")
     if isinstance(data, dict):
-        made = {name: _clean(value) for name, value in data.items()}
-        return made | ({"tokens": [token or "\ufffd" for token in made["tokens"]]} if "tokens" in made else {})
-    return [_clean(one) for one in data] if isinstance(data, list) else data
+        fields = {name: _clean(value) for name, value in data.items()}
+        return fields | ({"tokens": [token or "\ufffd" for token in fields["tokens"]]} if "tokens" in fields else {})
+    return [_clean(item) for item in data] if isinstance(data, list) else data

@@ -129,13 +129,13 @@ def feature_json(record: FeatureRecord, layer: int, label: str) -> dict[str, Any
     """Return a feature as viewers of attribution graphs read it (Neuronpedia's ``feature-details-schema.json``).
 
     Args:
-      record: of a feature that fires, as the stage ``interpret`` writes it.
-      layer: of its dictionary.
-      label: what it is called; "": nothing.
+      record: record of a feature that fires, as the stage ``interpret`` writes it.
+      layer: layer of its dictionary.
+      label: its label; "" if it has none.
     """
     quantiles = [("Top activations", record["examples"])]
     for group in reversed(range(GROUPS)):
-        drawn = [one for one in record["groups"] if one["group"] == group]
+        drawn = [context for context in record["groups"] if context["group"] == group]
         quantiles += (
             [(f"{group * 100 // GROUPS} to {(group + 1) * 100 // GROUPS} % of firings", drawn)] if drawn else []
         )

@@ -38,7 +38,7 @@ def run_export(run: Run) -> ExportResults:
     described = (
         [] if joined else [own.read_config(member_folder(unit, member.name) / "dictionary") for member in members]
     )
-    _clear(run.folder)  # what a killed run left
+    _clear(run.folder)  # a killed run may have left files
     try:
         if joined:
             circuit_tracer.copy_cross_layer(unit, run.folder)

@@ -27,7 +27,7 @@ TABLE_ROWS, FIGURE_ROWS = 50, 30  # longest list of features in a table and in a
 
 def answer(findings: Findings, draw: Draw) -> Section:
     """Write the opening: a picture for each behaviour, the table of answers, a sentence for each question, the rule."""
-    ablate = findings.one(AblateResults)
+    ablate = findings.first(AblateResults)
     tested = ablate.verdict.dictionaries[TESTED]
     blocks: list[Block] = list(_pictures(findings, draw))
     blocks.append(_answer_table(ablate))
@@ -42,7 +42,7 @@ def answer(findings: Findings, draw: Draw) -> Section:
 
 def details(findings: Findings) -> list[Section]:
     """Write the answers to the five questions for each behaviour, in sentences with their figures."""
-    ablate, baseline = findings.one(AblateResults), findings.one(BaselineResults).behaviours
+    ablate, baseline = findings.first(AblateResults), findings.first(BaselineResults).behaviours
     intro = (
         "Square brackets hold 95 % bootstrap intervals over prompts within templates. p-values are corrected by Holm's "
         "method over the behaviours, within each question. Points are percentage points of accuracy on test prompts."
@@ -59,7 +59,7 @@ def details(findings: Findings) -> list[Section]:
 
 def features(findings: Findings, draw: Draw, shown: int) -> list[Section]:
     """Describe the top features of each behaviour, with the contexts of the first ``shown``."""
-    ablate = findings.one(AblateResults)
+    ablate = findings.first(AblateResults)
     intro = (
         "Features were ranked by attribution: the activation times the gradient of the logit difference, "
         "summed over a prompt and averaged over the train prompts, an estimate of the effect. The drop is measured: "
@@ -171,7 +171,7 @@ def _bases_by_answer(result: BehaviourVerdict) -> dict[str, list[str]]:
 
 
 def _pictures(findings: Findings, draw: Draw) -> list[Picture]:
-    ablate = findings.one(AblateResults)
+    ablate = findings.first(AblateResults)
     unit = next(unit for unit, summary in findings.summaries.items() if summary.stage == "ablate")
     table = load_effects(findings.folders[unit])
     return [
@@ -373,7 +373,7 @@ def held_out(findings: Findings, name: str) -> np.ndarray:
     Raises:
       UserError: the file is missing or damaged.
     """
-    kind, member = stacks.kind_and_member(findings.one(AblateResults).dictionary)
+    kind, member = stacks.kind_and_member(findings.first(AblateResults).dictionary)
     path: Path = findings.folders[f"evaluate/{kind}"] / member / f"{name}.npy"
     try:
         return np.load(path, allow_pickle=False)
@@ -389,7 +389,7 @@ class _Contexts:
     def __init__(self, findings: Findings, labels: Mapping[int, Label]):
         self._examples, self._labels = findings.examples, labels
         self._rate_F, self._mean_F = (held_out(findings, name) for name in ("firing_rate", "mean_activation"))
-        tops = findings.one(AblateResults).top
+        tops = findings.first(AblateResults).top
         self._tops = {name: {item.feature for item in top} for name, top in tops.items()}
 
     def strips(self, name: str, item: FeatureEffect) -> Strips:

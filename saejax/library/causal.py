@@ -160,7 +160,7 @@ def steer(
 
     Args:
       lm: the model that the dictionary was trained on.
-      dictionary: whose features, and at whose site, prompts are steered.
+      dictionary: the dictionary whose features, and at whose site, prompts are steered.
       prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
       documents: held-out texts, whose cross-entropy limits the strength (``max_ce_rise``).
       **settings: fields of ``saejax.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4), random_sets=99.
@@ -171,9 +171,12 @@ def steer(
     Raises:
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
-    config = make_config(SteerConfig, prompts=0, **settings)  # all that are given
+    config = make_config(SteerConfig, prompts=0, **settings)  # 0: use every prompt passed in
     split, text = SplitModel(lm, dictionary, config.positions), _held_out_text(lm, documents, LENGTH)
-    measured = {name: SteeringTest(lm, split, own, text, config).results() for name, own in _group(prompts).items()}
+    measured = {
+        name: SteeringTest(lm, split, behaviour_prompts, text, config).results()
+        for name, behaviour_prompts in _group(prompts).items()
+    }
     return judge(measured)
 
 

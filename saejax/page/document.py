@@ -56,7 +56,7 @@ def _bind(value: Any) -> Any:
 
 
 def _runs(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
-    """Neighbouring blocks of one kind together, with their kind."""
+    """Return runs of neighbouring blocks of the same kind, each with its kind."""
     return [(kind, list(run)) for kind, run in itertools.groupby(blocks, key=lambda block: block.kind)]
 
 

@@ -23,29 +23,33 @@ class Findings:
 
     Attributes:
       summaries: unit -> its summary.
-      folders: unit -> its folder, for what is shown as it lies there.
-      report: the report's own folder.
-      own: the report's own settings, group -> field -> value.
+      folders: unit -> its folder, for files that the report shows or links to as they are.
+      report: folder of the report itself.
+      report_settings: settings of the report itself, group -> field -> value.
       examples: feature of the tested dictionary -> its strongest contexts.
     """
 
     summaries: Mapping[str, Summary]
     folders: Mapping[str, Path]
     report: Path
-    own: Settings
+    report_settings: Settings
     examples: Mapping[int, Sequence[Example]] = dataclasses.field(default_factory=dict)
 
     def each(self, results: type[T]) -> dict[str, T]:
-        """Name of the unit -> its results, of all units whose results are of a class."""
-        found = ((unit, summary.results) for unit, summary in self.summaries.items())
-        return {unit.partition("/")[2]: own for unit, own in found if isinstance(own, results)}
+        """Return the results of all units whose results are of a class, by the name of the unit after its stage."""
+        results_by_unit = ((unit, summary.results) for unit, summary in self.summaries.items())
+        return {
+            unit.partition("/")[2]: unit_results
+            for unit, unit_results in results_by_unit
+            if isinstance(unit_results, results)
+        }
 
-    def one(self, results: type[T]) -> T:
-        """Return the results of the first unit of a class, which there must be."""
+    def first(self, results: type[T]) -> T:
+        """Return the results of the first unit whose results are of a class; at least one unit must have them."""
         return next(iter(self.each(results).values()))
 
     def with_results(self, results: object) -> "Findings":
-        """Return the same with other results of the one unit whose results are of their class."""
+        """Return these findings with ``results`` in place of the results of their class."""
         units = {
             unit: dataclasses.replace(summary, results=results)
             if isinstance(summary.results, type(results))
@@ -55,24 +59,25 @@ class Findings:
         return dataclasses.replace(self, summaries=units)
 
     def address(self, file: Path) -> str:
-        """Return a file as the report links to it."""
+        """Return the address by which the report links to a file: relative to the report, percent-encoded."""
         return quote(os.path.relpath(file, self.report).replace(os.sep, "/"))
 
     def settings(self) -> Settings:
-        """Return the resolved configuration of all the units together: group -> field -> value."""
-        groups = [summary.config for summary in self.summaries.values()]
-        return {group: fields for some in (*groups, self.own) for group, fields in some.items()}
+        """Return the settings of all units and of the report, group -> field -> value."""
+        configs = [*(summary.config for summary in self.summaries.values()), self.report_settings]
+        return {group: fields for config in configs for group, fields in config.items()}
 
 
-def read_findings(inputs: Mapping[str, Path], report: Path, own: Settings) -> Findings:
+def read_findings(inputs: Mapping[str, Path], report: Path, report_settings: Settings) -> Findings:
     """Read the summaries of units.
 
     Args:
       inputs: unit -> folder.
-      report: the report's own folder.
-      own: its settings, group -> field -> value.
+      report: folder of the report itself.
+      report_settings: settings of the report itself, group -> field -> value.
 
     Raises:
       UserError: a summary is missing or damaged.
     """
-    return Findings({unit: load_summary(folder) for unit, folder in inputs.items()}, inputs, report, own)
+    summaries = {unit: load_summary(folder) for unit, folder in inputs.items()}
+    return Findings(summaries, inputs, report, report_settings)

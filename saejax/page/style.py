@@ -63,7 +63,7 @@ _STYLE = {
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Draws with this module's style, whatever the caller has set."""
+    """Make a function draw with this module's style, whatever the caller has set."""
 
     @functools.wraps(draw)
     def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -88,13 +88,13 @@ def panels(heights: Sequence[float], titles: Sequence[str]) -> tuple[Figure, lis
 
 
 def error_lengths(value: Interval, scale: float = 1.0) -> np.ndarray:
-    """[2, 1] lengths of the error bar below and above the mean, never negative."""
-    mean, low, high = (one * scale for one in (value.mean, value.low, value.high))
+    """Return the lengths of the error bar below and above the mean, [2, 1], never negative."""
+    mean, low, high = (bound * scale for bound in (value.mean, value.low, value.high))
     return np.array([[max(mean - low, 0.0)], [max(high - mean, 0.0)]])
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Rows named from the top down, and a grid across them."""
+    """Name the rows from the top down, and draw a grid across them."""
     axes.set_yticks(range(len(names)), [textwrap.fill(name, 16) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -103,7 +103,7 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 
 def height_of(names: Iterable[str], least: float) -> float:
-    """Inches that rows of these names take, at least ``least`` each."""
+    """Return the inches that rows of these names take, at least ``least`` each."""
     names = list(names)
     lines = max(len(textwrap.wrap(name, 16)) for name in names)
     return len(names) * max(least, 0.05 + 0.155 * lines)
@@ -130,7 +130,7 @@ def plain_log(axis: Axis) -> None:
 
 
 def log_limits(values: Sequence[float], least: float = 6.0) -> tuple[float, float]:
-    """Limits a little beyond the values, and at least this factor apart, so that some ticks have numbers."""
+    """Return limits a little beyond the values, and at least this factor apart, so that some ticks have numbers."""
     low, high = min(values, default=1.0) / 1.15, max(values, default=1.0) * 1.15
     widen = max(least * low / high, 1.0) ** 0.5
     return low / widen, high * widen
@@ -143,27 +143,28 @@ def save(figure: Figure, folder: Path, name: str) -> str:
       The SVG's text.
     """
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        with whole_file(folder / f"{name}.png") as beside:
-            figure.savefig(beside, format="png", dpi=200, metadata={"Software": None})
-        figure.set_layout_engine("none")  # what was laid out for the one serves the other
+        with whole_file(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=200, metadata={"Software": None})
+        figure.set_layout_engine("none")  # the SVG keeps the layout of the PNG
         text = io.StringIO()
         figure.savefig(text, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
-    with whole_file(folder / f"{name}.svg") as beside:
-        beside.write_text(text.getvalue(), encoding="utf-8")
+    with whole_file(folder / f"{name}.svg") as path:
+        path.write_text(text.getvalue(), encoding="utf-8")
     return text.getvalue()
 
 
 def inline(svg: str, name: str, alt: str, colours: Mapping[str, str] | None = None) -> Markup:
     """Return the SVG for use inside an HTML page.
 
-    It has no paper, the page's ink, ids of its own, and a text for who cannot see it.
+    The background is transparent, ink takes the page's text colour, ids are unique on the page, and a text stands in
+    for readers who cannot see the figure.
 
     Args:
-      svg: what ``save`` returned.
-      name: unlike that of any other figure on the page; goes before its ids.
-      alt: what the figure shows.
-      colours: colours that the page's theme gives -> the names of its CSS variables; None: there is paper alone, which
-        is left out.
+      svg: the text that ``save`` returned.
+      name: name of the figure, unique on the page; it prefixes the ids.
+      alt: text that says what the figure shows.
+      colours: colours of the figure -> names of the page's CSS variables that replace them; None: no other colour is
+        replaced.
     """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)

@@ -43,7 +43,7 @@ def interval(value: Interval | None, digits: int = 2, scale: float = 1.0) -> str
     """Return an interval times ``scale``: "3.10 [2.80, 3.40]"; brackets stay on one line, None is a dash."""
     if value is None:
         return MISSING
-    mean, low, high = (number(one, digits, scale) for one in (value.mean, value.low, value.high))
+    mean, low, high = (number(bound, digits, scale) for bound in (value.mean, value.low, value.high))
     return f"{mean} [{low},\u00a0{high}]"
 
 

@@ -51,18 +51,18 @@ def detail_title(name: str) -> str:
 
 
 def signed(text: str) -> str:
-    """With true minus signs."""
+    """Return the text with true minus signs before numbers."""
     return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def sentence(text: str) -> str:
-    """With a capital at the start, a full stop at the end, and true minus signs."""
+    """Return the text with a capital at the start, a full stop at the end, and true minus signs."""
     text = signed(text.strip())
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def spread(draws: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
-    """Mean of the control draws, and the range of the middle 95 % of them."""
+    """Return the mean of the control draws and the range of the middle 95 % of them, as text."""
     values = np.asarray(draws, float) * scale
     if np.ptp(values) == 0:
         return f"{number(float(values[0]), digits)} in every draw"

@@ -124,14 +124,14 @@ class Processes:
             time.sleep(_LOOK_EVERY)
 
     def _late(self, key: str, ranks: Sequence[int]) -> list[int]:
-        there = {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{key}/")}
-        return [rank for rank in ranks if str(rank) not in there]
+        arrivals = {name.rpartition("/")[2] for name, _ in self._client.key_value_dir_get(f"{key}/")}
+        return [rank for rank in ranks if str(rank) not in arrivals]
 
     def wait_until_visible(self, files: Sequence[Path]) -> None:
-        """Wait until files of other hosts are seen here: shared file systems show them after seconds.
+        """Wait until files that other hosts wrote are visible here: a shared file system may show them seconds later.
 
         Raises:
-          UserError: one is not there after two minutes.
+          UserError: a file is still missing after two minutes.
         """
         until = time.monotonic() + _VISIBLE
         for path in files:

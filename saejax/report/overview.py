@@ -1,4 +1,4 @@
-"""The frame of the report: what was done, what was left out, how far the answer reaches, how to run it again."""
+"""The frame of the report: summary of the run, what the scores leave out, limits, and how to reproduce it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,30 +21,32 @@ from saejax.training.report import scores_of
 _MODELS = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
-def prompt_count(found: Findings) -> str:
-    """Return the number of test prompts of a behaviour, as "20", or "19 or 20" where they differ."""
-    return " or ".join(map(str, sorted({one.test.n for one in found.one(BaselineResults).behaviours.values()})))
+def prompt_count(findings: Findings) -> str:
+    """Return the number of test prompts of a behaviour, as "20", or "19 or 20" where behaviours differ."""
+    counts = {scores.test.n for scores in findings.first(BaselineResults).behaviours.values()}
+    return " or ".join(map(str, sorted(counts)))
 
 
-def lead(found: Findings) -> tuple[str, ...]:
-    """Return what was done, for a reader who knows transformers: one paragraph, so that the pictures come first."""
-    ablate = found.one(AblateResults)
+def lead(findings: Findings) -> tuple[str, ...]:
+    """Summarize the run for a reader who knows transformers, in one paragraph, so that pictures follow at once."""
+    ablate = findings.first(AblateResults)
     wanted = "; ".join(BEHAVIOURS[name][1] if name in BEHAVIOURS else behaviour(name) for name in ablate.top)
-    path = found.settings()["model"]["path"]
+    path = findings.settings()["model"]["path"]
     model = _MODELS.get(path) or (Path(path).name if path.startswith(("/", ".", "~")) else path)
-    features = f"{len(held_out(found, 'firing_rate')):,} " if found.each(EvaluateResults) else ""
+    features = f"{len(held_out(findings, 'firing_rate')):,} " if findings.each(EvaluateResults) else ""
     return (
         f"{model} was given prompts that ask for: {wanted}. Of the {features}features of the dictionary "
         f"{ablate.dictionary}, which writes {place(ablate.site)} as a sum of a few features, the {ablate.k} with the "
-        f"largest attribution were chosen on train prompts and ablated together on {prompt_count(found)} test prompts.",
+        f"largest attribution were chosen on train prompts and ablated together on {prompt_count(findings)} test "
+        "prompts.",
     )
 
 
-def left_out(found: Findings) -> Section:
-    """Return what the scores do not cover, by which rule, and how much it is."""
-    kind, name = stacks.kind_and_member(found.one(AblateResults).dictionary)
-    sinks = next(scores.sinks for scores in scores_of(found)[kind] if scores.name == name)
-    capture = found.settings()["capture"]
+def left_out(findings: Findings) -> Section:
+    """Return the section on the tokens that scores leave out, with the rule and their number."""
+    kind, name = stacks.kind_and_member(findings.first(AblateResults).dictionary)
+    sinks = next(scores.sinks for scores in scores_of(findings)[kind] if scores.name == name)
+    capture = findings.settings()["capture"]
     text = (
         "Attention sinks: on a few tokens, the first of every text above all, the activations are many times longer "
         "than elsewhere. A dictionary trained with them would learn little else. The rule: a position whose norm "
@@ -57,21 +59,21 @@ def left_out(found: Findings) -> Section:
     return Section("What was left out", (Text(text),))
 
 
-def limits(found: Findings) -> Section:
+def limits(findings: Findings) -> Section:
     """Return the section on the limits of the answer."""
-    ablate, behaviours = found.one(AblateResults), found.one(BaselineResults).behaviours
-    settings = found.settings()
+    ablate, behaviours = findings.first(AblateResults), findings.first(BaselineResults).behaviours
+    settings = findings.settings()
     with_prompts = settings["corpus"]["behaviours"]
-    fewest = min(one.test.n for one in behaviours.values())
+    fewest = min(scores.test.n for scores in behaviours.values())
     items = [
         (
             "Few prompts",
-            f"with {prompt_count(found)} test prompts a behaviour, accuracy moves in steps of "
+            f"with {prompt_count(findings)} test prompts a behaviour, accuracy moves in steps of "
             f"{number(100 / fewest, 1)} percentage points. Intervals are over prompts of the same form; other wordings "
             "were not tried.",
         ),
         (
-            "One place",
+            "One site",
             f"only {place(ablate.site)} was tested, with one dictionary ({ablate.dictionary}) from "
             "one training seed. Another seed gives other features.",
         ),
@@ -103,15 +105,15 @@ def limits(found: Findings) -> Section:
             "explained variance and cross-entropy recovered do not compare with those on other corpora."
         )
         items.insert(2, ("Text of its own making", easy))
-    weak = [behaviour(name) for name, one in behaviours.items() if one.flags]
+    weak = [behaviour(name) for name, scores in behaviours.items() if scores.flags]
     if weak:
-        unsure = "the model itself is unsure here, so that effects are hard to see and little follows from them."
+        unsure = "the model itself is unsure here, so effects are hard to see and prove little."
         items.insert(0, ("Weak behaviours", f"{', '.join(weak)}: {unsure}"))
     return Section("Limits", (Terms(tuple(items)),))
 
 
-def reproduce(found: Findings) -> Section:
-    """Return the section with all that is needed to run it again."""
+def reproduce(findings: Findings) -> Section:
+    """Return the section with the settings, versions and times that a rerun needs."""
     rows = tuple(
         (
             unit,
@@ -120,13 +122,13 @@ def reproduce(found: Findings) -> Section:
             ", ".join(f"{group} {_flag(seed)}" for group, seed in summary.seeds.items()) or MISSING,
             summary.start.replace("T", " ").replace("+00:00", ""),
         )
-        for unit, summary in found.summaries.items()
+        for unit, summary in findings.summaries.items()
     )
     columns = ("Stage", "Seconds", "Devices", "Seeds", "Started, UTC")
     stages = Table("The stages that this report reads", columns, rows, frozenset({2, 3, 4}))
-    flags = "\n".join(dict.fromkeys(_flags(found.settings())))  # groups share some
+    flags = "\n".join(dict.fromkeys(_flags(findings.settings())))  # groups share some
     packages: dict[str, str] = {}
-    for summary in found.summaries.values():
+    for summary in findings.summaries.values():
         packages |= summary.packages
     versions = "\n".join(f"{package}=={version}" for package, version in packages.items())
     command = "python -m experiments.pipeline --workdir=runs/again --flagfile=run.flags"
@@ -134,17 +136,17 @@ def reproduce(found: Findings) -> Section:
         Code("With the settings below saved as run.flags", command, folded=False),
         Code("Settings, as a flag file", flags),
         Code("Package versions", versions),
-        _hours_by_stage(found),
+        _hours_by_stage(findings),
         stages,
     )
     return Section("How to reproduce", blocks)
 
 
-def _hours_by_stage(found: Findings) -> Table:
-    """Return a table of the hours that the units of each stage took, and of those times their devices."""
+def _hours_by_stage(findings: Findings) -> Table:
+    """Return a table of the hours that the units of each stage took, and of hours times devices."""
     hours: dict[str, list[float]] = {}
-    for unit, summary in found.summaries.items():
-        used = unit_seconds(found.folders[unit]) / 3600
+    for unit, summary in findings.summaries.items():
+        used = unit_seconds(findings.folders[unit]) / 3600
         of_stage = hours.setdefault(unit.partition("/")[0], [0.0, 0.0])
         of_stage[0] += used
         of_stage[1] += used * (summary.devices.count if summary.devices else 0)

@@ -1,4 +1,4 @@
-"""The report stage: gathers what the other stages found and writes it for a reader.
+"""The report stage: writes the results of the other stages as a page for a reader.
 
 Written to the unit's folder: ``index.html`` (complete in itself), ``report.md`` (the same content), and
 ``figures/`` (each figure as PNG and SVG; of attribution graphs the SVG).
@@ -47,27 +47,28 @@ def run_report(run: Run) -> ReportResults:
     config = run.configs[ReportConfig]
     tested = run.configs[AblateConfig].dictionary
     trained, name = trained_in(tested) if is_folder(tested) else ({}, tested)
-    found = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
-    ablate = next(iter(found.each(AblateResults).values()), None)  # there is none without behaviours
-    if ablate and trained:  # where the dictionary is known by its name
+    findings = read_findings(trained | dict(run.inputs), run.folder, {"report": to_json(config)})
+    ablate = next(iter(findings.each(AblateResults).values()), None)  # None in a run without behaviours
+    if ablate and trained:  # the report then names the dictionary as its workdir does, not by its path
         ablate = dataclasses.replace(ablate, dictionary=name)
-        found = found.with_results(ablate)
+        findings = findings.with_results(ablate)
     tops = ablate.top.values() if ablate else ()
     wanted = [item.feature for top in tops for item in top[: config.features]]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
-        found = dataclasses.replace(found, examples=contexts(run, found, wanted, config.examples))
+        findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, config.examples))
     (run.folder / "figures").mkdir(exist_ok=True)
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(found, draw, config.features) if ablate else without_behaviours(found, draw)
+    parts = sections(findings, draw, config.features) if ablate else without_behaviours(findings, draw)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
-    lead = (*(overview.lead(found) if ablate else ()), *(part.lead for part in parts if part.lead))
-    untold = not ablate and config.title == ReportConfig().title and "model" in found.settings()
-    title = f"The dictionaries of {found.settings()['model']['path']}" if untold else config.title
+    lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
+    # The default title names an answer, which a run without behaviours does not have.
+    has_default_title = not ablate and config.title == ReportConfig().title and "model" in findings.settings()
+    title = f"The dictionaries of {findings.settings()['model']['path']}" if has_default_title else config.title
     page = to_html(title, lead, parts, footer)
     write_text(run.folder / "report.md", to_markdown(title, lead, parts, footer))
     write_text(run.folder / "index.html", page)
@@ -76,7 +77,7 @@ def run_report(run: Run) -> ReportResults:
     return ReportResults(
         specific={name: result.placebo.answer for name, result in verdicts.items()},
         figures=tuple(block.name for part in parts for block in part.blocks if isinstance(block, Picture)),
-        contexts={feature: len(found.examples.get(feature, ())) for feature in wanted},
+        contexts={feature: len(findings.examples.get(feature, ())) for feature in wanted},
         html_bytes=len(page.encode()),
     )
 
@@ -91,58 +92,64 @@ def trained_in(folder: str) -> tuple[dict[str, Path], str]:
       Folders of its units "capture", "train/topk" and "evaluate/topk", and "topk" or "topk/k32"; no units if it is not
       of a workdir where all of these are finished.
     """
-    places = Path(folder).absolute().parts
-    for at in (place for place in range(len(places) - 2, 0, -1) if places[place] == "train"):
-        workdir, kind = Path(*places[:at]), places[at + 1]
+    names = Path(folder).absolute().parts
+    # The innermost folder "train" first: a workdir may itself lie below a folder of that name.
+    for at in (index for index in range(len(names) - 2, 0, -1) if names[index] == "train"):
+        workdir, kind = Path(*names[:at]), names[at + 1]
         units = {unit: workdir / unit for unit in ("capture", f"train/{kind}", f"evaluate/{kind}")}
         if all((unit / SUMMARY).exists() for unit in units.values()):
-            return units, "/".join(places[at + 1 :])
+            return units, "/".join(names[at + 1 :])
     return {}, folder
 
 
-def sections(found: Findings, draw: Draw, shown: int) -> list[Section]:
-    """Return all sections: the fixed ones and, before the features one by one, those of stages that were asked for.
+def sections(findings: Findings, draw: Draw, shown: int) -> list[Section]:
+    """Return all sections of the report; those of optional stages stand before the features.
 
     Args:
-      found: what to write of.
+      findings: the results to write about.
       draw: saves a figure and returns its block.
-      shown: features of each behaviour that are shown with contexts.
+      shown: number of features of each behaviour that are shown with contexts.
     """
-    known = found.each(EvaluateResults)  # nothing is, of a dictionary from elsewhere
+    is_evaluated = bool(findings.each(EvaluateResults))  # False for a dictionary that was trained elsewhere
     return [
-        ablation.answer(found, draw),
-        *ablation.details(found),
-        tasks.behaviours_section(found, draw),
-        *tasks.benchmark_sections(found),
-        *([training.section(found, draw, found.one(AblateResults).dictionary)] if known else []),
-        *_asked(found, draw),
-        *ablation.features(found, draw, shown),
-        *([overview.left_out(found)] if known else []),
-        overview.limits(found),
-        overview.reproduce(found),
+        ablation.answer(findings, draw),
+        *ablation.details(findings),
+        tasks.behaviours_section(findings, draw),
+        *tasks.benchmark_sections(findings),
+        *([training.section(findings, draw, findings.first(AblateResults).dictionary)] if is_evaluated else []),
+        *_stage_sections(findings, draw),
+        *ablation.features(findings, draw, shown),
+        *([overview.left_out(findings)] if is_evaluated else []),
+        overview.limits(findings),
+        overview.reproduce(findings),
     ]
 
 
-def without_behaviours(found: Findings, draw: Draw) -> list[Section]:
-    """Return the sentence for a run in which no behaviour was tested."""
-    dictionaries = [training.section(found, draw, "")] if found.each(EvaluateResults) else []
-    return [*tasks.benchmark_sections(found), *dictionaries, *_asked(found, draw), overview.reproduce(found)]
+def without_behaviours(findings: Findings, draw: Draw) -> list[Section]:
+    """Return the sections for a run in which no behaviour was tested."""
+    dictionaries = [training.section(findings, draw, "")] if findings.each(EvaluateResults) else []
+    return [
+        *tasks.benchmark_sections(findings),
+        *dictionaries,
+        *_stage_sections(findings, draw),
+        overview.reproduce(findings),
+    ]
 
 
-def _asked(found: Findings, draw: Draw) -> list[Section]:
-    """Return the sections of stages that were asked for."""
+def _stage_sections(findings: Findings, draw: Draw) -> list[Section]:
+    """Return the sections that stages write themselves."""
     writers = [stage.section for stage in STAGES.values() if stage.section]
-    return [section for write in writers for section in write(found, draw)]
+    return [section for write in writers for section in write(findings, draw)]
 
 
-def contexts(run: Run, found: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
-    """Return the strongest contexts of features of the tested dictionary; none without captured text.
+def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) -> dict[int, list[Example]]:
+    """Return the strongest contexts of features of the tested dictionary; empty without captured text.
 
-    They are those of ``interpret`` where it ran on the dictionary, and are otherwise searched in the training text.
+    They come from ``interpret`` if it ran on the dictionary; otherwise the training text is searched.
     """
-    if not features or "capture" not in found.folders:
+    if not features or "capture" not in findings.folders:
         return {}
-    tested, store = run.configs[AblateConfig].dictionary, Store.open(found.folders["capture"])
+    tested, store = run.configs[AblateConfig].dictionary, Store.open(findings.folders["capture"])
     kind, _, member = tested.partition("/")
     interpreted = run.inputs.get(f"interpret/{kind}")
     if interpreted and (interpreted / member / FEATURES).is_dir():

@@ -258,16 +258,16 @@ def from_flags(
     Raises:
       UserError: a value is out of range; the message names the flag.
     """
-    made = []
+    configs = []
     for group, cls in groups.items():
         if accepted is not None and group not in accepted:
-            made.append(cls())
+            configs.append(cls())
             continue
         inside: dict[str, dict[str, Config]] = {}
         for field, name, inner in _nested(cls):
             inside.setdefault(field, {})[name] = _from_flags(f"{group}.{name}", inner, flag_values)
-        made.append(_from_flags(group, cls, flag_values, inside))
-    return Configs(*made)
+        configs.append(_from_flags(group, cls, flag_values, inside))
+    return Configs(*configs)
 
 
 def _from_flags(group: str, cls: type, flag_values: flags.FlagValues, inside: Mapping[str, Any] | None = None) -> Any:

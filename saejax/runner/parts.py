@@ -51,21 +51,22 @@ def each_part(
 ) -> dict[str, Any]:
     """Return the results of all parts, in their order: those kept from an earlier run, and the others measured.
 
-    Parts are items of ``Run.each``: where processes deal them out, the first one alone goes on with the results.
+    Parts are items of ``Run.each``: where processes share them, only the first process uses the returned results.
 
     Args:
       run: the unit.
-      parts: their names, which are names of files.
-      begin: called once if a part is left; gives what measures one, and writes what else the part keeps.
+      parts: names of the parts, and of their files.
+      begin: called once, if a part is left to measure. Returns the function that measures a part and writes the part's
+        other files.
       results: the class of a part's results.
-      unit: what it counts, for messages.
+      unit: unit of the progress messages, such as "tokens".
 
     Raises:
-      Interrupted: asked to stop; parts that were finished are kept.
+      Interrupted: the run is to stop; finished parts are kept.
     """
-    # The first process says what is there: it may write the next one before another has looked.
-    there = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
-    kept = {part: part_file(run, part) for part, done in zip(parts, there, strict=True) if done}
+    # The first process alone looks: it may write the next file before another process would look for it.
+    has_file = from_first_process(np.array([part_file(run, part).exists() for part in parts], np.int32))
+    kept = {part: part_file(run, part) for part, is_kept in zip(parts, has_file, strict=True) if is_kept}
     by_part = {part: from_json(results, read_json(path), path) for part, path in kept.items()}
     if by_part:
         run.say(f"{run.stage}: kept from an earlier run: {', '.join(by_part)}")
@@ -76,7 +77,7 @@ def each_part(
         label = f"{run.stage}: {part} ({parts.index(part) + 1} of {len(parts)})"
         by_part[part], message = measure()(part, progress.of_part(label, len(left) - left.index(part) - 1))
         if is_first_process():
-            write_json(part_file(run, part), to_json(by_part[part]))  # last: it says that the part is done
+            write_json(part_file(run, part), to_json(by_part[part]))  # written last: it marks the part as done
         run.say(f"{label}: {message}")
 
     if run.share.processes:

@@ -259,10 +259,11 @@ def _run_together(pipeline: _Pipeline, unit: str, inputs: Mapping[str, Path], st
     processes = pipeline.processes
     if processes is None:
         return _run_stage(pipeline, unit, inputs, ProcessShare(), stack)
-    processes.barrier(f"{unit}: begun")  # its folder is there now
+    processes.barrier(f"{unit}: begun")  # from here on its folder exists
     if pipeline.plan.members(unit):
-        made = [stack.together, stack.missing] if stack else []  # as the first process finds them
-        together, missing = json.loads(processes.broadcast(f"{unit}: members", json.dumps(made)))
+        # All processes train the members that the first process found missing.
+        members = [stack.together, stack.missing] if stack else []
+        together, missing = json.loads(processes.broadcast(f"{unit}: members", json.dumps(members)))
         stack = StackWork(_member_folders(pipeline, unit), together, missing)
     if stage.processes == "all":
         from saejax.parallel.collectives import wait_for_all

@@ -69,13 +69,13 @@ class KindSettings:
     """Settings of a kind of dictionary.
 
     Attributes:
-      own: the class of those that it alone has, ``--train.<name>.<field>``. Fields made with ``setting(...,
-        swept=True)`` are lists, and several values make as many members of a stack.
-      reads: those of ``--train`` that some kinds share and it reads: "k", "l1".
-      source: hash of the file that it comes from, if it is a plugin's.
+      config: the class of the settings that only this kind has, ``--train.<kind>.<field>``. Fields made with
+        ``setting(..., swept=True)`` are lists; each value makes a member of a stack.
+      reads: the settings of ``--train`` that several kinds share and this kind reads: "k", "l1".
+      source: hash of the plugin's file; "" for a kind of saejax.
     """
 
-    own: type[Config] = Config
+    config: type[Config] = Config
     reads: tuple[str, ...] = ()
     source: str = ""
 
@@ -102,8 +102,8 @@ def unit_names() -> tuple[str, ...]:
 
 
 def settings_of_kinds() -> dict[str, type[Config]]:
-    """Return the classes of the settings that a single kind has, by its name."""
-    return {name: kind.own for name, kind in KIND_SETTINGS.items()}
+    """Return, by kind, the class of the settings that only this kind has."""
+    return {name: kind.config for name, kind in KIND_SETTINGS.items()}
 
 
 def read_by_kind(setting: str) -> Callable[[str], bool]:

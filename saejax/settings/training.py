@@ -258,8 +258,8 @@ class TrainConfig(Config):
         return tuple(dataclasses.replace(self, expansion=expansion) for expansion in self.expansions) or (self,)
 
     def of_kind(self, kind: str) -> Any:
-        """Return the settings that a single kind has."""
-        return self.own.get(kind) or KIND_SETTINGS[kind].own()
+        """Return the settings that only this kind has."""
+        return self.own.get(kind) or KIND_SETTINGS[kind].config()
 
     def also(self, unit: str) -> dict[str, Any]:
         """Return the hash of a plugin's source, so that a changed kind is trained anew."""

@@ -12,7 +12,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, shared, unit_names
 from saejax.stages.train import trained_sites
 
-FOUND = "found"  # instead of a file: the labels of ``interpret``
+FOUND = "found"  # value of ``--explain.given`` that names the labels of ``interpret`` instead of a file
 
 
 @dataclasses.dataclass(frozen=True)

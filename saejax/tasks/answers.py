@@ -56,18 +56,18 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
 
 def strict_number(text: str) -> str | None:
     """Return the number after the first "#### ", as it is written; None if there is none."""
-    found = _STRICT_NUMBER.search(text)
-    return found[1] if found else None
+    match = _STRICT_NUMBER.search(text)
+    return match[1] if match else None
 
 
 def flexible_number(text: str) -> str | None:
     """Return the last number of the text, as it is written; None if there is none.
 
-    What counts as a number is as loose as in the harness: two or more digits, dollar signs, commas and points in a
-    row do, so a text that ends in "..." has the answer "...".
+    The pattern is as loose as the harness's: two or more digits, dollar signs, commas and points in a row count as a
+    number, so a text that ends in "..." has the answer "...".
     """
-    found = _ANY_NUMBER.findall(text)
-    return found[-1] if found else None
+    numbers = _ANY_NUMBER.findall(text)
+    return numbers[-1] if numbers else None
 
 
 def _normal(number: str) -> str:
@@ -75,7 +75,7 @@ def _normal(number: str) -> str:
 
 
 def _value(number: str) -> Decimal | str:
-    """Return the value of a number; what is none, such as "...", as text."""
+    """Return the value of a number; text that has no value, such as "...", is returned as it is."""
     normal = _normal(number).rstrip(".")
     try:
         return Decimal(normal)
@@ -99,24 +99,24 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
     written = dict(strict=boxed, flexible=boxed or text)
     return {
         rule: Verdict(
-            found,
-            found is not None
-            and (found == answer or (_has_same_base(written[rule] or "", answer) and _same(gold, reading))),
+            extracted,
+            extracted is not None
+            and (extracted == answer or (_has_same_base(written[rule] or "", answer) and _same(gold, reading))),
         )
-        for rule, (found, reading) in readings.items()
+        for rule, (extracted, reading) in readings.items()
     }
 
 
 def _has_same_base(written: str, answer: str) -> bool:
     """Return whether the last number with a base in a text has the base of the answer; True where either has none."""
     bases = [list(_BASED.finditer(text)) for text in (written, answer)]
-    return not all(bases) or len({found[-1][2] for found in bases}) == 1
+    return not all(bases) or len({matches[-1][2] for matches in bases}) == 1
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what the last closed ``\boxed{}`` or ``\fbox{}`` holds; None if there is none or it holds nothing.
+    r"""Return the content of the last closed ``\boxed{}`` or ``\fbox{}``; None if there is none or it is empty.
 
-    ``\boxed 5$``, without braces, holds what stands before the dollar sign.
+    The content of ``\boxed 5$``, without braces, is the text before the dollar sign.
     """
     for box in reversed(list(_BOX.finditer(text))):
         if text[box.end() : box.end() + 1] != "{":
@@ -130,7 +130,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _parsed(text: str) -> list[Any]:
-    """math-verify's reading of a text: its formula, and the text of it; empty if there is none."""
+    """Parse a text with math-verify; return its formula and the formula's text, or nothing if there is none."""
     import math_verify
     from math_verify.errors import TimeoutException
 
@@ -140,10 +140,10 @@ def _parsed(text: str) -> list[Any]:
         return []
 
 
-def _same(gold: list[Any], given: list[Any]) -> bool:
+def _same(gold: list[Any], reading: list[Any]) -> bool:
     import math_verify
 
-    return bool(math_verify.verify(gold, given, timeout_seconds=_limit()))
+    return bool(math_verify.verify(gold, reading, timeout_seconds=_limit()))
 
 
 def _limit() -> int | None:

@@ -71,8 +71,10 @@ def run_baseline(run: Run) -> BaselineResults:
         if run.stopping():
             raise Interrupted("baseline: stopped; behaviours that were measured are kept")
         try:
-            asked = name, task.train_prompts, task.test_prompts, task.seed, tokenizer
-            drawn = Drawn(own_prompts[name], {}) if name in own_prompts else make_prompts(*asked)
+            if name in own_prompts:
+                drawn = Drawn(own_prompts[name], {})
+            else:
+                drawn = make_prompts(name, task.train_prompts, task.test_prompts, task.seed, tokenizer)
         except TooFewPrompts as error:
             run.say(f"{name}: not measured: {error}")
             measured = _Measured(None, str(error))
@@ -144,8 +146,8 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
     whole_Nx2 = logits_Tx2[:n] - logsum_T[:n, None]
     longer = [(i, side) for i, pair in enumerate(answers) for side, ids in enumerate(pair) if len(ids) > 1]
     contexts = [tokens.ids_BxT[i, : tokens.lengths_B[i]].tolist() for i, _ in longer]
-    for place, found in zip(longer, loglikelihoods(model, contexts, [answers[i][side] for i, side in longer])):
-        whole_Nx2[place] = found.total
+    for place, likelihood in zip(longer, loglikelihoods(model, contexts, [answers[i][side] for i, side in longer])):
+        whole_Nx2[place] = likelihood.total
     whole = whole_Nx2.tolist()
     return [
         PromptScore(float(diff_T[i]), bool(top_T[i] == ids_Nx2[i, 0]), counterpart.get(i), *whole[i]) for i in range(n)
@@ -188,15 +190,16 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
 
 
 def _flags(splits: Mapping[str, BaselineScores], task: TaskConfig) -> tuple[str, ...]:
-    least = [
+    """Return a sentence for each score that is below its limit."""
+    limits = [
         ("accuracy", task.min_accuracy),
         ("separation", task.min_separation),
         ("counterpart_accuracy", task.min_accuracy),
     ]
-    found = [(key, split, getattr(splits[split], key), limit) for split in SPLITS for key, limit in least]
+    scores = [(key, split, getattr(splits[split], key), limit) for split in SPLITS for key, limit in limits]
     return tuple(
         f"{key.replace('_', ' ')} {value.mean:.3f} on {split} prompts is below {limit:.3f}"
-        for key, split, value, limit in found
+        for key, split, value, limit in scores
         if value and value.mean < limit
     )
 
@@ -204,8 +207,8 @@ def _flags(splits: Mapping[str, BaselineScores], task: TaskConfig) -> tuple[str,
 def _line(name: str, result: BaselineBehaviour) -> str:
     test = result.test
     shares = (test.accuracy * 100, test.top1 * 100)
-    percent = [f"{one.mean:.0f} % [{one.low:.0f}, {one.high:.0f}]" for one in shares]
-    plain = [f"{one.mean:.2f} [{one.low:.2f}, {one.high:.2f}]" for one in (test.logit_diff, test.separation)]
+    percent = [f"{share.mean:.0f} % [{share.low:.0f}, {share.high:.0f}]" for share in shares]
+    plain = [f"{score.mean:.2f} [{score.low:.2f}, {score.high:.2f}]" for score in (test.logit_diff, test.separation)]
     flags = f"; weak: {'; '.join(result.flags)}" if result.flags else ""
     flags += f"; left out of the causal tests: {result.left_out}" if result.left_out else ""
     flags += f"; {sum(result.replaced.values())} drafts were replaced" if result.replaced else ""
@@ -218,9 +221,10 @@ def _line(name: str, result: BaselineBehaviour) -> str:
 def _answer_logits(
     model: LanguageModel, tokens: Tokens, ids_Nx2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the logits [N, 2] of two answers at each text's last position.
+    """Return logits at each text's last position.
 
-    With them the log of the sum of all logits' exponentials, and the token with the highest logit, both [N].
+    Returns:
+      The logits of two answers, [N, 2]; the logsumexp of all logits, [N]; and the token with the highest logit, [N].
     """
     last_site = f"resid_post.{model.config.n_layers - 1}"
     n = len(tokens.lengths_B)
@@ -230,8 +234,8 @@ def _answer_logits(
         batch = Tokens(tokens.ids_BxT[rows_B], tokens.lengths_B[rows_B])
         # Logits at every position would be most of the memory and a fifth of the work.
         x_BxTxD = model(batch, capture=[last_site], logits=False).sites[last_site]
-        found = _last_logits(model.config, model.params, x_BxTxD, batch.last_B, ids_Nx2[rows_B])
-        parts.append([np.asarray(part)[: n - first] for part in found])
+        outputs = _last_logits(model.config, model.params, x_BxTxD, batch.last_B, ids_Nx2[rows_B])
+        parts.append([np.asarray(output)[: n - first] for output in outputs])
     chosen_Nx2, logsum_N, top_N = map(np.concatenate, zip(*parts, strict=True))
     return chosen_Nx2, logsum_N, top_N
 

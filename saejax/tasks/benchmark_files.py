@@ -76,7 +76,7 @@ class Origin:
       configurations: the data set's configurations by part; a part "" may have several.
       revision: of the data set.
       split: of the data set.
-      made: whether the rows are made from templates (``word_problems``); there are no files then.
+      is_generated: whether the rows are generated from templates (``word_problems``) rather than read.
     """
 
     files: Mapping[str, Sequence[Path]] = dataclasses.field(default_factory=dict)
@@ -84,10 +84,10 @@ class Origin:
     configurations: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     revision: str = ""
     split: str = TEST[0]
-    made: bool = False
+    is_generated: bool = False
 
     def __str__(self) -> str:
-        if self.made:
+        if self.is_generated:
             return "templates of saejax"
         if self.hub:
             return f"{self.hub} at revision {self.revision}"
@@ -95,8 +95,8 @@ class Origin:
         return str(paths[0]) if len(paths) == 1 else ", ".join(sorted({str(path.parent) for path in paths}))
 
     def identity(self) -> list[str]:
-        """Return what results depend on: the content of local files or templates; of the hub, the commit."""
-        if self.made:
+        """Return the text that results depend on: hashes of local files or templates, or the commit on the hub."""
+        if self.is_generated:
             return [hashlib.sha256(word_problems.read_data()).hexdigest(), str(word_problems.PER_TEMPLATE)]
         if self.hub:
             return [
@@ -115,7 +115,7 @@ class Origin:
         Raises:
           UserError: a file is missing or damaged, or the hub cannot be reached.
         """
-        for number, fields in enumerate(word_problems.make_questions() if self.made else (), start=1):
+        for number, fields in enumerate(word_problems.make_questions() if self.is_generated else (), start=1):
             yield Row(fields, "", f"made:{number:04d}", f"question {number} of {self}")
         for part, paths in self.files.items():
             stems = [_stem(path) for path in paths]
@@ -330,11 +330,11 @@ def _blocks(text: str, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def training_files(files: Mapping[str, Sequence[Path]], parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
-    """Return the files of the train split that lie beside a benchmark's local files; none of one with several parts."""
+    """Return the files of the train split next to a benchmark's local files; none for a benchmark of several parts."""
     if parts != ("",):
         return {}
     folder = files[""][0].parent
     # "test/data-00000-of-00001.arrow" and "test/algebra/1.json" have their train split beside the folder "test".
     root = next((place.parent for place in (folder, folder.parent) if place.name in (*TEST, "validation")), folder)
-    beside = _split_files(root, TRAIN[0])
-    return {"": _whole_table(beside, root, TRAIN[0])} if beside else {}
+    files_of_split = _split_files(root, TRAIN[0])
+    return {"": _whole_table(files_of_split, root, TRAIN[0])} if files_of_split else {}

@@ -44,14 +44,14 @@ def score_items(
 
     Args:
       lm: the model.
-      name: of the benchmark.
-      items: as ``benchmarks.read_items`` gives them.
-      task: settings: how to ask and how to score.
+      name: name of the benchmark.
+      items: items as ``benchmarks.read_items`` returns them.
+      task: settings of the prompts and of the scoring.
       edits: changes to every forward pass, generation included.
-      scored: in which way, if not in that of the settings; how to ask stays as it is.
+      scored: "generate", "choice" or "likelihood"; "": as the settings say. Prompts do not depend on it.
 
     Returns:
-      One for each item, of the class that ``scored_items.WAYS`` has for the way.
+      A score for each item, of the class in ``scored_items.WAYS`` for this way of scoring.
 
     Raises:
       UserError: a prompt and its answer are longer than the model's context, or an option does not fit.
@@ -95,7 +95,9 @@ def _generate(lm: LanguageModel, request: _ScoringRequest) -> list[GeneratedItem
 
 
 def _choose(lm: LanguageModel, request: _ScoringRequest) -> list[ChosenItem]:
-    choices = [(item, prompt, one) for item, prompt in zip(request.items, request.prompts) for one in item.choices]
+    choices = [
+        (item, prompt, choice) for item, prompt in zip(request.items, request.prompts) for choice in item.choices
+    ]
     scored = iter(_scored(lm, request, choices))
     rows = []
     for item, about in request.each():
@@ -152,10 +154,10 @@ def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: s
     """Return the figures over all items of a benchmark, with 95 % intervals, Wilson's of accuracies.
 
     Args:
-      name: of the benchmark.
-      rows: what ``score_items`` gave, at least one.
-      task: the settings under which they were made.
-      origin: of the items.
+      name: name of the benchmark.
+      rows: scores from ``score_items``, at least one.
+      task: settings under which the items were scored.
+      origin: the source of the items, in words.
     """
     score = way(name, task)
     results = BenchmarkResults(score, len(rows), origin)

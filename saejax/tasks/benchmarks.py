@@ -16,34 +16,37 @@ from saejax.tasks.number_choices import number_choices, plain_number
 
 
 def origin(name: str, task: TaskConfig) -> Origin:
-    """Return where the items of a benchmark come from.
+    """Return the source of a benchmark's items.
 
     Raises:
-      UserError: ``--task.path`` names no such place, or the hub data set has not what is expected.
+      UserError: ``--task.path`` names no file or data set, or the hub's data set lacks a configuration.
     """
-    known = definition(name)
-    if not known.hub:
-        return Origin(made=True)
+    benchmark = definition(name)
+    if not benchmark.hub:
+        return Origin(is_generated=True)
     if task.path:
-        files = find(task.path, name, len(task.benchmarks) > 1, known.parts, known.configurations, known.splits)
+        files = find(
+            task.path, name, len(task.benchmarks) > 1, benchmark.parts, benchmark.configurations, benchmark.splits
+        )
         if files is not None:
             return Origin(files=files)
-    hub, names = task.path or known.hub, known.configurations
-    if hub != known.hub:
-        there = hub_configurations(hub, task.revision)
-        missing = [wanted for wanted in names if wanted not in there]
-        if missing and len(known.parts) > 1:
+    hub, names = task.path or benchmark.hub, benchmark.configurations
+    if hub != benchmark.hub:
+        available = hub_configurations(hub, task.revision)
+        missing = [wanted for wanted in names if wanted not in available]
+        if missing and len(benchmark.parts) > 1:
             raise UserError(
-                f"the data set {hub} has no configuration {', '.join(missing)}, only {', '.join(there)}: expected one "
-                "for each task of logic"
+                f"the data set {hub} has no configuration {', '.join(missing)}, only {', '.join(available)}: expected "
+                "one for each task of logic"
             )
-        names = tuple(there) if missing else names
-    by_part = {part: (part,) for part in known.parts} if len(known.parts) > 1 else {"": names}
-    return Origin(hub=hub, configurations=by_part, revision=task.revision, split=known.splits[0])
+        # A copy of a benchmark with configurations of other names is read as a whole.
+        names = tuple(available) if missing else names
+    by_part = {part: (part,) for part in benchmark.parts} if len(benchmark.parts) > 1 else {"": names}
+    return Origin(hub=hub, configurations=by_part, revision=task.revision, split=benchmark.splits[0])
 
 
 def identity(name: str, task: TaskConfig) -> str:
-    """Return a hash, 16 hexadecimal digits, of what is read: local files' content; of the hub, id and commit.
+    """Return a hash, 16 hexadecimal digits, of the content of local files, or of the hub's id and commit.
 
     Raises:
       UserError: see ``origin``.
@@ -57,61 +60,61 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
     Raises:
       UserError: a file or the hub cannot be read, a row lacks a column or an answer, or there are too few items.
     """
-    known, source = definition(name), origin(name, task)
-    items = [known.parse(row) for row in source.rows()]
+    benchmark, source = definition(name), origin(name, task)
+    items = [benchmark.parse(row) for row in source.rows()]
     if way(name, task) == "choice":
         items = _with_choices(items)
-    wanted = task.examples or known.examples
+    wanted = task.examples or benchmark.examples
     if len(items) < wanted:
-        asked = "were asked for" if task.examples else f"are asked by default of {name}"
+        reason = "were asked for" if task.examples else f"are asked by default of {name}"
         advice = f"give --task.examples={len(items)} or fewer" if items else "name another file"
-        raise UserError(f"{name} has {len(items)} examples in {source}, but {wanted} {asked}: {advice}")
+        raise UserError(f"{name} has {len(items)} examples in {source}, but {wanted} {reason}: {advice}")
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
 
 
 def _with_choices(items: Sequence[Item]) -> list[Item]:
-    """Return items as multiple choice: those that have no choices get numbers to choose among."""
-    bare = [item for item in items if not item.choices]
-    right = [plain_number(item.answer, item.id) for item in bare]
-    made = {
+    """Return items as multiple choice: an item without choices gets numbers to choose among."""
+    without_choices = [item for item in items if not item.choices]
+    right = [plain_number(item.answer, item.id) for item in without_choices]
+    with_choices = {
         item.id: dataclasses.replace(item, answer=answer, solution=answer, choices=choices)
-        for item, answer, choices in zip(bare, right, number_choices(right), strict=True)
+        for item, answer, choices in zip(without_choices, right, number_choices(right), strict=True)
     }
-    return [made.get(item.id, item) for item in items]
+    return [with_choices.get(item.id, item) for item in items]
 
 
 def training_items(name: str, task: TaskConfig) -> list[Item]:
-    """Return the items that are not asked, to train on: of the train split where there is one, else those left over.
+    """Return the items to train on: those of the train split, or of the whole source, that are not asked.
 
     Raises:
       UserError: see ``read_items``; or all items are asked.
     """
-    known, asked = definition(name), {item.question for item in read_items(name, task)}
+    benchmark, asked_questions = definition(name), {item.question for item in read_items(name, task)}
     source = _training_origin(name, task) or origin(name, task)
-    left = [item for item in map(known.parse, source.rows()) if item.question not in asked]
-    if not left:
+    training = [item for item in map(benchmark.parse, source.rows()) if item.question not in asked_questions]
+    if not training:
         raise UserError(
             f"--corpus.path={name}: all examples in {source} are asked, none is left as text: lower --task.examples, "
             "or give a folder with a train split"
         )
-    return left
+    return training
 
 
 def training_identity(name: str, task: TaskConfig) -> str:
     """Return a hash, 16 hexadecimal digits, of what ``training_items`` depends on; see ``identity``."""
     source = _training_origin(name, task)
-    asked = [task.examples or definition(name).examples, task.seed]
-    return fingerprint([identity(name, task), *asked, *(source.identity() if source else [])])
+    selection = [task.examples or definition(name).examples, task.seed]
+    return fingerprint([identity(name, task), *selection, *(source.identity() if source else [])])
 
 
 def _training_origin(name: str, task: TaskConfig) -> Origin | None:
-    """Return the train split that goes with a benchmark; None if there is none."""
-    known, asked = definition(name), origin(name, task)
-    if asked.files:
-        files = training_files(asked.files, known.parts)
+    """Return the source of a benchmark's train split; None if it has none."""
+    benchmark, test_origin = definition(name), origin(name, task)
+    if test_origin.files:
+        files = training_files(test_origin.files, benchmark.parts)
         return Origin(files=files) if files else None
-    if asked.hub != known.hub or not known.training[0]:
+    if test_origin.hub != benchmark.hub or not benchmark.training[0]:
         return None
-    hub, configurations = known.training
+    hub, configurations = benchmark.training
     return Origin(hub=hub, configurations={"": configurations}, revision="main", split=TRAIN[0])

@@ -63,9 +63,9 @@ def documents(
     for number, source in enumerate(sources):
         before = index
         for text, group in source.texts():
-            own = group or (f"text-{_hash(text):016x}" if config.stream else f"document-{index}")
+            group = group or (f"text-{_hash(text):016x}" if config.stream else f"document-{index}")
             # A kind for each source, so that each has text on both sides of the split.
-            yield Document(text, own if len(sources) == 1 else f"{source.name}/{own}", index, number)
+            yield Document(text, group if len(sources) == 1 else f"{source.name}/{group}", index, number)
             index += 1
             if enough(number):
                 break
@@ -75,45 +75,53 @@ def documents(
 
 
 def read_corpus(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
-    """All of ``documents``, in memory; a ``UserError`` if that is more than memory is for."""
-    found, characters = list[Document](), 0
+    """Read all documents of a corpus into memory.
+
+    Args:
+      config: the corpus.
+      task: which questions of benchmarks are asked, see ``documents``.
+
+    Raises:
+      UserError: a file cannot be read, or the text has more than 2^30 characters.
+    """
+    corpus, characters = list[Document](), 0
     for document in documents(config, task):
-        found.append(document)
+        corpus.append(document)
         characters += len(document.text)
         if characters > _MOST_IN_MEMORY:
             raise UserError(
                 f"--corpus.path={config.path} has more than {_MOST_IN_MEMORY / 1e9:.1f} billion characters, too many "
                 "for memory: use --corpus.stream=True"
             )
-    return found
+    return corpus
 
 
 def held_out_documents(config: CorpusConfig, task: TaskConfig | None = None) -> list[Document]:
-    """Return the held-out documents; of a stream the first so many, which are fewer than all.
+    """Return the held-out documents, of a stream only the first 1024.
 
     Raises:
-      UserError: the corpus cannot be read, or not be split.
+      UserError: the corpus cannot be read, or cannot be split.
     """
     if not config.stream:
         return split(read_corpus(config, task), config.held_out, config.seed)[1]
-    held_out = (one for one in documents(config, task) if is_held_out(one, config))
-    if not (found := list(itertools.islice(held_out, _STREAMED_SAMPLE))):
+    held_out = (document for document in documents(config, task) if is_held_out(document, config))
+    if not (sample := list(itertools.islice(held_out, _STREAMED_SAMPLE))):
         raise UserError("no document of the corpus is held out by its hash: give more documents, or more groups")
-    return found
+    return sample
 
 
 def is_held_out(document: Document, config: CorpusConfig) -> bool:
-    """Return the rule of a stream: whether a hash of the group and the seed falls within the held-out share."""
+    """Return whether a document of a stream is held out: a hash of group and seed falls within the held-out share."""
     return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
 
 
 def _hash(text: str) -> int:
-    """64 bits, the same on every machine."""
+    """Return 64 bits of a text's hash, the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def characters(config: CorpusConfig, task: TaskConfig | None = None) -> int:
-    """About how many characters the text has, by the sizes of its files; 0: not known."""
+    """Estimate the number of characters from the sizes of the files; 0 if a source's size is unknown."""
     sizes = [source.characters() for source in text_sources(config, task or TaskConfig())]
     return sum(sizes) if all(sizes) else 0
 

@@ -21,11 +21,11 @@ _PATIENCE = 3000  # drafts in a row without a new prompt, after which there are 
 
 
 class TooFewPrompts(UserError):
-    """A behaviour has too few prompts that this model's tokenizer can be asked."""
+    """A behaviour has too few prompts that suit this model's tokenizer."""
 
 
 class Drawn(NamedTuple):
-    """Prompts of a behaviour, train prompts first, and how many others were left out, by why."""
+    """Prompts of a behaviour, train prompts first, and the number of drafts that were left out, by reason."""
 
     prompts: list[Prompt]
     replaced: dict[str, int]
@@ -37,14 +37,14 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
     Args:
       behaviour: one of ``settings.BEHAVIOURS``.
       train: number of train prompts, at least 1; all are different.
-      test: number of test prompts, likewise; no content item stands in both splits, and the behaviour's last template
-        in the test prompts alone.
-      seed: of the choice, at least 0.
-      tokenizer: of the model that is to be asked; see ``answer_tokens.fault``.
+      test: number of test prompts, at least 1; all are different. No content item occurs in both splits, and only test
+        prompts use the behaviour's last template.
+      seed: seed of the draws, at least 0.
+      tokenizer: the model's tokenizer; see ``answer_tokens.fault``.
 
     Raises:
-      TooFewPrompts: this tokenizer leaves too few.
-      UserError: the word lists do not give so many.
+      TooFewPrompts: too few prompts suit this tokenizer.
+      UserError: the word lists give too few prompts.
     """
     recipe = recipes()[one_of(behaviour, recipes(), "behaviour")]
     if train < 1 or test < 1:
@@ -66,13 +66,14 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
 def _drafts(
     behaviour: str, split: str, recipe: Recipe, rng: np.random.Generator, pools: Mapping[str, Sequence]
 ) -> Callable[[int], Prompt]:
-    """Return a function that drafts a prompt to follow so many of the same split."""
+    """Return a function that drafts the next prompt of a split, given the number of prompts kept so far."""
     draft, templates = recipe.drawer(rng, **pools), recipe.of_split(split)
 
     def prompt(kept: int) -> Prompt:
         turn, place = divmod(kept, len(templates))
         template = templates[place]
-        # So of each template, and of all, as many are even as odd.
+        # The counter of a template's drafts alternates, and starts at the template's index: recipes that use its
+        # parity draw as many even as odd drafts for each template and for all together.
         text, correct, counterpart, wrong, items = draft(turn + place, template)
         return Prompt(behaviour, split, text, correct, wrong, counterpart, wrong, items, template)
 
@@ -82,7 +83,7 @@ def _drafts(
 def _fitting(
     draft: Callable[[int], Prompt], n: int, tokenizer: Any, replaced: collections.Counter[str]
 ) -> list[Prompt]:
-    """Return the first n different prompts without a fault; those that have one are counted."""
+    """Return the first n different prompts without a fault; ``replaced`` counts the others by their fault."""
     kept: dict[str, Prompt] = {}
     left_out: set[str] = set()
     tries = 0
@@ -96,10 +97,10 @@ def _fitting(
         else:
             kept[prompt.text], tries = prompt, 0
         if tries == _PATIENCE:
-            said = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
+            reasons = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())
             raise TooFewPrompts(
                 f"{len(kept)} of {n} {prompt.split} prompts could be made, and no more of the template "
-                f"{prompt.template!r}: {said or 'the word lists give none'}"
+                f"{prompt.template!r}: {reasons or 'the word lists give none'}"
             )
     return list(kept.values())
 
@@ -125,12 +126,12 @@ def _check_capacity(behaviour: str, recipe: Recipe, train: int, test: int) -> No
     most = len(recipe.templates) * recipe.capacity(**{kind: len(items) for kind, items in recipe.pools.items()})
     # The larger number is the one to lower, unless the smaller one alone is too large.
     for split, other in (SPLITS, SPLITS[::-1]) if train >= test else (SPLITS[::-1], SPLITS):
-        asked = dict(train=train, test=test)
-        for n in range(min(asked[split], most), 0, -1):
-            if _fits(recipe, **asked | {split: n}):
+        sizes = dict(train=train, test=test)
+        for n in range(min(sizes[split], most), 0, -1):
+            if _fits(recipe, **sizes | {split: n}):
                 raise UserError(
-                    f"the word lists of {behaviour} give at most {n} {split} prompts beside {asked[other]} {other} "
-                    f"prompts, but {asked[split]} were asked for: lower --task.{split}_prompts"
+                    f"the word lists of {behaviour} give at most {n} {split} prompts beside {sizes[other]} {other} "
+                    f"prompts, but {sizes[split]} were asked for: lower --task.{split}_prompts"
                 )
     raise UserError(
         f"the word lists of {behaviour} give at most {most} prompts in all, but {train} train and {test} test prompts "

@@ -9,12 +9,12 @@ from saejax.tasks.recipe import Draft, deal, pick
 
 
 class Fact(NamedTuple):
-    """A content item and what is known of it.
+    """A content item with the answer to a prompt about it.
 
     Attributes:
       item: its name.
-      answer: what a prompt asks for, as it goes on from the text.
-      fields: what stands at the template's places.
+      answer: the answer that a prompt asks for, as it follows the text, with its leading space.
+      fields: values of the template's fields, by name.
     """
 
     item: str
@@ -27,11 +27,11 @@ def draw_fact(rng: np.random.Generator, **pools: list[Fact]) -> Callable[[int, s
     deck = deal(rng, [(fact, pool) for pool in pools.values() for fact in pool])
 
     def draft(i: int, template: str) -> Draft:
-        here, pool = next(deck)
-        others = [fact for fact in pool if fact.answer != here.answer]
+        fact, pool = next(deck)
+        others = [candidate for candidate in pool if candidate.answer != fact.answer]
         # Another first letter is another first token in every tokenizer.
-        there = pick(rng, [fact for fact in others if fact.answer[1] != here.answer[1]] or others)
-        text, counterpart = (template.format(**fact.fields) for fact in (here, there))
-        return Draft(text, here.answer, counterpart, there.answer, (here.item, there.item))
+        other = pick(rng, [candidate for candidate in others if candidate.answer[1] != fact.answer[1]] or others)
+        text, counterpart = template.format(**fact.fields), template.format(**other.fields)
+        return Draft(text, fact.answer, counterpart, other.answer, (fact.item, other.item))
 
     return draft

@@ -27,11 +27,11 @@ class Tested(NamedTuple):
 
 
 def gate(right: int, n: int, level: float) -> tuple[float, str]:
-    """Return the p-value of the test, and why the behaviour is left out; "" if it passes.
+    """Return the p-value of the test, and the reason why the behaviour is left out; "" if it passes.
 
     Args:
-      right: train prompts whose correct answer has the higher logit.
-      n: train prompts, at least 1.
+      right: number of train prompts whose correct answer has the higher logit.
+      n: number of train prompts, at least 1.
       level: 0 to 1; 1 lets every behaviour pass.
     """
     p = float(binomtest(right, n, alternative="greater").pvalue)
@@ -44,7 +44,7 @@ def gate(right: int, n: int, level: float) -> tuple[float, str]:
 
 
 def write_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
-    """Write which behaviours are left out, and why, beside the baseline's prompts."""
+    """Write the reason for each behaviour that is left out to the baseline's folder."""
     write_json(folder / _FILE, dict(left_out))
 
 
@@ -52,9 +52,9 @@ def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Test
     """Return the behaviours of a baseline that the causal tests take.
 
     Args:
-      folder: of the unit; one of before there was a gate leaves nothing out.
-      named: which ones are asked for; none: all.
-      flag: by which they were named, for messages.
+      folder: folder of the unit "baseline"; without a file of left-out behaviours, all are taken.
+      named: names of the behaviours to take; empty: all.
+      flag: the flag that names them, for messages.
 
     Raises:
       UserError: a file is damaged, a name is unknown, or no behaviour is left.
@@ -63,11 +63,11 @@ def read_tested(folder: Path, named: Sequence[str] = (), flag: str = "") -> Test
     for prompt in read_prompts(folder / "prompts.jsonl"):
         prompts.setdefault(prompt.behaviour, []).append(prompt)
     left_out = read_json(folder / _FILE) if (folder / _FILE).exists() else {}
-    asked = [one_of(name, prompts | left_out, f"behaviour ({flag})") for name in named] or list(prompts | left_out)
-    kept = {name: prompts[name] for name in asked if name not in left_out}
-    if asked and not kept:
-        raise UserError(none_left({name: left_out[name] for name in asked}))
-    return Tested(kept, {name: left_out[name] for name in asked if name in left_out})
+    names = [one_of(name, prompts | left_out, f"behaviour ({flag})") for name in named] or list(prompts | left_out)
+    kept = {name: prompts[name] for name in names if name not in left_out}
+    if names and not kept:
+        raise UserError(none_left({name: left_out[name] for name in names}))
+    return Tested(kept, {name: left_out[name] for name in names if name in left_out})
 
 
 def none_left(left_out: Mapping[str, str]) -> str:

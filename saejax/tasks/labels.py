@@ -54,15 +54,15 @@ class Labelled:
 
     Attributes:
       label: its name.
-      behaviour: whose prompts; "" for those of all.
-      classes: class -> how many train and test prompts have it, most frequent first; none if ``reason`` says why.
-      prompts: what is read: those that were given, or of ``number`` every second one ``congruent``.
-      train_N, test_M: the places of these prompts.
-      train_class_N, test_class_M: their classes, as places in ``classes``.
-      left_out: class -> how many prompts have it, of classes with fewer than ``LEAST`` train prompts.
-      unlabelled: prompts to which the label does not apply.
-      congruent: how many of the labelled prompts are not as they were given.
-      reason: why there is nothing to learn; "" where there is.
+      behaviour: the behaviour of the prompts; "" for prompts of all behaviours.
+      classes: class -> its numbers of train and test prompts, most frequent first; empty where ``reason`` is set.
+      prompts: the prompts to probe: those passed in, or for the label ``number`` every second one ``congruent``.
+      train_N, test_M: indices of the labelled train and test prompts in ``prompts``.
+      train_class_N, test_class_M: their classes, as indices into ``classes``.
+      left_out: class -> its number of prompts, for classes with fewer than ``LEAST`` train prompts.
+      unlabelled: number of prompts to which the label does not apply.
+      congruent: number of labelled prompts that were changed to congruent ones.
+      reason: why no probe can be fitted; "" where one can.
     """
 
     label: str
@@ -80,43 +80,43 @@ class Labelled:
 
     @property
     def name(self) -> str:
-        """The label, and whose it is: "behaviour", "answer-addition"."""
+        """The label and its behaviour: "behaviour", "answer-addition"."""
         return f"{self.label}-{self.behaviour}" if self.behaviour else self.label
 
 
 def congruent(prompt: Prompt) -> Prompt | None:
-    """Return an agreement prompt whose noun beside the verb has the subject's number; None for another kind."""
+    """Return an agreement prompt with the noun before the verb in the subject's number; None for other behaviours."""
     plurals: dict[str, str] = dict(recipes()["agreement"].pools["nouns"])
-    beside = prompt.items[1] if len(prompt.items) == 2 else ""
-    if beside not in plurals or prompt.correct.strip() not in _NUMBERS:
+    attractor = prompt.items[1] if len(prompt.items) == 2 else ""  # the noun between subject and verb
+    if attractor not in plurals or prompt.correct.strip() not in _NUMBERS:
         return None
-    forms = (beside, plurals[beside])
+    forms = (attractor, plurals[attractor])
     wanted = forms[_NUMBERS[prompt.correct.strip()] == "plural"]
     return dataclasses.replace(prompt, text=re.sub(rf"\b({'|'.join(forms)})\b", wanted, prompt.text))
 
 
 def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-    """Return the prompts, every second one of each split, template and number congruent.
+    """Return the prompts with every second one of each split, template and number made congruent.
 
-    In what results, the noun beside the verb says nothing of the subject's number.
+    In the result, the noun before the verb carries no information on the subject's number.
     """
-    seen: dict[tuple[str, ...], int] = defaultdict(int)
+    counts: dict[tuple[str, ...], int] = defaultdict(int)
     balanced_prompts = list(prompts)
-    for place, prompt in enumerate(prompts):
-        if same := congruent(prompt):
+    for index, prompt in enumerate(prompts):
+        if same_number := congruent(prompt):
             group = (prompt.behaviour, prompt.split, prompt.template, prompt.correct)
-            balanced_prompts[place] = same if seen[group] % 2 else prompt
-            seen[group] += 1
+            balanced_prompts[index] = same_number if counts[group] % 2 else prompt
+            counts[group] += 1
     return tuple(balanced_prompts)
 
 
 def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[float]) -> list[Labelled]:
-    """Label prompts: those of each behaviour by themselves, or, where the behaviour is the label, all together.
+    """Label the prompts of each behaviour separately, or of all together where the behaviour is the label.
 
     Args:
       label: one of ``settings.PROBE_LABELS``, or a label that some prompts have.
-      prompts: of all behaviours and both splits.
-      logit_diffs: the model's on each of them.
+      prompts: prompts of all behaviours and both splits.
+      logit_diffs: the model's logit difference on each prompt.
 
     Raises:
       UserError: there is no such label.
@@ -124,24 +124,24 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
     one_of(label, dict.fromkeys([*LABELS, *(name for prompt in prompts for name, _ in prompt.labels)]), "label")
     behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
     read = balanced(prompts) if label == "number" else tuple(prompts)
-    changed = {place for place, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
-    found = [_labelled(label, behaviour, read, logit_diffs) for behaviour in behaviours]
+    changed = {index for index, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
+    labelled = [_labelled(label, behaviour, read, logit_diffs) for behaviour in behaviours]
     return [
-        dataclasses.replace(one, congruent=len(changed & {*one.train_N.tolist(), *one.test_M.tolist()}))
-        for one in found
+        dataclasses.replace(group, congruent=len(changed & {*group.train_N.tolist(), *group.test_M.tolist()}))
+        for group in labelled
     ]
 
 
 def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_diffs: Sequence[float]) -> Labelled:
-    own = [place for place, prompt in enumerate(prompts) if behaviour in ("", prompt.behaviour)]
+    indices = [index for index, prompt in enumerate(prompts) if behaviour in ("", prompt.behaviour)]
     read = LABELS.get(label, lambda prompt, logit_diff: dict(prompt.labels).get(label))
-    labels = {place: read(prompts[place], logit_diffs[place]) for place in own}
-    of = {place: name for place, name in labels.items() if name is not None}
-    of_split = {split: [place for place in of if prompts[place].split == split] for split in SPLITS}
-    train, test = (Counter(of[place] for place in of_split[split]) for split in SPLITS)
+    labels = {index: read(prompts[index], logit_diffs[index]) for index in indices}
+    class_of = {index: name for index, name in labels.items() if name is not None}
+    of_split = {split: [index for index in class_of if prompts[index].split == split] for split in SPLITS}
+    train, test = (Counter(class_of[index] for index in of_split[split]) for split in SPLITS)
     every = sorted(train | test, key=lambda name: (-train[name], name))
     learned = [name for name in every if train[name] >= LEAST]
-    kept = {split: [place for place in of_split[split] if of[place] in learned] for split in SPLITS}
+    kept = {split: [index for index in of_split[split] if class_of[index] in learned] for split in SPLITS}
     reason = ""
     if not every:
         reason = "no prompt has such a label"
@@ -151,9 +151,9 @@ def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_dif
         reason = f"fewer than two classes with {LEAST} train prompts: {shown}{more}"
     elif not kept["test"]:
         reason = f"no test prompt is of a class with {LEAST} train prompts"
-    place_of = {name: place for place, name in enumerate(learned)}
+    class_index = {name: index for index, name in enumerate(learned)}
     rows = {split: [] if reason else kept[split] for split in SPLITS}
-    classes = {split: np.array([place_of[of[place]] for place in rows[split]], np.int64) for split in SPLITS}
+    classes = {split: np.array([class_index[class_of[row]] for row in rows[split]], np.int64) for split in SPLITS}
     return Labelled(
         label=label,
         behaviour=behaviour,
@@ -164,7 +164,7 @@ def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_dif
         train_class_N=classes["train"],
         test_class_M=classes["test"],
         left_out={name: train[name] + test[name] for name in every if name not in learned},
-        unlabelled=len(labels) - len(of),
+        unlabelled=len(labels) - len(class_of),
         congruent=0,
         reason=reason,
     )

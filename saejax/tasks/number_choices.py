@@ -27,30 +27,30 @@ def number_choices(answers: Sequence[str]) -> list[tuple[str, ...]]:
       UserError: too many answers are the same.
     """
     values = [Decimal(answer) for answer in answers]
-    order = sorted(range(len(values)), key=lambda place: values[place])
+    order = sorted(range(len(values)), key=lambda index: values[index])
     # A group takes every ``stride``-th question of a block, so that equal answers, which follow each other, part.
     blocks = max(len(values) // (COUNT * max(Counter(values).values(), default=1)), 1)
-    found: list[tuple[str, ...]] = [()] * len(values)
+    choices: list[tuple[str, ...]] = [()] * len(values)
     for block in np.array_split(np.array(order, np.int64), blocks) if answers else ():
         stride = max(len(block) // COUNT, 1)
         for first in range(stride):
             group = block[first::stride].tolist()
-            different = {values[place]: answers[place] for place in group}
+            different = {values[index]: answers[index] for index in group}
             if len(different) < 2:
                 raise UserError(
                     "--task.score=choice: too few questions have different answers to choose among: give more "
                     "questions, or another --task.score"
                 )
-            for place in group:
-                found[place] = tuple(different[value] for value in sorted(different))
-    return found
+            for index in group:
+                choices[index] = tuple(different[value] for value in sorted(different))
+    return choices
 
 
 def plain_number(answer: str, where: str) -> str:
     """Return a number as it is written in choices: without thousands commas and dollar signs, "1,250.0" as "1250".
 
     Raises:
-      UserError: it is none; ``where`` it stands, in words.
+      UserError: the answer is no finite number; ``where`` names its row in the message.
     """
     try:
         value = Decimal(answer.replace(",", "").replace("$", "").removesuffix("."))

@@ -36,11 +36,11 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
 
     Args:
       task: names the file; its seed draws the splits of behaviours that have none.
-      tokenizer: of the model that is to be asked.
+      tokenizer: the model's tokenizer.
 
     Raises:
-      UserError: the file cannot be read, a line is no such prompt or repeats another, its answers have no tokens of
-        their own or begin alike, a behaviour has too few lines or a name that is taken, or only some have a split.
+      UserError: the file cannot be read; a line is not a prompt or repeats another; a prompt's answers merge with its
+        text or start with the same token; a behaviour has too few lines, a reserved name, or splits on some lines only.
     """
     if not task.prompts:
         return {}
@@ -61,7 +61,7 @@ def read_own_prompts(task: TaskConfig, tokenizer: Any) -> dict[str, list[Prompt]
         lines.setdefault(fields["behaviour"], []).append(fields)
     if not lines:
         raise UserError(f"{_FLAG}={path} holds no prompts: expected lines such as {_EXAMPLE}")
-    return {name: _prompts(name, found, task, path) for name, found in lines.items()}
+    return {name: _prompts(name, behaviour_lines, task, path) for name, behaviour_lines in lines.items()}
 
 
 def as_line(prompt: Prompt) -> str:
@@ -125,14 +125,14 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
 
 def _prompts(name: str, lines: Sequence[Mapping[str, Any]], task: TaskConfig, path: Path) -> list[Prompt]:
     """Return a behaviour's prompts, train prompts first."""
-    given = [line.get("split") for line in lines]
-    if any(given) and not all(given):
+    has_split = [bool(line.get("split")) for line in lines]
+    if any(has_split) and not all(has_split):
         raise UserError(f"{path}: only some prompts of {name!r} have a 'split': give it to all of them, or to none")
-    if all(given):
+    if all(has_split):
         chosen = {split: [line for line in lines if line["split"] == split] for split in SPLITS}
-        for split, found in chosen.items():
-            if len(found) < 2:
-                raise UserError(f"{path} has {len(found)} {split} prompts of {name!r}: expected at least 2")
+        for split, split_lines in chosen.items():
+            if len(split_lines) < 2:
+                raise UserError(f"{path} has {len(split_lines)} {split} prompts of {name!r}: expected at least 2")
     else:
         wanted = dict(train=task.train_prompts, test=task.test_prompts)
         if len(lines) < sum(wanted.values()):

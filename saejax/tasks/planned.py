@@ -1,5 +1,6 @@
 """The programs of the stage ``benchmark``, with shapes in place of arrays."""
 
+import functools
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 
 
 def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
-    """Return the pass over the prompts and the loop that makes new tokens, where benchmarks are answered by generation.
+    """Return the prefill and the decoding loop, if benchmarks are answered by generation.
 
-    The pass holds the largest cache: with and without room for the new tokens.
+    The prefill has the largest cache: for a moment it exists with and without room for the new tokens.
     """
     if not generates(plan):
         return []
@@ -34,14 +35,15 @@ def benchmark_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     ends = np.zeros(1, np.int32)
     edits = fit_values((), (rows, length), length)
     arguments = (params, ids_BxT, pad_B, ends, edits, greedy)
-    state = _placed_state(jax.eval_shape(lambda *given: decoding.prefill(model, new, *given), *arguments), mesh)
+    prefill = functools.partial(decoding.prefill, model, new)
+    state = _placed_state(jax.eval_shape(prefill, *arguments), mesh)
     size, calls = f"{rows} prompts of {length} tokens, {new} new", _batches(plan)
-    passed = pass_flops(model, rows * length, length, model.n_layers) + head_flops(model, rows)
-    made = pass_flops(model, rows * new, length + new, model.n_layers) + head_flops(model, rows * new)
+    prefill_flops = pass_flops(model, rows * length, length, model.n_layers) + head_flops(model, rows)
+    decode_flops = pass_flops(model, rows * new, length + new, model.n_layers) + head_flops(model, rows * new)
     decoded = (model, params, state, np.int32(new), ends, edits, greedy)
     return [
-        Program("benchmark: prefill", size, decoding.prefill, (model, new, *arguments), (), passed, calls),
-        Program("benchmark: decoding", size, decoding.decode, decoded, (), made, calls),
+        Program("benchmark: prefill", size, decoding.prefill, (model, new, *arguments), (), prefill_flops, calls),
+        Program("benchmark: decoding", size, decoding.decode, decoded, (), decode_flops, calls),
     ]
 
 

@@ -122,9 +122,10 @@ def _draw_partner(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Cal
         pair = next(deck)
         word, answer = pair[:: 1 if rng.integers(2) else -1]
         others = [(other, way) for other in pairs if other != pair for way in (1, -1)]
+        # Another first letter is another first token in every tokenizer.
         other, way = pick(rng, [each for each in others if each[0][:: each[1]][1][0] != answer[0]] or others)
-        asked, wrong = other[::way]
-        text, counterpart = (template.format(word=each) for each in (word, asked))
+        other_word, wrong = other[::way]
+        text, counterpart = template.format(word=word), template.format(word=other_word)
         return Draft(text, f" {answer}", counterpart, f" {wrong}", (pair[0], other[0]))
 
     return draft
@@ -136,11 +137,12 @@ def _draw_acronym(
     decks = deal(rng, first), deal(rng, second), deal(rng, third)
 
     def draft(i: int, template: str) -> Draft:
-        one, two, last = (next(deck) for deck in decks)
+        first_word, second_word, last = (next(deck) for deck in decks)
         other = pick(rng, [word for word in third if word[0] != last[0]])
         text, counterpart = (
-            template.format(first=one, second=two, third=word, a=one[0], b=two[0]) for word in (last, other)
+            template.format(first=first_word, second=second_word, third=word, a=first_word[0], b=second_word[0])
+            for word in (last, other)
         )
-        return Draft(text, f" {last[0]}", counterpart, f" {other[0]}", (one, two, last, other))
+        return Draft(text, f" {last[0]}", counterpart, f" {other[0]}", (first_word, second_word, last, other))
 
     return draft

@@ -14,9 +14,9 @@ from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkRe
 from saejax.tasks.scoring import SEPARATION_LIMIT
 
 
-def behaviours_section(found: Findings, draw: Draw) -> Section:
-    """Describe what the model can do before anything is removed."""
-    baseline = found.one(BaselineResults)
+def behaviours_section(findings: Findings, draw: Draw) -> Section:
+    """Return the section on the behaviours' scores before anything is ablated."""
+    baseline = findings.first(BaselineResults)
     scores_of = {behaviour(name): scores for name, scores in baseline.behaviours.items()}
     untested = tuple(
         Text(f"Left out of the causal tests: {behaviour(name)}, because {why}.", strong=True)
@@ -33,7 +33,7 @@ def behaviours_section(found: Findings, draw: Draw) -> Section:
     )
     columns = ("Prompt", "Correct", "Wrong", "Logit difference")
     shown = Table("One prompt of each", columns, examples, frozenset({1, 2}), note="↵ is a line break.")
-    figure = baselines(scores_of, found.settings()["task"]["min_accuracy"])
+    figure = baselines(scores_of, findings.settings()["task"]["min_accuracy"])
     alt = "Accuracy on test prompts. " + " ".join(
         f"{name}: {interval(scores.test.accuracy, 0, 100)} %." for name, scores in scores_of.items()
     )
@@ -72,7 +72,7 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
 
 @styled
 def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> Figure:
-    """Draw what the model can do: accuracy and logit difference of each behaviour.
+    """Draw the accuracy and the logit difference of each behaviour, before anything is ablated.
 
     Args:
       scores: by behaviour.
@@ -101,12 +101,12 @@ def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> F
     return figure
 
 
-def benchmark_sections(found: Findings) -> list[Section]:
-    """Return the model's scores on benchmarks; no section if none was asked for."""
-    results = found.each(BenchmarkResults)
+def benchmark_sections(findings: Findings) -> list[Section]:
+    """Return the section on the model's benchmark scores; no section if no benchmark was run."""
+    results = findings.each(BenchmarkResults)
     if not results:
         return []
-    rows = [row for name, own in results.items() for row in _benchmark_rows(name, own)]
+    rows = [row for name, scores in results.items() for row in _benchmark_rows(name, scores)]
     note = (
         "Exact match: the strict rule takes the answer from the place where it should stand, the flexible one the last "
         "number or formula of the text. An answer that was not found counts as wrong. Multiple choice: the likeliest "

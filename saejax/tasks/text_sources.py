@@ -52,14 +52,14 @@ class TextSource(Protocol):
         """Return a hash, 16 hexadecimal digits, of what its texts depend on."""
 
     def texts(self) -> Iterator[Text]:
-        """Yield its documents, each with its group or "", read as they are asked for.
+        """Yield its documents one at a time, each with its group or "".
 
         Raises:
-          UserError: one of them is wrong, or cannot be read.
+          UserError: a document is malformed or cannot be read.
         """
 
     def characters(self) -> int:
-        """Return about how many there are; 0: not known."""
+        """Return an estimate of its number of characters; 0 if unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,13 @@ class FileText:
         kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
         field = "" if self.field == "text" or kind == "txt" else self.field
         state = None
-        with contextlib.suppress(OSError):  # which ``opened`` names
-            state = (found := self.path.stat()).st_size, found.st_mtime_ns, found.st_ino
+        with contextlib.suppress(OSError):  # ``_hash`` opens the file and reports the error
+            status = self.path.stat()
+            state = status.st_size, status.st_mtime_ns, status.st_ino
         return _hash(self.path, kind.encode() + b"\0" + field.encode(), state)
 
     def characters(self) -> int:
-        """Return about how many characters it has; 0: unknown."""
+        """Return an estimate of its number of characters; 0 if unknown."""
         return self.path.stat().st_size * (1 if self.path.suffix in (".jsonl", ".txt", ".arrow") else _COMPRESSION)
 
     def texts(self) -> Iterator[Text]:
@@ -148,7 +149,7 @@ class HubText:
         return hashlib.sha256(repr(dataclasses.astuple(read)).encode()).hexdigest()[:16]
 
     def characters(self) -> int:
-        """Return about how many characters it has; 0: unknown."""
+        """Return an estimate of its number of characters; 0 if unknown."""
         return self.most
 
     def texts(self) -> Iterator[Text]:
@@ -176,7 +177,7 @@ class BenchmarkText:
         return benchmarks.training_identity(self.name, self.task)
 
     def characters(self) -> int:
-        """Return about how many characters it has; 0: unknown."""
+        """Return an estimate of its number of characters; 0 if unknown."""
         return 0
 
     def texts(self) -> Iterator[Text]:

@@ -34,12 +34,12 @@ def make_questions() -> Iterator[dict[str, Any]]:
     """
     data, rng, seen = json.loads(read_data()), np.random.default_rng(_SEED), set[str]()
     for template in (*data["problems"], *data["rules"]):
-        make, made = (_problem if "steps" in template else _rule), 0
-        while made < PER_TEMPLATE:
-            question, answer, choices = make(template, data, rng, made)
+        make, count = (_problem if "steps" in template else _rule), 0
+        while count < PER_TEMPLATE:
+            question, answer, choices = make(template, data, rng, count)
             if question not in seen:
                 seen.add(question)
-                made += 1
+                count += 1
                 about = dict(category=template["category"], held_out=template.get("held_out", False))
                 yield dict(question=question, answer=answer, choices=choices, **about)
 

@@ -47,25 +47,25 @@ def make_members(config: TrainConfig, kind: str, sites: Sequence[str]) -> list[M
       UserError: a transcoder's site is not "mlp_in.L", ``l1_by_depth`` does not have three values, or two members are
         the same.
     """
-    # Names say only what differs between members, so that those of a plain run stay short.
+    # A name holds only what differs between members, so that names in a plain run stay short.
     lists = swept_settings(config, kind)
     swept = [name for name, values in lists.items() if len(values) > 1]
     depth_l1 = _l1_by_depth(config, kind, sites)
-    made = []
+    members = []
     for site_index, site in enumerate(sites):
         for values in itertools.product(*lists.values()):
             settings = dict(zip(lists, values, strict=True))
             parts = [site] if len(sites) > 1 else []
             parts += [f"expansion{config.expansion}"] if config.expansions else []
             parts += [f"{name}{settings[name]}" if name == "seed" else f"{name}{settings[name]:g}" for name in swept]
-            made.append(
+            members.append(
                 Member("-".join(parts), site, _target(config, site), settings | depth_l1.get(site, {}), site_index)
             )
-    names = [member.name for member in made]
-    if len(set(names)) < len(made):
+    names = [member.name for member in members]
+    if len(set(names)) < len(members):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"the stack has two members {twice or 'with the same settings'}: name each value once")
-    return made
+    return members
 
 
 def swept_settings(config: TrainConfig, kind: str) -> dict[str, tuple[Any, ...]]:

@@ -273,13 +273,13 @@ def make_writers(config: TrainConfig, unit: Path, name: str, first_step: int) ->
     Raises:
       UserError: a library is not installed.
     """
-    made: list[Writer] = []
+    writers: list[Writer] = []
     if is_first_process():
         if config.tensorboard:
-            made.append(TensorBoard(log_folder(unit, config) / "tensorboard", first_step))
+            writers.append(TensorBoard(log_folder(unit, config) / "tensorboard", first_step))
         if config.wandb:
-            made.append(Wandb(config, unit, name))
-    return made
+            writers.append(Wandb(config, unit, name))
+    return writers
 
 
 class TensorBoard:
