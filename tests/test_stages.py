@@ -124,7 +124,7 @@ def test_the_stage_of_the_page_is_in_the_report(copy):
 import types
 from saejax.runner.registry import STAGES, default_configs
 assert list(STAGES)[-1] == "report" and "lengths" in STAGES["report"].needs(default_configs(), "")
-(section,) = STAGES["lengths"].section(types.SimpleNamespace(one=lambda cls: cls(3, 7.0)), None)
+(section,) = STAGES["lengths"].section(types.SimpleNamespace(first=lambda cls: cls(3, 7.0)), None)
 print(section.title, section.blocks[0])
 """
     assert "3 documents, at most 7 tokens" in run(copy, code)
