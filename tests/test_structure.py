@@ -197,17 +197,13 @@ def test_files_of_tests_have_names_of_their_own():
 
 BANNED = {"one", "own", "found", "told", "asked", "said", "given", "known", "beside", "made", "there"}
 OPENINGS = ("What", "Whether", "How", "Which", "Those")  # a docstring starts with a verb or a noun
-# Folders that are still to be renamed; the list may only become shorter.
+# Beginnings of paths whose names are still to be changed; the list may only become shorter.
 EXEMPT = (
-    "saejax/attribution",
-    "saejax/circuits",
-    "saejax/ground_truth",
-    "saejax/interpret",
-    "saejax/interventions",
-    "saejax/matching",
-    "saejax/serving",
-    "saejax/studies",
-    "benchmarks",
+    "saejax/attribution/",
+    "saejax/circuits/",
+    "saejax/interventions/study_",
+    "saejax/serving/",
+    "saejax/studies/",
 )
 
 
@@ -251,6 +247,6 @@ def test_unclear_language_is_noticed():
 def test_names_and_docstrings_are_clear():
     paths = [path for top in ("saejax", "experiments", "benchmarks", "scripts") for path in (ROOT / top).rglob("*.py")]
     names = {path: path.relative_to(ROOT).as_posix() for path in sorted(paths)}
-    checked = [path for path, name in names.items() if not name.startswith(tuple(f"{folder}/" for folder in EXEMPT))]
+    checked = [path for path, name in names.items() if not name.startswith(EXEMPT)]
     wrong = [f"{names[path]}:{word}" for path in checked for word in unclear_language(ast.parse(path.read_text()))]
     assert not wrong, "say what it is: " + ", ".join(wrong)

@@ -166,9 +166,9 @@ def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = Fals
     if shift:
         other_N = np.roll(other_N, len(other_N) // 2)
     live, rows = [], []
-    for one, at_N in ((first, token_N), (second, other_N)):
-        live.append(one.activity.firings(at_N) >= MIN_FIRINGS)
-        rows.append(one.activity.rows(at_N, live[-1]))
+    for features, at_N in ((first, token_N), (second, other_N)):
+        live.append(features.activity.firings(at_N) >= MIN_FIRINGS)
+        rows.append(features.activity.rows(at_N, live[-1]))
     return match_by_direction(rows[0], rows[1], LEAST), int(live[0].sum())
 
 
