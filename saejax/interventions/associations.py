@@ -46,7 +46,7 @@ class FeatureAssociation:
 
 @dataclasses.dataclass(frozen=True)
 class LabelAssociations:
-    """How many features are associated with a label."""
+    """Number of features associated with a label."""
 
     label: str  #: a category, or "answered rightly"
     items: int  #: test items with the label

@@ -117,7 +117,7 @@ def find_primitives(
                 examples=tuple(ids[p] for p in np.argsort(-profile_GxP[g], kind="stable")[:3]),
             )
         )
-    primitives.sort(key=lambda one: (not one.name, -one.contrast))
+    primitives.sort(key=lambda primitive: (not primitive.name, -primitive.contrast))
     return BenchmarkPrimitives(
         rule=RULE,
         features=len(feature_K),
@@ -208,7 +208,7 @@ def _contrasts(profile_GxP: np.ndarray, inside_CxP: np.ndarray) -> np.ndarray:
 def recurring(primitives: Sequence[FeaturePrimitive], others: Sequence[FeaturePrimitive]) -> tuple[bool, ...]:
     """Return for each primitive whether another dictionary has one of the same name; False without a name."""
     names = {other.name for other in others}
-    return tuple(bool(one.name) and one.name in names for one in primitives)
+    return tuple(bool(primitive.name) and primitive.name in names for primitive in primitives)
 
 
 def judge_primitives(
