@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, strict broadcasting, and the models that many tests share."""
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -31,7 +32,10 @@ if not os.environ.get("SAEJAX_FULL_COMPILER"):
 # Half of the time goes into compiling, often of what another file, process or worker has compiled before: programs are
 # kept for as long as the tests run, in a folder that all of them share.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="saejax-programs-")
+    for left in Path(tempfile.gettempdir()).glob("saejax-programs-*"):  # by tests that were killed
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"saejax-programs-{os.getpid()}-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
@@ -59,14 +63,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
 
 LONGEST = (
-    "processes torch_model family_parity causal_clients steering study_run new_behaviour kinds expansions "
-    "widening report crosscoder_stages configs_run null_and_power library model_input attribute_processes "
-    "ground_truth_stage detectors interpret_stages transfer_stage engine_worlds explain_binary preflight_stage "
-    "cross_layer_training ablate_stage baseline each_member ablation_measurements benchmark sinks "
-    "attribute_stage generation killed_processes settings_read stages cluster_stage library_calls precision "
-    "explain_stage evaluate reuse readme local_model loss_recovered preflight_programs behaviours "
-    "second_prompt collectives patch_stage report_page ablation known_circuits reading track_stage probing "
-    "world"
+    "processes causal_clients configs_run steering study_run model_input ground_truth_stage report transfer_stage "
+    "meshes kinds answer_tokens each_member expansions crosscoder_stages null_and_power interpret_stages widening "
+    "circuits_stage library_calls torch_model cross_layer_training engine_worlds new_behaviour planted_circuit "
+    "attribute_processes ablation_measurements baseline ablate_stage criteria preflight_stage detectors "
+    "explain_binary family_parity cluster_stage stages settings_read library generation killed_processes world "
+    "sinks benchmark patch_stage reuse precision stack_members collectives planted_crosscoders track_stage "
+    "cross_layer_scores pretrained decoder attribute_stage effects local_model readme serve_saes evaluate probing "
+    "step algorithms"
 )
 
 
@@ -104,15 +108,29 @@ def one_device() -> Mesh:
     return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-@pytest.fixture(scope="module")
-def two_devices():
-    """Stages that run in this process find two devices, not eight: a mesh of several, for a quarter of the work."""
-    found = jax.devices()[:2]
+@contextlib.contextmanager
+def show_devices(count: int):
+    """Let stages that run in this process find so many devices, not eight."""
+    devices = jax.devices()[:count]
     with pytest.MonkeyPatch.context() as patch:
         for name in ("devices", "local_devices"):
-            patch.setattr(jax, name, lambda *of, **more: found)
+            patch.setattr(jax, name, lambda *of, **more: devices)
         for name in ("device_count", "local_device_count"):
-            patch.setattr(jax, name, lambda *of, **more: len(found))
+            patch.setattr(jax, name, lambda *of, **more: count)
+        yield
+
+
+@pytest.fixture(scope="module")
+def two_devices():
+    """A mesh of several devices, for a quarter of the work that eight make."""
+    with show_devices(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def single_device():
+    """For stages of which other tests show that a mesh changes nothing: their programs compile in half the time."""
+    with show_devices(1):
         yield
 
 

@@ -117,12 +117,13 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "causal.bootstrap": 200,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [f"--workdir={workdir}", flag_file(f"--{key}={value}" for key, value in values.items() if key != "workdir")]
+    flags = (f"--{key}={value}" for key, value in values.items() if key != "workdir")
+    return [f"--workdir={workdir}", flag_file(flags, Path(corpus).parent)]
 
 
-def flag_file(flags: Iterable[str]) -> str:
-    """A flag that names a file of flags."""
-    with tempfile.NamedTemporaryFile("w", suffix=".flags", delete=False) as file:
+def flag_file(flags: Iterable[str], folder: Path) -> str:
+    """Return a flag that names a new file of flags, in a folder."""
+    with tempfile.NamedTemporaryFile("w", suffix=".flags", dir=folder, delete=False) as file:
         file.write("\n".join(flags))
     return f"--flagfile={file.name}"
 

@@ -60,7 +60,7 @@ class RecordingConfigs(Configs):
 
 
 @pytest.fixture(scope="module")
-def recorded(inputs, tmp_path_factory):
+def recorded(inputs, tmp_path_factory, single_device):
     """Of each unit of a small run the settings that its code read, and all settings."""
     read, every = defaultdict(set), []
     patch = pytest.MonkeyPatch()

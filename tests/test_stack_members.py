@@ -14,7 +14,7 @@ from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace, member_folder
 from saejax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("single_device")
 BASE = dict(
     train__kinds="topk", task__behaviours="", train__max_steps=12, train__checkpoint_every=5,
     interpret__dictionaries="topk", interpret__attention_tokens=0,

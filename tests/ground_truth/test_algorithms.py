@@ -128,7 +128,7 @@ FLAGS = {
 def test_same_seed_same_bits_and_fresh_questions_are_never_learned(tmp_path):
     made = []
     for name in ("first", "second"):
-        flags = runs.flag_file(f"--{flag}={value}" for flag, value in FLAGS.items())
+        flags = runs.flag_file((f"--{flag}={value}" for flag, value in FLAGS.items()), tmp_path)
         assert command.run(["algorithm"], "", ["program", f"--workdir={tmp_path / name}", flags]) == 0
         folder = tmp_path / name / "algorithm" / "addition"
         made.append([(folder / file).read_bytes() for file in ("model/model.safetensors", "prompts.jsonl")])

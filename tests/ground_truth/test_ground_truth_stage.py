@@ -37,7 +37,7 @@ FLAGS = {
 
 def run(stage, workdir, **changes):
     values = FLAGS | {key.replace("__", "."): value for key, value in changes.items()}
-    flags = runs.flag_file(f"--{name}={value}" for name, value in values.items())
+    flags = runs.flag_file((f"--{name}={value}" for name, value in values.items()), workdir.parent)
     return command.run([stage], "", ["program", f"--workdir={workdir}", flags])
 
 

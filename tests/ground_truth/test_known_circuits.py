@@ -162,7 +162,7 @@ def test_the_stage_finds_what_is_known(tmp_path):
         "--graph.behaviours=xor",
         "--mesh.data=2",
     ]
-    own = [f"--workdir={tmp_path / 'own'}", flag_file(own)]
+    own = [f"--workdir={tmp_path / 'own'}", flag_file(own, tmp_path)]
     for stage in ("baseline", "probe", "attribute"):
         assert command.run([stage], "", ["program", *own]) == 0
     graphs = load_results(tmp_path / "own" / "attribute" / "behaviours").graphs

@@ -14,7 +14,7 @@ from saejax.interpret.labels import bars, partners
 from saejax.interpret.text import SHAPES, CodeCounts, shape_of
 from saejax.models.loading import load_model
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 def test_the_search_finds_the_best_of_all_sets(monkeypatch):

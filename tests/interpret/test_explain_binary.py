@@ -12,7 +12,7 @@ from saejax import load_results
 from saejax.interpret.explain_results import ExplainResults
 from saejax.runner import command
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train", "interpret"]
 
 

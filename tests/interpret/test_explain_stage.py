@@ -24,7 +24,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig
 from saejax.stages.explain import ExplainConfig
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 FEATURES = 40
 TOKENS = planted.TEXTS
 

@@ -39,12 +39,15 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture(scope="session")
 def make_prompt():
-    """make_prompt(i, split, behaviour): the i-th prompt."""
+    """make_prompt(i, split, behaviour, varied): the i-th prompt."""
     return _prompt
 
 
-def _prompt(i: int, split: str, behaviour: str = "tiny") -> Prompt:
-    text = f"The {_SUBJECTS[i % 11]} near the {_SUBJECTS[(3 * i + 1) % 11]}" + " and so on" * (i % 4)
+def _prompt(i: int, split: str, behaviour: str = "tiny", varied: bool = True) -> Prompt:
+    """Return a prompt of 5 to 25 tokens; of 11, if they are not varied: each length compiles programs of its own."""
+    subjects = _SUBJECTS if varied else [text for text in _SUBJECTS if " " not in text]
+    first, second = subjects[i % len(subjects)], subjects[(3 * i + 1 + (not varied) * (i // 10)) % len(subjects)]
+    text = f"The {first} near the {second}" + " and so on" * (i % 4 if varied else 1)
     return Prompt(
         behaviour=behaviour,
         split=split,
@@ -53,7 +56,7 @@ def _prompt(i: int, split: str, behaviour: str = "tiny") -> Prompt:
         wrong=" far" if i % 3 else " way",
         counterpart=text,
         counterpart_correct=" run",
-        items=(_SUBJECTS[i % 11],),
+        items=(first,),
     )
 
 

@@ -108,18 +108,18 @@ def planted_worlds(tiny, make_dictionary, answers, seeds, planted):
 
 
 @pytest.mark.parametrize("selected", [True, False])
-@pytest.mark.parametrize("worlds", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("worlds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_where_nothing_is_true_few_worlds_say_yes(tiny, make_dictionary, answers, worlds, selected):
     verdicts = list(null_worlds(tiny, make_dictionary, answers, range(worlds), selected))
     assert {each.random.answer for each in verdicts} <= {"yes", "no"}, "enough disjoint sets"
     assert {each.placebo.answer for each in verdicts} <= {"yes", "no"}
-    limit = 8 if worlds == 100 else 2
+    limit = 8 if worlds == 100 else 1
     assert count_yes(verdicts, "random") <= limit
     assert count_yes(verdicts, "placebo") <= limit
 
 
 @pytest.mark.parametrize("planted", [K, 1])
-@pytest.mark.parametrize("worlds", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("worlds", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_planted_effect_is_found_whether_spread_or_concentrated(tiny, make_dictionary, answers, worlds, planted):
     verdicts = list(planted_worlds(tiny, make_dictionary, answers, range(worlds), planted))
     assert count_yes(verdicts, "random") >= 0.95 * worlds

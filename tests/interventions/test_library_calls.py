@@ -41,12 +41,22 @@ def test_effects_and_slopes(tiny, other, prompts, make_dictionary):
     np.testing.assert_allclose(slopes[0], slopes[1], atol=2e-5)
 
 
-@pytest.mark.usefixtures("nothing_written")
-def test_ablate_and_the_verdict(tiny, other, make_dictionary, make_prompt, tmp_path_factory):
-    dictionary = make_dictionary(SITE)
+@pytest.fixture(scope="module")
+def ablate(make_dictionary, make_prompt):
+    """ablate(lm): what the call gives on a model."""
     prompts = [make_prompt(i, "train" if i < 10 else "test", name) for name in ("first", "second") for i in range(18)]
     documents = ["The river follows the old road to the sea."] * 2
-    found, expected = (saejax.ablate(lm, dictionary, prompts, documents=documents, **SETTINGS) for lm in (other, tiny))
+    return lambda lm: saejax.ablate(lm, make_dictionary(SITE), prompts, documents=documents, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def expected(ablate, tiny):
+    return ablate(tiny)
+
+
+@pytest.mark.usefixtures("nothing_written")
+def test_ablate_and_the_verdict(ablate, expected, other, tmp_path_factory):
+    found = ablate(other)
     for name in ("first", "second"):
         got, want = (each.verdict.dictionaries[TESTED][name] for each in (found, expected))
         assert got.features == want.features

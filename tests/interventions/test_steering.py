@@ -201,7 +201,7 @@ def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
     baseline.mkdir()
     prompts = []
     for behaviour in ("first", "second"):
-        own = [make_prompt(i, "train" if i < 24 else "test", behaviour) for i in range(48)]
+        own = [make_prompt(i, "train" if i < 24 else "test", behaviour, varied=False) for i in range(48)]
         own = [dataclasses.replace(p, wrong=" far") for p in own]  # few pairs of answers, each a run of its own
         own = [p if tiny(tiny.tokenize([p.text])).logit(p.correct) > tiny(tiny.tokenize([p.text])).logit(p.wrong)
                else dataclasses.replace(p, correct=p.wrong, wrong=p.correct) for p in own]  # fmt: skip
@@ -214,7 +214,7 @@ def inputs(tmp_path_factory, tiny, make_dictionary, make_prompt):
 
 
 @pytest.fixture
-def make_run(tmp_path, tiny_llama, inputs, two_devices):
+def make_run(tmp_path, tiny_llama, inputs, single_device):
     def make(folder, config=CONFIG, **changes):
         (tmp_path / folder).mkdir(exist_ok=True)
         corpus = CorpusConfig(path=str(inputs["corpus"]), held_out=0.3)

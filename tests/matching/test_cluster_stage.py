@@ -12,7 +12,7 @@ from saejax.page import style
 from saejax.page.blocks import Picture
 from saejax.runner import command
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train", "ablate", "cluster"]
 
 

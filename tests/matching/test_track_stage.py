@@ -22,7 +22,7 @@ from saejax.matching.track.measured import measure_links
 from saejax.models.tokens import pad
 from saejax.runner import command
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (Debian's package: chromium)")
 BAD = "</script><script>alert(1)</script>"
 PROMPTS = [

@@ -26,7 +26,7 @@ from tokenizer_kinds import tokenizer
 
 from saejax.settings import CaptureConfig, StudyConfig, TaskConfig, TrainConfig
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 # Stem of a file, up to the benchmark -> family, and format of the tokenizer.

@@ -9,7 +9,7 @@ from saejax.results import load_results
 from saejax.runner import command
 from saejax.runner.workspace import current_units
 
-pytestmark = pytest.mark.usefixtures("two_devices")
+pytestmark = pytest.mark.usefixtures("single_device")
 
 
 @pytest.fixture(scope="module")

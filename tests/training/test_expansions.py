@@ -12,7 +12,7 @@ from saejax.runner import command
 from saejax.settings import TrainConfig
 from saejax.training.report import training_curves
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("single_device")
 STAGES = ["baseline", "capture", "train", "evaluate"]
 SEEDS = dict(train__kinds="topk", train__seed="1,2")
 

@@ -24,7 +24,7 @@ from saejax.settings import TrainConfig
 from saejax.training.planned import planned_stacks
 from saejax.training.pretrained import find_pretrained
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("single_device")
 D, F = 32, 64
 FORMATS = ("own", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "qwen_scope", "sparsify")
 

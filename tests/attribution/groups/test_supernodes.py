@@ -71,7 +71,7 @@ def in_pairs(transcoder):
     return Dictionary(transcoder.config, **arrays)
 
 
-@pytest.mark.usefixtures("two_devices")
+@pytest.mark.usefixtures("single_device")
 def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, one_device, tmp_path, capsys):
     lm = load_model(str(tiny_llama), mesh=one_device)
     save_transcoders(tmp_path / "set", [in_pairs(transcoder) for transcoder in made_set(lm)])
