@@ -1,7 +1,7 @@
 """The verdict in worlds whose truth is known: how often it says yes where nothing is true, and where something is.
 
-Every world differs from the others in features, prompts, templates and dictionary. Of 60 worlds without an effect a
-test at 5 % says yes in 5 or fewer with a probability of 92 %; the seeds are fixed.
+Every world differs from the others in features, prompts, templates and dictionary. Of 100 worlds without an effect a
+test at 5 % says yes in 8 or fewer with a probability of 94 %; the seeds are fixed.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ from saejax.interventions.answers import BehaviourVerdict, VerdictConfig
 from saejax.interventions.table import TESTED
 from saejax.interventions.verdict import verdict
 
-WORLDS = range(60)
-MOST = 5  # of them that a test at 5 % may say yes to where nothing is true
+WORLDS = range(100)
 K = 5
 
 
@@ -36,9 +35,9 @@ def test_features_selected_for_random_answers_pass_no_more_than_the_level():
     """Train answers say nothing about test answers, so selection by attribution finds nothing."""
     worlds = [(random_world(seed), seed) for seed in WORLDS]
     verdicts = [judge(world, selected_by_attribution(world), seed) for world, seed in worlds]
-    assert count_yes(verdicts, "random") <= MOST
-    assert count_yes(verdicts, "placebo") <= MOST
-    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= MOST
+    assert count_yes(verdicts, "random") <= 8
+    assert count_yes(verdicts, "placebo") <= 8
+    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) <= 8
 
 
 def test_random_features_planted_as_top_pass_no_more_than_the_level():
@@ -48,8 +47,8 @@ def test_random_features_planted_as_top_pass_no_more_than_the_level():
         world = planted_world(seed, planted=8)
         top = tuple(np.random.default_rng([seed, 1]).choice(pool(world), K, replace=False).tolist())
         verdicts.append(judge(world, top, seed))
-    assert count_yes(verdicts, "random") <= MOST
-    assert count_yes(verdicts, "placebo") <= MOST
+    assert count_yes(verdicts, "random") <= 8
+    assert count_yes(verdicts, "placebo") <= 8
 
 
 @pytest.mark.parametrize("planted", [K, 1])
@@ -58,8 +57,8 @@ def test_an_effect_is_found_whether_it_is_spread_or_concentrated(planted):
     for seed in WORLDS:
         world = planted_world(seed, planted)
         verdicts.append(judge(world, selected_by_attribution(world), seed, placebo_sets=0))
-    assert count_yes(verdicts, "random") >= 57
-    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) >= 57
+    assert count_yes(verdicts, "random") >= 95
+    assert sum(each.ablation["logit_diff"].answer == "yes" for each in verdicts) >= 95
 
 
 def _louder(world: World, top: tuple[int, ...]) -> World:
@@ -80,5 +79,5 @@ def test_a_larger_dose_alone_is_no_effect():
         top = tuple(np.random.default_rng([seed, 2]).choice(pool(world), K, replace=False).tolist())
         for equalise, verdicts in answers.items():
             verdicts.append(judge(_louder(world, top), top, seed, equalise=equalise, placebo_sets=0))
-    assert count_yes(answers[True], "random") <= MOST
-    assert count_yes(answers[False], "random") > 12, "without equal doses the same features pass: the test can see it"
+    assert count_yes(answers[True], "random") <= 8
+    assert count_yes(answers[False], "random") > 20, "without equal doses the same features pass: the test can see it"

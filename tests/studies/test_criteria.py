@@ -61,7 +61,7 @@ def test_the_gate():
 def test_the_gate_on_worlds_where_nothing_is_true():
     """Three dictionaries of each world, whose features were chosen by attribution for answers drawn at random."""
     found = []
-    for seed in range(40):
+    for seed in range(100):
         world, answers = random_world(seed, features=900), []
         for part in range(3):
             mine = slice(300 * part, 300 * (part + 1))
@@ -73,8 +73,8 @@ def test_the_gate_on_worlds_where_nothing_is_true():
         items = len(world.answers_Px2) - world.train
         clean = float(table.clean_values(table.select_prompts("b"), "log_prob").mean())
         found.append(criteria.gate("row", "b", answers, items, clean).gate)
-    assert found.count("interpretable") <= 2
-    assert found.count("no signal") + found.count("cannot tell") >= 32
+    assert found.count("interpretable") <= 5
+    assert found.count("no signal") + found.count("cannot tell") >= 80
 
 
 def test_rank_correlation_is_spearmans_and_finds_nothing_in_noise():
