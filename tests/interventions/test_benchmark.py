@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from runs import write_members
+from scipy import sparse
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import study_report, study_run
+from saejax.interventions import associations, study_report, study_run
 from saejax.interventions.curves import read_curves
 from saejax.interventions.domains import GROUP
 from saejax.interventions.edits import mask
@@ -209,10 +210,29 @@ def test_placebo_targets_are_other_items_answers_of_equal_length():
     assert placebo_references([Reference([0], [1]), Reference([1], [1])], 5, seed=1) == []  # no other answer
 
 
+def check_associations(run, tiny, task, name, train, test, results, table, monkeypatch):
+    """Features go with the labels of their own items, in whatever order these are."""
+    monkeypatch.setattr(associations, "_LEAST", 1)
+    halves = [[dataclasses.replace(item, task="ab"[i % 2]) for i, item in enumerate(half)] for half in (train, test)]
+    items = study_run.BenchmarkItems(tiny, name, task, *halves)
+    found = study_run._associate(run.folder, items, results, table, 0)
+    read = ItemFeatures.load(run.folder / study_run.FEATURES_ON_ITEMS)
+    acts_NxF = read.activity.f_NxF.toarray()
+    has = {item.id: item.task for item in halves[1]}
+    compared = 0
+    for one in found.top:
+        largest = [acts_NxF[read.text_N == read.ids.index(item), one.feature].max() for item in has]
+        if np.ptp(largest) and one.label in ("a", "b"):
+            wanted = np.corrcoef(largest, [label == one.label for label in has.values()])[0, 1]
+            assert one.correlation.mean == pytest.approx(wanted, abs=1e-5)
+            compared += 1
+    assert compared
+
+
 @pytest.mark.parametrize(
     ("name", "settings"), [("gsm8k", dict(score="likelihood")), pytest.param("logic", {}, marks=pytest.mark.slow)]
 )
-def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings):
+def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings, monkeypatch):
     run, said = make_run(name, falsify=8, **settings)
     path = run.folder / study_run.FEATURES
     with pytest.raises(Interrupted, match="stopped"):
@@ -285,6 +305,10 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
         [found.importance_F[entry["feature"]] for entry in ranking], rel=1e-5
     )
     assert turned.ids == found.ids and not np.allclose(turned.importance_F, found.importance_F)
+    by_item_PxF = sparse.load_npz(run.folder / study_run.ITEM_ATTRIBUTION).toarray()
+    np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), found.importance_F, rtol=1e-4, atol=1e-5)
+    assert results.categories == {item.id: item.task for item in (*train, *test)}
+    check_associations(run, tiny, task, name, train, test, results, table, monkeypatch)
     if name == "gsm8k":
         assert results.at_chance is None and results.scores == ()
         assert result.ablation["accuracy"].answer == "not tested"
