@@ -139,8 +139,8 @@ def target_attributions(
     if any(split.point != splits[0].point for split in splits):
         raise ValueError("slopes are shared by dictionaries of one site alone")
     first_split, count = splits[0], len(targets_Rx2)
-    padded_Cx2 = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
-    totals = [np.zeros((len(padded_Cx2), split.dictionary.config.n_features)) for split in splits]
+    padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
+    totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
     prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
     for runs in zip(*runs_of, strict=True):
         pairs = list(zip(splits, runs, strict=True))
@@ -149,20 +149,20 @@ def target_attributions(
             part = slice(start, start + TARGET_PROMPTS)
             rows = [split.placed(run.rows(part)) for split, run in pairs]
             real_B = np.arange(part.start, part.stop) < len(runs[0].index_P)
-            for first in range(0, len(padded_Cx2), TARGETS):
+            for first in range(0, len(padded), TARGETS):
                 on_progress(done, count * prompts)
                 chunk = slice(first, first + TARGETS)
                 dictionaries = [split.dictionary for split in splits]
-                targets_Cx2 = padded_Cx2[chunk]
+                targets_Cx2 = padded[chunk]
                 scores = score_targets(
                     first_split.point, first_split.params, dictionaries, rows, real_B, targets_Cx2, source, sums
                 )
-                for total_CxF, scores_CxF in zip(totals, scores, strict=True):
-                    total_CxF[chunk] += to_host(scores_CxF)
+                for total, scores_CxF in zip(totals, scores, strict=True):
+                    total[chunk] += to_host(scores_CxF)
                 done += int(real_B.sum()) * min(TARGETS, count - first)
-    if not all(np.isfinite(total_CxF).all() for total_CxF in totals):
+    if not all(np.isfinite(total).all() for total in totals):
         raise UserError(_not_finite(first_split.point))
-    return [total_CxF[:count] / prompts for total_CxF in totals]
+    return [total[:count] / prompts for total in totals]
 
 
 @functools.partial(jax.jit, static_argnums=0)
