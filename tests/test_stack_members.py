@@ -115,6 +115,15 @@ def test_a_stage_reads_the_member_that_its_flag_names(inputs, tmp_path):
         plan(inputs, tmp_path, train__k="4,16", **ablated).needs("ablate/topk-k8")
 
 
+def test_a_member_of_other_settings_is_refused_in_one_line(inputs, swept, tmp_path, capsys):
+    run = runs.copy_run(swept, tmp_path / "run")
+    tracked = dict(track__dictionaries="topk/k8", track__prompt="The cat runs")
+    changed = flags(inputs, run, train__k="4,8", train__max_steps=13, **tracked)
+    assert command.run(["track"], "", ["program", *changed]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "train/topk/k8, which was made with other settings (--train.max_steps was 12, is 13)" in line
+
+
 @pytest.mark.parametrize("members_done", [0, 1])
 def test_a_stack_that_was_stopped_goes_on_with_the_same_bits(inputs, swept, tmp_path, monkeypatch, members_done):
     """Stopped in the middle of its training, or between the summaries of two members."""

@@ -395,7 +395,8 @@ def _describe_changes(plan: Workplan, unit: str, previous: Path) -> str:
     if not before:
         return ""
     changes, both = [*_changes(before, after)], [need for need in after["needs"] if need in before.get("needs", {})]
-    for member in (need.removeprefix(f"{unit}/") for need in both if plan.members(unit)):
+    is_stack = not split_unit(unit)[1] and plan.members(unit)
+    for member in (need.removeprefix(f"{unit}/") for need in both if is_stack):
         if details := [
             *_changes(_recorded_dependencies(member_folder(previous, member)), plan.dependencies(f"{unit}/{member}"))
         ]:
