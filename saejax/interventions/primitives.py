@@ -1,12 +1,14 @@
 """Primitives of a benchmark: groups of features that matter for the same items, such as those of additions.
 
 1. Attributions of features for the answers to each train item are their profiles, once every item has the same size.
-   The most important features of any category are grouped by the correlation of their profiles (average linkage, cut
-   where 95 % of shuffled profiles have no group); a group is stable if it is found again on resampled items.
+   The features with the largest mean over all items are grouped by the correlation of their profiles (average linkage,
+   cut where 95 % of shuffled profiles have no group); a group is stable if it is found again on resampled items. No
+   category is looked at until here, so that permuting them below is a test.
 2. A stable group is named after the category for whose items it matters most, if that is more than with categories
    permuted over items. The largest contrast of all groups and categories is permuted, which corrects for their number.
 3. Groups are ablated on the test items. The effect on the items of the group's category is compared at equal dose with
-   random and placebo sets (``domains`` measures in the same way), and with its effect on other items.
+   random and placebo sets, doses measured on the same items, and with its effect on other items. As many groups are
+   tested, those that stand out most first, as can pass Holm's correction with the control sets that there are.
 4. A group recurs in a dictionary of another seed, or in another model, if a stable group there has the same name.
 """
 
@@ -29,12 +31,13 @@ LEVEL = 0.05  # of a name, and of the comparison with control sets
 IMPORTANT, SMALLEST, MOST = 64, 3, 4  # features that are grouped; of the smallest group; groups that are ablated
 _RESAMPLES, _PERMUTATIONS = 50, 999
 RULE = (
-    f"The {IMPORTANT} features with the largest mean attribution in any category are grouped by the correlation of "
-    f"their attributions over train items (average linkage, at least {SMALLEST} features, cut where {100 * LEVEL:g} % "
-    "of shuffled profiles have a group). A group is a primitive if its mean overlap with a group of resampled items is "
-    f"at least {DISSOLVED:g}. It is named after a category if its attributions there exceed those elsewhere by more "
+    f"The {IMPORTANT} features with the largest mean attribution over all train items, whatever their category, are "
+    f"grouped by the correlation of their attributions (average linkage, at least {SMALLEST} features, cut where "
+    f"{100 * LEVEL:g} % of shuffled profiles have a group). A group is a primitive if its mean overlap with a group of "
+    f"resampled items is at least {DISSOLVED:g}. It is named after a category if its attributions there exceed those elsewhere by more "
     f"than with categories permuted over items (p at most {LEVEL:g} for the largest contrast of all groups and "
-    "categories)."
+    f"categories). Up to {MOST} groups are ablated. As many of them are compared with control sets, those that stand "
+    f"out most first, as can reach p at most {LEVEL:g} after Holm's correction with the sets that there are."
 )
 
 
@@ -54,12 +57,15 @@ class FeaturePrimitive:
 class PrimitiveEffect:
     """The effect of ablating a primitive on test items."""
 
+    group: int  #: its place among the primitives
     items: int  #: test items of its category; without a name all
     effect: Interval  #: drop of the reference's log-likelihood on these, nats
     elsewhere: Interval | None  #: on other test items; None without any
-    random: float | None  #: mean drop under random sets at equal dose, on the same items as ``effect``
+    random: float | None  #: mean drop under random sets, on the items of ``effect`` and at equal dose there
     placebo: float | None  #: the same under placebo sets
-    p_random: float | None  #: rank among random sets, corrected by Holm over the primitives; None without any
+    sets: int  #: control sets: random ones that hold none of its features, or placebo sets if these are fewer
+    needed: int  #: sets of each kind that it takes to test as many groups as were tested, or one more for this one
+    p_random: float | None  #: rank among random sets, corrected by Holm over the tested groups; None: not testable
     p_placebo: float | None  #: the same among placebo sets
     answer: str  #: whether it is more than both: yes, no or not testable
 
@@ -73,7 +79,7 @@ class BenchmarkPrimitives:
     groups: int  #: found, stable or not
     shuffled: float  #: groups of shuffled profiles at the same cut, mean
     primitives: tuple[FeaturePrimitive, ...]  #: stable groups, the named ones first
-    effects: tuple[PrimitiveEffect, ...]  #: of the first of them
+    effects: tuple[PrimitiveEffect, ...]  #: of those that were ablated
     #: dictionary of another seed -> for each primitive whether one there has the same name
     seeds: Mapping[str, tuple[bool, ...]] = dataclasses.field(default_factory=dict)
 
@@ -94,10 +100,10 @@ def find_primitives(
     # Items whose answer is unlikely have large attributions of all features, which would make all profiles alike.
     size_Px1 = np.sqrt(np.square(attribution_PxF).mean(axis=1, keepdims=True))
     rows_PxF = attribution_PxF / np.maximum(size_Px1, 1e-30)
-    mean_CxF = np.stack([rows_PxF[category_P == name].mean(axis=0) for name in names])
-    largest_F = mean_CxF.max(axis=0)
-    order_A = np.argsort(-largest_F, kind="stable")[:IMPORTANT]
-    feature_K = np.sort(order_A[largest_F[order_A] > 0])
+    # Not by category: a choice that saw the categories would make every group stand out in one of them.
+    mean_F = rows_PxF.mean(axis=0)
+    order_A = np.argsort(-mean_F, kind="stable")[:IMPORTANT]
+    feature_K = np.sort(order_A[mean_F[order_A] > 0])
     group_K, overlap_U, shuffled = group_profiles(rows_PxF[:, feature_K].T, seed)
     stable = np.flatnonzero(overlap_U >= DISSOLVED)
     members = [feature_K[group_K == group] for group in stable]
@@ -230,39 +236,37 @@ def judge_primitives(
       seed: seed of the bootstrap.
     """
     prompts = table.select_prompts(benchmark)
-    random, placebo = (read_curves(table, benchmark, group) for group in ("random", "placebo"))
+    category_P = np.array([categories[prompt.id] for prompt in prompts])
     rows: list[PrimitiveEffect] = []
     for number, primitive in enumerate(primitives[:MOST]):
-        curves = read_curves(table, benchmark, f"{GROUP}{number}")
-        if not curves:
-            break
-        category_P = np.array([categories[prompt.id] for prompt in prompts])
+        tested = read_curves(table, benchmark, f"{GROUP}{number}")
         inside_P = category_P == primitive.name if primitive.name else np.ones(len(prompts), bool)
-        drop_P = curves[0].drop_AxP[-1]
-        effect = _interval(drop_P[inside_P], resamples, seed)
-        if effect is None:
-            break
+        if not tested or (effect := _interval(tested[0].drop_AxP[-1][inside_P], resamples, seed)) is None:
+            continue
+        # Doses, too, are those on these items: a set may change others much more.
+        some = [prompt for prompt, is_inside in zip(prompts, inside_P, strict=True) if is_inside]
+        (curve,) = read_curves(table, benchmark, f"{GROUP}{number}", prompts=some)
+        random, placebo = (read_curves(table, benchmark, group, prompts=some) for group in ("random", "placebo"))
+        # Random sets hold no feature of the primitive; placebo sets are chosen as it was, so all of them count.
         features = set(primitive.features)
-        means, p_values = [], []
-        for sets in (random, placebo):
-            # Random sets hold no feature of the primitive; placebo sets are chosen as it was, so all of them count.
-            controls = [each for each in sets if sets is placebo or not features & set(each.edits[-1].features)]
-            mean, p_value = _rank(curves[0], controls, inside_P)
-            means.append(mean)
-            p_values.append(p_value)
+        random = [each for each in random if not features & set(each.edits[-1].features)]
+        (random_mean, p_random), (placebo_mean, p_placebo) = _rank(curve, random), _rank(curve, placebo)
         rows.append(
             PrimitiveEffect(
-                items=int(inside_P.sum()),
+                group=number,
+                items=len(some),
                 effect=effect,
-                elsewhere=_interval(drop_P[~inside_P], resamples, seed),
-                random=means[0],
-                placebo=means[1],
-                p_random=p_values[0],
-                p_placebo=p_values[1],
+                elsewhere=_interval(tested[0].drop_AxP[-1][~inside_P], resamples, seed),
+                random=random_mean,
+                placebo=placebo_mean,
+                sets=min(len(random), len(placebo)),
+                needed=0,
+                p_random=p_random,
+                p_placebo=p_placebo,
                 answer="not testable",
             )
         )
-    return _corrected(rows, min((len(sets) for sets in (random, placebo)), default=0))
+    return _corrected(rows)
 
 
 def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
@@ -272,27 +276,42 @@ def _interval(drop_P: np.ndarray, resamples: int, seed: int) -> Interval | None:
     return Interval(float(drop_P.mean()), *percentile_interval(weight_RxP @ drop_P))
 
 
-def _rank(
-    curve: EffectCurve, controls: Sequence[EffectCurve], inside_P: np.ndarray
-) -> tuple[float | None, float | None]:
-    """Return the mean drop under control sets at equal dose on some items, and the rank of the tested one."""
+def _rank(curve: EffectCurve, controls: Sequence[EffectCurve]) -> tuple[float | None, float | None]:
+    """Return the mean drop under control sets at equal dose, and the rank of the tested one; None without any."""
     if not controls:
         return None, None
     tested_NxP, control_NxP, _ = compare_at_equal_dose(curve, controls)
-    tested_N, control_N = tested_NxP[:, inside_P].mean(axis=1), control_NxP[:, inside_P].mean(axis=1)
+    tested_N, control_N = tested_NxP.mean(axis=1), control_NxP.mean(axis=1)
     return float(control_N.mean()), rank_p(tested_N, control_N)
 
 
-def _corrected(rows: Sequence[PrimitiveEffect], sets: int) -> tuple[PrimitiveEffect, ...]:
-    """Return the effects with p-values after Holm's correction, and the answers that follow."""
-    columns = []
-    for name in ("p_random", "p_placebo"):
-        p_values = [getattr(row, name) for row in rows]
-        columns.append(holm(np.array(p_values)).tolist() if rows and None not in p_values else [None] * len(rows))
+def _corrected(rows: Sequence[PrimitiveEffect]) -> tuple[PrimitiveEffect, ...]:
+    """Return the effects with the answers of those that can be tested.
+
+    The first N rows with enough sets for a correction over N tests are tested, N as large as possible; which they are
+    depends on the number of sets alone. The others have no p-value.
+    """
+    for count in range(len(rows), -1, -1):
+        able = [place for place, row in enumerate(rows) if row.sets >= min_controls(count, LEVEL)][:count]
+        if len(able) == count:
+            break
+    p_random, p_placebo = (
+        dict(zip(able, holm(np.array([getattr(rows[place], name) for place in able])).tolist(), strict=True))
+        for name in ("p_random", "p_placebo")
+    )
     corrected = []
-    for row, p_random, p_placebo in zip(rows, *columns, strict=True):
+    for place, row in enumerate(rows):
+        is_tested = place in able
         answer = row.answer
-        if p_random is not None and p_placebo is not None and sets >= min_controls(1, LEVEL):
-            answer = "yes" if max(p_random, p_placebo) <= LEVEL else "no"
-        corrected.append(dataclasses.replace(row, p_random=p_random, p_placebo=p_placebo, answer=answer))
+        if is_tested:
+            answer = "yes" if max(p_random[place], p_placebo[place]) <= LEVEL else "no"
+        corrected.append(
+            dataclasses.replace(
+                row,
+                needed=min_controls(len(able) + (not is_tested), LEVEL),
+                p_random=p_random.get(place),
+                p_placebo=p_placebo.get(place),
+                answer=answer,
+            )
+        )
     return tuple(corrected)

@@ -142,8 +142,9 @@ def primitives(
     }
     for row, some in every.items():
         others = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
+        effects = {effect.group: effect for effect in some.effects}
         for number, one in enumerate(some.primitives):
-            effect = some.effects[number] if number < len(some.effects) else None
+            effect = effects.get(number)
             here = read.get(row)
             yield PrimitiveFigures(
                 row=row,
@@ -162,6 +163,8 @@ def primitives(
                 elsewhere=effect.elsewhere if effect else None,
                 random=effect.random if effect else None,
                 placebo=effect.placebo if effect else None,
+                sets=effect.sets if effect else None,
+                needed=effect.needed if effect else None,
                 more=effect.answer if effect else "not testable",
             )
 

@@ -110,11 +110,16 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
 def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
     """Return whether a named group does more than its controls and recurs in half of the other seeds."""
     named = [one for one in groups if one.name]
-    held = [one for one in named if one.more == "yes" and 2 * one.recurs >= one.seeds]
+    held = [one for one in named if holds(one)]
     evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
-    if not held and any(one.more == "not testable" for one in named):
+    if not held and any(one.more == "not testable" or (one.more == "yes" and not one.seeds) for one in named):
         return "cannot tell", evidence
     return _yes(bool(held)), evidence
+
+
+def holds(group: PrimitiveFigures) -> bool:
+    """Return whether a group is named, does more than its controls, and recurs in at least half of the other seeds."""
+    return bool(group.name) and group.more == "yes" and 0 < group.seeds <= 2 * group.recurs
 
 
 def _yes(answer: bool | None) -> Answered:

@@ -18,7 +18,6 @@ from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings
 from saejax.page.tables import interval, number, percent
 from saejax.results import Interval
-from saejax.statistics.ranks import min_controls
 from saejax.studies.results import Answered, PhaseFigures, StudyFigures
 
 EFFECTS, KNOWN = "1. Which features change the output", "2. Are known features found"
@@ -115,7 +114,6 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             known: Answered = "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
             yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", known)
     named = [one for one in figures.primitives if one.effect is not None]
-    needed = min_controls(1)
     for primitive in named:
         known = "yes" if primitive.more == "yes" else "no" if primitive.more == "no" else "cannot tell"
         title = primitive.name or "a group without a name"
@@ -125,7 +123,7 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             f"{primitive.row}, {primitive.benchmark}",
             f"{interval(primitive.effect)} nats",
             f"random sets {number(primitive.random)}, other answers {number(primitive.placebo)} nats "
-            f"({needed} sets of each are needed)",
+            f"({primitive.sets} sets of the kind with fewer, {primitive.needed} needed)",
             known,
         )
 

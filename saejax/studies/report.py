@@ -21,7 +21,7 @@ from saejax.results import to_json
 from saejax.runner.preregistration import describe_rule
 from saejax.runner.workspace import package_versions
 from saejax.studies.criteria import EPOCH, RULES
-from saejax.studies.learned import sentences, table_rows
+from saejax.studies.learned import holds, sentences, table_rows
 from saejax.studies.phases import disagreements
 from saejax.studies.pictures import (
     draw_drivers,
@@ -125,7 +125,7 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
         yield Text("No group of features was stable: no row has a primitive.")
         return
     named = [one for one in figures.primitives if one.name]
-    held = [one for one in named if one.more == "yes" and 2 * one.recurs >= one.seeds]
+    held = [one for one in named if holds(one)]
     sentence = (
         f"{_count(len(figures.primitives), 'group')} of features are stable, {len(named)} of them have a category, and "
         f"{len(held)} of these also lower its answers more than both kinds of control sets and recur in at least half "
@@ -133,6 +133,8 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     )
     if held:
         sentence += f" They are: {'; '.join(f'{one.name} in {one.row}' for one in held)}."
+    if any(not one.seeds for one in named):
+        sentence += " Without dictionaries of other seeds (--study.repeats) it cannot be told whether a group recurs."
     yield Text(sentence)
     ablated = [one for one in figures.primitives if one.effect is not None]
     if ablated:

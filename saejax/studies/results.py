@@ -204,6 +204,8 @@ class PrimitiveFigures:
     elsewhere: Interval | None  #: on other items
     random: float | None  #: mean drop under random sets at equal dose
     placebo: float | None  #: mean drop under placebo sets at equal dose
+    sets: int | None  #: control sets of the kind that has fewer
+    needed: int | None  #: sets of each kind that a test of it takes
     more: str  #: whether it is more than both: yes, no or not testable
 
 

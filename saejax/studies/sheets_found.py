@@ -128,7 +128,11 @@ FOUND = (
             "Stable": lambda one: f"{number(one.overlap)}; {one.recurs} of {one.seeds} seeds",
             "Nats lost there; elsewhere": lambda one: f"{interval(one.effect)}; {interval(one.elsewhere)}",
             "Random; placebo sets": lambda one: f"{number(one.random)}; {number(one.placebo)}",
-            "More than both": lambda one: one.more,
+            "More than both": lambda one: (
+                one.more
+                if one.more != "not testable" or one.sets is None
+                else f"{one.more}: {one.sets} sets of {one.needed}"
+            ),
             "Also named in": lambda one: ", ".join(one.rows) or MISSING,
             "Features with a partner": lambda one: "; ".join(one.partners) or MISSING,
         },
@@ -137,7 +141,9 @@ FOUND = (
         "category for which it matters most, if that is more than by chance. In quotation marks: the tokens on which "
         "its features are most active. Stable: overlap with the groups of resampled items (1: always the same), and "
         "dictionaries of other seeds with a group of that name. Nats lost: when the whole group is ablated, on test "
-        "items of its category and on others, beside control sets at equal dose. A dash: not ablated.",
+        "items of its category and on others, beside control sets at equal dose. A dash: not ablated. "
+        "As many groups are compared with control sets as their number allows: 19 of each kind for one group, 20 more "
+        "for each further one.",
         cards=True,
     ),
     Sheet(

@@ -84,13 +84,32 @@ def test_contrasts_are_those_of_the_t_test_up_to_the_pooled_variance():
     assert p_GxC.min() > 0 and p_GxC.max() <= 1
 
 
-def make_table(strength, items=20, sets=39):
-    """A primitive of additions that loses ``strength`` on them; sets lose nothing but noise of 0.1."""
+def test_correlated_groups_that_have_nothing_to_do_with_categories_have_no_name_either():
+    """Of 320 features in 80 groups those are grouped that are most important, which must not depend on the labels."""
+    stable, named = 0, 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        shared_PxG = rng.normal(0.1, 1, (ITEMS, 80))
+        rows_PxF = np.repeat(shared_PxG, SIZE, axis=1) + 0.4 * rng.normal(size=(ITEMS, 80 * SIZE))
+        categories = rng.permutation(np.repeat([f"category {c}" for c in range(9)], ITEMS // 9)).tolist()
+        found = find_primitives(rows_PxF, IDS, categories, seed).primitives
+        stable, named = stable + len(found), named + sum(bool(one.name) for one in found)
+    assert stable > 100 and named <= 0.05 * stable
+
+
+def make_table(strength, items=20, sets=39, groups=1, control=0.0, outside=1.0):
+    """Groups of additions that lose ``strength`` on them; sets lose ``control`` and noise of 0.1.
+
+    The change of a set has a norm of 1 on additions, as that of a group has everywhere, and ``outside`` on others.
+    """
     rng = np.random.default_rng(1)
     prompts = [PromptDefinition(f"sums/{i}", "sums") for i in range(items)]
     categories = {prompt.id: ("addition", "logic")[i % 2] for i, prompt in enumerate(prompts)}
+    is_sum_P = np.array([categories[prompt.id] == "addition" for prompt in prompts])
     edits = [EditDefinition("sums", "clean")]
-    edits += [EditDefinition("sums", f"{GROUP}0", 0, (1, 2, 3), fraction) for fraction in FRACTIONS]
+    for number in range(groups):
+        features = (1, 2, 3 + number)
+        edits += [EditDefinition("sums", f"{GROUP}{number}", 0, features, fraction) for fraction in FRACTIONS]
     edits += [
         EditDefinition("sums", group, i, (10 + 3 * i, 11 + 3 * i))
         for group in ("random", "placebo")
@@ -98,30 +117,59 @@ def make_table(strength, items=20, sets=39):
     ]
     values = []
     for edit in edits:
-        is_primitive = edit.group.startswith(GROUP)
-        lost_P = [
-            (strength * edit.fraction * (categories[prompt.id] == "addition") if is_primitive else 0.1 * rng.normal())
-            for prompt in prompts
-        ]
-        values.append(
-            [-5 - np.array(lost_P) * (edit.group != "clean"), np.full(items, edit.fraction * (edit.group != "clean"))]
-        )
+        is_group = edit.group.startswith(GROUP)
+        lost_P = strength * edit.fraction * is_sum_P if is_group else control + 0.1 * rng.normal(size=items)
+        norm_P = np.full(items, edit.fraction) if is_group else np.where(is_sum_P, 1.0, outside)
+        values.append([-5 - lost_P * (edit.group != "clean"), norm_P * (edit.group != "clean")])
     block = (edits, prompts, ["answer_log_prob", "change_norm"], np.array(values).transpose(0, 2, 1))
     return EffectsTable.from_blocks(edits, prompts, [block]), categories
 
 
+def judge(table, categories, *groups):
+    """Effects of groups, each a category and its features."""
+    every = [FeaturePrimitive(name, features, 0.9, 4.0, 0.01, ("sums/0",)) for name, features in groups]
+    return judge_primitives(table, "sums", every, categories, 200, 0)
+
+
 @pytest.mark.parametrize(("strength", "answer"), [(1.0, "yes"), (0.0, "no")])
 def test_the_effect_of_a_primitive_on_the_items_of_its_category(strength, answer):
-    table, categories = make_table(strength)
-    one = FeaturePrimitive("addition", (1, 2, 3), 0.9, 4.0, 0.01, ("sums/0",))
-    (found,) = judge_primitives(table, "sums", [one, one], categories, 200, 0)
+    (found,) = judge(*make_table(strength), ("addition", (1, 2, 3)), ("addition", (1, 2, 4)))
     assert found.items == 10 and found.effect.mean == pytest.approx(strength)
     assert found.elsewhere.mean == pytest.approx(0.0) and found.answer == answer
     assert abs(found.random) < 0.1 and abs(found.placebo) < 0.1
+    assert (found.sets, found.needed) == (39, 19)
 
 
 def test_few_control_sets_cannot_answer():
-    table, categories = make_table(1.0, sets=5)
-    one = FeaturePrimitive("addition", (1, 2, 3), 0.9, 4.0, 0.01, ("sums/0",))
-    (found,) = judge_primitives(table, "sums", [one], categories, 200, 0)
-    assert found.answer == "not testable"
+    (found,) = judge(*make_table(1.0, sets=5), ("addition", (1, 2, 3)))
+    assert (found.answer, found.sets, found.needed, found.p_random) == ("not testable", 5, 19, None)
+
+
+@pytest.mark.parametrize(("sets", "tested"), [(18, 0), (19, 1), (38, 1), (39, 2), (59, 3), (79, 4)])
+def test_as_many_groups_are_tested_as_the_sets_allow(sets, tested):
+    groups = [("addition", (1, 2, 3 + number)) for number in range(4)]
+    found = judge(*make_table(1.0, sets=sets, groups=4), *groups)
+    assert [one.answer for one in found] == ["yes"] * tested + ["not testable"] * (4 - tested)
+    assert [one.needed for one in found] == [20 * tested - 1] * tested + [20 * tested + 19] * (4 - tested)
+    assert all((one.p_random is None) == (one.answer == "not testable") for one in found)
+
+
+def test_sets_that_share_a_feature_do_not_count():
+    # The first group shares a feature with one random set, so that 18 are left; the second can be tested.
+    groups = ("addition", (1, 2, 10)), ("addition", (1, 2, 4))
+    first, second = judge(*make_table(1.0, sets=19, groups=2), *groups)
+    assert (first.answer, first.sets, first.p_random) == ("not testable", 18, None)
+    assert (second.answer, second.sets, second.p_random) == ("yes", 19, 1 / 20)
+
+
+def test_doses_are_those_on_the_items_of_the_category():
+    # Sets cost twice what the group does at an equal change of additions; they change other items ten times as much.
+    table, categories = make_table(1.0, control=2.0, outside=10.0)
+    (found,) = judge(table, categories, ("addition", (1, 2, 3)))
+    assert found.random == pytest.approx(2.0, abs=0.1) and found.answer == "no"
+
+
+def test_a_category_without_test_items_does_not_hide_the_others():
+    table, categories = make_table(1.0, groups=2)
+    (found,) = judge(table, categories, ("division", (1, 2, 3)), ("addition", (1, 2, 4)))
+    assert (found.group, found.answer) == (1, "yes")

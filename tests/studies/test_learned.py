@@ -40,7 +40,7 @@ def group(row, more):
     """A group of features that recurs in both other seeds."""
     effect = share(1.0, 0.5, 1.5)
     return PrimitiveFigures(
-        row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 2, 2, (), (), 8, effect, effect, 0.0, 0.0, more
+        row, "sums", "addition", (1, 2, 3), (), 0.9, 0.01, 2, 2, (), (), 8, effect, effect, 0.0, 0.0, 19, 19, more
     )
 
 
@@ -143,3 +143,12 @@ def test_a_study_without_controls_or_benchmarks(figures):
     plain = dataclasses.replace(figures, models=(model("base"),), gates=figures.gates[:1])
     assert dict(sentences(learned(plain)))["Control rows"].startswith("No row is a control")
     assert learned(dataclasses.replace(figures, gates=())) == ()
+
+
+@pytest.mark.parametrize(("recurs", "seeds", "answer"), [(0, 0, "cannot tell"), (0, 2, "no"), (1, 2, "yes")])
+def test_a_group_must_recur_in_other_seeds(figures, recurs, seeds, answer):
+    one = dataclasses.replace(group("base", "yes"), recurs=recurs, seeds=seeds)
+    answers = {
+        one.question: one for one in learned(dataclasses.replace(figures, primitives=(one,))) if one.row == "base"
+    }
+    assert answers["primitives"].answer == answer
