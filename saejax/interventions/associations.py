@@ -1,12 +1,15 @@
 """Associations of features with labels of a benchmark's items: its categories, and whether the model answers rightly.
 
-1. A feature's activation on an item is its largest one. Its association with a label is the correlation of this with
-   having the label, on test items.
+1. A feature's activation on an item is the one of largest size. Its association with a label is the correlation of this
+   with having the label, on test items.
 2. The largest correlation of all features and labels is compared with those where labels are permuted over items, which
    corrects for the number of tests (Westfall and Young, 1993).
-3. The probe's answer for the same feature and label: a logistic regression on this feature alone, fitted to train
-   items, judges test items by the area under the ROC curve, with a permutation test.
-4. The causal answer: ablating the feature alone lowers the answers to items with the label more than those to others.
+3. The label of a tested feature is the one that it is most correlated with on train items. What follows judges it on
+   test items, which had no part in the choice. Whether the model answers rightly is known of test items alone.
+4. The probe's answer for this feature and label: a logistic regression on this feature alone, fitted to train items,
+   judges test items by the area under the ROC curve, with a permutation test.
+5. The causal answer: ablating the feature alone lowers the answers to items with the label more than those to others.
+   Labels are permuted over items; the statistic is Welch's t, for which the spread of both kinds may differ.
 
 What is correlated need be neither readable on new items nor used, so the three answers stand beside each other.
 """
@@ -22,7 +25,7 @@ from saejax.results import Interval
 from saejax.statistics.bootstrap import percentile_interval, resampling_weights
 from saejax.statistics.ranks import holm
 
-LEVEL = 0.05  # of every answer, after correction
+LEVEL = 0.05  # of all answers of a kind together: correlations of all features and labels, probes and drops of all rows
 RIGHT = "answered rightly"  # the label of items that the model answers rightly
 _PERMUTATIONS, _RESAMPLES, _LEAST = 999, 1000, 4  # fewer items with a label, or without it, are not tested
 
@@ -32,16 +35,17 @@ class FeatureAssociation:
     """A feature's association with a label, with the probe's and the causal answer."""
 
     feature: int  #: its index
-    label: str  #: a category, or "answered rightly"
+    label: str  #: the category that it is most correlated with on train items
     items: int  #: test items with the label
-    correlation: Interval  #: of its largest activation on an item with having the label
+    correlation: Interval  #: of its activation of largest size on an item with having the label, on test items
     p_value: float  #: corrected for all features and labels
     associated: str  #: yes or no, from p
-    auc: float | None  #: of a probe of this feature alone on test items; None where train items lack the label
-    p_probe: float | None  #: of the AUC, corrected by Holm over the listed features and labels
-    probe: str  #: whether the probe finds the label: yes, no or not tested
+    auc: float  #: of a probe of this feature alone on test items
+    p_probe: float  #: of the AUC, corrected by Holm over the listed features
+    probe: str  #: whether the probe finds the label: yes or no
     causal_drop: Interval | None  #: drop on items with the label minus that on others, nats; None: not ablated alone
-    causal: str  #: whether it is above zero: yes, no or not tested
+    p_causal: float | None  #: of a difference above zero, corrected by Holm over the listed features
+    causal: str  #: whether it is above zero, from p: yes, no or not tested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,21 +64,24 @@ class BenchmarkAssociations:
     """Associations of features with the labels of a benchmark's items."""
 
     labels: tuple[LabelAssociations, ...]  #: by label
-    top: tuple[FeatureAssociation, ...]  #: of the tested features, each with the label it is most associated with
+    top: tuple[
+        FeatureAssociation, ...
+    ]  #: of the tested features, each with one label; none where train items have none
 
 
 def item_activations(f_NxF, text_N: np.ndarray, items: int) -> np.ndarray:
-    """Return the largest activation of each feature on each item, [P, F].
+    """Return the activation of largest size of each feature on each item, [P, F].
 
     Args:
-      f_NxF: sparse activations of N tokens, at least 0.
+      f_NxF: sparse activations of N tokens; those of linear dictionaries may be below 0.
       text_N: item of each token.
       items: how many.
     """
-    coo, largest_PxF = f_NxF.tocoo(), np.zeros((items, f_NxF.shape[1]), np.float32)
+    coo, (high_PxF, low_PxF) = f_NxF.tocoo(), np.zeros((2, items, f_NxF.shape[1]), np.float32)
     token_X, feature_X = coo.coords
-    np.maximum.at(largest_PxF, (text_N[token_X], feature_X), coo.data)
-    return largest_PxF
+    for function, extreme_PxF in ((np.maximum, high_PxF), (np.minimum, low_PxF)):
+        function.at(extreme_PxF, (text_N[token_X], feature_X), coo.data)
+    return np.where(-low_PxF > high_PxF, low_PxF, high_PxF)
 
 
 def associate(
@@ -90,7 +97,8 @@ def associate(
 
     Args:
       train_PxF: activation of each feature on each train item.
-      train_labels: label -> whether each train item has it; labels that are not known there are missing.
+      train_labels: label -> whether each train item has it; labels that are not known there are missing, and are not
+        those of tested features.
       test_QxF: activations on test items.
       test_labels: label -> whether each test item has it.
       tested: features that are listed.
@@ -99,7 +107,7 @@ def associate(
     """
     items = len(test_QxF)
     kept = {name: has_Q for name, has_Q in test_labels.items() if _LEAST <= has_Q.sum() <= items - _LEAST}
-    live_F = (test_QxF > 0).sum(axis=0) >= _LEAST
+    live_F = (test_QxF != 0).sum(axis=0) >= _LEAST
     rng = np.random.default_rng(seed)
     if not kept or not live_F.any():
         return BenchmarkAssociations((), ())
@@ -121,16 +129,19 @@ def associate(
         for place, name in enumerate(kept)
     )
     weight_RxQ = resampling_weights(np.zeros(items), _RESAMPLES, seed)
+    names = [name for name in kept if name in train_labels and 0 < train_labels[name].sum() < len(train_PxF)]
+    if not names:
+        return BenchmarkAssociations(labels, ())
+    has_PxC = np.stack([train_labels[name] for name in names], axis=1).astype(np.float64)
+    trained_FxC = _unit(train_PxF.astype(np.float64)).T @ _unit(has_PxC)
     rows = []
     for feature in tested:
-        place = int(seen_FxL[feature].argmax())
-        name = list(kept)[place]
-        p_value = (1 + int((largest_S >= abs(seen_FxL[feature, place]) - 1e-12).sum())) / (1 + _PERMUTATIONS)
-        auc, p_probe = None, None
-        if name in train_labels and 0 < train_labels[name].sum() < len(train_PxF):
-            columns = train_PxF[:, [feature]], train_labels[name].astype(int)
-            auc, p_probe = _probe(*columns, test_QxF[:, [feature]], kept[name].astype(int), rng)
-        causal = _contrast(drops[feature], kept[name], weight_RxQ) if feature in drops else None
+        name = names[int(trained_FxC[feature].argmax())]
+        seen = seen_FxL[feature, list(kept).index(name)]
+        p_value = (1 + int((largest_S >= abs(seen) - 1e-12).sum())) / (1 + _PERMUTATIONS)
+        columns = train_PxF[:, [feature]], train_labels[name].astype(int)
+        auc, p_probe = _probe(*columns, test_QxF[:, [feature]], kept[name].astype(int), rng)
+        drop_Q = drops.get(feature)
         rows.append(
             FeatureAssociation(
                 feature=int(feature),
@@ -138,15 +149,20 @@ def associate(
                 items=int(kept[name].sum()),
                 correlation=_correlation(test_QxF[:, feature], kept[name], weight_RxQ),
                 p_value=p_value,
-                associated="yes" if p_value <= LEVEL else "no",
+                associated=_answer(p_value),
                 auc=auc,
                 p_probe=p_probe,
-                probe="not tested",
-                causal_drop=causal,
-                causal="not tested" if causal is None else "yes" if causal.low > 0 else "no",
+                probe="no",
+                causal_drop=None if drop_Q is None else _contrast(drop_Q, kept[name], weight_RxQ),
+                p_causal=None if drop_Q is None else contrast_p(drop_Q, kept[name], order_SxQ),
+                causal="not tested",
             )
         )
     return BenchmarkAssociations(labels, _corrected(rows))
+
+
+def _answer(p_value: float | None) -> str:
+    return "not tested" if p_value is None else "yes" if p_value <= LEVEL else "no"
 
 
 def _unit(x_QxC: np.ndarray) -> np.ndarray:
@@ -191,15 +207,40 @@ def _contrast(drop_Q: np.ndarray, has_Q: np.ndarray, weight_RxQ: np.ndarray) -> 
     return Interval(float(drop_Q[has_Q].mean() - drop_Q[~has_Q].mean()), *percentile_interval(difference_R))
 
 
+def contrast_p(drop_Q: np.ndarray, has_Q: np.ndarray, order_SxQ: np.ndarray) -> float:
+    """Return the p-value of a larger mean drop of items with a label than of others, by permutations.
+
+    The statistic is Welch's t (Janssen, 1997): with it the level holds where the spreads differ, as far as that of
+    Welch's test does.
+
+    Args:
+      drop_Q: drop of each item.
+      has_Q: whether each item has the label; at least 2 do, and 2 do not.
+      order_SxQ: permutations of the items.
+    """
+
+    def of(inside_SxQ: np.ndarray) -> np.ndarray:
+        means, errors = [], []
+        for weight_SxQ in (inside_SxQ, ~inside_SxQ):
+            count_S = weight_SxQ.sum(axis=1)
+            mean_S = weight_SxQ @ drop_Q / count_S
+            means.append(mean_S)
+            errors.append((weight_SxQ * (drop_Q[None] - mean_S[:, None]) ** 2).sum(axis=1) / (count_S - 1) / count_S)
+        return (means[0] - means[1]) / np.sqrt(np.maximum(sum(errors), 1e-24))
+
+    seen, *shuffled = of(np.concatenate([has_Q[None], has_Q[order_SxQ]]))
+    return (1 + int((np.array(shuffled) >= seen - 1e-9).sum())) / (1 + len(order_SxQ))
+
+
 def _corrected(rows: Sequence[FeatureAssociation]) -> tuple[FeatureAssociation, ...]:
-    """Return the rows with the probes' p-values after Holm's correction, and their answers."""
-    p_values = [row.p_probe for row in rows if row.p_probe is not None]
-    corrected = iter(holm(np.array(p_values)).tolist() if p_values else [])
-    judged = []
-    for row in rows:
-        if row.p_probe is None:
-            judged.append(row)
-        else:
-            p_probe = next(corrected)
-            judged.append(dataclasses.replace(row, p_probe=p_probe, probe="yes" if p_probe <= LEVEL else "no"))
-    return tuple(judged)
+    """Return the rows with p-values after Holm's correction, of probes and of drops, and their answers."""
+    columns = []
+    for name in ("p_probe", "p_causal"):
+        p_values = [getattr(row, name) for row in rows]
+        measured = [p_value for p_value in p_values if p_value is not None]
+        corrected = iter(holm(np.array(measured)).tolist() if measured else [])
+        columns.append([None if p_value is None else next(corrected) for p_value in p_values])
+    return tuple(
+        dataclasses.replace(row, p_probe=probe, probe=_answer(probe), p_causal=causal, causal=_answer(causal))
+        for row, probe, causal in zip(rows, *columns, strict=True)
+    )

@@ -34,10 +34,11 @@ RULE = (
     f"The {IMPORTANT} features with the largest mean attribution over all train items, whatever their category, are "
     f"grouped by the correlation of their attributions (average linkage, at least {SMALLEST} features, cut where "
     f"{100 * LEVEL:g} % of shuffled profiles have a group). A group is a primitive if its mean overlap with a group of "
-    f"resampled items is at least {DISSOLVED:g}. It is named after a category if its attributions there exceed those elsewhere by more "
-    f"than with categories permuted over items (p at most {LEVEL:g} for the largest contrast of all groups and "
-    f"categories). Up to {MOST} groups are ablated. As many of them are compared with control sets, those that stand "
-    f"out most first, as can reach p at most {LEVEL:g} after Holm's correction with the sets that there are."
+    f"resampled items is at least {DISSOLVED:g}. It is named after a category if its attributions there exceed those "
+    f"elsewhere by more than with categories permuted over items (p at most {LEVEL:g} for the largest contrast of "
+    f"all groups and categories). Up to {MOST} groups are ablated. As many of them are compared with control sets, "
+    f"those that stand out most first, as can reach p at most {LEVEL:g} after Holm's correction "
+    "with the sets that there are."
 )
 
 

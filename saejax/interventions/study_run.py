@@ -205,21 +205,22 @@ def run_study(run: Run) -> StudyResults:
 
 
 def describe_power(items: int, drop: float) -> str:
-    """Return how often some items find a fall of accuracy, and how many find it in 80 % of cases.
+    """Return how often some items show a fall of accuracy above zero, and how many show it in 80 % of cases.
 
     Of the answers ``_CHANGED`` are assumed to change under ablation, so that the change of an item has the standard
-    deviation sqrt(changed - drop^2).
+    deviation sqrt(changed - drop^2). Shown means that the 95 % interval lies above zero.
 
     Args:
       items: how many judge.
-      drop: the fall, a share above 0.
+      drop: the true fall, a share above 0.
     """
     spread = math.sqrt(max(_CHANGED, drop) - drop**2)
     power = norm.cdf(drop / spread * math.sqrt(items) - norm.ppf(0.975))
     needed = math.ceil(((norm.ppf(0.975) + norm.ppf(0.8)) * spread / max(drop, 1e-9)) ** 2)
     return (
-        f"{items} test items find a fall of accuracy by {100 * drop:g} points in {100 * power:.0f} % of cases, if "
-        f"{100 * _CHANGED:g} % of the answers change; 80 % of cases take {needed:,} items"
+        f"if ablation truly lowers accuracy by {100 * drop:g} points and changes {100 * max(_CHANGED, drop):g} % of "
+        f"the answers, {items} test items show a fall above zero in {100 * power:.0f} % of cases, and "
+        f"{needed:,} in 80 %"
     )
 
 
@@ -255,7 +256,7 @@ def _associate(
         return None
     read = ItemFeatures.load(folder / FEATURES_ON_ITEMS)
     every, half = [*items.train, *items.test], len(items.train)
-    acts_PxF = item_activations(read.activity.f_NxF, read.text_N, len(every))
+    acts_PxF = question_activations(read, every)
     prompts = table.select_prompts(items.name)  # ordered by id
     place = {f"{items.name}/{item.id}": half + number for number, item in enumerate(items.test)}
     test_Q = np.array([place[prompt.id] for prompt in prompts])
@@ -271,6 +272,20 @@ def _associate(
     tested = [effect.feature for effect in chosen.top]
     train_labels = {name: has_P[:half] for name, has_P in labels.items()}
     return associate(acts_PxF[:half], train_labels, acts_PxF[test_Q], test_labels, tested, drops, seed)
+
+
+def question_activations(read: ItemFeatures, items: Sequence[Item]) -> np.ndarray:
+    """Return the activation of largest size of each feature on each item's question, [P, F].
+
+    The solution is left out: its signs, such as "+", give the category away.
+
+    Args:
+      read: features on the questions and solutions.
+      items: P, in the order in which they were read.
+    """
+    length_P = np.array([len(item.question) for item in items])
+    is_question_N = read.end_N <= length_P[read.text_N]
+    return item_activations(read.activity.f_NxF[is_question_N], read.text_N[is_question_N], len(items))
 
 
 def _save_activity(folder: Path, items: BenchmarkItems, ablation: BenchmarkAblation, seed: int) -> None:

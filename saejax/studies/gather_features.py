@@ -36,6 +36,7 @@ def associations(row: str, found: Findings) -> Iterator[AssociationFigures]:
                 auc=one.auc,
                 probe=one.probe,
                 causal_drop=one.causal_drop,
+                p_causal=one.p_causal,
                 causal=one.causal,
                 agree=None if "not tested" in answers else len(answers) == 1,
             )
@@ -53,6 +54,7 @@ class ReadBenchmark:
     """A row's features on the items of a benchmark.
 
     Attributes:
+      origin: what the items are and where they came from.
       table: its effects table.
       features: activations on all items.
       attribution_PxF: attribution for the answer to each item, sparse.
@@ -60,6 +62,7 @@ class ReadBenchmark:
       shared: other row -> share of this row's live features with a partner, and by chance.
     """
 
+    origin: str
     table: EffectsTable
     features: ItemFeatures
     attribution_PxF: sparse.csr_array
@@ -83,10 +86,11 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
       UserError: a file of a unit is damaged.
     """
     folders = {name: found.folders[f"study/{benchmark}"] for name, found in rows.items() if _has(found, benchmark)}
-    read = {name: _read(folder) for name, folder in folders.items()}
+    origins = {name: rows[name].each(StudyResults)[benchmark].origin for name in folders}
+    read = {name: _read(origins[name], folder) for name, folder in folders.items()}
     for first, second in itertools.permutations(read, 2):
         one, two = read[first], read[second]
-        if one.features.ids == two.features.ids:
+        if one.origin == two.origin and one.features.ids == two.features.ids:
             matches, live = match_features(one.features, two.features)
             shifted, _ = match_features(one.features, two.features, shift=True)
             one.partner[second] = dict(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True))
@@ -99,9 +103,9 @@ def _has(found: Findings, benchmark: str) -> bool:
     return folder is not None and all((folder / name).exists() for name in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION))
 
 
-def _read(folder: Path) -> ReadBenchmark:
+def _read(origin: str, folder: Path) -> ReadBenchmark:
     attribution_PxF = sparse.csr_array(sparse.load_npz(folder / ITEM_ATTRIBUTION))
-    return ReadBenchmark(load_effects(folder), ItemFeatures.load(folder / FEATURES_ON_ITEMS), attribution_PxF)
+    return ReadBenchmark(origin, load_effects(folder), ItemFeatures.load(folder / FEATURES_ON_ITEMS), attribution_PxF)
 
 
 def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int]) -> tuple[str, ...]:
@@ -182,6 +186,9 @@ def problems(
 ) -> Iterator[ProblemFigures]:
     """Yield problems, one of each category, in every row, with the features that matter most for the right answer.
 
+    A row is left out where the problem is another one of that name, or chose features. Features are only divided into
+    shared and specific ones in a row that could be compared with every other.
+
     Args:
       rows: what each found, by name.
       benchmark: its name.
@@ -197,12 +204,13 @@ def problems(
     )
     for item in chosen:
         for row, here in read.items():
-            if item not in here.features.ids:
+            prompts = {prompt.id: prompt for prompt in here.prompts if prompt.split == "test"}
+            prompt = prompts.get(f"{benchmark}/{item}")
+            if prompt is None or here.origin != first.origin:
                 continue
-            prompts = {prompt.id: prompt for prompt in here.prompts}
-            prompt = prompts[f"{benchmark}/{item}"]
             right = float(here.table.clean_values([prompt], "accuracy")[0])
-            marks = _important(here, benchmark, here.features.ids.index(item))
+            is_compared = len(here.partner) == len(read) - 1
+            marks = _important(here, benchmark, here.features.ids.index(item)) if is_compared else []
             yield ProblemFigures(
                 benchmark=benchmark,
                 item=item,

@@ -96,10 +96,9 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
         control = f"permuted labels: {number(shuffled)}"
         test = "features that go with a category or with right answers"
         yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(associated > max(shuffled, 0.5)))
-        probed = [one for one in tested if one.probe != "not tested"]
-        if probed:
-            right = sum(one.probe == "yes" for one in probed)
-            result, control = f"{right} of {len(probed)} top features", "permuted labels, corrected by Holm's method"
+        if tested:
+            right = sum(one.probe == "yes" for one in tested)
+            result, control = f"{right} of {len(tested)} top features", "permuted labels, corrected by Holm's method"
             test = "a probe of one feature finds the label on new items"
             yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(right > 0))
 

@@ -229,14 +229,15 @@ class AssociationFigures:
     row: str  #: of the study
     benchmark: str  #: its name
     feature: int  #: its index
-    label: str  #: category, or "answered rightly"
-    correlation: Interval  #: of its largest activation on an item with having the label
+    label: str  #: category that it goes with most on train items
+    correlation: Interval  #: of its activation of largest size on a test item with having the label
     p_value: float  #: corrected for all features and labels
     associated: str  #: yes or no
-    auc: float | None  #: of a probe of this feature alone on test items
-    probe: str  #: whether that finds the label: yes, no or not tested
+    auc: float  #: of a probe of this feature alone on test items
+    probe: str  #: whether that finds the label: yes or no
     causal_drop: Interval | None  #: drop where it is ablated alone, on items with the label minus others, nats
-    causal: str  #: whether it is above zero: yes, no or not tested
+    p_causal: float | None  #: of a difference above zero, corrected for all rows of a benchmark
+    causal: str  #: whether it is above zero, from p: yes, no or not tested
     agree: bool | None  #: whether all three answers are the same; None where one is missing
 
 
@@ -252,7 +253,8 @@ class ProblemFigures:
     row: str  #: of the study
     right: bool | None  #: whether the model's answer is right; None where answers were not scored
     log_likelihood: float  #: of the right answer, nats
-    universal: tuple[str, ...]  #: important features that have a partner in every other row
+    #: important features that have a partner in every other row; these three are empty where a row has other items
+    universal: tuple[str, ...]
     shared: tuple[str, ...]  #: in some other row
     specific: tuple[str, ...]  #: in none
 

@@ -173,13 +173,14 @@ FOUND = (
             "Probe's AUC": lambda one: number(one.auc),
             "Probe finds it": lambda one: one.probe,
             "Nats more than elsewhere": lambda one: interval(one.causal_drop),
+            "Its p": lambda one: number(one.p_causal, 3),
             "Causes it": lambda one: one.causal,
             "Agree": lambda one: answer(one.agree),
         },
         frozenset({"Feature", "Goes with the label", "Probe finds it", "Causes it", "Agree"}),
-        "Each top feature with the label that it goes with most. The correlation is corrected for all features and "
-        "labels, the probe (of this feature alone, on new items) for all rows of a benchmark. Causes it: ablating the "
-        "feature alone costs items with the label more than others.",
+        "Each top feature with the category that it goes with most on train items, judged on test items. The "
+        "correlation is corrected for all features and labels, the probe (of this feature alone) and the drop for all "
+        "rows of a benchmark. Causes it: ablating the feature alone costs items with the label more than others.",
     ),
     Sheet(
         "problems",
@@ -195,8 +196,8 @@ FOUND = (
         },
         frozenset({"Problem", "Right", "In every row", "In some", "In this row alone"}),
         "The features with the largest attribution for the right answer: number, tokens on which each is most active, "
-        "attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row. "
-        "Nats: log-likelihood of the right answer.",
+        "attribution in nats. In every row: a feature with a partner, by its activity on the items, in each other row; "
+        "dashes alone: a row with other items, which cannot be compared. Nats: log-likelihood of the right answer.",
         cards=True,
     ),
     Sheet(

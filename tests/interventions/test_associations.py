@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 from scipy import sparse
+from scipy.stats import permutation_test, ttest_ind
 from sklearn.metrics import roc_auc_score
 
 from saejax.interventions import associations
-from saejax.interventions.associations import RIGHT, associate, item_activations
+from saejax.interventions.associations import RIGHT, associate, contrast_p, item_activations
+from saejax.interventions.study_run import question_activations
+from saejax.matching.importance import ItemFeatures
+from saejax.matching.transfer.activity import Activity
+from saejax.tasks.benchmark_definitions import Item
 
 FEATURES, ITEMS = 60, 48
+HALVES = slice(0, ITEMS), slice(ITEMS, None)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +38,7 @@ def make_world(seed, strength, tested=(0, 1, 2)):
 def test_a_planted_feature_is_found_by_all_three():
     found = make_world(0, 3.0)
     first, second, third = found.top
+    assert {one.label for one in found.top} <= {"addition", "logic"}  # whether an answer is right, no train item says
     assert first.label == "addition" and first.correlation.low > 0.5
     assert (first.associated, first.probe) == ("yes", "yes") and first.auc > 0.9 and first.p_value == 1 / 200
     assert (second.associated, second.probe, third.causal) == ("no", "no", "not tested")
@@ -43,6 +50,63 @@ def test_a_planted_feature_is_found_by_all_three():
 def test_the_causal_answer_is_the_difference_of_drops():
     found = make_world(0, 3.0)
     assert found.top[0].causal_drop.mean == pytest.approx(3.0, abs=0.2) and found.top[0].causal == "yes"
+    assert found.top[0].p_causal == 2 / 200  # Holm, over two drops
+
+
+def test_the_p_value_of_a_contrast_is_that_of_scipy():
+    rng = np.random.default_rng(5)
+    has_Q = np.arange(40) % 4 == 0
+    drop_Q = rng.normal(size=40) + 0.7 * has_Q
+    order_SxQ = np.stack([rng.permutation(40) for _ in range(4999)])
+
+    def welch(first, second, axis=-1):
+        return ttest_ind(first, second, equal_var=False, axis=axis).statistic
+
+    wanted = permutation_test(
+        (drop_Q[has_Q], drop_Q[~has_Q]), welch, n_resamples=4999, alternative="greater", vectorized=True
+    )
+    assert contrast_p(drop_Q, has_Q, order_SxQ) == pytest.approx(wanted.pvalue, abs=0.015)
+
+
+def test_no_drop_is_said_to_go_with_a_label_where_none_does():
+    """Eight features of every world drop at random; the label of each is chosen among four."""
+    fooled = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        acts_PxF = np.maximum(rng.normal(0.3, 1, (2 * ITEMS, 8)), 0)
+        kind_P = rng.permutation(np.arange(2 * ITEMS) % 4)
+        train, test = ({str(kind): kind_P[half] == kind for kind in range(4)} for half in (HALVES[0], HALVES[1]))
+        # Drops of items on which the feature fires are larger, whatever their label.
+        drops = {i: acts_PxF[HALVES[1], i] * rng.normal(1, 1, ITEMS) for i in range(8)}
+        acts = acts_PxF[HALVES[0]], acts_PxF[HALVES[1]]
+        found = associate(acts[0], train, acts[1], test, range(8), drops, seed)
+        fooled += any(one.causal == "yes" for one in found.top)
+    assert fooled <= 5  # of 40 at a level of 5 %
+
+
+def test_the_label_is_chosen_on_train_items():
+    rng = np.random.default_rng(0)
+    kinds = {name: np.arange(ITEMS) % 3 == number for number, name in enumerate(("a", "b", "c"))}
+    train_PxF, test_QxF = (np.abs(rng.normal(0, 0.1, (ITEMS, 1))) + 3.0 * kinds[name][:, None] for name in "ab")
+    (found,) = associate(train_PxF, kinds, test_QxF, kinds, [0], {}, 0).top
+    assert found.label == "a" and found.correlation.high < 0 and found.causal == "not tested"
+    assert associate(train_PxF, {}, test_QxF, kinds, [0], {}, 0).top == ()
+
+
+def test_activations_are_those_of_the_question():
+    items = [Item(str(number), "", "two plus six", "2 + 6 = 8", "8") for number in range(2)]
+    # The tokens "two plus", " six", "\n2", " +", " 6", " = 8" of each.
+    acts_NxF = np.zeros((12, 2))
+    acts_NxF[[1, 4], 0], acts_NxF[[2, 9], 1] = (2.0, 5.0), (4.0, 3.0)
+    read = ItemFeatures(
+        ids=("0", "1"),
+        activity=Activity(sparse.csr_array(acts_NxF), np.ones(12, bool)),
+        text_N=np.repeat([0, 1], 6),
+        end_N=np.tile([8, 12, 14, 16, 18, 22], 2),
+        importance_F=np.zeros(2),
+        placebo_RxF=np.zeros((0, 2)),
+    )
+    assert question_activations(read, items).tolist() == [[2.0, 0.0], [0.0, 0.0]]
 
 
 def test_no_association_where_there_is_none():
@@ -52,10 +116,13 @@ def test_no_association_where_there_is_none():
 
 def test_correlation_and_activation_of_items_are_those_of_numpy():
     rng = np.random.default_rng(3)
-    acts_NxF = np.maximum(rng.normal(size=(30, 4)), 0)
+    acts_NxF = rng.normal(size=(30, 4)) * (rng.random((30, 4)) < 0.7)
     text_N = np.repeat(np.arange(6), 5)
     largest = item_activations(sparse.csr_array(acts_NxF), text_N, 7)
-    assert largest[:6] == pytest.approx(acts_NxF.reshape(6, 5, 4).max(axis=1)) and not largest[6].any()
+    acts = acts_NxF.reshape(6, 5, 4)
+    place = np.abs(acts).argmax(axis=1)[:, None]  # of the largest, whatever its sign
+    wanted = np.take_along_axis(acts, place, axis=1)[:, 0]
+    assert largest[:6] == pytest.approx(wanted) and (wanted < 0).any() and not largest[6].any()
     value_Q, has_Q = rng.normal(size=20), np.arange(20) % 3 == 0
     weights = np.full((5, 20), 1 / 20)
     assert associations._correlation(value_Q, has_Q, weights).mean == pytest.approx(np.corrcoef(value_Q, has_Q)[0, 1])

@@ -324,8 +324,11 @@ def test_the_power_that_is_said_is_that_of_simulations():
     error_R = change_RxN.std(axis=1, ddof=1) / items**0.5
     power = np.mean(change_RxN.mean(axis=1) > 1.96 * error_R)
     said = study_run.describe_power(items, drop)
-    assert float(said.split(" points in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
-    assert said.endswith("80 % of cases take 307 items")
+    assert float(said.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
+    assert said.startswith(
+        "if ablation truly lowers accuracy by 5 points and changes 10 % of the answers, 100 test items"
+    )
+    assert said.endswith("and 307 in 80 %")
 
 
 def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatch):

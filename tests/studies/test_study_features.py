@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from scipy import sparse
 from test_study_report import made_up
 
@@ -11,14 +13,14 @@ from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefin
 from saejax.matching.importance import ItemFeatures
 from saejax.matching.transfer.activity import Activity
 from saejax.results import Interval
-from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words
+from saejax.studies.gather_features import ReadBenchmark, choose_problems, exciting_words, problems
 from saejax.studies.phases import disagreements
 from saejax.studies.results import AssociationFigures, StudyFigures
 
 TEXTS = ("six and two\n8", "two plus six\n8")
 
 
-def read():
+def read(splits=("test", "test")):
     """Two items in words; feature 0 fires on "two", feature 1 nowhere, feature 2 on "six" and weakly on "and"."""
     words = [text.replace("\n", " \n").split(" ") for text in TEXTS]
     ends = [np.cumsum([len(word) + (place > 0) for place, word in enumerate(some)]) for some in words]
@@ -27,11 +29,13 @@ def read():
     acts_NxF[:, 0] = [2.0 * (word == "two") for word in flat]
     acts_NxF[:, 2] = [{"six": 3.0, "and": 1.0}.get(word, 0.0) for word in flat]
     prompts = [
-        PromptDefinition(f"sums/{number}", "sums", split="test", text=text.split("\n")[0], correct="8")
+        PromptDefinition(f"sums/{number}", "sums", split=splits[number], text=text.split("\n")[0], correct="8")
         for number, text in enumerate(TEXTS)
     ]
     edits = [EditDefinition("sums", "clean")]
-    table = EffectsTable.from_blocks(edits, prompts, [(edits, prompts, ["answer_log_prob"], np.zeros((1, 2, 1)))])
+    test = [prompt for prompt in prompts if prompt.split == "test"]
+    block = (edits, test, ["answer_log_prob"], np.zeros((1, len(test), 1)))
+    table = EffectsTable.from_blocks(edits, prompts, [block])
     features = ItemFeatures(
         ids=("0", "1"),
         activity=Activity(sparse.csr_array(acts_NxF), np.ones(len(flat), bool)),
@@ -40,7 +44,7 @@ def read():
         importance_F=np.zeros(3),
         placebo_RxF=np.zeros((0, 3)),
     )
-    return ReadBenchmark(table, features, sparse.csr_array(acts_NxF[:2]))
+    return ReadBenchmark("generated", table, features, sparse.csr_array(acts_NxF[:2]))
 
 
 def test_words_are_those_on_which_features_fire_the_strongest_first():
@@ -56,6 +60,34 @@ def test_a_problem_of_each_category_comes_first():
     assert choose_problems(["1", "2"], {}) == ["1", "2"] and choose_problems([], categories) == []
 
 
+def show(partners, **changes):
+    """The problems of two rows, of which the second is changed, by row and item."""
+    read_by_row = {"a": read(), "b": dataclasses.replace(read(changes.pop("splits", ("test", "test"))), **changes)}
+    for row, partner in partners.items():
+        read_by_row[row].partner.update(partner)
+    studied = SimpleNamespace(each=lambda kind: {"sums": SimpleNamespace(categories={"0": "x", "1": "y"})})
+    return {(one.row, one.item): one for one in problems(dict.fromkeys("ab", studied), "sums", read_by_row)}
+
+
+def test_problems_of_rows_that_were_asked_the_same():
+    shown = show({"a": {"b": {2: 7}}, "b": {"a": {}}})
+    assert set(shown) == {(row, item) for row in "ab" for item in "01"}
+    # The attribution of feature 2 for item 0 is 3 nats, that of feature 0 for item 1 is 2 nats.
+    assert [text.split(" ")[0] for text in shown["a", "0"].universal] == ["2"] and not shown["a", "0"].specific
+    assert [text.split(" ")[0] for text in shown["b", "0"].specific] == ["2"] and not shown["b", "0"].universal
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"), [(dict(splits=("train", "test")), {("b", "1")}), (dict(origin="a file"), set())]
+)
+def test_rows_with_other_items_are_not_compared(changes, left):
+    """The item of a row is skipped where it is a train item or another question, and its features are not "alone"."""
+    shown = show({}, **changes)
+    assert set(shown) == {("a", "0"), ("a", "1")} | left
+    assert all(np.isfinite(one.log_likelihood) for one in shown.values())
+    assert not any(one.universal or one.shared or one.specific for one in shown.values())
+
+
 def test_phases_disagree_where_a_probe_reads_what_nothing_depends_on():
     figures = made_up(StudyFigures, itertools.count(1))
     one = AssociationFigures(
@@ -69,6 +101,7 @@ def test_phases_disagree_where_a_probe_reads_what_nothing_depends_on():
         auc=0.9,
         probe="yes",
         causal_drop=Interval(0.0, -1.0, 1.0),
+        p_causal=0.5,
         causal="no",
         agree=False,
     )
