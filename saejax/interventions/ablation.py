@@ -489,13 +489,14 @@ def _measure_dictionary(
         edits = [*controls, *reduced]
         pairs = ablation.measure(edits)
         rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
-    others = {name: theirs for name, theirs in prompts.items() if name != ablation.behaviour}
-    theirs = [prompt for each in others.values() for prompt in each if prompt.split == "test"]
-    if theirs:
-        # Together, so that few programs are compiled.
-        diffs = ablation.run(grid[-1:], prompts=theirs)
-        named = [prompt for each in others.items() for prompt in define_prompts(*each) if prompt.split == "test"]
-        rows.add(grid[-1:], named, ("logit_diff",), [diffs.ablated_SxP])
+    others = [(name, theirs) for name, theirs in prompts.items() if name != ablation.behaviour]
+    # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
+    for some in [[each] for each in others] if ablation.replacement.kind == "random" else [others]:
+        theirs = [prompt for _, each in some for prompt in each if prompt.split == "test"]
+        if theirs:
+            diffs = ablation.run(grid[-1:], prompts=theirs)
+            named = [prompt for each in some for prompt in define_prompts(*each) if prompt.split == "test"]
+            rows.add(grid[-1:], named, ("logit_diff",), [diffs.ablated_SxP])
     if text:
         _measure_text(ablation, grid, KL_FRACTIONS if name == TESTED else KL_FRACTIONS[-1:], text, rows)
     if name == TESTED and ablation.config.effects == "all":

@@ -102,15 +102,17 @@ class HeldOutText:
 
         They are kept for the model that asked last.
         """
+        if split.error != "keep":
+            return self._run_clean(split)  # whose values are those of this dictionary alone
         if self._clean and next(iter(self._clean.values()))[0].params is not split.params:
             self._clean.clear()
-        clean = self._clean.get(split.point)
-        if clean is None:
-            firsts = range(0, len(self.documents), _AT_ONCE)
-            clean = [CleanText.of(split, self.documents, slice(first, first + _AT_ONCE)) for first in firsts]
-            if split.error == "keep":
-                self._clean[split.point] = clean
-        return clean
+        if split.point not in self._clean:
+            self._clean[split.point] = self._run_clean(split)
+        return self._clean[split.point]
+
+    def _run_clean(self, split: SplitModel) -> "list[CleanText]":
+        firsts = range(0, len(self.documents), _AT_ONCE)
+        return [CleanText.of(split, self.documents, slice(first, first + _AT_ONCE)) for first in firsts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,8 @@ class CleanText:
       documents: N.
       ids_BxT, lengths_B: the tokens, and how many there are.
       stream_BxTxD, value_BxTxD, read_BxTxD: as in ``CleanRun``.
+      domain_BxT: where features of the dictionary that ran them are editable; None where the error is kept, because the
+        run then serves all dictionaries.
       end_BxTxD: the stream leaving the last layer.
     """
 
@@ -132,6 +136,7 @@ class CleanText:
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
+    domain_BxT: jax.Array | None
     end_BxTxD: jax.Array
 
     @classmethod
@@ -142,16 +147,19 @@ class CleanText:
         width = round_length(max(map(len, documents)))
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, width - padded.ids_BxT.shape[1])))
         rows = split.by_row(ids_BxT, padded.last_B, np.ones(ids_BxT.shape, bool))
-        stream, value, read, *_ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
+        stream, value, read, domain, _ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
         end_BxTxD = programs.tail(split.point, split.params, stream, value)
         (lengths_B,) = split.by_row(padded.lengths_B)
-        return cls(split.params, len(chosen), rows[0], lengths_B, stream, value, read, end_BxTxD)
+        domain = None if split.error == "keep" else domain
+        return cls(split.params, len(chosen), rows[0], lengths_B, stream, value, read, domain, end_BxTxD)
 
 
 def _run_edits(split: SplitModel, edits: FeatureEdits, clean: CleanText) -> list[np.ndarray]:
     """Return cross-entropy and divergence of documents, [E, N]: clean ones, then edited."""
     point = split.point
-    domain_BxT = _domain(split.dictionary, clean.read_BxTxD, clean.value_BxTxD, clean.lengths_B)
+    domain_BxT = clean.domain_BxT
+    if domain_BxT is None:
+        domain_BxT = _domain(split.dictionary, clean.read_BxTxD, clean.value_BxTxD, clean.lengths_B)
     amounts = Amounts.of(edits)
     ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
     source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement

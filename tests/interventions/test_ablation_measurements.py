@@ -7,7 +7,13 @@ import saejax
 from saejax.errors import UserError
 from saejax.interventions import ablation as ablation_module
 from saejax.interventions import edits, engine
-from saejax.interventions.ablation import FRACTIONS, BehaviourAblation, RowProgress, spread_over_templates
+from saejax.interventions.ablation import (
+    FRACTIONS,
+    BehaviourAblation,
+    RowProgress,
+    measure_behaviour,
+    spread_over_templates,
+)
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.table import TESTED, TEXT, UNTRAINED
 from saejax.interventions.verdict import verdict
@@ -74,6 +80,22 @@ def test_likely_tokens_that_are_answers_are_no_placebo_targets(tiny, dictionary,
     one = BehaviourAblation(tiny, dictionary, "only", prompts, config, RowProgress())
     drawn = {tiny.tokenizer.decode([token]).strip() for token in one.placebo_targets().ravel().tolist()}
     assert drawn and not any(answer.strip().startswith(text) for text in drawn for answer in ids)
+
+
+@pytest.mark.parametrize("replacement", ["random", "zero"])
+def test_draws_of_another_behaviour_do_not_depend_on_a_third(tiny, dictionary, make_prompt, replacement):
+    names, settings = ("first", "second", "third"), dict(top=TOP, random_sets=1, placebo_targets=1, untrained=False)
+    prompts = {name: [make_prompt(i, "train" if i < 6 else "test", name, False) for i in range(10)] for name in names}
+    config = AblateConfig(**settings, baselines=(), replacement=replacement)
+    values = []
+    for others in (("second", "third"), ("second",), ("third",)):
+        some = {name: prompts[name] for name in ("first", *others)}
+        table, _ = measure_behaviour(tiny, dictionary, "first", some, config)
+        edit = table.select_edits("first", "top")[-1]
+        values += [table.values([edit], table.select_prompts(name), "logit_diff")[0] for name in others]
+    np.testing.assert_allclose(values[0], values[2], atol=1e-5)
+    np.testing.assert_allclose(values[1], values[3], atol=1e-5)
+    assert np.isfinite(values).all()
 
 
 def broken_random_sets(self, top):

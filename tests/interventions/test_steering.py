@@ -14,6 +14,7 @@ from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions import steer_run as stage
 from saejax.interventions.answers import CausalAnswer
+from saejax.interventions.edits import mask
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.steering import (
     AnswerSwap,
@@ -107,6 +108,18 @@ def test_text_under_a_change_equals_whole_runs(tiny, dictionary):
         for s, change in enumerate(changes):
             wanted = cross_entropy([change.edit(split.dictionary)]) - cross_entropy([])
             assert rise_SxN[s, n] == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_clean_run_with_the_error_kept_does_not_serve_one_without(tiny, dictionary):
+    documents = [np.random.default_rng(2).integers(5, 200, size=n).tolist() for n in (7, 12)]
+    without, changes = SplitModel(tiny, dictionary, error="drop"), mask(dictionary, [[3, 50]])
+    wanted = HeldOutText(documents).effects(without, changes)
+    shared = HeldOutText(documents)
+    kept = shared.effects(SplitModel(tiny, dictionary), changes)
+    found = shared.effects(without, changes)
+    np.testing.assert_array_equal(found.clean_N, wanted.clean_N)
+    np.testing.assert_array_equal(found.rise_SxN, wanted.rise_SxN)
+    assert np.abs(kept.clean_N - wanted.clean_N).max() > 1e-3
 
 
 def made_texts(answers, seed=0, features=30, width=8):
