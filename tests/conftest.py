@@ -33,7 +33,8 @@ if not os.environ.get("SAEJAX_FULL_COMPILER"):
 # kept for as long as the tests run, in a folder that all of them share.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     for left in Path(tempfile.gettempdir()).glob("saejax-programs-*"):  # by tests that were killed
-        if not Path("/proc", left.name.split("-")[2]).exists():
+        process = left.name.split("-")[2]
+        if process.isdecimal() and not Path("/proc", process).exists():  # other names are those of older versions
             shutil.rmtree(left, ignore_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix=f"saejax-programs-{os.getpid()}-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

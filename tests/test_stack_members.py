@@ -9,6 +9,7 @@ import runs
 
 from saejax import load_dictionary, load_results
 from saejax.errors import UserError
+from saejax.interpret.feature_record import feature_names
 from saejax.runner import command, command_line, pipeline
 from saejax.runner.workplan import Workplan
 from saejax.runner.workspace import Workspace, member_folder
@@ -66,6 +67,18 @@ def test_one_more_member_trains_scores_and_interprets_one_dictionary(inputs, swe
     assert {record["member"] for record in read_metrics(run / "train" / "topk", ("loss",))} == {"k4", "k8", "k16"}
     go(inputs, run, train__k="4,8")
     assert capsys.readouterr().out.count("done before, unchanged") == 4
+
+
+def test_pages_lead_to_the_members_of_their_own_stack(inputs, tmp_path):
+    """A member that is taken from a stack in which names were shorter is compared with the same dictionaries."""
+    run, sites, stages = tmp_path / "run", "resid_post.0,resid_post.1", [*STAGES, "atlas"]
+    for k, names in (("4", ["resid_post.0"]), ("4,8", ["resid_post.0-k4", "resid_post.0-k8"])):
+        go(inputs, run, stages, capture__sites=sites, train__sites=sites, train__k=k)
+        for name in names:
+            page = run / "atlas" / "topk" / name
+            records = json.loads((page / "data" / "00000.js").read_text().removeprefix("atlas.chunk(0,").strip()[:-1])
+            ((member, _, _),) = records[0]["layers"]
+            assert member == name.replace(".0", ".1") and (page.parent / member / "index.html").is_file()
 
 
 def test_a_member_alone_is_the_member_of_a_stack(inputs, swept, tmp_path, capsys):
@@ -170,7 +183,8 @@ def test_without_links_a_text_file_leads_to_a_member(inputs, swept, tmp_path, mo
 
     run = tmp_path / "run"
     monkeypatch.setattr("os.symlink", no_links)
-    go(inputs, run, train__k="4,8")
+    go(inputs, run, [*STAGES, "atlas"], train__k="4,8")
+    assert feature_names(run, "topk/k8")
     unit = run / "train" / (run / "train" / "topk.current").read_text().strip()
     assert load_dictionary(member_folder(unit, "k8")).config.k == 8
     assert [member.name for member in load_results(unit).members] == ["k4", "k8"]

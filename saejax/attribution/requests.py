@@ -157,14 +157,28 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     Raises:
       UserError: a file cannot be read, or is no such file.
     """
-    from saejax.dictionaries.labels import labels_of_folders, labels_of_sheets  # this file is read by every binary
+    from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
 
-    automatic = labels_of_folders([config.transcoders] if config.transcoders else config.dictionaries)
+    return labels_of_folders(_folders(config)) | read_given_labels(config)
+
+
+def _folders(config: GraphConfig) -> Sequence[str]:
+    return [config.transcoders] if config.transcoders else config.dictionaries
+
+
+def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
+    """Return the labels of features in the file or folder that ``--graph.labels`` names, by layer and index.
+
+    Raises:
+      UserError: as ``read_labels``.
+    """
     if not config.labels:
-        return automatic
+        return {}
     path = Path(config.labels)
     if path.is_dir() or path.suffix == ".csv":
-        return automatic | labels_of_sheets(path, "--graph.labels")
+        from saejax.dictionaries.labels import labels_of_sheets
+
+        return labels_of_sheets(path, "--graph.labels", _folders(config))
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)
@@ -174,7 +188,7 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     if not has_feature_keys or not all(isinstance(label, str) for label in labels.values()):
         raise UserError(f'{path} holds no labels: expected {{"3_17": "cities"}}, by layer and number of the feature')
     pairs = {key: key.split("_") for key in labels}
-    return automatic | {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
+    return {(int(layer), int(index)): labels[key] for key, (layer, index) in pairs.items()}
 
 
 def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:

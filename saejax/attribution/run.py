@@ -74,7 +74,7 @@ def run_attribute(
 
     def begin() -> Measure:
         model, dictionaries = opened(run)
-        dictionaries.check_labels(labels, config.labels or "its workdir")
+        dictionaries.check_features(labels, config.labels or "its workdir")
         if config.features:
             open_folder(config.features)
         for request in requests.values():  # before hours are spent on the first

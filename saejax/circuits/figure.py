@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from saejax.circuits.edges import ANSWER
-from saejax.circuits.groups import ROLE_WORDS, ROLES
+from saejax.circuits.groups import ROLE_WORDS, ROLES, short_name
 from saejax.circuits.results import CircuitResults, GroupResults
 from saejax.page.style import BLUE, INK, ORANGE, styled
 from saejax.page.tables import number, percent
@@ -103,7 +103,7 @@ def _measured(circuit: CircuitResults, order: Sequence[GroupResults], names: Map
     }
     for row, group in enumerate(order):
         shown = ", ".join(dict.fromkeys(names.get(member, member) for member in group.members[:_NAMED]))
-        title = group.name.partition(" (")[0]  # what follows is said by rows and columns
+        title = short_name(group.name)  # the rest is said by rows and columns
         lines = [f"{len(group.members)} feature{'s' * (len(group.members) > 1)}: {shown}"]
         boxes[group.name] = _Box(role_of(group), row, textwrap.wrap(title, 30)[:2], textwrap.wrap(lines[0], 38)[:2])
     return boxes

@@ -12,6 +12,7 @@ The proposal is written to ``groups.json``; an edited copy is read back by ``rea
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -29,6 +30,8 @@ from saejax.tasks.files import decode, read_bytes
 ROLES = ("content", "context", "last")
 ROLE_WORDS = dict(content="differing words", context="other words", last="last position")
 THIRDS = ("early", "middle", "late")  # of the layers
+# How the names of proposed groups say where their features stand.
+_PLACE = re.compile(rf" \((?:{'|'.join(ROLE_WORDS.values())})(?:, (?:{'|'.join(THIRDS)}) layers)?\)$")
 _NAMING = 3  # tokens that name a group
 _LEAST = 1e-3  # of a prompt's largest influence; less may be rounding
 _FORMAT = '{"two_hop": [["places", "3_17_content", "12_208_last"]]}: a label, then features as layer_index_role'
@@ -163,6 +166,11 @@ def _name_by_tokens(
     return f"{' '.join(leading)} ({where})" if leading else where
 
 
+def short_name(name: str) -> str:
+    """Return the name of a proposed group without where its features stand; that of any other group as it is."""
+    return _PLACE.sub("", name)
+
+
 def third_of(layer: int, n_layers: int) -> str:
     """Return the third of the layers that a layer is in."""
     return THIRDS[layer * len(THIRDS) // n_layers]
@@ -212,6 +220,6 @@ def _parse(entry: Any) -> Group:
 def parse_key(member: str) -> Key:
     """Return the key that a text such as 3_17_content names; raises ``ValueError`` where it is none."""
     layer, feature, role = member.split("_")
-    if role not in ROLES:
+    if role not in ROLES or not layer.isdecimal() or not feature.isdecimal():
         raise ValueError(member)
     return Key(int(layer), int(feature), role)

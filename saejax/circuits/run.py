@@ -16,7 +16,7 @@ from typing import Any
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.outputs import details_of_features
 from saejax.attribution.local.transcoders import LayerTranscoders
-from saejax.attribution.requests import read_labels
+from saejax.attribution.requests import read_given_labels, read_labels
 from saejax.attribution.run import open_parts
 from saejax.circuits.contexts import FeatureSearch
 from saejax.circuits.edges import Edge
@@ -59,8 +59,10 @@ def run_circuits(run: Run) -> CircuitsResults:
         model, transcoders = open_parts(run)
         if not isinstance(transcoders, LayerTranscoders):
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
-        labels = read_labels(graph_config)
-        transcoders.check_labels(labels, graph_config.labels or "its workdir")
+        labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
+        transcoders.check_features(labels, graph_config.labels or "its workdir")
+        in_groups = [key[:2] for groups in given.values() for group in groups for key in group.members]
+        transcoders.check_features(in_groups, config.groups)
         search = FeatureSearch(model, transcoders, _texts(config, tested.prompts))
 
         def describe(features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
@@ -102,7 +104,7 @@ def run_circuits(run: Run) -> CircuitsResults:
                 write_page(part_file(run, name, ".html"), name, results, circuit.details, test)
                 review = run.folder / "review" / f"{name}.csv"
                 review.parent.mkdir(exist_ok=True)
-                write_text(review, review_sheet(graph_config.transcoders, circuit))
+                write_text(review, review_sheet(graph_config.transcoders, circuit, by_hand))
             return Measured(results, _message(results))
 
         return measure
@@ -129,17 +131,24 @@ def _texts(config: CircuitsConfig, prompts: Mapping[str, Sequence[Prompt]]) -> l
     return [*documents, *(text for some in train for text in some)]
 
 
-def review_sheet(transcoders: str, circuit: BehaviourCircuit) -> str:
-    """Return the features of a circuit's groups as a sheet to be filled in with labels; see ``labels_of_sheets``."""
+def review_sheet(transcoders: str, circuit: BehaviourCircuit, by_hand: Mapping[Feature, str]) -> str:
+    """Return the features of a circuit's groups as a sheet to be filled in with labels; see ``labels_of_sheets``.
+
+    Args:
+      transcoders: the set.
+      circuit: whose features are listed.
+      by_hand: labels that people gave; others, which nobody has confirmed, are in a column of their own.
+    """
     names = names_of_layers([transcoders], {key.layer for group in circuit.groups for key in group.members})
     rows = []
     for group in circuit.groups:
         for key in group.members:
-            known = circuit.details[key[:2]]
+            known, label = circuit.details[key[:2]], by_hand.get(key[:2], "")
             rows.append(
                 dict(
-                    feature=key.feature, label=known.label, note="", reviewer="", dictionary=names[key.layer],
-                    group=group.name, role=key.role, influence=f"{circuit.returning.get(key, 0.0):.4f}",
+                    feature=key.feature, label=label, note="", reviewer="", dictionary=names[key.layer],
+                    automatic_label="" if label else known.label, group=group.name, role=key.role,
+                    influence=f"{circuit.returning.get(key, 0.0):.4f}",
                     promotes=visible(" ".join(known.top_logits)), contexts=" | ".join(map(_one_line, known.examples)),
                 )
             )  # fmt: skip

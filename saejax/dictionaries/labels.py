@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from saejax.dictionaries.stacks import full_name, kind_and_member, members
+from saejax.dictionaries.stacks import full_name, kind_and_member, members, results_folder
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.results import from_json
@@ -20,6 +20,8 @@ LABELS = "labels.json"
 COLUMNS = ("feature", "label", "note", "reviewer")  # of a sheet; where it has several dictionaries, dictionary
 EXPLAINED = "explained.json"  # how a language model judged labels, beside those that it wrote
 FOUND = "detector"  # who gave a label that was found
+# A dictionary's layer: "layer 3", "mlp_in.3", "topk/mlp_in.3-k32"; settings have numbers, too, but begin otherwise.
+_LAYER = re.compile(r"(?:layer |(?:.*/)?[a-z_]+\.)(\d+)(?:-.*)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +99,8 @@ def labels_of(workdir: Path | str, dictionary: str) -> Mapping[int, Label]:
     Raises:
       UserError: the file of labels is damaged.
     """
-    kind, member = kind_and_member(dictionary)
     for stage in ("atlas", "interpret"):
-        path = Path(workdir) / stage / kind / member / LABELS
+        path = results_folder(workdir, stage, dictionary) / LABELS
         if path.exists():
             return load_labels(path)
     return {}
@@ -116,27 +117,35 @@ def names_of_layers(folders: Iterable[str | Path], layers: Collection[int]) -> d
     return {layer: trained[layer][1] if layer in trained else f"layer {layer}" for layer in layers}
 
 
-def labels_of_sheets(path: Path, flag: str) -> dict[tuple[int, int], str]:
+def labels_of_sheets(path: Path, flag: str, folders: Iterable[str | Path] = ()) -> dict[tuple[int, int], str]:
     """Return the labels of a sheet, or of all in a folder, by layer and number; lines without a label have none.
 
     Args:
-      path: a .csv file, or a folder of such. The layer is the number at the end of the column dictionary.
+      path: a .csv file, or a folder of such. The column dictionary names the layer, as "layer 3" or "topk/mlp_in.3",
+        or one of ``folders``, as "topk/k32".
       flag: flag that names it, for messages.
+      folders: as for ``trained_units``.
 
     Raises:
-      UserError: a file cannot be read, lacks a column, or a line names no layer and feature; or two labels of a
-        feature differ.
+      UserError: a file cannot be read, lacks a column, or a line names no layer and feature; there is no file in the
+        folder; or two labels of a feature differ.
     """
     labels: dict[tuple[int, int], str] = {}
-    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{flag}={path} is a folder without .csv files: name one with sheets that were filled in")
+    layer_of = {name: layer for layer, (_, name) in trained_units(folders).items()}
+    for file in files:
         for number, row in enumerate(read_sheet(file, (*COLUMNS, "dictionary"), flag), 2):
-            layer, feature = re.search(r"(?:^|\D)(\d+)$", row["dictionary"].strip()), row["feature"].strip()
-            if not layer or not feature.isdecimal():
+            dictionary, feature = row["dictionary"].strip(), row["feature"].strip()
+            named = _LAYER.fullmatch(dictionary)
+            layer = layer_of.get(dictionary, int(named[1]) if named else None)
+            if layer is None or not feature.isdecimal():
                 raise UserError(
                     f"{file}, line {number}: {row['dictionary']!r} and {feature!r} name no layer and feature: expected "
                     "such as layer 3 and 17"
                 )
-            key, label = (int(layer[1]), int(feature)), row["label"].strip()
+            key, label = (layer, int(feature)), row["label"].strip()
             if label and labels.setdefault(key, label) != label:
                 raise UserError(
                     f"{file}, line {number}: feature {feature} of {row['dictionary']} is {label!r}, and "

@@ -39,6 +39,18 @@ def full_name(kind: str, member: str) -> str:
     return f"{kind}/{member}" if member else kind
 
 
+def results_folder(workdir: Path | str, stage: str, name: str) -> Path:
+    """Return the folder of what a stage made of a dictionary in a workdir, with links or without; it may not exist.
+
+    Args:
+      workdir: workdir of the run.
+      stage: such as "interpret".
+      name: the dictionary's, such as "topk" or "topk/k16".
+    """
+    kind, member = kind_and_member(name)
+    return member_folder(member_folder(Path(workdir) / stage, kind), member)
+
+
 def members(unit: Path, layers: bool = False) -> tuple[TrainedMember, ...]:
     """Read the train stage's summary of each member, in its order.
 

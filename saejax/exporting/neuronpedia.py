@@ -72,7 +72,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
     for member, source, folder in zip(members, sources, folders, strict=True):
         W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
-        described = sorted((run.inputs[f"interpret/{kind}"] / member.name / FEATURES).glob("*.json"))
+        described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
         _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train)
         viewers = run.folder / "features" / source.set
         viewers.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,11 @@ from saejax.interpret.heatmaps import MAPS
 from saejax.interpret.labels import read_labels
 from saejax.interpret.results import AtlasPages, AtlasResults, InterpretResults
 from saejax.interpret.review import write_sheets
+from saejax.interpret.run import other_layers
 from saejax.interventions.answers import AblateResults, FeatureEffect
 from saejax.page.scripts import ELEMENTS, elements_script
 from saejax.results import load_results, to_json
-from saejax.runner.workspace import Run
+from saejax.runner.workspace import Run, member_folder
 from saejax.stages.interpret import AtlasConfig, InterpretConfig
 
 CHUNK = 32  # features of a file that is loaded at once
@@ -46,11 +47,12 @@ def run_atlas(run: Run) -> AtlasResults:
     tested = _ablated(run)
     pages = []
     for member in interpreted.members:
-        source, hand_labels = run.inputs[f"interpret/{run.name}"] / member.name, by_hand.get(member.name, {})
+        source = member_folder(run.inputs[f"interpret/{run.name}"], member.name)
+        hand_labels = by_hand.get(member.name, {})
         name = stacks.full_name(run.name, member.name)
         by_model, judged = _explained(run, member.name)
         labels = load_labels(source / LABELS) | by_model | hand_labels
-        records = _with_scores(source, judged)
+        records = _records(source, judged, other_layers(member, interpreted.members))
         maps = read_json(source / MAPS) if (source / MAPS).exists() else None  # of an older version
         top = tested.top if tested and tested.dictionary == name else {}
         write_atlas(run.folder / member.name, name, records, labels, _effects(top), maps)
@@ -65,11 +67,21 @@ def run_atlas(run: Run) -> AtlasResults:
     return AtlasResults(run.name, tuple(pages))
 
 
-def _with_scores(folder: Path, judged: Mapping[str, Any]) -> Iterator[FeatureRecord]:
-    """Yield the records in a folder, with the scores that a language model gave their labels, by feature."""
+def _records(folder: Path, judged: Mapping[str, Any], member_of: Mapping[str, str]) -> Iterator[FeatureRecord]:
+    """Yield the records in a folder as the pages show them.
+
+    Args:
+      folder: of a dictionary, as ``interpret`` wrote it.
+      judged: scores that a language model gave labels, by feature.
+      member_of: site of another layer -> the member of this stack that is compared there. A record that was made in
+        another stack names the site alone, since its members may have had other names.
+    """
     for record in iterate_records(folder):
-        scores = judged.get(str(record["feature"]))
-        yield record | dict(judged=scores) if scores else record
+        if scores := judged.get(str(record["feature"])):
+            record["judged"] = scores
+        if layers := record.get("layers"):
+            record["layers"] = [(member_of[site], other, cosine) for site, other, cosine in layers if site in member_of]
+        yield record
 
 
 def _explained(run: Run, member: str) -> tuple[dict[int, Label], dict[str, Any]]:

@@ -96,7 +96,7 @@ def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, L
     if not config.given:
         return None
     if config.given == FOUND:
-        return load_labels(run.inputs[f"interpret/{run.name}"] / member.name / LABELS)
+        return load_labels(member_folder(run.inputs[f"interpret/{run.name}"], member.name) / LABELS)
     several = several or len(config.dictionaries) > 1
     features = load_dictionary(member_folder(run.inputs[f"train/{run.name}"], member.name)).config.n_features
     name = stacks.full_name(run.name, member.name)
@@ -145,7 +145,7 @@ class _Explainer:
         self._folder.mkdir(parents=True, exist_ok=True)
         chosen, skipped, features = self._choose_features(self._folder / "firings")
         answers = Answers(self.run, self._folder, self.judge)
-        interpreted = self.run.inputs[f"interpret/{self.run.name}"] / self.member.name
+        interpreted = member_folder(self.run.inputs[f"interpret/{self.run.name}"], self.member.name)
         records = read_records(interpreted, {held.feature for held in chosen})
         labels = self._write_labels(answers, chosen, records) if self.labels_to_judge is None else self.labels_to_judge
         rates = np.array([records[held.feature]["rate"] for held in chosen])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from saejax.dictionaries.labels import labels_of
-from saejax.dictionaries.stacks import kind_and_member
+from saejax.dictionaries.stacks import results_folder
 from saejax.files import read_json
 
 FEATURES = "features"  # folder of the records, in files of consecutive features
@@ -104,7 +104,7 @@ class FeatureRecord(TypedDict):
     fires: int
     rate: float
     nearest: list[tuple[int, float]]
-    layers: NotRequired[list[tuple[str, int, float]]]
+    layers: NotRequired[list[tuple[str, int, float]]]  # the site of each; in an atlas, the member's name
     up: NotRequired[list[tuple[str, float]]]
     down: NotRequired[list[tuple[str, float]]]
     logits: NotRequired[LogitHistogram]
@@ -147,8 +147,7 @@ def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
     Returns:
       Names by feature; empty if the dictionary was not interpreted.
     """
-    kind, member = kind_and_member(dictionary)
-    records = iterate_records(Path(workdir) / "interpret" / kind / member)
+    records = iterate_records(results_folder(workdir, "interpret", dictionary))
     names = {record["feature"]: top_tokens(record) for record in records if record.get("tokens")}
     return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}
 

@@ -67,7 +67,7 @@ class Interpreter:
       mesh: the devices.
       name: name of the member; "" for a single dictionary.
       dictionary: the dictionary.
-      layers: folders of the dictionaries of other layers to compare it with, by their members' names.
+      layers: folders of the dictionaries of other layers to compare it with, by the site they read.
     """
 
     run: Run
@@ -229,7 +229,7 @@ class Interpreter:
         """Return for each other layer's dictionary the features with the nearest decoder rows, and the cosines."""
         W_dec_FxD = self.dictionary.W_dec_FxD[...]
         return {
-            name: across_layers(W_dec_FxD, load_dictionary(path).W_dec_FxD[...]) for name, path in self.layers.items()
+            site: across_layers(W_dec_FxD, load_dictionary(path).W_dec_FxD[...]) for site, path in self.layers.items()
         }
 
     def _heads(self) -> HeadShares | None:

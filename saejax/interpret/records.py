@@ -40,7 +40,7 @@ class Describer:
       nearest: indices and cosines of the nearest decoder rows, [F, n].
       together: co-activation of features.
       heads: attention shares of heads; None: not asked for.
-      layers: name of another layer's dictionary -> its feature with the nearest decoder row, and the cosine.
+      layers: site of another layer's dictionary -> its feature with the nearest decoder row, and the cosine.
     """
 
     store: Store
@@ -124,7 +124,7 @@ class Describer:
         record = FeatureRecord(feature=feature, fires=fires, rate=short(fires / len(self.place)), nearest=nearest)
         if self.layers:
             across = self.layers.items()
-            record["layers"] = [(name, int(ids[feature]), short(cosines[feature])) for name, (ids, cosines) in across]
+            record["layers"] = [(site, int(ids[feature]), short(cosines[feature])) for site, (ids, cosines) in across]
         if self.output:
             ids, logits = self.output.ids[feature], self.output.logits[feature]
             pairs = [(self.text.texts[i], short(logit)) for i, logit in zip(ids, logits, strict=True)]

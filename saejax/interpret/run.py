@@ -57,7 +57,7 @@ def run_interpret(run: Run) -> InterpretResults:
             raise Interrupted("stopped; finished dictionaries are kept: run the same command again to continue")
         lm, mesh, text = read()
         dictionary = load_dictionary(member_folder(trained, member.name))
-        layers = {name: trained / name for name in other_layers(member, stack)}
+        layers = {site: member_folder(trained, name) for site, name in other_layers(member, stack).items()}
         results = Interpreter(run, store, text, lm, mesh, member.name, dictionary, layers).interpret()
         write_json(path[member.name], to_json(dataclasses.replace(results, name="")))  # as of a run of it alone
         run.say(line(results))
@@ -70,22 +70,25 @@ def run_interpret(run: Run) -> InterpretResults:
     return InterpretResults(run.name, named)
 
 
-def other_layers(member: TrainedMember, stack: Sequence[TrainedMember]) -> list[str]:
-    """Return the names of a stack's members that differ from one only in the layer, in the order of layers.
+def other_layers(
+    member: TrainedMember | InterpretedDictionary, stack: Sequence[TrainedMember | InterpretedDictionary]
+) -> dict[str, str]:
+    """Return the members of a stack that differ from one only in the layer: site -> name, in the order of layers.
 
     Empty if they do not write to the residual stream, where directions of all layers are comparable.
     """
 
-    def but_layer(candidate: TrainedMember) -> tuple[str, str, str]:
+    def but_layer(candidate: TrainedMember | InterpretedDictionary) -> tuple[str, str, str]:
         kinds = (Site.parse(candidate.site).kind, Site.parse(candidate.target).kind)
         return (*kinds, candidate.name.removeprefix(candidate.site).removeprefix("-"))
 
     if Site.parse(member.target).kind not in IN_STREAM:
-        return []
+        return {}
     like = [
         candidate for candidate in stack if candidate.name != member.name and but_layer(candidate) == but_layer(member)
     ]
-    return [candidate.name for candidate in sorted(like, key=lambda candidate: Site.parse(candidate.site).layer)]
+    like.sort(key=lambda candidate: Site.parse(candidate.site).layer)
+    return {candidate.site: candidate.name for candidate in like}
 
 
 def line(interpreted: InterpretedDictionary) -> str:

@@ -32,7 +32,7 @@ from saejax.report.results import ReportResults
 from saejax.runner.config import to_json
 from saejax.runner.registry import STAGES
 from saejax.runner.stage import is_folder
-from saejax.runner.workspace import SUMMARY, Run, package_versions
+from saejax.runner.workspace import SUMMARY, Run, member_folder, package_versions
 from saejax.settings import AblateConfig, MeshConfig, ModelConfig, ReportConfig
 from saejax.tasks import report as tasks
 from saejax.training import report as training
@@ -151,9 +151,10 @@ def contexts(run: Run, findings: Findings, features: Sequence[int], count: int) 
         return {}
     tested, store = run.configs[AblateConfig].dictionary, Store.open(findings.folders["capture"])
     kind, _, member = tested.partition("/")
-    interpreted = run.inputs.get(f"interpret/{kind}")
-    if interpreted and (interpreted / member / FEATURES).is_dir():
-        records = read_records(interpreted / member, set(features))
+    unit = run.inputs.get(f"interpret/{kind}")
+    interpreted = member_folder(unit, member) if unit else None
+    if interpreted and (interpreted / FEATURES).is_dir():
+        records = read_records(interpreted, set(features))
         searched = {feature: record.get("examples", [])[:count] for feature, record in records.items()}
     else:
         dictionary = stacks.load_trained(tested, run.inputs, "--ablate.dictionary")

@@ -84,7 +84,7 @@ class GraphConfig(Config):
     labels: str = setting(
         "",
         'file of labels of features, .json: {"3_17": "cities"}, by layer and index; or a sheet that a person filled '
-        "in, .csv, as the stages interpret and circuits write them, or a folder of such",
+        "in, .csv, as the stages atlas and circuits write them, or a folder of such",
     )
     features: str = setting(
         "",

@@ -139,6 +139,7 @@ INTERPRET = Stage(
     name="interpret",
     summary="says what features mean: examples, tokens, neighbours, labels that are scored, if "
     "--interpret.dictionaries names any",
+    revision=2,  # records name a dictionary of another layer by its site
     run=_run_interpret,
     results=_results_interpret,
     groups=(ModelConfig, InterpretConfig),

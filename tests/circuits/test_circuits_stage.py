@@ -78,6 +78,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
         sheet = list(csv.DictReader(file))
     assert [row["group"] for row in sheet] == [group.name for group in circuit.groups for _ in group.members]
     pair = [row for row in sheet if row["role"] == sheet[0]["role"]][:2]
+    assert not any(row["label"] for row in sheet) and "automatic_label" in sheet[0]  # labels are people's
     for row in pair:
         row |= dict(label="sides of things", reviewer="R")
     (tmp_path / "filled").mkdir()
@@ -89,6 +90,9 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     labelled = load_results(tmp_path / "run", "circuits").behaviours["sides"]
     (group,) = [group for group in labelled.groups if group.name.startswith("sides of things (")]
     assert len(group.members) == len(pair)
+    with (unit / "review" / "sides.csv").open() as file:
+        again = {(row["dictionary"], row["feature"]): row["label"] for row in csv.DictReader(file)}
+    assert all(again.get((row["dictionary"], row["feature"]), row["label"]) == row["label"] for row in pair)
     assert "sides of things" in (unit / "sides.html").read_text() and "things" in (unit / "sides.svg").read_text()
 
     # The proposal is edited, and the edited groups are measured.
@@ -100,6 +104,12 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     mine = load_results(tmp_path / "run", "circuits").behaviours["sides"]
     assert [group.name for group in mine.groups] == ["mine"] and not mine.proposed
     assert {edge.source for edge in mine.edges} == {"mine"}
+    for absent in ("0_999999_last", "77_0_last"):
+        (tmp_path / "mine.json").write_text(json.dumps(dict(sides=[["mine", absent]])))
+        assert run(tmp_path / "run", *flags, f"--circuits.groups={tmp_path / 'mine.json'}") == 2
+        layer, feature, _ = absent.split("_")
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"mine.json names feature {feature} of layer {layer}, where" in line
     assert run(tmp_path / "run", *flags) == 0 and "circuits: done before, unchanged" in capsys.readouterr().out
 
 

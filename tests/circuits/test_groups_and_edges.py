@@ -8,7 +8,16 @@ import pytest
 from saejax.attribution.forms.features import FeatureDetails
 from saejax.circuits.contexts import name_feature
 from saejax.circuits.edges import ANSWER, judge_edges
-from saejax.circuits.groups import Group, Key, as_json, find_returning, position_roles, propose_groups, read_groups
+from saejax.circuits.groups import (
+    Group,
+    Key,
+    as_json,
+    find_returning,
+    position_roles,
+    propose_groups,
+    read_groups,
+    short_name,
+)  # fmt: skip
 from saejax.circuits.measure import PromptEffects
 from saejax.errors import UserError
 
@@ -182,3 +191,16 @@ def test_the_level_is_divided_by_the_number_of_edges():
     first, second = (judge_edges(names, some, ["a"] * 20, resamples=500) for names, some in (("g", one), ("gh", both)))
     assert first[0].level == pytest.approx(0.95) and second[0].level == pytest.approx(0.975)
     assert json.dumps([edge.drawn for edge in second]) == "[true, true]"
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("cities (in Texas) (last position)", "cities (in Texas)"),
+        ("“f(” “ (” (other words, late layers)", "“f(” “ (”"),
+        ("cities (in Texas)", "cities (in Texas)"),
+        ("last position, early layers", "last position, early layers"),
+    ],
+)
+def test_names_of_groups_without_their_places(name, short):
+    assert short_name(name) == short

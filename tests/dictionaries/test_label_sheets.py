@@ -30,6 +30,22 @@ def test_labels_are_read_by_layer_and_feature(tmp_path):
     assert read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path))) == one | {(3, 18): "rivers"}
 
 
+def test_a_dictionary_without_its_layer_in_the_name(tmp_path):
+    """Of a lone dictionary, or a sweep at one site, the set that is traced tells the layer; a setting is none."""
+    unit = tmp_path / "run" / "train" / "topk"
+    unit.mkdir(parents=True)
+    rest = dict(settings={}, input_scale=1.0, output_scale=1.0, dead_fraction=0.0, final={})
+    members = [dict(name=name, site="resid_post.5", target="resid_post.5", **rest) for name in ("k16", "k32")]
+    (unit / "done.json").write_text(json.dumps(dict(results=dict(members=members))))
+    write(tmp_path / "a.csv", ("topk/k32", "17", "cities"), ("topk/resid_post.7-k32", "1", "rivers"))
+    config = GraphConfig(dictionaries=(str(unit / "k32"),), labels=str(tmp_path / "a.csv"))
+    assert read_labels(config) == {(5, 17): "cities", (7, 1): "rivers"}
+    for name in ("topk/k32", "topk/lr0.001", "topk"):
+        write(tmp_path / "a.csv", (name, "17", "cities"))
+        with pytest.raises(UserError, match=rf"line 2: '{name}' and '17' name no layer and feature"):
+            labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
+
+
 def test_what_a_sheet_says_belongs_to_the_identity(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "config.json").write_text(json.dumps({}))
@@ -62,5 +78,8 @@ def test_a_sheet_without_a_column(tmp_path):
     write(tmp_path / "a.csv", ("layer 3", "1", "a"), columns=COLUMNS)
     with pytest.raises(UserError, match="--graph.labels=.* has no column dictionary"):
         labels_of_sheets(tmp_path / "a.csv", "--graph.labels")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--graph.labels=.*empty is a folder without .csv files"):
+        labels_of_sheets(tmp_path / "empty", "--graph.labels")
     with pytest.raises(UserError, match="cannot be read"):
         read_labels(GraphConfig(transcoders="a/set", labels=str(tmp_path / "none.csv")))

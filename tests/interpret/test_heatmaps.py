@@ -87,10 +87,13 @@ def test_layers_that_are_compared_are_alike_but_for_the_layer():
         *(member(f"resid_post.{layer}-k{k}", f"resid_post.{layer}") for layer in (10, 2, 5) for k in (4, 8)),
         member("mlp_out.2-k8", "mlp_out.2"),
     ]
-    assert other_layers(stack[1], stack) == ["resid_post.2-k8", "resid_post.5-k8"]
-    assert other_layers(stack[-1], stack) == []
+    assert list(other_layers(stack[1], stack).items()) == [
+        ("resid_post.2", "resid_post.2-k8"),
+        ("resid_post.5", "resid_post.5-k8"),
+    ]
+    assert other_layers(stack[-1], stack) == {}
     inside = [member("a.1", "mlp_in.1"), member("a.2", "mlp_in.2")]
-    assert other_layers(inside[0], inside) == []  # they do not write into the stream
+    assert other_layers(inside[0], inside) == {}  # they do not write into the stream
     transcoders = [member(f"mlp_in.{layer}", f"mlp_in.{layer}", f"mlp_out.{layer}") for layer in (1, 2)]
-    assert other_layers(transcoders[0], transcoders) == ["mlp_in.2"]
-    assert other_layers(member("", "resid_post.1"), [member("", "resid_post.1")]) == []
+    assert other_layers(transcoders[0], transcoders) == {"mlp_in.2": "mlp_in.2"}
+    assert other_layers(member("", "resid_post.1"), [member("", "resid_post.1")]) == {}

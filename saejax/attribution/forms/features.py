@@ -23,7 +23,7 @@ from typing import Any
 from saejax.attribution.forms.neuronpedia import cantor_pair
 from saejax.dictionaries.formats.place import fetch_file, split_address
 from saejax.dictionaries.labels import trained_units
-from saejax.dictionaries.stacks import kind_and_member
+from saejax.dictionaries.stacks import results_folder
 from saejax.errors import UserError
 from saejax.files import read_json
 from saejax.models.hub import hub_errors
@@ -128,21 +128,27 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
             contexts = [(one["tokens"], one["values"]) for one in data["activations"]]
             explained = data.get("explanations") or [{}]
             label, up, down = explained[0].get("description"), data.get("pos_str"), data.get("neg_str")
-        contexts.sort(key=lambda context: -max(context[1], default=0.0))
-        cut = tuple(_cut(tokens, values) for tokens, values in contexts[:EXAMPLES])
-        return FeatureDetails(cut, tuple(map(str, up or ())), tuple(map(str, down or ())), str(label or ""))
-    except (KeyError, TypeError, AttributeError, IndexError):
+        cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
+        cut.sort(key=lambda context: -max(context["activations"]))
+        texts = [tuple(map(_whole, some or ())) for some in (up, down)]
+        return FeatureDetails(tuple(cut[:EXAMPLES]), *texts, _whole(label or ""))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             "this is no feature of circuit-tracer or Neuronpedia: expected examples_quantiles or activations"
         ) from None
 
 
+def _whole(text: Any) -> str:
+    """Return a text, halves of characters, which no file in UTF-8 can hold, as replacement characters."""
+    return str(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def _cut(tokens: Sequence[str], values: Sequence[float | None]) -> dict[str, list]:
-    """Return the tokens around the strongest one, and their activations."""
-    numbers = [0.0 if value is None else float(value) for value in values]
+    """Return the tokens around the strongest one, and their activations; what has only one of both is left out."""
+    numbers = [0.0 if value is None else float(value) for _, value in zip(tokens, values, strict=False)]
     peak = max(range(len(numbers)), key=numbers.__getitem__, default=0)
     near = slice(max(peak - _TOKENS, 0), peak + _TOKENS + 1)
-    return dict(tokens=[str(token) for token in tokens[near]], activations=numbers[near])
+    return dict(tokens=[_whole(token) for token in tokens[: len(numbers)][near]], activations=numbers[near])
 
 
 def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
@@ -150,9 +156,8 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
     trained = trained_units(dictionaries)
     for layer in {layer for layer, _ in features} & set(trained):
         workdir, name = trained[layer]
-        kind, member = kind_and_member(name)
         wanted = {index for own_layer, index in features if own_layer == layer}
-        for path in sorted((workdir / "interpret" / kind / member / "features").glob("*.json")):
+        for path in sorted((results_folder(workdir, "interpret", name) / "features").glob("*.json")):
             for record in read_json(path):
                 if record["feature"] in wanted and "examples" in record:
                     contexts = tuple(_cut(one["tokens"], one["acts"]) for one in record["examples"][:EXAMPLES])

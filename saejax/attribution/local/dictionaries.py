@@ -162,19 +162,22 @@ class LayerDictionaries(abc.ABC):
             vector_FxD[here] = self.rows(int(layer), name, feature_U)[index]
         return vector_FxD
 
-    def check_labels(self, labels: Iterable[tuple[int, int]], origin: str) -> None:
-        """Refuse labels of features that the set does not have: they are those of another set.
+    def check_features(self, named: Iterable[tuple[int, int]], origin: str) -> None:
+        """Refuse labels or groups of features that the set does not have: they are those of another set.
 
         Args:
-          labels: layers and indices of the features that are labelled.
-          origin: of the labels, for the message.
+          named: layers and indices of the features.
+          origin: what names them, for the message.
+
+        Raises:
+          UserError: the set lacks one.
         """
         features = {hooks.layer_of(config.target or config.site): config.n_features for config in self.configs}
-        for layer, feature in labels:
+        for layer, feature in named:
             if feature >= features.get(layer, 0):
                 raise UserError(
                     f"{origin} names feature {feature} of layer {layer}, where {self.name} has "
-                    f"{features.get(layer, 0):,} features: expected labels of this set"
+                    f"{features.get(layer, 0):,} features: expected features of this set"
                 )
 
     @abc.abstractmethod

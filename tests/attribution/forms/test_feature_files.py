@@ -110,6 +110,23 @@ def test_long_contexts_are_cut_around_their_strongest_token():
     assert len(context["tokens"]) < 60 and context["tokens"][context["activations"].index(1.0)] == "150"
 
 
+def test_odd_contexts_are_mended():
+    """Fewer activations than tokens, no tokens, none of the activations known, and half of a character."""
+    contexts = [
+        dict(tokens=["a", " b", " c"], values=[0.5, 1.0]), dict(tokens=[], values=[2.0]), dict(tokens=["x"], values=[]),
+        dict(tokens=["\ud83d", " y"], values=[3.0, 0.0, 9.0]), dict(tokens=["n"], values=[None]),
+    ]  # fmt: skip
+    details = parse_feature(dict(activations=contexts, pos_str=["\udc00"], explanations=[dict(description="\ud83d e")]))
+    assert details.examples == (
+        dict(tokens=["�", " y"], activations=[3.0, 0.0]),
+        dict(tokens=["a", " b"], activations=[0.5, 1.0]),
+        dict(tokens=["n"], activations=[0.0]),
+    )
+    assert details.top_logits == ("�",) and details.label == "� e" and details.peaks()
+    with pytest.raises(UserError, match="no feature of circuit-tracer or Neuronpedia"):
+        parse_feature(dict(activations=[dict(tokens=["a"], values=["much"])]))
+
+
 def test_damaged_files_are_one_line(tmp_path):
     pack(tmp_path / "features", {0: TRACER})
     whole = (tmp_path / "features" / "layer_3.bin").read_bytes()
