@@ -130,8 +130,8 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
             label, up, down = explained[0].get("description"), data.get("pos_str"), data.get("neg_str")
         cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
         cut.sort(key=lambda context: -max(context["activations"]))
-        texts = [tuple(map(_whole, some or ())) for some in (up, down)]
-        return FeatureDetails(tuple(cut[:EXAMPLES]), *texts, _whole(label or ""))
+        raised, lowered = (tuple(map(_whole, some or ())) for some in (up, down))
+        return FeatureDetails(tuple(cut[:EXAMPLES]), raised, lowered, _whole(label or ""))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise UserError(
             "this is no feature of circuit-tracer or Neuronpedia: expected examples_quantiles or activations"
