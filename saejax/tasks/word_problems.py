@@ -1,14 +1,18 @@
 """The benchmark ``word_problems``: problems of one and two steps and logic of one hop, within reach of small models.
 
 Questions are made from templates and words in ``data/word_problems.json``, which were written for this project. The
-templates of every category (operation and number of steps) differ in their words alone, and the last one of each is
-held out: its items judge features, but choose none. The answer to a problem is its calculation, "12 + 5 = 17"; the
-other choices are right calculations with another operation on the same numbers. So what is asked is which operation the
-words mean: among bare numbers SmolLM2-135M guesses, worked examples or not. The choices of logic are the property that
-the question asks for and one that it also mentions.
+templates of a category (operation and number of steps) differ in their words and the order of their steps. The last
+ones, a third of its questions, are held out: their items judge features, but choose none. The answer to a problem is
+its calculation, "12 + 5 = 17"; the other choices are right calculations with other operations on the same numbers. So
+what is asked is which operation the words mean. The choices of logic are the property that the question asks for and
+one that it also mentions.
+
+Choices alone say nothing: every problem of one step offers the same three forms (a + b, a - b, a * b), every problem of
+two steps the same four, each form is right as often as any other, and numbers are drawn in the same way for all.
 """
 
 import importlib.resources
+import itertools
 import json
 import math
 import re
@@ -17,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-PER_TEMPLATE, WRONG = 40, 2  # questions; wrong choices of a problem
+PER_TEMPLATE = 40  # questions, where the template does not say how many
 _FILE, _SEED = "word_problems.json", 42
-_RANGES = dict(a=(11, 20), b=(2, 9), c=(2, 5), d=(2, 9))  # of the numbers; so no result is below 1
+_RANGES = dict(a=(11, 20), b=(2, 9), c=(2, 5))  # of the numbers, in their order; so no result is below 1
 
 
 def read_data() -> bytes:
@@ -35,7 +39,7 @@ def make_questions() -> Iterator[dict[str, Any]]:
     data, rng, seen = json.loads(read_data()), np.random.default_rng(_SEED), set[str]()
     for template in (*data["problems"], *data["rules"]):
         make, count = (_problem if "steps" in template else _rule), 0
-        while count < PER_TEMPLATE:
+        while count < template.get("count", PER_TEMPLATE):
             question, answer, choices = make(template, data, rng, count)
             if question not in seen:
                 seen.add(question)
@@ -45,14 +49,16 @@ def make_questions() -> Iterator[dict[str, Any]]:
 
 
 def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number: int) -> tuple[str, str, list[str]]:
-    numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
+    right = template["steps"]
+    forms = list(dict.fromkeys(each["steps"] for each in data["problems"] if len(each["steps"]) == len(right)))
+    while True:
+        numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
+        values = {steps: evaluate(steps, numbers) for steps in forms}
+        if all(first != second for first, second in itertools.combinations(values.values(), 2)):
+            break
     name, other = rng.choice(data["names"], 2, replace=False).tolist()
     question = template["text"].format(**numbers, name=name, other=other, thing=str(rng.choice(data["things"])))
-    right = template["steps"]
-    values = {steps: evaluate(steps, numbers) for steps in (right, *_other_steps(right))}
-    wrong = [steps for steps in values if values[steps] != values[right]]
-    chosen = [right, *(wrong[i] for i in rng.choice(len(wrong), min(len(wrong), WRONG), replace=False))]
-    written = {steps: f"{_written(steps, numbers)} = {values[steps]}" for steps in chosen}
+    written = {steps: f"{_written(steps, numbers)} = {values[steps]}" for steps in forms}
     return question, written[right], sorted(written.values())
 
 
@@ -63,12 +69,6 @@ def _rule(template: Mapping, data: Mapping, rng: np.random.Generator, number: in
     yes, no = choices[:: 1 if number % 2 else -1]  # each choice is right as often as the other
     words = dict(kind=kind, kinds=kinds, other=other, others=others, yes=yes, no=no)
     return template["text"].format(**words, name=str(rng.choice(data["names"]))), yes, choices
-
-
-def _other_steps(steps: str) -> list[str]:
-    """Return steps with one of their operations exchanged for another."""
-    places = [place for place, sign in enumerate(steps) if sign in "+-*"]
-    return [f"{steps[:place]}{sign}{steps[place + 1 :]}" for place in places for sign in "+-*" if sign != steps[place]]
 
 
 def _written(steps: str, numbers: Mapping[str, int]) -> str:
