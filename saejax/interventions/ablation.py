@@ -491,7 +491,7 @@ def _measure_dictionary(
         rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
     others = [(name, theirs) for name, theirs in prompts.items() if name != ablation.behaviour]
     # Together, so that few programs are compiled; but random activations are drawn from all prompts of a call.
-    for some in [[each] for each in others] if ablation.replacement.kind == "random" else [others]:
+    for some in [[each] for each in others] if ablation.config.replacement == "random" else [others]:
         theirs = [prompt for _, each in some for prompt in each if prompt.split == "test"]
         if theirs:
             diffs = ablation.run(grid[-1:], prompts=theirs)
