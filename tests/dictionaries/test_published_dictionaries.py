@@ -664,7 +664,8 @@ def test_only_the_named_folder_of_a_repository_is_fetched(tmp_path, monkeypatch)
     file, _, _ = qwen_scope(tmp_path)
     named = file.relative_to(tmp_path)
     assert load_dictionary(f"hf://Qwen/SAE/{named.as_posix()}").site == "resid_post.4"
-    assert asked[-1][2] == [named.as_posix(), *(named.with_name(n).as_posix() for n in ("config.json", "cfg.json"))]
+    besides = [named.with_name(name).as_posix() for name in ("config.json", "cfg.json", "config.yaml")]
+    assert asked[-1][2] == [named.as_posix(), *besides]
     for address in ("hf://alone", "hf://", "hf://a/b@"):
         with pytest.raises(UserError, match="expected hf://ORG/NAME"):
             load_dictionary(address)
