@@ -24,18 +24,18 @@ _GROUPS = dict(
 )
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Write what ablating features does to the answers to benchmarks; nothing if it was not asked for.
 
     Args:
-      found: what the report is written from.
+      findings: what the report is written from.
       draw: draws a figure.
     """
-    studies = found.each(StudyResults)
+    studies = findings.each(StudyResults)
     if not studies:
         return []
-    settings = found.settings()["study"]
-    table = merge_tables([load_effects(found.folders[f"study/{name}"]) for name in studies])
+    settings = findings.settings()["study"]
+    table = merge_tables([load_effects(findings.folders[f"study/{name}"]) for name in studies])
     config = VerdictConfig(
         min_accuracy_drop=settings["min_accuracy_drop"], resamples=settings["bootstrap"], seed=settings["seed"]
     )
@@ -71,12 +71,12 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
         blocks.append(Text(chance, strong=True))
     summary = summary_sentences(judged[TESTED], "the log-likelihood of the reference answer", "accuracy", "accuracy")
     blocks.append(Terms(tuple((title, signed(text)) for title, text in summary.items())))
-    rule = f"{describe_rule(found.report.parent, 'study', first.rule)}."
+    rule = f"{describe_rule(findings.report.parent, 'study', first.rule)}."
     blocks.append(Code("The rule in full", "\n".join([*textwrap.wrap(rule, 96), "", *textwrap.wrap(first.rule, 96)])))
     return [Section("Benchmarks under ablation", tuple(blocks))]
 
 
-def falsification_tables(benchmark: str, found: Falsification) -> list[Block]:
+def falsification_tables(benchmark: str, falsification: Falsification) -> list[Block]:
     """Return what drives the features of a benchmark: the shares of each group, and the tested features one by one."""
     shares = {
         "Features": lambda row: row.group,
@@ -99,17 +99,17 @@ def falsification_tables(benchmark: str, found: Falsification) -> list[Block]:
         ),
         "Driven by": lambda row: row.test.driver,
     }
-    tested: list[tuple[FalsifiedFeature]] = [(row,) for row in found.features if row.group == "tested"]
+    tested: list[tuple[FalsifiedFeature]] = [(row,) for row in falsification.features if row.group == "tested"]
     note = (
-        f"{found.rule} Activations are means over texts of the largest one of each: {found.ordinary} ordinary texts, "
-        f"without and with injected tokens, and {found.texts} texts of the benchmark. Same tokens elsewhere: at these "
-        "tokens in ordinary text, and the number of texts that hold them."
+        f"{falsification.rule} Activations are means over texts of the largest one of each: {falsification.ordinary} "
+        f"ordinary texts, without and with injected tokens, and {falsification.texts} texts of the benchmark. Same "
+        "tokens elsewhere: at these tokens in ordinary text, and the number of texts that hold them."
     )
     caption = f"Do the top features of {benchmark} fire on words alone?"
     return [
         Table.of(
             caption,
-            [(row,) for row in found.shares],
+            [(row,) for row in falsification.shares],
             shares,
             words={"Features"},
             note="Square brackets: 95 % intervals over features.",

@@ -239,13 +239,13 @@ def _find_primitives(
     """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have."""
     train = ablation.items.train
     ids, categories = [item.id for item in train], [item.task for item in train]
-    found = find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
+    tested = find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
     seeds = {}
     for name, dictionary in repeats.items():
         other_PxF = dataclasses.replace(ablation, basis=dictionary).item_attribution(train)
         others = find_primitives(other_PxF, ids, categories, seed)
-        seeds[name] = recurring(found.primitives, others.primitives)
-    return dataclasses.replace(found, seeds=seeds)
+        seeds[name] = recurring(tested.primitives, others.primitives)
+    return dataclasses.replace(tested, seeds=seeds)
 
 
 def _associate(

@@ -1,4 +1,4 @@
-"""Do two rows of a study agree on what matters in a benchmark?
+"""Agreement between two rows of a study on what matters in a benchmark.
 
 Two rankings can be compared between any two models that were asked the same items. *Items*: by the log-likelihood that
 each item loses under a row's top features, without what random sets explain (``item_alignment``). *Features*: by their
@@ -40,7 +40,7 @@ def alignments(rows: Mapping[str, Findings]) -> list[AlignmentFigures]:
     """Compare every pair of rows on every benchmark of both.
 
     Args:
-      rows: what each found, by name.
+      rows: the findings of each row, by name.
 
     Raises:
       UserError: a file of a unit is damaged.
@@ -67,11 +67,11 @@ def _judge(comparison: AlignmentFigures, p: float) -> AlignmentFigures:
 
 def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -> Iterator[AlignmentFigures]:
     folders = [rows[name].folders[f"study/{benchmark}"] for name in pair]
-    (one_ids, one_items), (two_ids, two_items) = (_losses(folder, benchmark) for folder in folders)
+    (first_ids, first_losses), (second_ids, second_losses) = (_losses(folder, benchmark) for folder in folders)
     same = len({rows[name].each(StudyResults)[benchmark].origin for name in pair}) == 1
-    shared = [item for item in one_ids if item in two_ids] if same else []
+    shared = [item for item in first_ids if item in second_ids] if same else []
     agreement = align_items(
-        one_items.choose(_indices(one_ids, shared)), two_items.choose(_indices(two_ids, shared)), _SEED
+        first_losses.choose(_indices(first_ids, shared)), second_losses.choose(_indices(second_ids, shared)), _SEED
     )
     correlation, p, placebo = None, None, None
     if agreement:
@@ -80,21 +80,23 @@ def _pair(pair: tuple[str, str], benchmark: str, rows: Mapping[str, Findings]) -
     if not all((folder / FEATURES_ON_ITEMS).exists() for folder in folders):
         return
     first, second = (ItemFeatures.load(folder / FEATURES_ON_ITEMS) for folder in folders)
-    found = align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
-    if found:
-        controls = [value for value in (found.rotated, found.placebo) if value is not None]
+    importance = (
+        align_importance(first, second, ItemFeatures.load(folders[1] / ROTATED_ON_ITEMS), _SEED) if same else None
+    )
+    if importance:
+        controls = [value for value in (importance.rotated, importance.placebo) if value is not None]
         yield AlignmentFigures(
             *pair,
             benchmark,
             "features",
-            found.pairs,
-            found.correlation,
-            found.p_value,
+            importance.pairs,
+            importance.correlation,
+            importance.p_value,
             None,
             max(controls, default=None),
             None,
-            found.shared,
-            found.shared_null,
+            importance.shared,
+            importance.shared_null,
         )
 
 

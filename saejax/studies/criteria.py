@@ -107,7 +107,7 @@ def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionF
 
     Args:
       figures: all figures but the criteria.
-      rows: what the rows found.
+      rows: the findings of each row.
     """
     units, done = sum(model.units for model in figures.models), sum(model.done for model in figures.models)
     finished = CriterionFigures("Every unit is done", done == units, f"{done} of {units}", "4 models of 6 planned")
@@ -115,7 +115,7 @@ def criteria(figures: StudyFigures, rows: Sequence[Findings]) -> list[CriterionF
         finished,
         *_dictionaries(figures),
         *_causal(figures),
-        _own_effects(rows),
+        _single_feature_effects(rows),
         _aligned(figures),
         *_later(figures),
     ]
@@ -171,7 +171,7 @@ def _causal(figures: StudyFigures) -> list[CriterionFigures]:
     ]
 
 
-def _own_effects(rows: Sequence[Findings]) -> CriterionFigures:
+def _single_feature_effects(rows: Sequence[Findings]) -> CriterionFigures:
     summaries = [
         summary
         for row in rows

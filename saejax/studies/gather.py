@@ -3,8 +3,9 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from saejax.tasks.results import BaselineResults, BenchmarkResults
 from saejax.training.metrics import read_metrics
 from saejax.training.results import TrainResults
 
+T = TypeVar("T")
 _MEASURES = {
     "generate": "exact match",
     "choice": "accuracy of the likeliest choice",
@@ -53,57 +55,63 @@ def gather(root: Path, rows: Sequence[StudyRow], states: Sequence[UnitState], ma
     Raises:
       UserError: a file of a finished unit is missing or damaged.
     """
-    found = {row.name: _found(root, row.name, states) for row in rows}
-    each = [(row, found[row.name]) for row in rows]
-    read = {name: gather_features.read_benchmarks(found, name) for name in _benchmarks(found.values())}
+    findings = {row.name: _read_row_findings(root, row.name, states) for row in rows}
+    read = {name: gather_features.read_benchmarks(findings, name) for name in _benchmarks(findings.values())}
     figures = StudyFigures(
         fingerprint=mark,
         rules=tuple(criteria.RULES.values()),
-        models=tuple(_model(row, own, states) for row, own in each),
-        baselines=tuple(one for row, own in each for one in _baselines(row.name, own)),
-        dictionaries=tuple(one for row, own in each for one in _dictionaries(row.name, own)),
-        activations=tuple(one for row, own in each for one in _activations(row.name, own)),
-        effects=tuple(one for row, own in each for one in gather_effects.effects(row.name, own)),
-        behaviours=tuple(one for row, own in each for one in gather_effects.behaviours(row.name, own)),
-        alignment=tuple(alignments(found)),
-        gates=tuple(one for row, own in each for one in gather_effects.gates(row.name, own)),
-        domains=gather_effects.domains(found),
-        drivers=tuple(one for row, own in each for one in gather_effects.drivers(row.name, own)),
-        primitives=tuple(one for name in read for one in gather_features.primitives(found, name, read[name])),
-        labels=tuple(one for row, own in each for one in gather_features.labels(row.name, own)),
-        associations=tuple(one for row, own in each for one in gather_features.associations(row.name, own)),
-        problems=tuple(one for name in read for one in gather_features.problems(found, name, read[name])),
+        models=tuple(_model(row, findings[row.name], states) for row in rows),
+        baselines=_collect(_baselines, findings),
+        dictionaries=_collect(_dictionaries, findings),
+        activations=_collect(_activations, findings),
+        effects=_collect(gather_effects.effects, findings),
+        behaviours=_collect(gather_effects.behaviours, findings),
+        alignment=tuple(alignments(findings)),
+        gates=_collect(gather_effects.gates, findings),
+        domains=gather_effects.domains(findings),
+        drivers=_collect(gather_effects.drivers, findings),
+        primitives=tuple(
+            primitive for name in read for primitive in gather_features.primitives(findings, name, read[name])
+        ),
+        labels=_collect(gather_features.labels, findings),
+        associations=_collect(gather_features.associations, findings),
+        problems=tuple(problem for name in read for problem in gather_features.problems(findings, name, read[name])),
         phases=(),
-        transfer=tuple(one for row, own in each for one in gather_effects.transfer(row.name, own)),
-        tracking=tuple(one for row, own in each for one in gather_effects.tracking(row.name, own)),
+        transfer=_collect(gather_effects.transfer, findings),
+        tracking=_collect(gather_effects.tracking, findings),
         learned=(),
         criteria=(),
-        resources=tuple(one for row, own in each for one in _resources(row.name, own)),
+        resources=_collect(_resources, findings),
         failures=tuple(
             FailureFigures(state.row, state.unit, state.state, state.reason, state.log)
             for state in states
             if state.state != "done"
         ),
     )
-    figures = dataclasses.replace(figures, phases=phases(figures, found))
+    figures = dataclasses.replace(figures, phases=phases(figures, findings))
     figures = dataclasses.replace(figures, learned=learned(figures))
-    return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(found.values()))))
+    return dataclasses.replace(figures, criteria=tuple(criteria.criteria(figures, list(findings.values()))))
+
+
+def _collect(read: Callable[[str, Findings], Iterable[T]], findings: Mapping[str, Findings]) -> tuple[T, ...]:
+    """Return the figures that a function reads from the findings of each row, row by row."""
+    return tuple(figure for row, row_findings in findings.items() for figure in read(row, row_findings))
 
 
 def _benchmarks(rows: Iterable[Findings]) -> list[str]:
     """Return the benchmarks on which any row ablated features."""
-    return list(dict.fromkeys(name for found in rows for name in found.each(StudyResults)))
+    return list(dict.fromkeys(name for findings in rows for name in findings.each(StudyResults)))
 
 
-def _found(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
+def _read_row_findings(root: Path, row: str, states: Sequence[UnitState]) -> Findings:
     """Return the results of a row's finished units."""
     done = [state.unit for state in states if state.row == row and state.state == "done"]
     return read_findings({unit: root / ROWS / row / unit for unit in done}, root, {})
 
 
-def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> ModelFigures:
+def _model(row: StudyRow, findings: Findings, states: Sequence[UnitState]) -> ModelFigures:
     model, task, train = row.configs[ModelConfig], row.configs[TaskConfig], row.configs[TrainConfig]
-    needs, own = _needs(found), [state for state in states if state.row == row.name]
+    needs, row_states = _needs(findings), [state for state in states if state.row == row.name]
     return ModelFigures(
         row=row.name,
         known=row.configs[StudyConfig].known,
@@ -117,33 +125,34 @@ def _model(row: StudyRow, found: Findings, states: Sequence[UnitState]) -> Model
         kinds=train.kinds,
         behaviours=(*task.behaviours, *([Path(task.prompts).name] if task.prompts else [])),
         benchmarks=task.benchmarks,
-        units=len(own),
-        done=sum(state.state == "done" for state in own),
+        units=len(row_states),
+        done=sum(state.state == "done" for state in row_states),
     )
 
 
-def _needs(found: Findings) -> ModelNeeds | None:
+def _needs(findings: Findings) -> ModelNeeds | None:
     """Return preflight's figures of the row's model."""
-    checked = list(found.each(PreflightResults).values())
+    checked = list(findings.each(PreflightResults).values())
     return checked[0].models[0] if checked and checked[0].models else None
 
 
-def _baselines(row: str, found: Findings) -> Iterator[BaselineFigures]:
-    for name, scores in found.each(BenchmarkResults).items():
+def _baselines(row: str, findings: Findings) -> Iterator[BaselineFigures]:
+    for name, scores in findings.each(BenchmarkResults).items():
         value = next(iter(scores.accuracy.values())) if scores.accuracy else scores.log_likelihood_per_token
         if value:
             yield BaselineFigures(row, name, _MEASURES[scores.score], value, scores.chance, scores.n)
-    for results in found.each(BaselineResults).values():
-        for name, one in results.behaviours.items():
-            yield BaselineFigures(row, name, "correct above wrong", one.test.accuracy, 0.5, one.test.n)
+    for results in findings.each(BaselineResults).values():
+        for name, behaviour in results.behaviours.items():
+            test = behaviour.test
+            yield BaselineFigures(row, name, "correct above wrong", test.accuracy, 0.5, test.n)
 
 
-def _dictionaries(row: str, found: Findings) -> Iterator[DictionaryFigures]:
-    settings = found.settings()
-    for kind, results in found.each(EvaluateResults).items():
-        train = found.each(TrainResults)[kind]
+def _dictionaries(row: str, findings: Findings) -> Iterator[DictionaryFigures]:
+    settings = findings.settings()
+    for kind, results in findings.each(EvaluateResults).items():
+        train = findings.each(TrainResults)[kind]
         epochs = settings["train"]["epochs"]
-        losses = epoch_losses(found.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
+        losses = epoch_losses(findings.folders[f"train/{kind}"], epochs, train.tokens) if train.steps else {}
         for scores in results.members:
             early, end = losses.get((scores.name, criteria.EPOCH)), losses.get((scores.name, epochs))
             yield DictionaryFigures(
@@ -176,35 +185,41 @@ def epoch_losses(unit: Path, epochs: int, tokens: int) -> dict[tuple[str, int], 
     Raises:
       UserError: its metrics are missing or damaged.
     """
-    found: dict[tuple[str, int], list[float]] = {}
+    losses: dict[tuple[str, int], list[float]] = {}
     for record in read_metrics(unit, ("tokens", "loss")):
         epoch = min(math.ceil(record["tokens"] * epochs / tokens), epochs)
-        found.setdefault((record["member"], epoch), []).append(record["loss"])
-    return {key: float(np.mean(values)) for key, values in found.items()}
+        losses.setdefault((record["member"], epoch), []).append(record["loss"])
+    return {key: float(np.mean(values)) for key, values in losses.items()}
 
 
-def _activations(row: str, found: Findings) -> Iterator[ActivationFigures]:
-    for results in found.each(CaptureResults).values():
-        for site, one in results.sites.items():
-            beyond = one.sinks.share_beyond
-            own = ActivationFigures(
-                row, "corpus", site, one.rows, one.median_norm, one.largest_norm, beyond, *[None] * 3
+def _activations(row: str, findings: Findings) -> Iterator[ActivationFigures]:
+    for results in findings.each(CaptureResults).values():
+        for site, statistics in results.sites.items():
+            beyond = statistics.sinks.share_beyond
+            yield ActivationFigures(
+                row,
+                "corpus",
+                site,
+                statistics.rows,
+                statistics.median_norm,
+                statistics.largest_norm,
+                beyond,
+                *[None] * 3,
             )
-            yield own
-    for benchmark, study in found.each(StudyResults).items():
+    for benchmark, study in findings.each(StudyResults).items():
         if read := study.activations:
             norms = read.median_norm, read.largest_norm, None
             scores = read.l0, read.firing, read.explained_variance
             yield ActivationFigures(row, benchmark, study.site, read.tokens, *norms, *scores)
 
 
-def _resources(row: str, found: Findings) -> Iterator[ResourceFigures]:
-    needs, flops = _needs(found), dict[str, float]()
+def _resources(row: str, findings: Findings) -> Iterator[ResourceFigures]:
+    needs, flops = _needs(findings), dict[str, float]()
     for program in needs.programs if needs else ():
         stage = program.name.partition(":")[0]
         flops[stage] = flops.get(stage, 0.0) + program.runs * program.flops
-    stages = Counter(unit.partition("/")[0] for unit in found.summaries)
-    for unit, summary in found.summaries.items():
+    stages = Counter(unit.partition("/")[0] for unit in findings.summaries)
+    for unit, summary in findings.summaries.items():
         planned = flops.get(unit.partition("/")[0], 0.0) / stages[unit.partition("/")[0]]
         used = summary.devices.count if summary.devices else 0
         yield ResourceFigures(

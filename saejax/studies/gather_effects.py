@@ -25,9 +25,9 @@ from saejax.studies.results import (
 _COMPARED = ("matched", "shared")  # of ``MatchScores``
 
 
-def effects(row: str, found: Findings) -> Iterator[EffectFigures]:
+def effects(row: str, findings: Findings) -> Iterator[EffectFigures]:
     """Yield the effects of ablated features on each benchmark."""
-    for benchmark, results in found.each(StudyResults).items():
+    for benchmark, results in findings.each(StudyResults).items():
         result = results.verdict.dictionaries[TESTED][benchmark]
         scores = {score.group: score for score in results.scores}
         answers = result.ablation
@@ -62,9 +62,9 @@ def _mean_of(answer: CausalAnswer) -> float | None:
     return (answer.numbers or {}).get("mean")
 
 
-def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
+def behaviours(row: str, findings: Findings) -> Iterator[BehaviourFigures]:
     """Yield the answers of the causal verdict for each behaviour."""
-    for results in found.each(AblateResults).values():
+    for results in findings.each(AblateResults).values():
         for name, result in results.verdict.dictionaries[TESTED].items():
             yield BehaviourFigures(
                 row=row,
@@ -79,9 +79,9 @@ def behaviours(row: str, found: Findings) -> Iterator[BehaviourFigures]:
             )
 
 
-def gates(row: str, found: Findings) -> Iterator[GateFigures]:
+def gates(row: str, findings: Findings) -> Iterator[GateFigures]:
     """Yield the gate of each benchmark: what must hold before its effects are believed."""
-    for benchmark, results in found.each(StudyResults).items():
+    for benchmark, results in findings.each(StudyResults).items():
         judged = results.verdict.dictionaries
         seeds = [judged[TESTED], *(answers for name, answers in judged.items() if name not in (TESTED, UNTRAINED))]
         answers = [each[benchmark] for each in seeds if benchmark in each]
@@ -95,42 +95,44 @@ def domains(rows: Mapping[str, Findings]) -> tuple[DomainFigures, ...]:
             row=row,
             chosen_on=other,
             benchmark=benchmark,
-            effect=one.effect,
+            effect=transferred.effect,
             own=results.verdict.dictionaries[TESTED][benchmark].ablation["answer_log_prob"].effect,
-            common=one.common,
-            random=one.random,
-            random_sets=one.random_sets,
-            p_value=one.p_value,
+            common=transferred.common,
+            random=transferred.random,
+            random_sets=transferred.random_sets,
+            p_value=transferred.p_value,
             p_holm=None,
         )
-        for row, found in rows.items()
-        for benchmark, results in found.each(StudyResults).items()
-        for other, one in (results.domains or {}).items()
+        for row, findings in rows.items()
+        for benchmark, results in findings.each(StudyResults).items()
+        for other, transferred in (results.domains or {}).items()
     ]
     p_values = {number: each.p_value for number, each in enumerate(figures) if each.p_value is not None}
     corrected = holm_by_key(p_values)
     return tuple(dataclasses.replace(each, p_holm=corrected.get(number)) for number, each in enumerate(figures))
 
 
-def drivers(row: str, found: Findings) -> Iterator[DriverFigures]:
+def drivers(row: str, findings: Findings) -> Iterator[DriverFigures]:
     """Yield what drives the features of each benchmark, by group."""
-    for benchmark, results in found.each(StudyResults).items():
-        for one in results.falsification.shares if results.falsification else ():
-            yield DriverFigures(row, benchmark, one.group, one.features, one.tokens, one.context, one.undecided)
+    for benchmark, results in findings.each(StudyResults).items():
+        for shares in results.falsification.shares if results.falsification else ():
+            yield DriverFigures(
+                row, benchmark, shares.group, shares.features, shares.tokens, shares.context, shares.undecided
+            )
 
 
-def transfer(row: str, found: Findings) -> Iterator[TransferFigures]:
+def transfer(row: str, findings: Findings) -> Iterator[TransferFigures]:
     """Yield, for each pair of dictionaries and each measure, how much they share, and how much by chance."""
-    for results in found.each(TransferResults).values():
+    for results in findings.each(TransferResults).values():
         for pair in results.pairs:
             for measure, both in pair.measures.items():
-                matched, shared = ((getattr(own, name) for own in (both.found, both.null)) for name in _COMPARED)
+                matched, shared = ((getattr(scores, name) for scores in (both.found, both.null)) for name in _COMPARED)
                 yield TransferFigures(row, pair.first, pair.second, measure, *matched, *shared)
 
 
-def tracking(row: str, found: Findings) -> Iterator[TrackingFigures]:
+def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
     """Yield the links of each tracked text between layers, and how many of its steps were hurt."""
-    for results in found.each(TrackResults).values():
+    for results in findings.each(TrackResults).values():
         for slug, text in results.texts.items():
             tests = [test for step in text.steps for test in step.tests.values()]
             yield TrackingFigures(

@@ -20,33 +20,35 @@ from saejax.studies.sheet import quoted
 PROBLEMS, FEATURES, WORDS = 6, 6, 3  # problems of a benchmark that are shown; features of each; words of a feature
 
 
-def associations(row: str, found: Findings) -> Iterator[AssociationFigures]:
+def associations(row: str, findings: Findings) -> Iterator[AssociationFigures]:
     """Yield the three answers for each tested feature."""
-    for benchmark, results in found.each(StudyResults).items():
-        for one in results.associations.top if results.associations else ():
-            answers = {one.associated, one.probe, one.causal}
+    for benchmark, results in findings.each(StudyResults).items():
+        for association in results.associations.top if results.associations else ():
+            answers = {association.associated, association.probe, association.causal}
             yield AssociationFigures(
                 row=row,
                 benchmark=benchmark,
-                feature=one.feature,
-                label=one.label,
-                correlation=one.correlation,
-                p_value=one.p_value,
-                associated=one.associated,
-                auc=one.auc,
-                probe=one.probe,
-                causal_drop=one.causal_drop,
-                p_causal=one.p_causal,
-                causal=one.causal,
+                feature=association.feature,
+                label=association.label,
+                correlation=association.correlation,
+                p_value=association.p_value,
+                associated=association.associated,
+                auc=association.auc,
+                probe=association.probe,
+                causal_drop=association.causal_drop,
+                p_causal=association.p_causal,
+                causal=association.causal,
                 agree=None if "not tested" in answers else len(answers) == 1,
             )
 
 
-def labels(row: str, found: Findings) -> Iterator[LabelFigures]:
+def labels(row: str, findings: Findings) -> Iterator[LabelFigures]:
     """Yield how many features go with each label."""
-    for benchmark, results in found.each(StudyResults).items():
-        for one in results.associations.labels if results.associations else ():
-            yield LabelFigures(row, benchmark, one.label, one.items, one.features, one.associated, one.shuffled)
+    for benchmark, results in findings.each(StudyResults).items():
+        for label in results.associations.labels if results.associations else ():
+            yield LabelFigures(
+                row, benchmark, label.label, label.items, label.features, label.associated, label.shuffled
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,27 +81,29 @@ def read_benchmarks(rows: Mapping[str, Findings], benchmark: str) -> dict[str, R
     """Return the features of every row on a benchmark, matched between rows that were asked the same items.
 
     Args:
-      rows: what each found, by name.
+      rows: the findings of each row, by name.
       benchmark: its name.
 
     Raises:
       UserError: a file of a unit is damaged.
     """
-    folders = {name: found.folders[f"study/{benchmark}"] for name, found in rows.items() if _has(found, benchmark)}
+    folders = {
+        name: findings.folders[f"study/{benchmark}"] for name, findings in rows.items() if _has(findings, benchmark)
+    }
     origins = {name: rows[name].each(StudyResults)[benchmark].origin for name in folders}
     read = {name: _read(origins[name], folder) for name, folder in folders.items()}
     for first, second in itertools.permutations(read, 2):
-        one, two = read[first], read[second]
-        if one.origin == two.origin and one.features.ids == two.features.ids:
-            matches, live = match_features(one.features, two.features)
-            shifted, _ = match_features(one.features, two.features, shift=True)
-            one.partner[second] = dict(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True))
-            one.shared[second] = (len(matches.first_M) / max(live, 1), len(shifted.first_M) / max(live, 1))
+        first_read, second_read = read[first], read[second]
+        if first_read.origin == second_read.origin and first_read.features.ids == second_read.features.ids:
+            matches, live = match_features(first_read.features, second_read.features)
+            shifted, _ = match_features(first_read.features, second_read.features, shift=True)
+            first_read.partner[second] = dict(zip(matches.first_M.tolist(), matches.second_M.tolist(), strict=True))
+            first_read.shared[second] = (len(matches.first_M) / max(live, 1), len(shifted.first_M) / max(live, 1))
     return read
 
 
-def _has(found: Findings, benchmark: str) -> bool:
-    folder = found.folders.get(f"study/{benchmark}")
+def _has(findings: Findings, benchmark: str) -> bool:
+    folder = findings.folders.get(f"study/{benchmark}")
     return folder is not None and all((folder / name).exists() for name in (FEATURES_ON_ITEMS, ITEM_ATTRIBUTION))
 
 
@@ -117,7 +121,7 @@ def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int])
       features: their indices.
     """
     texts = {prompt.id: f"{prompt.text}\n{prompt.correct}" for prompt in read.prompts}
-    items, known = read.features, dict[str, float]()
+    items, activation_by_word = read.features, dict[str, float]()
     act_N = np.asarray(items.activity.f_NxF[:, np.asarray(features, np.int64)].sum(axis=1)).reshape(-1)
     for n in np.argsort(-act_N, kind="stable")[:40]:
         if act_N[n] <= 0:
@@ -125,8 +129,10 @@ def exciting_words(read: ReadBenchmark, benchmark: str, features: Sequence[int])
         starts_text = n == 0 or items.text_N[n - 1] != items.text_N[n]
         text = texts[f"{benchmark}/{items.ids[items.text_N[n]]}"]
         word = text[0 if starts_text else items.end_N[n - 1] : items.end_N[n]].strip()
-        known[word] = known.get(word, 0.0) + float(act_N[n])
-    return tuple(word for word in sorted(known, key=lambda word: -known[word]) if word)[:WORDS]
+        activation_by_word[word] = activation_by_word.get(word, 0.0) + float(act_N[n])
+    return tuple(word for word in sorted(activation_by_word, key=lambda word: -activation_by_word[word]) if word)[
+        :WORDS
+    ]
 
 
 def primitives(
@@ -135,33 +141,33 @@ def primitives(
     """Yield the primitives of a benchmark, row by row.
 
     Args:
-      rows: what each found, by name.
+      rows: the findings of each row, by name.
       benchmark: its name.
       read: the features of the rows that saved them.
     """
     every = {
         name: results.primitives
-        for name, found in rows.items()
-        if (results := found.each(StudyResults).get(benchmark)) and results.primitives
+        for name, findings in rows.items()
+        if (results := findings.each(StudyResults).get(benchmark)) and results.primitives
     }
     for row, some in every.items():
         others = {name: recurring(some.primitives, each.primitives) for name, each in every.items() if name != row}
         effects = {effect.group: effect for effect in some.effects}
-        for number, one in enumerate(some.primitives):
+        for number, primitive in enumerate(some.primitives):
             effect = effects.get(number)
             here = read.get(row)
             yield PrimitiveFigures(
                 row=row,
                 benchmark=benchmark,
-                name=one.name,
-                features=one.features,
-                words=exciting_words(here, benchmark, one.features) if here else (),
-                overlap=one.overlap,
-                p_value=one.p_value,
+                name=primitive.name,
+                features=primitive.features,
+                words=exciting_words(here, benchmark, primitive.features) if here else (),
+                overlap=primitive.overlap,
+                p_value=primitive.p_value,
                 seeds=len(some.seeds),
                 recurs=sum(same[number] for same in some.seeds.values()),
                 rows=tuple(name for name, same in others.items() if same[number]),
-                partners=_partners(here, one.features) if here else (),
+                partners=_partners(here, primitive.features) if here else (),
                 items=effect.items if effect else None,
                 effect=effect.effect if effect else None,
                 elsewhere=effect.elsewhere if effect else None,
@@ -190,7 +196,7 @@ def problems(
     shared and specific ones in a row that could be compared with every other.
 
     Args:
-      rows: what each found, by name.
+      rows: the findings of each row, by name.
       benchmark: its name.
       read: the features of the rows that saved them.
     """

@@ -1,4 +1,4 @@
-"""Do two models agree on which items of a benchmark depend on their top features?
+"""Agreement between two models on the items of a benchmark that depend on their top features.
 
 Every item loses some log-likelihood under a row's top features, and some under each of its control sets. Items are
 fragile: those that lose much under any change lose much in every model, so plain losses agree between models that have
@@ -75,9 +75,9 @@ def align_items(first: ItemLosses, second: ItemLosses, seed: int) -> ItemAlignme
     least_sets = min(len(first.control_DxN), len(second.control_DxN))
     if len(first.top_N) < 8 or least_sets < 2 or min(np.ptp(first.top_N), np.ptp(second.top_N)) == 0:
         return None
-    one_N, two_N = _residuals(first, second)
-    seen, rng = float(one_N @ two_N), np.random.default_rng(seed)
-    as_large = sum(float(rng.permutation(one_N) @ two_N) >= seen - 1e-12 for _ in range(_PERMUTATIONS))
+    first_N, second_N = _residuals(first, second)
+    seen, rng = float(first_N @ second_N), np.random.default_rng(seed)
+    as_large = sum(float(rng.permutation(first_N) @ second_N) >= seen - 1e-12 for _ in range(_PERMUTATIONS))
     placebos = [(first.with_control_as_top(draw), second) for draw in range(len(first.control_DxN))]
     placebos += [(first, second.with_control_as_top(draw)) for draw in range(len(second.control_DxN))]
     values = [float(np.dot(*_residuals(*pair))) for pair in placebos]
@@ -89,9 +89,9 @@ def _residuals(first: ItemLosses, second: ItemLosses) -> tuple[np.ndarray, np.nd
     """Return the ranks of both rows' losses without what both rows' control sets explain, centred, of unit length."""
     controls = [losses.control_DxN.mean(axis=0) for losses in (first, second)]
     design_Nx3 = np.stack([np.ones(len(first.top_N)), *map(rankdata, controls)], axis=1)
-    found = []
+    residuals = []
     for losses in (first, second):
         ranks_N = rankdata(losses.top_N)
         left_N = ranks_N - design_Nx3 @ np.linalg.lstsq(design_Nx3, ranks_N, rcond=None)[0]
-        found.append(left_N / max(float(np.linalg.norm(left_N)), 1e-12))
-    return found[0], found[1]
+        residuals.append(left_N / max(float(np.linalg.norm(left_N)), 1e-12))
+    return residuals[0], residuals[1]

@@ -58,14 +58,15 @@ def learned(figures: StudyFigures) -> tuple[LearnedFigures, ...]:
     Args:
       figures: all other figures of the study.
     """
-    known = {model.row: model.known for model in figures.models}
+    control_kind = {model.row: model.known for model in figures.models}
     rows = []
     for gate in figures.gates:
         answers = dict(_answers(figures, gate.row, gate.benchmark))
         for name, question in QUESTIONS.items():
-            if found := answers.get(name):
-                expected = question.known.get(known[gate.row], "")
-                rows.append(LearnedFigures(gate.row, gate.benchmark, name, found[0], expected, found[1]))
+            if name in answers:
+                answer, evidence = answers[name]
+                expected = question.known.get(control_kind[gate.row], "")
+                rows.append(LearnedFigures(gate.row, gate.benchmark, name, answer, expected, evidence))
     return tuple(rows)
 
 
@@ -95,7 +96,7 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
     yield "gate", (by_gate.get(gate.gate, "no"), f"{gate.gate}: {gate.reason}")
     if drivers := of(figures.drivers, row=row, benchmark=benchmark, group="tested"):
         yield "context", (_driven(drivers), f"{percent(drivers.tokens.mean)} of {drivers.features} by tokens alone")
-    groups = [one for one in figures.primitives if (one.row, one.benchmark) == (row, benchmark)]
+    groups = [primitive for primitive in figures.primitives if (primitive.row, primitive.benchmark) == (row, benchmark)]
     if groups or effect:
         yield "primitives", _primitives(groups)
     ranked: tuple[Asked, ...] = ("features", "items")
@@ -109,10 +110,10 @@ def _answers(figures: StudyFigures, row: str, benchmark: str) -> Iterator[tuple[
 
 def _primitives(groups: Sequence[PrimitiveFigures]) -> tuple[Answered, str]:
     """Return whether a named group does more than its controls and recurs in half of the other seeds."""
-    named = [one for one in groups if one.name]
-    held = [one for one in named if holds(one)]
+    named = [group for group in groups if group.name]
+    held = [group for group in named if holds(group)]
     evidence = f"{len(held)} of {len(named)} groups named after a category, {len(groups)} stable groups"
-    if not held and any(one.more == "not testable" or (one.more == "yes" and not one.seeds) for one in named):
+    if not held and any(group.more == "not testable" or (group.more == "yes" and not group.seeds) for group in named):
         return "cannot tell", evidence
     return _yes(bool(held)), evidence
 
@@ -139,24 +140,24 @@ def _driven(drivers: DriverFigures) -> Answered:
 
 def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
-    by_key = {(one.row, one.benchmark, one.question): one for one in answers}
-    places = list(dict.fromkeys((one.row, one.benchmark) for one in answers))
+    by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
+    places = list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers))
     clashes = [
         f"{_names([place])}: {meaning}"
-        for first, one, second, two, meaning in _CONTRADICTIONS
+        for first, first_answer, second, second_answer, meaning in _CONTRADICTIONS
         for place in places
-        if _is(by_key.get((*place, first)), one) and _is(by_key.get((*place, second)), two)
+        if _is(by_key.get((*place, first)), first_answer) and _is(by_key.get((*place, second)), second_answer)
     ]
-    controls = [one for one in answers if one.known]
-    wrong = [one for one in controls if one.answer not in (one.known, "cannot tell")]
-    untold = sum(one.answer == "cannot tell" for one in controls)
+    controls = [answer for answer in answers if answer.known]
+    wrong = [answer for answer in controls if answer.answer not in (answer.known, "cannot tell")]
+    untold = sum(answer.answer == "cannot tell" for answer in controls)
     as_known = f"{len(controls) - len(wrong) - untold} of {len(controls)} known answers were found"
     as_known += f", and {untold} cannot be told." if untold else "."
     if wrong:
         as_known += " Contradicted: " + "; ".join(
-            f"{QUESTIONS[one.question].heading.lower()}, {_names([(one.row, one.benchmark)])}: {one.answer}, known "
-            f"{one.known}"
-            for one in wrong
+            f"{QUESTIONS[answer.question].heading.lower()}, {_names([(answer.row, answer.benchmark)])}: "
+            f"{answer.answer}, known {answer.known}"
+            for answer in wrong
         )
         as_known += "."
     return (
@@ -175,7 +176,9 @@ def _is(answer: LearnedFigures | None, wanted: Answered) -> bool:
 def _by_question(answers: Sequence[LearnedFigures], wanted: Answered) -> str:
     parts = []
     for name, question in QUESTIONS.items():
-        places = [(one.row, one.benchmark) for one in answers if one.question == name and one.answer == wanted]
+        places = [
+            (answer.row, answer.benchmark) for answer in answers if answer.question == name and answer.answer == wanted
+        ]
         if places:
             parts.append(f"{question.heading.lower()} ({_names(places)})")
     return "; ".join(parts) + "." if parts else "Nothing."
@@ -190,14 +193,14 @@ def table_rows(
     answers: Sequence[LearnedFigures],
 ) -> tuple[list[tuple[str, str]], Mapping[str, Callable[[str, str], str]]]:
     """Return the rows of the first table, (row, benchmark), and its columns; "" where a question was not asked."""
-    by_key = {(one.row, one.benchmark, one.question): one for one in answers}
+    by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
 
     def cell(name: Asked, row: str, benchmark: str) -> str:
-        one = by_key.get((row, benchmark, name))
-        if one is None:
+        answer = by_key.get((row, benchmark, name))
+        if answer is None:
             return ""
-        return f"{one.answer} (known: {one.known})" if one.known else one.answer
+        return f"{answer.answer} (known: {answer.known})" if answer.known else answer.answer
 
     columns: dict[str, Callable[[str, str], str]] = {"Row": lambda row, benchmark: f"{row}, {benchmark}"}
     columns |= {question.heading: functools.partial(cell, name) for name, question in QUESTIONS.items()}
-    return list(dict.fromkeys((one.row, one.benchmark) for one in answers)), columns
+    return list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers)), columns

@@ -30,10 +30,10 @@ def phases(figures: StudyFigures, rows: Mapping[str, Findings]) -> tuple[PhaseFi
 
     Args:
       figures: of the study, but for these and what is concluded.
-      rows: what each row found, by name.
+      rows: the findings of each row, by name.
     """
-    every = [*_effects(rows), *_known(rows), *_probes(figures, rows), *_causes(figures), *_layers(figures)]
-    return tuple(sorted(every, key=lambda one: ORDER.index(one.phase)))
+    every = [*_effects(rows), *_known_features(rows), *_probes(figures, rows), *_causes(figures), *_layers(figures)]
+    return tuple(sorted(every, key=lambda test: ORDER.index(test.phase)))
 
 
 def _yes(is_beyond: bool) -> Answered:
@@ -41,14 +41,14 @@ def _yes(is_beyond: bool) -> Answered:
 
 
 def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
-    for row, found in rows.items():
-        for results in found.each(AblateResults).values():
-            for name, one in (results.importance or {}).items():
-                result = f"{one.significant} of {one.features} features"
+    for row, findings in rows.items():
+        for results in findings.each(AblateResults).values():
+            for name, summary in (results.importance or {}).items():
+                result = f"{summary.significant} of {summary.features} features"
                 control = "corrected for all features: 5 % of studies would have one by chance"
                 test = "features whose ablation alone changes the answer"
-                yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(one.significant > 0))
-        for name, study in found.each(StudyResults).items():
+                yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(summary.significant > 0))
+        for name, study in findings.each(StudyResults).items():
             above = sum(effect.drop.low > 0 for effect in study.top)
             result = f"{above} of {len(study.top)} top features"
             control = f"{0.025 * len(study.top):.1f} expected by chance"
@@ -57,17 +57,17 @@ def _effects(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
             yield PhaseFigures(EFFECTS, test, f"{row}, {name}", result, control, _yes(above >= 3))
 
 
-def _known(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
-    results = [(row, one) for row, found in rows.items() for one in found.each(TruthResults).values()]
-    for row, one in results:
-        trained = [each.scores.f1 for each in one.dictionaries if not each.control]
-        controls = [each.scores.f1 for each in one.dictionaries if each.control]
+def _known_features(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
+    results = [(row, truth) for row, findings in rows.items() for truth in findings.each(TruthResults).values()]
+    for row, truth in results:
+        trained = [each.scores.f1 for each in truth.dictionaries if not each.control]
+        controls = [each.scores.f1 for each in truth.dictionaries if each.control]
         for best in sorted(trained, key=lambda f1: -f1.mean)[:1]:
             control = max(controls, key=lambda f1: f1.mean, default=None)
             yield PhaseFigures(
                 KNOWN,
                 "features of a synthetic world that a dictionary finds",
-                f"{row}, {one.kind}",
+                f"{row}, {truth.kind}",
                 f"F1 {interval(best)}",
                 f"untrained or frozen: {interval(control)}" if control else "none in this unit",
                 "cannot tell" if control is None else _yes(best.low > control.high),
@@ -78,8 +78,8 @@ def _known(rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
 
 
 def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[PhaseFigures]:
-    for row, found in rows.items():
-        for results in found.each(ProbeResults).values():
+    for row, findings in rows.items():
+        for results in findings.each(ProbeResults).values():
             for label in results.labels:
                 for probe in label.probes[-1:]:
                     where = f"{row}, {label.behaviour or 'all behaviours'}: {label.label}"
@@ -87,34 +87,38 @@ def _probes(figures: StudyFigures, rows: Mapping[str, Findings]) -> Iterator[Pha
                     control = f"shuffled labels {interval(probe.shuffled, 1, 100)} %"
                     test = f"linear probe of all {probe.input}"
                     yield PhaseFigures(PROBES, test, where, result, control, _yes(probe.p_holm <= 0.05))
-    for row, benchmark in dict.fromkeys((one.row, one.benchmark) for one in figures.labels):
-        some = [one for one in figures.labels if (one.row, one.benchmark) == (row, benchmark)]
-        tested = [one for one in figures.associations if (one.row, one.benchmark) == (row, benchmark)]
-        associated, features = sum(one.associated for one in some), max(one.features for one in some)
-        shuffled = sum(one.shuffled for one in some)
-        result = f"{associated} associations of {features} features with {len(some)} labels"
+    for row, benchmark in dict.fromkeys((label.row, label.benchmark) for label in figures.labels):
+        labels = [label for label in figures.labels if (label.row, label.benchmark) == (row, benchmark)]
+        tested = [
+            association
+            for association in figures.associations
+            if (association.row, association.benchmark) == (row, benchmark)
+        ]
+        associated, features = sum(label.associated for label in labels), max(label.features for label in labels)
+        shuffled = sum(label.shuffled for label in labels)
+        result = f"{associated} associations of {features} features with {len(labels)} labels"
         control = f"permuted labels: {number(shuffled)}"
         test = "features that go with a category or with right answers"
         yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(associated > max(shuffled, 0.5)))
         if tested:
-            right = sum(one.probe == "yes" for one in tested)
+            right = sum(association.probe == "yes" for association in tested)
             result, control = f"{right} of {len(tested)} top features", "permuted labels, corrected by Holm's method"
             test = "a probe of one feature finds the label on new items"
             yield PhaseFigures(PROBES, test, f"{row}, {benchmark}", result, control, _yes(right > 0))
 
 
 def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
-    for one in figures.effects:
-        where, result = f"{one.row}, {one.benchmark}", f"{interval(one.nats_drop)} nats"
+    for effect in figures.effects:
+        where, result = f"{effect.row}, {effect.benchmark}", f"{interval(effect.nats_drop)} nats"
         for test, mean, answer in (
-            ("top features lower the answers more than random sets at equal dose", one.random_nats, one.random),
-            ("more than sets chosen for other answers", one.placebo_nats, one.placebo),
+            ("top features lower the answers more than random sets at equal dose", effect.random_nats, effect.random),
+            ("more than sets chosen for other answers", effect.placebo_nats, effect.placebo),
         ):
-            known: Answered = "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
-            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", known)
-    named = [one for one in figures.primitives if one.effect is not None]
-    for primitive in named:
-        known = "yes" if primitive.more == "yes" else "no" if primitive.more == "no" else "cannot tell"
+            beyond: Answered = "yes" if answer == "yes" else "no" if answer == "no" else "cannot tell"
+            yield PhaseFigures(CAUSES, test, where, result, f"{number(mean)} nats", beyond)
+    ablated = [primitive for primitive in figures.primitives if primitive.effect is not None]
+    for primitive in ablated:
+        beyond = "yes" if primitive.more == "yes" else "no" if primitive.more == "no" else "cannot tell"
         title = primitive.name or "a group without a name"
         yield PhaseFigures(
             CAUSES,
@@ -123,15 +127,15 @@ def _causes(figures: StudyFigures) -> Iterator[PhaseFigures]:
             f"{interval(primitive.effect)} nats",
             f"random sets {number(primitive.random)}, other answers {number(primitive.placebo)} nats "
             f"({primitive.sets} sets of the kind with fewer, {primitive.needed} needed)",
-            known,
+            beyond,
         )
 
 
 def _layers(figures: StudyFigures) -> Iterator[PhaseFigures]:
-    for row, measure in dict.fromkeys((one.row, one.measure) for one in figures.transfer):
-        pairs = [one for one in figures.transfer if (one.row, one.measure) == (row, measure)]
-        shared, null = (_mean([getattr(one, name) for one in pairs]) for name in ("shared", "shared_null"))
-        above = sum(one.shared.low > one.shared_null.high for one in pairs)
+    for row, measure in dict.fromkeys((pair.row, pair.measure) for pair in figures.transfer):
+        pairs = [pair for pair in figures.transfer if (pair.row, pair.measure) == (row, measure)]
+        shared, null = (_mean([getattr(pair, name) for pair in pairs]) for name in ("shared", "shared_null"))
+        above = sum(pair.shared.low > pair.shared_null.high for pair in pairs)
         result = f"{percent(shared, 1)} shared, mean of {len(pairs)} pairs"
         test = f"features that dictionaries of a row share, by {measure}"
         yield PhaseFigures(LAYERS, test, row, result, f"by chance {percent(null, 1)}", _yes(2 * above > len(pairs)))
@@ -143,8 +147,8 @@ def _layers(figures: StudyFigures) -> Iterator[PhaseFigures]:
     for pair in figures.alignment:
         where = f"{pair.first} and {pair.second}, {pair.benchmark}"
         result, control = f"rank correlation {number(pair.rank_correlation)}", f"placebo {number(pair.control)}"
-        known = "cannot tell" if pair.aligned is None else _yes(pair.aligned)
-        yield PhaseFigures(LAYERS, f"the same {pair.by} matter in two models", where, result, control, known)
+        beyond = "cannot tell" if pair.aligned is None else _yes(pair.aligned)
+        yield PhaseFigures(LAYERS, f"the same {pair.by} matter in two models", where, result, control, beyond)
 
 
 def _mean(values: list[Interval]) -> float:
@@ -154,11 +158,17 @@ def _mean(values: list[Interval]) -> float:
 def disagreements(figures: StudyFigures) -> tuple[str, ...]:
     """Return where two phases disagree, in words: features that go with a label, but that it does not depend on."""
     lines = []
-    for row, benchmark in dict.fromkeys((one.row, one.benchmark) for one in figures.associations):
-        some = [one for one in figures.associations if (one.row, one.benchmark) == (row, benchmark)]
-        where, tested = f"{row} on {benchmark}", [one for one in some if one.agree is not None]
-        read = sum(one.probe == "yes" and one.causal == "no" for one in tested)
-        used = sum(one.probe == "no" and one.causal == "yes" for one in tested)
+    for row, benchmark in dict.fromkeys(
+        (association.row, association.benchmark) for association in figures.associations
+    ):
+        where = f"{row} on {benchmark}"
+        tested = [
+            association
+            for association in figures.associations
+            if (association.row, association.benchmark) == (row, benchmark) and association.agree is not None
+        ]
+        read = sum(association.probe == "yes" and association.causal == "no" for association in tested)
+        used = sum(association.probe == "no" and association.causal == "yes" for association in tested)
         if read:
             lines.append(
                 f"{where}: of {len(tested)} top features {read} tell the label of new items (phase 3), but ablating "
@@ -169,10 +179,10 @@ def disagreements(figures: StudyFigures) -> tuple[str, ...]:
                 f"{where}: {used} of {len(tested)} top features matter more for items of a label (phase 4), but do not "
                 "tell it (phase 3)."
             )
-    by_key = {(one.row, one.benchmark): one for one in figures.effects}
+    by_key = {(effect.row, effect.benchmark): effect for effect in figures.effects}
     for (row, benchmark), effect in by_key.items():
-        alone = [one for one in figures.phases if one.phase == EFFECTS and one.row == f"{row}, {benchmark}"]
-        if effect.placebo == "no" and any(one.answer == "yes" for one in alone):
+        alone = [test for test in figures.phases if test.phase == EFFECTS and test.row == f"{row}, {benchmark}"]
+        if effect.placebo == "no" and any(test.answer == "yes" for test in alone):
             lines.append(
                 f"{row} on {benchmark}: features change the output (phase 1), but no more than features chosen for "
                 "other answers (phase 4)."

@@ -27,7 +27,7 @@ class TimeToGo:
         self._took: dict[Key, float] = {}
 
     def expect(self, row: str, units: Sequence[str], seconds: Mapping[str, float]) -> None:
-        """Take what preflight expects of a row.
+        """Record the durations that preflight expects of a row.
 
         Args:
           row: its name.
@@ -40,11 +40,11 @@ class TimeToGo:
             self._expected[row, unit] = seconds[stage] / counts[stage] if stage in seconds else _OTHER
 
     def took(self, row: str, unit: str, seconds: float) -> None:
-        """Take what a finished unit took, in seconds."""
+        """Record the duration of a finished unit, in seconds."""
         self._took[row, unit] = seconds
 
     def left(self, waiting: Iterable[Key], running: Mapping[Key, float] = MappingProxyType({})) -> float | None:
-        """Seconds that are left; None where a row's preflight has not run.
+        """Return the seconds that are left; None where a row's preflight has not run.
 
         Args:
           waiting: units that have not begun.

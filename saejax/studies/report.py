@@ -1,4 +1,4 @@
-"""The report of a study: what its rows found, side by side, and which criteria are met.
+"""The report of a study: results of its rows side by side, and the criteria that are met.
 
 The page opens with what was learned: a table of rows by questions, five sentences, then figures; tables follow, and the
 rules at the end. Written to the study's folder: ``index.html`` (complete in itself), ``study.md`` (the same content),
@@ -124,19 +124,19 @@ def _primitives(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if not figures.primitives:
         yield Text("No group of features was stable: no row has a primitive.")
         return
-    named = [one for one in figures.primitives if one.name]
-    held = [one for one in named if holds(one)]
+    named = [primitive for primitive in figures.primitives if primitive.name]
+    held = [primitive for primitive in named if holds(primitive)]
     sentence = (
         f"{_count(len(figures.primitives), 'group')} of features are stable, {len(named)} of them have a category, and "
         f"{len(held)} of these also lower its answers more than both kinds of control sets and recur in at least half "
         "of the other seeds."
     )
     if held:
-        sentence += f" They are: {'; '.join(f'{one.name} in {one.row}' for one in held)}."
-    if any(not one.seeds for one in named):
+        sentence += f" They are: {'; '.join(f'{primitive.name} in {primitive.row}' for primitive in held)}."
+    if any(not primitive.seeds for primitive in named):
         sentence += " Without dictionaries of other seeds (--study.repeats) it cannot be told whether a group recurs."
     yield Text(sentence)
-    ablated = [one for one in figures.primitives if one.effect is not None]
+    ablated = [primitive for primitive in figures.primitives if primitive.effect is not None]
     if ablated:
         caption = "What ablating each group costs, beside control sets at equal dose."
         yield _picture(root, "study_primitives", draw_primitives(ablated), caption)
@@ -148,8 +148,8 @@ def _associations(figures: StudyFigures) -> Iterator[Block]:
     if not figures.labels:
         yield Text("No row ran feature ablation on a benchmark with categories.")
         return
-    tested = [one for one in figures.associations if one.agree is not None]
-    agree = sum(bool(one.agree) for one in tested)
+    tested = [association for association in figures.associations if association.agree is not None]
+    agree = sum(bool(association.agree) for association in tested)
     yield Text(f"For {agree} of {len(tested)} top features correlation, probe and ablation give the same answer.")
     yield SHEETS["associations"].table(figures)
     yield SHEETS["labels"].table(figures)
@@ -167,9 +167,9 @@ def _alignment(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if not figures.alignment:
         yield Text("There are no two rows with the same benchmark.")
         return
-    for benchmark in dict.fromkeys(one.benchmark for one in figures.alignment if one.shared is not None):
-        pairs = [one for one in figures.alignment if one.benchmark == benchmark]
-        rows = [model.row for model in figures.models if any(model.row in (one.first, one.second) for one in pairs)]
+    for benchmark in dict.fromkeys(pair.benchmark for pair in figures.alignment if pair.shared is not None):
+        pairs = [pair for pair in figures.alignment if pair.benchmark == benchmark]
+        rows = [model.row for model in figures.models if any(model.row in (pair.first, pair.second) for pair in pairs)]
         caption = f"Features of two rows that are active at the same tokens of {benchmark}, and how many by chance."
         yield _picture(root, f"study_models_{benchmark}", draw_models(rows, pairs), caption)
     yield SHEETS["alignment"].table(figures)
@@ -180,11 +180,11 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
     if not figures.dictionaries:
         yield Text("No row has trained a dictionary.")
         return
-    if any(one.losses for one in figures.dictionaries):
+    if any(dictionary.losses for dictionary in figures.dictionaries):
         caption = "Training loss by epoch: a line for each dictionary, a colour for each row."
         yield _picture(root, "study_losses", draw_losses(figures.dictionaries), caption)
     widths = {model.row: model.width for model in figures.models if model.width}
-    if any(one.row in widths for one in figures.dictionaries):
+    if any(dictionary.row in widths for dictionary in figures.dictionaries):
         caption = "Normalised error (1 - explained variance) of every dictionary on held-out text."
         yield _picture(root, "study_trends", draw_trends(figures.dictionaries, widths), caption)
     yield Text(trend_sentence(figures))
@@ -194,17 +194,19 @@ def _dictionaries(root: Path, figures: StudyFigures) -> Iterator[Block]:
 def trend_sentence(figures: StudyFigures) -> str:
     """Return how losses, errors and activations differ between rows, in one sentence each."""
     errors = {
-        model.row: [1 - one.explained_variance for one in figures.dictionaries if one.row == model.row]
+        model.row: [
+            1 - dictionary.explained_variance for dictionary in figures.dictionaries if dictionary.row == model.row
+        ]
         for model in figures.models
     }
     means = {row: sum(some) / len(some) for row, some in errors.items() if some}
     low, high = (choose(means, key=lambda row: means[row]) for choose in (min, max))
-    fell = [one.improvement for one in figures.dictionaries if one.improvement is not None]
+    fell = [dictionary.improvement for dictionary in figures.dictionaries if dictionary.improvement is not None]
     falling = (
         f"The loss still falls after epoch {EPOCH} in {sum(fall > 0 for fall in fell)} of {len(fell)} dictionaries."
     )
     error = f"The normalised error is smallest in {low} ({means[low]:.2f}) and largest in {high} ({means[high]:.2f})."
-    norms = {(one.row, one.text): one.median_norm for one in figures.activations}
+    norms = {(site.row, site.text): site.median_norm for site in figures.activations}
     if not norms:
         return f"{falling} {error}"
     least, most = (choose(norms, key=lambda key: norms[key]) for choose in (min, max))
@@ -226,8 +228,8 @@ def _rules(root: Path) -> Iterator[Code]:
 
 def _section(title: str, figures: StudyFigures, sheet: str, otherwise: str = "") -> Section:
     """Return a table in a section of its own, or why there is none."""
-    there = getattr(figures, sheet)
-    return Section(title, (SHEETS[sheet].table(figures) if there else Text(otherwise),))
+    has_rows = bool(getattr(figures, sheet))
+    return Section(title, (SHEETS[sheet].table(figures) if has_rows else Text(otherwise),))
 
 
 def _reports(root: Path, figures: StudyFigures) -> Links:

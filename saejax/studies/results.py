@@ -211,7 +211,7 @@ class PrimitiveFigures:
 
 @dataclasses.dataclass(frozen=True)
 class LabelFigures:
-    """How many features are associated with a label of a benchmark's items."""
+    """Numbers of features that are associated with a label of a benchmark's items."""
 
     row: str  #: of the study
     benchmark: str  #: its name

@@ -56,10 +56,10 @@ def read_rows(paths: Sequence[str], common: Sequence[str]) -> list[StudyRow]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(path.glob(f"*{ENDING}"))
-        if not found:
+        files = sorted(path.glob(f"*{ENDING}"))
+        if not files:
             raise UserError(f"--rows={path} has no file that ends in {ENDING}: expected one for each row of the study")
-        return found
+        return files
     if not path.is_file() or path.suffix != ENDING:
         raise UserError(f"--rows={path} is no flag file: expected a file that ends in {ENDING}, or a folder of them")
     return [path]
@@ -79,5 +79,5 @@ def _naming(file: Path, read: Callable[[], Configs]) -> Configs:
     try:
         return read()
     except (flags.Error, UserError) as error:
-        said = flag_error(error) if isinstance(error, flags.Error) else str(error)
-        raise UserError(f"row {file.stem} ({file}): {said}") from None
+        message = flag_error(error) if isinstance(error, flags.Error) else str(error)
+        raise UserError(f"row {file.stem} ({file}): {message}") from None

@@ -24,29 +24,29 @@ unchanged is not run again. A unit that fails stops no other row; the exit statu
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Return the binary: exits with its status."""
+    """Run the binary and exit with its status."""
     sys.exit(run(sys.argv if argv is None else argv))
 
 
 def run(argv: Sequence[str]) -> int:
-    """Like ``main``, but returns the exit status."""
-    own = flags.FlagValues()
-    command_line.define_workdir(own)
-    flags.DEFINE_list("rows", [], "", flag_values=own)
-    flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=own)
-    command_line.define_common(own)
+    """Run the binary and return its exit status."""
+    flag_values = flags.FlagValues()
+    command_line.define_workdir(flag_values)
+    flags.DEFINE_list("rows", [], "", flag_values=flag_values)
+    flags.DEFINE_integer("at_once", 1, "", lower_bound=1, flag_values=flag_values)
+    command_line.define_common(flag_values)
 
     def work() -> None:
-        _, *common = own(list(argv), known_only=True)
-        if own["help"].value:
+        _, *common = flag_values(list(argv), known_only=True)
+        if flag_values["help"].value:
             return print(ABOUT)
-        workdir = command_line.named_workdir(own)
-        if not own["rows"].value:
+        workdir = command_line.named_workdir(flag_values)
+        if not flag_values["rows"].value:
             raise UserError("--rows=FILE,FOLDER is missing: name the flag files of the study's rows, or their folder")
-        rows = read_rows(own["rows"].value, common)
+        rows = read_rows(flag_values["rows"].value, common)
         from saejax.studies.study import run_study_rows
 
-        more: dict[str, Any] = {name: own[name].value for name in ("at_once", "take_over")}
+        more: dict[str, Any] = {name: flag_values[name].value for name in ("at_once", "take_over")}
         run_study_rows(workdir, rows, command.make_logger(), command.install_signal_handlers(), **more)
 
-    return command.run_and_report(work, own)
+    return command.run_and_report(work, flag_values)

@@ -33,12 +33,12 @@ class Sheet:
 
     def table(self, figures: StudyFigures) -> Table:
         """Return the rows as text."""
-        rows = [(one,) for one in getattr(figures, self.name)]
+        rows = [(figure,) for figure in getattr(figures, self.name)]
         return Table.of(self.caption, rows, self.columns, self.words, self.cards, self.note)
 
     def csv(self, figures: StudyFigures) -> str:
         """Return all fields of the figures; an interval is three columns, what is not known is empty."""
-        lines = [_flat(to_json(one)) for one in getattr(figures, self.name)]
+        lines = [_flat(to_json(figure)) for figure in getattr(figures, self.name)]
         names = list(dict.fromkeys(name for line in lines for name in line))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
@@ -48,13 +48,13 @@ class Sheet:
 
 
 def _flat(data: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for name, value in data.items():
         if isinstance(value, Mapping):
-            found |= {f"{name}.{end}": inner for end, inner in value.items()}
+            cells |= {f"{name}.{end}": inner for end, inner in value.items()}
         else:
-            found[name] = ",".join(map(str, value)) if isinstance(value, Sequence) and type(value) is not str else value
-    return found
+            cells[name] = ",".join(map(str, value)) if isinstance(value, Sequence) and type(value) is not str else value
+    return cells
 
 
 def listed(items: Sequence[str]) -> str:

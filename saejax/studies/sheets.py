@@ -2,25 +2,25 @@
 
 from saejax.page.tables import MISSING, count, interval, number, percent, significant
 from saejax.studies.progress import duration
+from saejax.studies.result_sheets import RESULT_SHEETS
 from saejax.studies.sheet import Sheet, listed, size
-from saejax.studies.sheets_found import FOUND
 
-_RAN = (
+_SETUP_SHEETS = (
     Sheet(
         "models",
         "The rows",
         {
-            "Row": lambda one: one.row,
-            "Model": lambda one: one.model,
-            "In": lambda one: one.dtype,
-            "Parameters": lambda one: count(one.parameters),
-            "Layers": lambda one: count(one.layers),
-            "Width": lambda one: count(one.width),
-            "Sites": lambda one: listed(one.sites),
-            "Dictionaries": lambda one: listed(one.kinds),
-            "Benchmarks": lambda one: listed(one.benchmarks),
-            "Behaviours": lambda one: listed(one.behaviours),
-            "Units done": lambda one: f"{one.done} of {one.units}",
+            "Row": lambda model: model.row,
+            "Model": lambda model: model.model,
+            "In": lambda model: model.dtype,
+            "Parameters": lambda model: count(model.parameters),
+            "Layers": lambda model: count(model.layers),
+            "Width": lambda model: count(model.width),
+            "Sites": lambda model: listed(model.sites),
+            "Dictionaries": lambda model: listed(model.kinds),
+            "Benchmarks": lambda model: listed(model.benchmarks),
+            "Behaviours": lambda model: listed(model.behaviours),
+            "Units done": lambda model: f"{model.done} of {model.units}",
         },
         frozenset({"Model", "In", "Sites", "Dictionaries", "Benchmarks", "Behaviours"}),
     ),
@@ -28,14 +28,14 @@ _RAN = (
         "baselines",
         "The models before anything is changed",
         {
-            "Row": lambda one: one.row,
-            "Task": lambda one: one.task,
-            "Measure": lambda one: one.measure,
-            "Value": lambda one: (
-                interval(one.value, 3) if "nats" in one.measure else f"{interval(one.value, 1, 100)} %"
+            "Row": lambda baseline: baseline.row,
+            "Task": lambda baseline: baseline.task,
+            "Measure": lambda baseline: baseline.measure,
+            "Value": lambda baseline: (
+                interval(baseline.value, 3) if "nats" in baseline.measure else f"{interval(baseline.value, 1, 100)} %"
             ),
-            "By guessing": lambda one: percent(one.chance, 1),
-            "Items": lambda one: str(one.n),
+            "By guessing": lambda baseline: percent(baseline.chance, 1),
+            "Items": lambda baseline: str(baseline.n),
         },
         frozenset({"Task", "Measure"}),
         "Square brackets: 95 % intervals over items or prompts.",
@@ -44,19 +44,19 @@ _RAN = (
         "dictionaries",
         "The dictionaries",
         {
-            "Row": lambda one: one.row,
-            "Dictionary": lambda one: one.dictionary,
-            "Reads": lambda one: one.site,
-            "Features": lambda one: f"{one.features:,}",
-            "Loss, epoch 4": lambda one: significant(one.loss_epoch_4, 4),
-            "Loss, end": lambda one: significant(one.loss_end, 4),
-            "Improvement": lambda one: percent(one.improvement, 1),
-            "L0": lambda one: number(one.l0, 1),
-            "Dead": lambda one: percent(one.dead, 1),
-            "Explained variance": lambda one: number(one.explained_variance, 3),
-            "Cross-entropy recovered": lambda one: number(one.ce_recovered, 3),
-            "Tokens": lambda one: f"{one.tokens:,}",
-            "Seconds": lambda one: number(one.seconds, 0),
+            "Row": lambda dictionary: dictionary.row,
+            "Dictionary": lambda dictionary: dictionary.dictionary,
+            "Reads": lambda dictionary: dictionary.site,
+            "Features": lambda dictionary: f"{dictionary.features:,}",
+            "Loss, epoch 4": lambda dictionary: significant(dictionary.loss_epoch_4, 4),
+            "Loss, end": lambda dictionary: significant(dictionary.loss_end, 4),
+            "Improvement": lambda dictionary: percent(dictionary.improvement, 1),
+            "L0": lambda dictionary: number(dictionary.l0, 1),
+            "Dead": lambda dictionary: percent(dictionary.dead, 1),
+            "Explained variance": lambda dictionary: number(dictionary.explained_variance, 3),
+            "Cross-entropy recovered": lambda dictionary: number(dictionary.ce_recovered, 3),
+            "Tokens": lambda dictionary: f"{dictionary.tokens:,}",
+            "Seconds": lambda dictionary: number(dictionary.seconds, 0),
         },
         frozenset({"Dictionary", "Reads"}),
         "Losses are means over the recorded steps of an epoch, on training batches; a dash: no more than four "
@@ -67,35 +67,35 @@ _RAN = (
         "activations",
         "Activations by model and text",
         {
-            "Row": lambda one: one.row,
-            "Text": lambda one: one.text,
-            "Site": lambda one: one.site,
-            "Tokens": lambda one: f"{one.tokens:,}",
-            "Median norm": lambda one: significant(one.median_norm),
-            "Largest norm": lambda one: significant(one.largest_norm),
-            "Sinks beyond position 0": lambda one: percent(one.beyond_sinks, 2),
-            "L0": lambda one: number(one.l0, 1),
-            "Features that fire": lambda one: percent(one.firing, 1),
-            "Explained variance": lambda one: number(one.explained_variance, 3),
+            "Row": lambda statistics: statistics.row,
+            "Text": lambda statistics: statistics.text,
+            "Site": lambda statistics: statistics.site,
+            "Tokens": lambda statistics: f"{statistics.tokens:,}",
+            "Median norm": lambda statistics: significant(statistics.median_norm),
+            "Largest norm": lambda statistics: significant(statistics.largest_norm),
+            "Sinks beyond position 0": lambda statistics: percent(statistics.beyond_sinks, 2),
+            "L0": lambda statistics: number(statistics.l0, 1),
+            "Features that fire": lambda statistics: percent(statistics.firing, 1),
+            "Explained variance": lambda statistics: number(statistics.explained_variance, 3),
         },
         frozenset({"Text", "Site"}),
         "Corpus: what dictionaries are trained on. Benchmarks: test items with their reference answers, sinks left "
         "out; L0, features and explained variance are those of the tested dictionary there.",
     ),
 )
-_TOOK = (
+_RESOURCE_SHEETS = (
     Sheet(
         "resources",
         "What it took",
         {
-            "Row": lambda one: one.row,
-            "Unit": lambda one: one.unit,
-            "Time": lambda one: duration(one.seconds),
-            "Device-hours": lambda one: significant(one.device_hours, 2),
-            "Host memory": lambda one: size(one.peak_host_bytes),
-            "Device memory": lambda one: size(one.peak_device_bytes),
-            "On disk": lambda one: size(one.disk_bytes),
-            "GFLOP/s": lambda one: significant(one.flops_per_second and one.flops_per_second / 1e9, 2),
+            "Row": lambda usage: usage.row,
+            "Unit": lambda usage: usage.unit,
+            "Time": lambda usage: duration(usage.seconds),
+            "Device-hours": lambda usage: significant(usage.device_hours, 2),
+            "Host memory": lambda usage: size(usage.peak_host_bytes),
+            "Device memory": lambda usage: size(usage.peak_device_bytes),
+            "On disk": lambda usage: size(usage.disk_bytes),
+            "GFLOP/s": lambda usage: significant(usage.flops_per_second and usage.flops_per_second / 1e9, 2),
         },
         frozenset({"Unit"}),
         "Time and memory: of the process that finished the unit. GFLOP/s: matrix products by formula, over all of "
@@ -105,14 +105,14 @@ _TOOK = (
         "failures",
         "What is not done",
         {
-            "Row": lambda one: one.row,
-            "Unit": lambda one: one.unit,
-            "State": lambda one: one.state,
-            "Why": lambda one: one.reason,
-            "Log": lambda one: one.log or MISSING,
+            "Row": lambda failure: failure.row,
+            "Unit": lambda failure: failure.unit,
+            "State": lambda failure: failure.state,
+            "Why": lambda failure: failure.reason,
+            "Log": lambda failure: failure.log or MISSING,
         },
         frozenset({"Unit", "State", "Why", "Log"}),
         cards=True,
     ),
 )
-SHEETS = {sheet.name: sheet for sheet in (*_RAN, *FOUND, *_TOOK)}
+SHEETS = {sheet.name: sheet for sheet in (*_SETUP_SHEETS, *RESULT_SHEETS, *_RESOURCE_SHEETS)}

@@ -1,4 +1,4 @@
-"""A study: all units of its rows, and then the report of what they found."""
+"""A study: all units of its rows, and then the report of their results."""
 
 import os
 from collections.abc import Callable, Sequence

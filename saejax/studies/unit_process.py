@@ -19,7 +19,7 @@ from saejax.studies.shares import Share
 
 
 class UnitProcess:
-    """Starts it; it ends with this process.
+    """A process that runs a unit, and that ends with this one.
 
     Args:
       command: its arguments.
@@ -46,7 +46,7 @@ class UnitProcess:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the process began."""
         return time.monotonic() - self._began
 
     @property
@@ -64,7 +64,7 @@ class UnitProcess:
         return True
 
     def ask_to_stop(self) -> None:
-        """Asks it to save what it has and to end."""
+        """Ask the process to save what it has and to end."""
         self._process.send_signal(signal.SIGTERM)
 
     def why_it_failed(self) -> str:

@@ -49,7 +49,7 @@ class _Running:
     process: UnitProcess
     share: Share
     fingerprint: str
-    said: float = dataclasses.field(default_factory=time.monotonic)  #: when its progress was last said
+    last_report: float = dataclasses.field(default_factory=time.monotonic)  #: when its progress was last logged
 
 
 class StudyUnits:
@@ -147,12 +147,12 @@ class StudyUnits:
         self._say(f"{row}  {unit}: started; {about}, {duration(self._left())} to go")
 
     def _look(self) -> None:
-        """Take the units that have ended, and says now and then how far the others are."""
+        """Take the units that have ended, and log the progress of the others now and then."""
         for key, running in list(self._running.items()):
             if running.process.ended(_LOOK_EVERY / len(self._running)):
                 self._take(key)
-            elif time.monotonic() - running.said > _SAY_EVERY:
-                running.said = time.monotonic()
+            elif time.monotonic() - running.last_report > _SAY_EVERY:
+                running.last_report = time.monotonic()
                 last = running.process.last_line or f"{key[1]}: starting"
                 self._say(f"{key[0]}  {last}; {duration(self._left())} to go in all")
 
@@ -188,8 +188,8 @@ class StudyUnits:
             self._time.expect(key[0], units, dict.fromkeys(STAGES, 0.0))
 
     def _left(self) -> float | None:
-        """Seconds that all units still take."""
-        return self._time.left(self._waiting, {key: one.process.seconds for key, one in self._running.items()})
+        """Return the seconds that all units still take; None where they are not known."""
+        return self._time.left(self._waiting, {key: running.process.seconds for key, running in self._running.items()})
 
     def _log(self, key: Key) -> Path:
         return self._root / LOGS / key[0] / (key[1].replace("/", "-") + ".log")
