@@ -201,9 +201,7 @@ OPENINGS = ("What", "Whether", "How", "Which", "Those")  # a docstring starts wi
 EXEMPT = (
     "saejax/attribution/",
     "saejax/circuits/",
-    "saejax/interventions/study_",
     "saejax/serving/",
-    "saejax/studies/",
 )
 
 
