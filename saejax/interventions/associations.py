@@ -64,9 +64,8 @@ class BenchmarkAssociations:
     """Associations of features with the labels of a benchmark's items."""
 
     labels: tuple[LabelAssociations, ...]  #: by label
-    top: tuple[
-        FeatureAssociation, ...
-    ]  #: of the tested features, each with one label; none where train items have none
+    #: of the tested features, each with one label; none where train items have no label
+    top: tuple[FeatureAssociation, ...]
 
 
 def item_activations(f_NxF, text_N: np.ndarray, items: int) -> np.ndarray:
