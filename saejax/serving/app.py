@@ -56,8 +56,8 @@ class GraphServer:
     def _saved(self, save: Callable[[Mapping[str, Any]], Any]) -> Callable:
         async def answer(request: Request) -> Response:
             try:
-                asked = _fields(await request.body())
-                return JSONResponse(dict(file=str(await self._jobs.once(lambda: save(asked)))))
+                fields = _fields(await request.body())
+                return JSONResponse(dict(file=str(await self._jobs.once(lambda: save(fields)))))
             except UserError as error:
                 return JSONResponse(dict(error=_line(error)), 400)
 
@@ -66,14 +66,14 @@ class GraphServer:
     def _work(self, do: Callable[[Mapping[str, Any], Job], Any]) -> Callable:
         async def answer(request: Request) -> Response:
             try:
-                asked = _fields(await request.body())
+                fields = _fields(await request.body())
             except UserError as error:
                 return JSONResponse(dict(error=_line(error)), 400)
-            return StreamingResponse(self._jobs.lines(lambda job: do(asked, job)), media_type="application/x-ndjson")
+            return StreamingResponse(self._jobs.lines(lambda job: do(fields, job)), media_type="application/x-ndjson")
 
         return answer
 
-    def _list(self, asked: Mapping[str, str]) -> str:
+    def _list(self, query: Mapping[str, str]) -> str:
         graphs, why = list(self._store.graphs().values()), ""
         try:
             configs = self._configs()
@@ -85,16 +85,16 @@ class GraphServer:
             config, note, why = self._session.defaults[GraphConfig], "", _line(error)
         return pages.list_page(self._store, graphs, config, note, why)
 
-    def _graph(self, asked: Mapping[str, str]) -> str:
-        graph = self._store.find(asked.get("id", ""))
+    def _graph(self, query: Mapping[str, str]) -> str:
+        graph = self._store.find(query.get("id", ""))
         document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
         freeze_modes: tuple[str, ...] = FREEZE_MODES
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
         details: dict[tuple[int, int], Any] = {}
-        if "nodes" in asked and "edges" in asked:
-            nodes, edges = (_share(asked, name) for name in ("nodes", "edges"))
+        if "nodes" in query and "edges" in query:
+            nodes, edges = (_share(query, name) for name in ("nodes", "edges"))
             if pruned := self._session.pruned(graph, nodes, edges):
                 document = pruned
             else:
@@ -113,56 +113,56 @@ class GraphServer:
             details = self._store.details(document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
 
-    def _trace(self, asked: Mapping[str, Any], job: Job) -> Any:
-        prompt, target = _text(asked, "prompt"), _text(asked, "target")
+    def _trace(self, fields: Mapping[str, Any], job: Job) -> Any:
+        prompt, target = _text(fields, "prompt"), _text(fields, "target")
         if not prompt:
             raise UserError("the prompt is empty: expected a text")
-        most = asked.get("max_features")
+        most = fields.get("max_features")
         if type(most) is not int or most < 0:
             raise UserError(f"max_features is {most!r}: expected a number of features, 0 for all")
-        thresholds = dict(node_threshold=_share(asked, "nodes"), edge_threshold=_share(asked, "edges"))
-        own = dict(
-            prompt=prompt, target=target, max_features=most, chat_template=asked.get("chat") is True, **thresholds
+        thresholds = dict(node_threshold=_share(fields, "nodes"), edge_threshold=_share(fields, "edges"))
+        settings = dict(
+            prompt=prompt, target=target, max_features=most, chat_template=fields.get("chat") is True, **thresholds
         )
-        return dict(address=pages.address(trace_typed(self._session, self._configs(), self._store, own, job)))
+        return dict(address=pages.address(trace_typed(self._session, self._configs(), self._store, settings, job)))
 
-    def _prune(self, asked: Mapping[str, Any], job: Job) -> Any:
-        graph, nodes, edges = self._asked(asked), _share(asked, "nodes"), _share(asked, "edges")
+    def _prune(self, fields: Mapping[str, Any], job: Job) -> Any:
+        graph, nodes, edges = self._find_graph(fields), _share(fields, "nodes"), _share(fields, "edges")
         self._session.prune(graph, self._store.document(graph), nodes, edges, job)
         return dict(address=pages.address(graph.id, nodes=nodes, edges=edges))
 
-    def _change(self, asked: Mapping[str, Any], job: Job) -> Any:
-        graph = self._asked(asked)
-        document, freeze, changes = self._store.document(graph), asked.get("freeze"), _changes(asked.get("changes"))
+    def _change(self, fields: Mapping[str, Any], job: Job) -> Any:
+        graph = self._find_graph(fields)
+        document, freeze, changes = self._store.document(graph), fields.get("freeze"), _changes(fields.get("changes"))
         if freeze not in FREEZE_MODES:
             raise UserError(f"freeze is {freeze!r}: expected one of {', '.join(FREEZE_MODES)}")
         run = self._session.run(graph, document, job)
         job.say("Running the model")
         return to_json(effects(run, changes, freeze, targets_of(document), job.progress))
 
-    def _label(self, asked: Mapping[str, Any]) -> Any:
-        graph, name, label = self._asked(asked), _text(asked, "node"), _text(asked, "label").strip()
+    def _label(self, fields: Mapping[str, Any]) -> Any:
+        graph, name, label = self._find_graph(fields), _text(fields, "node"), _text(fields, "label").strip()
         nodes = {node["node_id"]: node["feature_type"] for node in self._store.document(graph)["nodes"]}
         if nodes.get(name) != "cross layer transcoder" and not self._session.has_feature(graph, name):
             raise UserError(f"{name!r} is no feature of the graph")
         layer, feature = map(int, name.split("_")[:2])
         return self._store.save_label(_folders(self._session.configs_of(graph)), layer, feature, label)
 
-    def _groups(self, asked: Mapping[str, Any]) -> Any:
-        groups = asked.get("groups")
+    def _groups(self, fields: Mapping[str, Any]) -> Any:
+        groups = fields.get("groups")
         if not isinstance(groups, list) or not all(
-            isinstance(one, list) and set(map(type, one)) == {str} for one in groups
+            isinstance(group, list) and set(map(type, group)) == {str} for group in groups
         ):
             raise UserError("groups are lists of a label and ids of nodes")
-        return self._store.save_groups(self._asked(asked), groups)
+        return self._store.save_groups(self._find_graph(fields), groups)
 
     def _configs(self) -> Configs:
-        """Return what prompts are traced with: what the command line names, or the newest graph was made with."""
-        own = [graph for graph in self._store.graphs().values() if graph.unit]
-        return self._session.configs_of(own[0] if own else None)
+        """Return the configuration for new prompts: that of the command line, or of the newest graph traced here."""
+        traced = [graph for graph in self._store.graphs().values() if graph.unit]
+        return self._session.configs_of(traced[0] if traced else None)
 
-    def _asked(self, asked: Mapping[str, Any]) -> StoredGraph:
-        return self._store.find(_text(asked, "graph"))
+    def _find_graph(self, fields: Mapping[str, Any]) -> StoredGraph:
+        return self._store.find(_text(fields, "graph"))
 
 
 def _line(error: UserError) -> str:
@@ -171,39 +171,39 @@ def _line(error: UserError) -> str:
 
 def _fields(body: bytes) -> Mapping[str, Any]:
     try:
-        found = json.loads(body)
+        parsed = json.loads(body)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        parsed = None
+    if not isinstance(parsed, dict):
         raise UserError("expected a JSON object")
-    return found
+    return parsed
 
 
-def _text(asked: Mapping[str, Any], name: str) -> str:
-    if not isinstance(asked.get(name), str):
-        raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a text")
-    if any("\ud800" <= character <= "\udfff" for character in asked[name]):
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    if not isinstance(fields.get(name), str):
+        raise UserError(f"{name} is {fields.get(name)!r:.40}: expected a text")
+    if any("\ud800" <= character <= "\udfff" for character in fields[name]):
         raise UserError(f"{name} holds half a character: expected Unicode text")
-    return asked[name]
+    return fields[name]
 
 
-def _share(asked: Mapping[str, Any], name: str) -> float:
+def _share(fields: Mapping[str, Any], name: str) -> float:
     try:
-        value = float(asked.get(name, "nan"))
+        value = float(fields.get(name, "nan"))
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not 0 <= value <= 1:
-        raise UserError(f"{name} is {asked.get(name)!r:.40}: expected a share, 0 to 1")
+        raise UserError(f"{name} is {fields.get(name)!r:.40}: expected a share, 0 to 1")
     return value
 
 
-def _changes(found: Any) -> list[tuple[str, float, list[str]]]:
-    """Return changes from what pages send: ["scale", 0.0, "3_17_4", ...]."""
+def _changes(entries: Any) -> list[tuple[str, float, list[str]]]:
+    """Return the changes that a page sent, each a list such as ["scale", 0.0, "3_17_4", ...]."""
     changes: list[tuple[str, float, list[str]]] = []
-    for item in found if isinstance(found, list) else [found]:
+    for item in entries if isinstance(entries, list) else [entries]:
         match item:
             case ["scale" | "set" as how, int() | float() as amount, first, *rest] if -_LARGEST < amount < _LARGEST:
-                if all(isinstance(one, str) and _is_feature(one) for one in (first, *rest)):
+                if all(isinstance(name, str) and _is_feature(name) for name in (first, *rest)):
                     changes.append((how, float(amount), [first, *rest]))
                     continue
         raise UserError('changes are lists such as ["scale", 0.0, "3_17_4"]: how, a number, and ids of features')

@@ -86,14 +86,14 @@ def effects(
     targets: Sequence[TargetText] = (),
     on_progress: OnProgress = silent,
 ) -> ChangeEffects:
-    """Run a prompt with some features changed, and with random sets of as many other active ones changed alike.
+    """Run a prompt with some features changed, and with as many random active features changed in the same way.
 
     Args:
-      run: of the prompt.
+      run: the run of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
-      freeze: what stays as it was, with SAEs "none"; see ``interventions``.
-      targets: what the graph explains, which is shown beside the most probable tokens.
-      on_progress: called with the layers done and of all; may raise to stop.
+      freeze: what is frozen at its values in the prompt, "none" with SAEs; see ``interventions``.
+      targets: the graph's targets, which are shown with the most probable tokens.
+      on_progress: called with the numbers of layers done and of all layers; may raise to stop.
 
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
@@ -105,7 +105,7 @@ def effects(
         sets, why = matched(run, features, DRAWS), ""
     except UserError as error:
         sets, why = [], str(error)
-    rows = [_row(one, amount_N, is_factor_N) for one in (features, *sets)]
+    rows = [_row(members, amount_N, is_factor_N) for members in (features, *sets)]
     readouts = read_targets(run, targets, 1, 0.0)
     if isinstance(run, SaeRun):
         on_progress(0, 1)
@@ -115,18 +115,18 @@ def effects(
     assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)
-    return _told(logits_RxV, readouts.pair_Kx2.tolist(), text, why)
+    return _change_effects(logits_RxV, readouts.pair_Kx2.tolist(), text, why)
 
 
-def _told(
+def _change_effects(
     logits_RxV: np.ndarray, pairs: Sequence[Sequence[int]], text: Callable[[int], str], no_draws: str
 ) -> ChangeEffects:
-    """Return the effects of logits: before, after, and with each random set changed.
+    """Return the effects of changes, from the logits before, after, and with each random set changed.
 
     Args:
-      logits_RxV: in this order, fp64.
+      logits_RxV: logits in this order, fp64.
       pairs: the targets' tokens; the second below 0 where a target is one token.
-      text: of a token.
+      text: returns the text of a token.
       no_draws: why no random set was changed.
     """
     log_RxV = logits_RxV - logits_RxV.max(axis=1, keepdims=True)

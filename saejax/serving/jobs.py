@@ -30,7 +30,7 @@ class Job:
     """
 
     def __init__(self, tell: Callable[[dict[str, Any]], None]):
-        self._tell, self._stop, self._told = tell, threading.Event(), -1
+        self._tell, self._stop, self._last_step = tell, threading.Event(), -1
 
     def stop(self) -> None:
         """Ask the work to stop."""
@@ -43,15 +43,15 @@ class Job:
     def say(self, words: str) -> None:
         """Send a line that says what is done now; raise ``Interrupted`` if it is to stop."""
         self._check()
-        self._told = -1
+        self._last_step = -1
         self._tell(dict(say=words.strip()))
 
     def progress(self, done: int, total: int) -> None:
         """Send the progress, in any unit; raise ``Interrupted`` if it is to stop."""
         self._check()
         step = done * _MOST_LINES // max(total, 1)
-        if step != self._told:
-            self._told = step
+        if step != self._last_step:
+            self._last_step = step
             self._tell(dict(done=done, total=total))
 
     def _check(self) -> None:
@@ -93,11 +93,11 @@ class Jobs:
     async def once(self, work: Callable[[], Any]) -> Any:
         """Return the result of work without progress, such as reading a file; exceptions are raised here."""
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[Any] = loop.create_future()
+        outcome: asyncio.Future[Any] = loop.create_future()
 
         def settle(result: Any, error: BaseException | None) -> None:
-            if not found.cancelled():
-                found.set_exception(error) if error else found.set_result(result)
+            if not outcome.cancelled():
+                outcome.set_exception(error) if error else outcome.set_result(result)
 
         def run() -> None:
             result, error = None, None
@@ -109,7 +109,7 @@ class Jobs:
                 loop.call_soon_threadsafe(settle, result, error)
 
         threading.Thread(target=run, name=THREAD, daemon=True).start()
-        return await found
+        return await outcome
 
     def stop(self) -> None:
         """Stop all work, and start no more, without waiting."""

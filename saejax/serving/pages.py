@@ -18,9 +18,9 @@ from saejax.settings import GraphConfig
 _OWN = Path(__file__).parent / "viewer"
 
 
-def address(graph: str, **asked: Any) -> str:
-    """Return where a graph's page is, beside the list."""
-    return f"graph?{urlencode(dict(id=graph, **asked))}"
+def address(graph: str, **query: Any) -> str:
+    """Return the address of a graph's page, relative to the list of graphs."""
+    return f"graph?{urlencode(dict(id=graph, **query))}"
 
 
 def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphConfig, note: str, why: str) -> str:
@@ -61,17 +61,19 @@ def list_page(store: GraphStore, graphs: Sequence[StoredGraph], config: GraphCon
 
 
 def _about(graph: StoredGraph, problems: dict[str, str]) -> str:
-    """Return a line on a graph; what is wrong with its unit becomes a problem, and hides no graph."""
+    """Return a line about a graph; results that cannot be read are added to ``problems``."""
     parts = [f"model {graph.entry['scan']}"] if graph.entry.get("scan") else []
     parts += [f"{len(graph.entry['prompt_tokens'])} tokens"] if graph.entry.get("prompt_tokens") else []
     results = graph.unit / f"{graph.path.stem}.json" if graph.unit else None
     if results and results.exists():
         try:
-            found = from_json(GraphResults, read_json(results), results)
+            graph_results = from_json(GraphResults, read_json(results), results)
         except UserError as error:
             problems[graph.id] = " ".join(str(error).split())
         else:
-            parts += [f"{found.features:,} features", f"{found.edges:,} edges"]
-            share = percent(found.traced / max(found.active, 1))
-            parts.append(f"replacement {number(found.scores.replacement)} with {share} of active features traced")
+            parts += [f"{graph_results.features:,} features", f"{graph_results.edges:,} edges"]
+            share = percent(graph_results.traced / max(graph_results.active, 1))
+            parts.append(
+                f"replacement {number(graph_results.scores.replacement)} with {share} of active features traced"
+            )
     return ", ".join(parts)

@@ -41,15 +41,15 @@ def serve(
     """Answer requests until the process is stopped.
 
     Args:
-      folder: with the graphs.
-      configs: of the model and the dictionaries.
-      named: whether they name a set of dictionaries, which then goes for all graphs.
-      labels: a file of labels; None: in the folder.
-      token: in the address.
+      folder: folder with the graphs.
+      configs: configuration of the model and the dictionaries.
+      named: whether it names a set of dictionaries, which is then used for all graphs.
+      labels: a file of labels; None: a file in the folder.
+      token: secret first part of the address.
       listening: a socket of 127.0.0.1.
 
     Raises:
-      UserError: there is no graph, and nothing to make one with.
+      UserError: there is no graph, and no model and dictionaries to trace one with.
     """
     store, jobs = GraphStore(folder, labels), Jobs()
     graphs = len(store.graphs())
@@ -60,8 +60,8 @@ def serve(
         )
     port = listening.getsockname()[1]
     server = make_server(store, ModelSession(configs, named), jobs, token, port)
-    told = "1 graph" if graphs == 1 else f"{graphs} graphs"
-    print(f"{told}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
+    count = "1 graph" if graphs == 1 else f"{graphs} graphs"
+    print(f"{count}: open http://127.0.0.1:{port}/{token}/ (Ctrl-C ends it)", flush=True)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(jobs):
         server.run(sockets=[listening])
 

@@ -115,7 +115,9 @@ class ModelSession:
         _keep(self._graphs, key, traced.graph)
 
     def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
-        """Prune the whole graph again; it is traced again only if it is not at hand. ``pruned`` has the result.
+        """Prune a graph with other thresholds; ``pruned`` returns the result.
+
+        The prompt is traced again only if the whole graph is neither in memory nor saved.
 
         Raises:
           UserError: the prompt cannot be traced again, or nothing is left.
@@ -134,24 +136,24 @@ class ModelSession:
         job.say("Pruning")
         whole = dataclasses.replace(self._graphs[key], prompt=document["metadata"]["prompt"])
         pruned = whole.prune(nodes, edges, config.top_edges)
-        known = {_feature(node): node["clerp"] for node in _features(document) if node["clerp"]}
+        document_labels = {_feature(node): node["clerp"] for node in _features(document) if node["clerp"]}
         ids, params = set(pruned.ids), document["qParams"]
         groups = [[label, *(name for name in names if name in ids)] for label, *names in params.get("supernodes", [])]
-        made = to_document(
+        pruned_document = to_document(
             pruned,
             document["metadata"]["slug"],
             scan=document["metadata"]["scan"],
             source_set=config.source_set,
-            labels=read_labels(config) | known,
+            labels=read_labels(config) | document_labels,
             supernodes=[group for group in groups if len(group) > 1],
             pinned=[name for name in params.get("pinnedIds", []) if name in ids],
         )
-        _keep(self._pruned, (key, nodes, edges), made)
+        _keep(self._pruned, (key, nodes, edges), pruned_document)
 
     def has_feature(self, graph: StoredGraph, node: str) -> bool:
-        """Return whether the node is a feature of a graph that was pruned here, which may have others."""
+        """Return whether a node is a feature of any version of a graph that was pruned here."""
         key = self._key(graph)
-        pruned = [document for (own, _, _), document in list(self._pruned.items()) if own == key]
+        pruned = [document for (graph_key, _, _), document in list(self._pruned.items()) if graph_key == key]
         return any(feature["node_id"] == node for document in pruned for feature in _features(document))
 
     def pruned(self, graph: StoredGraph, nodes: float, edges: float) -> GraphDocument | None:
@@ -177,44 +179,44 @@ def token_ids(document: GraphDocument) -> list[int]:
     Raises:
       UserError: a token has no node.
     """
-    found = {}
+    id_at = {}
     for node in document["nodes"]:
         parts = re.fullmatch(r"E_(\d+)_(\d+)", node["node_id"])
         if parts:
-            found[int(parts[2])] = int(parts[1])
-    if sorted(found) != list(range(len(document["metadata"]["prompt_tokens"]))):
+            id_at[int(parts[2])] = int(parts[1])
+    if sorted(id_at) != list(range(len(document["metadata"]["prompt_tokens"]))):
         raise UserError("the graph does not name all tokens of its prompt, which cannot be run again therefore")
-    return [found[position] for position in sorted(found)]
+    return [id_at[position] for position in sorted(id_at)]
 
 
 def targets_of(document: GraphDocument) -> list[TargetText]:
-    """Return what a graph explains: ids of tokens, and pairs of texts for differences.
+    """Return the targets of a graph: ids of tokens, and pairs of texts for logit differences.
 
     Raises:
-      UserError: it explains another direction.
+      UserError: a target is another direction.
     """
-    found: list[TargetText] = []
+    targets: list[TargetText] = []
     for node in document["nodes"]:
         if node["feature_type"] == "logit":
             token = node["node_id"].split("_")[1]
             pair = _DIFFERENCE.match(node["clerp"])
             if token.isdecimal() and not pair:
-                found.append(int(token))
+                targets.append(int(token))
             elif pair:
-                found.append((_unquote(pair[1]), _unquote(pair[2])))
+                targets.append((_unquote(pair[1]), _unquote(pair[2])))
             else:
                 raise UserError(f"the graph explains {node['clerp'] or 'a direction'}, which is no token to trace")
-    return found
+    return targets
 
 
 def _unquote(text: str) -> str:
-    """Return the text that ``repr`` wrote; a file is data, so nothing of it is evaluated."""
-    known = {"n": "\n", "r": "\r", "t": "\t"}
+    """Return the text that ``repr`` wrote, without ``eval``: a file may come from anyone."""
+    control_characters = {"n": "\n", "r": "\r", "t": "\t"}
     escape = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8})|(.))", re.DOTALL)
 
     def plain(match: re.Match[str]) -> str:
         code = match[1] or match[2] or match[3]
-        return chr(int(code, 16)) if code else known.get(match[4], match[4])
+        return chr(int(code, 16)) if code else control_characters.get(match[4], match[4])
 
     return escape.sub(plain, text[1:-1])
 
@@ -241,12 +243,12 @@ def _request(document: GraphDocument, config: GraphConfig) -> tuple[Request, Gra
 
 
 def _check_same(document: GraphDocument, run: PromptRun) -> None:
-    """Refuse a model or set that is not the graph's."""
-    own = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
-    again = sum((layer, position, feature) in run.active.index_of for layer, feature, position in own)
-    if again < _SAME * len(own):
+    """Raise ``UserError`` if too few of a graph's features are active in a run with this model and set."""
+    features = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
+    still_active = sum((layer, position, feature) in run.active.index_of for layer, feature, position in features)
+    if still_active < _SAME * len(features):
         raise UserError(
-            f"of the graph's {len(own)} features {again} are active when {run.model.source.name} runs its "
+            f"of the graph's {len(features)} features {still_active} are active when {run.model.source.name} runs its "
             f"prompt with {run.dictionaries.name}: are these the model and the set that it was made with?"
         )
 

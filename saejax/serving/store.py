@@ -75,11 +75,11 @@ class GraphStore:
         self._looked: dict[tuple[Path, float], DocumentMetadata | str | None] = {}  # metadata of files without a list
 
     def graphs(self) -> dict[str, StoredGraph]:
-        """Return all graphs by id, those changed last first; one damaged file or unit hides no other."""
+        """Return all graphs by id, the most recently changed first; damaged files and units are noted as problems."""
         self.problems = {}
-        found = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
-        found.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
-        return {graph.id: graph for graph in found}
+        graphs = [graph for path in self._lists() for graph in self._of_list(path)] or self._loose()
+        graphs.sort(key=lambda graph: (-graph.path.stat().st_mtime, graph.id))
+        return {graph.id: graph for graph in graphs}
 
     def _lists(self) -> list[Path]:
         """Return the lists of graphs: those of current units, by paths that stay when settings change, and others."""
@@ -97,14 +97,14 @@ class GraphStore:
         return lists
 
     def find(self, graph: str) -> StoredGraph:
-        """Return the graph of an id.
+        """Return the graph with an id.
 
         Raises:
-          UserError: there is none.
+          UserError: no graph has it.
         """
-        if not (found := self.graphs().get(graph)):
+        if not (stored := self.graphs().get(graph)):
             raise UserError(f"there is no graph {graph!r} in {self.root}")
-        return found
+        return stored
 
     def document(self, graph: StoredGraph) -> GraphDocument:
         """Return the graph, with the groups that were saved in place of its own.
@@ -127,15 +127,15 @@ class GraphStore:
         return read_shown(graph.unit / "heads" / f"{graph.path.stem}.json") if graph.unit else {}
 
     def details(self, document: GraphDocument, config: GraphConfig) -> dict[tuple[int, int], Any]:
-        """Return what is known of a graph's features, also from ``features/`` in the folder."""
-        own = self.root / "features"
-        return details_of(config, document, [own] if own.is_dir() else [])
+        """Return the details of a graph's features, also from ``features/`` in the folder."""
+        folder = self.root / "features"
+        return details_of(config, document, [folder] if folder.is_dir() else [])
 
     def save_groups(self, graph: StoredGraph, groups: Sequence[Sequence[str]]) -> Path:
-        """Save groups, of each its label and the ids of its nodes, for ``--graph.supernodes``; returns the file.
+        """Save groups for ``--graph.supernodes``, each a label and ids of nodes, and return the file.
 
         Raises:
-          UserError: these are no groups of nodes of the graph.
+          UserError: a group lacks nodes, names a node that is not in the graph, or repeats a node.
         """
         document = self.document(graph)
         ids = {node["node_id"] for node in document["nodes"]}
@@ -145,15 +145,17 @@ class GraphStore:
         path = self._groups_file(graph)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock")):
-            write_json(path, self._saved_groups(graph) | {document["metadata"]["slug"]: [list(one) for one in groups]})
+            write_json(
+                path, self._saved_groups(graph) | {document["metadata"]["slug"]: [list(group) for group in groups]}
+            )
         return path
 
     def labels(self, graph: StoredGraph, folders: Sequence[str]) -> dict[tuple[int, int], str]:
-        """Return what readers call features, by layer and index.
+        """Return the labels that readers gave features, by layer and index.
 
         Args:
-          graph: whose features are labelled.
-          folders: the set's, or those of SAEs.
+          graph: graph whose features are labelled.
+          folders: the folder of the set, or those of the SAEs.
 
         Raises:
           UserError: the file of labels is damaged.
@@ -164,7 +166,7 @@ class GraphStore:
         layers = {int(node["layer"]) for node in document["nodes"] if node["layer"] != "E"}
         names = names_of_layers(folders, layers)
         read = {layer: read_labels(path, name, _ANY, several=False, flag="--labels") for layer, name in names.items()}
-        return {(layer, feature): one.label for layer, labels in read.items() for feature, one in labels.items()}
+        return {(layer, feature): record.label for layer, labels in read.items() for feature, record in labels.items()}
 
     def save_label(self, folders: Sequence[str], layer: int, feature: int, label: str) -> Path:
         """Save a label, for ``--atlas.labels``; return the file. See ``labels``."""
@@ -183,18 +185,18 @@ class GraphStore:
         return read_json(path) if path.exists() else {}
 
     def _of_list(self, path: Path) -> list[StoredGraph]:
-        """Return the graphs of a list that are there; entries that lead elsewhere are left out."""
+        """Return the graphs of a list that exist and are whole; entries that lead elsewhere are left out."""
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))["graphs"]
             slugs = [(entry, entry["slug"]) for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._note(path, f"is no list of graphs ({type(error).__name__})")
             return []
-        found = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
-        for graph in found:
+        graphs = [graph for entry, slug in slugs if (graph := self._at(path.parent / f"{slug}.json", entry))]
+        for graph in graphs:
             if not _is_whole(graph.path):
                 self._note(graph.path, "is damaged: it does not end as JSON does")
-        return [graph for graph in found if _is_whole(graph.path)]
+        return [graph for graph in graphs if _is_whole(graph.path)]
 
     def _note(self, path: Path, error: object) -> None:
         name = path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)

@@ -25,25 +25,27 @@ _OTHERWISE: dict[str, Any] = dict(
 )  # the reader's prompt alone
 
 
-def trace_typed(session: ModelSession, configs: Configs, store: GraphStore, asked: Mapping[str, Any], job: Job) -> str:
+def trace_typed(
+    session: ModelSession, configs: Configs, store: GraphStore, settings: Mapping[str, Any], job: Job
+) -> str:
     """Trace a prompt into its workdir's ``attribute/``, and keep it in memory.
 
     Args:
-      session: the model and what it runs.
-      configs: with the model and the dictionaries.
-      store: of the workdir.
-      asked: fields of ``GraphConfig``, ``prompt`` among them.
-      job: is told how far the work is.
+      session: the model and its cached graphs.
+      configs: configuration of the model and the dictionaries.
+      store: the graphs of the workdir.
+      settings: fields of ``GraphConfig``, ``prompt`` among them.
+      job: receives the progress.
 
     Returns:
-      The graph's id: that of the graph that is there, if the same was traced before.
+      The graph's id; that of the existing graph if the same one was traced before.
 
     Raises:
       UserError: the prompt cannot be traced, or another process works in the workdir.
-      Interrupted: it was stopped; nothing is left of it.
+      Interrupted: it was stopped; its unfinished files are removed.
     """
     root = store.root
-    configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_UNCHECKED, **asked)
+    configs |= dataclasses.replace(configs[GraphConfig], **_OTHERWISE, **_UNCHECKED, **settings)
     configs, slug, folder = _with_free_slug(configs, root)
     traced: list[Any] = []
     claimed: list[Any] = []  # runs of this request: only what they began may be discarded
@@ -71,12 +73,12 @@ def trace_typed(session: ModelSession, configs: Configs, store: GraphStore, aske
 
 
 def _with_free_slug(configs: Configs, root: Path) -> tuple[Configs, str, Path]:
-    """Return settings with the first of NAME, NAME-2, ... that is free, or has just what is asked for; its folder."""
+    """Return settings with the first slug of NAME, NAME-2, ... that is free or has these settings, and its folder."""
     workspace, name, number = Workspace(root), unit_name(configs[GraphConfig]), 1
     while True:
         slug = name if number == 1 else f"{name}-{number}"
-        own = configs | dataclasses.replace(configs[GraphConfig], slug=slug)
-        folder = workspace.folder(f"attribute/{slug}", Workplan(own).fingerprint(f"attribute/{slug}"))
+        slug_configs = configs | dataclasses.replace(configs[GraphConfig], slug=slug)
+        folder = workspace.folder(f"attribute/{slug}", Workplan(slug_configs).fingerprint(f"attribute/{slug}"))
         if workspace.current(f"attribute/{slug}") in (None, folder):
-            return own, slug, folder
+            return slug_configs, slug, folder
         number += 1
