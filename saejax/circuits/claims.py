@@ -203,8 +203,8 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[s
         for third, (languages, others) in parts.items()
     }
     outcome = CONFIRMED if beyond["middle"] > max(beyond["early"], beyond["late"], 0.0) else NOT_SEEN
-    said = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
-    return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {said}."
+    shares = ", ".join(f"{third} {percent(value)}" for third, value in beyond.items())
+    return outcome, f"Shared by languages beyond what unrelated behaviours share, by third of the layers: {shares}."
 
 
 TESTS: Mapping[str, Callable[[CircuitsResults, CircuitResults], tuple[str, str]]] = dict(

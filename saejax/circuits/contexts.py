@@ -92,10 +92,10 @@ class FeatureSearch:
         return tokens
 
     def complete(
-        self, features: Sequence[Feature], known: Mapping[Feature, FeatureDetails]
+        self, features: Sequence[Feature], recorded: Mapping[Feature, FeatureDetails]
     ) -> dict[Feature, FeatureDetails]:
-        """Return the details of features, of which files know some: contexts and promoted tokens are added."""
-        details = {feature: known.get(feature, FeatureDetails()) for feature in features}
+        """Return the details of features, with contexts and promoted tokens added where the recorded ones lack them."""
+        details = {feature: recorded.get(feature, FeatureDetails()) for feature in features}
         searched = self.find([feature for feature in features if not details[feature].examples])
         promoted = self.promoted([feature for feature in features if not details[feature].top_logits])
         for feature, value in details.items():

@@ -58,11 +58,11 @@ def judge_edges(
     """Return every measured effect with its controls, those of ``total`` first, then ``direct``, then ``swap``.
 
     Args:
-      names: of the G groups.
-      effects: of each prompt.
-      templates: of each prompt.
-      resamples: bootstrap samples of the prompts.
-      seed: of the bootstrap.
+      names: names of the G groups.
+      effects: effects on each prompt.
+      templates: template of each prompt.
+      resamples: number of bootstrap samples of the prompts.
+      seed: seed of the bootstrap.
     """
     answer_PxExGxS, group_PxGxSxG, dose_PxExGxS = (
         np.stack([getattr(effect, name) for effect in effects])
@@ -81,16 +81,16 @@ def judge_edges(
         if g != h
     ]
     # A silent group cannot be lost, and without a counterpart of equal length nothing is swapped.
-    known = [np.isfinite(value_PxS).all(axis=1) for _, value_PxS, _ in measured]
+    finite = [np.isfinite(value_PxS).all(axis=1) for _, value_PxS, _ in measured]
     kept = [
         (
             ends,
-            value_PxS[known_P],
-            dose_PxS[known_P],
-            resampling_weights(np.asarray(templates)[known_P], resamples, seed),
+            value_PxS[finite_P],
+            dose_PxS[finite_P],
+            resampling_weights(np.asarray(templates)[finite_P], resamples, seed),
         )
-        for (ends, value_PxS, dose_PxS), known_P in zip(measured, known, strict=True)
-        if known_P.sum() > 1 and np.abs(value_PxS[known_P]).max() > _ROUNDING
+        for (ends, value_PxS, dose_PxS), finite_P in zip(measured, finite, strict=True)
+        if finite_P.sum() > 1 and np.abs(value_PxS[finite_P]).max() > _ROUNDING
     ]
     edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
     return sorted(edges, key=lambda edge: EDITS.index(edge.edit))

@@ -77,7 +77,7 @@ def write_page(
 
 
 def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, str]) -> Picture:
-    """Return the picture of a circuit, which is also written beside a page."""
+    """Draw a circuit, write the picture next to its page, and return it for the page."""
     outline = circuit_figure.read_outline(name)
     svg = style.save(circuit_figure.draw_circuit(circuit, names, outline), path.parent, path.stem)
     caption = (
@@ -92,8 +92,8 @@ def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, 
             f" To the right, the outline of the circuit that {outline['source']} describe for “{outline['prompt']}”; "
             "the sizes of its effects are not drawn."
         )
-    said = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in _drawn(circuit))
-    alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {said or 'none'}."
+    arrows = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in _drawn(circuit))
+    alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {arrows or 'none'}."
     # Narrow screens scroll: text of this size is still read where the picture is 60 rem wide.
     svg_inline = style.inline(svg, f"circuit_{name}", alt, _COLOURS)
     return Picture(f"circuit_{name}", svg_inline, caption, alt, "svg", "max(100%, 58rem)")
@@ -141,12 +141,12 @@ def _group_section(group: GroupResults, names: Mapping[str, str], details: Mappi
     strips = []
     for member in group.members:
         key = parse_key(member)
-        known = details[key[:2]]
-        promoted = ", ".join(f"“{visible(token)}”" for token in known.top_logits[:5])
+        feature_details = details[key[:2]]
+        promoted = ", ".join(f"“{visible(token)}”" for token in feature_details.top_logits[:5])
         note = f"layer {key.layer}, feature {key.feature}, at: {ROLE_WORDS[key.role]}"
         note += f"; promotes {promoted}" if promoted else ""
-        note += "" if known.examples else "; it does not fire in the searched text"
-        strips.append(Strips(names[member], note, tuple(map(_example, known.examples))))
+        note += "" if feature_details.examples else "; it does not fire in the searched text"
+        strips.append(Strips(names[member], note, tuple(map(_example, feature_details.examples))))
     return Section(f"Group: {group.name}", tuple(strips), level=3)
 
 

@@ -51,7 +51,7 @@ def run_circuits(run: Run) -> CircuitsResults:
     tested = read_tested(baseline, config.behaviours, "--circuits.behaviours")
     for name, why in tested.left_out.items():
         run.say(f"circuits: {name} is left out: {why}")
-    given = read_groups(config.groups, config.behaviours)
+    given_groups = read_groups(config.groups, config.behaviours)
     files = baseline / "prompts.jsonl"
     diff_of = {p: diff for p, diff in zip(read_prompts(files), read_logit_diffs(files), strict=True)}
 
@@ -61,15 +61,15 @@ def run_circuits(run: Run) -> CircuitsResults:
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
         labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
         transcoders.check_features(labels, graph_config.labels or "its workdir")
-        in_groups = [key[:2] for groups in given.values() for group in groups for key in group.members]
+        in_groups = [key[:2] for groups in given_groups.values() for group in groups for key in group.members]
         transcoders.check_features(in_groups, config.groups)
         search = FeatureSearch(model, transcoders, _texts(config, tested.prompts))
 
         def describe(features: Sequence[Feature]) -> dict[Feature, FeatureDetails]:
             details = search.complete(features, details_of_features(graph_config, features))
             return {
-                feature: dataclasses.replace(known, label=labels.get(feature, known.label))
-                for feature, known in details.items()
+                feature: dataclasses.replace(feature_details, label=labels.get(feature, feature_details.label))
+                for feature, feature_details in details.items()
             }
 
         def measure(name: str, on_progress: OnProgress) -> Measured:
@@ -79,7 +79,7 @@ def run_circuits(run: Run) -> CircuitsResults:
                 for split, most in (("train", config.traced), ("test", config.measured))
             )
             circuit = find_circuit(
-                model, transcoders, train, test, groups=given.get(name, ()), describe=describe,
+                model, transcoders, train, test, groups=given_groups.get(name, ()), describe=describe,
                 max_features=graph_config.max_features or None, top=config.top, share=config.returns,
                 size=config.group_size, most=config.max_groups, controls=config.controls, resamples=config.bootstrap,
                 seed=config.seed, on_progress=on_progress,
@@ -92,7 +92,7 @@ def run_circuits(run: Run) -> CircuitsResults:
                 answer=test[0].correct.strip(),
                 example=words_by_role(model, test[0]),
                 groups=tuple(_group_results(group) for group in circuit.groups),
-                proposed=not given.get(name),
+                proposed=not given_groups.get(name),
                 edges=circuit.edges,
                 returning={str(key): value for key, value in circuit.returning.items()},
                 layers=model.config.n_layers,
@@ -132,24 +132,25 @@ def _texts(config: CircuitsConfig, prompts: Mapping[str, Sequence[Prompt]]) -> l
 
 
 def review_sheet(transcoders: str, circuit: BehaviourCircuit, by_hand: Mapping[Feature, str]) -> str:
-    """Return the features of a circuit's groups as a sheet to be filled in with labels; see ``labels_of_sheets``.
+    """Return a CSV sheet of the features in a circuit's groups, to be filled in with labels; see ``labels_of_sheets``.
 
     Args:
-      transcoders: the set.
-      circuit: whose features are listed.
-      by_hand: labels that people gave; others, which nobody has confirmed, are in a column of their own.
+      transcoders: name of the set of transcoders.
+      circuit: circuit whose features are listed.
+      by_hand: labels that people have given; automatic labels are in another column.
     """
     names = names_of_layers([transcoders], {key.layer for group in circuit.groups for key in group.members})
     rows = []
     for group in circuit.groups:
         for key in group.members:
-            known, label = circuit.details[key[:2]], by_hand.get(key[:2], "")
+            feature_details, label = circuit.details[key[:2]], by_hand.get(key[:2], "")
             rows.append(
                 dict(
                     feature=key.feature, label=label, note="", reviewer="", dictionary=names[key.layer],
-                    automatic_label="" if label else known.label, group=group.name, role=key.role,
+                    automatic_label="" if label else feature_details.label, group=group.name, role=key.role,
                     influence=f"{circuit.returning.get(key, 0.0):.4f}",
-                    promotes=visible(" ".join(known.top_logits)), contexts=" | ".join(map(_one_line, known.examples)),
+                    promotes=visible(" ".join(feature_details.top_logits)),
+                    contexts=" | ".join(map(_one_line, feature_details.examples)),
                 )
             )  # fmt: skip
     return _as_csv(rows)

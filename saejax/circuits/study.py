@@ -66,20 +66,20 @@ def find_circuit(
 
     Args:
       model: the language model.
-      transcoders: of all its layers.
+      transcoders: a transcoder for each of its layers.
       traced: prompts that choose features: each is traced.
       measured: other prompts of the behaviour, two or more, on which effects are measured.
-      groups: given groups; none: they are proposed.
-      describe: returns what is known of features, by which groups are made and named.
-      max_features: most features of a graph.
-      top: how many most influential features of a prompt count; see ``find_returning``.
+      groups: groups to measure; if empty, groups are proposed.
+      describe: returns the details of features, by which groups are proposed and named.
+      max_features: maximum number of features of a graph.
+      top: number of most influential features of a prompt that count; see ``find_returning``.
       share: share of the prompts in which a feature returns.
-      size: most features of a group; see ``propose_groups``.
-      most: most groups.
+      size: maximum number of features of a group; see ``propose_groups``.
+      most: maximum number of groups.
       controls: random and placebo sets of each group.
-      resamples: of the bootstrap.
-      seed: of placebo targets, control sets and the bootstrap.
-      on_progress: called with the prompts done and of all; may raise to stop.
+      resamples: number of bootstrap samples.
+      seed: seed of placebo targets, control sets and the bootstrap.
+      on_progress: called with the numbers of prompts done and of all prompts; may raise to stop.
 
     Raises:
       UserError: a prompt cannot be traced, or there are fewer than two prompts to measure.
@@ -103,7 +103,8 @@ def find_circuit(
     returning = find_returning(answers, top, share)
     keys = dict.fromkeys([*returning, *(key for group in groups for key in group.members)])
     details = dict(describe(list(dict.fromkeys(key[:2] for key in keys))))
-    n_layers, labels = model.config.n_layers, {feature: known.label for feature, known in details.items()}
+    n_layers = model.config.n_layers
+    labels = {feature: feature_details.label for feature, feature_details in details.items()}
     tokens = {key: telling_tokens(key, details[key[:2]], n_layers) for key in keys if key[:2] in details}
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, size, most, labels, tokens))
     placebo = {
