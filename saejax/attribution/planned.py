@@ -37,23 +37,23 @@ class PlannedGraphs:
 
 
 def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraphs | None:
-    """Return the graphs of a configuration on one model; None if they are of SAEs, or their transcoders are unknown.
+    """Return the planned graphs on one model; None if they are of SAEs, or their transcoders are unknown.
 
     Args:
       plan: the planned run.
-      behaviour_prompts: number of prompts of behaviours that are traced; 0: the prompts that ``GraphConfig`` names.
+      behaviour_prompts: number of traced prompts of behaviours; 0: the prompts that ``GraphConfig`` names.
 
     Raises:
-      UserError: prompts or transcoders are not what the stage takes.
+      UserError: the stage cannot trace the prompts or use the transcoders.
     """
     config = plan.configs[GraphConfig]
     lengths = [_PROMPT] * (behaviour_prompts or len(config.behaviours)) or [
         _tokens(request) for request in read_requests(config)
     ]
-    found = _transcoder(plan, config) if config.transcoders else None
-    if found is None:
+    replacement = _transcoder(plan, config) if config.transcoders else None
+    if replacement is None:
         return None
-    transcoder, cross_layer = found
+    transcoder, cross_layer = replacement
     active = certain_active(transcoder) or plan.configs[PreflightConfig].active_features
     most = config.max_features or None
     size = GraphSize(plan.model, transcoder, active, most, config.max_logits, cross_layer)

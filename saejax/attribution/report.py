@@ -39,13 +39,13 @@ def lead(graphs: Sequence[ReportedGraph]) -> str:
     return paragraph
 
 
-def sections(found: Findings, draw: Draw) -> list[Section]:
+def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a table of all graphs, and the figures of the first ones; no section if there are none.
 
     Raises:
       UserError: the figure of a graph is missing.
     """
-    graphs, report = _traced(found), found.report
+    graphs, report = _traced(findings), findings.report
     if not graphs:
         return []
     several = "Graphs were" if len(graphs) > 1 else "The graph was"
@@ -65,20 +65,26 @@ def sections(found: Findings, draw: Draw) -> list[Section]:
     return [first, *(_section(graph, report) for graph in graphs[:SHOWN])]
 
 
-def _traced(found: Findings) -> list[ReportedGraph]:
+def _traced(findings: Findings) -> list[ReportedGraph]:
     every = [
-        (found.folders[f"attribute/{unit}"], slug, results.transcoders or ",".join(results.dictionaries), saes, graph)
-        for unit, results in found.each(AttributeResults).items()
+        (
+            findings.folders[f"attribute/{unit}"],
+            slug,
+            results.transcoders or ",".join(results.dictionaries),
+            saes,
+            graph,
+        )
+        for unit, results in findings.each(AttributeResults).items()
         for saes in [bool(results.dictionaries)]
         for slug, graph in results.graphs.items()
     ]
-    return [ReportedGraph(number, *one) for number, one in enumerate(every, 1)]
+    return [ReportedGraph(number, *fields) for number, fields in enumerate(every, 1)]
 
 
 def _section(graph: ReportedGraph, report: Path) -> Section:
     results = graph.results
-    said = f"Prompt: “{one_line(results.prompt)}”. Explained: {_targets(results.targets)}."
-    blocks = (Text(said), _picture(graph, report), Links("", (_link(graph, report),)))
+    summary = f"Prompt: “{one_line(results.prompt)}”. Explained: {_targets(results.targets)}."
+    blocks = (Text(summary), _picture(graph, report), Links("", (_link(graph, report),)))
     return Section(graph.name, blocks, level=3)
 
 
@@ -98,7 +104,7 @@ def _chance(target: GraphTarget) -> str:
 
 
 def _picture(graph: ReportedGraph, report: Path) -> Picture:
-    """Return the stage's own figure, with the page's colours in place of its own."""
+    """Return the figure that the stage wrote, in the colours of the page."""
     name, results = f"graph_{graph.number}_{graph.slug}", graph.results
     path = graph.folder / f"{graph.slug}.svg"
     try:
@@ -119,8 +125,8 @@ def _picture(graph: ReportedGraph, report: Path) -> Picture:
     )
     colours = {graph_figure.CARD: "--card", graph_figure.PAPER: "--paper", graph_figure.SOFT: "--soft"}
     colours[graph_figure.LINE] = "--line"
-    own = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
-    width = f"{_ENLARGED * float(own[1]):.0f}pt" if own else "100%"
+    width_match = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)
+    width = f"{_ENLARGED * float(width_match[1]):.0f}pt" if width_match else "100%"
     return Picture(name, style.inline(svg, name, alt, colours), caption, alt, "svg", width)
 
 

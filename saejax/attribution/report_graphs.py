@@ -38,9 +38,9 @@ class ReportedGraph:
 
     @property
     def curve(self) -> CurveResults | None:
-        """Its curves; None if none were measured, or none is defined."""
+        """Faithfulness curves; None if they were not measured, or no value is finite."""
         curve = self.results.circuits
-        return curve if curve and any(map(known, curve.faithfulness)) else None
+        return curve if curve and any(map(is_finite, curve.faithfulness)) else None
 
     @property
     def correlation(self) -> float | None:
@@ -146,8 +146,8 @@ def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
     return Terms(tuple(meanings.items()))
 
 
-def known(value: float | None) -> bool:
-    """Return whether a value is there and finite."""
+def is_finite(value: float | None) -> bool:
+    """Return whether a value exists and is finite."""
     return value is not None and bool(np.isfinite(value))
 
 

@@ -41,11 +41,11 @@ class Request:
 
 
 def unit_name(config: GraphConfig) -> str:
-    """Return the name of the folder that these settings' graphs are in; "" if none are asked for.
+    """Return the name of the folder with these settings' graphs; "" if no graph is requested.
 
     Raises:
-      UserError: prompts are given in two ways, or not with one of transcoders and SAEs, or a head is not written as
-        one.
+      UserError: prompts are given in two ways, transcoders and SAEs are both given or both missing, or a head is
+        malformed.
     """
     is_given = {
         "--graph.prompt": bool(config.prompt),
@@ -53,7 +53,7 @@ def unit_name(config: GraphConfig) -> str:
         "--graph.prompts": bool(config.prompts),
         "--graph.behaviours": bool(config.behaviours),
     }
-    named = [flag for flag, there in is_given.items() if there]
+    named = [flag for flag, is_set in is_given.items() if is_set]
     if len(named) > 1:
         raise UserError(f"{' and '.join(named)}: expected one of them")
     if not named:
@@ -80,7 +80,7 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """Return a fingerprint of the files beside the model's: dictionaries, prompts, labels, supernodes."""
+    """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
     if config.transcoders:
         from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
 
@@ -93,8 +93,8 @@ def identity(config: GraphConfig) -> str:
     from saejax.dictionaries.labels import labels_of_folders
 
     marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
-    if known := labels_of_folders(folders):
-        marks.append(fingerprint(sorted([*place, label] for place, label in known.items())))
+    if labels := labels_of_folders(folders):
+        marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
     return fingerprint([*_given_files(config), *_feature_files(config), *marks])
 
 
@@ -118,10 +118,10 @@ def _feature_files(config: GraphConfig) -> list[str]:
 
 
 def _marks(folder: Path) -> list[str]:
-    """Return what the files of dictionaries in a folder hold; checkpoints of their training are no part of it."""
+    """Return the path and hash of each file of dictionaries in a folder; checkpoints of training are left out."""
     kinds = ("*.json", "*.json.gz", "*.yaml", "*.safetensors", "*.npz")
-    found = sorted(path for kind in kinds for path in folder.rglob(kind))
-    return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in found]
+    paths = sorted(path for kind in kinds for path in folder.rglob(kind))
+    return [f"{path.relative_to(folder)} {content_sha256(path)}" for path in paths]
 
 
 def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]] | None = None) -> list[Request]:

@@ -47,21 +47,25 @@ class PlacedEdit:
 
 
 def changed_logits(run: SaeRun, rows: Sequence[Sequence[Change]]) -> np.ndarray:
-    """Return the logits [R, V] after the last token when features are changed, fp32.
+    """Return the logits after the last token when features are changed, fp32 [R, V].
 
-    Each activation is set in the changed run: SAEs of later layers read what the changes below made.
+    Each activation is set in the changed run: SAEs of later layers read the effects of changes in earlier layers.
 
     Args:
-      run: of the prompt.
-      rows: changes that are made together; positions are numbers.
+      run: the run of the prompt.
+      rows: R lists of changes that are made together; positions are numbers.
     """
-    model, found = run.model, [(row, *change) for row, changes in enumerate(rows) for change in changes]
+    model, row_changes = run.model, [(row, *change) for row, changes in enumerate(rows) for change in changes]
     edits = []
     for site in run.dictionaries.sites:
-        own = [(row, position, feature, value) for row, layer, position, feature, value in found if layer == site.layer]
-        if own:
-            row_M, position_M, feature_M = jnp.asarray(np.array([one[:3] for one in own], np.int32).T)
-            value_M = jnp.asarray([one[3] for one in own], jnp.float32)
+        at_site = [
+            (row, position, feature, value)
+            for row, layer, position, feature, value in row_changes
+            if layer == site.layer
+        ]
+        if at_site:
+            row_M, position_M, feature_M = jnp.asarray(np.array([change[:3] for change in at_site], np.int32).T)
+            value_M = jnp.asarray([change[3] for change in at_site], jnp.float32)
             sae = run.dictionaries.load(site.layer, model.mesh)
             edits.append(PlacedEdit(sae, row_M, position_M, feature_M, value_M, site))
     tokens = Tokens(np.tile(run.ids_P, (len(rows), 1)), np.full(len(rows), len(run.ids_P), np.int32))

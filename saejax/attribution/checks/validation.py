@@ -85,7 +85,7 @@ def double(local: LocalModel, graph: Graph, readouts: Readouts, count: int = 32,
       graph: of the local model and the readouts, not pruned.
       readouts: what the graph explains.
       count: number of features, sampled by the seed; all if there are fewer.
-      seed: of the sample.
+      seed: seed of the sample.
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
     index_F = local.active.find(features.layer_N, features.position_N, features.index_N)
@@ -108,11 +108,11 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     The targets are the graph's features and its readouts of the stream leaving the last layer.
 
     Args:
-      graph: of the run and the readouts, not pruned.
-      run: of the prompt.
-      readouts: what the graph explains.
+      graph: the graph of the run and the readouts, not pruned.
+      run: the run of the prompt.
+      readouts: the targets of the graph.
       count: number of features, sampled by the seed; all if there are fewer.
-      seed: of the sample.
+      seed: seed of the sample.
     """
     features, top_K = graph.nodes[graph.slice_of(FEATURE)], readouts.layer_K == graph.n_layers
     slot_F, position_F = np.searchsorted(run.places.layer_S, features.layer_N), features.position_N
@@ -125,11 +125,11 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     probes = readouts.pair_Kx2[top_K], readouts.normed_K[top_K], readouts.vector_KxD[top_K]
     moves: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for start in range(0, len(node_E), _RUNS):
-        own = np.resize(np.arange(start, min(start + _RUNS, len(node_E))), _RUNS)
+        batch = np.resize(np.arange(start, min(start + _RUNS, len(node_E))), _RUNS)
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
-        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_E[own]], position_F[node_E[own]]] = change_ExD[own]
-        found = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
-        for rows, (read_RxSxTxD, readout_RxK) in zip(moves, found, strict=True):
+        delta_RxSxTxD[np.arange(_RUNS), slot_F[node_E[batch]], position_F[node_E[batch]]] = change_ExD[batch]
+        batch_moves = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
+        for rows, (read_RxSxTxD, readout_RxK) in zip(moves, batch_moves, strict=True):
             feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
     edge_ExR = graph.adjacency_RxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_E].T
@@ -150,12 +150,12 @@ def _moved(
     vector_KxD: jax.Array,
     delta_RxSxTxD: jax.Array,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Return how much reads [R, S, T, D] and readouts [R, K] change with each row: to first order, and really.
+    """Return the changes of reads [R, S, T, D] and readouts [R, K] with each row: to first order, and exactly.
 
     Args:
-      config: of the decoder (static).
-      rules: of the run (static).
-      params: of the model.
+      config: configuration of the decoder (static).
+      rules: rules of the run (static).
+      params: parameters of the model.
       places: the sites that are read and changed.
       x_TxD: the stream entering layer 0.
       last: position at which readouts are.
@@ -171,9 +171,9 @@ def _moved(
         logit_K = logit_directions(config, rules, params, ran.last_D, *pair_Kx2.T)[1]
         return ran.read_SxTxD, jnp.where(normed_K, logit_K, vector_KxD @ ran.last_D)
 
-    def one(delta_SxTxD: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    def changes_of_row(delta_SxTxD: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         clean, slope = jax.jvp(seen, (jnp.zeros_like(delta_SxTxD),), (delta_SxTxD,))
         changed = seen(delta_SxTxD)
         return [slope, jax.tree.map(jnp.subtract, changed, clean)]
 
-    return jax.lax.map(one, delta_RxSxTxD)
+    return jax.lax.map(changes_of_row, delta_RxSxTxD)

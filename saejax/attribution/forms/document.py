@@ -144,11 +144,11 @@ def _with_unique_errors(document: Any) -> Any:
 def _resolve_links(
     nodes: Sequence[Any], links: Sequence[Any], errors: Mapping[str, int], place: Mapping[str, int]
 ) -> list[Any]:
-    """Return the links with our ids of errors as sources; see ``_with_unique_errors``.
+    """Return the links with saejax's ids of errors as sources; see ``_with_unique_errors``.
 
     Args:
-      nodes: of the document.
-      links: of the document.
+      nodes: nodes of the document.
+      links: links of the document.
       errors: index of each error, by circuit-tracer's id.
       place: index of each other node, by id.
     """
@@ -171,7 +171,7 @@ def _resolve_links(
         else:
             as_feature, as_error = place[source], errors[source]
             again = e + 1 < len(links) and any(
-                one["source"] == source for one in links[e + 1 : e + 1 + len(nodes)] if one["target"] == target
+                later["source"] == source for later in links[e + 1 : e + 1 + len(nodes)] if later["target"] == target
             )
             above = _height(nodes[place[target]]) > _height(nodes[as_error]) if target in place else True
             fits = [previous < candidate < following[e] for candidate in (as_feature, as_error)]
@@ -250,7 +250,7 @@ def _check_optional(item: Mapping[str, Any], types: Mapping[str, Any], where: st
         # JSON's booleans are integers to Python, and no key here takes one.
         if name in item and (not isinstance(item[name], kind) or isinstance(item[name], bool)):
             kinds = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join(_WORDS.get(one, one.__name__) for one in kinds)
+            expected = " or ".join(_WORDS.get(allowed, allowed.__name__) for allowed in kinds)
             raise UserError(f"{where}.{name} must be {expected}; it is {item[name]!r:.60}")
 
 

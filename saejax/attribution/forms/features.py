@@ -121,11 +121,11 @@ def parse_feature(data: Mapping[str, Any]) -> FeatureDetails:
     """
     try:
         if "examples_quantiles" in data:
-            examples = [one for quantile in data["examples_quantiles"] for one in quantile["examples"]]
-            contexts = [(one["tokens"], one["tokens_acts_list"]) for one in examples]
+            examples = [example for quantile in data["examples_quantiles"] for example in quantile["examples"]]
+            contexts = [(example["tokens"], example["tokens_acts_list"]) for example in examples]
             label, up, down = data.get("label"), data.get("top_logits"), data.get("bottom_logits")
         else:  # Neuronpedia
-            contexts = [(one["tokens"], one["values"]) for one in data["activations"]]
+            contexts = [(example["tokens"], example["values"]) for example in data["activations"]]
             explained = data.get("explanations") or [{}]
             label, up, down = explained[0].get("description"), data.get("pos_str"), data.get("neg_str")
         cut = [_cut(tokens, values) for tokens, values in contexts if tokens and values]
@@ -160,7 +160,9 @@ def _from_interpret(dictionaries: Sequence[str | Path], features: Sequence[Featu
         for path in sorted((results_folder(workdir, "interpret", name) / "features").glob("*.json")):
             for record in read_json(path):
                 if record["feature"] in wanted and "examples" in record:
-                    contexts = tuple(_cut(one["tokens"], one["acts"]) for one in record["examples"][:EXAMPLES])
+                    contexts = tuple(
+                        _cut(example["tokens"], example["acts"]) for example in record["examples"][:EXAMPLES]
+                    )
                     up, down = (tuple(text for text, _ in record.get(name, ())) for name in ("up", "down"))
                     details[layer, record["feature"]] = FeatureDetails(contexts, up, down)
     return details

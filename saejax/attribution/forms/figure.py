@@ -64,16 +64,16 @@ def draw_graph(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as .svg or .pdf, by its name's ending, whole or not at all; same figure, same bytes."""
+    """Write a figure as .svg or .pdf, by the path's suffix, atomically and reproducibly to the byte."""
     kind = Path(path).suffix[1:]
     empty = {"svg": {"Date": None, "Creator": None}, "pdf": {"CreationDate": None, "Creator": None, "Producer": None}}
     if kind not in empty:
         raise UserError(f"{path}: a figure is written as .svg or .pdf")
-    made = io.BytesIO()
+    rendered = io.BytesIO()
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
-        figure.savefig(made, format=kind, metadata=empty[kind])
-    with whole_file(Path(path)) as beside:
-        beside.write_bytes(made.getvalue())
+        figure.savefig(rendered, format=kind, metadata=empty[kind])
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(rendered.getvalue())
 
 
 def _chosen(document: GraphDocument, max_nodes: int, max_edges: int) -> tuple[list[DocumentNode], list[DocumentLink]]:

@@ -56,10 +56,10 @@ def fitted(nodes: list[DocumentNode], document: GraphDocument) -> tuple[dict[str
 
 
 def visible_token(text: str) -> str:
-    """Return a token as people can see it: spaces, line ends and invisible characters have signs."""
-    known = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+    """Return a token with visible signs for spaces, line ends and invisible characters."""
+    sign_of = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
     invisible = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
-    signs = (known.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in invisible else c) for c in text)
+    signs = (sign_of.get(c) or (f"\\u{ord(c):04x}" if unicodedata.category(c) in invisible else c) for c in text)
     return "".join(signs) or "∅"
 
 
@@ -110,13 +110,13 @@ def _tall(cell: Cell) -> float:
 
 
 def _place(boxes: list[Box], spread: float) -> tuple[list[Row], tuple[float, float]]:
-    """Place each box."""
-    found: dict[tuple[int, int], list[Box]] = {}
+    """Place each box, and return the rows of the layers and the figure's width and height."""
+    boxes_at: dict[tuple[int, int], list[Box]] = {}
     for box in boxes:
         if box.kind != "output":
-            found.setdefault((box.layer, box.position), []).append(box)
+            boxes_at.setdefault((box.layer, box.position), []).append(box)
     cells: dict[tuple[int, int], Cell] = {}
-    for key, members in found.items():
+    for key, members in boxes_at.items():
         most = max(1, round(spread * len(members) ** 0.5))
         cells[key] = [members[k : k + most] for k in range(0, len(members), most)]
     width = _place_columns(cells)
@@ -129,9 +129,9 @@ def _place(boxes: list[Box], spread: float) -> tuple[list[Row], tuple[float, flo
     layers = sorted({layer for layer, _ in cells})
     gap, y, rows = min(_ROW_GAP, max(0.1, 3.0 / len(layers))) if layers else 0.0, 0.24, []
     for layer in layers:
-        own = [cell for (row, _), cell in cells.items() if row == layer]
-        tall = max(_tall(cell) for cell in own)
-        for cell in own:
+        layer_cells = [cell for (row, _), cell in cells.items() if row == layer]
+        tall = max(_tall(cell) for cell in layer_cells)
+        for cell in layer_cells:
             _place_cell(cell, y + (tall if layer < 0 else (tall + _tall(cell)) / 2))
         y += tall + gap
         rows.append(("E" if layer < 0 else str(layer), y - gap - tall / 2, y - gap / 2))

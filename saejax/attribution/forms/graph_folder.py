@@ -19,8 +19,8 @@ def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False)
     The entries of other graphs stay, also when several processes write at once.
 
     Args:
-      folder: made if it does not exist.
-      document: of ``to_document``.
+      folder: folder of graphs, created if it does not exist.
+      document: a graph from ``to_document``.
       replace: whether a graph of the same slug may be replaced.
 
     Returns:
@@ -36,12 +36,12 @@ def write_graph(folder: Path, document: GraphDocument, *, replace: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{INDEX}.lock"):
         listed = _listed(folder / INDEX)
-        slugs = [one.get("slug") if isinstance(one, dict) else None for one in listed["graphs"]]
+        slugs = [item.get("slug") if isinstance(item, dict) else None for item in listed["graphs"]]
         if not replace and (slug in slugs or path.exists()):
             raise UserError(f"{folder} has a graph {slug!r} already: name another slug, or ask for it to be replaced")
         entry = {name: value for name, value in metadata.items() if name in _LISTED}
         place = slugs.index(slug) if slug in slugs else len(slugs)
-        others = [one for one, name in zip(listed["graphs"], slugs) if name != slug]
+        others = [item for item, name in zip(listed["graphs"], slugs) if name != slug]
         # Before its entry: a list never names a graph that is not there. Without indents: graphs are large.
         write_text(path, json.dumps(document, allow_nan=False, separators=(",", ":")))
         write_json(folder / INDEX, {**listed, "graphs": [*others[:place], entry, *others[place:]]})

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def to_networkx(graph: Graph) -> "networkx.DiGraph":
-    """Return a directed graph, from sources to targets; of whole graphs, too.
+    """Return a directed graph with edges from sources to targets; the graph may be pruned or whole.
 
     Returns:
       A ``networkx.DiGraph`` whose nodes are called as in Neuronpedia's JSON and have ``kind``, ``layer``,
@@ -19,17 +19,17 @@ def to_networkx(graph: Graph) -> "networkx.DiGraph":
     """
     import networkx
 
-    made = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
+    digraph = networkx.DiGraph(prompt=graph.prompt, model=graph.model.get("name", ""))
     ids, nodes = graph.ids, graph.nodes
     columns = (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N, nodes.value_N)
     for name, kind, layer, position, index, value in zip(ids, *(column.tolist() for column in columns), strict=True):
-        token = graph.tokens[position] if kind != LOGIT else graph.labels[made.number_of_nodes() - len(ids)]
-        made.add_node(
+        token = graph.tokens[position] if kind != LOGIT else graph.labels[digraph.number_of_nodes() - len(ids)]
+        digraph.add_node(
             name, kind=KINDS[kind], layer=layer, position=position, index=index, value=value, token=token
         )  # fmt: skip
     if graph.pruning:
         for name, share in zip(ids, graph.pruning.influence_N.tolist(), strict=True):
-            made.nodes[name]["influence"] = share
+            digraph.nodes[name]["influence"] = share
     ends = zip(*(part.tolist() for part in graph.edges()), strict=True)
-    made.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
-    return made
+    digraph.add_weighted_edges_from((ids[a], ids[b], weight) for a, b, weight in ends)
+    return digraph

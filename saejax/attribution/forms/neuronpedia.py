@@ -91,7 +91,7 @@ def cantor_pair(layer: int, feature: int) -> int:
 
 def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) -> list[DocumentNode]:
     assert graph.pruning
-    nodes, made = graph.nodes, list[DocumentNode]()
+    nodes, document_nodes = graph.nodes, list[DocumentNode]()
     columns = (column.tolist() for column in (nodes.kind_N, nodes.layer_N, nodes.position_N, nodes.index_N))
     first_logit = graph.slice_of(LOGIT).start
     rows = zip(
@@ -105,7 +105,7 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
             TOKEN: (position, f"E_{index}-{position}", ""),
             LOGIT: (token, f"L_{token}-{position}", f'Output "{_logit_label(graph, k)}" (p={value:.3f})'),
         }[kind]
-        made.append(
+        document_nodes.append(
             DocumentNode(
                 node_id=node_id,
                 feature=number,
@@ -122,7 +122,7 @@ def _nodes(graph: Graph, ids: list[str], labels: Mapping[tuple[int, int], str]) 
                 activation=value if kind == FEATURE else None,
             )
         )
-    return made
+    return document_nodes
 
 
 def _logit_label(graph: Graph, k: int) -> str:

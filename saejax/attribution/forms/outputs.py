@@ -81,12 +81,12 @@ def write_outputs(
 
 
 def _named(document: GraphDocument, details: Mapping[Feature, FeatureDetails]) -> GraphDocument:
-    """Return a document whose features without a label have the names of their details."""
+    """Return a document whose unlabelled features are named by their details."""
     nodes = []
     for node in document["nodes"]:
         is_bare = node["feature_type"] == FEATURE_TYPE and not node["clerp"]
-        known = details.get(_feature_of(node)) if is_bare else None
-        nodes.append({**node, "clerp": known.name} if known else node)
+        feature_details = details.get(_feature_of(node)) if is_bare else None
+        nodes.append({**node, "clerp": feature_details.name} if feature_details else node)
     return {**document, "nodes": nodes}
 
 
@@ -148,9 +148,9 @@ def read_shown(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    found = read_json(path)
+    shown = read_json(path)
     try:
-        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in found["edges"][:_HEADS_ON_PAGE]}
-        return dict(heads=heads, tables=[PageTable(**table) for table in found["tables"]])
+        heads = {(edge["source"], edge["target"]): edge["heads"] for edge in shown["edges"][:_HEADS_ON_PAGE]}
+        return dict(heads=heads, tables=[PageTable(**table) for table in shown["tables"]])
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: trace the prompt again") from None

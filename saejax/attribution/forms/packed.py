@@ -16,14 +16,14 @@ _KEYS = {"source", "target", "weight"}
 
 
 def packed_edges(document: GraphDocument) -> dict[str, Any]:
-    """Return the links of a document as ``source``, ``target`` (places of nodes), ``weight`` and ``score``.
+    """Return the links of a document as ``source``, ``target`` (indices of nodes), ``weight`` and ``score``.
 
     Args:
-      document: ``check_document`` found nothing wrong with it.
+      document: a document that passes ``check_document``.
 
     Returns:
-      Each array as its type in JavaScript and its bytes in base64; under ``more`` what links hold beside the three, in
-      the order of the arrays, where one holds anything.
+      Each array as its type in JavaScript and its bytes in base64. If any link has other keys, ``more`` lists those of
+      each link, in the order of the arrays.
     """
     links, scores_E = document["links"], link_scores(document)
     order_E = ranked(document, scores_E)
@@ -35,10 +35,10 @@ def packed_edges(document: GraphDocument) -> dict[str, Any]:
         single_E = weight_E.astype(np.float32)
     columns["weight"] = single_E if np.array_equal(shortest(single_E), weight_E) else weight_E
     columns["score"] = scores_E[order_E].astype(np.float32)
-    found: dict[str, Any] = {name: [_kind(column), _base64(column)] for name, column in columns.items()}
+    packed: dict[str, Any] = {name: [_kind(column), _base64(column)] for name, column in columns.items()}
     if any(link.keys() - _KEYS for link in links):
-        found["more"] = [{key: links[e][key] for key in links[e].keys() - _KEYS} for e in order_E]
-    return found
+        packed["more"] = [{key: links[e][key] for key in links[e].keys() - _KEYS} for e in order_E]
+    return packed
 
 
 def shortest(numbers: np.ndarray) -> np.ndarray:

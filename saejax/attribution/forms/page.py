@@ -62,12 +62,12 @@ def page_html(
 
     Args:
       document: the graph in Neuronpedia's format: metadata, qParams, nodes, links.
-      labels: of features; they go before the document's own ``clerp``, and that before the names of ``details``.
+      labels: labels of features; they replace the document's ``clerp``, which replaces the names in ``details``.
       details: contexts, logits and labels of features.
       heads: (id of the source, id of the target) -> the attention heads that carry the edge, the strongest first:
         (layer, head, part of the weight that vanishes without it).
       tables: shown below the graph, such as query-key scores split over pairs of nodes.
-      live: what the page must know of the server that gives it, as ``serving.app`` says it; None: it stands alone.
+      live: state of the server for the page's controls, from ``serving.app``; None: the page stands alone.
 
     Raises:
       UserError: the document is not a graph: keys are missing, ids are not unique, links lead nowhere.
@@ -78,7 +78,7 @@ def page_html(
         "edges": packed_edges(document),
         "labels": {_key(feature): label for feature, label in (labels or {}).items()},
         "details": {
-            _key(feature): dataclasses.asdict(known) | dict(name=known.name) for feature, known in details.items()
+            _key(feature): dataclasses.asdict(value) | dict(name=value.name) for feature, value in details.items()
         },
         "source": _source(document["metadata"]),
         "heads": {f"{source} {target}": list(carried) for (source, target), carried in (heads or {}).items()},
@@ -110,13 +110,13 @@ def _source(metadata: DocumentMetadata) -> str:
 
 
 def _about(metadata: DocumentMetadata) -> str:
-    """Return one line below the heading: the model, the graph's name, its scores, and what was kept."""
+    """Return the line below the heading: the graph's name, the model, the scores, and the shares that were kept."""
     parts = [f"Attribution graph {metadata['slug']}", f"model {metadata['scan']}"]
     for name in ("replacement_score", "completeness_score"):
         if isinstance(metadata.get(name), int | float):
             parts.append(f"{name.replace('_', ' ')} {metadata[name]:.2f}")
-    made = metadata.get("generation_settings") or {}
-    active, traced = made.get("active_features"), made.get("traced_features")
+    generation = metadata.get("generation_settings") or {}
+    active, traced = generation.get("active_features"), generation.get("traced_features")
     if isinstance(active, int) and isinstance(traced, int) and active:
         parts.append(f"with {percent(traced / active)} of the active features traced")
     settings = metadata.get("pruning_settings") or {}

@@ -11,10 +11,10 @@ from saejax.attribution.forms.document import GraphDocument
 
 
 def link_scores(document: GraphDocument) -> np.ndarray:
-    """Return the score of each link, float64 [E]; outputs have the influence of their probabilities.
+    """Return the score of each link, float64 [E]; the influence of an output is its probability.
 
     Args:
-      document: ``check_document`` found nothing wrong with it.
+      document: a document that passes ``check_document``.
     """
     nodes, links = document["nodes"], document["links"]
     place = {node["node_id"]: n for n, node in enumerate(nodes)}
@@ -28,9 +28,9 @@ def link_scores(document: GraphDocument) -> np.ndarray:
     share_E = size_E / np.maximum(np.bincount(target_E, size_E, len(nodes)), np.finfo(float).tiny)[target_E]
     score_E = np.zeros(len(links))
     for height in np.unique(height_E)[::-1]:
-        own = np.flatnonzero(height_E == height)
-        score_E[own] = share_E[own] * influence_N[target_E[own]]
-        influence_N += np.bincount(source_E[own], score_E[own], len(nodes))
+        at_height = np.flatnonzero(height_E == height)
+        score_E[at_height] = share_E[at_height] * influence_N[target_E[at_height]]
+        influence_N += np.bincount(source_E[at_height], score_E[at_height], len(nodes))
     return score_E
 
 

@@ -35,7 +35,7 @@ _DTYPES = dict(zip(_COLUMNS, DTYPES, strict=True)) | {"ids_P": np.int32, "node_N
 
 
 def save(folder: Path, graph: GraphData) -> None:
-    """Write a graph; it appears whole or not at all.
+    """Write a graph atomically.
 
     Raises:
       UserError: the folder holds a graph already.
@@ -49,9 +49,9 @@ def save(folder: Path, graph: GraphData) -> None:
         arrays |= dict(node_N=pruning.node_N, influence_N=pruning.influence_N)
         how = {name: getattr(pruning, name) for name in ("node_threshold", "edge_threshold", "top_edges")}
         description["pruning"] = how | dataclasses.asdict(pruning.scores)
-    with tensors.whole_folder(folder, DESCRIPTION, ARRAYS) as beside:
-        tensors.write(beside / ARRAYS, arrays)
-        write_json(beside / DESCRIPTION, description | dict(sha256=file_sha256(beside / ARRAYS)))
+    with tensors.whole_folder(folder, DESCRIPTION, ARRAYS) as temporary:
+        tensors.write(temporary / ARRAYS, arrays)
+        write_json(temporary / DESCRIPTION, description | dict(sha256=file_sha256(temporary / ARRAYS)))
 
 
 def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
@@ -67,7 +67,7 @@ def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
     if not file.is_file() or file_sha256(file) != description.get("sha256"):
         raise UserError(f"{file} is missing or damaged: it is not what {DESCRIPTION} describes; trace the prompt again")
     try:
-        graph = _made(kind, description, load_file(file))
+        graph = _build_graph(kind, description, load_file(file))
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / DESCRIPTION} is damaged ({error} is missing): trace the prompt again") from None
     if problem := _problem(graph):
@@ -75,15 +75,15 @@ def load(folder: Path, kind: type[AnyGraph]) -> AnyGraph:
     return graph
 
 
-def _made(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AnyGraph:
+def _build_graph(kind: type[AnyGraph], description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AnyGraph:
     texts: dict[str, Any] = {name: description[name] for name in _TEXTS}
     texts |= {name: tuple(texts[name]) for name in ("tokens", "labels")}
     pruning = None
-    if found := description.get("pruning"):
-        scores = GraphScores(found["replacement"], found["completeness"])
+    if stored_pruning := description.get("pruning"):
+        scores = GraphScores(stored_pruning["replacement"], stored_pruning["completeness"])
         kept = arrays["node_N"], arrays["influence_N"]
-        top_edges = found.get("top_edges", 0)
-        pruning = Pruning(found["node_threshold"], found["edge_threshold"], *kept, scores, top_edges)
+        top_edges = stored_pruning.get("top_edges", 0)
+        pruning = Pruning(stored_pruning["node_threshold"], stored_pruning["edge_threshold"], *kept, scores, top_edges)
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
     logits = int((nodes.kind_N == LOGIT).sum())
     shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits

@@ -37,15 +37,15 @@ def influence(
     """Return the influence of every source, float64 [S].
 
     Args:
-      adjacency_RxS: rows with edges from layers below their own only.
-      layer_R: of each row; logits stand above all.
-      column_R: where each row's node is among the sources; -1 for a logit.
-      weight_R: weights of the logits; 0 for the others.
+      adjacency_RxS: edges from each source to each row's node, all from lower layers.
+      layer_R: layer of each row; logits are above all layers.
+      column_R: index of each row's node among the sources; -1 for a logit.
+      weight_R: weights of the logits; 0 for other rows.
     """
     influence_S = np.zeros(adjacency_RxS.shape[1])
     for layer in np.unique(layer_R)[::-1]:
-        own = np.flatnonzero(layer_R == layer)
-        for rows in _blocks(own, adjacency_RxS.shape[1]):
+        layer_rows = np.flatnonzero(layer_R == layer)
+        for rows in _blocks(layer_rows, adjacency_RxS.shape[1]):
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
             part_BxS = np.abs(adjacency_RxS[rows])
             sum_B = part_BxS.sum(axis=1, dtype=np.float64)
@@ -138,14 +138,14 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
 
 
 def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) -> float:
-    """Return the smallest of the largest values that together have a share of the sum of all; infinity if all are 0.
+    """Return the threshold at or above which values have a share of the sum of all values; infinity if all are 0.
 
     Values are not sorted: a first pass sums them by their leading bits, a second one sorts those whose leading bits are
     the threshold's.
 
     Args:
-      blocks: gives all values, fp32 and 0 or above, some arrays at a time; called twice.
-      share: 0 to 1.
+      blocks: yields all values, fp32 and 0 or above, in several arrays; called twice.
+      share: share of the sum, 0 to 1.
     """
     sum_B = np.zeros(1 << (32 - _LOW_BITS))
     for values in blocks():
@@ -156,8 +156,8 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
     down_B = np.cumsum(sum_B[::-1])[::-1]  # of values with these leading bits or larger ones
     wanted = share * down_B[0]
     bucket = int(np.flatnonzero((sum_B > 0) & (down_B >= wanted))[-1])
-    found = [v[v.view(np.uint32) >> _LOW_BITS == bucket] for v in (block.reshape(-1) for block in blocks())]
-    descending = -np.sort(-np.concatenate(found))
+    candidates = [v[v.view(np.uint32) >> _LOW_BITS == bucket] for v in (block.reshape(-1) for block in blocks())]
+    descending = -np.sort(-np.concatenate(candidates))
     above = down_B[bucket] - sum_B[bucket]
     index = np.searchsorted(above + np.cumsum(descending, dtype=np.float64), wanted)
     return float(descending[min(index, len(descending) - 1)])

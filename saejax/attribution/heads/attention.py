@@ -57,9 +57,9 @@ def read_attention(
     Raises:
       UserError: a head or a position does not exist.
     """
-    found = head_contributions(traced.local, traced.readouts, pruned) if heads else None
-    leading = found.leading() if found else []
+    contributions = head_contributions(traced.local, traced.readouts, pruned) if heads else None
+    leading = contributions.leading() if contributions else []
     if not split_heads:
-        return Attention(found, leading)
+        return Attention(contributions, leading)
     scores = [split_scores(traced.local, *head) for head in split_heads]
-    return Attention(found, leading, scores, traced.local.sources.nodes, source_names(traced.local, pruned))
+    return Attention(contributions, leading, scores, traced.local.sources.nodes, source_names(traced.local, pruned))

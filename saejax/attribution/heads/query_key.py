@@ -119,15 +119,15 @@ def split_scores(
     """Decompose the scores of a query with the keys that it attends to most.
 
     Args:
-      local: of the prompt.
-      layer: of the head.
-      head: its index in the layer.
-      position: of the query; below 0, from the end.
+      local: the local model of the prompt.
+      layer: layer of the head.
+      head: index of the head in the layer.
+      position: position of the query; negative: from the end.
       keys: maximum number of keys.
-      pairs: number of pairs of each score that are listed.
+      pairs: number of pairs that are listed for each score.
 
     Returns:
-      A score for each key, that of the largest attention weight first.
+      A score for each key, in descending order of attention weight.
 
     Raises:
       UserError: there is no such head or position.
@@ -143,9 +143,9 @@ def split_scores(
     for j, part_KxS in enumerate(part_GxKxS[1:]):
         query_N, key_N, part_N = _largest(part_GxKxS[0], part_KxS, pairs)
         whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
-        found: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
-        found |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
-        scores.append(HeadScore(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **found))
+        fields: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
+        fields |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
+        scores.append(HeadScore(layer=layer, head=head, query=position, key=int(opened.key_J[j]), **fields))
     return scores
 
 
@@ -165,10 +165,10 @@ def _parts(local: LocalModel, opened: Opened, layer: int, position: int, count: 
 
 
 def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the pairs with the largest products by size: the query's source, the key's, and the product, each [N].
+    """Return the N pairs with the largest absolute products: query sources, key sources and products, each [N].
 
-    No product is larger than that of the lengths, so sources of the query go from long ones to short ones until none
-    that is left can make a larger pair.
+    A product is at most that of the two lengths. Query sources are read in descending order of length, until no
+    remaining one can make a larger product.
     """
     of_query_S, of_key_S = np.linalg.norm(query_KxS, axis=0), np.linalg.norm(key_KxS, axis=0)  # lengths
     order, of_key = np.argsort(-of_query_S, kind="stable")[: (of_query_S > 0).sum()], np.flatnonzero(of_key_S)
@@ -184,8 +184,8 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
         part_X = (query_KxS[:, of_query].astype(np.float64).T @ key_KxB).reshape(-1)
         top = np.argpartition(-np.abs(part_X), min(count, len(part_X)) - 1)[:count]
         row, column = np.divmod(top, len(of_key))
-        found = of_query[row], of_key[column], part_X[top]
-        joined = [np.concatenate(pair) for pair in zip(best, found, strict=True)]
+        block_best = of_query[row], of_key[column], part_X[top]
+        joined = [np.concatenate(pair) for pair in zip(best, block_best, strict=True)]
         kept = np.argsort(-np.abs(joined[2]), kind="stable")[:count]
         best = joined[0][kept], joined[1][kept], joined[2][kept]
     return best
@@ -201,7 +201,7 @@ def open_head(
     query: jax.Array,
     x_TxD: jax.Array,
 ) -> Opened:
-    """Return what a head's query and keys read of the stream.
+    """Return the directions along which a head's query and keys read the stream.
 
     Args:
       frozen: the model (static).
@@ -238,10 +238,10 @@ def open_head(
 
     query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
     own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
-    own = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
-    if own:  # linear in the biases, so it is its own derivative along them
-        with_biases = lambda own: meets({**params, **own}, x_TxD)[0]  # noqa: E731
-        own_q_TxK, own_k_TxK = jax.jvp(with_biases, (own,), (own,))[1]
+    biases = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}
+    if biases:  # linear in the biases, so it is its own derivative along them
+        with_biases = lambda biases: meets({**params, **biases}, x_TxD)[0]  # noqa: E731
+        own_q_TxK, own_k_TxK = jax.jvp(with_biases, (biases,), (biases,))[1]
     score_J = jnp.sum(q_TxK[query][None] * k_TxK[key_J], axis=-1)
     return Opened(weight_J, key_J, score_J, query_KxD, key_KxJxD, own_q_TxK[query], own_k_TxK[key_J])
 

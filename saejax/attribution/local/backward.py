@@ -62,18 +62,18 @@ def contributions(
 ) -> jax.Array:
     """Return the products of all blocks of sources with the cotangents of a batch of targets, fp32 [B, N, R, W].
 
-    What a layer fixes, attention weights above all, is computed once for all chunks, and a chunk joins at the layer
-    where its highest target reads.
+    The constants of a layer, above all its attention weights, are computed once for all chunks. A chunk joins at the
+    layer where its highest target reads.
 
     Args:
       frozen: the model (static).
       mesh: the devices (static).
-      params: of the model.
+      params: parameters of the model.
       stream_LxTxD: the stream entering each layer, at no more positions than the targets need.
       skip_LxDxD: skip paths of the transcoders; None: there are none.
       bank: the sources' vectors in blocks.
-      first_X: the first block of each place.
-      stops: the end of those at these positions.
+      first_X: index of the first block of each place.
+      stops: index after the last block of each place at these positions.
       batch: the targets.
     """
     length = stream_LxTxD.shape[1]
@@ -90,23 +90,24 @@ def contributions(
         return _read_off(bank, *blocks, batch.start_N >= place, cotangent_NxRxTxD, read_BxNxRxW)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """All chunks through one layer."""
+        """Take all chunks down through one layer."""
         layer = batch.start_N[0] - 1 - index
         x_TxD = lax.dynamic_index_in_dim(stream_LxTxD, layer, keepdims=False)
         skip_DxD = None if skip_LxDxD is None else lax.dynamic_index_in_dim(skip_LxDxD, layer, keepdims=False)
         _, pull = jax.vjp(lambda x_TxD: frozen.layer(params, layer, tables, x_TxD, skip_DxD), x_TxD)
         turned, turned_back = _turned(pull, x_TxD.shape[-1])
 
-        def one(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:
-            own, chunk = lax.optimization_barrier((turned, chunk))  # else XLA turns them back outside of the loop
-            pull = turned_back(own)
+        def pull_chunk(chunk: jax.Array, cotangent_NxRxTxD: jax.Array) -> jax.Array:
+            # Without the barrier, XLA turns them back outside of the loop.
+            chunk_turned, chunk = lax.optimization_barrier((turned, chunk))
+            pull = turned_back(chunk_turned)
             in_RxTxD = jax.vmap(lambda *both: pull(both)[0])(cotangent_NxRxTxD[chunk], placed(chunk, layer))
             return lax.dynamic_update_index_in_dim(cotangent_NxRxTxD, in_RxTxD, chunk, 0)
 
         cotangent_NxRxTxD, read_BxNxRxW = carry
         read_BxNxRxW = read_off(layer + 1, cotangent_NxRxTxD, read_BxNxRxW)
         begun = jnp.sum(batch.start_N > layer)
-        return lax.fori_loop(0, begun, one, cotangent_NxRxTxD), read_BxNxRxW
+        return lax.fori_loop(0, begun, pull_chunk, cotangent_NxRxTxD), read_BxNxRxW
 
     carry = _by_target(mesh, jax.vmap(placed)(chunks, batch.start_N), bank)
     cotangent_NxRxTxD, read_BxNxRxW = lax.fori_loop(0, batch.start_N[0], down, carry)

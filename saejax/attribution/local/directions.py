@@ -36,13 +36,13 @@ def read_directions(transcoders: LayerTranscoders, features: list[np.ndarray]) -
 
 
 def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], rows: int) -> jax.Array:
-    """Return a table of what is on the devices already and, after it, of what comes in parts; 0 where nothing comes.
+    """Return a table of rows that are on the devices already and then rows that come in parts, padded with zeros.
 
     Args:
       mesh: the devices, over whose axis ``model`` the table's width is split.
-      first: its first rows, each [U, D].
-      parts: the next ones, fp32 [X, D].
-      rows: for how many of these there is room, a multiple of ``CHUNK``.
+      first: arrays with the first rows, each [U, D].
+      parts: arrays with the next rows, fp32 [X, D].
+      rows: number of rows reserved for ``parts``, a multiple of ``CHUNK``.
 
     Returns:
       fp32 [U, D].
@@ -53,8 +53,8 @@ def fill_table(mesh: Mesh, first: list[jax.Array], parts: Iterator[np.ndarray], 
     by_width = fitting_sharding(mesh, (CHUNK, width), None, "model")
     for chunk_CxD in _chunks(parts, width):
         # ``jax.device_put`` would ask all processes each time whether they have the same.
-        given = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
-        table_UxD = _written(where, table_UxD, given, np.int32(start))
+        placed_CxD = jax.make_array_from_callback(chunk_CxD.shape, by_width, chunk_CxD.__getitem__)
+        table_UxD = _written(where, table_UxD, placed_CxD, np.int32(start))
         start += CHUNK
     return table_UxD
 

@@ -81,12 +81,12 @@ class FrozenModel:
         return leaving_TxD, self.read(params, layer, seen)
 
     def _attend(self, q_TxHxK: jax.Array, k_TxNxK: jax.Array, v_TxNxK: jax.Array, tables: AttentionTables) -> jax.Array:
-        """Attend as ``attention.attend``, with constant weights and a transpose that moves no more than it must."""
+        """Attend as ``attention.attend`` does, with constant weights and a cheap transpose."""
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
             block = tables._replace(mask=tables.mask[queries, keys])
-            own = q_TxHxK[queries], k_TxNxK[keys]
-            parts.append(_weighted(attention_weights(self.config, RELP, *own, block), v_TxNxK[keys]))
+            block_inputs = q_TxHxK[queries], k_TxNxK[keys]
+            parts.append(_weighted(attention_weights(self.config, RELP, *block_inputs, block), v_TxNxK[keys]))
         return jnp.concatenate(parts).reshape(q_TxHxK.shape)
 
     def read(

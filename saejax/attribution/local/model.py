@@ -186,7 +186,7 @@ class LocalModel(LocalState):
         result: LocalRun,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        """Take all rows through the layers, some side by side, and read them. Layers are the outer loop."""
+        """Run all rows through the layers in chunks, layer by layer, and add the readouts to ``result``."""
         n_layers, first, last = self.model.config.n_layers, plan.first_layer or 0, len(self.ids_P) - 1
         length, layer_J = self.stream_LxTxD.shape[1], self.active.layer_A[index_J]
         states = []
@@ -200,8 +200,8 @@ class LocalModel(LocalState):
             for number, chunk in enumerate(plan.chunks):
                 count = chunk.stop - chunk.start
                 if len(directions):
-                    given = readouts.position_K[directions], readouts.vector_KxD[directions]
-                    result.readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *given)[:count]
+                    probes = readouts.position_K[directions], readouts.vector_KxD[directions]
+                    result.readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
                 streams = jnp.concatenate([x_TxD[None], states[number]])
                 leaving, read, out = layers.run_layer(
                     self.frozen, modes[layer], self.model.params, np.int32(layer), streams, self.skip(layer), length
@@ -253,8 +253,8 @@ class LocalModel(LocalState):
             ids_T = np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids)))
             x_BxTxD = jnp.tile(layers.embed(self.frozen, params, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):
-                given = params, np.int32(layer), x_BxTxD, self.skip(layer), length
-                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, *given)
+                inputs = params, np.int32(layer), x_BxTxD, self.skip(layer), length
+                x_BxTxD, read, out = layers.run_layer(self.frozen, freeze, *inputs)
                 if (difference := plan.difference(0, layer, freeze, read[1:], out[1:])) is not None:
                     x_BxTxD = x_BxTxD.at[1:].add(difference)
             last_BxD = x_BxTxD[:, len(ids) - 1]
@@ -294,7 +294,7 @@ class LocalModel(LocalState):
 
         Args:
           added: vectors of ``count`` nodes, by the layer whose entering stream they are added to.
-          count: their number; more pads.
+          count: number of nodes, padding included.
 
         Yields:
           Each layer from the lowest vector on; the changes of the stream entering it, [S, T, D]; and of the values that
@@ -305,8 +305,8 @@ class LocalModel(LocalState):
         first = int(added.layer_E.min()) if len(added.layer_E) else 0
         for layer in range(first, self.model.config.n_layers):
             change_SxTxD = change_SxTxD + added.at(layer, count, length)
-            given = np.int32(layer), self.stream_LxTxD[layer], self.skip(layer), change_SxTxD
-            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, self.model.params, *given)
+            inputs = np.int32(layer), self.stream_LxTxD[layer], self.skip(layer), change_SxTxD
+            leaving_SxTxD, values_NxTxKxS = layers.push_layer(self.frozen, self.model.params, *inputs)
             yield layer, change_SxTxD, values_NxTxKxS
             change_SxTxD = leaving_SxTxD
 
@@ -315,7 +315,7 @@ class LocalModel(LocalState):
 
         Args:
           read: vectors of ``count`` nodes, by what reads them; see ``Vectors``.
-          count: their number; more pads.
+          count: number of nodes, padding included.
 
         Yields:
           Each layer from the highest that is read down to 0, and the cotangents of the values by the head that mixes
@@ -325,8 +325,8 @@ class LocalModel(LocalState):
         cotangent_RxTxD = jnp.zeros((count, length, self.model.config.d_model), jnp.float32)
         for layer in reversed(range(n_layers)):
             cotangent_RxTxD = cotangent_RxTxD + read.at(n_layers + layer + 1, count, length)
-            given = self.stream_LxTxD[layer], self.skip(layer), cotangent_RxTxD, read.at(layer, count, length)
-            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, self.model.params, np.int32(layer), *given)
+            inputs = self.stream_LxTxD[layer], self.skip(layer), cotangent_RxTxD, read.at(layer, count, length)
+            cotangent_RxTxD, wanted = layers.pull_layer(self.frozen, self.model.params, np.int32(layer), *inputs)
             yield layer, wanted
 
 

@@ -45,13 +45,13 @@ class LayerSaes(LayerDictionaries):
 
     @classmethod
     def of(cls, saes: "LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]") -> "LayerSaes":
-        """Return a set of SAEs in memory or in folders; a folder of several, such as a stack, means all of them."""
+        """Return a set of SAEs from memory or folders; a folder of several SAEs, such as a stack, stands for all."""
         if isinstance(saes, LayerSaes):
             return saes
-        found: list[tuple[str, Dictionary]] = []
+        named_saes: list[tuple[str, Dictionary]] = []
         for each in [saes] if isinstance(saes, Dictionary | str | Path) else saes:
-            found += [("a dictionary in memory", each)] if isinstance(each, Dictionary) else load_all(each).items()
-        return cls(found)
+            named_saes += [("a dictionary in memory", each)] if isinstance(each, Dictionary) else load_all(each).items()
+        return cls(named_saes)
 
     def check(self, model: LanguageModel) -> "LayerSaes":
         """Return the set, if it belongs to a model.

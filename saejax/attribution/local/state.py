@@ -91,8 +91,8 @@ class LocalState(PromptRun):
         parts: dict[str, list[jax.Array]] = {}
         for layer in range(model.config.n_layers):
             # 1. The layer.
-            given = np.int32(layer), x_TxD[None]
-            leaving, read, out = layers.run_layer(self.frozen, "none", model.params, *given)
+            inputs = np.int32(layer), x_TxD[None]
+            leaving, read, out = layers.run_layer(self.frozen, "none", model.params, *inputs)
             # 2. Its active features.
             encoder = transcoders.encoder(layer, model.mesh)
             active = active_features(encoder, layer, read[0], used_T)

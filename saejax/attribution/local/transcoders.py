@@ -99,8 +99,10 @@ class LayerTranscoders(LayerDictionaries):
         layers = [hooks.layer_of(config.target) if config.target else -1 for config in self.configs]
         missing = sorted(set(range(model.n_layers)) - set(layers))
         if missing or layers != list(range(model.n_layers)):
-            told = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
-            raise UserError(f"{self.name} has {told}: expected one for each layer of {name}, 0 to {model.n_layers - 1}")
+            problem = f"no transcoder of layer {missing[0]}" if missing else f"transcoders of the layers {layers}"
+            raise UserError(
+                f"{self.name} has {problem}: expected one for each layer of {name}, 0 to {model.n_layers - 1}"
+            )
         for layer, config in enumerate(self.configs):
             check_width(config, model, name, f"{self.name}, layer {layer}: the transcoder")
             sites = [f"{self.reads}.{layer}"] if self.reads in _READS else []

@@ -149,13 +149,13 @@ def gradients(
         return jnp.where(here_B[:, None, None], at_BxTxD, 0)
 
     def down(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """One layer, from its end to its beginning."""
+        """Pull the gradients through one layer, from its output to its input."""
         (above_BxTxD, site_SxBxTxD), layer = carry, top - 1 - index
         delta_KxTxD = jnp.zeros((kinds, tokens, width), stream_LxTxD.dtype)
 
         slot_K = places.slot_LxK[layer]
 
-        def own(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def run_layer(x_TxD: jax.Array, delta_KxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Return the stream leaving the layer [T, D], and what is read at its sites [K, T, D], before changes."""
             read = {}
 
@@ -166,7 +166,7 @@ def gradients(
             leaving_TxD = decoder.run_layer(config, rules, params, layer, x_TxD, tables, hook)
             return leaving_TxD, jnp.stack([read[kind] for kind in places.kinds])
 
-        _, pull = jax.vjp(own, stream_LxTxD[layer], delta_KxTxD)
+        _, pull = jax.vjp(run_layer, stream_LxTxD[layer], delta_KxTxD)
         read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
         below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
         site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")

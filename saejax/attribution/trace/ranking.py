@@ -36,7 +36,7 @@ class Ranking:
         """Return the features that may get a row, the most influential first.
 
         Args:
-          chosen_F: places of the features that have one, in the order of their rows.
+          chosen_F: indices of the features that have a row already, in the order of their rows.
         """
         store, done = self._store, len(chosen_F)
         self._sum_F = np.concatenate([self._sum_F, self._sums(np.arange(len(self._sum_F), done))])
@@ -46,9 +46,9 @@ class Ranking:
         last = np.arange(len(store.row_BxC) - len(self._sum_K), len(store.row_BxC))
         self._add(influence_C, last, self._weight_K / self._sum_K)
         for layer in np.unique(layer_F)[::-1]:
-            own = np.flatnonzero(layer_F == layer)
+            layer_rows = np.flatnonzero(layer_F == layer)
             below = influence_C[: np.searchsorted(layer_C, layer)]
-            self._add(below, own, influence_C[column_F[own]] / self._sum_F[own])
+            self._add(below, layer_rows, influence_C[column_F[layer_rows]] / self._sum_F[layer_rows])
         influence_C[column_F] = -1
         order = np.argsort(-influence_C, kind="stable")[: features - done]
         return store.column_C[order]

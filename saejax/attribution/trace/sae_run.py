@@ -51,7 +51,7 @@ class SaeRun(PromptRun):
     def of(
         cls, model: LanguageModel, saes: LayerSaes, ids_P: np.ndarray, estimate: str = "gradient", direct: bool = False
     ) -> "SaeRun":
-        """Run the model on a prompt and each SAE on its site.
+        """Run the model on a prompt, and each SAE on its site.
 
         Args:
           model: the language model.
@@ -74,16 +74,16 @@ class SaeRun(PromptRun):
         logits_V = to_host(decoder.unembed(model.config, model.params, ran.last_D[None], rules)[0])
         if not np.isfinite(logits_V).all():
             raise UserError(f"the logits of {model.source.name} are not finite: try --model.dtype=float32")
-        found, errors = [], []
+        active_by_site, errors = [], []
         for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
             used_T = np.arange(length) < len(ids_P)
-            own = active_features(sae, site.layer, read_TxD, used_T)
-            found.append(own)
+            site_active = active_features(sae, site.layer, read_TxD, used_T)
+            active_by_site.append(site_active)
             size = max(1, min(length, AT_ONCE // sae.config.n_features))
             chunks = [slice(start, start + size) for start in range(0, length, size)]
-            errors.append(np.concatenate([to_host(_errors(sae, read_TxD[one], used_T[one])) for one in chunks]))
-        active = Active.concatenate(found)
+            errors.append(np.concatenate([to_host(_errors(sae, read_TxD[chunk], used_T[chunk])) for chunk in chunks]))
+        active = Active.concatenate(active_by_site)
         if not len(active):
             raise UserError(f"no feature of {saes.name} is active in this prompt: is it of this model?")
         return cls(

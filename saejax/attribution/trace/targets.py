@@ -121,11 +121,11 @@ def _direction(run: PromptRun, target: Direction) -> Readouts:
         raise UserError(f"the target {target.label!r} leaves the last layer: expected it at the last position")
     stream_D = run.last_D if layer == config.n_layers else run.stream_LxTxD[layer, position]
     value_K = np.array([to_host(stream_D).astype(np.float64) @ vector_D], np.float32)
-    one = np.ones(1, np.int32)
+    one_K = np.ones(1, np.int32)
     return Readouts(
-        layer_K=layer * one,
-        position_K=position * one,
-        token_K=-one,
+        layer_K=layer * one_K,
+        position_K=position * one_K,
+        token_K=-one_K,
         pair_Kx2=np.full((1, 2), -1, np.int32),
         vector_KxD=vector_D[None],
         value_K=value_K,
