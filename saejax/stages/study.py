@@ -37,25 +37,25 @@ def _check(configs: Configs) -> None:
 
 
 def _run(run: Run) -> Any:
-    from saejax.interventions.study_run import run_study
+    from saejax.studies.benchmark_run import run_study
 
     return run_study(run)
 
 
 def _results() -> Any:
-    from saejax.interventions.study_results import StudyResults
+    from saejax.studies.benchmark_results import StudyResults
 
     return StudyResults
 
 
 def _rule(config: Any) -> str:
-    from saejax.interventions.study_run import rule
+    from saejax.studies.benchmark_run import rule
 
     return rule(config)
 
 
 def _sections(findings: Any, draw: Any) -> Sequence[Any]:
-    from saejax.interventions.study_report import sections
+    from saejax.studies.benchmark_report import sections
 
     return sections(findings, draw)
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.interventions.study_results import StudyResults
-from saejax.interventions.study_run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
 from saejax.interventions.table import load_effects
 from saejax.matching.importance import ItemFeatures, align_importance
 from saejax.page.findings import Findings
 from saejax.statistics.ranks import holm_by_key
+from saejax.studies.benchmark_results import StudyResults
+from saejax.studies.benchmark_run import FEATURES_ON_ITEMS, ROTATED_ON_ITEMS
 from saejax.studies.item_alignment import ItemLosses, align_items
 from saejax.studies.results import AlignmentFigures
 

@@ -12,12 +12,12 @@ import numpy as np
 from saejax.activations.results import CaptureResults
 from saejax.dictionaries.stacks import full_name
 from saejax.evaluation.results import EvaluateResults
-from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings, read_findings
 from saejax.preflight.results import ModelNeeds, PreflightResults
 from saejax.settings import ModelConfig, StudyConfig, TaskConfig, TrainConfig
 from saejax.studies import criteria, gather_effects, gather_features
 from saejax.studies.alignment import alignments
+from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.learned import learned
 from saejax.studies.phases import phases
 from saejax.studies.results import (

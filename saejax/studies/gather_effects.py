@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 
 from saejax.interventions.answers import AblateResults, CausalAnswer
 from saejax.interventions.sentences import RESAMPLED
-from saejax.interventions.study_results import StudyResults
 from saejax.interventions.table import TESTED, UNTRAINED
 from saejax.matching.track.results import TrackResults
 from saejax.matching.transfer.results import TransferResults
 from saejax.page.findings import Findings
 from saejax.statistics.ranks import holm_by_key
 from saejax.studies import criteria
+from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.results import (
     BehaviourFigures,
     DomainFigures,

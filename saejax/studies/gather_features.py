@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
-from saejax.interventions.primitives import recurring
-from saejax.interventions.study_results import StudyResults
-from saejax.interventions.study_run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
 from saejax.interventions.table import EffectsTable, PromptDefinition, load_effects
 from saejax.matching.importance import ItemFeatures, match_features
 from saejax.page.findings import Findings
+from saejax.studies.benchmark_results import StudyResults
+from saejax.studies.benchmark_run import FEATURES_ON_ITEMS, ITEM_ATTRIBUTION
+from saejax.studies.primitives import recurring
 from saejax.studies.results import AssociationFigures, LabelFigures, PrimitiveFigures, ProblemFigures
 from saejax.studies.sheet import quoted
 

@@ -14,10 +14,10 @@ import numpy as np
 from saejax.ground_truth.results import TruthResults
 from saejax.interventions.answers import AblateResults
 from saejax.interventions.probe_run import ProbeResults
-from saejax.interventions.study_results import StudyResults
 from saejax.page.findings import Findings
 from saejax.page.tables import interval, number, percent
 from saejax.results import Interval
+from saejax.studies.benchmark_results import StudyResults
 from saejax.studies.results import Answered, PhaseFigures, StudyFigures
 
 EFFECTS, KNOWN = "1. Which features change the output", "2. Are known features found"

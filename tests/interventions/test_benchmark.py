@@ -11,13 +11,10 @@ from scipy import sparse
 
 from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
-from saejax.interventions import associations, study_report, study_run
 from saejax.interventions.curves import read_curves
-from saejax.interventions.domains import GROUP
 from saejax.interventions.edits import mask
 from saejax.interventions.references import Reference, References, placebo_references
 from saejax.interventions.split_model import SplitModel
-from saejax.interventions.study_results import StudyItems, StudyResults
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
 from saejax.matching.importance import ItemFeatures
@@ -30,6 +27,9 @@ from saejax.runner.registry import default_configs
 from saejax.runner.workspace import Run
 from saejax.settings import MeshConfig, ModelConfig, StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
+from saejax.studies import associations, benchmark_report, benchmark_run
+from saejax.studies.benchmark_results import StudyItems, StudyResults
+from saejax.studies.domains import GROUP
 from saejax.tasks import run_inputs
 from saejax.tasks.benchmark_definitions import LOGIC_TASKS
 from saejax.tasks.benchmark_scores import score_items
@@ -214,9 +214,9 @@ def check_associations(run, tiny, task, name, train, test, results, table, monke
     """Features go with the labels of their own items, in whatever order these are."""
     monkeypatch.setattr(associations, "_LEAST", 1)
     halves = [[dataclasses.replace(item, task="ab"[i % 2]) for i, item in enumerate(half)] for half in (train, test)]
-    items = study_run.BenchmarkItems(tiny, name, task, *halves)
-    found = study_run._associate(run.folder, items, results, table, 0)
-    read = ItemFeatures.load(run.folder / study_run.FEATURES_ON_ITEMS)
+    items = benchmark_run.BenchmarkItems(tiny, name, task, *halves)
+    found = benchmark_run._associate(run.folder, items, results, table, 0)
+    read = ItemFeatures.load(run.folder / benchmark_run.FEATURES_ON_ITEMS)
     acts_NxF = read.activity.f_NxF.toarray()
     has = {item.id: item.task for item in halves[1]}
     compared = 0
@@ -237,19 +237,19 @@ def check_associations(run, tiny, task, name, train, test, results, table, monke
 )
 def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, name, settings, monkeypatch):
     run, said = make_run(name, falsify=8, **settings)
-    path = run.folder / study_run.FEATURES
+    path = run.folder / benchmark_run.FEATURES
     with pytest.raises(Interrupted, match="stopped"):
-        study_run.run_study(dataclasses.replace(run, stopping=path.exists))
-    kept = (run.folder / study_run.FEATURES).read_text()
-    results = study_run.run_study(run)
-    assert (run.folder / study_run.FEATURES).read_text() == kept
-    assert study_run.run_study(run) == results  # killed after it had removed what was measured
+        benchmark_run.run_study(dataclasses.replace(run, stopping=path.exists))
+    kept = (run.folder / benchmark_run.FEATURES).read_text()
+    results = benchmark_run.run_study(run)
+    assert (run.folder / benchmark_run.FEATURES).read_text() == kept
+    assert benchmark_run.run_study(run) == results  # killed after it had removed what was measured
     assert from_json(StudyResults, json.loads(json.dumps(to_json(results), allow_nan=False)), "") == results
     assert results.items == StudyItems(train=6, test=6) and results.k == len(results.top) <= 3
 
     table = load_effects(run.folder)
-    assert verdict(table, study_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
-    train, test = study_run.split_items(read_items(name, task), CONFIG, name)
+    assert verdict(table, benchmark_run.study_verdict_config(run.configs[StudyConfig])) == results.verdict
+    train, test = benchmark_run.split_items(read_items(name, task), CONFIG, name)
     assert not {item.id for item in train} & {item.id for item in test}
     prompts = table.select_prompts(name)
     assert {prompt.id for prompt in prompts} == {f"{name}/{item.id}" for item in test}
@@ -280,7 +280,7 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
     assert result.random.answer == result.placebo.answer == "not testable"  # 4 of 19 sets
     assert "answer_log_prob_resampled" in result.ablation and result.selective.answer == "not tested"
     assert set(result.bases) == {"pca"}
-    ranking = json.loads((run.folder / study_run.RANKING).read_text())
+    ranking = json.loads((run.folder / benchmark_run.RANKING).read_text())
     attributions = [entry["attribution"] for entry in ranking]
     assert attributions == sorted(attributions, reverse=True) and len(ranking) > 3
     assert {entry["feature"] for entry in ranking if "drop" in entry} == {
@@ -301,14 +301,15 @@ def test_the_stage_by_hand_killed_and_resumed(make_run, tiny, dictionary, task, 
         each.feature for each in results.top
     ]
     found, turned = (
-        ItemFeatures.load(run.folder / file) for file in (study_run.FEATURES_ON_ITEMS, study_run.ROTATED_ON_ITEMS)
+        ItemFeatures.load(run.folder / file)
+        for file in (benchmark_run.FEATURES_ON_ITEMS, benchmark_run.ROTATED_ON_ITEMS)
     )
     assert set(found.ids) == {item.id for item in (*train, *test)} and found.placebo_RxF.shape[0] == 4
     assert [entry["attribution"] for entry in ranking] == pytest.approx(
         [found.importance_F[entry["feature"]] for entry in ranking], rel=1e-5
     )
     assert turned.ids == found.ids and not np.allclose(turned.importance_F, found.importance_F)
-    by_item_PxF = sparse.load_npz(run.folder / study_run.ITEM_ATTRIBUTION).toarray()
+    by_item_PxF = sparse.load_npz(run.folder / benchmark_run.ITEM_ATTRIBUTION).toarray()
     np.testing.assert_allclose(by_item_PxF[: len(train)].mean(axis=0), found.importance_F, rtol=1e-4, atol=1e-5)
     assert results.categories == {item.id: item.task for item in (*train, *test)}
     check_associations(run, tiny, task, name, train, test, results, table, monkeypatch)
@@ -326,7 +327,7 @@ def test_the_power_that_is_said_is_that_of_simulations():
     change_RxN = rng.choice([1, -1, 0], (4000, items), p=[0.075, 0.025, 0.9])
     error_R = change_RxN.std(axis=1, ddof=1) / items**0.5
     power = np.mean(change_RxN.mean(axis=1) > 1.96 * error_R)
-    said = study_run.describe_power(items, drop)
+    said = benchmark_run.describe_power(items, drop)
     assert float(said.split(" above zero in ")[1].split(" %")[0]) == pytest.approx(100 * power, abs=6)
     assert said.startswith(
         "if ablation truly lowers accuracy by 5 points and changes 10 % of the answers, 100 test items"
@@ -339,7 +340,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
     from saejax.tasks.answers import Verdict
     from saejax.tasks.scored_items import GeneratedItem
 
-    real = study_run.BenchmarkItems.score
+    real = benchmark_run.BenchmarkItems.score
 
     def score(self, edits, scored, check_stop):
         if scored == "likelihood":
@@ -355,9 +356,9 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
             )
         return rows
 
-    monkeypatch.setattr(study_run.BenchmarkItems, "score", score)
+    monkeypatch.setattr(benchmark_run.BenchmarkItems, "score", score)
     run, _ = make_run("gsm8k")
-    results = study_run.run_study(run)
+    results = benchmark_run.run_study(run)
     assert results.at_chance is False
     by_group = {score.group: score for score in results.scores}
     assert list(by_group) == ["clean", "top", "resample", "random", "placebo"]
@@ -372,7 +373,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
     assert result.ablation["accuracy"].effect.mean == pytest.approx(5 / 6)
     # An accuracy that falls from 100 to 17 % is never answered with no for want of control sets.
     assert result.random.answer == "not testable" and "4 independent sets of 19 needed" in result.random.sentence
-    assert len(list((run.folder / study_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 4
+    assert len(list((run.folder / benchmark_run.ANSWERS).glob("*.jsonl"))) == 1 + 3 + 4
 
     drawn = []
 
@@ -387,7 +388,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
     settings = {"study": dataclasses.asdict(run.configs[StudyConfig]), "model": {"path": "tiny"}}
     found = Findings({"study/gsm8k": summary}, {"study/gsm8k": run.folder}, run.folder / "report", {})
     monkeypatch.setattr(Findings, "settings", lambda self: settings)
-    (section,) = study_report.sections(found, draw)
+    (section,) = benchmark_report.sections(found, draw)
     assert [name for name, *_ in drawn] == ["ablation_benchmark_gsm8k"]
     assert type(section.blocks[0]).__name__ == "Picture", "the section opens with the picture"
     tables = [block for block in section.blocks if type(block).__name__ == "Table"]
@@ -400,7 +401,7 @@ def test_generated_answers_are_scored_under_every_condition(make_run, monkeypatc
 @pytest.mark.slow
 def test_where_nothing_is_answered_rightly_only_likelihoods_are_measured(make_run):
     run, said = make_run("gsm8k")
-    results = study_run.run_study(run)
+    results = benchmark_run.run_study(run)
     assert results.at_chance is True and any("is at chance" in line for line in said)
     assert results.verdict.dictionaries[TESTED]["gsm8k"].ablation["accuracy"].answer == "not tested"
     assert [score.group for score in results.scores] == ["clean"]
@@ -411,11 +412,11 @@ def test_what_is_refused(make_run, dictionary):
         StudyConfig(benchmarks=("mmlu",))
     other = Dictionary(dataclasses.replace(dictionary.config, fingerprint="0" * 16), **dictionary.arrays)
     with pytest.raises(UserError, match="use the model it was trained on, or train one for this model"):
-        study_run.run_study(make_run("logic", "other", made=other)[0])
+        benchmark_run.run_study(make_run("logic", "other", made=other)[0])
     with pytest.raises(UserError, match=r"--study.dictionary=topk/k9, but topk is one dictionary"):
-        study_run.run_study(make_run("gsm8k", "member", dictionary="topk/k9")[0])
+        benchmark_run.run_study(make_run("gsm8k", "member", dictionary="topk/k9")[0])
     with pytest.raises(UserError, match="gsm8k has 1 items for --study: expected at least 4"):
-        study_run.split_items([None], CONFIG, "gsm8k")
+        benchmark_run.split_items([None], CONFIG, "gsm8k")
 
 
 def test_the_units(task):

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from saejax.interventions.study_run import split_items
 from saejax.settings import StudyConfig, TaskConfig
+from saejax.studies.benchmark_run import split_items
 from saejax.tasks import benchmarks, exemplars
 from saejax.tasks.word_problems import PER_TEMPLATE, evaluate, make_questions, read_data
 

@@ -6,11 +6,11 @@ from scipy import sparse
 from scipy.stats import permutation_test, ttest_ind
 from sklearn.metrics import roc_auc_score
 
-from saejax.interventions import associations
-from saejax.interventions.associations import RIGHT, associate, contrast_p, item_activations
-from saejax.interventions.study_run import question_activations
 from saejax.matching.importance import ItemFeatures
 from saejax.matching.transfer.activity import Activity
+from saejax.studies import associations
+from saejax.studies.associations import RIGHT, associate, contrast_p, item_activations
+from saejax.studies.benchmark_run import question_activations
 from saejax.tasks.benchmark_definitions import Item
 
 FEATURES, ITEMS = 60, 48

@@ -25,7 +25,6 @@ from saejax.files import read_json, read_lines, write_json, write_lines
 from saejax.interventions import bases
 from saejax.interventions.ablation import describe_top, verdict_config
 from saejax.interventions.answers import FeatureEffect, VerdictConfig
-from saejax.interventions.associations import RIGHT, BenchmarkAssociations, associate, item_activations
 from saejax.interventions.benchmark import (
     BenchmarkAblation,
     BenchmarkItems,
@@ -36,26 +35,8 @@ from saejax.interventions.benchmark import (
     measure_sets,
     scored_conditions,
 )
-from saejax.interventions.domains import GROUP as CHOSEN_ON
-from saejax.interventions.domains import judge_domains
 from saejax.interventions.falsify import Falsification, falsify
-from saejax.interventions.primitives import (
-    GROUP,
-    MOST,
-    BenchmarkPrimitives,
-    find_primitives,
-    judge_primitives,
-    recurring,
-)
 from saejax.interventions.references import References
-from saejax.interventions.study_results import (
-    AnswerScores,
-    BenchmarkActivations,
-    BenchmarkFeature,
-    ChosenFeatures,
-    StudyItems,
-    StudyResults,
-)
 from saejax.interventions.table import (
     READOUTS,
     EffectsTable,
@@ -73,6 +54,25 @@ from saejax.runner.parts import Progress
 from saejax.runner.workspace import Run
 from saejax.settings import CorpusConfig, StudyConfig, TaskConfig
 from saejax.statistics.ranks import rank_p
+from saejax.studies.associations import RIGHT, BenchmarkAssociations, associate, item_activations
+from saejax.studies.benchmark_results import (
+    AnswerScores,
+    BenchmarkActivations,
+    BenchmarkFeature,
+    ChosenFeatures,
+    StudyItems,
+    StudyResults,
+)
+from saejax.studies.domains import GROUP as CHOSEN_ON
+from saejax.studies.domains import judge_domains
+from saejax.studies.primitives import (
+    GROUP,
+    MOST,
+    BenchmarkPrimitives,
+    find_primitives,
+    judge_primitives,
+    recurring,
+)
 from saejax.tasks import corpora
 from saejax.tasks.benchmark_definitions import Item, way
 from saejax.tasks.benchmarks import origin, read_items

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from saejax.interventions import primitives
 from saejax.interventions.ablation import FRACTIONS
-from saejax.interventions.primitives import (
+from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
+from saejax.studies import primitives
+from saejax.studies.primitives import (
     GROUP,
     FeaturePrimitive,
     category_contrasts,
@@ -14,7 +15,6 @@ from saejax.interventions.primitives import (
     judge_primitives,
     recurring,
 )
-from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
 
 CATEGORIES = ("addition", "logic", "subtraction")
 ITEMS, FEATURES, SIZE = 45, 80, 4

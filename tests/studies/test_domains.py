@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from saejax.interventions.ablation import FRACTIONS
-from saejax.interventions.domains import GROUP, judge_domains
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
+from saejax.studies.domains import GROUP, judge_domains
 
 ITEMS, SETS = 40, 30
 

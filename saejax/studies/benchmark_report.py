@@ -5,7 +5,6 @@ import textwrap
 from saejax.interventions.ablate_report import answer_columns, dose_picture, summary_sentences
 from saejax.interventions.answers import VerdictConfig
 from saejax.interventions.falsify import Falsification, FalsifiedFeature
-from saejax.interventions.study_results import AnswerScores, StudyResults
 from saejax.interventions.table import TESTED, UNTRAINED, load_effects, merge_tables
 from saejax.interventions.verdict import verdict
 from saejax.page.blocks import Block, Code, Terms, Text
@@ -14,6 +13,7 @@ from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import place, signed
 from saejax.runner.preregistration import describe_rule
+from saejax.studies.benchmark_results import AnswerScores, StudyResults
 
 _GROUPS = dict(
     clean="unedited model",

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 
 from saejax.interventions.answers import CausalVerdict, FeatureEffect
-from saejax.interventions.associations import BenchmarkAssociations
-from saejax.interventions.domains import DomainEffect
 from saejax.interventions.falsify import Falsification
-from saejax.interventions.primitives import BenchmarkPrimitives
 from saejax.results import Interval
+from saejax.studies.associations import BenchmarkAssociations
+from saejax.studies.domains import DomainEffect
+from saejax.studies.primitives import BenchmarkPrimitives
 
 
 @dataclasses.dataclass(frozen=True)
