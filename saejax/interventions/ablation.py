@@ -163,7 +163,7 @@ class BehaviourAblation:
     config: AblateConfig
     progress: RowProgress
     features: Sequence[int] | None = None
-    _placebos: Sequence[tuple[tuple[str, str], list[int]]] | None = dataclasses.field(default=None, init=False)
+    _placebos: Sequence[tuple[tuple[str, str] | None, list[int]]] | None = dataclasses.field(default=None, init=False)
 
     def __post_init__(self):
         train = [prompt for prompt in self.prompts if prompt.split == "train"]
@@ -357,8 +357,6 @@ def measure_behaviour(
       UserError: prompts are missing, a dictionary does not fit the model, or no feature has an attribution above zero.
     """
     expected = expected_rows(config, prompts, behaviour, dictionary.config.n_features)
-    train = sum(prompt.split == "train" for prompt in prompts[behaviour])
-    expected += config.placebo_targets * min(train, config.attribution_prompts or train)
     if text:
         edits = len(KL_FRACTIONS) * (1 + len(config.baselines)) + config.untrained + len(config.repeats)
         expected += edits * len(text.documents)
@@ -395,8 +393,11 @@ def measure_all(
     keeps_error = config.error == "keep"  # otherwise the clean run is that of the tested dictionary alone
     baselines = config.baselines if keeps_error else ()
     needs_untrained = keeps_error and (config.untrained or "untrained" in baselines)
+    if repeats and not keeps_error:
+        raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
     untrained = ablation(_untrained(tested, dictionary)) if needs_untrained else None
-    tested.choose_placebos([untrained] if untrained and config.untrained else ())
+    others = {name: ablation(other) for name, other in (repeats or {}).items()}
+    tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *others.values()])
     dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
     if untrained and config.untrained:
         _measure_dictionary(untrained, UNTRAINED, prompts, text, rows)
@@ -404,22 +405,22 @@ def measure_all(
         basis = untrained if name == "untrained" else _basis(name, tested, dictionary, ablation)
         if basis is not None:
             _measure_basis(basis, name, dose, text, rows)
-    for name, other in (repeats or {}).items():
-        if not keeps_error:
-            raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
-        _measure_dictionary(ablation(other), name, prompts, text, rows)
+    for name, other in others.items():
+        _measure_dictionary(other, name, prompts, text, rows)
     return rows.table()
 
 
 def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]], behaviour: str, features: int) -> int:
-    """Return about how many rows, each an edit on a prompt, a behaviour takes with a dictionary of ``features``."""
+    """Return about how many rows, as ``RowProgress`` has them, a behaviour takes with a dictionary of ``features``."""
     test = sum(prompt.split == "test" for prompt in prompts[behaviour])
+    train = sum(prompt.split == "train" for prompt in prompts[behaviour])
     pool = min(config.random_sets, features // 4 // config.top)  # about a quarter of the features fire
     controls = 1.5 * (pool + config.placebo_targets)  # half of the sets are ablated twice
     trainings = 1 + config.untrained + len(config.repeats)
     edits = trainings * (len(FRACTIONS) + controls) + len(FRACTIONS) * len(config.baselines) + 2 * config.top
     edits += features / 4 * (config.effects == "all")
-    return round(test * (edits + trainings * (len(prompts) - 1)))
+    chosen = config.placebo_targets * min(train, config.attribution_prompts or train)  # for all dictionaries at once
+    return round(test * (edits + trainings * (len(prompts) - 1))) + chosen
 
 
 def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, error: str = "keep") -> EffectsTable:

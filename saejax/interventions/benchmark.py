@@ -28,7 +28,7 @@ from saejax.interventions.ablation import (
 )
 from saejax.interventions.activity import FeatureStatistics
 from saejax.interventions.engine import OnProgress
-from saejax.interventions.references import Reference, References, placebo_references
+from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.slopes import leaders
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import EditDefinition, EffectsTable, PromptDefinition
@@ -137,10 +137,14 @@ class BenchmarkAblation(BehaviourAblation):
         self.split = SplitModel(self.lm, self.basis)
         self.test_references = self._references(self.items.references(self.test))
         self._train_references = self.items.references(self.train)
-        self.attribution_F = self._references(self._train_references).attribution()
+        self.attribution_F = self._attributions(self._train_references)[0].mean(axis=0, dtype=np.float64)
 
     def _references(self, references: Sequence[Reference]) -> References:
         return References(self.split, references, self.batch_tokens, self.progress.check)
+
+    def _attributions(self, references: Sequence[Reference], others: Sequence[SplitModel] = ()) -> list[np.ndarray]:
+        """Return attributions for each of N references, [N, F], of this dictionary and of others."""
+        return attributions([self.split, *others], references, self.batch_tokens, self.progress.check)
 
     def measure(self, edits: Sequence[EditDefinition], full: bool = False) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return the log-likelihood of the reference answers, clean [1, P] and under each edit [E, P]."""
@@ -176,23 +180,31 @@ class BenchmarkAblation(BehaviourAblation):
         return np.zeros((0, 0))
 
     def choose_placebos(self, others: Sequence[BehaviourAblation]) -> None:
-        """Do nothing: each dictionary's placebo sets are chosen when they are asked for."""
-
-    def placebo_sets(self) -> list[tuple[None, list[int]]]:
-        """Return the top features of each placebo target."""
+        """Choose the placebo sets of this dictionary, and of others with it."""
+        every = [self, *(cast(BenchmarkAblation, other) for other in others)]
         targets = placebo_references(self._train_references, self.config.placebo_targets, self.config.seed)
-        self.placebo_attribution = [self._references(target).attribution() for target in targets]
-        sets = [leaders(attribution_F, self.config.top) for attribution_F in self.placebo_attribution]
-        return [(None, members) for members in sets if members]
+        for target in targets:
+            rows = self._attributions(target, [each.split for each in every[1:]])
+            self.progress.of_call(len(self.train))(1, 1)
+            for each, rows_NxF in zip(every, rows, strict=True):
+                each.placebo_attribution.append(rows_NxF.mean(axis=0, dtype=np.float64))
+        for each in every:
+            sets = [leaders(attribution_F, self.config.top) for attribution_F in each.placebo_attribution]
+            each._placebos = [(None, members) for members in sets if members]
 
     def choose_features(self, items: BenchmarkItems) -> list[int]:
         """Return the top features of another benchmark's train items, by the same attribution."""
         references = items.references(items.train[: self.config.attribution_prompts or len(items.train)])
-        return leaders(self._references(references).attribution(), self.config.top)
+        return leaders(self._attributions(references)[0].mean(axis=0, dtype=np.float64), self.config.top)
 
-    def item_attribution(self, items: Sequence[Item]) -> np.ndarray:
-        """Return the attribution of each feature for the answer to each of P items, float32 [P, F]."""
-        return self._references(self.items.references(items)).attributions()
+    def item_attributions(self, items: Sequence[Item], dictionaries: Sequence[Dictionary] = ()) -> list[np.ndarray]:
+        """Return the attribution of each feature for the answer to each of P items, float32 [P, F].
+
+        Args:
+          items: P items.
+          dictionaries: others, whose attributions follow those of the tested one.
+        """
+        return self._attributions(self.items.references(items), [SplitModel(self.lm, each) for each in dictionaries])
 
     def pools(self, features: Sequence[int]) -> dict[int, list[float]]:
         """Return activations of each feature where it fires on train items, from which it is resampled."""
@@ -239,9 +251,8 @@ def measure_benchmark(
     """
     settings = ablate_config(config)
     definitions = {items.name: items.definitions()}
-    progress = RowProgress(
-        on_progress, expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
-    )
+    expected = expected_rows(settings, cast(Mapping, definitions), items.name, dictionary.config.n_features)
+    progress = RowProgress(on_progress, expected)
 
     def ablation(basis: Dictionary) -> BenchmarkAblation:
         return BenchmarkAblation(

@@ -95,7 +95,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     size = f"{PROMPTS} prompts of {length} tokens"
 
     def placebo_program() -> Program:
-        few, sharing = slopes.TARGET_PROMPTS, 1 + (ablate.untrained and ablate.error == "keep")  # dictionaries
+        few, sharing = slopes.TARGET_PROMPTS, trainings if ablate.error == "keep" else 1  # dictionaries of the site
         row_value, last_B = value(by_row, few), by_row(mesh, (few,), jnp.int32)
         answers_Bx2 = by_row(mesh, (few, 2), jnp.int32)
         rows = SiteRows(row_value, row_value, row_value, domain(by_row, few), last_B, answers_Bx2)
@@ -103,7 +103,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
         targets_Cx2, trained = whole(mesh, (slopes.TARGETS, 2), jnp.int32), [dictionary] * sharing
         arguments = (point, params, trained, [rows] * sharing, real_B, targets_Cx2, source, sums)
         flops = (1 + slopes.TARGETS) * suffix_flops(few) + sharing * slopes.TARGETS * encode_flops(few)
-        calls = ranked * PROMPTS / few * ablate.placebo_targets / slopes.TARGETS * (1 + len(ablate.repeats))
+        calls = ranked * PROMPTS / few * ablate.placebo_targets / slopes.TARGETS
         size = f"{few} prompts of {length} tokens"
         return program("placebo attribution", size, slopes.score_targets, arguments, flops, calls)
 

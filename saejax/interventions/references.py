@@ -65,7 +65,8 @@ class ReferenceBatch(NamedTuple):
       stream_BxTxD: the stream that enters the layers above.
       value_BxTxD: the site's value.
       read_BxTxD: the value that the dictionary reads.
-      domain_BxT: True at editable positions; False in copies.
+      real_BxT: True at the tokens of references; False in padding and in copies.
+      domain_BxT: True where features of the split's dictionary are editable: at real tokens but attention sinks.
       positions_BxC: where each answer token is predicted; see ``likelihood.align``.
       targets_BxC: which token it is.
       weight_BxC: 1 at answer tokens; 0 elsewhere, and in copies.
@@ -74,6 +75,7 @@ class ReferenceBatch(NamedTuple):
     stream_BxTxD: jax.Array
     value_BxTxD: jax.Array
     read_BxTxD: jax.Array
+    real_BxT: jax.Array
     domain_BxT: jax.Array
     positions_BxC: jax.Array
     targets_BxC: jax.Array
@@ -99,42 +101,6 @@ class References:
     ):
         self._split, self._references = split, references
         self._batch_tokens, self._check_stop = batch_tokens, check_stop
-        self._point = with_remat(split.point)
-
-    def attribution(self) -> np.ndarray:
-        """Return each feature's attribution, mean over references, float64 [F] in nats.
-
-        Raises:
-          UserError: it is not finite.
-        """
-        total_F = np.zeros(self._split.dictionary.config.n_features)
-        for _, rows_BxF in self._attributions():
-            total_F += rows_BxF.astype(np.float64).sum(axis=0)
-        return total_F / len(self._references)
-
-    def attributions(self) -> np.ndarray:
-        """Return each feature's attribution for each reference, float32 [N, F] in nats.
-
-        Raises:
-          UserError: it is not finite.
-        """
-        rows_NxF = np.zeros((len(self._references), self._split.dictionary.config.n_features), np.float32)
-        for places_Q, rows_BxF in self._attributions():
-            rows_NxF[places_Q] = rows_BxF[: len(places_Q)]
-        return rows_NxF
-
-    def _attributions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the indices of each batch's references, and its rows, [B, F]; those of copies are 0."""
-        split = self._split
-        for places_Q, *shape in self.planned():
-            rows_BxF = attribute(self._point, split.params, split.dictionary, self.batch(places_Q, *shape))
-            rows_BxF = np.asarray(rows_BxF)
-            if not np.isfinite(rows_BxF).all():
-                raise UserError(
-                    f"the gradient of the log-likelihood with respect to {split.point.site} is not finite: the model "
-                    "or the dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
-                )
-            yield places_Q, rows_BxF
 
     def statistics(self) -> tuple[FeatureStatistics, np.ndarray]:
         """Return firing statistics of every feature, and the number of references on which it fires, int64 [F].
@@ -146,7 +112,7 @@ class References:
         for batch in self.batches():
             kept_B = np.ones(len(batch.domain_BxT), bool)  # nothing is editable in copies
             arrays = batch.read_BxTxD, batch.domain_BxT, kept_B
-            counts.append(count_firings(self._point, self._split.dictionary, *arrays))
+            counts.append(count_firings(self._split.point, self._split.dictionary, *arrays))
         fires_F = np.sum([np.asarray(count.rows_F, np.int64) for count in counts], axis=0)
         return FeatureStatistics.total(counts), fires_F
 
@@ -194,7 +160,7 @@ class References:
     def _gather(self, batch: ReferenceBatch, features_K: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Return activations [B, T, K] of some features on a batch, 0 where not editable, and directions [K, D]."""
         arrays = [batch.read_BxTxD, batch.domain_BxT]
-        return gather(self._point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
+        return gather(self._split.point, self._split.dictionary, ZERO, arrays, features_K, len(batch.domain_BxT))
 
     def log_likelihoods(
         self,
@@ -273,8 +239,11 @@ class References:
         pairs = [(reference.context, reference.answer) for reference in filled]
         tokens, positions_BxC, targets_BxC = align(pairs, length)
         kept_Bx1 = np.arange(rows)[:, None] < count
-        head_rows = split.by_row(tokens.ids_BxT, tokens.last_B, np.broadcast_to(kept_Bx1, tokens.ids_BxT.shape))
-        *head, finite_B = run_head(split.point, "keep", split.params, split.dictionary, *head_rows)
+        real_BxT = kept_Bx1 & (np.arange(tokens.ids_BxT.shape[1])[None, :] <= tokens.last_B[:, None])
+        ids_BxT, last_B, wanted_BxT = split.by_row(tokens.ids_BxT, tokens.last_B, real_BxT)
+        stream, value, read, domain, finite_B = run_head(
+            split.point, "keep", split.params, split.dictionary, ids_BxT, last_B, wanted_BxT
+        )
         if not np.asarray(finite_B).all():
             raise UserError(
                 f"the value of {split.point.site} is not finite on a benchmark's items: the model's weights hold "
@@ -283,7 +252,46 @@ class References:
         ends_Bx1 = np.array([len(reference.answer) for reference in filled])[:, None]
         is_answer_BxC = np.arange(positions_BxC.shape[1])[None, :] < ends_Bx1
         weight_BxC = (is_answer_BxC & kept_Bx1).astype(np.float32)
-        return ReferenceBatch(*head, *split.by_row(positions_BxC, targets_BxC, weight_BxC))
+        answers = split.by_row(positions_BxC, targets_BxC, weight_BxC)
+        return ReferenceBatch(stream, value, read, wanted_BxT, domain, *answers)
+
+
+def attributions(
+    splits: Sequence[SplitModel],
+    references: Sequence[Reference],
+    batch_tokens: int,
+    check_stop: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+    """Return each feature's attribution for each reference, float32 [N, F] in nats, of each dictionary.
+
+    The slopes, which take nearly all of the time, are computed once for all dictionaries of a site.
+
+    Args:
+      splits: the model, split at the site of each dictionary.
+      references: N references, at least one.
+      batch_tokens: tokens per batch, padding included.
+      check_stop: called before each batch; may raise to stop.
+
+    Raises:
+      UserError: an attribution is not finite.
+    """
+    rows_of = [np.zeros((len(references), split.dictionary.config.n_features), np.float32) for split in splits]
+    for point in dict.fromkeys(split.point for split in splits):
+        group = [place for place, split in enumerate(splits) if split.point == point]
+        first, keeping_little = splits[group[0]], with_remat(point)
+        at_site = References(first, references, batch_tokens, check_stop)
+        for places_Q, *shape in at_site.planned():
+            batch = at_site.batch(places_Q, *shape)
+            slope_BxTxD = answer_slopes(keeping_little, first.params, batch)
+            for place in group:
+                rows_BxF = np.asarray(attribute(point, splits[place].dictionary, batch, slope_BxTxD))
+                rows_of[place][places_Q] = rows_BxF[: len(places_Q)]
+        if not all(np.isfinite(rows_of[place]).all() for place in group):
+            raise UserError(
+                f"the gradient of the log-likelihood with respect to {point.site} is not finite: the model or the "
+                "dictionary holds NaN or overflows; try --model.dtype=float32, or train the dictionary again"
+            )
+    return rows_of
 
 
 def placebo_references(references: Sequence[Reference], count: int, seed: int) -> list[list[Reference]]:
@@ -326,18 +334,16 @@ def _amounts(edits: FeatureEdits) -> Amounts:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def attribute(point: SplitPoint, params: decoder.Params, dictionary: Dictionary, batch: ReferenceBatch) -> jax.Array:
-    """Return activation x gradient of each row's log-likelihood, [B, F].
+def answer_slopes(point: SplitPoint, params: decoder.Params, batch: ReferenceBatch) -> jax.Array:
+    """Return the slope of each row's log-likelihood with respect to the site's value, [B, T, D].
 
     Logits exist only where answer tokens are predicted, a piece of them at a time; see ``likelihood.token_scores``.
 
     Args:
       point: where the model is split (static).
       params: parameters of the decoder.
-      dictionary: the dictionary of the features.
       batch: the references.
     """
-    f_BxTxF = active_features(dictionary, batch.read_BxTxD, batch.domain_BxT)
 
     def objective(value_BxTxD: jax.Array) -> jax.Array:
         # Rows do not see each other, so the gradient of the sum holds every row's own.
@@ -345,7 +351,21 @@ def attribute(point: SplitPoint, params: decoder.Params, dictionary: Dictionary,
         logp_BxC, _ = token_scores(point.config, params, x_BxTxD, batch.positions_BxC, batch.targets_BxC)
         return (batch.weight_BxC * logp_BxC).sum()
 
-    slope_BxTxD = jax.grad(objective)(batch.value_BxTxD)
+    return jax.lax.with_sharding_constraint(jax.grad(objective)(batch.value_BxTxD), sharding(point.mesh))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, slope_BxTxD: jax.Array) -> jax.Array:
+    """Return activation x slope of each row's log-likelihood, [B, F].
+
+    Args:
+      point: where the model is split (static).
+      dictionary: a dictionary of the site; it has attention sinks of its own.
+      batch: the references.
+      slope_BxTxD: from ``answer_slopes``.
+    """
+    domain_BxT = batch.real_BxT & dictionary.is_not_sink(batch.read_BxTxD, batch.value_BxTxD)
+    f_BxTxF = active_features(dictionary, batch.read_BxTxD, domain_BxT)
     attribution_BxF = weighted(f_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
     return jax.lax.with_sharding_constraint(attribution_BxF, sharding(point.mesh))
 

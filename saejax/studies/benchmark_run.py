@@ -121,12 +121,13 @@ def run_study(run: Run) -> StudyResults:
     def measure(_: str) -> None:
         on_progress = Progress(run, "rows").of_part(f"study: {run.name}", 0)
         table, ablation = measure_benchmark(items, dictionary, config, repeats, on_progress)
-        attribution_PxF = ablation.item_attribution([*train, *test])
+        attribution_PxF, *of_repeats = ablation.item_attributions([*train, *test], list(repeats.values()))
+        of_seeds = dict(zip(repeats, of_repeats, strict=True))
         chosen = ChosenFeatures(
             top=describe_top(table, ablation),
             pools={feature: tuple(pool) for feature, pool in ablation.pools(ablation.top()).items()},
             activations=_measure_activations(ablation),
-            primitives=_find_primitives(ablation, attribution_PxF, repeats, config.seed),
+            primitives=_find_primitives(train, attribution_PxF, of_seeds, config.seed),
         )
         write_json(run.folder / RANKING, to_json(_ranking(ablation, chosen.top)))
         sets: dict[str, Sequence[int]] = {
@@ -234,17 +235,23 @@ def _item_texts(items: Sequence[Item]) -> dict[str, str]:
 
 
 def _find_primitives(
-    ablation: BenchmarkAblation, attribution_PxF: np.ndarray, repeats: Mapping[str, Dictionary], seed: int
+    train: Sequence[Item], attribution_PxF: np.ndarray, of_seeds: Mapping[str, np.ndarray], seed: int
 ) -> BenchmarkPrimitives:
-    """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have."""
-    train = ablation.items.train
+    """Return the primitives of the tested dictionary, and which of them dictionaries of other seeds have.
+
+    Args:
+      train: items that choose.
+      attribution_PxF: attribution of the tested dictionary's features, for the train items first.
+      of_seeds: the same of the other dictionaries, by name.
+      seed: seed of permutations and resampling.
+    """
     ids, categories = [item.id for item in train], [item.task for item in train]
-    tested = find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
-    seeds = {}
-    for name, dictionary in repeats.items():
-        other_PxF = dataclasses.replace(ablation, basis=dictionary).item_attribution(train)
-        others = find_primitives(other_PxF, ids, categories, seed)
-        seeds[name] = recurring(tested.primitives, others.primitives)
+
+    def find(attribution_PxF: np.ndarray) -> BenchmarkPrimitives:
+        return find_primitives(attribution_PxF[: len(train)], ids, categories, seed)
+
+    tested = find(attribution_PxF)
+    seeds = {name: recurring(tested.primitives, find(other_PxF).primitives) for name, other_PxF in of_seeds.items()}
     return dataclasses.replace(tested, seeds=seeds)
 
 

@@ -13,7 +13,7 @@ from saejax.dictionaries import Dictionary, save_dictionary
 from saejax.errors import Interrupted, UserError
 from saejax.interventions.curves import read_curves
 from saejax.interventions.edits import mask
-from saejax.interventions.references import Reference, References, placebo_references
+from saejax.interventions.references import Reference, References, attributions, placebo_references
 from saejax.interventions.split_model import SplitModel
 from saejax.interventions.table import TESTED, load_effects
 from saejax.interventions.verdict import verdict
@@ -135,8 +135,21 @@ def test_attribution_equals_torch_autograd(tiny, tiny_torch, dictionary, plain, 
         f_TxF = run.features(kept[0].detach()[0].numpy())
         slope_TxF = kept[0].grad[0].numpy() @ np.asarray(dictionary.W_dec_FxD[...], np.float64).T
         expected_F = expected_F + (f_TxF * slope_TxF).sum(axis=0) / len(references)
-    attribution_F = References(SplitModel(tiny, dictionary), references, batch_tokens).attribution()
+    (rows_NxF,) = attributions([SplitModel(tiny, dictionary)], references, batch_tokens)
+    attribution_F = rows_NxF.mean(axis=0)
     np.testing.assert_allclose(attribution_F, expected_F, atol=1e-4 * np.abs(expected_F).max())
+
+
+def test_dictionaries_measured_together_have_the_attributions_that_each_has_alone(tiny, dictionary, make_dictionary):
+    """Those of one site share slopes, not attention sinks; another site has slopes of its own."""
+    limit = dataclasses.replace(dictionary.config, max_norm=0.5 * dictionary.config.max_norm)
+    more_sinks = dictionary.with_config(limit)
+    splits = [SplitModel(tiny, each) for each in (dictionary, make_dictionary("resid_post.0"), more_sinks)]
+    references = random_references([(9, 3), (30, 11), (14, 1)])
+    together = attributions(splits, references, 200)
+    for split, rows_NxF in zip(splits, together, strict=True):
+        np.testing.assert_allclose(rows_NxF, attributions([split], references, 200)[0], atol=1e-6)
+    assert np.abs(together[0] - together[2]).max() > 1e-3
 
 
 @pytest.mark.parametrize("batch_tokens", [200, pytest.param(16, marks=pytest.mark.slow)])
