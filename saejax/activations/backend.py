@@ -28,6 +28,7 @@ def load_reader(run: Run, request: CaptureRequest, plan: Plan, config: CaptureCo
     if request.second is not None:
         first_sites = tuple(site for site in request.sites if not isinstance(site, OtherSite))
         first = dataclasses.replace(request, sites=first_sites, second=None)
+        # Each model by itself: the two may run in different backends.
         return PairReader(*(load_reader(run, each, plan, config) for each in (first, request.second)))
     if config.backend == "torch" or request.needs_torch:
         from saejax.activations.torch_capture import SiteReader

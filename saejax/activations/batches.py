@@ -120,6 +120,7 @@ class BatchOrder:
             ends = np.cumsum(self._counts[order_S])
             # The last window may have fewer shards than the others.
             last = np.arange(self._window_shards, len(ends) + self._window_shards, self._window_shards) - 1
+            # Batches are asked for in order; a thread that reads ahead may still need the epoch before.
             self._epochs = {e: value for e, value in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = order_S, ends[np.minimum(last, len(ends) - 1)]
         return self._epochs[epoch]
@@ -132,6 +133,7 @@ class BatchOrder:
             first = window * self._window_shards
             shards = np.sort(order_S[first : first + self._window_shards]) + self._usable.shards.start
             rows_R = np.concatenate([self._usable.of_shard(int(shard)) for shard in shards])
+            # A batch may take rows of two windows that follow one another.
             if len(self._windows) > 1:
                 del self._windows[next(iter(self._windows))]
             self._windows[key] = np.random.default_rng([self._seed, epoch, 1 + window]).permutation(rows_R)
@@ -172,6 +174,7 @@ class _Batches:
         rows_B = self._order.rows(int(step))[self._slice]
         batch = []
         for part in self._parts:
+            # Read into one array: stacking the sites afterwards would copy the batch.
             values_SxBxD = np.empty((len(part), len(rows_B), self._rows.d(part[0])), self._rows.dtype)
             for site, values_BxD in zip(part, values_SxBxD, strict=True):
                 self._rows.read(site, rows_B, values_BxD)

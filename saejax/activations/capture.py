@@ -127,6 +127,7 @@ def _work(run: Run, request: CaptureRequest, documents: Documents) -> dict[str, 
 def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str, int], config: CaptureConfig) -> None:
     """Raise a ``UserError`` unless the missing shards fit on the disk."""
     size = ON_DISK[config.store_dtype].itemsize
+    # A row of the index is three int32, that of a site its vector and an fp32 norm.
     needed = sum(
         plan.size(shard) * sum(12 if part == INDEX else widths[part] * size + 4 for part in parts)
         for shard, parts in missing.items()
@@ -142,6 +143,7 @@ def _check_disk(folder: Path, plan: Plan, missing: Missing, widths: Mapping[str,
 def _check_sinks(norms: Mapping[str, SiteNorms], config: CaptureConfig) -> None:
     """Raise a ``UserError`` if the sink rule would drop more tokens beyond position 0 than the settings allow."""
     for site, facts in norms.items():
+        # Position 0 is left out: it is a sink in most models, so that its share would only tell the texts' length.
         share = facts.sinks.share_beyond
         if share > config.max_sink_share:
             raise UserError(

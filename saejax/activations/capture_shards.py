@@ -28,6 +28,7 @@ def missing_shards(writer: StoreWriter, mesh: MeshConfig) -> Missing:
     """Return the shards that are missing or of other work; the first process checks, and broadcasts the result."""
     shards, parts = range(writer.plan.shards), writer.parts
     missing_SxP = np.zeros((len(shards), len(parts)), np.int32)
+    # Checking reads every file, and processes must agree on what is missing.
     if mesh.process_id == 0:
         missing_SxP[:] = [[not writer.has(part, shard) for part in parts] for shard in shards]
     if mesh.processes > 1:
@@ -73,6 +74,7 @@ class ShardCapture:
         share = {shard: missing[shard] for shard in list(missing)[mesh.process_id :: mesh.processes]}
         with alone():
             rate = self._make(share) if share else 0.0
+        # Each process waits for the files themselves, so that nothing of the store is read before it is there.
         waited_for = [(part, shard) for shard, parts in missing.items() for part in parts]
         while waited_for := [
             (part, shard) for part, shard in waited_for if not self.writer.has(part, shard, read=False)
@@ -109,6 +111,7 @@ class ShardCapture:
 
         for done, (shard, parts) in enumerate(missing.items()):
             buffers.begin(plan.train_size(shard))
+            # The index needs no model: it follows from the documents.
             if parts != (INDEX,):
                 reader.read(batches(shard, done), take)
             self.writer.write_index(shard)

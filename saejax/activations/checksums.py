@@ -53,6 +53,7 @@ class CheckedArray:
         self._path, self._checksums, self._is_verified = path, checksums, is_verified
         check_size(path, shape, dtype)
         header = npy_header(shape, dtype)
+        # A plain array on the map: slices of a memmap take ten times as long.
         mapped = np.asarray(np.memmap(path, np.uint8, "r"))
         if mapped[: len(header)].tobytes() != header:
             raise UserError(f"{path} does not hold {dtype} {list(shape)}: {_REMEDY.format(path.parent.parent)}")

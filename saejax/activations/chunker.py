@@ -123,6 +123,7 @@ class Chunker:
     def _tokenize_in_batches(self, texts: Iterable[Document]) -> Iterator[tuple[Document, Sequence[int]]]:
         """Yield each text with its token ids; texts are tokenized many at a time."""
         batch, characters = list[Document](), 0
+        # None after the last text, so that the last, partly filled batch is tokenized as well.
         for text in itertools.chain(texts, [None]):
             full = len(batch) == _MAX_TEXTS or characters > _MAX_CHARACTERS
             if batch and (full or text is None):

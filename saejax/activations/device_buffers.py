@@ -53,6 +53,7 @@ class DeviceBuffers:
         self._reader, self._sites, self._dtype = reader, sites_of(parts), DTYPES[dtype]
         shapes, norms = buffer_shapes(reader.config, reader.mesh, parts, rows, dtype)
         self._rows = norms.shape[1]
+        # Before anything is allocated: an error here names a remedy, XLA's would not.
         each = (math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize for part in shapes)
         check_room(reader.mesh, self._rows, sum(each))
         self.parts, self._norms_SxR = jax.tree.map(_zeros, (shapes, norms))
@@ -67,11 +68,13 @@ class DeviceBuffers:
         for batch in batches:
             ids_BxT, lengths_B = self._reader.pad_batch(batch)
             rows_BxT = np.full(ids_BxT.shape, self._rows, np.int32)  # beyond the buffer: not written
+            # strict=False: rows that only fill up the batch belong to no document and stay unwritten.
             for rows_T, first, stop, rows in zip(rows_BxT, batch.first_B, batch.stop_B, batch.rows_B, strict=False):
                 rows_T[first:stop] = rows
             placed = [everywhere(self._reader.mesh, array, BY_DOCUMENT) for array in (ids_BxT, lengths_B)]
             arguments = (self._reader.params, self.parts, self._norms_SxR, *placed, rows_BxT)
             self.parts, self._norms_SxR, done = self._write(*arguments)
+            # Waited for by a result of its own: the buffers are donated to the next batch and gone by then.
             sent.append(done)
             if len(sent) > _AHEAD:
                 sent.popleft().block_until_ready()
@@ -137,6 +140,7 @@ def buffer_writer(config: DecoderConfig, mesh: Mesh, parts: Parts, rows: int, dt
     where = [list(map(sites.index, part)) for part in parts]
     write = functools.partial(_write, config, tuple(map(Site.parse, sites)), where, dtype)
     placements = jax.tree.map(lambda shape: shape.sharding, (shapes, norms, norms))
+    # Donated: the buffers take most of the memory, and there is no room for a second copy.
     return jax.jit(write, donate_argnums=(1, 2), out_shardings=placements)
 
 
@@ -161,6 +165,7 @@ def _write(
     _, at_sites = forward(config, sites, False, params, ids_BxT, lengths_B)
     rows_N = rows_BxT.reshape(-1)
     values = [value.reshape(-1, value.shape[-1]).astype(dtype) for value in at_sites]
+    # Norms of the rounded values, which are what training reads and what a store would record.
     norms_SxN = jnp.stack([jnp.linalg.norm(value.astype(jnp.float32), axis=-1) for value in values])
     written = []
     for part_SxRxD, sites_of_part in zip(parts, where, strict=True):

@@ -179,8 +179,10 @@ def make_documents(
     """
     chunker, texts = Chunker(config, tokenizer, context, task, bos), read_corpus(config, task)
     held_out = {document.index for document in split(texts, config.held_out, config.seed)[1]}
+    # In random order, so that a limit of tokens takes a sample of the corpus and not its beginning.
     order = np.random.default_rng([config.seed, _SELECTION]).permutation(len(texts))
     pieces = list(chunker.pieces((texts[i] for i in order), lambda document: document.index in held_out))
+    # Before the prompts join: they are of the train split and would hide that it has no text.
     chunker.check([piece.split for piece in pieces])
     pieces += chunker.prompts(prompts)
     order = shuffled_order(np.array([piece.split for piece in pieces]), config.seed)

@@ -69,6 +69,7 @@ class DecoderReader:
         """Return token ids [B, T] and lengths [B] of a batch, in one of few shapes that the mesh divides."""
         documents, length = batch.ids_BxT.shape
         rows, padded = self._padded_shape(length)
+        # Over both axes, as buffers on the devices split documents over ``member``, too.
         rows += -rows % (self.mesh.shape["member"] * self.mesh.shape["data"])
         ids_BxT = np.pad(batch.ids_BxT, ((0, rows - documents), (0, padded - length)))
         return ids_BxT, np.pad(batch.stop_B, (0, rows - documents), constant_values=1).astype(np.int32)
@@ -82,6 +83,7 @@ class DecoderReader:
         ids_BxT, lengths_B = self.pad_batch(batch)
         placed = jax.device_put((ids_BxT, lengths_B), (sharding(self.mesh, "data", None), sharding(self.mesh, "data")))
         _, values = forward(self.config, self._sites, False, self.params, *placed)
+        # On the devices: values for a store in bfloat16 then take half the bytes on their way to the host.
         return [value.astype(self._hand_over) for value in values]
 
     def _give(self, running: tuple[Batch, list[jax.Array]] | None, take: Take) -> None:

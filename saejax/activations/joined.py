@@ -69,6 +69,7 @@ class JoinedRows:
 
     def max_norm(self, site: str) -> float:
         """Return the sink rule of a site; a joined one has only those of its parts."""
+        # A joined value has no norm that a rule could compare: its parts were compared.
         return 3.4e38 if is_joined(site) else self._rows.max_norm(site)
 
     def sinks(self, site: str) -> SinkCounts:
@@ -113,6 +114,7 @@ class JoinedRows:
         rows = self._rows.rows("train", *parts)
         if not len(rows):
             raise UserError(f"no training token is there at all of {', '.join(parts)} without being an attention sink")
+        # Spread over all rows: the first ones are of few documents.
         sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(np.int64)]
         factor = {}
         for part in parts:
@@ -120,5 +122,7 @@ class JoinedRows:
             if norm == 0:
                 raise UserError(f"all activations at {part} are zero: nothing can be learned from this store")
             factor[part] = 1 / norm
+        # The mean norm that training scales inputs to, for a part of the mean width.
         size = {name: np.sqrt(self.d(name) / len(site_parts(name))) for name in names}
+        # Rounded here, so that the scale that is saved is the one that is multiplied with.
         return {name: [float(np.float32(size[name] * factor[part])) for part in site_parts(name)] for name in names}

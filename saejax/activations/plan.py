@@ -163,12 +163,14 @@ class Plan:
 
     def _rows(self, shard: int, spans: tuple[np.ndarray, np.ndarray, np.ndarray]) -> list[np.ndarray]:
         """Return the rows of the shard that each span becomes: a random permutation of each split, cut up."""
+        # A stream of random numbers for each shard, so that it comes out the same without the others.
         rng, train = np.random.default_rng([self.seed, _PERMUTATION, shard]), self.train_size(shard)
         order_R = np.concatenate([rng.permutation(train), train + rng.permutation(self.size(shard) - train)])
         return np.split(order_R, np.cumsum(spans[2] - spans[1])[:-1])
 
     def _groups(self, stop_S: np.ndarray) -> list[np.ndarray]:
         """Return the spans of similar length that go through the model together, the longest first."""
+        # Stable: equal lengths keep the order of documents, so that batches are the same everywhere.
         order_S = np.argsort(-stop_S, kind="stable")
         groups, begin = [], 0
         while begin < len(order_S):

@@ -67,6 +67,7 @@ def read_request(configs: Configs) -> CaptureRequest:
         if not first.sites:
             raise UserError(f"all sites are of the second model, such as {sites[0]}: name it by --model.path instead")
         request, second = read_request(configs | first), _other_request(configs, model_source, of_other)
+        # Documents are cut for both models: the shorter context is the limit.
         contexts = [each for each in (request.context, second.context) if each is not None]
         return dataclasses.replace(request, sites=sites, context=min(contexts, default=None), second=second)
     fields, where = source.read_model_config(model_source.folder), str(model_source.folder / "config.json")

@@ -97,6 +97,7 @@ class Store:
         """
         folder = Path(folder)
         store = cls(folder, Manifest.read(folder))
+        # Their sizes alone: the content is compared with its checksums when it is read.
         for part in (INDEX, *store.sites):
             for shard in range(store.manifest.shards):
                 for kind, (shape, dtype) in store._arrays(part, shard).items():
@@ -203,6 +204,7 @@ class Store:
         self._check_content(f"{self._check_site(site)}/train_sum.npy")
         total_D = np.load(self.folder / site / "train_sum.npy", allow_pickle=False)
         usable = self.usable("train", site, *sites)
+        # Sinks at ``site`` are not in its sum; those at the other sites are, and have to be taken out.
         sinks_elsewhere = np.setdiff1d(usable.excluded, self._sink_rows(site), assume_unique=True)
         for start in range(0, len(sinks_elsewhere), _SUMMED_ROWS):
             values_NxD = self.read(site, sinks_elsewhere[start : start + _SUMMED_ROWS])
@@ -280,6 +282,7 @@ class Store:
         if out is None:
             (_, *width), dtype = self._arrays(part, 0)[kind]
             out = np.empty((len(rows), *width), dtype)
+        # In the order of the files, so that each is read once, from front to back.
         if (np.diff(rows) < 0).any():
             order_N = np.argsort(rows, kind="stable")
             out[order_N] = self._gather(part, kind, rows[order_N])
@@ -297,10 +300,12 @@ class Store:
             if name in self._maps:
                 self._maps.move_to_end(name)
                 return self._maps[name]
+        # Read outside of the lock, so that other threads go on reading meanwhile.
         record = self.folder / shard_file(part, "record", shard)
         checksums = read_object(record, "checksums")["checksums"].get(kind, [])
         shape, dtype = self._arrays(part, shard)[kind]
         with self._lock:
+            # Kept when the map is closed: a block is checked once, however often its file is opened again.
             is_verified = self._verified.setdefault(name, np.zeros(len(checksums), bool))
             mapped = CheckedArray(self.folder / name, shape, dtype, checksums, is_verified)
             self._maps[name] = mapped
@@ -325,4 +330,5 @@ def _map_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Half of what is allowed: everything else that opens files needs the rest.
     return _MAX_MAPS if hard == resource.RLIM_INFINITY else max(16, min(_MAX_MAPS, hard // 2))

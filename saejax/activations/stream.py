@@ -145,6 +145,7 @@ class ModelStream:
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the current buffer's rows, all of the split "train", that are sinks at none of the sites, rising."""
+        # In float32, as in a store: a threshold in float64 would decide ties otherwise.
         norms = [self._norms[site] <= np.float32(self.max_norm(site)) for site in sites]
         return np.flatnonzero(np.all(norms, axis=0))
 
@@ -198,6 +199,7 @@ class BufferOrder:
     def locate(self, step: int) -> tuple[int, int, int, int]:
         """Return epoch and buffer of batch ``step``, from 0, and the range of the buffer's batches (end exclusive)."""
         epoch, inside = divmod(step, self.per_epoch)
+        # Documents are in random order already, so the first pass needs none.
         order_N = np.arange(len(self._steps_N))
         if epoch:
             order_N = np.random.default_rng([self._seed, epoch]).permutation(order_N)

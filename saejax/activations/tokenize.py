@@ -43,6 +43,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
       Interrupted: asked to stop.
     """
     config = run.configs[CorpusConfig]
+    # Without the decoder: text can be tokenized for a model that only PyTorch runs.
     model = source.resolve(run.configs[ModelConfig], decoder=False)
     prompts, vocabulary = _train_prompts(run), source.vocabulary(model)
     groups = tuple(sorted({prompt_group(prompt) for prompt in prompts.values()}))
@@ -68,6 +69,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
                 _check_vocabulary(model, vocabulary, piece.ids_T)
                 writer.add(piece)
+        # Before the prompts join: they are of the train split and would hide that it has no text.
         chunker.check([split for split, count in enumerate(writer.documents) if count])
         for piece in chunker.prompts(prompts):
             _check_vocabulary(model, vocabulary, piece.ids_T)
@@ -126,6 +128,7 @@ class _DocumentsWriter:
             self._rows = self._folder / f".rows.{WRITING}{os.getpid()}"
             stack.callback(self._rows.unlink, missing_ok=True)
             self._table = stack.enter_context(open(self._rows, "wb"))
+            # Only now that all files are open: what fails before is closed and removed by the block.
             self._stack = stack.pop_all()
         return self
 
@@ -144,6 +147,7 @@ class _DocumentsWriter:
     def finish(self, seed: int) -> None:
         """Write the arrays of documents in a seeded random order, train before held-out."""
         self._ids.seek(0)
+        # The header has 128 bytes whatever the shape, so that it fits where an empty one was written.
         self._ids.write(npy_header((sum(self.tokens),), np.dtype(np.int32)))
         self._table.flush()
         rows_Nx6 = np.memmap(self._rows, np.int32, "r").reshape(-1, 1 + len(COLUMNS))

@@ -86,6 +86,7 @@ class StoreWriter:
                     if json.loads((folder / record).read_text(encoding="utf-8"))["work"] != self.work[part]:
                         continue
                     (self.folder / part).mkdir(parents=True, exist_ok=True)
+                    # The record last: without it a shard does not count as finished, whatever stops this in between.
                     for name in (*(shard_file(part, kind, shard) for kind in self._arrays(part, shard)), record):
                         (self.folder / name).unlink(missing_ok=True)
                         os.link(folder / name, self.folder / name)
@@ -142,6 +143,7 @@ class StoreWriter:
             for first in range(0, len(documents), _BLOCK)
         )
         self._write("documents/ids.npy", (int(lengths_N.sum(dtype=np.int64)),), np.dtype(np.int32), blocks)
+        # The ids were written in the order of documents, so that starts are counted anew.
         arrays = Documents.contiguous(documents.ids_T, lengths_N, documents.table_Nx5, documents.groups).arrays()
         for name in ("starts.npy", "lengths.npy", "table.npy"):
             self._write_array(f"documents/{name}", arrays[name])
@@ -156,6 +158,7 @@ class StoreWriter:
         norms = {}
         for site in self.widths:
             norms_R = np.concatenate([self._load(site, "norms", shard) for shard in range(plan.shards)])
+            # The median of all rows: the few sinks, however large, do not move it.
             median = float(np.median(norms_R[: plan.train_rows]))
             max_norm = np.float32(sink_factor * median)
             # Compared in float32, as the store's readers compare: a threshold in float64 would decide ties otherwise.
@@ -213,6 +216,7 @@ class StoreWriter:
         total_D = np.zeros(self.widths[site])
         for shard in range(self.plan.shards):
             record = json.loads((self.folder / shard_file(site, "record", shard)).read_text(encoding="utf-8"))
+            # The shards' sums are in their records; only sinks are read again and taken out.
             total_D += np.array(record["train_sum"])
             first = shard * self.plan.shard_rows
             local_sinks = sink_rows[slice(*np.searchsorted(sink_rows, [first, first + self.plan.shard_rows]))] - first
@@ -254,6 +258,7 @@ class StoreWriter:
         self._write(name, array.shape, array.dtype, [array])
 
     def _write(self, name: str, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
+        # Hashed on the way to the disk: the ids of a large store would not fit into memory.
         """Write an array that comes in blocks and note its hash for the manifest."""
         digest, size = hashlib.sha256(), 0
 
@@ -304,6 +309,7 @@ def write_store(
       sink_factor: rows with norms above so many times the median of their site are attention sinks.
       seed: seed of the order of rows within a shard.
     """
+    # No model is run: the size of batches is without effect.
     plan = Plan(documents, shard_rows, batch_tokens=1, last=0, seed=seed)
     widths = {site: value_TxD.shape[1] for site, value_TxD in values.items()}
     writer = StoreWriter(folder, plan, widths, dtype, dict.fromkeys((INDEX, *values), "memory"))

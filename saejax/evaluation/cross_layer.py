@@ -123,6 +123,7 @@ def reconstruct_layers(loaded: LoadedLayers, store: Store, mesh: Mesh, batch: in
     features = loaded.decoders[0].shape[0]
     spreads, sums = [Spread(width) for _ in range(count)], [Sums(features) for _ in range(count)]
     names = [site for pair in zip(*loaded.sites, strict=True) for site in pair]  # all inputs, then all targets
+    # One pass over the store for all layers: a layer's prediction takes the features of all layers below it.
     for parts, rows in batches(read_blocks(store, "held_out", names, batch), batch):
         stacked = [np.stack(parts[:count]), np.stack(parts[count:])]
         placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, None, "data", None)) for part in stacked]
@@ -184,6 +185,7 @@ def replaced_losses(
         streams = [start] * 4  # in the order of ``VARIANTS``
         below = [jnp.zeros(start.shape, jnp.float32) for _ in layers]
         for layer, member in enumerate(layers):
+            # The layer's number is data of the programs, so that all layers share each of them.
             layer_arguments = lm.config, lm.params, np.int32(layer)
             streams[0], inside_BxT = _clean_layer(*layer_arguments, streams[0], limits[layer])
             for variant, value_D in ((1, means[layer]), (2, np.zeros_like(means[layer]))):
@@ -252,6 +254,8 @@ def _replaced_layer(
     def put(kind: str, value_BxTxD: jax.Array) -> jax.Array:
         if kind == "mlp_in":
             f_BxTxF = member.encode(value_BxTxD.astype(jnp.float32))
+            # No feature is active where the MLP keeps its own output: it writes nothing to later layers from there
+            # either.
             seen.extend((value_BxTxD, jnp.where(inside_BxT[..., None], f_BxTxF, 0.0)))
         if kind != "mlp_out":
             return value_BxTxD
@@ -267,5 +271,6 @@ def _add_writes(f_BxTxF: jax.Array, W_dec_FxX: jax.Array, above: list[jax.Array]
     if not above:
         return []
     width = above[0].shape[-1]
+    # The first columns write to the feature's own layer: its dictionary decodes those.
     parts = jnp.split(f_BxTxF @ W_dec_FxX[:, width:], len(above), axis=-1)
     return [sum_BxTxD + part_BxTxD for sum_BxTxD, part_BxTxD in zip(above, parts, strict=True)]

@@ -53,6 +53,7 @@ def run_evaluate(run: Run) -> EvaluateResults:
     for site in single_sites(member.site for member in stack):
         decoder_site(site)  # losses are measured in the decoder, which does not have a module of the PyTorch model
 
+    # Loaded when a member is to be scored: a run that finds all scores needs no model.
     @functools.cache
     def models() -> tuple[Mesh, LanguageModel, LanguageModel | None]:
         mesh, model = make_mesh(run.configs[MeshConfig]), run.configs[ModelConfig]
@@ -147,6 +148,7 @@ def _score_site(
         losses = [losses_by_part["+".join(of_models[0].sites)] for losses_by_part in all_losses]
         relative = [
             part_norms.relative_norms(
+                # Live features only: the row of a feature that never fires says nothing about the parts.
                 decoder_part_norms(dictionary.W_dec_FxD[...], dictionary.config.widths)[:, score.firing_rate_F > 0]
             )
             for dictionary, score in zip(dictionaries, scores, strict=True)
@@ -164,6 +166,7 @@ def _score_site(
         folder.mkdir(exist_ok=True)
         write_array(folder / "firing_rate.npy", score.firing_rate_F.astype(np.float32))
         write_array(folder / "mean_activation.npy", score.mean_activation_F.astype(np.float32))
+        # A member that is a unit can be in several stacks, under several names: its unit has none.
         where = dict(name="" if run.stack else name, site=site, target=target, sinks=sinks, target_sinks=target_sinks)
         described = _describe(config, dictionary, score, loss, parts=of_parts, shared=of_shared, **where)
         write_json(folder / SCORES, to_json(described))

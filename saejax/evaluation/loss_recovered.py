@@ -89,6 +89,7 @@ def stand_in_losses(
     target_limit = config.target_max_norm if config.target else config.max_norm
     site_limit, target_limit, floor_D, zero_D = jax.device_put(
         tuple(np.asarray(a, np.float32) for a in (config.max_norm, target_limit, mean_D, np.zeros_like(mean_D))),
+        # Arrays of the programs, not constants: dictionaries with other limits use the same programs.
         sharding(lm.mesh),
     )
     ce_E, kl_E, tokens = np.zeros(3 + len(members)), np.zeros(3 + len(members)), 0
@@ -98,7 +99,9 @@ def stand_in_losses(
         values = [y_BxTxD, *(programs.constant(y_BxTxD, inside_BxT, value_D) for value_D in (floor_D, zero_D))]
         values += [programs.stand_in(member, x_BxTxD, y_BxTxD, inside_BxT) for member in members]
         left = [programs.tail(point, lm.params, stream_BxTxD, value_BxTxD) for value_BxTxD in values]
+        # Together, so that the clean model's logits, which all variants are compared with, are computed once.
         ce_CxExB, kl_CxExB = programs.compare(lm.config, lm.params, jnp.stack(left), ids_BxT, lengths_B)
+        # In fp64: the recovered loss is a difference of sums that are nearly equal.
         ce_E += np.asarray(ce_CxExB, np.float64).sum((0, 2))
         kl_E += np.asarray(kl_CxExB, np.float64).sum((0, 2))
         tokens += predicted
@@ -121,6 +124,7 @@ def document_batches(
     shares = lm.mesh.shape["data"]
     lengths_N = np.array([round_length(len(document)) for document in documents], np.int64)
     for chosen, rows, length in even_batches(lengths_N, batch_tokens, shares, _PROGRAM):
+        # Rows that fill up a batch have one token, which predicts nothing.
         padded = pad([*(documents[index].tolist() for index in chosen), *[[0]] * (rows - len(chosen))])
         ids_BxT = np.pad(padded.ids_BxT, ((0, 0), (0, length - padded.ids_BxT.shape[1])))
         placed = jax.device_put(ids_BxT, fitting_sharding(lm.mesh, ids_BxT.shape, "data", None))

@@ -47,6 +47,7 @@ class MemberData:
         shared = [compiled_in(dictionary.config) for dictionary in dictionaries]
         if len({*shared}) > 1 or len({dictionary.matmul_dtype for dictionary in dictionaries}) > 1:
             raise ValueError(f"dictionaries of one program must have one kind and shape: {sorted(map(str, shared))}")
+        # The largest k of all members is a static size of top-k; each member's own is data.
         largest: dict[str, Any] = {
             name: max(each.numbers[name] for each in dictionaries) for name in dictionaries[0].numbers
         }

@@ -57,9 +57,12 @@ def _largest(block: int, W_dec_FxD: jax.Array, starts_N: jax.Array) -> jax.Array
 
 def cosines_of_block(block: int, W_dec_FxD: jax.Array, start: jax.Array) -> jax.Array:
     """Return cosines of ``block`` rows of W_dec from ``start`` with all, [R, F]: -inf with itself, 0 with zero rows."""
+    # A row of zeros has no direction: its cosines are 0, not NaN.
     length_Fx1 = jnp.linalg.norm(W_dec_FxD, axis=-1, keepdims=True)
     unit_FxD = W_dec_FxD / jnp.where(length_Fx1 > 0, length_Fx1, 1.0)
     rows_RxD = lax.dynamic_slice_in_dim(unit_FxD, start, block)
+    # Full fp32 on every device: rounded to TF32, cosines near the threshold would count differently.
     cosine_RxF = jnp.matmul(rows_RxD, unit_FxD.T, precision="highest")
+    # By its index, not by a cosine of 1, so that an exact copy counts as a neighbour.
     itself_RxF = jnp.arange(len(unit_FxD))[None] == (start + jnp.arange(block))[:, None]
     return jnp.where(itself_RxF, -jnp.inf, cosine_RxF)

@@ -87,11 +87,13 @@ def part_losses(
     for ids_BxT, lengths_B, predicted in document_batches(models[0].lm, documents, batch_tokens):
         clean = clean_values(models, ids_BxT, lengths_B)
         x_BxTxD = join(config, clean)
+        # Kept at sinks, as in every edit: a value there changes the whole prompt.
         inside_BxTx1 = is_not_sink(config, x_BxTxD)[..., None]
         stand_ins = [jnp.broadcast_to(mean_D.astype(np.float32), x_BxTxD.shape), jnp.zeros_like(x_BxTxD)]
         stand_ins += [dictionary(x_BxTxD) for dictionary in dictionaries]
         new = [unjoin(config, jnp.where(inside_BxTx1, each_BxTxD, x_BxTxD)) for each_BxTxD in stand_ins]
         for name, (lm, sites) in groups.items():
+            # Not the logits of whole documents: ``compare`` makes those of a few positions at a time.
             last = (Site("resid_post", lm.config.n_layers - 1),)
             edits = [(), *(replaced(sites, each) for each in new)]
             left = [forward(lm.config, last, False, lm.params, ids_BxT, lengths_B, each)[1][0] for each in edits]
@@ -126,6 +128,7 @@ def part_variances(dictionaries: Sequence[Dictionary], blocks: Iterable[Sequence
         square += [np.square(part).sum() for part in parts]
         total = [sum_D + part.sum(0) for sum_D, part in zip(total, parts, strict=True)]
         for error, dictionary in zip(errors, dictionaries, strict=True):
+            # Rounded to fp32 by the program, as the model would get it; sums are taken in fp64 afterwards.
             outputs = split(np.asarray(_reconstruction(dictionary, x_NxD), np.float64), widths)
             error += [np.square(part - output).sum() for part, output in zip(parts, outputs, strict=True)]
     variance = square - [np.square(sum_D).sum() / max(tokens, 1) for sum_D in total]

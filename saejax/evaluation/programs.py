@@ -81,9 +81,11 @@ def compare(
       positions: [C, E, B].
     """
     rows, length = ids_BxT.shape
+    # A divisor of the length, so that all chunks have one shape and none needs padding.
     most = min(length, max(1, _LOGITS_AT_ONCE // rows))
     size = max(divisor for divisor in range(1, most + 1) if length % divisor == 0)
     next_BxT = jnp.pad(ids_BxT[:, 1:], ((0, 0), (0, 1)))
+    # A text's last token predicts nothing, nor does padding.
     predicts_BxT = jnp.arange(length)[None] < lengths_B[:, None] - 1
 
     def chunk(start: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,10 +100,12 @@ def compare(
         def sums(edited_BxCxV: jax.Array) -> tuple[jax.Array, jax.Array]:
             own_BxC = jax.nn.logsumexp(edited_BxCxV, axis=-1)
             ce_BxC = own_BxC - jnp.take_along_axis(edited_BxCxV, next_BxC[..., None], -1)[..., 0]
+            # sum of p (log p - log q), with the two normalisers taken out of the sum, as p sums to 1.
             kl_BxC = jnp.sum(p_BxCxV * (clean_BxCxV - edited_BxCxV), -1) - (normaliser_BxC - own_BxC)
             ce_B, kl_B = (jnp.sum(jnp.where(predicts_BxC, part_BxC, 0.0), -1) for part_BxC in (ce_BxC, kl_BxC))
             return ce_B, kl_B
 
+        # One variant at a time: the logits of all of them at once would be E times as large.
         edited = lax.map(lambda part_BxCxD: sums(decoder.unembed(config, params, part_BxCxD)), part_ExBxCxD[1:])
         first = (values_B[None] for values_B in sums(clean_BxCxV))
         ce_ExB, kl_ExB = (jnp.concatenate(pair) for pair in zip(first, edited, strict=True))

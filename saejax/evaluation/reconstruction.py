@@ -83,6 +83,7 @@ def reconstruct(
     for parts, count in batches(blocks, batch):
         placed = [jax.device_put(part, fitting_sharding(mesh, part.shape, "data", None)) for part in parts]
         scores = [_score(member, placed[0], placed[-1], count) for member in members]
+        # On the host while the devices work: their results are waited for below.
         spread.add(parts[-1][:count])  # on the host, while the devices work
         for running, score in zip(sums, scores, strict=True):
             running.add(*jax.device_get(score))
@@ -161,6 +162,7 @@ def measures(
     """
     counts_Bx1 = jnp.arange(len(y_BxD))[:, None] < count
     y_BxD = y_BxD.astype(y_hat_BxD.dtype)
+    # Padding has an error, too: a row of zeros is rebuilt as the decoder's bias.
     error_BxD = jnp.where(counts_Bx1, y_BxD - y_hat_BxD, 0.0)
     lengths_B = jnp.linalg.norm(y_BxD, axis=-1) * jnp.linalg.norm(y_hat_BxD, axis=-1)
     cosine_B = jnp.sum(y_BxD * y_hat_BxD, -1) / jnp.where(lengths_B > 0, lengths_B, 1.0)
@@ -169,6 +171,7 @@ def measures(
         jnp.sum(jnp.square(error_BxD), -1),
         jnp.where(counts_Bx1[:, 0], cosine_B, 0.0),
         jnp.sum(fires_BxF, 0, dtype=jnp.int32),
+        # Without their signs: the positive and negative activations of a linear dictionary would cancel.
         jnp.sum(jnp.where(fires_BxF, jnp.abs(f_BxF), 0.0), 0),
     )
 
@@ -191,6 +194,7 @@ def read_blocks(store: Store, split: str, sites: Sequence[str], size: int) -> It
       sites: names of the sites.
       size: maximum number of rows of a block.
     """
+    # The target of an SAE is the site that it reads, which is read once.
     sites = list(dict.fromkeys(sites))
     rows = store.rows(split, *sites)
     for start in range(0, len(rows), size):

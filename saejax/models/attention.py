@@ -51,6 +51,7 @@ class TablesByLayer(NamedTuple):
             tables = self.sliding
         elif any(config.sliding_layers) and isinstance(layer, int):
             tables = self.sliding if config.sliding_layers[layer] else self.full
+        # In a loop over layers the number is an array: both tables are at hand, and one is chosen on the device.
         elif any(config.sliding_layers):
             slides = jnp.array(config.sliding_layers)[layer]
             tables = jax.tree.map(lambda full, sliding: jnp.where(slides, sliding, full), self.full, self.sliding)
@@ -87,6 +88,7 @@ def _rope_tables(rope: Rope | None, positions: jax.Array) -> tuple[jax.Array, ja
     """Return cosine and sine of position times frequency, each [..., R], fp32."""
     if rope is None:
         return None
+    # In fp32, whatever the model's dtype: in bfloat16 positions above 256 would fall together.
     frequencies_R = np.array(rope.frequencies, np.float32)
     angles = positions.astype(jnp.float32)[..., None] * frequencies_R.reshape((1,) * positions.ndim + (-1,))
     return rope.attention_scaling * jnp.cos(angles), rope.attention_scaling * jnp.sin(angles)
@@ -199,6 +201,7 @@ def attend(
     q_xNxGxTxK = _by_group(config, q_xTxHxK)
     k_xNxSxK, v_xNxSxK = jnp.swapaxes(k_xSxNxK, -2, -3), jnp.swapaxes(v_xSxNxK, -2, -3)
     length, slots = q_xTxHxK.shape[-3], k_xSxNxK.shape[-3]
+    # Where slots outnumber queries (decoding, ends of prompts), the queries are few and so are the scores.
     attend_block = _map_block if length == slots and length >= _LONG else _attend_block
     parts = []
     for queries, keys in query_blocks(length, slots):
@@ -295,6 +298,7 @@ def _exponentials(
 ) -> jax.Array:
     """Return the softmax's numerators [B, N, G, T, S], scaled so that the largest of each query is 1."""
     scores = _scores(config, rules, q_xNxGxTxK, k_xNxSxK, tables)
+    # The maximum cancels in the softmax, so nothing is lost by not differentiating it.
     return jnp.exp(scores - lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
 
 
@@ -303,8 +307,11 @@ def _scores(
 ) -> jax.Array:
     """Return the attention logits [B, N, G, T, S], -inf where masked."""
     shape = q_xNxGxTxK.shape
+    # Query heads of a group share their keys: stacked as rows, they need one product.
     q_xNxRxK = q_xNxGxTxK.reshape(*shape[:-3], -1, shape[-1])
     scores_xNxRxS = einsum("...rk,...sk->...rs", q_xNxRxK, k_xNxSxK) * tables.scale
+    # The cap before the mask: a masked score would become finite, and its key would be attended to.
     scores = soft_cap(scores_xNxRxS, config.attn_logit_softcap).reshape(*shape[:-1], -1)
     mask = align_rank(tables.mask[..., None, None, :, :], scores)
+    # On scores rather than weights: the weights themselves are never normalised (see ``_attend_block``).
     return rules.factor(jnp.where(jnp.broadcast_to(mask, scores.shape), scores, -jnp.inf))

@@ -173,6 +173,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         if file.stat().st_size < 1024 and file.read_bytes().startswith(_LFS_POINTER):
             raise UserError(f"{file} is a pointer of Git LFS, not the weights: run `git lfs pull` there") from None
         raise UserError(f"{file} is truncated or not a safetensors file ({error}): fetch it again") from None
+    # Offsets are not told, but the values fill the file without gaps: they are counted from its end.
     tensors, end = {}, file.stat().st_size
     for name, (kind, shape) in reversed(facts.items()):
         bits = 8 if kind == "BOOL" else int(re.findall(r"\d+", kind)[0])
@@ -193,6 +194,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     loaded = read_pickled_tensors(file)
     if not isinstance(loaded, dict):
         raise UserError(f"{file} holds a {type(loaded).__name__}: expected tensors by name, as a state dict has them")
+    # Only where no tensor lies beside it: a plain state dict may have a module of that name.
     nested = next((loaded[name] for name in _STATE if isinstance(loaded.get(name), dict)), None)
     if nested is not None and not any(isinstance(value, np.ndarray) for value in loaded.values()):
         loaded = nested
@@ -234,6 +236,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     file = folder / chosen
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        # Names without folders: an index must not make other files of the disk be read.
         if not weight_map or any(Path(name).name != name for name in weight_map.values()):
             raise ValueError("its weight_map has to name files of the same folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:

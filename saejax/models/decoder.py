@@ -134,6 +134,7 @@ def run_layer(
     x_xTxD = hook("resid_mid", before_xTxD + hook("attn_out", out_xTxD))
     if not config.pre_norms:
         normed_xTxD = x_xTxD
+    # With ``shared_norm`` the MLP reads what attention read, normed once (Phi).
     elif not config.shared_norm:
         normed_xTxD = norm(config, rules, weights, "mlp_norm", before_xTxD if config.parallel else x_xTxD)
     out_xTxD = mlp(config, rules, weights, hook("mlp_in", normed_xTxD))
@@ -222,6 +223,7 @@ def run_layers(
         return LayersOutput(x, {}, carried)
     # A gradient keeps the matrix products of the forward pass and computes the rest again (everything with remat).
     # Without the checkpoint it would also keep a copy of every layer's parameters.
+    # prevent_cse=False: within a scan nothing can be merged, so the barriers against that would only cost.
     loop = jax.checkpoint(body, policy=rules.remat_policy, prevent_cse=False)
     parts: list[dict[str, jax.Array]] = []
     for layer in [*sorted(set(hook_layers or ()) & set(range(start, stop))), stop]:

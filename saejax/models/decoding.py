@@ -54,6 +54,7 @@ class KVCache:
     def positions_BxT(self, new: int) -> jax.Array:
         """Return the positions of the next ``new`` tokens, int32 [B, T]; padding is at position 0."""
         slots_T = self.length + jnp.arange(new)
+        # Padding gets an index that exists, as learned positions have none below 0.
         return jnp.maximum(slots_T[None, :] - self.pad_B[:, None], 0)
 
     def attention(self, config: DecoderConfig, new: int) -> AttentionSpec:
@@ -141,6 +142,7 @@ class SamplingParams:
         logits_BxV = logits_BxV / self.temperature
         if self.nucleus:
             logits_BxV = jnp.where(_nucleus(logits_BxV, self.top_p), logits_BxV, -jnp.inf)
+        # A key for each prompt and token: draws depend neither on the batch's size nor on the chunks of decoding.
         rows_B = jnp.arange(logits_BxV.shape[0])
         keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(self.key, row), step))(rows_B)
         return jax.vmap(jax.random.categorical)(keys_B, logits_BxV).astype(jnp.int32)
@@ -170,6 +172,7 @@ def _nucleus(logits_BxV: jax.Array, top_p: jax.Array) -> jax.Array:
     """Return True at the fewest most probable tokens that reach ``top_p``, at least one (Holtzman et al., 2020)."""
     order_BxV = jnp.argsort(-logits_BxV, axis=-1)
     probs_BxV = jnp.take_along_axis(jax.nn.softmax(logits_BxV, axis=-1), order_BxV, axis=-1)
+    # The probability before each token: the one that crosses ``top_p`` is kept.
     more_probable_BxV = jnp.cumsum(probs_BxV, axis=-1) - probs_BxV
     kept_BxV = (more_probable_BxV < top_p).at[:, 0].set(True)
     return jnp.put_along_axis(jnp.zeros_like(kept_BxV), order_BxV, kept_BxV, axis=-1, inplace=False)
@@ -204,6 +207,7 @@ class DecodeState:
             lax.dynamic_update_slice(self.new_BxN, next_B[:, None], (0, self.count)),
             self.count + 1,
             self.done_B | (next_B[:, None] == end_ids_E[None, :]).any(axis=1),
+            # The largest tells it: NaN goes through a maximum.
             self.finite_B & jnp.isfinite(logits_BxV.max(axis=-1)),
         )
 
@@ -232,6 +236,7 @@ def prefill(
       sampling: how tokens are chosen.
     """
     batch, length = ids_BxT.shape
+    # The dtype of the parameters, of which every family has an embedding.
     cache = init_cache(config, batch, length, params["embed_VxD"].dtype, pad_B)
     position_BxT = jnp.maximum(jnp.arange(length)[None, :] - pad_B[:, None], -1)
     logits_BxV, cache = _next_logits(config, params, ids_BxT, ForwardPass(position_BxT, length - pad_B), cache, edits)
@@ -243,6 +248,7 @@ def prefill(
     return state.add(dataclasses.replace(cache, **stores), logits_BxV, sampling, end_ids_E)
 
 
+# Donated: the cache, by far the largest array, is extended in place.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode(
     config: DecoderConfig,
@@ -270,10 +276,12 @@ def decode(
         """Make one new token of every prompt."""
         newest_Bx1 = lax.dynamic_slice(state.new_BxN, (0, state.count - 1), (batch, 1))
         position_Bx1 = state.cache.positions_BxT(1)
+        # The prompt's length, found from the position, as the cache counts padding and new tokens together.
         run = ForwardPass(position_Bx1, position_Bx1[:, 0] - (state.count - 1))
         logits_BxV, cache = _next_logits(config, params, newest_Bx1, run, state.cache, edits)
         return state.add(cache, logits_BxV, sampling, end_ids_E)
 
+    # A while loop ends with the last text; a scan would always run to the limit.
     return lax.while_loop(lambda state: (state.count < limit) & ~state.done_B.all(), step, state)
 
 
@@ -285,6 +293,7 @@ def _next_logits(
     x_BxTxD = decoder.embed(config, params, ids_BxT, cache.positions_BxT(new))
     hooks, attention = (run.hook(edits), edited_layers(edits)), cache.attention(config, new)
     output = run_layers(config, params, x_BxTxD, 0, config.n_layers, *hooks, attention=attention, head_sites=True)
+    # The last position alone: with a large vocabulary, logits of whole prompts would take gigabytes.
     return decoder.unembed(config, params, output.x[:, -1:])[:, 0], cache.extend(output.carried, new)
 
 

@@ -275,6 +275,7 @@ class SiteEdit:
         offset, given_BxT = self.offset.at(run)
         if offset.shape[-1] > 1:  # a single number fits every width
             check_width(self.site, value_BxTxD.shape[-1], "an edit", offset.shape[-1])
+        # In the fp32 of the factor, rounded once.
         new_BxTxD = (self.factor * value_BxTxD + offset).astype(value_BxTxD.dtype)
         return jnp.where((self.positions.at(run) & given_BxT)[..., None], new_BxTxD, value_BxTxD)
 

@@ -80,6 +80,7 @@ class StopCondition:
     def cut(self, ids: Sequence[int], start: int) -> Generated | None:
         """Return the continuation up to its end, searched from token ``start`` on; None if it has not ended."""
         end = next((i for i in range(start, len(ids)) if ids[i] in self.ids), len(ids))
+        # In the whole text first: decoding token by token is slow, and most chunks end nothing.
         if any(string in self.decode(ids[:end]) for string in self.strings):
             # The first token that completes a stop string: strings need not begin or end where tokens do.
             for count in range(start + 1, end + 1):

@@ -100,6 +100,7 @@ def _check_settings(gguf: Path, settings: dict[str, Any], config: Any) -> None:
         "rope.freq_base_swa": local.get("rope_theta"),
         "rope.scaling.type": "none",
     }
+    # A mark of its own, as a setting that is switched off is None.
     missing = object()
     wrong = [
         f"{name} = {value}"

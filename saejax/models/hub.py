@@ -97,6 +97,7 @@ def offline_if_unreachable() -> Iterator[None]:
     """Switch the hub's libraries to offline mode for a block if the hub's address does not answer."""
     from huggingface_hub import constants
 
+    # ``datasets`` has a switch of its own; to import it only for that would take seconds.
     modules = [constants, *([sys.modules["datasets"].config] if "datasets" in sys.modules else [])]
     offline = constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT)
     before = [module.HF_HUB_OFFLINE for module in modules]

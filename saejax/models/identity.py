@@ -65,6 +65,7 @@ def content_sha256(path: Path) -> str:
     stat = real.stat()
     if stat.st_size <= _HASHED_AT_ONCE:
         return file_sha256(real)
+    # Of a file that was changed or replaced, at least one of these differs.
     key = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     kept = cache_folder() / "hashes" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:

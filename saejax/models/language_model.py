@@ -184,6 +184,7 @@ class LanguageModel:
         edits: tuple[Edit, ...],
     ) -> Iterator[np.ndarray]:
         """Yield the new tokens of every prompt, some at a time, each [B, N]."""
+        # With stop strings the host has to look at the text now and then; otherwise one call makes all tokens.
         chunk = generation.CHUNK if condition.strings else max_new_tokens
         model = self.config, self.params, self.mesh
         return decoding.decode_in_chunks(*model, tokens, max_new_tokens, sampling, condition.ids, edits, chunk)
@@ -240,6 +241,7 @@ class LanguageModel:
 
     def _place_edits(self, edits: tuple[Edit, ...]) -> tuple[Edit, ...]:
         """Return the edits with their arrays on this model's devices."""
+        # Those of a dictionary that was loaded on another mesh, for instance.
         devices = set(self.mesh.devices.flat)
 
         def place(leaf: Any) -> Any:

@@ -38,6 +38,7 @@ def norm(
       x: [..., letter].
       letter: letter of that dimension, as in the parameters' names.
     """
+    # bfloat16 has 8 bits of precision: a sum of squares in it would be off by percents.
     y, scale = x.astype(at_least_float32(x)), weights[f"{name}_{letter}"]
     if config.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -92,7 +93,9 @@ def _mix_experts(config: DecoderConfig, rules: RunRules, weights: Weights, x_xTx
     top, chosen = lax.top_k(jax.nn.softmax(logits_xTxE, axis=-1), config.experts_per_token)
     if config.normalize_experts:
         top = top / jnp.sum(top, axis=-1, keepdims=True)
+    # As shares of all experts, most of them 0, since every expert runs on every token.
     share_xTxE = jnp.sum(jax.nn.one_hot(chosen, config.n_experts, dtype=top.dtype) * top[..., None], axis=-2)
+    # The router's choice is constant under the rules, as attention weights are.
     share_xTxE = rules.factor(share_xTxE.astype(x_xTxD.dtype))
     dense = dataclasses.replace(config, n_experts=0)
 

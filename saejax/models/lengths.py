@@ -34,6 +34,7 @@ def bucket_lengths(counts: np.ndarray, compile_cost: int, max_buckets: int = 16)
       Rising lengths; a text is padded to the first that is not shorter. The last is that of the longest text.
     """
     lengths = _cheapest_lengths(counts, compile_cost)
+    # At a higher price of a program fewer are worth it.
     while len(lengths) > max_buckets:
         compile_cost *= 2
         lengths = _cheapest_lengths(counts, compile_cost)
@@ -88,6 +89,7 @@ def even_batches(
     for bucket in range(len(lengths) - 1, -1, -1):
         texts, length = np.flatnonzero(bucket_N == bucket), int(lengths[bucket])
         count = -(-len(texts) // rows_per_batch(batch_tokens, length, row_multiple))
+        # Rows are spread evenly: full batches and a small last one would all be padded to the same shape.
         rows = -(-len(texts) // (count * row_multiple)) * row_multiple
         batches += [(part, rows, length) for part in np.split(texts, range(rows, len(texts), rows))]
     return batches

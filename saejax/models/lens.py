@@ -65,6 +65,7 @@ def read_lens(
       seed: seed of the control's rotation.
     """
     layers, width = x_LxBxTxD.shape[0], x_LxBxTxD.shape[-1]
+    # On the host in fp64: a seed gives the same rotation on every device.
     rotation_DxD = jnp.asarray(np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0], np.float32)
     x_LxNxD = x_LxBxTxD.reshape(layers, -1, width)
     positions, chunks = x_LxNxD.shape[1], []
@@ -117,6 +118,7 @@ def read_positions(
         logp_NxV = jax.nn.log_softmax(decoder.unembed(config, params, x_NxD))
         logp_NxC, ids_NxC = lax.top_k(logp_NxV, top)
         answer_NxX = logp_NxV[:, answers_X]
+        # One answer at a time: all of them at once would be [N, V, X].
         ranks = [jnp.sum(logp_NxV > answer_NxX[:, i : i + 1], axis=1) for i in range(answer_NxX.shape[1])]
         rank_NxX = jnp.stack(ranks, axis=1) if ranks else jnp.zeros(answer_NxX.shape, jnp.int32)
         kl_N = jnp.sum(jnp.exp(final_NxV) * (final_NxV - logp_NxV), axis=1)
@@ -125,6 +127,8 @@ def read_positions(
     def rotate(x_NxD: jax.Array) -> jax.Array:
         """Return the control's streams."""
         float32_NxD = x_NxD.astype(rotation_DxD.dtype)
+        # In full fp32: a rounded rotation would change norms, and the control should differ in direction alone.
         return jnp.matmul(float32_NxD, rotation_DxD.T, precision="highest").astype(x_NxD.dtype)
 
+    # Layer by layer: the logits of all layers at once would take L times the memory.
     return lax.map(lambda x_NxD: (read(x_NxD), read(rotate(x_NxD))), x_LxNxD)

@@ -83,6 +83,7 @@ def _make(folder: Path, origin: str, make: Callable[[Path], None]) -> None:
     try:
         make(writing)
         write_json(writing / MARK, dict(origin=origin, fingerprint=fingerprint(writing)))
+        # On disk before the rename: after a crash, a folder that looks whole has to be whole.
         for path in (path for path in writing.rglob("*") if path.is_file()):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

@@ -13,6 +13,7 @@ def parameter_table(config: DecoderConfig) -> Table:
     Names that start with "layers." are stacked: their first dimension counts layers.
     """
     table: Table = {"embed_VxD": ((config.vocab, config.d_model), ("model", None))}
+    # Not split: a prompt's rows are looked up on every device.
     if config.learned_positions:
         table["position_CxD"] = ((config.context, config.d_model), (None, None))
     table |= _norm(config, "final_norm", config.d_model, "D")
@@ -73,7 +74,9 @@ def _mlp(config: DecoderConfig) -> Table:
     d, f, e = config.d_model, config.d_mlp, config.n_experts
     if e:
         return {
+            # Not split: every device needs the probabilities of all experts to choose some.
             "router_DxE": ((d, e), (None, None)),
+            # Split over the hidden width, not over experts, as these run one after the other.
             "gate_ExDxF": ((e, d, f), (None, None, "model")),
             "up_ExDxF": ((e, d, f), (None, None, "model")),
             "down_ExFxD": ((e, f, d), (None, "model", None)),

@@ -52,6 +52,7 @@ def check_parity(lm: Any, dtype: str) -> float:
         ours_TxV = to_host(lm(tokens).logits_BxTxV[0]).astype(np.float64)
     model = source.load_torch_model(lm.source, dtype)
     theirs_TxV = source.torch_logits(model, tokens.ids_BxT, tokens.lengths_B)[0].astype(np.float64)
+    # Freed now, not with the next collection: it is a second copy of the weights.
     del model
     gc.collect()
     error = relative_error(ours_TxV, theirs_TxV[:, : lm.config.vocab])
@@ -68,6 +69,7 @@ def check_parity(lm: Any, dtype: str) -> float:
 
 def relative_error(ours_TxV: np.ndarray, theirs_TxV: np.ndarray) -> float:
     """Return the error of logits as ``check_parity`` describes it; infinite where a logit is not finite."""
+    # Less their means: softmax ignores what all logits have in common, and so does every readout.
     ours, theirs = (logits - logits.mean(axis=-1, keepdims=True) for logits in (ours_TxV, theirs_TxV))
     error = np.sqrt(np.mean((ours - theirs) ** 2) / max(np.mean(theirs**2), np.finfo(np.float64).tiny))
     return float(error) if np.isfinite(error) else float("inf")

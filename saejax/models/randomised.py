@@ -35,6 +35,7 @@ def _draw(folder: Path, target: Path) -> None:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # A generator of its own: the draws of the caller's program stay as they were.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

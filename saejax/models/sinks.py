@@ -61,6 +61,7 @@ def sink_norm(lm: Any, site: str, factor: float = SINK_FACTOR) -> float:
     medians = _medians.setdefault(lm, {})
     if site not in medians:
         medians.update(_median_norms(lm, site))
+    # Rounded to float32, in which norms are compared with it.
     return float(np.float32(factor * medians[site]))
 
 
@@ -75,6 +76,7 @@ def _median_norms(lm: Any, site: str) -> dict[str, float]:
     if site.partition(".")[0] in KINDS:
         parsed = Site.parse(site).check(lm.config)
         sites = [str(Site(parsed.kind, layer)) for layer in range(lm.config.n_layers)]
+    # Cut to the model's context below, where the check of the tokenizer would refuse the text.
     tokens = tokenize(lm.tokenizer, SAMPLE, context=1 << 20)
     length = min(tokens.ids_BxT.shape[1], lm.config.context)
     tokens = Tokens(tokens.ids_BxT[:, :length], np.minimum(tokens.lengths_B, length).astype(np.int32))

@@ -317,10 +317,12 @@ def _fetch_weights(name: str, commit: str, folder: Path) -> None:
     """Fetch the weight files that transformers reads of a hub model, and no others."""
     from huggingface_hub import errors, hf_hub_download
 
+    # What the cache has is not asked for again.
     with contextlib.suppress(UserError):
         weight_files(folder)
         return
     with hub_errors(name, commit, "model", WEIGHT_FILES[0], "the weights"):
+        # In the order in which transformers looks: the first that exists is what it would read.
         for file in WEIGHT_FILES:
             with contextlib.suppress(errors.RemoteEntryNotFoundError):
                 hf_hub_download(name, file, revision=commit)

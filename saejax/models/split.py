@@ -111,6 +111,7 @@ class SharedPrefixBatch(NamedTuple):
         clean_SxRxC = jnp.broadcast_to(jnp.arange(clean)[None, None, :], (*self.first_SxR.shape, clean))
         slot_SxRxW = jnp.concatenate([clean_SxRxC, position_SxRxT], axis=-1)
         relative_position_SxRxTxW = position_SxRxT[..., :, None] - slot_SxRxW[..., None, :]
+        # A clean prompt's keys count up to the row's first token; from there on the row has its own.
         real_SxRxW = jnp.concatenate([clean_SxRxC < first_SxRx1, jnp.ones_like(position_SxRxT, bool)], axis=-1)
         mask_SxRxTxW = (relative_position_SxRxTxW >= 0) & real_SxRxW[..., None, :]
         return tables_by_layer(config, self.position_SxN, relative_position_SxRxTxW, mask_SxRxTxW)
@@ -305,4 +306,5 @@ class SplitPoint:
             restricted = decoder.restrict_unembedding(self.config, params, ids_N)
             return decoder.unembed(self.config, restricted, x_D[None, :], self.rules)[0]
 
+        # Each prompt has answers of its own, so the columns of the unembedding are gathered for each.
         return jax.vmap(prompt_logits)(x_RxD, ids_RxN)

@@ -123,6 +123,7 @@ def bos_tokens(tokenizer: Any, bos: str = "auto") -> list[int]:
         if tokenizer.bos_token_id is None:
             raise UserError("the tokenizer has no BOS token: expected bos='auto' or 'never'")
         return [tokenizer.bos_token_id]
+    # Compared, as tokenizers have no attribute that says what they put in front, and some put tokens behind, too.
     whole, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     starts = range(len(whole) - len(plain), -1, -1)
     return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
@@ -153,6 +154,7 @@ def continuation_ids(tokenizer: Any, answer: str, context: str | None = None) ->
         raise UserError("the answer '' has no tokens: expected at least one")
     contexts = [context]
     if context is None:
+        # Not after a letter: a word without a space would merge with it.
         contexts = list(_NEUTRAL_CONTEXTS if answer[0].isspace() else _NEUTRAL_CONTEXTS[1:])
     for before in contexts:
         ids, whole = encode(tokenizer, before or ""), encode(tokenizer, (before or "") + answer)

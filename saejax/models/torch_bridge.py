@@ -162,6 +162,7 @@ def run_rows(
 
     def whole(clean: jax.Array, ends: jax.Array) -> jax.Array:
         """Put the tokens [S, N, D] of the rows' ends where they stand in clean prompts [1, P, T, 1, D]."""
+        # Whole prompts, since torch keeps no keys and values between two segments.
         prompts = clean[0, :, :, 0][rows.prompt_SxR]
         ends = jax.vmap(lambda tokens, index: tokens[index])(ends, rows.token_index_SxRxT)
         positions = rows.first_SxR[..., None] + jnp.arange(length)[None, None]

@@ -112,6 +112,7 @@ class HookedModel:
         self.model.to(self.device).requires_grad_(False).eval()
         self._checked: set[AnySite] = set()
         self._skipped = threading.local()
+        # Families differ in what they take: some know no mask, others no positions.
         self.accepted = frozenset(inspect.signature(self.model.forward).parameters)
 
     def check(self, site: AnySite) -> None:
@@ -185,7 +186,8 @@ class HookedModel:
     @contextlib.contextmanager
     def skipping(self, count: int) -> Iterator[None]:
         """Make the first ``count`` layers hand on the stream as it is, in this thread and in a block."""
-        returned_parts, _ = self._returned_parts, self._all_resolved  # by passes of all layers
+        returned_parts, _ = self._returned_parts, self._resolved  # by passes of all layers
+        # Not by hooks, which cannot keep a module from running.
         for index, layer in enumerate(self._layers[:count]):
             if "forward" not in vars(layer):
                 layer.forward = functools.partial(self._forward, index, returned_parts[index], layer.forward)
@@ -222,7 +224,7 @@ class HookedModel:
                 + (f", 0 to {self.n_layers - 1}" if self.n_layers else " that are in one list; use module:<path>")
             )
         part = _BRANCHES.get(site.kind)
-        if site.kind in HEAD_KINDS or (part and getattr(self._resolved(site.layer), part) is None):
+        if site.kind in HEAD_KINDS or (part and getattr(self._resolved[site.layer], part) is None):
             raise UserError(
                 f"the site {site} cannot be resolved in {self._name}: name a module of the layer, as in "
                 f"module:{self._path_of(site.layer)}.<path>"
@@ -238,7 +240,7 @@ class HookedModel:
         handles: list[Any] = []
         kinds: dict[int, set[str]] = {}
         if any(isinstance(site, Site) and site.kind in _BRANCHES for site in sites):
-            self._all_resolved  # noqa: B018 - a pass of its own, which must not come by these hooks
+            self._resolved  # noqa: B018 - a pass of its own, which must not come by these hooks
         try:
             for site in sites:
                 if isinstance(site, ModuleSite):
@@ -268,7 +270,7 @@ class HookedModel:
 
         handles = [_hook(module, False, enter)]
         if kinds & {"attn_out", "resid_mid", "mlp_out"}:
-            attention, mlp = self._resolved(layer).attention, self._resolved(layer).mlp
+            attention, mlp = self._resolved[layer].attention, self._resolved[layer].mlp
             assert attention and mlp  # or the sites were refused
 
             def attend(output: torch.Tensor) -> torch.Tensor:
@@ -278,6 +280,7 @@ class HookedModel:
                 if "resid_mid" in kinds or mlp.includes_stream:
                     middle = stream["pre"] + after
                     stream["mid"] = at("resid_mid", middle)
+                    # Only where the hook changed it: (pre + after) - pre is not ``after`` bit for bit.
                     after = after if stream["mid"] is middle else stream["mid"] - stream["pre"]
                 return output if after is before else attention.write(after, stream["pre"])
 
@@ -292,7 +295,7 @@ class HookedModel:
             if "mlp_out" in kinds:
                 handles.append(_hook(module.get_submodule(mlp.name), True, add_mlp))
         if "mlp_in" in kinds:
-            name = self._resolved(layer).mlp_input
+            name = self._resolved[layer].mlp_input
             assert name
             handles.append(_hook(module.get_submodule(name), False, functools.partial(at, "mlp_in")))
         if "resid_post" in kinds:
@@ -315,19 +318,16 @@ class HookedModel:
             handle.remove()
         return counts
 
-    def _resolved(self, layer: int) -> _Layer:
-        """Return the modules at which a layer has its sites."""
-        return self._all_resolved[layer]
-
     @functools.cached_property
-    def _all_resolved(self) -> list[_Layer]:
-        """Find attention and the MLP of every layer in one forward pass."""
+    def _resolved(self) -> list[_Layer]:
+        """The modules at which each layer has its sites, found in one forward pass."""
         seen: list[dict[tuple[str, bool], torch.Tensor]] = [{} for _ in self._layers]
         handles = []
         unknown = torch.zeros(0)
 
         def record(values: dict[Any, torch.Tensor], name: tuple[str, bool], value: Any) -> Any:
             """Record what a module took or returned."""
+            # One vector for each token, in any shape: some MLPs take prompts and tokens as one dimension.
             if isinstance(value, torch.Tensor) and value.numel() == _PROBE_IDS.size * value.shape[-1]:
                 # A copy: some models add in place. Phi runs one dropout twice, which then is no module's output.
                 values[name] = unknown if name in values else value.reshape(*_PROBE_IDS.shape, -1).clone()
@@ -347,6 +347,7 @@ class HookedModel:
 def _layers_path(model: Any) -> str:
     """Return the path of the list of layers of a model's text decoder; "" if none is found."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    # Within the text decoder: a tower for images may have as many layers.
     inside = {id(module) for module in model.get_decoder().modules()}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:

@@ -60,6 +60,7 @@ class TorchModel(LanguageModel):
         self.hooked = HookedModel(model)
         config = _read_sizes(model, self.hooked.n_layers, longest_input(source))
         self._dtype = model.get_input_embeddings().weight.dtype
+        # On the JAX side only the dtype of the parameters is asked for.
         params = dict(embed_VxD=jnp.zeros((0, config["d_model"]), str(self._dtype).removeprefix("torch.")))
         functions = TorchFunctions(self.hooked, config["context"])
         super().__init__(
@@ -75,6 +76,7 @@ class TorchModel(LanguageModel):
     ) -> Output:
         """Run the model; see ``LanguageModel``. Sites may be modules, as in "module:model.layers.3.mlp"."""
         length = tokens.ids_BxT.shape[1]
+        # Not beyond the context: models with learned positions have no more.
         padded = max(length, min(round_length(length), self.config.context))
         sites, edits = self._prepare(tokens, capture, edits, padded)
         ids_BxT = np.pad(tokens.ids_BxT, ((0, 0), (0, padded - length)))
@@ -105,7 +107,7 @@ class TorchModel(LanguageModel):
 
     def _length_with_cache(self, tokens: Tokens) -> int:
         """Return the prompts' length as it is: the cache grows with new tokens."""
-        return tokens.ids_BxT.shape[1]  # the cache grows
+        return tokens.ids_BxT.shape[1]
 
     def _decode(
         self,
@@ -185,12 +187,14 @@ class TorchFunctions:
         inputs = [tensor.requires_grad_() for tensor in tensors[:count]]
         with torch.enable_grad():
             pairs = zip(self._segment(segment, inputs), tensors[count:], strict=True)
+            # An output that no input reaches has no graph, and autograd would refuse it.
             outputs, cotangents = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
             slopes = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
         self._write(out, [torch.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, slopes, strict=True)])
 
     def _segment(self, segment: LayerSegment, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run a segment on tensors; return the values of ``get`` and what leaves it."""
+        # Any ids: what they are embedded to is replaced by the stream.
         ids = np.zeros(values[0].shape[:2], np.int32)
         put = dict(zip((Site("resid_pre", segment.start), *segment.put), values, strict=True))
         with self._model.skipping(segment.start):

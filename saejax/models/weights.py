@@ -58,6 +58,7 @@ def load_params(
         fill = functools.partial(_fill_and_check, _reader(weights[name], shape, tensors[name]), name, damaged)
         params[name] = _place(fill, shape, dtype, mesh, spec)
     if damaged:
+        # Tensors of the files, where these hold NaN; where they do not, the dtype's range was too small.
         files = {tensor.name for name in damaged for tensor in tensors[name] if not np.isfinite(tensor.map()).all()}
         raise not_finite_error(f"the weights in {folder}", sorted(files) or list(dict.fromkeys(damaged)), dtype)
     return {name: params[name] for name in table}
@@ -140,6 +141,7 @@ def _find(tensors: Mapping[str, Tensor], prefix: str, stored: str, name: str) ->
         return tensors.get(stored + name.removeprefix(prefix))
     outer = stored.removesuffix(prefix)  # of the head, which stands beside the body
     heads = [name, *_HEADS] if name in _HEADS else [name]
+    # The head stands beside the body in most files, and within it in others.
     places = [start + head for head in heads for start in ("", outer, stored)]
     return next((tensors[place] for place in places if place in tensors), None)
 
@@ -159,6 +161,7 @@ def _mismatches(config: DecoderConfig, sources: Sources) -> list[str]:
                 problems.append(f"{source} {tensor.dtype_problem}")
             else:
                 try:
+                    # A view of the mapped file: its shape is checked without reading its values.
                     weight.view(tensor.map(), shape[weight.stacked :])
                 except ValueError as error:
                     problems.append(f"{source} {error}")
@@ -193,6 +196,7 @@ def _place(
     parts: dict[str, np.ndarray] = {}
     arrays = []
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        # Devices with the same part of a parameter share one buffer, which is read once.
         if str(index) not in parts:
             sizes = [len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True)]
             parts[str(index)] = _aligned(sizes, np.dtype(jnp.dtype(dtype)))

@@ -37,6 +37,7 @@ def resampling_weights(strata: Sequence[object] | np.ndarray, resamples: int, se
     count, size_P = len(label_P), size_S[label_P]
     if count < 2:
         raise ValueError(f"expected at least 2 prompts to resample, got {count}")
+    # From a stratum of one prompt n - 1 = 0 prompts would be drawn: it would have no weight in any sample.
     is_alone_P = size_P == 1
     label_P = np.where(is_alone_P, -1, label_P)
     if is_alone_P.sum() == 1:
@@ -47,6 +48,7 @@ def resampling_weights(strata: Sequence[object] | np.ndarray, resamples: int, se
         inside_P = label_P == label
         size = int(inside_P.sum())
         drawn_RxQ = rng.multinomial(size - 1, np.full(size, 1 / size), size=resamples)
+        # The n - 1 draws count for n prompts, so that every sample weights strata as the data does.
         weight_RxP[:, inside_P] = drawn_RxQ * (size / (size - 1) / count)
     return weight_RxP
 

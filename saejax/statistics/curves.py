@@ -25,6 +25,7 @@ def interpolation_weights(doses: np.ndarray, at: np.ndarray) -> np.ndarray:
     end_M = np.minimum(end_M, len(dose_A) - 1)
     start_M = np.maximum(end_M - 1, 0)
     step_M = dose_A[end_M] - dose_A[start_M]
+    # Only the first point has no step before it: a dose up to there gets all of its weight.
     share_M = np.clip((at_M - dose_A[start_M]) / np.where(step_M > 0, step_M, 1.0), 0.0, 1.0)
     share_M = np.where(step_M > 0, share_M, 1.0)
     row_M, weight_MxA = np.arange(len(at_M)), np.zeros((len(at_M), len(dose_A)))

@@ -37,6 +37,7 @@ def max_t_p(effects: np.ndarray, draws: int, seed: int) -> np.ndarray:
     length_N = np.sqrt(np.square(effect_NxP).sum(axis=1))
     unit_NxP = np.divide(effect_NxP, length_N[:, None], out=np.zeros_like(effect_NxP), where=length_N[:, None] > 0)
     signs_RxP = _sign_patterns(effect_NxP.shape[1], draws, seed)
+    # Rising: an effect is compared with the largest statistic among itself and the smaller ones, a running maximum.
     order_N = np.argsort(np.abs(unit_NxP.sum(axis=1)), kind="stable")  # rising
     p_N, largest_R = np.empty(len(unit_NxP)), np.zeros(len(signs_RxP))
     size = max(1, _CHUNK // len(signs_RxP))
@@ -48,6 +49,7 @@ def max_t_p(effects: np.ndarray, draws: int, seed: int) -> np.ndarray:
         measured_C = np.abs(unit_NxP[some_C].sum(axis=1))
         p_N[some_C] = (t_RxC >= measured_C - 1e-9).mean(axis=0)  # equal ones differ in their last bits
         largest_R = t_RxC[:, -1]
+    # An effect cannot be significant where a larger one is not: p-values may not fall with the effect.
     falling_N = order_N[::-1]
     p_N[falling_N] = np.maximum.accumulate(p_N[falling_N])
     return p_N
@@ -57,12 +59,14 @@ def _sign_patterns(prompts: int, draws: int, seed: int) -> np.ndarray:
     """Return sign patterns [R, P]: all of few prompts, otherwise random ones after the measured one."""
     if prompts <= _EXACT:
         return 1.0 - 2.0 * (np.arange(2**prompts)[:, None] >> np.arange(prompts)[None, :] & 1)
+    # The measured pattern is one of those that could have been, so p is never 0 (Phipson and Smyth).
     drawn_RxP = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, prompts))
     return np.concatenate([np.ones((1, prompts)), drawn_RxP])
 
 
 def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation of each row of a with that of b, or with its only one, [R]; NaN of constant rows."""
+    # By the range: rounding gives a constant row a variance above 0, and its correlation would be noise.
     defined_R = (np.ptp(a_RxN, axis=1) > 0) & (np.ptp(b_xN, axis=1) > 0)
     a_RxN, b_xN = (some - some.mean(axis=1, keepdims=True) for some in (a_RxN, b_xN))
     size_R = np.sqrt(np.square(a_RxN).sum(axis=1) * np.square(b_xN).sum(axis=1))

@@ -71,6 +71,7 @@ def _read_ropes(fields: Fields) -> tuple[Rope, Rope]:
     """Read the rotary embeddings of full and of sliding layers, which transformers 4 writes into different fields."""
     d_head, context = fields.size("head_dim"), fields.size("max_position_embeddings")
     rope = rope_object(fields)
+    # What transformers 4 writes into "rope_scaling" is for full layers; sliding ones rotate plainly.
     far, near = (rope.part(FULL), rope.part(SLIDING)) if FULL in rope or SLIDING in rope else (rope, Fields({}, ""))
     theta = far.first_number("rope_theta", 1_000_000.0, [(fields, "rope_theta")])
     sliding_theta = near.first_number("rope_theta", 10_000.0, [(fields, "rope_local_base_freq")])

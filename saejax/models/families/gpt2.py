@@ -59,6 +59,7 @@ def _heads_out(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return expect(tensor, (shape[0] * shape[1], shape[2])).reshape(shape)
 
 
+# GPT-2's Conv1D keeps matrices as [in, out]: only the head is a Linear, and is transposed.
 _GPT2_WEIGHTS = {
     "embed_VxD": Weight("transformer.wte.weight"),
     "position_CxD": Weight("transformer.wpe.weight"),

@@ -33,6 +33,7 @@ def _read_smollm3(fields: Fields) -> DecoderConfig:
     )
     if not any(plain):
         return config
+    # Frequencies of 0 rotate nothing: one program serves both kinds of layers.
     still = Rope((0.0,) * len(rope.frequencies))
     return dataclasses.replace(config, sliding_layers=plain, sliding_window=window or context, sliding_rope=still)
 
