@@ -53,6 +53,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
     """
     config = dictionary.config
     read, written = site_parts(config.site), site_parts(config.target or config.site)
+    # With BOS only where the tokenizer has one: some dictionaries' files name a convention of another tokenizer.
     bos = config.bos if getattr(lm.tokenizer, "bos_token_id", None) is not None else "auto"
     tokens = pad([encode(lm.tokenizer, _TEXT, bos)[: min(TOKENS, lm.config.context)]])
     try:
@@ -67,6 +68,7 @@ def check_dictionary(lm: Any, dictionary: Dictionary) -> DictionaryCheck:
         raise UserError(f"the dictionary reads {config.d_in} dimensions, but {config.site} has {x_TxD.shape[-1]}")
     dictionary = dictionary.with_sink_norms(lm.sink_norm)
     f_TxF = dictionary.encode(x_TxD)
+    # In fp64: both sums are over thousands of squares of very different sizes.
     error_TxD = np.asarray(y_TxD - dictionary.decode(f_TxF, x_TxD), np.float64)
     kept_T = np.asarray(dictionary.is_not_sink(x_TxD, y_TxD))
     target_NxD = np.asarray(y_TxD, np.float64)[kept_T]

@@ -48,6 +48,7 @@ def sum_writes(
         """Sum what the features of a device write to all layers."""
         if "data" in split:  # said here, so that its gradient is summed over the tokens of all devices
             decoders = tuple(lax.pcast(decoder, "data", to="varying") for decoder in decoders)
+        # The first layer writes to all others, so that its product is the array that the others add to.
         sum_BxX = matmul(f_LxBxF[0], decoders[0], matmul_dtype)  # the first layer writes to all
         for layer, decoder in enumerate(decoders[1:], start=1):
             sum_BxX = sum_BxX.at[:, layer * width :].add(matmul(f_LxBxF[layer], decoder, matmul_dtype))

@@ -57,9 +57,11 @@ class FeatureEdit:
         change_BxTxK = (self.factor_1x1xK - 1) * f_BxTxK + offset_xK
         if self.positions.only == "fires":
             fires_BxTxK = dictionary.fires(f_BxTxK)
+            # A feature that is silent stays so, though an offset would be added to its 0.
             change_BxTxK = jnp.where(fires_BxTxK, change_BxTxK, 0.0)
             where_BxT &= fires_BxTxK.any(axis=-1)
         if self.error is None:
+            # K rows of the decoder instead of F: what is not edited need not be decoded.
             change_BxTxD = matmul(change_BxTxK, dictionary.W_dec_FxD[...][self.features_K])
             scale_BxTx1 = dictionary.output_scale(x_BxTxD)
             new_BxTxD = value_BxTxD + (change_BxTxD if scale_BxTx1 is None else change_BxTxD * scale_BxTx1)

@@ -36,6 +36,7 @@ def row_lengths(W_dec_FxD: jax.Array, widths: Sequence[int] = ()) -> jax.Array:
 def _norms(W_dec_FxD: jax.Array) -> jax.Array:
     """Return the norm of every row, with gradient 0 where it is 0."""
     square_F = jnp.sum(jnp.square(W_dec_FxD), axis=-1)
+    # The square root's gradient at 0 is infinite, and 0 times that NaN: the inner where keeps 0 out of it.
     return jnp.where(square_F > 0, jnp.sqrt(jnp.where(square_F > 0, square_F, 1.0)), 0.0)
 
 
@@ -46,6 +47,7 @@ def part_norms(W_dec_FxD: Any, widths: Sequence[int]) -> np.ndarray:
 
 def row_normals(W_dec_FxD: jax.Array, widths: Sequence[int]) -> jax.Array:
     """Return the gradient of ``row_lengths`` in the rows: each part's direction; 0 where it has none."""
+    # 0 / 1e-30 is 0: a part that is zero gets no direction, and no NaN.
     parts = [part_FxD / jnp.maximum(_norms(part_FxD), 1e-30)[:, None] for part_FxD in split(W_dec_FxD, widths)]
     return jnp.concatenate(parts, axis=-1)
 
@@ -79,6 +81,7 @@ def unjoin(config: DictionaryConfig, x_xD: Any) -> dict[str, Any]:
 def is_not_sink(config: DictionaryConfig, x_xD: jax.Array) -> jax.Array:
     """Return True where no part of joined values is an attention sink; the shape of ``x`` without its last axis."""
     config.require_sink_norms()
+    # The rule is about a part's own values, before they were scaled.
     limits = [max_norm * scale for max_norm, scale in zip(config.max_norms, config.scales, strict=True)]
     norms = [jnp.linalg.norm(part_xD, axis=-1) for part_xD in split(x_xD.astype(jnp.float32), config.widths)]
     return jnp.stack([norm_x <= limit for norm_x, limit in zip(norms, limits, strict=True)]).all(0)

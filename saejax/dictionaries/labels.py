@@ -161,6 +161,7 @@ def read_sheet(path: Path, wanted: Sequence[str], flag: str) -> list[dict[str, s
       UserError: it cannot be read, a column is missing, or a line has another number of cells.
     """
     try:
+        # utf-8-sig: spreadsheets put a byte order mark at the start.
         rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")), strict=True))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "it is not a .csv file in UTF-8"

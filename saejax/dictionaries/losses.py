@@ -57,6 +57,7 @@ def l1_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
       f_BxF: activations.
       norms_F: |W_dec_i|, ``Dictionary.decoder_norms_F``.
     """
+    # The mean comes first: then norms are multiplied with F numbers, not with B F.
     return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms_F)
 
 
@@ -142,6 +143,7 @@ def auxk(
       all_columns: compute with all columns however few are dead, and gather none.
     """
     dead_count = jnp.sum(dead_F) if most_dead is None else jnp.asarray(most_dead)
+    # Constants: the residual is what the living features leave, which AuxK should not move.
     constants = dead_F, lax.stop_gradient(error_BxD), metric_DxD, dead_count
     return _auxk(pre_BxF, W_dec_FxD, constants, k, matmul_dtype, all_columns)
 
@@ -212,6 +214,7 @@ def _few_columns(
 
 _auxk.defvjp(
     _auxk_and_gradients,
+    # The gradients were computed with the value, so that only the factor of the chain rule is left.
     lambda k, matmul_dtype, all_columns, gradients, cotangent: (
         *(cotangent * gradient for gradient in gradients),
         None,

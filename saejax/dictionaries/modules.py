@@ -193,6 +193,7 @@ class Dictionary(nnx.Module):
         Where a feature's activation depends on its own column only (``Kind.elementwise``), K columns of the encoder are
         computed instead of F.
         """
+        # Not for a subclass that encodes in another way; and a dictionary has at least one feature.
         if type(self).encode is not Dictionary.encode or not self.kind.is_elementwise() or not len(features_K):
             return self.encode(x_xD)[..., features_K]
         return self.restrict(features_K).encode(x_xD)
@@ -371,6 +372,7 @@ class Dictionary(nnx.Module):
                 raise UserError(f"the pool of feature {feature} holds NaN or infinity: expected finite activations")
             if len(pool):
                 for draw_TxK, number in zip(draw_NxTxK, numbers.tolist(), strict=True):
+                    # Feature by feature, so that its draws are the same whatever others it is edited with.
                     key = [seed, feature] if texts is None else [seed, feature, number]
                     draw_TxK[:, k] = np.random.default_rng(key).choice(pool, length)
                 factor_K[k] = 0.0
@@ -437,6 +439,7 @@ class Dictionary(nnx.Module):
         """Return a ``FeatureEdit``; raise a ``UserError`` unless the dictionary reads before it writes."""
         reads = edit_site(self.config.site)
         site = edit_site(self.config.target) if self.config.target else reads
+        # In the order of the forward pass: what is read must be known when the target is written.
         ordered = isinstance(reads, Site) and isinstance(site, Site) and reads.layer == site.layer
         if reads != site and not (ordered and KINDS.index(reads.kind) <= KINDS.index(site.kind)):
             raise UserError(f"a dictionary from {reads} to {site} cannot be edited: expected a later site of one layer")

@@ -32,6 +32,7 @@ def fold_input_scaling(kind: Kind, arrays: Arrays, inputs: float, outputs: float
     # Activations come out 1 / outputs as large, so that decoder rows keep their lengths.
     factors = dict.fromkeys(("W_enc_DxF", "W_skip_DxD"), inputs / outputs)
     factors |= dict.fromkeys(("W_dec_FxD", *kind.unscaled), 1.0)
+    # Biases and thresholds are added to activations and outputs, or compared with them, and shrink as they do.
     return {name: array * factors[name] if name in factors else array / outputs for name, array in arrays.items()}
 
 
@@ -78,22 +79,24 @@ def unit_decoder(dictionary: Dictionary) -> Dictionary:
     Raises:
       UserError: a topk dictionary with rows of different lengths, whose k largest would become others.
     """
-    arrays = _host_arrays(dictionary)
+    arrays = host_arrays(dictionary)
     length_F = decoder_lengths(arrays["W_dec_FxD"], dictionary.config.widths)
     if dictionary.kind.depends_on_decoder_norms:
         mean = float(length_F.mean())
+        # Rows that were normalised in float32 differ by rounding.
         if np.abs(length_F - mean).max() > 1e-5 * mean:
             raise UserError(
                 f"this {dictionary.config.kind} dictionary has decoder rows of different lengths: with rows of length "
                 "1 it would choose other features, so load it with unit_norm=False"
             )
+        # One length for all, so that the k largest stay the same to the last bit.
         length_F = np.full_like(length_F, mean)
     return _rebuild(dictionary, scale_features(dictionary.kind, arrays, length_F))
 
 
 def as_jumprelu(dictionary: Dictionary) -> Dictionary:
     """Return the JumpReLU dictionary that a dictionary of another kind is at inference, if its kind is ``jumprelu``."""
-    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
+    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
     return _rebuild(dictionary, dictionary.kind.as_jumprelu(arrays), kind="jumprelu")
 
 
@@ -106,7 +109,7 @@ def centre(dictionary: Dictionary, wanted: bool = True) -> Dictionary:
     """Return the dictionary with the decoder's bias subtracted from the input, or not: the encoder's bias makes up."""
     if dictionary.config.centred == wanted:
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
+    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
     shift_F = (1 if wanted else -1) * (arrays["b_dec_D"] @ arrays["W_enc_DxF"])
     return _rebuild(dictionary, dictionary.kind.move_bias(arrays, shift_F), centred=wanted)
 
@@ -129,12 +132,12 @@ def drop_mean(dictionary: Dictionary) -> Dictionary:
     """
     if dictionary.config.input_norm != "center":
         return dictionary
-    arrays = {name: array.astype(np.float64) for name, array in _host_arrays(dictionary).items()}
+    arrays = {name: array.astype(np.float64) for name, array in host_arrays(dictionary).items()}
     arrays["W_enc_DxF"] = arrays["W_enc_DxF"] - arrays["W_enc_DxF"].mean(axis=0, keepdims=True)
     return _rebuild(dictionary, arrays, input_norm="")
 
 
-def _host_arrays(dictionary: Dictionary) -> Arrays:
+def host_arrays(dictionary: Dictionary) -> Arrays:
     """Return the dictionary's arrays on the host."""
     return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
 

@@ -24,6 +24,7 @@ def batch_threshold(values_BxF: jax.Array, k: int | jax.Array) -> jax.Array:
     highest_1x1 = values_BxF.max(keepdims=True)
     keep = jnp.asarray(k, jnp.int32) * values_BxF.shape[0]
     bounds = jnp.zeros_like(highest_1x1), highest_1x1, jnp.zeros_like(highest_1x1, jnp.int32)
+    # Of fewer tokens a sample would be too small to enclose the threshold of all.
     if values_BxF.shape[0] >= _SAMPLED * _SAMPLED:
         bounds = _bracket(values_BxF, keep, *bounds)
     return _search(values_BxF, keep, *bounds[:2], _count_all, bounds[2])
@@ -64,6 +65,7 @@ def kth_largest_below(acts_xF: jax.Array, k: int | jax.Array, max_k: int | None 
     Returns:
       threshold_x1, such that ``acts > threshold`` keeps the k largest (all positive ones if fewer).
     """
+    # At least float32: the search is on the bits of the floats.
     acts_xF = acts_xF.astype(jnp.promote_types(acts_xF.dtype, jnp.float32))
     keep, features = jnp.asarray(k, jnp.int32), acts_xF.shape[-1]
     max_k = min(int(k) if max_k is None else max_k, features)
@@ -143,6 +145,7 @@ def _search(
     integer = jnp.int64 if acts.dtype == jnp.float64 else jnp.int32
     to_bits = functools.partial(lax.bitcast_convert_type, new_dtype=integer)
     to_float = functools.partial(lax.bitcast_convert_type, new_dtype=acts.dtype)
+    # One below: values equal to ``low`` may be among those to keep, and have to lie above the threshold.
     low_bits = jnp.maximum(to_bits(low) - 1, 0)
 
     def excess(above: jax.Array) -> jax.Array:  # 0 where it is ``keep``; the half is for counts of 0

@@ -102,6 +102,7 @@ class SparseCode(NamedTuple):
         count, features = len(self.value_BxK), len(self.by_feature.starts_X) - 1
         row_Bx1 = jnp.arange(count, dtype=jnp.int32)[:, None]
         zeros_BxF = jnp.zeros((count, features), self.value_BxK.dtype)
+        # Added, not set: entries of value 0 may name a feature that another entry has.
         return zeros_BxF.at[row_Bx1, self.feature_BxK].add(self.value_BxK)
 
     def sums(self, value_BxK: jax.Array) -> jax.Array:
@@ -194,6 +195,7 @@ def _backward(max_k, matmul_dtype, saved, to):
     x_BxD, W_enc_DxF, W_dec_FxD, code, any_dead = saved
     to_residual_BxD = _instantiate(to.residual_BxD)
     to_value_BxK = _instantiate(to.code.value_BxK) - _products_at(code.feature_BxK, W_dec_FxD, to_residual_BxD)
+    # Entries of value 0 only fill up a token's code: they are no features of it.
     to_value_BxK = jnp.where(code.value_BxK > 0, to_value_BxK, 0.0)
     to_W_enc_FxD = code.by_feature.transposed_product(to_value_BxK, x_BxD)
     to_W_dec_FxD = code.by_feature.transposed_product(-code.value_BxK, to_residual_BxD)

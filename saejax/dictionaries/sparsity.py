@@ -32,6 +32,7 @@ def topk(pre_xF: jax.Array, k: int | jax.Array, max_k: int | None = None) -> jax
       max_k: the largest k there can be, as a Python number.
     """
     acts_xF = jax.nn.relu(pre_xF)
+    # The threshold only chooses which values pass; besides, its search is a loop without a backward pass.
     below_x1 = selection.kth_largest_below(lax.stop_gradient(acts_xF), k, max_k)
     return jnp.where(acts_xF > below_x1, acts_xF, jnp.zeros_like(acts_xF))
 

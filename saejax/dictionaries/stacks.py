@@ -102,6 +102,7 @@ def load_trained(name: str, units: Mapping[str, Path], flag: str) -> Dictionary:
             return load_dictionary(folder)
         return load_member(units[f"train/{kind}"], name, flag)
     try:
+        # A published dictionary may normalise tokens, which those trained here never do.
         return rescale.to_output_units(load_dictionary(name))
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
@@ -134,6 +135,7 @@ def identity(folder: str) -> str:
     files = [place] if place.is_file() else _hashed_files(place)
     # Where a file is named, its settings are in another one beside it.
     settings = [place.with_name(name) for name in BESIDE] if place.is_file() else []
+    # What SAELens' registry says of a dictionary is in none of its files.
     digest.update(repr(sorted(registry_overrides(folder).items())).encode())
     for path in [*files, *filter(Path.is_file, settings)]:
         digest.update(f"{os.path.relpath(path, place)} {file_sha256(path)}\n".encode())

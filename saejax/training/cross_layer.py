@@ -125,6 +125,7 @@ def smallest_kept(stack: TrainStack, layers: Sequence[Arrays], hyper: Hyperparam
 
     def of_layer(layer: Any) -> jax.Array:
         arrays, norms_F, x_BxD, values = layer
+        # In float32, as finished dictionaries are read.
         encoder, pre_BxF, projected_BxF = _pre_activations(stack, arrays, norms_F, x_BxD, "float32")
         settings = stack.config.of_kind(stack.kind.name)
         return stack.kind.encode_in_training(encoder, pre_BxF, projected_BxF, values, settings)[1]

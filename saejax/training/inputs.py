@@ -85,6 +85,7 @@ def open_store(stack: TrainStack, store: Store, say: Callable[[str], None] = lam
     mode = config.input
     if mode == "auto":  # the memory of CPU devices is the host's, where the page cache holds what was read
         fits = needed <= _RESIDENT_SHARE * free and stack.platform != "cpu"
+        # Free memory differs between processes, and all have to choose the same.
         mode = "resident" if from_first_process(np.int32(fits)) else "streamed"
     if mode == "streamed":
         return StreamedBatches(stack, store)
@@ -112,6 +113,7 @@ class StreamedBatches:
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step."""
+        # Out of turn after a resume and for thresholds: reading ahead starts anew.
         if step != self._next:
             self._ahead = iter(self._data[step:].to_iter_dataset(READ_OPTIONS))
         self._next = step + 1
@@ -148,6 +150,7 @@ class ResidentBatches:
 
 
 def _take_rows(arrays: Batch, index_B: jax.Array) -> Batch:
+    # clip: the indices are in range, and the default would check each of them.
     taken = (jnp.take(rows_SxRxD, index_B, axis=1, mode="clip") for rows_SxRxD in arrays)
     return tuple(lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x for x in taken)
 
@@ -227,6 +230,7 @@ class ModelBatches:
                 f"all {stream.size(buffer)} tokens of buffer {buffer + 1} are attention sinks: raise "
                 "--train.buffer_rows or --capture.sink_factor"
             )
+        # All buffers in one shape, so that taking batches from them is compiled once.
         self._resident.arrays = stream.on_devices or tuple(
             place_rows(stack, stream, part, np.arange(stream.size(buffer)), self._largest) for part in self._parts
         )

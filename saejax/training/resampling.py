@@ -106,6 +106,7 @@ def draw_tokens(
     """
     key = jax.random.fold_in(jax.random.key(hyper.seed), step)
     # Gumbel noise on log weights and a sort draw without replacement (Efraimidis and Spirakis, 2006).
+    # Relative to the largest: small losses squared would be 0 in float32.
     weight_B = jnp.square(loss_B / jnp.maximum(jnp.max(loss_B), 1e-30))
     order_B = jnp.argsort(-(jnp.log(weight_B) + jax.random.gumbel(key, weight_B.shape, weight_B.dtype)))
     rank_F = jnp.cumsum(dead_F) - 1

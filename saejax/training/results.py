@@ -33,6 +33,7 @@ class TrainResults:
     def of_stack(cls, members: Mapping[str, "TrainResults"]) -> "TrainResults":
         """Return the results of a stack, given those of each member alone by name."""
         each = [*members.values()]
+        # What adds up over members is the time per token, not the speed.
         seconds_per_token = sum(1 / results.tokens_per_second for results in each if results.tokens_per_second)
         return dataclasses.replace(
             each[0],

@@ -71,6 +71,7 @@ class ScaledRows(Protocol):
 
 def sample_rows(rows_N: np.ndarray, seed: int) -> np.ndarray:
     """Return at most 65,536 of the row numbers ``rows_N``, ascending, drawn by ``seed``."""
+    # Ascending, so that the store's files are read from front to back.
     if len(rows_N) <= _SAMPLE:
         return rows_N
     return np.sort(np.random.default_rng(seed).choice(rows_N, _SAMPLE, replace=False))

@@ -75,6 +75,7 @@ def _initial_state(stack: TrainStack) -> TrainState:
         arrays = Dictionary.initial(dictionary, key, config.matmul, config.state_dtype).arrays | dict(b_dec_D=bias_D)
         return arrays | {name: jnp.full_like(arrays[name], value) for name, value in vectors.items()}
 
+    # Biases start in the scaled units in which members train.
     bias_MxD = np.stack([scale.bias_D * scale.output for scale in stack.scales]).astype(config.state_dtype)
     keys = [(jax.random.key(member.settings["seed"]), member.site_index) for member in members]
     key_M = jnp.stack([jax.random.fold_in(key, index) if index else key for key, index in keys])
@@ -218,6 +219,7 @@ def finish_dictionary(stack: TrainStack, state: TrainState, index: int) -> Dicti
         site=member.site,
         target="" if is_sae else member.target,
         k=member.settings.get("k", 0),
+        # Like all that is compared with activations: these come out 1 / output as large.
         fires_above=dictionary.fires_above / scale.output,
         max_norm=scale.max_norm,
         target_max_norm=None if is_sae else scale.target_max_norm,

@@ -36,6 +36,7 @@ Step = Callable[[TrainState, Hyperparams, Batch], tuple[TrainState, Arrays]]
 def compile_step(stack: TrainStack) -> Step:
     """Return ``train_step`` of a stack, jitted; the state is donated."""
     step = functools.partial(train_step, stack)
+    # Donated: parameters and optimiser states fill most of the memory, and a step needs no copy of them.
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings(stack), sharding(stack.mesh)))
 
 
@@ -82,6 +83,7 @@ def _member_step(
     """Do the step of one member: gradient, then update; arrays have no axis over members here."""
     params, dead_F = state.params, state.silent_MxF >= stack.config.dead_tokens
     if stack.config.zero_optimizer:
+        # Whole again before the products: between steps parameters may lie as the optimiser's parts do.
         params = place_update(params, stack.dictionary, stack.mesh, over_data=False)
     gradient = jax.grad(functools.partial(member_loss, stack), has_aux=True)
     grads, (metrics, fired_F, min_kept) = gradient(params, x_BxD, y_BxD, hyper, state.step_M, dead_F, most_dead)
@@ -247,6 +249,7 @@ def map_over_members(
     def apply_together(state: Any, per_member: Any, *broadcast: jax.Array) -> Any:
         if vmap_size > 1:
             return jax.vmap(fn, in_axes=(0, 0, *[None] * len(broadcast)))(state, per_member, *broadcast)
+        # Not as a stack of one, whose batched products are slower on a CPU.
         state, per_member = (jax.tree.map(lambda leaf: leaf[0], tree) for tree in (state, per_member))
         return jax.tree.map(lambda leaf: leaf[None], fn(state, per_member, *broadcast))
 

@@ -42,6 +42,7 @@ def calibrate_thresholds(stack: TrainStack, state: TrainState, batches: Batches)
     config = stack.config
     fitting = _VALUES // (config.batch * stack.dictionary.n_features)
     count = max(1, min(math.ceil(_TOKENS / config.batch), fitting, stack.steps))
+    # The last batches, as their rows are still in memory.
     pooled = [batches.batch(step) for step in range(stack.steps - count, stack.steps)]
     if any(batch is None for batch in pooled):
         raise Interrupted("stopped after the last step; saved: run the same command to go on")

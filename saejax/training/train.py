@@ -225,6 +225,7 @@ def train_loop(
             metrics.write()
             checkpoints.save(step, state)
         if stop and step < stack.steps:
+            # Orbax saves in the background: a process that ends at once would leave half a checkpoint.
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of {stack.steps}; saved: run the same command to go on")
     checkpoints.wait()
@@ -244,6 +245,7 @@ def _save(run: Run, stack: TrainStack, state: TrainState) -> None:
             continue
         folder = run.member_folder(member.name) / "dictionary"
         if is_first_process():
+            # Without its description the folder counts as no dictionary, whatever stops the writing.
             (folder / own.DESCRIPTION).unlink(missing_ok=True)
         save_dictionary(folder, finish_dictionary(stack, state, index))
 

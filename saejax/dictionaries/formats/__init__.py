@@ -250,8 +250,9 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
     folder = resolve_path(path)
     if ours := _own_folder(folder):
         config = _with_sites(own.read_config(ours), site, target)
-        return Located(config, "saejax", lambda matmul, dtype: _with_config(own.load(ours, matmul, dtype), config))
+        return Located(config, "saejax", lambda matmul, dtype: own.load(ours, matmul, dtype).with_config(config))
     format = next((format for format in FORMATS if format.matches(folder)), None)
+    # The folder of a set may hold a file that is a dictionary by itself: the set is asked for by other functions.
     if format is None or (not folder.suffix and circuit_tracer.is_set(folder)):
         raise UserError(f"{folder} holds no dictionary {_hint(folder)}")
     overrides = registry_overrides(path)
@@ -266,13 +267,6 @@ def _locate(path: str | os.PathLike, site: str = "", target: str = "") -> Locate
 def _with_sites(config: DictionaryConfig, site: str, target: str) -> DictionaryConfig:
     """Return the config with other sites, where they are given."""
     return dataclasses.replace(config, site=site or config.site, target=target or config.target)
-
-
-def _with_config(dictionary: Dictionary, config: DictionaryConfig) -> Dictionary:
-    """Return the dictionary with another config."""
-    if dictionary.config == config:
-        return dictionary
-    return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
 def _own_folder(folder: Path) -> Path | None:

@@ -141,6 +141,7 @@ def is_cross_layer(folder: Path) -> bool:
     """Return whether a folder holds a cross-layer transcoder, by its description or the names of its files."""
     if (folder / DESCRIPTION).is_file():
         return read_settings(folder).get("model_kind") == CROSS_LAYER
+    # Gemma Scope 2's crosscoders have files of the same names.
     if gemma_scope.is_crosscoder(folder):
         return False
     return any((folder / pattern.format(0)).is_file() for pattern in (ENCODERS, gemma_scope.PARAMS))
@@ -193,6 +194,7 @@ def open_set(folder: Path, site: str = "", target: str = "") -> TranscoderSet:
 
 def of_files(files: Sequence[Path]) -> TranscoderSet:
     """Return the set of Gemma Scope's files, one of each layer."""
+    # Gemma Scope's first transcoders read the value before the gain of the norm.
     read = hooks.NORMED if files[0].suffix == ".npz" else "mlp_in"
     parsed = [gemma_scope.parse_file(file, f"{read}.{i}", f"mlp_out.{i}") for i, file in enumerate(files)]
     return TranscoderSet(tuple(parsed))
@@ -447,6 +449,7 @@ def save_each(folder: Path, configs: Sequence[DictionaryConfig], load: Callable[
             transcoder = load(index)
             if transcoder.kind.jumprelu:
                 transcoder = rescale.as_jumprelu(transcoder)
+            # circuit-tracer subtracts no bias from what it reads: the encoder's bias takes it over.
             named = _file_tensors(rescale.uncentre(transcoder))
             tensors.write(unfinished / LAYERS.format(layer), named)
         write_text(unfinished / DESCRIPTION, yaml.safe_dump(_describe(configs[by_layer[0]]), allow_unicode=True))
@@ -479,7 +482,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             config = dictionary.config
             if config.kind not in ("standard", "jumprelu") or config.skip:
                 raise UserError(f"circuit-tracer's cross-layer folders hold no {config.kind} layers, or skip paths")
-            arrays = tensors.host_arrays(rescale.uncentre(dictionary))
+            arrays = rescale.host_arrays(rescale.uncentre(dictionary))
             named = {name: arrays[ours] for name, ours in tensors.plain_names(config).items() if name != "W_dec"}
             named["W_enc"] = named["W_enc"].T
             stamp = stamp or _stamp(config, named)
@@ -488,7 +491,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
             decoder = {f"W_dec_{layer}": writes_FxXxD.astype(named["W_enc"].dtype)}
             tensors.write(unfinished / DECODERS.format(layer), decoder, stamp)
             configs.append(config)
-        check([dataclasses.replace(config, max_norm=None, target_max_norm=None) for config in configs])
+        check(configs)
         facts = dict(revision=configs[0].revision, fingerprint=configs[0].fingerprint)
         settings = _describe(configs[0]) | dict(model_kind=CROSS_LAYER)
         settings |= {FACTS: facts | dict(stamp=stamp, max_norms=[config.max_norm for config in configs])}
@@ -497,6 +500,7 @@ def save_cross_layer(folder: Path, layers: int, load: Callable[[int], tuple[Dict
 
 def clear_cross_layer(folder: Path) -> None:
     """Remove a cross-layer transcoder, its description first."""
+    # Without its description a folder is no set: what is left of a killed removal is never read.
     for pattern in (DESCRIPTION, ENCODERS.format("*"), DECODERS.format("*")):
         for path in folder.glob(pattern):
             path.unlink()
@@ -554,7 +558,7 @@ def check(configs: Sequence[DictionaryConfig]) -> None:
 def _file_tensors(transcoder: Dictionary) -> dict[str, np.ndarray]:
     """Return a transcoder's arrays as a layer's file has them."""
     names = tensors.plain_names(transcoder.config)
-    arrays = tensors.host_arrays(transcoder)
+    arrays = rescale.host_arrays(transcoder)
     turned = {ours: array.T if ours in ("W_enc_DxF", "W_skip_DxD") else array for ours, array in arrays.items()}
     return {_THRESHOLD if name == "threshold" else name: turned[ours] for name, ours in names.items()}
 

@@ -170,7 +170,7 @@ def save(folder: Path, dictionary: Dictionary) -> None:
     """
     trained_as, dictionary = dictionary.config, _as_saelens_has_it(dictionary)
     config = dictionary.config
-    arrays = tensors.host_arrays(dictionary)
+    arrays = rescale.host_arrays(dictionary)
     if "threshold_F" in arrays and arrays["threshold_F"].min(initial=0) < 0:
         raise UserError("this dictionary has thresholds below 0, under which SAELens would not let anything pass")
     with tensors.whole_folder(folder, DESCRIPTION, WEIGHTS) as unfinished:

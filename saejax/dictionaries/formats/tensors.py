@@ -87,7 +87,9 @@ class Published:
             array = arrays.get(name)
             if array is None:
                 array = np.zeros(shape, np.float32)
+            # A threshold for all features becomes one for each.
             array = np.broadcast_to(array, shape)
+            # Biases and thresholds stay in float32: rounded, they would let other features fire.
             placed[name] = jnp.asarray(array, jnp.bfloat16 if narrow and name in MATRICES else None)
         return placed
 
@@ -117,6 +119,7 @@ def open_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"{file} is missing: fetch the dictionary again")
     state = _open_npz(file) if file.suffix == ".npz" else read_header(file)
+    # Again and again: a model that was compiled may also have run on several devices.
     while prefix := next((prefix for prefix in _WRAPPERS if state and all(n.startswith(prefix) for n in state)), ""):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
@@ -260,11 +263,6 @@ def plain_names(config: DictionaryConfig) -> dict[str, str]:
     return {name.rpartition("_")[0]: name for name in parameter_table(config)}
 
 
-def host_arrays(dictionary: Dictionary) -> dict[str, np.ndarray]:
-    """Return a dictionary's arrays on the host."""
-    return {name: np.asarray(array) for name, array in dictionary.arrays.items()}
-
-
 def write(file: Path, arrays: Mapping[str, np.ndarray], stamp: str = "") -> None:
     """Write tensors; what lies in another order in memory is written row by row.
 
@@ -306,6 +304,7 @@ def whole_folder(folder: Path, description: str, *others: str) -> Iterator[Path]
         unfinished.mkdir(parents=True)
         yield unfinished
         for path in sorted(unfinished.iterdir(), key=lambda path: (path.name == description, path.name)):
+            # On disk before it gets its name: after a crash, what has its name is whole.
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(path, folder / path.name)

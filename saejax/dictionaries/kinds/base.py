@@ -96,6 +96,7 @@ class Kind:
 
         A subclass that overrides ``encode`` must say so again.
         """
+        # From the class itself upwards: whichever of the two comes first belongs to its ``encode``.
         for parent in cls.__mro__:
             if "elementwise" in vars(parent) or "encode" in vars(parent):
                 return bool(vars(parent).get("elementwise", False))

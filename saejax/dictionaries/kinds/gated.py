@@ -41,6 +41,7 @@ class Gated(Kind):
     def move_bias(self, arrays: Arrays, shift_F: Any) -> Arrays:
         """Move the gate's bias, and the magnitude's by as much as it is scaled."""
         shifted_F = arrays["b_mag_F"] + np.exp(arrays["r_mag_F"]) * shift_F
+        # The magnitude has the projection times exp(r_mag): what the bias gains has to be scaled likewise.
         return super().move_bias(arrays, shift_F) | dict(b_mag_F=shifted_F)
 
     def as_jumprelu(self, arrays: Arrays) -> Arrays:
@@ -50,6 +51,7 @@ class Gated(Kind):
         """
         kept = {name: array for name, array in arrays.items() if name not in self.vectors}
         scale_F, b_mag_F = np.exp(arrays["r_mag_F"]), arrays["b_mag_F"]
+        # A magnitude has to be above 0 as well, whatever the gate says.
         threshold_F = np.maximum(b_mag_F - scale_F * arrays["b_enc_F"], 0.0)
         return kept | dict(W_enc_DxF=arrays["W_enc_DxF"] * scale_F[None], b_enc_F=b_mag_F, threshold_F=threshold_F)
 
@@ -60,6 +62,7 @@ class Gated(Kind):
 
     def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
         """Return the squared error of the open gates' reconstruction; the decoder is a constant here."""
+        # Else the gate's own loss would turn the decoder, which the magnitudes are decoded with, too.
         fixed = {name: lax.stop_gradient(array) for name, array in batch.dictionary.arrays.items()}
         matmul_dtype = batch.dictionary.matmul_dtype
         y_hat_BxD = matmul(jax.nn.relu(batch.pre_BxF), fixed["W_dec_FxD"], matmul_dtype) + row(fixed["b_dec_D"], 2)

@@ -41,6 +41,7 @@ def _group_products(
     only sums over devices are those of the groups' products.
     """
     devices = jax.sharding.get_abstract_mesh().shape.get("model", 1)
+    # Blocks that neither the end of a group nor a border between devices cuts.
     block = math.gcd(*groups, groups[-1] // devices)
     blocks = groups[-1] // block
     if devices > 1 and groups[-1] % devices == 0 and blocks <= _MOST_BLOCKS:
@@ -49,6 +50,7 @@ def _group_products(
         # A product with zeros and ones, not sums of slices, for the same reason.
         group_of_block_P = np.searchsorted(groups, block * np.arange(blocks), side="right")
         in_group_SxP = jnp.asarray(np.arange(len(groups))[:, None] == group_of_block_P, f_BxF.dtype)
+        # In full fp32, in which a product with zeros and ones is a plain sum.
         return list(jnp.tensordot(in_group_SxP, multiply(f_BxPxK, W_dec_PxKxD), 1, precision="highest"))
     # lax.split, because its gradient is one concatenation; slices' would be a sum of arrays of the full size.
     sizes = np.diff(groups, prepend=0).tolist()

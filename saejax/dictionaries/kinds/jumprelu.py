@@ -48,6 +48,7 @@ class JumpReLU(Kind):
         threshold_F = batch.dictionary.arrays["threshold_F"]
         active_BxF = sparsity.step(batch.pre_BxF, threshold_F, settings.bandwidth)
         if batch.dictionary.config.groups:
+            # Once for each reconstruction that the feature is part of, as their errors are summed, too.
             active_BxF *= group_counts(batch.dictionary.config.groups)[None]
         l0 = jnp.mean(jnp.sum(active_BxF, axis=-1))
         if settings.l0_penalty == "target":
@@ -77,4 +78,5 @@ class JumpReLU(Kind):
 
     def constrain(self, params: Arrays) -> Arrays:
         """Keep thresholds at 0 or above."""
+        # A threshold below 0 would let negative activations through.
         return params | dict(threshold_F=jnp.maximum(params["threshold_F"], 0.0))
