@@ -73,10 +73,6 @@ def _compare(claim: Claim, results: CircuitsResults) -> JudgedClaim:
     return JudgedClaim(claim, outcome, evidence + note)
 
 
-def _drawn(circuit: CircuitResults, edit: str = "direct") -> list[Edge]:
-    return [edge for edge in circuit.edges if edge.drawn and edge.edit == edit]
-
-
 def _has_role(circuit: CircuitResults, name: str, role: str) -> bool:
     """Return whether most features of a group stand at positions of a role."""
     (group,) = (group for group in circuit.groups if group.name == name)
@@ -96,8 +92,9 @@ def _say(edge: Edge) -> str:
 
 def _steps(circuit: CircuitResults, role: str) -> dict[str, tuple[Edge, Edge]]:
     """Return the groups on a drawn path from a group of a role to the answer, each with both edges."""
-    drawn = _drawn(circuit)
+    drawn = circuit.drawn()
     into = {edge.source: edge for edge in drawn if edge.target == ANSWER}
+    # As often as there are groups: no path is longer.
     for _ in circuit.groups:  # what reaches the answer through others, too
         for edge in drawn:
             if edge.target in into and edge.source not in into:
@@ -118,9 +115,10 @@ def _through(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, st
 
 def _through_entity(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     """Judge a step before the answer: a group that carries which answer it is, and is none of those that say it."""
-    carrying = {edge.source for edge in _drawn(circuit, "swap")}
+    carrying = {edge.source for edge in circuit.drawn("swap")}
     layer_of = {group.name: group.layer for group in circuit.groups}
     for name, (first, second) in _steps(circuit, "content").items():
+        # Such a group says the answer; the claim is about a step before it.
         says = _has_role(circuit, name, "last") and third_of(int(layer_of[name]), circuit.layers) == THIRDS[-1]
         if name in carrying and not says:
             return CONFIRMED, f"{_say(first)}; {_say(second)}; exchanged with the counterpart's, it moves the answer."
@@ -135,7 +133,7 @@ def _meeting(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, st
 
 
 def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
-    for edge in _drawn(circuit):
+    for edge in circuit.drawn():
         if edge.target == ANSWER and _has_role(circuit, edge.source, "content"):
             return CONFIRMED, f"{_say(edge)} while all other groups were held."
     return NOT_SEEN, "No group at the content acts on the answer while the other groups are held."
@@ -144,7 +142,7 @@ def _direct(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str
 def _swap(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str]:
     if not circuit.swapped:
         return NOT_TESTABLE, "Prompts and counterparts differ in length, so nothing was exchanged."
-    if drawn := _drawn(circuit, "swap"):
+    if drawn := circuit.drawn("swap"):
         best = max(drawn, key=lambda edge: edge.effect.mean)
         turned = "which turns the mean answer around" if best.effect.mean > circuit.logit_diff else (
             f"of a mean logit difference of {circuit.logit_diff:.2f}, which does not turn the answer around"
@@ -187,6 +185,7 @@ def _shared(results: CircuitsResults, circuit: CircuitResults) -> tuple[str, str
     related, unrelated = _overlaps(results)
     if not related or not unrelated:
         return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
+    # The least similar languages must share more than any unrelated pair: of so few pairs there is no test.
     outcome = CONFIRMED if min(related) > max(unrelated) else NOT_SEEN
     return outcome, (
         f"Languages share {percent(min(related))} to {percent(max(related))} of the features that return, a language "
@@ -198,6 +197,7 @@ def _shared_middle(results: CircuitsResults, circuit: CircuitResults) -> tuple[s
     parts = {third: _overlaps(results, third) for third in THIRDS}
     if not parts[THIRDS[1]][0] or not parts[THIRDS[1]][1]:
         return NOT_TESTABLE, "It takes two languages and an unrelated behaviour that the model has."
+    # Less what unrelated behaviours share there: late layers share features of any text.
     beyond = {
         third: sum(languages) / len(languages) - sum(others) / len(others)
         for third, (languages, others) in parts.items()

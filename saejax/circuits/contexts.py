@@ -96,6 +96,7 @@ class FeatureSearch:
     ) -> dict[Feature, FeatureDetails]:
         """Return the details of features, with contexts and promoted tokens added where the recorded ones lack them."""
         details = {feature: recorded.get(feature, FeatureDetails()) for feature in features}
+        # Only what the files do not say is searched for, as it takes a pass of the model for each text.
         searched = self.find([feature for feature in features if not details[feature].examples])
         promoted = self.promoted([feature for feature in features if not details[feature].top_logits])
         for feature, value in details.items():
@@ -107,6 +108,7 @@ class FeatureSearch:
 
 def _rows_of(text: _Firings, features: Collection[Feature]) -> Iterator[int]:
     """Return the rows of a text's firings that are of these features."""
+    # One number for layer and index, as ``np.isin`` compares single numbers.
     wide = int(text.feature_A.max(initial=0)) + 1
     wanted = [layer * wide + index for layer, index in features if index < wide]
     yield from np.flatnonzero(np.isin(text.layer_A.astype(np.int64) * wide + text.feature_A, wanted)).tolist()

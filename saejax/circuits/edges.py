@@ -87,11 +87,13 @@ def judge_edges(
             ends,
             value_PxS[finite_P],
             dose_PxS[finite_P],
+            # Drawn from the prompts that are left, in their templates: a group may be silent on some.
             resampling_weights(np.asarray(templates)[finite_P], resamples, seed),
         )
         for (ends, value_PxS, dose_PxS), finite_P in zip(measured, finite, strict=True)
         if finite_P.sum() > 1 and np.abs(value_PxS[finite_P]).max() > _ROUNDING
     ]
+    # All edges of a behaviour hold together: the level is divided by their number (Bonferroni).
     edges = [_judge(*case, level=1 - _LEVEL / len(kept)) for case in kept]
     return sorted(edges, key=lambda edge: EDITS.index(edge.edit))
 
@@ -105,6 +107,7 @@ def _judge(
     def interval(value_P: np.ndarray) -> Interval:
         mean, low, high = float(value_P.mean()), *percentile_interval(weight_RxP @ value_P, level)
         error = float(value_P.std(ddof=1)) / len(value_P) ** 0.5 * float(t.ppf((1 + level) / 2, len(value_P) - 1))
+        # The wider of both: each alone is too narrow somewhere.
         return Interval(mean, min(low, mean - error), max(high, mean + error))
 
     parts = effect, over_random, over_placebo = [
@@ -113,6 +116,7 @@ def _judge(
     reached = dose_PxS.mean(axis=0)
     dose = float(reached[1:].reshape(len(CONTROLS), -1).mean(axis=1).min() / reached[0]) if reached[0] > 0 else 0.0
     sign = 1 if effect.mean > 0 else -1
+    # In the direction of the effect: a group that inhibits must do so more than its controls.
     is_clear = all(min(sign * part.low, sign * part.high) > 0 for part in parts)
     return Edge(
         *ends, effect, float(random_P.mean()), float(placebo_P.mean()), over_random, over_placebo, dose, level,

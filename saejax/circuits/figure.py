@@ -67,6 +67,7 @@ def draw_circuit(circuit: CircuitResults, names: Mapping[str, str], outline: Map
     """
     order = sorted(circuit.groups, key=lambda group: group.layer)
     boxes, arrows = _measured(circuit, order, names), _arrows(circuit)
+    # The answer's column is there whatever the groups.
     roles = [role for role in ROLES if role in {box.role for box in boxes.values()} | {"last"}]
     width, rows = _LEFT + len(roles) * _COLUMN, len(order)
     outline_width = 0.5 + len(ROLES) * _NARROW if outline else 0.0
@@ -111,12 +112,11 @@ def _measured(circuit: CircuitResults, order: Sequence[GroupResults], names: Map
 
 def _arrows(circuit: CircuitResults) -> list[_Arrow]:
     arrows = []
-    for edge in circuit.edges:
-        if edge.drawn and edge.edit == "direct":
-            effect, to_answer = edge.effect.mean, edge.target == ANSWER
-            share = effect / max(abs(circuit.logit_diff), 1e-9) if to_answer else effect
-            text = number(effect) if to_answer else percent(effect)
-            arrows.append(_Arrow(edge.source, edge.target, min(max(share, -1.0), 1.0), text))
+    for edge in circuit.drawn():
+        effect, to_answer = edge.effect.mean, edge.target == ANSWER
+        share = effect / max(abs(circuit.logit_diff), 1e-9) if to_answer else effect
+        text = number(effect) if to_answer else percent(effect)
+        arrows.append(_Arrow(edge.source, edge.target, min(max(share, -1.0), 1.0), text))
     return arrows
 
 
@@ -156,6 +156,7 @@ def _panel(
             )
         )  # fmt: skip
         if arrow.text:
+            # The middle first; then further away from both ends, where other arrows meet.
             points = [_along(start, bend, end, part) for part in (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8)]
             free = [p for p in points if all(abs(p[0] - x) > 0.4 or abs(p[1] - y) > 0.17 for x, y in labels)]
             clear = [p for p in free if not any(_inside(p, place[name], wide, height[name]) for name in boxes)]

@@ -64,10 +64,12 @@ def position_roles(ids_P: np.ndarray, counterpart_P: np.ndarray | None) -> np.nd
     """
     roles = ["context"] * len(ids_P)
     if counterpart_P is not None:
+        # autojunk takes frequent tokens of long prompts for noise, and would find no common parts there.
         matcher = SequenceMatcher(None, ids_P.tolist(), counterpart_P.tolist(), autojunk=False)
         for kind, start, stop, *_ in matcher.get_opcodes():
             if kind != "equal":
                 roles[start:stop] = ["content"] * (stop - start)
+    # Whatever stands there: it is where the answer is read.
     roles[-1] = "last"
     return np.array(roles)
 
@@ -104,10 +106,12 @@ def find_returning(prompts: Sequence[Mapping[Key, float]], top: int, share: floa
     count: dict[Key, int] = defaultdict(int)
     for influences in prompts:
         least_influence = _LEAST * max(influences.values(), default=0.0)
+        # Ties by the key, so that the choice does not depend on the order of the graph's nodes.
         for key in sorted(influences, key=lambda key: (-influences[key], key))[:top]:
             if influences[key] > least_influence:
                 count[key] += 1
                 total[key] += influences[key]
+    # In one prompt alone a feature may be about its words.
     least = max(share * len(prompts), min(2, len(prompts)))
     returning = {key: total[key] / len(prompts) for key in total if count[key] >= least}
     return dict(sorted(returning.items(), key=lambda item: (-item[1], item[0])))
@@ -135,6 +139,7 @@ def propose_groups(
     for key in scores:
         if label := labels.get((key.layer, key.feature), "").strip():
             named[f"{label} ({ROLE_WORDS[key.role]})"].append(key)
+    # A label of a single feature makes no group: it goes with the others of its place.
     groups = [(name, keys) for name, keys in named.items() if len(keys) > 1]
     grouped = {key for _, keys in groups for key in keys}
     others: dict[str, list[Key]] = defaultdict(list)

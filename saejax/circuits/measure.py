@@ -108,6 +108,7 @@ def measure_prompt(
     ablation = ablation_table(local)
     swap = swap_table(local, counterpart) if counterpart else None
     owner_A = _owners(ablation, roles, group_of)
+    # An edit to its own value: the feature is not computed again, and so passes nothing on.
     held = [ablation._replace(new_N=ablation.old_N).changes(np.flatnonzero(owner_A == g)) for g in range(len(groups))]
     sets = 1 + len(CONTROLS) * controls
     shape = len(EDITS), len(groups), sets
@@ -147,6 +148,7 @@ def _run_rows(
     n_layers = local.model.config.n_layers
     start_R = np.array([min((change.layer for change in row), default=n_layers - 1) for row in rows])
     readout_R, feature_RxJ = np.empty(len(rows), np.float32), np.empty((len(rows), len(member_J)), np.float32)
+    # By thirds: rows run from the lowest layer of any of them.
     third_R = start_R * len(THIRDS) // n_layers
     for third in np.unique(third_R):
         here = np.flatnonzero(third_R == third)
@@ -159,6 +161,7 @@ def _lost_shares(
     local: LocalModel, owner_A: np.ndarray, member_J: np.ndarray, act_RxJ: np.ndarray, sets: int, count: int
 ) -> np.ndarray:
     """Return the share of each group's activation, weighted by what it writes, that vanishes: [G, S, G]."""
+    # Weighted by what they write: a large activation with a short decoder row matters little.
     size_J = np.array([np.linalg.norm(vector) for vector in _written(local, *_places(local, member_J))])
     lost_GxSxG = np.full((count, sets, count), np.nan)
     for h in range(count):
@@ -177,6 +180,7 @@ def _places(local: LocalModel, index_J: np.ndarray) -> tuple[np.ndarray, np.ndar
 def _written(local: LocalModel, layer_J: np.ndarray, feature_J: np.ndarray) -> list[np.ndarray]:
     """Return what each feature writes at activation 1 to the layers that it writes to, each [X, D]."""
     vectors: list[np.ndarray] = [np.empty(0)] * len(layer_J)
+    # Layer by layer, since a layer's rows are read from its files together.
     for layer in np.unique(layer_J):
         here = np.flatnonzero(layer_J == layer)
         feature_U, index = np.unique(feature_J[here], return_inverse=True)
@@ -205,17 +209,20 @@ class _Sets:
         number: int,
     ):
         self._local, self._table, self._roles = local, table, roles
+        # Features that the edit leaves as they are, such as equal ones in a swap, cannot make up a dose.
         owner_N, changed_N = _owners(table, roles, group_of), table.old_N != table.new_N
         layers = [key.layer for key in group.members]
         near_N = (table.layer_N >= min(layers)) & (table.layer_N <= max(layers))
         near_N &= np.isin(roles[table.position_N], list({key.role for key in group.members}))
         self._own = np.flatnonzero((owner_N == number) & changed_N)
+        # Of no group at all, so that a control set cannot hold what another group does.
         self._pool = np.flatnonzero(near_N & (owner_N < 0) & changed_N)
 
     def draw(
         self, controls: int, placebo: Mapping[Key, float], rng: np.random.Generator
     ) -> list[tuple[np.ndarray, float, float]]:
         """Return rows, the fraction to which they are changed, and the dose: of the group, random and placebo sets."""
+        # No dose is too large: all of the group's features are taken.
         dose = self._reach(self._own, np.inf)[2]
         drawn = [(self._own, 1.0, dose)]
         table = self._table
@@ -227,6 +234,7 @@ class _Sets:
                 order = rng.permutation(len(self._pool))
                 if control == "placebo":  # the most influential half in random order, so that placebo sets differ
                     half = np.argsort(-influence_M[order], kind="stable")
+                    # Half of those with any influence; the others follow where these do not reach the dose.
                     first = order[half][: max((influence_M > 0).sum() // 2, 1)]
                     order = np.concatenate([rng.permutation(first), order[half][len(first) :]])
                 drawn.append(self._reach(self._pool[order], dose))
@@ -242,11 +250,13 @@ class _Sets:
             for row, vector_XxD in zip(block.tolist(), vectors, strict=True):
                 place = int(table.layer_N[row]), int(table.position_N[row])
                 before_XxD = sums.get(place, np.zeros_like(vector_XxD))
+                # Changes at one place are summed as vectors: the dose is the norm of what reaches the stream.
                 sums[place] = before_XxD + (table.new_N[row] - table.old_N[row]) * vector_XxD
                 square += float((sums[place] ** 2).sum() - (before_XxD**2).sum())
                 taken += 1
                 if square >= dose**2:
                     break
         reached = max(square, 0.0) ** 0.5
+        # Partially, where the last feature went beyond the dose; never beyond what the features are.
         fraction = min(dose / reached, 1.0) if reached > 0 else 1.0
         return rows[:taken], fraction, reached * fraction

@@ -60,7 +60,7 @@ def write_page(
         "for the wrong answer; the last position; and other words.",
         *(
             []
-            if _drawn(circuit)
+            if circuit.drawn()
             else ["With all other groups held, no effect exceeds its controls, so no arrow is drawn."]
         ),
     )
@@ -92,16 +92,11 @@ def picture(path: Path, name: str, circuit: CircuitResults, names: Mapping[str, 
             f" To the right, the outline of the circuit that {outline['source']} describe for “{outline['prompt']}”; "
             "the sizes of its effects are not drawn."
         )
-    arrows = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in _drawn(circuit))
+    arrows = "; ".join(f"{edge.source} to {edge.target} {number(edge.effect.mean)}" for edge in circuit.drawn())
     alt = f"Circuit of {title(name)} with {len(circuit.groups)} groups. Edges: {arrows or 'none'}."
     # Narrow screens scroll: text of this size is still read where the picture is 60 rem wide.
     svg_inline = style.inline(svg, f"circuit_{name}", alt, _COLOURS)
     return Picture(f"circuit_{name}", svg_inline, caption, alt, "svg", "max(100%, 58rem)")
-
-
-def _drawn(circuit: CircuitResults) -> list[Edge]:
-    """Return the edges that are arrows of the picture."""
-    return [edge for edge in circuit.edges if edge.drawn and edge.edit == "direct"]
 
 
 def edge_tables(circuit: CircuitResults) -> list[Block]:

@@ -32,6 +32,10 @@ class CircuitResults:
     layers: int  #: of the model
     seconds: float  #: that it took
 
+    def drawn(self, edit: str = "direct") -> list[Edge]:
+        """Return the drawn edges of one of ``measure.EDITS``; those of "direct" are the arrows of the picture."""
+        return [edge for edge in self.edges if edge.drawn and edge.edit == edit]
+
 
 @dataclasses.dataclass(frozen=True)
 class CircuitsResults:

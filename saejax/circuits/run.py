@@ -53,6 +53,7 @@ def run_circuits(run: Run) -> CircuitsResults:
         run.say(f"circuits: {name} is left out: {why}")
     given_groups = read_groups(config.groups, config.behaviours)
     files = baseline / "prompts.jsonl"
+    # strict: the baseline writes logit differences in the order of its prompts.
     diff_of = {p: diff for p, diff in zip(read_prompts(files), read_logit_diffs(files), strict=True)}
 
     def begin() -> Measure:
@@ -60,6 +61,7 @@ def run_circuits(run: Run) -> CircuitsResults:
         if not isinstance(transcoders, LayerTranscoders):
             raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
         labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
+        # Before anything is traced, which takes minutes.
         transcoders.check_features(labels, graph_config.labels or "its workdir")
         in_groups = [key[:2] for groups in given_groups.values() for group in groups for key in group.members]
         transcoders.check_features(in_groups, config.groups)

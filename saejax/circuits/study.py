@@ -86,6 +86,7 @@ def find_circuit(
     """
     if len(measured) < 2:
         raise UserError(f"effects are measured on {len(measured)} prompts: expected 2 or more")
+    # Now, as the first graph would take a minute to fail.
     transcoders.check(model)
     total = len(traced) + len(measured)
     answers, placebos = [], []
@@ -94,6 +95,7 @@ def find_circuit(
         zip(traced, first_answer_ids(model.tokenizer, traced).tolist(), pairs, strict=True)
     ):
         on_progress(number, total)
+        # Both targets in one graph: a second row costs little, a second graph as much as the first.
         graph = trace_prompt(
             model, transcoders, prompt.text, targets=[tuple(answer), pair], max_features=max_features
         ).graph
@@ -107,6 +109,7 @@ def find_circuit(
     labels = {feature: feature_details.label for feature, feature_details in details.items()}
     tokens = {key: telling_tokens(key, details[key[:2]], n_layers) for key in keys if key[:2] in details}
     chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, size, most, labels, tokens))
+    # Over all prompts: the placebo features of a prompt alone would be few.
     placebo = {
         key: sum(influence.get(key, 0.0) for influence in placebos)
         for key in {key for influence in placebos for key in influence}
@@ -115,6 +118,7 @@ def find_circuit(
     for number, prompt in enumerate(measured):
         on_progress(len(traced) + number, total)
         if chosen:
+            # Other draws of the control sets on each prompt.
             effects.append(_measure(model, transcoders, prompt, chosen, placebo, controls, seed + number))
     templates = [prompt.template for prompt in measured]
     names = [group.name for group in chosen]
@@ -178,7 +182,9 @@ def draw_placebo_pairs(
     output = model(model.tokenize([prompt.text for prompt in traced]))
     assert output.logits_BxTxV is not None
     logits_BxV = np.asarray(output.logits_BxTxV[np.arange(len(traced)), output.tokens.last_B], np.float32)
+    # The most probable tokens of each prompt, so that a placebo is likely somewhere.
     likely = np.unique(np.argsort(-logits_BxV, axis=1)[:, :_LIKELY])
+    # Answers of the measured prompts too, or a placebo could be the answer of a test prompt.
     pool = np.setdiff1d(likely, first_answer_ids(model.tokenizer, [*traced, *measured]))
     if len(pool) < 2:
         raise UserError(f"{len(pool)} likely tokens are no answers of {traced[0].behaviour}: a placebo target takes 2")

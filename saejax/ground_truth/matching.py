@@ -31,6 +31,7 @@ class Matching:
     def of(cls, W_dec_FxD: np.ndarray, directions_JxD: np.ndarray) -> "Matching":
         """Match the decoder rows ``W_dec_FxD`` to directions, both of any length."""
         cosine_FxJ = np.abs(_unit(W_dec_FxD) @ _unit(directions_JxD).T)
+        # One to one: a feature that is near many directions recovers only one of them.
         rows, columns = assign_table(cosine_FxJ)
         feature_J = np.full(len(directions_JxD), -1)
         feature_J[columns] = rows

@@ -11,6 +11,7 @@ import numpy as np
 from saejax.activations.manifest import CapturedModel
 from saejax.ground_truth.sampling import sample
 from saejax.ground_truth.world import World
+from saejax.models.sinks import NO_SINKS
 from saejax.parallel.mesh import fitting_sharding
 from saejax.runner.config import identity
 from saejax.runner.workspace import fingerprint
@@ -54,7 +55,7 @@ class SyntheticRows:
 
     def max_norm(self, site: str) -> float:
         """Return a norm that no vector reaches: there are no attention sinks."""
-        return 3.4e38
+        return NO_SINKS
 
     def rows(self, split: str, *sites: str) -> np.ndarray:
         """Return the numbers of the first training vectors."""
@@ -99,6 +100,7 @@ class Sampled:
 @functools.lru_cache(maxsize=2)
 def _batch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the numbers of an epoch's batches in the order of training."""
+    # The vectors are drawn at random, so the first pass needs no other order.
     return np.random.default_rng([seed, epoch]).permutation(count) if epoch else np.arange(count)
 
 

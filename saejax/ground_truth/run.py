@@ -67,7 +67,9 @@ def run_ground_truth(run: Run) -> TruthResults:
 
 def _controls(train: TrainConfig) -> dict[str, TrainConfig]:
     """Return the training settings of the controls by name. At learning rate 0 only BatchTopK's threshold changes."""
+    # Resampling would write directions of the data into the decoder that is to stay random.
     frozen = dataclasses.replace(train, freeze="decoder", resample_every=0)
+    # Some steps, though nothing is learned: BatchTopK's threshold is a mean over batches.
     return dict(frozen=frozen, untrained=dataclasses.replace(frozen, learning_rate=(0.0,), max_steps=10))
 
 

@@ -47,16 +47,19 @@ def _sample(
 
     features, width = world.directions_JxD.shape
     factors_BxQ = place(jax.random.normal(factor_key, (count, world.loading_JxQ.shape[1])))
+    # In full fp32, so that a key gives the same vectors on every kind of device.
     shift_BxJ = jnp.matmul(factors_BxQ, world.loading_JxQ.T, precision="highest")
     latent_BxJ = shift_BxJ + world.latent_std_J[None] * place(jax.random.normal(latent_key, (count, features)))
     size_BxJ = world.mean_J[None] + world.std_J[None] * place(jax.random.normal(size_key, (count, features)))
     code_BxJ = jnp.where(latent_BxJ > world.threshold_J[None], jax.nn.relu(size_BxJ), 0.0)
+    # Level by level, as a child needs its parent after the parent's own gate.
     for level, (start, parents) in enumerate(levels(world.roots, world.branching, world.depth)):
         stop = start + parents * world.branching
         parent_BxP = code_BxJ[:, start - parents : start]
         gate_BxP = parent_BxP / world.mean_J[None, start - parents : start] if world.scaled else parent_BxP > 0
         child_BxPxC = code_BxJ[:, start:stop].reshape(count, parents, -1) * gate_BxP[..., None]
         if world.exclusive:
+            # Noise of its own for each level.
             child_BxPxC = _keep_one(jax.random.fold_in(sibling_key, level), child_BxPxC)
         code_BxJ = code_BxJ.at[:, start:stop].set(child_BxPxC.reshape(count, -1))
     x_BxD = jnp.matmul(code_BxJ, world.directions_JxD, precision="highest") + world.bias_D[None]

@@ -72,6 +72,7 @@ def _count(
     kept_BxD = jnp.where(kept_BxJ, code_BxJ, 0.0) @ world.directions_JxD + world.bias_D[None]
 
     def both(features_J: jax.Array) -> jax.Array:
+        # -1 would take the last feature: where there is none, nothing fires.
         fires_BxJ = jnp.take(fires_BxF, features_J, axis=1) & (features_J >= 0)[None]
         return jnp.sum(there_BxJ & fires_BxJ, 0)
 
@@ -105,6 +106,7 @@ def count(dictionary: Dictionary, world: World, config: TruthConfig, matching: M
         batch_sums = _count(dictionary, world, *drawn, places, threshold)
         for name, value in batch_sums.items():
             value = np.asarray(value)
+            # Counts in int64 and sums in float64: those of a batch are fp32, and there are thousands of batches.
             wide = value.astype(np.int64 if value.dtype.kind == "i" else np.float64)
             sums[name] = sums.get(name, 0) + wide
     scalars: dict[str, Any] = {name: float(sums.pop(name)) for name in ("error", "kept_error", "square")}
@@ -116,6 +118,7 @@ def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.
     x_BxD, code_BxJ = sample_with_code(world, batch_key(config.seed, HELD_OUT, 0), _BATCH)
     kept = int(jnp.sum(dictionary.fires(dictionary.encode(x_BxD))))
     size_N = np.sort(np.asarray(code_BxJ)[np.asarray(code_BxJ) > 0])
+    # The next smaller one, as the threshold itself is not above itself.
     return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)
 
 
@@ -128,6 +131,7 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
       world: the world.
       frequent: share of vectors; directions that are active more often must be found.
     """
+    # By what was drawn, not by the settings: parents and siblings make features rarer than intended.
     often_J = counts.active_J > frequent * counts.tokens
     fired_J = np.where(matching.feature_J < 0, 0, counts.fired_F[matching.feature_J])
 
@@ -148,6 +152,7 @@ def scores(counts: Counts, matching: Matching, world: World, frequent: float) ->
         explained_variance=1 - counts.error / counts.variance,
         best_f1=share(_f1(counts.kept_J, counts.kept_J, counts.active_J)),
         best_explained_variance=1 - counts.kept_error / counts.variance,
+        # Dead features keep directions of the initialisation, which no training has invented.
         invented=float(matching.invented_F[counts.fired_F > 0].mean()) if counts.fired_F.any() else 0.0,
     )
 
@@ -164,6 +169,7 @@ def absorbed(counts: Counts, matching: Matching, world: World) -> np.ndarray:
     and the child's feature carries the parent's direction as well.
     """
     found_J = np.zeros(len(world.parent_J), bool)
+    # Of few activations a rate says nothing.
     child_N = np.flatnonzero((world.parent_J >= 0) & (counts.active_J >= _MIN_CHILD) & (matching.feature_J >= 0))
     parent_N = world.parent_J[child_N]
     with_N = counts.parent_J[child_N] / counts.active_J[child_N]

@@ -138,6 +138,7 @@ def make_world(config: TruthConfig) -> World:
     """
     check(config)
     count, width = config.features, config.dimensions
+    # The world's own stream: batches take the splits' numbers, 1 and 2.
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0), 4)
     directions_JxD = _unit(jax.random.normal(keys[0], (count, width)))
     if config.orthogonalise:
@@ -151,10 +152,12 @@ def make_world(config: TruthConfig) -> World:
     return World(
         directions_JxD=directions_JxD,
         bias_D=config.bias * _unit(jax.random.normal(keys[3], (width,))),
+        # Latents are standard normal: above this value lies the share that the rate says.
         threshold_J=jnp.asarray(norm.isf(conditional_rates(config)), jnp.float32),
         loading_JxQ=loading_JxQ,
         latent_std_J=jnp.sqrt(1 - jnp.sum(loading_JxQ**2, -1)),
         mean_J=jnp.linspace(config.magnitude_first, config.magnitude_last, count),
+        # Drawn around their mean: a deviation below 0 means as much as above.
         std_J=jnp.abs(deviation_J),
         roots=config.roots,
         branching=config.branching,

@@ -37,6 +37,8 @@ class Addition(Algorithm):
         first_BxN, second_BxN = self._columns(count, rng)
         sum_BxM, _ = add(first_BxN, second_BxN)
         plus_Bx1, equals_Bx1 = (np.full((count, 1), word) for word in self.number("+="))
+        # Numbers begin with the highest digit and answers with the lowest: a carry is made before the digit it goes
+        # into.
         digits = (self.number("0123456789")[part] for part in (first_BxN[:, ::-1], second_BxN[:, ::-1], sum_BxM))
         first, second, answer = digits
         ids_BxT = np.concatenate([np.zeros((count, 1)), first, plus_Bx1, second, equals_Bx1, answer], axis=1)
@@ -52,6 +54,7 @@ class Addition(Algorithm):
 
     def _fresh(self, first_BxN: np.ndarray, second_BxN: np.ndarray) -> np.ndarray:
         power_N = 10 ** np.arange(self._digits)
+        # One number for both, so that a question is fresh wherever it is drawn.
         return is_fresh(first_BxN @ power_N * 10**self._digits + second_BxN @ power_N)
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
@@ -70,6 +73,7 @@ class Addition(Algorithm):
             ]
             others_2xN[:, place - 1] = pairs[rng.integers(len(pairs))]
         else:
+            # Another digit of the units, which no carry reaches.
             wrong = int((right + rng.integers(1, 10)) % 10)
             others_2xN[0, 0] = (wrong - others_2xN[1, 0]) % 10
         return Prompt(

@@ -76,8 +76,10 @@ class Paths(Algorithm):
     def _graphs(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return connected graphs: edges in random order [B, M], their number [B] and distances [B, N, N]."""
         kept: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        # Rejected, not repaired: all connected graphs of a size stay equally likely.
         while sum(len(part[1]) for part in kept) < count:
             size_B = rng.integers(self._nodes - 1, self._most + 1, size=2 * count)
+            # A random order of all pairs, of which the first ones are the edges.
             edge_BxM = np.argsort(rng.random((len(size_B), len(self._pair_Ex2))), axis=1)[:, : self._most]
             far_BxNxN = self._distances(edge_BxM, size_B)
             whole_B = (far_BxNxN < _FAR).all((1, 2))
@@ -102,6 +104,7 @@ class Paths(Algorithm):
     def _fresh(self, edge_BxM: np.ndarray, size_B: np.ndarray) -> np.ndarray:
         """Return which graphs are kept from training, by their set of edges."""
         there_BxM = np.arange(self._most)[None] < size_B[:, None]
+        # A bit for each edge: the same graph in another order of edges is the same question.
         return is_fresh((there_BxM << edge_BxM).sum(1))
 
     def prompt(self, behaviour: str, split: str, rng: np.random.Generator) -> Prompt | None:
@@ -128,6 +131,7 @@ class Paths(Algorithm):
         """Return the next node, another neighbour, and the graph with these two swapped; None without such a pair."""
         (steps,) = np.nonzero(_steps(far_NxN[None], np.array([start]), np.array([goal]))[0])
         others = [int(node) for node in np.flatnonzero(far_NxN[start] == 1) if node not in steps]
+        # One shortest way only, so that one answer is right; at distance 1 the question itself names it.
         if len(steps) != 1 or far_NxN[start, goal] < 2 or not others:
             return None
         right, wrong = int(steps[0]), others[rng.integers(len(others))]
@@ -142,6 +146,7 @@ class Paths(Algorithm):
     ) -> tuple[str, str, np.ndarray] | None:
         """Return the distance, another distance, and a graph with as many edges that has it; None without one."""
         others, size_B, others_BxNxN = self._graphs(20, rng)
+        # With as many edges, so that the prompts differ in nothing but the graph.
         length, length_B = far_NxN[start, goal], others_BxNxN[:, start, goal]
         for place in np.flatnonzero((size_B == len(edge_M)) & (length_B != length)):
             return str(length), str(length_B[place]), others[place, : size_B[place]]

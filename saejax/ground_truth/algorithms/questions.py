@@ -97,6 +97,7 @@ class Algorithm(abc.ABC):
                 wanted = len(by_text) + count
                 for _ in range(_TRIES * count):
                     if prompt := self.prompt(behaviour, split, rng):
+                        # A text of the train split is drawn again here: it counts once, and is no test prompt.
                         by_text.setdefault(prompt.text, prompt)
                     if len(by_text) == wanted:
                         break
@@ -117,4 +118,5 @@ def is_fresh(key_B: np.ndarray) -> np.ndarray:
     Args:
       key_B: integers that identify the questions.
     """
+    # The high bits of a product with the golden ratio: neighbouring keys get unrelated values (Knuth's hash).
     return (key_B.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(40)) % np.uint64(10) == 0

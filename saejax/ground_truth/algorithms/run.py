@@ -42,6 +42,7 @@ def run_algorithm(run: Run) -> AlgorithmResults:
     algorithm = Addition(config.digits) if run.name == "addition" else Paths(config.nodes, config.edges)
 
     def rng_of(purpose: int, *more: int) -> np.random.Generator:
+        # A stream for each purpose: longer training does not change what is judged, nor the prompts.
         return np.random.default_rng([config.seed, *run.name.encode(), purpose, *more])
 
     fields = transformer.describe(len(algorithm.words), _CONTEXT, config.layers, config.width)
@@ -70,6 +71,7 @@ def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) 
     schedule = transformer.Schedule(config.steps, config.learning_rate)
     params = transformer.initial(model, config.seed)
     state, step = schedule.optimizer().init(params), transformer.trainer(model, schedule)
+    # The same questions at each check, so that shares differ by the training alone.
     watched = {kind: algorithm.fresh(kind, _CHECK, rng_of(_WATCH)) for kind in algorithm.required}
     start = last_log = time.monotonic()
     for number in range(1, config.steps + 1):

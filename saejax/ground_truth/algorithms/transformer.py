@@ -98,11 +98,13 @@ def trainer(
     optimizer = schedule.optimizer()
 
     def loss(params: Params, ids_BxT: jax.Array, place_BxN: jax.Array, right_BxNxV: jax.Array, weight_B: jax.Array):
+        # Any of several shortest ways is right: the model should not be punished for one of them.
         target_BxNxV = right_BxNxV / right_BxNxV.sum(-1, keepdims=True)
         log_p_BxNxV = jax.nn.log_softmax(answer_logits(config, params, ids_BxT, place_BxN))
         loss_B = -(target_BxNxV * log_p_BxNxV).sum(-1).mean(-1)
         return (loss_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1.0)
 
+    # Donated, as the parameters and moments are not needed after the step.
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, *arrays: jax.Array) -> tuple[Params, Any, jax.Array]:
         value, gradient = jax.value_and_grad(loss)(params, *arrays)
@@ -110,6 +112,7 @@ def trainer(
         return optax.apply_updates(params, update), state, value
 
     def run(params: Params, state: Any, questions: Questions) -> tuple[Params, Any, jax.Array]:
+        # Fresh questions stay in the batch with weight 0, so that its shape is the same at each step.
         weight_B = (~questions.fresh_B).astype(np.float32)
         right_BxNxV = questions.right_BxNxV.astype(np.float32)
         return step(params, state, questions.ids_BxT, questions.place_BxN, right_BxNxV, weight_B)
@@ -147,6 +150,7 @@ def tensors(config: DecoderConfig, params: Params) -> dict[str, np.ndarray]:
         layers = enumerate(np.asarray(params[name])) if name.startswith(LAYERS) else [(0, np.asarray(params[name]))]
         for layer, array in layers:
             if weight.view is linear:
+                # Heads and their width are one dimension in the files, and a Linear has its outputs first.
                 array = array.reshape(len(array), -1).T
             elif weight.view is linear_of_heads:
                 array = array.reshape(-1, array.shape[-1]).T

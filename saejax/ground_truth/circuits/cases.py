@@ -76,6 +76,7 @@ def chain(count: int, rng: np.random.Generator) -> Case:
         neurons = []
         for number in range(_WIDTH):
             recent = rng.choice(variables[-_WIDTH:], 2, replace=False).tolist()
+            # A variable of an earlier layer as well: some paths pass a layer by.
             older = rng.choice(variables[:-_WIDTH] or variables, 1).tolist()
             reads = {name: float(rng.uniform(0.5, 1.5) * rng.choice([1, 1, -1])) for name in (*recent, *older)}
             writes = {f"layer {layer} unit {number}": float(rng.uniform(0.5, 1.5))}
@@ -97,6 +98,7 @@ def chain(count: int, rng: np.random.Generator) -> Case:
     def draw(split: str) -> Prompt:
         text = " ".join(rng.choice(contents, 2).tolist())
         logits_V = run(model, text).logits_V[-_ANSWERS:]
+        # The answers furthest apart, so that rounding cannot turn them.
         best, worst = int(logits_V.argmax()), int(logits_V.argmin())
         return Prompt("chain", split, text, f" {answers[best]}", f" {answers[worst]}")
 
@@ -121,6 +123,7 @@ def induction(count: int, rng: np.random.Generator) -> Case:
     def draw(split: str) -> Prompt:
         letters = rng.permutation(list(LETTERS))[:SEQUENCE].tolist()
         query = int(rng.integers(SEQUENCE - 1))
+        # Not the query's own successor, and not the query: the swap would change what is asked.
         other = int(rng.choice([place for place in range(SEQUENCE) if place not in (query, query + 1)]))
         swapped = list(letters)
         swapped[query + 1], swapped[other] = letters[other], letters[query + 1]

@@ -137,6 +137,7 @@ def _interchange(results: PatchResults) -> tuple[Interval | None, float | None]:
     shares = [behaviour.interchange for behaviour in results.behaviours.values() if behaviour.interchange]
     if not shares:
         return None, None
+    # Counts again, so that behaviours are pooled by their prompts.
     flipped = sum(round(share.top.mean * share.prompts) for share in shares)
     random = [share.random for share in shares if share.random is not None]
     return _share(flipped, sum(share.prompts for share in shares)), float(np.mean(random)) if random else None
@@ -160,7 +161,9 @@ def _harm(ablated: AblateResults, table: EffectsTable) -> tuple[float, float | N
     others = []
     for name in table.behaviours:
         for other in set(table.behaviours) - {name}:
+            # The last of the edits of the top features is their whole ablation.
             prompts, whole = table.select_prompts(other), table.select_edits(name, "top")[-1:]
+            # Another behaviour should lose nothing: its answers do not depend on these neurons.
             clean_P, ablated_1xP = table.clean_values(prompts, "logit_diff"), table.values(whole, prompts, "logit_diff")
             others.append(float((clean_P > 0).mean() - (ablated_1xP > 0).mean()))
     return float(np.mean(lost)), max(others, default=None)
@@ -190,4 +193,5 @@ def _probes(results: ProbeResults) -> tuple[Interval, float]:
 
 
 def _share(count: int, of: int) -> Interval:
+    # As many successes as were counted, which is all that the interval depends on.
     return wilson(np.arange(of) < count)

@@ -67,6 +67,7 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
     columns = dict(arrays, W_enc_DxF=arrays["W_enc_DxF"][:, neuron_F])
     exact = columns | {name: arrays[name][neuron_F] for name in ("b_enc_F", "W_dec_FxD")}
     count = len(case.model.layers[layer].neurons)
+    # A ring of all neurons: no neuron keeps its decoder, which a random permutation would allow.
     ring_N = np.random.default_rng([seed, layer, 1]).permutation(count)
     other_F = np.arange(case.model.width)
     other_F[ring_N] = np.roll(ring_N, 1)  # every neuron has another's decoder
@@ -78,6 +79,7 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
         d_in=model.config.d_model,
         n_features=case.model.width,
         centred=False,
+        # No position of these models has an extreme norm, so that none has to be left out.
         max_norm=NO_SINKS,
         target_max_norm=NO_SINKS,
         **{
@@ -86,6 +88,7 @@ def untrained_sets(case: Case, model: LanguageModel, layer: int, seed: int) -> d
         },
     )
     width = config.d_in * _expansion(case, model)
+    # As many active features as neurons fire: more would give the control an advantage.
     drawn = dataclasses.replace(config, kind=_KIND, k=_firing(case, layer), n_features=width, centred=True)
     return {
         EXACT: Dictionary(config, **{name: jnp.asarray(array, jnp.float32) for name, array in exact.items()}),
@@ -126,6 +129,7 @@ def _train(run: Run, case: Case, model: LanguageModel, seed: int, folders: Mappi
             k=(_firing(case, layer),),
             learning_rate=tuple(_RATES.values()),
             batch=_BATCH,
+            # As many tokens for every case, however many texts it has.
             epochs=max(_TOKENS // len(acts.index_Nx3), 1),
             auxk=0.03,
             seed=(seed,),

@@ -55,6 +55,7 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
     stream_SxTxJ[np.arange(length), np.arange(length)] = forward.start_TxJ
     parts = []
     for layer, (moves, spec) in enumerate(zip(forward.moves, model.layers, strict=True)):
+        # Attention weights are those of the whole text: along them the stream is linear in every source.
         stream_SxTxJ = stream_SxTxJ + sum(at_TxS @ stream_SxTxJ @ moved_JxJ for at_TxS, moved_JxJ in moves)
         nodes = [node for node in firing if node[0] == layer]
         position_N, neuron_N = (np.array([node[i] for node in nodes], int) for i in (1, 2))
@@ -63,6 +64,7 @@ def known_edges(model: HandSet, text: str, better: str, worse: str) -> Edges:
         )
         parts.append(np.einsum("snj,nj->sn", stream_SxTxJ[:, position_N], reads_FxJ[neuron_N]))
         rows = [sources.index(node) for node in nodes]
+        # After the layer's neurons have read: they do not read one another.
         stream_SxTxJ[rows, position_N] += forward.acts[layer][position_N, neuron_N, None] * writes_FxJ[neuron_N]
     along_1xJ = np.subtract(*(model.vectors([model.logits.get(word, {})]) for word in (better, worse)))
     parts.append(stream_SxTxJ[:, last] @ along_1xJ.T)
@@ -76,6 +78,7 @@ def circuit(edges: Edges, share: float) -> set[Edge]:
       edges: all edges.
       share: smallest size of an edge, relative to its target's largest; above 0.
     """
+    # Relative to each target's largest edge, as targets differ in size by orders of magnitude.
     share_SxR, column = shares(edges), {node: place for place, node in enumerate(edges.targets)}
     open_nodes, seen, edges_to_logit = [edges.root], {edges.root}, set[Edge]()
     while open_nodes:

@@ -47,6 +47,7 @@ def graph_edges(graph: Graph) -> Edges:
     sources = np.flatnonzero(kept_N)
     kept_R = np.flatnonzero(~silent_N[graph.target_R])
     targets = graph.target_R[kept_R]
+    # In float64, as the known weights are.
     weight_SxR = graph.adjacency_RxS[np.ix_(kept_R, sources)].T.astype(np.float64)
     return Edges(tuple(names[node] for node in sources), tuple(names[node] for node in targets), weight_SxR)
 
@@ -80,6 +81,7 @@ def judge_edges(
         truth = known_edges(spec, prompt.text, prompt.correct.strip(), prompt.wrong.strip())
         rows.append((*_scores(traced, truth), graph.scores().replacement))
     columns = [over_seeds(column) for column in list(zip(*rows, strict=True))[1:]]
+    # The largest error of all prompts: an exact graph must be exact on each.
     return EdgeScores(len(prompts), max(row[0] for row in rows), *columns)
 
 
@@ -90,6 +92,7 @@ def _scores(traced: Edges, truth: Edges) -> tuple[float, float, float, float]:
     weight_NxM = aligned(truth, sources, targets)
     error = np.abs(aligned(traced, sources, targets) - weight_NxM).max() / np.abs(weight_NxM).max()
     size_SxR = aligned(dataclasses.replace(traced, weight_SxR=shares(traced)), truth.sources, truth.targets)
+    # Without pairs that no path can join: they are easy to get right and would raise the AUROC.
     is_possible_SxR, true_SxR = possible(truth), shares(truth) > NOTHING
     auroc = roc_auc_score(true_SxR[is_possible_SxR], size_SxR[is_possible_SxR])
     predicted, actual = circuit(traced, SHARE), circuit(truth, SHARE)

@@ -35,6 +35,7 @@ class Head:
     @property
     def scores(self) -> tuple[tuple[str, str, float], ...]:
         """Scores added where the query has the first and the key the second direction."""
+        # Half of a match: the first word wins where nothing matches, and only there.
         return (*((query, key, _MATCH) for query, key in self.looks), ("", START, _MATCH / 2))
 
 

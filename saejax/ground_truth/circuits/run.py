@@ -91,6 +91,7 @@ def matched_neurons(case: Case, transcoders: LayerTranscoders, seed: int) -> tup
         count = len(spec.neurons)
         neurons = neuron_arrays(case.model, layer, frame(case.model, seed))
         W_dec_FxD = np.asarray(transcoders.load(layer).arrays["W_dec_FxD"], np.float64)
+        # Without the neurons that only fill up a layer: they write nothing, and any feature would match them.
         matching = Matching.of(W_dec_FxD, neurons["W_dec_FxD"][:count])
         matched |= {(layer, int(feature)): neuron for neuron, feature in enumerate(matching.feature_J) if feature >= 0}
         cosines.append(matching.matched_J)

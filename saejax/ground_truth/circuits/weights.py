@@ -20,6 +20,7 @@ def frame(model: HandSet, seed: int) -> np.ndarray:
     """Return the vector of each named direction, float64 [J, D]."""
     width = _shape(model)[2]
     rng = np.random.default_rng(seed)
+    # The constant vector comes first: all others are orthogonal to it, so that their entries sum to 0.
     drawn_DxD = np.concatenate([np.ones((width, 1)), rng.normal(size=(width, width - 1))], axis=1)
     return np.linalg.qr(drawn_DxD)[0].T[1 : 1 + len(model.directions)]
 
@@ -29,6 +30,7 @@ def _shape(model: HandSet) -> tuple[int, int, int]:
     heads = [head for layer in model.layers for head in layer.heads]
     count = max(max(len(layer.heads) for layer in model.layers), 1)
     least = max((max(len(head.scores), len(head.moves)) for head in heads), default=1)
+    # One dimension more than directions, for the constant vector, which none of them is.
     d_head = max(least, math.ceil((len(model.directions) + 1) / count))
     return count, d_head, count * d_head
 
@@ -93,6 +95,7 @@ def _attention(model: HandSet, layer: int, frame_JxD: np.ndarray) -> dict[str, n
                 weight_DxSxHxK[:, 0, number, place] = vector(query)
             else:
                 bias_SxHxK[0, number, place] = 1.0
+            # Times the root that the model divides scores by.
             weight_DxSxHxK[:, 1, number, place] = score * d_head**0.5 * vector(key)
         for place, (source, target) in enumerate(head.moves):
             weight_DxSxHxK[:, 2, number, place] = vector(source)
