@@ -92,6 +92,7 @@ def identity(config: GraphConfig) -> str:
         return ""
     from saejax.dictionaries.labels import labels_of_folders
 
+    # A commit stands for the content of all files.
     marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
     if labels := labels_of_folders(folders):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
@@ -159,6 +160,7 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     """
     from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
 
+    # Labels by hand go before those that were found.
     return labels_of_folders(_folders(config)) | read_given_labels(config)
 
 
@@ -208,6 +210,7 @@ def read_heads(config: GraphConfig) -> list[tuple[int, int, int]]:
 
 def of_behaviour(name: str, prompts: Sequence[Prompt], targets: tuple[TargetText, ...] = ()) -> Request:
     """Return the first test prompt of a behaviour; its target is the difference of the answers if no other is named."""
+    # A test prompt: train prompts may be in the text that the transcoders were trained on.
     first = next((prompt for prompt in prompts if prompt.split == "test"), prompts[0])
     if targets:
         return Request(name, first.text, targets)

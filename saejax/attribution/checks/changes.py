@@ -112,6 +112,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
     active = _nodes_of(run.active)
     others = active[np.array([key not in taken for key in _keys(active)], bool)]
     chosen_sets: dict[tuple[int, ...], Nodes] = {}
+    # At the positions first; only where these give too few sets, anywhere.
     for number in range(2 * _TRIES * draws):
         if len(chosen_sets) == draws:
             break
@@ -126,6 +127,7 @@ def matched(run: PromptRun, features: Nodes, draws: int, seed: int = 456) -> lis
                 )
             near = number < _TRIES * draws
             parts.append(_at_positions(pool, others.position_N[pool], of_layer) if near else pool[: len(of_layer)])
+        # In one order, so that the same set drawn again is noticed.
         chosen = np.sort(np.concatenate([np.empty(0, np.int64), *parts]))
         chosen_sets.setdefault(tuple(chosen.tolist()), others[chosen])
     return list(chosen_sets.values())

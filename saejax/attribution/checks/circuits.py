@@ -45,6 +45,7 @@ def faithfulness_curve(
         raise UserError("a circuit is judged by logits, or by a direction of the stream that leaves the last layer")
     circuits = [circuit_of(local, pruned) for pruned in prune_each(graph, shares)]
     nothing = Circuit(np.zeros(len(local.active), bool), np.zeros_like(circuits[0].errors_LxP))
+    # The model, too, is run as a circuit, of everything: differences have the rounding of one program.
     rows = [*circuits, *(circuit.complement() for circuit in circuits), nothing.complement(), nothing]
     *read, model, empty = local.run(rows, readouts=readouts, logits=False).readout_RxK[:, 0].tolist()
     relative = [(readout - empty) / (model - empty) if model != empty else None for readout in read]

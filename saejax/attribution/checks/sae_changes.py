@@ -41,6 +41,7 @@ class PlacedEdit:
         """Return the edited value of ``site``; attention sinks, where no feature is used, stay as they are."""
         x_MxD = value_BxTxD[self.row_M, self.position_M]
         own_M = jnp.take_along_axis(activations(self.dictionary, x_MxD), self.feature_M[:, None], axis=1)[:, 0]
+        # At a sink the SAE has no features that could be set.
         change_M = jnp.where(self.dictionary.is_not_sink(x_MxD), self.value_M - own_M, 0)
         added_MxD = change_M[:, None] * self.dictionary.W_dec_FxD[...][self.feature_M]
         return value_BxTxD.at[self.row_M, self.position_M].add(added_MxD.astype(value_BxTxD.dtype))

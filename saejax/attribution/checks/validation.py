@@ -63,6 +63,7 @@ class Doubling:
         """Return correlations of edges and changes with nothing frozen, over all targets that an edge reaches."""
         reached_ExR = self.edge_ExR != 0
         edges, free = self.edge_ExR[reached_ExR], self.free_ExR[reached_ExR]
+        # Two points always lie on a line.
         if len(edges) < 3 or not edges.std() or not free.std():
             return EdgeCorrelation(None, None, None)
         return EdgeCorrelation(
@@ -89,7 +90,9 @@ def double(local: LocalModel, graph: Graph, readouts: Readouts, count: int = 32,
     """
     features = graph.nodes[graph.slice_of(FEATURE)]
     index_F = local.active.find(features.layer_N, features.position_N, features.index_N)
+    # Ascending: rows of the graph are in this order.
     node_E = np.sort(np.random.default_rng(seed).permutation(len(features))[:count])
+    # In float64, as changes are small differences from these values.
     clean_R = np.concatenate([local.active.value_A[index_F], readouts.value_K]).astype(np.float64)
 
     def effects(times: int, freeze: str) -> np.ndarray:
@@ -125,13 +128,16 @@ def double_saes(graph: Graph, run: SaeRun, readouts: Readouts, count: int = 32, 
     probes = readouts.pair_Kx2[top_K], readouts.normed_K[top_K], readouts.vector_KxD[top_K]
     moves: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     for start in range(0, len(node_E), _RUNS):
+        # The last batch is filled up with copies, so that one program serves all.
         batch = np.resize(np.arange(start, min(start + _RUNS, len(node_E))), _RUNS)
         delta_RxSxTxD = np.zeros((_RUNS, *run.read_SxTxD.shape), np.float32)
         delta_RxSxTxD[np.arange(_RUNS), slot_F[node_E[batch]], position_F[node_E[batch]]] = change_ExD[batch]
         batch_moves = _moved(run.model.config, run.rules, *fixed, *probes, delta_RxSxTxD)
         for rows, (read_RxSxTxD, readout_RxK) in zip(moves, batch_moves, strict=True):
+            # Pre-activations without their biases, which cancel in a change.
             feature_RxF = np.einsum("rfd,fd->rf", to_host(read_RxSxTxD)[:, slot_F, position_F], encoder_FxD)
             rows.append(np.concatenate([feature_RxF, readout_RxK], axis=1))
+    # Targets in the middle of the model are not read here.
     edge_ExR = graph.adjacency_RxS[np.concatenate([np.ones(len(features), bool), top_K])][:, node_E].T
     return Doubling(node_E, edge_ExR.astype(np.float64), *(np.concatenate(rows)[: len(node_E)] for rows in moves))
 
@@ -176,4 +182,5 @@ def _moved(
         changed = seen(delta_SxTxD)
         return [slope, jax.tree.map(jnp.subtract, changed, clean)]
 
+    # Row by row: the streams of all of them at once would take R times the memory.
     return jax.lax.map(changes_of_row, delta_RxSxTxD)

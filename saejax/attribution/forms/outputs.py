@@ -109,6 +109,7 @@ def details_of(
       UserError: a file is damaged.
     """
     nodes = [node for node in document["nodes"] if node["feature_type"] == FEATURE_TYPE]
+    # Shares are cumulative: the most influential node has the smallest.
     nodes.sort(key=lambda node: (node.get("influence") is None, node.get("influence") or 0.0))
     features = list(dict.fromkeys(map(_feature_of, nodes)))[:_DETAILS_ON_PAGE]
     return details_of_features(config, features, folders)
@@ -119,6 +120,7 @@ def details_of_features(
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features of the set that ``config`` names; see ``details_of``."""
     dictionaries = list(config.dictionaries)
+    # A folder here goes before a repository of the same name.
     if config.transcoders and Path(config.transcoders).expanduser().exists():
         dictionaries = [str(Path(config.transcoders) / config.subfolder)]
     elif config.transcoders:

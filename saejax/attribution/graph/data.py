@@ -138,6 +138,7 @@ class GraphData:
     @property
     def unexplained_R(self) -> np.ndarray:
         """The residual of each target's value, float64: rounding alone where the graph has bias nodes."""
+        # In float64: thousands of edges cancel, and their rounding in fp32 would look like input that is missing.
         parts = self.adjacency_RxS.sum(axis=1, dtype=np.float64), self.constant_R, self.untraced_R
         return self.value_R - sum(part.astype(np.float64) for part in parts)
 

@@ -116,6 +116,7 @@ def _problem(graph: GraphData) -> str:
             return f"{name} has the shape {array.shape} in {array.dtype}, expected {shape} in {dtype}"
         if not np.isfinite(array).all():
             return f"{name} is not finite"
+    # Slices of kinds are found by bisection, which needs this order.
     if (np.diff(nodes.kind_N) < 0).any() or (count and not 0 <= nodes.kind_N[0] <= nodes.kind_N[-1] < len(KINDS)):
         return "the nodes are not in the order of their kinds"
     if count and not 0 <= nodes.position_N.min() <= nodes.position_N.max() < positions:

@@ -23,7 +23,7 @@ from saejax.errors import UserError
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of influence, to which ``checks.circuits`` prunes
 RUNS = 2 * len(SHARES) + 2  # of parts: each share, all the rest of each, everything, nothing
 AnyGraph = TypeVar("AnyGraph", bound=GraphData)
-_SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
+SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 22  # numbers of the matrix that are worked on at once
 _LOW_BITS = 16  # of an fp32 score, those that the first pass of the search for a threshold leaves out
 
@@ -46,10 +46,12 @@ def influence(
     for layer in np.unique(layer_R)[::-1]:
         layer_rows = np.flatnonzero(layer_R == layer)
         for rows in _blocks(layer_rows, adjacency_RxS.shape[1]):
+            # A logit is no source, so it has its weight alone; -1 would take the last source.
             weight = weight_R[rows] + np.where(column_R[rows] >= 0, influence_S[column_R[rows]], 0)
             part_BxS = np.abs(adjacency_RxS[rows])
             sum_B = part_BxS.sum(axis=1, dtype=np.float64)
-            influence_S += (weight / np.maximum(sum_B, _SMALLEST)) @ part_BxS
+            # A target without input passes nothing on.
+            influence_S += (weight / np.maximum(sum_B, SMALLEST)) @ part_BxS
     return influence_S
 
 
@@ -63,17 +65,18 @@ def scores(graph: GraphData, influence_S: np.ndarray | None = None) -> GraphScor
     for rows in _blocks(np.arange(len(weight_R)), adjacency_RxS.shape[1]):
         part_BxS = np.abs(adjacency_RxS[rows])
         error_R[rows] = part_BxS[:, graph.slice_of(ERROR)].sum(axis=1, dtype=np.float64)
-        error_R[rows] /= np.maximum(part_BxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+        error_R[rows] /= np.maximum(part_BxS.sum(axis=1, dtype=np.float64), SMALLEST)
     total = influence_S.sum() + graph.probability_K.sum(dtype=np.float64)
     # Errors and tokens have no input, so no error has a part in it.
-    return GraphScores(float(tokens / max(tokens + errors, _SMALLEST)), float(1 - (weight_R @ error_R) / total))
+    return GraphScores(float(tokens / max(tokens + errors, SMALLEST)), float(1 - (weight_R @ error_R) / total))
 
 
 def cumulative_share(influence_N: np.ndarray) -> np.ndarray:
     """Return each node's cumulative share of all influence, the most influential first, fp32 [N]."""
+    # Stable: nodes of equal influence keep the order of the table.
     order_N = np.argsort(-influence_N, kind="stable")
     share_N = np.empty(len(influence_N), np.float32)
-    share_N[order_N] = np.cumsum(influence_N[order_N]) / max(influence_N.sum(), _SMALLEST)
+    share_N[order_N] = np.cumsum(influence_N[order_N]) / max(influence_N.sum(), SMALLEST)
     return share_N
 
 
@@ -125,12 +128,14 @@ def prune_each(graph: AnyGraph, shares: Iterable[float], edges: float = 0.98, to
                 raise UserError(f"prune: {name} is {share}: expected a share of influence, 0 to 1")
         kept_N = influence_N >= share_threshold(lambda: [influence_N], nodes)
         kept_N |= np.isin(graph.nodes.kind_N, (TOKEN, LOGIT))
+        # Their columns are not scored, so that they have no influence to be kept by.
         kept_N &= ~np.isin(graph.nodes.kind_N, (FIRST_MLP, BIAS))
         cut = _cut(graph, kept_N)
         edge_RxS = _influential_edges(cut, edges)
         if top_edges:
             edge_RxS &= _largest_edges(cut, top_edges)
         connected_N = _connected(cut, edge_RxS)
+        # The cut has a matrix of its own: the whole graph keeps all edges.
         cut.adjacency_RxS[~edge_RxS] = 0
         node_N = np.flatnonzero(kept_N)[connected_N].astype(np.int32)
         pruning = Pruning(nodes, edges, node_N, share_N[node_N], whole, top_edges)
@@ -155,6 +160,7 @@ def share_threshold(blocks: Callable[[], Iterable[np.ndarray]], share: float) ->
         return float("inf")
     down_B = np.cumsum(sum_B[::-1])[::-1]  # of values with these leading bits or larger ones
     wanted = share * down_B[0]
+    # The highest bucket at or above which values have the share.
     bucket = int(np.flatnonzero((sum_B > 0) & (down_B >= wanted))[-1])
     candidates = [v[v.view(np.uint32) >> _LOW_BITS == bucket] for v in (block.reshape(-1) for block in blocks())]
     descending = -np.sort(-np.concatenate(candidates))
@@ -171,10 +177,12 @@ def _influential_edges(graph: GraphData, share: float) -> np.ndarray:
     def blocks() -> Iterator[np.ndarray]:
         for rows in _blocks(np.arange(len(factor_R)), adjacency_RxS.shape[1]):
             part_RxS = np.abs(adjacency_RxS[rows])
-            total_R = np.maximum(part_RxS.sum(axis=1, dtype=np.float64), _SMALLEST)
+            total_R = np.maximum(part_RxS.sum(axis=1, dtype=np.float64), SMALLEST)
+            # In fp32, as the threshold is searched on the bits of fp32.
             yield part_RxS * (factor_R[rows] / total_R).astype(np.float32)[:, None]
 
     threshold = share_threshold(blocks, share)
+    # Computed again: the scores of all edges would take as much memory as the matrix.
     return np.concatenate([score_RxS >= threshold for score_RxS in blocks()])
 
 
@@ -193,6 +201,7 @@ def _connected(graph: GraphData, edge_RxS: np.ndarray) -> np.ndarray:
     while True:
         before = keep_N.copy()
         keep_N[:sources] &= edge_RxS.any(axis=0) | (kind_N[:sources] == TOKEN)
+        # Only features have inputs that they could lose: tokens and errors have none.
         keep_N[:features] &= edge_RxS[:features].any(axis=1)
         if np.array_equal(keep_N, before):
             return keep_N

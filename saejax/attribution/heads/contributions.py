@@ -76,9 +76,11 @@ class HeadContributions:
         """Enter the contributions of all heads to some edges, each edge once."""
         rows, count = np.arange(len(edge_B))[:, None], self.head_ExJ.shape[1]
         size_BxX = np.abs(value_BxX)
+        # Only the heads that are kept are sorted.
         top_BxJ = np.argpartition(-size_BxX, count - 1, axis=1)[:, :count]
         top_BxJ = np.take_along_axis(top_BxJ, np.argsort(-size_BxX[rows, top_BxJ], axis=1, kind="stable"), axis=1)
         self.head_ExJ[edge_B], self.value_ExJ[edge_B] = top_BxJ, value_BxX[rows, top_BxJ]
+        # Not by +=, as several edges of a block may have one target.
         np.add.at(self._net_NxX, self.target_E[edge_B], value_BxX)
         best_X = size_BxX.argmax(axis=0)
         best_value_X = value_BxX[best_X, np.arange(value_BxX.shape[1])]
@@ -111,6 +113,7 @@ class HeadContributions:
         targets = np.flatnonzero(self._input_N > 0)
         if not len(targets):
             return []
+        # Relative to the target's input: otherwise targets with large activations would decide alone.
         relative_TxX = self._net_NxX[targets] / self._input_N[targets, None]
         size_X, mean_X = np.abs(relative_TxX).mean(axis=0), relative_TxX.mean(axis=0)
         logit_X = self._net_NxX[self._graph.slice_of(LOGIT).start]
@@ -146,6 +149,7 @@ def head_contributions(local: LocalModel, readouts: Readouts, graph: Graph, top:
     size = min(max(_POSITIONS[mesh.devices.flat[0].platform] // length, _BLOCK[0]), _BLOCK[1])
     added, read = _source_vectors(local, graph, sources), _target_vectors(local, readouts, graph, targets)
     values_bytes = 4 * size * config.n_layers * config.n_kv_heads * config.d_head * length
+    # Half of what is free: the targets' cotangents and products take the rest.
     together = max(free_bytes(mesh) // 2 // values_bytes, 1)  # blocks of sources whose values are kept
     layer_S, layer_R = graph.nodes.layer_N[sources], graph.nodes.layer_N[targets]
     source_blocks = list(_blocks(layer_S, size))
@@ -210,6 +214,7 @@ def _source_vectors(local: LocalModel, graph: Graph, chosen: np.ndarray) -> Vect
         vector_ExD[start_S[here][:, None] + np.arange(writes_FxXxD.shape[1])] = writes_FxXxD
     vector_ExD[start_S[errors]] = to_host(local.error_LxTxD)[nodes.layer_N[errors], nodes.position_N[errors]]
     vector_ExD[start_S[tokens]] = to_host(local.stream_LxTxD[0])[nodes.position_N[tokens]]
+    # A feature writes to its own and each later layer, one entry after the other.
     layer_E = nodes.layer_N[node_E] + 1 + np.arange(len(node_E)) - start_S[node_E]  # tokens have the layer -1
     return Vectors(node_E, layer_E, nodes.position_N[node_E], vector_ExD)
 

@@ -142,6 +142,7 @@ def split_scores(
     scores = []
     for j, part_KxS in enumerate(part_GxKxS[1:]):
         query_N, key_N, part_N = _largest(part_GxKxS[0], part_KxS, pairs)
+        # In float64, as the rest is what nearly equal sums leave.
         whole = float(part_GxKxS[0].sum(axis=1, dtype=np.float64) @ part_KxS.sum(axis=1, dtype=np.float64))
         fields: dict[str, Any] = dict(query_N=query_N, key_N=key_N, part_N=part_N, rest=whole - float(part_N.sum()))
         fields |= dict(weight=float(opened.weight_J[j]), value=float(opened.score_J[j]))
@@ -155,6 +156,7 @@ def _parts(local: LocalModel, opened: Opened, layer: int, position: int, count: 
     Returns:
       fp32 [1 + count, K, S + 1].
     """
+    # The query first and then the keys: one pullback takes all of their directions.
     vector_GxKxD = np.stack([opened.query_KxD, *np.moveaxis(opened.key_KxJxD, 1, 0)[:count]])
     groups, width = vector_GxKxD.shape[:2]
     position_G = np.array([position, *opened.key_J[:count]], np.int32)
@@ -179,6 +181,7 @@ def _largest(query_KxS: np.ndarray, key_KxS: np.ndarray, count: int) -> tuple[np
     size = max(1, _BLOCK // len(of_key))
     for start in range(0, len(order), size):
         of_query = order[start : start + size]
+        # From here on no pair can be larger: sources come by their lengths.
         if len(best[2]) == count and of_query_S[of_query[0]] * most < abs(best[2][-1]):
             break
         part_X = (query_KxS[:, of_query].astype(np.float64).T @ key_KxB).reshape(-1)
@@ -236,6 +239,7 @@ def open_head(
         all_TxK, none_TxK = jnp.broadcast_to(unit_K, q_TxK.shape), jnp.zeros_like(q_TxK)
         return pull((all_TxK, none_TxK))[0][query], pull((none_TxK, all_TxK))[0][key_J]
 
+    # Dimension by dimension: all at once would hold K streams.
     query_KxD, key_KxJxD = lax.map(read_by, jnp.eye(q_TxK.shape[-1], dtype=q_TxK.dtype))
     own_q_TxK, own_k_TxK = jnp.zeros_like(q_TxK), jnp.zeros_like(k_TxK)
     biases = {name: value for name, value in params.items() if name.startswith(LAYERS) and "_bias" in name}

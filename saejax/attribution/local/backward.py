@@ -106,6 +106,7 @@ def contributions(
 
         cotangent_NxRxTxD, read_BxNxRxW = carry
         read_BxNxRxW = read_off(layer + 1, cotangent_NxRxTxD, read_BxNxRxW)
+        # Chunks are in the order in which they begin, so that these are the first ones.
         begun = jnp.sum(batch.start_N > layer)
         return lax.fori_loop(0, begun, pull_chunk, cotangent_NxRxTxD), read_BxNxRxW
 
@@ -127,6 +128,7 @@ def _read_off(
     Those that start further down are the last, so they are left out as far as whole groups of chunks do.
     """
     targets = cotangent_NxRxTxD.shape[1]
+    # A power of two that divides the number of chunks: groups are then whole.
     together = math.gcd(len(begun_N), 1 << max(_TOGETHER // targets, 2).bit_length() - 1)
     groups = (jnp.sum(begun_N) + together - 1) // together
 
@@ -140,6 +142,7 @@ def _read_off(
             chunk = number * together
             own_GxRxTxD = lax.dynamic_slice_in_dim(cotangent_NxRxTxD, chunk, together)
             begun_G = lax.dynamic_slice_in_dim(begun_N, chunk, together)
+            # Blocks that only fill up a place are at a position out of range, and read 0.
             at_GxRxCxD = own_GxRxTxD.at[:, :, position_C].get(mode="fill", fill_value=0)
             at_GxRxCxD = jnp.where(begun_G[:, None, None, None], at_GxRxCxD, 0)
             products_CxGxRxW = einsum("grcd,cwd->cgrw", at_GxRxCxD, table_CxWxD)

@@ -96,6 +96,7 @@ class LayerDictionaries(abc.ABC):
     def _on_host(self, layer: int) -> Dictionary:
         """Return the dictionary of a layer in the dtype of its file, unless it had to be folded; some are kept."""
         if layer not in self._hosts:
+            # On the host: a device need not have room for the whole dictionary before it is split.
             with on_host():
                 dictionary = self._load(layer)
                 if self._sink_norm:
@@ -185,6 +186,7 @@ class LayerDictionaries(abc.ABC):
         """Return what a graph says of the set."""
 
     def _rows_of_layer(self, layer: int, name: str, feature_U: np.ndarray) -> np.ndarray:
+        # An encoder that is on the devices already is not read from its file again.
         kept = next((encoder for (number, _), encoder in self._kept.items() if number == layer), None)
         if name == "W_enc":
             return to_host((kept or self._on_host(layer)).arrays["W_enc_DxF"])[:, feature_U].T

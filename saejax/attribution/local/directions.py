@@ -65,6 +65,7 @@ def _begun(where: NamedSharding, rows: int, first: list[jax.Array]) -> jax.Array
     return lax.with_sharding_constraint(jnp.pad(jnp.concatenate(first), ((0, rows), (0, 0))), where)
 
 
+# Donated: the table is the largest array here, and is written in place.
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _written(where: NamedSharding, table_UxD: jax.Array, chunk_CxD: jax.Array, start: jax.Array) -> jax.Array:
     """Return the table with some rows in their place."""
@@ -76,6 +77,7 @@ def _chunks(parts: Iterator[np.ndarray], width: int) -> Iterator[np.ndarray]:
     """Return the rows of all parts by ``CHUNK``, the last ones filled up with 0."""
     left_XxD = np.empty((0, width), np.float32)
     for part_XxD in parts:
+        # Parts are of any size, chunks of one: so one program writes them all.
         left_XxD = np.concatenate([left_XxD, part_XxD])
         whole = len(left_XxD) // CHUNK * CHUNK
         yield from left_XxD[:whole].reshape(-1, CHUNK, width)

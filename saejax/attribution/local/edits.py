@@ -112,12 +112,14 @@ class ChangeEdits:
           out_RxTxD: what the MLP adds in the runs.
         """
         rows, length = read_RxTxD.shape[:2]
+        # Kept from layer to layer: features of cross-layer transcoders write to layers that come later.
         outputs = self._outputs.setdefault(number, FeatureOutputs(self._state.dictionaries, rows, length))
         if layer in self._by_layer:
             chunk = self.chunks[number]
             filler = ((0, rows - (chunk.stop - chunk.start)), (0, 0))
             changes = LayerChanges(*(np.pad(array[chunk], filler) for array in self._by_layer[layer]))
             old_RxM = changes.old_RxM
+            # With frozen MLPs a feature keeps the activation that it has in the prompt.
             if freeze not in FIXED:
                 acts_RxM = self._activations(layer, changes, read_RxTxD)
                 old_RxM = np.where(changes.position_RxM >= self._state.first, acts_RxM, 0)
@@ -129,6 +131,7 @@ class ChangeEdits:
         """Return the activations of the changed features in each row, of which only these are encoded if possible."""
         feature_U, index = np.unique(changes.feature_RxM, return_inverse=True)
         room = padded(len(feature_U), 16) - len(feature_U)  # so that layers share programs
+        # Filled up with copies, whose activations nobody reads.
         encoder, columns = self._state.encoder(layer), np.pad(feature_U, (0, room), mode="edge")
         if encoder.kind.is_elementwise():  # TopK compares features with each other, and needs all of them
             encoder, columns = encoder.restrict(columns), np.arange(len(columns))
@@ -151,6 +154,7 @@ class CircuitEdits:
         length = state.stream_LxTxD.shape[1]
         size = max(AT_ONCE // (length * state.dictionaries.configs[0].n_features), 1)
         self.chunks = [slice(start, min(start + size, len(circuits))) for start in range(0, len(circuits), size)]
+        # One size for all chunks, whose rows then share programs.
         self.padded = [min(size, len(circuits))] * len(self.chunks)
         self._outputs: dict[int, FeatureOutputs] = {}
 
@@ -174,8 +178,10 @@ class CircuitEdits:
         # Which of the run's active features are active in the prompt and kept, by (position, feature).
         here = state.active.of_layer(layer)
         width = acts_RxTxF.shape[2]
+        # In 64 bits: positions times the features of a large set exceed 32.
         key_A = state.active.position_A[here].astype(np.int64) * width + state.active.feature_A[here]
         key_E = position_E.astype(np.int64) * width + feature_E
+        # A key beyond the last one would point outside.
         index_E = np.minimum(np.searchsorted(key_A, key_E), max(len(key_A) - 1, 0))
         known_E = key_A[index_E] == key_E if len(key_A) else np.zeros(len(key_E), bool)
         kept_RxA = np.zeros((rows, max(len(key_A), 1)), bool)
@@ -222,6 +228,7 @@ def _encode_places(
 ) -> jax.Array:
     """Return the activations of columns of the encoder at positions of each row, [R, M]."""
     row_R, length = jnp.arange(len(read_RxTxD)), read_RxTxD.shape[1]
+    # Change by change: the activations of all positions would be [R, T, F].
     if position_RxM.shape[1] <= length:
 
         def encode_change(place: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -264,6 +271,7 @@ def _changes_by_layer(state: LocalState, rows: Sequence[Sequence[Change]], token
                 raise UserError(f"position {position}: this prompt has the positions 0 to {tokens - 1}")
             by_layer.setdefault(int(layer), [[] for _ in rows])[row].append((int(position), int(feature), value))
     changes_by_layer = {}
+    # One size for all layers, so that these share their programs.
     most = max((len(entries) for lists in by_layer.values() for entries in lists), default=0)
     for changed_layer, lists in by_layer.items():
         arrays = LayerChanges(*(np.zeros((len(rows), most), dtype) for dtype in [np.int32] * 2 + [np.float32] * 2))

@@ -72,6 +72,7 @@ class FrozenModel:
 
         def hook(kind: str, value_TxD: jax.Array) -> jax.Array:
             seen[kind] = value_TxD
+            # What the MLP adds is a source of its own, and no part of the linear layer.
             if kind != "mlp_out":
                 return value_TxD
             read_TxD = self.read(params, layer, seen)
@@ -84,6 +85,7 @@ class FrozenModel:
         """Attend as ``attention.attend`` does, with constant weights and a cheap transpose."""
         parts = []
         for queries, keys in query_blocks(len(q_TxHxK), len(k_TxNxK)):
+            # The decoder's own blocks, so that values are the model's.
             block = tables._replace(mask=tables.mask[queries, keys])
             block_inputs = q_TxHxK[queries], k_TxNxK[keys]
             parts.append(_weighted(attention_weights(self.config, RELP, *block_inputs, block), v_TxNxK[keys]))
@@ -112,6 +114,7 @@ class FrozenModel:
         config, weights = self.config, decoder.layer_params(params, layer)
         name = "attn_norm" if config.shared_norm else "mlp_norm"
         gain_D = weights[f"{name}_D"]
+        # A gain of 1, which these norms store as 0.
         plain = {f"{name}_D": jnp.full_like(gain_D, 0 if config.norm == "rms_plus_one" else 1)}
         if config.norm == "layer":
             plain[f"{name}_bias_D"] = jnp.zeros_like(gain_D)

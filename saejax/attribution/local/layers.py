@@ -49,6 +49,7 @@ def run_layer(
     Returns:
       The streams leaving it, what its transcoder reads, and what its MLP adds, each [B, T, D].
     """
+    # With everything frozen, norm scales are those of the first row, too.
     config, rules = frozen.config, RunRules(first_fixes=freeze == "all")
     seen: dict[str, jax.Array] = {}
 
@@ -56,14 +57,18 @@ def run_layer(
         if kind == "mlp_out" and freeze in FIXED:
             read_BxTxD = frozen.read(params, layer, seen, rules)
             change = 0 if skip_DxD is None else einsum("btd,de->bte", read_BxTxD - read_BxTxD[:1], skip_DxD)
+            # Each run gets the prompt's MLP output, which is that of the first row.
             value_BxTxD = jnp.broadcast_to(value_BxTxD[:1], value_BxTxD.shape) + change
         seen[kind] = value_BxTxD
         return value_BxTxD
 
     def attend_as_prompt(q: jax.Array, k: jax.Array, v: jax.Array, tables: AttentionTables) -> jax.Array:
+        # Weights of the first row with the row's own values: what a token attends to is frozen, not what it finds
+        # there.
         first_q, first_k = (jnp.broadcast_to(part[:1], part.shape) for part in (q, k))
         frozen_T = jnp.arange(x_BxTxD.shape[1]) < frozen_until
         as_prompt = attend(config, rules, first_q, first_k, v, tables)
+        # Both are computed where new tokens follow a frozen prompt; a position takes one of them.
         return jnp.where(frozen_T[None, :, None, None], as_prompt, attend(config, rules, q, k, v, tables))
 
     function = attend_as_prompt if freeze in ("attention", "constrained") else None
@@ -169,6 +174,7 @@ def pull_layer(
 def _open_layer(frozen: FrozenModel, params: decoder.Params, layer: jax.Array, skip_DxD: jax.Array | None) -> Any:
     """Return the frozen layer with its values open: (stream, added values) to (leaving, read, values)."""
 
+    # What is added is zero; its cotangent is what the path through each head carries.
     def open_layer(x_TxD: jax.Array, added_NxGxTxK: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         values: list[jax.Array] = []
 

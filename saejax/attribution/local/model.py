@@ -88,6 +88,7 @@ class Vectors:
         """Return the vectors that each of ``count`` nodes has at a layer, of ``length`` positions, [N, T, D]."""
         value_NxTxD = np.zeros((count, length, self.vector_ExD.shape[1]), np.float32)
         here = np.flatnonzero(self.layer_E == layer)
+        # Not by +=, as a node may have several vectors at one layer and position.
         np.add.at(value_NxTxD, (self.node_E[here], self.position_E[here]), self.vector_ExD[here])
         return value_NxTxD
 
@@ -166,6 +167,7 @@ class LocalModel(LocalState):
                     f"a feature of layer {max(plan.layers)} is changed, and layers below {freeze_until} are constrained"
                 )
         index_J = np.asarray(features, np.int64)
+        # The prompt's own values, to which changes are added: a small effect keeps its digits.
         result = LocalRun(
             np.tile(self.active.value_A[index_J], (len(edits), 1)),
             np.tile(readouts.value_K, (len(edits), 1)),
@@ -173,6 +175,7 @@ class LocalModel(LocalState):
         )
         if plan.first_layer is not None and len(edits):
             self._run_rows(plan, modes, readouts, index_J, result, on_progress)
+        # Only what is read is checked: an activation that no feature can have overflows somewhere on the way.
         if not (np.isfinite(result.feature_RxJ).all() and np.isfinite(result.readout_RxK).all()):
             raise UserError("the model is not finite after these changes: give features values that they can have")
         return result
@@ -187,6 +190,7 @@ class LocalModel(LocalState):
         on_progress: Callable[[int, int], None],
     ) -> None:
         """Run all rows through the layers in chunks, layer by layer, and add the readouts to ``result``."""
+        # From the lowest layer that is changed: below it all rows are the prompt.
         n_layers, first, last = self.model.config.n_layers, plan.first_layer or 0, len(self.ids_P) - 1
         length, layer_J = self.stream_LxTxD.shape[1], self.active.layer_A[index_J]
         states = []
@@ -202,6 +206,7 @@ class LocalModel(LocalState):
                 if len(directions):
                     probes = readouts.position_K[directions], readouts.vector_KxD[directions]
                     result.readout_RxK[chunk, directions] += read_changes(x_TxD, states[number], *probes)[:count]
+                # The prompt goes along as the first row: what is frozen is taken from it.
                 streams = jnp.concatenate([x_TxD[None], states[number]])
                 leaving, read, out = layers.run_layer(
                     self.frozen, modes[layer], self.model.params, np.int32(layer), streams, self.skip(layer), length
@@ -250,6 +255,7 @@ class LocalModel(LocalState):
         ]
         while len(ids) < min(length + max_new_tokens, self.model.config.context):
             plan, params = ChangeEdits(self, [bounded], len(ids)), self.model.params
+            # Padded, so that a program serves several lengths.
             ids_T = np.pad(np.array(ids, np.int32), (0, padded(len(ids)) - len(ids)))
             x_BxTxD = jnp.tile(layers.embed(self.frozen, params, ids_T)[None], (2, 1, 1))  # the first row is unchanged
             for layer in range(self.model.config.n_layers):

@@ -36,8 +36,10 @@ class FeatureOutputs:
         if not places.size:
             return
         written, width = self._transcoders.written_layers(layer), self._transcoders.configs[0].d_in
+        # A decoder row is read once, however many positions its feature is active at.
         features_U, index_E = np.unique(features.reshape(-1), return_inverse=True)
         entries = to_host(values).reshape(-1).astype(np.float32), (places.reshape(-1), index_E.reshape(-1))
+        # By columns, as features are cut into parts below.
         acts_NxU = csr_array(entries, (int(np.prod(self._shape)), len(features_U))).tocsc()
         size = max(_AT_ONCE // (written * width), 1)
         for start in range(0, len(features_U), size):

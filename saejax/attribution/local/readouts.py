@@ -85,6 +85,7 @@ def read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: np.ndarray, v
 
 @jax.jit
 def _read_changes(x_TxD: jax.Array, x_RxTxD: jax.Array, position_J: jax.Array, vector_JxD: jax.Array) -> jax.Array:
+    # The difference first: that of two nearly equal products would be rounding.
     return einsum("rjd,jd->rj", (x_RxTxD - x_TxD[None])[:, position_J], vector_JxD)
 
 
@@ -122,6 +123,7 @@ def _read_last(
         return lax.rsqrt(jnp.mean(jnp.square(centred_RxD), axis=-1, keepdims=True) + config.norm_eps)
 
     ratio_RxK = jnp.where(normed_K[None], scale(x_RxD) / scale(last_D[None]), 1.0)
+    # Two products here: with a scale for each row there is no single difference to read.
     return einsum("rd,kd->rk", x_RxD, vector_KxD) * ratio_RxK - einsum("rd,kd->rk", last_D[None], vector_KxD)
 
 

@@ -59,6 +59,7 @@ class RowTracer:
         self._state, self._sources = state, sources
         mesh, length = state.model.mesh, state.stream_LxTxD.shape[1]
         batches = count * length // (TOKENS[mesh.devices.flat[0].platform] * mesh.shape["data"] * CHUNKS)
+        # Shorter lengths only where enough targets share them to pay for another program.
         step = -(-length // min(max(batches // _WORTH, 1), _LENGTHS))
         self._lengths = np.array([*range(step, length, step), length])
         self._streams = [state.stream_LxTxD[:, :length] for length in self._lengths]
@@ -92,6 +93,7 @@ class RowTracer:
         # Programs that speak with each other over several devices have to start in one order everywhere.
         workers = 2 if self._state.model.mesh.size == 1 else 1
         with ThreadPoolExecutor(workers) as pool:
+            # Through a list, so that an error in a thread is raised here.
             list(pool.map(run, self._batches(layer_R, position_R, in_stream)))
 
     def _batches(
@@ -105,6 +107,7 @@ class RowTracer:
         length_R = np.searchsorted(self._lengths, position_R + 1)
         for index in reversed(range(len(self._lengths))):
             targets = np.flatnonzero(length_R == index)
+            # From high layers to low, in the order in which the program takes chunks up.
             targets = targets[np.argsort(-layer_R[targets], kind="stable")]
             changes = np.flatnonzero(np.diff(layer_R[targets]) * in_stream) + 1
             size = self._chunk_size(index)
@@ -132,6 +135,7 @@ class RowTracer:
         filled = np.stack([np.resize(targets, size) for targets in chunks])
         filled_NxR = filled[np.minimum(np.arange(CHUNKS), len(chunks) - 1)]
         start_N = np.zeros(CHUNKS, np.int32)
+        # A transcoder reads within its layer, which a target then goes down through, too.
         start_N[: len(chunks)] = layer_X[filled].max(axis=1) + (not in_stream)
         model, sources = self._state.model, self._sources
         arrays = vector_XxD[filled_NxR], layer_X[filled_NxR], position_X[filled_NxR]

@@ -82,6 +82,7 @@ class Sources:
         place_E = np.concatenate([part.place_E for part in parts])
         position_E = np.concatenate([part.position_E for part in parts])
         factor_E = np.ones(len(place_E), np.float32)
+        # A row of the table serves all positions of a feature, whose activations differ.
         factor_E[: len(of_features.place_E)] = np.repeat(state.active.value_A, of_features.count_S)
         at_E, first_X, row_BxW, position_B = _blocks(state, place_E, position_E, row_E)
         mesh, transcoders = state.model.mesh, state.dictionaries
@@ -163,6 +164,7 @@ def _features(state: LocalState) -> tuple[_Part, list[np.ndarray]]:
 
 def _errors(state: LocalState) -> _Part:
     layers, length, width = state.error_LxTxD.shape
+    # Only of the prompt's own tokens, though the table has rows for its padding.
     layer_S, position_S = (part.reshape(-1) for part in np.mgrid[:layers, : len(state.ids_P)])
     rows = layer_S * length + position_S
     table_UxD = state.error_LxTxD.reshape(-1, width)
@@ -191,6 +193,7 @@ def _biases(state: LocalState) -> _Part:
         begin, table_UxD = first, state.b_dec_LxD
     else:
         later_T = np.arange(length) >= first
+        # At the first positions the MLP's output is a source as a whole, its bias included.
         own_LxTxD = jnp.where(later_T[None, :, None], state.b_dec_LxD[:, None], 0)
         begin, table_UxD = 0, (bias_LxTxD + own_LxTxD).reshape(-1, width)
     layer_E, position_E = (part.reshape(-1) for part in np.mgrid[:layers, begin : len(state.ids_P)])
@@ -211,10 +214,12 @@ def _blocks(
     within_E[order_E] = np.arange(len(group_E)) - np.repeat(np.cumsum(count_G) - count_G, count_G)
     blocks_G = -(-count_G // WIDTH)
     of_place = blocks_G.reshape(places, tokens).sum(axis=1)
+    # Whole steps for each place: blocks that are read together are of one place.
     room = -(-of_place // STEP) * STEP
     first_X = np.concatenate([[0], np.cumsum(room)])
     before_G = np.cumsum(blocks_G) - blocks_G + np.repeat(first_X[:-1] - (np.cumsum(of_place) - of_place), tokens)
     at_E = (before_G[group_E] + within_E // WIDTH) * WIDTH + within_E % WIDTH
+    # Rounded up and kept over prompts, which then share programs.
     total = state.padded_size("blocks", int(first_X[-1]), _BLOCKS)
     row_BxW, position_B = np.zeros((total, WIDTH), np.int32), np.full(total, _NOWHERE, np.int32)
     row_BxW.reshape(-1)[at_E] = row_E

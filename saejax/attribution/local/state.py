@@ -77,6 +77,7 @@ class LocalState(PromptRun):
         if len(self.ids_P) <= first:
             raise UserError(f"no feature is used at the first {first} tokens, and the prompt has no further one")
         self.frozen = FrozenModel(model.config, transcoders.reads)
+        # Padded, so that prompts of similar lengths share compiled programs.
         ids_T = np.pad(self.ids_P, (0, padded(len(self.ids_P)) - len(self.ids_P)))
         x_TxD = layers.embed(self.frozen, model.params, ids_T)
         self._run_layers(x_TxD, first)
@@ -86,6 +87,7 @@ class LocalState(PromptRun):
 
     def _run_layers(self, x_TxD: jax.Array, first: int) -> None:
         model, transcoders, length = self.model, self.dictionaries, len(x_TxD)
+        # Neither at the first positions, where the MLP's output stays whole, nor at padding.
         used_T = (np.arange(length) >= first) & (np.arange(length) < len(self.ids_P))
         outputs, active_by_layer, broken = FeatureOutputs(transcoders, length), list[Active](), list[int]()
         parts: dict[str, list[jax.Array]] = {}
@@ -102,6 +104,7 @@ class LocalState(PromptRun):
             if written_TxD is None:
                 written_TxD = np.zeros((length, model.config.d_model), np.float32)
             error_TxD, other_TxD = _errors(encoder, read[0], out[0], written_TxD, used_T)
+            # Raised at the end: where the model itself is not finite, that is the cause to name.
             if not (np.isfinite(active.value_A).all() and jnp.isfinite(error_TxD).all()):
                 broken.append(layer)
             active_by_layer.append(active)
@@ -167,6 +170,7 @@ class LocalState(PromptRun):
         if self.read_bias_LxTxD is None:
             return constant_F
         layer_F, position_F = self.active.layer_A[chosen_F], self.active.position_A[chosen_F]
+        # On the host, as features of all layers and positions are picked at once.
         read_FxD = to_host(self.read_bias_LxTxD)[layer_F, position_F]
         return constant_F + np.einsum("fd,fd->f", read_FxD, self.encoder_rows(chosen_F))
 

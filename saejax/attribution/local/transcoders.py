@@ -176,6 +176,7 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
       subfolder: within the folder or repository, where the path names none.
       choice: among several transcoders of each layer, see ``open_transcoders``.
     """
+    # A folder here goes before a repository of the same name.
     if _REFERENCE.fullmatch(path) and not Path(path).exists():
         path = f"hf://{path}"
     path, revision, subfolder = place.split_address(path, revision, subfolder)
@@ -187,6 +188,7 @@ def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] 
         raise UserError(f"there is no folder {path} of transcoders: expected one, or a hub id such as org/name")
     prefix = f"{subfolder}/" if subfolder else ""
     listed = [f"{prefix}{circuit_tracer.DESCRIPTION}", *(f"{prefix}{pattern}" for pattern in _FILES)]
+    # Not what lies in folders: a repository may hold many sets, each of gigabytes.
     root = hub.hub_folder(path, revision, listed, [f"{prefix}*/*"], what="set of transcoders")
     if not circuit_tracer.is_set(root / subfolder):
         inside = [file.removeprefix(prefix) for file in _files_of(path, root.name) if file.startswith(prefix)]

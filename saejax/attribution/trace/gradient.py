@@ -110,6 +110,7 @@ def trace_saes(
         else:
             layer_F, position_F = active.layer_A[new_F], active.position_A[new_F]
             vector_FxD = run.dictionaries.rows_of("W_enc", layer_F, active.feature_A[new_F])
+            # A site lies within its layer, below the stream that enters the next.
             rows(Readings(vector_FxD, layer_F, kind_A[new_F], position_F), layer_F + 1, put)
 
     count = min(max_features or len(active), len(active))
@@ -163,6 +164,7 @@ class _Rows:
 
         def read(start: int) -> None:
             own_B = order_B[start : start + size]
+            # Filled up with copies, so that one program serves all batches.
             batch = Readings(*by_row(mesh, *(part[np.resize(own_B, size)] for part in readings)))
             fixed = run.model.params, run.places, run.stream_LxTxD, run.frozen_SxTxD
             of = perturbed.gradients(run.model.config, run.rules, *fixed, batch, np.int32(top_B[own_B[0]]))
@@ -177,6 +179,7 @@ class _Rows:
         at_SxPxBxD = np.moveaxis(site_SxBxTxD[:, :, :tokens], 2, 1)
         into_NxB = np.empty((len(self.nodes), len(token_BxTxD)), np.float32)
         starts, gradient_GxBxD = self._starts, at_SxPxBxD.reshape(-1, *at_SxPxBxD.shape[2:])
+        # The features of a site and position share a gradient: one product for all of them.
         for start, stop, gradient_BxD in zip(starts, starts[1:], gradient_GxBxD, strict=False):
             into_NxB[start:stop] = self._table_UxD[self._row_A[start:stop]] @ gradient_BxD.T
         features = len(run.active)

@@ -19,6 +19,7 @@ from saejax.attribution.local.directions import READ_AT_ONCE
 from saejax.attribution.local.readouts import padded
 from saejax.attribution.local.rows import batch_tokens
 from saejax.attribution.local.sources import WIDTH
+from saejax.attribution.trace.rounds import ROUND_ROWS
 from saejax.attribution.trace.row_store import WHOLE, columns_kept
 from saejax.dictionaries import DictionaryConfig
 from saejax.errors import UserError
@@ -31,7 +32,6 @@ _FP32 = 4
 _PROGRAMS = 400 * 2**20  # bytes of compiled programs and of compiling them, on the host
 _ACTS_COPIES = 3  # activations of a layer: before and after the sparsity function, and masked
 _SCORES_COPIES = 2.5  # attention weights, and what they are computed from
-_ROUND = 2048  # features that are attributed between two rankings, at most
 
 
 class Memory(NamedTuple):
@@ -133,7 +133,7 @@ def estimate_memory(size: GraphSize, tokens: int, mesh: Mesh) -> Memory:
     columns = columns_kept(targets, active, sources - active)
     # Rows are copied when columns are given up while they are computed.
     adjacency = targets * columns + (WHOLE if columns < sources else 0)
-    encoders = width * (min(traced, _ROUND) if traced < active else traced)
+    encoders = width * (min(traced, ROUND_ROWS) if traced < active else traced)
     rows_host = adjacency + 2 * at_once * positions / length * entries + encoders
     rows_host += min(READ_AT_ONCE, width * directions)
     return Memory(int(_FP32 * max(layers_device, rows_device)), int(_FP32 * max(layers_host, rows_host)) + _PROGRAMS)
@@ -157,6 +157,7 @@ def free_memory(mesh: Mesh) -> Memory:
 def fitting_tokens(size: GraphSize, mesh: Mesh, free: Memory) -> int:
     """Return the maximum number of tokens of a prompt whose graph fits, up to the model's context; below 2: none."""
     low, high = 1, size.model.context
+    # A longer prompt takes more, so that bisection finds the limit.
     while low < high:
         middle = (low + high + 1) // 2
         fits = estimate_memory(size, middle, mesh).fits(free, mesh)

@@ -90,6 +90,7 @@ def run(
       delta_SxTxD: what is added at each site.
       frozen_SxTxD: values at which sites are frozen; None: they are not.
     """
+    # As arrays of JAX, which the layer's number can index within the loop.
     places = jax.tree.map(jnp.asarray, places)
 
     def hook(kind: str, layer: int | jax.Array, value_TxD: jax.Array) -> jax.Array:
@@ -102,6 +103,7 @@ def run(
         x_TxD,
         0,
         config.n_layers,
+        # In every layer, inside the loop: which sites there are is data, so that any set of layers shares the program.
         hook,
         hook_layers=None,
         rules=rules,
@@ -169,6 +171,7 @@ def gradients(
         _, pull = jax.vjp(run_layer, stream_LxTxD[layer], delta_KxTxD)
         read_BxKxTxD = jnp.moveaxis(jax.vmap(seed, (None, 0))(layer, jnp.arange(kinds)), 0, 1)
         below_BxTxD, of_BxKxTxD = jax.vmap(lambda *both: pull(both))(above_BxTxD, read_BxKxTxD)
+        # Kinds without a site in this layer stand at a slot beyond the last, which is dropped.
         site_SxBxTxD = site_SxBxTxD.at[slot_K].set(jnp.moveaxis(of_BxKxTxD, 1, 0), mode="drop")
         return below_BxTxD + seed(layer, jnp.int32(IN_STREAM)), site_SxBxTxD
 
@@ -191,6 +194,7 @@ def _changed(
     index = places.kinds.index(kind)
     if frozen_SxTxD is not None:
         frozen_TxD = _at(frozen_SxTxD, slot_K[index])
+        # Only where there is a site: elsewhere the model goes on with its value.
         value_TxD = jnp.where(slot_K[index] < len(frozen_SxTxD), frozen_TxD, value_TxD)
     return value_TxD + delta_KxTxD[index]
 

@@ -113,6 +113,7 @@ def _run(
     size = GraphSize(model.config, first, certain_active(first), max_features, logits, dictionaries.cross_layer)
     _make_room(size, dictionaries, len(ids_P), model.mesh)
     local = LocalModel(model, dictionaries, ids_P)
+    # The features of this prompt, counted, in place of those that were certain before.
     density = len(local.active) / (model.config.n_layers * (len(ids_P) - 1))
     _make_room(dataclasses.replace(size, active=density), dictionaries, len(ids_P), model.mesh)
     return local

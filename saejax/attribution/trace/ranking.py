@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from saejax.attribution.graph.pruning import SMALLEST
 from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.trace.row_store import RowStore
 
-_SMALLEST = 1e-10  # least sum of a row's weights that it is divided by
 _BLOCK = 1 << 16  # numbers of the rows that are worked on at once: they stay in a core's cache
 
 
@@ -44,11 +44,13 @@ class Ranking:
         layer_C, layer_F = self._layer_A[store.column_C[:features]], self._layer_A[chosen_F]
         column_F, influence_C = np.searchsorted(store.column_C, chosen_F), np.zeros(features)
         last = np.arange(len(store.row_BxC) - len(self._sum_K), len(store.row_BxC))
+        # The targets first, as influence goes down from them.
         self._add(influence_C, last, self._weight_K / self._sum_K)
         for layer in np.unique(layer_F)[::-1]:
             layer_rows = np.flatnonzero(layer_F == layer)
             below = influence_C[: np.searchsorted(layer_C, layer)]
             self._add(below, layer_rows, influence_C[column_F[layer_rows]] / self._sum_F[layer_rows])
+        # Features that have a row come last: no other influence is below 0.
         influence_C[column_F] = -1
         order = np.argsort(-influence_C, kind="stable")[: features - done]
         return store.column_C[order]
@@ -58,8 +60,9 @@ class Ranking:
         store, scored = self._store, int(np.searchsorted(self._store.column_C, self._scored))
         sums, elsewhere_R = np.empty(len(rows)), store.size_R[: len(store.row_BxC)]
         for part, size_BxC in self._sizes(rows, scored):
+            # Columns that were given up still count in what a row sums to.
             sums[part] = size_BxC.sum(axis=1, dtype=np.float64) + elsewhere_R[rows[part]]
-        return np.maximum(sums, _SMALLEST)
+        return np.maximum(sums, SMALLEST)
 
     def _add(self, influence_C: np.ndarray, rows: np.ndarray, factor_R: np.ndarray) -> None:
         """Add what sources have of the influence of some rows, in place."""

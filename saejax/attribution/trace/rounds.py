@@ -58,14 +58,17 @@ def attribute_in_rounds(
     ranking = Ranking(run, readouts, store, scored)
     chosen = np.empty(0, np.int64)
     while len(chosen) < count:
+        # Where all get rows, their order does not matter.
         new = np.arange(count)
         if count < len(active):
             ranked = ranking(chosen)
+            # Only once the memory of whole rows is full: a column that is given up does not come back.
             if not store.room(len(chosen)):
                 store.narrow(np.concatenate([chosen, ranked]), len(chosen))
             new = ranked[: min(round_rows, store.room(len(chosen)))]
         fill(new, put(store.put(len(chosen))))
         chosen = np.concatenate([chosen, new])
+    # In the order of the active features, which is that of the nodes.
     order = np.argsort(chosen)
     if count < len(active):
         store.sort(order)
@@ -80,6 +83,7 @@ def _counting(total: int, on_progress: OnProgress) -> Callable[[Put], Put]:
         def write(row_B: np.ndarray, value_BxS: np.ndarray) -> None:
             nonlocal done
             put(row_B, value_BxS)
+            # Rows come from several threads, and a caller's progress is not made for that.
             with lock:
                 done += len(row_B)
                 on_progress(done, total)
@@ -110,6 +114,7 @@ def make_graph(
       settings: how the graph was made.
     """
     active, model = run.active, run.model
+    # Columns of features that got no row: what they contribute becomes one number of each row.
     if len(chosen_F) < len(active):
         store.leave_out(np.flatnonzero((store.column_C < len(active)) & ~np.isin(store.column_C, chosen_F)))
     text = token_text(model.tokenizer)

@@ -103,6 +103,7 @@ class RowStore:
         for start in range(len(come_from)):
             if come_from[start] in (start, _MOVED):
                 continue
+            # Cycle by cycle, with one row held aside.
             first_C, place = rows_FxC[start].copy(), start
             while (source := come_from[place]) != start:
                 rows_FxC[place], come_from[place] = rows_FxC[source], _MOVED
@@ -122,5 +123,6 @@ class RowStore:
         for row, values in enumerate(self.row_BxC):  # where its new place ends, no row begins that is still to be read
             self.dropped_R[row] += values[left_X].sum()
             flat[row * width : (row + 1) * width] = values[kept]
+        # refcheck=False: the loop's views of rows still exist, and are not used any more.
         self.row_BxC.resize((len(self.row_BxC), width), refcheck=False)
         self.column_C = self.column_C[kept]

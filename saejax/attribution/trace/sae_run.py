@@ -68,6 +68,7 @@ class SaeRun(PromptRun):
         places = Places.of(saes.sites, model.config.n_layers)
         length = padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))
+        # Nothing is added at the sites: this is the clean run, read where the SAEs read.
         none_SxTxD = jnp.zeros((len(saes.sites), *x_TxD.shape), x_TxD.dtype)
         last = np.int32(len(ids_P) - 1)
         ran = perturbed.run(model.config, rules, model.params, places, x_TxD, last, none_SxTxD)
@@ -81,6 +82,7 @@ class SaeRun(PromptRun):
             site_active = active_features(sae, site.layer, read_TxD, used_T)
             active_by_site.append(site_active)
             size = max(1, min(length, AT_ONCE // sae.config.n_features))
+            # Chunk by chunk: the activations of all positions would exceed the memory with a wide SAE.
             chunks = [slice(start, start + size) for start in range(0, length, size)]
             errors.append(np.concatenate([to_host(_errors(sae, read_TxD[chunk], used_T[chunk])) for chunk in chunks]))
         active = Active.concatenate(active_by_site)

@@ -65,6 +65,7 @@ def read_targets(run: PromptRun, targets: Sequence[Target], max_logits: int, log
     probability_V /= probability_V.sum()
     if not targets:
         order = np.argsort(-probability_V, kind="stable")[: max(max_logits, 1)]
+        # The token that reaches the share is one of them.
         count = int(np.searchsorted(np.cumsum(probability_V[order]), logit_mass)) + 1
         targets = [int(token) for token in order[:count]]
     tokens = [target for target in targets if not isinstance(target, Direction)]
@@ -85,6 +86,7 @@ def _logits(run: PromptRun, targets: Sequence[Any], probability_V: np.ndarray) -
             pair[index] = token_of(model, token)
     first_K, second_K = pairs_Kx2.T
     single_K = second_K < 0
+    # Filled up, so that prompts with other numbers of targets share the program.
     filled = np.pad(pairs_Kx2, ((0, padded(len(targets), _STEP) - len(targets)), (0, 0)), constant_values=-1)
     arrays = logit_directions(model.config, run.rules, model.params, run.last_D, *filled.T)
     vector_KxD, value_K, constant_K = (to_host(array)[: len(targets)] for array in arrays)
@@ -181,9 +183,11 @@ def logit_directions(
     def less(rows: jax.Array) -> jax.Array:
         """Return the rows of the first tokens less those of the second ones or the mean."""
         single = jnp.reshape(second_K < 0, (-1,) + (1,) * (rows.ndim - 1))
+        # Less the mean over the vocabulary, as only differences of logits matter.
         return rows[first_K] - jnp.where(single, jnp.mean(rows, axis=0, keepdims=True), rows[second_K])
 
     vector_KxD = less(rows_VxD)
+    # By the rules the norm's factor is constant where the model is frozen; then this is its transpose.
     final_D, pull = jax.vjp(functools.partial(norm, config, rules, params, "final_norm"), last_D)
     constant_K = jnp.zeros(len(vector_KxD), last_D.dtype)
     if "final_norm_bias_D" in params:
