@@ -87,6 +87,7 @@ def _build_graph(kind: type[AnyGraph], description: Mapping[str, Any], arrays: M
     nodes = Nodes(*(arrays[f"nodes.{name}"] for name in _COLUMNS))
     logits = int((nodes.kind_N == LOGIT).sum())
     shape = int((nodes.kind_N == FEATURE).sum()) + logits, len(nodes) - logits
+    # Bits are filled up to whole bytes.
     is_edge = np.unpackbits(arrays["edge_bits"])[: shape[0] * shape[1]].astype(bool)
     if is_edge.size != shape[0] * shape[1] or is_edge.sum() != len(arrays["edge_weights"]):
         raise KeyError("edge_weights")

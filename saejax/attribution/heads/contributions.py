@@ -94,7 +94,10 @@ class HeadContributions:
         ends = zip(self.source_E.tolist(), self.target_E.tolist(), strict=True)
         for edge, heads, values in zip(ends, self.head_ExJ.tolist(), self.value_ExJ.tolist(), strict=True):
             heads_of_edge = [
-                (*divmod(head, self._heads), value) for head, value in zip(heads, values, strict=True) if value
+                # Where fewer heads act than are kept, zeros fill up.
+                (*divmod(head, self._heads), value)
+                for head, value in zip(heads, values, strict=True)
+                if value
             ]
             if heads_of_edge:
                 heads_by_edge[edge] = heads_of_edge

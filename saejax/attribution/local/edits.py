@@ -89,6 +89,7 @@ class ChangeEdits:
         self.first_layer = min(self._by_layer, default=None)
         _, length, width = state.stream_LxTxD.shape
         most = max((part.position_RxM.shape[1] for part in self._by_layer.values()), default=1)
+        # By whichever is longer, tokens or changes: a layer's arrays hold both.
         size = max(_CHUNK // (max(length, most) * width) // _ROWS, 1) * _ROWS
         self.chunks = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), size)]
         self.padded = [padded(chunk.stop - chunk.start, _ROWS) for chunk in self.chunks]

@@ -78,6 +78,7 @@ class SaeRun(PromptRun):
         active_by_site, errors = [], []
         for site, read_TxD in zip(saes.sites, ran.read_SxTxD, strict=True):
             sae = saes.load(site.layer, model.mesh)
+            # Padding has no features; attention sinks are left out by the SAE's own rule.
             used_T = np.arange(length) < len(ids_P)
             site_active = active_features(sae, site.layer, read_TxD, used_T)
             active_by_site.append(site_active)
