@@ -55,18 +55,21 @@ def attended(
     tables, earlier_TxT = whole_prompt_tables(config, length), jnp.tri(length, length, -1, bool)
     age_TxT = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
     same_BxTxT = (ids_BxT[:, :, None] == ids_BxT[:, None, :]) & earlier_TxT[None]
+    # Shifted by a key, "an earlier equal token" becomes "the token that came after it", which induction heads look at.
     after_BxTxT = jnp.pad(same_BxTxT, ((0, 0), (0, 0), (1, 0)))[:, :, :length] & earlier_TxT[None]
     by_age = [age_TxT == 0, age_TxT == 1, (age_TxT >= 2) & (age_TxT < 8), age_TxT >= 8]
     by_key = [jnp.arange(length) == 0, same_BxTxT, after_BxTxT, marks_V[ids_BxT][:, None, :]]
     masks = [jnp.broadcast_to(mask, same_BxTxT.shape).astype(jnp.float32) for mask in (*by_age, *by_key)]
 
     def look(plain: Any, layer: Any, qkv: Any, carried: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # Softmax weights are summed in float32: bfloat16 would lose small shares.
         weights = attention_weights(config, GRADIENT, qkv[0], qkv[1], tables.at(config, layer)).astype(jnp.float32)
         weights_BxHxTxT = weights.reshape(count, config.n_heads, length, length)
         shares = [jnp.einsum("bhts,bts->bth", weights_BxHxTxT, mask) for mask in masks]
         return plain(*qkv), carried.at[:, :, layer].set(jnp.stack(shares, axis=-1))
 
     start = jnp.zeros((count, length, layers, config.n_heads, len(CLASSES)), jnp.float32)
+    # Shares are summed inside the loop over layers, so that attention patterns of all layers are never held at once.
     attention = AttentionSpec(tables, look, start)
     return run_layers(config, params, decoder.embed(config, params, ids_BxT), 0, layers, attention=attention).carried
 
@@ -84,14 +87,17 @@ class HeadShares:
 
     def __init__(self, lm: LanguageModel, documents: Documents, text: CodedText, layers: int, tokens: int):
         train_S = np.flatnonzero(documents.column("split") == SPLITS.index("train"))
+        # Equal lengths let the control move all shares by whole documents without changing a token's position.
         length = int(min(LONGEST, np.median(documents.lengths_N[train_S])))
         long_C = train_S[documents.lengths_N[train_S] >= length]
+        # By hash instead of a random state: all dictionaries and all runs look at the same documents.
         documents_D = long_C[np.argsort(priority(long_C))][: -(-tokens // length)]
         place_DxT = documents.starts_N[documents_D][:, None] + np.arange(length)
         marks_V = np.array([shape_of(piece) % len(SHAPES) in _MARKS for piece in text.texts])
         rows = []
         for start in range(0, len(documents_D), AT_ONCE):
             ids_BxT = documents.ids_T[place_DxT[start : start + AT_ONCE]]
+            # The last batch is filled up, so that one program serves all batches.
             padded = np.pad(ids_BxT, ((0, AT_ONCE - len(ids_BxT)), (0, 0)))
             rows.append(np.asarray(attended(lm.config, layers, lm.params, padded, marks_V))[: len(ids_BxT)])
         shares_DxXxM = np.concatenate(rows)[:, 1:].reshape(
@@ -99,6 +105,8 @@ class HeadShares:
         )  # the first token attends only to itself
         self._heads, self._documents, self._length = lm.config.n_heads, len(documents_D), length - 1
         flat_NxM = shares_DxXxM.reshape(-1, shares_DxXxM.shape[-1])
+        # A share that never varies, such as that of punctuation in a text without any, has no correlation and counts as
+        # 0.
         spread_M = flat_NxM.std(axis=0)
         self._shares_NxM = np.where(spread_M > 1e-6, (flat_NxM - flat_NxM.mean(axis=0)) / np.maximum(spread_M, 1e-6), 0)
         self._shares_NxM = self._shares_NxM.astype(np.float32)
@@ -115,6 +123,8 @@ class HeadShares:
         own_FxM = self._correlations(row, feature, value, block.size) if able else np.zeros((block.size, 1))
         bar = np.zeros(block.size)
         for shift in range(1, SHIFTS + 1) if able else ():
+            # Moved by whole documents, firings keep their positions: a correlation with position alone is in the bar
+            # too.
             moved = (row + shift * self._length) % len(self._shares_NxM)
             bar = np.maximum(bar, np.abs(self._correlations(moved, feature, value, block.size)).max(axis=1))
         return [
@@ -134,6 +144,7 @@ class HeadShares:
         return (f_FxN @ self._shares_NxM) / (n * spread[:, None])  # the shares have a mean of 0
 
     def _describe(self, own_M: np.ndarray, bar: float) -> HeadLooks:
+        # All shares compete for the list, so the bar is the largest correlation of any share under any shift.
         best = np.argsort(-np.abs(own_M))[:_KEPT]
         listed: list[tuple[int, int, str, float]] = []
         for at in best[np.abs(own_M[best]) > bar].tolist():

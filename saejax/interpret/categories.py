@@ -84,6 +84,7 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
     """
     ids = [lm.tokenize([text]).ids_BxT[0] for text in texts]
     active_PxF = np.zeros((len(texts), dictionary.config.n_features), bool)
+    # Prompts of similar length share a batch, which keeps padding small.
     order = np.argsort([len(prompt_ids) for prompt_ids in ids], kind="stable")
     for start in range(0, len(order), _BATCH):
         chosen = order[start : start + _BATCH]
@@ -92,6 +93,7 @@ def active_on_prompts(lm: LanguageModel, dictionary: Dictionary, texts: Sequence
         ids_BxT = np.zeros((_BATCH, min(round_length(int(lengths_N.max())), lm.config.context)), np.int32)
         for row, i in enumerate(chosen):
             ids_BxT[row, : len(ids[i])] = ids[i]
+        # Rows that only fill the batch have a token, as a softmax over no key is undefined.
         tokens = Tokens(ids_BxT, np.pad(lengths_N, (0, _BATCH - len(chosen)), constant_values=1))
         x_BxTxD = lm(tokens, capture=[dictionary.site], logits=False).sites[dictionary.site]
         for row, i in enumerate(chosen):  # one by one: activations of a batch of wide dictionaries take gigabytes
@@ -116,6 +118,7 @@ def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | 
     category_P = np.array([prompt.category for prompt in prompts])
     right_P = np.array([{None: -1, False: 0, True: 1}[prompt.right] for prompt in prompts])
     moved_P = category_P if rng is None else rng.permutation(category_P)
+    # Answers are permuted within their category, because the model is right more often in some categories than others.
     for category in dict.fromkeys(category_P.tolist()):
         judged = np.flatnonzero((category_P == category) & (right_P >= 0))
         answers = right_P[judged] if rng is None else rng.permutation(right_P[judged])
@@ -126,6 +129,7 @@ def make_tests(prompts: Sequence[CategorisedPrompt], rng: np.random.Generator | 
             CategoryTest(f"{category}: right answers", right, wrong),
             CategoryTest(f"{category}: wrong answers", wrong, right),
         ):
+            # With fewer prompts on a side, Fisher's test has no small p-value to offer.
             if min(test.inside_P.sum(), test.outside_P.sum()) >= _LEAST:
                 yield test
 
@@ -145,8 +149,10 @@ def associate(active_PxF: np.ndarray, tests: Sequence[CategoryTest]) -> dict[int
         inside_A, outside_A = (active_PxF[side][:, live].sum(axis=0) for side in (test.inside_P, test.outside_P))
         n_in, n_out = int(test.inside_P.sum()), int(test.outside_P.sum())
         cells.append((inside_A, n_in, outside_A, n_out))
+        # ``sf`` is the chance of more than its argument; the p-value is that of at least as many.
         p.append(hypergeom.sf(inside_A - 1, n_in + n_out, inside_A + outside_A, n_in))
     p_MxA = np.stack(p)
+    # All tests of a dictionary are corrected together: tens of thousands of features are looked at, not one.
     rising, q_of = adjusted(p_MxA.reshape(-1), p_MxA.size)
     q_MxA = q_of[np.searchsorted(rising, p_MxA, side="right") - 1]
     categories: dict[int, list[FeatureCategory]] = {}

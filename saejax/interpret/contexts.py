@@ -68,6 +68,7 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
     place_A = block.place[firings][order]  # of all firings; the candidates are N of them
     document_A = text.document(place_A)
     group_A = documents.column("group")[document_A]
+    # More candidates than are shown, as some repeat others.
     candidates = [_first_of_each(key_A, _SPARE * count) for key_A in (group_A, document_A, np.arange(len(place_A)))]
     kept_N = np.unique(np.concatenate(candidates))
     place_N, document_N, group_N = place_A[kept_N], document_A[kept_N], group_A[kept_N]
@@ -75,6 +76,7 @@ def strongest(block: Block, documents: Documents, text: CodedText, feature: int,
     stop_N = place_N + np.minimum(text.left(place_N), AFTER) + 1
     chosen: list[int] = []
     shown: set[tuple[int, ...]] = set()
+    # Different groups first: texts of a template resemble each other and would hide what else a feature fires on.
     for key_N in (group_N, document_N, None):
         for i, place in enumerate(place_N):
             if len(chosen) == count:

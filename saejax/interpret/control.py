@@ -33,12 +33,14 @@ def random_directions(store: Store, dictionary: Dictionary, rate_F: np.ndarray, 
       rate_F: its firing rates; the directions' rates are spread evenly over the ranks of those above 0.
       seed: seed of the directions.
     """
+    # Rates are taken evenly from the dictionary's ranks, so that directions and features have the same distribution.
     live = np.sort(rate_F[rate_F > 0])
     count = min(MOST, len(live))
     rate = live[np.linspace(0, len(live) - 1, count).round().astype(np.int64)]
     rows = spread(store.rows("train", dictionary.site), _ROWS)
     x_NxD = store.read(dictionary.site, rows).astype(np.float32)
     W_enc_DxG = _directions(x_NxD.shape[1], count, seed)
+    # Thresholds come from ranks, so that no distribution of projections has to be assumed.
     pre_GxN = np.sort((x_NxD @ W_enc_DxG).T, axis=1)
     above = np.clip(np.round(rate * len(rows)).astype(np.int64), 1, len(rows))
     threshold_G = pre_GxN[np.arange(count), np.maximum(len(rows) - above - 1, 0)]
@@ -70,6 +72,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
     shape: dict[str, Any] = dict(
         site=original.site, target=original.target, d_in=original.d_in, n_features=original.n_features, centred=False
     )
+    # The mean is subtracted by way of the bias: no centring that the original has not is needed.
     b_enc_F = -mean_D @ W_enc_DxF
     arrays = dict(W_enc_DxF=W_enc_DxF, b_enc_F=b_enc_F, W_dec_FxD=W_enc_DxF.T, b_dec_D=y_NxD.mean(axis=0))
     if is_plain_topk(dictionary.kind):
@@ -79,6 +82,7 @@ def frozen_random(store: Store, dictionary: Dictionary, seed: int) -> Dictionary
         fires = sum(map(sparse.csr_array.count_nonzero, _codes(dictionary, x_NxD[counted])))
         pre = (x_NxD[counted] @ W_enc_DxF + b_enc_F).reshape(-1)
         at = min(max(len(pre) - fires, 0), len(pre) - 1)
+        # Not below 0: a JumpReLU with a negative threshold would pass negative activations.
         threshold = max(float(np.partition(pre, at)[at]), 0.0)
         config = DictionaryConfig(kind="jumprelu", **shape)
         arrays |= dict(threshold_F=np.full(original.n_features, threshold, np.float32))
@@ -95,6 +99,7 @@ def fit_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
     every output separately, ``_STEPS`` steps of two sparse products, so that the number of features is not limited.
     """
     diagonal_F = np.asarray(f_NxF.power(2).sum(axis=0)).reshape(-1)
+    # Relative to a typical feature's Gram diagonal: frequent features hardly notice it, rare ones are damped.
     ridge = np.float32(_RIDGE * diagonal_F.mean())
     scale_Fx1 = (1 / np.maximum(diagonal_F + ridge, 1e-30)).astype(np.float32)[:, None]
     transposed_FxN = f_NxF.T.tocsr()
@@ -103,6 +108,7 @@ def fit_decoder(f_NxF: sparse.csr_array, y_NxD: np.ndarray) -> np.ndarray:
     size_D = np.sum(left_FxD * step_FxD, axis=0)
     for _ in range(_STEPS):
         turned_FxD = transposed_FxN @ (f_NxF @ step_FxD) + ridge * step_FxD
+        # An output that is solved has no step left: 0 / 1e-30 leaves it as it is.
         length_D = size_D / np.maximum(np.sum(step_FxD * turned_FxD, axis=0), 1e-30)
         W_FxD += length_D * step_FxD
         left_FxD -= length_D * turned_FxD
@@ -116,6 +122,7 @@ def _codes(dictionary: Dictionary, x_NxD: np.ndarray) -> Iterator[sparse.csr_arr
     """Yield the activations of rows, chunk by chunk, as sparse rows."""
     for start in range(0, len(x_NxD), _CHUNK):
         rows = x_NxD[start : start + _CHUNK]
+        # The last chunk is filled up: one shape, one program.
         f_BxF = _encode(dictionary, np.pad(rows, ((0, _CHUNK - len(rows)), (0, 0))))
         yield sparse.csr_array(np.asarray(f_BxF)[: len(rows)])
 

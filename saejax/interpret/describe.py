@@ -100,6 +100,7 @@ def tenths(block: Block, order: np.ndarray) -> np.ndarray:
     """
     counts, edges = block.counts[:, None], np.zeros((block.size, GROUPS + 1), np.float32)
     if len(order):
+        # Rounded up, because ``group_draws`` rounds down: an edge is then the first firing of its group.
         first = np.minimum(-(-np.arange(GROUPS + 1) * counts // GROUPS), counts - 1)
         edges = block.value[order[np.maximum(block.starts[:-1, None] + first, 0)]]
     return np.where(counts > 0, edges, 0)
@@ -119,6 +120,7 @@ def group_draws(block: Block, order: np.ndarray, draws: int) -> tuple[np.ndarray
     rank = np.arange(len(order)) - block.starts[block.feature[order]]
     group = rank * GROUPS // np.maximum(block.counts, 1)[block.feature[order]]
     joint = block.feature[order] * GROUPS + group
+    # Inverted, so that the largest priorities come first in a rising sort that also keeps groups together.
     last = ~priority(block.place[order]) >> np.uint64(_JOINT)
     by_priority = np.argsort(joint.astype(np.uint64) << np.uint64(64 - _JOINT) | last)
     joint = joint[by_priority]
@@ -142,6 +144,7 @@ def associations(block: Block, pairs: PairCounts, base: CodeCounts, places: int)
     feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
     occurrences, fires = base[code], block.counts[feature]
     cells = [hits, occurrences - hits, fires - hits, places - occurrences - fires + hits]
+    # Half a count in each cell: a pair that always or never occurs together would have an infinite odds ratio.
     a, b, c, d = (cell + 0.5 for cell in cells)
     log_odds, error = np.log(a * d / (b * c)), np.sqrt(1 / a + 1 / b + 1 / c + 1 / d)
     return Associations(
@@ -169,5 +172,6 @@ def adjusted(p: np.ndarray, hypotheses: int) -> tuple[np.ndarray, np.ndarray]:
       The p-values in ascending order, and the q-value of each.
     """
     rising = np.sort(p)
+    # Ranks among the computed p-values are ranks among all, since the others count as 1.
     q = rising * hypotheses / np.arange(1, len(rising) + 1)
     return rising, np.minimum(np.minimum.accumulate(q[::-1])[::-1], 1.0)

@@ -107,10 +107,12 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
       pairs: counts of the block and the family.
     """
     fires, most = block.counts, _POSITIONS if family == "position" else MOST
+    # The best set would otherwise collect codes on which the feature happened to fire once or twice.
     kept = pairs.count >= np.maximum(_SEEN, _SHARE * fires[pairs.feature])
     feature, code, hits = pairs.feature[kept], pairs.code[kept], pairs.count[kept]
     occurrences, best = base[code], np.zeros(block.size)
     chosen = np.zeros(len(feature), bool)
+    # The F1 of the best single code, from which Dinkelbach's method may start: no best set is below it.
     np.maximum.at(best, feature, 2 * hits / np.maximum(occurrences + fires[feature], 1))
     starts = np.searchsorted(feature, np.arange(block.size))
     while True:
@@ -121,6 +123,7 @@ def search(block: Block, family: str, base: CodeCounts, pairs: PairCounts) -> li
         picked = (rank < most) & (surplus > 0)
         hits_of = np.bincount(feature, hits * picked, block.size)
         f1 = 2 * hits_of / np.maximum(np.bincount(feature, occurrences * picked, block.size) + fires, 1)
+        # A relative tolerance, so that rounding cannot make the loop go on for ever.
         better = f1 > best * (1 + 1e-12)
         if not len(feature) or not (better.any() or not chosen.any()):
             break
@@ -157,6 +160,7 @@ def best_detectors(
             by_family |= {family: best} if best else {}
         if family == "next" and output:
             for number, codes in enumerate(output):
+                # Not searched for: what the decoder promotes is fixed before any firing is seen.
                 places = int(bases[family][np.array(codes, np.int64)].sum()) + int(block.counts[number])
                 if places and codes:
                     f1 = 2 * pairs.of(number, codes) / places
@@ -193,6 +197,8 @@ def scores(
 
 def _score(hits: int, places: int, fires: int) -> DetectorScore:
     union = _share(hits, places + fires - hits)
+    # F1 is a rising function of TP / (TP + FP + FN), a plain share: it takes its ends from that share's Wilson
+    # interval.
     f1 = Interval(*(2 * share / (1 + share) for share in (union.mean, union.low, union.high)))
     return DetectorScore(_share(hits, places), _share(hits, fires), f1)
 

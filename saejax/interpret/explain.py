@@ -178,6 +178,7 @@ class _Explainer:
         if unknown := [feature for feature in config.features if feature >= features]:
             raise UserError(f"--explain.features names {unknown[0]}: expected numbers from 0 to {features - 1}")
         shutil.rmtree(scratch, ignore_errors=True)
+        # A label is written from training text, where it would describe its own examples best.
         place = record(store, "held_out", {scratch: dictionary}, mesh, _BATCH, stopping=self.run.stopping)
         fires_F = np.concatenate([block.counts for block in blocks(scratch, features)])
         able = np.flatnonzero(fires_F >= MIN_FIRINGS)
@@ -199,6 +200,7 @@ class _Explainer:
         for held in chosen:
             record = records[held.feature]
             contexts = record["examples"] + record["groups"]
+            # A strongest firing can also be in a group's sample, and a context shown twice would count twice.
             distinct = {(context["document"], context["position"]): context for context in contexts}
             promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
             requests.append(questions.explain(list(distinct.values()), promoted, self._config.answer_tokens))
@@ -231,6 +233,7 @@ class _Explainer:
             return _take_exams(answers, "detection", exams, label_scores.detection_score)
 
         detection, unparsed = detect(texts)
+        # The control label meets the same contexts, so that both face equally hard ones.
         detection_control, _ = detect(control)
         accuracies = [score.accuracy for score in detection if score]
         controls = [score.accuracy for score in detection_control if score]

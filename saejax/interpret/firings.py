@@ -94,6 +94,7 @@ def record(
             if stopping():
                 raise Interrupted("stopped: finished dictionaries are kept; run the same command again to continue")
             rows_N = rows[start : start + batch]
+            # The last batch is filled up, so that one program serves all batches.
             x_BxD = np.pad(store.read(site, rows_N), ((0, batch - len(rows_N)), (0, 0)))
             placed_BxD = jax.device_put(x_BxD, fitting_sharding(mesh, x_BxD.shape, "data", None))
             encoded = [
@@ -135,6 +136,7 @@ class _Files:
 def _write(files: list[_Files], place_N: np.ndarray, encoded: list, on_batch: OnBatch | None) -> None:
     for number, (file, (size_BxF, words, ends)) in enumerate(zip(files, encoded, strict=True)):
         count = int(ends[-1])
+        # Room is a power of two, so that batches with different numbers of firings share a few programs.
         room = min(ROOM, 1 << max(count - 1, 1).bit_length())
         for first in range(0, count, room):
             taken = jax.device_get(take_firings(size_BxF, words, ends, first, room))
@@ -163,6 +165,8 @@ def encode_batch(
     batch, features = f_BxF.shape
     fires_BxF = member.fires(f_BxF) & (jnp.arange(batch)[:, None] < count) & wanted_F[None]
     bit = jnp.arange(WORD, dtype=jnp.uint32)[None, :, None]
+    # A bit for each firing, a word for 32 rows of a feature: counts by word tell where firings are, and nothing else
+    # leaves the device.
     split = fires_BxF.reshape(batch // WORD, WORD, features).astype(jnp.uint32)
     words = jnp.sum(split << bit, axis=1, dtype=jnp.uint32).T.reshape(-1)
     words = lax.with_sharding_constraint(words, sharding(mesh))
@@ -187,6 +191,7 @@ def take_firings(
     at = jnp.minimum(jnp.searchsorted(ends, number, side="right"), len(words) - 1)
     word, bit = words[at], jnp.zeros(room, jnp.uint32)
     left = number - (ends[at] - lax.population_count(word).astype(jnp.int32))  # of the word's firings before this one
+    # Binary search in the word: if the lower half has too few firings, the wanted bit is in the upper half.
     for width in (16, 8, 4, 2, 1):
         low = lax.population_count((word >> bit) & jnp.uint32((1 << width) - 1)).astype(jnp.int32)
         up = left >= low
@@ -210,6 +215,7 @@ class Block:
 
     def __init__(self, first: int, size: int, feature: np.ndarray, place: np.ndarray, value: np.ndarray):
         self.first, self.size = first, size
+        # A single key of 64 bits sorts faster than two columns, and finds a pair of feature and place by one search.
         self._key = feature.astype(np.int64) << 32 | place.astype(np.int64)
         order = np.argsort(self._key)
         self._key, self.value = self._key[order], value[order]
@@ -241,11 +247,13 @@ def blocks(folder: Path, features: int) -> Iterator[Block]:
     """
     for first in range(0, features, BLOCK):
         size, path = min(BLOCK, features - first), _file(folder, first)
+        # An empty file cannot be mapped.
         firings = np.memmap(path, _RECORD, "r") if path.stat().st_size else np.zeros(0, _RECORD)
         pieces = [firings[start : start + _MOST] for start in range(0, len(firings), _MOST)]
         counts = sum((np.bincount(piece["feature"], minlength=size) for piece in pieces), np.zeros(size, np.int64))
         start = 0
         while start < size:
+            # At least one feature, even if it alone has more firings than a block should.
             stop = min(size, start + max(1, int(np.searchsorted(np.cumsum(counts[start:]), _MOST, side="right"))))
             kept = [piece[(piece["feature"] >= start) & (piece["feature"] < stop)] for piece in pieces]
             records = np.concatenate([np.zeros(0, _RECORD), *kept])

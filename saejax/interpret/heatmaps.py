@@ -34,6 +34,7 @@ class TokenMaps:
     def __init__(self, text: CodedText, place: np.ndarray, documents: int):
         every = np.unique(text.document(place))
         self._text, self._count = text, len(place)
+        # By hash instead of a random state, so that all dictionaries of a store show the same documents.
         self._documents = every[np.argsort(priority(every), kind="stable")[::-1][:documents]]
         starts = text.starts(self._documents)
         self._places = [np.arange(start, start + min(TOKENS, 1 + int(text.left(start)))) for start in starts]
@@ -65,7 +66,10 @@ class TokenMaps:
             is_encoded = self._is_encoded[first : first + len(places)]
             first += len(places)
             in_document = (place >= places[0]) & (place <= places[-1])
+            # Minus the mean over all text, or features that are active everywhere would fill every heatmap.
             excess_F = np.bincount(feature[in_document], value[in_document], len(mean_F)) - is_encoded.sum() * mean_F
+            # Dictionaries may scale a feature's activation at will: what it adds to the output also depends on its
+            # decoder row.
             excess_F *= length_F
             best = np.argsort(-excess_F, kind="stable")[:SHOWN]
             best = best[excess_F[best] > 0]
@@ -97,6 +101,7 @@ def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarra
       W_dec_FxD: decoder rows; the cosine of a zero row is 0.
       other_GxD: decoder rows of the other dictionary.
     """
+    # Rows are filled up to whole blocks, as all steps of ``lax.map`` have one shape.
     rows = -(-len(W_dec_FxD) // _ROWS) * _ROWS
     padded_PxD = jnp.pad(_unit(W_dec_FxD), ((0, rows - len(W_dec_FxD)), (0, 0)))
     largest = jax.device_get(_largest(padded_PxD.reshape(-1, _ROWS, padded_PxD.shape[1]), _unit(other_GxD)))
@@ -107,9 +112,11 @@ def across_layers(W_dec_FxD: jax.Array, other_GxD: jax.Array) -> tuple[np.ndarra
 @jax.jit
 def _largest(rows_NxRxD: jax.Array, other_GxD: jax.Array) -> tuple[jax.Array, jax.Array]:
     def block(rows_RxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # In full float32: accelerators multiply in fewer bits by default, and the cosine is compared with a bar.
         cosine_RxG = jnp.matmul(rows_RxD, other_GxD.T, precision="highest")
         return jnp.argmax(cosine_RxG, axis=1), jnp.max(cosine_RxG, axis=1)
 
+    # Block by block, so that the cosines of all pairs are never in memory at once.
     return lax.map(block, rows_NxRxD)
 
 

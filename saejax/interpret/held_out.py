@@ -59,6 +59,7 @@ def held_out(
         if chosen:
             drawn, _ = describe.group_draws(block, describe.weakest_first(block), draws)
         for i in chosen:
+            # A generator for each feature: its contexts do not depend on which other features are judged.
             rng = np.random.default_rng((seed, block.first + i))
             firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
             active = contexts.contexts(block, text, in_text, i, firings)

@@ -84,6 +84,7 @@ class Interpreter:
         folder, seed = self.run.member_folder(self.name), self.run.configs[InterpretConfig].seed
         scratch = folder / "firings"
         shutil.rmtree(scratch, ignore_errors=True)
+        # The frozen-random dictionary goes first, since both dictionaries are encoded in one pass over the store.
         frozen = frozen_random(self.store, self.dictionary, seed)
         describer, searched = self._describe(folder, scratch, frozen)
         rate = searched[0][1]

@@ -77,6 +77,7 @@ class Endpoint:
 
         def answer(number: int) -> None:
             reply = self._answer(questions[number])
+            # Callers write answers to a file: they arrive from several threads, but are handed on in turn.
             with self._lock:
                 on_answer(number, reply)
 
@@ -116,6 +117,8 @@ class Endpoint:
         """Rename or drop the parameter that a refusal names; return whether to ask again."""
         message = f"{getattr(error, 'param', None) or ''} {_message(error)}"
         with self._lock:
+            # Endpoints name a parameter that they refuse in words, each in its own: the refusal is searched for known
+            # names.
             if options != self._options or limit_name != self._limit_name:
                 return True  # another thread adapted the parameters meanwhile
             if "max_completion_tokens" in message and limit_name == "max_tokens":
@@ -143,6 +146,7 @@ def _read_reply(reply: Any, question: Question) -> Answer:
     text = choice.message.content
     prompt_tokens = usage.prompt_tokens if usage else len(question.task + question.text) // _LETTERS
     answer_tokens = usage.completion_tokens if usage else len(text or "") // _LETTERS
+    # A reply cut at the limit may lack its verdict, and half a verdict can be misread.
     complete = choice.finish_reason != "length" and isinstance(text, str)
     return Answer(text if complete else None, (prompt_tokens, answer_tokens))
 

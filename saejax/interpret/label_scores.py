@@ -41,6 +41,7 @@ def detection(held: HeldOut, label: str, seed: int, max_tokens: int) -> Exam:
       max_tokens: limit of a reply.
     """
     contexts, fires = [*held.active, *held.silent], held.fires
+    # The order does not depend on the label, so a label and its control answer the same questions.
     order = np.random.default_rng((seed, held.feature, 0)).permutation(len(contexts))
     groups = [order[start : start + GROUP].tolist() for start in range(0, len(contexts), GROUP)]
     questions = [detect(label, [contexts[i] for i in group], max_tokens) for group in groups]
@@ -62,6 +63,8 @@ def intruders(held: HeldOut, seed: int, max_tokens: int) -> Exam:
     questions, correct = [], []
     for number in range(len(held.silent) // _PER_INTRUDER if starts else 0):
         start, index = starts[number % len(starts)], int(rng.integers(GROUP))
+        # Active contexts are in order of strength: neighbours are about equally strong, so that only the intruder
+        # differs.
         shown = held.active[start : start + others]
         positions = list(map(active_positions, shown))
         shown.insert(index, held.silent[number])
@@ -85,6 +88,7 @@ def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[b
     hit, missed, false, true = (count[pair] for pair in ((True, True), (True, False), (False, True), (False, False)))
     if not (hit + missed and false + true):
         return None
+    # The mean of both shares: with few silent contexts, always "yes" would otherwise score high.
     recall, specificity = hit / (hit + missed), true / (false + true)
     f1 = 2 * hit / max(1, 2 * hit + false + missed)
     return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
@@ -100,4 +104,5 @@ def is_kept(score: FeatureScore | None, control: FeatureScore | None) -> bool:
     """Return whether the lower end of the 95 % Wilson interval of accuracy is above the control's, and above chance."""
     if score is None:
         return False
+    # The interval's lower end, because the best of thousands of labels would often exceed a control by luck.
     return wilson_of(score.accuracy, score.contexts).low > max(CHANCE, control.accuracy if control else CHANCE)

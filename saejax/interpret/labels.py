@@ -23,12 +23,15 @@ def bars(rate: np.ndarray, random_rate: np.ndarray, random_f1: np.ndarray) -> np
       random_rate: firing rates of the random directions.
       random_f1: F1 of the detector chosen for each of them.
     """
+    # Without random directions nothing shows that a label is better than chance: none can pass.
     if not len(random_rate):
         return np.ones(len(rate))
     order = np.argsort(random_rate, kind="stable")
     sorted_rate, sorted_f1 = random_rate[order], random_f1[order]
     near = min(_NEAR, len(order))
+    # F1 depends on the rate, so a label is compared with directions that fire about as often.
     start = np.clip(np.searchsorted(sorted_rate, rate) - near // 2, 0, len(order) - near)
+    # An observed value, without interpolation: at least 95 % of the directions do not exceed it.
     return np.quantile(sorted_f1[start[:, None] + np.arange(near)], _LEVEL, axis=1, method="higher")
 
 
@@ -38,6 +41,7 @@ def partners(rate: np.ndarray, labelled: Sequence[bool]) -> np.ndarray:
     has = np.flatnonzero(np.asarray(labelled)[order])
     partner = np.full(len(rate), -1)
     if len(has) > 1:
+        # The next in order of rate, from the last to the first again, so that every feature with a label has a partner.
         after = has[np.searchsorted(has, np.arange(len(order)), side="right") % len(has)]
         partner[order] = order[after]
     return partner
@@ -101,6 +105,7 @@ def write_label(path: Path, dictionary: str, feature: int, label: str, reviewer:
       UserError: the existing file is not a file of labels; it is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes may write labels at once: the lock spans reading and writing.
     with locked(path.with_name(f".{path.name}.lock")):
         rows = read_sheet(path, COLUMNS, flag) if path.exists() else []
         old = [row for row in rows if _means(row, dictionary, feature)]

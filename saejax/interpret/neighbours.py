@@ -50,6 +50,7 @@ def output_tokens(lm: LanguageModel, W_dec_FxD: jax.Array, count: int) -> Output
       W_dec_FxD: decoder rows, which features add to the residual stream.
       count: number of tokens at either end; at most the vocabulary.
     """
+    # The last block is filled up: one shape, one program.
     count = min(count, lm.config.vocab)
     parts, block = [], min(ROWS, len(W_dec_FxD))
     for start in range(0, len(W_dec_FxD), block):
@@ -70,9 +71,11 @@ def logit_lens(
       params: parameters of the decoder.
       rows_RxD: decoder rows.
     """
+    # The row's part alone: biases are common to all features, and a soft cap would bend logits of long rows.
     plain = dataclasses.replace(config, unembed_bias=False, final_logit_softcap=None)
     bias = {name: jnp.zeros_like(value) for name, value in params.items() if name == "final_norm_bias_D"}
     logits_RxV = decoder.unembed(plain, {**params, **bias}, rows_RxD[None].astype(params["embed_VxD"].dtype))[0]
+    # Softmax ignores a constant, so only differences from the mean say which tokens gain.
     logits_RxV -= logits_RxV.mean(axis=-1, keepdims=True)
     up, up_ids = lax.top_k(logits_RxV, count)
     down, down_ids = lax.top_k(-logits_RxV, count)
@@ -90,6 +93,8 @@ def nearest_rows(W_dec_FxD: jax.Array, count: int) -> tuple[np.ndarray, np.ndarr
     """Return the features with the nearest rows of ``W_dec_FxD`` by cosine, and the cosines, both [F, count]."""
     features = len(W_dec_FxD)
     block, count = min(ROWS, features), min(count, features - 1)
+    # The last block starts earlier instead of being filled up, so rows of two blocks are computed twice with equal
+    # results.
     starts_N = np.minimum(np.arange(0, features, block), features - block)
     ids, cosines = np.empty((features, count), np.int32), np.empty((features, count), np.float32)
     for start in starts_N.tolist():
@@ -120,6 +125,7 @@ class Together:
 
     def __init__(self, features: int, tokens: int):
         share = min(1.0, _TOKENS / tokens)
+        # A place is in the sample by its hash: the same tokens for all features, without a list of them.
         self._features, self._least = features, np.uint64(int((1 - share) * 2.0**64))
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
         self._fires: sparse.csc_array | None = None
@@ -141,6 +147,7 @@ class Together:
         both = (fires[:, first : first + size].T @ fires).toarray()
         block_counts = counts[first : first + size, None]
         share = both / np.maximum(block_counts + counts[None] - both, 1)
+        # A feature always fires together with itself.
         share[np.arange(size), first + np.arange(size)] = -1.0
         count = min(count, self._features - 1)
         best = np.argpartition(-share, count - 1, axis=1)[:, :count]

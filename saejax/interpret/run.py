@@ -44,6 +44,7 @@ def run_interpret(run: Run) -> InterpretResults:
     stack, store = stacks.members(trained), Store.open(run.inputs["capture"])
     path = {member.name: run.member_folder(member.name) / DONE for member in stack}
 
+    # Read only if a dictionary is left to do: a finished unit needs no model.
     @functools.cache
     def read() -> tuple[LanguageModel, Mesh, CodedText]:
         model, mesh = run.configs[ModelConfig], make_mesh(run.configs[MeshConfig])

@@ -56,9 +56,12 @@ class Scored:
           bases: frequency of each code in the held-out text.
           rate: firing rate of each feature on the search text, which selects other features.
         """
+        # Chosen on the search text: the best of several scores on held-out text would be too high.
         chosen = [
             max(by_family, key=lambda family: by_family[family][1]) if by_family else "" for by_family in detectors
         ]
+        # A feature that fires as often: F1 depends on the rate, so a rarer or more frequent one would be too easy to
+        # exceed.
         other = partners(rate, [bool(family) for family in chosen])
         score: list[dict[str, DetectorScore]] = []
         shuffled, fires = np.zeros(len(detectors)), np.zeros(len(detectors))
@@ -89,6 +92,7 @@ class Scored:
         return {
             i: Label(self.detectors[i][family][0].says(self.text), FOUND, f1=round(by_family[family].f1.mean, 4))
             for i, (by_family, family) in enumerate(zip(self.score, self.chosen, strict=True))
+            # The interval's lower end, since a feature with few held-out firings can reach a high F1 by luck.
             if family and by_family[family].f1.low > bar[i]
         }
 

@@ -96,6 +96,7 @@ class CodedText:
         """Return the last ``length`` tokens up to places as one number; -1 where the document has fewer."""
         code = np.zeros(len(place), np.int64)
         for steps in reversed(range(length)):
+            # Farthest token first, so that the last token is the lowest digit, as ``_ids_of`` reads it.
             code = code * self._vocabulary + self.back(place, steps)
         return np.where(self._position[place] >= length - 1, code, -1)
 
