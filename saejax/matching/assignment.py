@@ -45,9 +45,11 @@ class Auction:
 
     def urgent(self, count: int) -> np.ndarray:
         """Return ``count`` rows to look next: those that wait first, then those that are nearest to waiting."""
+        # argpartition takes no count beyond the last row.
         if count == len(self.column_F):
             return np.arange(count)
         margin_F = self._best_profit() - self._unknown_F
+        # Rows that wait come first; others that are nearly out of known columns look along, as they would wait next.
         margin_F[self.waiting] = -np.inf
         return np.sort(np.argpartition(margin_F, count - 1)[:count])
 
@@ -63,8 +65,10 @@ class Auction:
             shape = len(self.column_F), column_NxC.shape[1]
             self._known_FxC, self._value_FxC = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
         knows_all = column_NxC.shape[1] == len(self.price_G)
+        # Prices only rise, so what was shown last bounds all that was not shown for good.
         self._unknown_F[row_N] = 0.0 if knows_all else np.maximum(profit_NxC[:, -1], 0)
         self._known_FxC[row_N] = column_NxC
+        # Values are kept instead of profits, as prices go on changing.
         self._value_FxC[row_N] = profit_NxC + self.price_G[column_NxC]
 
     def bid(self) -> None:
@@ -81,6 +85,7 @@ class Auction:
             bids_N = (best_N >= unknown_N) & (best_N > 0)  # a row without profit stays unassigned
             if not bids_N.all():
                 waits.append(row_N[(best_N < unknown_N) & (unknown_N > 0)])
+            # Without the STEP two rows that want two equal columns would raise nothing, for ever.
             raise_N = best_N - np.maximum(profit_NxC.max(axis=1), unknown_N) + np.float32(STEP)
             left = self._sell(row_N[bids_N], known_NxC[number_N, place_N][bids_N], raise_N[bids_N])
         self.waiting = np.concatenate([*waits, left])

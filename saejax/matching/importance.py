@@ -139,6 +139,7 @@ def align_importance(
         if len(pairs.first_M) >= _PAIRS:
             turned = _spearman(first.importance_F[pairs.first_M], rotated.importance_F[pairs.second_M])
     if correlation is not None:
+        # Either model may be the one whose importance is for other answers: both directions are placebos.
         values = [_spearman(first_M, other_F[matches.second_M]) for other_F in second.placebo_RxF]
         values += [_spearman(other_F[matches.first_M], second_M) for other_F in first.placebo_RxF]
     return ImportanceAlignment(
@@ -164,6 +165,7 @@ def match_features(first: ItemFeatures, second: ItemFeatures, shift: bool = Fals
     real_N = first.activity.real_N[token_N] & second.activity.real_N[other_N]
     token_N, other_N = token_N[real_N], other_N[real_N]
     if shift:
+        # Half the text away: runs of firings keep their form, and no pair of tokens stays a pair.
         other_N = np.roll(other_N, len(other_N) // 2)
     live, rows = [], []
     for features, at_N in ((first, token_N), (second, other_N)):
@@ -186,6 +188,7 @@ def rank_correlation(
         return None, None
     one_N, two_N = _unit_ranks(first_N), _unit_ranks(second_N)
     rng, measured = np.random.default_rng(seed), float(one_N @ two_N)
+    # A tolerance, because sums of the same products in another order differ in their last digits.
     as_large = sum(float(rng.permutation(one_N) @ two_N) >= measured - 1e-12 for _ in range(_PERMUTATIONS))
     return measured, (1 + as_large) / (1 + _PERMUTATIONS)
 

@@ -77,14 +77,18 @@ def match(problems: Iterable[tuple[Key, np.ndarray, np.ndarray]], mesh: Mesh) ->
     ready, solving = list[_Problem](), dict[Future, _Problem]()
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as pool:
         while True:
+            # Twice a block: the devices multiply one while the host solves the other.
             while len(ready) + len(solving) < 2 * block and (next_problem := next(waiting, None)) is not None:
                 ready.append(_Problem(*next_problem))
             if not ready and not solving:
                 return
+            # One shape per block, since a block is one program.
             batch = [problem for problem in ready if problem.kind == ready[0].kind][:block]
             ready = [problem for problem in ready if problem not in batch]
             for problem in _look(batch, block, mesh):
                 solving[pool.submit(problem.auction.bid)] = problem
+            # While the devices have work, solved problems are only collected; without work there is nothing to do but
+            # wait.
             done, _ = wait(solving, timeout=0 if ready else None, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
@@ -118,6 +122,7 @@ class _Problem:
     def rows(self) -> int:
         """Number of rows to look next: four times those that wait, rounded up to one of few sizes of programs."""
         rows, wanted = len(self._few_FxD), 4 * len(self.auction.waiting)
+        # More rows than wait are shown, as their neighbours will wait soon; sizes are powers of two for few programs.
         return min(rows, _ROWS * 2 ** max(0, math.ceil(math.log2(wanted / _ROWS))))
 
     @property
@@ -140,6 +145,7 @@ class _Problem:
     ) -> None:
         """Take the results of ``_best_of_pair``."""
         if top_G is not None and row_G is not None:
+            # Only the first look has no prices in it: later ones do not give the nearest rows.
             best_G = column_NxC[row_G.astype(np.int64), 0] == np.arange(len(top_G))
             best_N = row_G[column_NxC[:, 0]] == np.arange(len(top_NxC))
             self._nearest = top_NxC[:, 0], top_G, best_N, best_G
@@ -151,6 +157,7 @@ class _Problem:
         few_F, many_G, mutual_F, mutual_G = self._nearest
         paired = np.flatnonzero(self.auction.column_F >= 0)
         column, own_F = self.auction.column_F[paired], np.zeros(len(few_F))
+        # Anew from the rows, since values minus prices plus prices have lost digits.
         own_F[paired] = np.einsum("fd,fd->f", self._few_FxD[paired], self.many_GxD[column], dtype=np.float64)
         gap = self.auction.gap(own_F)
         if not self._swapped:
@@ -166,6 +173,7 @@ def _look(problems: Sequence[_Problem], block: int, mesh: Mesh) -> Sequence[_Pro
     """Find the best columns of the problems' next rows; the last problem is repeated to fill the block."""
     if not problems:
         return []
+    # Copies fill the block, so that a smaller one needs no program of its own.
     filled = [*problems, *[problems[-1]] * (block - len(problems))]
     parts = [
         np.stack(part)
@@ -202,6 +210,7 @@ def best_rows(
     """
 
     def here(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        # Not one vmap over all pairs: the products of a few pairs at a time have to fit into memory.
         return lax.map(lambda pair: _best_of_pair(count, both, *pair), arrays, batch_size=vmapped)
 
     spec = PartitionSpec(AXES)
@@ -223,9 +232,11 @@ def _best_of_pair(
 
     def chunk(best: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple:
         number, rows_RxD = part
+        # In full float32, as near ties decide who is nearest to whom.
         value_RxG = jnp.matmul(rows_RxD, second_GxD.T, precision="highest")
         if both:
             real_R = number * rows + jnp.arange(rows) < features
+            # Rows that only fill the chunk have products of 0, which would beat negative ones.
             known_RxG = jnp.where(real_R[:, None], value_RxG, -jnp.inf)
             top_G, row_G = best
             larger_G = known_RxG.max(axis=0) > top_G

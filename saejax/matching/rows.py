@@ -33,8 +33,10 @@ def independent_rows(rows_FxD: np.ndarray, seed: Sequence[int]) -> np.ndarray:
     directions would be too far from everything, and any two dictionaries would seem to share features.
     """
     mean_D = rows_FxD.mean(axis=0)
+    # float64, because small eigenvalues of a covariance in float32 are rounding errors.
     centred_FxD = (rows_FxD - mean_D[None]).astype(np.float64)
     rng = np.random.default_rng(seed)
+    # An eigendecomposition, as a covariance of few rows is singular and has no Cholesky factor.
     value_D, vector_DxD = np.linalg.eigh(centred_FxD.T @ centred_FxD / len(centred_FxD))
     root_DxD = (vector_DxD * np.sqrt(np.maximum(value_D, 0))[None]).astype(np.float32)
     random_FxD = rng.standard_normal(rows_FxD.shape, np.float32) @ root_DxD.T + mean_D[None]
@@ -53,6 +55,7 @@ def rotate(dictionary: Dictionary, seed: Sequence[int]) -> Dictionary:
     It explains the rotated activations as well, and is as sparse, as the dictionary itself; what it explains of the
     unrotated ones is chance.
     """
+    # Centred first: a rotation about the origin would move the activations' mean away from the bias.
     centred = rescale.centre(dictionary)
     turn_DxD, arrays = random_rotation(dictionary.config.d_in, seed), centred.arrays
     rotated = dict(W_enc_DxF=turn_DxD @ arrays["W_enc_DxF"], W_dec_FxD=arrays["W_dec_FxD"] @ turn_DxD.T)

@@ -67,6 +67,7 @@ def find_groups(
     null_overlaps = []
     for _ in range(resamples):
         shuffled = view.shuffled(rng)
+        # Shuffled data go through the same steps, bootstrap included: groups of noise recur on its samples, too.
         null_overlaps.append(overlaps(group(shuffled, None), group(shuffled, shuffled.bootstrap(rng))))
     null_groups = float(np.mean([len(overlap_U) for overlap_U in null_overlaps]))
     stable = StableGroups(group_F, np.mean(overlaps_by_resample, axis=0), np.concatenate(null_overlaps), null_groups)
@@ -83,6 +84,7 @@ def group_features(similarity_FxF: np.ndarray, smallest: int) -> np.ndarray:
     features = len(similarity_FxF)
     if features < max(smallest, _CORE):
         return np.full(features, -1)
+    # Opposite features are as unrelated as orthogonal ones: what never fires together forms no group.
     distance_FxF = 1.0 - np.maximum(similarity_FxF.astype(np.float64), 0.0)
     np.fill_diagonal(distance_FxF, 0.0)
     largest = max(smallest, features // _PARTS)  # half of all noise, as one group, would be found on every sample
@@ -106,6 +108,7 @@ def overlaps(first_F: np.ndarray, second_F: np.ndarray) -> np.ndarray:
     groups, others = (int(group_F.max(initial=-1)) + 1 for group_F in (first_F, second_F))
     if not groups or not others:
         return np.zeros(groups)
+    # Features without a group count in the sizes below only: left alone twice is no agreement.
     both = (first_F >= 0) & (second_F >= 0)
     shared_UxE = np.zeros((groups, others))
     np.add.at(shared_UxE, (first_F[both], second_F[both]), 1.0)

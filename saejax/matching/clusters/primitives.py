@@ -41,6 +41,7 @@ class BehaviourEffects:
     def statistics(self, features: int) -> FeatureStatistics:
         """Return how often and how strongly each of a dictionary's features fires on the prompts."""
         fires_F, sum_F = np.zeros(features, np.int64), np.zeros(features)
+        # At least 1, as a feature in the table fires somewhere, however rarely.
         fires_F[self.table.feature] = np.maximum(np.round(self.table.firing_rate * _COUNTED), 1)
         sum_F[self.table.feature] = self.table.mean_activation * fires_F[self.table.feature]
         return FeatureStatistics(_COUNTED, fires_F, sum_F)
@@ -54,6 +55,7 @@ def profiles(behaviours: Mapping[str, BehaviourEffects]) -> tuple[np.ndarray, np
     feature_F = np.unique(np.concatenate([effects.table.feature for effects in behaviours.values()]))
     parts = []
     for effects in behaviours.values():
+        # Even prompts form groups and odd ones test them, so that a group cannot fit the noise that it is tested on.
         drop_NxP = effects.drop_NxP[:, ::2]
         part_FxP = np.zeros((len(feature_F), drop_NxP.shape[1]))
         size = float(np.sqrt(np.mean(np.square(drop_NxP)))) if drop_NxP.size else 0.0
@@ -80,6 +82,7 @@ def costs(
         cost_F[effects.table.feature] = effects.drop_NxP[:, 1::2].mean(axis=1)
         for place, group in enumerate(groups):
             firing = statistics.firing(group)
+            # With fewer others, matched sets would run out of features to draw.
             if not firing or 2 * len(firing) + _MATCHES > len(effects.table.feature):
                 continue
             cost_N = cost_F[_matched_sets(statistics, firing, [seed, place])].sum(axis=1)
@@ -112,6 +115,7 @@ def _matched_sets(statistics: FeatureStatistics, group: Sequence[int], seed: Seq
     drawn_NxK = np.zeros((_DRAWS, len(group)), np.int64)
     for drawn_K in drawn_NxK:
         taken: set[int] = set()
+        # In random order: whoever draws late finds its nearest features taken.
         for k in rng.permutation(len(group)):
             free = [feature for feature in near[k].tolist() if feature not in taken][:_MATCHES]
             drawn_K[k] = free[rng.integers(len(free))]
@@ -123,6 +127,7 @@ def _adjusted(costs_by_group: list[dict[str, GroupCost]]) -> list[dict[str, Grou
     """Return the effects with q-values over all groups and behaviours."""
     keys = [(place, name) for place, by_behaviour in enumerate(costs_by_group) for name in by_behaviour]
     if keys:
+        # Over groups and behaviours together, since names are given wherever any of them is significant.
         q_N = false_discovery_control([costs_by_group[place][name].p for place, name in keys])
         for (place, name), q in zip(keys, q_N, strict=True):
             costs_by_group[place][name] = dataclasses.replace(costs_by_group[place][name], q=float(q))

@@ -148,6 +148,7 @@ def _describe(
         features = tuple(view.feature_F[members].tolist())
         group_name = next((names[feature] for feature in features if feature in names), f"feature {features[0]}")
         similarity = float(np.nan_to_num(centrality_F[members]).mean())
+        # Costs come later, for stable groups of all views at once: their q-values are over all of these.
         described.append(FeatureGroup(group_name, features, similarity, overlap, overlap > groups.bar, {}, ()))
     described.sort(key=lambda group: (-group.stable, -len(group.features), -group.overlap))
     return Grouping(

@@ -46,6 +46,7 @@ class ClusterText:
         rows = self._store.rows("train", dictionary.site)
         document_N = self._store.tokens(rows)[0]
         documents, index_N, count = np.unique(document_N, return_inverse=True, return_counts=True)
+        # Whole documents at random, as documents are what the bootstrap resamples.
         order = np.random.default_rng(self._config.seed).permutation(len(documents))
         taken = np.zeros(len(documents), bool)
         taken[order[: int(np.searchsorted(np.cumsum(count[order]), self._config.tokens)) + 1]] = True

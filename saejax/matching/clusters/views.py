@@ -57,6 +57,7 @@ class View:
     def bootstrap(self, rng: np.random.Generator) -> np.ndarray:
         """Return how often each column occurs in a bootstrap sample of the blocks, [N]."""
         blocks = int(self.block_N.max(initial=-1)) + 1
+        # Tokens of a document depend on each other, so documents are resampled whole.
         return np.bincount(rng.integers(blocks, size=blocks), minlength=blocks)[self.block_N].astype(np.float32)
 
     def similarity(self, times_N: np.ndarray | None = None) -> np.ndarray:
@@ -79,6 +80,8 @@ class View:
             mean_F = np.asarray(self.rows @ times_N).reshape(-1) / max(times_N.sum(), 1.0)
             product_FxF -= mean_F[:, None] * mean_F[None]
         size_F = np.sqrt(np.maximum(product_FxF.diagonal(), 0.0))
+        # A row that hardly varies leaves rounding errors after its mean is subtracted: it counts as having no
+        # direction.
         size_F = np.where(size_F > 1e-6 * np.sqrt(np.maximum(square_F, 1e-30)), size_F, np.inf)
         product_FxF /= size_F[:, None] * size_F[None]
         return np.clip(product_FxF, -1.0, 1.0)
@@ -97,6 +100,7 @@ def coactivation(activity: Activity, text_N: np.ndarray) -> View:
     in_XxU = sparse.csr_array((np.ones(len(real), np.float32), (np.arange(len(real)), block_X)))
     texts_F = np.diff((fires_FxX @ in_XxU).tocsr().indptr)
     tokens_F = np.diff(fires_FxX.indptr)
+    # What fires on every token has no correlation.
     kept = np.flatnonzero((tokens_F >= _TOKENS) & (texts_F >= _DOCUMENTS) & (tokens_F < len(real)))
     return View(kept, fires_FxX[kept], block_X, True, _moved)
 
@@ -105,6 +109,7 @@ def _moved(rows: Rows, rng: np.random.Generator) -> Rows:
     """Return the firings of each feature shifted by a random number of tokens, around the end of the text."""
     assert isinstance(rows, sparse.csr_array)
     features, tokens = rows.shape
+    # A shift, not a permutation: runs of firings within a text stay runs, which alone make some features overlap.
     by = np.repeat(rng.integers(tokens, size=features), np.diff(rows.indptr))
     moved = sparse.csr_array((rows.data, (rows.indices + by) % tokens, rows.indptr), rows.shape)
     moved.sort_indices()
@@ -123,6 +128,7 @@ def effects(feature_F: np.ndarray, drop_FxP: np.ndarray) -> View:
 
 
 def _permuted(rows: Rows, rng: np.random.Generator) -> Rows:
+    # Prompts are independent of each other, so each feature's effects can be permuted freely.
     return rng.permuted(rows, axis=1)
 
 

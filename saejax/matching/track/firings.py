@@ -33,6 +33,7 @@ class LayerFirings:
         """Return the firings in activations [T, F], which are 0 where a feature does not fire."""
         position_A, feature_A = np.nonzero(f_TxF)
         value_A = f_TxF[position_A, feature_A]
+        # Ties go to the smaller number, so that pages do not depend on the sort.
         order_A = np.lexsort((feature_A, -np.abs(value_A), position_A))
         return cls(position_A[order_A], feature_A[order_A], value_A[order_A].astype(np.float32), len(f_TxF))
 

@@ -43,6 +43,7 @@ def step_features(firings: LayerFirings, segment_T: np.ndarray, count: int) -> l
     features_U, mean_UxS = firings.mean_by_segment(segment_T)
     own_U, segments = mean_UxS.argmax(axis=1), mean_UxS.shape[1]
     largest_U = mean_UxS.max(axis=1)
+    # Not the mean alone: what is strong in every step sets none apart.
     contrast_U = largest_U - (mean_UxS.sum(axis=1) - largest_U) / max(segments - 1, 1)
     by_segment = []
     for segment in range(segments):
@@ -80,6 +81,7 @@ def only_here(firings: LayerFirings, segment_T: np.ndarray, seed: int) -> tuple[
     if not len(firings.feature_A):
         none_S = np.zeros(int(segment_T.max()) + 1)
         return none_S, none_S
+    # Shifted boundaries keep the lengths of segments: a long one has more features of its own by length alone.
     return counts(segment_T), np.mean([counts(np.roll(segment_T, shift)) for shift in shifts], axis=0)
 
 

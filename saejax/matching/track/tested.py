@@ -68,6 +68,7 @@ class StepTester:
         self._dictionary = jax.device_put(dictionary, sharding(lm.mesh))
         self._point = SplitPoint(lm.config, writes, reads, lm.mesh, lm.rules)
         length = len(text.ids_T)
+        # Lengths are rounded, so that texts share programs.
         padded = round_length(length)
         ids_1xX = np.pad(text.ids_T, (0, padded - length))[None].astype(np.int32)
         last_1, wanted_1xX = np.array([length - 1]), np.ones(ids_1xX.shape, bool)
@@ -99,6 +100,7 @@ class StepTester:
         tested = [feature for feature in features if fires_F[feature]]
         if not tested:
             raise UserError("none of its features fires before its last token")
+        # Random sets fire in the step, too: removing what is silent would do nothing and make any effect look large.
         pool = np.setdiff1d(np.flatnonzero(fires_F), np.asarray(features))
         seed = int(np.random.SeedSequence([self._config.seed, step.start, self._point.site.layer]).generate_state(1)[0])
         random_sets = disjoint_sets(pool, len(tested), self._config.random_sets, seed)
@@ -107,8 +109,10 @@ class StepTester:
         dose_S = np.array([_dose(f_WxF, W_dec_FxD, members) for members in sets])
         share_S = dose_S[0] / np.maximum(dose_S, 1e-30)
         edits = [(sets[0], fraction) for fraction in FRACTIONS] + [(members, 1.0) for members in random_sets]
+        # Sets of a larger dose are ablated in part as well, and compared with the features at their dose.
         edits += [(members, share) for members, share in zip(random_sets, share_S[1:], strict=True) if share < 1]
         pool_K = np.unique(np.concatenate(sets))
+        # The clean run is a row of the same program: rounding differs between programs, and would pass for an effect.
         clean_P, *logp_ExP = self._scores(step, pool_K, [(np.zeros(0, np.int64), 1.0), *edits])
         if not np.isfinite(clean_P).all() or not np.isfinite(logp_ExP).all():
             raise UserError("log-likelihoods are not finite: try --model.dtype=float32")
@@ -127,6 +131,7 @@ class StepTester:
         """Return the log-likelihood of the step's tokens but the first, under each partial ablation, [N, P]."""
         count = step.stop - step.start - 1
         window, pool = filled(count, len(pool_K))
+        # Copies of the last feature, of which nothing is removed, because their fraction stays 0.
         padded_X = np.pad(pool_K, (0, pool - len(pool_K)), mode="edge")
         removed_WxX = np.zeros((window, pool), np.float32)
         removed_WxX[:count] = self._f_TxF[step.start : step.start + count][:, padded_X]
@@ -140,6 +145,7 @@ class StepTester:
                 row[np.searchsorted(pool_K, features)] = fraction
             arrays = self._stream, self._value, self._past, removed_WxX, padded_X, fraction_RxX
             start = np.int32(step.start)
+            # Only the step is run: what comes before it is not edited, and its keys and values are at hand.
             logp_RxW, _ = run_rows(self._point, self._lm.params, self._dictionary, *arrays, targets_W, start)
             parts.append(np.asarray(logp_RxW, np.float64)[: len(edits) - first, :count])
         return np.concatenate(parts)
@@ -192,9 +198,11 @@ def run_rows(
     rows, window = len(fraction_RxX), len(removed_WxX)
     shards = point.mesh.shape["data"]
     tree = SharedPrefixBatch.unshared(jnp.zeros(rows, jnp.int32), jnp.full(rows, start), window, shards)
+    # A window filled up beyond the text reads its last token; those scores are dropped.
     at_W = jnp.minimum(start + jnp.arange(window), stream_1xTxD.shape[1] - 1)
     W_dec_KxD = dictionary.W_dec_FxD[...][features_K]
     removed_RxWxK = removed_WxX[None] * fraction_RxX[:, None, :]
+    # Features are subtracted from the value instead of rebuilding it, so that the dictionary's error stays in place.
     changed_RxWxD = matmul(removed_RxWxK.astype(W_dec_KxD.dtype), W_dec_KxD)
     value_1xWxD = value_1xTxD[:, at_W]
     edited_RxWxD = (value_1xWxD.astype(changed_RxWxD.dtype) - changed_RxWxD).astype(value_1xWxD.dtype)
@@ -270,6 +278,7 @@ def tested_steps(
                     raise UserError("no feature belongs to it")
                 effects[place, segment] = features, *tester.test(text.segments[segment], features)
             except UserError as error:
+                # A step that cannot be tested should not end the text: the page says why.
                 untested[place, segment] = str(error)
             done += 1
             on_step(done, total)

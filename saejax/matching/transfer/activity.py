@@ -44,12 +44,14 @@ class Activity:
           token_N: indices of tokens.
           compared_F: features to compare; the rows of others are 0.
         """
+        # Dense from here on: centred activations have no zeros.
         f_FxN = self.f_NxF[token_N].toarray().T
         return unit(np.where(compared_F[:, None], f_FxN - f_FxN.mean(axis=1, keepdims=True), 0.0))
 
     def rate_matched(self, feature_M: np.ndarray) -> np.ndarray:
         """Return for each of some features another one with the most similar firing rate, [M]; itself if alone."""
         rate_Fx1 = np.bincount(self.f_NxF.indices, minlength=self.f_NxF.shape[1])[:, None].astype(np.float64)
+        # Two neighbours, since the nearest is usually the feature itself.
         near_MxK = cKDTree(rate_Fx1).query(rate_Fx1[feature_M], k=min(2, len(rate_Fx1)))[1].reshape(len(feature_M), -1)
         return np.where(near_MxK[:, 0] == feature_M, near_MxK[:, -1], near_MxK[:, 0])
 
@@ -94,6 +96,7 @@ def encode(dictionary: Dictionary, x_NxD: np.ndarray, batch_tokens: int) -> Acti
     parts, real = [], []
     for start in range(0, len(x_NxD), batch_tokens):
         batch_XxD = x_NxD[start : start + batch_tokens]
+        # The last batch is filled up: one program for all.
         padded_BxD = np.pad(batch_XxD, ((0, batch_tokens - len(batch_XxD)), (0, 0)))
         f_BxF, real_B = jax.device_get(encode_tokens(dictionary, padded_BxD))
         parts.append(sparse.csr_array(f_BxF[: len(batch_XxD)]))

@@ -102,6 +102,7 @@ def follow(links: Sequence[Link]) -> list[Followed]:
         ended, going = begun, {}
         for feature in np.flatnonzero(link.partner_F >= 0).tolist():
             value, partner = float(link.value_F[feature]), int(link.partner_F[feature])
+            # Popped: what is left afterwards ends here.
             before = ended.pop(feature, Followed(place, (feature,), np.inf))
             going[partner] = Followed(before.start, (*before.features, partner), min(before.value, value))
         finished += ended.values()

@@ -112,5 +112,6 @@ def measures_of(wanted: Sequence[str], first: Compared, second: Compared) -> lis
     Directions of two models have nothing to do with each other, whatever their widths: across models only activity on
     shared text is compared.
     """
+    # Files without a fingerprint may be of one model: widths are then all that speaks against it.
     one_space = same_model(first, second) and first.config.d_in == second.config.d_in
     return [measure for measure in wanted if measure not in WEIGHTS or one_space]

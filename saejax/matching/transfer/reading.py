@@ -86,6 +86,7 @@ def read_shared_text(
     corpus = run.configs[CorpusConfig]
     held_out = corpora.held_out_documents(corpus, run.configs[TaskConfig])
     order = np.random.default_rng(seed).permutation(len(held_out))
+    # Held-out text, because dictionaries fit the text that they were trained on.
     texts = first_texts([held_out[i].text for i in order], tokens)
     shared = SharedText(run.folder / "text", {}, {})
     shared.folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +95,7 @@ def read_shared_text(
         lm = load_model_of(run, members[0][1], mesh)
         read = shared.reads[model] = read_text(lm.tokenizer, texts, min(corpus.context, lm.config.context))
         sites = list(dict.fromkeys(each.config.site for _, each in members))
+        # All sites of a model in as few passes as memory allows.
         at_once = max(1, _VALUE_BYTES // max(4 * len(read.text_N) * lm.config.d_model, 1))
         for start in range(0, len(sites), at_once):
             values = site_values(lm, read, sites[start : start + at_once], batch_tokens)
@@ -186,6 +188,7 @@ class Reading:
           measures: use the half of the text that measures, not the one that chooses pairs.
         """
         first_N, second_N = self._half(first, second, measures)
+        # Shifted by half, every feature keeps its runs of firings, and no token meets itself.
         second_N = np.roll(second_N, len(second_N) // 2) if null else second_N
         first_F, second_G = self.compared_features(first, second)
         return self._activity(first).rows(first_N, first_F), self._activity(second).rows(second_N, second_G)
@@ -267,7 +270,9 @@ class Reading:
         """Return the tokens at which both dictionaries apply, among the tokens of each model."""
         left, right = self._compared[first], self._compared[second]
         first_N, second_N = aligned(self._shared.reads[left.fingerprint], self._shared.reads[right.fingerprint])
+        # Neither dictionary reads its model's attention sinks, which may be at other tokens in the other model.
         real = self._activity(first).real_N[first_N] & self._activity(second).real_N[second_N]
+        # Halves of whole texts: tokens of a text resemble each other, so halves of its tokens would not be independent.
         odd = self._shared.reads[left.fingerprint].text_N[first_N[real]] % 2
         if min((odd == 0).sum(), (odd == 1).sum()) < _MIN_SHARED:
             raise UserError(
@@ -292,6 +297,7 @@ class Reading:
             return None
         # Without attention sinks, which keep their values where the mean stands in, as in ``evaluate``.
         mean_D = self._shared.values(each)[self._activity(index).real_N].mean(0, dtype=np.float64)
+        # Reversed, so that the first dictionary of a model names it.
         models = {other.fingerprint: number for number, other in reversed(list(enumerate(self._compared)))}
 
         def measure(dictionaries):

@@ -42,6 +42,7 @@ class AffineMap(NamedTuple):
         error_R = np.zeros(len(_RIDGES))
         for fold in range(_FOLDS):
             inside = fold_N != fold
+            # The ridge is chosen on folds that the map was not fitted on, or the smallest would always win.
             solver = _RidgeSolver(x_NxD[inside], y_NxK[inside])
             for number, ridge in enumerate(_RIDGES):
                 error_R[number] += np.square(y_NxK[~inside] - solver.solve(ridge).apply(x_NxD[~inside])).sum()
@@ -63,11 +64,13 @@ class _RidgeSolver:
     def __init__(self, x_NxD: np.ndarray, y_NxK: np.ndarray):
         self._mean_D, self._mean_K = x_NxD.mean(0, dtype=np.float64), y_NxK.mean(0, dtype=np.float64)
         x_NxD, y_NxK = x_NxD - self._mean_D[None], y_NxK - self._mean_K[None]
+        # In float64, because the normal equations square the condition number.
         value_D, self._vector_DxD = np.linalg.eigh(x_NxD.T @ x_NxD)
         self._value_D = np.maximum(value_D, 0)
         self._target_DxK = self._vector_DxD.T @ (x_NxD.T @ y_NxK)
 
     def solve(self, ridge: float) -> AffineMap:
+        # The constant keeps a site whose values never vary from dividing by zero.
         damped_D = self._value_D + ridge * self._value_D.mean() + 1e-12
         matrix_DxK = self._vector_DxD @ (self._target_DxK / damped_D[:, None])
         return AffineMap(matrix_DxK, self._mean_K - self._mean_D @ matrix_DxK, ridge)
@@ -90,6 +93,7 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
       back: map from the dictionary's site to the other.
       native: dictionary of the other site, whose site and sink rule are used.
     """
+    # Without centring, the maps can be multiplied into the weights: no third kind of dictionary is needed.
     plain = rescale.uncentre(dictionary)
     arrays = {name: np.asarray(array, np.float64) for name, array in plain.arrays.items()}
     moved = plain.kind.move_bias(arrays, into.shift_K @ arrays["W_enc_DxF"])
@@ -130,6 +134,7 @@ def evaluate_at_other_site(
       seed: seed of the rotation.
       losses: measures cross-entropy recovered at the other site; None: not wanted.
     """
+    # The null goes through the same maps: they alone explain part of the variance.
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
     into = AffineMap.fit(native.fit_NxD, moved.fit_NxD)
     back = AffineMap.fit(moved.fit_NxD, native.fit_NxD)

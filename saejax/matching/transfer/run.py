@@ -73,6 +73,7 @@ def run_transfer(run: Run) -> TransferResults:
                 f"add activity to --transfer.measures={','.join(config.measures)}"
             )
     effects = load_effects(config.ablations, compared)
+    # The last dictionary is the first of no pair.
     parts = [f"{number:03d}-{folder_name(each.name)}" for number, each in enumerate(compared)][:-1]
 
     def begin() -> Measure:
@@ -81,6 +82,7 @@ def run_transfer(run: Run) -> TransferResults:
 
     pairs_of = each_part(run, parts, begin, tuple[ComparedPair, ...], "assignments")
     results = summarize(run, compared, parts, [pair for part in parts for pair in pairs_of[part]], wanted)
+    # Last, as a run that is continued needs the text's activations for the remaining pairs.
     shutil.rmtree(run.folder / "text", ignore_errors=True)
     return results
 
@@ -113,6 +115,7 @@ class RowCache:
         if key not in self._rows:
             self._rows[key] = make()
         self._rows.move_to_end(key)
+        # The rows asked for stay, however large.
         while len(self._rows) > 1 and sum(rows.nbytes for rows in self._rows.values()) > self._limit:
             self._rows.popitem(last=False)
         return self._rows[key]
@@ -162,6 +165,8 @@ class Comparison:
         matched_by_key: dict[Key, Matched] = {}
         on_progress(0, total)
         for key, matched in match(self._problems(first, measures), self._mesh):
+            # An assignment picks what correlates by chance, too: its correlations are measured on text that did not
+            # pick.
             matched_by_key[key] = self._with_measured_values(first, key, matched)
             on_progress(len(matched_by_key), total)
         tables: dict[str, list[FeaturePairs]] = {}
@@ -200,6 +205,7 @@ class Comparison:
 
     def _weights(self, name: str, index: int, null: bool) -> np.ndarray:
         if null:
+            # By the dictionary's number, so that a continued run draws the same null.
             seed = [self._config.seed, index]
             return self._cache.get(
                 (name, index, True), lambda: independent_rows(self._weights(name, index, False), seed)
@@ -254,6 +260,7 @@ class Comparison:
             by_decoder_F, by_encoder_F = (matched[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
             paired = by_decoder_F >= 0
             agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None
+        # By activity where it was measured: features that fire together are asked for equal effects.
         main = matched["activity" if "activity" in names else names[0], second, _FOUND]
         link = Link.shared(main.partner_F, main.value_F, least)
         transfers: dict[str, ReconstructionTransfer] = {}
@@ -295,6 +302,7 @@ def score(matched: Matched, features: tuple[np.ndarray, np.ndarray], shared: flo
       shared: smallest value of a shared pair.
     """
     first_F, second_G = features
+    # So many pairs are possible; features left over because the other dictionary is smaller do not count against it.
     pairs_N = np.zeros(min(first_F.sum(), second_G.sum()))
     values = matched.value_F[(matched.partner_F >= 0) & first_F][: len(pairs_N)]
     pairs_N[: len(values)] = np.nan_to_num(values)

@@ -102,9 +102,11 @@ def compare(
     about = functools.partial(MatchedDrops, count, (shares[0], shares[1]), similarity)
     one_M = first.drop[np.searchsorted(first.feature, matches.first_M[kept_E])]
     two_M = second.drop[other_M]
+    # Two pairs always have a rank correlation of 1 or -1.
     if count < 3 or np.ptp(one_M) == 0 or np.ptp(two_M) == 0:
         return about(None, None, None)
     rng = np.random.default_rng(seed)
+    # Pairs are resampled, as they are what dictionaries agree about; prompts are the same for both.
     drawn_RxM = rng.integers(count, size=(resamples, count))
     shuffled_CxM = rng.permuted(np.tile(two_M, (DRAWS, 1)), axis=1)
     near_MxA = nearest_others(coordinates(second.firing_rate, second.mean_activation), _ALIKE)[other_M]
@@ -130,6 +132,7 @@ def _mutual(first_FxD: np.ndarray, second_GxD: np.ndarray, least: float) -> Matc
         return Matches(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
     best_F, best_G = np.zeros(len(first_FxD), np.int64), np.zeros(len(second_GxD), np.int64)
     most_F, most_G = np.full(len(first_FxD), -np.inf), np.full(len(second_GxD), -np.inf)
+    # In chunks, because all similarities of two wide dictionaries take gigabytes.
     step = max(_CHUNK // len(second_GxD), 1)
     for start in range(0, len(first_FxD), step):
         product_KxG = first_FxD[start : start + step] @ second_GxD.T

@@ -85,6 +85,7 @@ def summarize(
             for step, feature in enumerate(chain.features)
         ]
         chains.append(summary)
+    # Reshaped, as no rows at all would have no columns either.
     ChainLinks(*np.array(rows, np.int32).reshape(-1, 4).T).save(run.folder / "chains.parquet")
     write_text(run.folder / "pairs.csv", _csv(pairs))
     rule = (

@@ -37,6 +37,7 @@ class ReadText:
 
 def first_texts(texts: Sequence[str], tokens: int) -> list[str]:
     """Return the first texts of a list with about ``tokens`` tokens together; at least one text."""
+    # By characters: models split the same text into different numbers of tokens.
     ends = np.cumsum([len(text) for text in texts])
     return list(texts[: int(np.searchsorted(ends, _CHARACTERS * tokens)) + 1])
 
@@ -87,5 +88,6 @@ def aligned(first: ReadText, second: ReadText) -> tuple[np.ndarray, np.ndarray]:
 def _places(read: ReadText) -> tuple[np.ndarray, np.ndarray]:
     """Return the characters at which tokens end, each once, and the last token that ends there."""
     key_N = read.text_N << 32 | read.end_N
+    # From the back: of several tokens in a character (bytes), the last has read all of it.
     key_U, from_back_U = np.unique(key_N[::-1], return_index=True)
     return key_U[key_U & (2**32 - 1) > 0], (len(key_N) - 1 - from_back_U)[key_U & (2**32 - 1) > 0]
