@@ -49,4 +49,5 @@ def fault(tokenizer: Any, prompt: Prompt) -> str:
         return MERGED
     if first_ids[0][0] == first_ids[0][1]:
         return ALIKE
+    # Both texts must begin the answers alike: patching compares the same two logits on either.
     return "" if first_ids[0] == first_ids[-1] else OTHER

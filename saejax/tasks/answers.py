@@ -49,6 +49,7 @@ def number_verdicts(text: str, answer: str) -> dict[str, Verdict]:
     """
     strict, flexible = strict_number(text), flexible_number(text)
     return dict(
+        # Text against text, as in the harness: figures are to be comparable with published ones.
         strict=Verdict(strict, strict is not None and _normal(strict) == _normal(answer)),
         flexible=Verdict(flexible, flexible is not None and _value(flexible) == _value(answer)),
     )
@@ -90,12 +91,14 @@ def formula_verdicts(text: str, answer: str) -> dict[str, Verdict]:
       text: what the model wrote.
       answer: the right formula in LaTeX, without a box around it.
     """
+    # Boxed again, so that math-verify reads the answer as it reads the model's.
     gold, boxed, anywhere = _parsed(f"\\boxed{{{answer}}}"), last_boxed(text), _parsed(text)
     in_box = _parsed(f"\\boxed{{{boxed}}}") if boxed else []
     readings = dict(
         strict=(boxed if in_box or boxed == answer else None, in_box),
         flexible=(str(anywhere[-1]) if anywhere else None, anywhere),
     )
+    # Bases are looked for where the answer is, as numbers on the way may be of other bases.
     written = dict(strict=boxed, flexible=boxed or text)
     return {
         rule: Verdict(
@@ -118,6 +121,7 @@ def last_boxed(text: str) -> str | None:
 
     The content of ``\boxed 5$``, without braces, is the text before the dollar sign.
     """
+    # From the back, as models box steps before the answer; a box that is not closed was cut off.
     for box in reversed(list(_BOX.finditer(text))):
         if text[box.end() : box.end() + 1] != "{":
             return text[box.end() :].split("$")[0].strip() or None
@@ -131,6 +135,7 @@ def last_boxed(text: str) -> str | None:
 
 def _parsed(text: str) -> list[Any]:
     """Parse a text with math-verify; return its formula and the formula's text, or nothing if there is none."""
+    # Here, because math-verify loads sympy, which benchmarks of numbers do not need.
     import math_verify
     from math_verify.errors import TimeoutException
 

@@ -60,6 +60,7 @@ def run_baseline(run: Run) -> BaselineResults:
       Interrupted: asked to stop; behaviours that were measured are kept.
     """
     task = run.configs[TaskConfig]
+    # The weights are loaded when prompts are there: bad prompts should not wait for a model.
     tokenizer, model = load_tokenizer(resolve(run.configs[ModelConfig])), functools.cache(lambda: _load(run))
     own_prompts = read_own_prompts(task, tokenizer)
     names = (*task.behaviours, *own_prompts)
@@ -103,6 +104,7 @@ def run_baseline(run: Run) -> BaselineResults:
         [each for outcome in measured_by_name.values() for each in getattr(outcome, of)] for of in ("prompts", "scores")
     )
     write_prompts(run.folder / "prompts.jsonl", prompts, scores)
+    # Before the parts are removed: a run that stops in between still finds them.
     write_left_out(run.folder, left_out)
     shutil.rmtree(run.folder / PARTS, ignore_errors=True)
     return BaselineResults(behaviours, left_out or None)
@@ -142,7 +144,9 @@ def score_prompts(model: LanguageModel, prompts: Sequence[Prompt]) -> list[Promp
             "overflows; try --model.dtype=float32 or another model"
         )
     diff_T = logits_Tx2[:, 0] - logits_Tx2[:, 1]
+    # Negative, because after the counterpart the wrong answer is the right one.
     counterpart = dict(zip(paired, (-diff_T[n:]).tolist(), strict=True))
+    # Of most answers the first token is all there is, so only longer ones take another pass.
     whole_Nx2 = logits_Tx2[:n] - logsum_T[:n, None]
     longer = [(i, side) for i, pair in enumerate(answers) for side, ids in enumerate(pair) if len(ids) > 1]
     contexts = [tokens.ids_BxT[i, : tokens.lengths_B[i]].tolist() for i, _ in longer]
@@ -160,6 +164,7 @@ def summarize(drawn: Drawn, scores: Sequence[PromptScore], task: TaskConfig) -> 
     splits = {name: _split_scores([score for prompt, score in rows if prompt.split == name], task) for name in SPLITS}
     shown = [(prompt, score) for prompt, score in rows if prompt.split == "test"][:_EXAMPLES]
     examples = (PromptExample(prompt.text, prompt.correct, prompt.wrong, score.logit_diff) for prompt, score in shown)
+    # Train prompts decide what is tested, or test prompts would be chosen by their own result.
     right = [score.logit_diff > 0 for prompt, score in rows if prompt.split == "train"]
     p_value, why = gate(sum(right), len(right), task.gate)
     return BaselineBehaviour(
@@ -200,6 +205,7 @@ def _flags(splits: Mapping[str, BaselineScores], task: TaskConfig) -> tuple[str,
     return tuple(
         f"{key.replace('_', ' ')} {value.mean:.3f} on {split} prompts is below {limit:.3f}"
         for key, split, value, limit in scores
+        # Only a note: what is left out is decided by the gate alone.
         if value and value.mean < limit
     )
 

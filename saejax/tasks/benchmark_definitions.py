@@ -193,6 +193,7 @@ def _question_and_options(row: Row) -> tuple[str, list[str], list[str]]:
 
 def _right_option(key: object, labels: Sequence[str]) -> int | None:
     """Return the index of the right option: its label, or a number from 0 where labels are letters."""
+    # Labels first: "1" is the label of the first option in some rows of ARC, not the index of the second.
     if isinstance(key, str) and key.strip() in labels:
         return list(labels).index(key.strip())
     if isinstance(key, int | str) and str(key).strip().isdigit() and int(key) < len(labels):

@@ -120,8 +120,10 @@ class Origin:
         for part, paths in self.files.items():
             stems = [_stem(path) for path in paths]
             for path, stem in zip(paths, stems, strict=True):
+                # Files of one name in several folders would give two rows the same name.
                 unique = stem if stems.count(stem) == 1 and part in ("", stem) else f"{path.parent.name}/{stem}"
                 yield from _local_rows(part, path, unique)
+        # By commit, so that rows and identity are of the same state even if the branch moves in between.
         commit = hub_commit(self.hub, self.revision) if self.hub else ""
         for part, names in self.configurations.items():
             for name in names:
@@ -153,6 +155,7 @@ def find(
     """
     place = Path(path).expanduser()
     if not place.exists():
+        # What cannot be the id of a data set is a file that is missing: the hub is not asked for it.
         if path.startswith((".", "/", "~")) or path.count("/") != 1 or path.endswith(FORMATS):
             raise UserError(
                 f"{_FLAG}={path} does not exist: expected a file ({', '.join(FORMATS)}), a folder of such files, or "
@@ -196,6 +199,7 @@ def _only_file(path: Path, parts: Sequence[str]) -> dict[str, tuple[Path, ...]]:
 def _table_of_folder(folder: Path, configurations: Sequence[str], splits: Sequence[str]) -> tuple[Path, ...]:
     """Return the files of the wanted split; a folder with one data file may name it as it likes."""
     places = [folder, folder / "data", *(folder / name for name in configurations)]
+    # The preferred split anywhere comes before the next one nearby.
     for split in splits:
         for place in places:
             if files := _split_files(place, split):
@@ -256,6 +260,7 @@ def _whole_table(files: Sequence[Path], folder: Path, name: str) -> tuple[Path, 
             f"{folder} has {len(files)} files of {name} ({', '.join(path.name for path in files[:4])}): expected one, "
             f"or the shards of one; name the file with {_FLAG}"
         )
+    # Items are drawn from all rows: a missing shard would draw others without a word.
     if shards and (missing := int(shards[0][3]) - len(shards)) > 0:
         raise UserError(f"{folder} lacks {missing} of {int(shards[0][3])} shards of {name}: fetch the data set again")
     return tuple(files)
@@ -281,6 +286,7 @@ def _local_rows(part: str, path: Path, name: str) -> Iterator[Row]:
     if path.suffix in (".parquet", ".arrow"):
         numbered: Iterable[tuple[int, Any]] = enumerate(table_rows(path, io.BytesIO(_content(path))), start=1)
     else:
+        # A .json file may hold JSON lines, too: the whole is tried first, then its lines.
         text = decode(_content(path), path)
         if path.suffix == ".txt":
             numbered = enumerate(_blocks(text, path), start=1)

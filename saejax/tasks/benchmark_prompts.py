@@ -41,6 +41,7 @@ class Prompter:
         benchmark = definition(self.name)
         shown = _examples(self.name, item.task)[: self.shots]
         if self.brief:
+            # Worked solutions would teach the model to go on with steps where a number alone is asked for.
             shown = [(question, final_number(answer)) for question, answer in shown]
         if not self.chat:
             worked = "".join(f"{benchmark.question.format(question)} {answer}{_ENDS}" for question, answer in shown)

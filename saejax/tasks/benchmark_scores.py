@@ -101,7 +101,9 @@ def _choose(lm: LanguageModel, request: _ScoringRequest) -> list[ChosenItem]:
     scored = iter(_scored(lm, request, choices))
     rows = []
     for item, about in request.each():
+        # All choices of all items in one list: batches are filled across items.
         totals = [next(scored).total for _ in item.choices]
+        # By character, not by token, so that figures of models with other vocabularies compare.
         per_character = [total / len(choice) for total, choice in zip(totals, item.choices)]
         chosen = (item.choices[int(np.argmax(scores))] for scores in (totals, per_character))
         verdicts = (Verdict(choice, choice == item.answer) for choice in chosen)
@@ -175,6 +177,7 @@ def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: s
         return dataclasses.replace(
             results,
             accuracy=_accuracies(chosen, rules),
+            # The mean over items, as they differ in their number of choices.
             chance=float(np.mean([1 / len(row.choices) for row in chosen])),
             tasks={
                 part: ChoiceScores(len(group), **_accuracies(group, rules))
@@ -184,6 +187,7 @@ def summarize(name: str, rows: Sequence[ScoredItem], task: TaskConfig, origin: s
         )
     written, rules = cast(Sequence[GeneratedItem], rows), ("strict", "flexible")
     unparsed = {rule: [row for row in written if getattr(row, rule).found is None] for rule in rules}
+    # The end of an answer shows why no final answer is found in it.
     shown = (UnparsedExample(row.id, row.output[-_TEXT:]) for row in unparsed["strict"][:_SHOWN])
     return dataclasses.replace(
         results,

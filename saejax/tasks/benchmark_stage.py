@@ -36,17 +36,20 @@ def run_benchmark(run: Run) -> BenchmarkResults:
     name, task, model = run.name, run.configs[TaskConfig], run.configs[ModelConfig]
     items = read_items(name, task)
     scored = way(name, task)
+    # Generation takes long, so each of its batches is kept; log-likelihoods are grouped by length over more items.
     step = task.batch if scored == "generate" else _ITEMS
     starts = range(0, len(items), step)
     (run.folder / BATCHES).mkdir(exist_ok=True)
 
     def file(first: int) -> Path:
+        # With the step in its name, as batches of another size hold other items.
         return run.folder / BATCHES / f"{step}-{first}.jsonl"
 
     def done() -> str:
         return f"{sum(len(items[first : first + step]) for first in starts if file(first).exists())} of {len(items)}"
 
     @functools.cache
+    # Loaded when a batch is left to do: a run that is continued at its end needs no model.
     def lm() -> LanguageModel:
         return load_configured_model(model, make_mesh(run.configs.get(MeshConfig)))
 

@@ -69,6 +69,7 @@ def read_items(name: str, task: TaskConfig) -> list[Item]:
         reason = "were asked for" if task.examples else f"are asked by default of {name}"
         advice = f"give --task.examples={len(items)} or fewer" if items else "name another file"
         raise UserError(f"{name} has {len(items)} examples in {source}, but {wanted} {reason}: {advice}")
+    # By the benchmark's name, so that its items do not depend on which others are asked; ``hash`` differs by process.
     rng = np.random.default_rng((task.seed, zlib.crc32(name.encode())))
     return [items[i] for i in rng.permutation(len(items))[:wanted]]
 
@@ -92,6 +93,7 @@ def training_items(name: str, task: TaskConfig) -> list[Item]:
     """
     benchmark, asked_questions = definition(name), {item.question for item in read_items(name, task)}
     source = _training_origin(name, task) or origin(name, task)
+    # By text, since copies of a question would be asked about after training on them.
     training = [item for item in map(benchmark.parse, source.rows()) if item.question not in asked_questions]
     if not training:
         raise UserError(

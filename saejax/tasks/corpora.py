@@ -112,6 +112,7 @@ def held_out_documents(config: CorpusConfig, task: TaskConfig | None = None) -> 
 
 def is_held_out(document: Document, config: CorpusConfig) -> bool:
     """Return whether a document of a stream is held out: a hash of group and seed falls within the held-out share."""
+    # With the seed, so that another seed holds out other groups.
     return _hash(f"{config.seed}/{document.group}") < config.held_out * 2**64
 
 
@@ -174,6 +175,7 @@ def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[s
     """Return the groups to hold out: at least one, and not all."""
     rng = random.Random(seed)
     kinds: dict[str, list[str]] = collections.defaultdict(list)
+    # Sorted, so that the split does not depend on the order of documents.
     for group in sorted(sizes):
         # Groups without a kind are one kind together.
         kinds[group.split("/", 1)[0] if "/" in group else ""].append(group)
@@ -195,6 +197,7 @@ def _held_out_groups(sizes: dict[str, int], held_out: float, seed: int) -> set[s
             group = next(group for group in groups if sizes[group] <= median)
             chosen.add(group)
             wanted -= sizes[group]
+    # The smallest, by which the share is missed least.
     smallest = min(sizes, key=lambda group: (sizes[group], group))
     if not chosen:  # every kind is a single group, each too large
         chosen.add(smallest)

@@ -50,9 +50,11 @@ def make_prompts(behaviour: str, train: int, test: int, seed: int, tokenizer: An
     if train < 1 or test < 1:
         raise UserError(f"{train} train and {test} test prompts were asked for: expected at least 1 of each")
     _check_capacity(behaviour, recipe, train, test)
+    # By the behaviour's name: its prompts do not depend on which others are drawn; ``hash`` differs by process.
     rng = np.random.default_rng((seed, zlib.crc32(behaviour.encode())))
     pools: dict[str, dict[str, list]] = {split: {} for split in SPLITS}
     for kind, items in recipe.pools.items():
+        # Items are dealt out before prompts are made: no noun or place that a feature was chosen on is in its test.
         shuffled = [items[i] for i in rng.permutation(len(items))]
         for split, n in zip(SPLITS, _shares(len(items), train, test, recipe.least), strict=True):
             pools[split][kind] = [shuffled.pop() for _ in range(n)]
@@ -95,6 +97,7 @@ def _fitting(
             left_out.add(prompt.text)
             replaced[why] += 1
         else:
+            # Drafts since the last new prompt count: a long list of prompts takes many drafts without being at its end.
             kept[prompt.text], tries = prompt, 0
         if tries == _PATIENCE:
             reasons = "; ".join(f"{why} ({count} drafts)" for why, count in replaced.items())

@@ -33,6 +33,7 @@ def opened(path: Path, flag: str, advice: str) -> Iterator[IO[bytes]]:
     except FileNotFoundError:
         raise UserError(f"{flag}={path} does not exist: {advice}") from None
     except (EOFError, OSError, zlib.error) as error:
+        # A damaged archive raises an OSError without a number of the system, unlike a file that cannot be read.
         if path.suffix in _COMPRESSED and not getattr(error, "errno", None):
             kind = _COMPRESSED[path.suffix]
             raise UserError(f"{path} is not a whole {kind} file: it is damaged; copy or compress it again") from None
@@ -75,6 +76,7 @@ def text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
 
 def _line(line: bytes, start: int, path: Path) -> str:
     try:
+        # A mark of byte order can only be in the first line.
         return line.decode("utf-8" if start else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, start + error.start) from None
@@ -133,6 +135,7 @@ def _record_batches(path: Path, file: IO[bytes]) -> Iterator[Any]:
         yield from pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS)
         return
     try:
+        # ``datasets`` writes streams; others write files: the ending does not tell.
         stream = pyarrow.ipc.open_stream(file)
     except pyarrow.ArrowInvalid:
         file.seek(0)

@@ -34,6 +34,7 @@ def gate(right: int, n: int, level: float) -> tuple[float, str]:
       n: number of train prompts, at least 1.
       level: 0 to 1; 1 lets every behaviour pass.
     """
+    # Against 1/2, as a prompt offers two answers and one of them is right.
     p = float(binomtest(right, n, alternative="greater").pvalue)
     if p <= level:
         return p, ""

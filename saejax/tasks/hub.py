@@ -33,14 +33,17 @@ def hub_commit(hub: str, revision: str) -> str:
 
     if Path(hub).is_dir():
         files = sorted(path for path in Path(hub).rglob("*") if path.is_file())
+        # By relative path, so that the same folder elsewhere has the same identity.
         content = [f"{path.relative_to(hub)} {file_sha256(path)}\n" for path in files]
         return hashlib.sha256("".join(content).encode()).hexdigest()[:40]
+    # A commit needs no network.
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     try:
         with offline_if_unreachable():
             return str(HfApi().dataset_info(hub, revision=revision).sha)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        # Without the hub, what is in its cache is what will be read: its commit is noted there.
         ref = Path(constants.HF_HUB_CACHE) / f"datasets--{hub.replace('/', '--')}" / "refs" / revision
         if ref.is_file():
             return ref.read_text().strip()
@@ -75,6 +78,7 @@ def hub_rows(hub: str, configuration: str, revision: str, split: str, stream: bo
     datasets.disable_progress_bars()
     wanted = dict(split=split, revision=revision, streaming=stream)
     rows = iter(_fetched(hub, revision, lambda: datasets.load_dataset(hub, configuration or None, **wanted)))
+    # Each row by itself, as a stream can fail at any of them.
     while (row := _fetched(hub, revision, lambda: next(rows, None))) is not None:
         yield row
 

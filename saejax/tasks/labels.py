@@ -105,6 +105,7 @@ def balanced(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     for index, prompt in enumerate(prompts):
         if same_number := congruent(prompt):
             group = (prompt.behaviour, prompt.split, prompt.template, prompt.correct)
+            # Counted within split, template and number, so that none of them goes with the noun's number either.
             balanced_prompts[index] = same_number if counts[group] % 2 else prompt
             counts[group] += 1
     return tuple(balanced_prompts)
@@ -125,6 +126,7 @@ def label_prompts(label: str, prompts: Sequence[Prompt], logit_diffs: Sequence[f
     behaviours = [""] if label == "behaviour" else list(dict.fromkeys(prompt.behaviour for prompt in prompts))
     read = balanced(prompts) if label == "number" else tuple(prompts)
     changed = {index for index, pair in enumerate(zip(read, prompts, strict=True)) if pair[0] != pair[1]}
+    # The logit differences are those of the prompts as they were: no label of congruent prompts reads them.
     labelled = [_labelled(label, behaviour, read, logit_diffs) for behaviour in behaviours]
     return [
         dataclasses.replace(group, congruent=len(changed & {*group.train_N.tolist(), *group.test_M.tolist()}))
@@ -139,6 +141,7 @@ def _labelled(label: str, behaviour: str, prompts: tuple[Prompt, ...], logit_dif
     class_of = {index: name for index, name in labels.items() if name is not None}
     of_split = {split: [index for index in class_of if prompts[index].split == split] for split in SPLITS}
     train, test = (Counter(class_of[index] for index in of_split[split]) for split in SPLITS)
+    # Then by name: classes of equal size would otherwise come in the order of prompts.
     every = sorted(train | test, key=lambda name: (-train[name], name))
     learned = [name for name in every if train[name] >= LEAST]
     kept = {split: [index for index in of_split[split] if class_of[index] in learned] for split in SPLITS}

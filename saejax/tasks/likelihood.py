@@ -107,9 +107,11 @@ def loglikelihoods(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]), reverse=True)
     longest = max((len(context) + len(continuation) for context, continuation in pairs), default=0)
     while order:
+        # The longest that is left sets the shape of the batch.
         pair_length = sum(map(len, pairs[order[0]]))
         count, length = batch_shape(pair_length, len(order), lm.config.context, lm.mesh.shape["data"], batch_tokens)
         batch, order = order[:count], order[count:]
+        # Filled up with copies, so that few shapes are compiled.
         filled = batch + batch[-1:] * (count - len(batch))
         fitted = fit_values(edits, (len(pairs), longest), length, filled)
         logp_BxC, hits_BxC = _score(lm, [pairs[i] for i in filled], length, fitted)
@@ -152,6 +154,7 @@ def batch_shape(longest: int, left: int, limit: int, data: int, batch_tokens: in
 
 def _rows(fitting: int, left: int, data: int) -> int:
     """Return the rows of a batch: those that fit, at most double those left, and a multiple of the data axis."""
+    # A power of two for the rest, so that its size is seldom a new one.
     count = max(1, min(fitting, 1 << (left - 1).bit_length()))
     return -(-count // data) * data
 
@@ -162,10 +165,12 @@ def _score(
     """Return each row's log-likelihoods of continuation tokens and whether each was the likeliest, both [B, C]."""
     tokens, positions_BxC, targets_BxC = align(rows, length)
     last = f"resid_post.{lm.config.n_layers - 1}"
+    # Logits follow from the last layer's stream, at the wanted positions only.
     x_BxTxD = lm(tokens, capture=[last], edits=edits, logits=False).sites[last]
     on_data = fitting_sharding(lm.mesh, positions_BxC.shape, "data", None)
     placed = jax.device_put((positions_BxC, targets_BxC), on_data)
     logp_BxC, hits_BxC = token_scores(lm.config, lm.params, x_BxTxD, *placed)
+    # float64, as totals of long solutions are compared.
     return np.asarray(logp_BxC, np.float64), np.asarray(hits_BxC)
 
 
@@ -211,6 +216,7 @@ def token_scores(
       targets_BxC: as ``align`` gives them.
     """
     rows, columns = positions_BxC.shape
+    # A divisor of the columns: all pieces have one shape, as ``lax.map`` needs.
     piece = math.gcd(columns, 1 << max(0, (_ROWS_OF_LOGITS // rows).bit_length() - 1))
     chosen_BxCxD = jnp.take_along_axis(x_BxTxD, positions_BxC[..., None], axis=1)
 
@@ -222,6 +228,7 @@ def token_scores(
         x_BxPxD, targets_BxP = part
         logits_BxPxV = decoder.unembed(config, params, x_BxPxD)
         target_BxP = jnp.take_along_axis(logits_BxPxV, targets_BxP[..., None], axis=-1)[..., 0]
+        # Not log_softmax, which would make a second array as large as the logits.
         return target_BxP - jax.nn.logsumexp(logits_BxPxV, axis=-1), logits_BxPxV.argmax(axis=-1) == targets_BxP
 
     def whole(value: jax.Array) -> jax.Array:

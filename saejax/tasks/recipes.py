@@ -105,6 +105,7 @@ def _agreement(rng: np.random.Generator, nouns: list[tuple[str, str]]) -> Callab
     deck = deal(rng, nouns)
 
     def draft(i: int, template: str) -> Draft:
+        # Alternating, so that singular and plural are equally frequent and always answering one of them scores half.
         number, subject, other = i % 2, next(deck), next(deck)
         while other == subject:
             other = next(deck)
@@ -139,6 +140,7 @@ def _addition(rng: np.random.Generator, pairs: list[tuple[int, int]]) -> Callabl
         other = pick(rng, [other for other in pairs if abs(sum(other) // 10 - sum(pair) // 10) > 1])
         texts = []
         for a, b in (pair, other):
+            # In random order, since pairs have the smaller number first.
             a, b = (a, b) if rng.integers(2) else (b, a)
             texts.append(template.format(a=a, b=b))
         items = tuple(f"{a}+{b}" for a, b in (pair, other))  # whatever the order in the text

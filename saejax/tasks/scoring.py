@@ -41,6 +41,7 @@ def bootstrap(
     n, rng = len(values_N), np.random.default_rng(seed)
     rows = max(1, _CHUNK // (4 * n))  # places, values, and what the statistic makes of them
     sizes = [min(rows, resamples - start) for start in range(0, resamples, rows)]
+    # In chunks: all resamples of a large benchmark at once would take gigabytes.
     drawn_R = np.concatenate([statistic(values_N[rng.integers(n, size=(size, n))]) for size in sizes])
     return middle(drawn_R, float(statistic(values_N[None, :])[0]))
 
@@ -77,6 +78,7 @@ def wilson_of(share: float, n: float) -> Interval:
     """Return a share of n independent ones, and its 95 % score interval, as ``wilson``."""
     middle = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    # Rounding must not push an end past the share itself, at 0 and 1.
     return Interval(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 

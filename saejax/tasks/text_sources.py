@@ -77,10 +77,12 @@ class FileText:
     def identity(self) -> str:
         """Return a hash of what its texts depend on."""
         kind = next(ending for ending in _FORMATS if self.path.name.endswith(ending)).split(".")[1]
+        # A .txt file has no fields, and the usual one needs no mention.
         field = "" if self.field == "text" or kind == "txt" else self.field
         state = None
         with contextlib.suppress(OSError):  # ``_hash`` opens the file and reports the error
             status = self.path.stat()
+            # Large files are hashed once per process, unless they have changed.
             state = status.st_size, status.st_mtime_ns, status.st_ino
         return _hash(self.path, kind.encode() + b"\0" + field.encode(), state)
 
@@ -145,6 +147,7 @@ class HubText:
 
     def identity(self) -> str:
         """Return a hash of what its texts depend on."""
+        # The commit, as a branch may hold other text tomorrow.
         read = dataclasses.replace(self, revision=hub_commit(self.hub, self.revision))
         return hashlib.sha256(repr(dataclasses.astuple(read)).encode()).hexdigest()[:16]
 
@@ -254,6 +257,7 @@ def _text_of(row: Any, field: str, where: str) -> Text:
     text, group = row[field], row.get("group")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where}: {field!r} is {shown(text)}: expected a string that is not blank; fix or remove it")
+    # JSON can hold half a pair, but no tokenizer can encode it.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(f"{where}: {field!r} holds half of a surrogate pair: expected whole characters; fix it")
     if group is not None and (not isinstance(group, str) or not group):

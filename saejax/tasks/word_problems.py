@@ -54,6 +54,7 @@ def _problem(template: Mapping, data: Mapping, rng: np.random.Generator, number:
     while True:
         numbers = {letter: int(rng.integers(low, high + 1)) for letter, (low, high) in _RANGES.items()}
         values = {steps: evaluate(steps, numbers) for steps in forms}
+        # Choices of equal value would make two answers right.
         if all(first != second for first, second in itertools.combinations(values.values(), 2)):
             break
     name, other = rng.choice(data["names"], 2, replace=False).tolist()
