@@ -54,6 +54,7 @@ def run_ablate(run: Run) -> AblateResults:
     """
     config = run.configs[AblateConfig]
     parse_positions(config.positions)
+    # First, as names are checked in no time and a model takes minutes to load.
     if len({config.dictionary, *config.repeats}) < 1 + len(config.repeats):
         raise UserError(f"--ablate.repeats={','.join(config.repeats)}: name each dictionary once, the tested one never")
     if config.repeats and config.error == "drop":
@@ -78,6 +79,7 @@ def run_ablate(run: Run) -> AblateResults:
             table, ablation = measure_behaviour(lm, dictionary, name, prompts, config, text, repeats, on_progress)
             importance = measure_importance(table, ablation) if config.effects == "all" else None
             if is_first_process():
+                # Before the part's results, whose file says that the part is done.
                 save_effects(_effects_folder(run, name), table)
                 if importance:
                     importance.save(Importance.file(run.folder, name))
@@ -96,6 +98,7 @@ def run_ablate(run: Run) -> AblateResults:
     answers = verdict(table, verdict_config(config))
     for name in prompts:
         run.say(f"{name}: {summarise(answers, name)}")
+    # Nothing is removed before every process has read it.
     wait_for_all("ablate: effects read")
     if is_first_process():
         if not is_merged:

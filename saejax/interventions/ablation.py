@@ -135,6 +135,7 @@ def spread_over_templates(prompts: Sequence[Prompt], count: int) -> list[Prompt]
     for place, prompt in enumerate(prompts):
         turns[prompt.template] = turns.get(prompt.template, -1) + 1
         order.append((turns[prompt.template], place))
+    # Each template in turn, as prompts come template by template: the first ones alone would be of a single wording.
     chosen = sorted(place for _, place in sorted(order)[: count or len(order)])
     return [prompts[place] for place in chosen]
 
@@ -177,6 +178,7 @@ class BehaviourAblation:
         self.split = SplitModel(self.lm, self.basis, config.positions, config.error)
         self.train: list[Any] = spread_over_templates(train, config.attribution_prompts)
         self.train_runs, self.runs = self.split.run(self.train), self.split.run(self.test)
+        # Counterparts double the clean runs, so they are run where they are needed only.
         swaps = config.replacement == "counterpart"
         self.train_counterparts = self.split.run_counterparts(self.train) if swaps else []
         self.counterparts = self.split.run_counterparts(self.test) if swaps else []
@@ -189,6 +191,7 @@ class BehaviourAblation:
     def _mean_attribution(self, runs: Sequence, counterparts: Sequence) -> np.ndarray:
         attribution_NxF = attribution(self.split, runs, source=self.replacement, counterparts=counterparts)
         self.progress.check()
+        # float64, because features of nearly equal attribution are ranked.
         return attribution_NxF.mean(axis=0, dtype=np.float64)
 
     def test_attribution(self) -> np.ndarray:
@@ -229,6 +232,7 @@ class BehaviourAblation:
         """
         diffs = self.run(edits, readouts=full)
         pairs = dict(logit_diff=(diffs.clean_P, diffs.ablated_SxP), **diffs.readouts)
+        # A clean readout is an edit of no features: two axes, as those of the edits.
         values = {name: (np.atleast_2d(clean), edited) for name, (clean, edited) in pairs.items()}
         if full:
             clean, edited = values["logit_diff"]
@@ -271,6 +275,7 @@ class BehaviourAblation:
 
     def random_sets(self, top: Sequence[int]) -> np.ndarray:
         """Return disjoint random sets of as many features as T has, none of them in T, [m, k]."""
+        # Features that hardly fire change nothing, and would make any set look more important than random ones.
         pool = np.setdiff1d(np.flatnonzero(self.firing_prompts() / len(self.test) >= MIN_FIRING), np.asarray(top))
         return disjoint_sets(pool, len(top), self.config.random_sets, self.config.seed)
 
@@ -285,6 +290,7 @@ class BehaviourAblation:
 
         The targets are the same for all, and so are the slopes, which take most of the time.
         """
+        # Slopes depend on the site and not on the dictionary.
         sharing = [self, *(other for other in others if other.split.point == self.split.point)]
         targets_Rx2 = self.placebo_targets()
         texts = [[self.lm.tokenizer.decode([int(token)]) for token in pair] for pair in targets_Rx2]
@@ -308,6 +314,7 @@ class BehaviourAblation:
     def placebo_targets(self) -> np.ndarray:
         """Return pairs of likely tokens that are the beginning of no answer, [R, 2]; drawn without replacement."""
         likely = likely_tokens(self.split, self.train_runs, LIKELY)
+        # Answers of both splits: a placebo that is an answer of a test prompt would be no placebo there.
         answers = {text.strip().casefold() for prompt in self.prompts for text in (prompt.correct, prompt.wrong)}
         special = set(getattr(self.lm.tokenizer, "all_special_ids", ()))
 
@@ -320,6 +327,7 @@ class BehaviourAblation:
         tokens = np.array([token for token in likely.tolist() if is_neutral(token)], np.int64)
         pairs = len(tokens) * (len(tokens) - 1)
         count = min(self.config.placebo_targets, pairs)
+        # Pairs are numbered instead of listed, since all pairs of thousands of likely tokens are millions.
         drawn_R = np.random.default_rng(self.config.seed).choice(pairs, count, replace=False) if count else np.zeros(0)
         first_R, second_R = np.divmod(drawn_R.astype(np.int64), max(len(tokens) - 1, 1))
         second_R = second_R + (second_R >= first_R)  # any token but the first
@@ -397,6 +405,7 @@ def measure_all(
         raise UserError("with error=drop the clean run is that of one dictionary: test the repeats by themselves")
     untrained = ablation(_untrained(tested, dictionary)) if needs_untrained else None
     others = {name: ablation(other) for name, other in (repeats or {}).items()}
+    # Before anything is measured, so that the slopes of placebo targets are computed once for all dictionaries.
     tested.choose_placebos([*([untrained] if untrained and config.untrained else []), *others.values()])
     dose = _measure_dictionary(tested, TESTED, prompts, text, rows)
     if untrained and config.untrained:
@@ -426,6 +435,7 @@ def expected_rows(config: AblateConfig, prompts: Mapping[str, Sequence[Prompt]],
 def measure_text(lm: LanguageModel, text: HeldOutText, dictionary: Dictionary, error: str = "keep") -> EffectsTable:
     """Return the clean cross-entropy of held-out documents; ``error`` is that of ``AblateConfig``."""
     split = SplitModel(lm, dictionary, error=error)
+    # A fraction of 0 changes nothing; the program that measures edits then measures the clean text, too.
     diffs = text.effects(split, mask(dictionary, [[0]], 0.0))
     clean = EditDefinition(TEXT, "clean")
     rows = TableRows()
@@ -463,6 +473,7 @@ def _measure_dictionary(
         extra += [define("single", [feature], index) for index, feature in enumerate(top)]
         sizes = [2**n for n in range(len(top).bit_length()) if 2**n < len(top)]
         extra += [define("growing", top[:size], index) for index, size in enumerate(sizes)]
+    # Norms of whole edits alone: those of partial ones follow from them.
     whole = [grid[-1], *extra, *controls]
     norm_of = dict(zip(whole, ablation.norms(whole), strict=True))
 
@@ -487,6 +498,8 @@ def _measure_dictionary(
         values = [*(clean_1xP for clean_1xP, _ in pairs.values()), np.zeros((1, len(test)))]
         rows.add([clean], test, (*pairs, "change_norm"), values)
     if controls:
+        # Controls without the readouts that take the logits of the whole vocabulary: they are compared on the
+        # objective.
         edits = [*controls, *reduced]
         pairs = ablation.measure(edits)
         rows.add(edits, test, (*pairs, "change_norm"), [*(edited for _, edited in pairs.values()), norms(edits)])
@@ -507,6 +520,7 @@ def _measure_dictionary(
 
 def _measure_every(ablation: BehaviourAblation, test: Sequence[PromptDefinition], rows: TableRows) -> None:
     """Measure every feature that fires on the test prompts, one by one."""
+    # The effect of a feature that never fires is known to be 0.
     live = np.flatnonzero(ablation.firing_prompts() > 0)
     every = [EditDefinition(ablation.behaviour, "every", int(i), (int(i),)) for i in live]
     diffs = ablation.run(every)
@@ -519,6 +533,7 @@ def _measure_basis(
     ablation: BehaviourAblation, name: str, dose: float, text: HeldOutText | None, rows: TableRows
 ) -> None:
     """Measure the directions of a basis: as many, by attribution, as reach a dose."""
+    # Directions are chosen as features are: by attribution on train prompts.
     order = leaders(ablation.attribution_F, WIDEST * ablation.config.top)
     if not order:
         return
@@ -530,6 +545,7 @@ def _measure_basis(
     dose_S = np.array([root_mean_square(norm_P) for norm_P in norm_SxP])
     reaches_S = dose_S >= dose
     size = int(np.argmax(reaches_S)) + 1 if reaches_S.any() else len(order)
+    # Down to T's dose exactly, so that the last points of both curves are at one dose.
     most = min(1.0, dose / float(dose_S[size - 1])) if dose_S[size - 1] > 0 else 1.0
     grid = [define(size, fraction * most) for fraction in FRACTIONS]
     test = [prompt for prompt in ablation.definitions() if prompt.split == "test"]
@@ -566,6 +582,7 @@ def _documents(text: HeldOutText) -> list[PromptDefinition]:
 
 def _untrained(tested: BehaviourAblation, dictionary: Dictionary) -> Dictionary:
     statistics = tested.statistics()
+    # As sparse as the dictionary on these prompts, or it would change more or fewer directions at a time.
     active = round(statistics.fires_F.sum() / max(statistics.positions, 1))
     return bases.untrained(dictionary, active, tested.config.seed)
 

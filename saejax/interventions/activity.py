@@ -41,6 +41,7 @@ class FeatureStatistics:
           UserError: a feature's activation is not finite.
         """
         counts = list(counts)
+        # int64 and float64 on the host: sums over many prompts leave the exact range of the device's types.
         fires_F = np.sum([np.asarray(count.fires_F, np.int64) for count in counts], axis=0)
         sum_F = np.sum([np.asarray(count.size_F, np.float64) for count in counts], axis=0)
         if not np.isfinite(sum_F).all():
@@ -104,6 +105,7 @@ def count_firings(
       domain_BxT: True at editable positions.
       kept_B: True for the rows that count: not for copies that pad a batch.
     """
+    # Copies that fill a batch would count their prompt twice.
     domain_BxT = domain_BxT & kept_B[:, None]
 
     def sums(f_PxTxF: jax.Array) -> tuple[jax.Array, ...]:
@@ -151,6 +153,7 @@ def means(split: SplitModel, runs: Sequence[CleanRun]) -> np.ndarray:
     """Return every feature's mean activation over all editable positions, fp64 [F]; 0 without such positions."""
     counts = [_count(split, run) for run in runs]
     total_F = np.sum([np.asarray(count.total_F, np.float64) for count in counts], axis=0)
+    # Positions at which it is silent count, too: the mean replaces its activation everywhere.
     return total_F / max(sum(int(count.positions) for count in counts), 1)
 
 
@@ -184,6 +187,7 @@ def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:
       rate_N: firing rates, above 0.
       size_N: mean activations where the features fire, above 0.
     """
+    # Logarithms, because rates and activations range over orders of magnitude: 1 % and 2 % differ as 10 % and 20 %.
     log_Nx2 = np.log(np.stack([rate_N, size_N], axis=1))
     spread_2 = log_Nx2.std(axis=0) if len(log_Nx2) else np.zeros(2)
     return log_Nx2 / np.where(spread_2 > _MIN_SPREAD, spread_2, np.inf)
@@ -192,6 +196,7 @@ def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:
 def nearest_others(place_Nx2: np.ndarray, most: int) -> np.ndarray:
     """Return the nearest others of each of N features by ``place_Nx2``, at most ``most``, [N, A]. N is at least 2."""
     count = len(place_Nx2)
+    # One more than wanted, as each is its own nearest.
     nearest_NxA = cKDTree(place_Nx2).query(place_Nx2, k=min(most + 1, count))[1]
     itself_NxA = nearest_NxA == np.arange(count)[:, None]
     itself_NxA[~itself_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found

@@ -103,7 +103,9 @@ def directions(dictionary: Dictionary, rows_NxD: np.ndarray, centre_D: np.ndarra
     Returns:
       None where all rows are 0 but for rounding.
     """
+    # Of the rows instead of their covariance, which would square small directions into rounding errors.
     _, size_X, every_XxD = np.linalg.svd(rows_NxD, full_matrices=False)
+    # What is left of equal rows is rounding, in directions that mean nothing.
     directions_FxD = every_XxD[size_X > 1e-6 * max(size_X.max(initial=0.0), np.linalg.norm(centre_D), 1e-30)]
     if not len(directions_FxD):
         return None
@@ -122,6 +124,7 @@ def untrained(dictionary: Dictionary, active: int, seed: int) -> Dictionary:
       active: features active per position.
       seed: seed of the directions.
     """
+    # TopK, so that as many are active as in the dictionary, whose own kind has thresholds that only training sets.
     random = Dictionary.initial(_like(dictionary, kind="topk", k=max(active, 1)), jax.random.key(seed))
     return Dictionary(random.config, **random.arrays | dict(b_dec_D=dictionary.b_dec_D[...]))
 
@@ -148,6 +151,7 @@ def answer_means(runs: Sequence[CleanRun]) -> np.ndarray:
         for row in range(len(run.index_P)):
             value_D = np.asarray(run.value_BxTxD[row, run.last_B[row]], np.float64)
             values.setdefault(int(run.answers_Bx2[row, 0]), []).append(value_D)
+    # By token id, so that the result does not depend on the order of prompts.
     return np.stack([np.mean(rows, axis=0) for _, rows in sorted(values.items())])
 
 
@@ -155,6 +159,7 @@ def _like(dictionary: Dictionary, **changes: object) -> DictionaryConfig:
     """Return the configuration of an SAE at the site that the dictionary writes to."""
     config = dictionary.config
     if config.target:
+        # Directions are ablated where the dictionary writes: what it reads is another space for a transcoder.
         changes |= dict(site=config.target, target="", max_norm=config.target_max_norm, target_max_norm=None)
     plain: dict[str, Any] = dict(k=0, groups=(), skip=False, centred=True, fires_above=0.0, signed=False, input_norm="")
     return dataclasses.replace(config, **plain | changes)

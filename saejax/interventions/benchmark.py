@@ -103,11 +103,13 @@ class BenchmarkItems:
           scored: generate, choice or likelihood.
           check_stop: called now and then; may raise to stop.
         """
+        # Few items at a time, so that a run that is asked to stop does so soon.
         step = self.task.batch if scored == "generate" else ITEMS
         rows: list[ScoredItem] = []
         for first in range(0, len(self.test), step):
             check_stop()
             items = self.test[first : first + step]
+            # Every choice is a text of its own, and has its item's edits.
             texts = [len(item.choices) if scored == "choice" else 1 for item in items]
             item_of_text = np.repeat(np.arange(first, first + len(items)), texts).tolist()
             rows += benchmark_scores.score_items(self.lm, self.name, items, self.task, edits(item_of_text), scored)
@@ -136,6 +138,7 @@ class BenchmarkAblation(BehaviourAblation):
         self.train = list(train[: config.attribution_prompts or len(train)])
         self.split = SplitModel(self.lm, self.basis)
         self.test_references = self._references(self.items.references(self.test))
+        # Train items alone choose features; test items judge them.
         self._train_references = self.items.references(self.train)
         self.attribution_F = self._attributions(self._train_references)[0].mean(axis=0, dtype=np.float64)
 

@@ -73,6 +73,7 @@ def read_curves(
         first = edits[int(np.argmin(np.isfinite(drop_ExP + norm_ExP).all(axis=1)))]
         raise UserError(f"edit {first.id} of {behaviour} was not measured on all its test prompts: run the stage again")
     if dose == "norm":
+        # Root mean square: this is the norm of the changes of all prompts together, but for their number.
         dose_E = np.sqrt(np.mean(np.square(norm_ExP), axis=1))
     else:
         dose_E = table.values(edits, documents, "kl").mean(axis=1)
@@ -81,6 +82,7 @@ def read_curves(
         # Edits of a curve without a dose were not measured on documents.
         place = [e for e, edit in enumerate(edits) if edit.index == index and np.isfinite(dose_E[e])]
         if place:
+            # No edit has no effect: the curve needs no measurement there.
             dose_A = np.concatenate([[0.0], dose_E[place]])
             drop_AxP = np.concatenate([np.zeros((1, len(prompts))), drop_ExP[place]])
             curves.append(EffectCurve(tuple(edits[e] for e in place), dose_A, drop_AxP))
@@ -165,6 +167,7 @@ def compare_at_equal_dose(
     Returns:
       The drops of the tested set and of the controls, both ``[N, P]``, and the doses ``[N]``.
     """
+    # The smaller of both doses, as curves are not extrapolated.
     dose_N = np.minimum(tested.reach, np.array([control.reach for control in controls]))
     control_NxP = np.concatenate([control.drop_at(dose_N[n]) for n, control in enumerate(controls)])
     return tested.drop_at(dose_N), control_NxP, dose_N
@@ -220,6 +223,7 @@ def check_controls(table: EffectsTable, behaviour: str, dictionary: str) -> None
             raise UserError(
                 f"random set {index} of {behaviour} has {len(features)} features, not {len(tested)}: {advice}"
             )
+        # Sets that share features have similar effects: several of them would count as controls and be one.
         used |= dict.fromkeys(features, f"random set {index}")
     answers = [answer for prompt in table.prompts if prompt.behaviour == behaviour for answer in _answers(prompt)]
     for edit in table.select_edits(behaviour, "placebo", dictionary):

@@ -69,6 +69,7 @@ class ActivationReplacement:
         """Return the replacement for one of several clean runs, each with independent draws."""
         if self.seed is None or not number:
             return self
+        # From the run's number: draws of two clean runs with one seed would be the same.
         seed = np.random.SeedSequence([int(self.seed), number]).generate_state(1)[0]
         return dataclasses.replace(self, seed=np.uint32(seed))
 
@@ -241,6 +242,7 @@ def project(site: str, subspaces: Sequence[np.ndarray], fractions: Amount = 1.0)
     rows: list[np.ndarray] = []
     sets: list[np.ndarray] = []
     for subspace in subspaces:
+        # Orthonormal, or what two oblique directions have in common would be removed twice.
         Q_DxN, R_NxN = np.linalg.qr(np.asarray(subspace, np.float64).T)
         if np.abs(np.diagonal(R_NxN)).min(initial=np.inf) <= 1e-6 * np.abs(R_NxN).max(initial=0.0):
             raise UserError("the directions of a subspace depend on each other: give linearly independent ones")

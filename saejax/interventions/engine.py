@@ -81,6 +81,7 @@ def effects(
         one_of(name, (*READOUTS, "change_norm", *TEXT_READOUTS), "readout")
     split = SplitModel(lm, edits.dictionary, positions, error)
     values = {name: _whole_texts(lm, split, prompts, edits, name) for name in TEXT_READOUTS if name in readouts}
+    # Readouts of whole texts have a program of their own: without others, prompts need not be run as well.
     if values.keys() >= set(readouts):
         return np.stack([values[name] for name in readouts], axis=-1)
     runs = split.run(prompts)
@@ -113,6 +114,7 @@ def _whole_texts(
         ids = [ids_T[:length].tolist() for ids_T, length in zip(tokens.ids_BxT, tokens.lengths_B, strict=True)]
         if short := [prompt.text for prompt, each in zip(prompts, ids, strict=True) if len(each) < 2]:
             raise UserError(f"the prompt {short[0]!r} has one token: cross-entropy takes at least two")
+        # Cross-entropy of a text is the log-likelihood of all of it after its first token.
         pairs = [(each[:1], each[1:]) for each in ids]
     references = [Reference(*pair) for pair in pairs]
     _, edited_ExP = References(split, references, GROUP_TOKENS).log_likelihoods(edits)
@@ -212,6 +214,7 @@ def run_edits(
     names = READOUTS if readouts else READOUTS[:1]
     measured = _measure(split, plans, amounts, readouts, on_progress)
     count, prompts = len(edits), sum(len(run.index_P) for run in runs)
+    # NaN marks rows that are not run, because no readout of a finite run is NaN.
     values_MxExP = np.full((len(names), count + 2, prompts), np.nan)
     for (index_Q, batch), values_SxRxM in zip(batches, measured, strict=True):
         for shard, values_RxM in zip(batch.shards, values_SxRxM, strict=True):
@@ -220,6 +223,7 @@ def run_edits(
     tokens = sum(batch.tokens * len(batch.shards) for _, batch in batches)
     clean_MxP, whole_P = values_MxExP[:, -1], values_MxExP[0, -2]
     if readouts:
+        # The divergence from itself, which rounding would leave a little off.
         clean_MxP[names.index("kl")] = 0.0
     # A row that was not run changes nothing.
     edited_MxSxP = np.where(np.isnan(values_MxExP[:, :-2]), clean_MxP[:, None, :], values_MxExP[:, :-2])
@@ -237,6 +241,7 @@ def change_norms(
         edited = EditedRun(run, other, edits.replacement.of_run(number))
         count = len(run.index_P)
         editable_PxT = np.asarray(run.domain_BxT)[:count]
+        # In chunks, as activations of all named features at all positions may not fit.
         for chosen, features_K in amounts.chunks(FEATURES):
             fall_BxTxK, W_dec_KxD = gather(split.point, split.dictionary, *edited.arrays, features_K, count)
             arrays = np.asarray(fall_BxTxK)[:count], np.asarray(W_dec_KxD), editable_PxT
@@ -295,6 +300,7 @@ class RowPlan(NamedTuple):
         else:
             first_BxF = np.asarray(first_change(split.point, split.dictionary, *edited.arrays))
             first_SxP = first_changes(first_BxF[:count], amounts, np.asarray(run.domain_BxT)[:count])
+            # The two clean rows: from the first token, and from the last.
             first_SxP[-2], first_SxP[-1] = 0, prompts.last_P
         shards = split.point.mesh.shape["data"]
         return cls(edited, prompts, batches_of(first_SxP, prompts, amounts, batch_rows * length, FEATURES, shards))
@@ -308,8 +314,10 @@ def _measure(
     done, total = 0, sum(batch.tokens * len(batch.shards) for batch in batches)
     on_progress(0, total)
     values = []
+    # Results are fetched some batches later, so that the device has work while the host reads.
     for batch, device_SxRxM in zip(batches, prefetch(_dispatched(split, plans, amounts, readouts)), strict=True):
         values_SxRxM = np.asarray(device_SxRxM)
+        # Rows that fill a batch are not prompts: what they hold is not looked at.
         real_SxR = np.arange(batch.size)[None, :] < np.array([[len(shard.set_N)] for shard in batch.shards])
         if not np.isfinite(values_SxRxM[real_SxR]).all():
             raise UserError(
@@ -330,9 +338,11 @@ def _dispatched(split: SplitModel, plans: Sequence[RowPlan], amounts: Amounts, r
         run = edited.run
         end_BxD, past = split.past(run)
         logp_BxV = clean_logp(split.point, split.params, end_BxD) if readouts else None
+        # Only addends need it: ablation changes nothing where activations are 0 already.
         editable_BxT = None if amounts.addends is None else run.domain_BxT
         clean, features_K = None, None
         for batch in batches:
+            # Batches of the same features come one after the other and share what is gathered for them.
             if features_K is not batch.features_K:
                 features_K = batch.features_K
                 fall_BxTxK, W_dec_KxD = gather(

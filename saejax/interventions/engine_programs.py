@@ -81,6 +81,7 @@ def gather(
     def chosen(f_PxTxF: jax.Array) -> jax.Array:
         return f_PxTxF[:, :, features_K]
 
+    # All features are encoded, in parts, before some are chosen: a TopK's activations depend on the others.
     f_BxTxK = of_features(dictionary, arrays[:2], chosen)
     other_BxTxK = of_features(dictionary, arrays[2:], chosen) if arrays[2:] else f_BxTxK
     fall_BxTxK = source.removed(f_BxTxK, other_BxTxK, arrays[1], features_K, prompts)
@@ -109,6 +110,7 @@ def edit_value(
     fall_xK = jnp.where(fractions != 0, fall_xK * fractions, jnp.zeros_like(fall_xK))
     if addends is not None:
         fall_xK = fall_xK - addends.astype(fall_xK.dtype)
+    # The fall is subtracted from the clean value: what the dictionary does not explain stays as it is.
     fall_xD = matmul(fall_xK.astype(W_dec_KxD.dtype), W_dec_KxD)
     return (value_xD.astype(fall_xD.dtype) - fall_xD).astype(value_xD.dtype)
 
@@ -116,6 +118,7 @@ def edit_value(
 @functools.partial(jax.jit, static_argnums=0)
 def clean_logp(point: SplitPoint, params: decoder.Params, end_BxD: jax.Array) -> jax.Array:
     """Return the clean log-probabilities of the next token, fp32 [B, V]."""
+    # A program of its own: all edits of a prompt are compared with the same clean log-probabilities.
     logp_BxV = jax.nn.log_softmax(decoder.unembed(point.config, params, end_BxD))
     return jax.lax.with_sharding_constraint(logp_BxV, sharding(point.mesh))
 
@@ -153,6 +156,7 @@ def run_rows(
     by_shard = fitting_sharding(point.mesh, edited_SxNxD.shape, "data", None, None)
     stream_SxNxD, edited_SxNxD = jax.lax.with_sharding_constraint((stream_SxNxD, edited_SxNxD), by_shard)
     x_SxNxD = point.run_shared_suffix(params, clean.past, tree, stream_SxNxD, edited_SxNxD)
+    # Last tokens are picked before the unembedding, the logits of all others are not needed.
     x_XxD = jnp.take_along_axis(x_SxNxD, end_SxR[..., None], axis=1).reshape(-1, x_SxNxD.shape[-1])
     logp_XxV = None if clean.logp_BxV is None else clean.logp_BxV[tree.prompt_SxR.reshape(-1)]
     values_XxM = point.readouts(params, x_XxD, answers_SxRx2.reshape(-1, 2), logp_XxV)

@@ -132,6 +132,7 @@ def falsify(
       UserError: there are fewer than 4 texts of a kind, or the dictionary does not fit the model.
     """
     if not test_texts:
+        # Tokens are chosen on other texts than test them: the largest of many is large by chance on its own texts.
         texts, test_texts = texts[::2], texts[1::2]
     kinds = [_encode_texts(lm, kind) for kind in (texts, test_texts, ordinary[::2], ordinary[1::2])]
     if min(map(len, kinds)) < 2:
@@ -142,6 +143,7 @@ def falsify(
     groups = [("tested", dictionary, list(features))]
     groups.append(("random features", dictionary, _draw_live(lm, dictionary, kinds[0], features, count, rng)))
     if random_dictionary is not None:
+        # Drawn among those that fire: features that never do would be undecided, all of them.
         drawn = _draw_live(lm, random_dictionary, kinds[0], (), count, rng)
         groups.append(("random dictionary", random_dictionary, drawn))
     rows: list[FalsifiedFeature] = []
@@ -176,6 +178,7 @@ def judge_injection(
     rise_R, way_R = weight_RxN @ (injected_N - random_N), weight_RxM @ real_M - weight_RxN @ random_N
     spread = float(np.sqrt((random_N.var(ddof=1) + injected_N.var(ddof=1)) / 2))
     effect_size = rise / spread if spread > 0 else None
+    # Without a level on real text above random tokens there is no way to measure a share of.
     if min(len(random_N), len(real_M)) < LEAST_TEXTS or percentile_interval(way_R)[0] <= 0:
         return InjectionTest("undecided", None, effect_size)
     # A difference, where a ratio would have no mean.
@@ -211,6 +214,7 @@ def _test_group(
     read = functools.partial(_activations, lm, dictionary, np.asarray(features, np.int32))
     excited = list(read(train))
     snippets = [_exciting_snippets(train, [acts_TxK[:, k] for acts_TxK in excited]) for k in range(len(features))]
+    # Random tokens are as frequent as in ordinary text; first tokens are often special.
     pool = np.concatenate([ids[1:] for ids in drawn_from])
     real_MxK = np.stack([acts_TxK.max(axis=0) for acts_TxK in read(test)])
     plain = list(read(ordinary))
@@ -218,6 +222,7 @@ def _test_group(
     # [kind of snippet, text, feature]: random tokens are the same for all features, and read once.
     random_2xNxK, injected_2xNxK = np.zeros((2, *plain_NxK.shape)), np.zeros((2, *plain_NxK.shape))
     for kind, size in enumerate((1, CONTEXT)):
+        # The same places and random tokens for all features and groups, which makes their shares comparable.
         rng = np.random.default_rng([seed, kind])
         places = [np.sort(rng.integers(1, len(ids) + 1, TOKENS)) for ids in ordinary]
         random = [rng.choice(pool, (TOKENS, size)).tolist() for _ in ordinary]
@@ -233,10 +238,12 @@ def _test_group(
     )
     text = token_text(lm.tokenizer)
     for k, feature in enumerate(features):
+        # The kind that excites it more is the harder test for a feature of reasoning.
         kind = int(np.argmax(injected_2xNxK[:, :, k].mean(axis=1)))
         random_N, injected_N = random_2xNxK[kind, :, k], injected_2xNxK[kind, :, k]
         tokens = [ids[0] for ids in snippets[k][0]]
         at_tokens = [acts_TxK[np.isin(ids, tokens), k] for ids, acts_TxK in zip(ordinary, plain, strict=True)]
+        # In ordinary text the same tokens have other roles: what is active there, too, is driven by them.
         other = np.array([acts.max() for acts in at_tokens if len(acts)], np.float64)
         weights = resampling_weights(np.zeros(len(other)), resamples, seed) if len(other) > 1 else None
         yield FalsifiedFeature(

@@ -295,6 +295,7 @@ def describe_features(
     patched = patch_features(split, pairs.tests, [top], config.batch_rows)
     (denoised_P,), (noised_P,) = patched.diff_DxSxP
     weight_RxP = _weights(pairs.tests, config)
+    # An answer can only be turned where the model gives the right one to both.
     both_P = (patched.clean_P > 0) & (patched.corrupted_P < 0)
     interchange = None
     if both_P.any():
@@ -357,6 +358,7 @@ class PatchGrid(Columns):
         effect_DxLxHxPxC, whole_P = patched.effect_DxLxHxPxC, patched.clean_P - patched.corrupted_P
         directions, layers, heads, _, columns = effect_DxLxHxPxC.shape
         values_5xDxLxHxC = np.full((5, directions, layers, heads, columns), np.nan)
+        # Where prompt and counterpart hardly differ, a normalised effect divides by noise.
         is_measurable = _is_measurable(whole_P, weight_RxP)
         for column in range(columns):
             has_P = ~np.isnan(effect_DxLxHxPxC[0, 0, 0, :, column])
@@ -366,6 +368,7 @@ class PatchGrid(Columns):
             if weight_RxP is not None and has_P.sum() > 1:
                 weight_RxQ = weight_RxP[:, has_P]
                 sum_Rx1 = weight_RxQ.sum(axis=1, keepdims=True)
+                # Prompts without this position drop out of a sample, so the weights of the rest are scaled to sum to 1.
                 weight_RxQ = np.divide(weight_RxQ, sum_Rx1, out=np.zeros_like(weight_RxQ), where=sum_Rx1 > 0)
                 rows[1:3] = np.quantile(weight_RxQ @ effect_NxQ.T, [0.025, 0.975], axis=0)
             if is_measurable and whole_P[has_P].mean() > 0:

@@ -170,6 +170,7 @@ def patch_sites(
             runs.append(record(point, lm.params, *by_row(lm.mesh, ids_BxT, last_B, answers_Bx2)))
         base_2xP[:, index_P] = [to_host(run.diff_B)[: len(index_P)] for run in runs]
         patched, column_R = _rows_to_run(point, runs, positions, layers, last_B[: len(index_P)], length)
+        # Columns are counted from the end, where prompts of other lengths have their answers.
         column_R = column_R + (columns - lengths_P[index_P][patched.place_R] if positions == EACH else 0)
         places = (np.searchsorted(layers, patched.layer_R), patched.head_R, index_P[patched.place_R], column_R)
         # A row that is not run changes nothing.
@@ -180,6 +181,7 @@ def patch_sites(
             batches = _batches(patched, batch_rows, isinstance(lm.config, TorchConfig))
             # The run that is not the base is the source.
             args = point, lm.params, runs[base], runs[1 - base].value_LxBxTxX, last_B, answers_Bx2
+            # A generator: a batch is started when an earlier one is fetched, not all at once.
             started = (_start_rows(*args, PatchRows(*(a[b] for a in patched)), batch_rows) for b in batches)
             for batch, device_array in zip(batches, prefetch(started), strict=True):
                 values_R = to_host(device_array)[: len(batch)]
@@ -221,6 +223,7 @@ def record(
     x_BxTxD = decoder.embed(config, params, ids_BxT)
     output = run_layers(config, params, x_BxTxD, 0, config.n_layers, rules=point.rules, collect={"resid_pre", kind})
     diff_B = point.logit_difference(params, output.x, last_B, answers_Bx2)
+    # The streams entering layers are kept, so that rows start at their layer instead of at the first.
     recorded = Recording(diff_B, output.collected["resid_pre"], output.collected[kind])
     return jax.lax.with_sharding_constraint(recorded, sharding(point.mesh))  # rows pick theirs from all pairs
 
@@ -258,6 +261,7 @@ def _patched_rows(
     def put(kind: str, layer: int | jax.Array, value_RxTxX: jax.Array) -> jax.Array:
         if kind != point.site.kind:
             return value_RxTxX
+        # The layer is data, not a constant of the program: one program serves all layers.
         in_layer_R = rows.layer_R == layer
         return jnp.where(here_RxTxX & in_layer_R[:, None, None], source_RxTxX, value_RxTxX)
 
@@ -283,6 +287,7 @@ _patched_rows_of_layer = jax.jit(_patched_rows, static_argnums=(0, 1, 2))
 @functools.partial(jax.jit, static_argnums=0)
 def _differences(heads: int, clean_LxBxTxX: jax.Array, corrupted_LxBxTxX: jax.Array) -> jax.Array:
     """Return where two runs differ, bool [L, H, B, T]."""
+    # A patch of equal values is the base run itself: only rows that differ are run.
     differs_LxBxTxX = clean_LxBxTxX != corrupted_LxBxTxX
     by_head = differs_LxBxTxX.reshape(*differs_LxBxTxX.shape[:3], heads, -1).any(axis=-1)
     return by_head.transpose(0, 3, 1, 2)

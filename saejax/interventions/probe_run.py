@@ -122,6 +122,7 @@ def run_probe(run: Run) -> ProbeResults:
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
         split = SplitModel(lm, dictionary)
+        # Labels of the same prompts share their inputs, whose computation takes most of the time.
         pooled = functools.cache(lambda prompts: pool_inputs(split, prompts, config.pool))
 
         def ablation(name: str) -> FeatureAblation | None:
@@ -204,6 +205,7 @@ def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[floa
     path = run.inputs[unit] / FILE
     scored = [from_json(WAYS[way(name, task)], row, path) for row in read_lines(path)]
     solutions = {item.id: item.solution for item in read_items(name, task)}
+    # Benchmarks have no splits of their own; halves are drawn.
     is_train = np.random.default_rng(run.configs[ProbeConfig].seed).permutation(len(scored)) % 2 == 0
     prompts = []
     for item, train in zip(scored, is_train, strict=True):
@@ -214,6 +216,7 @@ def read_benchmark_prompts(run: Run, unit: str) -> tuple[list[Prompt], list[floa
         calculations = _CALCULATION.findall(solutions.get(item.id, ""))
         if calculations:
             labels["steps"] = str(len(calculations))
+            # A leading minus is a sign.
             operators = re.findall(r"[-+*/]", calculations[-1].lstrip("-"))
             labels |= {"operation": operators[-1]} if operators else {}
         split = "train" if train else "test"
@@ -285,6 +288,7 @@ def ablate_selected(
     if tests is None:
         return None
     features = list(sparse[-1].inputs or ())
+    # Matched on the prompts of the ablation: what fires on few of them can change few.
     matched = match_firing_rates(tests.fires_F, _CONTROLS * features, np.random.default_rng(config.seed))
     drop_SxP = tests.measure_drop([*features, *matched.tolist()])
     weight_RxP = bootstrap.resampling_weights(tests.templates, _RESAMPLES, config.seed)

@@ -178,6 +178,7 @@ def run_probes(
       seed: seed of folds, shuffles, controls and permutations, in addition to ``config.seed``.
       name: the inputs, "features" or "raw".
     """
+    # An input that never varies cannot be scaled, and says nothing.
     varying_C = np.flatnonzero(np.ptp(task.train_NxC, axis=0) > 0)
     task = task.with_inputs(varying_C)
     task = dataclasses.replace(task, train_NxC=task.train_NxC.astype(float), test_MxC=task.test_MxC.astype(float))
@@ -242,12 +243,14 @@ def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: i
     if len(strengths) == 1:
         return strengths[0]
     score_S = np.zeros(len(strengths))
+    # Stratified, so that every fold has all classes to learn.
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
     for kept, held in folds.split(class_N, class_N):
         fold = ProbeTask(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
         kept_PxR, held_MxR = _prepare(fold, k)
         for s, strength in enumerate(strengths):
             log_p_MxK = _fit(kept_PxR, fold.train_class_N, strength).predict_log_proba(held_MxR)
+            # Likelihood and not accuracy, which has many ties on few prompts.
             score_S[s] += log_p_MxK[np.arange(len(held)), fold.test_class_M].sum()
     return strengths[int(score_S.argmax())]
 
@@ -392,6 +395,7 @@ def _prepare(task: ProbeTask, k: int | None) -> tuple[np.ndarray, np.ndarray]:
     task = task.with_inputs(select_inputs(task, k)) if k else task
     if not task.train_NxC.size or not np.ptp(task.train_NxC, axis=0).any():
         return np.zeros((len(task.train_NxC), 1)), np.zeros((len(task.test_MxC), 1))
+    # Fitted on train prompts alone. Scaled, because the penalty would otherwise favour inputs of large numbers.
     scaler = StandardScaler().fit(task.train_NxC)
     scaled = scaler.transform(task.train_NxC), scaler.transform(task.test_MxC)
     return scaled if k else _rotate(*scaled)
@@ -403,6 +407,7 @@ def _rotate(train_NxC: np.ndarray, test_MxC: np.ndarray) -> tuple[np.ndarray, np
     The optimal weights lie there, and rotation does not change the penalty: the same probe from far fewer inputs.
     """
     squares_N, vectors_NxN = np.linalg.eigh(train_NxC @ train_NxC.T)
+    # Directions of no extent but rounding would be blown up by the division below.
     kept_N = squares_N > 1e-10 * squares_N.max(initial=0.0)
     length_R, rows_NxR = np.sqrt(squares_N[kept_N]), vectors_NxN[:, kept_N]
     return rows_NxR * length_R, test_MxC @ (train_NxC.T @ rows_NxR) / length_R

@@ -141,6 +141,7 @@ class References:
         for feature, part in zip(features, parts, strict=True):
             pool = np.concatenate(part)
             if len(pool) > most:
+                # A generator for each feature, so that its pool does not depend on the others.
                 pool = np.random.default_rng([seed, feature]).choice(pool, most, replace=False)
             pools[feature] = pool.tolist()
         return pools
@@ -208,6 +209,7 @@ class References:
         edit_R, place_R = np.nonzero(runs_MxN)
         for first in range(0, len(edit_R), rows):
             part = slice(first, first + rows)
+            # Filled up with copies to the batch's rows: one program for all parts.
             some_B, which_B = np.resize(place_R[part], rows), np.resize(edit_R[part], rows)
             total_B = run_answers(split.point, split.params, batch, f_BxTxK, W_dec_KxD, some_B, fraction_MxK[which_B])
             value_MxN[edit_R[part], place_R[part]] = np.asarray(total_B)[: len(edit_R[part])]
@@ -235,6 +237,7 @@ class References:
         """
         self._check_stop()
         split, count = self._split, len(places_N)
+        # Copies are real texts, so that no row is without tokens; their weights are 0.
         filled = [self._references[i] for i in np.resize(places_N, rows)]
         pairs = [(reference.context, reference.answer) for reference in filled]
         tokens, positions_BxC, targets_BxC = align(pairs, length)
@@ -277,6 +280,7 @@ def attributions(
     """
     rows_of = [np.zeros((len(references), split.dictionary.config.n_features), np.float32) for split in splits]
     for point in dict.fromkeys(split.point for split in splits):
+        # The backward pass takes nearly all of the time and does not depend on the dictionary.
         group = [place for place, split in enumerate(splits) if split.point == point]
         first, keeping_little = splits[group[0]], with_remat(point)
         at_site = References(first, references, batch_tokens, check_stop)
@@ -314,6 +318,7 @@ def placebo_references(references: Sequence[Reference], count: int, seed: int) -
         for reference in references:
             length = len(reference.answer)
             others = [other.answer[:length] for other in references if len(other.answer) >= length]
+            # Of equal length, since longer answers have lower log-likelihoods whatever they say.
             fitting = [answer for answer in others if answer != reference.answer]
             if fitting:
                 target.append(Reference(reference.context, fitting[int(rng.integers(len(fitting)))]))
@@ -364,6 +369,7 @@ def attribute(point: SplitPoint, dictionary: Dictionary, batch: ReferenceBatch, 
       batch: the references.
       slope_BxTxD: from ``answer_slopes``.
     """
+    # Anew, since the batch's own is that of the first dictionary of the site.
     domain_BxT = batch.real_BxT & dictionary.is_not_sink(batch.read_BxTxD, batch.value_BxTxD)
     f_BxTxF = active_features(dictionary, batch.read_BxTxD, domain_BxT)
     attribution_BxF = weighted(f_BxTxF, slope_BxTxD, dictionary.W_dec_FxD[...])
@@ -391,6 +397,7 @@ def run_answers(
       some_R: the reference of each row.
       fraction_RxK: share of each feature that each row ablates.
     """
+    # Rows are gathered on the device: the batch stays there for all edits.
     rows = ReferenceBatch(*(array[some_R] for array in batch))
     edited_RxTxD = edit_value(rows.value_BxTxD, f_BxTxK[some_R], W_dec_KxD, fraction_RxK[:, None, :])
     x_RxTxD = point.run_suffix(params, rows.stream_BxTxD, edited_RxTxD)

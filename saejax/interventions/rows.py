@@ -90,6 +90,8 @@ class Amounts(NamedTuple):
         for chosen in _chunks(self.sets, most):
             named = np.unique(np.concatenate([self.sets[s] for s in chosen]))
             named = named if len(named) else np.zeros(1, np.int64)  # programs have no empty arrays
+            # The last feature is repeated: its column in the amounts is the first of its number, so copies change
+            # nothing.
             yield chosen, np.pad(named, (0, filled_features(len(named)) - len(named)), mode="edge")
 
 
@@ -221,17 +223,20 @@ def batches_of(
       shards: number of shards of each batch.
     """
     batches = []
+    # Prompts that begin alike come after each other, and so share tokens within a batch.
     place_P = prompts.in_order()
     for chosen, features_K in amounts.chunks(features):
         number_N, order_N = np.nonzero((first_SxP[chosen] <= prompts.last_P[None, :])[:, place_P])
         set_N, place_N = np.array(chosen)[number_N], place_P[order_N]
         rows = SetRows(set_N, place_N, first_SxP[set_N, place_N])
         length_N = prompts.last_P[place_N] + 1 - rows.first_N
+        # Another shape is worth its compilation only if it saves more padding than that takes.
         lengths = bucket_lengths(np.bincount(length_N), _PROGRAM)
         shape_N = np.searchsorted(lengths, length_N)
         for shape in range(len(lengths) - 1, -1, -1):
             same_shape, length = rows[shape_N == shape], int(lengths[shape])
             parts = _parts(same_shape, prompts, length, max(most // shards, 1))
+            # Shards without rows, so that every batch has one for each device.
             parts += [same_shape[:0]] * (-len(parts) % shards)
             size = few_rows(max(len(part.set_N) for part in parts))
             full = full_batch(max(most // shards, 1), length)

@@ -139,6 +139,7 @@ def target_attributions(
     if any(split.point != splits[0].point for split in splits):
         raise ValueError("slopes are shared by dictionaries of one site alone")
     first_split, count = splits[0], len(targets_Rx2)
+    # Targets are repeated to fill the last group: one program for all.
     padded = np.resize(targets_Rx2, (-(-count // TARGETS) * TARGETS, 2)).astype(np.int32)
     totals = [np.zeros((len(padded), split.dictionary.config.n_features)) for split in splits]
     prompts, done = sum(len(run.index_P) for run in runs_of[0]), 0
@@ -196,6 +197,7 @@ def score_targets(
         x_BxTxD = point.run_suffix(params, first.stream_BxTxD, value_BxTxD)
         return jnp.take_along_axis(x_BxTxD, first.last_B[:, None, None], axis=1)[:, 0]
 
+    # One forward pass for all targets; only the pullback is mapped over them.
     last_BxD, pullback = jax.vjp(end, first.value_BxTxD)
 
     def difference(last_BxD: jax.Array, target_2: jax.Array) -> jax.Array:
@@ -259,6 +261,7 @@ def attribution(
 
 def leaders(attribution_F: np.ndarray, top: int) -> list[int]:
     """Return the features of largest attribution, largest first: at most ``top``, only those above 0."""
+    # Stable, so that of equal features the same ones lead on every machine.
     order_K = np.argsort(-attribution_F, kind="stable")[:top]
     return [int(feature) for feature in order_K if attribution_F[feature] > 0]
 

@@ -95,6 +95,7 @@ class SplitModel:
         if dictionary.config.d_in != width:
             raise UserError(f"the dictionary reads {dictionary.config.d_in} dimensions, but {reads} has {width}")
         dictionary.config.check_model(model.source.name, model.source.fingerprint)
+        # Dictionaries without a rule for attention sinks take the model's.
         dictionary = dictionary.with_sink_norms(model.sink_norm)
         self.point = SplitPoint(model.config, writes, reads, model.mesh, model.rules)
         self.params = model.params
@@ -239,6 +240,7 @@ def groups_by_length(lengths_N: np.ndarray, step: int, most: int) -> Iterator[tu
     """
     left = np.argsort(lengths_N, kind="stable")
     while len(left):
+        # Sorted, so the last prompt of a group sets its length, and the memory of the first so many is known.
         length_M = -(-lengths_N[left] // LENGTH_STEP) * LENGTH_STEP
         rows_M = -(-np.arange(1, len(left) + 1) // step) * step
         count = max(int(np.sum(rows_M * length_M <= most)), min(step, len(left)))
@@ -251,6 +253,7 @@ def prefixes(ids_PxT: np.ndarray) -> np.ndarray:
     prefix_PxT, before_P = np.zeros(ids_PxT.shape, np.int64), np.zeros(len(ids_PxT), np.int64)
     for t, ids_P in enumerate(ids_PxT.T):
         pairs_Px2 = np.stack([before_P, ids_P], axis=1)
+        # Numbered token by token: a prefix is its predecessor's number and one more token, not a list to compare.
         before_P = np.unique(pairs_Px2, axis=0, return_inverse=True)[1].reshape(-1)
         prefix_PxT[:, t] = before_P
     return prefix_PxT
@@ -279,10 +282,12 @@ def run_head(
     """
     stream_BxTxD, value_BxTxD, read_BxTxD = point.run_prefix(params, ids_BxT)
     real_BxT = jnp.arange(ids_BxT.shape[1])[None, :] <= last_B[:, None]
+    # Padding has values, too, which no prompt sees: nothing is edited or counted there.
     domain_BxT = real_BxT & dictionary.is_not_sink(read_BxTxD, value_BxTxD)
     finite_BxT = jnp.isfinite(value_BxTxD).all(axis=-1) & jnp.isfinite(read_BxTxD).all(axis=-1)
     if error == "drop":
         rebuilt_BxTxD = dictionary.decode(dictionary.encode(read_BxTxD), read_BxTxD).astype(value_BxTxD.dtype)
+        # Sinks keep their values: dictionaries were not trained to rebuild them.
         value_BxTxD = jnp.where(domain_BxT[..., None], rebuilt_BxTxD, value_BxTxD)
     outputs = stream_BxTxD, value_BxTxD, read_BxTxD, domain_BxT & wanted_BxT, (finite_BxT | ~real_BxT).all(axis=-1)
     return jax.lax.with_sharding_constraint(outputs, sharding(point.mesh))  # edited rows pick theirs from all of these

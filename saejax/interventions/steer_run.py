@@ -166,6 +166,7 @@ class SteeringTest:
         on_progress(0, 0)
         self._texts = AnswerTexts.read(lm, split, train) if train else None
         self._train, _ = self._fitting(train)
+        # What the model gets wrong cannot be turned from right.
         tests, self._left_out = self._fitting(test)
         self._test = spread_over_templates(tests, config.prompts)
         self._left_out["beyond --steer.prompts"] = len(tests) - len(self._test)
@@ -267,7 +268,9 @@ class SteeringTest:
             )
             for s, strength in enumerate(strengths)
         )
+        # A strength that breaks the model turns many prompts, too: text has to stay as likely as it was.
         allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= self._config.max_ce_rise for p in points])
+        # On train prompts, or the best of several strengths would look better than it is.
         chosen = choose_strength(self._steer(self._train, self._train_groups, changes).diff_SxP, allowed_S)
         controls = self._steer_controls(method, points[chosen].dose)
         drop_N = (clean_P - controls.diff_SxP).mean(axis=1)
@@ -297,6 +300,7 @@ class SteeringTest:
                 drawn[swap] = random_directions(texts, swap, config.random_sets, config.seed)
             elif top := self._tops[swap]:
                 drawn[swap] = random_feature_vectors(texts, self._firing_share_F, top, config.random_sets, config.seed)
+        # As many for each swap, since a control is one change on all prompts.
         count = min(map(len, drawn.values()), default=0)
         if not count:
             return Steered(*np.zeros((3, 0, len(self._test))))
@@ -356,6 +360,7 @@ def judge(behaviours: Mapping[str, BehaviourSteering]) -> dict[str, BehaviourSte
     }
     p_holm: dict[tuple[str, str], float] = {}
     for method in METHODS:
+        # Methods are not corrected for each other: each is a question by itself.
         p_holm |= holm_by_key({key: p for key, p in p_values.items() if key[0] == method})
     judged = {}
     for name, result in behaviours.items():

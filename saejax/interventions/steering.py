@@ -144,6 +144,7 @@ class SteeringChange:
         if self.vector_D is not None:
             return _basis(dictionary, [self.vector_D]).steer([0], 1.0, positions)
         if not self.features:
+            # Features as they are: an edit that changes nothing.
             return dictionary.scale([0], 1.0)
         return dictionary.set(list(self.features), self.values, positions)
 
@@ -249,6 +250,7 @@ def steer(
     """
     values_3xSxP = np.zeros((3, len(changes), len(prompts)))
     adds_S = np.array([change.vector_D is not None for change in changes])
+    # Vectors and features are edits of different dictionaries, which are run one after the other.
     for places in (np.flatnonzero(adds_S), np.flatnonzero(~adds_S)):
         if not len(places):
             continue

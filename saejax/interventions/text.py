@@ -79,8 +79,10 @@ class HeldOutText:
         if not count:
             return None
         held_out = corpora.held_out_documents(corpus, task)
+        # Evenly spread, as neighbours in a corpus are often of one source.
         chosen = [held_out[place] for place in np.unique(np.arange(count) * len(held_out) // count)]
         length = min(length, model.config.context)
+        # Cut before it is split: long documents would otherwise be split into tokens as a whole.
         ids = [encode(model.tokenizer, document.text[: 16 * length])[:length] for document in chosen]
         read = [document for document in ids if len(document) > 1]
         return cls(read) if read else None
@@ -104,6 +106,7 @@ class HeldOutText:
         """
         if split.error != "keep":
             return self._run_clean(split)  # whose values are those of this dictionary alone
+        # Another model's runs would only take memory.
         if self._clean and next(iter(self._clean.values()))[0].params is not split.params:
             self._clean.clear()
         if split.point not in self._clean:
@@ -150,6 +153,7 @@ class CleanText:
         stream, value, read, domain, _ = run_head(split.point, split.error, split.params, split.dictionary, *rows)
         end_BxTxD = programs.tail(split.point, split.params, stream, value)
         (lengths_B,) = split.by_row(padded.lengths_B)
+        # Attention sinks are each dictionary's own, but the run serves all dictionaries of the site.
         domain = None if split.error == "keep" else domain
         return cls(split.params, len(chosen), rows[0], lengths_B, stream, value, read, domain, end_BxTxD)
 
@@ -162,6 +166,7 @@ def _run_edits(split: SplitModel, edits: FeatureEdits, clean: CleanText) -> list
         domain_BxT = _domain(split.dictionary, clean.read_BxTxD, clean.value_BxTxD, clean.lengths_B)
     amounts = Amounts.of(edits)
     ((chosen, features_K),) = amounts.chunks(edits.dictionary.config.n_features)
+    # Documents have no counterparts: there a swapped feature is taken away.
     source = ZERO if edits.replacement.kind == "counterpart" else edits.replacement
     arrays = [clean.read_BxTxD, domain_BxT]
     changes = gather(point, split.dictionary, source, arrays, features_K, clean.documents)
@@ -171,6 +176,7 @@ def _run_edits(split: SplitModel, edits: FeatureEdits, clean: CleanText) -> list
     for fraction_K, addend_K in zip(fraction_SxK, addend_SxK, strict=True):
         value_BxTxD = _edited(point, clean.value_BxTxD, domain_BxT, *changes, fraction_K, addend_K)
         ends.append(programs.tail(point, split.params, clean.stream_BxTxD, value_BxTxD))
+    # All edits with one clean run: its log-probabilities are not kept between programs.
     sums = programs.compare(point.config, split.params, jnp.stack(ends), clean.ids_BxT, clean.lengths_B)
     return [to_host(part).astype(np.float64).sum(axis=0)[:, : clean.documents] for part in sums]
 

@@ -115,6 +115,7 @@ def _judge_dictionary(table: EffectsTable, dictionary: str, config: VerdictConfi
 def _correct(tests: Mapping[Any, _Test]) -> dict[Any, CausalAnswer]:
     """Correct the p-values of one question over its tests, and conclude."""
     p_values = {key: test.p_value for key, test in tests.items() if test.p_value is not None}
+    # Within a question, as each question is answered by itself; a test that was not made is none of its hypotheses.
     adjusted = holm_by_key(p_values)
     return {key: test.conclude(adjusted.get(key)) for key, test in tests.items()}
 
@@ -170,6 +171,7 @@ def _test_sets(
     def conclude(p_holm: float | None) -> CausalAnswer:
         assert p_holm is not None
         answer = "yes" if p_holm <= config.level else "no"
+        # With so few sets even the first rank of all is not significant after correction: "no" would say too much.
         if len(controls) < needed:
             answer = "not testable"
         sentence = sentences.sets(answer, group, measured.k, numbers, p_value, p_holm, behaviours, measured.objective)
@@ -215,6 +217,7 @@ def _test_basis(measured: MeasuredBehaviour, top: EffectCurve, basis: EffectCurv
     top_P, basis_P = top.drop_at(dose)[0], basis.drop_at(dose)[0]
     difference, sample_R = measured.interval(top_P - basis_P)
     p_value = bootstrap.two_sided_p(sample_R)
+    # Relative to the effect: what is negligible depends on how large it is.
     margin = config.equivalence_margin * abs(float(top_P.mean()))
     numbers = dict(top=float(top_P.mean()), basis=float(basis_P.mean()), dose=float(dose[0]))
 
@@ -237,6 +240,7 @@ def _combine_views(basis: str, views: Mapping[str, CausalAnswer], objective: str
     """Return the answer by norm, unless the one by KL contradicts it significantly."""
     main = views.get("norm") or views["kl"]
     answer = main.answer
+    # Only a significant contradiction counts: one view may be too noisy to say anything.
     if {view.answer for view in views.values()} == {"more", "less"}:
         answer = "contradictory"
     parts = {dose: view.effect for dose, view in views.items() if view.effect}
@@ -257,6 +261,7 @@ def _test_selective(table: EffectsTable, measured: MeasuredBehaviour, config: Ve
     if documents:
         rise_P = table.values(top, documents, "ce")[0] - table.clean_values(documents, "ce")
         rises[TEXT] = (rise_P, [""] * len(documents), config.max_ce_rise)
+    # A single prompt has no interval.
     rises = {name: rise for name, rise in rises.items() if len(rise[0]) > 1 and np.isfinite(rise[0]).all()}
     if not rises.keys() - {TEXT}:
         return _not_tested("the run has no other behaviour")
