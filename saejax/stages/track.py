@@ -28,6 +28,12 @@ class TrackConfig(Config):
         'file of up to four instead, shown side by side, .jsonl: {"slug": "apples", "prompt": "...", "solution": '
         '"...", "answer": " 12"}; the sentences of a solution, or the texts of a list of them, are the steps',
     )
+    generate: int = setting(
+        0,
+        "tokens that the model writes after each prompt, shown as its output; the output of a prompt without a "
+        "solution is followed as one (0: none)",
+        low=0,
+    )
     dictionaries: tuple[str, ...] = setting(
         (),
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
@@ -109,7 +115,7 @@ TRACK = Stage(
     needs=_needs,
     names=_names,
     identity=dict(model=identities.model, track=_files),
-    revision=3,
+    revision=4,
     processes="items",
     section=_sections,
 )

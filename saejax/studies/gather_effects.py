@@ -142,7 +142,8 @@ def tracking(row: str, findings: Findings) -> Iterator[TrackingFigures]:
                 sites=len(text.sites),
                 links=text.links,
                 tests=sum(test.hurt != "not testable" for test in tests),
-                measured=len(text.measured),
-                holding=sum(link.holds for link in text.measured),
+                measured=len(text.chains),
+                holding=sum(chain.holds for chain in text.chains),
+                output=text.output,
                 hurt=sum(test.hurt == "yes" for test in tests),
             )

@@ -263,14 +263,16 @@ RESULT_SHEETS = (
             "Tokens": lambda text: str(text.tokens),
             "Layers": lambda text: str(text.sites),
             "Links": lambda text: f"{text.links:,}",
-            "Measured; hold": lambda text: f"{text.measured}; {text.holding}",
+            "Output": lambda text: f"\u201c{text.output}\u201d" if text.output else MISSING,
+            "Chains; hold": lambda text: f"{text.measured}; {text.holding}",
             "Steps tested": lambda text: str(text.tests),
             "Hurt": lambda text: str(text.hurt),
         },
-        frozenset({"Text"}),
-        "Of the strongest links between features of two layers some are measured: one holds if setting the lower "
-        "feature to zero takes more from the upper one than each of five random active features does, at equal "
-        "dose. A step is hurt if ablating its features lowers its log-likelihood more than random sets.",
+        frozenset({"Text", "Output"}),
+        "Output: what the model writes after the prompt. The strongest chains of features, from layer to layer to the "
+        "answer, are measured: one holds if setting each feature to zero takes more from the next one than each of "
+        "five random active features does, at equal dose, and more from the answer. A step is hurt if ablating its "
+        "features lowers its log-likelihood more than random sets.",
     ),
     Sheet(
         "criteria",

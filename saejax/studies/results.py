@@ -317,8 +317,9 @@ class TrackingFigures:
     sites: int  #: of dictionaries
     links: int  #: between features that are shown
     tests: int  #: steps tested, at each site, with enough random sets
-    measured: int  #: of the strongest links, those whose effect was measured
-    holding: int  #: of them: those above five random features at equal dose
+    measured: int  #: chains of features whose links and effect on the answer were measured
+    holding: int  #: of them: those that hold, each link above five random features at equal dose
+    output: str  #: what the model writes after the prompt; empty: it was not asked to
     hurt: int  #: of them: those whose features have a larger effect than random sets at equal dose
 
 

@@ -1,9 +1,11 @@
 """Planted chains are followed, planted steps told apart, and removing features costs what it should."""
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,11 +21,11 @@ from saejax.attribution.trace.prompt import trace
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.errors import UserError
 from saejax.matching.track.firings import LayerFirings, follow
-from saejax.matching.track.links import ATTRIBUTION, attribution, chain, geometry
+from saejax.matching.track.links import ATTRIBUTION, attribution, chain, geometry, strongest_chains
 from saejax.matching.track.stack import LayerDictionary, Stack
 from saejax.matching.track.steps import only_here, step_features
 from saejax.matching.track.tested import StepTester, judged
-from saejax.matching.track.texts import Problem, encode, read_problems, sentences
+from saejax.matching.track.texts import Problem, encode, read_problems, sentences, write_solution
 from saejax.models.sites import Site
 from saejax.models.tokens import pad
 from saejax.stages.track import TrackConfig
@@ -87,6 +89,41 @@ def test_planted_chains_are_followed_and_nothing_else(identity_llama):
     whole = chain(found.links, start)
     assert whole >= {start} and {node[0] for node in whole} <= {0, 1, 2, 3} and len({n[1] for n in whole}) == 1
     assert all(node[2] == CHAINS[0][node[0]] for node in whole)
+
+
+def test_the_strongest_chains_are_those_of_a_search_over_all():
+    rng = np.random.default_rng(0)
+    for most in (1, 2, 3):
+        links = [
+            ((layer, 4, i), (layer + 1, 4, j), float(rng.uniform(0.1, 1)))
+            for layer in range(4)
+            for i in range(3)
+            for j in range(3)
+            if rng.uniform() < 0.5
+        ]
+        chains = [[link] for link in links]
+        for _ in range(most - 1):  # every chain, one link longer each time
+            chains += [[*chain, link] for chain in chains for link in links if chain[-1][1] == link[0]]
+        chains = [chain for chain in chains if len(chain) <= most]
+        chosen = strongest_chains(links, 2, most)
+        best = max((len(chain), min(weight for *_, weight in chain)) for chain in chains)
+        assert (len(chosen[0]), min(weight for *_, weight in chosen[0])) == best
+        nodes = [{node for link in chain for node in link[:2]} for chain in chosen]
+        assert not nodes[0] & nodes[1] and all(a[1] == b[0] for chain in chosen for a, b in itertools.pairwise(chain))
+    assert strongest_chains([], 2, 3) == []
+
+
+def test_a_written_solution_is_followed_to_its_last_number(lm, monkeypatch):
+    written = SimpleNamespace(text=" 2 cats and 1,200 dogs run. That is 12 of them.")
+    monkeypatch.setattr(type(lm), "generate", lambda self, tokens, most: [written])
+    problem = write_solution(lm, Problem("x", "How many?"), 20)
+    assert problem.steps == (" 2 cats and 1,200 dogs run. ", "That is 12 of them.") and problem.answer == " 12"
+    assert problem.output == written.text.strip()
+    solved = write_solution(lm, Problem("x", "How many?", ("There are 7.",), " 7"), 20)
+    assert (solved.steps, solved.answer, solved.output) == (("There are 7.",), " 7", written.text.strip())
+    assert write_solution(lm, Problem("x", "How many?"), 0) == Problem("x", "How many?")
+    written.text = " "  # a model that ends at once
+    assert write_solution(lm, Problem("x", "How many?"), 20) == Problem("x", "How many?")
 
 
 @pytest.fixture(scope="module")

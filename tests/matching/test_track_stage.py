@@ -1,7 +1,7 @@
 """The stage ``track`` as a program on a tiny model, its page in a real browser, and what is refused."""
 
+import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,11 @@ from saejax import load_dictionary, load_model, load_results
 from saejax.files import write_json
 from saejax.matching.track.firings import follow
 from saejax.matching.track.links import GEOMETRY, FeatureLinks
-from saejax.matching.track.measured import measure_links
+from saejax.matching.track.measured import measure_chains
+from saejax.matching.track.page import ShownText, write_page
+from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.models.tokens import pad
+from saejax.results import from_json
 from saejax.runner import command
 
 pytestmark = pytest.mark.usefixtures("single_device")
@@ -47,7 +50,6 @@ def tracked(inputs, tmp_path_factory):
     named = {str(feature): dict(label=f"all {BAD}", by="Ada", note="", f1=None) for feature in range(128)}
     write_json(labels / "labels.json", named)
     assert command.run(["track"], "", ["test", *flags]) == 0
-    shutil.copy(folder / "run" / "track" / "prompts" / "index.html", folder)  # other flags move the unit aside
     return folder, flags
 
 
@@ -61,7 +63,8 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     firings = follow(lm, stack, ids_T)
     low, high = (each.at(9) for each in firings)
     link = (0, 9, int(low.feature_A[0])), (1, 9, int(high.feature_A[0])), 1.0
-    (found,) = measure_links(lm, stack, ids_T, 3, FeatureLinks(GEOMETRY, [link]), firings, str, 0)
+    (measured,) = measure_chains(lm, stack, ids_T, 3, FeatureLinks(GEOMETRY, [link]), firings, str, 0)
+    (found,) = measured.links
     tokens = pad([ids_T.tolist()])
     runs_of = [
         [lm(tokens, capture=["resid_post.1"], edits=edits) for edits in ([], [one.ablate([node[2]], (9, 10))])]
@@ -71,10 +74,15 @@ def test_links_are_measured_as_the_library_does(tracked, inputs):
     assert found.lost == pytest.approx(1 - edited / clean, abs=1e-3)
     logp = [jax.nn.log_softmax(run.logits_BxTxV[0, -1])[3] for run in runs_of[1]]
     assert found.answer_drop == pytest.approx(float(logp[0] - logp[1]), abs=1e-4)
+    # The lowest feature's effect on the answer.
+    output = lm(tokens, edits=[pair[0].ablate([link[0][2]], (9, 10))])
+    without = float(jax.nn.log_softmax(output.logits_BxTxV[0, -1])[3])
+    assert measured.answer_drop == pytest.approx(float(logp[0]) - without, abs=1e-4)
     # Four features fire (k = 4): three controls, too few to decide.
     assert found.controls == 3 and not found.holds and not found.reaches_answer
     attribution = FeatureLinks("attribution", [link])
-    assert measure_links(lm, stack, ids_T, 3, attribution, firings, str, 0) == ()
+    assert not measured.holds
+    assert measure_chains(lm, stack, ids_T, 3, attribution, firings, str, 0) == ()
 
 
 def test_texts_are_followed_and_kept(tracked, capsys):
@@ -116,6 +124,20 @@ def test_what_is_refused_in_one_line(tracked, tmp_path, capsys, changes, said):
     assert said in error and len(error.splitlines()) == 1
 
 
+def test_the_output_of_the_model_is_shown_and_followed(tracked, inputs, tmp_path):
+    folder, flags = tracked
+    lm = load_model(str(inputs[0]), dtype="float32")
+    (written,) = lm.generate(lm.tokenize(["The river"]), 6)
+    folders = ",".join(str(folder / "run" / "train" / "topk" / f"resid_post.{i}") for i in range(2))
+    more = ["--track.prompts=", "--track.prompt=The river", f"--track.dictionaries={folders}", f"--workdir={tmp_path}"]
+    assert command.run(["track"], "", ["test", *flags, *more, "--track.generate=6"]) == 0
+    (found,) = load_results(tmp_path / "track" / "The-river").texts.values()
+    assert found.output == written.text.strip() and found.steps[0].name == "prompt"
+    assert "".join(step.text for step in found.steps[1:]).replace(" ", "") == found.output.replace(" ", "")
+    text = (tmp_path / "track" / "The-river" / "track.txt").read_text()
+    assert "  output           " in text
+
+
 def test_one_layer_only_and_one_sentence(tracked, tmp_path, capsys):
     folder, flags = tracked
     one = folder / "run" / "train" / "topk" / "resid_post.0"
@@ -125,10 +147,26 @@ def test_one_layer_only_and_one_sentence(tracked, tmp_path, capsys):
     assert found.links == 0 and [step.name for step in found.steps] == ["step 1"]
 
 
+def write_page_with_a_chain(unit, page):
+    """Write the page of a unit again, its first text with a measured chain: untrained features have no links."""
+    results = load_results(unit)
+    files = {slug: unit / f"{slug}-cells.json" for slug in results.texts}
+    cells = {slug: from_json(ShownText, json.loads(path.read_text()), path) for slug, path in files.items()}
+    (low, *_), (high, *_) = (next(cell for cell in row if cell) for row in cells["river"].cells)
+    link = MeasuredLink(
+        lower="resid_post.0", source=low, upper="resid_post.1", target=high, position=1, token="How", weight=0.5,
+        lost=0.75, random_lost=0.12, answer_drop=0.3, random_drop=0.01, controls=5, holds=True, reaches_answer=True,
+    )  # fmt: skip
+    chain = MeasuredChain((link,), answer_drop=0.2, random_drop=0.3, reaches_answer=False, holds=False)
+    texts = dict(results.texts) | dict(river=dataclasses.replace(results.texts["river"], chains=(chain,)))
+    write_page(page, dataclasses.replace(results, texts=texts), cells, "tiny")
+
+
 @needs_chromium
 @pytest.mark.parametrize(("width", "dark"), [(400, False), (1300, True)])
 def test_the_page(tracked, tmp_path, width, dark):
-    page = tracked[0] / "index.html"
+    page = tmp_path / "index.html"
+    write_page_with_a_chain(tracked[0] / "run" / "track" / "prompts", page)
     with chromium(tmp_path / "profile") as browser:
         browser.view(width, 900, dark=dark, phone=width == 400)
         browser.open(page.as_uri())
@@ -136,6 +174,8 @@ def test_the_page(tracked, tmp_path, width, dark):
         assert browser.js("document.documentElement.scrollWidth <= innerWidth")
         shown = browser.js("document.body.innerText")
         assert BAD in shown and "我有三个苹果" in shown and "geometry" in shown
+        assert "Chains of features, measured" in shown and "loses 75 %, 12 % with random features (holds)" in shown
+        assert "The chain does not hold." in shown
         browser.js("document.querySelector('.scroll').focus()")
         for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
             browser.key(key)

@@ -163,6 +163,42 @@ def chain(links: Sequence[Link], node: Node) -> set[Node]:
     return _reached(up, node) | _reached(down, node)
 
 
+def strongest_chains(links: Sequence[Link], count: int, most: int) -> list[list[Link]]:
+    """Return the strongest chains of links, each from the lowest link up; no two of them share a node.
+
+    Longer chains come first; of equal length, the one whose weakest link is strongest: a chain carries no more than it.
+
+    Args:
+      links: between consecutive dictionaries.
+      count: chains at most.
+      most: links of a chain at most.
+    """
+    into: dict[Node, list[Link]] = {}
+    for link in links:
+        into.setdefault(link[1], []).append(link)
+    # The best chain of each number of links that ends at a node; lower dictionaries come first.
+    best: dict[Node, dict[int, list[Link]]] = {}
+
+    def strength(chain: Sequence[Link]) -> tuple[int, float]:
+        return len(chain), min(abs(weight) for _, _, weight in chain)
+
+    for node in sorted(into):
+        chains: dict[int, list[Link]] = {}
+        for link in into[node]:
+            before = best.get(link[0], {})
+            for longer in ([link], *([*chain, link] for length, chain in before.items() if length < most)):
+                chains[len(longer)] = max(chains.get(len(longer), longer), longer, key=strength)
+        best[node] = chains
+    chosen: list[list[Link]] = []
+    taken: set[Node] = set()
+    for chain in sorted((chain for chains in best.values() for chain in chains.values()), key=strength, reverse=True):
+        nodes = {chain[0][0], *(target for _, target, _ in chain)}
+        if len(chosen) < count and not nodes & taken:
+            chosen.append(chain)
+            taken |= nodes
+    return chosen
+
+
 def _reached(steps: Mapping[Node, Sequence[Node]], node: Node) -> set[Node]:
     seen, waiting = {node}, [node]
     while waiting:

@@ -1,11 +1,13 @@
-"""Measured links of a text: what a feature does to one of a higher layer, and that one to the answer, with controls.
+"""Measured chains of a text: what a feature does to one of a higher layer, that one to the next, and on to the answer.
 
 1. Feature a of the lower dictionary is set to zero at one position: its activation times its decoder row is taken away.
    The link's effect is the share of the activation of feature b, in the dictionary above, that is lost there.
 2. The control takes away as much (in norm) along the decoder rows of five random features that are active at the same
    position of the lower dictionary.
-3. In the same way b is set to zero, and the loss of the answer's log-probability is measured.
-4. A link holds if its effect is above that of each of the five: by chance, one link in six.
+3. In the same way b is set to zero, and the loss of the answer's log-probability is measured; and that without the
+   lowest feature of the chain.
+4. A link holds if its effect is above that of each of the five: by chance, one link in six. A chain holds if all of its
+   links do, and its lowest and its highest feature reach the answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +17,17 @@ import numpy as np
 
 from saejax.dictionaries import Dictionary
 from saejax.matching.track.firings import LayerFirings, activations
-from saejax.matching.track.links import GEOMETRY, FeatureLinks, Node
-from saejax.matching.track.results import MeasuredLink
+from saejax.matching.track.links import GEOMETRY, FeatureLinks, Link, Node, strongest_chains
+from saejax.matching.track.results import MeasuredChain, MeasuredLink
 from saejax.matching.track.stack import Stack
 from saejax.models.edits import SiteEdit
 from saejax.models.language_model import LanguageModel
 from saejax.models.tokens import pad
 
-LINKS, CONTROLS = 6, 5  # links that are measured, the strongest; random features of each
+CHAINS, LINKS, CONTROLS = 3, 3, 5  # chains that are measured, links of each at most; random features of each link
 
 
-def measure_links(
+def measure_chains(
     lm: LanguageModel,
     stack: Stack,
     ids_T: np.ndarray,
@@ -34,8 +36,10 @@ def measure_links(
     firings: Sequence[LayerFirings],
     as_text: Callable[[int], str],
     seed: int,
-) -> tuple[MeasuredLink, ...]:
-    """Return the strongest links between consecutive dictionaries, each with its effects and their controls.
+) -> tuple[MeasuredChain, ...]:
+    """Return the strongest chains of links between consecutive dictionaries, with effects and their controls.
+
+    A chain at a position where no other feature is active is left out.
 
     Args:
       lm: the language model.
@@ -50,38 +54,54 @@ def measure_links(
     if links.kind != GEOMETRY:
         return ()
     usable = [link for link in links.links if link[0][1] < len(ids_T)]
-    measured, run = [], _Ablation(lm, stack, ids_T, firings, seed)
-    for source, target, weight in sorted(usable, key=lambda link: -abs(link[2]))[:LINKS]:
-        upper, of_target = stack.layers[target[0]], run.dictionary(target[0])
-        values_RxTxD, _ = run(source, str(upper.reads))
-        clean, *edited = (
-            float(activations(lm, of_target, value_TxD[None])[target[1], target[2]]) for value_TxD in values_RxTxD
-        )
-        lost = [1 - act / clean if clean else 0.0 for act in edited]
-        _, logits_RxV = run(target, str(upper.reads))
-        logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
-        drop = [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
-        if len(lost) < 2 or len(drop) < 2:
-            continue  # no other feature is active there
+    run = _Ablation(lm, stack, ids_T, firings, seed)
+    measured = []
+    for chain in strongest_chains(usable, CHAINS, LINKS):
+        parts = [_measure_link(run, link, answer, as_text) for link in chain]
+        measured_links = [part for part in parts if part is not None]
+        if len(measured_links) < len(parts):
+            continue
+        drop = run.answer_drops(chain[0][0], answer)
+        reaches = _exceeds_controls(drop)
         measured.append(
-            MeasuredLink(
-                lower=str(stack.layers[source[0]].reads),
-                source=source[2],
-                upper=str(upper.reads),
-                target=target[2],
-                position=source[1],
-                token=as_text(int(ids_T[source[1]])),
-                weight=weight,
-                lost=lost[0],
-                random_lost=float(np.mean(lost[1:])),
+            MeasuredChain(
+                links=tuple(measured_links),
                 answer_drop=drop[0],
                 random_drop=float(np.mean(drop[1:])),
-                controls=len(lost) - 1,
-                holds=len(lost) > CONTROLS and lost[0] > max(lost[1:]),
-                reaches_answer=len(drop) > CONTROLS and drop[0] > max(drop[1:]),
+                reaches_answer=reaches,
+                holds=reaches and measured_links[-1].reaches_answer and all(link.holds for link in measured_links),
             )
         )
     return tuple(measured)
+
+
+def _measure_link(run: "_Ablation", link: Link, answer: int, as_text: Callable[[int], str]) -> MeasuredLink | None:
+    """Return the effects of a link; None where no other feature is active at its position."""
+    source, target, weight = link
+    lost, drop = run.losses(source, target), run.answer_drops(target, answer)
+    if len(lost) < 2 or len(drop) < 2:
+        return None
+    return MeasuredLink(
+        lower=run.site(source),
+        source=source[2],
+        upper=run.site(target),
+        target=target[2],
+        position=source[1],
+        token=as_text(run.token(source)),
+        weight=weight,
+        lost=lost[0],
+        random_lost=float(np.mean(lost[1:])),
+        answer_drop=drop[0],
+        random_drop=float(np.mean(drop[1:])),
+        controls=len(lost) - 1,
+        holds=_exceeds_controls(lost),
+        reaches_answer=_exceeds_controls(drop),
+    )
+
+
+def _exceeds_controls(effects: Sequence[float]) -> bool:
+    """Return whether the first effect is above those of the controls, which are as many as there should be."""
+    return len(effects) > CONTROLS and effects[0] > max(effects[1:])
 
 
 class _Ablation:
@@ -96,7 +116,7 @@ class _Ablation:
     """
 
     def __init__(self, lm: LanguageModel, stack: Stack, ids_T: np.ndarray, firings: Sequence[LayerFirings], seed: int):
-        self._lm, self._stack, self._firings, self._seed = lm, stack, firings, seed
+        self._lm, self._stack, self._ids_T, self._firings, self._seed = lm, stack, ids_T, firings, seed
         self._tokens = pad([ids_T.tolist()] * (2 + CONTROLS))
         self._last, self._dictionaries = len(ids_T) - 1, dict[int, Dictionary]()
 
@@ -106,7 +126,31 @@ class _Ablation:
             self._dictionaries[place] = self._stack.layers[place].load().with_sink_norms(self._lm.sink_norm)
         return self._dictionaries[place]
 
-    def __call__(self, node: Node, capture: str) -> tuple[np.ndarray, np.ndarray]:
+    def site(self, node: Node) -> str:
+        """Return the site that a node's dictionary reads."""
+        return str(self._stack.layers[node[0]].reads)
+
+    def token(self, node: Node) -> int:
+        """Return the token at a node's position."""
+        return int(self._ids_T[node[1]])
+
+    def losses(self, source: Node, target: Node) -> list[float]:
+        """Return the share of the target's activation that is lost without the source, and with each control."""
+        values_RxTxD, _ = self._run(source, self.site(target))
+        dictionary = self.dictionary(target[0])
+        clean, *edited = (
+            float(activations(self._lm, dictionary, value_TxD[None])[target[1], target[2]])
+            for value_TxD in values_RxTxD
+        )
+        return [1 - act / clean if clean else 0.0 for act in edited]
+
+    def answer_drops(self, node: Node, answer: int) -> list[float]:
+        """Return the loss of the answer's log-probability without a feature, and with each control, in nats."""
+        _, logits_RxV = self._run(node, self.site(node))
+        logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
+        return [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
+
+    def _run(self, node: Node, capture: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a site's values [R, T, D] and the last logits [R, V]: clean, without the feature, and controls."""
         place, position, feature = node
         each, W_dec_FxD = self._stack.layers[place], np.asarray(self.dictionary(place).W_dec_FxD[...], np.float32)

@@ -6,7 +6,7 @@ from saejax.matching.track.results import StepTest, TrackedText, TrackResults
 from saejax.page.blocks import Block, Links, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
-from saejax.page.tables import Table, answer, number
+from saejax.page.tables import MISSING, Table, answer, number
 from saejax.page.words import place
 
 
@@ -28,6 +28,7 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         "Layers": lambda slug, text, tests: str(len(text.sites)),
         "Links": lambda slug, text, tests: f"{text.links:,} ({text.link_kind})",
         "Answer": lambda slug, text, tests: f"{text.answer.strip()} {number(text.lenses['logit'].answer[-1])}",
+        "Output": lambda slug, text, tests: f"\u201c{text.output}\u201d" if text.output else MISSING,
         "Steps tested": lambda slug, text, tests: str(len(tests)),
         "Hurt": lambda slug, text, tests: str(sum(test.hurt == "yes" for test in tests)),
         "Not testable": lambda slug, text, tests: str(sum(test.hurt == "not testable" for test in tests)),
@@ -42,29 +43,45 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
         page = findings.folders[f"track/{unit}"] / "index.html"
         address = findings.address(page)
         pages.append((f"{', '.join(results.texts)}: layers by positions", address))
-    note = "Answer: the probability of its first token."
-    table = Table.of("Texts", rows, columns, note=note)
+    note = (
+        "Answer: the probability of its first token. Output: what the model writes after the prompt, if it was asked."
+    )
+    table = Table.of("Texts", rows, columns, words={"Text", "Output"}, note=note)
     blocks = [Text(intro), table, *_measured(rows), Links("Pages", tuple(pages))]
     return [Section("Through the layers", tuple(blocks))]
 
 
 def _measured(rows: Sequence[tuple[str, TrackedText, Sequence[StepTest]]]) -> list[Block]:
-    """Return a table of the measured links of all texts; nothing if there are none."""
-    links = [(slug, link) for slug, text, _ in rows for link in text.measured]
+    """Return a table of the measured chains of all texts, link by link; nothing if there are none."""
+    rows_of_links = [
+        (f"{slug}, {count}", link, chain if link is chain.links[-1] else None)
+        for slug, text, _ in rows
+        for count, chain in enumerate(text.chains, 1)
+        for link in chain.links
+    ]
     columns = {
-        "Text": lambda slug, link: slug,
-        "Link": lambda slug, link: f"{link.source} in {place(link.lower)} to {link.target} in {place(link.upper)}",
-        "At": lambda slug, link: f"\u201c{link.token}\u201d",
-        "Lost, %": lambda slug, link: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
-        "Holds": lambda slug, link: answer(link.holds),
-        "Answer, nats": lambda slug, link: f"{number(link.answer_drop)}; {number(link.random_drop)}",
-        "Reaches it": lambda slug, link: answer(link.reaches_answer),
+        "Chain": lambda name, link, ended: name,
+        "Link": lambda name, link, ended: (
+            f"{link.source} in {place(link.lower)} to {link.target} in {place(link.upper)}"
+        ),
+        "At": lambda name, link, ended: f"\u201c{link.token}\u201d",
+        "Lost, %": lambda name, link, ended: f"{number(100 * link.lost, 0)}; {number(100 * link.random_lost, 0)}",
+        "Holds": lambda name, link, ended: answer(link.holds),
+        "Answer, nats": lambda name, link, ended: f"{number(link.answer_drop)}; {number(link.random_drop)}",
+        "Reaches it": lambda name, link, ended: answer(link.reaches_answer),
+        "From the lowest": lambda name, link, ended: (
+            f"{number(ended.answer_drop)}; {number(ended.random_drop)}" if ended else ""
+        ),
+        "Chain holds": lambda name, link, ended: answer(ended.holds) if ended else "",
     }
     note = (
-        "Lost: share of the upper feature's activation that is lost when the lower one is set to zero there; after the "
-        "semicolon, the mean of five random features that are active there, at equal dose. Holds: more than each of "
-        "the five. Answer: the log-probability of the answer that is lost when the upper feature is set to zero, and "
-        "with five random ones of its layer."
+        "A chain goes from a feature to one of the next dictionary, and so on, to the answer. Lost: share of the upper "
+        "feature's activation that is lost when the lower one is set to zero there; after the semicolon, the mean of "
+        "five random features that are active there, at equal dose. Holds: more than each of the five. Answer: the "
+        "log-probability of the answer that is lost when the upper feature is set to zero, and with five random ones "
+        "of its layer; from the lowest: when the lowest feature of the chain is. A chain holds if all of its links do "
+        "and both its ends reach the answer."
     )
-    words = {"Text", "Link", "At", "Holds", "Reaches it"}
-    return [Table.of("The strongest links, measured", links, columns, words=words, note=note)] if links else []
+    words = {"Chain", "Link", "At", "Holds", "Reaches it", "Chain holds"}
+    table = Table.of("The strongest chains, measured", rows_of_links, columns, words=words, note=note)
+    return [table] if rows_of_links else []

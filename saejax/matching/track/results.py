@@ -56,6 +56,17 @@ class MeasuredLink:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasuredChain:
+    """Links from the features of one layer to those of higher ones, each measured, and on to the answer."""
+
+    links: tuple[MeasuredLink, ...]  #: from the lowest layer up; the target of each is the source of the next
+    answer_drop: float  #: of the answer's log-probability without the lowest feature, nats
+    random_drop: float  #: the same of random active features there, mean
+    reaches_answer: bool  #: whether more is lost than with each of five controls
+    holds: bool  #: whether all links hold, and the lowest and the highest feature reach the answer
+
+
+@dataclasses.dataclass(frozen=True)
 class LensLayers:
     """A lens's predictions by layer: of the answer where it is the next token, and of all tokens."""
 
@@ -80,7 +91,8 @@ class TrackedText:
     links: int  #: between shown features
     same_number: int  #: links between features of one number; if many, the dictionaries were trained from one start
     seconds: float  #: that it took
-    measured: tuple[MeasuredLink, ...] = ()  #: the strongest links by geometry
+    chains: tuple[MeasuredChain, ...] = ()  #: the strongest chains of links by geometry, measured
+    output: str = ""  #: what the model writes after the prompt; empty: it was not asked to
 
 
 @dataclasses.dataclass(frozen=True)

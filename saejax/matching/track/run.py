@@ -15,13 +15,13 @@ from saejax.files import read_json, write_json, write_text
 from saejax.matching.track import links, terminal
 from saejax.matching.track.firings import LayerFirings, follow
 from saejax.matching.track.links import FeatureLinks
-from saejax.matching.track.measured import measure_links
+from saejax.matching.track.measured import measure_chains
 from saejax.matching.track.page import ShownText, shown_text, write_page
 from saejax.matching.track.results import LensLayers, TrackedStep, TrackedText, TrackResults
 from saejax.matching.track.stack import Stack, open_stack
 from saejax.matching.track.steps import StepFeature, only_here, step_features
 from saejax.matching.track.tested import StepTester, tested_steps
-from saejax.matching.track.texts import EncodedText, encode, read_problems
+from saejax.matching.track.texts import EncodedText, encode, read_problems, write_solution
 from saejax.models.language_model import LanguageModel
 from saejax.models.lens import LensOutput
 from saejax.models.sites import Site
@@ -50,7 +50,8 @@ def run_track(run: Run) -> TrackResults:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, lm)
         tested = tested_places(stack, config)
-        texts = {slug: encode(lm, problem) for slug, problem in problems.items()}  # all, before the first is followed
+        # All, before the first is followed: what is wrong with one is said at once.
+        texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             tracked, cells = follow_text(lm, stack, texts[slug], tested, config, on_progress)
@@ -119,7 +120,7 @@ def follow_text(
     steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
     read_T = text.ids_T[: text.position + 1]
-    measured = measure_links(lm, stack, read_T, answer, feature_links, firings, as_text, config.seed)
+    chains = measure_chains(lm, stack, read_T, answer, feature_links, firings, as_text, config.seed)
     results = TrackedText(
         tokens=len(text.ids_T),
         answer=as_text(answer),
@@ -131,7 +132,8 @@ def follow_text(
         links=len(feature_links.links),
         same_number=feature_links.same_number,
         seconds=round(time.monotonic() - start, 2),
-        measured=measured,
+        chains=chains,
+        output=text.problem.output,
     )
     cells = shown_text(stack, text, shown, feature_links, chosen, readings, as_text, firings)
     return results, cells

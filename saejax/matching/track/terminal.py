@@ -32,4 +32,5 @@ def text_lines(slug: str, text: TrackedText, shown: ShownText) -> str:
             for feature, value in zip(cell[::2][:_TOP], cell[1::2][:_TOP], strict=True)
         ]
         lines.append(f"  {layer.site:<16} {'; '.join(features) or 'no feature fires'}")
-    return "\n".join([*lines, f"  answer           {visible(text.answer)}"])
+    output = [f"  output           {visible(text.output)}"] if text.output else []
+    return "\n".join([*lines, f"  answer           {visible(text.answer)}", *output])

@@ -25,6 +25,7 @@ _ABBREVIATION = re.compile(
     r"""(?:^|[\s(“"'])(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Capt|Sgt|Rev|Hon|Mt|No|Fig|Eq|vs|etc|approx|ca|cf|"""
     r"""e\.g|i\.e|a\.m|p\.m|U\.S|[A-Z])\.\s*$"""
 )
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _SENTENCE = re.compile(r"""(?:[.!?…؟।]+["'”’)\]]*(?=\s)|[。！？]+["'”’)\]」』]*|(?=\n))\s*""")
 
 
@@ -37,12 +38,14 @@ class Problem:
       prompt: the text before the solution; without a solution its sentences are the steps.
       steps: texts of the solution's steps, which stand one after the other; none without a solution.
       answer: as it is written; "": the model's most probable next token.
+      output: what the model writes after the prompt; "": it was not asked to.
     """
 
     slug: str
     prompt: str
     steps: tuple[str, ...] = ()
     answer: str = ""
+    output: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,32 @@ def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:
     solution = re.sub(r"<<[^>]*>>", "", solution or str(record["answer"]))
     steps = f"{solution.rstrip()}\nThe answer is {answer.strip()}."
     return dict(prompt=record["question"], solution=steps, answer=f" {answer.strip()}")
+
+
+def write_solution(lm: LanguageModel, problem: Problem, tokens: int) -> Problem:
+    """Return a problem with what the model writes after its prompt, the most probable token each time.
+
+    Where the problem has no solution, the sentences of the output are the steps, and where it has no answer either, the
+    last number in the output is the answer.
+
+    Args:
+      lm: the model.
+      problem: the problem; one without a prompt is returned as it is.
+      tokens: tokens that are written at most; 0: none.
+
+    Raises:
+      UserError: the prompt and ``tokens`` do not fit into the model's context.
+    """
+    if not tokens or not problem.prompt.strip():
+        return problem
+    (written,) = lm.generate(lm.tokenize([problem.prompt]), tokens)
+    problem, output = dataclasses.replace(problem, output=written.text.strip()), written.text
+    if problem.steps or not output.strip():
+        return problem
+    numbers = _NUMBER.findall(output)
+    return dataclasses.replace(
+        problem, steps=sentences(output.rstrip()), answer=problem.answer or (f" {numbers[-1]}" if numbers else "")
+    )
 
 
 def encode(lm: LanguageModel, problem: Problem) -> EncodedText:

@@ -49,8 +49,9 @@ function show(text) {
   };
   chooser.addEventListener('change', steps);
   steps();
-  const section = make('section', {class: 'text'}, make('h2', {}, text.slug), make('p', {class: 'note'}, about), grid.element, panel,
-    ...answerCurve(text), make('h3', {}, 'Steps, by features of ', chooser), table);
+  const output = text.output ? [make('p', {}, make('strong', {}, 'Output of the model: '), visible(text.output))] : [];
+  const section = make('section', {class: 'text'}, make('h2', {}, text.slug), make('p', {class: 'note'}, about), ...output, grid.element, panel,
+    ...answerCurve(text), ...chainsTable(text), make('h3', {}, 'Steps, by features of ', chooser), table);
   document.getElementById('texts').append(section);
   grid.draw();
 }

@@ -75,6 +75,22 @@ function answerCurve(text) {
     make('p', {class: 'note'}, `${says}; dashed: on randomly rotated streams. At the last layer ${number(last.answer[layers - 1])}; ${number(last.rank[layers - 1], 9)} tokens are more likely.`)];
 }
 
+// The measured chains: each feature of a chain, what is lost of it without the one below, and the answer.
+function chainsTable(text) {
+  if (!text.chains.length) return [];
+  const layerOf = (site) => text.layers.findIndex((one) => one.site === site);
+  const named = (site, f) => `${nameOf(text, layerOf(site), f)} (${site})`;
+  const items = text.chains.map((chain) => {
+    const first = chain.links[0], last = chain.links[chain.links.length - 1];
+    const links = chain.links.map((link) => ` \u2192 ${named(link.upper, link.target)}: loses ${percent(link.lost)}, ` +
+      `${percent(link.random_lost)} with random features (${link.holds ? 'holds' : 'does not hold'})`);
+    return make('li', {}, `At position ${first.position}, `, token(first.token), `: ${named(first.lower, first.source)}`, ...links,
+      ` \u2192 answer: loses ${number(last.answer_drop, 2)} nats, ${number(last.random_drop, 2)} with random features; without the first feature ` +
+      `${number(chain.answer_drop, 2)}, ${number(chain.random_drop, 2)} with random ones. `, make('strong', {}, chain.holds ? 'The chain holds.' : 'The chain does not hold.'));
+  });
+  return [make('h3', {}, 'Chains of features, measured'), make('ul', {}, ...items)];
+}
+
 function stepsTable(text, layer, follow) {
   const heads = ['', 'Text', 'Its features', 'Carried over to steps (number)', 'Back in steps', 'Effect of ablating them'];
   const name = (s) => text.steps[s].name;
