@@ -2,8 +2,10 @@
 
 import ast
 import functools
+import io
 import re
 import textwrap
+import tokenize
 from collections import defaultdict
 from pathlib import Path
 
@@ -193,6 +195,61 @@ def test_files_of_tests_have_names_of_their_own():
     """Folders of tests are no packages, so that pytest imports a file by its name alone."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+NUMERIC = {*shapes.CHECKED, "statistics", "circuits", "tasks"}  # packages whose code needs its reasons stated
+LEAST_COMMENTS = 3  # lines of comments in 100 lines of code
+_BLANK = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def count_lines(source: str) -> tuple[int, int]:
+    """Count the lines that are comments, and the lines of code: those that are neither blank, comment nor docstring.
+
+    Orders to tools (``# noqa``, ``# type:``, ``# fmt:``) and comments behind code count as neither.
+    """
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            docstrings |= {*range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    comments, code = 0, set[int]()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            is_order = re.match("# ?(noqa|type:|fmt:)", token.string)
+            comments += token.line.lstrip().startswith("#") and not is_order
+        elif token.type not in _BLANK:
+            code |= {*range(token.start[0], token.end[0] + 1)}
+    return comments, len(code - docstrings)
+
+
+def test_lines_are_counted():
+    source = '''"""A file.
+
+Its second line."""
+# a reason
+# of two lines
+# fmt: skip
+
+def f(x):
+    "A line"
+    # another
+    text = """# no comment
+
+    """  # behind
+    return (  # noqa: E501
+        x
+    )
+'''
+    assert count_lines(source) == (3, 7)
+
+
+def test_numeric_code_says_why():
+    lines = {name: [0, 0] for name in NUMERIC}
+    for module, path in MODULES.items():
+        if (package := (module.split(".") + [""])[1]) in NUMERIC:
+            comments, code = count_lines(path.read_text())
+            lines[package] = [lines[package][0] + comments, lines[package][1] + code]
+    few = {name: counts for name, counts in lines.items() if 100 * counts[0] < LEAST_COMMENTS * counts[1]}
+    assert not few, "comments, and lines of code: say why where a newcomer would ask"
 
 
 BANNED = {"one", "own", "found", "told", "asked", "said", "given", "known", "beside", "made", "there"}

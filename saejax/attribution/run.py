@@ -145,6 +145,7 @@ def _measure(
     config = run.configs[GraphConfig]
     start = time.monotonic()
     traced = (trace or trace_request)(model, dictionaries, request, config)
+    # Tracing alone: how long pruning, checks and pages take depends on other settings.
     seconds = time.monotonic() - start
     graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
@@ -153,6 +154,7 @@ def _measure(
     if isinstance(traced, Traced):
         attention = read_attention(traced, pruned, config.heads, read_heads(config))
     write_outputs(run, request.slug, graph, pruned, groups, attention, labels)
+    # After the files are written, because the checks take longer than the graph.
     doubling, curve = _checked(traced, config)
     results = GraphResults(
         prompt=graph.prompt,

@@ -68,6 +68,7 @@ def hub_errors(name: str, revision: str, what: str, file: str, expected: str) ->
             "the variable HF_TOKEN"
         ) from None
     except errors.LocalEntryNotFoundError as error:
+        # The hub did answer, with an error of its own: to speak of the network would mislead.
         if isinstance(error.__cause__, errors.HfHubHTTPError):
             raise _not_fetched(name, error.__cause__) from None
         raise UserError(

@@ -41,6 +41,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        # After an error, that one counts, not what a save that was under way makes of it.
         with contextlib.suppress(Exception) if error else contextlib.nullcontext():
             self.wait()
         self.close()
@@ -83,6 +84,7 @@ class Checkpoints:
         Raises:
           UserError: the disk is full, now or at the save before; earlier checkpoints stay.
         """
+        # One save at a time: a second would hold another copy of the state.
         self.wait()
         if self.latest_step == step:
             return

@@ -82,6 +82,7 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
         missing = count - sum(map(len, levels))
         if not (starts := min(_STARTS * missing, int(np.count_nonzero(size_N)))):
             break
+        # Tokens of large error lack most: a start there soon meets a feature that is missing.
         tokens = rng.choice(len(size_N), starts, replace=False, p=size_N / size_N.sum())
         w = errors_NxD[np.resize(tokens, starts + -starts % block)].astype(np.float32)
         new_rows = [_search(jnp.asarray(errors_NxD), part) for part in np.split(w, len(w) // block)]
@@ -94,6 +95,7 @@ def missing_features(errors_NxD: np.ndarray, count: int, rows_FxD: np.ndarray, s
         directions.append(rows[taken])
         levels.append(level[taken])
         z = errors_NxD @ directions[-1].T
+        # The next round searches in what the features of this one leave.
         errors_NxD = errors_NxD - np.where(z >= levels[-1], z, 0.0).astype(np.float32) @ directions[-1]
     return np.concatenate(directions[1:]), np.concatenate(levels)
 

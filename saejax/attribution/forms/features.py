@@ -247,6 +247,7 @@ def _read_packed(path: Path, read: ReadRange, feature: Feature) -> Mapping[str, 
     entry = _packed_index(path, path.stat().st_mtime).get(str(layer))
     if not entry or index + 1 >= len(entry["offsets"]):
         return None
+    # Only the feature's own bytes are read: a layer's file has gigabytes.
     start, stop = entry["offsets"][index : index + 2]
     part = read(entry["filename"], start, stop) if stop > start else b""  # else it never fired
     if not part:

@@ -81,6 +81,7 @@ def active_features(encoder: Dictionary, layer: int, read_TxD: jax.Array, used_T
     for start in range(0, length, size):
         chunk = slice(start, start + size)
         acts_TxF = to_host(encode_used(encoder, read_TxD[chunk], used_T[chunk]))
+        # On the host and sparse: all activations of a layer are far more than those that are not 0.
         position_A, feature_A = np.nonzero(acts_TxF)
         positions.append(position_A + start)
         features.append(feature_A)

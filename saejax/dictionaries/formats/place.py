@@ -91,6 +91,7 @@ def _fetch(address: str) -> Path:
     below = [f"{prefix}*/*"]  # in patterns a star stands for slashes, too
     run = (folder.parent / "config.json").as_posix()  # sparsify says there which model it was
     root = fetch([*(prefix + name for name in _FILES), run], below)
+    # Settings are fetched first: they tell which format it is, and so which large files are needed.
     if (root / prefix / "dictionary.json").exists():
         root = fetch([f"{prefix}*"])
     elif (root / prefix / "hyperparams.json").exists():

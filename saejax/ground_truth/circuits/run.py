@@ -35,6 +35,7 @@ def run_known_circuits(run: Run) -> KnownCircuitResults:
     """
     config = run.configs[KnownConfig]
     case = make_case(run.name, config.prompts, config.seed)
+    # Written and loaded again, so that the stages meet it as they meet any model.
     save_model(run.folder / "model", *checkpoint(case.model, config.seed), list(case.model.words))
     model = load_model(str(run.folder / "model"), mesh=make_mesh(run.configs[MeshConfig]))
     sets = write_sets(run, case, model, config.seed)

@@ -144,6 +144,7 @@ def _describe(
     described = []
     for group, overlap in enumerate(groups.overlap_U.tolist()):
         members = np.flatnonzero(groups.group_F == group)
+        # The most typical features first: a group is named after the first that has a name.
         members = members[np.argsort(-centrality_F[members], kind="stable")]
         features = tuple(view.feature_F[members].tolist())
         group_name = next((names[feature] for feature in features if feature in names), f"feature {features[0]}")

@@ -136,6 +136,7 @@ def decoder(W_dec_FxD: np.ndarray, activity: Activity) -> View:
     """Return the view by decoder rows; features that never fire or have a zero row are left out."""
     fires_F = np.asarray(activity.f_NxF.astype(bool).sum(axis=0)).reshape(-1) > 0
     some = np.flatnonzero(fires_F & (np.linalg.norm(W_dec_FxD, axis=1) > 0))
+    # Coordinates as columns: a bootstrap over them asks whether a group rests on a few dimensions.
     return View(some, unit(W_dec_FxD[some]), np.arange(W_dec_FxD.shape[1]), False, _directions)
 
 

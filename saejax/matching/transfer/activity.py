@@ -80,6 +80,7 @@ def site_values(lm: LanguageModel, read: ReadText, sites: Sequence[str], batch_t
         for site in sites:
             value_BxTxD = np.asarray(output.sites[site], np.float32)
             for row, piece in enumerate(chosen):
+                # Without special tokens: they end at no character, so no other model's token is their pair.
                 part_NxD = value_BxTxD[row, read.front : filled.lengths_B[row]]
                 values[site][starts[piece] : starts[piece] + len(part_NxD)] = part_NxD
     return values

@@ -108,6 +108,7 @@ def follow(links: Sequence[Link]) -> list[Followed]:
         finished += ended.values()
         begun = going
     finished += begun.values()
+    # By the weakest link, as a chain of similar features is only as good as that.
     return sorted(finished, key=lambda run: (-len(run.features), -run.value))
 
 

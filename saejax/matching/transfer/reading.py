@@ -217,6 +217,7 @@ class Reading:
             return None
         first_N, second_N = self._half(first, second, True)
         other_M = self._activity(second).rate_matched(partner_F[paired])
+        # All features: those of a similar rate need not fire often enough to be compared themselves.
         everything = [np.ones(self._activity(index).f_NxF.shape[1], bool) for index in (first, second)]
         first_FxN = self._activity(first).rows(first_N, everything[0])
         second_GxN = self._activity(second).rows(second_N, everything[1])

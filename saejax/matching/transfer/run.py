@@ -214,6 +214,7 @@ class Comparison:
         def make() -> np.ndarray:
             rows_FxD = weight_rows(name, self._compared[index].dictionary)
             live_F = self._live[index]
+            # A feature that never fires means nothing: a pair with its direction would still count as shared.
             return rows_FxD if live_F is None else np.where(live_F[:, None], rows_FxD, np.float32(0))
 
         return self._cache.get((name, index, False), make)
@@ -257,6 +258,7 @@ class Comparison:
             )
         agreeing = None
         if "decoder" in names and "encoder" in names:
+            # Two assignments that know nothing of each other agree on pairs that are more than chance.
             by_decoder_F, by_encoder_F = (matched[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
             paired = by_decoder_F >= 0
             agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None

@@ -16,6 +16,7 @@ from saejax.models.fields import Fields
 
 def _gemma_decoder(fields: Fields, family: str, **differences: Any) -> DecoderConfig:
     """Return a decoder with what all Gemmas share, and some differences."""
+    # Models that attend to later tokens too (embedding models) are no language models of this kind.
     fields.expect("use_bidirectional_attention", False)
     bias = fields.take("attention_bias", bool)
     scale = math.sqrt(fields.size("hidden_size"))

@@ -74,6 +74,7 @@ def _interleaved(part: int) -> View:
 
     def view(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         d_model, heads, width = shape
+        # Query, key and value stand head by head, not as three blocks.
         rows = expect(tensor, (3 * heads * width, d_model)).reshape(heads, 3, width, d_model)
         return rows[:, part].transpose(2, 0, 1)
 
