@@ -96,6 +96,7 @@ class _Cosines:
         column_JxD = np.asarray(upper.arrays["W_enc_DxF"], np.float32)[:, upper_J].T
         norm_J, row_UxD = np.linalg.norm(column_JxD, axis=1), W_dec_FxD[lower_U]
         column_JxD = column_JxD / np.maximum(norm_J, 1e-30)[:, None]
+        # Some thousand rows fix a second moment, and wide dictionaries have hundreds of thousands.
         sample_NxD = W_dec_FxD[_evenly(len(W_dec_FxD))]
         spread_J = np.sqrt(np.square(sample_NxD @ column_JxD.T).sum(axis=0) / max(np.square(sample_NxD).sum(), 1e-30))
         length_U = np.linalg.norm(row_UxD, axis=1)
@@ -111,6 +112,7 @@ class _Cosines:
                 np.searchsorted(ids, firings.feature_A)
                 for ids, firings in ((self.lower_U, sources), (self.upper_J, targets))
             )
+            # Divided by the number of sources: with more of them, the largest chance cosine grows.
             bar_E = float(ndtri(1 - _LEVEL / len(from_K))) * self.spread_J[into_E]
             weight_KxE = sources.value_A[:, None] * self.dot_UxJ[np.ix_(from_K, into_E)]
             weight_KxE = np.where(self.cosine_UxJ[np.ix_(from_K, into_E)] > bar_E, weight_KxE, -np.inf)
@@ -143,6 +145,7 @@ def attribution(
     keys = list(
         zip(nodes.layer_N[features].tolist(), nodes.position_N[features].tolist(), nodes.index_N[features].tolist())
     )
+    # The graph has more features than the page shows.
     kept_A = np.array([key in wanted for key in keys], bool)
     links = list[Link]()
     for row in np.flatnonzero(kept_A):

@@ -53,6 +53,7 @@ def measure_chains(
     """
     if links.kind != GEOMETRY:
         return ()
+    # What comes after the answer's position cannot act on the answer.
     usable = [link for link in links.links if link[0][1] < len(ids_T)]
     run = _Ablation(lm, stack, ids_T, firings, seed)
     measured = []
@@ -147,6 +148,7 @@ class _Ablation:
     def answer_drops(self, node: Node, answer: int) -> list[float]:
         """Return the loss of the answer's log-probability without a feature, and with each control, in nats."""
         _, logits_RxV = self._run(node, self.site(node))
+        # In float64 from here on: effects on the answer are small differences of log-probabilities.
         logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
         return [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
 
@@ -162,10 +164,12 @@ class _Ablation:
         drawn = rng.choice(others, min(CONTROLS, len(others)), replace=False).tolist()
         changes = [np.zeros_like(change_D), change_D]
         for other in drawn:
+            # Taken away in the direction in which it is written now, as the feature itself is.
             row_D = np.sign(of[other]) * W_dec_FxD[other]
             changes.append(row_D * np.linalg.norm(change_D) / max(float(np.linalg.norm(row_D)), 1e-30))
         site = each.config.target or each.config.site
         clean = self._lm(self._tokens, capture=[site], logits=False).sites[site]
+        # The rest are clean runs, so that one program serves features with few neighbours, too.
         filled = changes + [changes[0]] * (2 + CONTROLS - len(changes))
         patched = clean.at[:, position].add(-jnp.asarray(np.stack(filled)).astype(clean.dtype))
         output = self._lm(self._tokens, capture=[capture], edits=[SiteEdit.patch(site, patched)])

@@ -185,6 +185,7 @@ def _read_lens(lm: LanguageModel, text: EncodedText, seed: int) -> LensOutput:
     tokens = pad([text.ids_T.tolist()])
     answer = text.answer
     if answer is None:
+        # The lens needs the answer beforehand: a first pass reads it off the last layer.
         last = lm.lens(tokens, top=1, seed=seed)
         answer = int(last.ids_LxBxTxC[-1, 0, text.position, 0])
     return lm.lens(tokens, answers=[answer], top=LENS_TOP, seed=seed)

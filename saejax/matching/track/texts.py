@@ -199,12 +199,14 @@ def encode(lm: LanguageModel, problem: Problem) -> EncodedText:
     parts = [(f"step {number}", step) for number, step in enumerate(steps, 1)]
     if problem.steps and problem.prompt.strip():
         parts.insert(0, ("prompt", problem.prompt))
+    # Steps are joined to one text before it is split into tokens: pieces by themselves would have other tokens.
     spaced = [(name, text if text[-1:].isspace() else f"{text} ") for name, text in parts[:-1]]
     parts = [*spaced, parts[-1]]
     whole = "".join(text for _, text in parts)
     ids_T = lm.tokenize([whole]).ids_BxT[0]
     ends_T = _ends(lm.tokenizer, whole, len(ids_T))
     bounds = np.cumsum([len(text) for _, text in parts])
+    # Accumulated, because the search for where steps start needs rising numbers.
     of_T = np.minimum(np.searchsorted(bounds, np.maximum.accumulate(ends_T), side="left"), len(parts) - 1)
     starts = np.searchsorted(of_T, np.arange(len(parts) + 1))
     starts[0] = 0
@@ -244,6 +246,7 @@ def _answer(tokenizer: Any, problem: Problem, text: str, ends_T: np.ndarray) -> 
     word = answer.strip()
     # Not inside a word, nor before or after the rest of a number: "12" in "1200", "12.5", "3,012" or "112".
     whole = re.compile(rf"(?<![\w])(?<!\d[.,]){re.escape(word)}(?![\w])(?![.,]\d)")
+    # The last occurrence, as worked solutions end in their answer and may name the number on the way.
     places = [match.start() for match in whole.finditer(text)] if problem.steps and word else []
     if places:
         token = int(np.searchsorted(ends_T, places[-1], side="right"))
