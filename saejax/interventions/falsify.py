@@ -16,6 +16,7 @@ Features drawn at random, and those of a random dictionary, are tested in the sa
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -286,9 +287,10 @@ def _exciting_snippets(texts: Sequence[list[int]], acts: Sequence[np.ndarray]) -
 
 
 def _insert(ids: list[int], snippets: Sequence[list[int]], places: np.ndarray) -> list[int]:
-    """Return a text with snippets inserted before some of its positions, in ascending order."""
+    """Return a text with a snippet inserted before each of some positions, which ascend."""
     parts, last = [], 0
-    for snippet, place in zip(snippets, places.tolist(), strict=False):  # a feature may have fewer snippets
+    # A feature may have fewer snippets than places: they return, so that it gets as many insertions as its control.
+    for snippet, place in zip(itertools.cycle(snippets), places.tolist(), strict=False):
         parts += [*ids[last:place], *snippet]
         last = place
     return [*parts, *ids[last:]]

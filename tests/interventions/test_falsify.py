@@ -165,3 +165,9 @@ def test_a_real_model(tiny, make_dictionary):
     assert [row.group for row in found.features] == ["tested"] * 2 + ["random features"] * 2
     with pytest.raises(UserError, match="falsify has 1, 1, 1, 1 texts"):
         saejax.falsify(tiny, make_dictionary("resid_post.1"), [3], texts[:2], texts[:2])
+
+
+def test_a_feature_of_few_tokens_gets_as_many_insertions_as_its_control():
+    few = module._insert([1, 2, 3], [[7], [8, 9]], np.array([1, 2, 3]))
+    assert few == [1, 7, 2, 8, 9, 3, 7]
+    assert module._insert([1, 2], [], np.array([1, 2])) == [1, 2]
