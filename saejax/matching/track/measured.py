@@ -12,6 +12,7 @@
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,7 +120,7 @@ class _Ablation:
     def __init__(self, lm: LanguageModel, stack: Stack, ids_T: np.ndarray, firings: Sequence[LayerFirings], seed: int):
         self._lm, self._stack, self._ids_T, self._firings, self._seed = lm, stack, ids_T, firings, seed
         self._tokens = pad([ids_T.tolist()] * (2 + CONTROLS))
-        self._last, self._dictionaries = len(ids_T) - 1, dict[int, Dictionary]()
+        self._last, self._dictionaries, self._clean = len(ids_T) - 1, dict[int, Dictionary](), dict[str, jax.Array]()
 
     def dictionary(self, place: int) -> Dictionary:
         """Return the dictionary at a place of the stack, which is loaded once."""
@@ -137,7 +138,10 @@ class _Ablation:
 
     def losses(self, source: Node, target: Node) -> list[float]:
         """Return the share of the target's activation that is lost without the source, and with each control."""
-        values_RxTxD, _ = self._run(source, self.site(target))
+        site = self.site(target)
+        edit, count = self._edit(source)
+        output = self._lm(self._tokens, capture=[site], edits=[edit], logits=False)
+        values_RxTxD = np.asarray(output.sites[site], np.float32)[:count]
         dictionary = self.dictionary(target[0])
         clean, *edited = (
             float(activations(self._lm, dictionary, value_TxD[None])[target[1], target[2]])
@@ -147,13 +151,16 @@ class _Ablation:
 
     def answer_drops(self, node: Node, answer: int) -> list[float]:
         """Return the loss of the answer's log-probability without a feature, and with each control, in nats."""
-        _, logits_RxV = self._run(node, self.site(node))
+        edit, count = self._edit(node)
+        logits_BxTxV = self._lm(self._tokens, edits=[edit]).logits_BxTxV
+        assert logits_BxTxV is not None
+        logits_RxV = np.asarray(logits_BxTxV[:count, self._last], np.float64)
         # In float64 from here on: effects on the answer are small differences of log-probabilities.
         logp_RxV = logits_RxV - np.logaddexp.reduce(logits_RxV, axis=1, keepdims=True)
         return [float(logp_RxV[0, answer] - row_V[answer]) for row_V in logp_RxV[1:]]
 
-    def _run(self, node: Node, capture: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a site's values [R, T, D] and the last logits [R, V]: clean, without the feature, and controls."""
+    def _edit(self, node: Node) -> tuple[SiteEdit, int]:
+        """Return an edit of R rows, and R: nothing, without the feature, and without as much along each control."""
         place, position, feature = node
         each, W_dec_FxD = self._stack.layers[place], np.asarray(self.dictionary(place).W_dec_FxD[...], np.float32)
         active = self._firings[place].at(position)
@@ -164,15 +171,14 @@ class _Ablation:
         drawn = rng.choice(others, min(CONTROLS, len(others)), replace=False).tolist()
         changes = [np.zeros_like(change_D), change_D]
         for other in drawn:
-            # Taken away in the direction in which it is written now, as the feature itself is.
             row_D = np.sign(of[other]) * W_dec_FxD[other]
             changes.append(row_D * np.linalg.norm(change_D) / max(float(np.linalg.norm(row_D)), 1e-30))
         site = each.config.target or each.config.site
-        clean = self._lm(self._tokens, capture=[site], logits=False).sites[site]
-        # The rest are clean runs, so that one program serves features with few neighbours, too.
+        if site not in self._clean:
+            # One row serves all: without an edit they are the same.
+            one_row = pad([self._ids_T.tolist()])
+            self._clean[site] = self._lm(one_row, capture=[site], logits=False).sites[site]
+        clean = jnp.repeat(self._clean[site], 2 + CONTROLS, axis=0)
         filled = changes + [changes[0]] * (2 + CONTROLS - len(changes))
         patched = clean.at[:, position].add(-jnp.asarray(np.stack(filled)).astype(clean.dtype))
-        output = self._lm(self._tokens, capture=[capture], edits=[SiteEdit.patch(site, patched)])
-        assert output.logits_BxTxV is not None
-        logits_RxV = np.asarray(output.logits_BxTxV[: len(changes), self._last], np.float64)
-        return np.asarray(output.sites[capture], np.float32)[: len(changes)], logits_RxV
+        return SiteEdit.patch(site, patched), len(changes)

@@ -138,7 +138,10 @@ def _names(
     for feature in features:
         feature_firings = firings[np.flatnonzero(firings.feature_A == feature)]
         order = np.argsort(-np.abs(feature_firings.value_A), kind="stable")
-        distinct = dict.fromkeys(tokens[position].strip() for position in feature_firings.position_A[order])
+        # A token of spaces alone is shown as it is: without them it would have no name.
+        distinct = dict.fromkeys(
+            tokens[position].strip() or tokens[position] for position in feature_firings.position_A[order]
+        )
         quoted = " ".join(f"“{token}”" for token in list(distinct)[:_NAMING])
         names[str(feature)] = labels[feature].label if feature in labels else quoted
         peaks[str(feature)] = float(f"{np.abs(feature_firings.value_A).max():.4g}")
