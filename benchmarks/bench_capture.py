@@ -75,7 +75,7 @@ class Capture:
         model_source = source.resolve(ModelConfig(path=model))
         self.config = read_config(source.read_model_config(model_source.folder), model)
         self.sites = tuple(Site(kind, layer).check(self.config) for kind in ("resid_post", "mlp_in", "mlp_out"))
-        documents = make_documents(CorpusConfig(), {}, source.load_tokenizer(model_source), self.config.context)
+        documents = make_documents(CorpusConfig(), source.load_tokenizer(model_source), self.config.context)
         plan = Plan(documents, CaptureConfig().shard_rows, batch_tokens, last=0, seed=CorpusConfig().seed)
         whole = plan.batches(0)
         self.batches = [whole[int(i)] for i in np.linspace(0, len(whole) - 2, batches)]  # the last one is not full

@@ -161,7 +161,7 @@ def score_labels(
             sorts.setdefault(re.sub(r"\b([a-h]|\d+(?! back))\b", "*", neuron.name), []).append(exact_feature[number])
         for sort, places in sorts.items():
             shares = {name: [f1_of[feature] for feature in places if feature in f1_of] for name, f1_of in f1.items()}
-            means = {name: bootstrap_mean(np.array(f1_N), 2000, 789) for name, f1_N in shares.items() if f1_N}
+            means = {name: bootstrap_mean(np.array(f1_N), 789, 2000) for name, f1_N in shares.items() if f1_N}
             cells = "".join(f"{name + ' ' + with_interval(mean):>34}" for name, mean in means.items())
             print(f"  layer {layer} {sort:<16}{len(places):>4}{cells}", flush=True)
             means_of[f"{layer} {sort}"] = {name: round(mean.mean, 3) for name, mean in means.items()}

@@ -50,18 +50,17 @@ def remove_unfinished(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[IO[str]]:
+def locked(path: Path) -> Iterator[IO[str]]:
     """Hold a lock file, which is made if it does not exist and is released when the process ends, however it ends.
 
     Args:
       path: the lock file, in a folder that exists.
-      wait: whether to wait until it is free; otherwise a lock that another process holds is an ``OSError``.
 
     Returns:
       The open file, in which the holder can leave a message.
     """
     with open(path, "a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 
 

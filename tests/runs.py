@@ -94,7 +94,6 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "model.path": model,
         "task.train_prompts": 4,
         "task.test_prompts": 3,
-        "task.bootstrap": 200,
         "task.gate": 1,  # a random model has no behaviour
         "corpus.path": corpus,
         "corpus.held_out": 0.3,

@@ -218,7 +218,7 @@ def test_an_unwritable_workdir(refuse, tmp_path):
 
 
 def test_flags(refuse, tmp_path):
-    assert "Did you mean: train.bandwidth, train.batch" in refuse(["train"], "--train.bach=3")
+    assert "Did you mean: train.batch" in refuse(["train"], "--train.bach=3")
     assert "--train.batch is 0: expected at least 1" in refuse(["train"], train__batch=0)
     assert "is not a flag" in refuse(["train"], "batch=3")
     assert "--workdir=DIR is missing" in refuse(["train"], workdir="")

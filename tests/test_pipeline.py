@@ -58,14 +58,13 @@ def test_a_second_run_does_nothing(tmp_path):
 @pytest.mark.parametrize(
     "change,again",
     [
-        (dict(report__examples=9), ["report"]),
+        (dict(report__title="Mine"), ["report"]),
         (dict(ablate__top=9), ["ablate/topk", "report"]),
         (dict(evaluate__dense_above=0.5), ["evaluate/topk", "evaluate/standard", "report"]),
         (dict(train__k=(9,)), ["train/topk", "evaluate/topk", "ablate/topk", "report"]),
         (dict(train__l1=(9.0,)), ["train/standard", "evaluate/standard", "report"]),
         (dict(train__batch=9), [u for u in ALL if u.split("/")[0] in ("train", "evaluate", "ablate", "report")]),
         (dict(task__seed=9), ["baseline", "ablate/topk", "report"]),  # other prompts: no other activations
-        (dict(corpus__behaviours=True), [u for u in ALL if u not in ("preflight", "baseline")]),
         (
             dict(model__dtype="bfloat16"),
             [u for u in ALL if u.split("/")[0] in ("baseline", "evaluate", "ablate", "report")],
@@ -79,7 +78,7 @@ def test_a_second_run_does_nothing(tmp_path):
         (dict(ablate__dictionary="standard"), ["ablate/standard", "report"]),
         (dict(probe__labels=("answer",)), ["probe/topk", "report"]),
         (dict(probe__labels=("answer",), probe__dictionary="standard"), ["probe/standard", "report"]),
-        (dict(probe__pool="max"), []),  # no label is asked for
+        (dict(probe__shuffles=9), []),  # no label is asked for
         (dict(evaluate__batch_tokens=99, ablate__batch_rows=9), []),
         (dict(train__kinds=("topk",)), ["report"]),
     ],
@@ -89,12 +88,6 @@ def test_a_changed_flag_runs_again_only_what_depends_on_it(tmp_path, change, aga
     go(tmp_path)
     assert [unit for unit in go(tmp_path, **change) if unit != "preflight"] == again
     assert go(tmp_path, **change) == []
-
-
-def test_prompts_count_for_the_text_that_they_are_part_of(tmp_path):
-    go(tmp_path, corpus__behaviours=True)
-    again = go(tmp_path, corpus__behaviours=True, task__seed=9)
-    assert again == ALL
 
 
 @pytest.mark.parametrize("folder", ["runs/other/train/topk/k9", "/else/where/topk", "./topk"])

@@ -13,7 +13,6 @@ from saejax.runner.workplan import settings_read
 
 # Read by the code only where something else is true, which other settings do not say: the model, the text, a result.
 MAY_STAY_UNREAD = {
-    "task.bootstrap",
     "evaluate.ce_documents",
 }
 

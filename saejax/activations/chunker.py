@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,12 +11,10 @@ import numpy as np
 from saejax.errors import UserError
 from saejax.models.tokens import bos_tokens
 from saejax.settings import CorpusConfig, TaskConfig
-from saejax.tasks.behaviours import Prompt
 from saejax.tasks.corpora import Document
 from saejax.tasks.text_sources import text_sources
 
 SPLITS = ("train", "held_out")
-KINDS = ("corpus", "prompt")
 _MAX_TEXTS, _MAX_CHARACTERS = 512, 2**22  # texts that are tokenized together; one alone may have more characters
 
 
@@ -26,7 +24,6 @@ class TextPiece:
 
     ids_T: np.ndarray
     split: int
-    kind: int
     group: str
     source: int
     start: int
@@ -53,7 +50,7 @@ class Chunker:
             raise UserError(
                 f"--corpus.context={config.context} exceeds the model's context of {context} tokens: lower it"
             )
-        self._config, self._tokenizer, self._context = config, tokenizer, context
+        self._config, self._tokenizer = config, tokenizer
         self._bos = bos_tokens(tokenizer, bos)
         if len(self._bos) >= config.context:
             raise UserError(
@@ -84,7 +81,7 @@ class Chunker:
                 ids_T = np.array([*self._bos, *ids[start : start + size]][: self._budgets[key]], np.int32)
                 self._budgets[key] -= len(ids_T)
                 side = SPLITS.index("held_out" if held_out(text) else "train")
-                yield TextPiece(ids_T, side, KINDS.index("corpus"), text.group, text.index, start)
+                yield TextPiece(ids_T, side, text.group, text.index, start)
             if not any(self._budgets.values()):
                 return
         if self._config.weights and any(self._budgets.values()):
@@ -93,19 +90,6 @@ class Chunker:
                 f"--corpus.weights asks for more tokens than there are: {short}; lower --corpus.max_tokens or those "
                 "weights"
             )
-
-    def prompts(self, prompts: Mapping[int, Prompt]) -> Iterator[TextPiece]:
-        """Yield the pieces of prompts, by their index in their file; a ``UserError`` if one exceeds the context."""
-        for index, prompt in prompts.items():
-            (ids,) = self._tokenize([prompt.text])
-            ids_T = np.array([*self._bos, *ids], np.int32)
-            if len(ids_T) > self._context:
-                raise UserError(
-                    f"a prompt of {prompt.behaviour} has {len(ids_T)} tokens, more than the model's context of "
-                    f"{self._context}: use another model, or leave that behaviour out of --task.behaviours"
-                )
-            train, kind = SPLITS.index("train"), KINDS.index("prompt")
-            yield TextPiece(ids_T, train, kind, prompt_group(prompt), index, 0)
 
     def check(self, splits: Collection[int]) -> None:
         """Raise a ``UserError`` unless the text's pieces are of all splits."""
@@ -139,11 +123,6 @@ class Chunker:
         sequences = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         size = len(self._bos)
         return [ids[size:] if size and ids[:size] == self._bos else ids for ids in sequences]
-
-
-def prompt_group(prompt: Prompt) -> str:
-    """Return the group of a prompt's document."""
-    return f"prompt/{prompt.behaviour}"
 
 
 def _token_budgets(config: CorpusConfig, task: TaskConfig | None) -> dict[int, int]:

@@ -1,23 +1,22 @@
 """The documents of a store: pieces of text as token ids, each wholly in one split.
 
-A *document* is what goes through the model at a time: at most ``corpus.context`` tokens of a text of the corpus, or a
-behaviour's train prompt. Documents of the train split come first, those of the held-out split after them, each split in
-a seeded random order: any number of documents from the front of a split is a fair sample of it.
+A *document* is what goes through the model at a time: at most ``corpus.context`` tokens of a text of the corpus.
+Documents of the train split come first, those of the held-out split after them, each split in a seeded random order:
+any number of documents from the front of a split is a fair sample of it.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from saejax.activations.chunker import KINDS, SPLITS, Chunker, TextPiece
+from saejax.activations.chunker import SPLITS, Chunker, TextPiece
 from saejax.settings import CorpusConfig, TaskConfig
-from saejax.tasks.behaviours import Prompt
 from saejax.tasks.corpora import read_corpus, split
 
-COLUMNS = ("split", "kind", "group", "source", "start")
+COLUMNS = ("split", "group", "source", "start")
 FILES = ("ids.npy", "starts.npy", "lengths.npy", "table.npy")
 _BLOCK = 2**16  # documents that are counted together
 _SELECTION, _ORDER = 1, 2  # streams of random numbers drawn from one seed, apart from those that split the groups
@@ -32,27 +31,25 @@ class Documents:
         stage ``tokenize`` that of the text.
       starts_N: int64, index in ``ids_T`` of each document's first token.
       lengths_N: int32, number of tokens of each document.
-      table_Nx5: int32 columns: split (index in ``SPLITS``), kind (in ``KINDS``), group (in ``groups``), source (index
-        of the text in the corpus, or of the prompt in the baseline's file), start (the piece's first token, counted
-        in the source).
-      groups: names of the groups; that of a prompt is "prompt/" and its behaviour. Groups of streamed text have no
-        names, only numbers above these.
+      table_Nx4: int32 columns: split (index in ``SPLITS``), group (in ``groups``), source (index of the text in the
+        corpus), start (the piece's first token, counted in the source).
+      groups: names of the groups; those of streamed text have no names, only numbers.
     """
 
     ids_T: np.ndarray
     starts_N: np.ndarray
     lengths_N: np.ndarray
-    table_Nx5: np.ndarray
+    table_Nx4: np.ndarray
     groups: tuple[str, ...]
 
     @classmethod
     def contiguous(
-        cls, ids_T: np.ndarray, lengths: Sequence[int] | np.ndarray, table_Nx5: np.ndarray, groups: Sequence[str]
+        cls, ids_T: np.ndarray, lengths: Sequence[int] | np.ndarray, table_Nx4: np.ndarray, groups: Sequence[str]
     ) -> Self:
         """Return documents of these lengths, whose token ids follow one another in ``ids_T``."""
         lengths_N = np.asarray(lengths, np.int32)
         starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
-        return cls(ids_T, starts_N, lengths_N, table_Nx5, tuple(groups))
+        return cls(ids_T, starts_N, lengths_N, table_Nx4, tuple(groups))
 
     def __len__(self) -> int:
         return len(self.starts_N)
@@ -87,7 +84,7 @@ class Documents:
 
     def column(self, name: str) -> np.ndarray:
         """Return a column of the table."""
-        return self.table_Nx5[:, COLUMNS.index(name)]
+        return self.table_Nx4[:, COLUMNS.index(name)]
 
     def of(self, split: str) -> list[np.ndarray]:
         """Return the token ids of every document of a split ("train" or "held_out"), in random order."""
@@ -97,7 +94,7 @@ class Documents:
         """Return the documents of the train split, without a copy."""
         count = self.train_count
         return dataclasses.replace(
-            self, starts_N=self.starts_N[:count], lengths_N=self.lengths_N[:count], table_Nx5=self.table_Nx5[:count]
+            self, starts_N=self.starts_N[:count], lengths_N=self.lengths_N[:count], table_Nx4=self.table_Nx4[:count]
         )
 
     def sample(self, tokens: int) -> "Documents":
@@ -117,27 +114,25 @@ class Documents:
     def select(self, chosen_N: np.ndarray) -> "Documents":
         """Return a copy of some documents, by their indices, ascending."""
         ids_T = np.concatenate([self[int(document)] for document in chosen_N])
-        return Documents.contiguous(ids_T, self.lengths_N[chosen_N], self.table_Nx5[chosen_N], self.groups)
+        return Documents.contiguous(ids_T, self.lengths_N[chosen_N], self.table_Nx4[chosen_N], self.groups)
 
     def place(self, document: int, position: int) -> str:
         """Describe where a position of a document stands in what the user gave."""
-        _, kind, group, source, start = self.table_Nx5[document].tolist()
-        if KINDS[kind] == "prompt":
-            return f"{self.groups[group]} (line {source + 1} of prompts.jsonl), position {position}"
+        _, _, source, start = self.table_Nx4[document].tolist()
         return f"document {source} of the corpus, position {start + position}"
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return the arrays by file name."""
-        return dict(zip(FILES, (self.ids_T, self.starts_N, self.lengths_N, self.table_Nx5), strict=True))
+        return dict(zip(FILES, (self.ids_T, self.starts_N, self.lengths_N, self.table_Nx4), strict=True))
 
     @classmethod
-    def read(cls, folder: Path, groups: Sequence[str]) -> Self:
+    def read(cls, folder: Path, groups: Sequence[str] = ()) -> Self:
         """Return the documents whose ``arrays`` a folder holds. They stay on disk until they are used."""
         # Plain arrays on the maps: slices of a memmap take ten times as long.
-        ids_T, starts_N, lengths_N, table_Nx5 = (
+        ids_T, starts_N, lengths_N, table_Nx4 = (
             np.asarray(np.load(folder / name, mmap_mode="r", allow_pickle=False)) for name in FILES
         )
-        return cls(ids_T, starts_N, lengths_N, table_Nx5, tuple(groups))
+        return cls(ids_T, starts_N, lengths_N, table_Nx4, tuple(groups))
 
     def _bounds(self, split: str) -> tuple[int, int]:
         """Return the first document of a split and the one after its last."""
@@ -157,17 +152,15 @@ def shuffled_order(split_N: np.ndarray, seed: int) -> np.ndarray:
 
 def make_documents(
     config: CorpusConfig,
-    prompts: Mapping[int, Prompt],
     tokenizer: Any,
     context: int,
     task: TaskConfig | None = None,
     bos: str = "auto",
 ) -> Documents:
-    """Read the corpus and cut it into documents; prompts join the train split, whole.
+    """Read the corpus and cut it into documents.
 
     Args:
       config: the corpus, its split, the number of tokens and the length of pieces.
-      prompts: the prompts, by their index in their file.
       tokenizer: the model's tokenizer.
       context: the longest input of the model, in tokens.
       task: settings that name the benchmark questions, which are left out of the text.
@@ -175,7 +168,7 @@ def make_documents(
 
     Raises:
       UserError: the corpus is empty or unreadable, a split would be, a source has less text than its weight asks for,
-        or a piece or prompt exceeds the context.
+        or a piece exceeds the context.
     """
     chunker, texts = Chunker(config, tokenizer, context, task, bos), read_corpus(config, task)
     held_out = {document.index for document in split(texts, config.held_out, config.seed)[1]}
@@ -184,7 +177,6 @@ def make_documents(
     pieces = list(chunker.pieces((texts[i] for i in order), lambda document: document.index in held_out))
     # Before the prompts join: they are of the train split and would hide that it has no text.
     chunker.check([piece.split for piece in pieces])
-    pieces += chunker.prompts(prompts)
     order = shuffled_order(np.array([piece.split for piece in pieces]), config.seed)
     return _assemble([pieces[i] for i in order])
 
@@ -193,7 +185,7 @@ def _assemble(pieces: Sequence[TextPiece]) -> Documents:
     """Return documents of these pieces, in this order."""
     groups = tuple(sorted({piece.group for piece in pieces}))
     index = {group: i for i, group in enumerate(groups)}
-    table = [(piece.split, piece.kind, index[piece.group], piece.source, piece.start) for piece in pieces]
+    table = [(piece.split, index[piece.group], piece.source, piece.start) for piece in pieces]
     return Documents.contiguous(
         np.concatenate([piece.ids_T for piece in pieces]),
         np.array([len(piece.ids_T) for piece in pieces]),

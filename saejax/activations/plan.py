@@ -188,14 +188,14 @@ def _first_recorded(documents: Documents, last: int, whole: Documents) -> np.nda
     """
     if not last:
         return np.broadcast_to(np.int64(0), len(documents))
-    ends: dict[tuple[int, int], int] = {}
-    for kind, source, start, length in _pieces(whole):
-        ends[kind, source] = max(ends.get((kind, source), 0), start + length)
-    from_N = np.array([ends[kind, source] - last - start for kind, source, start, _ in _pieces(documents)])
+    ends: dict[int, int] = {}
+    for source, start, length in _pieces(whole):
+        ends[source] = max(ends.get(source, 0), start + length)
+    from_N = np.array([ends[source] - last - start for source, start, _ in _pieces(documents)])
     return np.clip(from_N, 0, documents.lengths_N)
 
 
-def _pieces(documents: Documents) -> Iterator[tuple[int, int, int, int]]:
-    """Yield kind, source, first token in it and length of each document."""
-    columns = [documents.column(name).tolist() for name in ("kind", "source", "start")]
+def _pieces(documents: Documents) -> Iterator[tuple[int, int, int]]:
+    """Yield source, first token in it and length of each document."""
+    columns = [documents.column(name).tolist() for name in ("source", "start")]
     return zip(*columns, documents.lengths_N.tolist(), strict=True)

@@ -10,7 +10,6 @@ class TokenizeResults:
 
     documents: Mapping[str, int]  #: pieces of texts, by split
     tokens: Mapping[str, int]  #: by split
-    groups: tuple[str, ...]  #: names of the groups that have one: those of prompts
     sha256: Mapping[str, str]  #: of the files, by name
 
 

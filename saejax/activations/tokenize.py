@@ -7,14 +7,14 @@ token ids themselves are written once.
 import contextlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from saejax.activations.checksums import npy_header
-from saejax.activations.chunker import SPLITS, Chunker, TextPiece, prompt_group
+from saejax.activations.chunker import SPLITS, Chunker, TextPiece
 from saejax.activations.documents import COLUMNS, FILES, Documents, make_documents, shuffled_order
 from saejax.activations.progress import TextProgress
 from saejax.activations.request import CaptureRequest
@@ -26,7 +26,6 @@ from saejax.results import load_results
 from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, ModelConfig, TaskConfig
 from saejax.tasks import corpora
-from saejax.tasks.behaviours import Prompt, read_prompts
 from saejax.tasks.corpora import Document
 
 _BLOCK = 2**16  # documents whose rows are permuted together
@@ -45,8 +44,7 @@ def run_tokenize(run: Run) -> TokenizeResults:
     config = run.configs[CorpusConfig]
     # Without the decoder: text can be tokenized for a model that only PyTorch runs.
     model = source.resolve(run.configs[ModelConfig], decoder=False)
-    prompts, vocabulary = _train_prompts(run), source.vocabulary(model)
-    groups = tuple(sorted({prompt_group(prompt) for prompt in prompts.values()}))
+    vocabulary = source.vocabulary(model)
     chunker = Chunker(
         config,
         source.load_tokenizer(model),
@@ -64,27 +62,23 @@ def run_tokenize(run: Run) -> TokenizeResults:
             yield document
             progress.add(len(document.text))
 
-    with _DocumentsWriter(run.folder, groups) as writer:
+    with _DocumentsWriter(run.folder) as writer:
         with _use_all_cores():
             for piece in chunker.pieces(texts(), lambda document: corpora.is_held_out(document, config)):
                 _check_vocabulary(model, vocabulary, piece.ids_T)
                 writer.add(piece)
         # Before the prompts join: they are of the train split and would hide that it has no text.
         chunker.check([split for split, count in enumerate(writer.documents) if count])
-        for piece in chunker.prompts(prompts):
-            _check_vocabulary(model, vocabulary, piece.ids_T)
-            writer.add(piece)
         writer.finish(config.seed)
     return TokenizeResults(
         documents=dict(zip(SPLITS, writer.documents, strict=True)),
         tokens=dict(zip(SPLITS, writer.tokens, strict=True)),
-        groups=groups,
         sha256={name: file_sha256(run.folder / name) for name in FILES},
     )
 
 
 def text_documents(run: Run, request: CaptureRequest) -> Documents:
-    """Return the documents of the corpus and, with --corpus.behaviours, the behaviours' train prompts.
+    """Return the documents of the corpus.
 
     Raises:
       UserError: see ``make_documents``; tokenized text is damaged.
@@ -95,11 +89,10 @@ def text_documents(run: Run, request: CaptureRequest) -> Documents:
         for name, sha256 in results.sha256.items():
             if file_sha256(folder / name) != sha256:
                 raise UserError(f"{folder / name} is damaged: delete {folder} and run tokenize again")
-        return Documents.read(folder, results.groups)
+        return Documents.read(folder)
     config, tokenizer = run.configs[CorpusConfig], source.load_tokenizer(request.source)
     documents = make_documents(
         config,
-        _train_prompts(run),
         tokenizer,
         request.context or config.context,
         run.configs[TaskConfig],
@@ -114,11 +107,10 @@ class _DocumentsWriter:
 
     Args:
       folder: the folder to write to.
-      groups: names of the groups of prompts; other groups are numbered by a hash of their names.
     """
 
-    def __init__(self, folder: Path, groups: Sequence[str]):
-        self._folder, self._groups = folder, {group: number for number, group in enumerate(groups)}
+    def __init__(self, folder: Path):
+        self._folder = folder
         self.documents, self.tokens = [0] * len(SPLITS), [0] * len(SPLITS)
 
     def __enter__(self) -> "_DocumentsWriter":
@@ -137,9 +129,10 @@ class _DocumentsWriter:
 
     def add(self, piece: TextPiece) -> None:
         """Write a document."""
-        group = self._group_number(piece.group)
+        # Groups are only compared with one another: two that share a number count as one, which does no harm.
+        group = zlib.crc32(piece.group.encode()) % _MAX_GROUPS
         self._ids.write(piece.ids_T.tobytes())
-        row = np.array([len(piece.ids_T), piece.split, piece.kind, group, piece.source, piece.start], np.int32)
+        row = np.array([len(piece.ids_T), piece.split, group, piece.source, piece.start], np.int32)
         self._table.write(row.tobytes())
         self.documents[piece.split] += 1
         self.tokens[piece.split] += len(piece.ids_T)
@@ -150,9 +143,9 @@ class _DocumentsWriter:
         # The header has 128 bytes whatever the shape, so that it fits where an empty one was written.
         self._ids.write(npy_header((sum(self.tokens),), np.dtype(np.int32)))
         self._table.flush()
-        rows_Nx6 = np.memmap(self._rows, np.int32, "r").reshape(-1, 1 + len(COLUMNS))
-        starts_N = np.cumsum(rows_Nx6[:, 0], dtype=np.int64) - rows_Nx6[:, 0]
-        order_N = shuffled_order(rows_Nx6[:, 1 + COLUMNS.index("split")], seed)
+        rows_Nx5 = np.memmap(self._rows, np.int32, "r").reshape(-1, 1 + len(COLUMNS))
+        starts_N = np.cumsum(rows_Nx5[:, 0], dtype=np.int64) - rows_Nx5[:, 0]
+        order_N = shuffled_order(rows_Nx5[:, 1 + COLUMNS.index("split")], seed)
         with contextlib.ExitStack() as stack:
             shapes = ((len(order_N),), (len(order_N),), (len(order_N), len(COLUMNS)))
             files = [self._open(stack, self._folder / name) for name in FILES[1:]]
@@ -161,7 +154,7 @@ class _DocumentsWriter:
                 file.write(npy_header(shape, np.dtype(dtype)))
             for first in range(0, len(order_N), _BLOCK):
                 chosen = order_N[first : first + _BLOCK]
-                rows = rows_Nx6[chosen]
+                rows = rows_Nx5[chosen]
                 for file, array in zip(files, (starts_N[chosen], rows[:, 0], rows[:, 1:]), strict=True):
                     file.write(array.tobytes())
 
@@ -172,19 +165,6 @@ class _DocumentsWriter:
         file = stack.enter_context(open(unfinished, "wb"))  # noqa: SIM115, as the stack closes it
         file.write(npy_header((0,), np.dtype(np.int32)))
         return file
-
-    def _group_number(self, group: str) -> int:
-        """Return the number of a group in the table."""
-        if group in self._groups:
-            return self._groups[group]
-        # Groups are only compared with one another: two that share a number count as one, which does no harm.
-        return len(self._groups) + zlib.crc32(group.encode()) % (_MAX_GROUPS - len(self._groups))
-
-
-def _train_prompts(run: Run) -> dict[int, Prompt]:
-    """Return the prompts that join the text, by their index in their file."""
-    prompts = read_prompts(run.inputs["baseline"] / "prompts.jsonl") if "baseline" in run.inputs else []
-    return {index: prompt for index, prompt in enumerate(prompts) if prompt.split == "train"}
 
 
 def _check_vocabulary(model: source.ModelSource, vocabulary: int | None, ids_T: np.ndarray) -> None:

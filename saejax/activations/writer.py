@@ -144,7 +144,7 @@ class StoreWriter:
         )
         self._write("documents/ids.npy", (int(lengths_N.sum(dtype=np.int64)),), np.dtype(np.int32), blocks)
         # The ids were written in the order of documents, so that starts are counted anew.
-        arrays = Documents.contiguous(documents.ids_T, lengths_N, documents.table_Nx5, documents.groups).arrays()
+        arrays = Documents.contiguous(documents.ids_T, lengths_N, documents.table_Nx4, documents.groups).arrays()
         for name in ("starts.npy", "lengths.npy", "table.npy"):
             self._write_array(f"documents/{name}", arrays[name])
 

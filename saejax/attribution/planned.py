@@ -8,8 +8,9 @@ from saejax.attribution.requests import Request, read_requests
 from saejax.attribution.trace.memory import GraphSize, certain_active
 from saejax.costs.plan import CHARACTERS_PER_TOKEN, PlannedRun
 from saejax.dictionaries import DictionaryConfig
-from saejax.settings import GraphConfig, ModelConfig, PreflightConfig
+from saejax.settings import GraphConfig, ModelConfig
 
+_ACTIVE = 64  # features per layer and token, where the kind of dictionary does not say how many
 _PROMPT = 16  # tokens: the behaviours' prompts have 7 to 32
 
 
@@ -37,7 +38,7 @@ class PlannedGraphs:
 
 
 def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraphs | None:
-    """Return the planned graphs on one model; None if they are of SAEs, or their transcoders are unknown.
+    """Return the planned graphs on one model; None if their transcoders are unknown.
 
     Args:
       plan: the planned run.
@@ -50,11 +51,11 @@ def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraph
     lengths = [_PROMPT] * (behaviour_prompts or len(config.behaviours)) or [
         _tokens(request) for request in read_requests(config)
     ]
-    replacement = _transcoder(plan, config) if config.transcoders else None
+    replacement = _transcoder(plan, config)
     if replacement is None:
         return None
     transcoder, cross_layer = replacement
-    active = certain_active(transcoder) or plan.configs[PreflightConfig].active_features
+    active = certain_active(transcoder) or _ACTIVE
     most = config.max_features or None
     size = GraphSize(plan.model, transcoder, active, most, config.max_logits, cross_layer)
     return PlannedGraphs(tuple(lengths), size)
@@ -73,9 +74,9 @@ def _transcoder(plan: PlannedRun, config: GraphConfig) -> tuple[DictionaryConfig
     Returns:
       What it is, and whether the set is a cross-layer one; None: nothing is known of it.
     """
-    folder = Path(config.transcoders).expanduser() / config.subfolder
+    folder = Path(config.transcoders).expanduser()
     if folder.is_dir():
-        opened = open_transcoders(config.transcoders, config.revision, config.subfolder, config.l0)
+        opened = open_transcoders(config.transcoders, choice=config.l0)
         return opened.check_shape(plan.model, plan.configs[ModelConfig].path).configs[0], opened.cross_layer
     if assumed := plan.assumed_transcoder():
         return assumed, False

@@ -10,6 +10,7 @@ from saejax.attribution.local.readouts import padded
 from saejax.attribution.planned import planned_graphs
 from saejax.attribution.programs import rows_program
 from saejax.circuits.measure import CONTROLS, EDITS
+from saejax.circuits.study import CONTROL_SETS, MAX_GROUPS
 from saejax.costs.passes import pass_flops
 from saejax.costs.plan import PlannedRun
 from saejax.costs.programs import Program, abstract_params, by_row, whole
@@ -24,7 +25,7 @@ def circuit_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     if planned is None:
         return []
     model, length = plan.model, padded(planned.longest)
-    rows = padded(len(EDITS) * config.max_groups * (1 + len(CONTROLS) * config.controls), 8)
+    rows = padded(len(EDITS) * MAX_GROUPS * (1 + len(CONTROLS) * CONTROL_SETS), 8)
     streams = by_row(mesh, (1 + rows, length, model.d_model), jnp.float32)
     skip = whole(mesh, (model.d_model, model.d_model), jnp.float32) if planned.size.transcoder.skip else None
     edits = Program(

@@ -15,7 +15,6 @@ from typing import Any
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.outputs import details_of_features
-from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.requests import read_given_labels, read_labels
 from saejax.attribution.run import open_parts
 from saejax.circuits.contexts import FeatureSearch
@@ -26,7 +25,6 @@ from saejax.circuits.report import write_index
 from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
 from saejax.circuits.study import BehaviourCircuit, find_circuit, words_by_role
 from saejax.dictionaries.labels import names_of_layers
-from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.page.tables import visible
 from saejax.parallel.collectives import is_first_process
@@ -38,6 +36,8 @@ from saejax.stages.circuits import CircuitsConfig
 from saejax.tasks.behaviours import Prompt, read_logit_diffs, read_prompts
 from saejax.tasks.corpora import read_corpus
 from saejax.tasks.gate import read_tested
+
+_DOCUMENTS = 40  # of the embedded corpus, in which contexts of features without files of their own are looked for
 
 
 def run_circuits(run: Run) -> CircuitsResults:
@@ -58,8 +58,6 @@ def run_circuits(run: Run) -> CircuitsResults:
 
     def begin() -> Measure:
         model, transcoders = open_parts(run)
-        if not isinstance(transcoders, LayerTranscoders):
-            raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
         labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
         # Before anything is traced, which takes minutes.
         transcoders.check_features(labels, graph_config.labels or "its workdir")
@@ -82,9 +80,8 @@ def run_circuits(run: Run) -> CircuitsResults:
             )
             circuit = find_circuit(
                 model, transcoders, train, test, groups=given_groups.get(name, ()), describe=describe,
-                max_features=graph_config.max_features or None, top=config.top, share=config.returns,
-                size=config.group_size, most=config.max_groups, controls=config.controls, resamples=config.bootstrap,
-                seed=config.seed, on_progress=on_progress,
+                max_features=graph_config.max_features or None, resamples=config.bootstrap, seed=config.seed,
+                on_progress=on_progress,
             )  # fmt: skip
             results = CircuitResults(
                 traced=len(train),
@@ -128,7 +125,7 @@ def _texts(config: CircuitsConfig, prompts: Mapping[str, Sequence[Prompt]]) -> l
 
     Features of a circuit fire on the latter, if on nothing else.
     """
-    documents = [document.text for document in read_corpus(CorpusConfig())[: config.contexts]]
+    documents = [document.text for document in read_corpus(CorpusConfig())[:_DOCUMENTS]]
     train = [[prompt.text for prompt in some if prompt.split == "train"][: config.traced] for some in prompts.values()]
     return [*documents, *(text for some in train for text in some)]
 

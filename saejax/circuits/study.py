@@ -22,6 +22,11 @@ from saejax.runner.parts import OnProgress, silent
 from saejax.tasks.answer_tokens import first_answer_ids
 from saejax.tasks.behaviours import Prompt
 
+MAX_GROUPS = 6  # proposed groups, the most influential ones: as many as a picture has room for
+CONTROL_SETS = 2  # random, and as many placebo sets, that each edit of a group is compared with, in every prompt
+_TOP = 100  # most influential features of a traced prompt that count
+_RETURNS = 0.2  # share of the traced prompts in which a feature has to count, to be in a circuit
+_GROUP_SIZE = 10  # features of a proposed group, at most: a reader can look at these
 _LIKELY = 40  # most probable tokens of each prompt, from which placebo targets are drawn
 
 
@@ -53,11 +58,6 @@ def find_circuit(
     groups: Sequence[Group] = (),
     describe: Callable[[Sequence[Feature]], Mapping[Feature, FeatureDetails]] = lambda features: {},
     max_features: int | None = 512,
-    top: int = 100,
-    share: float = 0.2,
-    size: int = 10,
-    most: int = 6,
-    controls: int = 2,
     resamples: int = 10_000,
     seed: int = 0,
     on_progress: OnProgress = silent,
@@ -72,11 +72,6 @@ def find_circuit(
       groups: groups to measure; if empty, groups are proposed.
       describe: returns the details of features, by which groups are proposed and named.
       max_features: maximum number of features of a graph.
-      top: number of most influential features of a prompt that count; see ``find_returning``.
-      share: share of the prompts in which a feature returns.
-      size: maximum number of features of a group; see ``propose_groups``.
-      most: maximum number of groups.
-      controls: random and placebo sets of each group.
       resamples: number of bootstrap samples.
       seed: seed of placebo targets, control sets and the bootstrap.
       on_progress: called with the numbers of prompts done and of all prompts; may raise to stop.
@@ -102,13 +97,13 @@ def find_circuit(
         roles = _roles(model, prompt)
         answers.append(influence_by_key(graph, roles, 0))
         placebos.append(influence_by_key(graph, roles, 1))
-    returning = find_returning(answers, top, share)
+    returning = find_returning(answers, _TOP, _RETURNS)
     keys = dict.fromkeys([*returning, *(key for group in groups for key in group.members)])
     details = dict(describe(list(dict.fromkeys(key[:2] for key in keys))))
     n_layers = model.config.n_layers
     labels = {feature: feature_details.label for feature, feature_details in details.items()}
     tokens = {key: telling_tokens(key, details[key[:2]], n_layers) for key in keys if key[:2] in details}
-    chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, size, most, labels, tokens))
+    chosen = tuple(groups) or tuple(propose_groups(returning, n_layers, _GROUP_SIZE, MAX_GROUPS, labels, tokens))
     # Over all prompts: the placebo features of a prompt alone would be few.
     placebo = {
         key: sum(influence.get(key, 0.0) for influence in placebos)
@@ -119,7 +114,7 @@ def find_circuit(
         on_progress(len(traced) + number, total)
         if chosen:
             # Other draws of the control sets on each prompt.
-            effects.append(_measure(model, transcoders, prompt, chosen, placebo, controls, seed + number))
+            effects.append(_measure(model, transcoders, prompt, chosen, placebo, seed + number))
     templates = [prompt.template for prompt in measured]
     names = [group.name for group in chosen]
     edges = judge_edges(names, effects, templates, resamples=resamples, seed=seed) if effects else []
@@ -132,7 +127,6 @@ def _measure(
     prompt: Prompt,
     groups: Sequence[Group],
     placebo: Mapping[Key, float],
-    controls: int,
     seed: int,
 ) -> PromptEffects:
     local, roles = LocalModel(model, transcoders, prompt.text), _roles(model, prompt)
@@ -142,7 +136,7 @@ def _measure(
     correct, wrong = first_answer_ids(model.tokenizer, [prompt])[0].tolist()
     answer = read_targets(local, [(correct, wrong)], 1, 1.0)
     return measure_prompt(
-        local, roles, groups, answer, counterpart=other, placebo=placebo, controls=controls, seed=seed
+        local, roles, groups, answer, counterpart=other, placebo=placebo, controls=CONTROL_SETS, seed=seed
     )
 
 

@@ -61,15 +61,14 @@ def l1_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
     return jnp.sum(jnp.mean(jnp.abs(f_BxF), axis=0) * norms_F)
 
 
-def tanh_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array, slope: float = 4.0) -> jax.Array:
-    """Return the mean over tokens of sum_i tanh(slope f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025).
+def tanh_norm_weighted(f_BxF: jax.Array, norms_F: jax.Array) -> jax.Array:
+    """Return the mean over tokens of sum_i tanh(4 f_i |W_dec_i|), a smooth L0 (Conerly et al., 2025).
 
     Args:
       f_BxF: activations.
       norms_F: |W_dec_i|.
-      slope: how steeply it rises from 0 to 1.
     """
-    return jnp.mean(jnp.sum(jnp.tanh(slope * f_BxF * norms_F[None]), axis=-1))
+    return jnp.mean(jnp.sum(jnp.tanh(4.0 * f_BxF * norms_F[None]), axis=-1))
 
 
 def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
@@ -86,21 +85,6 @@ def decorrelation(f_BxF: jax.Array, tokens: int = 512) -> jax.Array:
     all_pairs = jnp.sum(jnp.square(matmul(centred_NxF, centred_NxF.T))) / degrees**2
     variance_F = jnp.sum(jnp.square(centred_NxF), axis=0) / degrees
     return (all_pairs - jnp.sum(jnp.square(variance_F))) / float(max(features * (features - 1), 1))
-
-
-def dead_pre_activation(pre_BxF: jax.Array, threshold_F: jax.Array, dead_F: jax.Array, norms_F: jax.Array) -> jax.Array:
-    """Return the mean over tokens of sum over dead features of max(threshold - pre, 0) |W_dec|.
-
-    It pulls dead features back to firing.
-
-    Args:
-      pre_BxF: pre-activations.
-      threshold_F: above which features fire.
-      dead_F: True for dead features.
-      norms_F: |W_dec|.
-    """
-    short_BxF = jax.nn.relu(threshold_F[None] - pre_BxF) * norms_F[None]
-    return jnp.mean(jnp.sum(jnp.where(dead_F[None], short_BxF, jnp.zeros_like(short_BxF)), axis=-1))
 
 
 def explained_variance(y_BxD: jax.Array, error_BxD: jax.Array) -> jax.Array:

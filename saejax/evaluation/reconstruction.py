@@ -51,10 +51,10 @@ class Reconstruction:
         """Share of features that fire on more than this share of the tokens."""
         return float(np.mean(self.firing_rate_F > above))
 
-    def density_histogram(self, bins_per_decade: int = 4) -> DensityHistogram:
-        """Count features by log10 of the firing rate; features that never fire are counted apart."""
+    def density_histogram(self) -> DensityHistogram:
+        """Count features by log10 of the firing rate, 4 bins a decade; features that never fire are counted apart."""
         lowest = min(np.floor(np.log10(1 / self.tokens)), -1.0)  # of one token, too, there is a bin
-        edges = np.linspace(lowest, 0, round(-lowest * bins_per_decade) + 1)
+        edges = np.linspace(lowest, 0, round(-lowest * 4) + 1)
         rates = self.firing_rate_F[self.firing_rate_F > 0]
         counts, _ = np.histogram(np.clip(np.log10(rates), edges[0], 0), edges)
         return DensityHistogram(tuple(edges.tolist()), tuple(counts.tolist()), int(np.sum(self.firing_rate_F == 0)))

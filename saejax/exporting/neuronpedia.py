@@ -73,7 +73,7 @@ def write_bundle(run: Run, unit: Path, members: Sequence[TrainedMember]) -> list
         W_dec_FxD = np.asarray(load_dictionary(member_folder(unit, member.name)).W_dec_FxD[...], np.float64)
         labels = load_labels(run.inputs[f"atlas/{kind}"] / member.name / LABELS)
         described = sorted((member_folder(run.inputs[f"interpret/{kind}"], member.name) / FEATURES).glob("*.json"))
-        _write_about(run.folder / folder, source, config.creator, store.manifest.documents.train)
+        _write_about(run.folder / folder, source, store.manifest.documents.train)
         viewers = run.folder / "features" / source.set
         viewers.mkdir(parents=True, exist_ok=True)
         for number, path in enumerate(described):
@@ -110,20 +110,19 @@ def _tame(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
 
 
-def _write_about(folder: Path, source: NeuronpediaSource, creator: str, documents: int) -> None:
+def _write_about(folder: Path, source: NeuronpediaSource, documents: int) -> None:
     """Make a bundle's folders and write its release, model, set of sources and source.
 
     Args:
       folder: the bundle's folder; it must not exist.
       source: the dictionary at Neuronpedia.
-      creator: name of the release's creator.
       documents: number of documents of the interpreted text.
     """
     for name in ("features", "activations", "explanations"):
         (folder / name).mkdir(parents=True)
     release, description = f"{source.model}-{source.set}", f"Features of {source.model}, interpreted by saejax"
     shared = dict(creatorId=CREATOR_ID, visibility="PUBLIC")
-    public = shared | dict(creatorName=creator, description=description, urls=[])
+    public = shared | dict(creatorName="saejax", description=description, urls=[])
     titles = dict(displayName=source.model, displayNameShort=source.model)
     rows = dict(
         release=public | dict(name=release, descriptionShort=description),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from saejax.ground_truth.results import JudgedDictionary, TruthResults
+from saejax.ground_truth.scores import FREQUENT
 from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
@@ -38,15 +39,14 @@ _NOTE = (
 def sections(findings: Findings, draw: Draw) -> list[Section]:
     """Return a section on the synthetic world; none if there is none."""
     units = findings.each(TruthResults)
-    return [section(list(units.values()), findings.settings()["truth"]["frequent"])] if CONTROLS in units else []
+    return [section(list(units.values()))] if CONTROLS in units else []
 
 
-def section(results: Sequence[TruthResults], frequent: float) -> Section:
+def section(results: Sequence[TruthResults]) -> Section:
     """Return the section: what dictionaries of each kind recovered of the world, and the controls.
 
     Args:
       results: results of all units.
-      frequent: share of vectors in which a feature must be active to count.
     """
     world, some = results[0].world, results[0]
     judged = [(name, dictionary) for each in results for name, dictionary in _named(each)]
@@ -57,7 +57,7 @@ def section(results: Sequence[TruthResults], frequent: float) -> Section:
         f"known directions, of which {number(world.l0, 1)} are active in a vector on average. The mean cosine of a "
         f"direction and its nearest other is {number(world.nearest_cosine)}. Dictionaries of {some.features:,} latents "
         f"were trained on {some.samples:,} vectors by the code that trains on a model's activations, and scored on "
-        f"{some.held_out:,} others. {world.frequent:,} features are active in more than {percent(frequent, 2)} of the "
+        f"{some.held_out:,} others. {world.frequent:,} features are active in more than {percent(FREQUENT, 2)} of the "
         "vectors, and these must be recovered."
     )
     verdict = line(judged)

@@ -9,7 +9,7 @@ from saejax.results import Interval
 class FoundFeatures:
     """Scores of a dictionary against the world; each with its 95 % t interval over seeds.
 
-    Shares are of the directions that are active in more than `truth.frequent` of the held-out vectors.
+    Shares are of the directions that are active in more than a ten-thousandth of the held-out vectors.
     """
 
     recovered: Interval  #: share with a matched feature of absolute cosine above 0.9, one to one
@@ -43,7 +43,7 @@ class WorldFacts:
     """The synthetic world, measured on the held-out vectors."""
 
     features: int  #: directions
-    frequent: int  #: of these, active in more than `truth.frequent` of the vectors
+    frequent: int  #: of these, active in more than a ten-thousandth of the vectors
     dimensions: int  #: width of a vector
     l0: float  #: active directions of a vector, mean
     nearest_cosine: float  #: absolute cosine of a direction with the nearest other, mean

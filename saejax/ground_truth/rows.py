@@ -22,7 +22,7 @@ from saejax.training.stack import TrainStack
 SITE = "synthetic.0"
 TRAIN, HELD_OUT = 1, 2  # splits; batches are numbered from 0 in each
 _SCALE_VECTORS = 65_536  # for the trainer's estimates of scales
-_NOT_OF_THE_WORLD = ("samples", "held_out", "frequent")  # settings of training and scoring
+_NOT_OF_THE_WORLD = ("samples", "held_out")  # settings of training and scoring
 
 
 @jax.jit(static_argnums=(0, 1))

@@ -17,7 +17,7 @@ from saejax.files import write_json
 from saejax.ground_truth.matching import Matching
 from saejax.ground_truth.results import FoundFeatures, JudgedDictionary, TruthResults, WorldFacts
 from saejax.ground_truth.rows import SITE, synthetic_source
-from saejax.ground_truth.scores import Counts, count, scores
+from saejax.ground_truth.scores import FREQUENT, Counts, count, scores
 from saejax.ground_truth.world import World, make_world
 from saejax.results import Interval, to_json
 from saejax.runner.workspace import Run
@@ -60,7 +60,7 @@ def run_ground_truth(run: Run) -> TruthResults:
         features=dictionary.config.n_features,
         samples=truth.samples // train.batch * train.batch * train.epochs,
         held_out=counts.tokens,
-        world=_facts(world, counts, truth.frequent),
+        world=_facts(world, counts),
         dictionaries=dictionaries,
     )
 
@@ -98,7 +98,7 @@ def _judge(
             dictionary = load_dictionary(folder / member.name / "dictionary")
             matching = Matching.of(np.asarray(dictionary.W_dec_FxD[...]), np.asarray(world.directions_JxD))
             counts = count(dictionary, world, truth, matching)
-            seed_scores.append(scores(counts, matching, world, truth.frequent))
+            seed_scores.append(scores(counts, matching, world))
             write_json(folder / member.name / "scores.json", seed_scores[-1])
         seeds = tuple(member.settings["seed"] for member in members)
         ends = {score: _RANGES.get(score, _SHARE_RANGE) for score in seed_scores[0]}
@@ -125,13 +125,13 @@ def over_seeds(values: Sequence[float], ends: tuple[float, float] = _SHARE_RANGE
     return Interval(mean, max(mean - half, ends[0]), min(mean + half, ends[1]))
 
 
-def _facts(world: World, counts: Counts, frequent: float) -> WorldFacts:
+def _facts(world: World, counts: Counts) -> WorldFacts:
     directions_JxD = world.directions_JxD
     count, dimensions = directions_JxD.shape
     nearest = jax.jit(lambda some_BxD: jax.numpy.sort(abs(some_BxD @ directions_JxD.T), axis=1)[:, -2])  # [-1]: itself
     return WorldFacts(
         features=count,
-        frequent=int(np.sum(counts.active_J > frequent * counts.tokens)),
+        frequent=int(np.sum(counts.active_J > FREQUENT * counts.tokens)),
         dimensions=dimensions,
         l0=float(counts.active_J.sum() / counts.tokens),
         nearest_cosine=float(np.mean(nearest(directions_JxD[:: max(count // 1024, 1)]))),

@@ -16,6 +16,7 @@ from saejax.ground_truth.world import World
 from saejax.stages.ground_truth import TruthConfig
 
 RECOVERED = 0.9  # absolute cosine above which a direction counts as recovered
+FREQUENT = 1e-4  # a direction that is active in a larger share of the vectors must be found
 _BATCH = 1024
 _MIN_CHILD = 20  # activations of a child before it can count as absorbing its parent
 _CARRIES = 0.25  # absolute cosine above which a child's feature carries the parent's direction, too
@@ -122,17 +123,16 @@ def _threshold(dictionary: Dictionary, world: World, config: TruthConfig) -> np.
     return np.float32(size_N[-kept - 1] if kept < len(size_N) else 0.0)
 
 
-def scores(counts: Counts, matching: Matching, world: World, frequent: float) -> dict[str, float]:
+def scores(counts: Counts, matching: Matching, world: World) -> dict[str, float]:
     """Return the scores of ``results.FoundFeatures`` by their names.
 
     Args:
       counts: sums of ``count``.
       matching: matching of the dictionary and the world.
       world: the world.
-      frequent: share of vectors; directions that are active more often must be found.
     """
     # By what was drawn, not by the settings: parents and siblings make features rarer than intended.
-    often_J = counts.active_J > frequent * counts.tokens
+    often_J = counts.active_J > FREQUENT * counts.tokens
     fired_J = np.where(matching.feature_J < 0, 0, counts.fired_F[matching.feature_J])
 
     def share(where_J: np.ndarray) -> float:

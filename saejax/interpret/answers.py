@@ -117,4 +117,4 @@ class Answers:
 
 def _estimate_tokens(question: Question) -> int:
     """Return roughly the tokens of a question and its reply."""
-    return len(question.task + question.text) // _LETTERS + min(question.max_tokens, _REPLY)
+    return len(question.task + question.text) // _LETTERS + _REPLY

@@ -8,7 +8,6 @@ import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,13 @@ from saejax.errors import Interrupted, UserError
 from saejax.files import read_json, write_json
 from saejax.interpret import label_scores, questions
 from saejax.interpret.answers import Answers
-from saejax.interpret.explain_results import ExplainedDictionary, ExplainedFeature, ExplainResults, LabelScores
+from saejax.interpret.explain_results import (
+    ExplainedDictionary,
+    ExplainedFeature,
+    ExplainResults,
+    FeatureScore,
+    LabelScores,
+)
 from saejax.interpret.feature_record import FeatureRecord, read_records
 from saejax.interpret.firings import blocks, record
 from saejax.interpret.held_out import MIN_FIRINGS, HeldOut, held_out
@@ -72,22 +77,20 @@ def run_explain(run: Run) -> ExplainResults:
 
 def _line(results: ExplainedDictionary) -> str:
     """Return a dictionary's figures as a log line."""
-    scores = [
-        f"{name} {scores.mean.mean:.2f} (control {'none' if scores.control is None else f'{scores.control:.2f}'})"
-        if scores.mean
-        else f"{name} unparsed"
-        for name, scores in results.scores.items()
-    ]
+    scores, detection = results.detection, "detection unparsed"
+    if scores.mean:
+        control = "none" if scores.control is None else f"{scores.control:.2f}"
+        detection = f"detection {scores.mean.mean:.2f} (control {control})"
     name = f"{results.name}: " if results.name else ""
     kept = f"{name}{results.kept} of {results.judged} features keep a label"
     tokens = f"{results.questions:,} answers, {results.prompt_tokens + results.answer_tokens:,} tokens"
-    return ", ".join([kept, *scores, tokens])
+    return ", ".join([kept, detection, tokens])
 
 
 def _make_judge(config: ExplainConfig, run: Run) -> Endpoint | LocalJudge:
     if config.url:
-        return Endpoint(config.url, config.model, config.concurrent, config.timeout)
-    return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]), config.concurrent)
+        return Endpoint(config.url, config.model)
+    return LocalJudge(config.model, make_mesh(run.configs[MeshConfig]))
 
 
 def _given_labels(run: Run, member: TrainedMember, several: bool) -> dict[int, Label] | None:
@@ -152,7 +155,7 @@ class _Explainer:
         partner_N = partners(rates, [held.feature in labels for held in chosen])
         texts = [labels[held.feature].label if held.feature in labels else None for held in chosen]
         control = [texts[i] if i >= 0 else None for i in partner_N]
-        explained, summaries = self._judge_labels(answers, chosen, texts, control)
+        explained, summary = self._judge_labels(answers, chosen, texts, control)
         kept = {feature: labels[feature] for feature, each in explained.items() if each.kept}
         write_json(self._folder / EXPLAINED, {str(feature): to_json(each) for feature, each in explained.items()})
         write_json(self._folder / LABELS, {str(feature): to_json(label) for feature, label in kept.items()})
@@ -164,7 +167,7 @@ class _Explainer:
             skipped=skipped,
             labelled=sum(map(bool, texts)),
             kept=len(kept),
-            scores=summaries,
+            detection=summary,
             questions=len(answers),
             prompt_tokens=prompt_tokens,
             answer_tokens=answer_tokens,
@@ -188,7 +191,7 @@ class _Explainer:
         if not config.features and len(wanted) > config.sample:
             wanted = np.sort(np.random.default_rng(config.seed).choice(wanted, config.sample, replace=False))
         wanted_set = set(wanted.tolist())
-        chosen = list(held_out(scratch, features, wanted_set, place, self.text.coded, config.draws, config.seed))
+        chosen = list(held_out(scratch, features, wanted_set, place, self.text.coded, config.seed))
         shutil.rmtree(scratch)
         return chosen, len(set(config.features)) - len(wanted) if config.features else 0, features
 
@@ -203,7 +206,7 @@ class _Explainer:
             # A strongest firing can also be in a group's sample, and a context shown twice would count twice.
             distinct = {(context["document"], context["position"]): context for context in contexts}
             promoted = [text for text, _ in record.get("up", ())][:_PROMOTED]
-            requests.append(questions.explain(list(distinct.values()), promoted, self._config.answer_tokens))
+            requests.append(questions.explain(list(distinct.values()), promoted))
         labels = map(questions.read_label, answers.all(requests, "labels"))
         model = self._config.model
         return {held.feature: Label(label, model) for held, label in zip(chosen, labels, strict=True) if label}
@@ -214,8 +217,8 @@ class _Explainer:
         chosen: Sequence[HeldOut],
         texts: Sequence[str | None],
         control: Sequence[str | None],
-    ) -> tuple[dict[int, ExplainedFeature], dict[str, LabelScores]]:
-        """Return each feature's scores, and the means over all features.
+    ) -> tuple[dict[int, ExplainedFeature], LabelScores]:
+        """Return each feature's scores of detection, and their mean over all features.
 
         Args:
           answers: the language model's answers.
@@ -223,14 +226,14 @@ class _Explainer:
           texts: label of each; None: it has none.
           control: label of another feature; None: there is none.
         """
-        seed, limit = self._config.seed, self._config.answer_tokens
+        seed = self._config.seed
 
-        def detect(labels: Sequence[str | None]) -> tuple[list[Any], float]:
+        def detect(labels: Sequence[str | None]) -> tuple[list[FeatureScore | None], float]:
             exams = [
-                label_scores.detection(held, label, seed, limit) if label else None
+                label_scores.detection(held, label, seed) if label else None
                 for held, label in zip(chosen, labels, strict=True)
             ]
-            return _take_exams(answers, "detection", exams, label_scores.detection_score)
+            return _take_exams(answers, exams)
 
         detection, unparsed = detect(texts)
         # The control label meets the same contexts, so that both face equally hard ones.
@@ -238,34 +241,21 @@ class _Explainer:
         accuracies = [score.accuracy for score in detection if score]
         controls = [score.accuracy for score in detection_control if score]
         by_chance = float(np.mean(controls)) if controls else None
-        summaries = dict(detection=_summarize(accuracies, by_chance, unparsed, seed))
-        intruder: list[float | None] = [None] * len(chosen)
-        if self._config.intruder:
-            exams = [label_scores.intruders(held, seed, limit) for held in chosen]
-            intruder, unparsed = _take_exams(answers, "intruder", exams, label_scores.intruder_score)
-            shares = [share for share in intruder if share is not None]
-            summaries["intruder"] = _summarize(shares, label_scores.INTRUDER_CHANCE, unparsed, seed)
-        columns = zip(chosen, texts, detection, detection_control, intruder, strict=True)
+        mean = bootstrap_mean(np.array(accuracies), seed, _RESAMPLES) if accuracies else None
+        columns = zip(chosen, texts, detection, detection_control, strict=True)
         explained = {
-            held.feature: ExplainedFeature(label or "", label_scores.is_kept(score, other), score, other, share)
-            for held, label, score, other, share in columns
+            held.feature: ExplainedFeature(label or "", label_scores.is_kept(score, other), score, other)
+            for held, label, score, other in columns
         }
-        return explained, summaries
+        return explained, LabelScores(mean, by_chance, len(accuracies), unparsed)
 
 
-def _take_exams(
-    answers: Answers, name: str, exams: Sequence[label_scores.Exam | None], score: Any
-) -> tuple[list[Any], float]:
+def _take_exams(answers: Answers, exams: Sequence[label_scores.Exam | None]) -> tuple[list[FeatureScore | None], float]:
     """Return the score of each exam, None without one, and the share of replies that could not be parsed."""
-    replies = iter(answers.all([question for exam in exams if exam for question in exam.questions], name))
-    values, unparsed, count = [], 0, 0
+    replies = iter(answers.all([question for exam in exams if exam for question in exam.questions], "detection"))
+    values, unparsed, count = list[FeatureScore | None](), 0, 0
     for exam in exams:
-        read = [exam.read(next(replies), correct) for correct in exam.correct] if exam else []
-        values.append(score(exam.correct, read) if exam else None)
+        read = [questions.read_judgements(next(replies), len(correct)) for correct in exam.correct] if exam else []
+        values.append(label_scores.detection_score(exam.correct, read) if exam else None)
         unparsed, count = unparsed + read.count(None), count + len(read)
     return values, unparsed / max(count, 1)
-
-
-def _summarize(values: Sequence[float], control: float | None, unparsed: float, seed: int) -> LabelScores:
-    mean = bootstrap_mean(np.array(values), _RESAMPLES, seed) if values else None
-    return LabelScores(mean, control, len(values), unparsed)

@@ -14,28 +14,27 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     units = list(findings.each(ExplainResults).values())
     if not units:
         return []
-    rows = [row for results in units for member in results.members for row in _rows(results, member)]
+    rows = [_row(results, member) for results in units for member in results.members]
     wrote = "wrote labels from contexts in training text and judged them" if units[0].written else "judged given labels"
     intro = (
         f"A language model ({units[0].model}) {wrote} on contexts in held-out text: some from every tenth of a "
         "feature's firings and as many in which it does not fire. Detection: in which contexts does the feature with "
-        "this label fire? Intruder: which context does not belong with the others, without seeing a label? A label is "
+        "this label fire? A label is "
         "kept if the lower end of the 95 % interval of its balanced accuracy in detection is above that of another "
         f"feature's label and above one half. Features with fewer than {MIN_FIRINGS} held-out firings are skipped."
     )
-    columns = ("Dictionary", "Labels kept", "Score", "Mean", "95 %", "Control", "Features", "Unparsed")
+    columns = ("Dictionary", "Labels kept", "Detection", "95 %", "Control", "Features", "Unparsed")
     note = (
-        "Mean: balanced accuracy, or the share of intruders found; intervals by bootstrap over features. Control: with "
-        "the label of another feature that fires about as often; for intruders, chance. Unparsed replies are excluded."
+        "Detection: mean balanced accuracy; intervals by bootstrap over features. Control: with the label of another "
+        "feature that fires about as often. Unparsed replies are excluded."
     )
     table = Table("Scores of the labels", columns, tuple(rows), note=note)
     return [Section("Labels by a language model", (Text(intro), table))]
 
 
-def _rows(results: ExplainResults, member: ExplainedDictionary) -> list[tuple[str, ...]]:
+def _row(results: ExplainResults, member: ExplainedDictionary) -> tuple[str, ...]:
     name = stacks.full_name(results.kind, member.name)
-    kept = f"{member.kept} of {member.judged}"
-    return [(name, kept, score, *_cells(scores)) for score, scores in member.scores.items()]
+    return (name, f"{member.kept} of {member.judged}", *_cells(member.detection))
 
 
 def _cells(scores: LabelScores) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Results of the stage ``explain``."""
 
 import dataclasses
-from collections.abc import Mapping
 
 from saejax.results import Interval
 
@@ -25,16 +24,14 @@ class ExplainedFeature:
     kept: bool  #: whether detection does better with it than with another feature's label, and than chance
     detection: FeatureScore | None  #: None: no reply could be parsed, or there is no label
     detection_control: FeatureScore | None  #: with the label of another feature that fires about as often
-    intruder: float | None = None  #: share of intruders found, without a label; None: not asked, or nothing parsed
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelScores:
-    """A score over all features that were scored."""
+    """Detection over all features that were scored."""
 
-    #: balanced accuracy (of intruders: share found), with a bootstrap interval over features; None: no reply parsed
-    mean: Interval | None
-    control: float | None  #: the same with the label of another feature; of intruders: chance
+    mean: Interval | None  #: balanced accuracy, with a bootstrap interval over features; None: no reply parsed
+    control: float | None  #: the same with the label of another feature
     features: int  #: in the mean
     unparsed: float  #: share of the replies that could not be parsed
 
@@ -49,7 +46,7 @@ class ExplainedDictionary:
     skipped: int  #: asked for, but with too few held-out firings
     labelled: int  #: with a label, given or written
     kept: int  #: whose label is kept
-    scores: Mapping[str, LabelScores]  #: detection, and intruder if asked for
+    detection: LabelScores  #: in which contexts does the feature with this label fire?
     questions: int  #: answered
     prompt_tokens: int  #: of all questions, as counted by the endpoint, or else estimated from their length
     answer_tokens: int  #: of all answers, likewise

@@ -152,6 +152,6 @@ def feature_names(workdir: Path | str, dictionary: str) -> dict[int, str]:
     return names | {feature: label.label for feature, label in labels_of(workdir, dictionary).items()}
 
 
-def top_tokens(record: FeatureRecord, count: int = 3) -> str:
-    """Return a name for a feature without a label: the tokens on which it is most active, in quotes."""
-    return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:count])
+def top_tokens(record: FeatureRecord) -> str:
+    """Return a name for a feature without a label: the three tokens on which it is most active, in quotes."""
+    return " ".join(f"“{token['text'].strip() or token['text']}”" for token in record.get("tokens", ())[:3])

@@ -9,10 +9,10 @@ import numpy as np
 from saejax.interpret import contexts, describe
 from saejax.interpret.feature_record import FeatureContext
 from saejax.interpret.firings import Block, blocks
-from saejax.interpret.questions import active_positions
 from saejax.interpret.text import CodedText
 
 MIN_FIRINGS = 10  # on held-out text, for a feature to be judged
+_DRAWS = 1  # contexts from each tenth of a feature's firings: ten, which a judge reads in two questions
 _TRIES = 50  # positions tried for each context without the feature
 
 
@@ -24,13 +24,11 @@ class HeldOut:
       feature: its index.
       active: contexts in which it fires, the weakest tenth of its firings first.
       silent: as many in which it does not fire, or fewer if it fires almost everywhere.
-      wrong: for each of ``silent`` token positions to mark, as many as are marked in ``active`` on average, rounded up.
     """
 
     feature: int
     active: list[FeatureContext]
     silent: list[FeatureContext]
-    wrong: list[list[int]]
 
     @property
     def fires(self) -> list[bool]:
@@ -39,7 +37,7 @@ class HeldOut:
 
 
 def held_out(
-    folder: Path, features: int, wanted: Collection[int], place: np.ndarray, text: CodedText, draws: int, seed: int
+    folder: Path, features: int, wanted: Collection[int], place: np.ndarray, text: CodedText, seed: int
 ) -> Iterator[HeldOut]:
     """Yield the contexts of the features that fire at least ``MIN_FIRINGS`` times.
 
@@ -49,25 +47,21 @@ def held_out(
       wanted: features to look at.
       place: encoded places of the text.
       text: text of the store.
-      draws: contexts from each tenth of a feature's firings.
-      seed: seed of the silent contexts and of ``wrong``; each feature has its own generator.
+      seed: seed of the silent contexts; each feature has its own generator.
     """
     in_text = np.zeros(int(place.max()) + 1 + contexts.AFTER, bool)
     in_text[place] = True
     for block in blocks(folder, features):
         chosen = [i for i in range(block.size) if block.first + i in wanted and block.counts[i] >= MIN_FIRINGS]
         if chosen:
-            drawn, _ = describe.group_draws(block, describe.weakest_first(block), draws)
+            drawn, _ = describe.group_draws(block, describe.weakest_first(block), _DRAWS)
         for i in chosen:
             # A generator for each feature: its contexts do not depend on which other features are judged.
             rng = np.random.default_rng((seed, block.first + i))
             firings = block.place[drawn[slice(*np.searchsorted(block.feature[drawn], [i, i + 1]))]]
             active = contexts.contexts(block, text, in_text, i, firings)
             silent = contexts.contexts(block, text, in_text, i, _silent_places(block, text, place, i, rng, len(active)))
-            marks = -(-sum(len(active_positions(context)) for context in active) // len(active))
-            lengths = [len(context["tokens"]) for context in silent]
-            wrong = [sorted(rng.choice(length, min(marks, length), replace=False).tolist()) for length in lengths]
-            yield HeldOut(block.first + i, active, silent, wrong)
+            yield HeldOut(block.first + i, active, silent)
 
 
 def _silent_places(

@@ -36,6 +36,9 @@ from saejax.runner.workspace import Run
 from saejax.stages.interpret import InterpretConfig
 
 _REBUILT = 4096  # largest number of held-out tokens on which the control's fit is compared
+_EXAMPLES = 8  # strongest contexts kept of each feature
+_DRAWS = 2  # contexts from each tenth of a feature's firings: weak ones show what the strongest hide
+_HEATMAPS = 4  # documents of the search text that are shown, features by tokens
 OUTPUT, NEAREST = 10, 6  # output tokens at either end, nearest decoder rows
 IN_STREAM = (
     "resid_pre",
@@ -126,16 +129,16 @@ class Interpreter:
           scratch: folder for firings.
           frozen: the frozen-random dictionary.
         """
-        config, features = self.run.configs[InterpretConfig], self.dictionary.config.n_features
+        features = self.dictionary.config.n_features
         together = neighbours.Together(features, max(len(self.store.rows("train", self.dictionary.site)), 1))
         place = self._record("train", {scratch / "own": self.dictionary, scratch / "frozen": frozen}, together.add)
         bases = self._bases(place)
         output = self._output(self.dictionary)
         W_dec_FxD = np.asarray(self.dictionary.W_dec_FxD[...])
         nearest = neighbours.nearest_rows(self.dictionary.W_dec_FxD[...], NEAREST)
-        kept = (config.examples, config.draws, output, nearest, together, self._heads())
+        kept = (_EXAMPLES, _DRAWS, output, nearest, together, self._heads())
         describer = Describer(self.store, self.text, place, bases, *kept, self._layers())
-        maps = TokenMaps(self.text, place, config.heatmaps)
+        maps = TokenMaps(self.text, place, _HEATMAPS)
         shutil.rmtree(folder / FEATURES, ignore_errors=True)
         (folder / FEATURES).mkdir(parents=True)
 

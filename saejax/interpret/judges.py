@@ -15,6 +15,9 @@ from saejax.models.loading import load_model
 from saejax.models.tokens import pad
 
 KEY = "OPENAI_API_KEY"
+AT_ONCE = 8  # questions that are asked at the same time: few endpoints refuse as many
+TIMEOUT = 120.0  # seconds for an answer: a model that reasons takes a minute
+MAX_TOKENS = 4096  # of an answer of an endpoint, whose model may reason first; a longer one is not used
 _RETRIES = 5  # with the client's waits: as the server asks (Retry-After), or 0.5 to 8 s, doubling
 _LETTERS = 4  # characters per token, where the endpoint reports no usage
 _NO_THINKING = dict(enable_thinking=False)  # Qwen3 and others; templates without the variable ignore it
@@ -52,7 +55,7 @@ class Endpoint:
       UserError: the address is not a URL, or the client is not installed.
     """
 
-    def __init__(self, url: str, model: str, at_once: int, timeout: float):
+    def __init__(self, url: str, model: str, at_once: int = AT_ONCE, timeout: float = TIMEOUT):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--explain.url={url} is not a URL: expected one such as http://localhost:8000/v1")
         try:
@@ -97,7 +100,7 @@ class Endpoint:
                 reply = self._client.chat.completions.create(
                     model=self._model,
                     messages=question.messages,  # type: ignore[arg-type]
-                    extra_body=options | {limit_name: question.max_tokens},
+                    extra_body=options | {limit_name: MAX_TOKENS},
                 )
                 return _read_reply(reply, question)
             except openai.BadRequestError as error:
@@ -157,14 +160,13 @@ class LocalJudge:
     Args:
       path: as for ``load_model``.
       mesh: devices of the model.
-      at_once: questions in a batch.
 
     Raises:
       UserError: the model cannot be loaded, or its tokenizer has no chat template.
     """
 
-    def __init__(self, path: str, mesh: Mesh, at_once: int):
-        self._lm, self._at_once = load_model(path, mesh=mesh), at_once
+    def __init__(self, path: str, mesh: Mesh):
+        self._lm = load_model(path, mesh=mesh)
         if not getattr(self._lm.tokenizer, "chat_template", None):
             raise UserError(
                 f"--explain.model={path} has no chat template, as base models do not: name a model that chats"
@@ -178,8 +180,8 @@ class LocalJudge:
         for number in sorted(set(range(len(ids))) - set(fits)):
             on_answer(number, Answer(None, (0, 0)))
         order = sorted(fits, key=lambda n: (questions[n].short_tokens, len(ids[n])))  # similar ones share a batch
-        for start in range(0, len(order), self._at_once):
-            batch = order[start : start + self._at_once]
+        for start in range(0, len(order), AT_ONCE):
+            batch = order[start : start + AT_ONCE]
             longest = max(len(ids[n]) for n in batch)
             most = min(max(questions[n].short_tokens for n in batch), context - longest)
             for n, generated in zip(batch, self._lm.generate(pad([ids[n] for n in batch]), most), strict=True):

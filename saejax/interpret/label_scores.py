@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from saejax.interpret.explain_results import FeatureScore
 from saejax.interpret.held_out import HeldOut
-from saejax.interpret.questions import GROUP, Question, active_positions, detect, intrude, read_choice, read_judgements
+from saejax.interpret.questions import GROUP, Question, detect
 from saejax.tasks.scoring import wilson_of
 
-CHANCE, INTRUDER_CHANCE = 0.5, 1 / GROUP
-_PER_INTRUDER = 2  # contexts without the feature for each question with an intruder
+CHANCE = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,56 +20,27 @@ class Exam:
 
     Attributes:
       questions: the questions.
-      correct: for each, whether the feature fires in each of its contexts; of an intruder, its index.
-      read: (reply, correct answer) -> the answer in the reply; None: unparsed.
+      correct: for each, whether the feature fires in each of its contexts.
     """
 
     questions: list[Question]
-    correct: list[Any]
-    read: Callable[[str | None, Any], Any]
+    correct: list[list[bool]]
 
 
-def detection(held: HeldOut, label: str, seed: int, max_tokens: int) -> Exam:
+def detection(held: HeldOut, label: str, seed: int) -> Exam:
     """Return an exam: in which contexts does the feature with a label fire?
 
     Args:
       held: contexts of the feature.
       label: its label, or another feature's.
       seed: seed of the order of contexts, which is the same for every label.
-      max_tokens: limit of a reply.
     """
     contexts, fires = [*held.active, *held.silent], held.fires
     # The order does not depend on the label, so a label and its control answer the same questions.
     order = np.random.default_rng((seed, held.feature, 0)).permutation(len(contexts))
     groups = [order[start : start + GROUP].tolist() for start in range(0, len(contexts), GROUP)]
-    questions = [detect(label, [contexts[i] for i in group], max_tokens) for group in groups]
-    return Exam(
-        questions, [[fires[i] for i in group] for group in groups], lambda reply, of: read_judgements(reply, len(of))
-    )
-
-
-def intruders(held: HeldOut, seed: int, max_tokens: int) -> Exam:
-    """Return an exam: which of some contexts, similarly strong but for one without the feature, does not belong?
-
-    Args:
-      held: contexts of the feature.
-      seed: seed of the intruders' places.
-      max_tokens: limit of a reply.
-    """
-    rng, others = np.random.default_rng((seed, held.feature, 1)), GROUP - 1
-    starts = range(0, len(held.active) - others + 1, others)
-    questions, correct = [], []
-    for number in range(len(held.silent) // _PER_INTRUDER if starts else 0):
-        start, index = starts[number % len(starts)], int(rng.integers(GROUP))
-        # Active contexts are in order of strength: neighbours are about equally strong, so that only the intruder
-        # differs.
-        shown = held.active[start : start + others]
-        positions = list(map(active_positions, shown))
-        shown.insert(index, held.silent[number])
-        positions.insert(index, held.wrong[number])
-        questions.append(intrude(shown, positions, max_tokens))
-        correct.append(index)
-    return Exam(questions, correct, lambda reply, _: read_choice(reply, GROUP))
+    questions = [detect(label, [contexts[i] for i in group]) for group in groups]
+    return Exam(questions, [[fires[i] for i in group] for group in groups])
 
 
 def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[bool] | None]) -> FeatureScore | None:
@@ -92,12 +61,6 @@ def detection_score(correct: Sequence[Sequence[bool]], read: Sequence[Sequence[b
     recall, specificity = hit / (hit + missed), true / (false + true)
     f1 = 2 * hit / max(1, 2 * hit + false + missed)
     return FeatureScore((recall + specificity) / 2, hit / max(1, hit + false), recall, f1, len(pairs))
-
-
-def intruder_score(correct: Sequence[int], read: Sequence[int | None]) -> float | None:
-    """Return the share of intruders found; None if no reply could be parsed."""
-    hits = [choice == index for index, choice in zip(correct, read, strict=True) if choice is not None]
-    return sum(hits) / len(hits) if hits else None
 
 
 def is_kept(score: FeatureScore | None, control: FeatureScore | None) -> bool:

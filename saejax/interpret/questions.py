@@ -1,9 +1,8 @@
 """Questions to a language model about features, and how its replies are parsed.
 
-The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928; intruder: arXiv 2507.08473), in
-our own words. *Explanation*: write a label from contexts in which the active tokens are marked. *Detection*: in which
-contexts does the feature with this label fire? *Intruder*: which context does not belong with the others, without a
-label? A reply that cannot be parsed counts as unparsed and nowhere else.
+The questions are those of EleutherAI's delphi (Paulo et al., 2024, arXiv 2410.13928), in our own words. *Explanation*:
+write a label from contexts in which the active tokens are marked. *Detection*: in which contexts does the feature with
+this label fire? A reply that cannot be parsed counts as unparsed and nowhere else.
 """
 
 import dataclasses
@@ -24,9 +23,6 @@ End with one line of the form
 _DETECT = """A feature of a language model is active on some pieces of text. You are given a description of the \
 feature and numbered texts. For each text say whether the feature is active somewhere in it: 1 for yes, 0 for no. \
 Answer with a JSON list of {count} numbers, such as {example}, and nothing else."""
-_INTRUDE = """You are shown numbered texts with tokens marked by << and >>. In all of them but one the marked tokens \
-have something in common. Find the one that does not belong to the others. End with one line of the form
-[RESPONSE]: its number"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +32,11 @@ class Question:
     Attributes:
       task: the instruction.
       text: the material.
-      max_tokens: limit of the reply at an endpoint, whose model may reason first.
       short_tokens: limit of the reply of a local model, which answers without reasoning.
     """
 
     task: str
     text: str
-    max_tokens: int
     short_tokens: int
 
     @property
@@ -72,32 +66,25 @@ def active_positions(context: FeatureContext) -> list[int]:
     return [position for position, act in enumerate(acts) if act > 0 and act >= MARKED * max(acts)]
 
 
-def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str], max_tokens: int) -> Question:
+def explain(contexts: Sequence[FeatureContext], promoted: Sequence[str]) -> Question:
     """Return the question that asks for a feature's label.
 
     Args:
       contexts: contexts in which the feature fires.
       promoted: tokens that it makes more likely; empty: unknown.
-      max_tokens: limit of the reply.
     """
     text = _numbered([marked(context, active_positions(context)) for context in contexts])
     listed = json.dumps(list(map(_clean, promoted)), ensure_ascii=False)
     text += f"\n\nTokens that the feature makes more likely: {listed}" if promoted else ""
-    return Question(_EXPLAIN, text, max_tokens, 200)
+    return Question(_EXPLAIN, text, 200)
 
 
-def detect(label: str, contexts: Sequence[FeatureContext], max_tokens: int) -> Question:
-    """Return the question in which contexts the feature with a label fires; ``max_tokens`` limits the reply."""
+def detect(label: str, contexts: Sequence[FeatureContext]) -> Question:
+    """Return the question in which contexts the feature with a label fires."""
     example = json.dumps([number % 2 for number in range(len(contexts))])
     task = _DETECT.format(count=len(contexts), example=example)
     text = f"Description: {label}\n\n{_numbered(list(map(plain, contexts)))}"
-    return Question(task, text, max_tokens, 40)
-
-
-def intrude(contexts: Sequence[FeatureContext], positions: Sequence[Sequence[int]], max_tokens: int) -> Question:
-    """Return the question that asks which context, with tokens marked at ``positions``, is the intruder."""
-    text = _numbered([marked(*pair) for pair in zip(contexts, positions, strict=True)])
-    return Question(_INTRUDE, text, max_tokens, 200)
+    return Question(task, text, 40)
 
 
 def read_label(reply: str | None) -> str | None:
@@ -123,12 +110,6 @@ def read_judgements(reply: str | None, count: int) -> list[bool] | None:
     if [int(number) for number, _ in lines] == list(range(1, count + 1)):
         return [value == "1" for _, value in lines]
     return None
-
-
-def read_choice(reply: str | None, count: int) -> int | None:
-    """Return the index of the context, of ``count``, that a reply names ("[RESPONSE]: Text 3"); None: unparsed."""
-    match = re.match(r"(?:text|number|no\.?)?\W*(\d+)\b", _read_field(reply, "RESPONSE") or "", re.IGNORECASE)
-    return int(match[1]) - 1 if match and 1 <= int(match[1]) <= count else None
 
 
 def _read_field(reply: str | None, name: str) -> str | None:

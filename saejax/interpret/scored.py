@@ -100,7 +100,7 @@ class Scored:
         """Return shares and means over live features, with intervals over these."""
         count, labelled = int(live.sum()), sum(bool(live[i]) for i in labels)
         share = labelled / max(count, 1)
-        f1 = bootstrap_mean(self.f1[live], _RESAMPLES, _SEED) if count else None
+        f1 = bootstrap_mean(self.f1[live], _SEED, _RESAMPLES) if count else None
         return LabelCounts(
             count, labelled, share, f1.mean if f1 else 0.0, wilson_of(share, count) if count else None, f1
         )

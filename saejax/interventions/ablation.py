@@ -647,7 +647,6 @@ def verdict_config(config: AblateConfig) -> VerdictConfig:
     """Return the numbers of the rule."""
     return VerdictConfig(
         min_accuracy_drop=config.min_accuracy_drop,
-        max_ce_rise=config.max_ce_rise,
         resamples=config.bootstrap,
         seed=config.seed,
     )

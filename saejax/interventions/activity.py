@@ -8,7 +8,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.spatial import cKDTree
 
 from saejax.dictionaries import Dictionary
 from saejax.errors import UserError
@@ -191,13 +190,3 @@ def coordinates(rate_N: np.ndarray, size_N: np.ndarray) -> np.ndarray:
     log_Nx2 = np.log(np.stack([rate_N, size_N], axis=1))
     spread_2 = log_Nx2.std(axis=0) if len(log_Nx2) else np.zeros(2)
     return log_Nx2 / np.where(spread_2 > _MIN_SPREAD, spread_2, np.inf)
-
-
-def nearest_others(place_Nx2: np.ndarray, most: int) -> np.ndarray:
-    """Return the nearest others of each of N features by ``place_Nx2``, at most ``most``, [N, A]. N is at least 2."""
-    count = len(place_Nx2)
-    # One more than wanted, as each is its own nearest.
-    nearest_NxA = cKDTree(place_Nx2).query(place_Nx2, k=min(most + 1, count))[1]
-    itself_NxA = nearest_NxA == np.arange(count)[:, None]
-    itself_NxA[~itself_NxA.any(axis=1), -1] = True  # of many at one place it may not be among those found
-    return nearest_NxA[~itself_NxA].reshape(count, -1)

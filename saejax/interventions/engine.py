@@ -157,7 +157,6 @@ def ablate_sets(
     plain: bool = False,
     source: ActivationReplacement = ZERO,
     counterparts: Sequence[CleanRun] = (),
-    readouts: bool = False,
 ) -> LogitDiffs:
     """Ablate each set of features on each prompt: ``run_edits`` of whole masks.
 
@@ -170,11 +169,10 @@ def ablate_sets(
       plain: as for ``run_edits``.
       source: what replaces ablated activations.
       counterparts: as for ``run_edits``.
-      readouts: as for ``run_edits``.
     """
     members = tuple(np.asarray(s, np.int64) for s in sets)
     edits = FeatureEdits(split.dictionary, members, tuple(np.ones(len(s)) for s in members), None, source)
-    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts, readouts)
+    return run_edits(split, runs, edits, batch_rows, on_progress, plain, counterparts)
 
 
 def run_edits(

@@ -171,7 +171,7 @@ def run_patch(run: Run) -> PatchResults:
       UserError: no behaviour can be patched, or prompts or dictionary do not fit the model.
     """
     config = run.configs[PatchConfig]
-    prompts = run_inputs.read_behaviours(run, config.behaviours, "--patch.behaviours")
+    prompts = run_inputs.read_behaviours(run)
     dictionary = None if run.name in config.kinds else run_inputs.load_run_dictionary(run)
 
     def begin() -> parts.Measure:
@@ -200,7 +200,7 @@ def run_patch(run: Run) -> PatchResults:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in unpatched.items())
         raise UserError(
             f"no behaviour can be patched ({reasons}): expected test prompts with counterparts of as many tokens, and "
-            "for features train prompts, too; give them in --task.prompts, or name others with --patch.behaviours"
+            "for features train prompts, too; give them in --task.prompts"
         )
     if dictionary is None:
         return SitePatchResults(run.name, positions_of(run.name, config), _correct(behaviours), unpatched)

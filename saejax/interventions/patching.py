@@ -404,7 +404,6 @@ def patch_features(
     prompts: Sequence[Prompt],
     sets: Sequence[Sequence[int]],
     batch_rows: int = BATCH_ROWS,
-    on_progress: OnProgress = lambda done, total: None,
 ) -> PatchedSets:
     """Give features of the base run the activations that they have in the source run, in both directions.
 
@@ -415,14 +414,12 @@ def patch_features(
       prompts: P prompts with counterparts of as many tokens.
       sets: S sets of features.
       batch_rows: as for ``effects``.
-      on_progress: called with the tokens done and in total; may raise to stop.
 
     Raises:
       UserError: a prompt has no counterpart of as many tokens, or a logit difference is not finite.
     """
     sides, edits = (split.run(prompts), split.run_counterparts(prompts)), swap(split.dictionary, sets)
     noised, denoised = (
-        run_edits(split, base, edits, batch_rows, on_progress, counterparts=source)
-        for base, source in (sides, sides[::-1])
+        run_edits(split, base, edits, batch_rows, counterparts=source) for base, source in (sides, sides[::-1])
     )
     return PatchedSets(noised.clean_P, denoised.clean_P, np.stack([denoised.ablated_SxP, noised.ablated_SxP]))

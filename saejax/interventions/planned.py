@@ -20,25 +20,25 @@ from saejax.interventions.engine import FEATURES
 from saejax.interventions.engine_programs import CleanValues, gather, run_rows
 from saejax.interventions.rows import few_rows, filled_features, full_batch
 from saejax.interventions.split_model import GROUP_TOKENS, LENGTH_STEP, PROMPTS, SiteRows, run_head
-from saejax.models.config import RunRules
 from saejax.models.sites import Site
 from saejax.models.split import SharedPrefixBatch, SplitPoint
-from saejax.settings import AblateConfig, ModelConfig, PreflightConfig, TaskConfig, TrainConfig
+from saejax.settings import AblateConfig, TaskConfig, TrainConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.tasks.planned import count_all_behaviours
 
+PROMPT_TOKENS = 32  # of a prompt of a behaviour; the built-in ones have 7 to 32
 _FIRING = 0.85  # share of the rows that are run: a set that changes nothing on a prompt is not
 
 
 def prompt_length(plan: PlannedRun) -> int:
     """Return the tokens of a behaviour's prompt, padded."""
-    return -(-min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
+    return -(-min(PROMPT_TOKENS, plan.model.context) // LENGTH_STEP) * LENGTH_STEP
 
 
 def kept_prompts(plan: PlannedRun) -> int:
     """Return the prompts of a behaviour, filled up to whole runs of the head, or as many as one group holds."""
     task = plan.configs[TaskConfig]
-    length = min(plan.configs[PreflightConfig].prompt_tokens, plan.model.context)
+    length = min(PROMPT_TOKENS, plan.model.context)
     most = max(GROUP_TOKENS // length // PROMPTS, 1)
     return PROMPTS * min(-(-max(task.train_prompts, task.test_prompts) // PROMPTS), most)
 
@@ -56,7 +56,7 @@ def ablate_programs(plan: PlannedRun, mesh: Mesh) -> list[Program]:
     kept_dtype = plan.configs[TrainConfig].state_dtype
     used, length, prompts = plan.dictionary("ablate"), prompt_length(plan), kept_prompts(plan)
     reads, writes = Site.parse(used.site), Site.parse(used.target or used.site)
-    point = SplitPoint(plan.model, writes, reads, mesh, RunRules(remat=plan.configs[ModelConfig].remat))
+    point = SplitPoint(plan.model, writes, reads, mesh)
     params = abstract_params(plan.model, mesh, plan.dtype)
     dictionary = abstract_dictionary(used, plan.configs[TrainConfig], mesh)
     per_feature = jax.ShapeDtypeStruct((used.n_features,), jnp.float32)

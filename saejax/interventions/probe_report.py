@@ -23,11 +23,6 @@ _LABELS = {
     "operation": "Last operation",
 }
 _INPUTS = {"features": "features", "raw": "raw dimensions"}
-_POOLS = {
-    "last": "at a prompt's last position",
-    "max": "as the maximum over a prompt's positions",
-    "mean": "as the mean over a prompt's positions",
-}
 
 
 def sections(findings: Findings, draw: Draw) -> list[Section]:
@@ -39,7 +34,7 @@ def _section(results: ProbeResults, findings: Findings, draw: Draw) -> Section:
     learned = [label for label in results.labels if label.probes]
     intro = (
         f"A linear probe (logistic regression) predicts a label from the features of {results.dictionary}, or from the "
-        f"raw activations of {place(results.site)}, {_POOLS[results.pool]}. It was fitted on train prompts; probe "
+        f"raw activations of {place(results.site)}, at a prompt's last position. It was fitted on train prompts; probe "
         "accuracy is the share of test prompts whose class it predicts. A sparse probe sees only the few features, or "
         "dimensions, whose class means differ most on train prompts. A label that a probe can read need not be used by "
         "the model."

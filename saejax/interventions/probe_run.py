@@ -26,7 +26,7 @@ from saejax.interventions.probing import (
     ablation_on_references,
     match_firing_rates,
     paired_difference,
-    pool_inputs,
+    probe_inputs,
     run_probes,
 )
 from saejax.interventions.split_model import SplitModel
@@ -96,7 +96,6 @@ class ProbeResults:
 
     dictionary: str  #: its name
     site: str  #: that it reads: of a transcoder, its input
-    pool: str  #: over positions: last, max or mean
     labels: tuple[ProbedLabel, ...]  #: each of all behaviours, of a behaviour or of a benchmark
 
 
@@ -123,7 +122,7 @@ def run_probe(run: Run) -> ProbeResults:
         lm = run_inputs.load_run_model(run)
         split = SplitModel(lm, dictionary)
         # Labels of the same prompts share their inputs, whose computation takes most of the time.
-        pooled = functools.cache(lambda prompts: pool_inputs(split, prompts, config.pool))
+        inputs_of = functools.cache(lambda prompts: probe_inputs(split, prompts))
 
         def ablation(name: str) -> FeatureAblation | None:
             labelled = wanted[name]
@@ -138,14 +137,14 @@ def run_probe(run: Run) -> ProbeResults:
             )
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            inputs = pooled(wanted[name].prompts)
+            inputs = inputs_of(wanted[name].prompts)
             results = probe_label(config, wanted[name], *inputs, lambda: ablation(name), lambda: on_progress(0, 0))
             return parts.Measured(results, _line(results))
 
         return measure
 
     measured = parts.each_part(run, list(wanted), begin, ProbedLabel)
-    return ProbeResults(config.dictionary, dictionary.site, config.pool, correct(tuple(measured.values())))
+    return ProbeResults(config.dictionary, dictionary.site, correct(tuple(measured.values())))
 
 
 def label_all(
@@ -240,8 +239,8 @@ def probe_label(
     Args:
       config: settings of the stage.
       labelled: the labelled prompts.
-      inputs: from ``pool_inputs``.
-      is_read_P: from ``pool_inputs``.
+      inputs: from ``probe_inputs``.
+      is_read_P: from ``probe_inputs``.
       ablation: returns the test prompts on which features are ablated; None where there are none.
       check_stop: called now and then; may raise to stop.
     """

@@ -51,6 +51,8 @@ MATCHES = 10  # nearest features by firing rate, from which a matched one is dra
 LOGIT_DIFFERENCE, LOG_LIKELIHOOD = "logit difference", "log-likelihood of the reference answer"
 UNITS = {LOGIT_DIFFERENCE: "logits", LOG_LIKELIHOOD: "nats"}  # of the readouts whose fall is measured
 _RESAMPLES = 2_000  # of test prompts
+_PERMUTATIONS = 10_000  # of the test labels: the smallest p-value is a ten-thousandth
+_FOLDS = 5  # a class with as many train prompts has one of them in each
 _ITERATIONS, _TOLERANCE = 2_000, 1e-6  # of the solver
 
 
@@ -109,19 +111,16 @@ class ProbeAnswers(NamedTuple):
     score_M: np.ndarray | None
 
 
-def pool_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Return the inputs of probes for each prompt, over the positions that the dictionary reads.
-
-    These are neither padding nor attention sinks.
+def probe_inputs(split: SplitModel, prompts: Sequence[Prompt]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the inputs of probes for each prompt, at its last position.
 
     Args:
       split: the model, split at the dictionary's site.
       prompts: N prompts; their answers are not used.
-      pool: "last", "max" or "mean" over positions.
 
     Returns:
       ``features`` [N, F] and ``raw`` activations [N, D] of the site that the dictionary reads, float32, 0 for prompts
-      without such a position; and which prompts have one, bool [N].
+      whose last position is an attention sink; and which prompts have another, bool [N].
 
     Raises:
       UserError: an activation is not finite.
@@ -129,7 +128,7 @@ def pool_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tupl
     # Items of benchmarks have answers of any form; a clean run asks for the first tokens of two.
     runs = split.run([dataclasses.replace(prompt, correct=" yes", wrong=" no") for prompt in prompts])
     arrays = ((run.read_BxTxD, run.domain_BxT, run.last_B) for run in runs)
-    parts = [_pool_prompts(split.point, pool, split.dictionary, *each) for each in arrays]
+    parts = [_at_last_position(split.point, split.dictionary, *each) for each in arrays]
     features_NxF, raw_NxD, is_read_N = (in_order(part, runs) for part in zip(*parts, strict=True))
     for feature in np.flatnonzero(~np.isfinite(features_NxF).all(axis=0))[:1]:
         raise UserError(
@@ -139,32 +138,21 @@ def pool_inputs(split: SplitModel, prompts: Sequence[Prompt], pool: str) -> tupl
     return dict(features=features_NxF.astype(np.float32), raw=raw_NxD.astype(np.float32)), is_read_N
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pool_prompts(
-    point: SplitPoint,
-    pool: str,
-    dictionary: Dictionary,
-    read_BxTxD: jax.Array,
-    domain_BxT: jax.Array,
-    last_B: jax.Array,
+@functools.partial(jax.jit, static_argnums=0)
+def _at_last_position(
+    point: SplitPoint, dictionary: Dictionary, read_BxTxD: jax.Array, domain_BxT: jax.Array, last_B: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return features [B, F], raw activations [B, D], and whether the prompt has a position that is read [B]."""
+    """Return features [B, F], raw activations [B, D], and whether the prompt's last position is read [B]."""
     is_last_BxT = jnp.arange(domain_BxT.shape[1])[None, :] == last_B[:, None]
-    pooled_BxT = domain_BxT & is_last_BxT if pool == "last" else domain_BxT
-    over = functools.partial(_over_positions, largest=pool == "max")
-    features_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, pooled_BxT), over)
-    inputs = features_BxF, over(read_BxTxD, pooled_BxT), pooled_BxT.any(axis=1)
+    is_used_BxT = domain_BxT & is_last_BxT
+    features_BxF = of_features(dictionary, (read_BxTxD, domain_BxT, is_used_BxT), _value_there)
+    inputs = features_BxF, _value_there(read_BxTxD, is_used_BxT), is_used_BxT.any(axis=1)
     return jax.lax.with_sharding_constraint(inputs, sharding(point.mesh))
 
 
-def _over_positions(x_BxTxC: jax.Array, pooled_BxT: jax.Array, largest: bool) -> jax.Array:
-    """Return the maximum or mean over positions, [B, C]; 0 where there are none."""
-    x_BxTxC = x_BxTxC.astype(jnp.float32)
-    pooled_BxTx1 = pooled_BxT[:, :, None]
-    if largest:
-        highest_BxC = jnp.where(pooled_BxTx1, x_BxTxC, -jnp.inf).max(axis=1)
-        return jnp.where(pooled_BxTx1.any(axis=1), highest_BxC, 0.0)
-    return jnp.where(pooled_BxTx1, x_BxTxC, 0.0).sum(axis=1) / jnp.maximum(pooled_BxTx1.sum(axis=1), 1)
+def _value_there(x_BxTxC: jax.Array, is_used_BxT: jax.Array) -> jax.Array:
+    """Return the values at the one used position, [B, C]; 0 where there is none."""
+    return jnp.where(is_used_BxT[:, :, None], x_BxTxC.astype(jnp.float32), 0.0).sum(axis=1)
 
 
 def run_probes(
@@ -199,7 +187,7 @@ def run_probes(
         control_accuracies, shuffled_accuracies = (
             np.array([(each.class_M == class_M).mean() for each in fits]) for fits in (controls, shuffled)
         )
-        p_value = permutation_p(answers.class_M, class_M, config.permutations, rng)
+        p_value = permutation_p(answers.class_M, class_M, _PERMUTATIONS, rng)
         fit = ProbeFit(
             input=name,
             k=k,
@@ -244,7 +232,7 @@ def choose_strength(task: ProbeTask, k: int | None, config: ProbeConfig, seed: i
         return strengths[0]
     score_S = np.zeros(len(strengths))
     # Stratified, so that every fold has all classes to learn.
-    folds = StratifiedKFold(config.folds, shuffle=True, random_state=seed)
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=seed)
     for kept, held in folds.split(class_N, class_N):
         fold = ProbeTask(task.train_NxC[kept], class_N[kept], task.train_NxC[held], class_N[held])
         kept_PxR, held_MxR = _prepare(fold, k)
@@ -283,16 +271,13 @@ def mean_differences(x_NxC: np.ndarray, class_N: np.ndarray) -> np.ndarray:
     return np.abs(difference_KxC) if len(difference_KxC) == 2 else difference_KxC
 
 
-def match_firing_rates(
-    active_F: np.ndarray, features: Sequence[int], rng: np.random.Generator, count: int = MATCHES
-) -> np.ndarray:
-    """Return one feature for each given one, drawn from the ``count`` nearest in firing rate, none twice.
+def match_firing_rates(active_F: np.ndarray, features: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """Return one feature for each given one, drawn from the ``MATCHES`` nearest in firing rate, none twice.
 
     Args:
       active_F: number of prompts on which each feature is active.
       features: the features to match; none of them is drawn.
       rng: source of the draws.
-      count: number of candidates.
 
     Returns:
       The matched features, fewer than given where no candidates are left.
@@ -305,7 +290,7 @@ def match_firing_rates(
         if not len(free):
             break
         distance = np.abs(active_F[free] - active_F[feature])
-        matched.append(int(rng.choice(free[np.argsort(distance, kind="stable")[:count]])))
+        matched.append(int(rng.choice(free[np.argsort(distance, kind="stable")[:MATCHES]])))
         is_free_F[matched[-1]] = False
     return np.array(matched, np.int64)
 

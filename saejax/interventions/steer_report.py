@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from saejax.interventions.steer_run import BehaviourSteering, SteeringPoint, SteerResults
+from saejax.interventions.steer_run import MAX_CE_RISE, BehaviourSteering, SteeringPoint, SteerResults
 from saejax.page import style
 from saejax.page.blocks import Block, Picture, Terms, Text
 from saejax.page.document import Section
@@ -25,10 +25,9 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 def _section(results: SteerResults, draw: Draw) -> Section:
     steered = {name: result for name, result in results.behaviours.items() if not result.reason}
-    where = "at every position" if results.positions == "all" else "at the last position"
     intro = (
         f"Prompts that the model answers correctly are steered to the answer of their counterpart by changing "
-        f"{place(results.site)} {where}. Three methods are compared. Features added: the top features of "
+        f"{place(results.site)} at every position. Three methods are compared. Features added: the top features of "
         f"{results.dictionary} are raised or lowered by the mean difference of their activations between texts with "
         "either answer. Features clamped: the same features are set to a multiple of their mean activation on texts "
         "with the target answer. Difference of means: the difference between the site's mean values on the two kinds "
@@ -132,11 +131,11 @@ def _table(steered: Mapping[str, BehaviourSteering]) -> Table:
     )  # fmt: skip
     note = (
         "The strength of each method is the one that turns most train prompts, among those that raise the "
-        "cross-entropy of held-out text by at most --steer.max_ce_rise. Drop: of logit(answer) - logit(target) on test "
-        "prompts, logits. Controls: mean and largest drop, and their number, at the same dose; p is the share of "
-        "controls with at least the method's drop, after Holm's correction over the behaviours. Turned: share of test "
-        "prompts whose target has the higher logit, 95 % Wilson interval. Controls turned: the same share, mean over "
-        "controls. Text: rise of the cross-entropy of held-out text, nats per token."
+        f"cross-entropy of held-out text by at most {MAX_CE_RISE:g} nats per token. Drop: of logit(answer) - "
+        "logit(target) on test prompts, logits. Controls: mean and largest drop, and their number, at the same dose; p "
+        "is the share of controls with at least the method's drop, after Holm's correction over the behaviours. "
+        "Turned: share of test prompts whose target has the higher logit, 95 % Wilson interval. Controls turned: the "
+        "same share, mean over controls. Text: rise of the cross-entropy of held-out text, nats per token."
     )
     return Table("Steering at the chosen strengths", columns, tuple(rows), frozenset({1, 6}), stack=False, note=note)
 

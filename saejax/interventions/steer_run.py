@@ -47,6 +47,10 @@ from saejax.tasks.behaviours import Prompt
 from saejax.tasks.scoring import wilson
 
 MIN_PROMPTS = 5  # prompts of a split; fewer are not steered
+MAX_PROMPTS = 40  # test prompts of a behaviour that the stage steers: 99 controls at 9 strengths are run on each
+TEXT_DOCUMENTS = 16  # held-out documents on which the rise of cross-entropy is measured
+# Nats per token: a larger rise means that text of any kind has become hard to predict, not that an answer was turned.
+MAX_CE_RISE = 1.0
 NEW_TOKENS = 20  # of a continuation
 CONTROLS = dict(add="random sets of features", clamp="random sets of features", mean_difference="random directions")
 
@@ -98,7 +102,6 @@ class SteerResults:
 
     dictionary: str  #: its name
     site: str  #: that is changed
-    positions: str  #: all or last
     behaviours: Mapping[str, BehaviourSteering]  #: by name
 
 
@@ -119,18 +122,18 @@ def run_steer(run: Run) -> SteerResults:
 
     def begin() -> parts.Measure:
         lm = run_inputs.load_run_model(run)
-        split = SplitModel(lm, dictionary, config.positions)
-        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, config.text_documents)
+        split = SplitModel(lm, dictionary)
+        text = HeldOutText.of(run.configs[CorpusConfig], run.configs[TaskConfig], lm, TEXT_DOCUMENTS)
 
         def measure(name: str, on_progress: parts.OnProgress) -> parts.Measured:
-            results = SteeringTest(lm, split, prompts[name], text, config, on_progress).results()
+            results = SteeringTest(lm, split, prompts[name], text, config, MAX_PROMPTS, on_progress).results()
             return parts.Measured(results, _line(results))
 
         return measure
 
     measured = parts.each_part(run, list(prompts), begin, BehaviourSteering, "tokens")
     site = dictionary.config.target or dictionary.site
-    return SteerResults(config.dictionary, site, config.positions, judge(measured))
+    return SteerResults(config.dictionary, site, judge(measured))
 
 
 class SteeringTest:
@@ -142,6 +145,7 @@ class SteeringTest:
       prompts: prompts of both splits.
       text: held-out text, if there is any.
       config: settings of the stage.
+      max_prompts: test prompts that are steered, at most, spread evenly over templates; 0: all.
       on_progress: called with the tokens done and in total of each measurement; may raise to stop.
 
     Raises:
@@ -155,6 +159,7 @@ class SteeringTest:
         prompts: Sequence[Prompt],
         text: HeldOutText | None,
         config: SteerConfig,
+        max_prompts: int = 0,
         on_progress: parts.OnProgress = parts.silent,
     ):
         if not config.doses:
@@ -168,8 +173,8 @@ class SteeringTest:
         self._train, _ = self._fitting(train)
         # What the model gets wrong cannot be turned from right.
         tests, self._left_out = self._fitting(test)
-        self._test = spread_over_templates(tests, config.prompts)
-        self._left_out["beyond --steer.prompts"] = len(tests) - len(self._test)
+        self._test = spread_over_templates(tests, max_prompts)
+        self._left_out[f"beyond {max_prompts} prompts"] = len(tests) - len(self._test)
         self._train_groups, self._groups = group_by_swap(lm, self._train), group_by_swap(lm, self._test)
         self._tops = {
             swap: self._texts.top(swap, config.top)
@@ -238,9 +243,7 @@ class SteeringTest:
         config = self._config
 
         def run(swap: AnswerSwap, group: list[Prompt]) -> Steered:
-            return steer(
-                self._lm, self._split, group, changes_of(swap), config.positions, config.batch_rows, self._on_progress
-            )
+            return steer(self._lm, self._split, group, changes_of(swap), config.batch_rows, self._on_progress)
 
         return map_swaps(groups, prompts, run)
 
@@ -269,7 +272,7 @@ class SteeringTest:
             for s, strength in enumerate(strengths)
         )
         # A strength that breaks the model turns many prompts, too: text has to stay as likely as it was.
-        allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= self._config.max_ce_rise for p in points])
+        allowed_S = np.array([not p.ce_rise or p.ce_rise.mean <= MAX_CE_RISE for p in points])
         # On train prompts, or the best of several strengths would look better than it is.
         chosen = choose_strength(self._steer(self._train, self._train_groups, changes).diff_SxP, allowed_S)
         controls = self._steer_controls(method, points[chosen].dose)
@@ -343,7 +346,7 @@ class SteeringTest:
         room = self._lm.config.context - int(tokens.lengths_B[0])
         if room < 1:
             return ""
-        edits = [change.edit(self._split.dictionary, self._config.positions)]
+        edits = [change.edit(self._split.dictionary)]
         return self._lm.generate(tokens, min(NEW_TOKENS, room), edits=edits)[0].text
 
 

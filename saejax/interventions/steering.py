@@ -139,14 +139,14 @@ class SteeringChange:
     features: tuple[int, ...] = ()
     values: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
-    def edit(self, dictionary: Dictionary, positions: str = "all") -> Any:
-        """Return the change at "all" or the "last" positions as an edit for ``lm.generate`` and ``lm(...)``."""
+    def edit(self, dictionary: Dictionary) -> Any:
+        """Return the change at all positions as an edit for ``lm.generate`` and ``lm(...)``."""
         if self.vector_D is not None:
-            return _basis(dictionary, [self.vector_D]).steer([0], 1.0, positions)
+            return _basis(dictionary, [self.vector_D]).steer([0], 1.0)
         if not self.features:
             # Features as they are: an edit that changes nothing.
             return dictionary.scale([0], 1.0)
-        return dictionary.set(list(self.features), self.values, positions)
+        return dictionary.set(list(self.features), self.values)
 
 
 def strengths_of(method: str, doses: Sequence[float]) -> tuple[float, ...]:
@@ -230,7 +230,6 @@ def steer(
     split: SplitModel,
     prompts: Sequence[Prompt],
     changes: Sequence[SteeringChange],
-    positions: str = "all",
     batch_rows: int = BATCH_ROWS,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Steered:
@@ -238,10 +237,9 @@ def steer(
 
     Args:
       lm: the model.
-      split: the model, split at the dictionary's site; its editable positions are ``positions``.
+      split: the model, split at the dictionary's site.
       prompts: P prompts.
       changes: S changes.
-      positions: the positions that are changed.
       batch_rows: as for ``effects``.
       on_progress: called with the tokens done and in total; may raise to stop.
 
@@ -256,7 +254,7 @@ def steer(
             continue
         edits = make_edits(split.dictionary, [changes[s] for s in places.tolist()])
         # A vector is an edit of another basis at the same site.
-        edited = SplitModel(lm, edits.dictionary, positions) if adds_S[places[0]] else split
+        edited = SplitModel(lm, edits.dictionary) if adds_S[places[0]] else split
         runs = edited.run(prompts)
         edits = dataclasses.replace(edits, dictionary=edited.dictionary)
         measured = run_edits(edited, runs, edits, batch_rows, on_progress, readouts=True)

@@ -120,8 +120,8 @@ def _correct(tests: Mapping[Any, _Test]) -> dict[Any, CausalAnswer]:
     return {key: test.conclude(adjusted.get(key)) for key, test in tests.items()}
 
 
-def _not_tested(reason: str, answer: str = "not tested") -> _Test:
-    return _Test(None, lambda _: CausalAnswer(answer, f"{answer.capitalize()}: {reason}."))
+def _not_tested(reason: str) -> _Test:
+    return _Test(None, lambda _: CausalAnswer("not tested", f"Not tested: {reason}."))
 
 
 def _test_ablation(table: EffectsTable, measured: MeasuredBehaviour, readout: str, config: VerdictConfig) -> _Test:

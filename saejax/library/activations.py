@@ -56,10 +56,10 @@ class Activations:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        table_Nx5 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
-        table_Nx5[:, COLUMNS.index("source")] = np.arange(len(self.texts))
+        table_Nx4 = np.zeros((len(self.texts), len(COLUMNS)), np.int32)
+        table_Nx4[:, COLUMNS.index("source")] = np.arange(len(self.texts))
         lengths_N = np.array([len(text) for text in self.texts])
-        documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx5, ("text",))
+        documents = Documents.contiguous(np.concatenate(self.texts), lengths_N, table_Nx4, ("text",))
         write_store(folder, documents, self.values, self.model, bos=self.bos, sink_factor=self.sink_factor)
         return Store.open(folder)
 

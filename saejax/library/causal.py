@@ -13,7 +13,7 @@ from saejax.interventions.engine import ablate_sets
 from saejax.interventions.importance import Importance, measure_importance
 from saejax.interventions.patching import EACH, PatchEffects, fitting_pairs, patch_sites
 from saejax.interventions.probe_run import ProbedLabel, ablation_of, correct, label_all, probe_label
-from saejax.interventions.probing import pool_inputs
+from saejax.interventions.probing import probe_inputs
 from saejax.interventions.split_model import SplitModel, parse_positions
 from saejax.interventions.steer_run import BehaviourSteering, SteeringTest, judge
 from saejax.interventions.table import EffectsTable, merge_tables
@@ -162,7 +162,7 @@ def steer(
       lm: the model that the dictionary was trained on.
       dictionary: the dictionary whose features, and at whose site, prompts are steered.
       prompts: "train" prompts give the directions and choose the strength, "test" prompts judge it.
-      documents: held-out texts, whose cross-entropy limits the strength (``max_ce_rise``).
+      documents: held-out texts, whose cross-entropy limits the strength.
       **settings: fields of ``saejax.settings.SteerConfig``, such as top=10, doses=(0.2, 0.4), random_sets=99.
 
     Returns:
@@ -171,8 +171,8 @@ def steer(
     Raises:
       UserError: a setting is unknown or out of range, or there are no prompts.
     """
-    config = make_config(SteerConfig, prompts=0, **settings)  # 0: use every prompt passed in
-    split, text = SplitModel(lm, dictionary, config.positions), _held_out_text(lm, documents, LENGTH)
+    config = make_config(SteerConfig, **settings)
+    split, text = SplitModel(lm, dictionary), _held_out_text(lm, documents, LENGTH)
     measured = {
         name: SteeringTest(lm, split, behaviour_prompts, text, config).results()
         for name, behaviour_prompts in _group(prompts).items()
@@ -192,7 +192,7 @@ def probe(
       dictionary: whose features, and the activations at whose site, are probed.
       prompts: "train" prompts fit the probes, "test" prompts judge them.
       labels: one or more of ``saejax.settings.PROBE_LABELS``, or labels that the prompts have.
-      **settings: fields of ``saejax.settings.ProbeConfig``, such as sparse=(1, 5), pool="max".
+      **settings: fields of ``saejax.settings.ProbeConfig``, such as sparse=(1, 5).
 
     Returns:
       The probes of each label, and of each behaviour.
@@ -209,7 +209,7 @@ def probe(
     probed = []
     for labelled in label_all(config, (prompts, diffs)).values():
         ablation = functools.partial(ablation_of, split, labelled)
-        probed.append(probe_label(config, labelled, *pool_inputs(split, labelled.prompts, config.pool), ablation))
+        probed.append(probe_label(config, labelled, *probe_inputs(split, labelled.prompts), ablation))
     return correct(probed)
 
 

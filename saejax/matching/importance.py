@@ -17,13 +17,14 @@ import numpy as np
 from scipy.stats import rankdata
 
 from saejax.dictionaries import Dictionary
+from saejax.matching.directions import Matches, match_by_direction
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode, site_values
-from saejax.matching.transfer.stability import Matches, match_by_direction
 from saejax.matching.transfer.text import ReadText, aligned, read_text
 from saejax.models.language_model import LanguageModel
 
 LEAST = 0.5  # correlation of the activations of a pair
 PLACEBO_QUANTILE = 0.95
+_BATCH_TOKENS = 2048
 _PERMUTATIONS, _PAIRS = 9999, 8  # fewer pairs have no rank correlation to speak of
 _FRONT: tuple[np.ndarray, ...] = ()
 
@@ -97,7 +98,6 @@ def read_features(
     texts: dict[str, str],
     importance_F: np.ndarray,
     placebo_RxF: np.ndarray,
-    batch_tokens: int = 2048,
 ) -> ItemFeatures:
     """Return a dictionary's features on the texts of items.
 
@@ -107,11 +107,10 @@ def read_features(
       texts: text of each item, by its name.
       importance_F: attribution for the right answers.
       placebo_RxF: attribution for other answers.
-      batch_tokens: tokens of a batch.
     """
     read = read_text(lm.tokenizer, list(texts.values()), lm.config.context)
-    value_NxD = site_values(lm, read, [dictionary.site], batch_tokens)[dictionary.site]
-    activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, batch_tokens)
+    value_NxD = site_values(lm, read, [dictionary.site], _BATCH_TOKENS)[dictionary.site]
+    activity = encode(dictionary.with_sink_norms(lm.sink_norm), value_NxD, _BATCH_TOKENS)
     importance: dict[str, Any] = dict(importance_F=importance_F, placebo_RxF=placebo_RxF)
     return ItemFeatures(tuple(texts), activity, read.text_N, read.end_N, **importance)
 

@@ -6,7 +6,6 @@ from jax.sharding import Mesh
 from saejax.errors import one_of
 from saejax.files import read_json
 from saejax.models import parity, source, weights
-from saejax.models.config import RunRules
 from saejax.models.families import read_config
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.mesh import make_mesh
@@ -18,7 +17,6 @@ def load_model(
     revision: str = "main",
     dtype: str = "float32",
     mesh: Mesh | None = None,
-    remat: bool = False,
     check: bool | None = None,
     backend: str = "auto",
 ) -> LanguageModel:
@@ -30,7 +28,6 @@ def load_model(
       dtype: "float32" or "bfloat16", of weights and products.
       mesh: the devices, with the axes of ``saejax.parallel.mesh``; heads, MLP and vocabulary are split over ``model``
         where it divides them, prompts over ``data``. None: all devices on ``data``.
-      remat: see ``RunRules``.
       check: whether to compare the logits of 64 tokens with transformers', which loads the model there too. None: the
         first time that a model with fields in its config.json that saejax does not know is loaded.
       backend: "jax", the decoder; "torch", transformers' model behind the same interface, on one device (slower, and
@@ -48,13 +45,13 @@ def load_model(
 
         logging.info("%s runs in PyTorch: --model.backend is %s", model_source.name, backend)
         torch_model = source.load_torch_model(model_source, dtype)
-        return TorchModel(torch_model, source.find_tokenizer(model_source), model_source, mesh, RunRules(remat=remat))
+        return TorchModel(torch_model, source.find_tokenizer(model_source), model_source, mesh)
     config_file = model_source.folder / "config.json"
     config = weights.untie_stored_head(model_source.folder, read_config(read_json(config_file), str(config_file)))
     tokenizer = source.find_tokenizer(model_source)
     mesh = mesh or make_mesh()
     params = weights.load_params(model_source.folder, config, mesh, dtype)
-    lm = LanguageModel(config, params, tokenizer, model_source, mesh, RunRules(remat=remat))
+    lm = LanguageModel(config, params, tokenizer, model_source, mesh)
     if check or (check is None and parity.needs_check(model_source, dtype)):
         parity.check_parity(lm, dtype)
     return lm
@@ -62,4 +59,4 @@ def load_model(
 
 def load_configured_model(config: ModelConfig, mesh: Mesh | None = None) -> LanguageModel:
     """Load the model that settings name; see ``load_model``."""
-    return load_model(config.path, config.revision, config.dtype, mesh, config.remat, backend=config.backend)
+    return load_model(config.path, config.revision, config.dtype, mesh, backend=config.backend)

@@ -155,7 +155,10 @@ def other_model(config: ModelConfig) -> ModelConfig | None:
     """Return the settings of the second model (``--model.other``) as those of a first; None: there is none."""
     if not config.other:
         return None
-    return dataclasses.replace(config, path=config.other, revision=config.other_revision, other="")
+    path, revision = config.other, "main"
+    if "@" in path and not Path(path).expanduser().exists():
+        path, _, revision = path.rpartition("@")
+    return dataclasses.replace(config, path=path, revision=revision, other="")
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -129,10 +129,10 @@ def plain_log(axis: Axis) -> None:
     axis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:.0e}"[0] in "25" else "")
 
 
-def log_limits(values: Sequence[float], least: float = 6.0) -> tuple[float, float]:
-    """Return limits a little beyond the values, and at least this factor apart, so that some ticks have numbers."""
+def log_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return limits a little beyond the values, and at least a factor of 6 apart, so that some ticks have numbers."""
     low, high = min(values, default=1.0) / 1.15, max(values, default=1.0) * 1.15
-    widen = max(least * low / high, 1.0) ** 0.5
+    widen = max(6.0 * low / high, 1.0) ** 0.5
     return low / widen, high * widen
 
 

@@ -61,9 +61,9 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def spread(draws: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
+def spread(draws: Sequence[float], digits: int = 2) -> str:
     """Return the mean of the control draws and the range of the middle 95 % of them, as text."""
-    values = np.asarray(draws, float) * scale
+    values = np.asarray(draws, float)
     if np.ptp(values) == 0:
         return f"{number(float(values[0]), digits)} in every draw"
     low, high = np.quantile(values, [0.025, 0.975])

@@ -63,7 +63,6 @@ def limits(findings: Findings) -> Section:
     """Return the section on the limits of the answer."""
     ablate, behaviours = findings.first(AblateResults), findings.first(BaselineResults).behaviours
     settings = findings.settings()
-    with_prompts = settings["corpus"]["behaviours"]
     fewest = min(scores.test.n for scores in behaviours.values())
     items = [
         (
@@ -95,8 +94,7 @@ def limits(findings: Findings) -> Section:
         ),
         (
             "Contexts",
-            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text"
-            + (", which holds the behaviours' train prompts besides the corpus." if with_prompts else "."),
+            "the strongest contexts show a feature's peak, not all that it does. They come from the captured text.",
         ),
     ]
     if not settings["corpus"]["path"] and settings["model"]["path"] == "smollm2":

@@ -37,6 +37,8 @@ from saejax.settings import AblateConfig, MeshConfig, ModelConfig, ReportConfig
 from saejax.tasks import report as tasks
 from saejax.training import report as training
 
+_FEATURES, _EXAMPLES = 4, 5  # top features of a behaviour that have a card, and contexts on it: a screen holds them
+
 
 def run_report(run: Run) -> ReportResults:
     """Write the report of ``run.inputs``.
@@ -53,17 +55,17 @@ def run_report(run: Run) -> ReportResults:
         ablate = dataclasses.replace(ablate, dictionary=name)
         findings = findings.with_results(ablate)
     tops = ablate.top.values() if ablate else ()
-    wanted = [item.feature for top in tops for item in top[: config.features]]
+    wanted = [item.feature for top in tops for item in top[:_FEATURES]]
     if ablate:
         run.say(f"looking for the strongest contexts of {len(set(wanted))} features")
-        findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, config.examples))
+        findings = dataclasses.replace(findings, examples=contexts(run, findings, wanted, _EXAMPLES))
     (run.folder / "figures").mkdir(exist_ok=True)
 
     def draw(name: str, figure: Figure, caption: str, alt: str) -> Picture:
         svg = style.save(figure, run.folder / "figures", name)
         return Picture(name, style.inline(svg, name, alt), caption, alt)
 
-    parts = sections(findings, draw, config.features) if ablate else without_behaviours(findings, draw)
+    parts = sections(findings, draw, _FEATURES) if ablate else without_behaviours(findings, draw)
     footer = f"Written by saejax {package_versions().get('saejax', '')}".strip() + "."
     lead = (*(overview.lead(findings) if ablate else ()), *(part.lead for part in parts if part.lead))
     # The default title names an answer, which a run without behaviours does not have.

@@ -121,7 +121,7 @@ def _refuse_others(argv: Sequence[str], stages: Sequence[str], accepted: Sequenc
     for flag in (argument.lstrip("-").partition("=")[0] for argument in argv[1:] if argument.startswith("-")):
         group = flag.partition(".")[0]
         # absl writes a false flag as --noNAME.
-        group = group if group in GROUPS else group.removeprefix("no")  # --notrain.tensorboard
+        group = group if group in GROUPS else group.removeprefix("no")  # --notrain.zero_optimizer
         groups = [group] if group in GROUPS else groups_sharing(flag.partition(".")[2], group)
         if groups and not {*groups} & {*accepted}:
             owners = dict.fromkeys(stage for each in groups for stage in stages_of(each))

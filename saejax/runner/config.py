@@ -185,19 +185,11 @@ def from_json(cls: type, data: Mapping[str, Any]) -> Any:
 
 
 def define_flags(groups: Mapping[str, type], flag_values: flags.FlagValues) -> None:
-    """Define ``--group.field`` for every field of every group, on ``flag_values``.
-
-    ``--group.name.field`` of a group inside it can also be written ``--group.field`` where that is no other flag.
-    """
+    """Define ``--group.field`` for every field of every group, on ``flag_values``."""
     for group, cls in groups.items():
         _define_all(group, cls, flag_values)
         for _, name, inner in _nested(cls):
             _define_all(f"{group}.{name}", inner, flag_values)
-        for _, name, inner in _nested(cls):
-            for key in _settings(inner):
-                # Two kinds may have a setting of one name: then only the full name is unambiguous.
-                if f"{group}.{key}" not in flag_values:
-                    flags.DEFINE_alias(f"{group}.{key}", f"{group}.{name}.{key}", flag_values=flag_values)
 
 
 def _define_all(group: str, cls: type, flag_values: flags.FlagValues) -> None:

@@ -155,7 +155,7 @@ class GraphStore:
 
         Args:
           graph: graph whose features are labelled.
-          folders: the folder of the set, or those of the SAEs.
+          folders: the folder of the set.
 
         Raises:
           UserError: the file of labels is damaged.

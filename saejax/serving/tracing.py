@@ -20,9 +20,7 @@ from saejax.serving.store import GraphStore
 from saejax.settings import GraphConfig
 
 _UNCHECKED: dict[str, Any] = dict(doubled=0, circuits=False, heads=False, query_key=())
-_OTHERWISE: dict[str, Any] = dict(
-    prompts="", behaviours=(), token_ids=(), supernodes="", slug=""
-)  # the reader's prompt alone
+_OTHERWISE: dict[str, Any] = dict(prompts="", behaviours=(), supernodes="", slug="")  # the reader's prompt alone
 
 
 def trace_typed(

@@ -1,11 +1,9 @@
-"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning and checks."""
+"""Settings of attribution graphs: prompts, transcoders, pruning and checks."""
 
 import dataclasses
 
 from saejax.runner.config import Config, setting
 from saejax.settings import shared
-
-GRAPH_ESTIMATES = ("gradient", "relp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,32 +15,12 @@ class GraphConfig(Config):
         "transcoders of all layers: a folder or hub id of a set (circuit-tracer's or Gemma Scope's, per layer or "
         "cross-layer; org/name/subfolder, org/name@revision), or the folder of our own, such as runs/mine/train/topk",
     )
-    revision: str = setting("main", "revision of a set on the hub")
-    subfolder: str = setting("", "folder of the set within its repository")
     l0: tuple[str, ...] = setting(
         (),
         "choice among several Gemma Scope transcoders per layer: words of their names, such as small, or "
         "16k,big,affine; or a number such as 100, for the transcoder with the nearest L0 in each layer",
     )
-    dictionaries: tuple[str, ...] = setting(
-        (),
-        "folders of SAEs to use in place of transcoders, such as runs/mine/train/topk, at most one SAE per layer; "
-        "edges are then first-order estimates (activation x gradient)",
-    )
-    estimate: str = setting(
-        "gradient",
-        "backward pass with SAEs: the model's gradient (gradient), or the rules of relevance patching (relp)",
-        choices=GRAPH_ESTIMATES,
-    )
-    direct: bool = setting(
-        False,
-        "with SAEs: freeze the sites in between, so that an effect through their features counts only in the edges "
-        "from those features; otherwise it also counts in the edge from the source",
-    )
     prompt: str = setting("", "the text to trace")
-    token_ids: tuple[int, ...] = setting(
-        (), "token ids of the prompt, used unchanged in place of --graph.prompt", low=0
-    )
     prompts: str = setting(
         "",
         '.jsonl file of prompts, in place of --graph.prompt: {"slug": "paris", "prompt": "...", "targets": [" '
@@ -74,7 +52,7 @@ class GraphConfig(Config):
     )
     circuits: bool = setting(
         False,
-        "run parts of the graph alone, and all the rest alone, to check whether they do the work (transcoders only)",
+        "run parts of the graph alone, and all the rest alone, to check whether they do the work",
     )
     supernodes: str = setting(
         "",
@@ -96,11 +74,6 @@ class GraphConfig(Config):
         "",
         "Neuronpedia's name of the set, such as gemmascope-transcoder-16k: graphs are then written for Neuronpedia, "
         "which takes files of at most 100 MB; empty: for circuit-tracer's viewer",
-    )
-    scan: str = setting(
-        "",
-        "where a viewer looks up features; empty: the model's name in lower case, as on Neuronpedia, or without "
-        "--graph.source_set the address of a set on the hub",
     )
     heads: bool = setting(
         False, "find what each attention head contributes to each edge of the pruned graph; takes longer than tracing"

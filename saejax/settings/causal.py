@@ -71,9 +71,6 @@ class AblateConfig(Config):
         "takes about as long as the first",
     )
     min_accuracy_drop: float = shared.min_accuracy_drop()
-    max_ce_rise: float = setting(
-        0.05, "rise of cross-entropy on held-out text, nats per token, below which an effect is selective", low=0.0
-    )
     seed: int = shared.causal_seed()
     bootstrap: int = shared.causal_bootstrap()
     batch_rows: int = shared.causal_batch_rows()
@@ -98,27 +95,19 @@ class ProbeConfig(Config):
         "whose features to probe: topk, a member of a stack as in topk/k32, or the folder of a dictionary",
         changes_results=False,
     )
-    pool: str = setting(
-        "last",
-        "positions of a prompt that a probe sees: the last (last), or the maximum (max) or mean (mean) over all "
-        "positions that the dictionary reads",
-        choices=("last", "max", "mean"),
-    )
     sparse: tuple[int, ...] = setting(
         (1, 2, 5, 10, 20), "sizes of sparse probes: numbers of features, or of dimensions", low=1
     )
     strengths: tuple[float, ...] = setting(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
-        "inverse strengths of the L2 penalty (C), of which cross-validation on the train prompts chooses",
+        "inverse strengths of the L2 penalty (C), of which 5-fold cross-validation on the train prompts chooses",
         low=1e-9,
     )
-    folds: int = setting(5, "number of folds of that cross-validation", low=2, high=5)
     shuffles: int = setting(
         20,
         "number of control probes on shuffled labels, and on matched features or random directions, for each probe",
         low=1,
     )
-    permutations: int = setting(10_000, "permutations of the test labels for a p-value", low=100)
     seed: int = shared.causal_seed()
 
 
@@ -144,7 +133,6 @@ class PatchConfig(Config):
         "empty: none",
         changes_results=False,
     )
-    behaviours: tuple[str, ...] = setting((), "behaviours to patch; empty: all that the baseline measured")
     top: int = setting(10, "number of features, ranked by attribution on train prompts, that are patched", low=1)
     random_sets: int = shared.random_sets()
     placebo_targets: int = shared.placebo_targets()
@@ -169,19 +157,6 @@ class SteerConfig(Config):
         "norms of the added vectors, in units of the site's mean norm; features are clamped at 1, 2, 4 and 8 times "
         "their mean on texts of the target answer instead",
         low=1e-6,
-    )
-    positions: str = setting(
-        "all", "positions of a prompt that are steered; in held-out text all are", choices=("all", "last")
-    )
-    prompts: int = setting(40, "test prompts of each behaviour, spread evenly over templates; 0: all", low=0)
-    max_ce_rise: float = setting(
-        1.0,
-        "largest rise of cross-entropy on held-out text, nats per token; of the strengths within it, the one that "
-        "turns most train prompts is judged on test prompts",
-        low=0.0,
-    )
-    text_documents: int = setting(
-        16, "number of held-out documents, 64 tokens each, on which that rise is measured; 0: none", low=0
     )
     random_sets: int = setting(
         99,

@@ -13,13 +13,6 @@ PRETRAINED = "pretrained"  # in the place of a kind: dictionaries that were not 
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearConfig(Config):
-    """Settings of linear dictionaries alone."""
-
-    fires_above: float = setting(1e-3, "|f| above which a feature counts as firing", low=0.0)
-
-
-@dataclasses.dataclass(frozen=True)
 class JumpReLUConfig(Config):
     """Settings of JumpReLU dictionaries alone."""
 
@@ -40,9 +33,6 @@ class JumpReLUConfig(Config):
     )
     bandwidth: float = setting(0.05, "width of the kernel that estimates the thresholds' gradient", low=1e-6)
     initial_threshold: float = setting(0.01, "thresholds at the start", low=0.0)
-    dead_pre_activation: float = setting(
-        0.0, "coefficient of the loss that pulls dead features' pre-activations up", low=0.0
-    )
     nested: tuple[float, ...] = setting(
         (),
         "shares of the features, ascending to 1, that must reconstruct by themselves, as in a matryoshka dictionary; "
@@ -82,7 +72,7 @@ class KindSettings:
 
 KIND_SETTINGS = {
     "standard": KindSettings(reads=("l1",)),
-    "linear": KindSettings(LinearConfig, reads=("l1",)),
+    "linear": KindSettings(reads=("l1",)),
     "gated": KindSettings(reads=("l1",)),
     "jumprelu": KindSettings(JumpReLUConfig),
     "topk": KindSettings(reads=("k",)),

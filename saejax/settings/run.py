@@ -22,10 +22,9 @@ class ModelConfig(Config):
     other: str = setting(
         "",
         "a second model with the same tokenizer, such as a tuned one, for crosscoders: its sites, other:resid_post.15, "
-        "are captured on the same tokens; empty: none",
+        "are captured on the same tokens; a hub id may end in @REVISION; empty: none",
         changes_results=False,
     )
-    other_revision: str = setting("main", "revision of the second model", changes_results=False)
     dtype: str = setting(
         "float32",
         "dtype of the JAX decoder's weights and products",
@@ -36,12 +35,6 @@ class ModelConfig(Config):
         "implementation of the model: the JAX decoder (jax); transformers' PyTorch model on one device, slower and "
         "without attribution graphs (torch); or PyTorch only for families that the decoder lacks (auto)",
         choices=("auto", "jax", "torch"),
-    )
-    remat: bool = setting(
-        False,
-        "recompute each layer in the backward pass of ablate instead of storing its matrix products: less memory, "
-        "about a third more time",
-        changes_results=False,
     )
 
 
@@ -99,14 +92,8 @@ class PreflightConfig(Config):
         "such as a100-40:8, a100-80:8, h100:8 or h100:4x8 (simulated by CPU devices; not in a pipeline); empty: the "
         "devices of this machine",
     )
-    prompt_tokens: int = setting(32, "assumed tokens per prompt of a behaviour", low=2)
     benchmark_tokens: int = setting(
         1024, "assumed tokens per benchmark prompt, worked examples included, where answers are generated", low=2
-    )
-    active_features: int = setting(
-        64,
-        "assumed active features per layer and token in attribution graphs; for topk transcoders it is known",
-        low=1,
     )
     transcoder_features: int = setting(
         0,
@@ -114,9 +101,10 @@ class PreflightConfig(Config):
         "0: unknown, and no graph of such a set is planned",
         low=0,
     )
-    parity: bool = setting(False, "compare the decoder with transformers, in --model.dtype")
-    tolerance: float = setting(
-        1e-4, "largest relative error of a site or of the logits that passes (about 2e-2 is usual in bfloat16)", low=0.0
+    parity: bool = setting(
+        False,
+        "compare the decoder with transformers, in --model.dtype; a relative error of a site or of the logits above "
+        "1e-4 fails, in bfloat16 above 0.05",
     )
 
 
@@ -150,7 +138,6 @@ class ExportConfig(Config):
         "name of the source set at Neuronpedia; empty: site and kind, such as res-topk",
         only=_is_for_neuronpedia,
     )
-    creator: str = setting("saejax", "author shown at Neuronpedia", only=_is_for_neuronpedia)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,5 +145,3 @@ class ReportConfig(Config):
     """The written report."""
 
     title: str = setting("Which features cause these behaviours?", "title of the report")
-    examples: int = setting(5, "number of example contexts per feature in the report", low=1)
-    features: int = setting(4, "number of top features per behaviour in the report", low=1)

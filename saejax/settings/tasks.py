@@ -28,19 +28,6 @@ class TaskConfig(Config):
     train_prompts: int = setting(80, "prompts per behaviour that choose features", low=2, only=("",))
     test_prompts: int = setting(100, "prompts per behaviour that judge them", low=2, only=("",))
     seed: int = setting(42, "seed of the choice of prompts, of benchmark examples and of the bootstrap", low=0)
-    min_accuracy: float = setting(
-        0.8,
-        "a behaviour is flagged as too weak if its two-way accuracy is below this",
-        low=0.0,
-        high=1.0,
-        only=("",),
-    )
-    min_separation: float = setting(
-        1.0,
-        "a behaviour is flagged if the mean of its logit differences, divided by their standard deviation, is below "
-        "this",
-        only=("",),
-    )
     gate: float = setting(
         0.05,
         "level of an exact binomial test that the model is right on more than half of a behaviour's train prompts; a "
@@ -49,7 +36,6 @@ class TaskConfig(Config):
         high=1.0,
         only=("",),
     )
-    bootstrap: int = setting(10_000, "bootstrap resamples for 95 % intervals", low=100)
     benchmarks: tuple[str, ...] = setting(
         (),
         "benchmarks to score the model on: gsm8k, math, logic (six tasks of BIG-Bench Hard), logiqa, commonsense "
@@ -125,11 +111,6 @@ class CorpusConfig(Config):
     held_out: float = setting(0.1, "share of the documents' groups that is held out from training", low=0.01, high=0.5)
     context: int = setting(256, "maximum number of tokens per document; longer documents are split", low=2)
     seed: int = setting(789, "seed of the held-out split and of the order of documents", low=0)
-    behaviours: bool = setting(
-        False,
-        "add the behaviours' train prompts to the training text; changed prompts then mean new activations and new "
-        "dictionaries",
-    )
 
 
 @dataclasses.dataclass(frozen=True)

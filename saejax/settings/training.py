@@ -108,11 +108,6 @@ class TrainConfig(Config):
         "decoder rows are kept at length 1 (unit) or grow freely under the norm-weighted penalty (free)",
         choices=("unit", "free"),
     )
-    initial_bias: str = setting(
-        "mean",
-        "decoder bias at the start: mean or geometric median of the target, or zero",
-        choices=("mean", "median", "zero"),
-    )
     freeze: str = setting(
         "none", "leave the random decoder or encoder as it is, as a control", choices=("none", "decoder", "encoder")
     )
@@ -158,9 +153,8 @@ class TrainConfig(Config):
         high=1.0,
     )
     decay: float = setting(
-        0.2, "share of the steps, at the end, over which the learning rate falls to 0", low=0.0, high=1.0
+        0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0", low=0.0, high=1.0
     )
-    decay_shape: str = setting("linear", "how the learning rate falls: linear or cosine", choices=("linear", "cosine"))
     accumulate: int = setting(
         1, "steps whose gradients are averaged into one update, as of a batch so many times as large", low=1
     )
@@ -227,11 +221,7 @@ class TrainConfig(Config):
         choices=("random", "errors", "replace"),
     )
     checkpoint_every: int = setting(500, "steps between checkpoints", low=1, changes_results=False)
-    keep_checkpoints: int = setting(2, "how many of the newest checkpoints are kept", low=1, changes_results=False)
     log_every: int = setting(20, "steps between recorded metrics", low=1, changes_results=False)
-    tensorboard: bool = setting(
-        False, "write metrics as TensorBoard event files too (takes saejax[tensorboard])", changes_results=False
-    )
     wandb: str = setting(
         "",
         "project, or entity/project, of Weights & Biases to which metrics go too (takes saejax[wandb]); empty: none",

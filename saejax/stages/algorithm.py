@@ -24,16 +24,7 @@ class AlgorithmConfig(Config):
         changes_results=False,
     )
     digits: int = setting(3, "digits of each number to add", low=1, high=8, only=("addition",))
-    nodes: int = setting(6, "nodes of each graph", low=3, high=10, only=("paths",))
-    edges: int = setting(8, "largest number of edges of a graph", low=2, high=45, only=("paths",))
     steps: int = setting(4000, "maximum number of training steps; it ends once fresh questions are answered", low=1)
-    batch: int = setting(256, "questions in a step", low=1)
-    learning_rate: float = setting(2e-3, "peak learning rate of AdamW", low=0.0)
-    layers: int = setting(2, "layers of the transformer", low=1)
-    width: int = setting(96, "width of its residual stream, in 4 heads", low=8)
-    prompts: int = setting(
-        100, "prompts of each behaviour that select features, and as many that test them", low=10, high=1000
-    )
     seed: int = setting(0, "seed of weights, questions and prompts", low=0, high=2**31 - 1)
 
 

@@ -19,7 +19,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _dictionaries(configs: Configs) -> str:
-    """Return the identity of dictionaries and of the files of prompts and groups."""
+    """Return the identity of transcoders and of the files of prompts and groups."""
     from saejax.attribution import requests
 
     return requests.identity(configs[GraphConfig])
@@ -51,7 +51,7 @@ def _sections(findings: Any, draw: Any) -> Sequence[Any]:
 
 ATTRIBUTE = Stage(
     name="attribute",
-    summary="traces prompts into attribution graphs, if --graph.prompt, token_ids, prompts or behaviours is set",
+    summary="traces prompts into attribution graphs, if --graph.prompt, prompts or behaviours is set",
     run=_run,
     results=_results,
     groups=(ModelConfig, GraphConfig),

@@ -5,7 +5,7 @@ from typing import Any
 
 from saejax.runner.stage import Stage
 from saejax.runner.workspace import Run
-from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig
+from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
 from saejax.tasks import identities
 
 
@@ -27,9 +27,7 @@ TOKENIZE = Stage(
     run=_run_tokenize,
     results=_results_tokenize,
     groups=(CorpusConfig,),
-    placement=(ModelConfig, CaptureConfig),
-    reads=("baseline",),
-    needs=lambda configs, name: identities.joining_prompts(configs),
+    placement=(ModelConfig, CaptureConfig, TaskConfig),
     names=lambda configs: ("",) if configs[CorpusConfig].stream else (),
     identity=dict(model=identities.model, corpus=identities.corpus, bos=lambda configs: configs[CaptureConfig].bos),
 )
@@ -59,12 +57,12 @@ CAPTURE = Stage(
     run=_run_capture,
     results=_results_capture,
     groups=(ModelConfig, CorpusConfig, CaptureConfig),
-    placement=(MeshConfig,),
-    reads=("baseline", "tokenize"),
+    placement=(MeshConfig, TaskConfig),
+    reads=("tokenize",),
     needs=lambda configs, name: identities.training_text(configs),
     identity=dict(model=identities.model, corpus=identities.corpus),
     programs=_programs_capture,
-    # --capture.dtype is read in place of the first; the others say which units are read.
-    unread=lambda configs, name: ("model.dtype", "corpus.stream", "corpus.behaviours"),
+    # --capture.dtype is read in place of the first; the other says which unit is read.
+    unread=lambda configs, name: ("model.dtype", "corpus.stream"),
     processes="all",
 )

@@ -12,7 +12,7 @@ from saejax.runner.workspace import Run
 from saejax.settings import GraphConfig, MeshConfig, ModelConfig, shared
 from saejax.tasks import identities
 
-_READ = ("transcoders", "revision", "subfolder", "l0", "max_features", "labels", "features")  # of GraphConfig
+_READ = ("transcoders", "l0", "max_features", "labels", "features")  # of GraphConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,22 +22,12 @@ class CircuitsConfig(Config):
     behaviours: tuple[str, ...] = setting((), "behaviours whose circuits are found; empty: none")
     traced: int = setting(10, "train prompts of each behaviour that are traced, to choose features", low=1)
     measured: int = setting(20, "most test prompts of each behaviour on which effects are measured", low=2)
-    top: int = setting(
-        100, "a feature counts in a traced prompt where it is among this many most influential ones", low=1
-    )
-    returns: float = setting(
-        0.2, "share of the traced prompts in which a feature has to count, to be in a circuit", low=0.0, high=1.0
-    )
-    group_size: int = setting(10, "most features of a proposed group", low=1)
-    max_groups: int = setting(6, "most proposed groups, the most influential ones", low=1)
     groups: str = setting(
         "",
         'file of groups to measure in place of proposed ones, .json: {"two_hop": [["places", "3_17_content", '
         '"12_208_last"]]}, features as layer_index_role with a role of content, context or last',
         changes_results=False,  # what is in it counts
     )
-    controls: int = setting(2, "random and placebo sets that each edit of a group is compared with", low=1)
-    contexts: int = setting(40, "documents of the embedded corpus in which contexts of unknown features are looked for")
     bootstrap: int = shared.causal_bootstrap()
     seed: int = shared.causal_seed()
 
@@ -52,7 +42,7 @@ def _files(configs: Configs) -> str:
     from saejax.files import file_sha256
 
     path = Path(configs[CircuitsConfig].groups)
-    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="", dictionaries=())
+    graph = dataclasses.replace(configs[GraphConfig], prompts="", supernodes="")
     return requests.identity(graph) + (file_sha256(path) if path.is_file() else "")
 
 

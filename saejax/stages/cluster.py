@@ -21,10 +21,7 @@ class ClusterConfig(Config):
         "dictionaries whose features to group: kinds trained here with all members of their stacks (topk), members "
         "(topk/seed5), or folders; empty: none",
     )
-    smallest: int = setting(5, "number of features of the smallest group", low=2)
-    most: int = setting(8192, "largest number of features to group; more are sampled from those that fire", low=2)
     tokens: int = setting(32768, "approximate number of tokens of the text on which firings are compared", low=64)
-    resamples: int = setting(10, "number of bootstrap samples, and of shuffled data sets", low=2)
     batch_tokens: int = shared.analysis_batch_tokens()
     seed: int = shared.analysis_seed()
 

@@ -38,22 +38,11 @@ class ExplainConfig(Config):
         "labels to judge instead of writing new ones: a .csv file as for --atlas.labels, or found, the labels of "
         "interpret",
     )
-    draws: int = setting(
-        1, "contexts from each tenth of a feature's held-out firings; as many without it are shown", low=1
-    )
-    intruder: bool = setting(True, "also ask, without a label, which of some contexts does not belong with the others")
-    answer_tokens: int = setting(
-        4096, "largest number of tokens of an endpoint's answer, reasoning included; a longer one is not used", low=16
-    )
     most_tokens: int = setting(
         2_000_000,
         "largest number of tokens to spend, prompts and answers, earlier runs of the unit included",
         low=1,
         changes_results=False,
-    )
-    concurrent: int = setting(8, "questions asked at the same time", low=1, changes_results=False)
-    timeout: float = setting(
-        120.0, "longest time for an answer of the endpoint, in seconds", low=0.1, changes_results=False
     )
     seed: int = shared.analysis_seed()
 

@@ -45,9 +45,6 @@ class TruthConfig(Config):
     orthogonalise: int = setting(100, "steps of Adam that make directions more orthogonal", low=0)
     bias: float = setting(0.5, "norm of a fixed vector that is added to all", low=0.0)
     noise: float = setting(0.0, "standard deviation of noise in every dimension", low=0.0)
-    frequent: float = setting(
-        1e-4, "a feature that fires on a larger share of the vectors must be found", low=0.0, high=1.0
-    )
 
 
 def _names(configs: Configs) -> Sequence[str]:

@@ -24,8 +24,6 @@ class InterpretConfig(Config):
         choices=unit_names,
         changes_results=False,
     )
-    examples: int = setting(8, "strongest contexts kept of each feature", low=1)
-    draws: int = setting(2, "contexts drawn from each tenth of a feature's firings, by activation", low=0)
     attention_tokens: int = setting(
         8192, "tokens of text at which features are compared with what attention heads look at; 0: none", low=0
     )
@@ -33,7 +31,6 @@ class InterpretConfig(Config):
         False,
         "associate features with the behaviours and benchmarks on whose prompts, or right answers, they are active",
     )
-    heatmaps: int = setting(4, "documents of the search text shown as heatmaps, features by tokens", low=0)
     batch_tokens: int = shared.analysis_batch_tokens()
     seed: int = shared.analysis_seed()
 

@@ -18,11 +18,6 @@ class TrackConfig(Config):
     """Prompts and worked solutions, followed through the layers."""
 
     prompt: str = setting("", "the text to follow; its sentences are the steps")
-    answer: str = setting(
-        "",
-        "the token whose probability is followed through the layers, as it is written, such as ' Paris'; empty: the "
-        "most probable next token",
-    )
     prompts: str = setting(
         "",
         'file of up to four instead, shown side by side, .jsonl: {"slug": "apples", "prompt": "...", "solution": '
@@ -38,11 +33,6 @@ class TrackConfig(Config):
         (),
         "dictionaries of the layers: trained stacks such as topk, members such as topk/resid_post.3, or folders; at "
         "most one of each layer. Transcoders of all layers give links by attribution, others by geometry",
-    )
-    top: int = setting(12, "features that are kept of each layer and position", low=1)
-    step_features: int = setting(6, "features of a step, in each layer, and those that are removed together", low=1)
-    test_layers: tuple[int, ...] = setting(
-        (), "layers at which the features of steps are removed (empty: the dictionary in the middle)", low=0
     )
     random_sets: int = shared.random_sets()
     seed: int = shared.causal_seed()

@@ -97,7 +97,6 @@ def _unread(configs: Configs, name: str) -> Sequence[str]:
         "penalty_warmup": penalised,
         "expansion": not (config.expansions or config.features),
         "features": not config.expansions,
-        "decay_shape": config.decay > 0,
     }
     return [f"train.{field}" for field, is_read in conditions.items() if not is_read]
 
@@ -127,7 +126,7 @@ TRAIN = Stage(
     results=_results,
     groups=(TrainConfig,),
     placement=(MeshConfig,),
-    reads=("baseline", "tokenize", "capture"),
+    reads=("tokenize", "capture"),
     needs=_needs,
     inputs=trained_sites,
     names=lambda configs: configs[TrainConfig].kinds,

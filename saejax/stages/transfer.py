@@ -30,7 +30,6 @@ class TransferConfig(Config):
         choices=MEASURES,
     )
     between: int = setting(0, "number of random pairs of dictionaries of different models; 0: all such pairs", low=0)
-    shared: float = setting(0.7, "cosine or correlation from which matched features are shared", low=0.0, high=1.0)
     reconstruction: bool = setting(
         False, "evaluate each dictionary at the site of each other, unchanged and between affine maps"
     )
@@ -40,32 +39,16 @@ class TransferConfig(Config):
         "the widest site",
         low=64,
     )
-    ce_documents: int = setting(
-        0, "documents on which cross-entropy recovered at another site is measured; 0: not measured", low=0
-    )
-    ablations: tuple[str, ...] = setting(
-        (),
-        "folders of finished ablate units with --ablate.effects=all, such as runs/demo/ablate/topk: compare the "
-        "effects of shared features of their dictionaries",
-    )
     batch_tokens: int = analysis_batch_tokens()
     seed: int = analysis_seed()
 
 
 def _folders(configs: Configs) -> str:
-    """Return the identity of dictionaries and ablations that are named by their folders."""
-    from pathlib import Path
-
+    """Return the identity of dictionaries that are named by their folders."""
     from saejax.dictionaries import stacks
-    from saejax.files import file_sha256
-    from saejax.runner.workspace import SUMMARY, fingerprint
+    from saejax.runner.workspace import fingerprint
 
-    config = configs[TransferConfig]
-    summaries = [Path(folder) / SUMMARY for folder in config.ablations]
-    return fingerprint(
-        [stacks.identity(name) for name in config.dictionaries if is_folder(name)]
-        + [file_sha256(path) if path.is_file() else "" for path in summaries]  # a missing file is an error when it runs
-    )
+    return fingerprint([stacks.identity(name) for name in configs[TransferConfig].dictionaries if is_folder(name)])
 
 
 def _run(run: Run) -> Any:

@@ -67,16 +67,15 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float
     return float(low), float(high)
 
 
-def two_sided_p(samples: np.ndarray, null: float = 0.0) -> float:
-    """Return the two-sided p-value of a statistic being ``null``, by inverting its percentile interval.
+def two_sided_p(samples: np.ndarray) -> float:
+    """Return the two-sided p-value of a statistic being 0, by inverting its percentile interval.
 
-    p = 2 min((1 + #{samples <= null}) / (1 + R), (1 + #{samples >= null}) / (1 + R)), at most 1.
+    p = 2 min((1 + #{samples <= 0}) / (1 + R), (1 + #{samples >= 0}) / (1 + R)), at most 1.
 
     Args:
       samples: bootstrap samples of the statistic, ``[R]``.
-      null: the hypothesised value.
     """
-    below, above = np.sum(samples <= null), np.sum(samples >= null)
+    below, above = np.sum(samples <= 0), np.sum(samples >= 0)
     return float(min(1.0, 2 * (1 + min(below, above)) / (1 + len(samples))))
 
 

@@ -6,7 +6,6 @@ References:
 """
 
 import numpy as np
-from scipy.stats import rankdata
 
 _EXACT = 16  # up to this many prompts all sign patterns are counted: 65,536
 _CHUNK = 2**23  # numbers of a product held at once: 64 MB
@@ -71,10 +70,3 @@ def correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
     a_RxN, b_xN = (some - some.mean(axis=1, keepdims=True) for some in (a_RxN, b_xN))
     size_R = np.sqrt(np.square(a_RxN).sum(axis=1) * np.square(b_xN).sum(axis=1))
     return np.divide((a_RxN * b_xN).sum(axis=1), size_R, out=np.full(len(a_RxN), np.nan), where=defined_R)
-
-
-def rank_correlations(a_RxN: np.ndarray, b_xN: np.ndarray) -> np.ndarray:
-    """Return Spearman's correlations, of a and b as for ``correlations``; NaN of rows of nothing."""
-    if not a_RxN.shape[1]:
-        return np.full(len(a_RxN), np.nan)
-    return correlations(rankdata(a_RxN, axis=1), rankdata(b_xN, axis=1))

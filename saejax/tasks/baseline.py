@@ -45,7 +45,7 @@ from saejax.tasks.gate import gate, none_left, write_left_out
 from saejax.tasks.likelihood import loglikelihoods
 from saejax.tasks.own_prompts import read_own_prompts
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BaselineScores, PromptExample
-from saejax.tasks.scoring import bootstrap_mean, bootstrap_separation, wilson
+from saejax.tasks.scoring import MIN_ACCURACY, MIN_SEPARATION, bootstrap_mean, bootstrap_separation, wilson
 
 PARTS = "parts"  # folder of behaviours that are measured, until all are
 BATCH = 32  # prompts per forward pass
@@ -169,7 +169,7 @@ def summarize(drawn: Drawn, scores: Sequence[PromptScore], task: TaskConfig) -> 
     p_value, why = gate(sum(right), len(right), task.gate)
     return BaselineBehaviour(
         **splits,
-        flags=_flags(splits, task),
+        flags=_flags(splits),
         examples=tuple(examples),
         p_value=p_value,
         left_out=why or None,
@@ -181,25 +181,25 @@ def _split_scores(rows: Sequence[PromptScore], task: TaskConfig) -> BaselineScor
     diff_N, top1_N = (np.array([getattr(row, key) for row in rows], np.float64) for key in ("logit_diff", "top1"))
     paired = [row.counterpart_logit_diff for row in rows if row.counterpart_logit_diff is not None]
     whole_Nx2 = np.array([[row.correct_log_likelihood, row.wrong_log_likelihood] for row in rows], np.float64)
-    mean = functools.partial(bootstrap_mean, resamples=task.bootstrap, seed=task.seed)
+    mean = functools.partial(bootstrap_mean, seed=task.seed)
     return BaselineScores(
         n=len(rows),
         accuracy=wilson(diff_N > 0),
         top1=wilson(top1_N),
         logit_diff=mean(diff_N),
-        separation=bootstrap_separation(diff_N, task.bootstrap, task.seed),
+        separation=bootstrap_separation(diff_N, task.seed),
         counterpart_accuracy=wilson(np.array(paired) > 0) if paired else None,
         answer_accuracy=wilson(whole_Nx2[:, 0] > whole_Nx2[:, 1]),
         log_likelihood=mean(whole_Nx2[:, 0]),
     )
 
 
-def _flags(splits: Mapping[str, BaselineScores], task: TaskConfig) -> tuple[str, ...]:
+def _flags(splits: Mapping[str, BaselineScores]) -> tuple[str, ...]:
     """Return a sentence for each score that is below its limit."""
     limits = [
-        ("accuracy", task.min_accuracy),
-        ("separation", task.min_separation),
-        ("counterpart_accuracy", task.min_accuracy),
+        ("accuracy", MIN_ACCURACY),
+        ("separation", MIN_SEPARATION),
+        ("counterpart_accuracy", MIN_ACCURACY),
     ]
     scores = [(key, split, getattr(splits[split], key), limit) for split in SPLITS for key, limit in limits]
     return tuple(

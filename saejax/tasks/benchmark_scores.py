@@ -203,7 +203,7 @@ def _accuracies(rows: Sequence[ScoredItem], rules: Sequence[str]) -> dict[str, I
 
 
 def _interval(values: Sequence[float], task: TaskConfig) -> Interval:
-    return bootstrap_mean(np.array(values, np.float64), task.bootstrap, task.seed)
+    return bootstrap_mean(np.array(values, np.float64), task.seed)
 
 
 def line(results: BenchmarkResults) -> str:

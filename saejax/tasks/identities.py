@@ -23,14 +23,9 @@ def corpus(configs: Configs) -> str:
     return corpora.identity(configs[CorpusConfig], configs[TaskConfig])
 
 
-def joining_prompts(configs: Configs) -> tuple[str, ...]:
-    """Return the unit with the behaviours' prompts, if these are part of the training text."""
-    return ("baseline",) if configs[CorpusConfig].behaviours and configs[TaskConfig].has_behaviours else ()
-
-
 def training_text(configs: Configs) -> tuple[str, ...]:
     """Return the units that training text is read from."""
-    return ("tokenize",) if configs[CorpusConfig].stream else joining_prompts(configs)
+    return ("tokenize",) if configs[CorpusConfig].stream else ()
 
 
 def dictionary(configs: Configs, stage: str) -> str:

@@ -11,7 +11,7 @@ from saejax.page.style import BLUE, GREY, INK, height_of, legend, name_rows, pan
 from saejax.page.tables import MISSING, Table, interval, number, percent
 from saejax.page.words import behaviour, signed
 from saejax.tasks.results import BaselineBehaviour, BaselineResults, BenchmarkResults
-from saejax.tasks.scoring import SEPARATION_LIMIT
+from saejax.tasks.scoring import MIN_ACCURACY, SEPARATION_LIMIT
 
 
 def behaviours_section(findings: Findings, draw: Draw) -> Section:
@@ -33,7 +33,7 @@ def behaviours_section(findings: Findings, draw: Draw) -> Section:
     )
     columns = ("Prompt", "Correct", "Wrong", "Logit difference")
     shown = Table("One prompt of each", columns, examples, frozenset({1, 2}), note="↵ is a line break.")
-    figure = baselines(scores_of, findings.settings()["task"]["min_accuracy"])
+    figure = baselines(scores_of)
     alt = "Accuracy on test prompts. " + " ".join(
         f"{name}: {interval(scores.test.accuracy, 0, 100)} %." for name, scores in scores_of.items()
     )
@@ -71,12 +71,11 @@ def _baseline_table(scores_of: Mapping[str, BaselineBehaviour]) -> Table:
 
 
 @styled
-def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> Figure:
+def baselines(scores: Mapping[str, BaselineBehaviour]) -> Figure:
     """Draw the accuracy and the logit difference of each behaviour, before anything is ablated.
 
     Args:
       scores: by behaviour.
-      min_accuracy: the accuracy below which a behaviour is flagged, drawn as a line; 0 to 1.
     """
     rows = height_of(scores, 0.36)
     figure, (left, right) = panels(
@@ -88,9 +87,9 @@ def baselines(scores: Mapping[str, BaselineBehaviour], min_accuracy: float) -> F
             label = f"{split} prompts, with 95 % interval"
             point(left, splits.splits[split].accuracy, row + shift, color, marker, label, scale=100)
             point(right, splits.splits[split].logit_diff, row + shift, color, marker, label)
-    left.axvline(100 * min_accuracy, color=INK, linewidth=1, linestyle=":")
+    left.axvline(100 * MIN_ACCURACY, color=INK, linewidth=1, linestyle=":")
     left.set(
-        xlabel=f"% of prompts (dotted: flagged below {100 * min_accuracy:.0f} %)",
+        xlabel=f"% of prompts (dotted: flagged below {100 * MIN_ACCURACY:.0f} %)",
         xlim=(min(left.get_xlim()[0], 45), 102),
     )
     right.axvline(0, color=INK, linewidth=1)

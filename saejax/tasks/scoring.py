@@ -15,7 +15,11 @@ from scipy.stats import norm
 
 from saejax.results import Interval
 
+# A behaviour below one of these is flagged: with fewer right answers, or a mean within a standard deviation of 0,
+# effects on it are hard to tell from noise.
+MIN_ACCURACY, MIN_SEPARATION = 0.8, 1.0
 SEPARATION_LIMIT = 1e6  # stands for infinity, which JSON does not have
+RESAMPLES = 10_000  # more would move ends of intervals by less than a tenth of their distance
 _CHUNK = 8_000_000  # numbers held at once: 64 MB
 _ENDS = (0.025, 0.975)
 _Z = float(norm.ppf(_ENDS[1]))
@@ -52,12 +56,12 @@ def middle(values_N: np.ndarray | Sequence[float], mean: float | None = None) ->
     return Interval(float(np.mean(values_N)) if mean is None else mean, float(low), float(high))
 
 
-def bootstrap_mean(values_N: np.ndarray, resamples: int, seed: int) -> Interval:
+def bootstrap_mean(values_N: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Interval:
     """Return the mean over prompts and its interval; see ``bootstrap``."""
     return bootstrap(values_N, _mean, resamples, seed)
 
 
-def bootstrap_separation(values_N: np.ndarray, resamples: int, seed: int) -> Interval:
+def bootstrap_separation(values_N: np.ndarray, seed: int, resamples: int = RESAMPLES) -> Interval:
     """Return the separation over prompts and its interval; see ``separation`` and ``bootstrap``."""
     return bootstrap(values_N, separation, resamples, seed)
 

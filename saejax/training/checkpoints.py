@@ -14,6 +14,7 @@ from saejax.files import read_json, write_json
 from saejax.parallel.collectives import is_first_process
 
 RUN = "run.json"
+KEPT = 2  # newest checkpoints: the last may be half-written when a run is killed
 _copy_arrays = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
@@ -22,17 +23,16 @@ class Checkpoints:
 
     Args:
       folder: their folder; made if missing. What a killed save left half-written is cleaned up.
-      keep: number of the newest to keep.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path):
         self._folder = Path(folder).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.ContinuousCheckpointingPolicy(
                 minimum_interval_secs=0
             ),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=ocp.training.preservation_policies.LatestN(KEPT),
             cleanup_tmp_directories=True,
         )
         self._writing: tuple[int, Any] | None = None

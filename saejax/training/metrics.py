@@ -1,4 +1,4 @@
-"""Metrics of training: recorded one step late; written as ``metrics.jsonl``, TensorBoard events and wandb runs.
+"""Metrics of training: recorded one step late; written as ``metrics.jsonl`` and as runs of wandb.
 
 A record has ``step``, ``tokens``, ``seconds`` and ``member``; ``tokens_per_second`` of each member and
 ``tflop_per_second`` of the whole program since the first step of the process, compilation left out; ``mfu``, the share
@@ -261,54 +261,18 @@ def read_metrics(unit: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
             ) from None
 
 
-def make_writers(config: TrainConfig, unit: Path, name: str, first_step: int) -> Sequence[Writer]:
+def make_writers(config: TrainConfig, unit: Path, name: str) -> Sequence[Writer]:
     """Return the writers that the settings ask for; none in processes other than the first.
 
     Args:
       config: the settings.
       unit: folder of the train unit.
       name: name of the train unit, such as "topk".
-      first_step: step at which training starts or resumes; what a killed run wrote after it does not count.
 
     Raises:
       UserError: a library is not installed.
     """
-    writers: list[Writer] = []
-    if is_first_process():
-        if config.tensorboard:
-            writers.append(TensorBoard(log_folder(unit, config) / "tensorboard", first_step))
-        if config.wandb:
-            writers.append(Wandb(config, unit, name))
-    return writers
-
-
-class TensorBoard:
-    """Event files, by tensorboardX: look at them with ``tensorboard --logdir``.
-
-    Args:
-      folder: folder of the files; each member of a stack has a folder of its name there.
-      first_step: events of a killed run after this step are hidden.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        self._make = _library("tensorboardX", "--train.tensorboard", "tensorboard").SummaryWriter
-        self._folder, self._first_step = folder, first_step
-        self._members: dict[str, Any] = {}
-
-    def write(self, step: int, member: str, metrics: Mapping[str, float]) -> None:
-        """Add a scalar for each metric."""
-        if member not in self._members:
-            purge = self._first_step + 1 if self._first_step else None
-            self._members[member] = self._make(
-                str(self._folder / member), purge_step=purge, filename_suffix=f".{self._first_step}"
-            )
-        for name, value in metrics.items():
-            self._members[member].add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Close the files."""
-        for writer in self._members.values():
-            writer.close()
+    return [Wandb(config, unit, name)] if config.wandb and is_first_process() else []
 
 
 class Wandb:
@@ -323,7 +287,13 @@ class Wandb:
     """
 
     def __init__(self, config: TrainConfig, unit: Path, name: str):
-        library = _library("wandb", "--train.wandb", "wandb")
+        try:
+            library: Any = importlib.import_module("wandb")
+        except ImportError as error:
+            raise UserError(
+                f"--train.wandb takes the package wandb, which cannot be imported ({error}): pip install "
+                "'saejax[wandb]', or leave the flag out"
+            ) from None
         folder = log_folder(unit, config)
         entity, _, project = config.wandb.rpartition("/")
         self._run = library.init(
@@ -345,13 +315,3 @@ class Wandb:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
-
-
-def _library(name: str, flag: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{flag} takes the package {name}, which cannot be imported ({error}): pip install 'saejax[{extra}]', or "
-            "leave the flag out"
-        ) from None

@@ -130,13 +130,11 @@ def learning_rate_schedule(config: TrainConfig, steps: int) -> optax.Schedule:
     """Return a factor in [0, 1]: it rises over ``warmup`` of the steps, stays, and falls to 0 over ``decay``."""
     # Both schedules count whole steps, so that the last one has a rate above 0.
     down = round(config.decay * steps)
-    if config.decay_shape == "cosine":
-        fall = optax.cosine_decay_schedule(1.0, max(down, 1))
-    else:
-        fall = lambda step: (down - step) / max(down, 1)  # noqa: E731
     warmup = linear_warmup(config.warmup, steps)
-    decay = optax.join_schedules([optax.constant_schedule(1.0), fall], [steps - down])
-    return lambda step: jnp.clip(jnp.minimum(warmup(step), decay(step)), 0.0, 1.0)
+    fall = optax.join_schedules(
+        [optax.constant_schedule(1.0), lambda step: (down - step) / max(down, 1)], [steps - down]
+    )
+    return lambda step: jnp.clip(jnp.minimum(warmup(step), fall(step)), 0.0, 1.0)
 
 
 def _named(params: Arrays, names: Any) -> dict[str, bool]:

@@ -22,6 +22,7 @@ from saejax.models.config import DecoderConfig
 from saejax.models.sites import Site, decoder_site, is_joined
 from saejax.settings import CaptureConfig, TrainConfig
 from saejax.settings.kinds import PRETRAINED
+from saejax.training.checkpoints import KEPT
 from saejax.training.members import Member, choose_sites, make_members
 from saejax.training.pretrained import Pretrained, find_pretrained
 from saejax.training.scales import SiteScale
@@ -98,7 +99,7 @@ def checkpoint_bytes(plan: PlannedRun) -> int:
         arrays = sum(prod(shape) for shape, _ in parameter_table(stack.dictionary).values()) * len(stack.members)
         arrays = round(weights_share(train.form, len(stack.members)) * arrays)
         means = 2 * WIDTH["float32"] if train.mu_dtype == "float32" else WIDTH["float32"] + WIDTH["bfloat16"]
-        kept = 0 if kind == PRETRAINED else train.keep_checkpoints
+        kept = 0 if kind == PRETRAINED else KEPT
         total += arrays * (WIDTH["float32"] + kept * (WIDTH[train.state_dtype] + means))
     return total
 

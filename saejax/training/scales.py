@@ -100,7 +100,7 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
             raise UserError(f"all activations at {site} are zero: nothing can be learned from this store")
         factor[site] = math.sqrt(acts_NxD.shape[1]) / norm
         if site in targets:
-            bias[site] = _initial_bias(config.initial_bias, acts_NxD)
+            bias[site] = acts_NxD.mean(0)
             if config.whiten_error:
                 metric[site] = losses.whitening(acts_NxD, config.whiten_error)
     return [
@@ -115,29 +115,3 @@ def estimate_scales(rows: ScaledRows, config: TrainConfig, pairs: Sequence[tuple
         )
         for site, target in pairs
     ]
-
-
-def _initial_bias(kind: str, acts_NxD: np.ndarray) -> np.ndarray:
-    if kind == "zero":
-        return np.zeros(acts_NxD.shape[1])
-    mean_D = acts_NxD.mean(0)
-    return mean_D if kind == "mean" else geometric_median(acts_NxD, mean_D)
-
-
-def geometric_median(acts_NxD: np.ndarray, start_D: np.ndarray, rounds: int = 50) -> np.ndarray:
-    """Return the point with the smallest sum of distances to all rows, by Weiszfeld's iteration.
-
-    Args:
-      acts_NxD: the rows.
-      start_D: where the iteration starts.
-      rounds: maximum number of rounds; it ends where a round moves the point by less than a millionth of its length.
-    """
-    point_D = start_D
-    for _ in range(rounds):
-        # A row at the point itself would have infinite weight.
-        distance_N = np.maximum(np.linalg.norm(acts_NxD - point_D, axis=1), 1e-12)
-        moved_D = (acts_NxD / distance_N[:, None]).sum(0) / (1 / distance_N).sum()
-        if np.linalg.norm(moved_D - point_D) <= 1e-6 * np.linalg.norm(point_D):
-            return moved_D
-        point_D = moved_D
-    return point_D

@@ -109,7 +109,7 @@ def train_stack(run: Run, members: Sequence[Member], source: Source) -> TrainRes
     folder = log_folder(run.folder, config)
     folder.mkdir(exist_ok=True)
     try:
-        with Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints:
+        with Checkpoints(folder / "checkpoints") as checkpoints:
             state, metrics = _train(run, stack, source, checkpoints)
     finally:
         source.close()
@@ -174,7 +174,7 @@ def _train(run: Run, stack: TrainStack, source: Source, checkpoints: Checkpoints
     )
     batches = source.open(stack)
     checkpoints.record_run(described)
-    writers = make_writers(config, run.folder, run.name, first_step)
+    writers = make_writers(config, run.folder, run.name)
     metrics = Metrics(stack, log_folder(run.folder, config) / METRICS, first_step, run.say, writers)
     try:
         state = train_loop(stack, state, batches, first_step, metrics, checkpoints, run.stopping)

@@ -1,4 +1,4 @@
-"""A corpus, prompts and a capture run for the tests of both backends."""
+"""A corpus and a capture run for the tests of both backends."""
 
 import dataclasses
 import json
@@ -12,17 +12,15 @@ from saejax.models.sites import KINDS
 from saejax.runner.config import Configs
 from saejax.runner.workspace import Run
 from saejax.settings import CaptureConfig, CorpusConfig, MeshConfig, ModelConfig, TaskConfig
-from saejax.tasks.behaviours import Prompt, write_prompts
 
 ALL_SITES = tuple(f"{kind}.{layer}" for layer in (0, 2) for kind in KINDS)
 WORDS = ["the", "cat", "near", "dogs", "runs", "capital", "France", "is", "Paris", "war", "lasted", "year", "1732"]
-TRAIN_PROMPTS = ("The capital of France is", "3 + 4 =")
 RESUMED = dict(sites=("resid_post.1", "mlp_in.2"), shard_rows=40, batch_tokens=64)
 
 
 @dataclasses.dataclass
 class Setup:
-    """A model, a corpus and prompts; ``run(**settings)`` captures into a folder and opens the store."""
+    """A model and a corpus; ``run(**settings)`` captures into a folder and opens the store."""
 
     model: str
     folder: object
@@ -40,7 +38,7 @@ class Setup:
             mesh or MeshConfig(),
         )
         (self.folder / name).mkdir(exist_ok=True)
-        return Run("capture", "", self.folder / name, configs, dict(baseline=self.folder), say, stopping)
+        return Run("capture", "", self.folder / name, configs, {}, say, stopping)
 
     def capture(self, *args, **options):
         run = self.make_run(*args, **options)
@@ -55,12 +53,9 @@ def corpus_texts():
 
 
 def make_setup(model, folder) -> Setup:
-    """Writes the corpus and the prompts into the folder."""
+    """Writes the corpus into the folder."""
     lines = [json.dumps(dict(text=text, group=f"g{i // 2}")) for i, text in enumerate(corpus_texts())]
     (folder / "corpus.jsonl").write_text("\n".join(lines))
-    prompts = [Prompt("capital", "train", text, " a", " b", "", "", ()) for text in TRAIN_PROMPTS]
-    prompts.insert(1, Prompt("capital", "test", "The capital of Spain is", " a", " b", "", "", ()))
-    write_prompts(folder / "prompts.jsonl", prompts)
     return Setup(model, folder)
 
 

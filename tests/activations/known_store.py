@@ -34,10 +34,10 @@ class Known:
 def make_documents(lengths=LENGTHS) -> Documents:
     """Documents of so many tokens."""
     rng = np.random.default_rng(1)
-    table_Nx5 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
-    table_Nx5[-HELD_OUT:, COLUMNS.index("split")] = SPLITS.index("held_out")
-    table_Nx5[:, COLUMNS.index("source")] = np.arange(len(lengths))
-    return Documents.contiguous(rng.integers(0, 1000, sum(lengths)).astype(np.int32), lengths, table_Nx5, ("only",))
+    table_Nx4 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
+    table_Nx4[-HELD_OUT:, COLUMNS.index("split")] = SPLITS.index("held_out")
+    table_Nx4[:, COLUMNS.index("source")] = np.arange(len(lengths))
+    return Documents.contiguous(rng.integers(0, 1000, sum(lengths)).astype(np.int32), lengths, table_Nx4, ("only",))
 
 
 def write(folder: Path, dtype: str = "bfloat16", shard_rows: int = 16, lengths=LENGTHS) -> Known:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from capture_setup import (
-    TRAIN_PROMPTS,
     check_against_plain_forward,
     corpus_texts,
     relative_error,
@@ -14,7 +13,6 @@ from capture_setup import (
 )
 
 from saejax.activations import progress
-from saejax.activations.chunker import KINDS as DOCUMENT_KINDS
 from saejax.activations.documents import Documents
 from saejax.activations.manifest import CapturedModel
 from saejax.errors import UserError
@@ -33,26 +31,20 @@ def test_every_token_is_stored_once_and_no_padding(captured):
     assert (results.sites["attn_out.0"].d, results.sites["attn_out.0"].bytes) == (64, len(expected) * 64 * 4)
 
 
-def test_documents_are_the_texts_cut_up_and_the_train_prompts(captured, setup):
+def test_documents_are_the_texts_cut_up(captured, setup):
     store, _ = captured
     documents = store.documents
     tokenizer = source.load_tokenizer(source.resolve(ModelConfig(path=str(setup.model))))
     pieces = {}
     for i, ids in enumerate(documents):
-        kind = DOCUMENT_KINDS[documents.column("kind")[i]]
-        pieces.setdefault((kind, documents.column("source")[i]), []).append(
-            (documents.column("start")[i], ids.tolist())
-        )
+        pieces.setdefault(documents.column("source")[i], []).append((documents.column("start")[i], ids.tolist()))
         assert len(ids) <= 32
     for index, text in enumerate(corpus_texts()):
-        joined = [token for _, ids in sorted(pieces.pop(("corpus", index))) for token in ids]
+        joined = [token for _, ids in sorted(pieces.pop(index)) for token in ids]
         assert joined == tokenizer(text)["input_ids"]
-    prompts = {source_index: found for (kind, source_index), found in pieces.items() if kind == "prompt"}
-    assert sorted(prompts) == [0, 2]  # the one between them is a test prompt
-    assert [prompts[i][0][1] for i in (0, 2)] == [tokenizer(text)["input_ids"] for text in TRAIN_PROMPTS]
+    assert not pieces
     groups = documents.column("group")
     assert not set(groups[documents.split_N == 0]) & set(groups[documents.split_N == 1])
-    assert set(documents.split_N[documents.column("kind") == 1]) == {0}
 
 
 def test_the_manifest_ties_the_store_to_model_and_corpus(captured, setup):
@@ -88,12 +80,12 @@ def test_the_last_positions_of_every_text(setup, torch_model, last):
     check_against_plain_forward(store, torch_model, 1e-5)
     texts = {}
     for i, position in rows_by_place(store):
-        kind, text, start = (int(store.documents.column(name)[i]) for name in ("kind", "source", "start"))
-        texts.setdefault((kind, text), set()).add(start + position)
+        text, start = (int(store.documents.column(name)[i]) for name in ("source", "start"))
+        texts.setdefault(text, set()).add(start + position)
     lengths = {}
     for i, ids in enumerate(store.documents):
-        kind, text, start = (int(store.documents.column(name)[i]) for name in ("kind", "source", "start"))
-        lengths[kind, text] = max(lengths.get((kind, text), 0), start + len(ids))
+        text, start = (int(store.documents.column(name)[i]) for name in ("source", "start"))
+        lengths[text] = max(lengths.get(text, 0), start + len(ids))
     assert max(lengths.values()) > 64  # a text in three pieces
     assert texts == {key: set(range(max(0, length - last), length)) for key, length in lengths.items()}
 
@@ -102,7 +94,7 @@ def test_of_a_few_documents_that_hold_no_texts_end_nothing_is_captured(setup, mo
     def first_of_a_long_text(documents, tokens):
         later = documents.column("source")[documents.column("start") > 0][0]
         own = (documents.column("source") == later) & (documents.column("start") == 0)
-        return documents.select(np.flatnonzero(own & (documents.column("kind") == DOCUMENT_KINDS.index("corpus")))[:1])
+        return documents.select(np.flatnonzero(own)[:1])
 
     monkeypatch.setattr(Documents, "sample", first_of_a_long_text)
     with pytest.raises(UserError, match="raise --capture.tokens"):
@@ -129,11 +121,10 @@ def test_bfloat16_on_disk_is_the_rounded_value(setup, captured):
 
 def test_max_tokens_takes_that_many_tokens_of_the_corpus(setup, captured):
     store, _ = setup.capture("limited", corpus=dict(max_tokens=151), sites=("resid_pre.0",))
-    prompt_N = store.documents.column("kind") == DOCUMENT_KINDS.index("prompt")
-    assert int(store.documents.lengths_N[~prompt_N].sum()) == 151
+    assert int(store.documents.lengths_N.sum()) == 151
     sides = []
     for documents in (captured[0].documents, store.documents):
-        columns = (documents.column(name).tolist() for name in ("kind", "source", "split"))
+        columns = (documents.column(name).tolist() for name in ("source", "split"))
         sides.append(set(zip(*columns, strict=True)))
     assert sides[1] < sides[0]  # every text that was taken is in the split in which it always is
 

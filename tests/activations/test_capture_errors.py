@@ -1,6 +1,5 @@
 """What capture refuses, and what it says."""
 
-import dataclasses
 import json
 import shutil
 
@@ -14,7 +13,6 @@ from saejax.activations import capture
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.settings import ModelConfig
-from saejax.tasks.behaviours import Prompt, write_prompts
 
 
 def test_a_nan_is_located_and_nothing_is_stored(setup, tiny_llama, tmp_path, monkeypatch):
@@ -90,10 +88,3 @@ def test_a_disk_without_room_is_refused_at_the_start(setup, monkeypatch):
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=r"disk is full: the store needs .* MiB more"):
         setup.capture("no_room")
-
-
-def test_a_prompt_longer_than_the_context_is_refused(setup, tmp_path):
-    write_prompts(tmp_path / "prompts.jsonl", [Prompt("capital", "train", "cat " * 200, " a", " b", "", "", ())])
-    run = dataclasses.replace(setup.make_run("long_prompt"), inputs=dict(baseline=tmp_path))
-    with pytest.raises(UserError, match="a prompt of capital has .* tokens, more than the model's context of 128"):
-        capture.run_capture(run)

@@ -1,8 +1,5 @@
 """Modules of any transformers model as sites: captured, trained on, and refused where the decoder is needed."""
 
-import dataclasses
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +8,6 @@ from capture_setup import make_setup, relative_error, rows_by_place
 from runs import small_flags
 from tiny_models import save_tiny_tokenizer
 
-from saejax.activations import capture
 from saejax.dictionaries import load_dictionary
 from saejax.errors import UserError
 from saejax.models import source
@@ -75,12 +71,6 @@ def test_an_architecture_that_the_decoder_does_not_know(bloom, bloom_setup):
         rows = np.array([places[document, position] for position in range(len(ids))])
         for site in SITES:
             assert relative_error(store.read(site, rows), values[site]) < 1e-5, (site, document)
-
-
-def test_without_behaviours_there_are_no_prompts(bloom_setup):
-    run = dataclasses.replace(bloom_setup.make_run("no_baseline", sites=SITES[:1]), inputs={})
-    capture.run_capture(run)
-    assert json.loads((run.folder / "manifest.json").read_text())["documents"]["groups"][0] == "g0"
 
 
 def test_a_recurrent_model(tmp_path):

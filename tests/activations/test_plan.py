@@ -11,9 +11,9 @@ from saejax.activations.plan import Plan
 
 
 def make_plan(lengths, batch_tokens=64, shard_rows=10**6):
-    table_Nx5 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
-    table_Nx5[:, COLUMNS.index("source")] = np.arange(len(lengths))
-    documents = Documents.contiguous(np.zeros(sum(lengths), np.int32), lengths, table_Nx5, ("group",))
+    table_Nx4 = np.zeros((len(lengths), len(COLUMNS)), np.int32)
+    table_Nx4[:, COLUMNS.index("source")] = np.arange(len(lengths))
+    documents = Documents.contiguous(np.zeros(sum(lengths), np.int32), lengths, table_Nx4, ("group",))
     return Plan(documents, shard_rows, batch_tokens, last=0, seed=0)
 
 
@@ -51,7 +51,7 @@ def test_every_batch_fits_its_shape(monkeypatch):
 @pytest.mark.parametrize(("tokens", "recorded"), [(10, []), (20, [28, 29]), (40, [28, 29, 8, 9])])
 def test_of_some_documents_the_last_positions_are_those_of_their_texts(tokens, recorded):
     """Pieces stand in random order: here the second of a text first, then its last, another text, and its first."""
-    table = np.array([[0, 0, 0, source, start] for source, start in ((0, 10), (0, 20), (1, 0), (0, 0))], np.int32)
+    table = np.array([[0, 0, source, start] for source, start in ((0, 10), (0, 20), (1, 0), (0, 0))], np.int32)
     whole = Documents.contiguous(np.arange(40, dtype=np.int32), [10] * 4, table, ("g",))
     some = whole.sample(tokens)
     plan = Plan(some, 100, 100, last=2, seed=0, whole=whole)

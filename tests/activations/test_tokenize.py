@@ -47,7 +47,7 @@ def stream(model, tmp_path, monkeypatch):
         run = Run("tokenize", "", tmp_path / name, configs, {}, lambda line: None, stopping)
         results = run_tokenize(run)
         monkeypatch.setattr(tokenize, "load_results", lambda folder: results)
-        return run, results, Documents.read(run.folder, results.groups)
+        return run, results, Documents.read(run.folder)
 
     return run
 
@@ -60,10 +60,10 @@ def test_a_stream_has_the_pieces_that_memory_has(stream):
     run, results, documents = stream()
     tokenizer = source.load_tokenizer(source.resolve(run.configs[ModelConfig]))
     in_memory = dataclasses.replace(run.configs[CorpusConfig], stream=False)
-    assert contents(documents) == contents(make_documents(in_memory, {}, tokenizer, 256))
+    assert contents(documents) == contents(make_documents(in_memory, tokenizer, 256))
     # Every document says what text it is of, and where in it.
     for number in (0, 17, len(documents) - 1):
-        _, _, _, text, start = documents.table_Nx5[number].tolist()
+        _, _, text, start = documents.table_Nx4[number].tolist()
         ids = tokenizer(TEXTS[text], add_special_tokens=False)["input_ids"]
         assert documents[number].tolist() == ids[start : start + 16]
     assert sum(results.tokens.values()) == documents.lengths_N.sum() == len(documents.ids_T)
@@ -85,9 +85,9 @@ def test_the_order_is_random_and_the_same_again(stream):
 def test_documents_are_shuffled_without_their_token_ids_in_memory(tmp_path):
     lengths_N = np.random.default_rng(0).integers(1, 16_384, 1_000)
     tracemalloc.start()
-    with tokenize._DocumentsWriter(tmp_path, ()) as writer:
+    with tokenize._DocumentsWriter(tmp_path) as writer:
         for number, length in enumerate(lengths_N):
-            writer.add(TextPiece(np.full(length, number, np.int32), number % 2, 0, "", number, 0))
+            writer.add(TextPiece(np.full(length, number, np.int32), number % 2, "", number, 0))
         writer.finish(seed=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -182,9 +182,9 @@ def test_bos_of_a_tokenizer_that_has_none():
 def test_of_many_documents_a_sample_takes_little_memory():
     lengths_N = np.random.default_rng(0).integers(1, 7, 200_000)
     split_N = np.sort(np.random.default_rng(1).random(len(lengths_N)) < 0.3)
-    table_Nx5 = np.zeros((len(lengths_N), len(COLUMNS)), np.int32)
-    table_Nx5[:, 0], table_Nx5[:, 3] = split_N, np.arange(len(lengths_N))
-    documents = Documents.contiguous(np.zeros(lengths_N.sum(), np.int32), lengths_N, table_Nx5, ())
+    table_Nx4 = np.zeros((len(lengths_N), len(COLUMNS)), np.int32)
+    table_Nx4[:, 0], table_Nx4[:, 2] = split_N, np.arange(len(lengths_N))
+    documents = Documents.contiguous(np.zeros(lengths_N.sum(), np.int32), lengths_N, table_Nx4, ())
     for tokens in (1, 6, 7, 240_000):
         sample = documents.sample(tokens)
         for split in range(2):

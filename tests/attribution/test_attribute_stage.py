@@ -96,23 +96,21 @@ def test_two_prompts_of_a_file(flags, tmp_path, capsys):
 @pytest.mark.parametrize(
     "wrong,message",
     [
-        (["--graph.prompt=The war", "--graph.token_ids=3,4"], "--graph.prompt and --graph.token_ids: expected one"),
+        (["--graph.prompt=The war", "--graph.prompts=a.jsonl"], "--graph.prompt and --graph.prompts: expected one"),
         (
             ["--graph.prompt=The war", "--graph.transcoders=./nowhere/at/all"],
             "no folder ./nowhere/at/all of transcoders",
         ),
         (["--graph.prompt=The war", "--graph.transcoders="], "--graph.transcoders is missing"),
         (["--graph.prompt=The war", "--graph.target= and so on"], "' and so on' is 6 tokens"),
-        (["--graph.token_ids=3"], "a single token"),
-        (["--graph.token_ids=3,4000"], "3-4000: token ids are 3 to 4000"),
         ([f"--graph.prompt={'The war ' * 200}"], "401 tokens, more than the model's context of 128"),
         (["--graph.prompt=The war", "--graph.slug=../up"], "cannot name a graph"),
         (["--graph.prompts=none.jsonl"], "none.jsonl does not exist"),
-        (["--graph.token_ids=3,4", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),
-        (["--graph.token_ids=3,4", "--graph.query_key=9.0"], "no head 9.0"),
-        (["--graph.token_ids=3,4", "--graph.query_key=1.0@2"], "no position 2 for head 1.0"),
-        (["--graph.token_ids=3,4", "--graph.labels=none.json"], "none.json does not exist"),
-        (["--graph.token_ids=3,4", f"--graph.labels={__file__}"], "holds no labels: expected"),
+        (["--graph.prompt=The war", "--graph.query_key=first"], "--graph.query_key=first: expected layer.head"),
+        (["--graph.prompt=The war", "--graph.query_key=9.0"], "no head 9.0"),
+        (["--graph.prompt=The war", "--graph.query_key=1.0@9"], "no position 9 for head 1.0"),
+        (["--graph.prompt=The war", "--graph.labels=none.json"], "none.json does not exist"),
+        (["--graph.prompt=The war", f"--graph.labels={__file__}"], "holds no labels: expected"),
         ([], "has nothing to do with these settings"),
     ],
 )
@@ -126,7 +124,7 @@ def test_bad_input_is_one_line(flags, tmp_path, capsys, wrong, message):
 def test_labels_of_other_features_are_refused(flags, tmp_path, capsys, name, told):
     (tmp_path / "labels.json").write_text(json.dumps({"0_47": "the last", name: "of another set"}))
     labels = f"--graph.labels={tmp_path / 'labels.json'}"
-    assert attribute(tmp_path / "run", *flags, "--graph.token_ids=3,4", labels) == 2
+    assert attribute(tmp_path / "run", *flags, "--graph.prompt=The war", labels) == 2
     error = capsys.readouterr().err
     assert f"labels.json names feature {told}" in error and error.count("\n") == 1
     assert not list((tmp_path / "run").rglob("*.html"))

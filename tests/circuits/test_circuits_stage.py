@@ -1,6 +1,7 @@
 """The stage as a binary: its files, its page, its part of the report, groups that were edited, bad input."""
 
 import csv
+import html
 import json
 import sys
 from pathlib import Path
@@ -39,9 +40,9 @@ def flags(tiny_llama, one_device, tmp_path_factory):
     (folder / "sides.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [
         f"--model.path={tiny_llama}", f"--graph.transcoders={folder / 'transcoders'}", "--task.behaviours=",
-        f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1", "--task.bootstrap=100",
+        f"--task.prompts={folder / 'sides.jsonl'}", "--task.gate=1",
         "--circuits.behaviours=sides", "--circuits.traced=3", "--circuits.measured=4", "--causal.bootstrap=200",
-        "--circuits.contexts=2", "--mesh.data=2",
+        "--mesh.data=2",
     ]  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def test_a_behaviour_becomes_a_page(flags, tmp_path, capsys):
     assert page.index("<figure") < page.index("<table") and "Group: " in page and "promotes" in page
     assert 'class="contexts"' in page and "does not fire" not in page  # at the latest in the prompts that were traced
     for group in circuit.groups:
-        assert f"Group: {group.name}" in page
+        assert f"Group: {html.escape(group.name)}" in page
     index = (unit / "index.html").read_text()
     assert 'href="sides.html"' in index and all(one.claim.id in index for one in compare_claims(results))
     found = read_findings({"circuits": unit}, tmp_path / "run" / "report", {})

@@ -58,22 +58,24 @@ def parse(*arguments):
     return config.from_flags(GROUPS, values)[TrainConfig]
 
 
-def test_settings_of_a_kind_have_its_name_and_their_old_names_too():
+def test_settings_of_a_kind_have_its_name():
     assert parse().of_kind("jumprelu").bandwidth == 0.05
-    for flag in ("--train.jumprelu.bandwidth=0.5", "--train.bandwidth=0.5"):
-        assert parse(flag).of_kind("jumprelu").bandwidth == 0.5
-    assert parse("--train.groups=0.5,1").of_kind("matryoshka").groups == (0.5, 1.0)
+    assert parse("--train.jumprelu.bandwidth=0.5").of_kind("jumprelu").bandwidth == 0.5
+    assert parse("--train.matryoshka.groups=0.5,1").of_kind("matryoshka").groups == (0.5, 1.0)
     assert parse("--train.shrunk.strength=1,2").of_kind(MADE_UP).strength == (1.0, 2.0)
     with pytest.raises(UserError, match=r"--train.jumprelu.bandwidth is 0.0: expected at least"):
-        parse("--train.bandwidth=0")
+        parse("--train.jumprelu.bandwidth=0")
 
 
 def test_a_unit_depends_on_the_settings_that_its_kind_reads():
-    plain, changed = config.identity(TrainConfig(), "topk"), config.identity(parse("--train.bandwidth=1"), "topk")
+    plain, changed = (
+        config.identity(TrainConfig(), "topk"),
+        config.identity(parse("--train.jumprelu.bandwidth=1"), "topk"),
+    )
     assert plain == changed and plain["k"] == [32] and "l1" not in plain and "plugin" not in plain
-    assert {"b1", "b2", "eps", "accumulate", "decay_shape"} <= plain.keys(), "recorded at their defaults too"
+    assert {"b1", "b2", "eps", "accumulate", "decay"} <= plain.keys(), "recorded at their defaults too"
     assert config.identity(parse("--train.b1=0.8"), "topk")["b1"] == 0.8
-    assert config.identity(parse("--train.bandwidth=1"), "jumprelu")["bandwidth"] == 1.0
+    assert config.identity(parse("--train.jumprelu.bandwidth=1"), "jumprelu")["bandwidth"] == 1.0
     assert config.identity(TrainConfig(), "standard")["l1"] == [2.0]
 
 

@@ -24,7 +24,6 @@ def workdir(inputs, tmp_path_factory):
         *inputs, folder, train__kinds="topk", train__epochs=2, interpret__dictionaries="topk",
         analysis__batch_tokens=64, interpret__attention_tokens=0, task__train_prompts=2, task__test_prompts=2,
         ablate__dictionary="standard", explain__dictionaries="topk", explain__model="judge", explain__sample=6,
-        explain__concurrent=2,
     )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0
     return folder, flags
@@ -34,7 +33,7 @@ def answer(prompt):
     """Labels with the prompt's length, and yes to everything."""
     if "[EXPLANATION]" in prompt:
         return f"[EXPLANATION]: word {len(prompt)}"
-    return "[RESPONSE]: 1" if "[RESPONSE]" in prompt else json.dumps([1] * len(protocol.texts_of(prompt)))
+    return json.dumps([1] * len(protocol.texts_of(prompt)))
 
 
 def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
@@ -57,7 +56,7 @@ def test_it_stops_at_its_limit_goes_on_and_asks_nothing_twice(workdir, capsys):
     results = load_results(unit)
     assert isinstance(results, ExplainResults) and results.model == "judge" and results.written
     (member,) = results.members
-    assert member.judged == member.labelled == 6 and list(member.scores) == ["detection", "intruder"]
+    assert member.judged == member.labelled == 6 and member.detection.mean.mean == 0.5
     assert member.questions == len(server.asked) == count and server.tries[0][1]["model"] == "judge"
 
 
@@ -76,7 +75,7 @@ def test_an_endpoint_that_is_down_ends_it_with_one_line(workdir, monkeypatch, ca
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--explain.intruder=perhaps", "intruder"),
+        ("--explain.sample=few", "sample"),
         ("--explain.url=localhost", "is not a URL"),
         ("--explain.features=128", "--explain.features names 128"),
         ("--explain.modell=x", "modell"),

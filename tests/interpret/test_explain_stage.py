@@ -98,8 +98,7 @@ def parts(prompt):
 
 def is_of(prompt):
     """Which question it is."""
-    words = dict(detection="somewhere in it", intruder="does not belong")
-    return next((name for name, some in words.items() if some in prompt), "labels")
+    return "detection" if "somewhere in it" in prompt else "labels"
 
 
 def noise(text):
@@ -113,11 +112,9 @@ def judge(place):
         feature, texts = parts(prompt)
         if is_of(prompt) == "labels":
             return f"Well.\n[EXPLANATION]: concept {zlib.crc32(prompt.encode()) % 1000}"
-        if is_of(prompt) == "intruder":
-            return f"[RESPONSE]: {1 + zlib.crc32(prompt.encode()) % 5}"
         if feature == 11:
             return "I would rather not say [1]"
-        if is_of(prompt) == "detection" and feature < len(planted.CONCEPTS):
+        if feature < len(planted.CONCEPTS):
             return f"Sure: {[int(max(place.active(text, feature)) > 0) for text in texts]}"
         return json.dumps([noise(f"{feature} {text}") for text in texts])
 
@@ -136,7 +133,7 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
     given = tmp_path / "given.csv"
     given.write_text("feature,label,note,reviewer\n" + "".join(f"{i},concept {i},,Ada\n" for i in range(20)))
     with protocol.Server(judge(place)) as server:
-        member, found = go(workdir, tmp_path / "unit", server.url, given=str(given), draws=2, concurrent=1)
+        member, found = go(workdir, tmp_path / "unit", server.url, given=str(given))
     able = [
         i
         for i in range(20)
@@ -151,33 +148,18 @@ def test_scores_of_given_labels_equal_those_counted_from_what_the_server_saw(wor
         texts = [text for prompt in prompts for text in parts(prompt)[1]]
         there = [max(place.active(text, feature)) > 0 for text in texts]
         assert {place.split[place.find(text)[0]] for text in texts} == {"held_out"}
-        assert sum(there) == 20 and len(there) <= 40
+        assert sum(there) == 10 and len(there) <= 20
         score = found[feature].detection
-        if feature == 11 or len(there) == 20:  # no reply that can be parsed, or it fires everywhere
+        if feature == 11 or len(there) == 10:  # no reply that can be parsed, or it fires everywhere
             assert score is None and not found[feature].kept
             continue
         said = [bool(one) for prompt in prompts for one in json.loads(judge(place)(prompt).removeprefix("Sure: "))]
         assert score.accuracy == pytest.approx(balanced(list(zip(there, said, strict=True))))
-        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 20)
+        assert score.recall == pytest.approx(sum(a and b for a, b in zip(there, said, strict=True)) / 10)
         if feature < len(planted.CONCEPTS):
             assert score.accuracy == score.f1 == 1 and found[feature].kept
-    assert member.scores["detection"].unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
-    for text, marked in (
-        pair for prompt in server.asked if is_of(prompt) == "intruder" for pair in marked_texts(prompt)
-    ):
-        assert marked and {place.split[place.find(text)[0]]} == {"held_out"}
+    assert member.detection.unparsed == pytest.approx(1 / len(able)) and member.kept >= 5
     assert load_labels(tmp_path / "unit" / "labels.json").keys() == {i for i, one in found.items() if one.kept}
-
-
-def marked_texts(prompt):
-    """Texts without marks, and the places of their marked characters."""
-    for text in protocol.texts_of(prompt):
-        characters, count = [], 0
-        for piece in re.split("(<<.*?>>)", text.strip("\n")):
-            length = len(piece.replace("<<", "").replace(">>", ""))
-            characters += range(count, count + length) if piece.startswith("<<") else []
-            count += length
-        yield text.strip("\n").replace("<<", "").replace(">>", ""), characters
 
 
 def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdir, tmp_path):
@@ -191,7 +173,7 @@ def test_labels_are_written_from_training_text_and_kept_only_if_they_tell(workdi
     for prompt in server.asked:
         split = "train" if prompt in asked else "held_out"
         assert {place.split[place.find(text)[0]] for text in parts(prompt)[1]} == {split}
-    assert 0.2 < member.scores["detection"].mean.mean < 0.8 and member.scores["intruder"].control == 0.2
+    assert 0.2 < member.detection.mean.mean < 0.8
     assert member.kept <= 2  # the judge guesses
 
 
@@ -209,7 +191,7 @@ def test_no_answer_that_can_be_read(workdir, tmp_path):
     with protocol.Server(lambda prompt: "") as server:
         member, found = go(workdir, tmp_path / "unit", server.url, sample=3)
     assert member.labelled == member.kept == 0 and all(one.label == "" and not one.kept for one in found.values())
-    assert member.scores["intruder"].unparsed == 1 and member.scores["intruder"].mean is None
+    assert member.detection.mean is None
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 from saejax.errors import Interrupted, UserError
 from saejax.interpret.answers import ANSWERS, Answers
 from saejax.interpret.judges import KEY, Answer, Endpoint
-from saejax.interpret.questions import Question, read_choice, read_judgements, read_label
+from saejax.interpret.questions import Question, read_judgements, read_label
 from saejax.parallel.share import ProcessShare
 from saejax.runner.config import Configs
 from saejax.stages.explain import ExplainConfig
 
-ASK = [Question("Say it.", f"number {i}", 4096, 20) for i in range(6)]
+ASK = [Question("Say it.", f"number {i}", 20) for i in range(6)]
 
 
 @pytest.fixture
@@ -83,29 +83,6 @@ def test_parameters_that_a_model_refuses_are_renamed_or_dropped():
         pytest.raises(UserError, match="refuses the question: status 400: .*sold out"),
     ):
         ask(server, ASK[:1])
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "[RESPONSE]: 3",
-        "[RESPONSE]: Text 3",
-        "**[RESPONSE]**: 3",
-        "**[RESPONSE]: Text 3**",
-        "[RESPONSE]: **3**",
-        "Text 1 and Text 2 are about food.\n\n[RESPONSE]: #3.",
-        "RESPONSE: 3 (the only one in French)",
-        "<think>[RESPONSE]: 1? No.</think>\n[RESPONSE]: 3",
-        "it is [RESPONSE]: 1? No.</think>\n[RESPONSE]: 3",
-    ],
-)
-def test_the_choice_of_a_reply_is_read(reply):
-    assert read_choice(reply, 5) == 2
-
-
-@pytest.mark.parametrize("reply", [None, "", "3", "[RESPONSE]: none", "[RESPONSE]: 6", "<think>[RESPONSE]: 3"])
-def test_a_reply_without_a_choice_is_unparsed(reply):
-    assert read_choice(reply, 5) is None
 
 
 def test_labels_and_judgements_of_a_reply_are_read():

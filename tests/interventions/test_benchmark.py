@@ -73,7 +73,7 @@ def task(tmp_path_factory):
         write_lines(folder / "logic" / f"{name}.jsonl", rows)
     sums = [dict(question=f"{n} + 3?", answer=f"It is {n + 3}\n#### {n + 3}") for n in range(12)]
     write_lines(folder / "gsm8k.jsonl", sums)
-    return TaskConfig(path=str(folder), examples=12, shots=0, bootstrap=200, max_new_tokens=6, batch=4)
+    return TaskConfig(path=str(folder), examples=12, shots=0, max_new_tokens=6, batch=4)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from saejax.tasks.behaviours import PromptScore, write_prompts
 
 DOCUMENTS = ["The river follows the teacher.", "The garden carries the engine and so on."]
 STEER = dict(top=3, doses=(0.4, 0.1), random_sets=3, bootstrap=200)
-PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0), permutations=200, folds=3)
+PROBE = dict(sparse=(1, 2), shuffles=2, strengths=(0.01, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_controls_are_drawn_by_the_seed_of_interventions():
 
 CONFIGS = dict(
     patch=PatchConfig(dictionary="topk", kinds=("mlp_out",), top=3, random_sets=6, placebo_targets=3, bootstrap=200),
-    steer=SteerConfig(dictionary="topk", text_documents=0, **STEER),
+    steer=SteerConfig(dictionary="topk", **STEER),
     probe=ProbeConfig(labels=("length",), **PROBE),
 )
 

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import changed, write_members
+from runs import write_members
 
 from saejax.dictionaries import save_dictionary
 from saejax.errors import Interrupted, UserError
@@ -114,8 +114,3 @@ def test_a_behaviour_that_cannot_be_patched_is_named_and_the_others_go_on(make_r
     write_prompts(path, [dataclasses.replace(p, counterpart="") for p in prompts])
     with pytest.raises(UserError, match=r"no behaviour can be patched .first: of 8 test prompts 8 have no counterpart"):
         stage.run_patch(make_run("resid_post", "none"))
-
-
-def test_an_unknown_behaviour_is_refused(make_run):
-    with pytest.raises(UserError, match=r"unknown behaviour \(--patch.behaviours\) 'third'"):
-        stage.run_patch(changed(make_run("resid_post", "refused"), behaviours=("third",)))

@@ -203,8 +203,7 @@ def test_answers_follow_the_rule():
     assert judged([None], controls=0)[0].answer == "not tested"
 
 
-CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12, bootstrap=200, batch_rows=16,
-                     text_documents=3)  # fmt: skip
+CONFIG = SteerConfig(dictionary="topk", top=3, doses=(0.4, 0.1), random_sets=12, bootstrap=200, batch_rows=16)
 
 
 @pytest.fixture(scope="module")
@@ -267,12 +266,12 @@ def test_controls_have_the_dose_that_is_asked_for(tiny, dictionary, inputs):
         np.testing.assert_allclose(np.sqrt(np.square(norm_SxP).mean(axis=1)), 3.0, rtol=1e-5)
 
 
-def test_the_last_position_without_text(make_run):
-    config = dataclasses.replace(CONFIG, positions="last", text_documents=0, doses=(0.4,), prompts=6)
-    result = stage.run_steer(make_run("last", config)).behaviours["first"]
+def test_without_text_no_strength_is_too_large(tiny, dictionary, inputs):
+    prompts = [p for p in read_prompts(inputs["baseline"] / "prompts.jsonl") if p.behaviour == "first"]
+    config = dataclasses.replace(CONFIG, doses=(0.4,))
+    result = stage.SteeringTest(tiny, SplitModel(tiny, dictionary), prompts, None, config, max_prompts=6).results()
     assert result.prompts == 6 and all(p.ce_rise is None for m in result.methods.values() for p in m.points)
-    point = result.methods["mean_difference"].points[0]
-    assert point.dose > 0  # a single position is changed
+    assert result.left_out["beyond 6 prompts"] > 0 and result.methods["mean_difference"].points[0].dose > 0
 
 
 def test_a_behaviour_whose_answers_are_new_is_named(make_run, inputs, tmp_path, tiny):

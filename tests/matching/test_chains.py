@@ -48,7 +48,7 @@ def test_shares_by_hand():
 
 
 def test_links_go_back():
-    back = Link.shared(np.array([1, 0, -1]), np.array([0.9, 0.3, np.nan]), 0.7).back(3)
+    back = Link.shared(np.array([1, 0, -1]), np.array([0.9, 0.3, np.nan])).back(3)
     assert back.partner_F.tolist() == [-1, 0, -1]
 
 
@@ -96,11 +96,11 @@ def test_in_the_place_of_another():
     f = rng.random((600, 32)) * (rng.random((600, 32)) < 0.06)
     x = (f @ np.asarray(own.W_dec_FxD[...]) + np.asarray(own.b_dec_D[...])).astype(np.float32)
     there, moved = DictionaryOnText(own, x[:300], x[300:]), DictionaryOnText(own, 2 * x[:300] + 1, 2 * x[300:] + 1)
-    home = evaluate_at_home(there, mesh, 64, None)
-    found = evaluate_at_other_site(there, there, home, mesh, 64, [1], None)
+    home = evaluate_at_home(there, mesh, 64)
+    found = evaluate_at_other_site(there, there, home, mesh, 64, [1])
     assert found.direct == home and found.direct.explained_variance > found.direct_null.explained_variance + 0.1
     assert abs(found.affine.explained_variance - home.explained_variance) < 0.05
-    shifted = evaluate_at_other_site(there, moved, evaluate_at_home(moved, mesh, 64, None), mesh, 64, [1], None)
+    shifted = evaluate_at_other_site(there, moved, evaluate_at_home(moved, mesh, 64), mesh, 64, [1])
     assert shifted.affine.explained_variance > max(
         shifted.direct.explained_variance, shifted.affine_null.explained_variance
     )

@@ -22,8 +22,8 @@ def workdir(inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clustered")
     flags = runs.small_flags(
         *inputs, folder, train__kinds="topk", train__seed="1,2", ablate__dictionary="topk/seed1", ablate__effects="all",
-        cluster__dictionaries="topk", cluster__resamples=2, cluster__tokens=2000,
-        cluster__smallest=3, task__behaviours="capital", task__test_prompts=8, ablate__baselines="",
+        cluster__dictionaries="topk", cluster__tokens=2000,
+        task__behaviours="capital", task__test_prompts=8, ablate__baselines="",
         ablate__text_documents=0,
     )  # fmt: skip
     assert command.run(STAGES, "", ["test", *flags]) == 0

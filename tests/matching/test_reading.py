@@ -14,10 +14,8 @@ from saejax.dictionaries import Dictionary, DictionaryConfig, save_dictionary
 from saejax.files import write_array
 from saejax.matching.match import match
 from saejax.matching.transfer import compared as compared_file
-from saejax.matching.transfer import reading
 from saejax.matching.transfer.activity import MIN_FIRINGS, encode
 from saejax.matching.transfer.compared import Compared, measures_of
-from saejax.matching.transfer.effects import AblationEffects
 from saejax.matching.transfer.reading import Reading, SharedText
 from saejax.matching.transfer.run import Comparison, RowCache, score, select_pairs
 from saejax.matching.transfer.text import ReadText
@@ -76,7 +74,7 @@ def shared_share(found, first=0, second=1):
     paired = np.flatnonzero(matched.partner_F >= 0)
     value_F = np.full(len(matched.partner_F), np.nan)
     value_F[paired] = np.einsum("fd,fd->f", rows[0][paired], rows[1][matched.partner_F[paired]])
-    scores = score(matched.with_values(value_F), found.compared_features(first, second), 0.7)
+    scores = score(matched.with_values(value_F), found.compared_features(first, second))
     return scores
 
 
@@ -161,7 +159,7 @@ def comparison(tmp_path, dictionaries, **settings):
     configs = Configs(TransferConfig(**settings), MeshConfig())
     run = SimpleNamespace(configs=configs, folder=unit, say=lambda line: None)
     pairs = select_pairs(compared, 0, 0)
-    return Comparison(run, compared, pairs, AblationEffects({}, {})), compared
+    return Comparison(run, compared, pairs), compared
 
 
 def test_dead_features_do_not_dilute_decoder_scores(tmp_path):
@@ -209,21 +207,6 @@ def test_pairs_between_models_are_sampled():
     assert len(across) == 5 and len(pairs) == 12 + 5
 
 
-def test_the_mean_that_stands_in_has_no_sinks(tmp_path, monkeypatch):
-    """As evaluate takes it: sinks keep their values where the mean takes the place of the others."""
-    values_NxD = np.random.default_rng(0).normal(1.0, 1.0, (TEXTS * TOKENS, 16)).astype(np.float32)
-    values_NxD[::TOKENS] = 1000.0
-    means = []
-    monkeypatch.setattr(
-        reading, "stand_in_losses", lambda lm, some, documents, mean_D, batch: means.append(mean_D) or []
-    )
-    monkeypatch.setattr(reading, "load_model_of", lambda run, each, mesh: None)
-    found, _ = made_reading(tmp_path, (random_dictionary(16, 24, 0), values_NxD, read_of()), ce_documents=2)
-    found._losses(0)([])
-    ordinary = np.delete(values_NxD, np.s_[::TOKENS], axis=0)
-    np.testing.assert_allclose(means[0], ordinary.mean(0, dtype=np.float64), rtol=1e-6)
-
-
 def test_where_nothing_fires_there_are_no_partners_and_no_figure(tmp_path):
     values_NxD = np.random.default_rng(0).normal(size=(TEXTS * TOKENS, 16)).astype(np.float32)
     dead = random_dictionary(16, 24, 0, b_enc_F=np.full(24, -1e6, np.float32))
@@ -244,7 +227,7 @@ def test_scores_leave_features_out_on_both_sides(sizes):
     second /= np.linalg.norm(second, axis=1, keepdims=True)
     masks = np.arange(sizes[0]) != 1, np.arange(sizes[1]) != 0
     ((_, found),) = match([("x", first * masks[0][:, None], second * masks[1][:, None])], make_mesh())
-    scores = score(found, masks, 0.7)
+    scores = score(found, masks)
     table = (first @ second.T)[np.ix_(*masks)]
     assert scores.nearest.mean == pytest.approx(np.maximum(table.max(1), 0).mean(), abs=1e-6)
     assert scores.nearest_back.mean == pytest.approx(np.maximum(table.max(0), 0).mean(), abs=1e-6)

@@ -42,7 +42,7 @@ def tracked(inputs, tmp_path_factory):
     flags = runs.small_flags(
         *inputs, folder / "run", train__kinds="topk", train__sites="resid_post.0,resid_post.1", train__k=4,
         train__source="model", train__epochs=1, track__prompts=folder / "prompts.jsonl", track__dictionaries="topk",
-        track__top=4, track__step_features=2, task__train_prompts=2, task__test_prompts=2,
+        task__train_prompts=2, task__test_prompts=2,
     )  # fmt: skip
     assert command.run(["baseline", "train"], "", ["test", *flags]) == 0
     labels = folder / "run" / "atlas" / "topk" / "resid_post.1"
@@ -112,7 +112,6 @@ def test_texts_are_followed_and_kept(tracked, capsys):
         (dict(track__dictionaries="/nowhere/at/all"), "/nowhere/at/all"),
         (dict(track__dictionaries="topk/resid_post.0,topk/resid_post.0"), "are both of layer 0"),
         (dict(track__dictionaries="topk/resid_post.7"), "resid_post.7"),
-        (dict(track__test_layers="5"), "that layer has no dictionary: expected one of [0, 1]"),
         (dict(track__prompt="both"), "expected one of them"),
     ],
 )

@@ -7,7 +7,7 @@ from tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 from saejax.models.sites import KINDS, Site
 from saejax.models.tokens import Tokens
-from saejax.preflight import parity
+from saejax.preflight import checks, parity
 from saejax.runner import command
 from saejax.settings import ModelConfig
 
@@ -36,10 +36,11 @@ def test_it_passes_and_prints_every_kind(tmp_path, folder, capsys):
             assert 0 <= float(line.split(kind)[1].split()[0]) < 1e-5
 
 
-def test_above_the_tolerance_the_status_is_1(tmp_path, folder, capsys):
-    assert preflight(tmp_path, f"--model.path={folder}", "--preflight.tolerance=1e-9") == 1
+def test_above_the_tolerance_the_status_is_1(tmp_path, folder, capsys, monkeypatch):
+    monkeypatch.setitem(checks.TOLERANCE, "float32", 1e-9)
+    assert preflight(tmp_path, f"--model.path={folder}") == 1
     error = capsys.readouterr().err.strip()
-    assert error.startswith("failed: ") and "more than --preflight.tolerance=1e-09" in error and "\n" not in error
+    assert error.startswith("failed: ") and "more than 1e-09" in error and "\n" not in error
     assert not (tmp_path / "preflight" / "done.json").exists()
 
 

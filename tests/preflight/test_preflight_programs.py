@@ -13,6 +13,7 @@ from saejax.costs.passes import head_flops, pass_flops, step_flops
 from saejax.evaluation import loss_recovered
 from saejax.evaluation import programs as evaluation
 from saejax.interventions import engine as ablation
+from saejax.interventions import planned
 from saejax.interventions import slopes as screening
 from saejax.interventions import split_model as split
 from saejax.interventions.planned import kept_prompts, prompt_length
@@ -21,7 +22,7 @@ from saejax.models.families import read_config
 from saejax.models.sites import Site
 from saejax.preflight import topology
 from saejax.preflight.plan import stage_programs
-from saejax.settings import AblateConfig, PreflightConfig
+from saejax.settings import AblateConfig
 from saejax.tasks.behaviours import Prompt
 from saejax.training.state import init_state
 from saejax.training.step import train_step
@@ -41,7 +42,6 @@ def plan(tiny_llama, mesh):
         train__batch=64,
         train__expansion=4,
         evaluate__batch_tokens=256,
-        preflight__prompt_tokens=5,
         preflight__benchmark_tokens=32,
         task__benchmarks=("gsm8k",),
         task__max_new_tokens=32,
@@ -49,7 +49,9 @@ def plan(tiny_llama, mesh):
         ablate__top=3,
         ablate__dictionary="standard",
     )
-    return on_mesh(plan, mesh)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planned, "PROMPT_TOKENS", 5)
+        yield on_mesh(plan, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_capture(programs, lm, mesh, spy, tiny_llama):
 
 def _documents(count: int, length: int) -> Documents:
     ids_N = np.arange(count * length, dtype=np.int32) % 384
-    return Documents.contiguous(ids_N, np.full(count, length), np.zeros((count, 5), np.int32), ["group"])
+    return Documents.contiguous(ids_N, np.full(count, length), np.zeros((count, 4), np.int32), ["group"])
 
 
 def test_training(programs, plan, mesh):
@@ -146,7 +148,6 @@ def test_flops_against_xla(plan, mesh):
 
 def test_flops_of_a_step():
     assert step_flops(10, 3, 5) == 10 * 12 * 3 * 5
-    assert PreflightConfig().tolerance == 1e-4
 
 
 def test_decoding_compiles_and_its_flops_are_those_of_the_new_tokens(programs, plan):

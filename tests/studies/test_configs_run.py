@@ -81,7 +81,6 @@ def small(configs: dict, model: Path, folder: Path) -> list[str]:
         "task.train_prompts": 6,
         "task.test_prompts": 4,
         "task.gate": 1,
-        "task.bootstrap": 100,
         "task.path": write_benchmarks(folder / "benchmarks"),
         "task.examples": 12,
         "task.shots": 0,
@@ -187,7 +186,7 @@ def test_published_transcoders_by_name(tmp_path, monkeypatch, capsys):
     behaviours = "two_hop,addition"
     own = [f"--workdir={tmp_path / 'run'}", f"--model.path={model}", f"--graph.transcoders={transcoders}"]
     own += [f"--{group}.behaviours={behaviours}" for group in ("task", "graph", "circuits")]
-    own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1", "--task.bootstrap=100"]
+    own += ["--task.train_prompts=6", "--task.test_prompts=4", "--task.gate=1"]
     own += ["--circuits.traced=2", "--causal.bootstrap=100", "--graph.doubled=2"]
     layer = transcoders / "layer_1.safetensors"  # its features are ablated and patched one layer at a time
     own += ["--model.dtype=float32", f"--ablate.dictionary={layer}", f"--patch.dictionary={layer}"]

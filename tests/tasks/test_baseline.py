@@ -23,7 +23,7 @@ from saejax.tasks.behaviours import SCORES, PromptScore, read_prompts
 from saejax.tasks.draw import make_prompts
 from saejax.tasks.gate import gate, read_tested
 
-TASK = TaskConfig(train_prompts=15, test_prompts=6, bootstrap=300, gate=1.0)
+TASK = TaskConfig(train_prompts=15, test_prompts=6, gate=1.0)
 
 
 def make_run(folder, path, task=TASK, lines=None, stopping=lambda: False):
@@ -127,9 +127,6 @@ def summary_of(diffs, counterpart=1.0, **changes):
 def test_weak_behaviours_are_flagged_in_words():
     assert summary_of([2.0, 2.1, 1.9, 2.0, 1.0]).flags == ()
     assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1]).flags == ()  # 0.80 is not below 0.80
-    assert summary_of([2.0, 2.1, 1.9, 2.0, -0.1], min_accuracy=0.81).flags == (
-        "accuracy 0.800 on test prompts is below 0.810",
-    )
     assert summary_of([2.0, 0.1, -0.1, 2.0]).flags == (
         "accuracy 0.750 on test prompts is below 0.800",
         "separation 0.998 on test prompts is below 1.000",

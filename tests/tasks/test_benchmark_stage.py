@@ -36,9 +36,7 @@ def lm(inputs, one_device):
 
 @pytest.fixture(scope="module")
 def task(folder):
-    return TaskConfig(
-        benchmarks=BENCHMARKS, path=str(folder), examples=6, shots=0, bootstrap=200, max_new_tokens=8, batch=4
-    )
+    return TaskConfig(benchmarks=BENCHMARKS, path=str(folder), examples=6, shots=0, max_new_tokens=8, batch=4)
 
 
 @pytest.fixture

@@ -70,14 +70,14 @@ def test_each_source_is_on_both_sides_of_the_split(tmp_path):
 def test_weights_are_shares_of_the_tokens(tmp_path):
     files = [write_lines(tmp_path / f"{name}.jsonl", [dict(text=f"{name} " * 50)] * 40) for name in ("x", "yy")]
     config = CorpusConfig(path=",".join(map(str, files)), weights=(3, 1), max_tokens=1000, held_out=0.3)
-    found = make_documents(config, {}, Words(), context=256)
+    found = make_documents(config, Words(), context=256)
     assert np.bincount(found.ids_T).tolist() == [0, 750, 250]
     both = ",".join(map(str, files))
     with pytest.raises(UserError, match="more tokens than there are: source 1 1,000; lower"):
-        make_documents(CorpusConfig(path=both, weights=(3, 1), max_tokens=4000), {}, Words(), context=256)
+        make_documents(CorpusConfig(path=both, weights=(3, 1), max_tokens=4000), Words(), context=256)
     for wrong in (dict(weights=(1.0,), max_tokens=9), dict(weights=(1, 1)), dict(weights=(0, 0), max_tokens=9)):
         with pytest.raises(UserError, match="expected a weight for each of 2 sources"):
-            make_documents(CorpusConfig(path=both, **wrong), {}, Words(), context=256)
+            make_documents(CorpusConfig(path=both, **wrong), Words(), context=256)
 
 
 def test_a_data_set_in_the_hubs_layout_is_read_as_far_as_it_is_wanted(tmp_path, monkeypatch):

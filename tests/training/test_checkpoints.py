@@ -86,11 +86,11 @@ def test_a_disk_that_fills_later_is_one_clear_line(tmp_path, monkeypatch, said, 
 
 def test_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
-        with Checkpoints(tmp_path, keep=2) as checkpoints:  # each by a process of its own
+        with Checkpoints(tmp_path) as checkpoints:  # each by a process of its own
             checkpoints.save(step, state_of(step))
             checkpoints.wait()
     assert kept(tmp_path) == [4, 5]
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step == 5 and checkpoints.restore(state_of(0))["values"][0] == 5
     checkpoints.close()
 

@@ -144,7 +144,7 @@ def train_on(stack, x, y, state=None):
 def test_features_that_write_across_layers_are_found_again(one_device):
     """A transcoder of the last layer alone cannot know what the first writes there: its own input does not tell."""
     x, y, _, writes = planted(600)
-    settings = dict(steps=600, k=(1,), learning_rate=(1e-2,), batch=128, initial_bias="zero")
+    settings = dict(steps=600, k=(1,), learning_rate=(1e-2,), batch=128)
     stack = make_stack("batchtopk", one_device, 1.0, sites=SITES, form="cross_layer_transcoder", **settings)
     state, metrics = train_on(stack, x, y)
     alone = make_stack("batchtopk", one_device, 1.0, sites=SITES, form="transcoder", **settings)

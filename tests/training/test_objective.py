@@ -263,15 +263,6 @@ def test_alignment_brings_encoder_and_decoder_together():
     np.testing.assert_allclose(change, 0.3 * alignment(params["W_enc_DxF"], params["W_dec_FxD"]), rtol=1e-9)
 
 
-def test_the_pull_on_dead_features_is_its_formula():
-    rng = np.random.default_rng(6)
-    pre, theta, norms = rng.normal(size=(B, F)), rng.random(F), rng.random(F)
-    dead = rng.random(F) < 0.3
-    expected = (np.maximum(theta - pre, 0) * norms * dead).sum(1).mean()
-    got = losses.dead_pre_activation(*map(jnp.asarray, (pre, theta, dead, norms)))
-    np.testing.assert_allclose(got, expected, rtol=1e-12)
-
-
 def test_matryoshka_sums_the_errors_of_its_groups():
     stack, params, x, y, hyper = setting("matryoshka")
     _, (metrics, _, _) = member_loss(stack, params, x, y, hyper, jnp.int32(0), jnp.zeros(F, bool))

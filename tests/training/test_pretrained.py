@@ -181,7 +181,7 @@ def test_each_format_goes_through_each_stage(name, workdir, inputs, places, tran
     tested = {f"{stage}__dictionary": place for stage in ("ablate", "patch", "probe", "steer", "study")}
     units = {f"{stage}__dictionaries": "pretrained" for stage in ("interpret", "transfer", "track", "export")}
     more = dict(probe__labels="answer", graph__prompt="The river follows the teacher")
-    more |= dict(graph__dictionaries=place) if name in places else dict(graph__transcoders=transcoders)
+    more |= dict(graph__transcoders=transcoders)
     beside = f"pretrained,{place}" if name in places else "pretrained"
     more |= dict(transfer__measures="decoder", transfer__dictionaries=beside)
     more |= dict(track__prompts=tmp_path / "prompts.jsonl")

@@ -228,12 +228,6 @@ def test_schedules():
     np.testing.assert_allclose([updates.learning_rate_schedule(flat, 5)(s) for s in range(5)], 1.0)
 
 
-def test_the_learning_rate_may_fall_as_a_cosine():
-    rate = updates.learning_rate_schedule(make_config(warmup=0.1, decay=0.2, decay_shape="cosine"), 100)
-    expected = [0.1, 1, 1, *(0.5 + 0.5 * np.cos(np.pi * np.array([0.25, 0.5, 0.95])))]
-    np.testing.assert_allclose([rate(step) for step in (0, 9, 80, 85, 90, 99)], expected, rtol=1e-5)
-
-
 def test_accumulated_steps_are_one_of_all_their_tokens(one_device):
     data, fixed = batches(4), dict(mesh=one_device, warmup=0.0, decay=0.0)
     state, _ = run(make_stack("standard", accumulate=2, **fixed), data)

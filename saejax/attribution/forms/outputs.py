@@ -65,8 +65,7 @@ def write_outputs(
     ids = pruned.ids
     pinned = ids[pruned.slice_of(LOGIT)] if groups else []  # what the groups explain
     config = run.configs[GraphConfig]
-    names: Any = dict(scan=config.scan, source_set=config.source_set, labels=labels)
-    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, **names)
+    document = to_document(pruned, slug, supernodes=groups, pinned=pinned, source_set=config.source_set, labels=labels)
     write_graph(run.folder / "graphs", document, replace=True)
     heads = attention.contributions.named() if attention.contributions else {}
     tables = attention_tables(attention, pruned)
@@ -119,16 +118,13 @@ def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features of the set that ``config`` names; see ``details_of``."""
-    dictionaries = list(config.dictionaries)
+    place = config.transcoders
     # A folder here goes before a repository of the same name.
-    if config.transcoders and Path(config.transcoders).expanduser().exists():
-        dictionaries = [str(Path(config.transcoders) / config.subfolder)]
-    elif config.transcoders:
-        address = f"hf://{config.transcoders.removeprefix('hf://')}"
-        name, revision, folder = split_address(address, config.revision, config.subfolder)
-        dictionaries = [f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"]
+    if not Path(place).expanduser().exists():
+        name, revision, folder = split_address(f"hf://{place.removeprefix('hf://')}", "main", "")
+        place = f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"
     named = [config.features] if config.features else []
-    return read_details(dictionaries, [*named, *folders], features)
+    return read_details([place], [*named, *folders], features)
 
 
 def write_shown(

@@ -165,7 +165,9 @@ def _opened(name: str, opened: circuit_tracer.TranscoderSet, commit: str) -> Lay
     return LayerTranscoders(name, opened.configs, load, opened.rows, opened.reads, commit, writes, encoder)
 
 
-def find_folder(path: str, revision: str, subfolder: str, choice: Sequence[str] = ()) -> tuple[str, Path, str]:
+def find_folder(
+    path: str, revision: str = "main", subfolder: str = "", choice: Sequence[str] = ()
+) -> tuple[str, Path, str]:
     """Return the name of a set, its folder, which is fetched from the hub if need be, and the commit there.
 
     Of a repository with several transcoders of each layer nothing is fetched but those that are meant.

@@ -55,14 +55,6 @@ class JumpReLU(Kind):
             l0 = jnp.square(l0 / batch.values["target_l0"] - 1)
         return coefficient * l0
 
-    def losses(self, batch: EncodedBatch) -> dict[str, jax.Array]:
-        """Return the pull on dead features, if it is asked for."""
-        if not batch.settings.dead_pre_activation:
-            return {}
-        threshold_F, norms_F = batch.dictionary.arrays["threshold_F"], batch.dictionary.decoder_norms_F
-        pull = losses.dead_pre_activation(batch.pre_BxF, threshold_F, batch.dead_F, norms_F)
-        return dict(dead_pre_activation=batch.settings.dead_pre_activation * pull)
-
     def start(self, settings: JumpReLUConfig) -> dict[str, float]:
         """Return thresholds above 0, where the kernel sees pre-activations on both sides."""
         return dict(threshold_F=settings.initial_threshold)

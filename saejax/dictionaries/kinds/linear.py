@@ -5,7 +5,10 @@ import jax.numpy as jnp
 
 from saejax.dictionaries.kinds.base import Dictionary, Facts, Numbers
 from saejax.dictionaries.kinds.standard import Standard
-from saejax.settings.kinds import LinearConfig
+from saejax.runner.config import Config
+
+# |f|, of inputs scaled to a mean norm of sqrt(d): a hundredth of a usual activation, far above rounding.
+FIRES_ABOVE = 1e-3
 
 
 class Linear(Standard):
@@ -16,7 +19,7 @@ class Linear(Standard):
     numbers = ("fires_above",)
     signed = True
     elementwise = True
-    no_free_decoder = "leaves open what --train.linear.fires_above is compared with"
+    no_free_decoder = "leaves open what activations are compared with to count as firing"
 
     def encode(self, dictionary: Dictionary, pre_xF: jax.Array, projected_xF: jax.Array, numbers: Numbers) -> jax.Array:
         """Return the pre-activations."""
@@ -26,6 +29,6 @@ class Linear(Standard):
         """Return where |f| exceeds ``fires_above``."""
         return jnp.abs(f_xF) > numbers["fires_above"]
 
-    def facts(self, values: Numbers, settings: LinearConfig, n_features: int) -> Facts:
+    def facts(self, values: Numbers, settings: Config, n_features: int) -> Facts:
         """Return the threshold above which a feature counts as firing."""
-        return Facts(fires_above=settings.fires_above)
+        return Facts(fires_above=FIRES_ABOVE)

@@ -12,7 +12,7 @@ from saejax.tasks.behaviours import SPLITS, Prompt
 
 START = "<s>"  # the first word of every text
 _TRIES = 500  # draws for each wanted question before giving up
-_ADVICE = "lower --algorithm.prompts, or raise --algorithm.digits, nodes or edges"
+_ADVICE = "raise --algorithm.digits"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,10 @@ from saejax.tasks.scoring import wilson
 _CHECK_EVERY, _LOG_EVERY = 250, 10.0  # steps; seconds
 _CHECK, _FRESH, _TEXTS = 1000, 5000, 4000  # questions of each kind at a check and at the end; texts of the corpus
 _CONTEXT = 64
+_PROMPTS = 100  # of each behaviour that select features, and as many that test them
+_NODES, _EDGES = 6, 8  # of a graph; more take longer to learn and show nothing else
+# The smallest transformer that learns both algorithms in a few minutes on two cores, and how it does.
+_LAYERS, _WIDTH, _BATCH, _LEARNING_RATE = 2, 96, 256, 2e-3
 _TRAIN, _WATCH, _JUDGE, _PROMPT, _TEXT = range(5)  # purposes of random numbers
 
 RngOf = Callable[..., np.random.Generator]  # (purpose, further numbers) -> generator
@@ -39,13 +43,13 @@ def run_algorithm(run: Run) -> AlgorithmResults:
       Interrupted: asked to stop; training restarts from the beginning.
     """
     config = run.configs[AlgorithmConfig]
-    algorithm = Addition(config.digits) if run.name == "addition" else Paths(config.nodes, config.edges)
+    algorithm = Addition(config.digits) if run.name == "addition" else Paths(_NODES, _EDGES)
 
     def rng_of(purpose: int, *more: int) -> np.random.Generator:
         # A stream for each purpose: longer training does not change what is judged, nor the prompts.
         return np.random.default_rng([config.seed, *run.name.encode(), purpose, *more])
 
-    fields = transformer.describe(len(algorithm.words), _CONTEXT, config.layers, config.width)
+    fields = transformer.describe(len(algorithm.words), _CONTEXT, _LAYERS, _WIDTH)
     model, start = transformer.read(fields), time.monotonic()
     params, steps = _train(run, algorithm, model, rng_of)
     seconds = time.monotonic() - start
@@ -54,21 +58,21 @@ def run_algorithm(run: Run) -> AlgorithmResults:
         for kind in algorithm.required
     }
     save_model(run.folder / "model", fields, transformer.tensors(model, params), algorithm.words)
-    prompts = algorithm.prompts(config.prompts, rng_of(_PROMPT))
+    prompts = algorithm.prompts(_PROMPTS, rng_of(_PROMPT))
     write_text(run.folder / "prompts.jsonl", "".join(as_line(prompt) for prompt in prompts))
     _write_corpus(run, algorithm, rng_of(_TEXT))
     for kind, share in accuracy.items():
         run.say(f"{kind}: {100 * share.mean:.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] of fresh questions")
     labels = tuple(dict.fromkeys(name for prompt in prompts for name, _ in prompt.labels))
     return AlgorithmResults(
-        steps, steps * config.batch, round(seconds, 1), _FRESH, accuracy, dict(algorithm.required), labels
+        steps, steps * _BATCH, round(seconds, 1), _FRESH, accuracy, dict(algorithm.required), labels
     )
 
 
 def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) -> tuple[transformer.Params, int]:
     """Return the parameters and the number of steps after which fresh questions were answered, or of all steps."""
     config = run.configs[AlgorithmConfig]
-    schedule = transformer.Schedule(config.steps, config.learning_rate)
+    schedule = transformer.Schedule(config.steps, _LEARNING_RATE)
     params = transformer.initial(model, config.seed)
     state, step = schedule.optimizer().init(params), transformer.trainer(model, schedule)
     # The same questions at each check, so that shares differ by the training alone.
@@ -77,7 +81,7 @@ def _train(run: Run, algorithm: Algorithm, model: DecoderConfig, rng_of: RngOf) 
     for number in range(1, config.steps + 1):
         if run.stopping():
             raise Interrupted(f"{run.name}: stopped; training restarts from the beginning")
-        params, state, loss = step(params, state, algorithm.batch(config.batch, rng_of(_TRAIN, number)))
+        params, state, loss = step(params, state, algorithm.batch(_BATCH, rng_of(_TRAIN, number)))
         now, checks = time.monotonic(), number % _CHECK_EVERY == 0 or number == config.steps
         if not checks and now - last_log < _LOG_EVERY:
             continue

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from saejax.errors import UserError
 from saejax.ground_truth.algorithms.questions import Questions
 from saejax.models import decoder
 from saejax.models.config import DecoderConfig
@@ -42,13 +41,8 @@ def describe(words: int, context: int, layers: int, width: int) -> dict[str, Any
       words: size of the vocabulary.
       context: number of positions.
       layers: number of layers.
-      width: of the residual stream.
-
-    Raises:
-      UserError: four heads with rotary embeddings cannot share the width.
+      width: of the residual stream, which four heads with rotary embeddings share.
     """
-    if width % (2 * HEADS):
-        raise UserError(f"--algorithm.width={width}: expected a multiple of {2 * HEADS}, for {HEADS} heads")
     return dict(
         model_type="llama",
         architectures=["LlamaForCausalLM"],

@@ -49,7 +49,7 @@ class KnownStages:
         self._run, self._case, self._model = run, case, model
         path = run.folder / "prompts.jsonl"
         write_text(path, "".join(map(as_line, case.prompts)))
-        task = TaskConfig(behaviours=(), prompts=str(path), bootstrap=_BOOTSTRAP)
+        task = TaskConfig(behaviours=(), prompts=str(path))
         self._configs = run.configs | ModelConfig(path=str(run.folder / "model")) | task
         self.baseline: BaselineResults = self._stage("baseline", "", run_baseline, task)
 
@@ -76,9 +76,7 @@ class KnownStages:
 
         ablated = tried("ablate", run_ablate, AblateConfig(**settings, bootstrap=_BOOTSTRAP, **quick))
         patched = tried("patch", run_patch, PatchConfig(**settings, bootstrap=_BOOTSTRAP, placebo_targets=0))
-        labels: dict[str, Any] = dict(
-            labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,), permutations=100
-        )
+        labels: dict[str, Any] = dict(labels=self._case.labels, sparse=(), shuffles=2, strengths=(10.0,))
         probed = tried("probe", run_probe, ProbeConfig(dictionary=str(transcoder), **labels))
         options = dict(bootstrap=_BOOTSTRAP, **quick)
         claimed = self._idle(transcoder, features, options, refused)

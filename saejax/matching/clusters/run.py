@@ -30,6 +30,9 @@ _RULE = (
     "A group is stable if its largest Jaccard overlap with a group found on a bootstrap sample, mean over samples, is "
     f"above {DISSOLVED:g} and above that of every group of shuffled data"
 )
+_SMALLEST = 5  # features of the smallest group: two or three often fire together by chance
+_MOST = 8192  # features that are grouped, whose similarities take 256 MB; more are sampled from those that fire
+_RESAMPLES = 10  # bootstrap samples, and shuffled data sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +74,8 @@ def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_prog
     """Group the features of a dictionary in every view."""
     config, features = run.configs[ClusterConfig], compared.config.n_features
     behaviours = _load_effects(run, compared)
-    view_by_name, without, tokens = _make_views(compared, text, behaviours, config.seed, config.most)
-    total, done = len(view_by_name) * (1 + 3 * config.resamples), 0
+    view_by_name, without, tokens = _make_views(compared, text, behaviours, config.seed)
+    total, done = len(view_by_name) * (1 + 3 * _RESAMPLES), 0
 
     def step() -> None:
         nonlocal done
@@ -83,7 +86,7 @@ def _measure(run: Run, compared: Compared, text: ClusterText, part: str, on_prog
     groupings: list[Grouping] = []
     tables: list[GroupedFeatures] = []
     for number, (name, view) in enumerate(view_by_name.items()):
-        groups, similarity_FxF = find_groups(view, config.smallest, config.resamples, [config.seed, number], step)
+        groups, similarity_FxF = find_groups(view, _SMALLEST, _RESAMPLES, [config.seed, number], step)
         centrality_F = _centrality(groups.group_F, similarity_FxF)
         groupings.append(_describe(name, view, groups, centrality_F, names))
         view_F = np.full(len(view.feature_F), name)
@@ -107,7 +110,7 @@ def _load_effects(run: Run, compared: Compared) -> dict[str, BehaviourEffects]:
 
 
 def _make_views(
-    compared: Compared, text: ClusterText, behaviours: Mapping[str, BehaviourEffects], seed: int, most: int
+    compared: Compared, text: ClusterText, behaviours: Mapping[str, BehaviourEffects], seed: int
 ) -> tuple[dict[str, View], dict[str, str], int]:
     """Return the views of a dictionary's features, the skipped ones with the reason, and the tokens of the text."""
     activity, text_N = text.of(compared)
@@ -123,7 +126,7 @@ def _make_views(
     for name in [name for name, view in view_by_name.items() if len(view.feature_F) < 2]:
         without[name] = f"only {len(view_by_name.pop(name).feature_F)} features fire often enough"
     rng = np.random.default_rng(seed)
-    return {name: view.among(most, rng) for name, view in view_by_name.items()}, without, int(activity.real_N.sum())
+    return {name: view.among(_MOST, rng) for name, view in view_by_name.items()}, without, int(activity.real_N.sum())
 
 
 def _centrality(group_F: np.ndarray, similarity_FxF: np.ndarray) -> np.ndarray:

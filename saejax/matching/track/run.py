@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.errors import UserError
 from saejax.files import read_json, write_json, write_text
 from saejax.matching.track import links, terminal
 from saejax.matching.track.firings import LayerFirings, follow
@@ -33,6 +32,8 @@ from saejax.settings import ModelConfig
 from saejax.stages.track import TrackConfig
 from saejax.tasks.run_inputs import load_run_model
 
+_SHOWN = 12  # strongest features kept of each layer and position, as many as a column of the page holds
+_STEP_FEATURES = 6  # features of a step, in each layer, and those that are removed together
 LENS_TOP = 3  # tokens that a lens gives of each place
 
 
@@ -49,7 +50,8 @@ def run_track(run: Run) -> TrackResults:
     def begin() -> Measure:
         lm = load_run_model(run)
         stack = open_stack(config.dictionaries, run.inputs, lm)
-        tested = tested_places(stack, config)
+        # The dictionary in the middle: to test all of them would take as many times as long.
+        tested = [len(stack.layers) // 2]
         # All, before the first is followed: what is wrong with one is said at once.
         texts = {slug: encode(lm, write_solution(lm, problem, config.generate)) for slug, problem in problems.items()}
 
@@ -76,19 +78,6 @@ def _cells(run: Run, slug: str) -> Path:
     return run.folder / f"{slug}-cells.json"
 
 
-def tested_places(stack: Stack, config: TrackConfig) -> list[int]:
-    """Return the indices in the stack of the dictionaries whose features are ablated.
-
-    Raises:
-      UserError: a layer has no dictionary.
-    """
-    layers = [each.layer for each in stack.layers]
-    for layer in config.test_layers:
-        if layer not in layers:
-            raise UserError(f"--track.test_layers={layer}: that layer has no dictionary: expected one of {layers}")
-    return [layers.index(layer) for layer in config.test_layers] or [len(layers) // 2]
-
-
 def follow_text(
     lm: LanguageModel,
     stack: Stack,
@@ -112,11 +101,11 @@ def follow_text(
     """
     start = time.monotonic()
     firings = follow(lm, stack, text.ids_T)
-    shown = [layer_firings.strongest(config.top) for layer_firings in firings]
+    shown = [layer_firings.strongest(_SHOWN) for layer_firings in firings]
     readings = {"logit": _read_lens(lm, text, config.seed)}
     answer = int(readings["logit"].ids_LxBxTxC[-1, 0, text.position, 0]) if text.answer is None else text.answer
     feature_links = _links(lm, stack, text, answer, shown)
-    chosen = [step_features(layer_firings, text.segment_T, config.step_features) for layer_firings in firings]
+    chosen = [step_features(layer_firings, text.segment_T, _STEP_FEATURES) for layer_firings in firings]
     steps = _test_steps(lm, stack, text, firings, chosen, tested, config, on_progress)
     as_text = token_text(lm.tokenizer)
     read_T = text.ids_T[: text.position + 1]

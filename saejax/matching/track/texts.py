@@ -120,11 +120,11 @@ def read_problems(config: TrackConfig) -> list[Problem]:
       UserError: the file cannot be read, a line is no such text, there are more than four, or a step is empty.
     """
     if not config.prompts:
-        return [Problem(folder_name(config.prompt[:40]), config.prompt, answer=config.answer)]
+        return [Problem(folder_name(config.prompt[:40]), config.prompt)]
     path, problems = Path(config.prompts), dict[str, Problem]()
     text = decode(read_bytes(path, "--track.prompts", "name a file of prompts"), path)
     for number, record in json_lines(text, path, _EXAMPLE):
-        problem = _problem(record, f"{path}, line {number}", config.answer)
+        problem = _problem(record, f"{path}, line {number}")
         if problem.slug in problems:
             raise UserError(f"{path}, line {number} has the slug {problem.slug!r} of an earlier line")
         problems[problem.slug] = problem
@@ -135,7 +135,7 @@ def read_problems(config: TrackConfig) -> list[Problem]:
     return list(problems.values())
 
 
-def _problem(record: Any, where: str, answer: str) -> Problem:
+def _problem(record: Any, where: str) -> Problem:
     if isinstance(record, dict) and set(record) == _GSM8K:
         record = _from_gsm8k(record)
     keys_fit = isinstance(record, dict) and not set(record) - set(_KEYS)
@@ -151,7 +151,7 @@ def _problem(record: Any, where: str, answer: str) -> Problem:
     if not prompt.strip() and not steps:
         raise UserError(f"{where}: the prompt is empty: expected {_EXAMPLE}")
     slug = folder_name(str(record.get("slug") or prompt[:40] or steps[0][:40]))
-    return Problem(slug, prompt, steps, record.get("answer", "") or answer)
+    return Problem(slug, prompt, steps, record.get("answer", ""))
 
 
 def _from_gsm8k(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from saejax.tasks.scoring import wilson
 
 _LISTED = 20  # chains in the results
 
+# Cosine or correlation from which features are shared: that of two random directions is below it in any model's width.
+SHARED = 0.7
+
 
 class Link(NamedTuple):
     """The features of one dictionary and their partners in another.
@@ -28,9 +31,9 @@ class Link(NamedTuple):
     value_F: np.ndarray
 
     @classmethod
-    def shared(cls, partner_F: np.ndarray, value_F: np.ndarray, least: float) -> "Link":
-        """Return the pairs of an assignment whose value is at least ``least``."""
-        return cls(np.where(np.nan_to_num(value_F, nan=-1.0) >= least, partner_F, -1), value_F)
+    def shared(cls, partner_F: np.ndarray, value_F: np.ndarray) -> "Link":
+        """Return the pairs of an assignment whose value is at least ``SHARED``."""
+        return cls(np.where(np.nan_to_num(value_F, nan=-1.0) >= SHARED, partner_F, -1), value_F)
 
     def back(self, features: int) -> "Link":
         """Return the same from the other dictionary, which has ``features`` features."""

@@ -16,10 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.errors import UserError
-from saejax.evaluation.loss_recovered import recovered, stand_in_losses
 from saejax.matching.transfer.activity import MIN_FIRINGS, Activity, encode, site_values
 from saejax.matching.transfer.compared import Compared
-from saejax.matching.transfer.reconstruction import DictionaryOnText, LossesOf, evaluate_at_home, evaluate_at_other_site
+from saejax.matching.transfer.reconstruction import DictionaryOnText, evaluate_at_home, evaluate_at_other_site
 from saejax.matching.transfer.results import Rebuilt, ReconstructionTransfer
 from saejax.matching.transfer.text import ReadText, aligned, first_texts, read_text
 from saejax.models.language_model import LanguageModel
@@ -251,7 +250,6 @@ class Reading:
                 self._mesh,
                 self._config.batch_tokens,
                 [self._config.seed, moved],
-                self._losses(native),
             )
         return transfers
 
@@ -265,7 +263,7 @@ class Reading:
         fit, measure = (np.flatnonzero(real_N & (odd_N == odd)) for odd in (False, True))
         values_NxD = self._shared.values(each)
         at_home = DictionaryOnText(self._load(index), np.asarray(values_NxD[fit]), np.asarray(values_NxD[measure]))
-        return evaluate_at_home(at_home, self._mesh, self._config.batch_tokens, self._losses(index))
+        return evaluate_at_home(at_home, self._mesh, self._config.batch_tokens)
 
     def _shared_tokens(self, first: int, second: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens at which both dictionaries apply, among the tokens of each model."""
@@ -287,23 +285,3 @@ class Reading:
         first_N, second_N = self._tokens(first, second)
         half = self._shared.reads[self._compared[first].fingerprint].text_N[first_N] % 2 == measures
         return first_N[half], second_N[half]
-
-    def _losses(self, index: int) -> LossesOf | None:
-        """Return a function that measures cross-entropy recovered at a dictionary's site, on odd-numbered texts."""
-        each, read = self._compared[index], self._shared.reads[self._compared[index].fingerprint]
-        starts = np.cumsum([0, *(len(piece) - read.front for piece in read.pieces)])[:-1]
-        odd = [piece for piece, start in zip(read.pieces, starts, strict=True) if read.text_N[start] % 2]
-        documents = odd[: self._config.ce_documents]
-        if not documents:
-            return None
-        # Without attention sinks, which keep their values where the mean stands in, as in ``evaluate``.
-        mean_D = self._shared.values(each)[self._activity(index).real_N].mean(0, dtype=np.float64)
-        # Reversed, so that the first dictionary of a model names it.
-        models = {other.fingerprint: number for number, other in reversed(list(enumerate(self._compared)))}
-
-        def measure(dictionaries):
-            lm = self._model(models[each.fingerprint])
-            losses = stand_in_losses(lm, dictionaries, documents, mean_D, self._config.batch_tokens)
-            return [recovered(loss.ce, "mean_ablated") for loss in losses]
-
-        return measure

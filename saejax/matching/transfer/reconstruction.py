@@ -7,7 +7,7 @@ are compared with the same dictionary after a random rotation, which shares noth
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from saejax.matching.transfer.results import FittedMap, Rebuilt, ReconstructionT
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # relative to the mean variance of the input's dimensions
 _FOLDS = 3
 ROWS_PER_DIMENSION = 4  # below this many rows per dimension a map is not to be trusted
-LossesOf = Callable[[Sequence[Dictionary]], list[float | None]]  # cross-entropy recovered by each at the site at hand
 
 
 class AffineMap(NamedTuple):
@@ -109,9 +108,9 @@ def insert_maps(dictionary: Dictionary, into: AffineMap, back: AffineMap, native
     return Dictionary(config, plain.matmul_dtype, **arrays_fp32)
 
 
-def evaluate_at_home(place: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None) -> Rebuilt:
+def evaluate_at_home(place: DictionaryOnText, mesh: Mesh, batch: int) -> Rebuilt:
     """Return the scores of a dictionary at its own site."""
-    return _evaluate([place.dictionary], place, mesh, batch, losses)[0]
+    return _evaluate([place.dictionary], place, mesh, batch)[0]
 
 
 def evaluate_at_other_site(
@@ -121,7 +120,6 @@ def evaluate_at_other_site(
     mesh: Mesh,
     batch: int,
     seed: Sequence[int],
-    losses: LossesOf | None,
 ) -> ReconstructionTransfer:
     """Return the scores of a dictionary at another site.
 
@@ -132,7 +130,6 @@ def evaluate_at_other_site(
       mesh: the devices.
       batch: tokens in a batch.
       seed: seed of the rotation.
-      losses: measures cross-entropy recovered at the other site; None: not wanted.
     """
     # The null goes through the same maps: they alone explain part of the variance.
     straight, rotated = rescale.centre(moved.dictionary), rotate(moved.dictionary, seed)
@@ -143,11 +140,11 @@ def evaluate_at_other_site(
         FittedMap(len(moved.fit_NxD), back.r2(moved.measure_NxD, native.measure_NxD), back.ridge),
     )
     mapped = [insert_maps(each, into, back, native.dictionary) for each in (straight, rotated)]
-    affine, affine_null = _evaluate(mapped, native, mesh, batch, losses)
+    affine, affine_null = _evaluate(mapped, native, mesh, batch)
     if moved.fit_NxD.shape[1] != native.fit_NxD.shape[1]:
         return ReconstructionTransfer(native_scores, None, None, affine, affine_null, *maps)
     as_they_are = [_at_site(each, native.dictionary) for each in (straight, rotated)]
-    direct, direct_null = _evaluate(as_they_are, native, mesh, batch, losses)
+    direct, direct_null = _evaluate(as_they_are, native, mesh, batch)
     return ReconstructionTransfer(native_scores, direct, direct_null, affine, affine_null, *maps)
 
 
@@ -162,9 +159,6 @@ def _at_site(dictionary: Dictionary, native: Dictionary) -> Dictionary:
     return Dictionary(config, dictionary.matmul_dtype, **dictionary.arrays)
 
 
-def _evaluate(
-    dictionaries: Sequence[Dictionary], native: DictionaryOnText, mesh: Mesh, batch: int, losses: LossesOf | None
-) -> list[Rebuilt]:
+def _evaluate(dictionaries: Sequence[Dictionary], native: DictionaryOnText, mesh: Mesh, batch: int) -> list[Rebuilt]:
     scores = reconstruct(dictionaries, [(native.measure_NxD,)], mesh, batch)
-    ce = losses(dictionaries) if losses else [None] * len(scores)
-    return [Rebuilt(score.explained_variance, score.l0, share) for score, share in zip(scores, ce, strict=True)]
+    return [Rebuilt(score.explained_variance, score.l0) for score in scores]

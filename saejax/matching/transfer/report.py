@@ -12,7 +12,6 @@ from saejax.page.blocks import Block, Text
 from saejax.page.document import Section
 from saejax.page.findings import Draw, Findings
 from saejax.page.tables import MISSING, Table, interval, number, percent
-from saejax.page.words import behaviour
 from saejax.results import Interval
 
 _ROWS = 15  # pairs or dictionaries in a table; more are drawn
@@ -41,8 +40,6 @@ def _section(results: TransferResults, draw: Draw) -> Section:
         blocks.append(_shares_table(results))
     blocks += _chains(results)
     blocks += _transfers(results, draw, few)
-    if causal := [pair for pair in results.pairs if pair.causal]:
-        blocks.append(_causal_table(causal))
     return Section("What dictionaries share", tuple(blocks))
 
 
@@ -215,7 +212,7 @@ def _transfers(results: TransferResults, draw: Draw, few: bool) -> list[Block]:
     if not moved:
         return []
     note = (
-        "Explained variance on held-out text (and L0; cross-entropy recovered where it was measured). Rotated: the "
+        "Explained variance on held-out text (and L0). Rotated: the "
         "dictionary after a random rotation, which is the null. With maps: an affine map to the dictionary's own site "
         "and one back, fitted on other text. R²: share of variance that these maps explain on held-out text; maps that "
         "were fitted on fewer than 4 tokens per dimension explain less than they could."
@@ -252,26 +249,10 @@ def _transfer_cells(transfer: ReconstructionTransfer) -> tuple[str, ...]:
     def cell(scores: Rebuilt | None) -> str:
         if scores is None:
             return MISSING
-        ce = "" if scores.ce_recovered is None else f"; {number(scores.ce_recovered)}"
-        return f"{number(scores.explained_variance)} ({number(scores.l0, 0)}{ce})"
+        return f"{number(scores.explained_variance)} ({number(scores.l0, 0)})"
 
     def r2(fitted: FittedMap) -> str:
         return number(fitted.r2)
 
     parts = (transfer.own, transfer.direct, transfer.direct_null, transfer.affine, transfer.affine_null)
     return (*map(cell, parts), f"{r2(transfer.into)}, {r2(transfer.back)}")
-
-
-def _causal_table(pairs: Sequence[ComparedPair]) -> Table:
-    columns = ("Dictionaries", "Behaviour", "Shared features", "Rank correlation", "Shuffled pairs", "Similar partners")
-    rows = []
-    for pair in pairs:
-        for name, drops in (pair.causal or {}).items():
-            values = (drops.rank_correlation, drops.shuffled, drops.alike)
-            rows.append((_title(pair), behaviour(name), f"{drops.matched:,}", *map(interval, values)))
-    note = (
-        "Rank correlation of the effects of ablating each feature in the two dictionaries, over shared features that "
-        "fire in both. Similar partners: each partner replaced by a feature that fires as often and as strongly."
-    )
-    words = frozenset({1})
-    return Table("Effects of shared features", columns, tuple(rows), words=words, note=note)

@@ -7,22 +7,6 @@ from saejax.results import Interval
 
 
 @dataclasses.dataclass(frozen=True)
-class MatchedDrops:
-    """The drops of matched features of two dictionaries."""
-
-    matched: int  #: pairs
-    shares: tuple[float, float]  #: of the features of each that fire, those in a pair
-    similarity: float | None  #: median over the pairs; None without any
-    #: of the drops, with an interval over pairs; None, as what follows, with fewer than 3 pairs, or where all drops are
-    #: the same
-    rank_correlation: Interval | None
-    shuffled: Interval | None  #: the same where pairs are shuffled; mean and middle 95 % of 200 draws
-    #: where each partner is one of the ten features nearest to it in firing rate and activation; None, too, where the
-    #: drops of these are all the same
-    alike: Interval | None
-
-
-@dataclasses.dataclass(frozen=True)
 class ComparedDictionary:
     """A compared dictionary."""
 
@@ -40,7 +24,7 @@ class MatchScores:
     nearest: Interval  #: mean over the first's features of the largest value among the second's (MMCS, signed)
     nearest_back: Interval  #: the same from the second to the first
     matched: Interval  #: mean value of the pairs of the one-to-one assignment with the largest sum (PW-MCC)
-    shared: Interval  #: share of these pairs whose value is at least `transfer.shared`; Wilson's interval
+    shared: Interval  #: share of these pairs whose value is at least 0.7; Wilson's interval
     close: Interval  #: share at or above 0.9; likewise
     mutual: float  #: features that are each other's nearest, over the features of the smaller side
     gap: float  #: upper bound of the distance of the mean of the pairs to the best assignment's
@@ -70,7 +54,6 @@ class Rebuilt:
 
     explained_variance: float  #: on the half of the text that measures
     l0: float  #: features active per token, mean
-    ce_recovered: float | None = None  #: cross-entropy recovered against the mean; None: not measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +89,6 @@ class ComparedPair:
     tokens: int | None = None  #: tokens on which activity was compared
     onto_second: ReconstructionTransfer | None = None  #: the first dictionary at the second's site
     onto_first: ReconstructionTransfer | None = None  #: the second at the first's
-    causal: Mapping[str, MatchedDrops] | None = None  #: behaviour -> whether shared features have the same effects
 
 
 @dataclasses.dataclass(frozen=True)

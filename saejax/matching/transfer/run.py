@@ -24,9 +24,8 @@ from scipy.stats import norm
 from saejax.errors import UserError
 from saejax.matching.match import Matched, match
 from saejax.matching.rows import independent_rows, weight_rows
-from saejax.matching.transfer.chains import Link
+from saejax.matching.transfer.chains import SHARED
 from saejax.matching.transfer.compared import Compared, load_compared, measures_of, same_model
-from saejax.matching.transfer.effects import AblationEffects, load_effects
 from saejax.matching.transfer.reading import Reading, read_shared_text
 from saejax.matching.transfer.reconstruction import ROWS_PER_DIMENSION, has_few_rows
 from saejax.matching.transfer.results import (
@@ -72,12 +71,11 @@ def run_transfer(run: Run) -> TransferResults:
                 f"{first.name} and {second.name} are of different models or widths, so directions cannot be compared: "
                 f"add activity to --transfer.measures={','.join(config.measures)}"
             )
-    effects = load_effects(config.ablations, compared)
     # The last dictionary is the first of no pair.
     parts = [f"{number:03d}-{folder_name(each.name)}" for number, each in enumerate(compared)][:-1]
 
     def begin() -> Measure:
-        comparison = Comparison(run, compared, wanted, effects)
+        comparison = Comparison(run, compared, wanted)
         return lambda part, on_progress: comparison.measure(part, parts.index(part), on_progress)
 
     pairs_of = each_part(run, parts, begin, tuple[ComparedPair, ...], "assignments")
@@ -128,11 +126,10 @@ class Comparison:
       run: the run.
       compared: the dictionaries.
       wanted: numbers of the pairs to compare.
-      effects: effects of their features, where they were measured.
     """
 
-    def __init__(self, run: Run, compared: Sequence[Compared], wanted: Sequence[Pair], effects: AblationEffects):
-        self._run, self._config, self._compared, self._effects = run, run.configs[TransferConfig], compared, effects
+    def __init__(self, run: Run, compared: Sequence[Compared], wanted: Sequence[Pair]):
+        self._run, self._config, self._compared = run, run.configs[TransferConfig], compared
         self._mesh, self._wanted, self._cache = make_mesh(run.configs[MeshConfig]), wanted, RowCache()
         self._live = [each.live(run.folder.parent) for each in compared]
         self._reading = None
@@ -240,17 +237,17 @@ class Comparison:
 
     def _pair(self, first: int, second: int, names: Sequence[str], matched: Mapping[Key, Matched]) -> ComparedPair:
         """Return the results of two dictionaries."""
-        least, measures = self._config.shared, {}
+        measures = {}
         for name in names:
             features = self._compared_features(name, first, second)
             ceiling = rate_matched = None
             if name == "activity" and self._reading:
-                itself = score(matched[name, second, _CEILING], (features[0], features[0]), least)
+                itself = score(matched[name, second, _CEILING], (features[0], features[0]))
                 ceiling = itself.shared.mean
                 rate_matched = self._reading.rate_matched(first, second, matched[name, second, _FOUND].partner_F)
             measures[name] = ComparedRows(
-                score(matched[name, second, _FOUND], features, least),
-                score(matched[name, second, _NULL], features, least),
+                score(matched[name, second, _FOUND], features),
+                score(matched[name, second, _NULL], features),
                 compared=tuple(int(some.sum()) for some in features),  # type: ignore[arg-type]
                 left_out=tuple(int((~some).sum()) for some in features),  # type: ignore[arg-type]
                 ceiling=ceiling,
@@ -262,9 +259,6 @@ class Comparison:
             by_decoder_F, by_encoder_F = (matched[name, second, _FOUND].partner_F for name in ("decoder", "encoder"))
             paired = by_decoder_F >= 0
             agreeing = float((by_decoder_F == by_encoder_F)[paired].mean()) if paired.any() else None
-        # By activity where it was measured: features that fire together are asked for equal effects.
-        main = matched["activity" if "activity" in names else names[0], second, _FOUND]
-        link = Link.shared(main.partner_F, main.value_F, least)
         transfers: dict[str, ReconstructionTransfer] = {}
         if self._config.reconstruction and self._reading:
             transfers = self._reading.transfers(first, second)
@@ -275,7 +269,6 @@ class Comparison:
             measures,
             agreeing=agreeing,
             tokens=self._reading.tokens(first, second) if self._reading else None,
-            causal=self._effects.compared(first, second, link, self._config.seed),
             **transfers,
         )
 
@@ -295,13 +288,12 @@ class Comparison:
                     )
 
 
-def score(matched: Matched, features: tuple[np.ndarray, np.ndarray], shared: float) -> MatchScores:
+def score(matched: Matched, features: tuple[np.ndarray, np.ndarray]) -> MatchScores:
     """Return the figures of an assignment over the compared features; unassigned ones count as pairs of value 0.
 
     Args:
       matched: the assignment.
       features: compared features of the first and of the second dictionary, bool [F], [G].
-      shared: smallest value of a shared pair.
     """
     first_F, second_G = features
     # So many pairs are possible; features left over because the other dictionary is smaller do not count against it.
@@ -312,7 +304,7 @@ def score(matched: Matched, features: tuple[np.ndarray, np.ndarray], shared: flo
         nearest=mean_interval(matched.nearest_F[first_F]),
         nearest_back=mean_interval(matched.nearest_G[second_G]),
         matched=mean_interval(pairs_N),
-        shared=_share(pairs_N >= shared),
+        shared=_share(pairs_N >= SHARED),
         close=_share(pairs_N >= CLOSE),
         mutual=float((matched.mutual_F & first_F).sum()) / max(len(pairs_N), 1),
         gap=max(matched.gap, 0.0),

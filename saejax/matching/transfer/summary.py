@@ -12,7 +12,7 @@ import numpy as np
 from saejax.files import write_text
 from saejax.interpret.feature_record import feature_names
 from saejax.interventions.columns import Columns
-from saejax.matching.transfer.chains import Link, shares, through_layers
+from saejax.matching.transfer.chains import SHARED, Link, shares, through_layers
 from saejax.matching.transfer.compared import Compared, measures_of
 from saejax.matching.transfer.results import Chains, ComparedPair, TransferResults
 from saejax.runner.parts import part_file
@@ -42,11 +42,11 @@ class FeaturePairs(Columns):
     null_partner: np.ndarray
     null_value: np.ndarray
 
-    def link(self, second: int, least: float, null: bool) -> Link:
-        """Return the features shared with the dictionary number ``second``, of a value of at least ``least``."""
+    def link(self, second: int, null: bool) -> Link:
+        """Return the features shared with the dictionary number ``second``."""
         in_pair = self.second == second
         partner, value = (self.null_partner, self.null_value) if null else (self.partner, self.value)
-        return Link.shared(partner[in_pair].astype(np.int64), value[in_pair], least)
+        return Link.shared(partner[in_pair].astype(np.int64), value[in_pair])
 
 
 def summarize(
@@ -70,7 +70,7 @@ def summarize(
             if measure not in tables:
                 tables[measure] = FeaturePairs.load(part_file(run, part, f"-{measure}.parquet"))
             for null in (False, True):
-                links[null][first, second] = tables[measure].link(second, config.shared, null)
+                links[null][first, second] = tables[measure].link(second, null)
     described = tuple(each.described() for each in compared)
     names = functools.cache(lambda index: feature_names(*compared[index].trained_in(run.folder.parent)))
     chains: list[Chains] = []
@@ -91,7 +91,7 @@ def summarize(
     rule = (
         f"Two features are shared if the one-to-one assignment with the largest sum of {config.measures[0]} values (or "
         f"of the next of {', '.join(config.measures)} that applies) makes them a pair, and their value is at least "
-        f"{config.shared:g}"
+        f"{SHARED:g}"
     )
     return TransferResults(described, rule, tuple(pairs), shares(described, *links), tuple(chains))
 

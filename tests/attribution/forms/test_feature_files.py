@@ -92,7 +92,8 @@ def test_of_a_set_on_the_hub_the_bytes_of_its_features_are_fetched(tmp_path, mon
 
 def test_feature_files_belong_to_the_identity_of_graphs(tmp_path):
     pack(tmp_path / "features", {0: None, 1: TRACER})
-    config = GraphConfig(prompt="a", dictionaries=(str(tmp_path / "sae"),), features=str(tmp_path / "features"))
+    (tmp_path / "set").mkdir()
+    config = GraphConfig(prompt="a", transcoders=str(tmp_path / "set"), features=str(tmp_path / "features"))
     before = identity(config)
     assert before != identity(dataclasses.replace(config, features=""))
     shutil.copytree(tmp_path / "features", tmp_path / "copy")

@@ -75,8 +75,13 @@ def in_pairs(transcoder):
 def test_the_stage_writes_groups_and_takes_back_what_the_page_saves(tiny_llama, one_device, tmp_path, capsys):
     lm = load_model(str(tiny_llama), mesh=one_device)
     save_transcoders(tmp_path / "set", [in_pairs(transcoder) for transcoder in made_set(lm)])
-    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.token_ids=5,17,33,8"]
-    flags += ["--graph.slug=ids", "--graph.node_threshold=1.0", f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
+    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}"]
+    flags += [
+        f"--graph.prompts={tmp_path / 'ids.jsonl'}",
+        "--graph.node_threshold=1.0",
+        f"--workdir={tmp_path / 'run'}",
+    ]
 
     def attribute(groups, *more):
         code = command.run(["attribute"], "", ["attribute", *flags, f"--graph.supernodes={groups}", *more])

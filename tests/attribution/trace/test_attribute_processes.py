@@ -27,8 +27,9 @@ CHECKED = (*BARE, "--graph.doubled=8", "--graph.circuits", "--graph.heads")
 @pytest.mark.usefixtures("two_devices")
 def test_two_processes_trace_as_one(tiny_llama, one_device, tmp_path, mesh, settings):
     save_transcoders(tmp_path / "set", made_set(load_model(str(tiny_llama), mesh=one_device), skip=True))
-    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}", "--graph.token_ids=5,17,33,8"]
-    flags += ["--graph.max_logits=3", "--graph.slug=ids", *settings]
+    (tmp_path / "ids.jsonl").write_text('{"slug": "ids", "token_ids": [5, 17, 33, 8]}')
+    flags = [f"--model.path={tiny_llama}", f"--graph.transcoders={tmp_path / 'set'}"]
+    flags += [f"--graph.prompts={tmp_path / 'ids.jsonl'}", "--graph.max_logits=3", *settings]
     assert command.run(["attribute"], "", ["attribute", *flags, f"--workdir={tmp_path / 'one'}"]) == 0
     both = [*flags, f"--workdir={tmp_path / 'two'}", *(f"--mesh.{axis}={size}" for axis, size in mesh.items())]
     for process in runs.start_pair("attribute", both):

@@ -241,7 +241,7 @@ def test_what_does_not_belong_together_is_one_line(tiny, tmp_path, capsys):
 
     def refused(name):
         flags = [f"--model.path={tiny.source.folder}", f"--graph.transcoders={tmp_path / name}", "--mesh.data=8"]
-        flags += [f"--workdir={tmp_path / 'run'}", "--graph.token_ids=3,4"]
+        flags += [f"--workdir={tmp_path / 'run'}", "--graph.prompt=The war"]
         assert command.run(["attribute"], "", ["attribute", *flags]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and not list((tmp_path / "run").rglob("*.html"))
