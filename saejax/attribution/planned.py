@@ -38,7 +38,7 @@ class PlannedGraphs:
 
 
 def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraphs | None:
-    """Return the planned graphs on one model; None if their transcoders are unknown.
+    """Return the planned graphs on one model; None if they are of SAEs, or their transcoders are unknown.
 
     Args:
       plan: the planned run.
@@ -51,7 +51,7 @@ def planned_graphs(plan: PlannedRun, behaviour_prompts: int = 0) -> PlannedGraph
     lengths = [_PROMPT] * (behaviour_prompts or len(config.behaviours)) or [
         _tokens(request) for request in read_requests(config)
     ]
-    replacement = _transcoder(plan, config)
+    replacement = _transcoder(plan, config) if config.transcoders else None
     if replacement is None:
         return None
     transcoder, cross_layer = replacement

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from saejax.attribution.forms import figure as graph_figure
-from saejax.attribution.report_graphs import ReportedGraph, curves, meaning, one_line, span, tables
+from saejax.attribution.report_graphs import ReportedGraph, curves, meaning, missed, one_line, span, tables
 from saejax.attribution.results import AttributeResults, GraphTarget
 from saejax.errors import UserError
 from saejax.files import write_text
@@ -27,8 +27,8 @@ def lead(graphs: Sequence[ReportedGraph]) -> str:
     prompts = "One prompt was" if len(graphs) == 1 else f"{len(graphs)} prompts were"
     paragraph = (
         f"{prompts} traced into attribution graphs, which say what in all layers made the answer. Of the influence on "
-        f"it {span(explained, percent)} comes from the prompt's tokens through features; the rest starts at what the "
-        "transcoders do not explain."
+        f"it {span(explained, percent)} comes from the prompt's tokens through features; the rest starts at what "
+        f"the {missed(graphs)} do not explain."
     )
     correlations = [value for value in (graph.correlation for graph in graphs) if value is not None]
     if correlations:
@@ -49,10 +49,14 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
     if not graphs:
         return []
     several = "Graphs were" if len(graphs) > 1 else "The graph was"
+    stays = " while attention and norms stay as they were"
+    if any(graph.saes for graph in graphs):
+        every = all(graph.saes for graph in graphs)
+        stays = f"{'' if every else stays}, {'' if every else 'with SAEs '}as gradients estimate it"
     intro = (
         "An attribution graph says, of one prompt, what made what: an edge's weight is what its source (a token, a "
-        "feature, or what the transcoders miss: an error) adds to its target (a feature or a logit) while attention "
-        f"and norms stay as they were. {several} pruned to the nodes and edges with the most influence on the answer."
+        f"feature, or what the {missed(graphs)} miss: an error) adds to its target (a feature or a logit){stays}. "
+        f"{several} pruned to the nodes and edges with the most influence on the answer."
     )
     blocks: list[Block] = [Text(intro), *tables(graphs), meaning(graphs), *curves(graphs)]
     if graphs[SHOWN:]:
@@ -63,8 +67,15 @@ def sections(findings: Findings, draw: Draw) -> list[Section]:
 
 def _traced(findings: Findings) -> list[ReportedGraph]:
     every = [
-        (findings.folders[f"attribute/{unit}"], slug, results.transcoders, graph)
+        (
+            findings.folders[f"attribute/{unit}"],
+            slug,
+            results.transcoders or ",".join(results.dictionaries),
+            saes,
+            graph,
+        )
         for unit, results in findings.each(AttributeResults).items()
+        for saes in [bool(results.dictionaries)]
         for slug, graph in results.graphs.items()
     ]
     return [ReportedGraph(number, *fields) for number, fields in enumerate(every, 1)]

@@ -19,14 +19,16 @@ class ReportedGraph:
       number: its place in the report, from 1.
       folder: of the unit that made it.
       slug: its name there.
-      transcoders: the set that it was made with.
+      dictionaries: the set of transcoders that it was made with, or the folders of SAEs.
+      saes: whether it is of SAEs.
       results: what the stage ``attribute`` says of it.
     """
 
     number: int
     folder: Path
     slug: str
-    transcoders: str
+    dictionaries: str
+    saes: bool
     results: GraphResults
 
     @property
@@ -46,22 +48,29 @@ class ReportedGraph:
         return self.results.doubling.free.pearson if self.results.doubling else None
 
 
+def missed(graphs: Sequence[ReportedGraph]) -> str:
+    """Return the kind of dictionaries of the graphs: "transcoders", "SAEs" or both."""
+    kinds = {"SAEs" if graph.saes else "transcoders" for graph in graphs}
+    return " or ".join(sorted(kinds, reverse=True))
+
+
 def tables(graphs: Sequence[ReportedGraph]) -> list[Table]:
-    """Return a table for each set of transcoders."""
+    """Return a table for each set of transcoders or SAEs."""
     columns = (
         "Graph", "Answer", "Active features", "Traced", "Features kept", "Errors kept", "Edges", "Replacement",
         "Completeness", "Untraced input", "Edges off by", "Correlation",
     )  # fmt: skip
-    names = list(dict.fromkeys(graph.transcoders for graph in graphs))
+    sets = list(dict.fromkeys((graph.dictionaries, graph.saes) for graph in graphs))
+    names = [name for name, _ in sets]
     return [
         Table(
-            f"Graphs with the transcoders {_short(name, names)}",
+            f"Graphs with the {'SAEs' if saes else 'transcoders'} {_short(name, names)}",
             columns,
-            tuple(_row(graph) for graph in graphs if graph.transcoders == name),
+            tuple(_row(graph) for graph in graphs if (graph.dictionaries, graph.saes) == (name, saes)),
             frozenset({1}),
             stack=False,
         )
-        for name in names
+        for name, saes in sets
     ]
 
 
@@ -123,8 +132,12 @@ def meaning(graphs: Sequence[ReportedGraph]) -> Terms:
         "Untraced input": "what active features without a node add to targets, by size, over the targets' values.",
     }
     if any(graph.results.doubling for graph in graphs):
+        held = dict(
+            transcoders="features were raised one by one with all held as the graph has it",
+            SAEs="the effect of each of some features was taken by derivatives forwards",
+        )
         meanings |= {
-            "Edges off by": "features were raised one by one with all held as the graph has it; the largest "
+            "Edges off by": f"{'; of SAEs '.join(held[kind] for kind in missed(graphs).split(' or '))}; the largest "
             "difference between an edge and what came out, over the largest edge. More than rounding, about 1e−5, is "
             "an error of the arithmetic.",
             "Correlation": "of edges with what happened when features were doubled and nothing was held: how well the "

@@ -44,7 +44,8 @@ def unit_name(config: GraphConfig) -> str:
     """Return the name of the folder with these settings' graphs; "" if no graph is requested.
 
     Raises:
-      UserError: prompts are given in two ways, transcoders are missing, or a head is malformed.
+      UserError: prompts are given in two ways, transcoders and SAEs are both given or both missing, or a head is
+        malformed.
     """
     is_given = {
         "--graph.prompt": bool(config.prompt),
@@ -56,8 +57,17 @@ def unit_name(config: GraphConfig) -> str:
         raise UserError(f"{' and '.join(named)}: expected one of them")
     if not named:
         return ""
-    if not config.transcoders:
-        raise UserError(f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders")
+    if not config.transcoders and not config.dictionaries:
+        raise UserError(
+            f"{named[0]} traces a graph, and --graph.transcoders is missing: name a set of transcoders, or SAEs with "
+            "--graph.dictionaries"
+        )
+    if config.transcoders and config.dictionaries:
+        raise UserError("--graph.transcoders and --graph.dictionaries: expected one of them")
+    if config.dictionaries and (config.query_key or config.heads):
+        raise UserError("--graph.query_key and --graph.heads are for transcoders (--graph.transcoders), not for SAEs")
+    if config.transcoders and (config.direct or config.estimate != "gradient"):
+        raise UserError("--graph.estimate and --graph.direct are for SAEs (--graph.dictionaries), not for transcoders")
     read_heads(config)
     if config.slug:
         return _checked_slug(config.slug, "--graph.slug")
@@ -69,16 +79,21 @@ def unit_name(config: GraphConfig) -> str:
 
 
 def identity(config: GraphConfig) -> str:
-    """Return a fingerprint of all input files but the model's: transcoders, prompts, labels, supernodes."""
-    if not config.transcoders:
+    """Return a fingerprint of all input files but the model's: dictionaries, prompts, labels, supernodes."""
+    if config.transcoders:
+        from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
+
+        _, folder, commit = find_folder(config.transcoders, choice=config.l0)
+        folders = [folder]
+    else:
+        folders, commit = list(map(Path, config.dictionaries)), ""
+    if not folders:
         return ""
-    from saejax.attribution.local.transcoders import find_folder  # the stage's own imports take seconds
     from saejax.dictionaries.labels import labels_of_folders
 
-    _, folder, commit = find_folder(config.transcoders, choice=config.l0)
     # A commit stands for the content of all files.
-    marks = [commit] if commit else _marks(folder)
-    if labels := labels_of_folders([folder]):
+    marks = [commit] if commit else [mark for folder in folders for mark in _marks(folder)]
+    if labels := labels_of_folders(folders):
         marks.append(fingerprint(sorted([*place, label] for place, label in labels.items())))
     return fingerprint([*_given_files(config), *_feature_files(config), *marks])
 
@@ -137,7 +152,7 @@ def read_requests(config: GraphConfig, behaviours: Mapping[str, Sequence[Prompt]
 
 
 def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
-    """Return labels of features by layer and index: a file's go before those of the transcoders' workdir.
+    """Return labels of features by layer and index: a file's go before those of the dictionaries' workdir.
 
     Raises:
       UserError: a file cannot be read, or is no such file.
@@ -145,7 +160,11 @@ def read_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     from saejax.dictionaries.labels import labels_of_folders  # this file is read by every binary
 
     # Labels by hand go before those that were found.
-    return labels_of_folders([config.transcoders]) | read_given_labels(config)
+    return labels_of_folders(_folders(config)) | read_given_labels(config)
+
+
+def _folders(config: GraphConfig) -> Sequence[str]:
+    return [config.transcoders] if config.transcoders else config.dictionaries
 
 
 def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
@@ -160,7 +179,7 @@ def read_given_labels(config: GraphConfig) -> dict[tuple[int, int], str]:
     if path.is_dir() or path.suffix == ".csv":
         from saejax.dictionaries.labels import labels_of_sheets
 
-        return labels_of_sheets(path, "--graph.labels", [config.transcoders])
+        return labels_of_sheets(path, "--graph.labels", _folders(config))
     text = decode(read_bytes(path, "--graph.labels", "name a file of labels"), path)
     try:
         labels = json.loads(text)

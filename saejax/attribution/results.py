@@ -30,7 +30,7 @@ class DoublingResults:
 
     features: int  #: how many
     #: their activation added 64 times with all frozen as the graph does, a 64th of what happens against the edges: the
-    #: largest difference over the largest edge
+    #: largest difference over the largest edge; with SAEs against derivatives taken forwards
     held_error: float
     free: EdgeCorrelation  #: edges against what happens when activations are doubled and nothing is frozen
 
@@ -120,8 +120,8 @@ class GraphResults:
     supernodes: int
     seconds: float  #: of tracing
     doubling: DoublingResults | None  #: None: not asked for
-    circuits: CurveResults | None  #: None: not asked for
-    heads: HeadResults | None  #: None: not asked for
+    circuits: CurveResults | None  #: None: not asked for, or a graph of SAEs
+    heads: HeadResults | None  #: None: not asked for, or a graph of SAEs
     #: of each head that is looked into: those asked for, or the one that carries most into the last position
     query_key: tuple[QueryScores, ...]
 
@@ -130,5 +130,6 @@ class GraphResults:
 class AttributeResults:
     """Attribution graphs."""
 
-    transcoders: str  #: the set that they were made with
+    transcoders: str  #: the set that they were made with; "" with SAEs
+    dictionaries: tuple[str, ...]  #: the SAEs' folders; none with transcoders
     graphs: Mapping[str, GraphResults]  #: by slug

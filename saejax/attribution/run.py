@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from saejax.attribution.checks import circuits
-from saejax.attribution.checks.validation import double
+from saejax.attribution.checks.validation import double, double_saes
 from saejax.attribution.forms.features import open_folder
 from saejax.attribution.forms.outputs import write_outputs
 from saejax.attribution.graph.nodes import ERROR, FEATURE
 from saejax.attribution.groups import supernodes
 from saejax.attribution.groups.supernodes import read_groups
-from saejax.attribution.heads.attention import read_attention
+from saejax.attribution.heads.attention import Attention, read_attention
 from saejax.attribution.heads.query_key import check_head
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.local.transcoders import LayerTranscoders, open_transcoders
 from saejax.attribution.requests import Request, read_heads, read_labels, read_requests
 from saejax.attribution.results import (
@@ -27,6 +28,7 @@ from saejax.attribution.results import (
     GraphResults,
     GraphTarget,
 )
+from saejax.attribution.trace.gradient import TracedSaes, trace_saes
 from saejax.attribution.trace.memory import GraphSize, certain_active, check_memory
 from saejax.attribution.trace.prompt import Traced, trace_prompt
 from saejax.attribution.trace.targets import Target, token_of
@@ -38,13 +40,15 @@ from saejax.settings.attribution import GraphConfig
 from saejax.tasks.answer_tokens import answer_ids
 from saejax.tasks.run_inputs import load_run_model, read_behaviours
 
+_NO_ATTENTION = Attention()  # of SAEs' graphs, whose edges are not paths
 
-def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders]:
-    """Return the model that a run traces, and its transcoders; they go together."""
-    transcoders = open_set(run.configs[GraphConfig])
+
+def open_parts(run: Run) -> tuple[LanguageModel, LayerTranscoders | LayerSaes]:
+    """Return the model that a run traces, and its transcoders or SAEs; they go together."""
+    dictionaries = open_set(run.configs[GraphConfig])
     model = load_run_model(run)
-    transcoders.check(model)
-    return model, transcoders
+    dictionaries.check(model)
+    return model, dictionaries
 
 
 def run_attribute(
@@ -54,14 +58,14 @@ def run_attribute(
 
     Args:
       run: of the stage.
-      opened: gives the model and the transcoders, as ``open_parts`` does.
+      opened: gives the model and the dictionaries, as ``open_parts`` does.
       trace: in place of ``trace_request``, with its arguments; None: that itself.
 
     Returns:
       The results, with a graph for each prompt.
 
     Raises:
-      UserError: a prompt, its targets, the transcoders and the model do not go together.
+      UserError: a prompt, its targets, the transcoders or SAEs and the model do not go together.
     """
     config = run.configs[GraphConfig]
     behaviours = read_behaviours(run, config.behaviours, "--graph.behaviours") if config.behaviours else None
@@ -69,29 +73,33 @@ def run_attribute(
     groups, labels = read_groups(config, list(requests)), read_labels(config)
 
     def begin() -> Measure:
-        model, transcoders = opened(run)
-        transcoders.check_features(labels, config.labels or "its workdir")
+        model, dictionaries = opened(run)
+        dictionaries.check_features(labels, config.labels or "its workdir")
         if config.features:
             open_folder(config.features)
         for request in requests.values():  # before hours are spent on the first
-            _check_request(model, transcoders, request, config)
+            _check_request(model, dictionaries, request, config)
 
         def measure(slug: str, on_progress: OnProgress) -> Measured:
             on_progress(0, 1)
-            return _measure(run, model, transcoders, requests[slug], groups.get(slug, []), labels, trace)
+            return _measure(run, model, dictionaries, requests[slug], groups.get(slug, []), labels, trace)
 
         return measure
 
     graphs = each_part(run, list(requests), begin, GraphResults, "prompts")
-    return AttributeResults(config.transcoders, graphs)
+    return AttributeResults(config.transcoders, config.dictionaries, graphs)
 
 
-def open_set(config: GraphConfig) -> LayerTranscoders:
-    """Return the transcoders that are named, of which no array is read yet."""
+def open_set(config: GraphConfig) -> LayerTranscoders | LayerSaes:
+    """Return the transcoders or SAEs that are named, of which no array is read yet."""
+    if config.dictionaries:
+        return LayerSaes.of(config.dictionaries)
     return open_transcoders(config.transcoders, choice=config.l0)
 
 
-def _check_request(model: LanguageModel, transcoders: LayerTranscoders, request: Request, config: GraphConfig) -> None:
+def _check_request(
+    model: LanguageModel, dictionaries: LayerTranscoders | LayerSaes, request: Request, config: GraphConfig
+) -> None:
     """Check that a prompt can be traced.
 
     Raises:
@@ -103,10 +111,11 @@ def _check_request(model: LanguageModel, transcoders: LayerTranscoders, request:
         _targets(model, request)
         for head in read_heads(config):
             check_head(model.config, *head, tokens=len(ids_P))
-        first, most = transcoders.configs[0], config.max_features or None
-        active, across = certain_active(first), transcoders.cross_layer
-        size = GraphSize(model.config, first, active, most, config.max_logits, across)
-        check_memory(size, len(ids_P), model.mesh)
+        if isinstance(dictionaries, LayerTranscoders):
+            first, most = dictionaries.configs[0], config.max_features or None
+            active, across = certain_active(first), dictionaries.cross_layer
+            size = GraphSize(model.config, first, active, most, config.max_logits, across)
+            check_memory(size, len(ids_P), model.mesh)
     except UserError as error:
         raise UserError(f"{request.slug}: {error}") from None
 
@@ -130,21 +139,23 @@ def _targets(model: LanguageModel, request: Request) -> list[Target]:
 def _measure(
     run: Run,
     model: LanguageModel,
-    transcoders: LayerTranscoders,
+    dictionaries: LayerTranscoders | LayerSaes,
     request: Request,
     groups: Sequence[Sequence[str]],
     labels: Mapping[tuple[int, int], str],
-    trace: Callable[..., Traced] | None = None,
+    trace: Callable[..., Traced | TracedSaes] | None = None,
 ) -> Measured:
     config = run.configs[GraphConfig]
     start = time.monotonic()
-    traced = (trace or trace_request)(model, transcoders, request, config)
+    traced = (trace or trace_request)(model, dictionaries, request, config)
     # Tracing alone: how long pruning, checks and pages take depends on other settings.
     seconds = time.monotonic() - start
     graph = traced.graph
     pruned = graph.prune(config.node_threshold, config.edge_threshold, config.top_edges)
     supernodes.named(pruned, groups)  # before anything is written
-    attention = read_attention(traced, pruned, config.heads, read_heads(config))
+    attention = _NO_ATTENTION
+    if isinstance(traced, Traced):
+        attention = read_attention(traced, pruned, config.heads, read_heads(config))
     write_outputs(run, request.slug, graph, pruned, groups, attention, labels)
     # After the files are written, because the checks take longer than the graph.
     doubling, curve = _checked(traced, config)
@@ -175,16 +186,13 @@ def _measure(
 
 def trace_request(
     model: LanguageModel,
-    transcoders: LayerTranscoders,
+    dictionaries: LayerTranscoders | LayerSaes,
     request: Request,
     config: GraphConfig,
     on_progress: OnProgress = silent,
-) -> Traced:
+) -> Traced | TracedSaes:
     """Return the graph of a prompt as a configuration wants it; ``on_progress`` as in ``trace_prompt``."""
-    return trace_prompt(
-        model,
-        transcoders,
-        request.prompt,
+    options: dict[str, Any] = dict(
         targets=_targets(model, request),
         max_logits=config.max_logits,
         logit_mass=config.logit_mass,
@@ -192,6 +200,10 @@ def trace_request(
         chat=config.chat_template,
         on_progress=on_progress,
     )
+    if isinstance(dictionaries, LayerSaes):
+        options |= dict(estimate=config.estimate, direct=config.direct)
+        return trace_saes(model, dictionaries, request.prompt, **options)
+    return trace_prompt(model, dictionaries, request.prompt, **options)
 
 
 def _message(results: GraphResults) -> str:
@@ -209,8 +221,10 @@ def _message(results: GraphResults) -> str:
     return message
 
 
-def _checked(traced: Traced, config: GraphConfig) -> tuple[DoublingResults | None, CurveResults | None]:
+def _checked(traced: Traced | TracedSaes, config: GraphConfig) -> tuple[DoublingResults | None, CurveResults | None]:
     """Return results of running the graph; None: not requested."""
+    if isinstance(traced, TracedSaes):
+        return (double_saes(*traced, config.doubled, config.seed).results if config.doubled else None), None
     graph, local, readouts = traced
     doubling = double(local, graph, readouts, config.doubled, config.seed).results if config.doubled else None
     if not config.circuits:

@@ -15,6 +15,7 @@ from typing import Any
 
 from saejax.attribution.forms.features import Feature, FeatureDetails
 from saejax.attribution.forms.outputs import details_of_features
+from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.requests import read_given_labels, read_labels
 from saejax.attribution.run import open_parts
 from saejax.circuits.contexts import FeatureSearch
@@ -25,6 +26,7 @@ from saejax.circuits.report import write_index
 from saejax.circuits.results import CircuitResults, CircuitsResults, GroupResults
 from saejax.circuits.study import BehaviourCircuit, find_circuit, words_by_role
 from saejax.dictionaries.labels import names_of_layers
+from saejax.errors import UserError
 from saejax.files import write_text
 from saejax.page.tables import visible
 from saejax.parallel.collectives import is_first_process
@@ -58,6 +60,8 @@ def run_circuits(run: Run) -> CircuitsResults:
 
     def begin() -> Measure:
         model, transcoders = open_parts(run)
+        if not isinstance(transcoders, LayerTranscoders):
+            raise UserError("circuits take transcoders of all layers (--graph.transcoders), not SAEs")
         labels, by_hand = read_labels(graph_config), read_given_labels(graph_config)
         # Before anything is traced, which takes minutes.
         transcoders.check_features(labels, graph_config.labels or "its workdir")

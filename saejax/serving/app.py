@@ -79,7 +79,7 @@ class GraphServer:
             configs = self._configs()
             config = configs[GraphConfig]
             note = (
-                f"With {configs[ModelConfig].path} and {config.transcoders}. Checks are those of experiments.attribute."
+                f"With {configs[ModelConfig].path} and {_set_name(config)}. Checks are those of experiments.attribute."
             )
         except UserError as error:
             config, note, why = self._session.defaults[GraphConfig], "", _line(error)
@@ -88,6 +88,7 @@ class GraphServer:
     def _graph(self, query: Mapping[str, str]) -> str:
         graph = self._store.find(query.get("id", ""))
         document, shown, note, why = self._store.document(graph), self._store.shown(graph), "", ""
+        freeze_modes: tuple[str, ...] = FREEZE_MODES
         settings = document["metadata"].get("pruning_settings") or {}
         nodes, edges = settings.get("node_threshold", 0.8), settings.get("edge_threshold", 0.98)
         labels: dict[tuple[int, int], str] = {}
@@ -100,13 +101,14 @@ class GraphServer:
                 note = "This is the graph as it was saved: press Prune again for the thresholds of this address. "
         try:
             configs = self._session.configs_of(graph)
-            labels = self._store.labels(graph, [configs[GraphConfig].transcoders])
+            labels = self._store.labels(graph, _folders(configs))
             details = self._store.details(document, configs[GraphConfig])
-            note += f"With {configs[ModelConfig].path} and {configs[GraphConfig].transcoders}."
+            freeze_modes = FREEZE_MODES[:1] if configs[GraphConfig].dictionaries else FREEZE_MODES
+            note += f"With {configs[ModelConfig].path} and {_set_name(configs[GraphConfig])}."
             note += "" if self._session.whole(graph) else " To be pruned again the prompt is traced again first."
         except UserError as error:
             why = _line(error)
-        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why)
+        live = dict(graph=graph.id, nodes=nodes, edges=edges, note=note, why=why, freeze_modes=freeze_modes)
         if not details:  # of a graph without a known set
             details = self._store.details(document, self._session.defaults[GraphConfig])
         return page_html(document, labels=labels, details=details, live=live, **shown)
@@ -144,8 +146,7 @@ class GraphServer:
         if nodes.get(name) != "cross layer transcoder" and not self._session.has_feature(graph, name):
             raise UserError(f"{name!r} is no feature of the graph")
         layer, feature = map(int, name.split("_")[:2])
-        config = self._session.configs_of(graph)[GraphConfig]
-        return self._store.save_label([config.transcoders], layer, feature, label)
+        return self._store.save_label(_folders(self._session.configs_of(graph)), layer, feature, label)
 
     def _groups(self, fields: Mapping[str, Any]) -> Any:
         groups = fields.get("groups")
@@ -212,3 +213,12 @@ def _changes(entries: Any) -> list[tuple[str, float, list[str]]]:
 def _is_feature(name: str) -> bool:
     parts = name.split("_")
     return len(parts) == 3 and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts)
+
+
+def _folders(configs: Configs) -> list[str]:
+    graph = configs[GraphConfig]
+    return [graph.transcoders] if graph.transcoders else list(graph.dictionaries)
+
+
+def _set_name(config: Any) -> str:
+    return config.transcoders or ", ".join(config.dictionaries)

@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from saejax.attribution.checks.changes import matched, set_to
+from saejax.attribution.checks.sae_changes import changed_logits
 from saejax.attribution.graph.nodes import FEATURE, Nodes
 from saejax.attribution.local.edits import Change
 from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import PromptRun
 from saejax.attribution.requests import TargetText
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.attribution.trace.targets import read_targets
 from saejax.errors import UserError
 from saejax.models.tokens import token_text
 from saejax.runner.parts import OnProgress, silent
 
-FREEZE_MODES = ("none", "attention", "all")
+FREEZE_MODES = ("none", "attention", "all")  # with SAEs the first alone
 DRAWS = 7  # random sets: with the changes themselves as many rows as are run at once
 _SHOWN = 8  # most probable tokens, before and after
 
@@ -77,7 +80,7 @@ class ChangeEffects:
 
 
 def effects(
-    run: LocalModel,
+    run: LocalModel | SaeRun,
     changes: Sequence[tuple[str, float, Sequence[str]]],
     freeze: str,
     targets: Sequence[TargetText] = (),
@@ -88,13 +91,15 @@ def effects(
     Args:
       run: the run of the prompt.
       changes: "scale" or "set", the factor or the activation, and ids of features, each in one change.
-      freeze: what is frozen at its values in the prompt; see ``interventions``.
+      freeze: what is frozen at its values in the prompt, "none" with SAEs; see ``interventions``.
       targets: the graph's targets, which are shown with the most probable tokens.
       on_progress: called with the numbers of layers done and of all layers; may raise to stop.
 
     Raises:
       UserError: there is nothing to change, or a feature is not active in the prompt or named twice.
     """
+    if isinstance(run, SaeRun) and freeze != "none":
+        raise UserError(f"freeze is {freeze!r}: expected none, as this graph is of SAEs")
     features, amount_N, is_factor_N = _changed(run, changes)
     try:
         sets, why = matched(run, features, DRAWS), ""
@@ -102,7 +107,11 @@ def effects(
         sets, why = [], str(error)
     rows = [_row(members, amount_N, is_factor_N) for members in (features, *sets)]
     readouts = read_targets(run, targets, 1, 0.0)
-    changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
+    if isinstance(run, SaeRun):
+        on_progress(0, 1)
+        changed_RxV: np.ndarray | None = changed_logits(run, rows)
+    else:
+        changed_RxV = run.run(rows, freeze, readouts=readouts, on_progress=on_progress).logits_RxV
     assert changed_RxV is not None
     logits_RxV = np.concatenate([run.logits_V[None], changed_RxV]).astype(np.float64)
     text = token_text(run.model.tokenizer)
@@ -152,7 +161,7 @@ def _span(value_R: np.ndarray) -> Pair | None:
 
 
 def _changed(
-    run: LocalModel, changes: Sequence[tuple[str, float, Sequence[str]]]
+    run: PromptRun, changes: Sequence[tuple[str, float, Sequence[str]]]
 ) -> tuple[Nodes, np.ndarray, np.ndarray]:
     """Return the changed features in the order of ``Active``, the amounts, and whether each is a factor."""
     active = run.active

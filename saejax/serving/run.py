@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
                 )
         token, listening = secrets.token_urlsafe(24), _listen(int(flag_values["port"].value or 0))
         stopped = command.install_signal_handlers()
-        named = bool(configs[GraphConfig].transcoders)
+        named = bool(configs[GraphConfig].transcoders or configs[GraphConfig].dictionaries)
         labels = Path(flag_values["labels"].value) if flag_values["labels"].value else None
         from saejax.serving.server import serve
 

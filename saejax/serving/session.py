@@ -17,8 +17,12 @@ from saejax.attribution.forms.document import DocumentNode, GraphDocument
 from saejax.attribution.forms.neuronpedia import to_document
 from saejax.attribution.graph import Graph
 from saejax.attribution.local.model import LocalModel
+from saejax.attribution.local.prompt_run import PromptRun
+from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.requests import Request, TargetText, read_labels
 from saejax.attribution.run import open_parts, trace_request
+from saejax.attribution.trace.prompt import Traced
+from saejax.attribution.trace.sae_run import SaeRun
 from saejax.errors import UserError
 from saejax.results import load_summary
 from saejax.runner import config as configuration
@@ -48,7 +52,7 @@ class ModelSession:
     def __init__(self, configs: Configs, named: bool):
         self.defaults, self._named = configs, named
         self._parts: tuple[Any, Any] | None = None  # what they are of, and the model and its dictionaries
-        self._runs: OrderedDict[Key, LocalModel] = OrderedDict()
+        self._runs: OrderedDict[Key, LocalModel | SaeRun] = OrderedDict()
         self._graphs: OrderedDict[Key, Graph] = OrderedDict()  # whole ones
         self._pruned: OrderedDict[tuple[Key, float, float], GraphDocument] = OrderedDict()
 
@@ -85,7 +89,7 @@ class ModelSession:
         self._runs.clear()
         self._graphs.clear()
 
-    def run(self, graph: StoredGraph, document: GraphDocument, job: Job) -> LocalModel:
+    def run(self, graph: StoredGraph, document: GraphDocument, job: Job) -> LocalModel | SaeRun:
         """Return the model that was run on a graph's prompt, with what its set makes of it.
 
         Raises:
@@ -95,7 +99,7 @@ class ModelSession:
         if key not in self._runs:
             model, dictionaries = self.opened(self._run_of(graph), job)
             job.say("Running the prompt")
-            run = LocalModel(model, dictionaries, np.array(token_ids(document), np.int32))
+            run = _run_prompt(model, dictionaries, np.array(token_ids(document), np.int32))
             _check_same(document, run)
             _keep(self._runs, key, run)
         return self._runs[key]
@@ -107,7 +111,7 @@ class ModelSession:
     def keep(self, graph: StoredGraph, traced: Any) -> None:
         """Keep what was traced of a graph."""
         key = self._key(graph)
-        _keep(self._runs, key, traced.local)
+        _keep(self._runs, key, traced.local if isinstance(traced, Traced) else traced.run)
         _keep(self._graphs, key, traced.graph)
 
     def prune(self, graph: StoredGraph, document: GraphDocument, nodes: float, edges: float, job: Job) -> None:
@@ -163,6 +167,12 @@ class ModelSession:
         return Run("attribute", "", graph.path.parent, self.configs_of(graph), {})
 
 
+def _run_prompt(model: Any, dictionaries: Any, ids_P: np.ndarray) -> LocalModel | SaeRun:
+    if isinstance(dictionaries, LayerSaes):
+        return SaeRun.of(model, dictionaries, ids_P)
+    return LocalModel(model, dictionaries, ids_P)
+
+
 def token_ids(document: GraphDocument) -> list[int]:
     """Return the prompt's token ids, from the ids of a graph's token nodes.
 
@@ -214,7 +224,7 @@ def _unquote(text: str) -> str:
 def _parts_key(configs: Configs) -> Any:
     """Return what decides which model and dictionaries are opened."""
     graph = configs[GraphConfig]
-    return configs[ModelConfig], configs[MeshConfig], graph.transcoders, graph.l0
+    return configs[ModelConfig], configs[MeshConfig], graph.transcoders, graph.l0, graph.dictionaries
 
 
 def _saved(graph: StoredGraph) -> Path | None:
@@ -231,7 +241,7 @@ def _request(document: GraphDocument, config: GraphConfig) -> tuple[Request, Gra
     return request, dataclasses.replace(config, max_features=int(most))
 
 
-def _check_same(document: GraphDocument, run: LocalModel) -> None:
+def _check_same(document: GraphDocument, run: PromptRun) -> None:
     """Raise ``UserError`` if too few of a graph's features are active in a run with this model and set."""
     features = [(*_feature(node), node["ctx_idx"]) for node in _features(document)]
     still_active = sum((layer, position, feature) in run.active.index_of for layer, feature, position in features)

@@ -155,7 +155,7 @@ class GraphStore:
 
         Args:
           graph: graph whose features are labelled.
-          folders: the folder of the set.
+          folders: the folder of the set, or those of the SAEs.
 
         Raises:
           UserError: the file of labels is damaged.

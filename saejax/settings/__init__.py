@@ -4,6 +4,7 @@ Read these files to learn what can be changed. A stage says in its ``stage.py`` 
 its binary shows them. A group that one stage alone reads may also stand in that file.
 """
 
+from saejax.settings.attribution import GRAPH_ESTIMATES as GRAPH_ESTIMATES
 from saejax.settings.attribution import GraphConfig as GraphConfig
 from saejax.settings.causal import BASES as BASES
 from saejax.settings.causal import PATCHABLE as PATCHABLE

@@ -1,9 +1,11 @@
-"""Settings of attribution graphs: prompts, transcoders, pruning and checks."""
+"""Settings of attribution graphs: prompts, transcoders or SAEs, pruning and checks."""
 
 import dataclasses
 
 from saejax.runner.config import Config, setting
 from saejax.settings import shared
+
+GRAPH_ESTIMATES = ("gradient", "relp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +21,21 @@ class GraphConfig(Config):
         (),
         "choice among several Gemma Scope transcoders per layer: words of their names, such as small, or "
         "16k,big,affine; or a number such as 100, for the transcoder with the nearest L0 in each layer",
+    )
+    dictionaries: tuple[str, ...] = setting(
+        (),
+        "folders of SAEs to use in place of transcoders, such as runs/mine/train/topk, at most one SAE per layer; "
+        "edges are then first-order estimates (activation x gradient)",
+    )
+    estimate: str = setting(
+        "gradient",
+        "backward pass with SAEs: the model's gradient (gradient), or the rules of relevance patching (relp)",
+        choices=GRAPH_ESTIMATES,
+    )
+    direct: bool = setting(
+        False,
+        "with SAEs: freeze the sites in between, so that an effect through their features counts only in the edges "
+        "from those features; otherwise it also counts in the edge from the source",
     )
     prompt: str = setting("", "the text to trace")
     prompts: str = setting(
@@ -52,7 +69,7 @@ class GraphConfig(Config):
     )
     circuits: bool = setting(
         False,
-        "run parts of the graph alone, and all the rest alone, to check whether they do the work",
+        "run parts of the graph alone, and all the rest alone, to check whether they do the work (transcoders only)",
     )
     supernodes: str = setting(
         "",

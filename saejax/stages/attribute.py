@@ -19,7 +19,7 @@ def _names(configs: Configs) -> Sequence[str]:
 
 
 def _dictionaries(configs: Configs) -> str:
-    """Return the identity of transcoders and of the files of prompts and groups."""
+    """Return the identity of dictionaries and of the files of prompts and groups."""
     from saejax.attribution import requests
 
     return requests.identity(configs[GraphConfig])

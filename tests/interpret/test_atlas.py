@@ -209,7 +209,7 @@ def test_where_labels_are_asked_for(tmp_path):
 
 
 def test_graphs_find_labels_by_layer(tmp_path):
-    """What ``--graph.transcoders`` names: a unit, a member, or a folder of elsewhere."""
+    """What ``--graph.transcoders`` and ``--graph.dictionaries`` name: a unit, a member, or a folder of elsewhere."""
     unit = tmp_path / "train" / "topk"
     unit.mkdir(parents=True)
     write_members(unit, ("a", "mlp_in.2", "mlp_out.2"), ("b", "mlp_in.5", "mlp_out.5"))

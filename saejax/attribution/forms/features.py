@@ -84,7 +84,7 @@ def read_details(
     """Return what is known of some features.
 
     Args:
-      dictionaries: the set of transcoders, a folder or hub id; its own ``features/`` is read, too. A set on the
+      dictionaries: the set of transcoders or SAEs, folders or hub ids; its own ``features/`` is read, too. A set on the
         hub has none where there is no such folder, or the hub is out of reach.
       folders: of feature files; hf://ORG/NAME[/FOLDER][@REVISION] is one on the hub.
       features: layers and indices.

@@ -118,13 +118,15 @@ def details_of_features(
     config: GraphConfig, features: Sequence[Feature], folders: Sequence[Path] = ()
 ) -> dict[Feature, FeatureDetails]:
     """Return what is known of features of the set that ``config`` names; see ``details_of``."""
-    place = config.transcoders
+    dictionaries, place = list(config.dictionaries), config.transcoders
     # A folder here goes before a repository of the same name.
-    if not Path(place).expanduser().exists():
+    if place and not Path(place).expanduser().exists():
         name, revision, folder = split_address(f"hf://{place.removeprefix('hf://')}", "main", "")
         place = f"hf://{'/'.join(filter(None, (name, folder)))}@{revision}"
+    if place:
+        dictionaries = [place]
     named = [config.features] if config.features else []
-    return read_details([place], [*named, *folders], features)
+    return read_details(dictionaries, [*named, *folders], features)
 
 
 def write_shown(

@@ -19,6 +19,7 @@ direct edges with ``estimate="relp"`` in a model without biases do, since its ru
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from saejax.attribution.graph import Graph
 from saejax.attribution.graph.data import GraphSettings
 from saejax.attribution.graph.nodes import BIAS, ERROR, FEATURE, TOKEN, Nodes
 from saejax.attribution.local.prompt_run import prompt_ids
+from saejax.attribution.local.readouts import Readouts
 from saejax.attribution.local.rows import TOKENS, Put
 from saejax.attribution.local.saes import LayerSaes
 from saejax.attribution.trace import perturbed
@@ -44,7 +46,20 @@ from saejax.runner.parts import OnProgress, silent
 Saes = LayerSaes | Dictionary | str | Path | Sequence[Dictionary | str | Path]
 
 
-def trace_gradient(
+class TracedSaes(NamedTuple):
+    """A graph, the run that it is of, and what it explains."""
+
+    graph: Graph
+    run: SaeRun
+    readouts: Readouts
+
+
+def trace_gradient(model: LanguageModel, saes: Saes, prompt: str | Sequence[int], **options: Any) -> Graph:
+    """Return the graph of a prompt with SAEs: that of ``trace_saes``, which has the same arguments."""
+    return trace_saes(model, saes, prompt, **options).graph
+
+
+def trace_saes(
     model: LanguageModel,
     saes: Saes,
     prompt: str | Sequence[int],
@@ -59,8 +74,8 @@ def trace_gradient(
     chat: bool = False,
     round_rows: int | None = None,
     on_progress: OnProgress = silent,
-) -> Graph:
-    """Return the graph of a prompt with SAEs; features are used at all positions but attention sinks.
+) -> TracedSaes:
+    """Trace a prompt with SAEs; features are used at all positions but attention sinks.
 
     Args:
       model: the language model.
@@ -104,7 +119,7 @@ def trace_gradient(
         raise UserError(f"gradients of {model.source.name} are not finite: try --model.dtype=float32")
     settings = GraphSettings(max_logits=max_logits, logit_mass=logit_mass, max_features=max_features)
     settings["edges"] = f"{'direct' if direct else 'total'} {estimate} x activation, first-order estimates"
-    return make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings)
+    return TracedSaes(make_graph(run, rows.nodes, readouts, chosen_F, store, prompt, settings), run, readouts)
 
 
 class _Rows:

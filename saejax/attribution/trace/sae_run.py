@@ -20,8 +20,7 @@ from saejax.models import decoder
 from saejax.models.config import RunRules
 from saejax.models.language_model import LanguageModel
 from saejax.parallel.collectives import to_host
-
-ESTIMATES = ("gradient", "relp")  # the model's gradient, or the rules of relevance patching
+from saejax.settings import GRAPH_ESTIMATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +57,14 @@ class SaeRun(PromptRun):
           model: the language model.
           saes: of some of its sites.
           ids_P: int32 token ids of the prompt.
-          estimate: one of ``ESTIMATES``: the rules by which gradients go through the model.
+          estimate: one of ``GRAPH_ESTIMATES``: the rules by which gradients go through the model.
           direct: whether sites are frozen at their values.
 
         Raises:
           UserError: SAEs and model do not go together, a value is not finite, or no feature is active.
         """
         saes.check(model)
-        rules = RunRules(backward=one_of(estimate, ESTIMATES, "estimate"))
+        rules = RunRules(backward=one_of(estimate, GRAPH_ESTIMATES, "estimate"))
         places = Places.of(saes.sites, model.config.n_layers)
         length = padded(len(ids_P))
         x_TxD = embed(FrozenModel(model.config), model.params, np.pad(ids_P, (0, length - len(ids_P))))

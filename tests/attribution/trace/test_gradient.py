@@ -1,6 +1,7 @@
 """Graphs with SAEs: against torch's gradients in float64, edits of the real model, and what holds by construction."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +10,17 @@ import torch
 from made_graphs import load_tiny
 from torch_sites import MODULES, run_torch
 
-from saejax import trace_gradient
+from saejax import save_dictionary, trace_gradient
+from saejax.attribution.checks.validation import double_saes
+from saejax.attribution.graph import Graph
 from saejax.attribution.graph.nodes import BIAS, FEATURE, LOGIT, TOKEN
+from saejax.attribution.trace.gradient import trace_saes
 from saejax.dictionaries import Dictionary, DictionaryConfig
 from saejax.dictionaries.modules import parameter_table
 from saejax.errors import UserError
 from saejax.models import source
 from saejax.models.tokens import Tokens
+from saejax.runner import command
 
 IDS = [17, 230, 5, 42]
 CASES = [("llama", "resid_post.0", "mlp_out.2"), ("gpt2", "resid_mid.0", "resid_post.1")]
@@ -182,11 +187,20 @@ def edited(lm, saes, graph, node, factor):
 
 def test_edges_foretell_edits_of_the_model(llama):
     lm, saes = llama
-    graph = trace_gradient(lm, saes, IDS, max_logits=3)
+    traced = trace_saes(lm, saes, IDS, max_logits=3)
+    graph = traced.graph
+    doubling = double_saes(*traced, count=10)
+    assert doubling.held_error < 1e-5
+    lower = np.flatnonzero(graph.nodes.layer_N[doubling.node_E] == 0)[:3]
     above_T = graph.nodes.layer_N[graph.target_R] > 0  # an edit shows at its own site, too
-    for node in np.flatnonzero(graph.nodes.layer_N[: graph.count(FEATURE)] == 0)[:3]:
+    for row in lower:
+        node = doubling.node_E[row]
+        clean_T, twice_T = (edited(lm, saes, graph, node, factor)[above_T] for factor in (1.0, 2.0))
+        np.testing.assert_allclose(doubling.free_ExR[row, above_T], twice_T - clean_T, atol=1e-5)
         more_T, less_T = (edited(lm, saes, graph, node, 1 + step)[above_T] for step in (0.03, -0.03))
-        assert relative((more_T - less_T) / 0.06, graph.adjacency_RxS[above_T, node]) < 1e-2
+        assert relative((more_T - less_T) / 0.06, doubling.edge_ExR[row, above_T]) < 1e-2
+    found = doubling.results.free
+    assert 0 < found.pearson <= 1 and found.sign > 0.5
 
 
 def test_fewer_features_are_the_most_influential_ones(llama):
@@ -251,3 +265,40 @@ def test_other_bad_input_is_refused(llama):
     nan = Dictionary(saes[0].config, **saes[0].arrays | dict(W_dec_FxD=saes[0].arrays["W_dec_FxD"] * np.nan))
     with pytest.raises(UserError, match="not finite"):
         trace_gradient(lm, nan, IDS)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_the_stage_writes_all_that_it_does_for_transcoders(llama, tmp_path, capsys):
+    lm, saes = llama
+    folders = [tmp_path / sae.site for sae in saes]
+    for folder, sae in zip(folders, saes, strict=True):
+        save_dictionary(folder, sae)
+    named = f"--graph.dictionaries={','.join(map(str, folders))}"
+    flags = [f"--model.path={lm.source.folder}", f"--workdir={tmp_path / 'run'}", "--mesh.data=2"]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(dict(slug="mine", token_ids=IDS)))
+    flags += [f"--graph.prompts={tmp_path / 'mine.jsonl'}", "--graph.doubled=5"]
+    flags += ["--graph.top_edges=6", "--graph.max_logits=3"]
+    assert command.run(["attribute"], "", ["attribute", *flags, named]) == 0
+    folder = tmp_path / "run" / "attribute" / "mine"
+    summary = json.loads((folder / "done.json").read_text())["results"]
+    results = summary["graphs"]["mine"]
+    assert summary["dictionaries"] == list(map(str, folders)) and results["circuits"] is None
+    assert results["doubling"]["held_error"] < 1e-4 and results["doubling"]["free"]["pearson"] > 0
+    document = json.loads((folder / "graphs" / "mine.json").read_text())
+    targets = [link["target"] for link in document["links"]]
+    assert targets and max(map(targets.count, targets)) <= 6
+    assert document["metadata"]["generation_settings"]["edges"].startswith("total gradient x activation")
+    pruned, whole = Graph.load(folder / "mine-graph").prune(top_edges=6), trace_gradient(lm, folders, IDS, max_logits=3)
+    again = whole.prune(top_edges=6)
+    assert np.array_equal(pruned.pruning.node_N, again.pruning.node_N) and pruned.pruning.top_edges == 6
+    assert relative(pruned.adjacency_RxS, again.adjacency_RxS) < 1e-4
+    for ending in (".html", ".svg"):
+        assert (folder / f"mine{ending}").stat().st_size > 1000
+    for wrong, message in (
+        (["--graph.transcoders=set", named], "--graph.transcoders and --graph.dictionaries: expected one of them"),
+        (["--graph.transcoders=set", "--graph.direct=true"], "are for SAEs"),
+        (["--graph.dictionaries=nowhere/at/all"], "nowhere/at/all holds no dictionary"),
+    ):
+        assert command.run(["attribute"], "", ["attribute", *flags, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1

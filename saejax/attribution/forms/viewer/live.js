@@ -64,6 +64,7 @@ function makeLive(graph, { live, labels }, app) {
     clearEffects();
     app.change({ changes: [...others, { how: how.value, amount: Number(amount.value), members }] }, true);
   };
+  for (const option of here("freeze").options) option.hidden = option.disabled = !live.freeze_modes.includes(option.value);
   here("freeze").onchange = (event) => {
     clearEffects();
     app.change({ freeze: event.target.value }, true);
