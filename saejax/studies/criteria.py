@@ -201,13 +201,15 @@ def _later(figures: StudyFigures) -> list[CriterionFigures]:
         compared += f"; shared {percent(min(shared), 1)} to {percent(max(shared), 1)}"
         compared += f", by chance at most {percent(max(null), 1)}"
     tests, hurt = (sum(getattr(text, name) for text in figures.tracking if text.tests) for name in ("tests", "hurt"))
-    followed, more = "no step was tested", None
+    followed, more = "no step of the texts has enough random sets", None
     if tests:
         more = hurt / tests >= 0.5
         followed = f"{hurt} of {tests} steps with enough random sets are hurt"
     return [
         CriterionFigures("Dictionaries transfer", _all(above), compared if above else "not run", _TRANSFER),
-        CriterionFigures("Features are tracked through layers", more, followed if tests else "not run", _TRANSFER),
+        CriterionFigures(
+            "Features are tracked through layers", more, followed if figures.tracking else "not run", _TRANSFER
+        ),
     ]
 
 

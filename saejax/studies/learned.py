@@ -142,8 +142,9 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     """Return five sentences: what held, what did not, what cannot be told, contradictions, and the controls."""
     by_key = {(answer.row, answer.benchmark, answer.question): answer for answer in answers}
     places = list(dict.fromkeys((answer.row, answer.benchmark) for answer in answers))
+    several = len({benchmark for _, benchmark in places}) > 1
     clashes = [
-        f"{_names([place])}: {meaning}"
+        f"{_names([place], several)}: {meaning}"
         for first, first_answer, second, second_answer, meaning in _CONTRADICTIONS
         for place in places
         if _is(by_key.get((*place, first)), first_answer) and _is(by_key.get((*place, second)), second_answer)
@@ -155,15 +156,15 @@ def sentences(answers: Sequence[LearnedFigures]) -> tuple[tuple[str, str], ...]:
     as_known += f", and {untold} cannot be told." if untold else "."
     if wrong:
         as_known += " Contradicted: " + "; ".join(
-            f"{QUESTIONS[answer.question].heading.lower()}, {_names([(answer.row, answer.benchmark)])}: "
+            f"{QUESTIONS[answer.question].heading.lower()}, {_names([(answer.row, answer.benchmark)], several)}: "
             f"{answer.answer}, known {answer.known}"
             for answer in wrong
         )
         as_known += "."
     return (
-        ("What held", _by_question(answers, "yes")),
-        ("What did not", _by_question(answers, "no")),
-        ("What cannot be told", _by_question(answers, "cannot tell")),
+        ("What held", _by_question(answers, "yes", several)),
+        ("What did not", _by_question(answers, "no", several)),
+        ("What cannot be told", _by_question(answers, "cannot tell", several)),
         ("What contradicts what", "; ".join(clashes) + "." if clashes else "No two answers contradict each other."),
         ("Control rows", as_known if controls else "No row is a control whose answers are known (--study.known)."),
     )
@@ -173,19 +174,20 @@ def _is(answer: LearnedFigures | None, wanted: Answered) -> bool:
     return answer is not None and answer.answer == wanted
 
 
-def _by_question(answers: Sequence[LearnedFigures], wanted: Answered) -> str:
+def _by_question(answers: Sequence[LearnedFigures], wanted: Answered, several: bool) -> str:
     parts = []
     for name, question in QUESTIONS.items():
         places = [
             (answer.row, answer.benchmark) for answer in answers if answer.question == name and answer.answer == wanted
         ]
         if places:
-            parts.append(f"{question.heading.lower()} ({_names(places)})")
+            parts.append(f"{question.heading.lower()} ({_names(places, several)})")
     return "; ".join(parts) + "." if parts else "Nothing."
 
 
-def _names(places: Sequence[tuple[str, str]]) -> str:
-    shown = [f"{row} on {benchmark}" for row, benchmark in places[:_SHOWN]]
+def _names(places: Sequence[tuple[str, str]], several: bool) -> str:
+    """Return the names of rows, each with its benchmark where there are several benchmarks."""
+    shown = [f"{row} on {benchmark}" if several else row for row, benchmark in places[:_SHOWN]]
     return ", ".join(shown) + (f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else "")
 
 

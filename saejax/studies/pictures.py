@@ -23,7 +23,7 @@ from saejax.studies.results import (
 def draw_effects(effects: Sequence[EffectFigures]) -> Figure:
     """Draw what ablating the top features costs in each row, beside random and placebo sets at equal dose."""
     names = [f"{effect.row}, {effect.benchmark}" for effect in effects]
-    figure, (axes,) = panels((height_of(names, 0.36) + 1.2,), ("Log-likelihood of the answers lost under ablation",))
+    figure, (axes,) = panels((height_of(names, 0.5) + 1.5,), ("Log-likelihood of the answers lost under ablation",))
     for row, effect in enumerate(effects):
         if effect.nats_drop:
             point(axes, effect.nats_drop, row, ORANGE, "D", "top features, with their 95 % interval", size=5)

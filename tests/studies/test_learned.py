@@ -128,15 +128,21 @@ def test_every_question_is_answered_once_with_the_known_answer_beside_it(figures
 def test_five_sentences(figures):
     told = dict(sentences(learned(figures)))
     assert len(told) == 5
-    assert "more than random features (base on sums, tuned on sums)" in told["What held"]
-    assert "more than words (base on sums)" in told["What did not"]
+    assert "more than random features (base, tuned)" in told["What held"]
+    assert "more than words (base)" in told["What did not"]
     assert told["What contradicts what"] == (
-        "tuned on sums: more than random features, but no more than features chosen for other answers; base on sums: "
-        "specific to the answers, but the features fire on words alone; tuned on sums: the same features, on which "
+        "tuned: more than random features, but no more than features chosen for other answers; base: specific to the answers, but the features fire on words alone; tuned: the same features, on which "
         "other items depend."
     )
     assert told["Control rows"].startswith("5 of 10 known answers were found, and 3 cannot be told. Contradicted: ")
-    assert "for the same items as there, tuned on sums: no, known yes" in told["Control rows"]
+    assert "for the same items as there, tuned: no, known yes" in told["Control rows"]
+
+
+def test_sentences_name_the_benchmark_where_there_are_several(figures):
+    answers = learned(figures)
+    other = [dataclasses.replace(answer, benchmark="logic") for answer in answers]
+    told = dict(sentences([*answers, *other]))
+    assert "more than words (base on sums, base on logic)" in told["What did not"]
 
 
 def test_a_study_without_controls_or_benchmarks(figures):
