@@ -40,6 +40,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Programs need not know which lines of Python they come from.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # Threads of PyTorch wait for each other in loops: on models this small, beside other work, most of their time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -59,9 +61,9 @@ from tiny_models import save_identity_llama, save_tiny_llama, save_tiny_tokenize
 from saejax.parallel.mesh import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Programs of child processes are kept, which later children run again. Those of this process are rarely needed again,
-# and keeping them would take a tenth of the time.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+# Programs of child processes are kept, which later children run again. Of those of this process only the large ones are,
+# since other files train and run models of the same shapes; to keep the small ones, too, would take a tenth of the time.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.15)
 
 LONGEST = (
     "processes causal_clients configs_run steering study_run model_input ground_truth_stage report transfer_stage "
@@ -96,10 +98,22 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+# Linux gives a process 65,530 memory maps, and each program takes about a dozen; one file of tests takes 10,000 at most.
+_MOST_MAPS = 40_000
+
+
 @pytest.fixture(scope="module", autouse=True)
 def drop_programs():
-    """Forget compiled programs after each file: Linux limits a process's memory maps, and each program takes some."""
+    """Forget compiled programs where they leave few memory maps; until then other files run them, too."""
     yield
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        jax.clear_caches()
+
+
+@pytest.fixture
+def cold_programs():
+    """Forget all compiled programs, for tests that count how many are compiled."""
     jax.clear_caches()
 
 

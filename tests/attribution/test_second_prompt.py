@@ -4,6 +4,7 @@ import logging
 
 import jax
 import numpy as np
+import pytest
 from made_transcoders import made_set
 
 from saejax import load_model
@@ -25,6 +26,7 @@ def graph_and_checks(lm, transcoders, tokens: int, seed: int, logits: int):
     return graph
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_a_second_prompt_compiles_nothing(tiny_llama, one_device, caplog):
     """Of as many tokens to a multiple of four, with other features, fewer nodes or more, and other targets."""
     lm = load_model(str(tiny_llama), mesh=one_device)

@@ -123,6 +123,7 @@ def test_a_transcoders_prediction_replaces_its_target(lm, model, skip):
         np.testing.assert_allclose(losses.kl[name], kl, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_members_are_scored_as_they_are_alone_by_one_program(lm):
     stack = [random_dictionary(lm, seed, k=k) for seed, k in ((0, 4), (5, 8), (9, 30))]
     before = programs.stand_in._cache_size()

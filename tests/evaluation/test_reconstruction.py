@@ -105,6 +105,7 @@ def test_a_transcoder_is_scored_against_its_target(skip):
         assert scores.explained_variance < 0  # it knows nothing of y, and says so
 
 
+@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("kind", ["topk", "linear", "batchtopk"])
 def test_members_of_a_stack_share_one_program_and_nothing_else(kind):
     own = [dict(k=k) for k in (2, 5, 9)] if kind == "topk" else [dict()] * 3

@@ -179,6 +179,7 @@ def test_runs_hold_every_prompt_once_sorted_by_length(split, prompts, tiny, monk
     np.testing.assert_allclose(together.ablated_SxP, apart.ablated_SxP, atol=1e-5)
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_few_programs(split, runs, dictionary):
     before = ablation.run_rows._cache_size()
     n = dictionary.config.n_features

@@ -245,6 +245,7 @@ def test_where_the_ids_that_end_a_text_are_found(lm, tmp_path, files, expected):
     assert eos_ids(tmp_path, lm.tokenizer) == expected
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_prompts_of_like_length_and_any_limit_share_a_program(lm):
     lm.generate(pad([[1, 2, 3], [5]]), 3)
     programs = decoding.prefill._cache_size(), decoding.decode._cache_size()

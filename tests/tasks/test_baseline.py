@@ -217,6 +217,7 @@ def test_it_stops_when_asked(finished, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_batches_have_one_shape(finished, one_device):
     model = load_model(str(finished[0]), mesh=one_device)
     prompts, _ = make_prompts("capital", 20, 20, 42, model.tokenizer)
