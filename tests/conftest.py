@@ -61,8 +61,9 @@ from tiny_models import save_identity_llama, save_tiny_llama, save_tiny_tokenize
 from saejax.parallel.mesh import AXES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Programs of child processes are kept, which later children run again. Of those of this process only the large ones are,
-# since other files train and run models of the same shapes; to keep the small ones, too, would take a tenth of the time.
+# Programs of child processes are kept, which later children run again. Of those of this process only the large ones
+# are, since other files have models and stacks of the same shapes; to keep the small ones, too, would take a tenth of
+# the time.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.15)
 
 LONGEST = (
@@ -98,7 +99,7 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-# Linux gives a process 65,530 memory maps, and each program takes about a dozen; one file of tests takes 10,000 at most.
+# Linux gives a process 65,530 memory maps; each program takes about a dozen, and one file of tests 10,000 at most.
 _MOST_MAPS = 40_000
 
 
@@ -172,6 +173,14 @@ def tiny_llama(tmp_path_factory) -> Path:
     save_tiny_llama(folder)
     save_tiny_tokenizer(folder, 384)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_llama, one_device):
+    """The tiny Llama in fp32 on one device, a ``LanguageModel``."""
+    from saejax import load_model
+
+    return load_model(str(tiny_llama), mesh=one_device)
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,6 @@ from saejax.models import source
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def model(lm):
     """The same weights in PyTorch, fp64."""
     return source.load_torch_model(lm.source, "float32").double()

@@ -16,11 +16,9 @@ _SUBJECTS = ("cat", "dogs", "water", "year", "war", "capital", "way", "she", "Fr
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_llama, one_device):
+def tiny(lm):
     """The tiny Llama in fp32 on one device."""
-    from saejax import load_model
-
-    return load_model(str(tiny_llama), mesh=one_device)
+    return lm
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "attribution"))
 from made_transcoders import IDS, made_set
 
-from saejax import load_model
 from saejax.attribution.graph.nodes import FEATURE
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace
@@ -32,11 +31,6 @@ from saejax.stages.track import TrackConfig
 
 D, F = 64, 48
 CHAINS = [{0: 3, 1: 10, 2: 7, 3: 1}, {1: 20, 2: 30}, {2: 5, 3: 6}]  # layer -> feature, of one direction each
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
 
 
 def sae(lm, layer, W_dec_FxD, threshold=0.05, k=0, seed=0):

@@ -34,11 +34,6 @@ class Add:
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def tokens(lm):
     return lm.tokenize(TEXTS)
 

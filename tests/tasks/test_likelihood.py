@@ -23,11 +23,6 @@ PAIRS = [tuple(RNG.integers(1, 380, size=n).tolist() for n in sizes) for sizes i
 
 
 @pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
-
-
-@pytest.fixture(scope="module")
 def expected(lm):
     """Of each pair, from transformers in fp64: the log-likelihood, the tokens, and those that were the likeliest."""
     import torch

@@ -27,7 +27,7 @@ def trained(inputs, tmp_path_factory):
 
 
 def go(stages, inputs, workdir, **changes):
-    changes = dict(train__kinds="topk", patch__top=2, causal__random_sets=2) | changes
+    changes = dict(train__kinds="topk", patch__top=2, causal__random_sets=2, ablate__baselines="pca") | changes
     return command.run(stages, "", ["program", *runs.small_flags(*inputs, workdir, **changes)])
 
 

@@ -27,14 +27,15 @@ def host(state) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_falls_and_decoder_rows_keep_unit_norm(kind, one_device):
-    stack = make_stack(kind, one_device, auxk=0.03)
+def test_loss_falls_decoder_rows_keep_unit_norm_and_the_finished_dictionary_takes_raw_activations(kind, one_device):
+    stack = make_stack(kind, one_device, scale=0.25, auxk=0.03)
     data = batches()
     _, first = run(stack, data[:1])
     state, last = run(stack, data)
     assert last["mse"][0] < 0.7 * first["mse"][0]
     np.testing.assert_allclose(np.linalg.norm(state.params["W_dec_FxD"][0], axis=1), 1, rtol=1e-6)
     assert int(state.step_M[0]) == STEPS
+    assert_takes_raw_activations(stack, state)
 
 
 def test_the_first_step_is_adam_on_the_projected_gradient(one_device):
@@ -167,16 +168,11 @@ def test_silent_features_are_counted_in_tokens(one_device):
     assert (silent == 3 * B).any() and (silent == 0).any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", FORMS)
-def test_the_finished_dictionary_takes_raw_activations(kind, form, one_device):
-    stack = make_stack(kind, one_device, form=form, sites=("mlp_in.1",))
-    scale = dataclasses.replace(stack.scales[0], input=0.25, output=0.25 if form == "sae" else 0.4)
-    stack = dataclasses.replace(stack, scales=[scale])
-    state, _ = run(stack, batches(10))
-    x = jnp.asarray(batches(1)[0])
+def assert_takes_raw_activations(stack, state):
+    """Compare the finished dictionary with the trained one on scaled inputs, whose outputs are scaled back."""
+    x, scale = jnp.asarray(batches(1)[0]), stack.scales[0]
     arrays = {name: array[0] for name, array in state.params.items()}
-    if kind in ("batchtopk", "matryoshka"):
+    if stack.kind.name in ("batchtopk", "matryoshka"):
         arrays["threshold_F"] = jnp.full(F, state.batch_topk_threshold_M[0])
     inside = Dictionary(stack.dictionary, **arrays)
     f, y = inside.encode(x * scale.input) / scale.output, inside(x * scale.input) / scale.output
@@ -184,7 +180,15 @@ def test_the_finished_dictionary_takes_raw_activations(kind, form, one_device):
     assert float(jnp.abs(f).sum()) > 0
     np.testing.assert_allclose(finished.encode(x), f, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(finished(x), y, rtol=1e-4, atol=1e-4)
-    assert finished.config.target == ("" if form == "sae" else "mlp_out.1")
+    assert finished.config.target == ("" if stack.config.form == "sae" else "mlp_out.1")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_the_finished_transcoder_takes_raw_activations(kind, form, one_device):
+    stack = make_stack(kind, one_device, form=form, sites=("mlp_in.1",))
+    stack = dataclasses.replace(stack, scales=[dataclasses.replace(stack.scales[0], input=0.25, output=0.4)])
+    assert_takes_raw_activations(stack, run(stack, batches(10))[0])
 
 
 @pytest.mark.parametrize("kind", ["standard", "jumprelu", "gated"])

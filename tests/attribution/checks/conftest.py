@@ -4,15 +4,9 @@ import numpy as np
 import pytest
 from made_transcoders import IDS, made_set
 
-from saejax import load_model
 from saejax.attribution.local.transcoders import LayerTranscoders
 from saejax.attribution.trace.prompt import trace_prompt
 from saejax.attribution.trace.targets import Direction
-
-
-@pytest.fixture(scope="module")
-def lm(tiny_llama, one_device):
-    return load_model(str(tiny_llama), mesh=one_device)
 
 
 @pytest.fixture(scope="module", params=["standard", "topk", "skip"])
