@@ -114,7 +114,9 @@ def drop_programs():
 
 @pytest.fixture
 def cold_programs():
-    """Forget all compiled programs, for tests that count how many are compiled."""
+    """Forget all compiled programs, for tests that count programs, or change what is read while one is traced."""
+    jax.clear_caches()
+    yield
     jax.clear_caches()
 
 

@@ -12,6 +12,7 @@ def test_gradients_agree_with_finite_differences(kind):
     assert gpu_check.check_gradient(kind)
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_a_broken_gradient_is_noticed(monkeypatch, capsys):
     """The forward pass is right, and a fifth is lost on the way back."""
 

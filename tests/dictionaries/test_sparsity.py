@@ -37,6 +37,7 @@ def test_topk_of_odd_rows(values):
         np.testing.assert_array_equal(acts, reference_topk(positive[None], 2)[0])
 
 
+@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("values", ["normal", "ties", "few"])
 def test_both_ways_to_find_the_largest_blocks(platform, values, monkeypatch):

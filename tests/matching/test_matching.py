@@ -48,6 +48,7 @@ def test_rows_of_few_directions_and_rows_of_zero():
     check(first, second, found)
 
 
+@pytest.mark.usefixtures("cold_programs")
 @pytest.mark.parametrize("sizes", [(300, 300), (270, 330), (330, 270)])
 def test_rows_that_know_few_columns_look_again(sizes, monkeypatch):
     """A few at a time, and in looks of several sizes; a column that no row has costs nothing."""

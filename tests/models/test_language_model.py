@@ -109,6 +109,7 @@ def test_captured_sites_fit_together(lm, tokens):
     np.testing.assert_allclose(few["resid_mid.2"] + few["mlp_out.2"], few["resid_post.2"], atol=1e-5)
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_many_layers_are_captured_as_few_are(lm, tokens, monkeypatch):
     names = [f"{kind}.{layer}" for layer in (3, 1, 0) for kind in KINDS]
     few = lm(tokens, capture=names, logits=False)

@@ -140,6 +140,7 @@ def test_a_feature_set_to_its_own_value_changes_nothing(traced, freeze):
     assert (local.run([[]], freeze, readouts=readouts, features=[0]).readout_RxK == readouts.value_K).all()
 
 
+@pytest.mark.usefixtures("cold_programs")
 def test_with_another_prompts_tokens_under_the_frozen_constants_edges_are_the_same(traced, monkeypatch):
     local, _, readouts, graph = traced
     active = local.active
