@@ -106,7 +106,7 @@ def small_flags(model: Path, corpus: Path, workdir: Path, **changes) -> list[str
         "train.k": 8,
         "train.batch": 64,
         "train.epochs": 6,
-        "train.checkpoint_every": 5,
+        "train.checkpoint_every": 50,  # each takes as long as dozens of steps
         "train.l1": 0.05,
         "evaluate.ce_documents": 3,
         "ablate.top": 2,

@@ -8,6 +8,7 @@ import runs
 from compared import assert_as_one
 
 FEW = dict(train__kinds="topk", task__behaviours="agreement", ablate__baselines="")  # each start compiles all anew
+FEW |= dict(train__checkpoint_every=5)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from saejax.runner.registry import STAGES
 
 # As many behaviours and dictionaries as processes, and one simpler basis: more of either add time alone.
 TWO = dict(task__behaviours="agreement,capital", ablate__baselines="pca", train__kinds="topk", train__k="4,8")
-TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained=False)
+TWO |= dict(ablate__dictionary="topk/k8", ablate__untrained=False, train__checkpoint_every=5)
 
 
 @pytest.fixture(scope="module")
