@@ -36,7 +36,7 @@ NAMES = ("Subject-verb agreement", "Capital of a country", "A behaviour with qui
 def baselines_figure():
     split = SimpleNamespace(accuracy=Interval(0.95, 0.85, 1.0), logit_diff=interval(-3.1, 2.0))
     both = SimpleNamespace(splits=dict(test=split, train=split))
-    return tasks.baselines(dict.fromkeys(NAMES, both), 0.8)
+    return tasks.baselines(dict.fromkeys(NAMES, both))
 
 
 def training_figure(members=1):

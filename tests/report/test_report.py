@@ -148,7 +148,7 @@ def test_one_dictionary_long_lists_and_an_empty_one(tmp_path):
     summary = read_json(inputs["ablate/topk"] / SUMMARY)
     summary["results"]["top"]["addition"] = []
     write_json(inputs["ablate/topk"] / SUMMARY, summary)
-    run = make_run(tmp_path, inputs, title="Is <this> & that so?", features=1)
+    run = make_run(tmp_path, inputs, title="Is <this> & that so?")
     assert run_report(run).figures.count("features_addition") == 0
     text = Page((run.folder / "index.html").read_text()).text
     assert "Is <this> & that so?" in text
